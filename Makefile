@@ -1,0 +1,36 @@
+# Two commands for a fresh machine with Python and pip; both make their own virtual environment first.
+#   make demo    the main job on real images: train, sample, evaluate, report (minutes on two cores)
+#   make test    the tests
+
+VENV ?= .venv
+PYTHON ?= python3
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test slow lint
+
+demo: $(VENV)/core
+	$(VENV)/bin/harness run --backbone dit-xs-2
+
+test: $(VENV)/dev lint
+	$(VENV)/bin/python -m pytest --allowed-skips tests/allowed-skips.txt
+
+slow: $(VENV)/dev
+	$(VENV)/bin/python -m pytest --slow -m slow
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV): a minute or two, most of it torch"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) with everything the tests need: a minute or two, most of it torch"
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/core

@@ -1,0 +1,48 @@
+"""Data sets: real images and their labels, known by name.
+
+A `DatasetSpec` is an address; the images are read when `load` is called. Plug-ins add their own through the entry-point
+group "harness.datasets".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import Refusal
+from harness.spec import load_attribute
+
+if TYPE_CHECKING:
+    from harness.data.images import ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """A data set known by name. `loader` is "module:attribute" of a function (folder: Path | None) -> ImageSet."""
+
+    name: str
+    summary: str
+    loader: str
+    needs_folder: bool = False  # True: `--data` must name where the files are
+
+    def load(self, folder: Path | None = None) -> ImageSet:
+        """Read the images; what is missing is refused with the way to get it."""
+        if self.needs_folder and folder is None:
+            raise Refusal(f"data set {self.name!r} is not on this machine: name its place with --data")
+        return load_attribute(self.loader, f"loader of data set {self.name!r}")(folder)
+
+
+BUILT_IN = (
+    DatasetSpec(
+        name="digits",
+        summary="1,797 real handwritten digits, 8x8x1, 10 classes; carried by scikit-learn",
+        loader="harness.data.digits:load",
+    ),
+    DatasetSpec(
+        name="npz",
+        summary="any images in an .npz of ADM's layout (arr_0 uint8 NHWC, arr_1 labels); --data FILE",
+        loader="harness.data.npz:load",
+        needs_folder=True,
+    ),
+)

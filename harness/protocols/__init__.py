@@ -1,0 +1,203 @@
+"""Protocols: named, versioned tasks that make numbers comparable.
+
+A protocol says what is generated (data set, resolution, pixels or latents, classes) and how it is judged (number of
+samples, suite), and carries the default training recipe and sampling settings, which flags override. The built-in ones
+are the TOML files in this folder; a user's own is another TOML file of the same form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Refusal
+from harness.registry import protocols, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a denoiser is trained. The defaults are the paper's (DiT sec. 4 and its released train.py)."""
+
+    steps: int = 400_000
+    batch: int = 256  # images a step over all devices
+    learning_rate: float = 1e-4  # AdamW, constant
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    warmup_steps: int = 0  # linear warm-up of the learning rate; 0 = none
+    clip_norm: float = 0.0  # global gradient norm; 0 = no clipping
+    ema_decay: float = 0.9999  # every step, from the initial weights, no bias correction
+    ema_ramp: bool = False  # True: decay at step s is min(ema_decay, (1 + s) / (10 + s)), for short runs
+    label_dropout: float = 0.1  # share of labels replaced by the null label; ignored by a backbone without one
+    flip: bool = True  # horizontal mirror with probability 1/2
+    objective: str = "epsilon-learned-range"
+    schedule: str = "linear"
+    diffusion_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch", "learning_rate", "diffusion_steps")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise Refusal(f"recipe: {name} must be positive, not {getattr(self, name)}")
+        for name in ("ema_decay", "label_dropout", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise Refusal(f"recipe: {name} must lie in [0, 1], not {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise Refusal(f"recipe: {name} must not be negative, but is {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How samples are drawn. The defaults are those of the paper's scaling study (sec. 4: 250 DDPM steps, no guidance)."""
+
+    sampler: str = "ddpm"
+    steps: tuple[int, ...] = (250,)  # one sample set each
+    eta: float = 0.0  # DDIM's; DDPM ignores it
+    guidance_scale: float = 1.0  # classifier-free; 1 = none
+    guidance_channels: str = "first-3"  # or "all"; the published DiT guides three of its four latent channels
+    clip_denoised: bool = False  # clamp the predicted image to [-1, 1]; for pixels
+    label_policy: str = "random"  # uniform at random, as published; or "balanced"
+    seed: int = 0
+    uint8_rule: str = "dit"  # clamp(127.5 x + 128) truncated
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("guidance_channels", ("first-3", "all")),
+            ("label_policy", ("random", "balanced")),
+            ("uint8_rule", ("dit",)),
+        ):
+            if getattr(self, name) not in known:
+                raise Refusal(f"sampling: {unknown(name, getattr(self, name), known)}")
+        if not self.steps or min(self.steps) < 1:
+            raise Refusal(f"sampling: steps must be positive counts, not {list(self.steps)}")
+        if self.guidance_scale < 1:
+            raise Refusal(f"sampling: guidance_scale {self.guidance_scale} is below 1, which means no guidance; use 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """A task. `input_size` and `in_channels` are the network's input: the image's, or the latent's."""
+
+    name: str
+    version: int = 1
+    summary: str = ""
+    dataset: str
+    resolution: int
+    image_channels: int = 3
+    num_classes: int
+    space: str = "pixels"  # or "latents"
+    input_size: int
+    in_channels: int
+    samples: int  # N of a measurement
+    suite: str
+    recipe: Recipe = field(default_factory=Recipe)
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.space not in ("pixels", "latents"):
+            raise Refusal(f"protocol {self.name!r}: space {self.space!r} is not one of pixels, latents")
+        for name in ("resolution", "image_channels", "num_classes", "input_size", "in_channels", "samples", "version"):
+            if getattr(self, name) < 1:
+                raise Refusal(f"protocol {self.name!r}: {name} must be positive, not {getattr(self, name)}")
+        if self.space == "pixels" and (self.input_size, self.in_channels) != (self.resolution, self.image_channels):
+            raise Refusal(
+                f"protocol {self.name!r} is of pixels, so input_size and in_channels must equal "
+                f"resolution and image_channels ({self.resolution}, {self.image_channels})"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, JSON-ready."""
+        data = dataclasses.asdict(self)
+        data["sampling"]["steps"] = list(self.sampling.steps)
+        return data
+
+
+def from_dict(data: dict[str, Any], where: str) -> Protocol:
+    """A `Protocol` from plain data; an unknown, missing or mistyped item is refused by name. `where` is the file."""
+    data = dict(data)
+    recipe = _fill(Recipe, data.pop("recipe", {}), f"{where}: [recipe]")
+    sampling_data = data.pop("sampling", {})
+    if isinstance(sampling_data, dict) and isinstance(sampling_data.get("steps"), list):
+        sampling_data = {**sampling_data, "steps": tuple(sampling_data["steps"])}
+    sampling = _fill(Sampling, sampling_data, f"{where}: [sampling]")
+    return _fill(Protocol, {**data, "recipe": recipe, "sampling": sampling}, where)
+
+
+def load(path: Path) -> Protocol:
+    """Read a protocol from a TOML file."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal(f"protocol file {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"protocol file {path} is not valid TOML: {error}") from error
+    return from_dict(data, str(path))
+
+
+def get_protocol(name: str) -> Protocol:
+    """The protocol of that name, or in that file when the name ends in .toml."""
+    return load(Path(name)) if name.endswith(".toml") else protocols.get(name)
+
+
+def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
+    """`item` with `settings` (NAME: text or value) laid over it; text is read as the type of the item it replaces."""
+    known = {each.name: each for each in dataclasses.fields(item)}
+    values = {}
+    for name, value in settings.items():
+        if name not in known:
+            raise Refusal(unknown(f"{type(item).__name__.lower()} item", name, known))
+        values[name] = _parse(name, value, getattr(item, name)) if isinstance(value, str) else value
+    return dataclasses.replace(item, **values)
+
+
+def _parse(name: str, text: str, like: Any) -> Any:
+    try:
+        if isinstance(like, bool):
+            return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[text.lower()]
+        if isinstance(like, int):
+            return count(text)
+        return type(like)(text)
+    except (KeyError, ValueError) as error:
+        raise Refusal(f"{name}={text!r} cannot be read as {type(like).__name__}, as in {name}={like}") from error
+
+
+def count(text: str) -> int:
+    """A count such as 250, 400k or 7M."""
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    number = float(text[:-1] if factor > 1 else text.replace("_", ""))
+    if not number * factor == int(number * factor) or number < 0:
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number * factor)
+
+
+def _fill(of: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise Refusal(f"{where} must be a table, not {type(data).__name__}")
+    fields = {each.name: each for each in dataclasses.fields(of)}
+    for name, value in data.items():
+        if name not in fields:
+            raise Refusal(f"{where}: {unknown('item', name, fields)}")
+        wanted = str(fields[name].type)
+        fits = {
+            "int": isinstance(value, int) and not isinstance(value, bool),
+            "float": isinstance(value, (int, float)) and not isinstance(value, bool),
+            "str": isinstance(value, str),
+            "bool": isinstance(value, bool),
+            "tuple[int, ...]": isinstance(value, tuple) and all(type(each) is int for each in value),
+        }.get(wanted, True)
+        if not fits:
+            raise Refusal(f"{where}: {name} = {value!r} must be of type {wanted}")
+    for name, each in fields.items():
+        if name not in data and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
+            raise Refusal(f"{where}: {name} is missing")
+    return of(**data)
+
+
+def built_in() -> tuple[Protocol, ...]:
+    """The protocols in this folder; `digits` first, for it is the default."""
+    paths = sorted(Path(__file__).parent.glob("*.toml"), key=lambda path: (path.stem != "digits", path.stem))
+    return tuple(load(path) for path in paths)

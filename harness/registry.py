@@ -1,0 +1,137 @@
+"""Names for things that come from anywhere: built-ins and plug-ins through one door, the entry points.
+
+A distribution declares, for example,
+
+    [project.entry-points."harness.backbones"]
+    my-family = "my_package.spec:SPECS"
+
+where the attribute is an item, a tuple, list or dictionary of items, or a function without arguments that returns either.
+Loading an entry point must import no framework. A plug-in that breaks is reported by `harness list`, not fatal.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from harness.errors import Refusal
+from harness.spec import BackboneSpec
+
+Item = TypeVar("Item")
+
+OWN_DISTRIBUTION = "backbone-harness"
+
+
+class Problem(NamedTuple):
+    """A plug-in that could not be used: its distribution, its entry point, and why."""
+
+    distribution: str
+    entry_point: str
+    reason: str
+
+
+class Registry(Generic[Item]):
+    """Items by name, from one entry-point group and from `register`. A name is taken once and never replaced."""
+
+    def __init__(self, group: str, noun: str, of: type | None = None):
+        self.group = group
+        self.noun = noun
+        self.problems: list[Problem] = []
+        self._of = of
+        self._items: dict[str, Item] = {}
+        self._owners: dict[str, str] = {}
+        self._loaded = False
+
+    def register(self, item: Item | Callable[[], Any], owner: str = "this process") -> Any:
+        """Add an item, or the items that a function without arguments returns (so it serves as a decorator)."""
+        for each in _items(item, self._of):
+            name = getattr(each, "name", None)
+            if not isinstance(name, str) or not name:
+                raise Refusal(f"{owner}: {each!r} has no name; a {self.noun} needs one")
+            if self._of is not None and not isinstance(each, self._of):
+                raise Refusal(f"{owner}: {name!r} is a {type(each).__name__}, not a {self._of.__name__}")
+            if name in self._items:
+                taken = self._owners[name]
+                raise Refusal(f"{owner}: the {self.noun} name {name!r} is taken by {taken}; choose another")
+            self._items[name] = each
+            self._owners[name] = owner
+        return item
+
+    def get(self, name: str) -> Item:
+        """The item of that name; an unknown name is refused with the nearest ones."""
+        self._load()
+        if name not in self._items:
+            raise Refusal(unknown(self.noun, name, self._items))
+        return self._items[name]
+
+    def names(self) -> list[str]:
+        """Every name: built-ins in their own order, then plug-ins."""
+        self._load()
+        return list(self._items)
+
+    def owner(self, name: str) -> str:
+        """The distribution that `name` comes from."""
+        self._load()
+        return self._owners[name]
+
+    def __iter__(self):
+        self._load()
+        return iter(list(self._items.values()))
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._items
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        # Own entry points first, so that a plug-in cannot take a built-in name.
+        points = sorted(
+            metadata.entry_points(group=self.group),
+            key=lambda point: (_distribution(point) != OWN_DISTRIBUTION, _distribution(point)),
+        )
+        for point in points:
+            owner = _distribution(point)
+            try:
+                self.register(point.load(), owner)
+            except Exception as error:  # a stranger's code: whatever it raises must not stop the others
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.problems.append(Problem(owner, f"{point.name} = {point.value}", reason))
+
+
+def unknown(noun: str, name: str, known: Iterable[str]) -> str:
+    """One line for an unknown name, with the nearest known ones."""
+    known = list(known)
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    return f"unknown {noun} {name!r}; {hint}"
+
+
+def _items(thing: Any, of: type | None) -> list[Any]:
+    if (
+        callable(thing)
+        and not isinstance(thing, type)
+        and not (of and isinstance(thing, of))
+        and not hasattr(thing, "name")
+    ):
+        thing = thing()
+    if isinstance(thing, dict):
+        thing = list(thing.values())
+    return list(thing) if isinstance(thing, (tuple, list)) else [thing]
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "unknown distribution"
+
+
+backbones: Registry[BackboneSpec] = Registry("harness.backbones", "backbone", BackboneSpec)
+protocols: Registry[Any] = Registry("harness.protocols", "protocol")
+datasets: Registry[Any] = Registry("harness.datasets", "dataset")
+samplers: Registry[Any] = Registry("harness.samplers", "sampler")
+objectives: Registry[Any] = Registry("harness.objectives", "objective")
+features: Registry[Any] = Registry("harness.features", "feature extractor")
+metrics: Registry[Any] = Registry("harness.metrics", "metric")
+suites: Registry[Any] = Registry("harness.suites", "suite")

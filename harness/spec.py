@@ -1,0 +1,139 @@
+"""What a backbone is, described without importing a framework.
+
+A `BackboneSpec` is data plus the addresses of the code that builds the network; the network's own file is imported
+only when `build` is called. The compute convention behind `Compute` is described in `harness.compute`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from harness.errors import Refusal
+
+KINDS = ("denoiser", "upsampler", "classifier", "generator")
+"""Calls by kind: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
+
+FRAMEWORKS = ("torch", "jax")
+
+
+class ComputeRow(NamedTuple):
+    """Compute of one part of a network: `part` is a module path, `kind` one of linear, conv, attention, norm."""
+
+    part: str
+    kind: str
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Compute of one forward pass on one image (no guidance, no decoder) and the size of the network.
+
+    1 multiply-add = 1 flop, plus 1 flop per element of the normalisations that the convention counts.
+    """
+
+    params: int  # trainable parameters; fixed position tables are not parameters
+    rows: tuple[ComputeRow, ...]
+    source: str = "closed form"  # or "traced"
+
+    @property
+    def flops(self) -> int:
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds alone: `flops` without the normalisations."""
+        return sum(row.flops for row in self.rows if row.kind != "norm")
+
+    @property
+    def gflops(self) -> float:
+        return self.flops / 1e9
+
+    @property
+    def gmacs(self) -> float:
+        return self.macs / 1e9
+
+    @property
+    def breakdown(self) -> dict[tuple[str, str], int]:
+        """Flops by (part, kind), in the order of the network."""
+        table: dict[tuple[str, str], int] = {}
+        for row in self.rows:
+            table[row.part, row.kind] = table.get((row.part, row.kind), 0) + row.flops
+        return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """A backbone known by name.
+
+    `defaults` holds every argument that the builder takes, with its default: at least input_size (pixels or latent
+    cells a side), in_channels, num_classes and out_channels for a denoiser. out_channels None means what the
+    objective asks for, 2 * in_channels for the paper's (noise and variance).
+    `null_label` is the label that stands for "no class": an index, or "num_classes" for the one after the last class;
+    None means that the backbone has none: no label dropout, and classifier-free guidance is refused.
+    `builders` maps a framework to "module:attribute", a callable that takes the arguments of `defaults` by keyword.
+    `closed_form` is "module:attribute" of a function with the same arguments that returns a `Compute` (and raises
+    `Refusal` where the arguments do not fit the architecture); without it the traced count is used and marked.
+    `uncounted_norms` are glob patterns of module paths whose normalisations the compute convention leaves out.
+    """
+
+    name: str
+    kind: str = "denoiser"
+    family: str = ""
+    summary: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    null_label: int | str | None = None
+    builders: Mapping[str, str] = field(default_factory=dict)
+    closed_form: str | Callable[..., Compute] | None = None
+    uncounted_norms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise Refusal(f"backbone {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if not self.builders:
+            raise Refusal(f"backbone {self.name!r} names no builder; give builders={{'torch': 'module:attribute'}}")
+        if unknown := sorted(set(self.builders) - set(FRAMEWORKS)):
+            raise Refusal(
+                f"backbone {self.name!r}: builders for {unknown[0]!r}, but only {', '.join(FRAMEWORKS)} exist"
+            )
+
+    def arguments(self, **overrides: Any) -> dict[str, Any]:
+        """The builder's arguments: the defaults with `overrides` laid over them. An unknown name is refused."""
+        if unknown := sorted(set(overrides) - set(self.defaults)):
+            known = ", ".join(self.defaults)
+            raise Refusal(f"backbone {self.name!r} has no argument {unknown[0]!r}; it has {known}")
+        return {**self.defaults, **overrides}
+
+    def build(self, framework: str = "torch", **overrides: Any) -> Any:
+        """The network, with its own initialisation: a torch.nn.Module, or a flax nnx module for "jax"."""
+        if framework not in self.builders:
+            have = ", ".join(self.builders)
+            raise Refusal(f"backbone {self.name!r} is not implemented for {framework!r}; it is for {have}")
+        arguments = self.arguments(**overrides)
+        return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")(**arguments)
+
+    def count(self, **overrides: Any) -> Compute:
+        """Compute and parameters: the closed form where there is one, else the traced count (imports torch)."""
+        if self.closed_form is None:
+            from harness.compute.trace_torch import trace
+
+            return trace(self, **overrides)
+        function = self.closed_form
+        if isinstance(function, str):
+            function = load_attribute(function, f"closed form of backbone {self.name!r}")
+        return function(**self.arguments(**overrides))
+
+    def null_index(self, num_classes: int) -> int | None:
+        """The label that means "no class" in a network of `num_classes` classes, or None."""
+        return num_classes if self.null_label == "num_classes" else self.null_label
+
+
+def load_attribute(address: str, what: str) -> Any:
+    """The object at "module:attribute"; `what` names it in the error."""
+    module, _, attribute = address.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Refusal(f"{what} cannot be loaded from {address!r}: {error}") from error

@@ -1,0 +1,31 @@
+"""Options of the test suite: slow tests on demand, and no skip that is not on the list."""
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--allowed-skips", metavar="FILE", help="fail on a skip whose reason is not a line of FILE")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in set(slow)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    path = session.config.getoption("--allowed-skips")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not path or reporter is None:
+        return
+    with open(path, encoding="utf-8") as file:
+        allowed = {line.strip() for line in file if line.strip() and not line.startswith("#")}
+    for report in reporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else report.longrepr
+        if reason not in allowed:
+            reporter.write_line(f"skip that is not on the list {path}: {report.nodeid}: {reason}", red=True)
+            session.exitstatus = 1

@@ -1,0 +1,70 @@
+import pytest
+
+from harness.errors import Refusal
+from harness.registry import Registry, backbones, datasets, features, objectives, protocols, samplers, suites
+from harness.spec import BackboneSpec
+
+
+def spec(name):
+    return BackboneSpec(name=name, defaults={"num_classes": 3}, builders={"torch": "nowhere:Nothing"})
+
+
+def fresh():
+    registry = Registry("harness.no-such-group", "backbone", BackboneSpec)
+    registry.names()
+    return registry
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(Refusal, match=r"unknown backbone 'dit-xl2'; did you mean dit-xl-2"):
+        backbones.get("dit-xl2")
+
+
+def test_a_name_is_never_replaced():
+    registry = fresh()
+    first = registry.register(spec("mine"), "first-package")
+    with pytest.raises(Refusal, match="'mine' is taken by first-package"):
+        registry.register(spec("mine"), "second-package")
+    assert registry.get("mine") is first
+
+
+def test_register_serves_as_a_decorator_of_a_function():
+    registry = fresh()
+
+    @registry.register
+    def family():
+        return [spec("a"), spec("b")]
+
+    assert registry.names() == ["a", "b"]
+    assert callable(family)
+
+
+@pytest.mark.parametrize("wrong", ["text", 3, object()])
+def test_what_is_no_spec_is_refused(wrong):
+    with pytest.raises(Refusal):
+        fresh().register(wrong, "some-package")
+
+
+@pytest.mark.parametrize("registry", [backbones, datasets, features, objectives, protocols, samplers, suites])
+def test_built_ins_come_through_the_entry_points_without_problems(registry):
+    assert registry.names()
+    own = [name for name in registry.names() if registry.owner(name) == "backbone-harness"]
+    assert own, registry.group
+    assert [problem for problem in registry.problems if problem.distribution == "backbone-harness"] == []
+
+
+def test_spec_refuses_unknown_arguments_and_frameworks():
+    with pytest.raises(Refusal, match="has no argument 'depht'"):
+        spec("x").arguments(depht=3)
+    with pytest.raises(Refusal, match="not implemented for 'jax'"):
+        spec("x").build("jax")
+    with pytest.raises(Refusal, match="cannot be loaded"):
+        spec("x").build("torch")
+    with pytest.raises(Refusal, match="kind 'gan'"):
+        BackboneSpec(name="x", kind="gan", builders={"torch": "a:b"})
+
+
+def test_null_index():
+    assert BackboneSpec(name="x", null_label="num_classes", builders={"torch": "a:b"}).null_index(10) == 10
+    assert BackboneSpec(name="x", null_label=0, builders={"torch": "a:b"}).null_index(10) == 0
+    assert BackboneSpec(name="x", builders={"torch": "a:b"}).null_index(10) is None
