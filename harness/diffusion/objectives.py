@@ -1,0 +1,43 @@
+"""What a denoiser predicts and is trained on. The objective sets the network's output channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from harness.errors import Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Prediction of the noise epsilon, with or without the variance of the reverse step."""
+
+    name: str
+    learned_variance: bool  # True: hybrid loss mse + vb (Nichol & Dhariwal 2021, eq. 16); False: mse alone
+
+    def out_channels(self, in_channels: int) -> int:
+        """Output channels of a network for inputs of `in_channels`: epsilon first, then the variance if learned."""
+        return 2 * in_channels if self.learned_variance else in_channels
+
+    @property
+    def variance(self) -> str:
+        """The `variance` with which `ddpm_plan` samples a network of this objective."""
+        return "learned-range" if self.learned_variance else "fixed-small"
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(name="epsilon-learned-range", learned_variance=True),  # ADM and DiT
+        Objective(name="epsilon-fixed", learned_variance=False),  # DDPM's L_simple (Ho et al. 2020, eq. 14)
+    )
+}
+
+
+def get_objective(name: str) -> Objective:
+    """The objective of that name. An unknown name is refused with the names that exist."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    close = get_close_matches(name, OBJECTIVES, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise Refusal(f"unknown objective {name!r}: {hint}known are {', '.join(OBJECTIVES)}")

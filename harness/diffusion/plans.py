@@ -1,0 +1,142 @@
+"""Sampler plans: every per-step coefficient of a sampler, computed once in float64.
+
+All plans share one form, which a framework applies with plain arithmetic. At step k, with the network's epsilon:
+
+    x0   = x0_from_x[k] x - x0_from_eps[k] eps             clamped to [-1, 1] with clip_denoised
+    mean = mean_from_x0[k] x0 + mean_from_x[k] x
+    x    = mean + std noise                                where adds_noise[k], else x = mean
+
+std is exp(log variance / 2) with log variance = frac log_variance_high[k] + (1 - frac) log_variance_low[k] and
+frac = (v + 1) / 2 of the network's variance channels v (Nichol & Dhariwal 2021, eq. 15) when learned_variance,
+else noise_std[k].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from harness.diffusion.respacing import space_timesteps
+from harness.diffusion.schedule import Schedule
+from harness.errors import Refusal
+
+VARIANCES = ("learned-range", "fixed-small")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SamplerPlan:
+    """A sampler over one schedule. Arrays are (S,) in the order of execution, float64 unless noted, read-only."""
+
+    name: str  # "ddpm" or "ddim"
+    schedule: str  # name of the noise schedule
+    steps: int  # S
+    evaluations: int  # network evaluations for each image; classifier-free guidance doubles them
+    eta: float | None  # DDIM's share of DDPM noise; None for DDPM
+    learned_variance: bool  # True: the network must give 2 C channels
+    clip_denoised: bool  # clamp x0 to [-1, 1]; for pixels, never for latents
+    timesteps: np.ndarray  # int64: the original timesteps that the network is given, descending
+    x0_from_x: np.ndarray
+    x0_from_eps: np.ndarray
+    mean_from_x0: np.ndarray
+    mean_from_x: np.ndarray
+    log_variance_low: np.ndarray  # posterior log variance, clipped
+    log_variance_high: np.ndarray  # log beta
+    noise_std: np.ndarray  # of the fixed variance; 0 where no noise is added
+    adds_noise: np.ndarray  # bool; False at the last step
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, np.ndarray):
+                assert value.shape == (self.steps,) and np.isfinite(value).all(), item.name
+                value.flags.writeable = False
+
+
+def ddpm_plan(
+    schedule: Schedule,  # not respaced: as Schedule.named gives it
+    steps: int | str,  # a count or what `space_timesteps` understands
+    *,
+    variance: str = "learned-range",  # or "fixed-small", the posterior variance
+    clip_denoised: bool = False,  # off in the paper's sampling script
+) -> SamplerPlan:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) over `steps` of the schedule's timesteps."""
+    if variance not in VARIANCES:
+        raise Refusal(f"unknown sampling variance {variance!r}: known are {', '.join(VARIANCES)}")
+    spaced = schedule.respaced(space_timesteps(len(schedule), steps))
+    adds_noise = np.arange(len(spaced)) > 0
+    return _plan(
+        spaced,
+        name="ddpm",
+        eta=None,
+        learned_variance=variance == "learned-range",
+        clip_denoised=clip_denoised,
+        mean_from_x0=spaced.posterior_mean_from_x0,
+        mean_from_x=spaced.posterior_mean_from_xt,
+        noise_std=np.exp(0.5 * spaced.posterior_log_variance_clipped) * adds_noise,
+        adds_noise=adds_noise,
+    )
+
+
+def ddim_plan(
+    schedule: Schedule,  # not respaced
+    steps: int | str,  # "ddim50" gives the paper's whole strides; 50 the evenly rounded ones
+    *,
+    eta: float = 0.0,  # 0 is deterministic, 1 has DDPM's noise
+    clip_denoised: bool = False,
+) -> SamplerPlan:
+    """DDIM (Song et al. 2021, eq. 12 and 16). Works with and without variance channels, which it ignores.
+
+    Eq. 12 adds sqrt(1 - abar_prev - sigma^2) eps to sqrt(abar_prev) x0. Here eps is written as
+    (x0_from_x x - x0) / x0_from_eps, from the clamped x0, which gives the common form in x0 and x.
+    """
+    if not (math.isfinite(eta) and 0 <= eta <= 1):
+        raise Refusal(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
+    spaced = schedule.respaced(space_timesteps(len(schedule), steps))
+    sigma = eta * np.sqrt(spaced.posterior_variance)  # eq. 16: the posterior's standard deviation times eta
+    direction = np.sqrt(1.0 - spaced.abar_prev - sigma**2) / spaced.sqrt_recipm1_abar
+    return _plan(
+        spaced,
+        name="ddim",
+        eta=float(eta),
+        learned_variance=False,
+        clip_denoised=clip_denoised,
+        mean_from_x0=np.sqrt(spaced.abar_prev) - direction,
+        mean_from_x=direction * spaced.sqrt_recip_abar,
+        noise_std=sigma,
+        adds_noise=sigma > 0,
+    )
+
+
+def _plan(
+    spaced: Schedule,
+    *,
+    name: str,
+    eta: float | None,
+    learned_variance: bool,
+    clip_denoised: bool,
+    mean_from_x0: np.ndarray,  # the four arrays in ascending timesteps
+    mean_from_x: np.ndarray,
+    noise_std: np.ndarray,
+    adds_noise: np.ndarray,
+) -> SamplerPlan:
+    """Turns everything into the order of execution."""
+    return SamplerPlan(
+        name=name,
+        schedule=spaced.name,
+        steps=len(spaced),
+        evaluations=len(spaced),
+        eta=eta,
+        learned_variance=learned_variance,
+        clip_denoised=clip_denoised,
+        timesteps=spaced.timesteps[::-1].copy(),
+        x0_from_x=spaced.sqrt_recip_abar[::-1].copy(),
+        x0_from_eps=spaced.sqrt_recipm1_abar[::-1].copy(),
+        mean_from_x0=mean_from_x0[::-1].copy(),
+        mean_from_x=mean_from_x[::-1].copy(),
+        log_variance_low=spaced.posterior_log_variance_clipped[::-1].copy(),
+        log_variance_high=spaced.log_betas[::-1].copy(),
+        noise_std=noise_std[::-1].copy(),
+        adds_noise=adds_noise[::-1].copy(),
+    )

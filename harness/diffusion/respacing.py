@@ -1,0 +1,50 @@
+"""Which of the original timesteps a sampler visits (openai/guided-diffusion respace.py, space_timesteps)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from harness.errors import Refusal
+
+
+def space_timesteps(original_steps: int, spacing: int | str) -> np.ndarray:
+    """Timesteps kept out of 0 ... original_steps - 1: int64 (S,), ascending.
+
+    spacing: a count, 250 or "250": evenly spaced with both ends, rounded half to even; several counts, "10,10,20":
+    that many from each of as many equal sections; "ddim50": the one whole stride from 0 that gives 50 steps, so the
+    last timestep is left out (Song et al. 2021). Refuses what does not fit.
+    """
+    text = str(spacing)
+    if text.startswith("ddim"):
+        return _whole_stride(original_steps, _count(text.removeprefix("ddim"), text), text)
+    counts = [_count(part, text) for part in text.split(",")]
+    size, extra = divmod(original_steps, len(counts))
+    kept, start = [], 0
+    for section, count in enumerate(counts):
+        length = size + (section < extra)
+        if count > length:
+            raise Refusal(f"sampling steps {text!r} do not fit: {count} steps asked of {length} timesteps")
+        stride = 1.0 if count == 1 else (length - 1) / (count - 1)
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride  # a running float sum, as upstream: position = k * stride rounds differently
+        start += length
+    return np.array(kept, dtype=np.int64)
+
+
+def _whole_stride(original_steps: int, count: int, text: str) -> np.ndarray:
+    for stride in range(1, original_steps + 1):
+        kept = np.arange(0, original_steps, stride, dtype=np.int64)
+        if len(kept) == count:
+            return kept
+    raise Refusal(
+        f"sampling steps {text!r} do not fit: no whole stride takes {count} of {original_steps} timesteps; "
+        f"give {count} without 'ddim' for rounded strides"
+    )
+
+
+def _count(part: str, text: str) -> int:
+    if not (part.isascii() and part.strip().isdigit() and int(part) > 0):
+        raise Refusal(f"sampling steps {text!r} are not understood: give a count (250), a list (10,10,20) or ddim50")
+    return int(part)

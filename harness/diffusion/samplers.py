@@ -1,0 +1,35 @@
+"""Samplers by name: how a plan is made from a schedule, a number of steps and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.diffusion.objectives import Objective
+from harness.diffusion.plans import SamplerPlan, ddim_plan, ddpm_plan
+from harness.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """A sampler. `make` takes (schedule, steps, objective, eta, clip_denoised) and returns the plan."""
+
+    name: str
+    summary: str
+    make: Callable[[Schedule, int, Objective, float, bool], SamplerPlan]
+
+
+def _ddpm(schedule: Schedule, steps: int, objective: Objective, eta: float, clip_denoised: bool) -> SamplerPlan:
+    return ddpm_plan(schedule, steps, variance=objective.variance, clip_denoised=clip_denoised)
+
+
+def _ddim(schedule: Schedule, steps: int, objective: Objective, eta: float, clip_denoised: bool) -> SamplerPlan:
+    return ddim_plan(schedule, steps, eta=eta, clip_denoised=clip_denoised)
+
+
+BUILT_IN = (
+    SamplerSpec(
+        name="ddpm", summary="ancestral sampling over respaced steps (Ho et al. 2020; the paper's, 250)", make=_ddpm
+    ),
+    SamplerSpec(name="ddim", summary="DDIM (Song et al. 2021); --eta 0 is deterministic", make=_ddim),
+)

@@ -1,0 +1,119 @@
+"""Noise schedules and the tables of the Gaussian diffusion that follow from them, in float64.
+
+Notation of Ho et al. 2020 (DDPM): beta_t, abar_t = prod_{s<=t} (1 - beta_s). Tables as in
+openai/guided-diffusion gaussian_diffusion.py, GaussianDiffusion.__init__.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import numpy as np
+
+from harness.errors import Refusal
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Schedule:
+    """A noise schedule and its tables: all arrays float64 (S,) and read-only, entry k for timestep `timesteps[k]`.
+
+    A schedule taken out of a longer one keeps the original numbers of its timesteps, which the network is given.
+    """
+
+    name: str
+    original_steps: int  # length of the schedule that this one was taken from
+    timesteps: np.ndarray  # int64 (S,), ascending original timesteps
+    betas: np.ndarray  # in (0, 1)
+    abar: np.ndarray = field(init=False)
+    abar_prev: np.ndarray = field(init=False)  # abar one kept step earlier; 1 at the first
+    sqrt_abar: np.ndarray = field(init=False)  # x_t = sqrt_abar x_0 + sqrt_one_minus_abar eps (DDPM eq. 4)
+    sqrt_one_minus_abar: np.ndarray = field(init=False)
+    sqrt_recip_abar: np.ndarray = field(init=False)  # x_0 = sqrt_recip_abar x_t - sqrt_recipm1_abar eps
+    sqrt_recipm1_abar: np.ndarray = field(init=False)
+    posterior_variance: np.ndarray = field(init=False)  # of q(x_{t-1} | x_t, x_0), DDPM eq. 7; 0 at the first step
+    posterior_log_variance_clipped: np.ndarray = field(init=False)  # its log, the first entry replaced by the second
+    posterior_mean_from_x0: np.ndarray = field(init=False)  # mean = from_x0 x_0 + from_xt x_t (DDPM eq. 7)
+    posterior_mean_from_xt: np.ndarray = field(init=False)
+    log_betas: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        betas = np.array(self.betas, dtype=np.float64)
+        timesteps = np.array(self.timesteps, dtype=np.int64)
+        assert betas.ndim == 1 and betas.shape == timesteps.shape and len(betas) > 0
+        assert (betas > 0).all() and (betas < 1).all()
+        alphas = 1.0 - betas
+        abar = np.cumprod(alphas)
+        abar_prev = np.append(1.0, abar[:-1])
+        posterior_variance = betas * (1.0 - abar_prev) / (1.0 - abar)
+        # With one step there is no second entry; nothing is drawn at the last step, so any finite number serves.
+        first = posterior_variance[1] if len(betas) > 1 else betas[0]
+        tables = {
+            "timesteps": timesteps,
+            "betas": betas,
+            "abar": abar,
+            "abar_prev": abar_prev,
+            "sqrt_abar": np.sqrt(abar),
+            "sqrt_one_minus_abar": np.sqrt(1.0 - abar),
+            "sqrt_recip_abar": np.sqrt(1.0 / abar),
+            "sqrt_recipm1_abar": np.sqrt(1.0 / abar - 1.0),
+            "posterior_variance": posterior_variance,
+            "posterior_log_variance_clipped": np.log(np.append(first, posterior_variance[1:])),
+            "posterior_mean_from_x0": betas * np.sqrt(abar_prev) / (1.0 - abar),
+            "posterior_mean_from_xt": (1.0 - abar_prev) * np.sqrt(alphas) / (1.0 - abar),
+            "log_betas": np.log(betas),
+        }
+        for name, table in tables.items():
+            table.flags.writeable = False
+            object.__setattr__(self, name, table)
+
+    @classmethod
+    def named(cls, name: str = "linear", steps: int = 1000) -> Schedule:
+        """A schedule of `SCHEDULES` over `steps` timesteps, not respaced. Refuses unknown names, unusable lengths."""
+        if name not in SCHEDULES:
+            close = get_close_matches(name, SCHEDULES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise Refusal(f"unknown noise schedule {name!r}: {hint}known are {', '.join(SCHEDULES)}")
+        if steps < 1:
+            raise Refusal(f"a noise schedule of {steps} timesteps does not exist: give at least 1")
+        betas = SCHEDULES[name](steps)
+        if not (betas < 1).all():
+            raise Refusal(f"noise schedule {name!r} is too steep at {steps} timesteps: give at least 21")
+        return cls(name=name, original_steps=steps, timesteps=np.arange(steps), betas=betas)
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def respaced(self, kept: np.ndarray | None = None) -> Schedule:
+        """The schedule over the timesteps at positions `kept` (ascending; None = all): betas = 1 - abar_t / abar_prev.
+
+        The betas are recomputed even when all are kept, as the public DiT and ADM code does (respace.py,
+        SpacedDiffusion): they move by 1e-16 and so do all tables. Training and sampling both use respaced schedules.
+        """
+        kept = np.arange(len(self)) if kept is None else np.asarray(kept)
+        betas, last = [], 1.0
+        for abar in self.abar[kept]:
+            betas.append(1.0 - abar / last)
+            last = abar
+        return Schedule(
+            name=self.name, original_steps=self.original_steps, timesteps=self.timesteps[kept], betas=np.array(betas)
+        )
+
+
+def _linear_betas(steps: int) -> np.ndarray:
+    scale = 1000 / steps  # keeps the end point's abar for other lengths
+    return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+
+
+def _cosine_betas(steps: int) -> np.ndarray:
+    def abar(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - abar((k + 1) / steps) / abar(k / steps), 0.999) for k in range(steps)])
+
+
+SCHEDULES = {
+    "linear": _linear_betas,  # Ho et al. 2020, sec. 4: 1e-4 ... 0.02 over 1000 steps
+    "cosine": _cosine_betas,  # Nichol & Dhariwal 2021, eq. 17
+}

@@ -1,0 +1,1 @@
+"""Engines: what trains and samples a network, one folder a framework."""
