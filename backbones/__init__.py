@@ -1,0 +1,1 @@
+"""The networks that are compared, one folder a family: a framework-free spec, and one file per framework."""

@@ -1,0 +1,119 @@
+"""Names, sizes and arguments of the Diffusion Transformers.
+
+Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748), Table 1 for the sizes and
+Sec. 3.2 for the patch sizes and the four ways of conditioning a block on timestep and class.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from harness.errors import Refusal
+from harness.spec import BackboneSpec
+
+BLOCKS = ("adaln-zero", "in-context", "cross-attention", "adaln")
+"""The paper's four block designs (Sec. 3.2). adaln-zero, the one that the paper settles on, has no name suffix."""
+
+TIME_FEATURES = 256  # sinusoidal features of the timestep (appendix A, "DiT model details")
+MLP_RATIO = 4  # hidden width of a block's MLP over the width of the network, as in ViT
+
+
+class Size(NamedTuple):
+    """One row of Table 1."""
+
+    depth: int  # number of blocks
+    width: int  # features a token
+    heads: int  # attention heads
+    patches: tuple[int, ...]  # patch sizes, in latent cells, that have a name
+
+
+# fmt: off
+SIZES = {           #      depth  width  heads  patches
+    "s":  Size(            12,    384,    6,   (8, 4, 2)),
+    "b":  Size(            12,    768,   12,   (8, 4, 2)),
+    "l":  Size(            24,   1024,   16,   (8, 4, 2)),
+    "xl": Size(            28,   1152,   16,   (8, 4, 2)),
+    "xs": Size(             6,    192,    3,   (4, 2)),     # not of the paper: for machines without an accelerator
+}
+# fmt: on
+
+
+def check_arguments(
+    *,
+    input_size: int,
+    in_channels: int,
+    num_classes: int,
+    out_channels: int | None,
+    depth: int,
+    width: int,
+    heads: int,
+    patch: int,
+    block: str,
+    gradient_checkpointing: bool = False,
+) -> None:
+    """Refuses arguments that no DiT can be built from, in one line. Takes every argument of the builder."""
+    numbers = dict(
+        input_size=input_size,
+        in_channels=in_channels,
+        num_classes=num_classes,
+        depth=depth,
+        width=width,
+        heads=heads,
+        patch=patch,
+    )
+    if out_channels is not None:
+        numbers["out_channels"] = out_channels
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise Refusal(f"DiT: {name} is {value!r}; it must be a whole number of at least 1")
+    if block not in BLOCKS:
+        raise Refusal(f"DiT: block {block!r} is not one of {', '.join(BLOCKS)}")
+    if width % heads:
+        raise Refusal(f"DiT: width {width} is not divisible by heads {heads}; choose heads that divide it")
+    if width % 4:
+        raise Refusal(f"DiT: width {width} is not divisible by 4, which the 2-D sine-cosine positions need")
+    if input_size % patch:
+        fitting = [p for p in (8, 4, 2) if input_size % p == 0]
+        if fitting:
+            names = " or ".join(f"dit-*-{p}" for p in fitting)
+            remedy = f"patch {' or '.join(map(str, fitting))} fits: use {names}"
+        else:
+            remedy = "no DiT patch size (8, 4, 2) fits: crop or pad the images to an even size"
+        raise Refusal(f"DiT: input_size {input_size} is not divisible by patch {patch}; {remedy}")
+
+
+def _specs() -> tuple[BackboneSpec, ...]:
+    specs = []
+    for block in BLOCKS:
+        for size, row in SIZES.items():
+            for patch in row.patches:
+                suffix = "" if block == "adaln-zero" else f"-{block}"
+                specs.append(
+                    BackboneSpec(
+                        name=f"dit-{size}-{patch}{suffix}",
+                        family="dit",
+                        summary=f"DiT-{size.upper()}/{patch}, {block} blocks",
+                        defaults={
+                            "input_size": 32,  # latent cells a side: 256 pixels through a VAE of factor 8
+                            "in_channels": 4,
+                            "num_classes": 1000,
+                            "out_channels": None,  # 2 * in_channels: noise and variance
+                            "depth": row.depth,
+                            "width": row.width,
+                            "heads": row.heads,
+                            "patch": patch,
+                            "block": block,
+                            "gradient_checkpointing": False,
+                        },
+                        null_label="num_classes",
+                        builders={"torch": "backbones.dit.torch_model:DiT"},
+                        closed_form="backbones.dit.compute:count",
+                        # The paper's figures hold with the two LayerNorms around self-attention and MLP alone.
+                        uncounted_norms=("final_layer.norm_final", "blocks.*.norm_cross"),
+                    )
+                )
+    return tuple(specs)
+
+
+SPECS: tuple[BackboneSpec, ...] = _specs()
+"""Every named DiT: 12 of the paper and 2 small ones, each with four block designs."""

@@ -1,0 +1,75 @@
+"""A third opinion on the compute of a torch network: fvcore's counter, held to the same convention.
+
+fvcore knows no fused attention and counts 4 to 5 flops per element of a normalisation (facebookresearch/fvcore
+v0.1.5, nn/jit_handles.py), so both are told to it here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import torch
+
+from harness.compute.meta_torch import build_on_meta, example_inputs, neutral_state
+from harness.errors import Failure, Refusal
+from harness.spec import BackboneSpec
+
+NORMS = ("aten::layer_norm", "aten::group_norm", "aten::batch_norm")
+FREE = frozenset(
+    f"aten::{name}"
+    for name in """
+    abs add add_ addcmul avg_pool2d adaptive_avg_pool2d cat clamp contiguous copy_ cos div dropout dropout_ embedding
+    exp gelu leaky_relu_ log max_pool2d mean mul mul_ neg pad pow relu relu_ repeat rsqrt rsub sigmoid silu silu_ sin
+    softmax sqrt stack sub sum tanh unflatten upsample_nearest2d
+    """.split()
+)
+
+
+def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
+    """Flops of one forward pass on one image by fvcore. Raises `Refusal` where fvcore is not installed."""
+    with neutral_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which fvcore is built on
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes become constants, which is the purpose
+        try:
+            from fvcore.nn import FlopCountAnalysis
+        except ImportError as error:
+            raise Refusal("--check fvcore needs fvcore; run: pip install 'backbone-harness[fvcore]'") from error
+        # fvcore's tracer does not take meta tensors: the arithmetic is done, on whatever lies in the memory.
+        net = build_on_meta(spec, overrides).to_empty(device="cpu").eval().requires_grad_(False)
+        inputs = tuple(torch.zeros_like(x, device="cpu") for x in example_inputs(spec, spec.arguments(**overrides)))
+        analysis = FlopCountAnalysis(net, inputs)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
+        for name in NORMS:
+            analysis.set_op_handle(name, _elements)
+        by_module = analysis.by_module_and_operator()
+        if unknown := sorted(set(analysis.unsupported_ops()) - FREE):
+            raise Failure(
+                f"backbone {spec.name!r}: fvcore does not count {unknown[0]}; add it to FREE in"
+                " harness.compute.check_fvcore if it is free, or give fvcore a handler there"
+            )
+    norms = {"layer_norm", "group_norm", "batch_norm"}
+    uncounted = sum(
+        flops
+        for path, operators in by_module.items()
+        if any(fnmatchcase(path, pattern) for pattern in spec.uncounted_norms)
+        for operator, flops in operators.items()
+        if operator in norms
+    )
+    return int(sum(by_module[""].values()) - uncounted)
+
+
+def _shape(value: Any) -> list[int]:
+    return value.type().sizes()
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value = (_shape(each) for each in inputs[:3])
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _elements(inputs: list[Any], outputs: list[Any]) -> int:
+    return prod(_shape(inputs[0]))

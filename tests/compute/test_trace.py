@@ -1,0 +1,151 @@
+"""The tracer: every kind of call, every counted operator, and no silent zero."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from backbones.dit.spec import SPECS
+from harness.compute.trace_torch import COUNTED, FREE, trace
+from harness.errors import Failure, Refusal
+from harness.spec import BackboneSpec
+
+
+class Toy(nn.Module):
+    """One of everything that the convention counts."""
+
+    def __init__(self, *, input_size, in_channels, num_classes, out_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 3, padding=1, groups=1)
+        self.grouped = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=4)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.norm = nn.GroupNorm(2, 8)
+        self.quiet = nn.LayerNorm(4)
+        self.label = nn.Embedding(num_classes + 1, 8)
+        self.linear = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x, t, y):
+        h = self.norm(self.conv(x))  # (1, 8, 6, 6)
+        h = h + self.linear(self.label(y))[:, :, None, None]
+        h = self.up(F.silu(self.grouped(h)))  # (1, 4, 6, 6)
+        tokens = self.quiet(h.flatten(2).transpose(1, 2))  # (1, 36, 4)
+        scores = torch.einsum("nic,njc->nij", tokens, tokens).softmax(-1)
+        tokens = F.scaled_dot_product_attention(*(scores @ tokens).unsqueeze(1).expand(3, 1, 1, 36, 4))
+        return tokens[:, 0].transpose(1, 2).unflatten(2, (6, 6))[:, :2]
+
+
+class Strange(Toy):
+    def forward(self, x, t, y):
+        return torch.linalg.cholesky(x) + t
+
+
+class Shape(nn.Module):
+    """Notes the shapes that it is called with."""
+
+    seen: list = []
+
+    def __init__(self, **arguments):
+        super().__init__()
+
+    def forward(self, *inputs):
+        Shape.seen = [tuple(each.shape) for each in inputs]
+        return inputs[0] * 2
+
+
+DEFAULTS = {"input_size": 6, "in_channels": 1, "num_classes": 3, "out_channels": 2}
+
+
+def toy(attribute="Toy", kind="denoiser", defaults=DEFAULTS, **more):
+    return BackboneSpec(name="toy", kind=kind, defaults=defaults, builders={"torch": f"{__name__}:{attribute}"}, **more)
+
+
+def test_every_counted_kind_by_hand():
+    count = trace(toy(uncounted_norms=("qui*",)))
+    assert count.breakdown == {
+        ("conv", "conv"): 8 * 36 * 9,
+        ("norm", "norm"): 8 * 36,
+        ("linear", "linear"): 64,
+        ("grouped", "conv"): 8 * 9 * 9 * 2,  # 9 cells, 2 channels a group
+        ("up", "conv"): 8 * 9 * 4 * 4,
+        ("", "attention"): 2 * 36 * 36 * 4 + 2 * 36 * 36 * 4,
+    }
+    assert count.flops == count.macs + 8 * 36
+    assert count.params == sum(p.numel() for p in Toy(**DEFAULTS).parameters())
+    assert trace(toy()).flops == count.flops + 36 * 4  # the quiet norm
+
+
+def test_spec_without_a_closed_form_is_traced():
+    assert toy().count() == trace(toy()) and toy().count().source == "traced"
+
+
+def test_frozen_parameters_are_not_counted():
+    class Frozen(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.label.requires_grad_(False)
+
+    globals()["Frozen"] = Frozen
+    assert trace(toy()).params - trace(toy("Frozen")).params == 4 * 8
+
+
+def test_unknown_operator_is_an_error_that_names_it():
+    with pytest.raises(Failure, match=r"'toy'.*aten::linalg_cholesky.*closed_form"):
+        trace(toy("Strange"))
+
+
+def test_no_operator_is_both_counted_and_free():
+    assert not FREE & set(COUNTED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "defaults", "shapes"),
+    [
+        ("denoiser", DEFAULTS, [(1, 1, 6, 6), (1,), (1,)]),
+        ("classifier", DEFAULTS, [(1, 1, 6, 6), (1,)]),
+        ("upsampler", {"input_size": 8, "in_channels": 3}, [(1, 3, 8, 8), (1,), (1,), (1, 3, 2, 2)]),
+        (
+            "upsampler",
+            {"input_size": 8, "in_channels": 3, "low_res_size": 4},
+            [(1, 3, 8, 8), (1,), (1,), (1, 3, 4, 4)],
+        ),
+        ("generator", {}, [(1, 128), (1,)]),
+        ("generator", {"latent_size": 5}, [(1, 5), (1,)]),
+    ],
+)
+def test_every_kind_of_call(kind, defaults, shapes):
+    trace(toy("Shape", kind, defaults))
+    assert Shape.seen == shapes
+
+
+def test_missing_argument_is_refused():
+    with pytest.raises(Refusal, match="input_size"):
+        trace(toy("Shape", "denoiser", {"in_channels": 3}))
+
+
+def test_count_depends_on_nothing_the_thread_has_set():
+    spec = next(spec for spec in SPECS if spec.name == "dit-xs-4")
+    plain = trace(spec)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        assert trace(spec) == plain
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert trace(spec) == plain
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    results = []
+    with torch.inference_mode():
+        assert trace(spec) == plain
+    thread = threading.Thread(target=lambda: results.append(trace(spec)))
+    thread.start()
+    thread.join()
+    assert results == [plain]
+
+
+def test_tracing_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    trace(next(spec for spec in SPECS if spec.name == "dit-xs-4"))
+    trace(toy())
+    assert torch.equal(torch.get_rng_state(), before)
