@@ -1,0 +1,152 @@
+"""How names and numbers are written: metric titles, intervals, counts, and the facts that a footnote may state."""
+
+import dataclasses
+import math
+
+from results.records import Record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a metric key is shown."""
+
+    title: str
+    better: str  # "lower", "higher", or "" where neither is
+    names_n: bool = False  # the estimate depends on N, so N belongs to its name: FID-50K
+
+    @property
+    def arrow(self) -> str:
+        return {"lower": "\u2193", "higher": "\u2191", "": ""}[self.better]
+
+
+# In the order of the columns. "FID" and "sFID" mean Inception features; "FD" is the same distance on others.
+METRICS = {
+    "fid": Metric(title="FID", better="lower", names_n=True),
+    "fd": Metric(title="FD", better="lower", names_n=True),
+    "sfid": Metric(title="sFID", better="lower", names_n=True),
+    "kid": Metric(title="KID", better="lower"),
+    "is": Metric(title="IS", better="higher"),
+    "precision": Metric(title="Precision", better="higher"),
+    "recall": Metric(title="Recall", better="higher"),
+    "copies": Metric(title="Copies", better="lower"),
+    "loss_mse": Metric(title="Loss, MSE", better="lower"),
+    "loss_vb": Metric(title="Loss, VB", better="lower"),
+}
+
+
+# What `facts` may name, in the order in which notes state it.
+FACTS = (
+    *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "training steps"),
+    *("training seed", "sampler", "sampling steps", "eta", "guidance", "decoder", "uint8 rule", "label policy"),
+    *("precision", "sampling seed", "suite version"),
+)
+
+
+def metric_order(key: str) -> tuple:
+    """Known metrics first, in the order of the table above; a plug-in's metrics after them by name."""
+    known = list(METRICS)
+    return (known.index(key), "") if key in METRICS else (len(known), key)
+
+
+def metric_title(key: str, n: int | None, mode: str = "") -> str:
+    """`FID-50K`, with the arrow that says which way is better; "-50K" only where N is 50,000. n None: not named."""
+    metric = METRICS.get(key, Metric(title=key, better=""))
+    name = f"{metric.title}-{count_text(n)}" if metric.names_n and n is not None else metric.title
+    return f"{name}{f' ({mode})' if mode else ''}{metric.arrow}"
+
+
+def measured_text(value: float, low: float | None, high: float | None) -> str:
+    """`3.27 [3.21, 3.33]`: decimals for two digits of the interval; without one, four significant digits."""
+    if low is None or high is None:
+        return f"{value:.4g}"
+    width = high - low
+    if width <= 0:
+        return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+    decimals = min(max(1 - math.floor(math.log10(width)), 0), 8)
+    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def count_text(count: int | None) -> str:
+    """`400K`, `7M`, `1301K`, `800`; a dash for what is not known."""
+    if count is None:
+        return "-"
+    for unit, size in (("M", 1_000_000), ("K", 1000)):
+        if count and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
+def quantity_text(value: float | None) -> str:
+    """Gflops and the like: two decimals as the paper prints them, four digits below 1; a dash for not known."""
+    if value is None:
+        return "-"
+    if abs(value) >= 1e5:
+        return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4g}"
+
+
+def params_text(params: int | None) -> str:
+    """Millions of parameters."""
+    return "-" if params is None else f"{params / 1e6:.1f}" if params < 1e8 else f"{params / 1e6:.0f}"
+
+
+def guidance_text(record: Record) -> str:
+    """`none`, `1.5` or `1.5 (first-3)`; a dash where the source does not say."""
+    sampling = record.sampling
+    if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
+        return "-"
+    if sampling.guidance_scale in (None, 1.0):
+        return "none"
+    channels = f" ({sampling.guidance_channels})" if sampling.guidance_channels else ""
+    return f"{sampling.guidance_scale:g}{channels}"
+
+
+def facts(record: Record) -> dict[str, str]:
+    """What belongs to a row beside its columns, in words: the material of footnotes. Unknown facts are absent."""
+    training, sampling, evaluation = record.training, record.sampling, record.evaluation
+    found: dict[str, object] = {"protocol version": record.protocol_version, "framework": record.framework}
+    if training is not None:
+        found |= {
+            "recipe": _short(training.recipe_hash),
+            "batch": training.batch,
+            "learning rate": training.learning_rate,
+            "EMA decay": training.ema_decay,
+            "training steps": count_text(training.steps) if training.steps is not None else None,
+            "training seed": training.seed,
+        }
+    if sampling is not None:
+        guidance = guidance_text(record)
+        found |= {
+            "sampler": sampling.sampler,
+            "sampling steps": sampling.steps,
+            "eta": sampling.eta,
+            "guidance": None if guidance == "-" else guidance,
+            "decoder": sampling.decoder,
+            "uint8 rule": sampling.uint8_rule,
+            "label policy": sampling.label_policy,
+            "precision": sampling.precision,
+            "sampling seed": sampling.seed,
+        }
+    if evaluation is not None:
+        found |= {"suite version": evaluation.suite_version}
+    words = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in found.items()}
+    return {name: text for name, text in words.items() if found[name] is not None}
+
+
+def key_text(record: Record) -> str:
+    """What the rows of one table agree in, in words."""
+    evaluation = record.evaluation
+    text = f"{record.dataset}, {record.resolution}x{record.resolution}, N = {record.n:,}"
+    if evaluation is None:
+        return text
+    features = evaluation.features or "features"
+    return (
+        f"{text}, suite {evaluation.suite}, {features} ({_short(evaluation.features_sha256) or 'hash not stated'}), "
+        f"reference {_short(evaluation.reference_sha256) or 'hash not stated'}"
+    )
+
+
+def _short(digest: str | None) -> str | None:
+    return None if digest is None else digest[:12]

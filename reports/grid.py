@@ -1,0 +1,77 @@
+"""Sample grids: one row a class, its label at the left."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from harness.errors import Refusal
+from reports.files import write_whole
+
+_BACKGROUND = 255
+_SMALLEST_TILE = 48  # pixels a side below which an image is hard to judge on a screen
+
+
+def write_grid(
+    images: np.ndarray,  # (N, H, W, C) uint8 in [0, 255], C 1 or 3
+    labels: np.ndarray,  # (N,) integer class of each image
+    path: str | os.PathLike,
+    *,
+    columns: int = 10,  # images a class; a class with fewer leaves its row short
+    scale: int | None = None,  # whole-number enlargement; None: as much as makes a tile of at least 48 pixels
+    classes: Sequence[int] | None = None,  # rows from top to bottom; None: every label there is, ascending, at most 20
+    gap: int = 2,  # pixels between tiles
+) -> Path:
+    """Writes a PNG with the first `columns` images of each class; pixels are repeated, never smoothed.
+
+    Raises Refusal for arrays that are no images (dtype, shape, lengths) and Failure where the file cannot be written.
+    """
+    from PIL import Image
+
+    _check(images, labels, columns, scale)
+    if classes is not None and not len(classes):
+        raise Refusal("a sample grid needs at least one class")
+    height, width = images.shape[1:3]
+    scale = scale or max(1, -(-_SMALLEST_TILE // min(height, width)))
+    rows = sorted({int(label) for label in labels})[:20] if classes is None else [int(label) for label in classes]
+    tile_height, tile_width = height * scale, width * scale
+    captions = [_caption(str(label), min(tile_height, 24)) for label in rows]
+    margin = max(caption.shape[1] for caption in captions) + 12
+    total_height = len(rows) * (tile_height + gap) + gap
+    total_width = margin + columns * (tile_width + gap) + gap
+    canvas = np.full((total_height, total_width, images.shape[3]), _BACKGROUND, np.uint8)
+    for row, (label, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = gap + row * (tile_height + gap)
+        middle = top + max((tile_height - caption.shape[0]) // 2, 0)
+        right = margin - 6
+        canvas[middle : middle + caption.shape[0], right - caption.shape[1] : right] = caption[..., None]
+        for column, index in enumerate(np.flatnonzero(labels == label)[:columns]):
+            left = margin + gap + column * (tile_width + gap)
+            tile = images[index].repeat(scale, axis=0).repeat(scale, axis=1)  # (H * scale, W * scale, C)
+            canvas[top : top + tile_height, left : left + tile_width] = tile
+    picture = Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG")
+    return write_whole(Path(path), encoded.getvalue())
+
+
+def _check(images: np.ndarray, labels: np.ndarray, columns: int, scale: int | None) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        raise Refusal(f"a sample grid needs uint8 images of shape (N, H, W, 1 or 3), not {images.dtype} {images.shape}")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise Refusal(f"a sample grid needs {len(images)} integer labels, not {labels.dtype} {labels.shape}")
+    if columns < 1 or (scale is not None and scale < 1):
+        raise Refusal(f"a sample grid needs at least 1 column and scale 1, not {columns} and {scale}")
+
+
+def _caption(text: str, size: int) -> np.ndarray:
+    """Dark text on white, (height, width) uint8, cropped to its ink."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=max(size * 3 // 4, 8))
+    left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
+    picture = Image.new("L", (right - left, bottom - top), _BACKGROUND)
+    ImageDraw.Draw(picture).text((-left, -top), text, font=font, fill=60)
+    return np.asarray(picture)

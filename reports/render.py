@@ -1,0 +1,135 @@
+"""Tables as text: CSV, Markdown, and LaTeX with booktabs. All text from records is escaped for where it goes."""
+
+import csv
+import io
+
+from reports.tables import Line, Section, Table, note_mark
+
+PUBLISHED_MARK = "\u2020"  # dagger
+_MARKDOWN = {character: f"\\{character}" for character in "\\`*_[]|~#!"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+_LATEX = {character: f"\\{character}" for character in "{}$&#%_"} | {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "[": "{[}",  # after a line break \\, a bare bracket would be read as its optional argument
+    "]": "{]}",
+    "\u2193": r"$\downarrow$",
+    "\u2191": r"$\uparrow$",
+}
+
+
+def to_csv(table: Table) -> str:
+    """The data, one header line; floats with every digit."""
+    text = io.StringIO()
+    columns = list(table.data[0])
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: plain(value) for name, value in entry.items()} for entry in table.data)
+    return text.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """GitHub-flavoured Markdown, a table for each section, published rows marked with a dagger."""
+    parts = [f"# {escape_markdown(table.title)}"]
+    for section in table.sections:
+        if section.heading:
+            parts.append(f"**{escape_markdown(section.heading)}**")
+        aligns = [":--" if index == 0 else "--:" for index in range(len(section.columns))]
+        rows = ["| " + " | ".join(map(escape_markdown, section.columns)) + " |", "|" + "|".join(aligns) + "|"]
+        for line in section.lines:
+            first, *rest = map(escape_markdown, line.cells)
+            marks = _line_marks(line)
+            mark = f"<sup>{','.join(marks)}</sup>" if marks else ""
+            rows.append("| " + " | ".join([first + mark, *rest]) + " |")
+        parts.append("\n".join(rows))
+        notes = [f"<sup>{mark}</sup> {escape_markdown(text)}" for mark, text in _notes(section)]
+        notes += [escape_markdown(text) for text in section.remarks]
+        if notes:
+            parts.append("<br>\n".join(notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    r"""A `table*` for each section; needs \usepackage{booktabs} and \usepackage{graphicx}."""
+    parts = [r"% needs \usepackage{booktabs,graphicx}"]
+    for index, section in enumerate(table.sections):
+        caption = ". ".join(text.rstrip(".") for text in (table.title, section.heading) if text)
+        # A label is read by TeX itself, so anything but plain characters is left out rather than escaped.
+        name = "".join(character for character in table.name if character.isascii() and character not in _LATEX)
+        label = f"tab:{name}" + (f"-{index + 1}" if index else "")
+        rows = [" & ".join(map(escape_latex, section.columns)) + r" \\", r"\midrule"]
+        was_published = section.lines[0].published
+        for line in section.lines:
+            if was_published and not line.published:
+                rows.append(r"\midrule")
+            was_published = line.published
+            rows.append(_latex_line(line))
+        notes = [f"{_latex_marks([mark])}~{escape_latex(text)}" for mark, text in _notes(section)]
+        notes += [escape_latex(text) for text in section.remarks]
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table*}[t]",
+                    r"\centering",
+                    rf"\caption{{{escape_latex(caption)}.}}",
+                    rf"\label{{{label}}}",
+                    r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+                    rf"\begin{{tabular}}{{l{'r' * (len(section.columns) - 1)}}}",
+                    r"\toprule",
+                    *rows,
+                    r"\bottomrule",
+                    r"\end{tabular}}",
+                    *([r"\par\smallskip\footnotesize\raggedright", r" \\".join(notes)] if notes else []),
+                    r"\end{table*}",
+                ]
+            )
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, no HTML, no table cell of its own."""
+    return "".join(_MARKDOWN.get(character, character) for character in one_line(text))
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX shows as it is."""
+    return "".join(_LATEX.get(character, character) for character in one_line(text))
+
+
+def plain(value: object) -> str:
+    """CSV text of a value: floats in full, nothing for None, one line."""
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, float) else one_line(str(value))
+
+
+def one_line(text: str) -> str:
+    """Control characters (line breaks among them) become spaces."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _latex_line(line: Line) -> str:
+    first, *rest = map(escape_latex, line.cells)
+    return " & ".join([first + _latex_marks(_line_marks(line)), *rest]) + r" \\"
+
+
+def _line_marks(line: Line) -> list[str]:
+    return ([PUBLISHED_MARK] if line.published else []) + [note_mark(index) for index in line.notes]
+
+
+def _latex_marks(marks: list[str]) -> str:
+    names = [r"\dagger" if mark == PUBLISHED_MARK else mark for mark in marks]
+    return f"$^{{{','.join(names)}}}$" if names else ""
+
+
+def _notes(section: Section) -> list[tuple[str, str]]:
+    notes = [(note_mark(index), text) for index, text in enumerate(section.footnotes)]
+    if any(line.published for line in section.lines):
+        text = f"as published ({section.origin})"
+        if section.footnotes:
+            text += "; what its footnote does not name is not stated there"
+        notes.insert(0, (PUBLISHED_MARK, text))
+    return notes

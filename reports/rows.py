@@ -1,0 +1,145 @@
+"""From records to table rows: what shares a row, what shares a table, and in which order."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from reports.columns import (
+    count_text,
+    guidance_text,
+    measured_text,
+    metric_order,
+    metric_title,
+    params_text,
+    quantity_text,
+)
+from results import paper
+from results.records import Record, canonical_json, comparable_key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a table: the records that agree in everything but the metric."""
+
+    records: dict[tuple[str, str], Record]  # (metric, mode or "") -> record
+
+    @property
+    def any(self) -> Record:
+        """A record that speaks for what the row's records have in common."""
+        return self.records[min(self.records)]
+
+    @property
+    def is_published(self) -> bool:
+        return self.any.provenance == "published"
+
+    def text(self, metric: tuple[str, str]) -> str:
+        """The cell of a metric: as printed where published, value and interval where measured, a dash if absent."""
+        record = self.records.get(metric)
+        if record is None:
+            return "-"
+        if record.source is not None:
+            return paper.printed().get(record.source) or f"{record.value:g}"
+        return measured_text(record.value, record.low, record.high)
+
+
+def make_rows(records: Iterable[Record]) -> list[Row]:
+    """One row for each (system, training, sampling, ...); never merged unless all of their identity agrees.
+
+    Published rows first, in the order given; measured rows after them, by compute, name, training and sampling.
+    """
+    rows: dict[str, dict[tuple[str, str], Record]] = {}
+    for record in records:
+        mode = record.evaluation.mode if record.evaluation is not None else None
+        rows.setdefault(_row_key(record), {})[(record.metric, mode or "")] = record
+    made = [(Row(records=found), key) for key, found in rows.items()]
+    published = [row for row, _ in made if row.is_published]
+    measured = sorted(((row, key) for row, key in made if not row.is_published), key=lambda pair: _order(*pair))
+    return published + [row for row, _ in measured]
+
+
+def metrics_of(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """The (metric, mode) columns that the rows fill, in order."""
+    return sorted(
+        {metric for row in rows for metric in row.records}, key=lambda pair: (*metric_order(pair[0]), pair[1])
+    )
+
+
+def groups(records: Iterable[Record]) -> list[list[Record]]:
+    """Records by what may share a table, in a stable order."""
+    found: dict[str, tuple[tuple, list[Record]]] = {}
+    for record in records:
+        key = comparable_key(record)
+        found.setdefault(canonical_json(key), (key, []))[1].append(record)
+
+    def order(pair: tuple[tuple, list[Record]]) -> tuple:
+        (dataset, resolution, n, *rest), _ = pair
+        return (rest[0] is None, dataset, resolution, -n, [text or "" for text in rest])
+
+    return [members for _, members in sorted(found.values(), key=order)]
+
+
+def console_table(records: Iterable[Record]) -> list[dict[str, str]]:
+    """Rows for a terminal: column title -> text, the same keys in every row.
+
+    A column of descriptions that is one dash from top to bottom is left out. Rows of several N get a column of N and
+    metric titles that do not name it.
+    """
+    rows = [row for members in groups(records) for row in make_rows(members)]
+    metrics = metrics_of(rows)
+    sizes = {row.any.n for row in rows}
+    tables = []
+    for row in rows:
+        cells = {"System": row.any.system, **description(row)}
+        if len(sizes) > 1:
+            cells["N"] = str(row.any.n)
+        for metric in metrics:
+            title = metric_title(metric[0], row.any.n if len(sizes) == 1 else None, metric[1])
+            cells[title] = row.text(metric)
+        tables.append(cells)
+    empty = [title for title in (tables[0] if tables else ()) if all(cells[title] == "-" for cells in tables)]
+    return [{title: text for title, text in cells.items() if title not in empty} for cells in tables]
+
+
+def description(row: Row) -> dict[str, str]:
+    """The columns of a measured row that are not metrics."""
+    record, training, sampling = row.any, row.any.training, row.any.sampling
+    return {
+        "Params (M)": params_text(record.params),
+        "Gflops": quantity_text(record.gflops),
+        "Training steps": count_text(training.steps) if training else "-",
+        "Training Gflops": quantity_text(training.gflops) if training else "-",
+        "Seed": "-" if training is None or training.seed is None else str(training.seed),
+        "Sampler": (sampling.sampler if sampling else None) or "-",
+        "Sampling steps": "-" if sampling is None or sampling.steps is None else str(sampling.steps),
+        "Guidance": guidance_text(record),
+        "Sampling Gflops": quantity_text(sampling.gflops_per_image) if sampling else "-",
+    }
+
+
+def _row_key(record: Record) -> str:
+    evaluation, source = record.evaluation, record.source
+    parts = {
+        "provenance": record.provenance,
+        "where": [source.table, source.row] if source else None,
+        "protocol": [record.protocol, record.protocol_version],
+        "system": [record.system, record.backbone, record.kind, record.framework],
+        "compute": [record.params, record.gflops],
+        "training": dataclasses.asdict(record.training) if record.training else None,
+        "sampling": dataclasses.asdict(record.sampling) if record.sampling else None,
+        "evaluation": [*comparable_key(record)],
+        "suite version": evaluation.suite_version if evaluation else None,
+    }
+    return canonical_json(parts)
+
+
+def _order(row: Row, key: str) -> tuple:
+    record, training, sampling = row.any, row.any.training, row.any.sampling
+    return (
+        record.gflops or 0.0,
+        record.system,
+        (training.steps if training else None) or 0,
+        (training.seed if training else None) or 0,
+        (sampling.sampler if sampling else None) or "",
+        (sampling.guidance_scale if sampling else None) or 0.0,
+        (sampling.steps if sampling else None) or 0,
+        key,
+    )

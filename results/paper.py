@@ -1,0 +1,134 @@
+"""The numbers printed in the DiT paper (arXiv:2212.09748): Tables 1-6 and section 5.2, from `published/*.csv`."""
+
+import csv
+import dataclasses
+import functools
+from importlib import resources
+
+from results.records import Evaluation, Record, Sampling, Source, Training
+
+FILES = (*(f"table-{number}.csv" for number in range(1, 7)), "section-5.2.csv")
+DATASET = "imagenet"
+SUITE = "adm"  # "all values reported in this paper are obtained ... using ADM's TensorFlow evaluation suite" (sec. 4)
+TRAINING_FACTOR = 3  # a backward pass counts as two forward passes (Figure 9)
+EMA_DECAY = 0.9999  # sec. 4
+_COUNTS = ("resolution", "n", "training_steps", "batch", "sampling_steps")
+_SCALES = ("learning_rate", "guidance_scale")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishedValue:
+    """One cell of a table. Empty text and None: the paper does not say."""
+
+    table: str  # "Table 2", "Section 5.2"
+    row: str
+    column: str
+    value: str  # as printed; "" for a dash or a blank
+    unit: str
+    metric: str  # the record's metric key, "" where the cell is no metric
+    system: str
+    backbone: str
+    block: str  # conditioning block of a DiT
+    resolution: int | None  # pixels a side
+    n: int | None  # images judged
+    training_steps: int | None
+    batch: int | None
+    learning_rate: float | None
+    sampler: str
+    sampling_steps: int | None
+    guidance_scale: float | None
+    decoder: str
+
+
+@functools.cache
+def values() -> tuple[PublishedValue, ...]:
+    """Every cell, in the paper's order."""
+    folder = resources.files("results").joinpath("published")
+    cells = []
+    for name in FILES:
+        with folder.joinpath(name).open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                numbers = {key: int(line[key]) if line[key] else None for key in _COUNTS}
+                numbers |= {key: float(line[key]) if line[key] else None for key in _SCALES}
+                cells.append(PublishedValue(**{**line, **numbers}))
+    return tuple(cells)
+
+
+@functools.cache
+def records() -> tuple[Record, ...]:
+    """The cells that are metrics, as published records, in the paper's order."""
+    return tuple(_record(cell) for cell in values() if cell.metric and cell.value)
+
+
+@functools.cache
+def printed() -> dict[Source, str]:
+    """The text of each cell where it is printed: `171.4` stays `171.4`."""
+    return {Source(table=cell.table, row=cell.row, column=cell.column): cell.value for cell in values()}
+
+
+@functools.cache
+def gflops() -> dict[tuple[str, int], float]:
+    """(backbone, resolution) -> Gflops per forward, from Tables 4 and 6; base and upsampler: one forward of each."""
+    columns = ("Flops (G)", "Total Flops (G)")
+    return {(cell.backbone, cell.resolution): float(cell.value) for cell in values() if cell.column in columns}
+
+
+@functools.cache
+def params() -> dict[tuple[str, int], int]:
+    """(backbone, resolution) -> parameters, from Table 4, which prints whole millions."""
+    cells = (cell for cell in values() if cell.column == "Params (M)")
+    return {(cell.backbone, cell.resolution): int(cell.value) * 1_000_000 for cell in cells}
+
+
+def _record(cell: PublishedValue) -> Record:
+    # Table 6 counts the diffusion models alone, so a classifier beside one does not change the figure.
+    networks = "+".join(part for part in cell.backbone.split("+") if "-classifier-" not in part)
+    forward = gflops().get((networks, cell.resolution))
+    is_dit = cell.backbone.startswith("dit-")
+    return Record(
+        provenance="published",
+        metric=cell.metric,
+        value=float(cell.value),
+        n=cell.n,
+        protocol=f"{DATASET}-{cell.resolution}",
+        resolution=cell.resolution,
+        dataset=DATASET,
+        system=cell.system,
+        backbone=cell.backbone,
+        kind="generator" if cell.backbone.startswith(("biggan", "stylegan")) else "denoiser",
+        framework="jax" if is_dit else None,
+        params=params().get((cell.backbone, cell.resolution)),
+        gflops=forward,
+        training=_training(cell, forward) if is_dit else None,
+        sampling=_sampling(cell, forward),
+        evaluation=Evaluation(suite=SUITE, features="inception"),
+        source=Source(table=cell.table, row=cell.row, column=cell.column),
+    )
+
+
+def _training(cell: PublishedValue, forward: float) -> Training:
+    images = cell.training_steps * cell.batch
+    return Training(
+        steps=cell.training_steps,
+        images=images,
+        gflops=forward * images * TRAINING_FACTOR,
+        batch=cell.batch,
+        learning_rate=cell.learning_rate,
+        ema_decay=EMA_DECAY,
+    )
+
+
+def _sampling(cell: PublishedValue, forward: float | None) -> Sampling | None:
+    if cell.sampling_steps is None:
+        return None if cell.guidance_scale is None else Sampling(guidance_scale=cell.guidance_scale)
+    guided = cell.guidance_scale is not None
+    evaluations = cell.sampling_steps * (2 if guided else 1)  # with and without the label
+    return Sampling(
+        sampler=cell.sampler,
+        steps=cell.sampling_steps,
+        evaluations=evaluations,
+        guidance_scale=cell.guidance_scale,
+        guidance_channels="first-3" if guided else None,
+        gflops_per_image=forward * evaluations,
+        decoder=cell.decoder,
+    )

@@ -1,0 +1,313 @@
+"""The record: one immutable measurement with its whole identity.
+
+A record is what tables and curves are made of. Its *identity* is everything that could change the number and is not
+luck or description: all fields but value, interval and environment. Its *id* is the identity together with the value,
+so the same measurement made twice has one id, and two different values under one identity are a conflict.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import numbers
+import re
+import types
+import typing
+from collections.abc import Mapping
+
+from harness.errors import Refusal
+
+SCHEMA_VERSION = 1
+PROVENANCES = ("measured", "published")
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+_METRIC_KEY = re.compile(r"[a-z][a-z0-9_]*")
+_NOT_IDENTITY = ("value", "low", "high", "interval", "environment")
+
+
+class BrokenRecord(Refusal):
+    """A line or object that is no record: a field is missing, unknown, mistyped or out of range (the text names it)."""
+
+
+class NewerSchema(Refusal):
+    """A record written under a later schema than this version of the harness knows."""
+
+
+class _Checked:
+    """Type checks at construction, driven by the annotations, so that Python and JSON callers meet the same rules."""
+
+    def __post_init__(self):
+        hints, required = _hints(type(self)), _required(type(self))
+        for name, value in tuple(vars(self).items()):
+            hint = hints[name]
+            if type(value) is hint and hint in (str, int):
+                continue
+            if value is None and name not in required:
+                continue
+            try:
+                checked = _coerce(value, hint)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise BrokenRecord(f"record field {type(self).__name__}.{name}: {error}") from None
+            if checked is not value:
+                object.__setattr__(self, name, checked)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(_Checked):
+    """How the weights came about. None: not known (a published record), never "zero"."""
+
+    steps: int | None = None  # optimizer steps
+    images: int | None = None  # images seen: steps x batch
+    gflops: float | None = None  # whole training: Gflops per forward x images x 3 (sec. 5 of the DiT paper, Figure 9)
+    batch: int | None = None  # images per optimizer step
+    learning_rate: float | None = None
+    ema_decay: float | None = None
+    seed: int | None = None
+    recipe_hash: str | None = None  # sha256 of the resolved recipe
+    checkpoint_sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(_Checked):
+    """How the images were drawn."""
+
+    sampler: str | None = None  # "ddpm", "ddim", ...
+    steps: int | None = None
+    evaluations: int | None = None  # true network evaluations per image; a step with two-sided guidance counts two
+    eta: float | None = None  # DDIM's noise share, in [0, 1]
+    guidance_scale: float | None = None  # None or 1.0: no guidance
+    guidance_channels: str | None = None  # "first-3" as published, or "all"
+    gflops_per_image: float | None = None  # all evaluations of one image, without the decoder
+    decoder: str | None = None  # None: pixels, nothing to decode
+    decoder_gflops: float | None = None  # per image
+    uint8_rule: str | None = None
+    label_policy: str | None = None  # "random" or "balanced"
+    precision: str | None = None  # "float32", "bfloat16", ...
+    seed: int | None = None
+    samples_sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation(_Checked):
+    """Who judged, with which features, against which reference."""
+
+    suite: str
+    suite_version: str | None = None
+    features: str | None = None  # name of the feature network
+    features_sha256: str | None = None
+    reference_sha256: str | None = None
+    mode: str | None = None  # a named variant of the metric, e.g. "adm-fp16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Environment(_Checked):
+    """Where and when it was measured. Description, not identity."""
+
+    device: str | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # library -> version
+    git_commit: str | None = None
+    time: str | None = None  # ISO 8601, UTC
+    harness_version: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source(_Checked):
+    """Where a published number is printed."""
+
+    table: str  # "Table 2", "Section 5.2"
+    row: str
+    column: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record(_Checked):
+    """One measurement. None means "not known"; published records leave out what their source does not say.
+
+    Raises BrokenRecord (a ValueError) naming the field for a wrong type, a NaN or infinity, or a value out of range.
+    Integers given for float fields become floats, so that a record equals its JSON read back.
+    """
+
+    schema: int = SCHEMA_VERSION
+    provenance: str  # "measured" or "published"
+    metric: str  # "fd", "fid", "sfid", "kid", "is", "precision", "recall", "copies", "loss_mse", "loss_vb", ...
+    value: float
+    low: float | None = None  # ends of the interval
+    high: float | None = None
+    interval: str | None = None  # how the interval was made, e.g. "95 % delete-block jackknife, 10 blocks"
+    n: int  # images judged
+    protocol: str
+    protocol_version: str | None = None
+    resolution: int  # pixels a side
+    dataset: str
+    system: str  # the name of the table row
+    backbone: str | None = None  # parts joined with "+" where a system has several
+    kind: str | None = None  # "denoiser", "upsampler", "classifier", "generator"
+    framework: str | None = None
+    params: int | None = None
+    gflops: float | None = None  # per forward at this input (1 multiply-add = 1 flop)
+    gflops_published_input: float | None = None  # per forward at the paper's input
+    training: Training | None = None
+    sampling: Sampling | None = None
+    evaluation: Evaluation | None = None
+    environment: Environment | None = None
+    source: Source | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.schema != SCHEMA_VERSION:
+            raise NewerSchema(f"record schema {self.schema} is not {SCHEMA_VERSION}, the one this version writes")
+        if self.provenance not in PROVENANCES:
+            raise BrokenRecord(f"record field Record.provenance: {self.provenance!r} is none of {PROVENANCES}")
+        if not _METRIC_KEY.fullmatch(self.metric):
+            raise BrokenRecord(f"record field Record.metric: {self.metric!r} is not a lower-case key such as 'fd'")
+        for name in ("n", "resolution"):
+            if getattr(self, name) < 1:
+                raise BrokenRecord(f"record field Record.{name}: {getattr(self, name)} is below 1")
+        if (self.low is None) != (self.high is None):
+            raise BrokenRecord("record field Record.low: an interval needs both low and high")
+        if self.low is not None and self.low > self.high:
+            raise BrokenRecord(f"record field Record.low: {self.low!r} is above high, {self.high!r}")
+        if self.provenance == "published" and self.source is None:
+            raise BrokenRecord("record field Record.source: a published record names its table, row and column")
+
+    @functools.cached_property
+    def identity_sha256(self) -> str:
+        """Hash of everything but value, low, high, interval, environment (and the schema number)."""
+        return _sha256(self._identity_json)
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Hash of identity and value: the same measurement made twice has one id."""
+        return _sha256(self._identity_json + json.dumps(self.value))
+
+    @functools.cached_property
+    def _identity_json(self) -> str:
+        # Fields that are None are left out, so a later schema can add optional fields without changing old hashes.
+        fields = {name: value for name, value in _to_dict(self).items() if name not in (*_NOT_IDENTITY, "schema")}
+        return canonical_json(fields)
+
+
+_PARTS = frozenset((Training, Sampling, Evaluation, Environment, Source))
+
+
+def to_json(record: Record) -> str:
+    """One line of canonical JSON (ASCII, sorted keys, no newline), with the id; floats round-trip exactly."""
+    return canonical_json({**_to_dict(record), "id": record.id})
+
+
+def from_json(text: str) -> Record:
+    """The record of one line of JSON.
+
+    Raises BrokenRecord naming the field (unknown, missing, wrong type, or an id that is not the content's), and
+    NewerSchema for a line of a later version, whatever else that line holds.
+    """
+    try:
+        fields = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BrokenRecord(f"not a JSON object: {error}") from None
+    if not isinstance(fields, dict):
+        raise BrokenRecord(f"not a JSON object but a {type(fields).__name__}")
+    schema = fields.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise BrokenRecord(f"record field Record.schema: {schema!r} is not a schema number")
+    if schema > SCHEMA_VERSION:
+        raise NewerSchema(f"schema {schema} is newer than {SCHEMA_VERSION}: upgrade backbone-harness to read it")
+    stated = fields.pop("id", None)
+    record = _from_dict(Record, fields)
+    if stated != record.id:
+        raise BrokenRecord(
+            f"record field id: {stated!r} is not the content's, {record.id[:16]}...: the line was edited"
+        )
+    return record
+
+
+def comparable_key(record: Record) -> tuple:
+    """(dataset, resolution, n, suite, features_sha256, reference_sha256): what rows of one table agree in."""
+    evaluation = record.evaluation
+    suite = (None, None, None)
+    if evaluation is not None:
+        suite = (evaluation.suite, evaluation.features_sha256, evaluation.reference_sha256)
+    return (record.dataset, record.resolution, record.n, *suite)
+
+
+def canonical_json(value) -> str:
+    """Sorted keys, no spaces, ASCII; NaN and infinity refused. Equal values give equal text."""
+    return _ENCODER.encode(value)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, type]:
+    """The type of each field of a record class, without "or None"."""
+    hints = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        (kind,) = (option for option in options if option is not types.NoneType)
+        hints[name] = typing.get_origin(kind) or kind
+    return hints
+
+
+@functools.cache
+def _required(cls: type) -> frozenset[str]:
+    absent = dataclasses.MISSING
+    fields = dataclasses.fields(cls)
+    return frozenset(field.name for field in fields if field.default is absent and field.default_factory is absent)
+
+
+def _coerce(value, kind: type):
+    """`value` as `kind`; TypeError or ValueError saying what was found. numpy scalars become Python numbers."""
+    if kind is float:
+        if type(value) is not float:
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{value!r} is not a number")
+            value = float(value)
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not finite")
+        return value if value else 0.0  # -0.0 and 0.0 are one value and must be one id
+    if kind is int:
+        if type(value) is not int:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{value!r} is not an integer")
+            value = int(value)
+        return value
+    if kind is Mapping:
+        if not isinstance(value, Mapping) or not all(type(x) is str for pair in value.items() for x in pair):
+            raise TypeError(f"{value!r} is not a mapping of texts to texts")
+        return dict(sorted(value.items()))
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not a {kind.__name__}")
+    return value
+
+
+def _to_dict(node: _Checked) -> dict:
+    hints = _hints(type(node))
+    return {
+        name: _to_dict(value) if isinstance(value, _Checked) else value
+        for name, value in vars(node).items()
+        if value is not None and name in hints  # vars also holds the cached hashes
+    }
+
+
+def _from_dict(cls: type, fields: dict):
+    hints = _hints(cls)
+    arguments = {}
+    for name, value in fields.items():
+        if name not in hints:
+            raise BrokenRecord(f"record field {cls.__name__}.{name}: unknown to schema {SCHEMA_VERSION}")
+        if hints[name] in _PARTS and value is not None:
+            if not isinstance(value, dict):
+                raise BrokenRecord(f"record field {cls.__name__}.{name}: {value!r} is not an object")
+            value = _from_dict(hints[name], value)
+        arguments[name] = value
+    missing = _required(cls).difference(arguments)
+    if missing:
+        raise BrokenRecord(f"record field {cls.__name__}.{min(missing)}: missing")
+    return cls(**arguments)
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not a number that a record may hold")

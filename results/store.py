@@ -1,0 +1,204 @@
+"""Record files: append-only JSON lines (`records.jsonl`), safe against kills, duplicates and other versions."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.errors import Failure, Refusal
+from results.records import BrokenRecord, NewerSchema, Record, from_json, to_json
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: one writer at a time is then the caller's business
+    fcntl = None
+
+RECORDS_FILE = "records.jsonl"
+
+
+class Conflict(Refusal):
+    """Two records with one identity and different values."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A line of a record file that could not be used."""
+
+    path: str
+    line: int  # from 1; 0: the file itself
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What `load` found.
+
+    records: sorted by id, without duplicates and without the disputed ones, so a pure function of the set of lines.
+    problems: broken and newer lines, each named. conflicts: one line of text for each disputed identity.
+    """
+
+    records: tuple[Record, ...]
+    problems: tuple[Problem, ...]
+    conflicts: tuple[str, ...]
+
+
+def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
+    """Adds records to a file with one write, flushed to disk; returns how many were new.
+
+    A line torn by a crash at the end of the file is cut off first; a record that is there already is not added again.
+    Raises Conflict, with nothing written, where a value differs from one of the same identity; Failure (disk full, no
+    permission) with the file as it was.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        created = not path.exists()
+        with path.open("a+b", buffering=0) as file, _locked(file):
+            known = _mend(file)
+            new: list[str] = []
+            for record in records:
+                other = known.setdefault(record.identity_sha256, record)
+                if other.id != record.id:
+                    raise Conflict(_conflict_text([(other, str(path)), (record, "the new measurement")]))
+                if other is record:
+                    new.append(to_json(record) + "\n")
+            if new:
+                _write(file, "".join(new).encode("ascii"))
+        if created:
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise Failure(f"cannot write records to {path}: {error.strerror or error}") from error
+    return len(new)
+
+
+def load(paths: Iterable[str | os.PathLike]) -> Loaded:
+    """Reads record files. Broken and newer lines and unreadable files are named in `problems`, never silently dropped.
+
+    The same record in two places is one record. Records in conflict are named and left out: a disputed number is in no
+    table.
+    """
+    problems: list[Problem] = []
+    found: dict[str, dict[str, tuple[Record, str]]] = {}  # identity -> id -> (record, file)
+    for path in sorted({str(path) for path in paths}):
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            problems.append(Problem(path=path, line=0, reason=f"cannot be read: {error.strerror or error}"))
+            continue
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = _parse(line)
+            except (BrokenRecord, NewerSchema) as error:
+                problems.append(Problem(path=path, line=number, reason=str(error)))
+                continue
+            same = found.setdefault(record.identity_sha256, {})
+            if record.id not in same or _preference(record) < _preference(same[record.id][0]):
+                same[record.id] = (record, path)
+    records = [record for same in found.values() if len(same) == 1 for record, _ in same.values()]
+    disputed = [sorted(same.values(), key=lambda pair: pair[0].id) for same in found.values() if len(same) > 1]
+    return Loaded(
+        records=tuple(sorted(records, key=lambda record: record.id)),
+        problems=tuple(problems),
+        conflicts=tuple(sorted(_conflict_text(pairs) for pairs in disputed)),
+    )
+
+
+def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
+    """The record files meant by `paths`: a file stands for itself, a folder for every `records.jsonl` below it.
+
+    Raises Refusal for a path that does not exist.
+    """
+    files: set[Path] = set()
+    for path in map(Path, paths):
+        if path.is_dir():
+            files.update(path.rglob(RECORDS_FILE))
+        elif path.exists():
+            files.add(path)
+        else:
+            raise Refusal(f"no record file or folder {path}: name a run, a folder of runs, or a records.jsonl")
+    return tuple(sorted(files))
+
+
+def _parse(line: bytes) -> Record:
+    try:
+        return from_json(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BrokenRecord("not UTF-8 text") from None
+
+
+def _preference(record: Record) -> tuple:
+    """Which of two copies of one measurement to keep: one with an interval, then the same one in every order."""
+    return (record.low is None, to_json(record))
+
+
+def _conflict_text(pairs: list[tuple[Record, str]]) -> str:
+    first = pairs[0][0]
+    values = " and ".join(f"{record.value!r} (id {record.id[:12]}, {path})" for record, path in pairs)
+    return (
+        f"conflict: {first.metric} of {first.system} on {first.protocol} has one identity "
+        f"({first.identity_sha256[:12]}) and the values {values}; remove the wrong one"
+    )
+
+
+def _mend(file) -> dict[str, Record]:
+    """The records of an open file by identity, after its end has been made whole."""
+    file.seek(0)
+    content = file.read()
+    *lines, tail = content.split(b"\n")
+    known: dict[str, Record] = {}
+    for line in lines:
+        with contextlib.suppress(BrokenRecord, NewerSchema):  # named by `load`; not this writer's to repair
+            record = _parse(line)
+            known.setdefault(record.identity_sha256, record)
+    if tail:
+        try:
+            record = _parse(tail)
+        except (BrokenRecord, NewerSchema):
+            file.truncate(len(content) - len(tail))
+        else:  # only the newline is missing
+            known.setdefault(record.identity_sha256, record)
+            _write(file, b"\n")
+    return known
+
+
+def _write(file, data: bytes) -> None:
+    """Appends all of `data` and syncs, or leaves the file as it was."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        written = 0
+        while written < len(data):  # one write in practice; a nearly full disk may take only a part
+            written += file.write(data[written:])
+        os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), size)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(file):
+    """Exclusive use of the file among processes that append to it."""
+    if fcntl is None:
+        yield
+        return
+    fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file's name is on disk only once its folder is."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
