@@ -1,0 +1,75 @@
+"""The command line: one module a command, imported when the command is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+COMMANDS = {
+    # name: (module in this folder, what `harness --help` says)
+    "run": ("run", "Train, sample, evaluate and report: the main job."),
+    "plan": ("plan", "Say what a run would cost, and do nothing."),
+    "train": ("train", "The first stage of run: train a backbone."),
+    "sample": ("sample", "The second stage of run: draw samples from a trained run."),
+    "evaluate": ("evaluate", "The third stage of run: measure a sample set."),
+    "compare": ("compare", "Win, loss or tie between two results, and the rule."),
+    "report": ("report", "Write the tables and figures from published and measured records."),
+    "list": ("list", "Backbones, protocols, data sets and the rest, by name."),
+    "flops": ("flops", "Parameters and theoretical Gflops, beside the published values."),
+    "doctor": ("doctor", "What this machine has and lacks, each with the fix."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on demand, so that help and list load no framework."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return import_module(f"harness.cli.{COMMANDS[cmd_name][0]}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # The summaries stand above, so that help imports no command.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in COMMANDS:
+            from harness.registry import unknown
+
+            raise click.UsageError(unknown("command", name, COMMANDS), ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="backbone-harness", prog_name="harness")
+def group() -> None:
+    """Which generative image backbone is better at the same compute, and is the difference real?
+
+    Start with:  harness run --backbone dit-xs-2
+    """
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 refused, 1 failed, 130 after Ctrl-C and its checkpoint."""
+    from harness.errors import Failure, Refusal
+
+    try:
+        group.main(standalone_mode=False, prog_name="harness")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("harness: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except (Refusal, Failure) as error:
+        click.echo(f"harness: {error}", err=True)
+        sys.exit(2 if isinstance(error, Refusal) else 1)

@@ -1,0 +1,155 @@
+"""`harness doctor`: what this machine has and lacks, each with the fix."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from typing import NamedTuple
+
+import click
+
+from harness.cli.options import json_option
+
+# What is optional: import name, distribution, what it is for, how to get it.
+OPTIONAL = (
+    ("fvcore", "fvcore", "a third opinion on Gflops (harness flops --check fvcore)", "fvcore"),
+    ("diffusers", "diffusers", "benchmarks against its DiT", "diffusers"),
+)
+
+
+class Finding(NamedTuple):
+    """One line of the report. status: ok, note (works, but read this), lacks (something will not work)."""
+
+    status: str
+    what: str
+    fix: str = ""
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> None:
+    """What this machine has and lacks, each with the fix. Exit code 1 if something the main job needs is missing."""
+    findings = [*_system(), *_torch(), *_features(), *_plugins(), *_optional()]
+    if as_json:
+        click.echo(json.dumps({"findings": [each._asdict() for each in findings]}, indent=2))
+    else:
+        for each in findings:
+            mark = {"ok": "  ok  ", "note": " note ", "lacks": "LACKS "}[each.status]
+            click.echo(f"{mark} {each.what}" + (f"\n        -> {each.fix}" if each.fix else ""))
+    if any(each.status == "lacks" for each in findings):
+        raise SystemExit(1)
+
+
+def _system() -> list[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(".")
+    found = [
+        Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding(
+            "ok",
+            f"{os.cpu_count()} processors, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free",
+        ),
+    ]
+    low = disk.free < 2e9
+    found.append(
+        Finding(
+            "note" if low else "ok", f"{disk.free / 1e9:.1f} GB free in this folder", "free some disk" if low else ""
+        )
+    )
+    return found
+
+
+def _torch() -> list[Finding]:
+    try:
+        import torch
+
+        from harness.engines.torch.resolve import device_name
+    except ImportError as error:
+        return [Finding("lacks", f"torch does not import: {error}", "pip install torch")]
+    found = [Finding("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        found += [
+            Finding("ok", f"cuda:{index} {torch.cuda.get_device_name(index)}")
+            for index in range(torch.cuda.device_count())
+        ]
+    else:
+        found.append(
+            Finding("note", "no CUDA device: runs use the CPU", "small backbones such as dit-xs-2 train in minutes")
+        )
+    found.append(
+        Finding("ok", f"cpu {device_name(torch.device('cpu'))}, bfloat16 is {_bfloat16():.1f}x float32's speed")
+    )
+    return found
+
+
+def _bfloat16() -> float:
+    """Speed of a bfloat16 matrix product relative to float32 on this CPU, measured."""
+    import time
+
+    import torch
+
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - begin)
+        best[dtype] = min(times)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def _features() -> list[Finding]:
+    from harness import registry
+
+    found = []
+    for spec in registry.features:
+        try:
+            spec.load("cpu")
+            found.append(Finding("ok", f"features {spec.name}"))
+        except Exception as error:  # whatever a plug-in's loader raises is a finding
+            found.append(
+                Finding("lacks", f"features {spec.name}: {error}", "pip install --force-reinstall backbone-harness")
+            )
+    return found
+
+
+def _plugins() -> list[Finding]:
+    from harness import registry
+
+    found = []
+    for noun in ("backbones", "protocols", "datasets", "samplers", "objectives", "features", "metrics", "suites"):
+        items = getattr(registry, noun)
+        names = items.names()
+        others = sorted({items.owner(name) for name in names} - {registry.OWN_DISTRIBUTION})
+        found += [Finding("ok", f"plug-in {owner} adds {noun}") for owner in others]
+        found += [
+            Finding(
+                "lacks",
+                f"plug-in {each.distribution} ({each.entry_point}): {each.reason}",
+                f"mend or uninstall {each.distribution}",
+            )
+            for each in items.problems
+        ]
+        if not names:
+            found.append(Finding("lacks", f"no {noun} are registered", "pip install backbone-harness again"))
+    return found
+
+
+def _optional() -> list[Finding]:
+    found = []
+    for module, distribution, purpose, extra in OPTIONAL:
+        if importlib.util.find_spec(module):
+            found.append(Finding("ok", f"{distribution} {metadata.version(distribution)}: {purpose}"))
+        else:
+            found.append(
+                Finding("note", f"without {distribution}: {purpose}", f"pip install 'backbone-harness[{extra}]'")
+            )
+    return found

@@ -1,0 +1,121 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.errors import Refusal
+from harness.protocols import count
+
+DEFAULT_PROTOCOL = "digits"
+
+
+class Count(click.ParamType):
+    """A count such as 250, 400k or 7M."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = value if isinstance(value, int) else count(value)
+        except (ValueError, IndexError):
+            self.fail(f"{value!r} is not a count such as 250, 400k or 7M", param, ctx)
+        if number < 1:
+            self.fail("must be at least 1", param, ctx)
+        return number
+
+
+class Counts(click.ParamType):
+    """Counts separated by commas: 16,32,64 or 50k,100k."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(sorted({Count().convert(part.strip(), param, ctx) for part in value.split(",")}))
+
+
+class Setting(click.ParamType):
+    """NAME=VALUE."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        if not equals or not name:
+            self.fail(f"{value!r} is not of the form NAME=VALUE, as in learning_rate=1e-3", param, ctx)
+        return name, text
+
+
+FOLDER = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+protocol_option = click.option(
+    "--protocol", metavar="NAME|FILE.toml", help=f"The task. [default: {DEFAULT_PROTOCOL}; the paper's: imagenet-256]"
+)
+
+_run_options = (
+    click.option("--backbone", required=True, metavar="NAME", help="A name of `harness list backbones`."),
+    protocol_option,
+    click.option("--steps", type=Count(), help="Training steps, as in 800 or 400k. [default: the protocol's]"),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+    click.option("--data", type=FOLDER, metavar="PATH", help="Where the data set is, if the protocol needs one."),
+    click.option("--framework", type=click.Choice(["torch", "jax"]), default="torch", show_default=True),
+    click.option(
+        "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE",
+        help="Override an item of the training recipe, as in --set learning_rate=3e-4 (repeatable; see `harness plan`).",
+    ),
+    click.option(
+        "--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+        help="auto measures once which is faster, when the run is created.",
+    ),
+    click.option("--micro-batch", type=Count(), help="Images a forward pass. [default: what fits free memory]"),
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: cuda if there is one]"),
+    click.option("--gradient-checkpointing", is_flag=True, help="Less memory for one more forward pass."),
+    click.option("--out", type=FOLDER, metavar="DIR", help="Folder of the run. [default: runs/NAME]"),
+)  # fmt: skip
+
+_sampling_options = (
+    click.option("--sampling-steps", type=Counts(), metavar="N,N,...", help="One sample set each. [protocol's]"),
+    click.option("--samples", type=Count(), help="Number of samples N. [default: the protocol's]"),
+    click.option("--sampler", metavar="NAME", help="A name of `harness list samplers`. [default: the protocol's]"),
+    click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's share of fresh noise."),
+    click.option("--cfg", "guidance_scale", type=float, metavar="SCALE", help="Classifier-free guidance; 1 = none."),
+    click.option("--guidance-channels", metavar="first-3|all", help="Which channels are guided."),
+    click.option("--labels", "label_policy", metavar="random|balanced", help="How labels of samples are drawn."),
+    click.option("--sampling-seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the samples. [default: 0]"),
+    click.option(
+        "--sampling-precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+        help="Arithmetic of the network while sampling.",
+    ),
+)  # fmt: skip
+
+
+def run_options(function):
+    """The options that define a run."""
+    return _apply(function, _run_options)
+
+
+def sampling_options(function):
+    """The options that define a sample set."""
+    return _apply(function, _sampling_options)
+
+
+def _apply(function, options):
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def settings_of(pairs: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """--set pairs as a dictionary; the same name twice is refused."""
+    settings = dict(pairs)
+    if len(settings) != len(pairs):
+        raise Refusal("--set names the same item twice; give each once")
+    return settings

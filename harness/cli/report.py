@@ -1,0 +1,87 @@
+"""`harness report`: tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import click
+
+from harness import runs
+from harness.cli.options import FOLDER
+from results.records import Record
+
+CELL_WIDTH = 19  # of one row's column on the terminal
+
+
+@click.command("report")
+@click.option("--results", type=FOLDER, multiple=True, metavar="DIR", help="Runs, or folders of runs. [default: runs/]")
+@click.option("--out", type=FOLDER, metavar="DIR", help="Where to write. [default: runs/report/]")
+@click.option("--protocol", metavar="NAME", help="Only this protocol's own table and curve. [default: every one]")
+def command(results: tuple[Path, ...], out: Path | None, protocol: str | None) -> None:
+    """Write the paper's tables and figures, with your own models in them, from published and measured records."""
+    paths = results or ((runs.RUNS,) if runs.RUNS.exists() else ())
+    show(paths, out or runs.RUNS / "report", protocol=protocol)
+
+
+def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only: Path | None = None) -> None:
+    """Write the report of `paths` to `out`, name what could not be used, and print the measured rows.
+
+    `only` narrows the printed rows to the records below that folder.
+    """
+    from reports.report import write_report
+    from results.store import find_record_files, load
+
+    summary = write_report(paths, out, protocol=protocol)
+    for problem in summary.problems:
+        click.echo(f"harness: {problem}", err=True)
+    for conflict in summary.conflicts:
+        click.echo(f"harness: {conflict}", err=True)
+    print_records(load(find_record_files([only] if only else paths)).records)
+    shown = [
+        path
+        for path in summary.files
+        if path.suffix == ".png" or path.name.startswith("table-") and path.suffix == ".md"
+    ]
+    for path in shown:
+        click.echo(f"  {path}")
+    click.echo(f"{len(summary.files)} files in {out}")
+    if only is not None:
+        for grid in sorted(only.glob("samples/*/grid.png")):
+            click.echo(f"  {grid}")
+
+
+def print_records(records: Iterable[Record]) -> None:
+    """The records as tables on the terminal: what all rows share above, a column for each row below."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from reports.rows import console_table
+
+    rows = console_table(records)
+    if not rows:
+        click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
+        return
+    console = Console()
+    shared = {
+        title: rows[0][title]
+        for title in rows[0]
+        if len({row[title] for row in rows}) == 1 and "\u2191" not in title and "\u2193" not in title
+    }
+    varying = [title for title in rows[0] if title not in shared]
+    console.print(
+        "  ".join(
+            f"[bold]{escape(text)}[/]" if title == "System" else f"{title} {escape(text)}"
+            for title, text in shared.items()
+        )
+    )
+    columns = max(1, (console.width - 20) // CELL_WIDTH)
+    for start in range(0, len(rows), columns):
+        table = Table(show_header=False)
+        for title in varying:
+            # An interval goes under its value, so that the columns stay narrow.
+            table.add_row(
+                escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
+            )
+        console.print(table)

@@ -1,0 +1,107 @@
+"""`harness run`: the main job, end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness import runs, stages
+from harness.cli import plan as plan_command
+from harness.cli.options import Counts, run_options, sampling_options
+from harness.errors import Refusal
+from harness.planning import Request, plan
+from harness.runs import Run
+from harness.stages import Workshop
+
+
+@click.command("run")
+@run_options
+@sampling_options
+@click.option("--evaluate-at", type=Counts(), metavar="N,N,...", help="Also sample and evaluate after so many steps.")
+@click.option("--fork", type=click.Path(path_type=Path), metavar="RUN", help="Begin from that run's newest checkpoint.")
+@click.option("--sampling-batch", type=click.IntRange(1), help="Images a forward pass while sampling.")
+def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, **options: Any) -> None:
+    """Train a backbone, sample it, evaluate the samples and write the report.
+
+    Killed at any instant, the same command continues; with more --steps it goes on from where it was. Example:
+
+        harness run --backbone dit-xl-2 --steps 400k
+    """
+    request, workshop = prepare(options)
+    with runs.locked(workshop.folder):
+        run = begin(workshop, options)
+        marks = sorted({step for step in evaluate_at or () if step < request.recipe.steps} | {request.recipe.steps})
+        for step in marks:
+            workshop.train(step)
+            for steps in request.sampling.steps:
+                path = stages.draw(
+                    run, request, step, steps, precision=options["sampling_precision"], batch=sampling_batch
+                )
+                cache = run.folder.parent / stages.CACHE
+                stages.judge(path, request.protocol, workshop.data, run.records, cache=cache)
+    finish(run, request)
+
+
+def prepare(options: dict[str, Any]) -> tuple[Request, Workshop]:
+    """Print the plan; refuse with what is missing; read the data and open the run's folder."""
+    request = plan_command.request_of(options)
+    costs = plan(request)
+    click.echo(plan_command.headline(request, options["protocol"] is None))
+    click.echo(plan_command.arithmetic(costs))
+    if costs["missing"]:
+        for lack in costs["missing"]:
+            click.echo(f"missing  {lack}", err=True)
+        raise Refusal(
+            f"protocol {request.protocol.name!r} cannot run here, {len(costs['missing'])} pieces are missing (above); "
+            f"this works now: harness run --backbone {request.spec.name} --protocol digits --steps {request.recipe.steps}"
+        )
+    data = stages.load_data(request.protocol.dataset, request.data)
+    folder = options["out"] or runs.RUNS / stages.run_spec(request, data).name
+    return request, Workshop(request, data, folder, lambda text: click.echo(text, err=True))
+
+
+def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
+    """The run, created if it is not there; what it has frozen is held against what was asked for."""
+    if workshop.run is None:
+        resolved, seconds = workshop.measure(
+            device=options["device"], precision=options["precision"], micro_batch=options["micro_batch"]
+        )
+        if fork := options.get("fork"):
+            workshop.fork(fork, resolved)
+        else:
+            workshop.create(resolved)
+        from harness.engines.torch import resolve
+
+        free = resolve.free_bytes(resolve.pick_device(resolved.device))
+        found = plan_command.describe(workshop.request, resolved, seconds, free)
+        click.echo(plan_command.speeds(workshop.request, found))
+    run = workshop.run
+    assert run is not None
+    frozen = run.resolved
+    asked = {
+        "precision": None if options["precision"] == "auto" else options["precision"],
+        "micro_batch": options["micro_batch"],
+        "device": options["device"],
+        "gradient_checkpointing": True if options["gradient_checkpointing"] else None,
+    }
+    for name, value in asked.items():
+        if value is not None and value != getattr(frozen, name):
+            raise Refusal(
+                f"{run.folder} was created with {name} {getattr(frozen, name)}, which is frozen because it decides bits; "
+                f"leave out --{name.replace('_', '-')}, or make another run of it with --fork {run.folder} --out NEW"
+            )
+    click.echo(
+        f"  run         {run.folder}  ({frozen.precision}, micro-batches of {frozen.micro_batch}, {frozen.device})"
+    )
+    return run
+
+
+def finish(run: Run, request: Request) -> None:
+    """Write the report of this run's neighbours and show the run's own rows."""
+    from harness.cli.report import show
+
+    out = run.folder.parent / "report" if run.folder.parent == runs.RUNS else run.folder / "report"
+    paths = [run.folder.parent] if run.folder.parent == runs.RUNS else [run.folder]
+    show(paths, out, protocol=request.protocol.name, only=run.folder)

@@ -1,0 +1,38 @@
+"""`harness train`: the first stage of run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness import runs
+from harness.cli.options import run_options
+from harness.cli.run import begin, prepare
+
+# Training needs no sampling settings; the protocol's stand in for them in the plan.
+NO_SAMPLING = dict.fromkeys(
+    (
+        "sampling_steps",
+        "samples",
+        "sampler",
+        "eta",
+        "guidance_scale",
+        "guidance_channels",
+        "label_policy",
+        "sampling_seed",
+    )
+)
+
+
+@click.command("train")
+@run_options
+@click.option("--fork", type=click.Path(path_type=Path), metavar="RUN", help="Begin from that run's newest checkpoint.")
+def command(**options: Any) -> None:
+    """Train a backbone and keep the EMA weights of the last step. The same command continues a killed run."""
+    request, workshop = prepare({**NO_SAMPLING, **options})
+    with runs.locked(workshop.folder):
+        run = begin(workshop, options)
+        workshop.train(request.recipe.steps)
+    click.echo(f"trained to step {request.recipe.steps}; next: harness sample --run {run.folder}")

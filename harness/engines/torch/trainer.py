@@ -1,0 +1,192 @@
+"""The training step in torch: AdamW, EMA, micro-batches, autocast. Everything random comes from `harness.randomness`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness import checkpoints
+from harness.data.images import ImageSet
+from harness.diffusion.schedule import Schedule
+from harness.engines.torch.loss import LossTables, training_losses
+from harness.engines.torch.resolve import autocast, honour
+from harness.errors import Refusal
+from harness.protocols import Recipe
+from harness.randomness import Purpose, permutation
+from harness.randomness import bits as words
+from harness.randomness import threefry_torch as random
+from harness.registry import objectives
+from harness.runs import Resolved
+from harness.spec import BackboneSpec
+
+EMA_RAMP_LAG = 10  # with ema_ramp the decay at step s is (1 + s) / (10 + s), as in TensorFlow's moving averages
+
+
+def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.Module:
+    """The network as it stands before step 1: its own initialisation, from torch's generator seeded by ours."""
+    high, low = (int(word) for word in words(seed, Purpose.INITIALISATION, np.zeros(1, np.int64), 0, 2)[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((high << 31 | low >> 1) & (2**63 - 1))
+        return spec.build("torch", **arguments)
+
+
+class TorchEngine:
+    """Training state of one run. Implements `harness.training.Engine`."""
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        net: torch.nn.Module,
+        *,
+        num_classes: int,
+        recipe: Recipe,
+        seed: int,
+        resolved: Resolved,
+        data: ImageSet,
+    ):
+        self.recipe, self.seed, self.resolved = recipe, seed, resolved
+        self.device = honour(resolved)
+        self.net = net.to(self.device).train()
+        self._named = dict(self.net.named_parameters())
+        self._weights = [each for each in self._named.values() if each.requires_grad]
+        self._names = [name for name, each in self._named.items() if each.requires_grad]
+        self._ema = [each.detach().clone() for each in self._weights]
+        self._optimizer = torch.optim.AdamW(
+            self._weights,
+            lr=recipe.learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self._images = torch.from_numpy(data.images)  # (N, H, W, C) uint8
+        self._labels = torch.from_numpy(data.labels)
+        self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps), self.device)
+        self._objective = objectives.get(recipe.objective)
+        self._null = spec.null_index(num_classes)
+        self._losses: list[torch.Tensor] = []
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
+        """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
+        recipe = self.recipe
+        positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the endless stream of images
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for chunk in positions.split(self.resolved.micro_batch):
+            if interrupted():
+                self._optimizer.zero_grad(set_to_none=True)
+                return False
+            total += self._accumulate(chunk)
+        rate = recipe.learning_rate * min(1.0, step / recipe.warmup_steps if recipe.warmup_steps else 1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self._weights, recipe.clip_norm, foreach=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        decay = min(recipe.ema_decay, (1 + step) / (EMA_RAMP_LAG + step)) if recipe.ema_ramp else recipe.ema_decay
+        with torch.no_grad():
+            torch._foreach_lerp_(self._ema, self._weights, 1 - decay)
+        self._losses.append(total)
+        return True
+
+    def _accumulate(self, positions: torch.Tensor) -> torch.Tensor:
+        """Gradients of one micro-batch, scaled by the global batch; its share of (mse, vb), float64."""
+        recipe, seed = self.recipe, self.seed
+        x0, y = self._batch(positions)  # (n, C, H, W) in [-1, 1], (n,)
+        positions = positions.to(self.device)
+        t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)
+        noise = random.normal(seed, Purpose.TRAINING_NOISE, positions, 0, tuple(x0.shape[1:]))
+        if self._null is not None and recipe.label_dropout:
+            dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
+            y = torch.where(dropped, self._null, y)
+        # A network's own dropout draws from torch's generator, seeded by the first image of the micro-batch.
+        word = words(seed, Purpose.NETWORK_DROPOUT, positions[:1].cpu().numpy(), 0, 1)[0, 0]
+        torch.manual_seed(int(word))
+        xt = self._tables.q_sample(x0, t, noise)
+        with autocast(self.device, self.resolved.precision):
+            output = self.net(xt, t, y)
+        mse, vb = training_losses(self._objective, self._tables, output, x0, t, noise)
+        loss = (mse + vb).sum() / recipe.batch
+        loss.backward()
+        return torch.stack([mse.detach().sum(), vb.detach().sum()]).double() / recipe.batch
+
+    def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels at `positions` of the stream: epoch after epoch, each in an order of its own."""
+        count = len(self._labels)
+        rows = np.empty(len(positions), np.int64)
+        for epoch in np.unique(positions.numpy() // count):
+            if self._epoch[0] != epoch:
+                self._epoch = (int(epoch), permutation(self.seed, Purpose.DATA_ORDER, int(epoch), count))
+            here = positions.numpy() // count == epoch
+            rows[here] = self._epoch[1][positions.numpy()[here] % count]
+        rows = torch.from_numpy(rows)
+        x0 = self._images[rows].permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
+        if self.recipe.flip:
+            flipped = random.uniform(self.seed, Purpose.FLIP, positions.to(self.device), 0) < 0.5
+            x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
+        return x0.contiguous(), self._labels[rows].to(self.device)
+
+    def drain(self) -> list[tuple[float, float]]:
+        if not self._losses:
+            return []
+        rows = torch.stack(self._losses).cpu().tolist()
+        self._losses.clear()
+        return [(mse, vb) for mse, vb in rows]
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(self._weights))).all())
+
+    def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
+        return [
+            ("model", lambda: _arrays(self.net.state_dict())),
+            ("ema", lambda: _arrays({**self.net.state_dict(), **dict(zip(self._names, self._ema, strict=True))})),
+            ("first_moment", lambda: self._moments("exp_avg")),
+            ("second_moment", lambda: self._moments("exp_avg_sq")),
+        ]
+
+    def _moments(self, key: str) -> dict[str, np.ndarray]:
+        states = [self._optimizer.state[each] for each in self._weights]
+        moments = _arrays({name: state[key] for name, state in zip(self._names, states, strict=True)})
+        return {**moments, "step": states[0]["step"].cpu().numpy().reshape(1)}
+
+    @torch.no_grad()
+    def load(self, part: str, path: Path) -> None:
+        targets = self._targets(part)
+        step = None
+        seen = set()
+        for name, array in checkpoints.tensors(path):
+            value = torch.from_numpy(array)
+            if name == "step" and part.endswith("moment"):
+                step = value.reshape(())
+                continue
+            seen.add(name)
+            if name not in targets or targets[name].shape != value.shape:
+                raise Refusal(f"{path} does not fit this network: {name} {tuple(value.shape)} is not in it")
+            targets[name].copy_(value)
+        if missing := sorted(set(targets) - seen):
+            raise Refusal(f"{path} does not fit this network: {missing[0]} is missing")
+        if step is not None:
+            for weight in self._weights:
+                self._optimizer.state[weight]["step"] = step.clone().to(self.device)
+
+    def _targets(self, part: str) -> dict[str, torch.Tensor]:
+        if part == "model":
+            return self.net.state_dict()
+        if part == "ema":
+            rest = {name: torch.empty_like(value) for name, value in self.net.state_dict().items()}
+            return {**rest, **dict(zip(self._names, self._ema, strict=True))}
+        key = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}[part]
+        for weight in self._weights:
+            self._optimizer.state[weight].setdefault(key, torch.zeros_like(weight))
+        return {
+            name: self._optimizer.state[weight][key] for name, weight in zip(self._names, self._weights, strict=True)
+        }
+
+
+def _arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """CPU arrays; without a copy where the tensor is already on the CPU."""
+    return {name: value.detach().cpu().numpy() for name, value in state.items()}

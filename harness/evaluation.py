@@ -1,0 +1,178 @@
+"""The evaluation stage: from samples.npz to records.
+
+A sample set that carries its sidecar says itself what it is; one from elsewhere is measured under the name it is given.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from harness import files, registry
+from harness._version import VERSION
+from harness.data.images import ImageSet
+from harness.errors import Refusal
+from harness.planning import TRAINING_FACTOR
+from harness.progress import Bar
+from harness.protocols import Protocol
+from harness.samples import SampleSet, read_samples
+from results.records import Environment, Evaluation, Record, Sampling, Training
+
+LIBRARIES = ("torch", "numpy", "jax", "flax", "safetensors", "scikit-learn")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What made a number, as plain data: device, versions, commit of the working folder's code, time."""
+    return {
+        "device": device,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "git_commit": _commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "harness_version": VERSION,
+    }
+
+
+def evaluate(
+    path: Path,
+    protocol: Protocol,
+    data: ImageSet,
+    *,
+    cache: Path,
+    device: str = "cpu",
+    name: str | None = None,
+) -> list[Record]:
+    """Measure the sample set at `path` with the protocol's suite against the images of `data`.
+
+    `name` is the row's name for samples without a sidecar. Refused: too few samples, other shapes, other labels.
+    """
+    suite = registry.suites.get(protocol.suite)
+    samples = read_samples(path, classes=protocol.num_classes)
+    shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
+    if samples.images.shape[1:] != shape:
+        raise Refusal(
+            f"{path}: images are {samples.images.shape[1:]}, but protocol {protocol.name!r} has {shape} (H, W, C)"
+        )
+    suite.check_count(len(samples.images))
+    from evaluators.reference import build_reference
+    from evaluators.suites import evaluate_samples
+
+    bars: dict[str, Bar] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            for bar in bars.values():
+                bar.__exit__(None, None, None)
+            bars[stage] = Bar(stage, total, "images").__enter__()
+        bars[stage].advance(done - bars[stage].done)
+
+    try:
+        reference = build_reference(data.images, suite.features.load(device), cache=cache, progress=progress)
+        measurements = evaluate_samples(samples.images, reference, suite, progress=progress)
+    finally:
+        for bar in bars.values():
+            bar.__exit__(None, None, None)
+    judged = Evaluation(
+        suite=suite.name,
+        suite_version=str(suite.version),
+        features=suite.features.name,
+        features_sha256=reference.extractor.sha256,
+        reference_sha256=reference.sha256,
+    )
+    about = _about(path, samples, name)
+    return [
+        Record(
+            provenance="measured",
+            metric=each.metric,
+            value=each.value,
+            low=each.low,
+            high=each.high,
+            interval=each.interval,
+            n=each.n,
+            protocol=protocol.name,
+            protocol_version=str(protocol.version),
+            resolution=protocol.resolution,
+            dataset=protocol.dataset,
+            evaluation=judged,
+            environment=Environment(**environment(device)),
+            **about,
+        )
+        for each in measurements
+    ]
+
+
+def _about(path: Path, samples: SampleSet, name: str | None) -> dict[str, Any]:
+    """What the sidecar says of the system behind the samples, as fields of a record."""
+    sidecar = path.with_suffix(".json")
+    if not sidecar.exists():
+        sampling = Sampling(samples_sha256=samples.sha256)
+        return {"system": name or path.stem, "sampling": sampling}
+    data = files.read_json(sidecar, "sidecar")
+    try:
+        identity, run = data["identity"], data["identity"]["run"]
+        drawn, recipe, compute = identity["sampling"], run["recipe"], data["compute"]
+        return {
+            "system": name or run["backbone"],
+            "backbone": run["backbone"],
+            "kind": "denoiser",
+            "framework": run["framework"],
+            "params": compute["params"],
+            "gflops": compute["gflops"],
+            "gflops_published_input": compute["gflops_published_input"],
+            "training": Training(
+                steps=identity["training_steps"],
+                images=identity["training_steps"] * recipe["batch"],
+                gflops=compute["gflops"] * identity["training_steps"] * recipe["batch"] * TRAINING_FACTOR,
+                batch=recipe["batch"],
+                learning_rate=recipe["learning_rate"],
+                ema_decay=recipe["ema_decay"],
+                seed=run["seed"],
+                recipe_hash=files.sha256_json(recipe),
+                checkpoint_sha256=identity["checkpoint_sha256"],
+            ),
+            "sampling": Sampling(
+                sampler=drawn["sampler"],
+                steps=drawn["steps"],
+                evaluations=data["evaluations"],
+                eta=drawn["eta"] if drawn["sampler"] == "ddim" else None,
+                guidance_scale=drawn["guidance_scale"],
+                guidance_channels=drawn["guidance_channels"] if drawn["guidance_scale"] != 1 else None,
+                gflops_per_image=compute["gflops"] * data["evaluations"],
+                uint8_rule=drawn["uint8_rule"],
+                label_policy=drawn["label_policy"],
+                precision=drawn["precision"],
+                seed=drawn["seed"],
+                samples_sha256=samples.sha256,
+            ),
+        }
+    except (KeyError, TypeError) as error:
+        raise Refusal(
+            f"{sidecar} does not say how the samples were made ({error}); give --name and move it away"
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, "+" behind it if files differ; None when installed."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,91 @@
+"""Files that are either whole or not there: written under another name, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Failure, Refusal
+
+PARTIAL = ".partial"  # ending of a name that is not final yet
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as JSON under `path`, atomically."""
+    write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` under `path`, atomically."""
+    partial = path.with_name(path.name + PARTIAL)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON document at `path`; `what` names it in the refusal when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal(f"{what} {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise Refusal(f"{what} {path} is not valid JSON ({error}); it may have been edited or cut") from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename in `path` last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of `path` last through a power cut."""
+    sync_folder(path)  # the same two calls serve a file
+
+
+def sha256_file(path: Path) -> str:
+    """Content hash of a file, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(data: Any) -> str:
+    """Hash of plain data, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder that is ours, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system says about writing `path` into one line: disk full, no permission, and the like."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Failure(
+                f"the disk is full, {path} could not be written; free some space and repeat the command"
+            ) from error
+        raise Failure(f"{path} could not be written: {error.strerror or error}") from error

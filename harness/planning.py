@@ -1,0 +1,184 @@
+"""What is asked for, whether it can be had, and what it would cost: before anything expensive begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import registry
+from harness.errors import Refusal
+from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
+from harness.runs import Run, build_arguments
+from harness.spec import BackboneSpec, Compute
+
+TRAINING_FACTOR = 3  # forward and backward: the backward pass taken as two forward passes (DiT sec. 5)
+CHECKPOINT_BYTES = 16  # a parameter: weight, EMA, two moments in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A run as it was asked for, all names resolved and every default filled in."""
+
+    spec: BackboneSpec
+    protocol: Protocol
+    recipe: Recipe
+    sampling: Sampling
+    samples: int
+    seed: int
+    framework: str
+    data: Path | None
+    arguments: dict[str, Any]  # of the builder
+    compute: Compute
+
+    @property
+    def gflops_step(self) -> float:
+        """Training compute of one optimiser step."""
+        return self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+
+    def gflops_image(self, sampler_steps: int) -> float:
+        """Sampling compute of one image; guidance doubles it."""
+        return self.compute.gflops * sampler_steps * (2 if self.sampling.guidance_scale != 1 else 1)
+
+
+def make_request(
+    *,
+    backbone: str,
+    protocol: str,
+    steps: int | None = None,
+    seed: int = 0,
+    framework: str = "torch",
+    data: Path | None = None,
+    settings: dict[str, str] | None = None,
+    sampling: dict[str, Any] | None = None,
+    samples: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> Request:
+    """Resolve names and fill in defaults; whatever does not fit together is refused. Imports no framework."""
+    task = get_protocol(protocol)
+    recipe = override(task.recipe, {**(settings or {}), **({"steps": steps} if steps else {})})
+    return resolve_request(
+        backbone, task, recipe, seed=seed, framework=framework, data=data, sampling=sampling, samples=samples,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+
+
+def request_of_run(run: Run, *, sampling: dict[str, Any], samples: int | None = None) -> Request:
+    """The request behind an existing run, with sampling settings laid over its protocol's."""
+    return resolve_request(
+        run.backbone, run.protocol, run.recipe, seed=run.seed, framework=run.framework, data=None, sampling=sampling,
+        samples=samples, gradient_checkpointing=run.resolved.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def resolve_request(
+    backbone: str,
+    task: Protocol,
+    recipe: Recipe,
+    *,
+    seed: int,
+    framework: str,
+    data: Path | None,
+    sampling: dict[str, Any] | None,
+    samples: int | None,
+    gradient_checkpointing: bool,
+) -> Request:
+    """Hold backbone, task, recipe and sampling settings against each other."""
+    spec = registry.backbones.get(backbone)
+    if spec.kind != "denoiser":
+        raise Refusal(f"backbone {backbone!r} is a {spec.kind}; this version trains and samples denoisers")
+    if framework == "jax" or framework not in spec.builders:
+        raise Refusal(
+            f"--framework {framework} has no engine in this version for {backbone!r}; use --framework {next(iter(spec.builders))}"
+        )
+    drawing = override(task.sampling, {name: value for name, value in (sampling or {}).items() if value is not None})
+    registry.samplers.get(drawing.sampler)
+    objective = registry.objectives.get(recipe.objective)
+    if max(drawing.steps) > recipe.diffusion_steps:
+        raise Refusal(
+            f"{max(drawing.steps)} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
+        )
+    if drawing.guidance_scale != 1 and spec.null_label is None:
+        raise Refusal(
+            f"backbone {backbone!r} has no null label, so classifier-free guidance cannot be had; leave out --cfg"
+        )
+    if drawing.guidance_scale != 1 and recipe.label_dropout == 0:
+        raise Refusal("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
+    arguments = build_arguments(spec, task, objective.out_channels(task.in_channels))
+    if gradient_checkpointing:
+        if "gradient_checkpointing" not in spec.defaults:
+            raise Refusal(f"backbone {backbone!r} has no gradient checkpointing; leave out --gradient-checkpointing")
+        arguments["gradient_checkpointing"] = True
+    return Request(
+        spec=spec, protocol=task, recipe=recipe, sampling=drawing, samples=samples or task.samples, seed=seed,
+        framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
+    )  # fmt: skip
+
+
+def missing(request: Request) -> list[str]:
+    """What this machine lacks for the whole of the request, each with its fix, before any work is done."""
+    task, lacks = request.protocol, []
+    if task.dataset not in registry.datasets:
+        lacks.append(f"data set {task.dataset!r}: no reader of that name is installed (see `harness list datasets`)")
+    elif registry.datasets.get(task.dataset).needs_folder and request.data is None:
+        lacks.append(f"data set {task.dataset!r}: name its place with --data PATH")
+    elif request.data is not None and not request.data.exists():
+        lacks.append(f"data set {task.dataset!r}: {request.data} does not exist")
+    if task.space == "latents":
+        lacks.append(f"decoder: protocol {task.name!r} works in the latents of a VAE, which this version cannot decode")
+    if task.suite not in registry.suites:
+        lacks.append(f"suite {task.suite!r}: not installed (see `harness list suites`)")
+    else:
+        suite = registry.suites.get(task.suite)
+        short = [each for each in suite.metrics if request.samples < each.minimum]
+        if short:
+            lacks.append(
+                f"samples: {short[0].key} needs at least {short[0].minimum}, and {request.samples} are asked for"
+            )
+    return lacks
+
+
+def published_input_gflops(request: Request) -> float | None:
+    """Gflops at the backbone's own default input (the paper's), where that differs from the protocol's."""
+    defaults = request.spec.arguments()
+    here = {name: defaults.get(name) for name in ("input_size", "in_channels")}
+    if here == {name: request.arguments.get(name) for name in here}:
+        return None
+    return request.spec.count().gflops
+
+
+def plan(request: Request) -> dict[str, Any]:
+    """The costs that follow from arithmetic alone, JSON-ready. Speeds and memory are added by who measures them."""
+    compute, recipe, sampling = request.compute, request.recipe, request.sampling
+    images = recipe.steps * recipe.batch
+    return {
+        "backbone": request.spec.name,
+        "protocol": request.protocol.name,
+        "input": f"{request.protocol.input_size}x{request.protocol.input_size}x{request.protocol.in_channels}",
+        "params": compute.params,
+        "gflops": compute.gflops,
+        "gflops_source": compute.source,
+        "gflops_published_input": published_input_gflops(request),
+        "training": {
+            "steps": recipe.steps,
+            "batch": recipe.batch,
+            "images": images,
+            "gflops": compute.gflops * images * TRAINING_FACTOR,
+        },
+        "sampling": [
+            {
+                "sampler": sampling.sampler,
+                "steps": steps,
+                "guidance_scale": sampling.guidance_scale,
+                "gflops_per_image": request.gflops_image(steps),
+                "gflops": request.gflops_image(steps) * request.samples,
+            }
+            for steps in sampling.steps
+        ],
+        "samples": request.samples,
+        "disk_bytes": 2 * CHECKPOINT_BYTES * compute.params
+        + len(sampling.steps) * request.samples * request.protocol.resolution**2 * request.protocol.image_channels,
+        "recipe": dataclasses.asdict(recipe),
+        "missing": missing(request),
+    }

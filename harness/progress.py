@@ -1,0 +1,71 @@
+"""One progress bar for everything that takes more than two seconds: share done, speed, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+QUIET_SECONDS = 30.0  # between lines where there is no terminal to draw on
+
+
+class Bar:
+    """A bar on stderr; without a terminal, a line every 30 seconds. `unit` is what `advance` counts."""
+
+    def __init__(self, title: str, total: int, unit: str = "", done: int = 0):
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._first = done
+        self._note = ""
+        self._bar = None
+        self._begin = self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"), TimeRemainingColumn(elapsed_when_finished=True),
+                console=Console(stderr=True), speed_estimate_period=120, refresh_per_second=4,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="")
+        return self
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """`count` more units are done; `note` stands beside the bar until the next one."""
+        self.done += count
+        self._note = self._note if note is None else note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=self._note or f"{self.rate:.1f} {self.unit}/s")
+        elif time.monotonic() - self._said > QUIET_SECONDS:
+            self._said = time.monotonic()
+            left = (self.total - self.done) / self.rate if self.rate else float("inf")
+            text = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._note}  {duration(left)} left"
+            print(" ".join(text.split()), file=sys.stderr, flush=True)  # noqa: T201
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the bar began."""
+        return (self.done - self._first) / max(time.monotonic() - self._begin, 1e-9)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 20 s, 5 h 10 min, 12 days, 3.4 years."""
+    if seconds != seconds or seconds == float("inf"):
+        return "unknown time"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if seconds < 86400 * 2:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+    if seconds < 86400 * 730:
+        return f"{seconds / 86400:.1f} days"
+    return f"{seconds / (86400 * 365.25):.1f} years"

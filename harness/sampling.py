@@ -1,0 +1,166 @@
+"""The sampling stage: from a snapshot of a run to samples.npz with its sidecar.
+
+Work is kept shard by shard, so a killed process repeats at most one shard, and the same command ends with the same
+bytes. Image i depends on checkpoint, settings, seed and i alone; the batch it is drawn in is recorded because it can
+move the last bits of float32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from harness import checkpoints, files
+from harness.errors import Refusal
+from harness.progress import Bar
+from harness.protocols import Sampling
+from harness.randomness import Purpose, integers
+from harness.runs import Run
+from harness.samples import write_samples
+
+SCHEMA = 1
+BATCH = 128
+SHARD_GFLOPS = 500_000.0  # on a CPU a shard should be minutes, not hours, of work
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One sample set of a run: the snapshot of `step`, `sampling` with `steps` sampler steps, `count` images."""
+
+    step: int
+    sampling: Sampling
+    steps: int
+    count: int
+    precision: str
+    batch: int
+    checkpoint_sha256: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sampling settings as plain data, with the one number of steps."""
+        return {**dataclasses.asdict(self.sampling), "steps": self.steps, "precision": self.precision}
+
+    def identity(self, run: Run) -> dict[str, Any]:
+        """Everything that decides the bytes of the images."""
+        return {
+            "run": run.identity,
+            "training_steps": self.step,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "sampling": self.settings,
+            "count": self.count,
+            "batch": self.batch,
+        }
+
+    def name(self, run: Run) -> str:
+        """Folder name below RUN/samples: readable, and unique through a part of the identity's hash."""
+        guidance = f"-cfg{self.sampling.guidance_scale:g}" if self.sampling.guidance_scale != 1 else ""
+        short = files.sha256_json(self.identity(run))[:8]
+        return f"step{self.step}-{self.sampling.sampler}{self.steps}{guidance}-n{self.count}-{short}"
+
+
+class Sampler(Protocol):
+    """What a framework provides."""
+
+    evaluations: int  # true network evaluations an image
+
+    def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None]) -> np.ndarray:
+        """Images (N, H, W, C) uint8 of the indices; `advance` is called after each sampler step."""
+
+
+def default_batch(gflops_per_image: float, device: str) -> int:
+    """Images a forward pass while sampling."""
+    if not device.startswith("cpu"):
+        return BATCH
+    return max(1, min(BATCH, int(SHARD_GFLOPS / max(gflops_per_image, 1e-9))))
+
+
+def labels_of(policy: str, seed: int, count: int, num_classes: int) -> np.ndarray:
+    """Labels of samples 0 ... count-1, int64: "random" draws each uniformly, "balanced" goes round the classes."""
+    index = np.arange(count, dtype=np.int64)
+    if policy == "balanced":
+        return index % num_classes
+    return integers(seed, Purpose.SAMPLE_LABEL, index, 0, num_classes)
+
+
+def request(
+    run: Run, step: int, sampling: Sampling, steps: int, count: int, precision: str, batch: int
+) -> SampleRequest:
+    """A request for the snapshot of `step`, whose hash it carries; a missing snapshot is refused."""
+    snapshots = run.snapshots()
+    if step not in snapshots:
+        have = ", ".join(map(str, snapshots)) or "none yet"
+        raise Refusal(f"{run.folder} has no snapshot of step {step} (it has: {have}); train to it with --steps {step}")
+    snapshot = checkpoints.verify(run.snapshot(step))
+    return SampleRequest(
+        step=step, sampling=sampling, steps=steps, count=count, precision=precision, batch=batch,
+        checkpoint_sha256=snapshot.sha256("ema"),
+    )  # fmt: skip
+
+
+def sample(run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any]) -> Path:
+    """Draw the sample set, or find it drawn; returns the path of its samples.npz.
+
+    `sidecar` is what a later reader should know beside the identity: parameters, Gflops, environment.
+    """
+    folder = run.folder / "samples" / wanted.name(run)
+    target = folder / "samples.npz"
+    identity = wanted.identity(run)
+    if target.with_suffix(".json").exists() and target.exists():
+        if files.read_json(target.with_suffix(".json"), "sidecar").get("identity") == identity:
+            return target
+        raise Refusal(f"{folder} holds other samples than its name says; move it away")
+    shards = folder / "shards"
+    labels = labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, run.protocol.num_classes)
+    with files.explained(folder):
+        shards.mkdir(parents=True, exist_ok=True)
+    starts = range(0, wanted.count, wanted.batch)
+    missing = [start for start in starts if not _whole(_shard(shards, start), min(wanted.batch, wanted.count - start))]
+    sampler = make_sampler()
+    total, done = len(starts) * wanted.steps, (len(starts) - len(missing)) * wanted.steps
+    title = f"sample {wanted.sampling.sampler}-{wanted.steps}"
+    with Bar(title, total, "steps", done) as bar:
+        for start in missing:
+            index = np.arange(start, min(start + wanted.batch, wanted.count), dtype=np.int64)
+            note = f"image {start + len(index)} of {wanted.count}"
+            images = sampler.draw(index, labels[index], lambda note=note: bar.advance(1, note))
+            _save(_shard(shards, start), images)
+    data = {
+        "schema": SCHEMA,
+        "identity": identity,
+        "evaluations": sampler.evaluations,
+        **sidecar,
+    }
+    write_samples(target, _load(shards, starts), labels, data)
+    files.remove(shards)
+    return target
+
+
+def _shard(folder: Path, start: int) -> Path:
+    return folder / f"shard-{start:08d}.npy"
+
+
+def _save(path: Path, images: np.ndarray) -> None:
+    partial = path.with_name(path.name + files.PARTIAL)
+    with files.explained(path):
+        with partial.open("wb") as file:
+            np.save(file, images, allow_pickle=False)
+        files.sync_file(partial)
+        partial.replace(path)
+
+
+def _whole(path: Path, count: int) -> bool:
+    """Whether the shard is there and complete; a damaged one is drawn again."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).shape[0] == count
+    except (OSError, ValueError):
+        return False
+
+
+def _load(folder: Path, starts: range) -> Iterator[np.ndarray]:
+    for start in starts:
+        yield np.load(_shard(folder, start), allow_pickle=False)

@@ -1,0 +1,235 @@
+"""The stages of a run on this machine: create or open it, train, sample, evaluate. What is done is not repeated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import checkpoints, evaluation, files, registry, runs, sampling, training
+from harness.data.images import ImageSet
+from harness.errors import Refusal
+from harness.planning import Request, published_input_gflops
+from harness.protocols import Protocol
+from harness.runs import Resolved, Run, RunSpec
+from results.records import Record
+from results.store import append, load
+
+CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
+
+Say = Callable[[str], None]
+
+
+def load_data(name: str, data: Path | None) -> ImageSet:
+    """The images of the protocol's data set."""
+    return registry.datasets.get(name).load(data)
+
+
+def run_spec(request: Request, data: ImageSet) -> RunSpec:
+    """The identity of the run that `request` asks for."""
+    return RunSpec(
+        backbone=request.spec.name,
+        protocol=request.protocol,
+        recipe=request.recipe,
+        seed=request.seed,
+        framework=request.framework,
+        dataset_sha256=data.sha256,
+    )
+
+
+def check_labels(data: ImageSet, num_classes: int) -> None:
+    """A label outside the classes is refused before anything is trained on it."""
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= num_classes:
+        bad = low if low < 0 else high
+        raise Refusal(f"data set {data.name!r} has label {bad}, but the protocol has classes 0 to {num_classes - 1}")
+
+
+def check_images(data: ImageSet, request: Request) -> None:
+    """Images of another size than the protocol's are refused."""
+    task = request.protocol
+    shape = (task.resolution, task.resolution, task.image_channels)
+    if data.images.shape[1:] != shape:
+        raise Refusal(
+            f"data set {data.name!r} has images {data.images.shape[1:]}, protocol {task.name!r} wants {shape} (H, W, C)"
+        )
+
+
+class Workshop:
+    """A run and the network it needs, made once and only when a stage needs them."""
+
+    def __init__(self, request: Request, data: ImageSet, folder: Path, say: Say):
+        self.request, self.data, self.folder, self.say = request, data, folder, say
+        self.spec = run_spec(request, data)
+        check_images(data, request)
+        check_labels(data, request.protocol.num_classes)
+        self.run: Run | None = runs.find(folder, self.spec)
+        self._net: Any = None
+
+    def _network(self):
+        """The network at its initialisation; handed over once, for an engine changes it."""
+        from harness.engines.torch.trainer import build
+
+        net, self._net = self._net, None
+        return build(self.request.spec, self.request.arguments, self.request.seed) if net is None else net
+
+    def measure(
+        self, *, device: str | None, precision: str, micro_batch: int | None
+    ) -> tuple[Resolved, dict[str, float]]:
+        """(Resolved, seconds an image by precision): what `create` would freeze. Builds the network."""
+        net = self._network()
+        chosen = measure_request(
+            self.request, device=device, precision=precision, micro_batch=micro_batch, say=self.say, net=net
+        )
+        self._net = net
+        return chosen
+
+    def create(self, resolved: Resolved) -> Run:
+        """Make the run's folder, with `resolved` frozen in it."""
+        self.run = runs.create(self.folder, self.spec, resolved, evaluation.environment(resolved.device_name))
+        return self.run
+
+    def fork(self, source: Path, resolved: Resolved) -> Run:
+        """Make the run from the newest checkpoint of the run in `source`, whose log it takes over."""
+        parent = runs.open_run(source)
+        checkpoint = checkpoints.newest(parent.checkpoints, self.say)
+        if checkpoint is None:
+            raise Refusal(f"--fork {source} has no checkpoint yet")
+        if parent.identity != self.spec.identity:
+            raise Refusal(
+                f"--fork {source} is another experiment: {runs.difference(parent.identity, self.spec.identity)}"
+            )
+        with files.explained(self.folder):
+            shutil.copytree(checkpoint.folder, self.folder / "checkpoints" / checkpoint.folder.name)
+            lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]
+            files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
+        self.say(f"forked from step {checkpoint.step} of {source}")
+        return self.create(resolved)
+
+    def train(self, until: int) -> None:
+        """Train to `until` steps, or do nothing if their snapshot is there."""
+        assert self.run is not None
+        if until in self.run.snapshots():
+            return
+        from harness.engines.torch.trainer import TorchEngine
+
+        request, run = self.request, self.run
+        arguments = {**request.arguments}
+        if "gradient_checkpointing" in arguments:
+            arguments["gradient_checkpointing"] = run.resolved.gradient_checkpointing
+        engine = TorchEngine(
+            request.spec,
+            self._network(),
+            num_classes=request.protocol.num_classes,
+            recipe=run.recipe,
+            seed=run.seed,
+            resolved=run.resolved,
+            data=self.data,
+        )
+        training.train(run, engine, until, gflops_step=request.gflops_step, say=self.say)
+
+
+def measure_request(
+    request: Request, *, device: str | None, precision: str, micro_batch: int | None, say: Say, net: Any = None
+) -> tuple[Resolved, dict[str, float]]:
+    """(Resolved, seconds an image by precision) on this machine. `net` is left as it was; None: one is built."""
+    from harness.compute.activations import activation_bytes
+    from harness.engines.torch import resolve
+    from harness.engines.torch.trainer import build
+
+    target = resolve.pick_device(device)
+    resolve.check_room(request.spec, request.compute.params, target)
+    say("measuring the speed of a training step ...")
+    net = build(request.spec, request.arguments, request.seed) if net is None else net
+    return resolve.resolve(
+        request.spec,
+        net.to(target),
+        request.arguments,
+        batch=request.recipe.batch,
+        device=target,
+        precision=precision,
+        micro_batch=micro_batch,
+        activation_bytes=activation_bytes(request.spec, **request.arguments),
+        gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
+    )
+
+
+def memory_bytes(request: Request, resolved: Resolved) -> int:
+    """Memory that training will take: the state, and what one micro-batch keeps for its backward pass."""
+    from harness.compute.activations import activation_bytes
+    from harness.engines.torch.resolve import state_bytes
+
+    kept = activation_bytes(request.spec, **request.arguments)
+    return state_bytes(request.compute.params, resolved.precision) + resolved.micro_batch * kept
+
+
+def draw(run: Run, request: Request, step: int, steps: int, *, precision: str, batch: int | None) -> Path:
+    """Draw one sample set of the snapshot of `step`, with a grid beside it; returns its samples.npz."""
+    from harness.engines.torch.draw import TorchSampler, load_weights
+    from harness.engines.torch.resolve import honour
+
+    gflops = request.gflops_image(steps)
+    wanted = sampling.request(
+        run, step, request.sampling, steps, request.samples, precision,
+        batch or sampling.default_batch(gflops, run.resolved.device),
+    )  # fmt: skip
+
+    def make() -> TorchSampler:
+        from harness.diffusion.schedule import Schedule
+
+        device = honour(run.resolved)
+        net = load_weights(request.spec.build("torch", **request.arguments), run.snapshot(step) / "ema.safetensors")
+        plan = registry.samplers.get(request.sampling.sampler).make(
+            Schedule.named(run.recipe.schedule, run.recipe.diffusion_steps),
+            steps,
+            registry.objectives.get(run.recipe.objective),
+            request.sampling.eta,
+            request.sampling.clip_denoised,
+        )
+        return TorchSampler(
+            request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device
+        )
+
+    sidecar = {
+        "compute": {
+            "params": request.compute.params,
+            "gflops": request.compute.gflops,
+            "gflops_published_input": published_input_gflops(request),
+        },
+        "environment": evaluation.environment(run.resolved.device_name),
+    }
+    path = sampling.sample(run, wanted, make, sidecar)
+    grid = path.with_name("grid.png")
+    if not grid.exists():
+        from harness.samples import read_samples
+        from reports.grid import write_grid
+
+        samples = read_samples(path)
+        write_grid(samples.images, samples.labels, grid)
+    return path
+
+
+def judge(
+    path: Path, protocol: Protocol, data: ImageSet, records: Path, *, cache: Path, name: str | None = None
+) -> list[Record]:
+    """Measure a sample set and append its records, or find them measured."""
+    from harness.samples import file_sha256
+
+    suite = registry.suites.get(protocol.suite)
+    digest = file_sha256(path)
+    known = [] if not records.exists() else load([records]).records
+    found = [
+        each
+        for each in known
+        if each.sampling is not None
+        and each.sampling.samples_sha256 == digest
+        and each.evaluation is not None
+        and (each.evaluation.suite, each.evaluation.suite_version) == (suite.name, str(suite.version))
+        and (name is None or each.system == name)
+    ]
+    if {each.metric for each in found} >= {metric.key for metric in suite.metrics}:
+        return found
+    measured = evaluation.evaluate(path, protocol, data, cache=cache, name=name)
+    append(records, measured)
+    return measured

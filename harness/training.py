@@ -1,0 +1,203 @@
+"""The training loop's book-keeping, the same for every framework.
+
+The engine does the arithmetic; here are the log, the checkpoints, Ctrl-C, and the promise that a run killed at any
+instant continues to the bit-identical sequence of losses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+
+from harness import checkpoints, files
+from harness.errors import Failure
+from harness.progress import Bar
+from harness.runs import Run
+
+LOST_SECONDS = 300.0  # at most this much work is lost to a kill
+CHECKPOINT_SHARE = 0.02  # of the time goes to checkpoints, 0.03 being the promise, while both can be kept
+SHORTEST_SECONDS = 2.0
+DRAIN_SECONDS = 0.5  # how long losses may stay on the device, unread
+
+
+class Engine(Protocol):
+    """What a framework provides to the loop."""
+
+    def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
+        """Do optimiser step `step` (from 1). False: interrupted before the update, nothing has changed."""
+
+    def drain(self) -> list[tuple[float, float]]:
+        """(mse, vb) of the steps since the last drain, in order."""
+
+    def finite(self) -> bool:
+        """Whether every weight is finite."""
+
+    def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
+        """The state, as named parts; "ema" is one of them."""
+
+    def load(self, part: str, path: Path) -> None:
+        """Take a part back from a safetensors file."""
+
+
+def train(run: Run, engine: Engine, until: int, *, gflops_step: float, say: Callable[[str], None]) -> None:
+    """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
+
+    `gflops_step` is the training compute of one step, for the bar. Raises KeyboardInterrupt after Ctrl-C or SIGTERM
+    and its checkpoint; Failure when a loss or a weight is not finite.
+    """
+    if until in run.snapshots():
+        return
+    checkpoint = checkpoints.newest(run.checkpoints, say)
+    done = seconds = 0
+    if checkpoint is not None:
+        if checkpoint.step > until:
+            raise Failure(
+                f"{run.folder} has been trained to step {checkpoint.step} and kept no snapshot of step {until}; "
+                f"ask for --steps {checkpoint.step} or more, or train anew with another --out"
+            )
+        for name, _ in engine.parts():
+            engine.load(name, checkpoint.part(name))
+        done, seconds = checkpoint.step, checkpoint.state["seconds"]
+        say(f"continues from the checkpoint of step {done}")
+    images = run.recipe.batch
+    with _log(run.log, done) as log, _interrupt() as interrupted, Bar("train", until, "it", done) as bar:
+        keeper = _Keeper(run, engine, log, done, seconds)
+        while keeper.done < until and not interrupted():
+            if engine.step(keeper.done + 1, interrupted):
+                keeper.stepped()
+                note = ""
+                if keeper.loss is not None:
+                    speed = (
+                        f"{bar.rate:.2f} it/s  {bar.rate * images:.0f} images/s  {bar.rate * gflops_step:.0f} Gflop/s"
+                    )
+                    note = f"loss {keeper.loss:.4f}  {speed}"
+                bar.advance(1, note)
+                if keeper.due():
+                    keeper.checkpoint()
+        keeper.checkpoint()
+    if interrupted():
+        say(f"stopped; checkpoint of step {keeper.done} is in {run.checkpoints}; the same command continues")
+        raise KeyboardInterrupt
+    keep_snapshot(run, until)
+
+
+def keep_snapshot(run: Run, step: int) -> None:
+    """Keep the EMA weights of the checkpoint of `step` for sampling: a hard link, so it costs no disk."""
+    checkpoint = checkpoints.verify(run.checkpoints / f"step-{step:08d}")
+    folder = run.snapshot(step)
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / "ema.safetensors"
+        target.unlink(missing_ok=True)
+        try:
+            os.link(checkpoint.part("ema"), target)
+        except OSError:  # a file system without hard links
+            files.write_bytes(target, checkpoint.part("ema").read_bytes())
+    entry = checkpoint.state["files"]["ema.safetensors"]
+    state = {key: checkpoint.state[key] for key in ("schema", "step", "seconds")}
+    files.write_json(folder / "state.json", {**state, "files": {"ema.safetensors": entry}})
+
+
+class _Keeper:
+    """Log and checkpoints of one stretch of training."""
+
+    def __init__(self, run: Run, engine: Engine, log: IO[str], done: int, seconds: float):
+        self.run, self.engine, self.log = run, engine, log
+        self.done = self.written = self.saved = done  # steps: trained, in the log, in a checkpoint
+        self.loss: float | None = None
+        self._seconds = seconds
+        self._cost = 0.0
+        self._began = self._drained = self._saved_at = time.monotonic()
+
+    def stepped(self) -> None:
+        self.done += 1
+        if time.monotonic() - self._drained > DRAIN_SECONDS:
+            self.drain()
+
+    def drain(self) -> None:
+        """Move losses from the device to the log; stop at one that is not finite."""
+        self._drained = time.monotonic()
+        for mse, vb in self.engine.drain():
+            step = self.written + 1
+            if not (math.isfinite(mse) and math.isfinite(vb)):
+                self._fail(f"the loss is not finite at step {step} (mse {mse}, vb {vb})")
+            self.log.write(json.dumps({"step": step, "mse": mse, "vb": vb}) + "\n")
+            self.written = step
+            self.loss = mse + vb
+
+    def due(self) -> bool:
+        """Whether work since the last checkpoint is worth its cost by now, or too much to lose."""
+        wait = min(LOST_SECONDS, max(SHORTEST_SECONDS, self._cost / CHECKPOINT_SHARE))
+        return time.monotonic() - self._saved_at >= wait
+
+    def checkpoint(self) -> None:
+        self.drain()
+        if self.saved == self.done:
+            return
+        if not self.engine.finite():
+            self._fail(f"a weight is not finite after step {self.done}")
+        begin = time.monotonic()
+        with files.explained(self.run.log):
+            self.log.flush()
+            os.fsync(self.log.fileno())  # the log never lags behind a checkpoint
+        state = {"seconds": self._seconds + begin - self._began}
+        checkpoints.write(self.run.checkpoints, self.done, self.engine.parts(), state)
+        self.saved = self.done
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - begin
+
+    def _fail(self, what: str) -> None:
+        self.log.flush()
+        good = f"the last good checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
+        raise Failure(
+            f"{what}; {good} in {self.run.checkpoints}. Try a lower learning rate (--set learning_rate=...), "
+            "--set clip_norm=1, or --precision float32, with another --out"
+        )
+
+
+@contextmanager
+def _log(path: Path, done: int) -> Iterator[IO[str]]:
+    """The log, cut to the first `done` steps, open for appending."""
+    with files.explained(path):
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)[:done]
+            if not (path.is_file() and sum(map(len, lines)) == path.stat().st_size):
+                files.write_bytes(path, b"".join(lines))
+        elif done == 0:
+            path.touch()
+        with path.open("a", encoding="ascii") as file:
+            yield file
+
+
+@contextmanager
+def _interrupt() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a question the loop asks; a second Ctrl-C stops at once."""
+    asked = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("stopping: writing a checkpoint (once more to stop at once)", file=sys.stderr, flush=True)  # noqa: T201
+
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

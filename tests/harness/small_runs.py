@@ -1,0 +1,33 @@
+"""Small real runs for the tests: real digits, a small DiT, seconds on one core."""
+
+from pathlib import Path
+
+import torch
+
+from harness.data.digits import load
+from harness.planning import make_request
+from harness.runs import Resolved, create, find, locked
+from harness.stages import Workshop
+
+SETTINGS = {"batch": "24", "learning_rate": "1e-3", "ema_decay": "0.9"}
+
+
+def request(backbone="dit-xs-4", steps=12, seed=0, settings=None, **options):
+    return make_request(
+        backbone=backbone, protocol="digits", steps=steps, seed=seed, settings={**SETTINGS, **(settings or {})}, **options
+    )
+
+
+def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32"):
+    """A run in `folder`, created if it is not there, with everything that would be measured fixed."""
+    shop = Workshop(wanted or request(), load(), folder, lambda text: None)
+    if shop.run is None:
+        resolved = Resolved(
+            device="cpu", device_name="test", precision=precision, micro_batch=micro_batch,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        shop.create(resolved)
+    return shop
+
+
+__all__ = ["create", "find", "locked", "request", "workshop"]

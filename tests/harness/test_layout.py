@@ -1,0 +1,98 @@
+"""Who may import whom, and what is packaged: held against the tree."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("harness", "backbones", "evaluators", "results", "reports")
+HEAVY = {"torch", "jax", "flax", "tensorflow", "diffusers", "sklearn", "pandas", "matplotlib", "seaborn", "fvcore"}
+
+
+def sources(room):
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path):
+    """Top-level names that a file imports anywhere, and the dotted modules."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module)
+    return found
+
+
+def loaded_by(module):
+    code = f"import sys, {module}; print(' '.join(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_the_package_list_is_the_tree():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    holding = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".toml", ".csv")}
+    found = sorted(".".join(folder.relative_to(ROOT).parts) for folder in holding if "__pycache__" not in folder.parts)
+    assert sorted(listed) == sorted({*found, "results.measured"})
+
+
+@pytest.mark.parametrize("room", ["evaluators"])
+def test_evaluators_import_no_backbone_and_no_engine(room):
+    for path in sources(room):
+        for name in imports(path):
+            assert not name.startswith(("backbones", "harness.engines", "harness.cli")), f"{path}: {name}"
+
+
+def test_reports_import_no_network_framework():
+    for path in sources("reports"):
+        tops = {name.partition(".")[0] for name in imports(path)}
+        assert not tops & {"torch", "jax", "flax", "tensorflow"}, path
+
+
+def test_nobody_imports_the_command_line():
+    for room in ROOMS:
+        for path in sources(room):
+            if path.is_relative_to(ROOT / "harness" / "cli") or path.name == "__main__.py":
+                continue
+            assert not any(name.startswith("harness.cli") for name in imports(path)), path
+
+
+def test_results_need_only_the_standard_library():
+    allowed = set(sys.stdlib_module_names) | {"results", "harness", "numpy"}
+    for path in sources("results"):
+        assert {name.partition(".")[0] for name in imports(path)} <= allowed, path
+
+
+def test_specs_need_only_the_standard_library():
+    allowed = set(sys.stdlib_module_names) | {"harness", "backbones"}
+    for path in sorted((ROOT / "backbones").glob("*/spec.py")):
+        assert {name.partition(".")[0] for name in imports(path)} <= allowed, path
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["harness", "harness.registry", "harness.spec", "harness.protocols", "harness.compute", "harness.planning"]
+    + ["harness.diffusion.samplers", "harness.data", "evaluators.suites", "evaluators.features", "results.records"]
+    + ["results.store", "reports", "reports.report", "backbones.dit.spec", "harness.cli"],
+)
+def test_light_modules_load_nothing_heavy(module):
+    assert not loaded_by(module) & HEAVY
+
+
+def test_a_model_file_needs_one_framework():
+    for path in sorted((ROOT / "backbones").glob("*/*_model.py")):
+        tops = {name.partition(".")[0] for name in imports(path)}
+        assert len(tops & {"torch", "jax"}) == 1, path
+
+
+def test_source_is_ascii_and_names_no_machine():
+    for room in (*ROOMS, "tests", "benchmarks"):
+        for path in sources(room):
+            text = path.read_bytes()
+            assert text.isascii(), path
+            assert b"/ro" + b"ot/" not in text and b"/wo" + b"rk/" not in text, path

@@ -1,0 +1,232 @@
+"""The trainer on real digits: resume to the bit, exact accumulation, recipe items, guards."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from harness import checkpoints, training
+from harness.engines.torch import trainer as torch_trainer
+from harness.errors import Failure, Refusal
+from harness.runs import find
+
+from small_runs import request, workshop
+
+
+def losses(shop):
+    return [json.loads(line) for line in shop.run.log.read_text().splitlines()]
+
+
+def weights(shop, step):
+    return load_file(shop.run.snapshot(step) / "ema.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    shop = workshop(tmp_path_factory.mktemp("whole") / "run", request(steps=12))
+    shop.train(12)
+    return shop
+
+
+def test_the_log_has_every_step_and_training_learns(whole):
+    rows = losses(whole)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(math.isfinite(row["mse"]) and math.isfinite(row["vb"]) for row in rows)
+    # adaLN-Zero starts with output 0, so the first loss is the mean square of the noise.
+    assert rows[0]["mse"] == pytest.approx(1.0, abs=0.15)
+    assert rows[-1]["mse"] < rows[0]["mse"]
+
+
+def test_stopping_and_resuming_changes_no_bit(whole, tmp_path):
+    for until in (3, 4, 9, 12):  # a new process's worth of objects each time
+        workshop(tmp_path / "run", request(steps=12)).train(until)
+    resumed = workshop(tmp_path / "run", request(steps=12))
+    assert resumed.run.log.read_bytes() == whole.run.log.read_bytes()
+    one, other = weights(whole, 12), weights(resumed, 12)
+    assert one.keys() == other.keys() and len(one) > 50
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert resumed.run.snapshots() == [3, 4, 9, 12]
+
+
+def test_a_log_longer_than_the_checkpoint_is_cut(whole, tmp_path):
+    shop = workshop(tmp_path / "run", request(steps=12))
+    shop.train(5)
+    with shop.run.log.open("a") as file:  # what a killed process had logged after its last checkpoint
+        file.write('{"step": 6, "mse": 9.0, "vb": 9.0}\n{"step": 7, "ms')
+    workshop(tmp_path / "run", request(steps=12)).train(12)
+    assert shop.run.log.read_bytes() == whole.run.log.read_bytes()
+
+
+def test_micro_batches_add_up_to_the_batch(whole, tmp_path):
+    shop = workshop(tmp_path / "run", request(steps=12), micro_batch=7)  # 24 = 7 + 7 + 7 + 3
+    shop.train(12)
+    for row, other in zip(losses(shop), losses(whole), strict=True):
+        assert row["mse"] == pytest.approx(other["mse"], rel=2e-4)
+        assert row["vb"] == pytest.approx(other["vb"], rel=2e-3, abs=1e-5)
+    assert losses(shop)[0]["mse"] == pytest.approx(losses(whole)[0]["mse"], rel=1e-6)
+
+
+def test_another_seed_is_another_sequence(whole, tmp_path):
+    shop = workshop(tmp_path / "run", request(steps=2, seed=1))
+    shop.train(2)
+    assert losses(shop)[0]["mse"] != losses(whole)[0]["mse"]
+
+
+def test_gradient_checkpointing_changes_no_bit(whole, tmp_path):
+    wanted = request(steps=12, gradient_checkpointing=True)
+    assert wanted.arguments["gradient_checkpointing"] is True
+    shop = workshop(tmp_path / "run", wanted)
+    shop.train(12)
+    assert shop.run.log.read_bytes() == whole.run.log.read_bytes()
+
+
+def test_ema_follows_the_stated_average(tmp_path):
+    """Against a per-tensor average written out here, over real steps; the ramp included."""
+    for ramp in ("false", "true"):
+        wanted = request(steps=4, settings={"ema_ramp": ramp, "ema_decay": "0.9"})
+        shop = workshop(tmp_path / ramp, wanted)
+        engine = torch_trainer.TorchEngine(
+            wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), num_classes=10, recipe=wanted.recipe,
+            seed=0, resolved=shop.run.resolved, data=shop.data,
+        )  # fmt: skip
+        expected = {name: value.detach().clone() for name, value in engine.net.state_dict().items()}
+        fixed = expected["pos_embed"].clone()
+        for step in range(1, 5):
+            engine.step(step, lambda: False)
+            decay = min(0.9, (1 + step) / (10 + step)) if ramp == "true" else 0.9
+            for name, value in engine.net.state_dict().items():
+                expected[name] = decay * expected[name] + (1 - decay) * value
+        ema = dict(engine.parts())["ema"]()
+        moved = 0
+        for name, value in expected.items():
+            assert ema[name].dtype == np.float32
+            np.testing.assert_allclose(ema[name], value.numpy(), rtol=1e-5, atol=1e-7)
+            moved += not np.array_equal(ema[name], engine.net.state_dict()[name].numpy())
+        assert moved > 20  # the average lags behind the weights, or the test shows nothing
+        assert np.array_equal(ema["pos_embed"], fixed.numpy())  # a fixed table does not drift
+
+
+def test_label_dropout_replaces_the_stated_share(monkeypatch, tmp_path):
+    seen = []
+    wanted = request(steps=40, settings={"label_dropout": "0.3"})
+    shop = workshop(tmp_path / "run", wanted)
+    net = torch_trainer.build(wanted.spec, wanted.arguments, 0)
+    forward = net.forward
+    monkeypatch.setattr(net, "forward", lambda x, t, y: (seen.append(y.clone()), forward(x, t, y))[1])
+    engine = torch_trainer.TorchEngine(
+        wanted.spec, net, num_classes=10, recipe=wanted.recipe, seed=0, resolved=shop.run.resolved, data=shop.data
+    )
+    for step in range(1, 41):
+        engine.step(step, lambda: False)
+    labels = torch.cat(seen)
+    assert labels.shape == (960,) and labels.dtype == torch.int64
+    share = (labels == 10).double().mean().item()
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 960)
+
+
+def test_every_image_is_seen_once_an_epoch(tmp_path):
+    wanted = request(steps=1, settings={"batch": "600"})
+    shop = workshop(tmp_path / "run", wanted)
+    engine = torch_trainer.TorchEngine(
+        wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), num_classes=10, recipe=wanted.recipe,
+        seed=0, resolved=shop.run.resolved, data=shop.data,
+    )  # fmt: skip
+    count = len(shop.data)
+    x, y = engine._batch(torch.arange(count + 5))  # five images into the second epoch
+    assert x.shape == (count + 5, 1, 8, 8) and x.dtype == torch.float32
+    assert x.min() == -1 and x.max() == 1
+    pixels = ((x[:count] + 1) * 127.5).round().to(torch.uint8).reshape(count, -1).numpy()
+    original = shop.data.images.reshape(count, -1)
+    assert sorted(map(bytes, pixels)) == sorted(map(bytes, original))
+    assert not np.array_equal(pixels[:5], ((x[count:] + 1) * 127.5).round().to(torch.uint8).reshape(5, -1).numpy())
+    assert np.array_equal(np.bincount(y[:count].numpy()), np.bincount(shop.data.labels))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_checkpoint(tmp_path):
+    shop = workshop(tmp_path / "run", request(steps=40))
+    shop.train(3)
+    # Rates this far off overflow within a few steps.
+    broken = workshop(tmp_path / "broken", request(steps=40, settings={"learning_rate": "1e30"}))
+    with pytest.raises(Failure, match=r"not finite (at|after) step \d+.*checkpoint.*learning_rate"):
+        broken.train(40)
+    assert broken.run.snapshots() == []
+
+
+def test_interruption_leaves_weights_untouched(tmp_path):
+    wanted = request(steps=2)
+    shop = workshop(tmp_path / "run", wanted, micro_batch=6)
+    engine = torch_trainer.TorchEngine(
+        wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), num_classes=10, recipe=wanted.recipe,
+        seed=0, resolved=shop.run.resolved, data=shop.data,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in engine.net.state_dict().items()}
+    asked = iter([False, False, True])
+    assert engine.step(1, lambda: next(asked)) is False
+    assert engine.drain() == []
+    assert all(torch.equal(before[name], value) for name, value in engine.net.state_dict().items())
+
+
+def test_the_newest_intact_checkpoint_is_taken(whole, tmp_path):
+    shop = workshop(tmp_path / "run", request(steps=12))
+    shop.train(4)
+    shop.train(8)
+    path = shop.run.checkpoints / "step-00000008" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    (shop.run.snapshot(8) / "state.json").unlink()
+    said = []
+    again = workshop(tmp_path / "run", request(steps=12))
+    again.say = said.append
+    again.train(12)
+    assert any("model.safetensors does not match its checksum" in line for line in said)
+    assert any("step 4" in line for line in said)
+    assert again.run.log.read_bytes() == whole.run.log.read_bytes()
+
+
+def test_no_intact_checkpoint_is_refused(tmp_path):
+    shop = workshop(tmp_path / "run", request(steps=12))
+    shop.train(2)
+    (shop.run.checkpoints / "step-00000002" / "ema.safetensors").unlink()
+    with pytest.raises(Refusal, match=r"no intact checkpoint.*ema.safetensors is missing"):
+        workshop(tmp_path / "run", request(steps=12)).train(12)
+
+
+def test_checkpoints_keep_two_and_leave_nothing_half_made(tmp_path):
+    tensors = {"a": np.arange(6, dtype=np.float32)}
+    for step in range(1, 5):
+        (tmp_path / f"step-{step:08d}.partial").mkdir(parents=True)
+        checkpoints.write(tmp_path, step, [("model", lambda: tensors)], {"seconds": 0.0})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert checkpoints.newest(tmp_path, print).step == 4
+
+
+def test_a_folder_of_another_run_is_refused(whole):
+    with pytest.raises(Refusal, match=r"holds another run \(seed is 0 there and 5 here\)"):
+        workshop(whole.folder, request(seed=5))
+    with pytest.raises(Refusal, match=r"recipe.learning_rate is 0.001 there and 0.002 here"):
+        workshop(whole.folder, request(settings={"learning_rate": "2e-3"}))
+    assert find(whole.folder, whole.spec).identity == whole.run.identity
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(Refusal, match="other files and no run"):
+        workshop(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_run_cannot_be_trained_backwards(whole):
+    with pytest.raises(Failure, match="kept no snapshot of step 7"):
+        workshop(whole.folder, request(steps=12)).train(7)
+
+
+def test_checkpoints_are_due_by_cost_and_by_loss(whole):
+    keeper = training._Keeper(whole.run, None, None, 0, 0.0)
+    now = keeper._saved_at
+    for cost, age, due in ((0.0, 1, False), (0.0, 3, True), (1.0, 40, False), (1.0, 60, True), (60.0, 299, False), (60.0, 301, True)):
+        keeper._cost, keeper._saved_at = cost, now - age
+        assert keeper.due() is due, (cost, age)
