@@ -1,0 +1,99 @@
+"""The share of samples that are copies of training images: the cheapest witness against a network that learnt its data
+by heart.
+
+Nearest neighbours in pixels, Euclidean. What counts as a copy is read off the training images themselves: closer to a
+training image than all but 1 % of the training images are to their own nearest neighbour. So fresh real images score
+about 1 % by construction (`EXPECTED_SHARE`), the threshold moves with data set and resolution, and an exact copy
+always counts.
+Pixels see copies, not retouched ones: a shifted or recoloured training image is not found.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluators.evidence import Evidence
+from evaluators.intervals import Estimate, block_sums
+
+EXPECTED_SHARE = 0.01
+MAX_SIDE = 32  # larger images are compared after summing boxes of pixels
+THRESHOLD_IMAGES = 2000  # so many training images, evenly spaced, are enough to place a 1 % quantile
+ROWS_PER_BLOCK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """share: of N samples at or below the threshold. is_copy: bool (N,). nearest: int64 (N,), index of the nearest
+    training image.
+    distance: float64 (N,), to that image, root mean square over the compared pixels in grey levels (0 to 255);
+    threshold: same unit.
+    """
+
+    share: float
+    is_copy: np.ndarray
+    nearest: np.ndarray
+    distance: np.ndarray
+    threshold: float
+
+
+def _rows(images: np.ndarray) -> tuple[np.ndarray, float]:
+    """Images as integer rows (N, P), and what a distance between rows must be divided by to be RMS grey levels."""
+    n, height, width, channels = images.shape
+    f = -(-max(height, width) // MAX_SIDE)
+    h, w = height // f, width // f
+    sums = np.empty((n, h * w * channels), dtype=np.uint32)  # integers, so that equal images are at exactly 0
+    for i in range(0, n, ROWS_PER_BLOCK):
+        part = images[i : i + ROWS_PER_BLOCK, : h * f, : w * f]
+        boxes = part.reshape(-1, h, f, w, f, channels)
+        sums[i : i + ROWS_PER_BLOCK] = boxes.sum(axis=(2, 4), dtype=np.uint32).reshape(len(part), -1)
+    return sums, f * f * float(np.sqrt(sums.shape[1]))
+
+
+def _nearest(x: np.ndarray, y: np.ndarray, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Index (N,) of and squared distance (N,) to the nearest row of y; own (N,): the row of y that x[i] itself is,
+    left out."""
+    index, best = np.zeros(len(x), dtype=np.int64), np.full(len(x), np.inf)
+    for j in range(0, len(y), ROWS_PER_BLOCK):
+        v = y[j : j + ROWS_PER_BLOCK].astype(np.float64)
+        v_norm = np.einsum("np,np->n", v, v)
+        for i in range(0, len(x), ROWS_PER_BLOCK):
+            rows = slice(i, i + ROWS_PER_BLOCK)
+            u = x[rows].astype(np.float64)
+            d = np.einsum("np,np->n", u, u)[:, None] + v_norm - 2.0 * (u @ v.T)  # exact: integers below 2^53
+            if own is not None:
+                mine = own[rows] - j
+                here = np.flatnonzero((mine >= 0) & (mine < len(v)))
+                d[here, mine[here]] = np.inf
+            k = d.argmin(axis=1)
+            closest = d[np.arange(len(d)), k]
+            better = closest < best[rows]
+            index[rows] = np.where(better, k + j, index[rows])
+            best[rows] = np.where(better, closest, best[rows])
+    return index, best
+
+
+def find_copies(images: np.ndarray, training: np.ndarray) -> Copies:
+    """Look for copies among images uint8 (N, H, W, C) of training uint8 (T, H, W, C), T >= 2."""
+    x, unit = _rows(images)
+    y, _ = _rows(training)
+    probe = np.unique(np.linspace(0, len(y) - 1, min(len(y), THRESHOLD_IMAGES)).astype(np.int64))
+    own_distance = np.sqrt(_nearest(y[probe], y, own=probe)[1])
+    threshold = float(np.quantile(own_distance, EXPECTED_SHARE))
+    nearest, squared = _nearest(x, y)
+    distance = np.sqrt(squared)
+    is_copy = distance <= threshold
+    return Copies(
+        share=float(is_copy.mean()),
+        is_copy=is_copy,
+        nearest=nearest,
+        distance=distance / unit,
+        threshold=threshold / unit,
+    )
+
+
+def compute(evidence: Evidence) -> dict[str, Estimate]:
+    """The metric "copies"."""
+    found = find_copies(evidence.images, evidence.training)
+    hits = block_sums(found.is_copy.astype(np.float64), evidence.block)
+    left_out = (hits.sum() - hits) / (len(found.is_copy) - np.bincount(evidence.block))
+    return {"copies": Estimate(value=found.share, left_out=left_out, trials=len(found.is_copy))}

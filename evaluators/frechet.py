@@ -1,0 +1,156 @@
+"""The Frechet distance between two sets of features (Heusel et al., arXiv:1706.08500, eq. 6):
+
+    |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)
+
+No matrix square root is formed. With S_a = F F^T the last trace is the sum of the square roots of the eigenvalues of
+the symmetric F^T S_b F: F is the Cholesky factor where the covariance has full rank, the scaled eigenvectors where it
+has not, and the centred rows themselves where there are fewer rows than dimensions. Both orders are computed and
+compared, and a result that fails a check is an error, never a number.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from evaluators.evidence import Evidence
+from evaluators.intervals import Estimate, block_sums
+from evaluators.statistics import Statistics, statistics
+from harness.errors import Failure
+
+NEGATIVE_TOLERANCE = 1e-10  # of the largest eigenvalue: further below zero than this is not rounding
+MAX_WORKERS = 8  # each holds one more matrix
+ORDER_TOLERANCE = 1e-8  # relative difference of the two orders
+
+
+def _sum_of_roots(matrix: np.ndarray, rank: int) -> float:
+    """Sum of the square roots of the `rank` largest eigenvalues of a symmetric positive semidefinite matrix.
+
+    The rank is what the number of rows allows: below it eigenvalues are rounding, and a square root would magnify it.
+    """
+    if not np.isfinite(matrix).all():
+        raise Failure("Frechet distance: a covariance is not finite")
+    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    if values[0] < -NEGATIVE_TOLERANCE * max(values[-1], 0.0):
+        raise Failure(
+            f"Frechet distance: eigenvalue {values[0]:.3e} beside a largest of {values[-1]:.3e}: "
+            "a covariance is not positive semidefinite, or this LAPACK is broken"
+        )
+    return float(np.sqrt(np.clip(values[max(len(values) - rank, 0) :], 0.0, None)).sum())
+
+
+def _rank(s: Statistics) -> int:
+    return len(s.mean) if s.n is None else min(s.n - 1, len(s.mean))
+
+
+def _factor(s: Statistics) -> np.ndarray:
+    """F (D, r) with F F^T = covariance."""
+    if _rank(s) == len(s.mean):
+        try:
+            return np.linalg.cholesky(s.covariance)
+        except np.linalg.LinAlgError:
+            pass  # numerically singular, for instance features that are always zero: the eigenvectors know how to
+    values, vectors = np.linalg.eigh(s.covariance)
+    if values[0] < -NEGATIVE_TOLERANCE * max(values[-1], 0.0):
+        raise Failure(f"Frechet distance: a covariance has eigenvalue {values[0]:.3e} beside {values[-1]:.3e}")
+    keep = slice(len(values) - _rank(s), None)
+    return vectors[:, keep] * np.sqrt(np.clip(values[keep], 0.0, None))
+
+
+def _agree(one: float, other: float) -> bool:
+    return abs(one - other) <= ORDER_TOLERANCE * max(one, other)
+
+
+def _root_trace_of_significant(a: Statistics, b: Statistics) -> float:
+    """tr (S_a S_b)^(1/2) over the directions that stand above float64 rounding, for sets that span few dimensions.
+
+    A collapsed generator's covariance is mostly rounding noise of 1e-16 of its largest eigenvalue, whose square roots
+    add up to more than the tolerance. Directions below n * eps of the largest are dropped before the product.
+    """
+    factors = []
+    for covariance in (a.covariance, b.covariance):
+        values, vectors = np.linalg.eigh(covariance)
+        keep = values > len(values) * np.finfo(np.float64).eps * values[-1]
+        factors.append(vectors[:, keep] * np.sqrt(values[keep]))
+    across = factors[0].T @ factors[1]  # (r_a, r_b)
+    if across.size == 0:
+        return 0.0
+    rank = min(across.shape)
+    one, other = _sum_of_roots(across @ across.T, rank), _sum_of_roots(across.T @ across, rank)
+    if not _agree(one, other):
+        raise Failure(f"Frechet distance: the two orders give traces {one!r} and {other!r}; no number is reported")
+    return one
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """The distance between two statistics of equal dimension. For equal sets it may be negative by rounding: up to
+    1e-8 of the traces where the covariance is singular.
+
+    Raises Failure when an eigenvalue is below -1e-10 of the largest or the two orders differ by more than 1e-8.
+    """
+    rank = min(_rank(a), _rank(b))
+    factor_a, factor_b = _factor(a), _factor(b)
+    trace = _sum_of_roots(factor_a.T @ b.covariance @ factor_a, rank)
+    if not _agree(trace, _sum_of_roots(factor_b.T @ a.covariance @ factor_b, rank)):
+        trace = _root_trace_of_significant(a, b)
+    delta = a.mean - b.mean
+    return _assemble(delta, float(np.trace(a.covariance)), float(np.trace(b.covariance)), trace)
+
+
+def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray) -> Estimate:
+    """Distance of features (N, D) from a reference, and the distance without each block int64 (N,).
+
+    The distances without a block reuse one product over all rows: (N, N) where N <= D, (D, D) where not.
+    """
+    x = np.asarray(features, dtype=np.float64)
+    n, dim = x.shape
+    own = statistics(features)
+    x = x - own.mean  # (N, D)
+    few_rows = n <= dim
+    factor = _factor(reference)  # (D, r)
+    turned = x @ factor  # (N, r): rows in coordinates where the reference is the identity
+    full_rank = min(n - 1, _rank(reference))
+    inner = turned @ turned.T if few_rows else turned.T @ turned  # (N, N) or (r, r)
+    trace = _sum_of_roots(inner / (n - 1), full_rank)
+    if few_rows:
+        other = turned.T @ turned / (n - 1)  # (r, r)
+    else:
+        own_factor = _factor(own)
+        other = own_factor.T @ reference.covariance @ own_factor  # (D, D)
+    if not _agree(trace, _sum_of_roots(other, full_rank)):
+        trace = _root_trace_of_significant(own, reference)
+
+    reference_trace = float(np.trace(reference.covariance))
+    value = _assemble(own.mean - reference.mean, float(np.trace(own.covariance)), reference_trace, trace)
+    sums, squares = block_sums(x, block), block_sums(np.einsum("nd,nd->n", x, x), block)  # (B, D), (B,)
+
+    def without(b: int) -> float:
+        kept = block != b
+        m = int(kept.sum())
+        shift = -sums[b] / m  # mean of the kept rows: all rows together have mean 0
+        if few_rows:
+            part = inner[np.ix_(kept, kept)]
+            part -= part.mean(axis=0, keepdims=True)  # centred on the kept rows' own mean
+            part -= part.mean(axis=1, keepdims=True)
+        else:
+            gone, centre = turned[~kept], shift @ factor
+            part = inner - gone.T @ gone - m * np.outer(centre, centre)
+        spread = (squares.sum() - squares[b] - m * (shift @ shift)) / (m - 1)
+        root = _sum_of_roots(part / (m - 1), min(m - 1, _rank(reference)))
+        return _assemble(own.mean + shift - reference.mean, spread, reference_trace, root)
+
+    # One block a thread: a symmetric eigenvalue problem of this size gains little from threads of its own, and BLAS
+    # threads that wait for each other on a busy machine have been seen to take 40 times as long.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
+        left_out = np.array(list(pool.map(without, range(len(sums)))))
+    return Estimate(value=value, left_out=left_out)
+
+
+def _assemble(delta: np.ndarray, own_trace: float, reference_trace: float, root_trace: float) -> float:
+    return float(delta @ delta + own_trace + reference_trace - 2.0 * root_trace)
+
+
+def compute(evidence: Evidence) -> dict[str, Estimate]:
+    """The metric "fd"."""
+    return {"fd": estimate(evidence.features.pooled, evidence.reference.statistics, evidence.block)}

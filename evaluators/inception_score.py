@@ -1,0 +1,57 @@
+"""The Inception Score of Salimans et al. (arXiv:1606.03498, sec. 4): exp of the mutual information between image and
+class.
+
+The default takes all samples at once and does not know their order. ADM's evaluator (openai/guided-diffusion,
+evaluations/evaluator.py, `compute_inception_score`) averages over splits of 5,000 consecutive rows in file order,
+which makes the score depend on that order; it is kept as a function of its own.
+"""
+
+import numpy as np
+
+from evaluators.evidence import Evidence
+from evaluators.intervals import Estimate, block_sums
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities float64 (N, K) of logits (N, K)."""
+    z = np.asarray(logits, dtype=np.float64)
+    z = z - z.max(axis=1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def _negative_entropy(p: np.ndarray) -> np.ndarray:
+    """Sum of p log p over the last axis; a class that nobody chose adds 0."""
+    return np.sum(p * np.log(np.where(p > 0.0, p, 1.0)), axis=-1)
+
+
+def estimate(logits: np.ndarray, block: np.ndarray) -> Estimate:
+    """Score of logits (N, K), at least 1 and at most K, and without each block int64 (N,)."""
+    log_p = log_softmax(logits)
+    p = np.exp(log_p)  # (N, K)
+    own = np.sum(p * log_p, axis=1)  # (N,)
+    sums, owns, sizes = block_sums(p, block), block_sums(own, block), np.bincount(block)
+
+    def score(p_sum, own_sum, count):
+        return np.exp(own_sum / count - _negative_entropy(p_sum / np.expand_dims(count, -1)))
+
+    left_out = score(sums.sum(axis=0) - sums, owns.sum() - owns, len(p) - sizes)
+    return Estimate(value=float(score(sums.sum(axis=0), owns.sum(), np.float64(len(p)))), left_out=left_out)
+
+
+def inception_score_by_splits(probabilities: np.ndarray, split_size: int = 5000) -> float:
+    """ADM's order-dependent score of probabilities (N, K): mean over splits of consecutive rows, a ragged last one
+    included.
+
+    Computed in the dtype given: ADM's own numbers are float32.
+    """
+    scores = []
+    for start in range(0, len(probabilities), split_size):
+        part = probabilities[start : start + split_size]
+        kl = part * (np.log(part) - np.log(np.mean(part, axis=0, keepdims=True)))
+        scores.append(np.exp(np.mean(np.sum(kl, axis=1))))
+    return float(np.mean(scores))
+
+
+def compute(evidence: Evidence) -> dict[str, Estimate]:
+    """The metric "is"."""
+    return {"is": estimate(evidence.features.logits, evidence.block)}

@@ -1,0 +1,137 @@
+"""References: the real images that samples are judged by, with their features, kept on disk by content."""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluators.features import FeatureExtractor, Features
+from evaluators.statistics import Statistics, statistics
+from harness.errors import Failure, Refusal
+
+Progress = Callable[[str, int, int], None]  # (stage, images done, images in all)
+
+CACHE_FORMAT = 1
+IMAGES_PER_CALL = 512
+MINIMUM_IMAGES = 20  # the third nearest neighbour and a covariance must at least exist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """M real images as one feature extractor sees them.
+
+    images: uint8 (M, H, W, C). sha256: of their shape and pixels. statistics: of the pooled features.
+    extractor: the one that samples must go through as well.
+    """
+
+    images: np.ndarray
+    features: Features
+    statistics: Statistics
+    sha256: str
+    extractor: FeatureExtractor
+
+
+def images_sha256(images: np.ndarray) -> str:
+    """Hash of shape and pixels of uint8 (N, H, W, C), the same however the images are stored or batched."""
+    digest = hashlib.sha256(f"uint8 {images.shape}\n".encode())
+    for start in range(0, len(images), IMAGES_PER_CALL):
+        digest.update(np.ascontiguousarray(images[start : start + IMAGES_PER_CALL]).tobytes())
+    return digest.hexdigest()
+
+
+def check_images(images: np.ndarray, what: str) -> None:
+    """Refuse what is not uint8 (N, H, W, 1 or 3) with N >= 1; `what` names it in the message."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        raise Refusal(f"{what} must be uint8 images (N, H, W, C) with C 1 or 3, got {images.dtype} {images.shape}")
+
+
+def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progress: Progress | None = None) -> Features:
+    """Features of all images, reporting progress. Failure when a feature is not finite or the extractor breaks its
+    contract."""
+    parts = []
+    for start in range(0, len(images), IMAGES_PER_CALL):
+        parts.append(extractor(images[start : start + IMAGES_PER_CALL]))
+        if progress is not None:
+            progress(stage, min(start + IMAGES_PER_CALL, len(images)), len(images))
+    pooled = np.concatenate([part.pooled for part in parts])
+    logits = None if parts[0].logits is None else np.concatenate([part.logits for part in parts])
+    if pooled.shape != (len(images), extractor.dim):
+        raise Failure(f"features {extractor.name}: shape {pooled.shape}, expected {(len(images), extractor.dim)}")
+    for array in (pooled,) if logits is None else (pooled, logits):
+        finite = np.isfinite(array).all(axis=1)
+        if not finite.all():
+            raise Failure(f"features {extractor.name} of image {int(np.argmin(finite))} are not finite ({stage})")
+    return Features(pooled=pooled, logits=logits)
+
+
+def build_reference(
+    images: np.ndarray,
+    extractor: FeatureExtractor,
+    *,
+    cache: Path | None = None,  # folder of feature files; None: nothing is read or written
+    progress: Progress | None = None,
+) -> Reference:
+    """Features and statistics of uint8 (M, H, W, C), M >= 20. A cached file is used only if it is intact, else made
+    again."""
+    check_images(images, "the reference")
+    if len(images) < MINIMUM_IMAGES:
+        raise Refusal(f"a reference of {len(images)} images is too small: give {MINIMUM_IMAGES}, better thousands")
+    digest = images_sha256(images)
+    key = hashlib.sha256(f"{CACHE_FORMAT} {digest} {extractor.sha256}".encode()).hexdigest()
+    path = None if cache is None else Path(cache) / f"features-{key[:32]}.npz"
+    features = None if path is None else _read_cache(path, key, len(images), extractor.dim)
+    if features is None:
+        features = extract(images, extractor, "reference features", progress)
+        if path is not None:
+            _write_cache(path, key, features)
+    return Reference(
+        images=images,
+        features=features,
+        statistics=statistics(features.pooled),
+        sha256=digest,
+        extractor=extractor,
+    )
+
+
+def _checksum(key: str, features: Features) -> str:
+    digest = hashlib.sha256(key.encode())
+    digest.update(np.ascontiguousarray(features.pooled).tobytes())
+    if features.logits is not None:
+        digest.update(np.ascontiguousarray(features.logits).tobytes())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:
+    """The features, or None where the file is absent, damaged or not what its name says."""
+    try:
+        # numpy leaves the file open when it refuses the content, so it is opened here
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
+            features = Features(pooled=data["pooled"], logits=data["logits"] if "logits" in data.files else None)
+            checksum = str(data["checksum"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    sound = features.pooled.dtype == np.float32 and features.pooled.shape == (n, dim)
+    return features if sound and checksum == _checksum(key, features) else None
+
+
+def _write_cache(path: Path, key: str, features: Features) -> None:
+    arrays = {"pooled": features.pooled, "checksum": np.array(_checksum(key, features))}
+    if features.logits is not None:
+        arrays["logits"] = features.logits
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise Failure(f"{path}: the reference's features could not be cached: {error.strerror}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,254 @@
+"""Suites: which features and which metrics, under a name and a version. Numbers of different suites do not share a
+table.
+
+Importing this module loads no framework and none of the metrics' code.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evaluators.features import BUILT_IN as FEATURES
+from evaluators.features import EFFICIENTNET_LITE0_96, FeatureSpec
+from harness.errors import Failure, Refusal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from evaluators.reference import Progress, Reference
+
+# Only these may be called FID, KID and IS. None is built in yet.
+INCEPTION_FEATURES = frozenset({"inception-2015-12-05"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that judges a sample set. The object behind entry points of `harness.metrics`.
+
+    compute: "module:attribute" of a function Evidence -> {key: Estimate}; metrics that share one are computed together.
+    """
+
+    key: str
+    label: str  # in front of features that are not Inception's
+    inception_label: str  # what the field calls it on Inception features
+    direction: str  # "lower" or "higher" is better
+    minimum: int  # fewest samples that it accepts
+    paper: str
+    compute: str
+    uses_features: bool = True  # False: looks at pixels
+    needs_logits: bool = False
+    bounds: tuple[float, float] | None = (
+        None  # what the value cannot leave, so its interval is cut there; None: anything
+    )
+
+    def __post_init__(self):
+        assert self.direction in ("lower", "higher"), self.direction
+
+
+# 100 samples are 5 for each block of the jackknife; far more are needed for a number worth publishing.
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric(
+            key="fd",
+            label="FD",
+            inception_label="FID",
+            direction="lower",
+            minimum=100,
+            paper="Heusel et al. 2017, arXiv:1706.08500",
+            compute="evaluators.frechet:compute",
+        ),
+        Metric(
+            key="kid",
+            label="KD",
+            inception_label="KID",
+            direction="lower",
+            minimum=100,
+            paper="Binkowski et al. 2018, arXiv:1801.01401",
+            compute="evaluators.kernel_distance:compute",
+        ),
+        Metric(
+            key="is",
+            label="IS-style",
+            inception_label="IS",
+            direction="higher",
+            minimum=100,
+            paper="Salimans et al. 2016, arXiv:1606.03498",
+            compute="evaluators.inception_score:compute",
+            needs_logits=True,
+        ),
+        Metric(
+            key="precision",
+            label="Precision",
+            inception_label="Precision",
+            direction="higher",
+            minimum=100,
+            paper="Kynkaanniemi et al. 2019, arXiv:1904.06991",
+            compute="evaluators.precision_recall:compute",
+            bounds=(0.0, 1.0),
+        ),
+        Metric(
+            key="recall",
+            label="Recall",
+            inception_label="Recall",
+            direction="higher",
+            minimum=100,
+            paper="Kynkaanniemi et al. 2019, arXiv:1904.06991",
+            compute="evaluators.precision_recall:compute",
+            bounds=(0.0, 1.0),
+        ),
+        Metric(
+            key="copies",
+            label="Copies",
+            inception_label="Copies",
+            direction="lower",
+            minimum=20,
+            paper="nearest training image in pixels; fresh real images score about 0.01",
+            compute="evaluators.copies:compute",
+            uses_features=False,
+            bounds=(0.0, 1.0),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A named, versioned choice of features and metrics; the version rises whenever a number would change."""
+
+    name: str
+    version: int
+    features: FeatureSpec
+    metrics: tuple[Metric, ...]
+
+    @property
+    def minimum(self) -> int:
+        """The fewest samples that every metric of the suite accepts."""
+        return max(metric.minimum for metric in self.metrics)
+
+    def check_count(self, n: int) -> None:
+        """Refuse n samples if a metric needs more; call it before sampling as well as before judging."""
+        short = [metric for metric in self.metrics if n < metric.minimum]
+        if short:
+            needs = ", ".join(f"{metric.key} needs {metric.minimum}" for metric in short)
+            raise Refusal(f"{n} samples are too few for suite {self.name}: {needs}; draw at least {self.minimum}")
+
+
+EMBEDDED = Suite(
+    name="embedded",
+    version=1,
+    features=EFFICIENTNET_LITE0_96,
+    metrics=tuple(METRICS[key] for key in ("fd", "kid", "is", "precision", "recall", "copies")),
+)
+
+BUILT_IN = {suite.name: suite for suite in (EMBEDDED,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One metric of one sample set: value, 95 % interval (low and high, None where none can be given), and how it was
+    made.
+
+    n: number of samples. interval: "jackknife-20", "jackknife-20+halves" (recall), "clopper-pearson" (a share of 0 or
+    1) or "none".
+    """
+
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    interval: str
+
+
+def metric_label(metric: Metric | str, features: str | None = None, n: int | None = None) -> str:
+    """The name of a number in a table: "FD-1K (EfficientNet-Lite0)", "FID-50K", "Recall (EfficientNet-Lite0, N=1797)".
+
+    features: name of the extractor; an unknown one is shown as it is, None adds nothing. n: number of samples; None
+    adds nothing. A name is FID, KID or IS only on Inception's features, and -50K only of exactly 50,000 samples.
+    """
+    if isinstance(metric, str):
+        metric = METRICS[metric]
+    inception = features in INCEPTION_FEATURES
+    name, notes = metric.inception_label if inception else metric.label, []
+    if n is not None and n % 1000 == 0 and n > 0:
+        name += f"-{n // 1000}K"
+    if features is not None and metric.uses_features and not inception:
+        notes.append(FEATURES[features].label if features in FEATURES else features)
+    if n is not None and (n % 1000 != 0 or n == 0):
+        notes.append(f"N={n}")
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def evaluate_samples(
+    images: "np.ndarray",
+    reference: "Reference",
+    suite: Suite,
+    *,
+    training: "np.ndarray | None" = None,  # images that may have been learnt by heart; None: the reference's
+    progress: "Progress | None" = None,
+) -> list[Measurement]:
+    """Every metric of the suite for uint8 images (N, H, W, C), in the suite's order.
+
+    The reference must have been built with the suite's features and have the same H, W and C.
+    Raises Refusal when the input does not fit, Failure when a numerical check fails; then no metric at all is returned.
+    """
+    from evaluators.evidence import Evidence
+    from evaluators.intervals import assign_blocks
+    from evaluators.reference import check_images, extract
+
+    check_images(images, "the samples")
+    suite.check_count(len(images))
+    training = reference.images if training is None else training
+    if reference.extractor.name != suite.features.name:
+        raise Refusal(
+            f"suite {suite.name} judges by {suite.features.name}, but the reference was built with "
+            f"{reference.extractor.name}: build it with {suite.features.name}"
+        )
+    for other, what in ((reference.images, "the reference"), (training, "the training images")):
+        if images.shape[1:] != other.shape[1:]:
+            raise Refusal(f"samples are {images.shape[1:]} but {what} {other.shape[1:]} (height, width, channels)")
+    if any(metric.needs_logits for metric in suite.metrics) and suite.features.classes is None:
+        raise Refusal(f"suite {suite.name} scores classes, but {suite.features.name} has no classifier")
+
+    evidence = Evidence(
+        images=images,
+        features=extract(images, reference.extractor, "sample features", progress),
+        reference=reference,
+        training=training,
+        block=assign_blocks(len(images)),
+    )
+    return _measure(evidence, suite, progress)
+
+
+def _measure(evidence, suite: Suite, progress) -> list[Measurement]:
+    import numpy as np
+
+    from evaluators.intervals import interval
+
+    computed: dict[str, dict] = {}  # by compute function: precision and recall come from one
+    measurements = []
+    for done, metric in enumerate(suite.metrics):
+        if metric.compute not in computed:
+            module, _, attribute = metric.compute.partition(":")
+            computed[metric.compute] = getattr(importlib.import_module(module), attribute)(evidence)
+        estimate = computed[metric.compute][metric.key]
+        if not (np.isfinite(estimate.value) and np.isfinite(estimate.left_out).all()):
+            raise Failure(f"metric {metric.key} is not finite; no number of suite {suite.name} is reported")
+        bar = interval(estimate)
+        low, high = bar.low, bar.high
+        if low is not None and metric.bounds is not None:
+            low, high = max(low, metric.bounds[0]), min(high, metric.bounds[1])
+        measurements.append(
+            Measurement(
+                metric=metric.key,
+                value=float(estimate.value),
+                low=low,
+                high=high,
+                n=len(evidence.images),
+                interval=bar.method,
+            )
+        )
+        if progress is not None:
+            progress("metrics", done + 1, len(suite.metrics))
+    return measurements
