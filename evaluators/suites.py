@@ -41,6 +41,11 @@ class Metric:
         None  # what the value cannot leave, so its interval is cut there; None: anything
     )
 
+    @property
+    def name(self) -> str:
+        """The key, under the attribute by which registries know their items."""
+        return self.key
+
     def __post_init__(self):
         assert self.direction in ("lower", "higher"), self.direction
 

@@ -97,7 +97,7 @@ class Registry(Generic[Item]):
             owner = _distribution(point)
             try:
                 self.register(point.load(), owner)
-            except Exception as error:  # a stranger's code: whatever it raises must not stop the others
+            except (Exception, SystemExit) as error:  # a stranger's code: whatever it raises must not stop the others
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.problems.append(Problem(owner, f"{point.name} = {point.value}", reason))
 

@@ -52,15 +52,15 @@ def check_arguments(
     gradient_checkpointing: bool = False,
 ) -> None:
     """Refuses arguments that no DiT can be built from, in one line. Takes every argument of the builder."""
-    numbers = dict(
-        input_size=input_size,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        depth=depth,
-        width=width,
-        heads=heads,
-        patch=patch,
-    )
+    numbers = {
+        "input_size": input_size,
+        "in_channels": in_channels,
+        "num_classes": num_classes,
+        "depth": depth,
+        "width": width,
+        "heads": heads,
+        "patch": patch,
+    }
     if out_channels is not None:
         numbers["out_channels"] = out_channels
     for name, value in numbers.items():

@@ -18,14 +18,12 @@ from harness.errors import Failure, Refusal
 from harness.spec import BackboneSpec
 
 NORMS = ("aten::layer_norm", "aten::group_norm", "aten::batch_norm")
-FREE = frozenset(
-    f"aten::{name}"
-    for name in """
+_FREE_NAMES = """
     abs add add_ addcmul avg_pool2d adaptive_avg_pool2d cat clamp contiguous copy_ cos div dropout dropout_ embedding
     exp gelu leaky_relu_ log max_pool2d mean mul mul_ neg pad pow relu relu_ repeat rsqrt rsub sigmoid silu silu_ sin
     softmax sqrt stack sub sum tanh unflatten upsample_nearest2d
-    """.split()
-)
+"""
+FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
 
 
 def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:

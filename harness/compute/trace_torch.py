@@ -80,9 +80,7 @@ COUNTED: dict[str, tuple[str, Callable[[tuple, Any], int]]] = {
 }
 """Operators that the convention counts: kind of row, and flops from arguments and result."""
 
-FREE = frozenset(
-    f"aten::{name}"
-    for name in """
+_FREE_NAMES = """
     abs acos add addcdiv addcmul all alias amax amin any arange argmax as_strided asin atan atan2 bernoulli bitwise_and
     bitwise_not bitwise_or bitwise_xor cat ceil celu clamp clamp_max clamp_min clone constant_pad_nd contiguous copy
     copy_ cos cosh cumsum detach diagonal div dropout elu embedding empty empty_like empty_permuted empty_strided eq
@@ -98,8 +96,8 @@ FREE = frozenset(
     _unsafe_view unsqueeze var var_mean view view_as_complex view_as_real where zero_ zeros zeros_like
     avg_pool1d avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d max_pool2d max_pool2d_with_indices im2col col2im
     upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
-    """.split()
-)
+"""
+FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
 """Operators that the convention holds to be free: element-wise, reductions, shapes, look-ups, pooling, resampling."""
 
 

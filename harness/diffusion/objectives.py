@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
-
-from harness.errors import Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +29,3 @@ OBJECTIVES = {
         Objective(name="epsilon-fixed", learned_variance=False),  # DDPM's L_simple (Ho et al. 2020, eq. 14)
     )
 }
-
-
-def get_objective(name: str) -> Objective:
-    """The objective of that name. An unknown name is refused with the names that exist."""
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    close = get_close_matches(name, OBJECTIVES, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise Refusal(f"unknown objective {name!r}: {hint}known are {', '.join(OBJECTIVES)}")

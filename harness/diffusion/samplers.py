@@ -1,13 +1,18 @@
-"""Samplers by name: how a plan is made from a schedule, a number of steps and the settings."""
+"""Samplers by name: how a plan is made from a schedule, a number of steps and the settings.
+
+The plans themselves live in `harness.diffusion.plans`, imported when one is made, so that listing samplers is light.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from harness.diffusion.objectives import Objective
-from harness.diffusion.plans import SamplerPlan, ddim_plan, ddpm_plan
-from harness.diffusion.schedule import Schedule
+if TYPE_CHECKING:
+    from harness.diffusion.objectives import Objective
+    from harness.diffusion.plans import SamplerPlan
+    from harness.diffusion.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +25,14 @@ class SamplerSpec:
 
 
 def _ddpm(schedule: Schedule, steps: int, objective: Objective, eta: float, clip_denoised: bool) -> SamplerPlan:
+    from harness.diffusion.plans import ddpm_plan
+
     return ddpm_plan(schedule, steps, variance=objective.variance, clip_denoised=clip_denoised)
 
 
 def _ddim(schedule: Schedule, steps: int, objective: Objective, eta: float, clip_denoised: bool) -> SamplerPlan:
+    from harness.diffusion.plans import ddim_plan
+
     return ddim_plan(schedule, steps, eta=eta, clip_denoised=clip_denoised)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from backbones.dit.position import sincos_table
 from backbones.dit.spec import BLOCKS, SPECS
+from backbones.dit.torch_model import Mlp
 from harness.errors import Refusal
 
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -279,6 +280,34 @@ def test_timestep_features_are_cosine_first():
     frequencies = 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
     angles = torch.tensor([[0.0], [777.0]], dtype=torch.float64) * frequencies
     torch.testing.assert_close(features, torch.cat([angles.cos(), angles.sin()], dim=1), rtol=0, atol=2e-4)
+
+
+def test_gelu_is_the_tanh_form():
+    mlp = Mlp(1)
+    x = torch.linspace(-4, 4, 101).reshape(1, 101, 1)
+    with torch.no_grad():
+        mlp.fc1.weight.fill_(1)
+        mlp.fc2.weight.fill_(0.25)
+        mlp.fc1.bias.zero_()
+        mlp.fc2.bias.zero_()
+        out = mlp(x)
+    tanh = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(out, tanh, rtol=0, atol=1e-6)  # the exact form is up to 5e-4 away
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_without_attention_every_patch_is_on_its_own(block):
+    """The tokens that come out stand where they went in, and the conditioning tokens are left behind."""
+    net = randomise(small(block)).eval()
+    with torch.no_grad():
+        for each in net.blocks:
+            each.attn.proj.weight.zero_()
+        x, t, y = batch(1)
+        changed = x.clone()
+        changed[..., 2:4, 4:6] += 1  # the patch in row 1, column 2
+        difference = (net(changed, t, y) - net(x, t, y)).abs().amax(dim=(0, 1)) > 1e-4
+    assert difference[2:4, 4:6].all()
+    assert difference.sum() == 4
 
 
 def test_out_channels_follow_the_objective():

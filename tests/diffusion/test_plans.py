@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from harness.diffusion import Schedule, ddim_plan, ddpm_plan, space_timesteps
+from harness.diffusion.plans import ddim_plan, ddpm_plan
+from harness.diffusion.respacing import space_timesteps
+from harness.diffusion.schedule import Schedule
 from harness.errors import Refusal
 
 LINEAR = Schedule.named("linear")

@@ -5,8 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 
-from harness.diffusion import OBJECTIVES, Schedule, get_objective, space_timesteps
+from harness.diffusion.objectives import OBJECTIVES
+from harness.diffusion.respacing import space_timesteps
+from harness.diffusion.schedule import Schedule
 from harness.errors import Refusal
+from harness.registry import objectives
 
 
 def test_linear_1000():
@@ -120,9 +123,9 @@ def test_schedule_refused():
 
 
 def test_objectives():
-    learned, fixed = get_objective("epsilon-learned-range"), get_objective("epsilon-fixed")
+    learned, fixed = OBJECTIVES["epsilon-learned-range"], OBJECTIVES["epsilon-fixed"]
     assert (learned.out_channels(4), fixed.out_channels(4)) == (8, 4)
     assert (learned.variance, fixed.variance) == ("learned-range", "fixed-small")
     assert all(objective.name == name for name, objective in OBJECTIVES.items())
-    with pytest.raises(Refusal, match="did you mean 'epsilon-fixed'"):
-        get_objective("epsilon-fix")
+    with pytest.raises(Refusal, match="did you mean epsilon-fixed"):
+        objectives.get("epsilon-fix")

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from harness.diffusion import Schedule, get_objective
+from harness.diffusion.objectives import OBJECTIVES
+from harness.diffusion.schedule import Schedule
 from harness.engines.torch.loss import LossTables, hybrid_loss, training_losses
 
 TABLES = LossTables(Schedule.named("linear"))
-HYBRID = get_objective("epsilon-learned-range")
+HYBRID = OBJECTIVES["epsilon-learned-range"]
 
 
 def toy_network(x, t):
@@ -29,7 +30,9 @@ def test_golden():
         (terms.vb, [2.0801875591, 0.6391848922, 0.0094727874, 0.0266072340]),
     ):
         assert term.dtype == torch.float32 and term.shape == (4,)
-        np.testing.assert_allclose(term.numpy(), golden, rtol=2e-6)
+        # The figures are the public code's in float32; at t = 0 it cancels and lies 2e-6 off float64's 2.0801834926.
+        np.testing.assert_allclose(term.numpy(), golden, rtol=5e-6)
+    assert terms.vb[0].item() == pytest.approx(2.0801834926, rel=5e-7)
 
 
 def test_q_sample_moments():
@@ -97,7 +100,7 @@ def test_likelihood_of_a_pixel_at_step_0(level):
 
 def test_fixed_variance_has_no_bound():
     output, x0, t, noise = make_batch(3)
-    terms = training_losses(get_objective("epsilon-fixed"), TABLES, output, x0, t, noise)
+    terms = training_losses(OBJECTIVES["epsilon-fixed"], TABLES, output, x0, t, noise)
     torch.testing.assert_close(terms.mse, (output - noise).square().mean(dim=(1, 2, 3)))
     assert terms.vb.dtype == torch.float32 and terms.vb.tolist() == [0.0] * 4
 

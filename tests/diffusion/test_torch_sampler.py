@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.diffusion import Schedule, ddim_plan, ddpm_plan
+from harness.diffusion.plans import ddim_plan, ddpm_plan
+from harness.diffusion.schedule import Schedule
 from harness.engines.torch.sampler import GUIDED_CHANNELS, guided, sample_loop
 from harness.errors import Failure, Refusal
 
@@ -42,20 +43,21 @@ def exact_network(mean, std):
 
 
 @pytest.mark.parametrize(
-    ("plan", "tolerance"),
+    "plan",
     [
-        (ddpm_plan(LINEAR, 200, variance="fixed-small"), 0.02),
-        (ddim_plan(LINEAR, "ddim50"), 0.02),
-        (ddim_plan(LINEAR, 100, eta=0.5), 0.02),
+        ddpm_plan(LINEAR, 1000, variance="fixed-small"),
+        ddim_plan(LINEAR, 1000),
+        ddim_plan(LINEAR, 1000, eta=0.5),
     ],
     ids=["ddpm", "ddim", "ddim-eta"],
 )
-def test_samples_have_the_distribution_of_the_data(plan, tolerance):
+def test_samples_have_the_distribution_of_the_data(plan):
+    """All 1000 steps: with fewer the spread shrinks by the samplers' own error (DDIM: 0.475 at 50, 0.496 at 200)."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(64, 1, 16, 16, generator=generator)
     out = sample_loop(exact_network(0.3, 0.5), plan, x, lambda k: torch.randn(x.shape, generator=generator))
-    assert out.mean().item() == pytest.approx(0.3, abs=tolerance)
-    assert out.std().item() == pytest.approx(0.5, abs=tolerance)
+    assert out.mean().item() == pytest.approx(0.3, abs=0.01)  # 16,384 pixels: standard errors 0.004 and 0.003
+    assert out.std().item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_learned_variance_ends_are_fixed_small_and_beta():
@@ -95,7 +97,7 @@ def test_clip_denoised():
     z = torch.full((1, 1, 2, 2), 3.0)
     network = lambda x, t: torch.zeros_like(x)  # noqa: E731
     for make in (lambda **k: ddpm_plan(LINEAR, 5, variance="fixed-small", **k), lambda **k: ddim_plan(LINEAR, 5, **k)):
-        off = sample_loop(network, make(), z, torch.zeros_like)
+        off = sample_loop(network, make(), z, lambda k: torch.zeros_like(z))
         assert off.min() > 100  # zero epsilon takes x for the signal, scaled up by 1 / sqrt(abar)
         on = sample_loop(network, make(clip_denoised=True), z, lambda k: torch.zeros_like(z))
         assert torch.equal(on, torch.ones_like(z))
@@ -109,7 +111,7 @@ def test_divergence_is_a_failure_that_names_the_step():
     with pytest.raises(Failure, match=r"ddpm step 150 of 200 \(timestep 251\)"):
         sample_loop(network, plan, torch.zeros(1, 1, 2, 2), lambda k: torch.zeros(1, 1, 2, 2))
     with pytest.raises(Failure, match="step 10 of 10"):
-        sample_loop(network, ddim_plan(LINEAR, 10), torch.zeros(1, 1, 2, 2), torch.zeros_like)
+        sample_loop(network, ddim_plan(LINEAR, 10), torch.zeros(1, 1, 2, 2), lambda k: torch.zeros(1, 1, 2, 2))
 
 
 def test_channels_that_do_not_fit_are_refused():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from sklearn.linear_model import RidgeClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from evaluators.features import BUILT_IN, EFFICIENTNET_LITE0_96, FeatureSpec
 from evaluators.features import efficientnet_lite0 as lite0
@@ -53,9 +54,8 @@ def test_preprocessing_by_hand():
     row = (np.array([0, 50, 150, 200]) - 127) / 128  # half-pixel centres: weights 0, 1/4, 3/4, 1
     torch.testing.assert_close(x, torch.tensor(row, dtype=torch.float32).expand(1, 3, 4, 4))
     fine = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
-    fine[:, :, ::2] = 255  # stripes finer than the target: without antialiasing they would survive
-    inner = lite0.preprocess(fine, 2)
-    assert (inner - (127.5 - 127) / 128).abs().max() < 0.2
+    fine[:, :, [1, 2, 5, 6]] = 255  # half white, but white wherever plain interpolation would look
+    assert lite0.preprocess(fine, 2).max() < 0.5
 
 
 def test_shapes_dtypes_and_independence_of_the_batch(extractor, digits):
@@ -76,10 +76,10 @@ def test_grey_and_its_rgb_copy_are_the_same(extractor, digits):
 
 
 def test_features_tell_digits_apart(extractor, digits):
-    images, labels = digits[0][:600], digits[1][:600]
-    pooled = extractor(images).pooled
-    probe = RidgeClassifier(alpha=100.0).fit(pooled[:400], labels[:400])
-    assert probe.score(pooled[400:], labels[400:]) > 0.85
+    images, labels = digits[0][:1200], digits[1][:1200]
+    pooled = StandardScaler().fit_transform(extractor(images).pooled)
+    probe = LogisticRegression(C=0.01, max_iter=300).fit(pooled[::2], labels[::2])
+    assert probe.score(pooled[1::2], labels[1::2]) > 0.85  # 0.1 is chance
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 8, 8), np.uint8)])

@@ -9,18 +9,19 @@ from evaluators.statistics import statistics
 
 N, SETS = 160, 200
 REFERENCE = np.random.RandomState(1).randn(240, 8)
-WIDE_REFERENCE = np.random.RandomState(2).randn(240, 200)  # more dimensions than samples
+REFERENCE_STATISTICS = statistics(REFERENCE)
+WIDE_REFERENCE = np.random.RandomState(2).randn(240, 90)  # more dimensions than samples
 CLASSES = np.random.RandomState(3).randn(8, 10)
 
 CASES = {
     # name: (dimensions, scale, shift, further sets for the truth, estimator)
-    "fd": (8, 1.2, 0.3, 800, lambda x, b: frechet.estimate(x, statistics(REFERENCE), b)),
+    "fd": (8, 1.2, 0.3, 300, lambda x, b: frechet.estimate(x, REFERENCE_STATISTICS, b)),
     "kid": (8, 1.2, 0.3, 800, lambda x, b: kernel_distance.estimate(x, REFERENCE, b)),
     "kid-equal": (8, 1.0, 0.0, 800, lambda x, b: kernel_distance.estimate(x, REFERENCE, b)),
     "is": (8, 1.2, 0.3, 800, lambda x, b: inception_score.estimate(x @ CLASSES, b)),
-    "precision": (8, 1.2, 0.3, 400, lambda x, b: precision_recall.estimate(x, REFERENCE, b)[0]),
-    "recall": (8, 1.2, 0.3, 400, lambda x, b: precision_recall.estimate(x, REFERENCE, b)[1]),
-    "recall-narrow": (8, 0.7, 0.0, 400, lambda x, b: precision_recall.estimate(x, REFERENCE, b)[1]),
+    "precision": (8, 1.2, 0.3, 200, lambda x, b: precision_recall.estimate(x, REFERENCE, b)[0]),
+    "recall": (8, 1.2, 0.3, 200, lambda x, b: precision_recall.estimate(x, REFERENCE, b)[1]),
+    "recall-narrow": (8, 0.7, 0.0, 200, lambda x, b: precision_recall.estimate(x, REFERENCE, b)[1]),
 }
 
 
@@ -38,7 +39,7 @@ def test_interval_covers_the_expectation_in_90_to_99_percent(case):
 
 def test_interval_of_fewer_samples_than_dimensions_covers():
     r = np.random.RandomState(5)
-    n, reference, block = 60, statistics(WIDE_REFERENCE[:, :90]), assign_blocks(60)
+    n, reference, block = 60, statistics(WIDE_REFERENCE), assign_blocks(60)
     draws = [frechet.estimate(1.1 * r.randn(n, 90) + 0.1, reference, block) for _ in range(SETS)]
     truth = np.mean([e.value for e in draws])
     covered = np.mean([bar.low <= truth <= bar.high for bar in map(interval, draws)])
@@ -74,5 +75,5 @@ def test_blocks_are_balanced_and_fixed(n):
     assert len(counts) == min(n, 20) and counts.max() - counts.min() <= 1
     np.testing.assert_array_equal(block, assign_blocks(n))
     if n == 1000:
-        labels = np.arange(n) % 10
-        assert all(len(np.unique(labels[block == b])) == 10 for b in range(20))  # no block is a class
+        for labels in (np.arange(n) % 10, np.arange(n) // 100):  # no block is a class
+            assert all(len(np.unique(labels[block == b])) >= 8 for b in range(20))

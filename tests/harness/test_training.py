@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from small_runs import request, workshop
 
 from harness import checkpoints, training
 from harness.engines.torch import trainer as torch_trainer
 from harness.errors import Failure, Refusal
 from harness.runs import find
-
-from small_runs import request, workshop
 
 
 def losses(shop):
@@ -227,6 +226,13 @@ def test_a_run_cannot_be_trained_backwards(whole):
 def test_checkpoints_are_due_by_cost_and_by_loss(whole):
     keeper = training._Keeper(whole.run, None, None, 0, 0.0)
     now = keeper._saved_at
-    for cost, age, due in ((0.0, 1, False), (0.0, 3, True), (1.0, 40, False), (1.0, 60, True), (60.0, 299, False), (60.0, 301, True)):
+    for cost, age, due in (
+        (0.0, 1, False),
+        (0.0, 3, True),
+        (1.0, 40, False),
+        (1.0, 60, True),
+        (60.0, 299, False),
+        (60.0, 301, True),
+    ):
         keeper._cost, keeper._saved_at = cost, now - age
         assert keeper.due() is due, (cost, age)

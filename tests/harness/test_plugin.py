@@ -1,0 +1,223 @@
+"""A third-party package, installed by pip and driven from the command line; and packages that are broken."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness.data.digits import load
+
+EXAMPLE = Path(__file__).parents[1] / "plugin_example"
+NAME, DISTRIBUTION = "convmixer-64-4", "backbone-harness-example"
+
+# The digits at hand, but few: the reference's features would otherwise take most of the time.
+PROTOCOL = """
+name = "few-digits"
+dataset = "npz"
+resolution = 8
+image_channels = 1
+num_classes = 10
+input_size = 8
+in_channels = 1
+samples = 100
+suite = "embedded"
+
+[recipe]
+steps = 6
+batch = 16
+learning_rate = 1e-3
+flip = false
+
+[sampling]
+steps = [4]
+clip_denoised = true
+"""
+
+
+def harness(*words, cwd, path=()):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """A folder that pip installed the example into, to be put on the path: the test environment stays as it is."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = shutil.copytree(EXAMPLE, folder / "source")  # the build leaves its own folders beside the sources
+    words = [
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        folder / "site",
+        source,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, words)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A user's folder: a protocol file and its images."""
+    folder = tmp_path_factory.mktemp("place")
+    digits = load()
+    np.savez(folder / "digits.npz", arr_0=digits.images[:300], arr_1=digits.labels[:300])
+    (folder / "few.toml").write_text(PROTOCOL)
+    return folder
+
+
+def strangers(folder, distribution, points, files=None):
+    """What pip leaves on the path for a distribution with these entry points of the group of backbones."""
+    information = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    lines = "".join(f"{name} = {value}\n" for name, value in points.items())
+    (information / "entry_points.txt").write_text(f"[harness.backbones]\n{lines}")
+    for name, text in (files or {}).items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_the_example_is_listed_with_its_distribution_and_loads_no_framework(installed, tmp_path):
+    done = harness("list", "backbones", "--json", cwd=tmp_path, path=[installed])
+    document = json.loads(done.stdout)
+    (row,) = [row for row in document["backbones"] if row["name"] == NAME]
+    assert (row["from"], row["kind"], row["frameworks"]) == (DISTRIBUTION, "denoiser", ["torch"])
+    assert document["problems"] == []
+    assert f"[{DISTRIBUTION}]" in harness("list", "backbones", cwd=tmp_path, path=[installed]).stdout
+    without = json.loads(harness("list", "backbones", "--json", cwd=tmp_path).stdout)
+    assert NAME not in [row["name"] for row in without["backbones"]]  # or the fixture would show nothing
+    code = "import sys, harness; harness.get_backbone(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    assert subprocess.run([sys.executable, "-c", code, NAME], env=env, cwd=tmp_path, timeout=60).returncode == 0
+
+
+def test_its_compute_is_traced_and_marked(installed, tmp_path):
+    done = harness("flops", NAME, "--json", cwd=tmp_path, path=[installed])
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    width, depth, cells, time, classes = 64, 4, 16 * 16, 64, 1000
+    linear = time * width + width * width + depth * 2 * width * 2 * width
+    convolution = cells * (4 * 4 * width + depth * (9 * width + width * width) + width * 8 * 4)
+    norms = cells * depth * 2 * width
+    assert row["name"] == NAME and "traced" in json.dumps(row)
+    assert round(row["gflops"] * 1e9) == linear + convolution + norms
+    blocks = depth * (width * 10 + width * width + width + 2 * (width + 1) * 2 * width)
+    ends = 4 * 4 * width + width + (width + 1) * 8 * 4
+    assert row["params"] == blocks + ends + (time + 1) * width + (width + 1) * width + (classes + 1) * width
+
+
+def test_train_sample_evaluate_report_from_the_command_line(installed, place):
+    words = ["--backbone", NAME, "--protocol", "few.toml", "--data", "digits.npz", "--out", "runs/mine"]
+    done = harness("train", *words, "--precision", "float32", cwd=place, path=[installed])
+    assert done.returncode == 0, done.stderr
+    assert "traced" in done.stdout  # the plan marks where the figure comes from
+    run = place / "runs" / "mine"
+    assert len((run / "log.jsonl").read_text().splitlines()) == 6
+
+    done = harness("sample", "--run", "runs/mine", "--cfg", "1.5", cwd=place, path=[installed])  # it has a null label
+    assert done.returncode == 0, done.stderr
+    (samples,) = run.glob("samples/*/samples.npz")
+    with np.load(samples, allow_pickle=False) as archive:
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_0"].shape == (100, 8, 8, 1)
+        assert archive["arr_1"].dtype == np.int64 and archive["arr_1"].shape == (100,)
+
+    done = harness("evaluate", samples, "--data", "digits.npz", "--json", cwd=place, path=[installed])
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)["records"]
+    assert {record["metric"] for record in records} >= {"fd", "kid", "precision", "recall", "copies"}
+    assert {record["system"] for record in records} == {NAME}
+    assert all(record["n"] == 100 and record["params"] > 0 for record in records)
+
+    done = harness("report", "--results", "runs", "--out", "report", cwd=place, path=[installed])
+    assert done.returncode == 0, done.stderr
+    assert NAME in done.stdout
+    with (place / "report" / "table-few-digits.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert sum(NAME in row for row in rows) == 1
+    assert (place / "report" / "figure-10.csv").read_text().count(NAME) >= 1
+
+    # Records stand by themselves: a report needs the plug-in no more.
+    done = harness("report", "--results", "runs", "--out", "again", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert (place / "again" / "table-few-digits.csv").read_bytes() == (
+        place / "report" / "table-few-digits.csv"
+    ).read_bytes()
+
+    done = harness("sample", "--run", "runs/mine", cwd=place)  # the network it does need
+    assert done.returncode == 2 and f"unknown backbone '{NAME}'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_the_example_refuses_is_one_line(installed, place):
+    (place / "odd.toml").write_text(PROTOCOL.replace("= 8", "= 7"))
+    done = harness(
+        "train",
+        "--backbone",
+        NAME,
+        "--protocol",
+        "odd.toml",
+        "--data",
+        "digits.npz",
+        "--out",
+        "odd",
+        cwd=place,
+        path=[installed],
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "input_size 7 is not divisible by patch 2" in done.stderr
+    assert not (place / "odd").exists()
+
+
+BREAKAGE = {
+    "import": ("no-such-library", "cannot_import:SPECS", "No module named 'no_such_library'"),
+    "attribute": ("no-such-name", "lacks_specs:SPECS", "has no attribute 'SPECS'"),
+    "duplicate": ("takes-a-name", "takes_a_name:SPECS", "'dit-xl-2' is taken by backbone-harness"),
+    "exit": ("leaves", "leaves:SPECS", "SystemExit"),
+}
+MODULES = {
+    "cannot_import.py": "import no_such_library\n",
+    "lacks_specs.py": "",
+    "takes_a_name.py": (
+        "from harness.spec import BackboneSpec\n"
+        "SPECS = (BackboneSpec(name='dit-xl-2', builders={'torch': 'nowhere:Nothing'}),)\n"
+    ),
+    "leaves.py": "raise SystemExit(3)\n",
+}
+
+
+@pytest.mark.parametrize("kind", BREAKAGE)
+def test_a_broken_plug_in_is_named_and_stops_nothing(kind, installed, tmp_path):
+    distribution, point, reason = BREAKAGE[kind]
+    folder = strangers(tmp_path / "site", distribution, {"entry": point}, MODULES)
+    done = harness("list", "backbones", "--json", cwd=tmp_path, path=[folder, installed])
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    (problem,) = document["problems"]
+    assert problem["distribution"] == distribution and problem["entry_point"] == f"entry = {point}"
+    assert reason in problem["reason"] and "\n" not in problem["reason"]
+    rows = {row["name"]: row["from"] for row in document["backbones"]}
+    assert rows[NAME] == DISTRIBUTION and rows["dit-xl-2"] == "backbone-harness"
+
+    done = harness("list", "backbones", cwd=tmp_path, path=[folder, installed])
+    assert done.returncode == 0 and NAME in done.stdout
+    assert done.stderr.count("\n") == 1 and distribution in done.stderr and reason in done.stderr
+    assert "Traceback" not in done.stderr

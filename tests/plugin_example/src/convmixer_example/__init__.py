@@ -1,0 +1,1 @@
+"""A ConvMixer denoiser: an example of a plug-in for backbone-harness."""
