@@ -1,0 +1,82 @@
+import dataclasses
+
+import pytest
+
+from harness.errors import Refusal
+from results.compare import LOWER_IS_BETTER, RULE, compare
+from results.records import Evaluation, Record, Sampling, Training
+
+
+def record(metric="fd", value=10.0, half=1.0, system="a", steps=50, training=800, n=1000, **other):
+    return Record(
+        provenance="measured",
+        metric=metric,
+        value=value,
+        low=None if half is None else value - half,
+        high=None if half is None else value + half,
+        interval="jackknife-20",
+        n=n,
+        protocol="digits",
+        resolution=8,
+        dataset="digits",
+        system=system,
+        training=Training(steps=training),
+        sampling=Sampling(sampler="ddpm", steps=steps),
+        evaluation=Evaluation(suite="embedded", features_sha256="f", reference_sha256="r"),
+        **other,
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "a", "b", "verdict"),
+    [
+        ("fd", 10.0, 12.0, "win"),
+        ("fd", 12.0, 10.0, "loss"),
+        ("fd", 10.0, 11.4, "tie"),  # sqrt(1 + 1) = 1.414...
+        ("fd", 10.0, 11.42, "win"),
+        ("recall", 10.0, 12.0, "loss"),
+        ("recall", 12.0, 10.0, "win"),
+    ],
+)
+def test_verdicts(metric, a, b, verdict):
+    (found,) = compare([record(metric, a)], [record(metric, b, system="b")])
+    assert found.verdict == verdict
+    assert found.difference == pytest.approx(a - b)
+    assert found.noise == pytest.approx(2**0.5)
+
+
+def test_the_side_of_an_asymmetric_interval_that_faces_the_other_counts():
+    a = dataclasses.replace(record("recall", 0.5), low=0.1, high=0.6)
+    b = dataclasses.replace(record("recall", 0.75, system="b"), low=0.7, high=0.9)
+    (found,) = compare([a], [b])
+    assert found.noise == pytest.approx((0.1**2 + 0.05**2) ** 0.5)
+    assert found.verdict == "loss"
+
+
+def test_without_an_interval_there_is_no_verdict():
+    (found,) = compare([record(half=None)], [record(value=20.0, system="b")])
+    assert (found.verdict, found.noise) == ("unknown", None)
+
+
+def test_cells_are_matched_by_metric_and_sampling():
+    a = [record(steps=10), record(steps=50), record("kid")]
+    b = [record(steps=50, value=30.0, system="b"), record("precision", system="b")]
+    found = compare(a, b)
+    assert [(each.metric, each.sampling) for each in found] == [("fd", "ddpm-50")]
+
+
+def test_what_may_not_be_compared_is_refused():
+    with pytest.raises(Refusal, match="N is 1000 in A and 2000 in B"):
+        compare([record()], [record(n=2000, system="b")])
+    with pytest.raises(Refusal, match="A holds two results for fd.*800 and 900"):
+        compare([record(), record(training=900)], [record(system="b")])
+    with pytest.raises(Refusal, match="B holds no records"):
+        compare([record()], [])
+
+
+def test_the_direction_of_every_built_in_metric_is_known():
+    from evaluators.suites import METRICS
+
+    assert {key for key, metric in METRICS.items() if metric.direction == "lower"} <= LOWER_IS_BETTER
+    assert not {key for key, metric in METRICS.items() if metric.direction == "higher"} & LOWER_IS_BETTER
+    assert "training again" in RULE
