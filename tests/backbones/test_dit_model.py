@@ -9,7 +9,7 @@ from torch import nn
 
 from backbones.dit.position import sincos_table
 from backbones.dit.spec import BLOCKS, SPECS
-from backbones.dit.torch_model import Mlp
+from backbones.dit.torch_model import Mlp, attend
 from harness.errors import Refusal
 
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -293,6 +293,17 @@ def test_gelu_is_the_tanh_form():
         out = mlp(x)
     tanh = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     torch.testing.assert_close(out, tanh, rtol=0, atol=1e-6)  # the exact form is up to 5e-4 away
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(16, 16), (256, 256), (257, 257), (64, 2)])
+def test_attention_in_bfloat16_is_attention(queries, keys):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 24) for tokens in (queries, keys, keys))
+    exact = (q @ k.transpose(-1, -2) / math.sqrt(24)).softmax(-1) @ v
+    torch.testing.assert_close(attend(q, k, v), exact, rtol=0, atol=1e-5)
+    out = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert out.dtype == torch.bfloat16 and out.shape == (2, 3, queries, 24)
+    assert (out.float() - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
