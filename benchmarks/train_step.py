@@ -190,7 +190,9 @@ def main() -> None:
         )
         show(rows[-1])
     if options.out:
-        options.out.write_text(json.dumps({"device": device_name(CPU), "torch": torch.__version__, "rows": rows}, indent=2))
+        options.out.write_text(
+            json.dumps({"device": device_name(CPU), "torch": torch.__version__, "rows": rows}, indent=2)
+        )
 
 
 def show(row: dict) -> None:

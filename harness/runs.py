@@ -167,6 +167,8 @@ def find(folder: Path, spec: RunSpec) -> Run | None:
     if not (folder / "run.json").exists():
         if folder.is_file():
             raise Refusal(f"--out {folder} is a file; name a folder")
+        if above := [parent for parent in folder.parents if parent.is_file()]:
+            raise Refusal(f"--out {folder} cannot be made, for {above[0]} is a file; name another folder")
         if folder.is_dir() and any(each.name != "lock" for each in folder.iterdir()):
             raise Refusal(f"--out {folder} holds other files and no run; name a new or empty folder")
         return None

@@ -119,7 +119,13 @@ def sample(run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler],
     with files.explained(folder):
         shards.mkdir(parents=True, exist_ok=True)
     starts = range(0, wanted.count, wanted.batch)
-    missing = [start for start in starts if not _whole(_shard(shards, start), min(wanted.batch, wanted.count - start))]
+    task = run.protocol
+    image = (task.resolution, task.resolution, task.image_channels)
+    missing = [
+        start
+        for start in starts
+        if not _whole(_shard(shards, start), (min(wanted.batch, wanted.count - start), *image))
+    ]
     sampler = make_sampler()
     total, done = len(starts) * wanted.steps, (len(starts) - len(missing)) * wanted.steps
     title = f"sample {wanted.sampling.sampler}-{wanted.steps}"
@@ -153,12 +159,13 @@ def _save(path: Path, images: np.ndarray) -> None:
         partial.replace(path)
 
 
-def _whole(path: Path, count: int) -> bool:
+def _whole(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether the shard is there and complete; a damaged one is drawn again."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).shape[0] == count
-    except (OSError, ValueError):
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # EOFError: an empty file
         return False
+    return images.shape == shape and images.dtype == np.uint8
 
 
 def _load(folder: Path, starts: range) -> Iterator[np.ndarray]:

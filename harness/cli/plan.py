@@ -65,13 +65,13 @@ def headline(request: Request, by_default: bool) -> str:
 def arithmetic(costs: dict[str, Any]) -> str:
     """The part of the plan that needs no measurement."""
     training, published = costs["training"], costs["gflops_published_input"]
-    gflops = f"{costs['gflops']:.4g} a forward pass at {costs['input']}"
+    gflops = f"{gflops_text(costs['gflops'])} a forward pass at {costs['input']}"
     if published is not None:
         gflops += f"; {published:.2f} at the paper's input"
     lines = [
         f"  parameters  {costs['params'] / 1e6:,.2f} M",
         f"  Gflops      {gflops}  ({costs['gflops_source']})",
-        f"  training    {training['steps']:,} steps x {training['batch']} images x 3 x {costs['gflops']:.4g} Gflops"
+        f"  training    {training['steps']:,} steps x {training['batch']} images x 3 x {gflops_text(costs['gflops'])} Gflops"
         f" = {training['gflops']:.4g} Gflops",
     ]
     for row in costs["sampling"]:
@@ -82,6 +82,11 @@ def arithmetic(costs: dict[str, Any]) -> str:
         )
     lines.append(f"  disk        {costs['disk_bytes'] / 1e9:.2f} GB for two checkpoints and the samples")
     return "\n".join(lines)
+
+
+def gflops_text(gflops: float) -> str:
+    """Gflops as the paper prints them, two decimals; small ones with four digits."""
+    return f"{gflops:.2f}" if gflops >= 10 else f"{gflops:.4g}"
 
 
 def measured(request: Request, options: dict[str, Any]) -> dict[str, Any]:

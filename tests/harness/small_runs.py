@@ -14,7 +14,12 @@ SETTINGS = {"batch": "24", "learning_rate": "1e-3", "ema_decay": "0.9"}
 
 def request(backbone="dit-xs-4", steps=12, seed=0, settings=None, **options):
     return make_request(
-        backbone=backbone, protocol="digits", steps=steps, seed=seed, settings={**SETTINGS, **(settings or {})}, **options
+        backbone=backbone,
+        protocol="digits",
+        steps=steps,
+        seed=seed,
+        settings={**SETTINGS, **(settings or {})},
+        **options,
     )
 
 

@@ -288,8 +288,7 @@ def test_output_folder_that_holds_other_files(harness, tmp_path):
 def test_out_that_is_a_file(harness, tmp_path):
     (tmp_path / "notes.txt").write_text("precious")
     for words in ([*TRAIN, "--out", "notes.txt"], [*TRAIN, "--out", "notes.txt/run"], ["report", "--out", "notes.txt"]):
-        code, _, stderr = result = harness(*words)
-        assert not refused(result, "notes.txt", code=code) and code in (1, 2), stderr
+        assert not refused(harness(*words), "notes.txt", "is a file", "folder")
         assert contents(tmp_path) == {Path("notes.txt"): b"precious"}
 
 
@@ -390,8 +389,9 @@ def test_full_disk_while_a_checkpoint_is_written(trained, harness, tmp_path, mon
     assert second == (trained / "log.jsonl").read_text()
 
 
-def test_full_disk_while_samples_and_records_are_written(harness, run, monkeypatch):
-    # /dev/full answers every write as a full disk does. Only the link to it is ever renamed or removed.
+def test_full_disk_while_samples_are_written(harness, run, monkeypatch):
+    # /dev/full answers every write as a full disk does, and every read without end: it stands where files are only
+    # written. Only the link to it is ever renamed or removed.
     words = ["sample", "--run", run, "--samples", "100", "--sampling-steps", "2", "--batch", "50"]
     assert harness(*words)[0] == 0
     (done,) = run.glob("samples/*/samples.npz")
@@ -405,7 +405,6 @@ def test_full_disk_while_samples_and_records_are_written(harness, run, monkeypat
     left = sorted(path.name for path in shards.iterdir() if not path.is_symlink())
     assert left == ["shard-00000000.npy"] and not done.exists()
     (shards / "shard-00000050.npy.partial").unlink()
-    first = (shards / "shard-00000000.npy").stat().st_mtime_ns
     drawn = []
     from harness.engines.torch.draw import TorchSampler
 
@@ -413,12 +412,7 @@ def test_full_disk_while_samples_and_records_are_written(harness, run, monkeypat
     monkeypatch.setattr(
         TorchSampler, "draw", lambda self, index, *rest: (drawn.append(index[0]), draw(self, index, *rest))[1]
     )
-    assert harness(*words)[0] == 0 and first
+    assert harness(*words)[0] == 0
     assert drawn == [50]  # what had been saved was not drawn again
     assert done.read_bytes() == whole
     assert Path("/dev/full").is_char_device()
-
-    monkeypatch.setattr("harness.stages.evaluation.evaluate", lambda *_, **__: [])
-    (run / "records.jsonl").symlink_to("/dev/full")
-    code, _, stderr = harness("evaluate", done)
-    assert "Traceback" not in stderr and code in (0, 1)

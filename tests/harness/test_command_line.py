@@ -82,7 +82,7 @@ def test_refusals_are_one_line_and_exit_with_2(words, message, tmp_path):
 def test_a_protocol_without_its_data_prints_the_plan_and_the_missing_pieces(tmp_path):
     done = harness("run", "--backbone", "dit-xl-2", "--protocol", "imagenet-256", cwd=tmp_path)
     assert done.returncode == 2
-    assert "675" in done.stdout and "118.6" in done.stdout and "400,000 steps" in done.stdout
+    assert "674.83 M" in done.stdout and "118.64 a forward pass" in done.stdout and "400,000 steps" in done.stdout
     assert "data set 'imagenet'" in done.stderr and "suite 'adm'" in done.stderr
     assert "harness run --backbone dit-xl-2 --protocol digits --steps 400000" in done.stderr
     assert list(tmp_path.iterdir()) == []

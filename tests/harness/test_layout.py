@@ -36,7 +36,9 @@ def loaded_by(module):
 
 def test_the_package_list_is_the_tree():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    holding = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".toml", ".csv")}
+    holding = {
+        path.parent for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".toml", ".csv")
+    }
     found = sorted(".".join(folder.relative_to(ROOT).parts) for folder in holding if "__pycache__" not in folder.parts)
     assert sorted(listed) == sorted({*found, "results.measured"})
 

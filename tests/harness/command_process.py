@@ -1,0 +1,43 @@
+"""The command line as a process of its own that starts at once: forked from a server that has loaded everything.
+
+What the tests of kills need: many processes, real ones, without the seconds that a framework takes to load.
+"""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = [
+    "torch",
+    "harness.cli.train",
+    "harness.cli.sample",
+    "harness.engines.torch.trainer",
+    "reports.grid",
+    __name__,
+]
+
+
+def start(words, folder, shortest_seconds):
+    """The process of `harness WORDS`, started in `folder`; checkpoints come `shortest_seconds` apart."""
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    process = CONTEXT.Process(target=_main, args=([*map(str, words)], str(folder), shortest_seconds))
+    process.start()
+    return process
+
+
+def _main(words, folder, shortest_seconds):
+    os.chdir(folder)
+    with Path("output.txt").open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    from harness import training
+    from harness.cli import main
+
+    torch.set_num_threads(1)
+    training.SHORTEST_SECONDS, training.CHECKPOINT_SHARE = shortest_seconds, 1.0
+    sys.argv = ["harness", *words]
+    main()
