@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from types import TracebackType
 from typing import Self
 
+WINDOW_SECONDS = 120.0  # speeds are those of the last two minutes
 QUIET_SECONDS = 30.0  # between lines where there is no terminal to draw on
 
 
@@ -15,10 +17,10 @@ class Bar:
 
     def __init__(self, title: str, total: int, unit: str = "", done: int = 0):
         self.title, self.total, self.unit, self.done = title, total, unit, done
-        self._first = done
         self._note = ""
         self._bar = None
-        self._begin = self._said = time.monotonic()
+        self._said = time.monotonic()
+        self._marks = deque([(self._said, done)])  # (time, units done) of the last while
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -37,6 +39,7 @@ class Bar:
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """`count` more units are done; `note` stands beside the bar until the next one."""
         self.done += count
+        self._mark()
         self._note = self._note if note is None else note
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=self._note or f"{self.rate:.1f} {self.unit}/s")
@@ -46,10 +49,17 @@ class Bar:
             text = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._note}  {duration(left)} left"
             print(" ".join(text.split()), file=sys.stderr, flush=True)  # noqa: T201
 
+    def _mark(self) -> None:
+        now = time.monotonic()
+        self._marks.append((now, self.done))
+        while len(self._marks) > 2 and self._marks[1][0] < now - WINDOW_SECONDS:
+            self._marks.popleft()
+
     @property
     def rate(self) -> float:
-        """Units a second since the bar began."""
-        return (self.done - self._first) / max(time.monotonic() - self._begin, 1e-9)
+        """Units a second over the last minutes, or since the bar began."""
+        (begin, first), (end, last) = self._marks[0], self._marks[-1]
+        return (last - first) / max(end - begin, 1e-9)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:

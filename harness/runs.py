@@ -27,6 +27,9 @@ from harness.protocols import Protocol, Recipe, from_dict
 from harness.spec import BackboneSpec
 
 SCHEMA = 1
+BEFORE_RUN_FILE = frozenset(  # what a run killed at its creation may leave
+    {"lock", "checkpoints", "log.jsonl", f"log.jsonl{files.PARTIAL}", f"run.json{files.PARTIAL}"}
+)
 RUNS = Path("runs")  # where runs go, below the working folder
 
 
@@ -169,7 +172,7 @@ def find(folder: Path, spec: RunSpec) -> Run | None:
             raise Refusal(f"--out {folder} is a file; name a folder")
         if above := [parent for parent in folder.parents if parent.is_file()]:
             raise Refusal(f"--out {folder} cannot be made, for {above[0]} is a file; name another folder")
-        if folder.is_dir() and any(each.name != "lock" for each in folder.iterdir()):
+        if folder.is_dir() and not {each.name for each in folder.iterdir()} <= BEFORE_RUN_FILE:
             raise Refusal(f"--out {folder} holds other files and no run; name a new or empty folder")
         return None
     run = open_run(folder)

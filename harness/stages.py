@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from harness import checkpoints, evaluation, files, registry, runs, sampling, training
 from harness.data.images import ImageSet
 from harness.errors import Refusal
-from harness.planning import Request, published_input_gflops
+from harness.planning import CHECKPOINT_BYTES, Request, published_input_gflops
 from harness.protocols import Protocol
 from harness.runs import Resolved, Run, RunSpec
 from results.records import Record
 from results.store import append, load
 
 CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.engines.torch.resolve import Measured
 
 Say = Callable[[str], None]
 
@@ -65,25 +71,24 @@ class Workshop:
         check_images(data, request)
         check_labels(data, request.protocol.num_classes)
         self.run: Run | None = runs.find(folder, self.spec)
-        self._net: Any = None
+        if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, for it decides memory
+            frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
+            self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
+        self._net: torch.nn.Module | None = None
 
-    def _network(self):
+    def _network(self) -> torch.nn.Module:
         """The network at its initialisation; handed over once, for an engine changes it."""
         from harness.engines.torch.trainer import build
 
         net, self._net = self._net, None
         return build(self.request.spec, self.request.arguments, self.request.seed) if net is None else net
 
-    def measure(
-        self, *, device: str | None, precision: str, micro_batch: int | None
-    ) -> tuple[Resolved, dict[str, float]]:
-        """(Resolved, seconds an image by precision): what `create` would freeze. Builds the network."""
-        net = self._network()
-        chosen = measure_request(
-            self.request, device=device, precision=precision, micro_batch=micro_batch, say=self.say, net=net
+    def measure(self, *, device: str | None, precision: str, micro_batch: int | None) -> Measured:
+        """What `create` would freeze. Builds the network."""
+        self._net, measured = measure_request(
+            self.request, device=device, precision=precision, micro_batch=micro_batch, say=self.say
         )
-        self._net = net
-        return chosen
+        return measured
 
     def create(self, resolved: Resolved) -> Run:
         """Make the run's folder, with `resolved` frozen in it."""
@@ -100,8 +105,10 @@ class Workshop:
             raise Refusal(
                 f"--fork {source} is another experiment: {runs.difference(parent.identity, self.spec.identity)}"
             )
+        target = self.folder / "checkpoints" / checkpoint.folder.name
         with files.explained(self.folder):
-            shutil.copytree(checkpoint.folder, self.folder / "checkpoints" / checkpoint.folder.name)
+            files.remove(target)  # of a fork that was killed
+            shutil.copytree(checkpoint.folder, target)
             lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]
             files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
         self.say(f"forked from step {checkpoint.step} of {source}")
@@ -115,9 +122,6 @@ class Workshop:
         from harness.engines.torch.trainer import TorchEngine
 
         request, run = self.request, self.run
-        arguments = {**request.arguments}
-        if "gradient_checkpointing" in arguments:
-            arguments["gradient_checkpointing"] = run.resolved.gradient_checkpointing
         engine = TorchEngine(
             request.spec,
             self._network(),
@@ -127,13 +131,20 @@ class Workshop:
             resolved=run.resolved,
             data=self.data,
         )
-        training.train(run, engine, until, gflops_step=request.gflops_step, say=self.say)
+        training.train(
+            run,
+            engine,
+            until,
+            gflops_step=request.gflops_step,
+            state_bytes=CHECKPOINT_BYTES * request.compute.params,
+            say=self.say,
+        )
 
 
 def measure_request(
-    request: Request, *, device: str | None, precision: str, micro_batch: int | None, say: Say, net: Any = None
-) -> tuple[Resolved, dict[str, float]]:
-    """(Resolved, seconds an image by precision) on this machine. `net` is left as it was; None: one is built."""
+    request: Request, *, device: str | None, precision: str, micro_batch: int | None, say: Say
+) -> tuple[torch.nn.Module, Measured]:
+    """The network at its initialisation, and what was measured with it on this machine."""
     from harness.compute.activations import activation_bytes
     from harness.engines.torch import resolve
     from harness.engines.torch.trainer import build
@@ -141,10 +152,10 @@ def measure_request(
     target = resolve.pick_device(device)
     resolve.check_room(request.spec, request.compute.params, target)
     say("measuring the speed of a training step ...")
-    net = build(request.spec, request.arguments, request.seed) if net is None else net
-    return resolve.resolve(
+    net = build(request.spec, request.arguments, request.seed).to(target)
+    measured = resolve.resolve(
         request.spec,
-        net.to(target),
+        net,
         request.arguments,
         batch=request.recipe.batch,
         device=target,
@@ -153,15 +164,7 @@ def measure_request(
         activation_bytes=activation_bytes(request.spec, **request.arguments),
         gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
     )
-
-
-def memory_bytes(request: Request, resolved: Resolved) -> int:
-    """Memory that training will take: the state, and what one micro-batch keeps for its backward pass."""
-    from harness.compute.activations import activation_bytes
-    from harness.engines.torch.resolve import state_bytes
-
-    kept = activation_bytes(request.spec, **request.arguments)
-    return state_bytes(request.compute.params, resolved.precision) + resolved.micro_batch * kept
+    return net, measured
 
 
 def draw(run: Run, request: Request, step: int, steps: int, *, precision: str, batch: int | None) -> Path:

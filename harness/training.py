@@ -25,9 +25,11 @@ from harness.errors import Failure
 from harness.progress import Bar
 from harness.runs import Run
 
-LOST_SECONDS = 300.0  # at most this much work is lost to a kill
-CHECKPOINT_SHARE = 0.02  # of the time goes to checkpoints, 0.03 being the promise, while both can be kept
+LOST_SECONDS = 300.0  # at most this much work, or one step, is lost to a kill
+CHECKPOINT_SHARE = 0.02  # of the time goes to checkpoints, while that does not mean losing more than the above: a
+# checkpoint that takes longer than 9 s, as XL/2's 11 GB do on a slow disk, costs more than 3 %
 SHORTEST_SECONDS = 2.0
+DISK_BYTES_PER_SECOND = 1e9
 DRAIN_SECONDS = 0.5  # how long losses may stay on the device, unread
 
 
@@ -50,10 +52,12 @@ class Engine(Protocol):
         """Take a part back from a safetensors file."""
 
 
-def train(run: Run, engine: Engine, until: int, *, gflops_step: float, say: Callable[[str], None]) -> None:
+def train(
+    run: Run, engine: Engine, until: int, *, gflops_step: float, state_bytes: int, say: Callable[[str], None]
+) -> None:
     """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
 
-    `gflops_step` is the training compute of one step, for the bar. Raises KeyboardInterrupt after Ctrl-C or SIGTERM
+    `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint. Raises KeyboardInterrupt after Ctrl-C or SIGTERM
     and its checkpoint; Failure when a loss or a weight is not finite.
     """
     if until in run.snapshots():
@@ -72,7 +76,7 @@ def train(run: Run, engine: Engine, until: int, *, gflops_step: float, say: Call
         say(f"continues from the checkpoint of step {done}")
     images = run.recipe.batch
     with _log(run.log, done) as log, _interrupt() as interrupted, Bar("train", until, "it", done) as bar:
-        keeper = _Keeper(run, engine, log, done, seconds)
+        keeper = _Keeper(run, engine, log, done, seconds, cost=state_bytes / DISK_BYTES_PER_SECOND)
         while keeper.done < until and not interrupted():
             if engine.step(keeper.done + 1, interrupted):
                 keeper.stepped()
@@ -112,12 +116,12 @@ def keep_snapshot(run: Run, step: int) -> None:
 class _Keeper:
     """Log and checkpoints of one stretch of training."""
 
-    def __init__(self, run: Run, engine: Engine, log: IO[str], done: int, seconds: float):
+    def __init__(self, run: Run, engine: Engine, log: IO[str], done: int, seconds: float, cost: float):
         self.run, self.engine, self.log = run, engine, log
         self.done = self.written = self.saved = done  # steps: trained, in the log, in a checkpoint
         self.loss: float | None = None
         self._seconds = seconds
-        self._cost = 0.0
+        self._cost = cost  # of a checkpoint, in seconds: a guess until one has been written
         self._began = self._drained = self._saved_at = time.monotonic()
 
     def stepped(self) -> None:
@@ -135,6 +139,8 @@ class _Keeper:
             self.log.write(json.dumps({"step": step, "mse": mse, "vb": vb}) + "\n")
             self.written = step
             self.loss = mse + vb
+        with files.explained(self.run.log):
+            self.log.flush()  # for who watches it
 
     def due(self) -> bool:
         """Whether work since the last checkpoint is worth its cost by now, or too much to lose."""

@@ -1,5 +1,7 @@
 """Options of the test suite: slow tests on demand, and no skip that is not on the list."""
 
+from pathlib import Path
+
 import pytest
 
 
@@ -22,8 +24,8 @@ def pytest_sessionfinish(session, exitstatus):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not path or reporter is None:
         return
-    with open(path, encoding="utf-8") as file:
-        allowed = {line.strip() for line in file if line.strip() and not line.startswith("#")}
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    allowed = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
     for report in reporter.stats.get("skipped", []):
         reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else report.longrepr
         if reason not in allowed:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.cli.options import DEFAULT_PROTOCOL, json_option, run_options, sampling_options, settings_of
 from harness.planning import Request, make_request, plan
 from harness.progress import duration
+
+if TYPE_CHECKING:
+    from harness.engines.torch.resolve import Measured
 
 
 def request_of(options: dict[str, Any]) -> Request:
@@ -48,7 +51,7 @@ def command(as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(costs, indent=2))
         return
-    click.echo(speeds(request, costs["measured"]))
+    click.echo(speeds(costs["measured"]))
     click.echo("recipe (override with --set NAME=VALUE)")
     for name, value in costs["recipe"].items():
         click.echo(f"  {name:<17} {value}")
@@ -91,24 +94,21 @@ def gflops_text(gflops: float) -> str:
 
 def measured(request: Request, options: dict[str, Any]) -> dict[str, Any]:
     """Speed and memory on this machine: builds the network and times a few training steps."""
-    from harness.engines.torch import resolve
     from harness.stages import measure_request
 
-    resolved, seconds = measure_request(
+    _, found = measure_request(
         request,
         device=options["device"],
         precision=options["precision"],
         micro_batch=options["micro_batch"],
         say=lambda text: click.echo(text, err=True),
     )
-    return describe(request, resolved, seconds, resolve.free_bytes(resolve.pick_device(resolved.device)))
+    return describe(request, found)
 
 
-def describe(request: Request, resolved: Any, seconds: dict[str, float], free: int) -> dict[str, Any]:
+def describe(request: Request, found: Measured) -> dict[str, Any]:
     """What was measured, as plain data."""
-    from harness.stages import memory_bytes
-
-    best = min(seconds.values())
+    resolved, best = found.resolved, min(found.seconds.values())
     forward = best / 3  # the same ratio by which training compute is counted
     training = best * request.recipe.batch * request.recipe.steps
     sampling = sum(request.gflops_image(steps) for steps in request.sampling.steps) / request.compute.gflops
@@ -116,16 +116,16 @@ def describe(request: Request, resolved: Any, seconds: dict[str, float], free: i
         "device": resolved.device_name,
         "precision": resolved.precision,
         "micro_batch": resolved.micro_batch,
-        "memory_bytes": memory_bytes(request, resolved),
-        "free_bytes": free,
-        "images_per_second": {name: 1 / each for name, each in seconds.items()},
+        "memory_bytes": found.memory_bytes,
+        "free_bytes": found.free_bytes,
+        "images_per_second": {name: 1 / each for name, each in found.seconds.items()},
         "steps_per_second": 1 / (best * request.recipe.batch),
         "training_seconds": training,
         "sampling_seconds": sampling * forward * request.samples,
     }
 
 
-def speeds(request: Request, found: dict[str, Any]) -> str:
+def speeds(found: dict[str, Any]) -> str:
     """The measured part of the plan, in words."""
     each = ", ".join(f"{name} {speed:.3g}" for name, speed in found["images_per_second"].items())
     return "\n".join(

@@ -65,18 +65,14 @@ def prepare(options: dict[str, Any]) -> tuple[Request, Workshop]:
 def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
     """The run, created if it is not there; what it has frozen is held against what was asked for."""
     if workshop.run is None:
-        resolved, seconds = workshop.measure(
+        measured = workshop.measure(
             device=options["device"], precision=options["precision"], micro_batch=options["micro_batch"]
         )
         if fork := options.get("fork"):
-            workshop.fork(fork, resolved)
+            workshop.fork(fork, measured.resolved)
         else:
-            workshop.create(resolved)
-        from harness.engines.torch import resolve
-
-        free = resolve.free_bytes(resolve.pick_device(resolved.device))
-        found = plan_command.describe(workshop.request, resolved, seconds, free)
-        click.echo(plan_command.speeds(workshop.request, found))
+            workshop.create(measured.resolved)
+        click.echo(plan_command.speeds(plan_command.describe(workshop.request, measured)))
     run = workshop.run
     assert run is not None
     frozen = run.resolved

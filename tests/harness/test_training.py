@@ -224,7 +224,7 @@ def test_a_run_cannot_be_trained_backwards(whole):
 
 
 def test_checkpoints_are_due_by_cost_and_by_loss(whole):
-    keeper = training._Keeper(whole.run, None, None, 0, 0.0)
+    keeper = training._Keeper(whole.run, None, None, 0, 0.0, cost=0.0)
     now = keeper._saved_at
     for cost, age, due in (
         (0.0, 1, False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -20,6 +21,15 @@ STATE_BYTES = 16  # a parameter in float32: weight, gradient, two moments of Ada
 EMA_BYTES = 4
 PROBE_IMAGES = 16  # the speed of two precisions is compared on at most so many images
 PROBE_REPEATS = 3
+
+
+class Measured(NamedTuple):
+    """What this machine offers a run: what to freeze, seconds an image by precision, memory needed and free (bytes)."""
+
+    resolved: Resolved
+    seconds: dict[str, float]
+    memory_bytes: int
+    free_bytes: int
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -137,8 +147,8 @@ def resolve(
     micro_batch: int | None,
     activation_bytes: int,
     gradient_checkpointing: bool,
-) -> tuple[Resolved, dict[str, float]]:
-    """Choose what is left open. Returns the choice, and seconds an image of each precision that was measured."""
+) -> Measured:
+    """Choose what is left open. The weights of `net` are left as they were."""
     parameters = sum(each.numel() for each in net.parameters())
     free = free_bytes(device) + 4 * parameters  # the network is already there and was counted as used
     fitting = fit_micro_batch(batch, parameters, activation_bytes, free)
@@ -161,7 +171,8 @@ def resolve(
         threads=torch.get_num_threads(),
         gradient_checkpointing=gradient_checkpointing,
     )
-    return resolved, speeds
+    need = state_bytes(parameters, fastest) + chosen * activation_bytes
+    return Measured(resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free)
 
 
 def honour(resolved: Resolved) -> torch.device:
