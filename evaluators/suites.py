@@ -8,7 +8,6 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluators.features import BUILT_IN as FEATURES
 from evaluators.features import EFFICIENTNET_LITE0_96, FeatureSpec
 from harness.errors import Failure, Refusal
 
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from evaluators.reference import Progress, Reference
-
-# Only these may be called FID, KID and IS. None is built in yet.
-INCEPTION_FEATURES = frozenset({"inception-2015-12-05"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +25,13 @@ class Metric:
     """
 
     key: str
-    label: str  # in front of features that are not Inception's
-    inception_label: str  # what the field calls it on Inception features
     direction: str  # "lower" or "higher" is better
     minimum: int  # fewest samples that it accepts
     paper: str
     compute: str
     uses_features: bool = True  # False: looks at pixels
     needs_logits: bool = False
-    bounds: tuple[float, float] | None = (
-        None  # what the value cannot leave, so its interval is cut there; None: anything
-    )
+    bounds: tuple[float, float] | None = None  # what the value cannot leave: its interval is cut there
 
     @property
     def name(self) -> str:
@@ -56,8 +48,6 @@ METRICS = {
     for metric in (
         Metric(
             key="fd",
-            label="FD",
-            inception_label="FID",
             direction="lower",
             minimum=100,
             paper="Heusel et al. 2017, arXiv:1706.08500",
@@ -65,8 +55,6 @@ METRICS = {
         ),
         Metric(
             key="kid",
-            label="KD",
-            inception_label="KID",
             direction="lower",
             minimum=100,
             paper="Binkowski et al. 2018, arXiv:1801.01401",
@@ -74,8 +62,6 @@ METRICS = {
         ),
         Metric(
             key="is",
-            label="IS-style",
-            inception_label="IS",
             direction="higher",
             minimum=100,
             paper="Salimans et al. 2016, arXiv:1606.03498",
@@ -84,8 +70,6 @@ METRICS = {
         ),
         Metric(
             key="precision",
-            label="Precision",
-            inception_label="Precision",
             direction="higher",
             minimum=100,
             paper="Kynkaanniemi et al. 2019, arXiv:1904.06991",
@@ -94,8 +78,6 @@ METRICS = {
         ),
         Metric(
             key="recall",
-            label="Recall",
-            inception_label="Recall",
             direction="higher",
             minimum=100,
             paper="Kynkaanniemi et al. 2019, arXiv:1904.06991",
@@ -104,8 +86,6 @@ METRICS = {
         ),
         Metric(
             key="copies",
-            label="Copies",
-            inception_label="Copies",
             direction="lower",
             minimum=20,
             paper="nearest training image in pixels; fresh real images score about 0.01",
@@ -125,6 +105,11 @@ class Suite:
     version: int
     features: FeatureSpec
     metrics: tuple[Metric, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line for lists."""
+        return f"{', '.join(each.key for each in self.metrics)} on {self.features.name}, from {self.minimum} samples"
 
     @property
     def minimum(self) -> int:
@@ -164,25 +149,6 @@ class Measurement:
     high: float | None
     n: int
     interval: str
-
-
-def metric_label(metric: Metric | str, features: str | None = None, n: int | None = None) -> str:
-    """The name of a number in a table: "FD-1K (EfficientNet-Lite0)", "FID-50K", "Recall (EfficientNet-Lite0, N=1797)".
-
-    features: name of the extractor; an unknown one is shown as it is, None adds nothing. n: number of samples; None
-    adds nothing. A name is FID, KID or IS only on Inception's features, and -50K only of exactly 50,000 samples.
-    """
-    if isinstance(metric, str):
-        metric = METRICS[metric]
-    inception = features in INCEPTION_FEATURES
-    name, notes = metric.inception_label if inception else metric.label, []
-    if n is not None and n % 1000 == 0 and n > 0:
-        name += f"-{n // 1000}K"
-    if features is not None and metric.uses_features and not inception:
-        notes.append(FEATURES[features].label if features in FEATURES else features)
-    if n is not None and (n % 1000 != 0 or n == 0):
-        notes.append(f"N={n}")
-    return f"{name} ({', '.join(notes)})" if notes else name
 
 
 def evaluate_samples(

@@ -13,6 +13,7 @@ class Metric:
     title: str
     better: str  # "lower", "higher", or "" where neither is
     names_n: bool = False  # the estimate depends on N, so N belongs to its name: FID-50K
+    elsewhere: str = ""  # its name on features that are not Inception's, where the usual one would mislead
 
     @property
     def arrow(self) -> str:
@@ -24,8 +25,8 @@ METRICS = {
     "fid": Metric(title="FID", better="lower", names_n=True),
     "fd": Metric(title="FD", better="lower", names_n=True),
     "sfid": Metric(title="sFID", better="lower", names_n=True),
-    "kid": Metric(title="KID", better="lower"),
-    "is": Metric(title="IS", better="higher"),
+    "kid": Metric(title="KID", better="lower", elsewhere="KD"),
+    "is": Metric(title="IS", better="higher", elsewhere="IS-style"),
     "precision": Metric(title="Precision", better="higher"),
     "recall": Metric(title="Recall", better="higher"),
     "copies": Metric(title="Copies", better="lower"),
@@ -48,11 +49,21 @@ def metric_order(key: str) -> tuple:
     return (known.index(key), "") if key in METRICS else (len(known), key)
 
 
-def metric_title(key: str, n: int | None, mode: str = "") -> str:
-    """`FID-50K`, with the arrow that says which way is better; "-50K" only where N is 50,000. n None: not named."""
+def metric_title(key: str, n: int | None, mode: str = "", features: str | None = None) -> str:
+    """`FID-50K`, with the arrow that says which way is better; "-50K" only where N is 50,000. n None: not named.
+
+    features: name of the feature network; KID and IS are called so only on Inception's (or where none is named).
+    """
     metric = METRICS.get(key, Metric(title=key, better=""))
-    name = f"{metric.title}-{count_text(n)}" if metric.names_n and n is not None else metric.title
+    name = metric.title if features is None or features.startswith("inception") else metric.elsewhere or metric.title
+    if metric.names_n and n is not None:
+        name = f"{name}-{count_text(n)}"
     return f"{name}{f' ({mode})' if mode else ''}{metric.arrow}"
+
+
+def features_of(record: Record) -> str | None:
+    """Name of the feature network that a record was judged by."""
+    return record.evaluation.features if record.evaluation is not None else None
 
 
 def measured_text(value: float, low: float | None, high: float | None) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from reports.columns import (
     count_text,
+    features_of,
     guidance_text,
     measured_text,
     metric_order,
@@ -92,7 +93,7 @@ def console_table(records: Iterable[Record]) -> list[dict[str, str]]:
         if len(sizes) > 1:
             cells["N"] = str(row.any.n)
         for metric in metrics:
-            title = metric_title(metric[0], row.any.n if len(sizes) == 1 else None, metric[1])
+            title = metric_title(metric[0], row.any.n if len(sizes) == 1 else None, metric[1], features_of(row.any))
             cells[title] = row.text(metric)
         tables.append(cells)
     empty = [title for title in (tables[0] if tables else ()) if all(cells[title] == "-" for cells in tables)]

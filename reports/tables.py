@@ -6,7 +6,17 @@ import string
 import urllib.parse
 from collections.abc import Iterable, Sequence
 
-from reports.columns import FACTS, METRICS, count_text, facts, key_text, metric_title, params_text, quantity_text
+from reports.columns import (
+    FACTS,
+    METRICS,
+    count_text,
+    facts,
+    features_of,
+    key_text,
+    metric_title,
+    params_text,
+    quantity_text,
+)
 from reports.rows import Row, description, groups, make_rows, metrics_of
 from results import paper
 from results.paper import PublishedValue
@@ -92,7 +102,7 @@ def _protocol_section(rows: Sequence[Row]) -> Section:
         for row, found in zip(rows, descriptions, strict=True)
     ]
     shown = ("training steps", "training seed", "sampler", "sampling steps", "guidance")
-    columns = ("System", *titles, *(metric_title(key, head.n, mode) for key, mode in metrics))
+    columns = ("System", *titles, *(metric_title(key, head.n, mode, features_of(head)) for key, mode in metrics))
     section = _section(key_text(head), columns, rows, cells, shown)
     return dataclasses.replace(section, origin="source in the CSV file")
 

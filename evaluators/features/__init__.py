@@ -46,7 +46,6 @@ class FeatureSpec:
     """
 
     name: str
-    label: str  # how tables call the network: "EfficientNet-Lite0"
     dim: int  # D of the pooled features
     classes: int | None  # K of the logits; None: no logits, so no Inception-style score
     input_size: int  # pixels a side after resizing
@@ -66,7 +65,6 @@ class FeatureSpec:
 
 EFFICIENTNET_LITE0_96 = FeatureSpec(
     name="efficientnet-lite0-96",
-    label="EfficientNet-Lite0",
     dim=1280,
     classes=1000,
     # Of 64, 96, 128, 160 and 224 pixels, 96 is the smallest whose features tell the handwritten digits apart as well as

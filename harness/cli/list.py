@@ -30,7 +30,7 @@ def command(noun: str | None, as_json: bool) -> None:
         document[name] = [
             {
                 "name": item.name,
-                "summary": getattr(item, "summary", ""),
+                "summary": getattr(item, "summary", "") or getattr(item, "description", ""),
                 "from": items.owner(item.name),
                 **({"kind": item.kind, "frameworks": list(item.builders)} if name == "backbones" else {}),
             }

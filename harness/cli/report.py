@@ -57,8 +57,10 @@ def print_records(records: Iterable[Record]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from reports.columns import features_of
     from reports.rows import console_table
 
+    records = list(records)
     rows = console_table(records)
     if not rows:
         click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
@@ -85,3 +87,5 @@ def print_records(records: Iterable[Record]) -> None:
                 escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
             )
         console.print(table)
+    judges = sorted({features for each in records if (features := features_of(each))})
+    console.print(f"Features: {escape(', '.join(judges))}. In brackets: 95 % intervals over the draw of the samples.")

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from evaluators.features import Features, FeatureSpec
 from evaluators.reference import build_reference, images_sha256
-from evaluators.suites import BUILT_IN, EMBEDDED, METRICS, Suite, evaluate_samples, metric_label
+from evaluators.suites import BUILT_IN, EMBEDDED, METRICS, Suite, evaluate_samples
 from harness.errors import Failure, Refusal
 
 KEYS = ["fd", "kid", "is", "precision", "recall", "copies"]
@@ -28,9 +28,7 @@ class Pixels:
         return Features(pooled=pooled, logits=pooled[:, ::6])
 
 
-SPEC = FeatureSpec(
-    name="pixels", label="Pixels", dim=64, classes=11, input_size=8, loader="tests:none", description="for tests"
-)
+SPEC = FeatureSpec(name="pixels", dim=64, classes=11, input_size=8, loader="tests:none", description="for tests")
 SUITE = Suite(name="pixels", version=1, features=SPEC, metrics=EMBEDDED.metrics)
 
 
@@ -158,31 +156,6 @@ def test_hash_sees_shape_and_pixels(digits):
     assert images_sha256(digits[:4]) != images_sha256(digits[:4].reshape(4, 4, 16, 1))
     assert images_sha256(digits[:4]) != images_sha256(digits[1:5])
     assert images_sha256(np.asfortranarray(digits[:600])) == images_sha256(digits[:600])
-
-
-@pytest.mark.parametrize(
-    ("metric", "features", "n", "label"),
-    [
-        ("fd", "efficientnet-lite0-96", 1000, "FD-1K (EfficientNet-Lite0)"),
-        ("fd", "efficientnet-lite0-96", 50000, "FD-50K (EfficientNet-Lite0)"),
-        ("fd", "efficientnet-lite0-96", 1797, "FD (EfficientNet-Lite0, N=1797)"),
-        ("fd", "efficientnet-lite0-96", None, "FD (EfficientNet-Lite0)"),
-        ("fd", "inception-2015-12-05", 50000, "FID-50K"),
-        ("fd", "inception-2015-12-05", 49999, "FID (N=49999)"),
-        ("fd", "someone/elses", 2000, "FD-2K (someone/elses)"),
-        ("kid", "efficientnet-lite0-96", 1000, "KD-1K (EfficientNet-Lite0)"),
-        ("is", "efficientnet-lite0-96", 1000, "IS-style-1K (EfficientNet-Lite0)"),
-        ("copies", "efficientnet-lite0-96", 1000, "Copies-1K"),
-    ],
-)
-def test_names_say_the_features_and_the_number(metric, features, n, label):
-    assert metric_label(metric, features, n) == label
-
-
-def test_only_inception_features_are_called_by_its_names():
-    for key in METRICS:
-        for name in ("efficientnet-lite0-96", "dinov2", None):
-            assert not metric_label(key, name, 50000).startswith(("FID", "KID", "IS-5"))
 
 
 def test_built_in_suites_are_well_formed():

@@ -88,7 +88,7 @@ def test_protocol_table(study):
     assert table.name == "table-digits"
     (section,) = table.sections
     assert len(section.lines) == 18 and len(table.data) == 18
-    assert section.columns[-3:] == ("FD-1K\u2193", "KID\u2193", "Precision\u2191")
+    assert section.columns[-3:] == ("FD-1K\u2193", "KD\u2193", "Precision\u2191")
     head = dict(zip(section.columns, section.lines[0].cells, strict=True))
     assert (head["System"], head["Seed"], head["Sampling steps"]) == ("dit-xs-4", "0", "10")
     assert head["FD-1K\u2193"] == "39.6 [37.6, 41.6]"
@@ -121,7 +121,7 @@ def test_rows_are_merged_only_where_all_identity_agrees(record):
 def test_console_table(study, record):
     rows = console_table(study)
     assert len(rows) == 18 and len({tuple(row) for row in rows}) == 1
-    assert rows[0]["KID\u2193"] == "0.00990 [0.00941, 0.01040]"
+    assert rows[0]["KD\u2193"] == "0.00990 [0.00941, 0.01040]"
     assert "Params (M)" in rows[0] and console_table([]) == []
     mixed = console_table([record(), record(n=500)])
     assert [row["N"] for row in mixed] == ["1000", "500"] and all("FD\u2193" in row for row in mixed)
@@ -162,6 +162,13 @@ def test_number_texts():
     assert metric_title("fid", 50_000) == "FID-50K\u2193" and metric_title("fid", 49_999) == "FID-49999\u2193"
     assert metric_title("precision", 50_000, "adm-fp16") == "Precision (adm-fp16)\u2191"
     assert metric_title("my_metric", 10) == "my_metric"
+    for features, kid, score in (
+        (None, "KID", "IS"),
+        ("inception", "KID", "IS"),
+        ("efficientnet-lite0-96", "KD", "IS-style"),
+    ):
+        assert metric_title("kid", 10, features=features) == f"{kid}\u2193"
+        assert metric_title("is", 10, features=features) == f"{score}\u2191"
     assert measured_text(3.26789, 3.21, 3.33) == "3.27 [3.21, 3.33]"
     assert measured_text(0.00123, 0.0011, 0.0014) == "0.00123 [0.00110, 0.00140]"
     assert measured_text(123.456, 100, 150) == "123 [100, 150]"
