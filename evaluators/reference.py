@@ -54,6 +54,8 @@ def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progres
     """Features of all images, reporting progress. Failure when a feature is not finite or the extractor breaks its
     contract."""
     parts = []
+    if progress is not None:
+        progress(stage, 0, len(images))
     for start in range(0, len(images), IMAGES_PER_CALL):
         parts.append(extractor(images[start : start + IMAGES_PER_CALL]))
         if progress is not None:

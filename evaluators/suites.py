@@ -199,6 +199,8 @@ def _measure(evidence, suite: Suite, progress) -> list[Measurement]:
 
     computed: dict[str, dict] = {}  # by compute function: precision and recall come from one
     measurements = []
+    if progress is not None:
+        progress("metrics", 0, len(suite.metrics))
     for done, metric in enumerate(suite.metrics):
         if metric.compute not in computed:
             module, _, attribute = metric.compute.partition(":")

@@ -66,7 +66,7 @@ def evaluate(
         if stage not in bars:
             for bar in bars.values():
                 bar.__exit__(None, None, None)
-            bars[stage] = Bar(stage, total, "images").__enter__()
+            bars[stage] = Bar(stage, total, "metrics" if stage == "metrics" else "images").__enter__()
         bars[stage].advance(done - bars[stage].done)
 
     try:

@@ -184,5 +184,5 @@ def test_the_real_command_killed_twenty_times(kills, tmp_path):
     assert len(in_training) == len(in_sampling) == kills
     resumes = sum((each / "output.txt").read_text().count("continues from the checkpoint") for each in trainings)
     assert resumes >= kills // 3
-    print(f"training {seconds:.0f} s: {kills} kills, {resumes} resumes, {len(trainings)} runs, half-made {in_training}")  # noqa: T201
-    print(f"sampling: {kills} kills, {len(samplings)} sample sets, half-made {in_sampling}")  # noqa: T201
+    print(f"training {seconds:.0f} s: {kills} kills, {resumes} resumes, {len(trainings)} runs, half-made {in_training}")
+    print(f"sampling: {kills} kills, {len(samplings)} sample sets, half-made {in_sampling}")

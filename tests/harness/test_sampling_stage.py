@@ -97,7 +97,7 @@ def test_with_a_network_the_batch_moves_last_bits_alone(shop, monkeypatch, recor
         moved = np.abs(rounded_other.astype(int) - rounded.astype(int))
         deviations[batch] = (float((other - floats).abs().max()), int(moved.max()), float((moved > 0).mean()))
         record_property(f"deviation of batch {batch}: float, uint8, share of pixels", deviations[batch])
-        print(f"batch {batch} against 64: {deviations[batch]}")  # noqa: T201
+        print(f"batch {batch} against 64: {deviations[batch]}")
     for largest, levels, share in deviations.values():
         assert largest < ARITHMETIC
         assert levels <= 1 and share < 0.01  # a value at the edge of two levels
