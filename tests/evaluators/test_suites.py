@@ -50,7 +50,8 @@ def test_embedded_suite_tells_digits_from_noise(digits):
     real = evaluate_samples(digits[300:600], reference, EMBEDDED, progress=lambda *a: stages.append(a))
     bad = {m.metric: m for m in evaluate_samples(noise, reference, EMBEDDED)}
     assert [m.metric for m in real] == KEYS
-    assert stages[:2] == [("sample features", 0, 300), ("sample features", 300, 300)] and stages[-1] == ("metrics", 6, 6)
+    assert stages[:2] == [("sample features", 0, 300), ("sample features", 300, 300)]
+    assert stages[-1] == ("metrics", 6, 6)
     for m in real:
         assert isinstance(m.value, float) and m.n == 300
         assert m.low <= m.value <= m.high
