@@ -19,7 +19,7 @@ from harness.errors import Refusal
 from harness.planning import TRAINING_FACTOR
 from harness.progress import Bar
 from harness.protocols import Protocol
-from harness.samples import SampleSet, read_samples
+from harness.samples import read_samples
 from results.records import Environment, Evaluation, Record, Sampling, Training
 
 LIBRARIES = ("torch", "numpy", "jax", "flax", "safetensors", "scikit-learn")
@@ -82,7 +82,7 @@ def evaluate(
         features_sha256=reference.extractor.sha256,
         reference_sha256=reference.sha256,
     )
-    about = _about(path, samples, name)
+    about = describe(path, samples.sha256, name)
     return [
         Record(
             provenance="measured",
@@ -104,16 +104,21 @@ def evaluate(
     ]
 
 
-def _about(path: Path, samples: SampleSet, name: str | None) -> dict[str, Any]:
-    """What the sidecar says of the system behind the samples, as fields of a record."""
+def describe(path: Path, sha256: str, name: str | None) -> dict[str, Any]:
+    """What the sidecar of the samples at `path` (with hash `sha256`) says of the system behind them, as record fields.
+
+    A sidecar of other samples is refused.
+    """
     sidecar = path.with_suffix(".json")
     if not sidecar.exists():
-        sampling = Sampling(samples_sha256=samples.sha256)
+        sampling = Sampling(samples_sha256=sha256)
         return {"system": name or path.stem, "sampling": sampling}
     data = files.read_json(sidecar, "sidecar")
+    if isinstance(data, dict) and data.get("sha256") != sha256:
+        raise Refusal(f"{path} is not the file that {sidecar} describes (its hash differs); put the right one back")
     try:
         identity, run = data["identity"], data["identity"]["run"]
-        drawn, recipe, compute = identity["sampling"], run["recipe"], data["compute"]
+        drawn, recipe, compute, trained = identity["sampling"], run["recipe"], data["compute"], data["trained"]
         return {
             "system": name or run["backbone"],
             "backbone": run["backbone"],
@@ -130,6 +135,10 @@ def _about(path: Path, samples: SampleSet, name: str | None) -> dict[str, Any]:
                 learning_rate=recipe["learning_rate"],
                 ema_decay=recipe["ema_decay"],
                 seed=run["seed"],
+                objective=recipe["objective"],
+                schedule=recipe["schedule"],
+                precision=trained["precision"],
+                micro_batch=trained["micro_batch"],
                 recipe_hash=files.sha256_json(recipe),
                 checkpoint_sha256=identity["checkpoint_sha256"],
             ),
@@ -143,9 +152,11 @@ def _about(path: Path, samples: SampleSet, name: str | None) -> dict[str, Any]:
                 gflops_per_image=compute["gflops"] * data["evaluations"],
                 uint8_rule=drawn["uint8_rule"],
                 label_policy=drawn["label_policy"],
+                clip_denoised=drawn["clip_denoised"],
                 precision=drawn["precision"],
+                batch=identity["batch"],
                 seed=drawn["seed"],
-                samples_sha256=samples.sha256,
+                samples_sha256=sha256,
             ),
         }
     except (KeyError, TypeError) as error:

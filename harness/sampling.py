@@ -111,9 +111,10 @@ def sample(run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler],
     target = folder / "samples.npz"
     identity = wanted.identity(run)
     if target.with_suffix(".json").exists() and target.exists():
-        if files.read_json(target.with_suffix(".json"), "sidecar").get("identity") == identity:
+        kept = files.read_json(target.with_suffix(".json"), "sidecar")
+        if kept.get("identity") == identity and kept.get("sha256") == files.sha256_file(target):
             return target
-        raise Refusal(f"{folder} holds other samples than its name says; move it away")
+        raise Refusal(f"{folder} holds other samples than its name and sidecar say; move it away and sample again")
     shards = folder / "shards"
     labels = labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, run.protocol.num_classes)
     with files.explained(folder):

@@ -200,6 +200,7 @@ def draw(run: Run, request: Request, step: int, steps: int, *, precision: str, b
             "gflops": request.compute.gflops,
             "gflops_published_input": published_input_gflops(request),
         },
+        "trained": dataclasses.asdict(run.resolved),
         "environment": evaluation.environment(run.resolved.device_name),
     }
     path = sampling.sample(run, wanted, make, sidecar)
@@ -217,19 +218,26 @@ def judge(
     path: Path, protocol: Protocol, data: ImageSet, records: Path, *, cache: Path, name: str | None = None
 ) -> list[Record]:
     """Measure a sample set and append its records, or find them measured."""
+    from evaluators.reference import images_sha256
     from harness.samples import file_sha256
 
     suite = registry.suites.get(protocol.suite)
-    digest = file_sha256(path)
-    known = [] if not records.exists() else load([records]).records
+    about = evaluation.describe(path, file_sha256(path), name)
+    task = (protocol.name, str(protocol.version), protocol.dataset)
+    judge = (suite.name, str(suite.version), suite.features.name, images_sha256(data.images))
     found = [
         each
-        for each in known
-        if each.sampling is not None
-        and each.sampling.samples_sha256 == digest
+        for each in (load([records]).records if records.exists() else ())
+        if (each.protocol, each.protocol_version, each.dataset) == task
+        and all(getattr(each, field) == value for field, value in about.items())
         and each.evaluation is not None
-        and (each.evaluation.suite, each.evaluation.suite_version) == (suite.name, str(suite.version))
-        and (name is None or each.system == name)
+        and judge
+        == (
+            each.evaluation.suite,
+            each.evaluation.suite_version,
+            each.evaluation.features,
+            each.evaluation.reference_sha256,
+        )
     ]
     if {each.metric for each in found} >= {metric.key for metric in suite.metrics}:
         return found

@@ -37,9 +37,9 @@ METRICS = {
 
 # What `facts` may name, in the order in which notes state it.
 FACTS = (
-    *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "training steps"),
-    *("training seed", "sampler", "sampling steps", "eta", "guidance", "decoder", "uint8 rule", "label policy"),
-    *("precision", "sampling seed", "suite version"),
+    *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
+    *("training precision", "training steps", "training seed", "sampler", "sampling steps", "eta", "guidance"),
+    *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
 )
 
 
@@ -124,6 +124,9 @@ def facts(record: Record) -> dict[str, str]:
             "batch": training.batch,
             "learning rate": training.learning_rate,
             "EMA decay": training.ema_decay,
+            "objective": training.objective,
+            "schedule": training.schedule,
+            "training precision": training.precision,
             "training steps": count_text(training.steps) if training.steps is not None else None,
             "training seed": training.seed,
         }
@@ -137,7 +140,8 @@ def facts(record: Record) -> dict[str, str]:
             "decoder": sampling.decoder,
             "uint8 rule": sampling.uint8_rule,
             "label policy": sampling.label_policy,
-            "precision": sampling.precision,
+            "clip denoised": None if sampling.clip_denoised is None else ("yes" if sampling.clip_denoised else "no"),
+            "sampling precision": sampling.precision,
             "sampling seed": sampling.seed,
         }
     if evaluation is not None:

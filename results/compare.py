@@ -51,9 +51,10 @@ def _cells(records: Iterable[Record], side: str) -> dict[tuple, Record]:
         other = cells.setdefault(cell, record)
         if other.id != record.id:
             steps = [each.training.steps if each.training else None for each in (other, record)]
+            remedy = "narrow it with --step" if steps[0] != steps[1] else "name one run, or one record file"
             raise Refusal(
                 f"{side} holds two results for {record.metric} at {_sampling(record)} (training steps {steps[0]} and "
-                f"{steps[1]}); narrow it with --step or name one run"
+                f"{steps[1]}); {remedy}"
             )
     return cells
 
@@ -62,7 +63,14 @@ def _sampling(record: Record) -> str:
     drawn = record.sampling
     if drawn is None or drawn.sampler is None:
         return "samples as given"
-    return f"{drawn.sampler}-{drawn.steps}"
+    words = [f"{drawn.sampler}-{drawn.steps}"]
+    if drawn.eta:
+        words.append(f"eta {drawn.eta:g}")
+    if drawn.guidance_scale not in (None, 1.0):
+        words.append(f"guidance {drawn.guidance_scale:g} ({drawn.guidance_channels})")
+    if drawn.precision not in (None, "float32"):
+        words.append(drawn.precision)
+    return ", ".join(words)
 
 
 def _verdict(a: Record, b: Record) -> Verdict:

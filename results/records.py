@@ -64,6 +64,10 @@ class Training(_Checked):
     learning_rate: float | None = None
     ema_decay: float | None = None
     seed: int | None = None
+    objective: str | None = None
+    schedule: str | None = None  # noise schedule
+    precision: str | None = None  # of the network's arithmetic in training
+    micro_batch: int | None = None  # images a forward pass; moves low bits
     recipe_hash: str | None = None  # sha256 of the resolved recipe
     checkpoint_sha256: str | None = None
 
@@ -83,7 +87,9 @@ class Sampling(_Checked):
     decoder_gflops: float | None = None  # per image
     uint8_rule: str | None = None
     label_policy: str | None = None  # "random" or "balanced"
-    precision: str | None = None  # "float32", "bfloat16", ...
+    clip_denoised: bool | None = None  # the predicted image clamped to [-1, 1] at every step
+    precision: str | None = None  # of the network's arithmetic in sampling: "float32", "bfloat16", ...
+    batch: int | None = None  # images a forward pass; moves low bits
     seed: int | None = None
     samples_sha256: str | None = None
 

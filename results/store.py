@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +18,17 @@ except ImportError:  # not a POSIX system: one writer at a time is then the call
 RECORDS_FILE = "records.jsonl"
 
 
+RELATIVE_TOLERANCE = 1e-5  # what threads, processors and libraries may move a metric by; a conflict lies beyond it
+ABSOLUTE_TOLERANCE = 1e-6  # for metrics about 0, such as KID
+
+
 class Conflict(Refusal):
     """Two records with one identity and different values."""
+
+
+def same_value(one: float, other: float) -> bool:
+    """Whether two values of one identity are one measurement: float32 features differ in low bits between machines."""
+    return math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +72,9 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
             new: list[str] = []
             for record in records:
                 other = known.setdefault(record.identity_sha256, record)
-                if other.id != record.id:
+                if not same_value(other.value, record.value):
                     raise Conflict(_conflict_text([(other, str(path)), (record, "the new measurement")]))
-                if other is record:
+                if other is record:  # else measured before, perhaps with other low bits
                     new.append(to_json(record) + "\n")
             if new:
                 _write(file, "".join(new).encode("ascii"))
@@ -100,8 +110,14 @@ def load(paths: Iterable[str | os.PathLike]) -> Loaded:
             same = found.setdefault(record.identity_sha256, {})
             if record.id not in same or _preference(record) < _preference(same[record.id][0]):
                 same[record.id] = (record, path)
-    records = [record for same in found.values() if len(same) == 1 for record, _ in same.values()]
-    disputed = [sorted(same.values(), key=lambda pair: pair[0].id) for same in found.values() if len(same) > 1]
+    records, disputed = [], []
+    for same in found.values():
+        pairs = sorted(same.values(), key=lambda pair: _preference(pair[0]))
+        values = [record.value for record, _ in pairs]
+        if same_value(min(values), max(values)):
+            records.append(pairs[0][0])
+        else:
+            disputed.append(sorted(pairs, key=lambda pair: pair[0].id))
     return Loaded(
         records=tuple(sorted(records, key=lambda record: record.id)),
         problems=tuple(problems),

@@ -16,4 +16,4 @@ def load(path: Path) -> ImageSet:
     samples = read_samples(path)
     if samples.labels is None:
         raise Refusal(f"{path} has no labels (arr_1); a class-conditional model needs one for each image")
-    return ImageSet(name="npz", images=np.asarray(samples.images), labels=np.asarray(samples.labels))
+    return ImageSet(name="npz", images=np.array(samples.images), labels=np.array(samples.labels))

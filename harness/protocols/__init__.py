@@ -8,6 +8,7 @@ are the TOML files in this folder; a user's own is another TOML file of the same
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +39,16 @@ class Recipe:
     diffusion_steps: int = 1000
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch", "learning_rate", "diffusion_steps")
-        for name in positive:
+        _check_finite(self, "recipe")
+        for name in ("steps", "batch", "learning_rate", "diffusion_steps"):
             if not getattr(self, name) > 0:
                 raise Refusal(f"recipe: {name} must be positive, not {getattr(self, name)}")
-        for name in ("ema_decay", "label_dropout", "beta1", "beta2"):
+        for name in ("ema_decay", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise Refusal(f"recipe: {name} must lie in [0, 1], not {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Refusal(f"recipe: {name} must lie in [0, 1), not {getattr(self, name)}")
         for name in ("weight_decay", "warmup_steps", "clip_norm"):
             if getattr(self, name) < 0:
                 raise Refusal(f"recipe: {name} must not be negative, but is {getattr(self, name)}")
@@ -65,6 +69,7 @@ class Sampling:
     uint8_rule: str = "dit"  # clamp(127.5 x + 128) truncated
 
     def __post_init__(self) -> None:
+        _check_finite(self, "sampling")
         for name, known in (
             ("guidance_channels", ("first-3", "all")),
             ("label_policy", ("random", "balanced")),
@@ -165,10 +170,19 @@ def _parse(name: str, text: str, like: Any) -> Any:
         raise Refusal(f"{name}={text!r} cannot be read as {type(like).__name__}, as in {name}={like}") from error
 
 
+def _check_finite(item: Recipe | Sampling, what: str) -> None:
+    for each in dataclasses.fields(item):
+        value = getattr(item, each.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Refusal(f"{what}: {each.name} must be a finite number, not {value}")
+
+
 def count(text: str) -> int:
-    """A count such as 250, 400k or 7M."""
+    """A count such as 250, 400k or 7M; ValueError for anything else."""
     factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
     number = float(text[:-1] if factor > 1 else text.replace("_", ""))
+    if not math.isfinite(number):
+        raise ValueError(f"{text!r} is not a whole number")
     if not number * factor == int(number * factor) or number < 0:
         raise ValueError(f"{text!r} is not a whole number")
     return int(number * factor)
@@ -191,6 +205,8 @@ def _fill(of: type, data: Any, where: str) -> Any:
         }.get(wanted, True)
         if not fits:
             raise Refusal(f"{where}: {name} = {value!r} must be of type {wanted}")
+    # 0 and 0.0 are one setting and must have one hash
+    data = {name: float(value) if fields[name].type == "float" else value for name, value in data.items()}
     for name, each in fields.items():
         if name not in data and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
             raise Refusal(f"{where}: {name} is missing")

@@ -233,6 +233,6 @@ def test_a_folder_with_other_samples_than_its_name_says_is_refused(shop):
     facts["identity"]["count"] = 41
     side.write_text(json.dumps(facts))
     before = path.read_bytes()
-    with pytest.raises(Refusal, match="holds other samples than its name says"):
+    with pytest.raises(Refusal, match="holds other samples than its name and sidecar say"):
         draw_set(shop, seed=21)
     assert path.read_bytes() == before

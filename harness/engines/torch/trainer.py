@@ -75,11 +75,18 @@ class TorchEngine:
         recipe = self.recipe
         positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the endless stream of images
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        buffers = [buffer.clone() for buffer in self.net.buffers()]
         for chunk in positions.split(self.resolved.micro_batch):
             if interrupted():
                 self._optimizer.zero_grad(set_to_none=True)
+                for buffer, before in zip(self.net.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
                 return False
             total += self._accumulate(chunk)
+        if idle := [name for name, each in zip(self._names, self._weights, strict=True) if each.grad is None]:
+            raise Refusal(
+                f"parameter {idle[0]} of the network gets no gradient; use it in forward, or set its requires_grad to False"
+            )
         rate = recipe.learning_rate * min(1.0, step / recipe.warmup_steps if recipe.warmup_steps else 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -143,10 +150,16 @@ class TorchEngine:
     def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         return [
             ("model", lambda: _arrays(self.net.state_dict())),
-            ("ema", lambda: _arrays({**self.net.state_dict(), **dict(zip(self._names, self._ema, strict=True))})),
+            ("ema", lambda: _arrays(self._averaged())),
             ("first_moment", lambda: self._moments("exp_avg")),
             ("second_moment", lambda: self._moments("exp_avg_sq")),
         ]
+
+    def _averaged(self) -> dict[str, torch.Tensor]:
+        """The state dict with each weight replaced by its average, under all of its names if it is shared."""
+        average = dict(zip(map(id, self._weights), self._ema, strict=True))
+        state = self.net.state_dict(keep_vars=True)
+        return {name: average.get(id(value), value) for name, value in state.items()}
 
     def _moments(self, key: str) -> dict[str, np.ndarray]:
         states = [self._optimizer.state[each] for each in self._weights]
@@ -176,9 +189,10 @@ class TorchEngine:
     def _targets(self, part: str) -> dict[str, torch.Tensor]:
         if part == "model":
             return self.net.state_dict()
-        if part == "ema":
-            rest = {name: torch.empty_like(value) for name, value in self.net.state_dict().items()}
-            return {**rest, **dict(zip(self._names, self._ema, strict=True))}
+        if part == "ema":  # what is not averaged comes with "model"
+            own = set(map(id, self._ema))
+            averaged = self._averaged()
+            return {name: value if id(value) in own else torch.empty_like(value) for name, value in averaged.items()}
         key = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}[part]
         for weight in self._weights:
             self._optimizer.state[weight].setdefault(key, torch.zeros_like(weight))
