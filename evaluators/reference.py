@@ -132,6 +132,7 @@ def _write_cache(path: Path, key: str, features: Features) -> None:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp makes it the owner's alone; a group shares its runs
         Path(temporary).replace(path)
     except OSError as error:
         raise Failure(f"{path}: the reference's features could not be cached: {error.strerror}") from error

@@ -65,6 +65,7 @@ def write(
             for name, tensors in parts:
                 path = partial / f"{name}.safetensors"
                 save_file(dict(tensors()), path)
+                path.chmod(0o644)  # the library writes for the owner alone; a group shares its runs
                 files.sync_file(path)
                 entries[path.name] = {"sha256": files.sha256_file(path), "bytes": path.stat().st_size}
             files.write_json(partial / "state.json", {"schema": SCHEMA, "step": step, "files": entries, **state})

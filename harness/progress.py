@@ -25,15 +25,15 @@ class Bar:
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"), TimeRemainingColumn(elapsed_when_finished=True),
-                console=Console(stderr=True), speed_estimate_period=120, refresh_per_second=4,
+                TextColumn("{task.fields[note]}"), TextColumn("{task.fields[left]}"),
+                console=Console(stderr=True), refresh_per_second=4,
             )  # fmt: skip
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="")
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="", left="")
         return self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
@@ -41,12 +41,14 @@ class Bar:
         self.done += count
         self._mark()
         self._note = self._note if note is None else note
+        seconds = (self.total - self.done) / self.rate if self.rate else float("inf")
+        left = f"{duration(seconds)} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=self._note or f"{self.rate:.1f} {self.unit}/s")
+            note = self._note or f"{self.rate:.1f} {self.unit}/s"
+            self._bar.update(self._task, completed=self.done, note=note, left=left if self.done < self.total else "")
         elif time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
-            left = (self.total - self.done) / self.rate if self.rate else float("inf")
-            text = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._note}  {duration(left)} left"
+            text = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._note}  {left}"
             print(" ".join(text.split()), file=sys.stderr, flush=True)  # noqa: T201
 
     def _mark(self) -> None:

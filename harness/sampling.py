@@ -42,8 +42,13 @@ class SampleRequest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The sampling settings as plain data, with the one number of steps."""
-        return {**dataclasses.asdict(self.sampling), "steps": self.steps, "precision": self.precision}
+        """The sampling settings as plain data, with the one number of steps; None for what has no effect."""
+        settings = {**dataclasses.asdict(self.sampling), "steps": self.steps, "precision": self.precision}
+        if self.sampling.sampler == "ddpm":
+            settings["eta"] = None
+        if self.sampling.guidance_scale == 1:
+            settings["guidance_channels"] = None
+        return settings
 
     def identity(self, run: Run) -> dict[str, Any]:
         """Everything that decides the bytes of the images."""

@@ -21,7 +21,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from harness import checkpoints, files
-from harness.errors import Failure
+from harness.errors import Failure, Refusal
 from harness.progress import Bar
 from harness.runs import Run
 
@@ -58,7 +58,7 @@ def train(
     """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
 
     `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint. Raises KeyboardInterrupt after Ctrl-C or SIGTERM
-    and its checkpoint; Failure when a loss or a weight is not finite.
+    and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
     """
     if until in run.snapshots():
         return
@@ -66,7 +66,7 @@ def train(
     done = seconds = 0
     if checkpoint is not None:
         if checkpoint.step > until:
-            raise Failure(
+            raise Refusal(
                 f"{run.folder} has been trained to step {checkpoint.step} and kept no snapshot of step {until}; "
                 f"ask for --steps {checkpoint.step} or more, or train anew with another --out"
             )

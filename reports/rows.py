@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from reports.columns import (
     count_text,
+    facts,
     features_of,
     guidance_text,
     measured_text,
@@ -78,6 +79,13 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
     return [members for _, members in sorted(found.values(), key=order)]
 
 
+# Facts that get a place in a terminal's table, which has no footnotes, where the rows differ in them.
+_TOLD_IF_DIFFERENT = (
+    *("recipe", "batch", "training precision", "eta", "clip denoised", "label policy", "sampling precision"),
+    *("sampling seed", "framework", "suite version"),
+)
+
+
 def console_table(records: Iterable[Record]) -> list[dict[str, str]]:
     """Rows for a terminal: column title -> text, the same keys in every row.
 
@@ -87,9 +95,12 @@ def console_table(records: Iterable[Record]) -> list[dict[str, str]]:
     rows = [row for members in groups(records) for row in make_rows(members)]
     metrics = metrics_of(rows)
     sizes = {row.any.n for row in rows}
+    differing = {name: len({facts(row.any).get(name) for row in rows}) for name in _TOLD_IF_DIFFERENT}
     tables = []
     for row in rows:
+        known = facts(row.any)
         cells = {"System": row.any.system, **description(row)}
+        cells |= {name.capitalize(): known.get(name, "-") for name in _TOLD_IF_DIFFERENT if differing[name] > 1}
         if len(sizes) > 1:
             cells["N"] = str(row.any.n)
         for metric in metrics:

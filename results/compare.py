@@ -70,6 +70,8 @@ def _sampling(record: Record) -> str:
         words.append(f"guidance {drawn.guidance_scale:g} ({drawn.guidance_channels})")
     if drawn.precision not in (None, "float32"):
         words.append(drawn.precision)
+    if drawn.seed:
+        words.append(f"sampling seed {drawn.seed}")
     return ", ".join(words)
 
 

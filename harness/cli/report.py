@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from harness import runs
+from harness import registry, runs
 from harness.cli.options import FOLDER
 from results.records import Record
 
@@ -20,6 +20,8 @@ CELL_WIDTH = 19  # of one row's column on the terminal
 @click.option("--protocol", metavar="NAME", help="Only this protocol's own table and curve. [default: every one]")
 def command(results: tuple[Path, ...], out: Path | None, protocol: str | None) -> None:
     """Write the paper's tables and figures, with your own models in them, from published and measured records."""
+    if protocol is not None and protocol not in registry.protocols and not protocol.endswith(".toml"):
+        click.echo(f"harness: {registry.unknown('protocol', protocol, registry.protocols.names())}", err=True)
     paths = results or ((runs.RUNS,) if runs.RUNS.exists() else ())
     show(paths, out or runs.RUNS / "report", protocol=protocol)
 
@@ -58,34 +60,36 @@ def print_records(records: Iterable[Record]) -> None:
     from rich.table import Table
 
     from reports.columns import features_of
-    from reports.rows import console_table
+    from reports.rows import console_table, groups
 
-    records = list(records)
-    rows = console_table(records)
-    if not rows:
-        click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
-        return
     console = Console()
-    shared = {
-        title: rows[0][title]
-        for title in rows[0]
-        if len({row[title] for row in rows}) == 1 and "\u2191" not in title and "\u2193" not in title
-    }
-    varying = [title for title in rows[0] if title not in shared]
-    console.print(
-        "  ".join(
-            f"[bold]{escape(text)}[/]" if title == "System" else f"{title} {escape(text)}"
-            for title, text in shared.items()
-        )
-    )
-    columns = max(1, (console.width - 20) // CELL_WIDTH)
-    for start in range(0, len(rows), columns):
-        table = Table(show_header=False)
-        for title in varying:
-            # An interval goes under its value, so that the columns stay narrow.
-            table.add_row(
-                escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
+    tables = groups(records)
+    if not tables:
+        click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
+    for members in tables:  # what may not share a table does not
+        rows = console_table(members)
+        shared = {
+            title: rows[0][title]
+            for title in rows[0]
+            if len({row[title] for row in rows}) == 1 and "\u2191" not in title and "\u2193" not in title
+        }
+        varying = [title for title in rows[0] if title not in shared]
+        console.print(
+            "  ".join(
+                f"[bold]{escape(text)}[/]" if title == "System" else f"{title} {escape(text)}"
+                for title, text in shared.items()
             )
-        console.print(table)
-    judges = sorted({features for each in records if (features := features_of(each))})
-    console.print(f"Features: {escape(', '.join(judges))}. In brackets: 95 % intervals over the draw of the samples.")
+        )
+        columns = max(1, (console.width - 20) // CELL_WIDTH)
+        for start in range(0, len(rows), columns):
+            table = Table(show_header=False)
+            for title in varying:
+                # An interval goes under its value, so that the columns stay narrow.
+                table.add_row(
+                    escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
+                )
+            console.print(table)
+        judges = sorted({features for each in members if (features := features_of(each))})
+        console.print(
+            f"Features: {escape(', '.join(judges))}. In brackets: 95 % intervals over the draw of the samples."
+        )

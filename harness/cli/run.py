@@ -9,7 +9,7 @@ import click
 
 from harness import runs, stages
 from harness.cli import plan as plan_command
-from harness.cli.options import Counts, run_options, sampling_options
+from harness.cli.options import DEFAULT_PROTOCOL, Counts, run_options, sampling_options
 from harness.errors import Refusal
 from harness.planning import Request, plan
 from harness.runs import Run
@@ -30,9 +30,11 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, **o
         harness run --backbone dit-xl-2 --steps 400k
     """
     request, workshop = prepare(options)
+    marks = sorted({*(evaluate_at or ()), request.recipe.steps})
+    if marks[-1] > request.recipe.steps:
+        raise Refusal(f"--evaluate-at {marks[-1]} lies beyond the last step, {request.recipe.steps}; raise --steps")
     with runs.locked(workshop.folder):
         run = begin(workshop, options)
-        marks = sorted({step for step in evaluate_at or () if step < request.recipe.steps} | {request.recipe.steps})
         for step in marks:
             workshop.train(step)
             for steps in request.sampling.steps:
@@ -53,10 +55,11 @@ def prepare(options: dict[str, Any]) -> tuple[Request, Workshop]:
     if costs["missing"]:
         for lack in costs["missing"]:
             click.echo(f"missing  {lack}", err=True)
-        raise Refusal(
-            f"protocol {request.protocol.name!r} cannot run here, {len(costs['missing'])} pieces are missing (above); "
-            f"this works now: harness run --backbone {request.spec.name} --protocol digits --steps {request.recipe.steps}"
-        )
+        text = f"protocol {request.protocol.name!r} cannot run here, for want of what is listed above"
+        if request.protocol.name != DEFAULT_PROTOCOL:
+            steps = request.recipe.steps
+            text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
+        raise Refusal(text)
     data = stages.load_data(request.protocol.dataset, request.data)
     folder = options["out"] or runs.RUNS / stages.run_spec(request, data).name
     return request, Workshop(request, data, folder, lambda text: click.echo(text, err=True))

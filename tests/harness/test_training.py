@@ -219,7 +219,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
 
 
 def test_a_run_cannot_be_trained_backwards(whole):
-    with pytest.raises(Failure, match="kept no snapshot of step 7"):
+    with pytest.raises(Refusal, match="kept no snapshot of step 7"):
         workshop(whole.folder, request(steps=12)).train(7)
 
 
