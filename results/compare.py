@@ -14,6 +14,7 @@ RULE = (
     "The intervals cover the draw of the samples, so with one training seed a side the verdict is about these two "
     "checkpoints, not about the two backbones: training again moves a Frechet distance more than sampling again does"
 )
+ORDER = ("fid", "fd", "sfid", "kid", "is", "precision", "recall", "copies")  # as in the tables
 LOWER_IS_BETTER = frozenset({"fd", "fid", "sfid", "kid", "copies", "loss_mse", "loss_vb"})
 
 
@@ -37,10 +38,14 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     records for the same cell (say, of two training lengths) is ambiguous and refused, as is having nothing in common.
     """
     left, right = _cells(a, "A"), _cells(b, "B")
-    common = sorted(set(left) & set(right), key=str)
+    common = sorted(set(left) & set(right), key=lambda cell: (_rank(cell[0]), str(cell)))
     if not common:
         raise Refusal(f"A and B have no measurement that may be compared: {_why(left, right)}")
     return [_verdict(left[cell], right[cell]) for cell in common]
+
+
+def _rank(metric: str) -> int:
+    return ORDER.index(metric) if metric in ORDER else len(ORDER)
 
 
 def _cells(records: Iterable[Record], side: str) -> dict[tuple, Record]:

@@ -38,7 +38,10 @@ def request_of(options: dict[str, Any]) -> Request:
 @sampling_options
 @json_option
 def command(as_json: bool, **options: Any) -> None:
-    """Say what a run would cost (compute, memory, disk, hours at the speed measured here), and do nothing.
+    """Say what a run would cost (compute, memory, disk, hours at the speed measured here), and write nothing.
+
+    The speed is measured: the network is built and a few training steps are timed, which takes a minute or two for
+    the largest.
 
     The recipe's items, which --set can override, are listed with their values.
     """
@@ -131,8 +134,8 @@ def speeds(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"  device      {found['device']}",
-            f"  memory      {found['memory_bytes'] / 1e9:.1f} GB of {found['free_bytes'] / 1e9:.1f} GB free, "
-            f"in micro-batches of {found['micro_batch']}",
+            f"  memory      needs {found['memory_bytes'] / 1e9:.1f} GB, {found['free_bytes'] / 1e9:.1f} GB are free; "
+            f"micro-batches of {found['micro_batch']}",
             f"  speed       {found['steps_per_second']:.3g} it/s in {found['precision']} "
             f"(measured, images/s in training: {each})",
             f"  time        training {duration(found['training_seconds'])}, sampling about {duration(found['sampling_seconds'])}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -40,13 +41,9 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
     for conflict in summary.conflicts:
         click.echo(f"harness: {conflict}", err=True)
     print_records(load(find_record_files([only] if only else paths)).records)
-    shown = [
-        path
-        for path in summary.files
-        if path.suffix == ".png" or path.name.startswith("table-") and path.suffix == ".md"
-    ]
-    for path in shown:
-        click.echo(f"  {path}")
+    for path in summary.files:
+        if path.suffix == ".png" or re.fullmatch(r"table-\D.*\.md", path.name):  # the paper's tables have numbers
+            click.echo(f"  {path}")
     click.echo(f"{len(summary.files)} files in {out}")
     if only is not None:
         for grid in sorted(only.glob("samples/*/grid.png")):

@@ -10,6 +10,7 @@ from torch import nn
 from backbones.dit.position import sincos_table
 from backbones.dit.spec import BLOCKS, SPECS
 from backbones.dit.torch_model import Mlp, attend
+from harness.engines.torch.sampler import guided
 from harness.errors import Refusal
 
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -61,7 +62,9 @@ def test_same_seed_gives_the_weights_of_the_release(dit_s_8, name):
     assert dit_s_8.state_dict()[name].double().sum().item() == pytest.approx(RELEASE_SUMS[name], abs=1e-6)
 
 
-def test_forward_gives_the_output_of_the_release():
+@pytest.fixture(scope="module")
+def lively():
+    """The release's network with its zero-initialised layers drawn at random, and one input."""
     torch.manual_seed(0)
     net = BY_NAME["dit-s-8"].build()
     torch.manual_seed(1)
@@ -70,13 +73,31 @@ def test_forward_gives_the_output_of_the_release():
     nn.init.normal_(net.final_layer.linear.weight, std=0.02)
     nn.init.normal_(net.final_layer.adaLN_modulation[1].weight, std=0.02)
     torch.manual_seed(2)
-    x = torch.randn(2, 4, 32, 32)
+    return net, torch.randn(2, 4, 32, 32)
+
+
+def test_forward_gives_the_output_of_the_release(lively):
+    net, x = lively
     with torch.no_grad():
         out = net(x, torch.tensor([3, 777]), torch.tensor([207, 1000]))
     assert out.shape == (2, 8, 32, 32) and out.dtype == torch.float32
     assert out.mean().item() == pytest.approx(-0.00024616, abs=1e-5)
     assert out.std().item() == pytest.approx(0.38894010, abs=1e-5)
     np.testing.assert_allclose(out[0, 0, 0, :3], [-0.42183518, 0.80800843, -0.04641823], atol=1e-5)
+
+
+def test_guidance_gives_the_output_of_the_release(lively):
+    """Its forward_with_cfg at scale 4: guided noise in three channels of both halves, the rest as each half has it."""
+    net, x = lively
+    t, y = torch.tensor([3, 777]), torch.tensor([207, 88])
+    with torch.no_grad():
+        first = guided(net, y, 4.0, "first-3", 1000)(x, t)
+        second = net(x, t, torch.tensor([1000, 1000]))
+    second[:, :3] = first[:, :3]
+    out = torch.cat([first, second])
+    assert out.shape == (4, 8, 32, 32)
+    assert out.mean().item() == pytest.approx(-0.00014060, abs=1e-5)
+    assert out.std().item() == pytest.approx(0.38923869, abs=1e-5)
 
 
 def test_position_table():

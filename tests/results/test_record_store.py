@@ -53,6 +53,20 @@ def test_one_identity_with_two_values_is_a_conflict(measured, tmp_path):
     assert str(path) in loaded.conflicts[0] and str(other) in loaded.conflicts[0]
 
 
+def test_low_bits_of_another_machine_are_no_conflict(measured, tmp_path):
+    path, other = tmp_path / "records.jsonl", tmp_path / "other.jsonl"
+    value = measured().value
+    append(path, [measured()])
+    append(other, [measured(value=value * (1 + 3e-6))])
+    for paths in ([path, other], [other, path]):
+        loaded = load(paths)
+        assert len(loaded.records) == 1 and not loaded.conflicts
+        assert loaded.records == load([path, other]).records
+    assert append(path, [measured(value=value * (1 + 3e-6))]) == 0
+    with pytest.raises(Conflict):
+        append(path, [measured(value=value * (1 + 3e-5))])
+
+
 def test_broken_and_newer_lines_are_named_and_counted(measured, tmp_path):
     path = tmp_path / "records.jsonl"
     good = to_json(measured())
