@@ -46,8 +46,8 @@ def command(a: Path, b: Path, step: int | None, as_json: bool) -> None:
         table.add_row(
             each.metric,
             f"{each.sampling}, N={each.a.n}",
-            measured_text(each.a.value, each.a.low, each.a.high),
-            measured_text(each.b.value, each.b.low, each.b.high),
+            measured_text(each.a.value, each.a.low, each.a.high).replace(" [", "\n["),
+            measured_text(each.b.value, each.b.low, each.b.high).replace(" [", "\n["),
             f"{each.difference:+.4g}",
             "-" if each.noise is None else f"{each.noise:.3g}",
             each.verdict,

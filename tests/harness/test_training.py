@@ -1,5 +1,6 @@
 """The trainer on real digits: resume to the bit, exact accumulation, recipe items, guards."""
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from harness import checkpoints, training
 from harness.engines.torch import trainer as torch_trainer
 from harness.errors import Failure, Refusal
 from harness.runs import find
+from harness.stages import Workshop
 
 
 def losses(shop):
@@ -216,6 +218,32 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     with pytest.raises(Refusal, match="other files and no run"):
         workshop(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_fork_goes_on_from_the_newest_checkpoint(whole, tmp_path):
+    parent = workshop(tmp_path / "parent", request(steps=12))
+    parent.train(5)
+    resolved = dataclasses.replace(parent.run.resolved, micro_batch=7)
+    fork = Workshop(request(steps=12), parent.data, tmp_path / "fork", lambda text: None)
+    fork.fork(parent.folder, resolved)
+    assert fork.run.resolved.micro_batch == 7 and fork.run.identity == parent.run.identity
+    fork.train(12)
+    assert len(losses(fork)) == 12 and losses(fork)[:5] == losses(whole)[:5]
+    for row, other in zip(losses(fork), losses(whole), strict=True):
+        assert row["mse"] == pytest.approx(other["mse"], rel=2e-4)
+    assert losses(parent) == losses(whole)[:5]  # the parent is left as it was
+    other = Workshop(request(steps=12, seed=3), parent.data, tmp_path / "other", lambda text: None)
+    with pytest.raises(Refusal, match="another experiment: seed is 0 there and 3 here"):
+        other.fork(parent.folder, resolved)
+
+
+def test_what_a_killed_creation_leaves_is_no_obstacle(tmp_path):
+    for name in ("lock", "run.json.partial", "log.jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "checkpoints" / "step-00000003.partial").mkdir(parents=True)
+    shop = workshop(tmp_path, request(steps=2))
+    shop.train(2)
+    assert [row["step"] for row in losses(shop)] == [1, 2]
 
 
 def test_a_run_cannot_be_trained_backwards(whole):
