@@ -12,8 +12,12 @@ from results.records import Record, canonical_json
 QUALITY_METRICS = ("fid", "fd")
 # What a line's label may name where another line of the same system differs in it.
 _LABEL_FACTS = (
-    *("training steps", "recipe", "batch", "learning rate", "sampler", "eta", "guidance", "decoder", "uint8 rule"),
-    *("label policy", "precision", "framework", "protocol version", "suite version", "mode", "provenance"),
+    *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
+    *("eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "framework"),
+    *("protocol version", "suite version", "mode", "provenance"),
+)
+_SPEAK_FOR_THEMSELVES = frozenset(
+    {"training steps", "sampler", "guidance", "decoder", "framework", "mode", "provenance"}
 )
 FIGURE_10_SOURCE = "Section 5.2"
 
@@ -110,7 +114,11 @@ def _line_labels(records: Sequence[Record]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for key, (system, found) in sorted(words.items()):
         peers = [other for name, other in words.values() if name == system]
-        told = [text for name, text in found.items() if text and len({peer[name] for peer in peers}) > 1]
+        told = [
+            text if name in _SPEAK_FOR_THEMSELVES else f"{name} {text}"
+            for name, text in found.items()
+            if text and len({peer[name] for peer in peers}) > 1
+        ]
         if found["provenance"] and "paper" not in told:
             told.append("paper")
         label = f"{system} ({', '.join(told)})" if told else system

@@ -83,7 +83,10 @@ def _torch() -> list[Finding]:
             Finding("note", "no CUDA device: runs use the CPU", "small backbones such as dit-xs-2 train in minutes")
         )
     found.append(
-        Finding("ok", f"cpu {device_name(torch.device('cpu'))}, bfloat16 is {_bfloat16():.1f}x float32's speed")
+        Finding(
+            "ok",
+            f"cpu {device_name(torch.device('cpu'))}, matrix products in bfloat16 at {_bfloat16():.1f}x float32's speed",
+        )
     )
     return found
 

@@ -109,6 +109,15 @@ def test_a_package_in_the_way_is_named(tmp_path):
     assert "another package named 'results'" in done.stderr and str(tmp_path) in done.stderr
 
 
+def test_doctor_finds_what_the_main_job_needs():
+    done = harness("doctor", "--json")
+    assert done.returncode == 0, done.stdout
+    findings = json.loads(done.stdout)["findings"]
+    assert {finding["status"] for finding in findings} <= {"ok", "note"}
+    assert any("efficientnet-lite0-96" in finding["what"] for finding in findings)
+    assert all(finding["fix"] for finding in findings if finding["status"] == "note")
+
+
 def test_console_command_is_installed():
     command = Path(sys.executable).with_name("harness")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)

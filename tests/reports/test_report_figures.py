@@ -30,7 +30,7 @@ def test_lines_differ_by_name_in_what_they_differ(record):
     ]
     assert {point.line for point in sampling_points(records)} == {
         "dit-xs-2 (800 steps, ddpm, guidance none)",
-        "dit-xs-2 (800 steps, ddim, 0, guidance none)",
+        "dit-xs-2 (800 steps, ddim, eta 0, guidance none)",
         "dit-xs-2 (400K steps, ddpm, guidance none)",
         "dit-xs-2 (800 steps, ddpm, guidance 1.5 (all))",
     }
