@@ -8,6 +8,7 @@ has not, and the centred rows themselves where there are fewer rows than dimensi
 compared, and a result that fails a check is an error, never a number.
 """
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,10 +48,9 @@ def _rank(s: Statistics) -> int:
 def _factor(s: Statistics) -> np.ndarray:
     """F (D, r) with F F^T = covariance."""
     if _rank(s) == len(s.mean):
-        try:
+        # Numerically singular, for instance features that are always zero: the eigenvectors below know how to.
+        with contextlib.suppress(np.linalg.LinAlgError):
             return np.linalg.cholesky(s.covariance)
-        except np.linalg.LinAlgError:
-            pass  # numerically singular, for instance features that are always zero: the eigenvectors know how to
     values, vectors = np.linalg.eigh(s.covariance)
     if values[0] < -NEGATIVE_TOLERANCE * max(values[-1], 0.0):
         raise Failure(f"Frechet distance: a covariance has eigenvalue {values[0]:.3e} beside {values[-1]:.3e}")

@@ -29,7 +29,6 @@ class Metric:
     minimum: int  # fewest samples that it accepts
     paper: str
     compute: str
-    uses_features: bool = True  # False: looks at pixels
     needs_logits: bool = False
     bounds: tuple[float, float] | None = None  # what the value cannot leave: its interval is cut there
 
@@ -90,7 +89,6 @@ METRICS = {
             minimum=20,
             paper="nearest training image in pixels; fresh real images score about 0.01",
             compute="evaluators.copies:compute",
-            uses_features=False,
             bounds=(0.0, 1.0),
         ),
     )

@@ -19,7 +19,7 @@ from harness.errors import Refusal
 from harness.planning import TRAINING_FACTOR
 from harness.progress import Bar
 from harness.protocols import Protocol
-from harness.samples import read_samples
+from harness.samples import read_samples, read_sidecar, sidecar_path
 from results.records import Environment, Evaluation, Record, Sampling, Training
 
 LIBRARIES = ("torch", "numpy", "jax", "flax", "safetensors", "scikit-learn")
@@ -109,12 +109,12 @@ def describe(path: Path, sha256: str, name: str | None) -> dict[str, Any]:
 
     A sidecar of other samples is refused.
     """
-    sidecar = path.with_suffix(".json")
+    sidecar = sidecar_path(path)
     if not sidecar.exists():
         sampling = Sampling(samples_sha256=sha256)
         return {"system": name or path.stem, "sampling": sampling}
-    data = files.read_json(sidecar, "sidecar")
-    if isinstance(data, dict) and data.get("sha256") != sha256:
+    data = read_sidecar(path)
+    if data.get("sha256") != sha256:
         raise Refusal(f"{path} is not the file that {sidecar} describes (its hash differs); put the right one back")
     try:
         identity, run = data["identity"], data["identity"]["run"]

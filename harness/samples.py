@@ -5,7 +5,6 @@ int64 (N,) labels. The file is an uncompressed zip, so it can be written and rea
 256 pixels are 10 GB.
 """
 
-import hashlib
 import json
 import os
 import zipfile
@@ -18,6 +17,7 @@ from typing import IO
 import numpy as np
 
 from harness.errors import Failure, Refusal
+from harness.files import sha256_file
 
 CHUNK_BYTES = 1 << 22
 WANTED = "wanted uint8 (N, H, W, C) in [0, 255] with C 1 or 3"
@@ -38,12 +38,6 @@ class SampleSet:
 def sidecar_path(path: Path) -> Path:
     """samples.npz -> samples.json."""
     return Path(path).with_suffix(".json")
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes, read a chunk at a time."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -98,7 +92,7 @@ def write_samples(path: Path, shards: Iterable[np.ndarray], labels: np.ndarray, 
                 raise ValueError(f"{written} images came for {len(labels)} labels")
         with _member(archive, "arr_1.npy") as out:
             np.lib.format.write_array(out, labels, version=(1, 0), allow_pickle=False)
-    digest = file_sha256(path)
+    digest = sha256_file(path)
     facts = {**sidecar, "images": shape[0], "shape": list(shape[1:]), "sha256": digest}
     with _replacing(sidecar_path(path)) as file:
         file.write((json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
@@ -154,7 +148,7 @@ def read_samples(path: Path, classes: int | None = None, minimum: int = 1) -> Sa
         raise Refusal(f"{path} cannot be read ({error}){hint}; make it again") from error
     _check_images(path, images, minimum)
     return SampleSet(
-        images=images, labels=_check_labels(path, labels, len(images), classes), sha256=file_sha256(path), path=path
+        images=images, labels=_check_labels(path, labels, len(images), classes), sha256=sha256_file(path), path=path
     )
 
 

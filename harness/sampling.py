@@ -21,7 +21,7 @@ from harness.progress import Bar
 from harness.protocols import Sampling
 from harness.randomness import Purpose, integers
 from harness.runs import Run
-from harness.samples import write_samples
+from harness.samples import read_sidecar, sidecar_path, write_samples
 
 SCHEMA = 1
 BATCH = 128
@@ -115,8 +115,8 @@ def sample(run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler],
     folder = run.folder / "samples" / wanted.name(run)
     target = folder / "samples.npz"
     identity = wanted.identity(run)
-    if target.with_suffix(".json").exists() and target.exists():
-        kept = files.read_json(target.with_suffix(".json"), "sidecar")
+    if sidecar_path(target).exists() and target.exists():
+        kept = read_sidecar(target)
         if kept.get("identity") == identity and kept.get("sha256") == files.sha256_file(target):
             return target
         raise Refusal(f"{folder} holds other samples than its name and sidecar say; move it away and sample again")

@@ -219,10 +219,9 @@ def judge(
 ) -> list[Record]:
     """Measure a sample set and append its records, or find them measured."""
     from evaluators.reference import images_sha256
-    from harness.samples import file_sha256
 
     suite = registry.suites.get(protocol.suite)
-    about = evaluation.describe(path, file_sha256(path), name)
+    about = evaluation.describe(path, files.sha256_file(path), name)
     task = (protocol.name, str(protocol.version), protocol.dataset)
     judge = (suite.name, str(suite.version), suite.features.name, images_sha256(data.images))
     found = [

@@ -81,7 +81,9 @@ def protocol_table(protocol: str, records: Iterable[Record]) -> Table | None:
         rows = make_rows(group)
         sections.append(_protocol_section(rows))
         data += [_data_row(row, len(sections)) for row in rows]
-    return Table(name=f"table-{protocol}", title=f"Protocol {protocol}", sections=tuple(sections), data=_aligned(data))
+    return Table(
+        name=protocol_file_name(protocol), title=f"Protocol {protocol}", sections=tuple(sections), data=_aligned(data)
+    )
 
 
 def protocol_file_name(protocol: str) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from harness.data.digits import load
 from harness.planning import make_request
-from harness.runs import Resolved, create, find, locked
+from harness.runs import Resolved
 from harness.stages import Workshop
 
 SETTINGS = {"batch": "24", "learning_rate": "1e-3", "ema_decay": "0.9"}
@@ -33,6 +33,3 @@ def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32"):
         )  # fmt: skip
         shop.create(resolved)
     return shop
-
-
-__all__ = ["create", "find", "locked", "request", "workshop"]

@@ -12,9 +12,10 @@ from harness.diffusion.schedule import Schedule
 from harness.engines.torch import draw
 from harness.engines.torch.draw import TorchSampler
 from harness.errors import Refusal
+from harness.files import sha256_file
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as noise
-from harness.samples import file_sha256, read_samples
+from harness.samples import read_samples
 
 INDICES = 64
 BATCHES = (64, 16, 1)
@@ -146,10 +147,10 @@ def test_sample_set_and_sidecar(shop):
     assert found.images.shape == (40, 8, 8, 1) and found.images.dtype == np.uint8
     assert found.labels.tolist() == [i % 10 for i in range(40)]
     side = json.loads(path.with_suffix(".json").read_text())
-    assert side["images"] == 40 and side["shape"] == [8, 8, 1] and side["sha256"] == file_sha256(path)
+    assert side["images"] == 40 and side["shape"] == [8, 8, 1] and side["sha256"] == sha256_file(path)
     identity = side["identity"]
     assert identity["run"] == shop.run.identity and identity["training_steps"] == 30
-    assert identity["checkpoint_sha256"] == file_sha256(shop.run.snapshot(30) / "ema.safetensors")
+    assert identity["checkpoint_sha256"] == sha256_file(shop.run.snapshot(30) / "ema.safetensors")
     drawn = identity["sampling"]
     assert (drawn["sampler"], drawn["steps"], drawn["precision"], drawn["seed"]) == ("ddpm", 3, "float32", 0)
     assert (drawn["label_policy"], drawn["uint8_rule"], drawn["guidance_scale"]) == ("balanced", "dit", 1.0)
@@ -165,7 +166,7 @@ def test_guidance_doubles_the_evaluations_and_has_its_own_folder(shop):
     plain, guided = draw_set(shop), draw_set(shop, guidance_scale=1.5)
     assert plain.parent != guided.parent and "cfg1.5" in guided.parent.name
     assert json.loads(guided.with_suffix(".json").read_text())["evaluations"] == 6
-    assert file_sha256(plain) != file_sha256(guided)
+    assert sha256_file(plain) != sha256_file(guided)
 
 
 @pytest.fixture

@@ -158,6 +158,12 @@ def test_protocol_names_are_safe_file_names():
     assert protocol_file_name("2") not in {f"table-{number}" for number in range(1, 7)}
 
 
+@pytest.mark.parametrize("name", ["../../evil", "2", "a/b"])
+def test_the_table_of_a_protocol_is_named_safely(record, name):
+    table = protocol_table(name, [record(protocol=name)])
+    assert table.name == protocol_file_name(name) and "/" not in table.name
+
+
 def test_number_texts():
     assert metric_title("fid", 50_000) == "FID-50K\u2193" and metric_title("fid", 49_999) == "FID-49999\u2193"
     assert metric_title("precision", 50_000, "adm-fp16") == "Precision (adm-fp16)\u2191"
