@@ -9,9 +9,6 @@ Shapes: N images, T tokens, D width, H heads, p patch size, C channels.
 
 from __future__ import annotations
 
-import contextlib
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.dit.position import sincos_table
 from backbones.dit.spec import MLP_RATIO, TIME_FEATURES, check_arguments
+from backbones.torch_layers import attend, full_precision, timestep_features
 from harness.errors import Refusal
 
 EPS = 1e-6  # of every layer norm
@@ -30,23 +28,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     The result has the dtype of the pair: under autocast a linear layer follows, which would round it all the same.
     """
     return torch.addcmul(shift.unsqueeze(1), x.to(scale.dtype), 1 + scale.unsqueeze(1))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention of (N, H, T, D/H) tensors; k and v may have other tokens than q."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256:
-        # torch's fused CPU kernel takes 3 (256 tokens) to 7 times (16 tokens) as long in bfloat16 as two matrix
-        # products, whose scores still fit here; rounding them errs as much as autocast's rounding of q and k does.
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, H, T, T)
-        return scores.softmax(dim=-1) @ v  # (N, H, T, D/H)
-    return F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
-
-
-def full_precision(device_type: str) -> contextlib.AbstractContextManager:
-    """Autocast off; the meta device has none."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def plain_norm(width: int) -> nn.LayerNorm:
@@ -189,12 +170,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = TIME_FEATURES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) * steps / half)  # (128,)
-        angles = t.float().unsqueeze(1) * frequencies  # (N, 128)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
-        return self.mlp(features)  # (N, D)
+        return self.mlp(timestep_features(t, TIME_FEATURES))  # (N, D)
 
 
 class LabelEmbedder(nn.Module):

@@ -1,7 +1,7 @@
 """Compute accounting: what a forward pass costs, in the convention that the DiT paper's figures follow.
 
 1 multiply-add = 1 flop, of every matrix product, convolution and attention; plus 1 flop per element of the
-normalisations: of a DiT block the two layer norms around self-attention and MLP, of a U-Net every one. The layer norm
+normalisations: of a DiT block the two layer norms around self-attention and MLP, of a U-Net or GAN every one. The layer norm
 before cross-attention and the final layer norm of a DiT are not counted. Biases, softmax, activations, modulation,
 residuals, look-ups and resampling are free.
 
@@ -12,7 +12,7 @@ multiply-adds are therefore always given beside it.
 
 CONVENTION = (
     "1 multiply-add = 1 flop, plus 1 flop per element of counted normalisations (in a DiT block the two around "
-    "self-attention and MLP; in a U-Net all); one forward pass on one image, no guidance, no decoder. "
+    "self-attention and MLP; in a U-Net, GAN or auto-encoder all); one forward pass on one image, no guidance, no decoder. "
     "Fitted to Tables 1, 4 and 6 of arXiv:2212.09748; Gmacs are the multiply-adds alone."
 )
 """The convention in the words that are printed with the numbers."""

@@ -9,7 +9,8 @@ from torch import nn
 
 from backbones.dit.position import sincos_table
 from backbones.dit.spec import BLOCKS, SPECS
-from backbones.dit.torch_model import Mlp, attend
+from backbones.dit.torch_model import Mlp
+from backbones.torch_layers import attend
 from harness.engines.torch.sampler import guided
 from harness.errors import Refusal
 

@@ -1,0 +1,101 @@
+"""Names, sizes and arguments of ADM's U-Nets, upsamplers and noisy classifiers.
+
+Source: Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (arXiv:2105.05233), appendix I; the
+command lines of openai/guided-diffusion 22e0df8, README.md, and its script_util.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backbones.unet.layout import Layout, check_arguments, heads_rule, unet_layout
+from harness.errors import Refusal
+from harness.spec import BackboneSpec
+
+SHARED = {
+    "in_channels": 3,
+    "num_classes": 1000,  # 0: no class conditioning
+    "out_channels": None,  # 2 * in_channels: noise and variance
+    "attention_resolutions": (32, 16, 8),  # sides of the feature maps that are attended over
+    "heads": 0,  # 0: as many as have head_channels each
+    "head_channels": 64,
+    "qkv_first": False,  # how a head's channels lie in the qkv layer; checkpoints hold one of two orders
+    "dropout": 0.0,
+    "gradient_checkpointing": False,
+}
+
+# fmt: off
+DENOISERS = {
+    "adm-64":  {"input_size": 64, "width": 192, "multipliers": (1, 2, 3, 4), "res_blocks": 3, "qkv_first": True, "dropout": 0.1},
+    "adm-128": {"input_size": 128, "width": 256, "multipliers": (1, 1, 2, 3, 4), "res_blocks": 2, "heads": 4, "head_channels": 0},
+    "adm-256": {"input_size": 256, "width": 256, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2},
+    "adm-512": {"input_size": 512, "width": 256, "multipliers": (0.5, 1, 1, 2, 2, 4, 4), "res_blocks": 2},
+    # not of the paper: for machines without an accelerator
+    "adm-xs":  {"input_size": 32, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_resolutions": (8, 4), "head_channels": 32},
+}
+UPSAMPLERS = {
+    "adm-u-64-256":  {"input_size": 256, "low_res_size": 64, "width": 192, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2, "heads": 4, "head_channels": 0},
+    "adm-u-128-512": {"input_size": 512, "low_res_size": 128, "width": 192, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2, "attention_resolutions": (32, 16)},
+    "adm-u-xs":      {"input_size": 32, "low_res_size": 16, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_resolutions": (8, 4), "head_channels": 32},
+}
+CLASSIFIERS = {
+    "adm-classifier-64":  {"input_size": 64, "width": 128, "multipliers": (1, 2, 3, 4), "res_blocks": 4},
+    "adm-classifier-128": {"input_size": 128, "width": 128, "multipliers": (1, 1, 2, 3, 4), "res_blocks": 2},
+    "adm-classifier-256": {"input_size": 256, "width": 128, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2},
+    "adm-classifier-512": {"input_size": 512, "width": 128, "multipliers": (0.5, 1, 1, 2, 2, 4, 4), "res_blocks": 2},
+    "adm-classifier-xs":  {"input_size": 32, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_resolutions": (8, 4), "head_channels": 32},
+}
+# fmt: on
+
+
+def adm_layout(kind: str, arguments: Mapping[str, Any]) -> Layout:
+    """The layout of a network of `kind` from its arguments; what cannot be built is refused in one line."""
+    check_arguments("ADM", arguments)
+    low = arguments.get("low_res_size")
+    if kind == "upsampler" and not (isinstance(low, int) and 1 <= low <= arguments["input_size"]):
+        raise Refusal(f"ADM: low_res_size {low!r} must lie between 1 and input_size {arguments['input_size']}")
+    if kind == "classifier" and arguments["num_classes"] < 1:
+        raise Refusal("ADM: a classifier needs num_classes of at least 1")
+    return unet_layout(
+        input_size=arguments["input_size"],
+        in_channels=arguments["in_channels"] * (2 if kind == "upsampler" else 1),
+        width=arguments["width"],
+        multipliers=tuple(arguments["multipliers"]),
+        res_blocks=arguments["res_blocks"],
+        attention_sides=frozenset(arguments["attention_resolutions"]),
+        heads_of=heads_rule("ADM", arguments["heads"], arguments["head_channels"]),
+        residual_resampling=True,
+        encoder_only=kind == "classifier",
+    )
+
+
+def _specs() -> tuple[BackboneSpec, ...]:
+    families = (
+        ("denoiser", "ADM", DENOISERS, "pixel-space U-Net for {input_size}x{input_size}"),
+        ("upsampler", "ADMUpsampler", UPSAMPLERS, "ADM-U, {low_res_size}x{low_res_size} to {input_size}x{input_size}"),
+        ("classifier", "ADMClassifier", CLASSIFIERS, "classifier of noised {input_size}x{input_size} images"),
+    )
+    specs = []
+    for kind, network, rows, summary in families:
+        for name, row in rows.items():
+            defaults = {**SHARED, **row}
+            if kind == "classifier":
+                del defaults["out_channels"]
+            specs.append(
+                BackboneSpec(
+                    name=name,
+                    kind=kind,
+                    family="adm",
+                    summary=summary.format(**row),
+                    defaults=defaults,
+                    null_label=None,
+                    builders={"torch": f"backbones.adm.torch_model:{network}"},
+                    closed_form=f"backbones.adm.compute:count_{kind}",
+                )
+            )
+    return tuple(specs)
+
+
+SPECS: tuple[BackboneSpec, ...] = _specs()
+"""ADM's networks of the paper, and one small network of each kind."""

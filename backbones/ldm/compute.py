@@ -1,0 +1,29 @@
+"""Closed-form compute and parameters of an LDM; the convention is `harness.compute.CONVENTION`.
+
+It reproduces the Gflops of the DiT paper's Table 6: 104 for LDM-4 and 57 for LDM-8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backbones.ldm.spec import CONTEXT_TOKENS, ldm_layout
+from backbones.unet.compute import Tally, count_parts, count_timestep
+from harness.spec import Compute
+
+
+def count(**arguments: Any) -> Compute:
+    """Compute of one forward pass on one latent, by part. Takes every argument of the builder.
+
+    Parameters include the table of the classes, which LDM's own figures leave out.
+    """
+    layout = ldm_layout(arguments)
+    tally = Tally("model.diffusion_model.")
+    count_timestep(tally, layout)
+    context = (CONTEXT_TOKENS, arguments["context_width"], arguments["transformer_depth"])
+    count_parts(tally, layout, scale_shift=False, context=context)
+    tally.norm("out.0", layout.channels, layout.side**2)
+    outputs = arguments["out_channels"] or arguments["in_channels"]
+    tally.conv("out.2", layout.channels, outputs, 9, layout.side**2)
+    tally.params += (arguments["num_classes"] + arguments["null_class"]) * arguments["context_width"]
+    return tally.compute()

@@ -1,0 +1,101 @@
+"""Closed-form compute and parameters of the parts of a U-Net; the convention is `harness.compute.CONVENTION`."""
+
+from __future__ import annotations
+
+from backbones.unet.layout import Attention, Downsample, InputConv, Layout, ResBlock, Upsample
+from harness.spec import Compute, ComputeRow
+
+
+class Tally:
+    """Rows and parameters, gathered layer by layer. Parts bear the module paths of the network below `prefix`."""
+
+    def __init__(self, prefix: str = ""):
+        self.prefix = prefix
+        self.params = 0
+        self.rows: list[ComputeRow] = []
+
+    def compute(self) -> Compute:
+        return Compute(params=self.params, rows=tuple(self.rows))
+
+    def add(self, part: str, kind: str, flops: int) -> None:
+        self.rows.append(ComputeRow(self.prefix + part, kind, flops))
+
+    def linear(self, part: str, inputs: int, outputs: int, on: int = 1, bias: bool = True) -> None:
+        """A linear layer applied to `on` vectors."""
+        self.params += (inputs + bias) * outputs
+        self.add(part, "linear", inputs * outputs * on)
+
+    def conv(self, part: str, inputs: int, outputs: int, kernel: int, positions: int) -> None:
+        """A convolution with `kernel` weights a pair of channels, at `positions` of its output."""
+        self.params += (inputs * kernel + 1) * outputs
+        self.add(part, "conv", inputs * outputs * kernel * positions)
+
+    def norm(self, part: str, channels: int, positions: int) -> None:
+        """A normalisation with scale and shift."""
+        self.params += 2 * channels
+        self.add(part, "norm", channels * positions)
+
+    def attention(self, part: str, queries: int, keys: int, channels: int) -> None:
+        """Scores, and the weighted sum of values."""
+        self.add(part, "attention", 2 * queries * keys * channels)
+
+
+def count_timestep(tally: Tally, layout: Layout) -> None:
+    """The two layers that embed the timestep."""
+    tally.linear("time_embed.0", layout.width, layout.embedding)
+    tally.linear("time_embed.2", layout.embedding, layout.embedding)
+
+
+def count_parts(tally: Tally, layout: Layout, *, scale_shift: bool, context: tuple[int, int, int] | None) -> None:
+    """All blocks. `context` is (tokens, width, transformer depth) where attention is a spatial transformer's."""
+    for part in layout.parts:
+        if isinstance(part, InputConv):
+            tally.conv(part.path, part.inputs, part.outputs, 9, part.side**2)
+        elif isinstance(part, ResBlock):
+            _res_block(tally, part, layout.embedding, scale_shift)
+        elif isinstance(part, Downsample):
+            tally.conv(f"{part.path}.op", part.channels, part.channels, 9, (part.side // 2) ** 2)
+        elif isinstance(part, Upsample):
+            tally.conv(f"{part.path}.conv", part.channels, part.channels, 9, (part.side * 2) ** 2)
+        elif context is None:
+            _attention(tally, part)
+        else:
+            _transformer(tally, part, *context)
+
+
+def _res_block(tally: Tally, part: ResBlock, embedding: int, scale_shift: bool) -> None:
+    before, after = part.side**2, part.side_out**2
+    tally.norm(f"{part.path}.in_layers.0", part.inputs, before)
+    tally.conv(f"{part.path}.in_layers.2", part.inputs, part.outputs, 9, after)
+    tally.linear(f"{part.path}.emb_layers.1", embedding, (2 if scale_shift else 1) * part.outputs)
+    tally.norm(f"{part.path}.out_layers.0", part.outputs, after)
+    tally.conv(f"{part.path}.out_layers.3", part.outputs, part.outputs, 9, after)
+    if part.inputs != part.outputs:
+        tally.conv(f"{part.path}.skip_connection", part.inputs, part.outputs, 1, after)
+
+
+def _attention(tally: Tally, part: Attention) -> None:
+    channels, tokens = part.channels, part.side**2
+    tally.norm(f"{part.path}.norm", channels, tokens)
+    tally.conv(f"{part.path}.qkv", channels, 3 * channels, 1, tokens)
+    tally.attention(part.path, tokens, tokens, channels)
+    tally.conv(f"{part.path}.proj_out", channels, channels, 1, tokens)
+
+
+def _transformer(tally: Tally, part: Attention, context_tokens: int, context: int, depth: int) -> None:
+    channels, tokens = part.channels, part.side**2
+    tally.norm(f"{part.path}.norm", channels, tokens)
+    tally.conv(f"{part.path}.proj_in", channels, channels, 1, tokens)
+    for index in range(depth):
+        path = f"{part.path}.transformer_blocks.{index}"
+        for number, (keys, key_width) in enumerate(((tokens, channels), (context_tokens, context)), start=1):
+            tally.norm(f"{path}.norm{number}", channels, tokens)
+            tally.linear(f"{path}.attn{number}.to_q", channels, channels, tokens, bias=False)
+            tally.linear(f"{path}.attn{number}.to_k", key_width, channels, keys, bias=False)
+            tally.linear(f"{path}.attn{number}.to_v", key_width, channels, keys, bias=False)
+            tally.attention(f"{path}.attn{number}", tokens, keys, channels)
+            tally.linear(f"{path}.attn{number}.to_out.0", channels, channels, tokens)
+        tally.norm(f"{path}.norm3", channels, tokens)
+        tally.linear(f"{path}.ff.net.0.proj", channels, 8 * channels, tokens)
+        tally.linear(f"{path}.ff.net.2", 4 * channels, channels, tokens)
+    tally.conv(f"{part.path}.proj_out", channels, channels, 1, tokens)

@@ -1,0 +1,196 @@
+"""Which blocks a U-Net of the ADM and LDM family has, in which order and under which names; no framework.
+
+Source: openai/guided-diffusion 22e0df8, guided_diffusion/unet.py (UNetModel, EncoderUNetModel), from which
+CompVis/latent-diffusion took its U-Net. The names are those of the public checkpoints.
+
+The torch network, the flax network and the closed-form compute are all built from the same layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from harness.errors import Refusal
+
+GROUPS = 32  # of every group normalisation
+
+
+class InputConv(NamedTuple):
+    """3x3 convolution of the network's input."""
+
+    path: str
+    inputs: int
+    outputs: int
+    side: int
+
+
+class ResBlock(NamedTuple):
+    """Residual block conditioned on the timestep; `resample` is "", "down" or "up" by a factor of 2."""
+
+    path: str
+    inputs: int
+    outputs: int
+    side: int  # of its input
+    resample: str = ""
+
+    @property
+    def side_out(self) -> int:
+        return {"": self.side, "down": self.side // 2, "up": self.side * 2}[self.resample]
+
+
+class Attention(NamedTuple):
+    """Self-attention over all positions, or a spatial transformer with cross-attention where the network has one."""
+
+    path: str
+    channels: int
+    side: int
+    heads: int
+
+
+class Downsample(NamedTuple):
+    """3x3 convolution of stride 2, without a residual branch."""
+
+    path: str
+    channels: int
+    side: int  # of its input
+
+
+class Upsample(NamedTuple):
+    """Nearest-neighbour doubling and a 3x3 convolution, without a residual branch."""
+
+    path: str
+    channels: int
+    side: int  # of its input
+
+
+Part = InputConv | ResBlock | Attention | Downsample | Upsample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The blocks of a U-Net; `output_blocks` is empty for an encoder. Each block is a sequence of parts."""
+
+    input_blocks: tuple[tuple[Part, ...], ...]
+    middle_block: tuple[Part, ...]
+    output_blocks: tuple[tuple[Part, ...], ...]
+    embedding: int  # width of the timestep's embedding
+    width: int
+    channels: int  # where the layout ends: what the network's head takes
+    side: int  # likewise
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every part, in the order of execution."""
+        blocks = (*self.input_blocks, self.middle_block, *self.output_blocks)
+        return tuple(part for block in blocks for part in block)
+
+
+def unet_layout(
+    *,
+    input_size: int,
+    in_channels: int,  # of the first convolution
+    width: int,  # channels of multiplier 1
+    multipliers: tuple[float, ...],  # channels of each level, in units of width; each level halves the side
+    res_blocks: int,  # a level
+    attention_sides: frozenset[int],  # sides of the feature maps that are attended over
+    heads_of: Callable[[int], int],  # channels -> attention heads
+    residual_resampling: bool,  # by residual blocks (ADM) or by plain convolutions (LDM)
+    encoder_only: bool = False,
+) -> Layout:
+    """The layout. Sides must halve evenly from level to level: see `check_sides`."""
+    channels, side = int(width * multipliers[0]), input_size
+    inputs: list[tuple[Part, ...]] = [(InputConv("input_blocks.0.0", in_channels, channels, side),)]
+    skips = [channels]
+
+    def attention(path: str) -> tuple[Part, ...]:
+        return (Attention(path, channels, side, heads_of(channels)),) if side in attention_sides else ()
+
+    for level, multiplier in enumerate(multipliers):
+        for _ in range(res_blocks):
+            path = f"input_blocks.{len(inputs)}"
+            block = ResBlock(f"{path}.0", channels, int(width * multiplier), side)
+            channels = block.outputs
+            inputs.append((block, *attention(f"{path}.1")))
+            skips.append(channels)
+        if level < len(multipliers) - 1:
+            path = f"input_blocks.{len(inputs)}.0"
+            if residual_resampling:
+                inputs.append((ResBlock(path, channels, channels, side, "down"),))
+            else:
+                inputs.append((Downsample(path, channels, side),))
+            skips.append(channels)
+            side //= 2
+
+    middle = (
+        ResBlock("middle_block.0", channels, channels, side),
+        Attention("middle_block.1", channels, side, heads_of(channels)),
+        ResBlock("middle_block.2", channels, channels, side),
+    )
+    outputs: list[tuple[Part, ...]] = []
+    for level, multiplier in [] if encoder_only else reversed(list(enumerate(multipliers))):
+        for index in range(res_blocks + 1):
+            path = f"output_blocks.{len(outputs)}"
+            parts: tuple[Part, ...] = (ResBlock(f"{path}.0", channels + skips.pop(), int(width * multiplier), side),)
+            channels = int(width * multiplier)
+            parts += attention(f"{path}.1")
+            if level and index == res_blocks:
+                last = f"{path}.{len(parts)}"
+                if residual_resampling:
+                    parts += (ResBlock(last, channels, channels, side, "up"),)
+                else:
+                    parts += (Upsample(last, channels, side),)
+                side *= 2
+            outputs.append(parts)
+    return Layout(
+        input_blocks=tuple(inputs), middle_block=middle, output_blocks=tuple(outputs), embedding=4 * width, width=width,
+        channels=channels, side=side,
+    )  # fmt: skip
+
+
+def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
+    """Refuses what no U-Net can be built from, in one line. `arguments` are those that ADM and LDM share."""
+    for name in ("input_size", "in_channels", "width", "res_blocks"):
+        _whole(family, name, arguments[name], 1)
+    _whole(family, "num_classes", arguments["num_classes"], 0)
+    if arguments.get("out_channels") is not None:
+        _whole(family, "out_channels", arguments["out_channels"], 1)
+    multipliers = arguments["multipliers"]
+    if not isinstance(multipliers, (tuple, list)) or not multipliers or not all(each > 0 for each in multipliers):
+        raise Refusal(f"{family}: multipliers are {multipliers!r}; give one positive number a level, as in (1, 2, 4)")
+    if not 0 <= arguments["dropout"] < 1:
+        raise Refusal(f"{family}: dropout is {arguments['dropout']}; it must lie in [0, 1)")
+    for multiplier in multipliers:
+        if int(arguments["width"] * multiplier) % GROUPS or arguments["width"] * multiplier < GROUPS:
+            raise Refusal(
+                f"{family}: width {arguments['width']} x {multiplier:g} is not a multiple of {GROUPS}, the groups of "
+                "its normalisations; choose a width that makes it one"
+            )
+    halvings, size = len(multipliers) - 1, arguments["input_size"]
+    if size % 2**halvings:
+        fitting = max(level for level in range(halvings + 1) if size % 2**level == 0)
+        raise Refusal(
+            f"{family}: input_size {size} cannot be halved {halvings} times, as its {len(multipliers)} levels ask; "
+            f"pad the images to a multiple of {2**halvings}, or use a backbone of at most {fitting + 1} levels"
+        )
+
+
+def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], int]:
+    """Heads of an attention by its channels: a fixed number, or as many as have `head_channels` each."""
+    if bool(heads) == bool(head_channels):
+        raise Refusal(f"{family}: give heads or head_channels and leave the other 0 (now {heads} and {head_channels})")
+
+    def heads_of(channels: int) -> int:
+        found = heads or channels // head_channels
+        if not found or channels % found or (head_channels and found * head_channels != channels):
+            rule = f"heads {heads}" if heads else f"head_channels {head_channels}"
+            raise Refusal(f"{family}: {channels} channels cannot be split by {rule}; choose what divides them")
+        return found
+
+    return heads_of
+
+
+def _whole(family: str, name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise Refusal(f"{family}: {name} is {value!r}; it must be a whole number of at least {least}")
