@@ -1,0 +1,1 @@
+"""BigGAN-deep generators (Brock, Donahue and Simonyan, "Large Scale GAN Training", arXiv:1809.11096)."""
