@@ -1,0 +1,297 @@
+"""Names, sizes and arguments of the auto-encoders of latent diffusion.
+
+Source: arXiv:2112.10752, appendix G; CompVis/latent-diffusion a506df5, first_stage_config of
+configs/latent-diffusion/cin256-v2.yaml (VQ-f4) and of models/ldm/cin256/config.yaml (VQ-f8).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import Refusal
+from harness.spec import Compute, load_attribute
+
+GROUPS = 32  # of every group normalisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSpec:
+    """An auto-encoder known by name. `defaults` holds every argument of the network.
+
+    resolution: image side in pixels that attention_resolutions refer to; the network takes other sizes as well.
+    image_channels: of images. width: channels of the first level. multipliers: channels of each level over width; a
+    level has half the side of the one before. blocks: residual blocks of an encoder level (a decoder level has one
+    more). attention_resolutions: sides, in pixels, of the levels with attention behind every block; the middle always
+    has it. latent_channels: at the inner end of encoder and decoder. code_channels: of a latent, between the two 1x1
+    convolutions. codes: vectors in the code book; None: no code book but a Gaussian posterior (mean and log-variance).
+    builders: framework to "module:attribute"; empty where another package has the network.
+    """
+
+    name: str
+    summary: str
+    defaults: Mapping[str, Any]
+    builders: Mapping[str, str]
+
+    def arguments(self, **overrides: Any) -> dict[str, Any]:
+        """The defaults with `overrides` laid over them. An unknown name is refused."""
+        if unknown := sorted(set(overrides) - set(self.defaults)):
+            raise Refusal(
+                f"auto-encoder {self.name!r} has no argument {unknown[0]!r}; it has {', '.join(self.defaults)}"
+            )
+        return {**self.defaults, **overrides}
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell, along a side."""
+        return factor(self.defaults["multipliers"])
+
+    def build(self, framework: str = "torch", **overrides: Any) -> Any:
+        """The network, initialised anew."""
+        if framework not in self.builders:
+            have = ", ".join(self.builders) or "none"
+            raise Refusal(f"auto-encoder {self.name!r} is not implemented for {framework!r} here (frameworks: {have})")
+        what = f"builder of auto-encoder {self.name!r}"
+        return load_attribute(self.builders[framework], what)(**self.arguments(**overrides))
+
+    def count(self, direction: str = "decode", image_size: int = 256, **overrides: Any) -> Compute:
+        """Compute of one image of `image_size` pixels a side; params are those of encoder and decoder together."""
+        from backbones.autoencoders.compute import count
+
+        return count(direction=direction, image_size=image_size, **self.arguments(**overrides))
+
+
+def factor(multipliers: tuple[int, ...]) -> int:
+    """Pixels a latent cell, along a side: each level but the last halves the side."""
+    return 2 ** (len(multipliers) - 1)
+
+
+def check_arguments(
+    *,
+    resolution: int,
+    image_channels: int,
+    width: int,
+    multipliers: tuple[int, ...],
+    blocks: int,
+    attention_resolutions: tuple[int, ...],
+    latent_channels: int,
+    code_channels: int,
+    codes: int | None,
+) -> None:
+    """Refuses arguments that no network can be built from, in one line."""
+    numbers = {
+        "resolution": resolution,
+        "image_channels": image_channels,
+        "width": width,
+        "blocks": blocks,
+        "latent_channels": latent_channels,
+        "code_channels": code_channels,
+        "codes": 1 if codes is None else codes,
+        **{f"multipliers[{i}]": value for i, value in enumerate(multipliers)},
+    }
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise Refusal(f"auto-encoder: {name} is {value!r}; it must be a whole number of at least 1")
+    if not multipliers:
+        raise Refusal("auto-encoder: multipliers are empty; give one for each level, such as (1, 2, 4)")
+    if width % GROUPS:
+        raise Refusal(f"auto-encoder: width {width} is not divisible by the {GROUPS} groups of its normalisation")
+    sides = [resolution >> level for level in range(len(multipliers))]
+    if resolution % factor(multipliers):
+        raise Refusal(f"auto-encoder: resolution {resolution} cannot be halved {len(multipliers) - 1} times")
+    for side in attention_resolutions:
+        if side not in sides:
+            raise Refusal(f"auto-encoder: no level has attention resolution {side}; the levels have {sides}")
+
+
+def infer_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The arguments of the VQ network whose parameters have these names and shapes, in the public layout.
+
+    Attention is given at sides of a nominal resolution of 256. Raises KeyError with the name of the parameter that is
+    missing; that the other parameters fit has still to be seen.
+    """
+    codes, code_channels = shapes["quantize.embedding.weight"]
+    width, image_channels = shapes["encoder.conv_in.weight"][:2]
+    levels = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.(\d+)\.", name))}
+    blocks = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
+    return {
+        "resolution": 256,
+        "image_channels": image_channels,
+        "width": width,
+        "multipliers": tuple(
+            shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // width for i in range(max(levels, default=0) + 1)
+        ),
+        "blocks": max(blocks, default=0) + 1,
+        "attention_resolutions": tuple(
+            256 >> i for i in sorted(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes
+        ),
+        "latent_channels": shapes["post_quant_conv.weight"][0],
+        "code_channels": code_channels,
+        "codes": codes,
+    }
+
+
+_DIFFUSERS_NAMES = (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.down\.(\d+)\.", r".down_blocks.\1."),
+    (r"\.block\.(\d+)\.", r".resnets.\1."),
+    (r"\.attn\.(\d+)\.", r".attentions.\1."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+    (r"\.(down|up)sample\.conv\.", r".\1samplers.0.conv."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+)
+
+
+def diffusers_name(name: str, levels: int) -> str:
+    """The name that diffusers gives to a parameter of the public layout, in a network of `levels` levels.
+
+    It numbers the decoder's levels in the order in which they run, and keeps the weights of q, k, v and proj_out as
+    matrices instead of 1x1 convolutions.
+    """
+    for pattern, replacement in _DIFFUSERS_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", name)
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def diffusers_layout(tensors: Mapping[str, Any], levels: int) -> dict[str, Any]:
+    """The tensors under diffusers' present names: from LDM's layout (kl-f8), or with its older names of attention."""
+    result = {}
+    for name, value in tensors.items():
+        name = diffusers_name(name, levels)  # leaves diffusers' own names as they are
+        stem, _, last = name.rpartition(".")
+        head, _, part = stem.rpartition(".")
+        if ".attentions." in name:
+            name = f"{head}.{_OLD_ATTENTION.get(part, part)}.{last}"
+            value = value.flatten(1) if value.dim() == 4 else value  # a 1x1 convolution is a matrix
+        result[name] = value
+    return result
+
+
+def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The auto-encoder's own tensors, and a note on what was left out."""
+    prefix = "first_stage_model."
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    own = {name: value for name, value in (own or tensors).items() if not name.startswith("loss.")}
+    if not any(name.startswith("decoder.") for name in own):
+        first = next(iter(tensors), "nothing at all")
+        raise Refusal(f"{path} holds no auto-encoder (no decoder.*; it begins with {first}); give one, or a model.ckpt")
+    left = len(tensors) - len(own)
+    return own, (f"tensors of other networks in the file, not used: {left}",) if left else ()
+
+
+_COMMON = {"resolution": 256, "image_channels": 3, "width": 128, "blocks": 2}
+_TORCH = {"torch": "backbones.autoencoders.vq_torch:VQAutoencoder"}
+
+SPECS: tuple[AutoencoderSpec, ...] = (
+    AutoencoderSpec(
+        name="vq-f4",
+        summary="LDM-4's first stage: factor 4, 3 channels, 8192 codes",
+        defaults={
+            **_COMMON,
+            "multipliers": (1, 2, 4),
+            "attention_resolutions": (),
+            "latent_channels": 3,
+            "code_channels": 3,
+            "codes": 8192,
+        },
+        builders=_TORCH,
+    ),
+    AutoencoderSpec(
+        name="vq-f8",
+        summary="LDM-8's first stage: factor 8, 4 channels, 16384 codes",
+        defaults={
+            **_COMMON,
+            "multipliers": (1, 2, 2, 4),
+            "attention_resolutions": (32,),
+            "latent_channels": 4,
+            "code_channels": 4,
+            "codes": 16384,
+        },
+        builders=_TORCH,
+    ),
+    AutoencoderSpec(
+        name="kl-f8",
+        summary="Stable Diffusion's auto-encoder, DiT's: factor 8, 4 channels; diffusers' AutoencoderKL has the network",
+        defaults={
+            **_COMMON,
+            "multipliers": (1, 2, 4, 4),
+            "attention_resolutions": (),
+            "latent_channels": 4,
+            "code_channels": 4,
+            "codes": None,
+        },
+        builders={},
+    ),
+)
+"""The auto-encoders behind the paper's latent models."""
+
+BY_NAME = {spec.name: spec for spec in SPECS}
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+"""Files of an auto-encoder in diffusers' layout, the better one first: it cannot hold code."""
+
+KL_CONFIG = {  # stabilityai/sd-vae-ft-ema, config.json; used for a file that comes without one
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 256,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A decoder with a short name. record_name: what records call it. spec: its auto-encoder. repository, subfolder:
+    on the hub, empty where it is not there. place: where a person gets it."""
+
+    record_name: str
+    spec: str
+    place: str
+    repository: str = ""
+    subfolder: str = ""
+
+
+_HUB, _LDM = "https://huggingface.co/", "https://ommer-lab.com/files/latent-diffusion/"
+KNOWN: dict[str, Known] = {
+    "ft-ema": Known(
+        record_name="sd-vae-ft-ema",
+        spec="kl-f8",
+        repository="stabilityai/sd-vae-ft-ema",
+        place=f"config.json and {WEIGHTS[0]} from {_HUB}stabilityai/sd-vae-ft-ema",
+    ),
+    "ft-mse": Known(
+        record_name="sd-vae-ft-mse",
+        spec="kl-f8",
+        repository="stabilityai/sd-vae-ft-mse",
+        place=f"config.json and {WEIGHTS[0]} from {_HUB}stabilityai/sd-vae-ft-mse",
+    ),
+    "original": Known(
+        record_name="ldm-f8",
+        spec="kl-f8",
+        repository="CompVis/stable-diffusion-v1-4",
+        subfolder="vae",
+        place=f"the folder vae of {_HUB}CompVis/stable-diffusion-v1-4, or model.ckpt from {_LDM}kl-f8.zip",
+    ),
+    "vq-f4": Known(
+        record_name="vq-f4", spec="vq-f4", place=f"LDM-4, {_LDM}nitro/cin/model.ckpt, or model.ckpt of {_LDM}vq-f4.zip"
+    ),
+    "vq-f8": Known(
+        record_name="vq-f8", spec="vq-f8", place=f"model.ckpt of LDM-8, {_LDM}cin.zip, or of {_LDM}vq-f8.zip"
+    ),
+}

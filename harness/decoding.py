@@ -1,0 +1,430 @@
+"""From latents to images: the one door by which a sampler decodes, and what a decode costs.
+
+A decoder is named "ft-ema", "ft-mse" or "original" (Stable Diffusion's auto-encoder, which DiT samples through, by
+diffusers' AutoencoderKL), "vq-f4" or "vq-f8" (LDM's, whose decode re-quantises the latent), or by a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backbones.autoencoders.spec import (
+    BY_NAME,
+    KL_CONFIG,
+    KNOWN,
+    WEIGHTS,
+    Known,
+    diffusers_layout,
+    factor,
+    infer_arguments,
+    own_tensors,
+)
+from harness import files
+from harness.errors import Failure, Refusal
+from harness.registry import unknown
+from harness.spec import Compute
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FLAG = "--weights decoder=PATH"
+BATCH = 8  # images a forward pass on an accelerator; a CPU is as quick with one
+SCALE_KL = 0.18215  # of Stable Diffusion's latents where a config does not say: about 1 / their standard deviation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A loaded auto-encoder, float32, without gradients.
+
+    name: for records. kind: "kl" or "vq". scale_factor: a sampler's latents are this many times the auto-encoder's.
+    channels: of a latent. factor: pixels a latent cell, along a side. sha256: of the weight file. config: what the
+    network was built from. source: file, or repository and revision. notes: what was left out or assumed on loading.
+    batch: images a forward pass.
+    """
+
+    name: str
+    kind: str
+    scale_factor: float
+    channels: int
+    factor: int
+    sha256: str
+    config: Mapping[str, Any]
+    source: str
+    notes: tuple[str, ...]
+    net: nn.Module
+    batch: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the images, for records; not the place that the weights were read from."""
+        return {"name": self.name, "weights_sha256": self.sha256, "scale_factor": self.scale_factor}
+
+    def compute(self, image_size: int = 256, direction: str = "decode") -> Compute:
+        """Compute of one image of `image_size` pixels a side; its params are those of encoder and decoder."""
+        return traced_compute(self.kind, self.config, image_size=image_size, direction=direction)
+
+    def gmacs(self, image_size: int = 256) -> float:
+        """Billions of multiply-adds of one decode: the column of its own."""
+        return self.compute(image_size).gmacs
+
+    def decode(self, latents: Any) -> torch.Tensor:
+        """Latents float32 (N, C, h, w), a tensor or an array, to images float32 (N, 3, factor h, factor w) in [-1, 1].
+
+        The images are on the decoder's device and are inference tensors. Autocast and TF32 are off. They are decoded
+        `batch` at a time, one at a time on a CPU, where image i is therefore bit for bit the same in any company.
+        Raises `Failure` where an image is not finite.
+        """
+        import torch
+
+        z = torch.as_tensor(latents)
+        if z.dim() != 4 or z.shape[1] != self.channels or not z.is_floating_point():
+            raise Refusal(
+                f"decoder {self.name}: latents are {z.dtype} {tuple(z.shape)}; it takes float (N, {self.channels}, h, w)"
+            )
+        device = next(self.net.parameters()).device
+        images = []
+        with torch.inference_mode(), _full_precision(device.type):
+            for part in z.split(self.batch) if len(z) else ():
+                x = _decode(self.kind, self.net, part.to(device, torch.float32) / self.scale_factor)  # (n, 3, H, W)
+                finite = torch.isfinite(x).flatten(1).all(dim=1)  # (n,)
+                if not finite.all():
+                    at = sum(map(len, images)) + int(finite.int().argmin())
+                    raise Failure(
+                        f"decoder {self.name}: image {at} of {len(z)} is not finite; check its latent and the weights"
+                    )
+                images.append(x.clamp(-1, 1))
+            size = [side * self.factor for side in z.shape[2:]]
+            return torch.cat(images) if images else torch.empty(0, 3, *size, device=device)  # (N, 3, H, W)
+
+
+def resolve(name: str) -> Known | Path:
+    """What `name` stands for: a known decoder (by short name or repository) or a path that is there. Else refused.
+
+    Short names win over files of the same name; write ./NAME for the file. Imports no framework.
+    """
+    if name in KNOWN:
+        return KNOWN[name]
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    by_repository = {each.repository: each for each in KNOWN.values() if each.repository}
+    if name in by_repository:
+        return by_repository[name]
+    if os.sep in name or path.suffix:
+        raise Refusal(f"decoder {name}: no such file or folder; give a path that is there or one of {', '.join(KNOWN)}")
+    raise Refusal(f"{unknown('decoder', name, KNOWN)} (or give a path)")
+
+
+def load(name: str, *, weights: str | Path | None = None, device: str = "cpu", batch: int | None = None) -> Decoder:
+    """The decoder `name`, read from `weights` (a folder or file) where given, else from the path or the hub.
+
+    `weights` takes the name's word for what it is: records carry the file's hash beside the name. Nothing that is
+    loaded is executed. Refused in one line: what is missing, cannot be read or does not fit.
+    """
+    found = resolve(name)
+    if isinstance(found, Path):
+        if weights is not None:
+            raise Refusal(f"decoder {name} is a path already; leave out {FLAG} or give one of {', '.join(KNOWN)}")
+        known, path, source = None, found, str(found)
+    elif weights is not None:
+        known, path, source = found, Path(weights).expanduser(), str(weights)
+    elif found.repository:
+        known = found
+        path, source = _from_hub(name, found)
+    else:
+        raise Refusal(f"decoder {name} needs its weights: get {found.place} and name the file with {FLAG}")
+
+    config, file = _locate(path)
+    tensors, notes = own_tensors(read_tensors(file), file)
+    kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
+    if known is not None and kind != known.spec[:2]:
+        words = {"vq": "a VQ auto-encoder", "kl": "an auto-encoder without a code book"}
+        raise Refusal(f"{file} holds {words[kind]}, which {name} is not; choose the decoder that the latents are for")
+    if kind == "vq":
+        config = _vq_config(name, known, tensors, file)
+        scale, channels, factor_ = 1.0, config["code_channels"], factor(config["multipliers"])
+    else:
+        if config is None:
+            config = KL_CONFIG
+            notes = (*notes, "no config.json: the sizes of Stable Diffusion's auto-encoder were assumed")
+        for key in ("block_out_channels", "layers_per_block", "latent_channels") if known is not None else ():
+            if config.get(key) != KL_CONFIG[key]:
+                raise Refusal(
+                    f"{file} is not {name}: its config.json has {key} {config.get(key)} instead of {KL_CONFIG[key]};"
+                    " give it as a path, without a name"
+                )
+        scale = float(config.get("scaling_factor", SCALE_KL))
+        channels, factor_ = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
+        tensors = diffusers_layout(tensors, len(config["block_out_channels"]))
+    net = _build(kind, config, file)
+    _fill(net, tensors, device, file)
+    digest = files.sha256_file(file)
+    return Decoder(
+        name=known.record_name if known is not None else f"{'vae' if kind == 'kl' else 'vq'}-{digest[:12]}",
+        kind=kind,
+        scale_factor=scale,
+        channels=channels,
+        factor=factor_,
+        sha256=digest,
+        config=config,
+        source=source,
+        notes=notes,
+        net=net,
+        batch=batch or (1 if device.startswith("cpu") else BATCH),
+    )
+
+
+def decoder_compute(name: str, image_size: int = 256, direction: str = "decode") -> Compute:
+    """Compute of a known decoder in closed form, without its weights and without a framework.
+
+    direction: "decode" or "encode". A decoder that is a path is counted once it is loaded (`Decoder.compute`).
+    """
+    found = resolve(name)
+    if isinstance(found, Path):
+        raise Refusal(f"decoder {name} is a path; only {', '.join(KNOWN)} are counted without loading them")
+    return BY_NAME[found.spec].count(direction, image_size)
+
+
+def traced_compute(
+    kind: str, config: Mapping[str, Any], *, image_size: int = 256, direction: str = "decode"
+) -> Compute:
+    """Compute of one image, counted operator by operator on the meta device. Parts are the network's module paths."""
+    import torch
+
+    from harness.compute.meta_torch import FusedAttention, neutral_state
+    from harness.compute.trace_torch import _Counter, follow_modules
+
+    if kind == "vq":
+        step, channels, image_channels = (
+            factor(config["multipliers"]),
+            config["code_channels"],
+            config["image_channels"],
+        )
+    else:
+        step = 2 ** (len(config["block_out_channels"]) - 1)
+        channels, image_channels = config.get("latent_channels", 4), config.get("in_channels", 3)
+    if image_size < 1 or image_size % step:
+        raise Refusal(f"image size {image_size} is not a multiple of the auto-encoder's factor {step}")
+    calls: dict[str, tuple[Callable, tuple[int, int]]] = {
+        "decode": (_decode, (channels, image_size // step)),
+        "encode": (_encode, (image_channels, image_size)),
+    }
+    if direction not in calls:
+        raise Refusal(unknown("direction", direction, calls))
+    call, (inputs, side) = calls[direction]
+    with neutral_state():
+        net = _build(kind, config, Path("config"))
+        counter = _Counter(f"auto-encoder {kind}", ())
+        with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
+            call(kind, net, torch.zeros(1, inputs, side, side, device="meta"))
+    params = sum(each.numel() for each in net.parameters())
+    return Compute(params=params, rows=tuple(counter.rows), source="traced")
+
+
+def _decode(kind: str, net: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    return net.decode(z) if kind == "vq" else net.decode(z, return_dict=False)[0]  # (n, 3, H, W)
+
+
+def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return net.encode(x) if kind == "vq" else net.encode(x, return_dict=False)[0].mode()  # (n, C, h, w)
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Autocast off, and convolutions without TF32, which torch allows them by default."""
+    import torch
+
+    with contextlib.ExitStack() as stack:
+        if torch.amp.is_autocast_available(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if device_type == "cuda":
+            cudnn = torch.backends.cudnn
+            stack.enter_context(
+                cudnn.flags(
+                    enabled=cudnn.enabled,
+                    benchmark=cudnn.benchmark,
+                    deterministic=cudnn.deterministic,
+                    allow_tf32=False,
+                )
+            )
+        yield
+
+
+def _from_hub(name: str, known: Known) -> tuple[Path, str]:
+    """The folder in the hub's cache with config and weights, fetched if they are not there yet, and its repository
+    and revision."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.utils import logging
+    except ImportError as error:
+        raise Refusal(f"decoder {name} needs diffusers; run: pip install 'backbone-harness[diffusers]'") from error
+
+    def folder(local: bool) -> Path:
+        def fetch(file: str) -> Path:
+            where = {"subfolder": known.subfolder or None, "local_files_only": local}
+            return Path(hf_hub_download(known.repository, file, **where))
+
+        config = fetch("config.json")
+        try:
+            fetch(WEIGHTS[0])
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and not local:  # not "there is none" but "no connection"
+                raise
+            fetch(WEIGHTS[1])
+        return config.parent
+
+    verbosity = logging.get_verbosity()
+    try:
+        found = folder(local=True)  # first, so that a connection is needed once
+    except LocalEntryNotFoundError:
+        try:
+            logging.set_verbosity_error()  # five retries would each say so
+            found = folder(local=False)
+        except Exception as error:  # the client's own, the network's, the disk's: all end here
+            reason = str(error).strip() or type(error).__name__
+            raise Refusal(
+                f"decoder {name}: {known.repository} is not in the cache and was not fetched"
+                f" ({reason.splitlines()[0].rstrip('.')}); get {known.place} into a folder and name it with {FLAG}"
+            ) from error
+        finally:
+            logging.set_verbosity(verbosity)
+    parts = found.parts
+    revision = f"@{parts[parts.index('snapshots') + 1]}" if "snapshots" in parts else ""
+    return found, f"{known.repository}{revision}"
+
+
+def _locate(path: Path) -> tuple[dict[str, Any] | None, Path]:
+    """The config, where there is one, and the weight file of a folder or file. A pipeline's folder holds a vae."""
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+        file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+        if file is None:
+            raise Refusal(
+                f"{path} holds no {' or '.join(WEIGHTS)}; give the folder that save_pretrained wrote, or a file"
+            )
+        if not (folder / "config.json").is_file():
+            raise Refusal(
+                f"{folder} has no config.json; get the one that belongs to {file.name}, or name the file alone"
+            )
+    elif path.is_file():
+        folder, file = path.parent, path
+    else:
+        raise Refusal(f"{path}: no such file or folder; {FLAG} takes an auto-encoder's folder or weight file")
+    if file.name not in WEIGHTS or not (folder / "config.json").is_file():
+        return None, file
+    config = files.read_json(folder / "config.json", "auto-encoder config")
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != "AutoencoderKL":
+        raise Refusal(f"{folder / 'config.json'} describes {kind or 'no network'}; wanted diffusers' AutoencoderKL")
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise Refusal(
+                f"{folder / 'config.json'} has a {key}, which no sampler here takes; use another auto-encoder"
+            )
+    scale = config.get("scaling_factor", SCALE_KL)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise Refusal(f"{folder / 'config.json'}: scaling_factor is {scale!r}; it must be a number above 0")
+    if not isinstance(config.get("block_out_channels"), list):
+        raise Refusal(f"{folder / 'config.json'} has no list of block_out_channels; get it again")
+    # diffusers' own book-keeping decides nothing, and differs between copies of the same auto-encoder.
+    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Name to tensor of a safetensors or torch file, under `state_dict` where there is one; nothing is executed."""
+    import torch
+
+    with path.open("rb") as file:
+        head = file.read(9)
+    remedy = "get it again"
+    if head.startswith(b"version "):
+        raise Refusal(f"{path} is a Git LFS pointer, not the weights; fetch them with: git lfs pull")
+    if head[8:] == b"{":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise Refusal(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
+    zipped = head.startswith(b"PK")
+    if not zipped and not head.startswith(b"\x80"):
+        raise Refusal(f"{path} is neither a safetensors file nor a torch checkpoint; {remedy}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise Refusal(
+                f"{path} asks for code to be run on loading ({code[1]}), and none was;"
+                " give its tensors alone, as a safetensors file"
+            ) from error
+        raise Refusal(f"{path} is not a whole torch checkpoint; {remedy}") from error
+    except Exception as error:  # the reader of a damaged file raises whatever it runs into
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Refusal(f"{path} is not a whole torch checkpoint ({reason}); {remedy}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise Refusal(f"{path} holds a {type(content).__name__}, not named tensors; give an auto-encoder's weights")
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """The arguments of a VQ network by its shapes; refused where they are not those of the name."""
+    try:
+        config = infer_arguments({key: tuple(value.shape) for key, value in tensors.items()})
+    except (KeyError, ValueError) as error:
+        raise Refusal(f"{path} is not a whole VQ auto-encoder: {error} is missing or of another shape") from error
+    if known is not None and (wanted := BY_NAME[known.spec].defaults) != config:
+        key = next(key for key in wanted if wanted[key] != config[key])
+        fits = [each.name for each in BY_NAME.values() if each.defaults == config]
+        hint = f"it is {fits[0]}" if fits else "give it as a path, without a name"
+        raise Refusal(f"{path} is not {name}: {key} is {config[key]} instead of {wanted[key]}; {hint}")
+    return config
+
+
+def _build(kind: str, config: Mapping[str, Any], where: Path) -> nn.Module:
+    """The network on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        if kind == "vq":
+            from backbones.autoencoders.vq_torch import VQAutoencoder
+
+            return VQAutoencoder(**config).eval()
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise Refusal("Stable Diffusion's auto-encoder needs: pip install 'backbone-harness[diffusers]'") from error
+        try:
+            return AutoencoderKL.from_config(dict(config)).eval()
+        except Exception as error:  # of whatever kind: the config came from a file
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise Refusal(f"{where.parent / 'config.json'} gives no network ({reason}); get it again") from error
+
+
+def _fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], device: str, path: Path) -> None:
+    """Moves the network from the meta device to `device` with these weights, float32; all must be there and fit."""
+    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    for what, names in (
+        ("lacks", [name for name in wanted if name not in tensors]),
+        ("has the unexpected", [name for name in tensors if name not in wanted]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise Refusal(f"{path} {what} {names[0]}{more}; it is not the weights of this auto-encoder, or was cut")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise Refusal(f"{path}: {name} is {tuple(tensors[name].shape)} where the network has {shape}")
+    net.to_empty(device=device)
+    net.load_state_dict(tensors, strict=True)
+    net.requires_grad_(False)

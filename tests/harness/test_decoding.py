@@ -1,0 +1,403 @@
+"""Decoders of latents: what they load, what they refuse, and that nothing that is loaded is executed."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from backbones.autoencoders.spec import BY_NAME, KNOWN, diffusers_name
+from harness import decoding
+from harness.decoding import Decoder, decoder_compute, load, resolve
+from harness.errors import Failure, Refusal
+
+diffusers = pytest.importorskip("diffusers")
+
+SIZES = {
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+}
+SAFE, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+
+
+def small_kl(**changes):
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(**{**SIZES, **changes}).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small AutoencoderKL as save_pretrained writes it; tests copy it."""
+    folder = tmp_path_factory.mktemp("vae")
+    small_kl().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "vae")
+
+
+def as_bin(folder, tensors=None):
+    """The folder with a torch file, of these tensors if given, instead of the safetensors file."""
+    if tensors is None:
+        tensors = small_kl().state_dict()
+    (folder / SAFE).unlink()
+    torch.save(tensors, folder / BIN)
+    return folder
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def latents(n=3, channels=4):
+    torch.manual_seed(1)
+    return torch.randn(n, channels, 4, 6)
+
+
+def by_diffusers(folder, z, scale=0.18215):
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    with torch.no_grad():
+        return torch.cat([theirs.decode(each[None] / scale).sample for each in z])
+
+
+def refused(call, *words):
+    with pytest.raises(Refusal) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder):
+    decoder = load(str(folder))
+    digest = hashlib.sha256((folder / SAFE).read_bytes()).hexdigest()
+    assert (decoder.scale_factor, decoder.channels, decoder.factor) == (0.18215, 4, 2)
+    assert (decoder.name, decoder.sha256, decoder.notes) == (f"vae-{digest[:12]}", digest, ())
+    assert decoder.identity == {"name": decoder.name, "weights_sha256": digest, "scale_factor": 0.18215}
+    z = latents() / 10
+    images = decoder.decode(z)
+    assert images.dtype == torch.float32 and images.shape == (3, 3, 8, 12) and images.std() > 0.01
+    assert torch.equal(images, by_diffusers(folder, z).clamp(-1, 1))
+    assert torch.equal(decoder.decode(z.numpy()), images)
+    assert decoder.decode(z[:0]).shape == (0, 3, 8, 12)
+
+
+def test_images_are_clipped_to_their_range(folder):
+    net = small_kl()
+    with torch.no_grad():
+        net.decoder.conv_out.weight.mul_(20)
+    net.save_pretrained(folder)
+    raw = by_diffusers(folder, latents())
+    assert raw.max() > 1.5 and raw.min() < -1.5
+    assert torch.equal(load(str(folder)).decode(latents()), raw.clamp(-1, 1))
+
+
+def test_the_configs_own_scale_is_used(folder):
+    decoder = load(str(edit_config(folder, scaling_factor=0.5)))
+    assert decoder.scale_factor == 0.5
+    assert torch.equal(decoder.decode(latents()), by_diffusers(folder, latents(), scale=0.5).clamp(-1, 1))
+
+
+def test_a_pipelines_folder_a_file_and_half_precision(folder, tmp_path):
+    expected = load(str(folder)).decode(latents())
+    assert torch.equal(load(str(tmp_path)).decode(latents()), expected)  # its subfolder is called vae
+    assert torch.equal(load(str(folder / SAFE)).decode(latents()), expected)
+    as_bin(folder, {name: value.half() for name, value in small_kl().state_dict().items()})
+    half = load(str(folder))
+    assert next(half.net.parameters()).dtype == torch.float32
+    torch.testing.assert_close(half.decode(latents()), expected, rtol=0, atol=0.02)
+
+
+def test_old_names_of_attention_are_read_as_diffusers_reads_them(folder):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, value in small_kl().state_dict().items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        tensors[name] = value
+    assert sum("proj_attn" in name for name in tensors) == 4
+    expected = by_diffusers(as_bin(folder, tensors), latents())  # diffusers renames them too
+    assert torch.equal(load(str(folder)).decode(latents()), expected.clamp(-1, 1))
+
+
+def test_the_layout_of_latent_diffusion(folder, monkeypatch):
+    expected = by_diffusers(folder, latents()).clamp(-1, 1)
+    arguments = {**BY_NAME["vq-f4"].defaults, "multipliers": (1, 2), "width": 32, "blocks": 1, "codes": 1}
+    public = BY_NAME["vq-f4"].build(**arguments).state_dict()  # its names are those of kl-f8 as well
+    theirs, tensors = small_kl().state_dict(), {"loss.logvar": torch.zeros(()), "model.other": torch.zeros(2)}
+    for name, ours in public.items():
+        if not name.startswith("quantize"):
+            value = theirs[diffusers_name(name, 2)]
+            matrix = "attn_1" in name and ours.dim() == 4
+            tensors[f"first_stage_model.{name}"] = value[..., None, None] if matrix else value
+    assert len(tensors) == len(theirs) + 2
+    file = folder / "model.ckpt"
+    torch.save({"state_dict": tensors, "epoch": 3}, file)
+    monkeypatch.setattr(decoding, "KL_CONFIG", SIZES)  # what is assumed for a file without a config
+    decoder = load("original", weights=file)
+    assert decoder.name == "ldm-f8" and decoder.source == str(file)
+    assert "not used: 2" in decoder.notes[0] and "assumed" in decoder.notes[1]
+    assert torch.equal(decoder.decode(latents()), expected)
+
+
+@pytest.fixture(params=["model.ckpt", "legacy.ckpt", "model.safetensors"])
+def vq(request, tmp_path):
+    """A small VQ network, and a file of it in LDM's layout."""
+    torch.manual_seed(0)
+    net = BY_NAME["vq-f4"].build(width=32, blocks=1, codes=50).eval().requires_grad_(False)
+    net.quantize.embedding.weight.normal_()
+    tensors = {f"first_stage_model.{name}": value for name, value in net.state_dict().items()}
+    tensors |= {"model.diffusion_model.out.2.bias": torch.zeros(3), "betas": torch.ones(5)}
+    file = tmp_path / request.param
+    if file.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(tensors, file)
+    else:
+        zipped = not file.name.startswith("legacy")
+        torch.save({"state_dict": tensors, "global_step": 7}, file, _use_new_zipfile_serialization=zipped)
+    return net, file
+
+
+def test_vq_decodes_as_its_network_does(vq):
+    net, file = vq
+    decoder = load(str(file))
+    assert (decoder.kind, decoder.scale_factor, decoder.channels, decoder.factor) == ("vq", 1.0, 3, 4)
+    assert decoder.name == f"vq-{decoder.sha256[:12]}" and "not used: 2" in decoder.notes[0]
+    z = latents(channels=3)
+    expected = torch.cat([net.decode(each[None]) for each in z]).clamp(-1, 1)
+    assert torch.equal(decoder.decode(z), expected)
+    assert decoder.gmacs(64) == BY_NAME["vq-f4"].count("decode", 64, width=32, blocks=1, codes=50).gmacs
+    refused(lambda: load("vq-f4", weights=file), "is not vq-f4: width is 32 instead of 128")
+    refused(lambda: load("ft-ema", weights=file), "a VQ auto-encoder, which ft-ema is not")
+
+
+def test_a_named_vq_file(tmp_path, monkeypatch):
+    spec = BY_NAME["vq-f4"]
+    small = {**spec.defaults, "width": 32, "blocks": 1}
+    monkeypatch.setitem(BY_NAME, "vq-f4", type(spec)(**{**vars(spec), "defaults": small}))
+    file = tmp_path / "vq.ckpt"
+    tensors = BY_NAME["vq-f4"].build().state_dict()
+    torch.save(tensors, file)
+    decoder = load("vq-f4", weights=file)
+    assert decoder.name == "vq-f4" and decoder.notes == ()
+    assert not any(each.requires_grad for each in decoder.net.parameters())
+    torch.save({"state_dict": {**tensors, "loss.discriminator.main.0.bias": torch.zeros(2)}}, file)  # as vq-f4.zip has
+    assert "not used: 1" in load("vq-f4", weights=file).notes[0]
+    refused(lambda: load("vq-f8", weights=file), "is not vq-f8: ", "it is vq-f4")
+
+
+def test_image_i_does_not_know_its_company(folder, vq):
+    for path, channels in ((folder, 4), (vq[1], 3)):
+        decoder, z = load(str(path)), latents(5, channels)
+        together = decoder.decode(z)
+        for i in range(5):
+            assert torch.equal(decoder.decode(z[i : i + 1])[0], together[i])
+        assert torch.equal(decoder.decode(z.flip(0)).flip(0), together)
+        batched = load(str(path), batch=2).decode(z)
+        torch.testing.assert_close(batched, together, rtol=0, atol=1e-5)
+
+
+def test_autocast_does_not_reach_the_decoder(folder):
+    decoder, z = load(str(folder)), latents()
+    expected = decoder.decode(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decoder.decode(z), expected)
+
+
+def test_an_image_that_is_not_finite_is_a_failure(folder):
+    z = latents()
+    z[1, 0, 0, 0] = float("nan")
+    with pytest.raises(Failure, match=r"image 1 of 3 is not finite"):
+        load(str(folder)).decode(z)
+    with pytest.raises(Failure, match=r"image 1 of 3 is not finite"):
+        load(str(folder), batch=2).decode(z)
+
+
+def test_latents_of_another_shape_are_refused(folder):
+    decoder = load(str(folder))
+    refused(lambda: decoder.decode(torch.zeros(1, 3, 4, 4)), "float32 (1, 3, 4, 4)", "(N, 4, h, w)")
+    refused(lambda: decoder.decode(torch.zeros(4, 4, 4)), "(N, 4, h, w)")
+    refused(lambda: decoder.decode(torch.zeros(1, 4, 4, 4, dtype=torch.uint8)), "uint8")
+
+
+class Planted:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_torch_file_is_not_run(folder, tmp_path, zipped):
+    target = tmp_path / "ran"
+    (folder / SAFE).unlink()
+    tensors = {**small_kl().state_dict(), "callbacks": Planted(target)}
+    torch.save(tensors, folder / BIN, _use_new_zipfile_serialization=zipped)
+    refused(lambda: load(str(folder)), BIN, "posix.system" if os.name == "posix" else "system", "none was")
+    assert not target.exists()
+    (folder / BIN).write_bytes(pickle.dumps(Planted(target)))
+    refused(lambda: load(str(folder)), BIN)
+    assert not target.exists()
+
+
+def cut(path, keep=0.6):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+def damaged_bin(folder, keep, **options):
+    (folder / SAFE).unlink()
+    torch.save(small_kl().state_dict(), folder / BIN, **options)
+    cut(folder / BIN, keep)
+
+
+def without(folder, *, drop=None, add=None, reshape=None):
+    tensors = small_kl().state_dict()
+    if drop:
+        del tensors[drop]
+    if add:
+        tensors[add] = torch.zeros(1)
+    if reshape:
+        tensors[reshape] = torch.zeros(7)
+    as_bin(folder, tensors)
+
+
+LEGACY = {"_use_new_zipfile_serialization": False}
+BROKEN = {
+    "no weights": (lambda f: (f / SAFE).unlink(), ["holds no", SAFE, BIN]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json", SAFE]),
+    "config is not JSON": (lambda f: cut(f / "config.json"), ["config.json is not valid JSON"]),
+    "another model's config": (lambda f: edit_config(f, _class_name="VQModel"), ["describes VQModel", "AutoencoderKL"]),
+    "config that builds nothing": (lambda f: edit_config(f, up_block_types=["Nope"] * 2), ["gives no network", "Nope"]),
+    "config without sizes": (lambda f: edit_config(f, block_out_channels=None), ["no list of block_out_channels"]),
+    "scale of nought": (lambda f: edit_config(f, scaling_factor=0), ["scaling_factor is 0"]),
+    "scale in words": (lambda f: edit_config(f, scaling_factor="one"), ["scaling_factor is 'one'"]),
+    "config of odd form": (lambda f: (f / "config.json").write_text("[1]"), ["describes no network"]),
+    "shifted latents": (lambda f: edit_config(f, shift_factor=0.1), ["has a shift_factor"]),
+    "cut safetensors": (lambda f: cut(f / SAFE), [SAFE, "not a whole safetensors file"]),
+    "cut torch file": (lambda f: damaged_bin(f, 0.6), [BIN, "not a whole torch checkpoint"]),
+    "cut legacy file": (lambda f: damaged_bin(f, 0.6, **LEGACY), [BIN, "not a whole torch checkpoint"]),
+    "legacy head alone": (lambda f: damaged_bin(f, 0.001, **LEGACY), [BIN, "not a whole torch checkpoint"]),
+    "empty file": (lambda f: (f / SAFE).write_bytes(b""), [SAFE, "neither a safetensors file nor"]),
+    "pointer": (lambda f: (f / SAFE).write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
+    "a key is missing": (lambda f: without(f, drop="decoder.conv_in.bias"), ["lacks decoder.conv_in.bias"]),
+    "a key too many": (lambda f: without(f, add="decoder.extra"), ["unexpected decoder.extra"]),
+    "a wrong shape": (lambda f: without(f, reshape="decoder.conv_in.bias"), ["conv_in.bias is (7,)", "has (64,)"]),
+    "other sizes": (lambda f: small_kl(layers_per_block=2).save_pretrained(f / "x"), None),
+    "not tensors": (lambda f: as_bin(f, [1, 2]), ["holds a list"]),
+    "another network": (
+        lambda f: as_bin(f, {"blocks.0.weight": torch.zeros(2)}),
+        ["no auto-encoder", "blocks.0.weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_cannot_be_loaded_is_refused_in_one_line(folder, what):
+    breaking, words = BROKEN[what]
+    breaking(folder)
+    if words is None:
+        shutil.copy(folder / "x" / SAFE, folder / SAFE)
+        words = ["has the unexpected", "more"]
+    refused(lambda: load(str(folder)), *words)
+
+
+def test_names(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("ft-ema") is resolve("stabilityai/sd-vae-ft-ema") is KNOWN["ft-ema"]
+    assert resolve("original") is resolve("CompVis/stable-diffusion-v1-4") is KNOWN["original"]
+    refused(lambda: resolve("ft-emma"), "unknown decoder 'ft-emma'", "ft-ema", "path")
+    refused(lambda: resolve("vaes/mine"), "decoder vaes/mine: no such file or folder", "vq-f8")
+    refused(lambda: load("ft-mse", weights="nowhere"), "nowhere: no such file or folder", "--weights decoder=PATH")
+    refused(lambda: load("vae", weights=folder), "is a path already")
+    refused(lambda: load("ft-ema", weights=folder), "is not ft-ema: its config.json has block_out_channels [32, 64]")
+    for name in ("vq-f4", "vq-f8"):
+        refused(
+            lambda name=name: load(name), f"decoder {name} needs its weights", "model.ckpt", "--weights decoder=PATH"
+        )
+
+
+# 311.09: diffusers' AutoencoderKL under torch's own counter.
+def test_compute_needs_no_weights(folder):
+    assert {name: round(decoder_compute(name).gmacs, 2) for name in KNOWN} == {
+        "ft-ema": 311.09, "ft-mse": 311.09, "original": 311.09, "vq-f4": 335.39, "vq-f8": 236.27,
+    }  # fmt: skip
+    assert round(decoder_compute("ft-ema", direction="encode").gmacs, 2) == 136.36
+    assert 4 < decoder_compute("ft-ema", 512).gmacs / decoder_compute("ft-ema").gmacs < 4.5
+    refused(lambda: decoder_compute(str(folder)), "is a path")
+    decoder = load(str(folder))
+    assert decoder.compute(64).source == "traced"
+    assert decoder.compute(64).params == sum(each.numel() for each in small_kl().parameters())
+    # attention grows 16 fold with twice the side, 2 * 256 ** 2 * 64 at 32 pixels, and all else 4 fold
+    assert decoder.compute(64).macs == 4 * decoder.compute(32).macs + 12 * 2 * 256**2 * 64
+    refused(lambda: decoder.compute(63), "63 is not a multiple of the auto-encoder's factor 2")
+    refused(lambda: decoder.compute(64, "sideways"), "unknown direction 'sideways'")
+
+
+CACHED = """
+import json, sys
+from harness import decoding
+from harness.decoding import load
+from harness.errors import Refusal
+
+decoding.KL_CONFIG = json.loads(sys.argv[1])  # the cached network is a small one
+
+decoder = load("ft-ema")
+print(decoder.name, decoder.source, decoder.sha256)
+decoder = load("original")
+print(decoder.name, decoder.source, decoder.sha256)
+try:
+    load("ft-mse")
+except Refusal as error:
+    print(error)
+"""
+
+
+def test_the_hub_without_a_network(folder, tmp_path):
+    revision = "0" * 40
+    repository = tmp_path / "hub" / "models--stabilityai--sd-vae-ft-ema"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    shutil.copytree(folder, repository / "snapshots" / revision)
+    digest = hashlib.sha256((folder / SAFE).read_bytes()).hexdigest()
+    original = tmp_path / "hub" / "models--CompVis--stable-diffusion-v1-4"
+    shutil.copytree(repository / "refs", original / "refs")
+    shutil.copytree(as_bin(folder), original / "snapshots" / revision / "vae")  # no safetensors: the other is taken
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CACHED, json.dumps(SIZES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    first, with_bin, second, *rest = done.stdout.splitlines()
+    old = hashlib.sha256((folder / BIN).read_bytes()).hexdigest()
+    assert with_bin == f"ldm-f8 CompVis/stable-diffusion-v1-4@{revision} {old}"
+    assert first == f"sd-vae-ft-ema stabilityai/sd-vae-ft-ema@{revision} {digest}"
+    assert not rest and second.startswith("decoder ft-mse: stabilityai/sd-vae-ft-mse is not in the cache")
+    assert "https://huggingface.co/stabilityai/sd-vae-ft-mse" in second and "--weights decoder=PATH" in second
+
+
+def test_naming_a_decoder_imports_no_framework():
+    code = "import sys, harness.decoding as d; d.decoder_compute('ft-ema'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not {"torch", "diffusers", "jax", "huggingface_hub"} & set(done.stdout.split())
+    assert Decoder.__module__ == "harness.decoding"
