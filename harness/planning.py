@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import registry
 from harness.errors import Refusal
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
 from harness.runs import Run, build_arguments
 from harness.spec import BackboneSpec, Compute
+
+if TYPE_CHECKING:
+    from harness.matching import Match
 
 TRAINING_FACTOR = 3  # forward and backward: the backward pass taken as two forward passes (DiT sec. 5)
 CHECKPOINT_BYTES = 16  # a parameter: weight, EMA, two moments in float32
@@ -31,6 +34,8 @@ class Request:
     data: Path | None
     arguments: dict[str, Any]  # of the builder
     compute: Compute
+    match: Match | None = None  # where the training steps come from, if they were solved for
+    match_sampling: tuple[Match, ...] = ()  # the same for the sampler's steps
 
     @property
     def gflops_step(self) -> float:
@@ -39,7 +44,12 @@ class Request:
 
     def gflops_image(self, sampler_steps: int) -> float:
         """Sampling compute of one image; guidance doubles it."""
-        return self.compute.gflops * sampler_steps * (2 if self.sampling.guidance_scale != 1 else 1)
+        return self.compute.gflops * evaluations(sampler_steps, self.sampling.guidance_scale)
+
+
+def evaluations(sampler_steps: int, guidance_scale: float) -> int:
+    """Network evaluations for one image; guidance asks twice."""
+    return sampler_steps * (2 if guidance_scale != 1 else 1)
 
 
 def make_request(
@@ -86,8 +96,11 @@ def resolve_request(
 ) -> Request:
     """Hold backbone, task, recipe and sampling settings against each other."""
     spec = registry.backbones.get(backbone)
-    if spec.kind != "denoiser":
-        raise Refusal(f"backbone {backbone!r} is a {spec.kind}; this version trains and samples denoisers")
+    if spec.kind == "generator":
+        raise Refusal(
+            f"backbone {backbone!r} is a generator, which the harness samples and does not train; "
+            "see `harness list systems` and `harness sample --system`"
+        )
     if framework == "jax" or framework not in spec.builders:
         raise Refusal(
             f"--framework {framework} has no engine in this version for {backbone!r}; use --framework {next(iter(spec.builders))}"
@@ -176,6 +189,8 @@ def plan(request: Request) -> dict[str, Any]:
             }
             for steps in sampling.steps
         ],
+        "match": None if request.match is None else dataclasses.asdict(request.match),
+        "match_sampling": [dataclasses.asdict(each) for each in request.match_sampling],
         "samples": request.samples,
         "disk_bytes": 2 * CHECKPOINT_BYTES * compute.params
         + len(sampling.steps) * request.samples * request.protocol.resolution**2 * request.protocol.image_channels,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from harness import matching
 from harness.errors import Refusal
 from harness.protocols import count
 
@@ -53,6 +55,19 @@ class Setting(click.ParamType):
         return name, text
 
 
+class Parsed(click.ParamType):
+    """What a function of the harness makes of the text; its ValueError says what is wrong."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]):
+        self.name, self.parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 FOLDER = click.Path(path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
@@ -61,9 +76,17 @@ protocol_option = click.option(
 )
 
 _run_options = (
-    click.option("--backbone", required=True, metavar="NAME", help="A name of `harness list backbones`."),
     protocol_option,
     click.option("--steps", type=Count(), help="Training steps, as in 800 or 400k. [default: the protocol's]"),
+    click.option(
+        "--match", type=Parsed("reference", matching.parse_reference), metavar="BACKBONE@STEPS",
+        help="Instead of --steps: train for the compute of that backbone with that many steps of the same recipe, "
+        "both counted at the protocol's input, as in dit-xl-2@400k.",
+    ),
+    click.option(
+        "--budget", type=Parsed("gflops", matching.parse_budget), metavar="GFLOPS",
+        help="Instead of --steps: train for so many Gflops (Gflops of the network x batch x steps x 3), as in 1e12.",
+    ),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
     click.option("--data", type=FOLDER, metavar="PATH", help="Where the data set is, if the protocol needs one."),
     click.option("--framework", type=click.Choice(["torch", "jax"]), default="torch", show_default=True),
@@ -97,9 +120,24 @@ _sampling_options = (
 )  # fmt: skip
 
 
+match_sampling_option = click.option(
+    "--match-sampling", type=Parsed("reference", matching.parse_sampling_reference),
+    metavar="BACKBONE@N,N,...[@cfgSCALE]",
+    help="Instead of --sampling-steps: as many as cost what an image of that backbone does with N steps each, "
+    "guidance counted twice, as in dit-xl-2@250@cfg1.5.",
+)  # fmt: skip
+
+
 def run_options(function):
     """The options that define a run."""
-    return _apply(function, _run_options)
+    backbone = click.option("--backbone", required=True, metavar="NAME", help="A name of `harness list backbones`.")
+    return _apply(function, (backbone, *_run_options))
+
+
+def plan_options(function):
+    """The options that define a run, where no backbone means a table of them all."""
+    text = "A name of `harness list backbones`; without it --budget or --match gives a table of them all."
+    return _apply(function, (click.option("--backbone", metavar="NAME", help=text), *_run_options))
 
 
 def sampling_options(function):
@@ -119,3 +157,10 @@ def settings_of(pairs: tuple[tuple[str, str], ...]) -> dict[str, str]:
     if len(settings) != len(pairs):
         raise Refusal("--set names the same item twice; give each once")
     return settings
+
+
+def only_one(flags: dict[str, Any], what: str) -> None:
+    """Flags (by name, with their values) that set the same thing: more than one given is refused."""
+    given = [flag for flag, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise Refusal(f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} set {what}; give one of them")

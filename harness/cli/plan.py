@@ -6,45 +6,87 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from harness.cli.options import DEFAULT_PROTOCOL, json_option, run_options, sampling_options, settings_of
+from harness import matching
+from harness.cli.options import (
+    DEFAULT_PROTOCOL,
+    json_option,
+    match_sampling_option,
+    only_one,
+    plan_options,
+    sampling_options,
+    settings_of,
+)
+from harness.errors import Refusal
 from harness.planning import Request, make_request, plan
 from harness.progress import duration
+from harness.protocols import get_protocol, override
 
 if TYPE_CHECKING:
     from harness.engines.torch.resolve import Measured
+
+TABLE_OPTIONS = {"protocol", "match", "budget", "settings", "as_json"}  # what the table of a budget listens to
 
 
 def request_of(options: dict[str, Any]) -> Request:
     """The request that the shared options describe."""
     names = ("sampler", "eta", "guidance_scale", "guidance_channels", "label_policy")
     drawing = {name: options[name] for name in names}
-    return make_request(
+    steps, settings = sources_of_steps(options)
+    sampling = {"--sampling-steps": options["sampling_steps"], "--match-sampling": options["match_sampling"]}
+    only_one(sampling, "the sampling steps")
+    # Steps that are solved for below take the place of the protocol's, which need not fit then.
+    sampling_steps = (1,) if options["match_sampling"] else options["sampling_steps"]
+    request = make_request(
         backbone=options["backbone"],
         protocol=options["protocol"] or DEFAULT_PROTOCOL,
-        steps=options["steps"],
+        steps=steps,
         seed=options["seed"],
         framework=options["framework"],
         data=options["data"],
-        settings=settings_of(options["settings"]),
-        sampling={**drawing, "steps": options["sampling_steps"], "seed": options["sampling_seed"]},
+        settings=settings,
+        sampling={**drawing, "steps": sampling_steps, "seed": options["sampling_seed"]},
         samples=options["samples"],
         gradient_checkpointing=options["gradient_checkpointing"],
     )
+    return matching.matched(
+        request, match=options["match"], budget=options["budget"], sampling=options["match_sampling"]
+    )
+
+
+def sources_of_steps(options: dict[str, Any]) -> tuple[int | None, dict[str, str]]:
+    """--steps and --set, of which no more than one of the ways to say how long to train is given."""
+    settings = settings_of(options["settings"])
+    solved = {"--match": options["match"], "--budget": options["budget"]}
+    ways = {"--steps": options["steps"], **solved}
+    if any(value is not None for value in solved.values()):
+        ways["--set steps"] = settings.get("steps")
+    only_one(ways, "the training steps")
+    return options["steps"], settings
 
 
 @click.command("plan")
-@run_options
+@plan_options
 @sampling_options
+@match_sampling_option
 @json_option
-def command(as_json: bool, **options: Any) -> None:
+@click.pass_context
+def command(ctx: click.Context, as_json: bool, **options: Any) -> None:
     """Say what a run would cost (compute, memory, disk, hours at the speed measured here), and write nothing.
 
     The speed is measured: the network is built and a few training steps are timed, which takes a minute or two for
     the largest.
 
     The recipe's items, which --set can override, are listed with their values.
+
+    Without --backbone, --budget GFLOPS (or --match BACKBONE@STEPS) lists what every backbone would get from it:
+
+        harness plan --budget 1e6
     """
+    if options["backbone"] is None:
+        show_table(ctx, options, as_json)
+        return
     request = request_of(options)
     costs = plan(request)
     if not as_json:
@@ -86,8 +128,82 @@ def arithmetic(costs: dict[str, Any]) -> str:
             f"  sampling    {costs['samples']:,} images x {row['steps']} {row['sampler']} steps{guidance}"
             f" = {row['gflops']:.4g} Gflops"
         )
+    match, others = costs["match"], costs["match_sampling"]
+    if match is not None:
+        lines.append(f"  matched     training: {matched_text(match)}")
+    lines += [f"  matched     an image: {matched_text(each)}" for each in others]
     lines.append(f"  disk        {costs['disk_bytes'] / 1e9:.2f} GB for two checkpoints and the samples")
     return "\n".join(lines)
+
+
+def matched_text(match: dict[str, Any]) -> str:
+    """What was matched, and what the rounding to whole steps costs."""
+    aim = f"the {match['gflops_target']:.6g} Gflops of {match['to'] or '--budget'}"
+    steps = "1 step" if match["steps"] == 1 else f"{match['steps']:,} steps"
+    text = f"{steps} for {aim}; rounding to whole steps: {error_text(match['relative_error'])}"
+    return text + (" (one step costs more than that)" if one_is_too_much(match) else "")
+
+
+def one_is_too_much(match: dict[str, Any]) -> bool:
+    """Whether a single step already overspends."""
+    return match["steps"] == 1 and match["relative_error"] > 0
+
+
+def error_text(relative: float) -> str:
+    """A relative difference in per cent, with its sign."""
+    return f"{100 * relative:+.2g} %" if relative else "exact"
+
+
+def show_table(ctx: click.Context, options: dict[str, Any], as_json: bool) -> None:
+    """What every backbone would get from one budget."""
+    if options["match"] is None and options["budget"] is None:
+        raise Refusal("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
+    _, settings = sources_of_steps(options)
+    for parameter in ctx.command.params:
+        name, flag = parameter.name or "", parameter.opts[0]
+        if name not in TABLE_OPTIONS and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise Refusal(f"{flag} has no part in the table of a budget; name a --backbone with it")
+    task = get_protocol(options["protocol"] or DEFAULT_PROTOCOL)
+    document = matching.table(task, override(task.recipe, settings), match=options["match"], budget=options["budget"])
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    print_table(document)
+
+
+def print_table(document: dict[str, Any]) -> None:
+    """The rows on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    named = f", those of {document['to']}" if document["to"] else ""
+    click.echo(
+        f"{document['gflops_target']:.6g} Gflops of training{named}, on protocol {document['protocol']}"
+        f" in batches of {document['batch']} (Gflops x batch x steps x 3)"
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("backbone", no_wrap=True)
+    for heading in ("params (M)", f"Gflops at {document['input']}", "steps", "images", "epochs", "rounding"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in document["rows"]:
+        table.add_row(
+            row["name"],
+            f"{row['params'] / 1e6:.2f}",
+            gflops_text(row["gflops"]) + (" traced" if row["gflops_source"] == "traced" else ""),
+            f"{row['steps']:,}",
+            f"{row['images']:,}",
+            "-"
+            if row["epochs"] is None
+            else f"{row['epochs']:,.0f}"
+            if row["epochs"] >= 100
+            else f"{row['epochs']:.3g}",
+            error_text(row["relative_error"]),
+        )
+    Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+    if any(one_is_too_much(row) for row in document["rows"]):
+        click.echo("1 step, and more than 0 % over: a single step costs more than the budget.")
+    for each in document["left_out"]:
+        click.echo(f"{each['name']}: left out; {each['reason']}")
 
 
 def gflops_text(gflops: float) -> str:

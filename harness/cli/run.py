@@ -9,7 +9,7 @@ import click
 
 from harness import runs, stages
 from harness.cli import plan as plan_command
-from harness.cli.options import DEFAULT_PROTOCOL, Counts, run_options, sampling_options
+from harness.cli.options import DEFAULT_PROTOCOL, Counts, match_sampling_option, run_options, sampling_options
 from harness.errors import Refusal
 from harness.planning import Request, plan
 from harness.runs import Run
@@ -19,6 +19,7 @@ from harness.stages import Workshop
 @click.command("run")
 @run_options
 @sampling_options
+@match_sampling_option
 @click.option("--evaluate-at", type=Counts(), metavar="N,N,...", help="Also sample and evaluate after so many steps.")
 @click.option("--fork", type=click.Path(path_type=Path), metavar="RUN", help="Begin from that run's newest checkpoint.")
 @click.option("--sampling-batch", type=click.IntRange(1), help="Images a forward pass while sampling.")
@@ -29,7 +30,13 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, **o
 
         harness run --backbone dit-xl-2 --steps 400k
     """
-    request, workshop = prepare(options)
+    request = plan_command.request_of(options)
+    if request.spec.kind != "denoiser":
+        raise Refusal(
+            f"backbone {request.spec.name!r} is one part of a system and makes no images by itself: train it with "
+            "`harness train`, then sample the whole with `harness sample --system`"
+        )
+    workshop = prepare(request, options)
     marks = sorted({*(evaluate_at or ()), request.recipe.steps})
     if marks[-1] > request.recipe.steps:
         raise Refusal(f"--evaluate-at {marks[-1]} lies beyond the last step, {request.recipe.steps}; raise --steps")
@@ -46,9 +53,8 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, **o
     finish(run, request)
 
 
-def prepare(options: dict[str, Any]) -> tuple[Request, Workshop]:
+def prepare(request: Request, options: dict[str, Any]) -> Workshop:
     """Print the plan; refuse with what is missing; read the data and open the run's folder."""
-    request = plan_command.request_of(options)
     costs = plan(request)
     click.echo(plan_command.headline(request, options["protocol"] is None))
     click.echo(plan_command.arithmetic(costs))
@@ -60,9 +66,9 @@ def prepare(options: dict[str, Any]) -> tuple[Request, Workshop]:
             steps = request.recipe.steps
             text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
         raise Refusal(text)
-    data = stages.load_data(request.protocol.dataset, request.data)
+    data = stages.load_data(request.protocol, request.data)
     folder = options["out"] or runs.RUNS / stages.run_spec(request, data).name
-    return request, Workshop(request, data, folder, lambda text: click.echo(text, err=True))
+    return Workshop(request, data, folder, lambda text: click.echo(text, err=True))
 
 
 def begin(workshop: Workshop, options: dict[str, Any]) -> Run:

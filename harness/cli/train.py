@@ -9,12 +9,14 @@ import click
 
 from harness import runs
 from harness.cli.options import run_options
+from harness.cli.plan import request_of
 from harness.cli.run import begin, prepare
 
 # Training needs no sampling settings; the protocol's stand in for them in the plan.
 NO_SAMPLING = dict.fromkeys(
     (
         "sampling_steps",
+        "match_sampling",
         "samples",
         "sampler",
         "eta",
@@ -30,9 +32,16 @@ NO_SAMPLING = dict.fromkeys(
 @run_options
 @click.option("--fork", type=click.Path(path_type=Path), metavar="RUN", help="Begin from that run's newest checkpoint.")
 def command(**options: Any) -> None:
-    """Train a backbone and keep the EMA weights of the last step. The same command continues a killed run."""
-    request, workshop = prepare({**NO_SAMPLING, **options})
+    """Train a backbone and keep the EMA weights of the last step. The same command continues a killed run.
+
+    Denoisers, upsamplers (on pairs of resolutions) and classifiers of noised images alike.
+    """
+    options = {**NO_SAMPLING, **options}
+    request = request_of(options)
+    workshop = prepare(request, options)
     with runs.locked(workshop.folder):
         run = begin(workshop, options)
         workshop.train(request.recipe.steps)
-    click.echo(f"trained to step {request.recipe.steps}; next: harness sample --run {run.folder}")
+    part = f"--system NAME --weights {request.spec.kind}={run.folder}"
+    follow = f"--run {run.folder}" if request.spec.kind == "denoiser" else part
+    click.echo(f"trained to step {request.recipe.steps}; next: harness sample {follow}")
