@@ -98,7 +98,7 @@ def harness_step(spec, batch: int, precision: str) -> Callable[[], None]:
         device="cpu", device_name="", precision=precision, micro_batch=batch, threads=torch.get_num_threads()
     )
     engine = TorchEngine(
-        spec, build(spec, INPUT, 0), num_classes=1000, recipe=Recipe(batch=batch), seed=0, resolved=resolved,
+        spec, build(spec, INPUT, 0), arguments=spec.arguments(**INPUT), recipe=Recipe(batch=batch), seed=0, resolved=resolved,
         data=images(),
     )  # fmt: skip
     state = {"step": 0}

@@ -155,10 +155,13 @@ def open_run(folder: Path) -> Run:
         if data["schema"] > SCHEMA:
             raise Refusal(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
         protocol = from_dict(data["protocol"], str(path))
-        recipe = Recipe(**data["identity"]["recipe"])
+        # Items that came after the run was made have their defaults.
+        recipe = Recipe(**{"steps": protocol.recipe.steps, **data["identity"]["recipe"]})
+        settings = dataclasses.asdict(recipe)
+        del settings["steps"]
         resolved = Resolved(**data["resolved"])
         return Run(
-            folder=folder, identity=data["identity"], resolved=resolved, environment=data["environment"],
+            folder=folder, identity={**data["identity"], "recipe": settings}, resolved=resolved, environment=data["environment"],
             protocol=protocol, recipe=recipe,
         )  # fmt: skip
     except (KeyError, TypeError) as error:
@@ -217,4 +220,8 @@ def build_arguments(spec: BackboneSpec, protocol: Protocol, out_channels: int | 
         "num_classes": protocol.num_classes,
         "out_channels": out_channels,
     }
-    return {name: value for name, value in wanted.items() if name in spec.defaults and value is not None}
+    arguments = {name: value for name, value in wanted.items() if name in spec.defaults and value is not None}
+    if "low_res_size" in spec.defaults:  # an upsampler keeps its factor
+        factor = spec.defaults["input_size"] / spec.defaults["low_res_size"]
+        arguments["low_res_size"] = max(1, round(protocol.input_size / factor))
+    return arguments

@@ -107,49 +107,75 @@ def request(
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A sample set to be drawn: where it goes, everything that decides its bytes, and the shape of the work."""
+
+    folder: Path
+    identity: dict[str, Any]
+    labels: np.ndarray  # int64 (N,)
+    image: tuple[int, int, int]  # (H, W, C)
+    batch: int
+    steps: int  # calls of `advance` for each batch
+    title: str  # of the bar
+
+
 def sample(run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any]) -> Path:
+    """Draw the sample set of a run, or find it drawn; returns the path of its samples.npz."""
+    task = run.protocol
+    job = Job(
+        folder=run.folder / "samples" / wanted.name(run),
+        identity=wanted.identity(run),
+        labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, task.num_classes),
+        image=(task.resolution, task.resolution, task.image_channels),
+        batch=wanted.batch,
+        steps=wanted.steps,
+        title=f"sample {wanted.sampling.sampler}-{wanted.steps}",
+    )
+    return draw(job, make_sampler, sidecar)
+
+
+def draw(job: Job, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any]) -> Path:
     """Draw the sample set, or find it drawn; returns the path of its samples.npz.
 
     `sidecar` is what a later reader should know beside the identity: parameters, Gflops, environment.
     """
-    folder = run.folder / "samples" / wanted.name(run)
-    target = folder / "samples.npz"
-    identity = wanted.identity(run)
+    target = job.folder / "samples.npz"
     if sidecar_path(target).exists() and target.exists():
         kept = read_sidecar(target)
-        if kept.get("identity") == identity and kept.get("sha256") == files.sha256_file(target):
+        if kept.get("identity") == job.identity and kept.get("sha256") == files.sha256_file(target):
             return target
-        raise Refusal(f"{folder} holds other samples than its name and sidecar say; move it away and sample again")
-    shards = folder / "shards"
-    labels = labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, run.protocol.num_classes)
-    with files.explained(folder):
+        raise Refusal(f"{job.folder} holds other samples than its name and sidecar say; move it away and sample again")
+    shards, count = job.folder / "shards", len(job.labels)
+    with files.explained(job.folder):
         shards.mkdir(parents=True, exist_ok=True)
-    starts = range(0, wanted.count, wanted.batch)
-    task = run.protocol
-    image = (task.resolution, task.resolution, task.image_channels)
+    starts = range(0, count, job.batch)
     missing = [
-        start
-        for start in starts
-        if not _whole(_shard(shards, start), (min(wanted.batch, wanted.count - start), *image))
+        start for start in starts if not _whole(_shard(shards, start), (min(job.batch, count - start), *job.image))
     ]
     sampler = make_sampler()
-    total, done = len(starts) * wanted.steps, (len(starts) - len(missing)) * wanted.steps
-    title = f"sample {wanted.sampling.sampler}-{wanted.steps}"
-    with Bar(title, total, "steps", done) as bar:
+    total, done = len(starts) * job.steps, (len(starts) - len(missing)) * job.steps
+    with Bar(job.title, total, "steps", done) as bar:
         for start in missing:
-            index = np.arange(start, min(start + wanted.batch, wanted.count), dtype=np.int64)
-            note = f"image {start + len(index)} of {wanted.count}"
-            images = sampler.draw(index, labels[index], lambda note=note: bar.advance(1, note))
+            index = np.arange(start, min(start + job.batch, count), dtype=np.int64)
+            note = f"image {start + len(index)} of {count}"
+            images = sampler.draw(index, job.labels[index], lambda note=note: bar.advance(1, note))
             _save(_shard(shards, start), images)
-    data = {
-        "schema": SCHEMA,
-        "identity": identity,
-        "evaluations": sampler.evaluations,
-        **sidecar,
-    }
-    write_samples(target, _load(shards, starts), labels, data)
+    data = {"schema": SCHEMA, "identity": job.identity, "evaluations": sampler.evaluations, **sidecar}
+    write_samples(target, _load(shards, starts), job.labels, data)
     files.remove(shards)
     return target
+
+
+def write_grid_beside(path: Path) -> None:
+    """A picture of the first samples, beside their npz, if it is not there."""
+    grid = path.with_name("grid.png")
+    if not grid.exists():
+        from harness.samples import read_samples
+        from reports.grid import write_grid
+
+        samples = read_samples(path)
+        write_grid(samples.images, samples.labels, grid)
 
 
 def _shard(folder: Path, start: int) -> Path:

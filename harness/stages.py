@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def load_data(name: str, data: Path | None) -> ImageSet:
-    """The images of the protocol's data set."""
-    return registry.datasets.get(name).load(data)
+def load_data(protocol: Protocol, data: Path | None) -> ImageSet:
+    """The images of the protocol's data set, averaged down to its resolution where they are a multiple of it."""
+    return registry.datasets.get(protocol.dataset).load(data).shrunk(protocol.resolution)
 
 
 def run_spec(request: Request, data: ImageSet) -> RunSpec:
@@ -125,7 +125,7 @@ class Workshop:
         engine = TorchEngine(
             request.spec,
             self._network(),
-            num_classes=request.protocol.num_classes,
+            arguments=request.spec.arguments(**request.arguments),
             recipe=run.recipe,
             seed=run.seed,
             resolved=run.resolved,
@@ -156,7 +156,7 @@ def measure_request(
     measured = resolve.resolve(
         request.spec,
         net,
-        request.arguments,
+        request.spec.arguments(**request.arguments),
         batch=request.recipe.batch,
         device=target,
         precision=precision,
@@ -204,13 +204,7 @@ def draw(run: Run, request: Request, step: int, steps: int, *, precision: str, b
         "environment": evaluation.environment(run.resolved.device_name),
     }
     path = sampling.sample(run, wanted, make, sidecar)
-    grid = path.with_name("grid.png")
-    if not grid.exists():
-        from harness.samples import read_samples
-        from reports.grid import write_grid
-
-        samples = read_samples(path)
-        write_grid(samples.images, samples.labels, grid)
+    sampling.write_grid_beside(path)
     return path
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
@@ -36,11 +36,13 @@ DRAIN_SECONDS = 0.5  # how long losses may stay on the device, unread
 class Engine(Protocol):
     """What a framework provides to the loop."""
 
+    terms: Mapping[str, float]  # what the log holds of a step, with its weight in the loss: {"mse": 1, "vb": 1}
+
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Do optimiser step `step` (from 1). False: interrupted before the update, nothing has changed."""
 
-    def drain(self) -> list[tuple[float, float]]:
-        """(mse, vb) of the steps since the last drain, in order."""
+    def drain(self) -> list[tuple[float, ...]]:
+        """The terms of the steps since the last drain, in order."""
 
     def finite(self) -> bool:
         """Whether every weight is finite."""
@@ -132,13 +134,15 @@ class _Keeper:
     def drain(self) -> None:
         """Move losses from the device to the log; stop at one that is not finite."""
         self._drained = time.monotonic()
-        for mse, vb in self.engine.drain():
-            step = self.written + 1
-            if not (math.isfinite(mse) and math.isfinite(vb)):
-                self._fail(f"the loss is not finite at step {step} (mse {mse}, vb {vb})")
-            self.log.write(json.dumps({"step": step, "mse": mse, "vb": vb}) + "\n")
+        weights = self.engine.terms
+        for values in self.engine.drain():
+            step, row = self.written + 1, dict(zip(weights, values, strict=True))
+            if not all(map(math.isfinite, values)):
+                text = ", ".join(f"{name} {value}" for name, value in row.items())
+                self._fail(f"the loss is not finite at step {step} ({text})")
+            self.log.write(json.dumps({"step": step, **row}) + "\n")
             self.written = step
-            self.loss = mse + vb
+            self.loss = sum(weight * row[name] for name, weight in weights.items())
         with files.explained(self.run.log):
             self.log.flush()  # for who watches it
 

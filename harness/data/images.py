@@ -30,3 +30,13 @@ class ImageSet:
         digest.update(np.ascontiguousarray(self.images))
         digest.update(np.ascontiguousarray(self.labels))
         return digest.hexdigest()
+
+    def shrunk(self, side: int) -> ImageSet:
+        """The images averaged over areas down to `side` pixels, rounded; themselves where they are not a multiple of it."""
+        _, height, width, channels = self.images.shape
+        factor = height // side
+        if factor < 2 or (height, width) != (side * factor, side * factor):
+            return self
+        blocks = self.images.reshape(-1, side, factor, side, factor, channels)  # (N, side, f, side, f, C)
+        images = np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+        return ImageSet(name=self.name, images=images, labels=self.labels)

@@ -29,7 +29,7 @@ VARIANCES = ("learned-range", "fixed-small")
 class SamplerPlan:
     """A sampler over one schedule. Arrays are (S,) in the order of execution, float64 unless noted, read-only."""
 
-    name: str  # "ddpm" or "ddim"
+    name: str  # "ddpm", "ddim" or "ddim-ldm"
     schedule: str  # name of the noise schedule
     steps: int  # S
     evaluations: int  # network evaluations for each image; classifier-free guidance doubles them
@@ -103,6 +103,45 @@ def ddim_plan(
         learned_variance=False,
         clip_denoised=clip_denoised,
         mean_from_x0=np.sqrt(spaced.abar_prev) - direction,
+        mean_from_x=direction * spaced.sqrt_recip_abar,
+        noise_std=sigma,
+        adds_noise=sigma > 0,
+    )
+
+
+def ldm_ddim_plan(
+    schedule: Schedule,  # not respaced
+    steps: int,
+    *,
+    eta: float = 0.0,
+    clip_denoised: bool = False,
+) -> SamplerPlan:
+    """DDIM as LDM's code has it: timesteps 1, 1 + c, 1 + 2c, ... for the whole stride c, ending at abar[0], not at 1.
+
+    CompVis/latent-diffusion a506df5, ldm/modules/diffusionmodules/util.py (make_ddim_timesteps,
+    make_ddim_sampling_parameters). So the last step still leaves the noise of timestep 0, and adds some where eta > 0.
+    """
+    if not (math.isfinite(eta) and 0 <= eta <= 1):
+        raise Refusal(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
+    timesteps = np.arange(0, len(schedule), max(len(schedule) // int(steps), 1)) + 1
+    if len(timesteps) != int(steps) or timesteps[-1] >= len(schedule):
+        fitting = [n for n in range(1, len(schedule) // 2 + 1) if len(schedule) % n == 0]
+        near = min(fitting, key=lambda n: abs(n - int(steps)))
+        raise Refusal(
+            f"ddim-ldm takes whole strides, and no stride takes {steps} of {len(schedule)} timesteps; {near} steps fit"
+        )
+    spaced = schedule.respaced(timesteps)  # gives sqrt_recip_abar and sqrt_recipm1_abar of these timesteps
+    abar = schedule.abar[timesteps]
+    before = np.append(schedule.abar[0], abar[:-1])
+    sigma = eta * np.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
+    direction = np.sqrt(1.0 - before - sigma**2) / spaced.sqrt_recipm1_abar
+    return _plan(
+        spaced,
+        name="ddim-ldm",
+        eta=float(eta),
+        learned_variance=False,
+        clip_denoised=clip_denoised,
+        mean_from_x0=np.sqrt(before) - direction,
         mean_from_x=direction * spaced.sqrt_recip_abar,
         noise_std=sigma,
         adds_noise=sigma > 0,

@@ -36,9 +36,16 @@ def _ddim(schedule: Schedule, steps: int, objective: Objective, eta: float, clip
     return ddim_plan(schedule, steps, eta=eta, clip_denoised=clip_denoised)
 
 
+def _ldm_ddim(schedule: Schedule, steps: int, objective: Objective, eta: float, clip_denoised: bool) -> SamplerPlan:
+    from harness.diffusion.plans import ldm_ddim_plan
+
+    return ldm_ddim_plan(schedule, steps, eta=eta, clip_denoised=clip_denoised)
+
+
 BUILT_IN = (
     SamplerSpec(
         name="ddpm", summary="ancestral sampling over respaced steps (Ho et al. 2020; the paper's, 250)", make=_ddpm
     ),
     SamplerSpec(name="ddim", summary="DDIM (Song et al. 2021); --eta 0 is deterministic", make=_ddim),
+    SamplerSpec(name="ddim-ldm", summary="DDIM over the timesteps of LDM's code, which ends one early", make=_ldm_ddim),
 )

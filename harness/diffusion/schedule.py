@@ -113,7 +113,12 @@ def _cosine_betas(steps: int) -> np.ndarray:
     return np.array([min(1 - abar((k + 1) / steps) / abar(k / steps), 0.999) for k in range(steps)])
 
 
+def _sqrt_linear_betas(steps: int) -> np.ndarray:
+    return np.linspace(0.0015**0.5, 0.0195**0.5, steps, dtype=np.float64) ** 2
+
+
 SCHEDULES = {
     "linear": _linear_betas,  # Ho et al. 2020, sec. 4: 1e-4 ... 0.02 over 1000 steps
+    "sqrt-linear": _sqrt_linear_betas,  # LDM's "linear" for ImageNet: linear in the square root of beta (its util.py)
     "cosine": _cosine_betas,  # Nichol & Dhariwal 2021, eq. 17
 }

@@ -17,10 +17,17 @@ from typing import Any
 from harness.errors import Refusal
 from harness.registry import protocols, unknown
 
+UINT8_RULES = {  # x about [-1, 1] to 0 ... 255: (factor, offset) of an affine map that is clamped and truncated
+    "dit": (127.5, 128.0),  # facebookresearch/DiT sample_ddp.py; StyleGAN's too
+    "adm": (127.5, 127.5),  # openai/guided-diffusion scripts/*_sample.py: half a level darker
+    "ldm": (127.5, 127.5),  # CompVis/latent-diffusion: clamp((x + 1) / 2, 0, 1) x 255
+    "biggan": (128.0, 128.0),  # pytorch-pretrained-BigGAN utils.py: (x + 1) / 2 x 256
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a denoiser is trained. The defaults are the paper's (DiT sec. 4 and its released train.py)."""
+    """How a network is trained. The defaults are the paper's (DiT sec. 4 and its released train.py)."""
 
     steps: int = 400_000
     batch: int = 256  # images a step over all devices
@@ -37,6 +44,7 @@ class Recipe:
     objective: str = "epsilon-learned-range"
     schedule: str = "linear"
     diffusion_steps: int = 1000
+    conditioning_noise: float = 0.0  # an upsampler's low-resolution image gets noise of std U[0, this); 0 = none
 
     def __post_init__(self) -> None:
         _check_finite(self, "recipe")
@@ -49,7 +57,7 @@ class Recipe:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise Refusal(f"recipe: {name} must lie in [0, 1), not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "clip_norm"):
+        for name in ("weight_decay", "warmup_steps", "clip_norm", "conditioning_noise"):
             if getattr(self, name) < 0:
                 raise Refusal(f"recipe: {name} must not be negative, but is {getattr(self, name)}")
 
@@ -66,14 +74,14 @@ class Sampling:
     clip_denoised: bool = False  # clamp the predicted image to [-1, 1]; for pixels
     label_policy: str = "random"  # uniform at random, as published; or "balanced"
     seed: int = 0
-    uint8_rule: str = "dit"  # clamp(127.5 x + 128) truncated
+    uint8_rule: str = "dit"
 
     def __post_init__(self) -> None:
         _check_finite(self, "sampling")
         for name, known in (
             ("guidance_channels", ("first-3", "all")),
             ("label_policy", ("random", "balanced")),
-            ("uint8_rule", ("dit",)),
+            ("uint8_rule", UINT8_RULES),
         ):
             if getattr(self, name) not in known:
                 raise Refusal(f"sampling: {unknown(name, getattr(self, name), known)}")

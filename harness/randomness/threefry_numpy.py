@@ -46,6 +46,9 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 10  # class label of sample `index`
     INITIALISATION = 11  # initial weights
     EVALUATION = 12  # subsets and splits of metrics
+    CONDITIONING_NOISE = 13  # noise on the low-resolution image that an upsampler is given
+    CONDITIONING_LEVEL = 14  # its standard deviation for the training example
+    UPSAMPLER_NOISE = 15  # x_T and step noise of an upsampler of a cascade
 
 
 def threefry2x32(

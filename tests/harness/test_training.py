@@ -90,7 +90,7 @@ def test_ema_follows_the_stated_average(tmp_path):
         wanted = request(steps=4, settings={"ema_ramp": ramp, "ema_decay": "0.9"})
         shop = workshop(tmp_path / ramp, wanted)
         engine = torch_trainer.TorchEngine(
-            wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), num_classes=10, recipe=wanted.recipe,
+            wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), arguments=wanted.spec.arguments(**wanted.arguments), recipe=wanted.recipe,
             seed=0, resolved=shop.run.resolved, data=shop.data,
         )  # fmt: skip
         expected = {name: value.detach().clone() for name, value in engine.net.state_dict().items()}
@@ -118,7 +118,7 @@ def test_label_dropout_replaces_the_stated_share(monkeypatch, tmp_path):
     forward = net.forward
     monkeypatch.setattr(net, "forward", lambda x, t, y: (seen.append(y.clone()), forward(x, t, y))[1])
     engine = torch_trainer.TorchEngine(
-        wanted.spec, net, num_classes=10, recipe=wanted.recipe, seed=0, resolved=shop.run.resolved, data=shop.data
+        wanted.spec, net, arguments=wanted.spec.arguments(**wanted.arguments), recipe=wanted.recipe, seed=0, resolved=shop.run.resolved, data=shop.data
     )
     for step in range(1, 41):
         engine.step(step, lambda: False)
@@ -132,7 +132,7 @@ def test_every_image_is_seen_once_an_epoch(tmp_path):
     wanted = request(steps=1, settings={"batch": "600"})
     shop = workshop(tmp_path / "run", wanted)
     engine = torch_trainer.TorchEngine(
-        wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), num_classes=10, recipe=wanted.recipe,
+        wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), arguments=wanted.spec.arguments(**wanted.arguments), recipe=wanted.recipe,
         seed=0, resolved=shop.run.resolved, data=shop.data,
     )  # fmt: skip
     count = len(shop.data)
@@ -160,7 +160,7 @@ def test_interruption_leaves_weights_untouched(tmp_path):
     wanted = request(steps=2)
     shop = workshop(tmp_path / "run", wanted, micro_batch=6)
     engine = torch_trainer.TorchEngine(
-        wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), num_classes=10, recipe=wanted.recipe,
+        wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), arguments=wanted.spec.arguments(**wanted.arguments), recipe=wanted.recipe,
         seed=0, resolved=shop.run.resolved, data=shop.data,
     )  # fmt: skip
     before = {name: value.clone() for name, value in engine.net.state_dict().items()}

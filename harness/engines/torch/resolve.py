@@ -106,19 +106,31 @@ def check_room(spec: BackboneSpec, parameters: int, device: torch.device) -> Non
         )
 
 
-def measure(net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str) -> float:
-    """Seconds that forward and backward take for one image, the best of a few passes. Weights are left as they are."""
+def inputs_of(kind: str, images: int, arguments: dict, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Random inputs in the order of the call of a network of `kind`."""
     generator = torch.Generator().manual_seed(0)
-    shape = (images, arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-    x = torch.randn(shape, generator=generator).to(device)
-    t = torch.randint(0, 1000, (images,), generator=generator).to(device)
-    y = torch.randint(0, arguments["num_classes"], (images,), generator=generator).to(device)
+    channels, size = arguments["in_channels"], arguments["input_size"]
+    x = torch.randn((images, channels, size, size), generator=generator)
+    t = torch.randint(0, 1000, (images,), generator=generator)
+    y = torch.randint(0, max(arguments["num_classes"], 1), (images,), generator=generator)
+    inputs: tuple[torch.Tensor, ...] = (x, t) if kind == "classifier" else (x, t, y)
+    if kind == "upsampler":
+        low = arguments["low_res_size"]
+        inputs += (torch.randn((images, channels, low, low), generator=generator),)
+    return tuple(each.to(device) for each in inputs)
+
+
+def measure(
+    net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser"
+) -> float:
+    """Seconds that forward and backward take for one image, the best of a few passes. Weights are left as they are."""
+    inputs = inputs_of(kind, images, arguments, device)
     best = float("inf")
     buffers = [buffer.clone() for buffer in net.buffers()]
     for repeat in range(PROBE_REPEATS + 1):
         begin = time.perf_counter()
         with autocast(device, precision):
-            loss = net(x, t, y).float().square().mean()
+            loss = net(*inputs).float().square().mean()
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -164,7 +176,7 @@ def resolve(
     chosen = min(micro_batch or fitting, batch)
     images = min(chosen, PROBE_IMAGES)
     wanted = list(PRECISIONS) if precision == "auto" else [precision]
-    speeds = {each: measure(net, images, arguments, device, each) for each in wanted}
+    speeds = {each: measure(net, images, arguments, device, each, spec.kind) for each in wanted}
     fastest = min(speeds, key=lambda each: speeds[each])
     resolved = Resolved(
         device=str(device),

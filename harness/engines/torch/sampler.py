@@ -1,4 +1,4 @@
-"""The torch application of a sampler plan, and classifier-free guidance."""
+"""The torch application of a sampler plan, and guidance: classifier-free, and by a classifier of noised images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from harness.diffusion.plans import SamplerPlan
 from harness.errors import Failure, Refusal
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C or 2 C, H, W)
+Guide = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
 CHECK_EVERY_STEPS = 50  # finiteness of x; each check makes an accelerator wait
 
 GUIDED_CHANNELS = {  # how many of the epsilon channels are guided; None: all
@@ -27,8 +28,13 @@ def sample_loop(
     x: torch.Tensor,  # float32 (N, C, H, W): the initial noise
     noise: Callable[[int], torch.Tensor],  # plan step k -> float32 (N, C, H, W); asked only where the plan adds noise
     progress: Callable[[int, int], None] | None = None,  # called with (steps done, steps)
+    guide: Guide | None = None,  # the scaled gradient of a log likelihood with respect to x
 ) -> torch.Tensor:
     """Runs the plan and returns x_0, float32 (N, C, H, W), an inference tensor. `x` is left as it was.
+
+    A guide shifts the mean of a DDPM step by its variance times the gradient, and epsilon of a DDIM step by
+    -sqrt(1 - abar) times the gradient (Dhariwal and Nichol 2021, algorithms 1 and 2; as in the public code the
+    predicted image of a DDIM step is clamped before that, not after).
 
     Only the network may use another precision. Refuses a network whose channels do not fit the plan; raises
     Failure with the step when x becomes infinite or NaN (looked at every 50 steps and at the end).
@@ -43,14 +49,22 @@ def sample_loop(
         x0 = float(plan.x0_from_x[k]) * x - float(plan.x0_from_eps[k]) * out[:, :channels]
         if plan.clip_denoised:
             x0.clamp_(-1.0, 1.0)
+        gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
+        if gradient is not None and plan.eta is not None:
+            # -x0_from_eps x -sqrt(1 - abar), where abar = 1 / x0_from_x ** 2 and 1 / abar - 1 = x0_from_eps ** 2
+            x0 = x0 + float(plan.x0_from_eps[k] ** 2 / plan.x0_from_x[k]) * gradient
         x = float(plan.mean_from_x0[k]) * x0 + float(plan.mean_from_x[k]) * x
+        shifted = gradient is not None and plan.eta is None
+        if plan.learned_variance and (plan.adds_noise[k] or shifted):
+            frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
+            log_variance = frac * float(plan.log_variance_high[k]) + (1 - frac) * float(plan.log_variance_low[k])
+            std = torch.exp(0.5 * log_variance)  # (N, C, H, W)
+        else:
+            std = float(plan.noise_std[k])
+        if shifted:
+            x = x + std**2 * gradient
         if plan.adds_noise[k]:
-            if plan.learned_variance:
-                frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
-                log_variance = frac * float(plan.log_variance_high[k]) + (1 - frac) * float(plan.log_variance_low[k])
-                x = x + torch.exp(0.5 * log_variance) * noise(k)
-            else:
-                x = x + float(plan.noise_std[k]) * noise(k)
+            x = x + std * noise(k)
         done = k + 1
         if (done % CHECK_EVERY_STEPS == 0 or done == plan.steps) and not torch.isfinite(x).all():
             raise Failure(
@@ -100,6 +114,26 @@ def guided(
         return result
 
     return predict
+
+
+def classifier_guide(
+    classifier: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],  # (x, t) -> logits (N, num_classes)
+    y: torch.Tensor,  # int64 (N,)
+    scale: float,
+) -> Guide:
+    """scale x the gradient of log p(y | x, t) with respect to x, for `sample_loop` (Dhariwal and Nichol 2021, sec. 4)."""
+    if not math.isfinite(scale):
+        raise Refusal(f"classifier scale {scale} is not a finite number: give 0 for none, or for example 1")
+
+    def guide(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().requires_grad_(True)  # (N, C, H, W), no inference tensor any more
+            likelihood = classifier(x, t.clone()).float().log_softmax(dim=-1)  # (N, num_classes)
+            chosen = likelihood.gather(1, y.clone()[:, None]).sum()  # images do not meet, so each has its own gradient
+            (gradient,) = torch.autograd.grad(chosen, x)
+        return gradient.float() * scale  # (N, C, H, W)
+
+    return guide
 
 
 def _check_channels(plan: SamplerPlan, out: torch.Tensor, channels: int) -> None:

@@ -11,15 +11,13 @@ import torch
 
 from harness import checkpoints
 from harness.data.images import ImageSet
-from harness.diffusion.schedule import Schedule
-from harness.engines.torch.loss import LossTables, training_losses
 from harness.engines.torch.resolve import autocast, honour
+from harness.engines.torch.tasks import Task
 from harness.errors import Refusal
 from harness.protocols import Recipe
 from harness.randomness import Purpose, permutation
 from harness.randomness import bits as words
 from harness.randomness import threefry_torch as random
-from harness.registry import objectives
 from harness.runs import Resolved
 from harness.spec import BackboneSpec
 
@@ -42,7 +40,7 @@ class TorchEngine:
         spec: BackboneSpec,
         net: torch.nn.Module,
         *,
-        num_classes: int,
+        arguments: dict[str, Any],
         recipe: Recipe,
         seed: int,
         resolved: Resolved,
@@ -64,9 +62,8 @@ class TorchEngine:
         )
         self._images = torch.from_numpy(data.images)  # (N, H, W, C) uint8
         self._labels = torch.from_numpy(data.labels)
-        self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps), self.device)
-        self._objective = objectives.get(recipe.objective)
-        self._null = spec.null_index(num_classes)
+        self._task = Task(spec, arguments, recipe=recipe, seed=seed, device=self.device)
+        self.terms = self._task.terms
         self._losses: list[torch.Tensor] = []
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -74,7 +71,7 @@ class TorchEngine:
         """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
         positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the endless stream of images
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
         buffers = [buffer.clone() for buffer in self.net.buffers()]
         for chunk in positions.split(self.resolved.micro_batch):
             if interrupted():
@@ -101,25 +98,20 @@ class TorchEngine:
         return True
 
     def _accumulate(self, positions: torch.Tensor) -> torch.Tensor:
-        """Gradients of one micro-batch, scaled by the global batch; its share of (mse, vb), float64."""
-        recipe, seed = self.recipe, self.seed
+        """Gradients of one micro-batch, scaled by the global batch; its share of the terms, float64."""
         x0, y = self._batch(positions)  # (n, C, H, W) in [-1, 1], (n,)
-        positions = positions.to(self.device)
-        t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)
-        noise = random.normal(seed, Purpose.TRAINING_NOISE, positions, 0, tuple(x0.shape[1:]))
-        if self._null is not None and recipe.label_dropout:
-            dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
-            y = torch.where(dropped, self._null, y)
         # A network's own dropout draws from torch's generator, seeded by the first image of the micro-batch.
-        word = words(seed, Purpose.NETWORK_DROPOUT, positions[:1].cpu().numpy(), 0, 1)[0, 0]
+        word = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1].numpy(), 0, 1)[0, 0]
         torch.manual_seed(int(word))
-        xt = self._tables.q_sample(x0, t, noise)
-        with autocast(self.device, self.resolved.precision):
-            output = self.net(xt, t, y)
-        mse, vb = training_losses(self._objective, self._tables, output, x0, t, noise)
-        loss = (mse + vb).sum() / recipe.batch
-        loss.backward()
-        return torch.stack([mse.detach().sum(), vb.detach().sum()]).double() / recipe.batch
+
+        def call(*inputs: torch.Tensor) -> torch.Tensor:
+            with autocast(self.device, self.resolved.precision):
+                return self.net(*inputs)
+
+        terms = self._task.losses(call, x0, y, positions.to(self.device))  # (n,) each
+        loss = sum(weight * terms[name].sum() for name, weight in self.terms.items() if weight)
+        (loss / self.recipe.batch).backward()
+        return torch.stack([terms[name].detach().sum() for name in self.terms]).double() / self.recipe.batch
 
     def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels at `positions` of the stream: epoch after epoch, each in an order of its own."""
@@ -137,12 +129,12 @@ class TorchEngine:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
         return x0.contiguous(), self._labels[rows].to(self.device)
 
-    def drain(self) -> list[tuple[float, float]]:
+    def drain(self) -> list[tuple[float, ...]]:
         if not self._losses:
             return []
         rows = torch.stack(self._losses).cpu().tolist()
         self._losses.clear()
-        return [(mse, vb) for mse, vb in rows]
+        return [tuple(row) for row in rows]
 
     def finite(self) -> bool:
         return bool(torch.isfinite(torch.stack(torch._foreach_norm(self._weights))).all())
