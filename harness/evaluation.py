@@ -117,6 +117,8 @@ def describe(path: Path, sha256: str, name: str | None) -> dict[str, Any]:
     if data.get("sha256") != sha256:
         raise Refusal(f"{path} is not the file that {sidecar} describes (its hash differs); put the right one back")
     try:
+        if "system" in data["identity"]:
+            return _describe_system(data, sha256, name)
         identity, run = data["identity"], data["identity"]["run"]
         drawn, recipe, compute, trained = identity["sampling"], run["recipe"], data["compute"], data["trained"]
         return {
@@ -163,6 +165,75 @@ def describe(path: Path, sha256: str, name: str | None) -> dict[str, Any]:
         raise Refusal(
             f"{sidecar} does not say how the samples were made ({error}); give --name and move it away"
         ) from error
+
+
+def _describe_system(data: dict[str, Any], sha256: str, name: str | None) -> dict[str, Any]:
+    """The same for a sample set of a system."""
+    identity, compute = data["identity"], data["compute"]
+    system, weights, drawn = identity["system"], identity["weights"], identity["sampling"]
+    base, decoder = system["base"], identity["decoder"]
+    parts = {"base": base, "classifier": system["classifier"]}
+    for number, stage in enumerate(system["upsamplers"], start=1):
+        parts["upsampler" if number == 1 else f"upsampler-{number}"] = stage
+    generator = registry.backbones.get(base["backbone"]).kind == "generator"
+    hashes = sorted((part, source["sha256"]) for part, source in weights.items())
+    return {
+        "system": name or system["name"],
+        "backbone": "+".join(part["backbone"] for part in parts.values() if part is not None),
+        "kind": "generator" if generator else "denoiser",
+        "framework": "torch",
+        "params": compute["params"],
+        "gflops": compute["gflops"],
+        "training": _training_of_parts(parts, weights, files.sha256_json(hashes)),
+        "sampling": Sampling(
+            sampler=None if generator else base["sampler"],
+            steps=None if generator else base["steps"],
+            evaluations=data["evaluations"],
+            eta=None if generator or base["sampler"] == "ddpm" else base["eta"],
+            guidance_scale=None if generator else base["guidance_scale"],
+            guidance_channels=base["guidance_channels"] if base["guidance_scale"] != 1 else None,
+            gflops_per_image=compute["gflops_per_image"],
+            decoder=None if decoder is None else decoder["name"],
+            decoder_gflops=compute["decoder_gflops"],
+            uint8_rule=drawn["uint8_rule"],
+            label_policy=drawn["label_policy"],
+            clip_denoised=None if generator else base["clip_denoised"],
+            precision=drawn["precision"],
+            batch=identity["batch"],
+            seed=drawn["seed"],
+            settings_hash=files.sha256_json({"system": system, "decoder": decoder}),
+            samples_sha256=sha256,
+        ),
+    }
+
+
+def _training_of_parts(parts: dict[str, Any], weights: dict[str, Any], checkpoint: str) -> Training:
+    """What is known of the training: steps and images of the base, compute of all parts if all are runs."""
+    base = weights["base"]["run"]
+    if base is None:
+        return Training(checkpoint_sha256=checkpoint)
+    gflops: float | None = 0.0
+    for part, source in weights.items():
+        if source["run"] is None:
+            gflops = None
+            break
+        spec = registry.backbones.get(parts[part]["backbone"])
+        images = source["training_steps"] * source["run"]["recipe"]["batch"]
+        gflops += spec.count(**parts[part]["arguments"]).gflops * images * TRAINING_FACTOR
+    recipe, steps = base["recipe"], weights["base"]["training_steps"]
+    return Training(
+        steps=steps,
+        images=steps * recipe["batch"],
+        gflops=gflops,
+        batch=recipe["batch"],
+        learning_rate=recipe["learning_rate"],
+        ema_decay=recipe["ema_decay"],
+        seed=base["seed"],
+        objective=recipe["objective"],
+        schedule=recipe["schedule"],
+        recipe_hash=files.sha256_json(recipe),
+        checkpoint_sha256=checkpoint,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -91,6 +91,7 @@ class Sampling(_Checked):
     precision: str | None = None  # of the network's arithmetic in sampling: "float32", "bfloat16", ...
     batch: int | None = None  # images a forward pass; moves low bits
     seed: int | None = None
+    settings_hash: str | None = None  # of all settings of a system of several networks
     samples_sha256: str | None = None
 
 

@@ -11,6 +11,7 @@ from harness import runs, stages
 from harness.cli.options import DEFAULT_PROTOCOL, FOLDER, json_option, protocol_option
 from harness.errors import Refusal
 from harness.protocols import get_protocol
+from harness.samples import read_sidecar, sidecar_path
 from results.records import to_json
 
 
@@ -32,10 +33,12 @@ def command(
         raise Refusal(f"no sample set at {path}; `harness sample` makes one")
     home = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
     run = runs.open_run(home) if (home / "run.json").exists() else None
+    if protocol is None and run is None and sidecar_path(path).exists():
+        protocol = read_sidecar(path).get("identity", {}).get("protocol")
     task = get_protocol(protocol) if protocol else run.protocol if run else get_protocol(DEFAULT_PROTOCOL)
     records = out or (run.records if run else path.with_name("records.jsonl"))
     cache = (home.parent if run else path.parent) / stages.CACHE
-    images = stages.load_data(task.dataset, data)
+    images = stages.load_data(task, data)
     found = stages.judge(path, task, images, records, cache=cache, name=name)
     if as_json:
         click.echo(json.dumps({"records": [json.loads(to_json(each)) for each in found]}, indent=2))

@@ -11,10 +11,11 @@ import click
 from harness.cli.options import json_option
 from harness.compute import CONVENTION
 from harness.errors import Refusal
-from harness.registry import backbones
+from harness.registry import backbones, systems
 from harness.spec import BackboneSpec, Compute
+from harness.systems import CLASSIFIER_PASSES, System
 
-GFLOPS_COLUMNS = ("Flops (G)", "Total Flops (G)")  # of Table 4 and of Table 6
+GFLOPS_COLUMNS = ("Flops (G)", "Total Flops (G)", "Base Flops (G)", "Upsampler Flops (G)")  # of Tables 4 and 6
 PARAMS_COLUMN = "Params (M)"
 PROTOCOL_ARGUMENTS = ("input_size", "in_channels", "num_classes")
 
@@ -80,6 +81,63 @@ def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, 
     return row
 
 
+def system_row(system: System) -> dict[str, Any]:
+    """The row of a system of several denoisers: one forward pass of each, as Table 6 counts; no classifier."""
+    from results import paper
+
+    computes = [stage.compute() for stage in system.stages]
+    total = sum(each.flops for each in computes) / 1e9
+    cells = [cell for cell in paper.values() if cell.system == system.name and cell.column == "Total Flops (G)"]
+    last = system.stages[-1].spec.arguments(**system.stages[-1].arguments)
+    row: dict[str, Any] = {
+        "name": system.name,
+        **{name: last.get(name) for name in PROTOCOL_ARGUMENTS},
+        "params": sum(each.params for each in computes),
+        "flops": sum(each.flops for each in computes),
+        "gflops": total,
+        "gmacs": sum(each.macs for each in computes) / 1e9,
+        "published_gflops": float(cells[0].value) if cells else None,
+        "published_params_m": None,
+        "difference": round(round(total) - float(cells[0].value)) if cells else None,
+        "source": "closed form",
+        "parts": [
+            {"name": stage.backbone, "gflops": each.gflops} for stage, each in zip(system.stages, computes, strict=True)
+        ],
+    }
+    if cells:
+        row["published_text"] = cells[0].value
+    return row
+
+
+def cascades() -> list[System]:
+    """The systems of several denoisers that Table 6 has a total of."""
+    from results import paper
+
+    printed = {cell.system for cell in paper.values() if cell.column == "Total Flops (G)"}
+    return [each for each in systems if each.name in printed and len(each.stages) > 1]
+
+
+def sampling_row(system: System) -> dict[str, Any]:
+    """What one image of a system costs: sampling with and without its guidance, and decoding apart."""
+    from harness import decoding
+
+    plain = sum(
+        stage.compute().gflops * (1 if stage.spec.kind == "generator" else stage.steps) for stage in system.stages
+    )
+    decode = decoding.decoder_compute(system.decoder, system.task.resolution).gflops if system.decoder else 0.0
+    total = system.gflops_image()
+    return {
+        "name": system.name,
+        "backbone": system.backbone,
+        "gflops": system.gflops_forward(),
+        "evaluations": system.evaluations,
+        "gflops_unguided": plain,
+        "gflops_guidance": total - plain,
+        "gflops_decode": decode,
+        "gflops_image": total + decode,
+    }
+
+
 def grouped(count: Compute) -> list[dict[str, Any]]:
     """Flops by part and kind with the blocks of a network taken together: `blocks.*.mlp.fc1`, 28 times."""
     table: dict[tuple[str, str], list[int]] = {}
@@ -109,13 +167,31 @@ def footnotes(rows: list[dict[str, Any]]) -> list[str]:
 @click.option("--protocol", metavar="NAME|FILE.toml", help="Count at this task's input. [default: the native input]")
 @click.option("--breakdown", is_flag=True, help="Flops of every part of the network.")
 @click.option("--check", type=click.Choice(["fvcore"]), help="Count once more with another package.")
+@click.option("--sampling", is_flag=True, help="What an image of each system costs, with guidance and decoding.")
 @json_option
-def command(names: tuple[str, ...], protocol: str | None, breakdown: bool, check: str | None, as_json: bool) -> None:
+def command(
+    names: tuple[str, ...], protocol: str | None, breakdown: bool, check: str | None, sampling: bool, as_json: bool
+) -> None:
     """Parameters and theoretical Gflops of one forward pass on one image, beside the values the DiT paper prints.
 
-    Without NAME: every backbone, and those that the paper has at two sizes at both.
+    Without NAME: every backbone, those that the paper has at two sizes at both, and its cascades.
     """
-    requests = collect(names, protocol)
+    if sampling:
+        if protocol or breakdown or check:
+            raise Refusal("--sampling counts systems as they are; leave out --protocol, --breakdown and --check")
+        show_sampling(
+            [systems.get(name) for name in names] or [each for each in systems if not each.unavailable], as_json
+        )
+        return
+    wanted_systems = [systems.get(name) for name in names if name in systems and name not in backbones]
+    if not names and protocol is None:
+        wanted_systems = cascades()
+    names_of_systems = {each.name for each in wanted_systems}
+    requests = (
+        collect(tuple(name for name in names if name not in names_of_systems), protocol)
+        if not (names and names_of_systems >= set(names))
+        else []
+    )
     rows, refused = [], []
     for spec, overrides in requests:
         try:
@@ -124,14 +200,15 @@ def command(names: tuple[str, ...], protocol: str | None, breakdown: bool, check
             if names or check:  # asked for by name: the user must hear of it
                 raise
             refused.append({"name": spec.name, "reason": str(refusal)})
+    rows += [system_row(each) for each in wanted_systems if each.stages]
     notes = footnotes(rows)
     if as_json:
         document = {"convention": CONVENTION, "rows": rows, "footnotes": notes, "refused": refused}
         click.echo(json.dumps(document, indent=2))
         return
     show(rows, check=check)
-    if breakdown:
-        for row in rows:
+    for row in rows:
+        if "breakdown" in row:
             show_breakdown(row)
     for note in notes:
         click.echo(note)
@@ -170,7 +247,7 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
         known = row["published_params_m"]
         cells = [
             row["name"],
-            f"{size}x{size}x{channels}" if size else "-",
+            "x".join(str(each) for each in (size, size, channels) if each) if size else "-",
             f"{row['params'] / 1e6:.2f}",
             "-" if known is None else f"{known:g}",
             f"{row['gflops']:.2f}" if row["gflops"] >= 0.1 else f"{row['gflops']:.4f}",
@@ -179,8 +256,37 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
             f"{row['gmacs']:.4f}",
             row["source"],
         ]
-        table.add_row(*cells, *([f"{row['fvcore_gflops']:.4f}"] if check else []))
+        table.add_row(
+            *cells, *([f"{row.get('fvcore_gflops', 0):.4f}" if "fvcore_gflops" in row else "-"] if check else [])
+        )
     Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+
+
+def show_sampling(chosen: list[System], as_json: bool) -> None:
+    """The cost of an image, as a table or as JSON."""
+    rows = [sampling_row(each) for each in chosen]
+    note = (
+        "Gflops an image: forward passes without guidance; what classifier-free guidance (a second pass a step) or a "
+        f"classifier ({CLASSIFIER_PASSES} of its passes a step) adds; decoding of latents. The paper's figures leave "
+        "out the last two."
+    )
+    if as_json:
+        click.echo(json.dumps({"convention": CONVENTION, "note": note, "rows": rows}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("system", no_wrap=True)
+    for heading in ("Gflops a pass", "passes", "sampling", "guidance", "decoding", "an image"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        costs = [row[name] for name in ("gflops_unguided", "gflops_guidance", "gflops_decode", "gflops_image")]
+        cells = [f"{cost:,.0f}" if cost >= 100 else f"{cost:.4g}" if cost else "-" for cost in costs]
+        table.add_row(row["name"], f"{row['gflops']:,.4g}", str(row["evaluations"]), *cells)
+    Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+    click.echo(note)
+    click.echo(CONVENTION)
 
 
 def show_breakdown(row: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -11,11 +12,35 @@ from harness.cli.options import json_option
 
 NOUNS = {
     "backbones": registry.backbones,
+    "systems": registry.systems,
     "protocols": registry.protocols,
     "datasets": registry.datasets,
     "samplers": registry.samplers,
     "suites": registry.suites,
     "features": registry.features,
+}
+
+
+def system_facts(item: Any) -> dict[str, Any]:
+    """What a system is made of, where it is published, and whether it can be run here."""
+    from results import paper
+
+    fid = [cell.value for cell in paper.values() if cell.system == item.name and cell.metric == "fid"]
+    return {
+        "backbone": item.backbone,
+        "protocol": item.protocol,
+        "decoder": item.decoder or None,
+        "published": item.row or None,
+        "published_fid": float(fid[0]) if item.row and fid else None,
+        "runs": not item.unavailable,
+        "unavailable": item.unavailable or None,
+        "weights": [*item.parts, *(["decoder"] if item.decoder else [])],
+    }
+
+
+FACTS = {
+    "backbones": lambda item: {"kind": item.kind, "frameworks": list(item.builders)},
+    "systems": system_facts,
 }
 
 
@@ -32,7 +57,7 @@ def command(noun: str | None, as_json: bool) -> None:
                 "name": item.name,
                 "summary": getattr(item, "summary", "") or getattr(item, "description", ""),
                 "from": items.owner(item.name),
-                **({"kind": item.kind, "frameworks": list(item.builders)} if name == "backbones" else {}),
+                **FACTS.get(name, lambda item: {})(item),
             }
             for item in items
         ]
@@ -46,6 +71,11 @@ def command(noun: str | None, as_json: bool) -> None:
         for row in document[name]:
             origin = "" if row["from"] == registry.OWN_DISTRIBUTION else f"  [{row['from']}]"
             click.echo(f"  {row['name']:<{width}}  {row['summary']}{origin}".rstrip())
+            if row.get("unavailable"):
+                click.echo(f"  {'':<{width}}  cannot be run: {row['unavailable']}")
+            elif "weights" in row:
+                place = f"{row['published']}  " if row["published"] else ""
+                click.echo(f"  {'':<{width}}  {place}--weights {' '.join(f'{part}=' for part in row['weights'])}")
     for problem in document["problems"]:
         click.echo(
             f"harness: plug-in {problem['entry_point']} of {problem['distribution']}: {problem['reason']}", err=True

@@ -1,4 +1,4 @@
-"""`harness sample`: the second stage of run."""
+"""`harness sample`: the second stage of run, or a system with weights from anywhere."""
 
 from __future__ import annotations
 
@@ -7,30 +7,106 @@ from typing import Any
 
 import click
 
-from harness import runs, stages
-from harness.cli.options import FOLDER, Count, sampling_options
+from harness import matching, runs, stages
+from harness.cli.options import (
+    FOLDER,
+    Count,
+    Setting,
+    match_sampling_option,
+    only_one,
+    sampling_options,
+)
 from harness.errors import Refusal
 from harness.planning import request_of_run
 
+OF_A_RUN = (  # what a system fixes by being one
+    "sampler", "eta", "guidance_scale", "guidance_channels", "label_policy", "match_sampling", "step",
+)  # fmt: skip
+
 
 @click.command("sample")
-@click.option("--run", "folder", type=FOLDER, required=True, metavar="DIR", help="A trained run.")
-@click.option("--step", type=Count(), help="Which snapshot. [default: the last one]")
+@click.option("--run", "folder", type=FOLDER, metavar="DIR", help="A trained run.")
+@click.option("--step", type=Count(), help="Which snapshot of the run. [default: the last one]")
+@click.option("--system", metavar="NAME|FILE.toml", help="Instead of --run: a name of `harness list systems`.")
+@click.option(
+    "--weights", type=Setting(), multiple=True, metavar="PART=PATH",
+    help="Weights of a part of the system (base, classifier, upsampler, decoder): a checkpoint or a run. Repeatable.",
+)  # fmt: skip
 @sampling_options
+@match_sampling_option
 @click.option("--batch", type=click.IntRange(1), help="Images a forward pass.")
-def command(folder: Path, step: int | None, batch: int | None, sampling_precision: str, **options: Any) -> None:
-    """Draw samples from a run: samples.npz in ADM's layout, a sidecar that says how, and a grid to look at."""
+@click.option("--device", metavar="NAME", help="Of a system: cpu, cuda. [default: cuda if there is one]")
+@click.option("--out", type=FOLDER, metavar="DIR", help="Of a system. [default: runs/systems]")
+def command(folder: Path | None, system: str | None, weights: tuple[tuple[str, str], ...], **options: Any) -> None:
+    """Draw samples: samples.npz in ADM's layout, a sidecar that says how, and a grid to look at. Examples:
+
+    \b
+        harness sample --run runs/digits-dit-xs-2-seed0 --samples 10k
+        harness sample --system adm-g-256 --weights base=256x256_diffusion.pt \\
+                       --weights classifier=256x256_classifier.pt
+    """
+    if (folder is None) == (system is None):
+        raise Refusal("give either --run DIR or --system NAME (see `harness list systems`)")
+    if folder is not None:
+        _sample_run(folder, weights, options)
+    else:
+        _sample_system(system or "", weights, options)
+
+
+def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dict[str, Any]) -> None:
+    for name, given in (("weights", weights), ("device", options["device"]), ("out", options["out"])):
+        if given:
+            raise Refusal(f"--{name} belongs to --system; a run has its own")
     run = runs.open_run(folder)
-    step = step or max(run.snapshots(), default=0)
+    step = options["step"] or max(run.snapshots(), default=0)
     if not step:
         raise Refusal(f"{folder} has no snapshot yet; train it to the end with `harness train` first")
+    only_one(
+        {"--sampling-steps": options["sampling_steps"], "--match-sampling": options["match_sampling"]},
+        "the sampling steps",
+    )
     drawing = {
         **{name: options[name] for name in ("sampler", "eta", "guidance_scale", "guidance_channels", "label_policy")},
         "steps": options["sampling_steps"],
         "seed": options["sampling_seed"],
     }
     request = request_of_run(run, sampling=drawing, samples=options["samples"])
+    if request.spec.kind != "denoiser":
+        raise Refusal(
+            f"{folder} is a run of {request.spec.name}, a part of a system; give it as "
+            f"--system NAME --weights {request.spec.kind}={folder}"
+        )
+    request = matching.matched(request, sampling=options["match_sampling"])
     with runs.locked(folder):
         for steps in request.sampling.steps:
-            path = stages.draw(run, request, step, steps, precision=sampling_precision, batch=batch)
+            path = stages.draw(
+                run, request, step, steps, precision=options["sampling_precision"], batch=options["batch"]
+            )
             click.echo(path)
+
+
+def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dict[str, Any]) -> None:
+    from harness.systems import get_system
+    from harness.systems.drawing import bind, draw_system, with_steps
+
+    system = get_system(name)
+    if given := [each for each in OF_A_RUN if options[each] is not None]:
+        flag = {"guidance_scale": "cfg", "label_policy": "labels"}.get(given[0], given[0]).replace("_", "-")
+        raise Refusal(
+            f"--{flag} is fixed by the system {system.name!r}; write a system of your own as a TOML file, and give that"
+        )
+    if len(dict(weights)) != len(weights):
+        raise Refusal("--weights names the same part twice; give each once")
+    bound = bind(system, {part: Path(path) for part, path in weights})
+    for steps in options["sampling_steps"] or (None,):
+        path = draw_system(
+            bound if steps is None else with_steps(bound, steps),
+            folder=options["out"] or runs.RUNS / "systems",
+            count=options["samples"] or system.task.samples,
+            seed=options["sampling_seed"] or 0,
+            precision=options["sampling_precision"],
+            batch=options["batch"],
+            device=options["device"],
+            say=lambda text: click.echo(text, err=True),
+        )
+        click.echo(path)

@@ -1,0 +1,247 @@
+"""Sampling a system: its weights, its identity, and the sample set that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import checkpoints, decoding, evaluation, files, registry, runs, sampling
+from harness.errors import Refusal
+from harness.systems import Guide, Stage, System
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.engines.torch.draw import TorchChain, TorchGenerator, TorchStage
+
+DECODER = "decoder"  # the name of the decoder's weights beside those of the parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the weights of a part come from: a file of any known format, or a snapshot of a run."""
+
+    path: Path
+    sha256: str
+    run: dict[str, Any] | None = None  # identity of the run
+    steps: int | None = None  # of its training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A system with weights for each of its parts."""
+
+    system: System
+    sources: dict[str, Source]
+    decoder: Path | None  # where the decoder's weights lie; None: by its name, or nothing to decode
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything but the settings of a sample set."""
+        weights = {
+            name: {"sha256": source.sha256, "run": source.run, "training_steps": source.steps}
+            for name, source in self.sources.items()
+        }
+        return {"system": self.system.as_dict(), "weights": weights}
+
+
+def bind(system: System, weights: Mapping[str, Path]) -> Bound:
+    """Match `weights` (name of a part, path) with the system's parts.
+
+    A run brings its own arguments, objective and schedule. Refused: a part without weights, weights without a part, a
+    file that is not there, a run of another kind or another number of classes.
+    """
+    system.check()
+    wanted = [*system.parts, *([DECODER] if system.decoder else [])]
+    if strange := [name for name in weights if name not in wanted]:
+        raise Refusal(f"system {system.name!r} has no part {strange[0]!r}; it has {', '.join(wanted)}")
+    if lacking := [name for name in system.parts if name not in weights]:
+        part = system.parts[lacking[0]]
+        raise Refusal(
+            f"system {system.name!r} needs weights of {', '.join(lacking)}: give --weights {lacking[0]}=FILE "
+            f"(a checkpoint of {part.backbone}, or the folder of a run)"
+        )
+    parts, sources = {}, {}
+    for name, part in system.parts.items():
+        path = weights[name].expanduser()
+        if not path.exists():
+            raise Refusal(f"--weights {name}={path}: no such file or folder")
+        parts[name], sources[name] = _of_run(name, part, path) if (path / "run.json").exists() else (part, _file(path))
+    upsamplers = tuple(part for name, part in parts.items() if name.startswith("upsampler"))
+    bound = replace(system, base=parts["base"], classifier=parts.get("classifier"), upsamplers=upsamplers)
+    bound.check()
+    return Bound(system=bound, sources=sources, decoder=weights.get(DECODER))
+
+
+def with_steps(bound: Bound, steps: int) -> Bound:
+    """The same with so many sampler steps in every stage."""
+    system = bound.system
+    assert system.base is not None
+    changed = replace(
+        system,
+        base=replace(system.base, steps=steps),
+        upsamplers=tuple(replace(stage, steps=steps) for stage in system.upsamplers),
+    )
+    changed.check()
+    return replace(bound, system=changed)
+
+
+def _file(path: Path) -> Source:
+    from harness import weights
+
+    return Source(path=path, sha256=weights.fingerprint(path))
+
+
+def _of_run(name: str, part: Stage | Guide, folder: Path) -> tuple[Stage | Guide, Source]:
+    """The part as the run in `folder` trained it, and its newest snapshot."""
+    run = runs.open_run(folder)
+    steps = max(run.snapshots(), default=0)
+    if not steps:
+        raise Refusal(f"--weights {name}={folder}: the run has no snapshot yet; train it with `harness train` first")
+    spec = registry.backbones.get(run.backbone)
+    if spec.kind != part.spec.kind:
+        raise Refusal(
+            f"--weights {name}={folder}: the run is of {run.backbone} ({spec.kind}); it must be of a {part.spec.kind}"
+        )
+    objective = registry.objectives.get(run.recipe.objective)
+    arguments = runs.build_arguments(spec, run.protocol, objective.out_channels(run.protocol.in_channels))
+    changes: dict[str, Any] = {"backbone": run.backbone, "arguments": arguments}
+    if isinstance(part, Stage):
+        recipe = run.recipe
+        changes |= {
+            "objective": recipe.objective, "schedule": recipe.schedule, "diffusion_steps": recipe.diffusion_steps,
+        }  # fmt: skip
+    snapshot = checkpoints.verify(run.snapshot(steps))
+    source = Source(path=snapshot.part("ema"), sha256=snapshot.sha256("ema"), run=run.identity, steps=steps)
+    return replace(part, **changes), source
+
+
+def draw_system(
+    bound: Bound,
+    *,
+    folder: Path,
+    count: int,
+    seed: int,
+    precision: str,
+    batch: int | None,
+    device: str | None,
+    say: Callable[[str], None],
+) -> Path:
+    """Draw one sample set below `folder`, with a grid beside it; returns its samples.npz."""
+    from harness.engines.torch.resolve import device_name, pick_device
+
+    system, task = bound.system, bound.system.task
+    target = pick_device(device)
+    gflops = system.gflops_image()
+    batch = batch or sampling.default_batch(gflops, str(target))
+    decoder = None
+    if system.decoder:
+        say(f"reading decoder {system.decoder} ...")
+        decoder = decoding.load(system.decoder, weights=bound.decoder, device=str(target))
+    settings = {
+        "seed": seed, "precision": precision, "uint8_rule": system.uint8_rule, "label_policy": system.label_policy,
+    }  # fmt: skip
+    identity = {
+        **bound.identity,
+        "protocol": task.name,
+        "decoder": None if decoder is None else decoder.identity,
+        "sampling": settings,
+        "count": count,
+        "batch": batch,
+    }
+    job = sampling.Job(
+        folder=folder / f"{Path(system.name).name}-n{count}-{files.sha256_json(identity)[:8]}",
+        identity=identity,
+        labels=sampling.labels_of(system.label_policy, seed, count, task.num_classes),
+        image=(task.resolution, task.resolution, task.image_channels),
+        batch=batch,
+        steps=sum(stage.steps if stage.spec.kind != "generator" else 1 for stage in system.stages),
+        title=f"sample {system.name}",
+    )
+    sidecar = {
+        "compute": {
+            "params": system.params(),
+            "gflops": system.gflops_forward(),
+            "gflops_per_image": gflops,
+            "decoder_gflops": None if decoder is None else decoder.compute(task.resolution).gflops,
+        },
+        "weights": {name: str(source.path) for name, source in bound.sources.items()},
+        "environment": evaluation.environment(device_name(target)),
+    }
+    path = sampling.draw(job, lambda: _chain(bound, decoder, seed, precision, target, say), sidecar)
+    sampling.write_grid_beside(path)
+    return path
+
+
+def _chain(
+    bound: Bound,
+    decoder: decoding.Decoder | None,
+    seed: int,
+    precision: str,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> TorchChain:
+    """Networks built and filled, one after the other."""
+    from harness.engines.torch.draw import TorchChain
+
+    system = bound.system
+    assert system.base is not None
+    classifier = None
+    if system.classifier is not None:
+        classifier = _network(system.classifier, bound.sources["classifier"], device, say)
+    stages: list[TorchStage | TorchGenerator] = []
+    for number, stage in enumerate(system.stages):
+        name = "base" if number == 0 else list(system.parts)[-len(system.upsamplers) :][number - 1]
+        net = _network(stage, bound.sources[name], device, say)
+        stages.append(_stage(stage, net, number, classifier if number == 0 else None, system, precision, device))
+    decode = None if decoder is None else decoder.decode
+    return TorchChain(stages, decode, seed=seed, uint8_rule=system.uint8_rule, device=device)
+
+
+def _network(part: Stage | Guide, source: Source, device: torch.device, say: Callable[[str], None]) -> torch.nn.Module:
+    from harness import weights
+
+    say(f"reading {part.backbone} from {source.path} ...")
+    return weights.load_network(part.spec, part.build_arguments(), source.path, device=str(device))
+
+
+def _stage(
+    stage: Stage,
+    net: torch.nn.Module,
+    number: int,
+    classifier: torch.nn.Module | None,
+    system: System,
+    precision: str,
+    device: torch.device,
+) -> TorchStage | TorchGenerator:
+    from harness.diffusion.schedule import Schedule
+    from harness.engines.torch.draw import TorchGenerator, TorchStage
+
+    arguments = stage.spec.arguments(**stage.build_arguments())
+    if stage.spec.kind == "generator":
+        return TorchGenerator(
+            net, latent_size=arguments["latent_size"], truncation=stage.truncation, precision=precision, device=device
+        )
+    plan = registry.samplers.get(stage.sampler).make(
+        Schedule.named(stage.schedule, stage.diffusion_steps),
+        stage.steps,
+        registry.objectives.get(stage.objective),
+        stage.eta,
+        stage.clip_denoised,
+    )
+    return TorchStage(
+        stage.spec,
+        net,
+        plan,
+        arguments=arguments,
+        precision=precision,
+        device=device,
+        guidance_scale=stage.guidance_scale,
+        guidance_channels=stage.guidance_channels,
+        classifier=classifier,
+        classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
+        conditioning_noise=stage.conditioning_noise,
+        number=number,
+    )

@@ -1,0 +1,211 @@
+"""The systems of the DiT paper's Tables 2, 3 and 5, with the settings behind their published numbers, and a few of the
+harness's own.
+
+Sources: facebookresearch/DiT ed81ce2, README.md and sample_ddp.py; openai/guided-diffusion 22e0df8, README.md (scales of
+the classifiers, 250 respaced DDPM steps, clip_denoised); CompVis/latent-diffusion a506df5, README.md;
+huggingface/pytorch-pretrained-BigGAN. The names are those of `results/published`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from harness.systems import Guide, Stage, System
+
+SAMPLES_ONLY = "; samples made elsewhere can be measured with `harness evaluate`"
+
+
+def _dit(resolution: int, scale: float, decoder: str, suffix: str, row: str) -> System:
+    guidance = f"-cfg{scale:g}" if scale != 1 else ""
+    words = f"classifier-free guidance {scale:g}" if scale != 1 else "no guidance"
+    return System(
+        name=f"dit-xl-2-{resolution}{guidance}{suffix}",
+        summary=f"DiT-XL/2, 250 DDPM steps, {words}, VAE {decoder}",
+        protocol=f"imagenet-{resolution}",
+        base=Stage(
+            backbone="dit-xl-2",
+            arguments={"input_size": resolution // 8},
+            guidance_scale=scale,
+            guidance_channels="first-3",
+        ),
+        decoder=decoder,
+        row=row,
+    )
+
+
+def _adm(resolution: int) -> tuple[System, ...]:
+    """Plain, guided, upsampled, and guided and upsampled; the base is guided at its own resolution."""
+    table = f"Table {2 if resolution == 256 else 3}"
+    low = {256: 64, 512: 128}[resolution]
+    upsampler = Stage(backbone=f"adm-u-{low}-{resolution}", clip_denoised=True)
+    low_base = Stage(backbone=f"adm-{low}", schedule="cosine" if low == 64 else "linear", clip_denoised=True)
+    scale = {256: 1.0, 512: 4.0}[resolution]
+    low_scale = {64: 1.0, 128: 0.5}[low]  # of the base alone; the authors do not say what they used below ADM-U at 512
+    plain = System(
+        name=f"adm-{resolution}",
+        summary=f"ADM at {resolution} pixels, 250 DDPM steps",
+        protocol=f"imagenet-{resolution}",
+        base=Stage(backbone=f"adm-{resolution}", clip_denoised=True),
+        uint8_rule="adm",
+        row=f"{table}: ADM",
+    )
+    guided = replace(
+        plain,
+        name=f"adm-g-{resolution}",
+        summary=f"{plain.summary}, guided by its classifier, scale {scale:g}",
+        classifier=Guide(backbone=f"adm-classifier-{resolution}", scale=scale),
+        row=f"{table}: ADM-G",
+    )
+    upsampled = replace(
+        plain,
+        name=f"adm-u-{resolution}",
+        summary=f"ADM at {low} pixels and an upsampler, 250 DDPM steps each",
+        base=low_base,
+        upsamplers=(upsampler,),
+        row=f"{table}: ADM-U",
+    )
+    both = replace(
+        upsampled,
+        name=f"adm-g-adm-u-{resolution}",
+        summary=f"{upsampled.summary}, the base guided by its classifier, scale {low_scale:g}"
+        + (" (not stated by the authors)" if resolution == 512 else ""),
+        classifier=Guide(backbone=f"adm-classifier-{low}", scale=low_scale),
+        row=f"{table}: ADM-G, ADM-U",
+    )
+    return plain, upsampled, guided, both
+
+
+def _ldm(name: str, factor: int, scale: float, row: str, steps: int) -> System:
+    words = f"classifier-free guidance {scale:g}" if scale != 1 else "no guidance"
+    return System(
+        name=name,
+        summary=f"LDM-{factor}, {steps} DDIM steps with eta 1 (not stated by the authors), {words}",
+        protocol="imagenet-256",
+        base=Stage(
+            backbone=f"ldm-{factor}",
+            objective="epsilon-fixed",
+            schedule="sqrt-linear",
+            sampler="ddim-ldm",
+            steps=steps,
+            eta=1.0,
+            guidance_scale=scale,
+        ),
+        decoder=f"vq-f{factor}",
+        uint8_rule="ldm",
+        label_policy="balanced",
+        row=row,
+    )
+
+
+def _biggan(resolution: int) -> System:
+    return System(
+        name=f"biggan-deep-{resolution}",
+        summary=f"BigGAN-deep at {resolution} pixels, truncation 1",
+        protocol=f"imagenet-{resolution}",
+        base=Stage(backbone=f"biggan-deep-{resolution}"),
+        uint8_rule="biggan",
+        row=f"Table {2 if resolution == 256 else 3}: BigGAN-deep",
+    )
+
+
+def _stylegan(resolution: int) -> System:
+    return System(
+        name=f"stylegan-xl-{resolution}",
+        summary=f"StyleGAN-XL at {resolution} pixels",
+        protocol=f"imagenet-{resolution}",
+        unavailable="its weights are pickles that embed code, and need its own repository and CUDA operators"
+        + SAMPLES_ONLY,
+        row=f"Table {2 if resolution == 256 else 3}: StyleGAN-XL",
+    )
+
+
+def _dits(resolution: int) -> tuple[System, ...]:
+    table = f"Table {2 if resolution == 256 else 3}"
+    rows = {1.0: "DiT-XL/2", 1.25: "DiT-XL/2-G (cfg=1.25)", 1.5: "DiT-XL/2-G (cfg=1.50)"}
+    return tuple(_dit(resolution, scale, "ft-ema", "", f"{table}: {row}") for scale, row in rows.items())
+
+
+def _augmented_cascade() -> System:
+    """Over 32, 64 and 256 pixels as CDM's (arXiv:2106.15282), of ADM's networks, to be trained: not Google's system."""
+    first = Stage(backbone="adm-64", arguments={"input_size": 32}, schedule="cosine", clip_denoised=True)
+    upsampler = Stage(backbone="adm-u-64-256", clip_denoised=True, conditioning_noise=0.1)
+    return System(
+        name="adm-cascade-32-64-256",
+        summary="cascade of ADM networks with Gaussian conditioning augmentation, to be trained; of the harness",
+        protocol="imagenet-256",
+        base=first,
+        upsamplers=(replace(upsampler, arguments={"input_size": 64, "low_res_size": 32}), upsampler),
+        uint8_rule="adm",
+    )
+
+
+def _small() -> tuple[System, ...]:
+    """Ours, for the digits: the same constructions at a size that a laptop trains."""
+    image = {"in_channels": 1, "num_classes": 10}
+    base = Stage(
+        backbone="adm-xs", arguments={"input_size": 8, "attention_resolutions": (4,), **image}, steps=50,
+        clip_denoised=True,
+    )  # fmt: skip
+    low = replace(base, arguments={"input_size": 4, "attention_resolutions": (4,), **image})
+    classifier = Guide(backbone="adm-classifier-xs", arguments=dict(base.arguments), scale=1.0)
+    upsampler = Stage(
+        backbone="adm-u-xs", arguments={"low_res_size": 4, **base.arguments}, steps=50, clip_denoised=True
+    )
+    guided = System(
+        name="digits-guided",
+        summary="small ADM guided by a small classifier, 50 DDPM steps; of the harness, not of the paper",
+        protocol="digits",
+        base=base,
+        classifier=classifier,
+        uint8_rule="adm",
+    )
+    cascade = replace(
+        guided,
+        name="digits-cascade",
+        summary="small ADM at 4x4 and an upsampler to 8x8; of the harness, not of the paper",
+        base=low,
+        classifier=None,
+        upsamplers=(upsampler,),
+    )
+    augmented = replace(
+        cascade,
+        name="digits-cascade-augmented",
+        summary="the same with Gaussian conditioning augmentation (after arXiv:2106.15282); of the harness",
+        upsamplers=(replace(upsampler, conditioning_noise=0.1),),
+    )
+    return guided, cascade, augmented
+
+
+BUILT_IN: tuple[System, ...] = (
+    _biggan(256),
+    _stylegan(256),
+    *_adm(256),
+    System(
+        name="cdm-256",
+        summary="CDM, a cascade over 32, 64 and 256 pixels",
+        protocol="imagenet-256",
+        unavailable="neither code nor weights nor samples were released; only the numbers of its paper are there",
+        row="Table 2: CDM",
+    ),
+    _ldm("ldm-8", 8, 1.0, "Table 2: LDM-8", 200),
+    System(
+        name="ldm-8-g",
+        summary="LDM-8, 200 DDIM steps, guided by a classifier of latents, scale 10",
+        protocol="imagenet-256",
+        unavailable="the classifier of latents that guides it was not released" + SAMPLES_ONLY,
+        row="Table 2: LDM-8-G",
+    ),
+    _ldm("ldm-4", 4, 1.0, "Table 2: LDM-4", 250),
+    _ldm("ldm-4-cfg1.25", 4, 1.25, "Table 2: LDM-4-G (cfg=1.25)", 250),
+    _ldm("ldm-4-cfg1.5", 4, 1.5, "Table 2: LDM-4-G (cfg=1.50)", 250),
+    *_dits(256),
+    _dit(256, 1.5, "original", "-vae-original", "Table 5: original"),
+    _dit(256, 1.5, "ft-mse", "-vae-ft-mse", "Table 5: ft-MSE"),
+    _biggan(512),
+    _stylegan(512),
+    *_adm(512),
+    *_dits(512),
+    _augmented_cascade(),
+    *_small(),
+)
+"""Rows in the order of the paper's tables. Table 5's ft-EMA is Table 2's `dit-xl-2-256-cfg1.5`."""

@@ -1,0 +1,251 @@
+"""Systems: what is registered, what is refused, and small ones drawn from runs that the tests train."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from small_runs import request, workshop
+
+from harness import registry
+from harness.cli import group
+from harness.errors import Refusal
+from harness.planning import make_request
+from harness.samples import read_samples, read_sidecar
+from harness.stages import Workshop, load_data
+from harness.systems import Guide, Stage, System, from_dict, get_system, load
+from harness.systems.drawing import bind
+from results import paper
+
+SMALL = {"input_size": 8, "in_channels": 1, "num_classes": 10}
+
+
+def harness(*arguments):
+    return CliRunner().invoke(group, [str(each) for each in arguments])
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of short runs: a base at 8 and at 4 pixels, a classifier, an upsampler."""
+    root = tmp_path_factory.mktemp("parts")
+
+    def train(name, backbone, **options):
+        wanted = request(backbone, steps=4, **options)
+        shop = workshop(root / name, wanted)
+        shop.train(4)
+        return root / name
+
+    low = make_request(backbone="adm-xs", protocol="digits-4", steps=4, settings={"batch": "24"})
+    shop = Workshop(low, load_data(low.protocol, None), root / "low", lambda text: None)
+    shop.create(workshop(root / "base", request("adm-xs", steps=4)).run.resolved)
+    shop.train(4)
+    return {
+        "base": train("base", "adm-xs"),
+        "low": root / "low",
+        "classifier": train("classifier", "adm-classifier-xs"),
+        "upsampler": train("upsampler", "adm-u-xs", settings={"conditioning_noise": "0.2"}),
+        "dit": train("dit", "dit-xs-4"),
+    }
+
+
+def test_every_row_of_tables_2_3_and_5_is_a_system_that_runs_or_says_why_not():
+    rows = {(cell.table, cell.row): cell for cell in paper.values() if cell.table in ("Table 2", "Table 3", "Table 5")}
+    names = {each.row: each for each in registry.systems if each.row}
+    for (table, row), cell in rows.items():
+        if (table, row) == ("Table 5", "ft-EMA"):  # the same system as Table 2's
+            assert get_system(cell.system).decoder == "ft-ema"
+            continue
+        system = names[f"{table}: {row}"]
+        if table != "Table 5":
+            assert system.name == cell.system
+        assert system.task.resolution == cell.resolution
+        if system.unavailable:
+            continue
+        system.check()
+        assert system.backbone == cell.backbone
+        assert (cell.guidance_scale or 1) == system.base.guidance_scale
+        if cell.sampling_steps:
+            assert (system.base.steps, system.base.sampler) == (cell.sampling_steps, cell.sampler)
+    assert {each.name for each in names.values() if each.unavailable} == {
+        "stylegan-xl-256", "stylegan-xl-512", "cdm-256", "ldm-8-g",
+    }  # fmt: skip
+
+
+def test_compute_of_an_image_by_hand():
+    system = get_system("adm-g-adm-u-256")
+    count = {name: registry.backbones.get(name).count().gflops for name in system.backbone.split("+")}
+    assert system.gflops_forward() == pytest.approx(count["adm-64"] + count["adm-u-64-256"])
+    expected = 250 * (count["adm-64"] + count["adm-u-64-256"] + 2 * count["adm-classifier-64"])
+    assert system.gflops_image() == pytest.approx(expected)
+    guided = get_system("dit-xl-2-256-cfg1.5")
+    assert guided.evaluations == 500
+    assert guided.gflops_image() == pytest.approx(500 * 118.63793664)
+
+
+def test_flops_of_systems():
+    done = harness("flops", "--json")
+    rows = {(row["name"], row["input_size"]): row for row in json.loads(done.stdout)["rows"]}
+    for name, size, printed in (("adm-u-256", 256, 742), ("adm-u-512", 512, 2813), ("adm-256", 256, 1120)):
+        row = rows[name, size]
+        assert round(row["gflops"]) == row["published_gflops"] == printed and row["difference"] == 0
+    assert [each["name"] for each in rows["adm-u-512", 512]["parts"]] == ["adm-128", "adm-u-128-512"]
+    done = harness("flops", "--sampling", "--json", "dit-xl-2-256-cfg1.5", "adm-g-256")
+    dit, adm = json.loads(done.stdout)["rows"]
+    assert dit["gflops_guidance"] == pytest.approx(dit["gflops_unguided"]) == pytest.approx(250 * 118.63793664)
+    assert round(dit["gflops_decode"]) == 311 and adm["gflops_decode"] == 0
+    assert adm["gflops_guidance"] == pytest.approx(500 * registry.backbones.get("adm-classifier-256").count().gflops)
+
+
+def test_list_says_which_run_and_why_not():
+    rows = json.loads(harness("list", "systems", "--json").stdout)["systems"]
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["cdm-256"]["runs"] is False and "released" in by_name["cdm-256"]["unavailable"]
+    assert by_name["dit-xl-2-256-cfg1.5"]["published_fid"] == 2.27
+    assert by_name["adm-g-adm-u-256"]["weights"] == ["base", "classifier", "upsampler"]
+    assert "cannot be run" in harness("list", "systems").stdout
+
+
+GOOD = {"name": "mine", "protocol": "digits", "base": {"backbone": "adm-xs", "steps": 5, "arguments": SMALL}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bse": {}}, "unknown item 'bse'; did you mean base"),
+        ({"base": {"backbone": "adm-xs", "step": 5}}, r"\[base\]: unknown item 'step'; did you mean steps"),
+        ({"base": {"steps": 5}}, "backbone is missing"),
+        ({"base": {"backbone": "adm-xs", "steps": 5.5}}, "steps = 5.5 must be of type int"),
+        ({"uint8_rule": "floor"}, "unknown uint8_rule 'floor'"),
+        ({"row": "Table 2: mine"}, "row is for the built-in systems"),
+        ({"upsamplers": {}}, r"written \[\[upsamplers\]\]"),
+        ({"base": {"backbone": "adm-xs", "eta": float("nan")}}, "eta must be a finite number"),
+    ],
+)
+def test_a_broken_file_is_refused_by_item(change, words):
+    with pytest.raises(Refusal, match=words):
+        from_dict({**GOOD, **change}, "mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"base": Stage(backbone="adm-u-xs")}, "base is 'adm-u-xs', a upsampler; it must be a denoiser or generator"),
+        ({"classifier": Guide(backbone="adm-xs")}, "classifier is 'adm-xs', a denoiser"),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, guidance_scale=2.0)}, "has no null label"),
+        ({"base": Stage(backbone="adm-xs", arguments={**SMALL, "num_classes": 7})}, "7 classes and protocol 'digits'"),
+        ({"base": Stage(backbone="adm-xs", arguments={**SMALL, "input_size": 16})}, "makes images of 16x16x1"),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, steps=1001)}, "1001 sampling steps"),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, sampler="ddmp")}, "unknown sampler 'ddmp'"),
+        ({"decoder": "ft-ema", "upsamplers": (Stage(backbone="adm-u-xs", arguments=SMALL),)}, "after a decoder"),
+        (
+            {"classifier": Guide(backbone="adm-classifier-xs", arguments={**SMALL, "input_size": 16})},
+            "the classifier has input_size 16 and the base that it guides 8",
+        ),
+        (
+            {"upsamplers": (Stage(backbone="adm-u-xs", arguments={**SMALL, "input_size": 16, "low_res_size": 4}),)},
+            "made for images of 4 pixels and base makes them of 8",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change, words):
+    with pytest.raises(Refusal, match=words):
+        replace(from_dict(GOOD, "mine.toml"), **change).check()
+
+
+def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
+    system = get_system("digits-guided")
+    with pytest.raises(Refusal, match="needs weights of classifier: give --weights classifier=FILE"):
+        bind(system, {"base": parts["base"]})
+    with pytest.raises(Refusal, match="has no part 'upsampler'; it has base, classifier"):
+        bind(system, {"base": parts["base"], "classifier": parts["classifier"], "upsampler": parts["upsampler"]})
+    with pytest.raises(Refusal, match="the run is of adm-classifier-xs"):
+        bind(system, {"base": parts["classifier"], "classifier": parts["classifier"]})
+    with pytest.raises(Refusal, match="no such file or folder"):
+        bind(system, {"base": parts["base"], "classifier": tmp_path / "nothing"})
+    with pytest.raises(Refusal, match="the classifier has input_size 8 and the base that it guides 4"):
+        bind(system, {"base": parts["low"], "classifier": parts["classifier"]})
+    with pytest.raises(Refusal, match="cannot be run: neither code nor weights"):
+        bind(get_system("cdm-256"), {})
+
+
+def test_settings_of_a_system_are_its_own(parts):
+    done = harness("sample", "--system", "digits-guided", "--cfg", "2", "--weights", f"base={parts['base']}")
+    assert done.exit_code != 0 and "--cfg is fixed by the system" in str(done.exception)
+    done = harness("sample")
+    assert "give either --run DIR or --system NAME" in str(done.exception)
+    done = harness("sample", "--run", parts["classifier"])
+    assert "a part of a system" in str(done.exception)
+    done = harness("run", "--backbone", "adm-u-xs")
+    assert "makes no images by itself" in str(done.exception)
+
+
+def drawn(parts, out, *arguments):
+    done = harness("sample", *arguments, "--samples", 40, "--sampling-steps", 4, "--out", out, "--device", "cpu")
+    assert done.exit_code == 0, done.exception
+    return Path(done.stdout.split()[-1])
+
+
+def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
+    arguments = (
+        "--system", "digits-cascade-augmented",
+        "--weights", f"base={parts['low']}", "--weights", f"upsampler={parts['upsampler']}",
+    )  # fmt: skip
+    path = drawn(parts, tmp_path / "runs", *arguments)
+    samples = read_samples(path, classes=10)
+    assert samples.images.shape == (40, 8, 8, 1) and len(np.unique(samples.images)) > 2
+    assert path.with_name("grid.png").exists()
+    facts = read_sidecar(path)
+    assert facts["evaluations"] == 8
+    assert facts["identity"]["system"]["upsamplers"][0]["conditioning_noise"] == 0.1
+    assert facts["identity"]["weights"]["upsampler"]["training_steps"] == 4
+    before = path.read_bytes()
+    assert drawn(parts, tmp_path / "runs", *arguments) == path and path.read_bytes() == before  # found, not drawn
+
+    system = load_file(tmp_path, conditioning_noise=0.0)
+    other = drawn(parts, tmp_path / "runs", "--system", system, *arguments[2:])
+    assert other != path and not np.array_equal(read_samples(other).images, samples.images)
+
+    done = harness("evaluate", path, "--json")
+    assert "needs at least" in str(done.exception)  # 40 are too few to measure
+    
+
+def load_file(folder, conditioning_noise):
+    """A user's own cascade, from a TOML file."""
+    path = folder / "mine.toml"
+    path.write_text(
+        f"""
+        name = "mine"
+        protocol = "digits"
+        uint8_rule = "adm"
+        [base]
+        backbone = "adm-xs"
+        clip_denoised = true
+        arguments = {{ input_size = 4, in_channels = 1, num_classes = 10, attention_resolutions = [4] }}
+        [[upsamplers]]
+        backbone = "adm-u-xs"
+        clip_denoised = true
+        conditioning_noise = {conditioning_noise}
+        arguments = {{ input_size = 8, low_res_size = 4, in_channels = 1, num_classes = 10 }}
+        """
+    )
+    assert load(path).base.arguments["attention_resolutions"] == (4,)
+    return path
+
+
+def test_a_classifier_guides(parts, tmp_path):
+    weights = ("--weights", f"base={parts['base']}", "--weights", f"classifier={parts['classifier']}")
+    path = drawn(parts, tmp_path, "--system", "digits-guided", *weights)
+    strong = System(**{**vars(get_system("digits-guided")), "name": "strong"})
+    strong = replace(strong, classifier=replace(strong.classifier, scale=50.0))
+    registry.systems.register(strong) if "strong" not in registry.systems else None
+    other = drawn(parts, tmp_path, "--system", "strong", *weights)
+    assert read_sidecar(path)["compute"]["gflops_per_image"] > 4 * read_sidecar(path)["compute"]["gflops"]
+    assert not np.array_equal(read_samples(path).images, read_samples(other).images)
+
+
+def test_a_run_of_another_family_takes_the_place_of_the_base(parts, tmp_path):
+    base = replace(get_system("digits-guided"), name="plain", classifier=None)
+    bound = bind(base, {"base": parts["dit"]})
+    assert bound.system.backbone == "dit-xs-4" and bound.sources["base"].steps == 4
