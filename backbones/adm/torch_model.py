@@ -37,11 +37,10 @@ class ADM(UNet):
             scale_shift=True,
             dropout=arguments["dropout"],
             qkv_first=arguments["qkv_first"],
+            labels=arguments["num_classes"],
             gradient_checkpointing=arguments["gradient_checkpointing"],
         )
         self.input_shape = (channels, size, size)
-        if arguments["num_classes"]:
-            self.label_emb = nn.Embedding(arguments["num_classes"], layout.embedding)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_input("ADM", x, self.input_shape)

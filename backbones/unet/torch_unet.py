@@ -204,7 +204,8 @@ class Upsample(nn.Module):
 class Encoder(nn.Module):
     """The downward half of a U-Net and its middle: what classifiers are, and U-Nets begin with.
 
-    `context` is (width, transformer depth) of spatial transformers; None: ADM's attention blocks.
+    `context` is (width, transformer depth) of spatial transformers; None: ADM's attention blocks. `labels` is the
+    number of classes of a table `label_emb` for whoever adds it to the embedding.
     `gradient_checkpointing` keeps only the input of each block for the backward pass and computes the rest again.
     """
 
@@ -216,6 +217,7 @@ class Encoder(nn.Module):
         dropout: float,
         qkv_first: bool = False,
         context: tuple[int, int] | None = None,
+        labels: int = 0,
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
@@ -241,15 +243,18 @@ class Encoder(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(layout.width, layout.embedding), nn.SiLU(), nn.Linear(layout.embedding, layout.embedding)
         )
+        if labels:  # made here, as in the release: default initialisation draws in this order
+            self.label_emb = nn.Embedding(labels, layout.embedding)
         self.input_blocks = nn.ModuleList([made(block) for block in layout.input_blocks])
         self.middle_block = made(layout.middle_block)
         if layout.output_blocks:
             self.output_blocks = nn.ModuleList([made(block) for block in layout.output_blocks])
 
     def embed(self, t: Tensor) -> Tensor:
-        """Timesteps (N,) to (N, E) float32, under autocast too."""
+        """Timesteps (N,) to (N, E) in the dtype of the weights, under autocast too."""
         with full_precision(t.device.type):
-            return self.time_embed(timestep_features(t, self.layout.width))
+            features = timestep_features(t, self.layout.width)  # (N, width) float32
+            return self.time_embed(features.to(self.time_embed[0].weight.dtype))
 
     def run(self, block: nn.ModuleList, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         """One block, a sequence of parts."""
