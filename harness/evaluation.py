@@ -190,8 +190,7 @@ def _describe_system(data: dict[str, Any], sha256: str, name: str | None) -> dic
             steps=None if generator else base["steps"],
             evaluations=data["evaluations"],
             eta=None if generator or base["sampler"] == "ddpm" else base["eta"],
-            guidance_scale=None if generator else base["guidance_scale"],
-            guidance_channels=base["guidance_channels"] if base["guidance_scale"] != 1 else None,
+            **_guidance(system),
             gflops_per_image=compute["gflops_per_image"],
             decoder=None if decoder is None else decoder["name"],
             decoder_gflops=compute["decoder_gflops"],
@@ -205,6 +204,15 @@ def _describe_system(data: dict[str, Any], sha256: str, name: str | None) -> dic
             samples_sha256=sha256,
         ),
     }
+
+
+def _guidance(system: dict[str, Any]) -> dict[str, Any]:
+    """Classifier-free guidance, or a classifier's with its scale; one of them, for a record has one scale."""
+    base, classifier = system["base"], system["classifier"]
+    if classifier is not None and base["guidance_scale"] == 1:
+        return {"guidance_scale": classifier["scale"], "guidance_channels": "classifier"}
+    guided = base["guidance_scale"] != 1
+    return {"guidance_scale": base["guidance_scale"], "guidance_channels": base["guidance_channels"] if guided else None}
 
 
 def _training_of_parts(parts: dict[str, Any], weights: dict[str, Any], checkpoint: str) -> Training:

@@ -104,11 +104,11 @@ def params_text(params: int | None) -> str:
 
 
 def guidance_text(record: Record) -> str:
-    """`none`, `1.5` or `1.5 (first-3)`; a dash where the source does not say."""
+    """`none`, `1.5`, `1.5 (first-3)` or `1 (classifier)`; a dash where the source does not say."""
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
         return "-"
-    if sampling.guidance_scale in (None, 1.0):
+    if sampling.guidance_scale in (None, 1.0) and sampling.guidance_channels != "classifier":
         return "none"
     channels = f" ({sampling.guidance_channels})" if sampling.guidance_channels else ""
     return f"{sampling.guidance_scale:g}{channels}"

@@ -350,4 +350,5 @@ def _is_decoder_ablation(record: Record) -> bool:
 
 def _is_unguided_dit(record: Record) -> bool:
     scale = record.sampling.guidance_scale if record.sampling is not None else None
-    return (record.backbone or "").startswith("dit-") and scale in (None, 1.0)
+    alone = "+" not in (record.backbone or "")  # no classifier, no upsampler
+    return alone and (record.backbone or "").startswith("dit-") and scale in (None, 1.0)

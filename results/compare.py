@@ -71,7 +71,7 @@ def _sampling(record: Record) -> str:
     words = [f"{drawn.sampler}-{drawn.steps}"]
     if drawn.eta:
         words.append(f"eta {drawn.eta:g}")
-    if drawn.guidance_scale not in (None, 1.0):
+    if drawn.guidance_scale not in (None, 1.0) or drawn.guidance_channels == "classifier":
         words.append(f"guidance {drawn.guidance_scale:g} ({drawn.guidance_channels})")
     if drawn.precision not in (None, "float32"):
         words.append(drawn.precision)

@@ -81,7 +81,7 @@ class Sampling(_Checked):
     evaluations: int | None = None  # true network evaluations per image; a step with two-sided guidance counts two
     eta: float | None = None  # DDIM's noise share, in [0, 1]
     guidance_scale: float | None = None  # None or 1.0: no guidance
-    guidance_channels: str | None = None  # "first-3" as published, or "all"
+    guidance_channels: str | None = None  # "first-3" as published, "all", or "classifier": guided by one's gradient
     gflops_per_image: float | None = None  # all evaluations of one image, without the decoder
     decoder: str | None = None  # None: pixels, nothing to decode
     decoder_gflops: float | None = None  # per image

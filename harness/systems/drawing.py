@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,9 +90,10 @@ def with_steps(bound: Bound, steps: int) -> Bound:
 
 
 def _file(path: Path) -> Source:
-    from harness import weights
+    from harness.weights.files import open_weights, sha256
 
-    return Source(path=path, sha256=weights.fingerprint(path))
+    file = open_weights(path).path
+    return Source(path=file, sha256=sha256(file))
 
 
 def _of_run(name: str, part: Stage | Guide, folder: Path) -> tuple[Stage | Guide, Source]:
@@ -151,6 +153,7 @@ def draw_system(
         "count": count,
         "batch": batch,
     }
+    identity = json.loads(json.dumps(identity))  # as the sidecar gives it back: without tuples
     job = sampling.Job(
         folder=folder / f"{Path(system.name).name}-n{count}-{files.sha256_json(identity)[:8]}",
         identity=identity,
@@ -201,10 +204,18 @@ def _chain(
 
 
 def _network(part: Stage | Guide, source: Source, device: torch.device, say: Callable[[str], None]) -> torch.nn.Module:
-    from harness import weights
+    """The network without storage, then filled tensor by tensor: the weights are held once."""
+    from harness.compute.meta_torch import build_on_meta
+    from harness.weights.load import load_into
 
     say(f"reading {part.backbone} from {source.path} ...")
-    return weights.load_network(part.spec, part.build_arguments(), source.path, device=str(device))
+    arguments = part.build_arguments()
+    net = build_on_meta(part.spec, arguments)
+    if set(dict(net.named_buffers())) - set(net.state_dict()):  # computed when it is built, and in no file
+        net = part.spec.build("torch", **arguments)
+    for note in load_into(net, source.path, part.spec).notes:
+        say(f"  {note}")
+    return net.to(device)
 
 
 def _stage(

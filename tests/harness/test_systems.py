@@ -12,12 +12,16 @@ from small_runs import request, workshop
 from harness import registry
 from harness.cli import group
 from harness.errors import Refusal
+from harness.evaluation import describe
+from harness.files import sha256_file
 from harness.planning import make_request
 from harness.samples import read_samples, read_sidecar
 from harness.stages import Workshop, load_data
 from harness.systems import Guide, Stage, System, from_dict, get_system, load
 from harness.systems.drawing import bind
+from reports.columns import guidance_text
 from results import paper
+from results.records import Record
 
 SMALL = {"input_size": 8, "in_channels": 1, "num_classes": 10}
 
@@ -208,8 +212,28 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
     assert other != path and not np.array_equal(read_samples(other).images, samples.images)
 
     done = harness("evaluate", path, "--json")
-    assert "needs at least" in str(done.exception)  # 40 are too few to measure
-    
+    assert "too few" in str(done.exception)  # 40 are not enough to measure, and it is told which protocol they are of
+
+
+def test_what_a_record_says_of_a_system(parts, tmp_path):
+    weights = ("--weights", f"base={parts['base']}", "--weights", f"classifier={parts['classifier']}")
+    path = drawn(parts, tmp_path, "--system", "digits-guided", *weights, "--sampling-seed", 5)
+    about = describe(path, sha256_file(path), None)
+    assert about["system"] == "digits-guided" and about["backbone"] == "adm-xs+adm-classifier-xs"
+    sizes = {"input_size": 8, "in_channels": 1, "num_classes": 10}
+    base, classifier = (registry.backbones.get(name).count(**sizes) for name in about["backbone"].split("+"))
+    sampling, training = about["sampling"], about["training"]
+    assert about["params"] == base.params + classifier.params and about["gflops"] == base.gflops
+    assert (sampling.steps, sampling.evaluations, sampling.seed, sampling.uint8_rule) == (4, 4, 5, "adm")
+    assert (sampling.guidance_scale, sampling.guidance_channels) == (1.0, "classifier")
+    assert sampling.gflops_per_image == pytest.approx(4 * base.gflops + 4 * 2 * classifier.gflops)
+    assert (training.steps, training.images) == (4, 96)
+    assert training.gflops == pytest.approx(3 * 96 * (base.gflops + classifier.gflops))
+    record = Record(
+        provenance="measured", metric="fd", value=1.0, n=40, protocol="digits", resolution=8, dataset="digits", **about
+    )
+    assert guidance_text(record) == "1 (classifier)"
+
 
 def load_file(folder, conditioning_noise):
     """A user's own cascade, from a TOML file."""
