@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +141,7 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "cpu", b
         raise Refusal(f"decoder {name} needs its weights: get {found.place} and name the file with {FLAG}")
 
     config, file = _locate(path)
-    tensors, notes = own_tensors(read_tensors(file), file)
+    tensors, notes = read_tensors(file)
     kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
     if known is not None and kind != known.spec[:2]:
         words = {"vq": "a VQ auto-encoder", "kl": "an auto-encoder without a code book"}
@@ -339,43 +337,18 @@ def _locate(path: Path) -> tuple[dict[str, Any] | None, Path]:
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Name to tensor of a safetensors or torch file, under `state_dict` where there is one; nothing is executed."""
-    import torch
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The auto-encoder's tensors by name, of an LDM's checkpoint the first stage alone, and notes on what was left.
 
-    with path.open("rb") as file:
-        head = file.read(9)
-    remedy = "get it again"
-    if head.startswith(b"version "):
-        raise Refusal(f"{path} is a Git LFS pointer, not the weights; fetch them with: git lfs pull")
-    if head[8:] == b"{":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    Nothing in the file is executed.
+    """
+    from harness.weights.files import open_weights
+    from harness.weights.load import as_torch
 
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise Refusal(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
-    zipped = head.startswith(b"PK")
-    if not zipped and not head.startswith(b"\x80"):
-        raise Refusal(f"{path} is neither a safetensors file nor a torch checkpoint; {remedy}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise Refusal(
-                f"{path} asks for code to be run on loading ({code[1]}), and none was;"
-                " give its tensors alone, as a safetensors file"
-            ) from error
-        raise Refusal(f"{path} is not a whole torch checkpoint; {remedy}") from error
-    except Exception as error:  # the reader of a damaged file raises whatever it runs into
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise Refusal(f"{path} is not a whole torch checkpoint ({reason}); {remedy}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise Refusal(f"{path} holds a {type(content).__name__}, not named tensors; give an auto-encoder's weights")
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    weights = open_weights(path)
+    weights.refuse_code()
+    own, notes = own_tensors(weights.tensors, path)
+    return {name: as_torch(stored.read(), stored.dtype) for name, stored in own.items()}, notes
 
 
 def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": ("compare", "Win, loss or tie between two results, and the rule."),
     "report": ("report", "Write the tables and figures from published and measured records."),
     "list": ("list", "Backbones, protocols, data sets and the rest, by name."),
+    "weights": ("weights", "Public checkpoints in and out; nothing in them is executed."),
     "flops": ("flops", "Parameters and theoretical Gflops, beside the published values."),
     "doctor": ("doctor", "What this machine has and lacks, each with the fix."),
 }

@@ -1,0 +1,39 @@
+"""Public weight files of ADM: a bare state dict, whose names are ours (openai/guided-diffusion 22e0df8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.spec import BackboneSpec
+from harness.weights.maps import Layout, Shapes, WeightMap, take_all
+
+
+def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
+    """Builder arguments that the shapes tell for a network of the kind of `spec`."""
+    found: dict[str, Any] = {}
+    if len(embedding := shapes.get("time_embed.0.weight", ())) == 2:
+        found["width"] = embedding[1]
+    if len(first := shapes.get("input_blocks.0.0.weight", ())) == 4:
+        found["in_channels"] = first[1] // 2 if spec.kind == "upsampler" else first[1]
+    if spec.kind == "classifier":
+        if logits := shapes.get("out.2.c_proj.bias"):
+            found["num_classes"] = logits[0]
+        return found
+    found["num_classes"] = shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else 0
+    if (last := shapes.get("out.2.bias")) and "in_channels" in found:
+        found["out_channels"] = None if last[0] == 2 * found["in_channels"] else last[0]
+    return found
+
+
+MAP = WeightMap(
+    layouts=(
+        Layout(
+            name="guided-diffusion",
+            title="guided-diffusion state dict",
+            marks=("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight"),
+            inward=take_all,
+            outward=take_all,
+        ),
+    ),
+    facts=facts,
+)

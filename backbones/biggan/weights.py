@@ -1,0 +1,36 @@
+"""Public weight files of BigGAN-deep: pytorch_model.bin, a state dict whose names are ours.
+
+Source: huggingface/pytorch-pretrained-BigGAN 1e18aed, model.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.spec import BackboneSpec
+from harness.weights.maps import Layout, Shapes, WeightMap, take_all
+
+
+def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
+    """Builder arguments that the shapes tell."""
+    found: dict[str, Any] = {}
+    if len(labels := shapes.get("embeddings.weight", ())) == 2:
+        found |= {"latent_size": labels[0], "num_classes": labels[1]}
+    if len(read_out := shapes.get("generator.conv_to_rgb.weight_orig", ())) == 4:
+        found["width"] = read_out[0]
+    return found
+
+
+MAP = WeightMap(
+    layouts=(
+        Layout(
+            name="huggingface",
+            title="Hugging Face BigGAN state dict",
+            marks=("embeddings.weight", "generator.gen_z.weight_orig", "generator.conv_to_rgb.weight_orig"),
+            suffix=".bin",
+            inward=take_all,
+            outward=take_all,
+        ),
+    ),
+    facts=facts,
+)

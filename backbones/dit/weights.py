@@ -1,0 +1,195 @@
+"""Public weight files of the Diffusion Transformer.
+
+`dit`: the release's state dict, whose names are ours (facebookresearch/DiT ed81ce2, models.py). `diffusers`: that of
+DiTTransformer2DModel (huggingface/diffusers 58eb52c080, scripts/convert_dit_to_diffusers.py), which cuts the qkv layer
+into three and repeats the timestep and label embedders in every block.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from backbones.dit.position import sincos_table
+from harness.errors import Refusal
+from harness.spec import BackboneSpec
+from harness.weights.maps import Join, Layout, Made, Mismatch, Part, Recipes, Same, Shapes, Take, WeightMap, take_all
+
+# fmt: off
+SHARED = {  # ours: diffusers'
+    "x_embedder.proj":                  "pos_embed.proj",
+    "final_layer.adaLN_modulation.1":   "proj_out_1",
+    "final_layer.linear":               "proj_out_2",
+}
+IN_BLOCK = {  # ours in blocks.N: diffusers' in transformer_blocks.N
+    "attn.proj":            "attn1.to_out.0",
+    "mlp.fc1":              "ff.net.0.proj",
+    "mlp.fc2":              "ff.net.2",
+    "adaLN_modulation.1":   "norm1.linear",
+}
+COPIED = {  # ours: diffusers' in every transformer_blocks.N
+    "t_embedder.mlp.0.weight":              "norm1.emb.timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias":                "norm1.emb.timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight":              "norm1.emb.timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias":                "norm1.emb.timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight":    "norm1.emb.class_embedder.embedding_table.weight",
+}
+# fmt: on
+QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+KINDS = ("weight", "bias")
+STORED_POSITIONS = ("pos_embed.pos_embed", "pos_embed")  # some files hold the table all the same
+
+DIFFERENCES = (
+    "diffusers' own network gives other numbers from these weights: its timestep frequencies are spaced by 1/127"
+    " instead of 1/128 (embeddings.py, downscale_freq_shift=1)",
+    "and, unless its config says norm_eps 1e-06, the layer norm before its MLP has eps 1e-5 instead of 1e-6"
+    " (attention.py); the harness computes as facebookresearch/DiT does",
+)
+
+
+def blocks(shapes: Shapes, stem: str) -> int:
+    """How many blocks the names count: one more than the greatest index."""
+    found = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
+    count = max((int(match.group(1)) for match in found if match), default=-1) + 1
+    if count > len(shapes):
+        raise Mismatch(f"{stem}.{count - 1} is there, but not the {count - 1} before it")
+    return count
+
+
+def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
+    """Our tensors from those of a diffusers transformer. The position table is not in its files: it is computed."""
+    depth = blocks(shapes, "transformer_blocks")
+    recipes: Recipes = {}
+    stored = next((name for name in STORED_POSITIONS if name in shapes), None)
+    if stored is not None:
+        recipes["pos_embed"] = Take(stored)
+    elif "pos_embed.proj.weight" in shapes and len(shapes["pos_embed.proj.weight"]) == 4:
+        width, _, _, patch = shapes["pos_embed.proj.weight"]
+        grid = _grid(known, patch)
+        recipes["pos_embed"] = Made((1, grid * grid, width), lambda: sincos_table(width, grid)[None])
+    singles = dict(SHARED)
+    singles |= {
+        f"blocks.{n}.{ours}": f"transformer_blocks.{n}.{theirs}"
+        for n in range(depth)
+        for ours, theirs in IN_BLOCK.items()
+    }
+    for ours, theirs in singles.items():
+        recipes |= {f"{ours}.{kind}": Take(f"{theirs}.{kind}") for kind in KINDS}
+    for n in range(depth):
+        for kind in KINDS:
+            names = tuple(f"transformer_blocks.{n}.{part}.{kind}" for part in QKV)
+            recipes[f"blocks.{n}.attn.qkv.{kind}"] = Join(names)
+    for ours, theirs in COPIED.items() if depth else ():
+        recipes[ours] = Same(tuple(f"transformer_blocks.{n}.{theirs}" for n in range(depth)))
+    used = {name for recipe in recipes.values() for name in recipe.sources}
+    for name in shapes:  # what the table does not know stays visible
+        if name not in used:
+            recipes[name] = Take(name)
+    return recipes
+
+
+def to_diffusers(shapes: Shapes) -> Recipes:
+    """A diffusers transformer's tensors from ours; the three other block designs have no such transformer."""
+    depth = blocks(shapes, "blocks")
+    if block_design(shapes) != "adaln-zero":
+        raise Refusal(f"diffusers has no DiT with {block_design(shapes)} blocks; export this one with --format dit")
+    recipes: Recipes = {f"{theirs}.{k}": Take(f"{ours}.{k}") for ours, theirs in SHARED.items() for k in KINDS}
+    for n in range(depth):
+        there = f"transformer_blocks.{n}"
+        for ours, theirs in IN_BLOCK.items():
+            recipes |= {f"{there}.{theirs}.{kind}": Take(f"blocks.{n}.{ours}.{kind}") for kind in KINDS}
+        for kind in KINDS:
+            whole = f"blocks.{n}.attn.qkv.{kind}"
+            recipes |= {f"{there}.{part}.{kind}": Part(whole, i, 3) for i, part in enumerate(QKV)}
+        recipes |= {f"{there}.{theirs}": Take(ours) for ours, theirs in COPIED.items()}
+    return recipes
+
+
+def diffusers_config(arguments: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """config.json of the transformer; norm_eps is DiT's, which undoes one of diffusers' two differences."""
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": arguments["width"] // arguments["heads"],
+        "in_channels": arguments["in_channels"],
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": arguments["heads"],
+        "num_embeds_ada_norm": arguments["num_classes"],
+        "num_layers": arguments["depth"],
+        "out_channels": arguments["out_channels"] or 2 * arguments["in_channels"],
+        "patch_size": arguments["patch"],
+        "sample_size": arguments["input_size"],
+    }
+
+
+def block_design(shapes: Shapes) -> str:
+    """Which of the four block designs the names and shapes are of."""
+    if "blocks.0.cross_attn.q.weight" in shapes:
+        return "cross-attention"
+    modulation = shapes.get("blocks.0.adaLN_modulation.1.bias")
+    if modulation is None:
+        return "in-context"
+    width = shapes.get("blocks.0.attn.proj.bias", modulation)
+    return "adaln" if modulation[0] == 4 * width[0] else "adaln-zero"
+
+
+def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
+    """Builder arguments that the shapes tell: all but the number of heads."""
+    found: dict[str, Any] = {"depth": blocks(shapes, "blocks"), "block": block_design(shapes)}
+    patches = shapes.get("x_embedder.proj.weight", ())
+    if len(patches) == 4:
+        found |= {"width": patches[0], "in_channels": patches[1], "patch": patches[2]}
+        if len(shapes.get("pos_embed", ())) == 3:
+            found["input_size"] = math.isqrt(shapes["pos_embed"][1]) * patches[2]
+        if outputs := shapes.get("final_layer.linear.bias"):
+            channels = outputs[0] // (patches[2] * patches[2])
+            found["out_channels"] = None if channels == 2 * patches[1] else channels
+    if labels := shapes.get("y_embedder.embedding_table.weight"):
+        found["num_classes"] = labels[0] - 1
+    return found
+
+
+def _grid(known: Mapping[str, Any], patch: int) -> int:
+    """Tokens a side: by the config beside the file, else by the network that is loaded."""
+    size = (known.get("config") or {}).get("sample_size")
+    if type(size) is int and patch <= size <= 4096:
+        return size // patch
+    if len(table := known.get("expected", {}).get("pos_embed", ())) == 3:
+        return math.isqrt(table[1])
+    raise Mismatch("the size of its latents is not in the file; keep diffusers' config.json (sample_size) beside it")
+
+
+def _diffusers_notes(shapes: Shapes) -> tuple[str, ...]:
+    stored = any(name in shapes for name in STORED_POSITIONS)
+    table = "is in the file" if stored else "is not in the file and was computed, as facebookresearch/DiT does"
+    return (f"the position table {table}", *DIFFERENCES)
+
+
+MAP = WeightMap(
+    layouts=(
+        Layout(
+            name="dit",
+            title="DiT state dict",
+            marks=("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),
+            inward=take_all,
+            outward=take_all,
+        ),
+        Layout(
+            name="diffusers",
+            title="diffusers DiTTransformer2DModel",
+            marks=("pos_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.norm1.linear.weight"),
+            store="diffusers",
+            suffix="",
+            inward=from_diffusers,
+            outward=to_diffusers,
+            notes=_diffusers_notes,
+            config=diffusers_config,
+        ),
+    ),
+    facts=facts,
+)

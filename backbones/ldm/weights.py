@@ -1,0 +1,89 @@
+"""Public weight files of LDM: model.ckpt, a Lightning checkpoint that holds more than the denoiser.
+
+Names after CompVis/latent-diffusion a506df5: the U-Net under model.diffusion_model, the class embedder under
+cond_stage_model, the auto-encoder under first_stage_model, the noise schedule's tables, and, where an average was kept,
+model_ema.<name below model. without its dots> (ldm/modules/ema.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.spec import BackboneSpec
+from harness.weights.maps import Layout, Recipes, Shapes, Take, WeightMap
+
+NETWORK = ("model.", "cond_stage_model.")
+FIRST_STAGE = "first_stage_model."
+AVERAGES = "model_ema."
+COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+TABLES = (  # of DDPM.register_schedule and of LatentDiffusion
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
+    "scale_factor",
+)  # fmt: skip
+UNET = "model.diffusion_model."
+
+
+def averaged(name: str) -> str:
+    """Where the moving average of `name` lies, a name below model."""
+    return AVERAGES + name.removeprefix("model.").replace(".", "")
+
+
+def inward(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
+    """Every tensor under its own name, the U-Net's from the moving average where there is one."""
+    averages = {name: averaged(name) for name in shapes if name.startswith("model.")}
+    used = {theirs for theirs in averages.values() if theirs in shapes} | set(COUNTERS)
+    return {name: Take(averages[name] if averages.get(name) in shapes else name) for name in shapes if name not in used}
+
+
+def outward(shapes: Shapes) -> Recipes:
+    """The state dict of model.ckpt: every tensor under its own name."""
+    return {name: Take(name) for name in shapes}
+
+
+def beside(name: str) -> bool:
+    """Of the file, not of the denoiser."""
+    return name.startswith(FIRST_STAGE) or name in TABLES
+
+
+def notes(shapes: Shapes) -> tuple[str, ...]:
+    if any(name.startswith(AVERAGES) for name in shapes):
+        return ("the U-Net's weights are the moving average (model_ema); those without it are left out",)
+    if any(beside(name) for name in shapes):
+        return ("the file holds no model_ema: the U-Net's weights are those under model.diffusion_model",)
+    return ()
+
+
+def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
+    """Builder arguments that the shapes tell."""
+    found: dict[str, Any] = {}
+    if len(embedding := shapes.get(f"{UNET}time_embed.0.weight", ())) == 2:
+        found["width"] = embedding[1]
+    if len(first := shapes.get(f"{UNET}input_blocks.0.0.weight", ())) == 4:
+        found["in_channels"] = first[1]
+    if (last := shapes.get(f"{UNET}out.2.bias")) and "in_channels" in found:
+        found["out_channels"] = None if last[0] == found["in_channels"] else last[0]
+    if len(labels := shapes.get("cond_stage_model.embedding.weight", ())) == 2:
+        found["context_width"] = labels[1]
+        found["num_classes"] = labels[0] - (1 if spec.defaults.get("null_class") else 0)
+    return found
+
+
+MAP = WeightMap(
+    layouts=(
+        Layout(
+            name="ldm",
+            title="LDM model.ckpt",
+            marks=(f"{UNET}time_embed.0.weight", f"{UNET}input_blocks.0.0.weight", "cond_stage_model.embedding.weight"),
+            store="lightning",
+            suffix=".ckpt",
+            inward=inward,
+            outward=outward,
+            beside=beside,
+            notes=notes,
+        ),
+    ),
+    facts=facts,
+)

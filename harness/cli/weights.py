@@ -1,0 +1,110 @@
+"""`harness weights`: public checkpoints in and out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.cli.options import json_option
+
+PATH = click.Path(path_type=Path)
+NAMED = 5  # names that a list gives on the terminal; --json has all
+
+backbone_option = click.option("--backbone", metavar="NAME", help="What it is. [default: found by names and shapes]")
+out_option = click.option("--out", type=PATH, metavar="PATH", help="Where to write. Nothing is overwritten.")
+
+
+@click.group("weights")
+def command() -> None:
+    """Public checkpoints in and out, read without executing anything in them.
+
+    FILE is a .pt, .ckpt or .bin of torch, a .safetensors, or a folder of diffusers or Hugging Face.
+    """
+
+
+@command.command("inspect", short_help="What a file is, and whether it fits.")
+@click.argument("file", type=PATH)
+@backbone_option
+@json_option
+def inspect(file: Path, backbone: str | None, as_json: bool) -> None:
+    """What FILE is: format, backbone, size, hash, and by name what is missing, unexpected or of another shape."""
+    from harness.weights.transfer import inspect_file
+
+    document = inspect_file(file, backbone)
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(described(document)))
+
+
+@command.command("import", short_help="Into safetensors under the harness's names.")
+@click.argument("file", type=PATH)
+@backbone_option
+@out_option
+def import_(file: Path, backbone: str | None, out: Path | None) -> None:
+    """Write FILE as safetensors under the harness's names, with where it comes from in its metadata."""
+    from harness.weights.transfer import import_file
+
+    written, about = import_file(file, out, backbone)
+    settings = "".join(f", {name} {value}" for name, value in about["arguments"].items())
+    click.echo(f"{written}: {about['backbone']}{settings}, from {about['source']['name']} ({about['format']})")
+    for note in about["notes"]:
+        click.echo(f"  {note}")
+
+
+@command.command("export", short_help="Into a public layout.")
+@click.argument("file", type=PATH)
+@click.option("--format", "layout", required=True, metavar="NAME", help="dit, diffusers, guided-diffusion, ldm, ...")
+@backbone_option
+@out_option
+def export(file: Path, layout: str, backbone: str | None, out: Path | None) -> None:
+    """Write FILE in a public layout: a .pt, a .ckpt, a .bin, or a folder of diffusers."""
+    from harness.errors import Refusal
+    from harness.registry import unknown
+    from harness.weights.transfer import export_file, layout_names
+
+    if layout not in (known := layout_names()):
+        raise Refusal(unknown("format", layout, known))
+    click.echo(f"{export_file(file, layout, out, backbone)}: {layout}")
+
+
+def described(document: dict[str, Any]) -> list[str]:
+    """The lines that a person reads."""
+    known = document["known"]
+    dtypes = ", ".join(f"{count} {name}" for name, count in document["dtypes"].items())
+    layout = document["layout"] or "names of no known family"
+    settings = "".join(f", {name} {value}" for name, value in document["arguments"].items())
+    rows = [
+        ("file", f"{document['file']}, {document['bytes']:,} bytes"),
+        ("sha256", document["sha256"]),
+        ("known as", f"{known['name']} of {known['publisher']}" if known else "unknown file: its hash is on no record"),
+        ("format", f"{layout}, {document['wrapping']}, {document['container']}"),
+        ("backbone", f"{document['backbone'] or 'unknown'}{settings}"),
+        ("holds", f"{document['tensors']:,} tensors ({dtypes}); {document['values']:,} values of the network"),
+    ]
+    if document["beside"]:
+        rows.append(("beside it", _few([f"{part} ({count})" for part, count in document["beside"].items()])))
+    if document["also_holds"]:
+        rows.append(("also holds", _few(document["also_holds"])))
+    if document["not_loaded"]:
+        rows.append(("not loaded", f"{_few(document['not_loaded'])}: classes or functions that the file names"))
+    if document["code"]:
+        rows.append(("CODE", f"made to run {_few(document['code'])}; nothing was run, and it will not be imported"))
+    rows.append(("fits", "yes, every tensor" if document["fits"] else f"no: {document['problem']}"))
+    wrong = [f"{each['name']} {each['found']} for {each['expected']}" for each in document["wrong_shape"]]
+    for title, names in (
+        ("missing", document["missing"]), ("unexpected", document["unexpected"]), ("other shape", wrong)
+    ):  # fmt: skip
+        if names:
+            rows.append((title, f"{len(names)}: {_few(names)}"))
+    if source := document["imported_from"]:
+        origin = source.get("source")
+        name = origin.get("name") if isinstance(origin, dict) else None
+        rows.append(("made from", f"{name} ({source.get('format')})"))
+    rows += [("note", note) for note in document["notes"]]
+    return [f"{title:<12}{text}" for title, text in rows]
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,29 @@
+"""Public checkpoints in and out, read without executing anything in them (DESIGN.md sec. 9.6).
+
+    harness.weights.load_into(net, path, spec)   any accepted file into a torch network -> Provenance
+    harness.weights.open_weights(path)           the tensors of a file by name, not read yet
+
+`pickles` interprets a pickle without running it; `containers` knows the files; `maps` and backbones/<family>/weights.py
+the names; `transfer` writes. Only `load` and the writing of torch files need torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__all__ = ["Provenance", "export_file", "import_file", "inspect_file", "load_into", "open_weights"]
+
+_HOMES = {
+    "load_into": "harness.weights.load",
+    "Provenance": "harness.weights.load",
+    "open_weights": "harness.weights.files",
+    "inspect_file": "harness.weights.transfer",
+    "import_file": "harness.weights.transfer",
+    "export_file": "harness.weights.transfer",
+}
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'harness.weights' has no attribute {name!r}")

@@ -1,0 +1,215 @@
+"""Which of a file's tensors are the weights, and what else it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Refusal
+from harness.progress import Bar
+from harness.weights.containers import open_file, printable
+from harness.weights.maps import Shapes
+from harness.weights.tensors import Stored
+
+# In a folder of diffusers or Hugging Face, the first that is there.
+IN_FOLDER = tuple(
+    f"{place}{name}"
+    for place in ("", "transformer/")
+    for name in (
+        "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
+    )
+)  # fmt: skip
+METADATA = "harness"  # key of safetensors' metadata under which an import says where it comes from
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and of torch.compile
+
+# Names that have no business in a file of weights. Nothing is safe because it is not here: nothing is ever imported or
+# called. A file that names one was made to run something, and its tensors are not to be trusted either.
+CODE = frozenset(
+    [
+        "os",
+        "posix",
+        "nt",
+        "posixpath",
+        "subprocess",
+        "sys",
+        "shutil",
+        "runpy",
+        "importlib",
+        "imp",
+        "pty",
+        "socket",
+        "ctypes",
+        "commands",
+        "webbrowser",
+        "codeop",
+        "timeit",
+        "pdb",
+        "bdb",
+        "multiprocessing",
+        "asyncio",
+        "urllib",
+        "requests",
+        "ftplib",
+        "smtplib",
+        "pip",
+        "venv",
+        "eval",
+        "exec",
+        "execfile",
+        "compile",
+        "__import__",
+        "system",
+        "popen",
+        "open",
+        "breakpoint",
+        "globals",
+        "locals",
+        "setattr",
+        "delattr",
+        "pickle",
+        "_pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "marshal",
+        "_load_from_bytes",
+        "load",
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFile:
+    """The weights in a file under the file's own names, not read yet."""
+
+    path: Path  # the file that holds the tensors
+    container: str  # "torch zip", "torch legacy" or "safetensors"
+    wrapping: str  # "state dict", "train.py checkpoint" or "Lightning checkpoint"
+    tensors: dict[str, Stored]
+    symbols: tuple[str, ...]  # classes and functions that the file names; none was loaded
+    also: tuple[str, ...] = ()  # what else is in the file, by its name there
+    notes: tuple[str, ...] = ()
+    config: dict[str, Any] | None = None  # diffusers' config.json beside it
+    imported: dict[str, Any] | None = None  # what `harness weights import` wrote into it
+
+    @property
+    def shapes(self) -> Shapes:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Of `symbols`, those that run code."""
+        return tuple(name for name in self.symbols if CODE.intersection(name.split(".")))
+
+    def refuse_code(self) -> None:
+        """Refuse a file that was made to run something when it is loaded carelessly."""
+        if self.code:
+            raise Refusal(
+                f"{self.path} is not weights alone: a careless reader would have run {self.code[0]} from it."
+                " Nothing was run; fetch the file from a source that you trust"
+            )
+
+
+def open_weights(path: Path) -> WeightFile:
+    """The weights in the file, or in the diffusers or Hugging Face folder, `path`; a file without any is refused."""
+    path = _file_of(path)
+    opened = open_file(path)
+    value, wrapping, notes = opened.value, "state dict", []
+    if not isinstance(value, dict):
+        raise Refusal(f"{path} holds no state dict, but {_described(value)}; save net.state_dict()")
+    also = [_name(name) for name, item in value.items() if not isinstance(item, Stored)]
+    part = next((name for name in ("state_dict", "ema", "model") if _holds_tensors(value.get(name))), None)
+    if part is not None:
+        wrapping = "Lightning checkpoint" if part == "state_dict" else "train.py checkpoint"
+        also.remove(part)
+        also += [_name(name) for name, item in value.items() if isinstance(item, Stored)]
+        value = value[part]
+        if part == "ema":
+            notes.append("the weights are its moving average ('ema')")
+        elif part == "model":
+            notes.append("it holds no moving average ('ema'): the weights are those that were being trained ('model')")
+    tensors = {_name(name): item for name, item in value.items() if isinstance(item, Stored)}
+    if not tensors:
+        raise Refusal(f"{path} holds no tensors by name; save net.state_dict()")
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            notes.append(f"every name began with {prefix!r}, which was dropped")
+    return WeightFile(
+        path=path,
+        container=opened.container,
+        wrapping=wrapping,
+        tensors=tensors,
+        symbols=opened.symbols,
+        also=tuple(also),
+        notes=tuple(notes),
+        config=_config(path),
+        imported=_imported(opened.metadata),
+    )
+
+
+def sha256(path: Path) -> str:
+    """Content hash of a file, with a bar where it takes a while."""
+    digest, block = hashlib.sha256(), 1 << 22
+    with path.open("rb") as file:
+        for chunk in watched(f"hash {path.name}", iter(lambda: file.read(block), b""), path.stat().st_size):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def watched(title: str, chunks: Iterable[Any], nbytes: int) -> Iterable[Any]:
+    """The chunks (bytes or arrays) one by one; from half a gigabyte on with a bar in megabytes."""
+    if nbytes < 1 << 29:
+        yield from chunks
+        return
+    with Bar(title, nbytes // 1_000_000, "MB") as bar:
+        done = 0
+        for chunk in chunks:
+            yield chunk
+            done += getattr(chunk, "nbytes", None) or len(chunk)
+            if done // 1_000_000 > bar.done:
+                bar.advance(done // 1_000_000 - bar.done)
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in IN_FOLDER:
+        if (path / name).is_file():
+            return path / name
+        if (path / f"{name}.index.json").is_file():
+            raise Refusal(f"{path / name} is split into several files, which is not read; save it as one")
+    raise Refusal(f"{path} is a folder without weights; it would hold {IN_FOLDER[0]} or {IN_FOLDER[3]}")
+
+
+def _name(key: Any) -> str:
+    return printable(key) if isinstance(key, str) else f"({type(key).__name__})"
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(item, Stored) for item in value.values())
+
+
+def _described(value: Any) -> str:
+    name = getattr(getattr(value, "function", None), "full", None)
+    return f"a {printable(name)}" if name else f"a {type(value).__name__}"
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and "sample_size" in config else None
+
+
+def _imported(metadata: dict[str, str]) -> dict[str, Any] | None:
+    try:
+        found = json.loads(metadata.get(METADATA, "null"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,143 @@
+"""Weights of any accepted file into a torch network, without holding them twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from harness.errors import Refusal
+from harness.spec import BackboneSpec
+from harness.weights.files import WeightFile, open_weights, sha256, watched
+from harness.weights.identify import OWN, choose_layout, differences, translate, weight_map
+from harness.weights.maps import Layout, Mismatch, Recipe, Take
+from harness.weights.tensors import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a network's weights come from."""
+
+    path: Path  # the file that held them
+    sha256: str
+    format: str  # such as "DiT state dict, train.py checkpoint, torch zip"
+    backbone: str | None  # the name that was asked for
+    dtypes: tuple[str, ...]  # of the tensors in the file, safetensors' names
+    notes: tuple[str, ...]  # what was chosen or computed on the way, a line each
+
+
+def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, prefix: str = "") -> Provenance:
+    """Load the file strictly into `net`: every tensor of its state dict, each of its shape, and no other.
+
+    `net` may lie on the meta device (its parameters are then made on the CPU, in their dtype) or on any other. Tensors
+    are read one at a time to where they belong, so that the weights are held once. `spec` names the family whose
+    public files are understood; without it the names must be the network's own or those of a registered backbone's
+    family. `prefix` selects one part of a file, such as "first_stage_model." of an LDM's model.ckpt, and is dropped.
+    What does not fit is refused before `net` is touched, in a line that names the first problem; a file that proves
+    damaged while it is read is refused too, and `net` is then not to be used.
+    """
+    weights = open_weights(path)
+    weights.refuse_code()
+    state = net.state_dict(keep_vars=True)
+    expected = {prefix + name: tuple(tensor.shape) for name, tensor in state.items()}
+    layout = _layout(weights, spec)
+    name = spec.name if spec is not None else type(net).__name__
+    try:
+        recipes, ours, lacking = translate(weights, layout, expected)
+    except Mismatch as error:
+        raise Refusal(f"{weights.path} ({layout.title}) does not fit {name}: {error}") from error
+    if prefix:  # one part, and nothing else of it
+        ours = {key: shape for key, shape in ours.items() if key.startswith(prefix)}
+        layout = replace(layout, beside=lambda key: False)
+    problems = differences(ours, expected, lacking, layout)
+    if problems:
+        raise Refusal(f"{weights.path} ({layout.title}) does not fit {name}: {problems.first()}")
+    digest = sha256(weights.path)
+    _fill(net, state, {key: recipes[prefix + key] for key in state}, weights)
+    left = sorted({key.partition(".")[0] for key in recipes if key not in expected})
+    notes = (*weights.notes, *layout.notes(weights.shapes))
+    if left:
+        notes = (*notes, f"not used of the file: {', '.join(left)}")
+    return Provenance(
+        path=weights.path,
+        sha256=digest,
+        format=f"{layout.title}, {weights.wrapping}, {weights.container}",
+        backbone=spec.name if spec is not None else None,
+        dtypes=tuple(sorted({tensor.dtype for tensor in weights.tensors.values()})),
+        notes=notes,
+    )
+
+
+def _layout(weights: WeightFile, spec: BackboneSpec | None) -> Layout:
+    from harness.registry import backbones
+
+    maps = [weight_map(spec)] if spec is not None else [weight_map(each) for each in backbones]
+    share, layout = choose_layout([layout for each in maps for layout in each.layouts], weights.tensors)
+    if share == 0 and spec is None:
+        return OWN.layouts[0]
+    return layout
+
+
+@torch.no_grad()
+def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Recipe], weights: WeightFile) -> None:
+    made: dict[int, torch.Tensor] = {}  # a tensor that the network uses twice stays one
+
+    def one(name: str) -> torch.Tensor:
+        target = state[name]
+        if target.is_meta:
+            if id(target) in made:
+                _put(net, name, made[id(target)])
+                return made[id(target)]
+            real = torch.empty(target.shape, dtype=target.dtype, device="cpu")
+            _read(recipes[name], weights, real)
+            if isinstance(target, nn.Parameter):
+                real = nn.Parameter(real, requires_grad=target.requires_grad)
+            made[id(target)] = real
+            _put(net, name, real)
+            return real
+        _read(recipes[name], weights, target)
+        return target
+
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    for _ in watched(f"load {weights.path.name}", (one(name) for name in state), nbytes):
+        pass
+    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        if tensor.is_meta:  # a buffer that no file holds
+            raise Refusal(f"{name} is on the meta device and in no file; build the network on the CPU, then load it")
+
+
+def _read(recipe: Recipe, weights: WeightFile, target: torch.Tensor) -> None:
+    """Evaluate `recipe` into `target`: straight from the file where dtype and layout are the same."""
+    source = weights.tensors[recipe.sources[0]].dtype if recipe.sources else "F32"
+    dtype = getattr(torch, DTYPES[source][1])
+    straight = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
+    if isinstance(recipe, Take) and straight and target.dim():
+        weights.tensors[recipe.name].read_into(target.detach().view(_raw(dtype)).numpy())
+        return
+    array = recipe.evaluate(lambda name: weights.tensors[name].read())
+    target.copy_(as_torch(array, source))
+
+
+def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """The same memory as a torch tensor of the dtype that `dtype` (safetensors' name) stands for."""
+    wanted = getattr(torch, DTYPES[dtype][1])
+    if array.ndim == 0:
+        return torch.from_numpy(array.reshape(1).view(_numpy_raw(array))).view(wanted).reshape(())
+    return torch.from_numpy(array.view(_numpy_raw(array))).view(wanted)
+
+
+def _numpy_raw(array: np.ndarray) -> np.dtype:
+    return np.dtype({1: "u1", 2: "i2", 4: "i4", 8: "i8"}[array.itemsize])
+
+
+def _raw(dtype: torch.dtype) -> torch.dtype:
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+
+def _put(net: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = net.get_submodule(path)
+    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor

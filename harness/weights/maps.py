@@ -1,0 +1,216 @@
+"""How a family's weights are named in public files, and how they become ours: names, shapes and cuts, no framework.
+
+A family has a `WeightMap` in `backbones/<family>/weights.py`, as `MAP`. It is plain data and numpy, so every engine
+uses the same one. Ours are the names and shapes of the torch network's state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from harness.errors import Refusal
+from harness.spec import BackboneSpec
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+Read = Callable[[str], np.ndarray]
+
+
+class Mismatch(ValueError):
+    """The shapes of a file do not allow what a recipe does; one line."""
+
+
+@dataclass(frozen=True)
+class Take:
+    """The tensor of that name."""
+
+    name: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shape(self, shapes: Shapes) -> Shape:
+        return shapes[self.name]
+
+    def evaluate(self, read: Read) -> np.ndarray:
+        return read(self.name)
+
+
+@dataclass(frozen=True)
+class Join:
+    """The tensors one after another along the first axis."""
+
+    names: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.names
+
+    def shape(self, shapes: Shapes) -> Shape:
+        first, *rest = (shapes[name] for name in self.names)
+        for name, shape in zip(self.names[1:], rest, strict=True):
+            if shape[1:] != first[1:]:
+                raise Mismatch(f"{name} {shape} does not fit beside {self.names[0]} {first}")
+        return (first[0] + sum(shape[0] for shape in rest), *first[1:])
+
+    def evaluate(self, read: Read) -> np.ndarray:
+        return np.concatenate([read(name) for name in self.names])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `index` of `of` equal ones along the first axis."""
+
+    name: str
+    index: int
+    of: int
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def shape(self, shapes: Shapes) -> Shape:
+        shape = shapes[self.name]
+        if not shape or shape[0] % self.of:
+            raise Mismatch(f"{self.name} {shape} cannot be cut into {self.of} parts")
+        return (shape[0] // self.of, *shape[1:])
+
+    def evaluate(self, read: Read) -> np.ndarray:
+        whole = read(self.name)
+        rows = whole.shape[0] // self.of
+        return np.ascontiguousarray(whole[self.index * rows : (self.index + 1) * rows])
+
+
+@dataclass(frozen=True)
+class Same:
+    """One tensor that the file holds under several names; copies that differ are refused."""
+
+    names: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.names
+
+    def shape(self, shapes: Shapes) -> Shape:
+        first = shapes[self.names[0]]
+        for name in self.names[1:]:
+            if shapes[name] != first:
+                raise Mismatch(f"{name} {shapes[name]} should be a copy of {self.names[0]} {first}")
+        return first
+
+    def evaluate(self, read: Read) -> np.ndarray:
+        first = read(self.names[0])
+        bits = first.reshape(-1).view(np.uint8)  # so that NaN equals itself
+        for name in self.names[1:]:
+            if not np.array_equal(read(name).reshape(-1).view(np.uint8), bits):
+                raise Refusal(
+                    f"{name} differs from {self.names[0]}; the harness's network has this tensor once, so the copies"
+                    " must be equal. These weights were trained apart and cannot be converted"
+                )
+        return first
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that the file does not hold and that is computed: float32 of `shape_`."""
+
+    shape_: Shape
+    make: Callable[[], np.ndarray]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ()
+
+    def shape(self, shapes: Shapes) -> Shape:
+        return self.shape_
+
+    def evaluate(self, read: Read) -> np.ndarray:
+        return np.ascontiguousarray(self.make(), dtype="<f4")
+
+
+Recipe = Take | Join | Part | Same | Made
+Recipes = dict[str, Recipe]  # by the name of what comes out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One public way to name and store a family's weights.
+
+    `marks` are names that such a file holds; `inward` makes our tensors from the file's names and shapes, given what
+    else is known of the network (a diffusers config under "config", builder arguments); it raises `Mismatch` or
+    KeyError(name) for what it cannot do without. `outward` makes the file's tensors from our names and shapes.
+    `beside` tells names of tensors that are kept, but are no part of the network.
+    """
+
+    name: str  # of `harness weights export --format`
+    title: str
+    marks: tuple[str, ...]
+    store: str = "state dict"  # how an export is stored: "state dict", "lightning" or "diffusers"
+    suffix: str = ".pt"
+    inward: Callable[[Shapes, Mapping[str, Any]], Recipes]
+    outward: Callable[[Shapes], Recipes]
+    beside: Callable[[str], bool] = lambda name: False
+    notes: Callable[[Shapes], tuple[str, ...]] = lambda shapes: ()
+    config: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None  # of a diffusers folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMap:
+    """A family's layouts, and what the shapes of its weights, under our names, say of the builder's arguments."""
+
+    layouts: tuple[Layout, ...]
+    facts: Callable[[BackboneSpec, Shapes], dict[str, Any]] = lambda spec, shapes: {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """Where the tensors found are not those of the network, by our names."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    wrong: tuple[tuple[str, Shape, Shape], ...] = ()  # name, found, expected
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.wrong)
+
+    @property
+    def count(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.wrong)
+
+    def first(self) -> str:
+        """The first problem and how many there are, in one line."""
+        if self.wrong:
+            name, found, expected = self.wrong[0]
+            text = f"{name} is {found}, the network's is {expected}"
+        elif self.missing:
+            text = f"{self.missing[0]} is missing"
+            text += f" and {self.unexpected[0]} is unexpected" if self.unexpected else ""
+        else:
+            text = f"{self.unexpected[0]} is unexpected"
+        parts = (
+            (len(self.wrong), "of another shape"),
+            (len(self.missing), "missing"),
+            (len(self.unexpected), "unexpected"),
+        )
+        return f"{text} (in all {', '.join(f'{count} {what}' for count, what in parts if count)})"
+
+
+def compare(found: Shapes, expected: Shapes, beside: Callable[[str], bool] = lambda name: False) -> Differences:
+    """What is missing, unexpected or of another shape in `found`."""
+    return Differences(
+        missing=tuple(name for name in expected if name not in found),
+        unexpected=tuple(name for name in found if name not in expected and not beside(name)),
+        wrong=tuple(
+            (name, found[name], expected[name]) for name in expected if name in found and found[name] != expected[name]
+        ),
+    )
+
+
+def take_all(shapes: Shapes, known: Mapping[str, Any] | None = None) -> Recipes:
+    """Every tensor under its own name."""
+    return {name: Take(name) for name in shapes}
