@@ -142,6 +142,7 @@ def draw_system(
     if system.decoder:
         say(f"reading decoder {system.decoder} ...")
         decoder = decoding.load(system.decoder, weights=bound.decoder, device=str(target))
+        _check_decoder(system, decoder)
     settings = {
         "seed": seed, "precision": precision, "uint8_rule": system.uint8_rule, "label_policy": system.label_policy,
     }  # fmt: skip
@@ -176,6 +177,19 @@ def draw_system(
     path = sampling.draw(job, lambda: _chain(bound, decoder, seed, precision, target, say), sidecar)
     sampling.write_grid_beside(path)
     return path
+
+
+def _check_decoder(system: System, decoder: decoding.Decoder) -> None:
+    """The latents that the base makes must be those that the decoder takes, and its images the protocol's."""
+    assert system.base is not None
+    latent = system.base.spec.arguments(**system.base.arguments)
+    made = (latent["in_channels"], latent["input_size"] * decoder.factor)
+    wanted = (decoder.channels, system.task.resolution)
+    if made != wanted or system.task.image_channels != 3:
+        raise Refusal(
+            f"system {system.name!r}: {system.base.backbone} makes {made[0]} channels that decode to {made[1]} pixels; "
+            f"decoder {decoder.name} takes {wanted[0]} and protocol {system.task.name!r} has {wanted[1]}"
+        )
 
 
 def _chain(
