@@ -114,6 +114,9 @@ def _features() -> list[Finding]:
 
     found = []
     for spec in registry.features:
+        if flag := getattr(spec, "weights_option", ""):  # a file of the user's, named when it is used
+            found.append(Finding("note", f"features {spec.name} need their weights", f"name them with {flag} FILE"))
+            continue
         try:
             spec.load("cpu")
             found.append(Finding("ok", f"features {spec.name}"))
@@ -128,7 +131,7 @@ def _plugins() -> list[Finding]:
     from harness import registry
 
     found = []
-    for noun in ("backbones", "protocols", "datasets", "samplers", "objectives", "features", "metrics", "suites"):
+    for noun in ("backbones", "protocols", "datasets", "samplers", "objectives", "features", "metrics", "suites", "systems"):
         items = getattr(registry, noun)
         names = items.names()
         others = sorted({items.owner(name) for name in names} - {registry.OWN_DISTRIBUTION})
