@@ -1,67 +1,211 @@
-"""Is the difference real: win, loss or tie between two sets of records, metric by metric."""
+"""Is the difference real: win, loss or tie between two sides, metric by metric.
+
+A side is a set of records. Those of one metric and one way of sampling that differ in seeds alone belong together: they
+are sample sets of one checkpoint (sampling seeds) and checkpoints of one experiment (training seeds).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean, variance
 
 from harness.errors import Refusal
+from results import student
 from results.records import Record, comparable_key
 
-RULE = (
-    "tie: the difference is at most the root of the sum of the squared half-widths of the two 95 % intervals. "
-    "The intervals cover the draw of the samples, so with one training seed a side the verdict is about these two "
-    "checkpoints, not about the two backbones: training again moves a Frechet distance more than sampling again does"
+CONFIDENCE = 0.975  # two-sided 95 %
+SEEDS_RULE = (
+    "training seeds on both sides: win or loss where the 95 % interval of the difference of the means over training "
+    "seeds (Welch, Satterthwaite's degrees of freedom) leaves out 0; it speaks of the two experiments"
 )
+SAMPLING_RULE = (
+    "one training seed on a side: win or loss where the difference exceeds the root of the sum of the squared 95 % "
+    "half-widths of sampling; it speaks of these checkpoints, not of the backbones. Training again moves a Frechet "
+    "distance about 3 times as far as sampling again does (arXiv:2606.20536), so the last column says what is left at "
+    "3.2 times that noise"
+)
+RULE = f"{SEEDS_RULE}. {SAMPLING_RULE}. Each line stands by itself: of twenty ties one shows a win or a loss by chance."
+RETRAINING = 3.2  # noise of training again over that of sampling again (arXiv:2606.20536)
 ORDER = ("fid", "fd", "sfid", "kid", "is", "precision", "recall", "copies")  # as in the tables
 LOWER_IS_BETTER = frozenset({"fd", "fid", "sfid", "kid", "copies", "loss_mse", "loss_vb"})
 
 
 @dataclass(frozen=True, kw_only=True)
+class Group:
+    """The records of one side for one metric and one way of sampling, by checkpoint."""
+
+    checkpoints: tuple[tuple[Record, ...], ...]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(record for each in self.checkpoints for record in each)
+
+    @property
+    def means(self) -> list[float]:
+        """Of each checkpoint over its sampling seeds."""
+        return [fmean(record.value for record in each) for each in self.checkpoints]
+
+    @property
+    def value(self) -> float:
+        return fmean(self.means)
+
+    @property
+    def n(self) -> int:
+        return self.records[0].n
+
+    def sampling_half_width(self, *, upward: bool) -> float | None:
+        """95 % half-width of the value over the draw of the samples; None where no record tells one.
+
+        Of a checkpoint with several sampling seeds from their spread, else from the record's own interval, on the
+        side that faces the other value: intervals of shares are not symmetric.
+        """
+        halves = []
+        for records in self.checkpoints:
+            if len(records) > 1:
+                spread = math.sqrt(variance([record.value for record in records]) / len(records))
+                halves.append(student.quantile(CONFIDENCE, len(records) - 1) * spread)
+                continue
+            (record,) = records
+            if record.low is None or record.high is None:
+                return None
+            halves.append(record.high - record.value if upward else record.value - record.low)
+        return math.hypot(*halves) / len(halves)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`verdict` is A's: win, loss, tie, or unknown where an interval is missing. `noise` is the tie's limit."""
+    """`verdict` is A's: win, loss, tie, or unknown where an interval is missing. `noise` is the tie's limit.
+
+    scope: "training seeds" or "these checkpoints". `again` is the verdict left if both sides were trained again, by
+    the rule of thumb; None where the training seeds themselves tell. degrees: of freedom, of the training seeds' test.
+    """
 
     metric: str
     sampling: str  # what both sides were sampled with
-    a: Record
-    b: Record
+    a: Group
+    b: Group
     difference: float  # a - b
     noise: float | None
+    degrees: float | None
+    scope: str
     verdict: str
+    again: str | None
 
 
 def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     """Verdicts for every metric and sampling setting that both sides have, in a fixed order.
 
-    Records are compared only where data set, resolution, N, suite, features and reference agree. A side with two
-    records for the same cell (say, of two training lengths) is ambiguous and refused, as is having nothing in common.
+    Records are compared only where data set, resolution, N, suite, features and reference agree. Where the two sides
+    share no way of sampling but each has one alone (with the same steps, or at all), those are compared, and the
+    verdict's `sampling` names both. A side with records of
+    one cell that differ in more than seeds (say, of two training lengths) is ambiguous and refused, as is having
+    nothing in common.
     """
     left, right = _cells(a, "A"), _cells(b, "B")
     common = sorted(set(left) & set(right), key=lambda cell: (_rank(cell[0]), str(cell)))
-    if not common:
+    if common:
+        return [_verdict(cell[0], cell[2], left[cell], right[cell]) for cell in common]
+    pairs = _one_way_each(left, right, by_steps=True) or _one_way_each(left, right, by_steps=False)
+    if not pairs:
         raise Refusal(f"A and B have no measurement that may be compared: {_why(left, right)}")
-    return [_verdict(left[cell], right[cell]) for cell in common]
+    return [_verdict(metric, text, x, y) for metric, text, x, y in pairs]
+
+
+def differing(a: Record, b: Record) -> dict[str, tuple]:
+    """Settings in which two records differ, but for seeds, hashes and what the compute follows from."""
+    skipped = {
+        "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
+        "decoder_gflops", "images", "micro_batch", "batch",
+    }  # fmt: skip
+    found = {}
+    for part in ("training", "sampling"):
+        one, other = getattr(a, part), getattr(b, part)
+        if one is None or other is None:
+            continue
+        for field in dataclasses.fields(one):
+            values = (getattr(one, field.name), getattr(other, field.name))
+            if field.name not in skipped and None not in values and values[0] != values[1]:
+                found[f"{part} {field.name}".replace("_", " ")] = values
+    return found
+
+
+def _one_way_each(left: dict, right: dict, *, by_steps: bool) -> list[tuple[str, str, Group, Group]]:
+    """(metric, text, A, B) where each side has one way of sampling alone, of the same number of steps if `by_steps`."""
+    sides = []
+    for side in (left, right):
+        found: dict[tuple, list] = {}
+        for (metric, mode, sampling, key), group in side.items():
+            drawn = group.records[0].sampling
+            steps = (drawn.steps if drawn else None) if by_steps else None
+            found.setdefault((metric, mode, key, steps), []).append((sampling, group))
+        sides.append(found)
+    pairs = []
+    for cell in sorted(set(sides[0]) & set(sides[1]), key=lambda cell: (_rank(cell[0]), str(cell))):
+        if len(sides[0][cell]) == len(sides[1][cell]) == 1:
+            ((one, x),), ((other, y),) = sides[0][cell], sides[1][cell]
+            pairs.append((cell[0], f"{one} against {other}", x, y))
+    return pairs
 
 
 def _rank(metric: str) -> int:
     return ORDER.index(metric) if metric in ORDER else len(ORDER)
 
 
-def _cells(records: Iterable[Record], side: str) -> dict[tuple, Record]:
-    cells: dict[tuple, Record] = {}
+def _cells(records: Iterable[Record], side: str) -> dict[tuple, Group]:
+    cells: dict[tuple, dict[str, Record]] = {}
     for record in records:
         mode = record.evaluation.mode if record.evaluation else None
         cell = (record.metric, mode, _sampling(record), comparable_key(record))
-        other = cells.setdefault(cell, record)
-        if other.id != record.id:
-            steps = [each.training.steps if each.training else None for each in (other, record)]
-            remedy = "narrow it with --step" if steps[0] != steps[1] else "name one run, or one record file"
-            raise Refusal(
-                f"{side} holds two results for {record.metric} at {_sampling(record)} (training steps {steps[0]} and "
-                f"{steps[1]}); {remedy}"
-            )
-    return cells
+        cells.setdefault(cell, {})[record.id] = record
+    return {cell: _group(list(found.values()), side) for cell, found in cells.items()}
+
+
+def _group(records: list[Record], side: str) -> Group:
+    """By checkpoint; refused where records differ in more than seeds."""
+    first = records[0]
+    for other in records[1:]:
+        if _experiment(first) == _experiment(other):
+            continue
+        steps = [each.training.steps if each.training else None for each in (first, other)]
+        if steps[0] != steps[1]:
+            what, remedy = f"training steps {steps[0]} and {steps[1]}", "narrow it with --step"
+        else:
+            what, remedy = f"{first.system} and {other.system}", "name one run, or one record file"
+            for name, values in differing(first, other).items():
+                what = f"{name} {values[0]} and {values[1]}"
+        raise Refusal(f"{side} holds two results for {first.metric} at {_sampling(first)} ({what}); {remedy}")
+    checkpoints: dict[tuple, list[Record]] = {}
+    for record in records:
+        training = record.training
+        checkpoint = (training.seed, training.checkpoint_sha256) if training else (None, None)
+        checkpoints.setdefault(checkpoint, []).append(record)
+    seeds = [record.sampling.seed if record.sampling else None for found in checkpoints.values() for record in found]
+    pairs = list(zip((key for key, found in checkpoints.items() for _ in found), seeds, strict=True))
+    if len(set(pairs)) != len(pairs):
+        raise Refusal(
+            f"{side} holds two results for {first.metric} at {_sampling(first)} with the same seeds; name one run, or "
+            "one record file"
+        )
+    ordered = sorted(checkpoints.items(), key=lambda item: str(item[0]))
+    return Group(checkpoints=tuple(tuple(found) for _, found in ordered))
+
+
+def _experiment(record: Record) -> tuple:
+    """What records of one group agree in: everything but seeds, values, and what follows from seeds."""
+    training = record.training and dataclasses.replace(record.training, seed=None, checkpoint_sha256=None)
+    sampling = record.sampling and dataclasses.replace(record.sampling, seed=None, samples_sha256=None, batch=None)
+    return (
+        record.system,
+        record.backbone,
+        record.framework,
+        record.protocol,
+        record.protocol_version,
+        training,
+        sampling,
+    )
 
 
 def _sampling(record: Record) -> str:
@@ -75,32 +219,48 @@ def _sampling(record: Record) -> str:
         words.append(f"guidance {drawn.guidance_scale:g} ({drawn.guidance_channels})")
     if drawn.precision not in (None, "float32"):
         words.append(drawn.precision)
-    if drawn.seed:
-        words.append(f"sampling seed {drawn.seed}")
     return ", ".join(words)
 
 
-def _verdict(a: Record, b: Record) -> Verdict:
+def _verdict(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
     difference = a.value - b.value
-    noise = None
-    verdict = "unknown"
-    if a.low is not None and b.low is not None:
-        # Each side's half-width towards the other: intervals of shares are not symmetric.
-        half_a = (a.value - a.low) if difference > 0 else (a.high - a.value)
-        half_b = (b.high - b.value) if difference > 0 else (b.value - b.low)
-        noise = math.hypot(half_a, half_b)
-        better = difference < 0 if a.metric in LOWER_IS_BETTER else difference > 0
-        verdict = "tie" if abs(difference) <= noise else "win" if better else "loss"
+    better = difference < 0 if metric in LOWER_IS_BETTER else difference > 0
+
+    def judged(noise: float) -> str:
+        return "tie" if abs(difference) <= noise else "win" if better else "loss"
+
+    noise = degrees = again = None
+    verdict, scope = "unknown", "these checkpoints"
+    if min(len(a.checkpoints), len(b.checkpoints)) > 1:
+        scope = "training seeds"
+        noise, degrees = _welch(a.means, b.means)
+        verdict = judged(noise)
+    else:
+        halves = (a.sampling_half_width(upward=difference < 0), b.sampling_half_width(upward=difference > 0))
+        if None not in halves:
+            noise = math.hypot(*halves)
+            verdict, again = judged(noise), judged(RETRAINING * noise)
     return Verdict(
-        metric=a.metric, sampling=_sampling(a), a=a, b=b, difference=difference, noise=noise, verdict=verdict
+        metric=metric, sampling=sampling, a=a, b=b, difference=difference, noise=noise, degrees=degrees, scope=scope,
+        verdict=verdict, again=again,
     )  # fmt: skip
 
 
-def _why(left: dict[tuple, Record], right: dict[tuple, Record]) -> str:
+def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
+    """95 % half-width of the difference of two means of unequal variances, and its degrees of freedom (Welch 1947)."""
+    parts = [(variance(each) / len(each), len(each)) for each in (a, b)]
+    total = sum(part for part, _ in parts)
+    if total == 0:  # seeds that change nothing
+        return 0.0, math.inf
+    degrees = total**2 / sum(part**2 / (count - 1) for part, count in parts)
+    return student.quantile(CONFIDENCE, degrees) * math.sqrt(total), degrees
+
+
+def _why(left: dict[tuple, Group], right: dict[tuple, Group]) -> str:
     names = ("data set", "resolution", "N", "suite", "features", "reference")
     if not left or not right:
         return f"{'A' if not left else 'B'} holds no records"
-    one, other = next(iter(left.values())), next(iter(right.values()))
+    one, other = next(iter(left.values())).records[0], next(iter(right.values())).records[0]
     for name, x, y in zip(names, comparable_key(one), comparable_key(other), strict=True):
         if x != y:
             return f"{name} is {x} in A and {y} in B"

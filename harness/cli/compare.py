@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
 from harness.cli.options import FOLDER, Count, json_option
 from harness.errors import Refusal
-from results.compare import RULE, compare
+from results.compare import RULE, SAMPLING_RULE, SEEDS_RULE, Group, Verdict, compare, differing
 from results.records import Record
 from results.store import find_record_files, load
 
@@ -20,40 +22,70 @@ from results.store import find_record_files, load
 @click.option("--step", type=Count(), help="Training steps of the records to compare, where a side has several.")
 @json_option
 def command(a: Path, b: Path, step: int | None, as_json: bool) -> None:
-    """Compare two results (A and B: runs, folders of runs, or record files): win, loss or tie for A, and the rule."""
+    """Compare two results (A and B: runs, folders of runs, or record files): win, loss or tie for A, and the rule.
+
+    Several training seeds, or sampling seeds, of one experiment belong together: put their runs into one folder.
+    """
     verdicts = compare(_records(a, step), _records(b, step))
+    first = verdicts[0]
+    unlike = differing(first.a.records[0], first.b.records[0])
     if as_json:
-        rows = [
-            {
-                "metric": each.metric, "sampling": each.sampling, "a": each.a.value, "b": each.b.value,
-                "difference": each.difference, "noise": each.noise, "verdict": each.verdict,
-                "a_id": each.a.id, "b_id": each.b.id,
-            }
-            for each in verdicts
-        ]  # fmt: skip
-        click.echo(json.dumps({"rule": RULE, "rows": rows}, indent=2))
+        document = {"rule": RULE, "differing": unlike, "rows": [_row(each) for each in verdicts]}
+        click.echo(json.dumps(document, indent=2))
         return
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from reports.columns import measured_text
-
-    table = Table(title=f"A = {escape(_name(verdicts[0].a))}   B = {escape(_name(verdicts[0].b))}")
-    for heading in ("metric", "samples", "A", "B", "A - B", "noise", "A is a"):
-        table.add_column(heading, justify="left" if heading in ("metric", "samples", "A is a") else "right")
+    click.echo(f"A = {_name(first.a)}")
+    click.echo(f"B = {_name(first.b)}")
+    ways = sorted({each.sampling for each in verdicts})
+    click.echo(f"N = {first.a.n:,}" + (f", {ways[0]}" if len(ways) == 1 else ""))
+    seeds = first.scope == "training seeds"
+    columns = {
+        "metric": lambda each: each.metric,
+        "sampling": lambda each: escape(each.sampling),
+        "A": lambda each: f"{each.a.value:.4g}",
+        "B": lambda each: f"{each.b.value:.4g}",
+        "A - B": lambda each: f"{each.difference:+.3g}",
+        "noise": lambda each: "-" if each.noise is None else f"{each.noise:.3g}",
+        "A is a": lambda each: each.verdict,
+        "trained again": lambda each: each.again or "unknown",
+    }
+    for name, needless in (("sampling", len(ways) == 1), ("trained again", seeds)):
+        if needless:
+            del columns[name]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in columns:
+        number = heading in ("A", "B", "A - B", "noise")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for each in verdicts:
-        table.add_row(
-            each.metric,
-            f"{each.sampling}, N={each.a.n}",
-            measured_text(each.a.value, each.a.low, each.a.high).replace(" [", "\n["),
-            measured_text(each.b.value, each.b.low, each.b.high).replace(" [", "\n["),
-            f"{each.difference:+.4g}",
-            "-" if each.noise is None else f"{each.noise:.3g}",
-            each.verdict,
-        )
+        table.add_row(*(text(each) for text in columns.values()))
     Console().print(table)
-    click.echo(RULE)
+    if unlike:
+        text = "; ".join(f"{name} {values[0]} and {values[1]}" for name, values in unlike.items())
+        click.echo(f"A and B also differ in: {text}")
+    click.echo(SEEDS_RULE if seeds else SAMPLING_RULE)
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    degrees = verdict.degrees
+    return {
+        "metric": verdict.metric,
+        "sampling": verdict.sampling,
+        "a": verdict.a.value,
+        "b": verdict.b.value,
+        "difference": verdict.difference,
+        "noise": verdict.noise,
+        "degrees_of_freedom": None if degrees is None or math.isinf(degrees) else degrees,
+        "scope": verdict.scope,
+        "verdict": verdict.verdict,
+        "trained_again": verdict.again,
+        "a_seeds": [len(each) for each in verdict.a.checkpoints],
+        "b_seeds": [len(each) for each in verdict.b.checkpoints],
+        "a_ids": [each.id for each in verdict.a.records],
+        "b_ids": [each.id for each in verdict.b.records],
+    }
 
 
 def _records(path: Path, step: int | None) -> list[Record]:
@@ -68,6 +100,12 @@ def _records(path: Path, step: int | None) -> list[Record]:
     return found
 
 
-def _name(record: Record) -> str:
+def _name(group: Group) -> str:
+    record = group.records[0]
     training = record.training
-    return record.system + (f", {training.steps} steps, seed {training.seed}" if training and training.steps else "")
+    if training is None or not training.steps:
+        return record.system
+    seeds = sorted({each.training.seed for each in group.records if each.training and each.training.seed is not None})
+    words = f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
+    sets = max(len(each) for each in group.checkpoints)
+    return f"{record.system}, {training.steps} steps{words}" + (f", {sets} sampling seeds" if sets > 1 else "")

@@ -79,4 +79,4 @@ def test_the_direction_of_every_built_in_metric_is_known():
 
     assert {key for key, metric in METRICS.items() if metric.direction == "lower"} <= LOWER_IS_BETTER
     assert not {key for key, metric in METRICS.items() if metric.direction == "higher"} & LOWER_IS_BETTER
-    assert "training again" in RULE
+    assert "Training again" in RULE and "training seeds" in RULE

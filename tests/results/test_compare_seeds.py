@@ -1,0 +1,110 @@
+"""Comparison over seeds: what belongs together, the rule, and how often it is wrong where the truth is known."""
+
+import dataclasses
+import math
+import random
+
+import pytest
+from scipy.special import stdtrit
+
+from harness.errors import Refusal
+from results import student
+from results.compare import RETRAINING, compare, differing
+from results.records import Evaluation, Record, Sampling, Training
+
+
+@pytest.mark.parametrize("degrees", [1, 1.5, 2, 3, 4.7, 10, 19, 30, 200, 5000])
+@pytest.mark.parametrize("probability", [0.5, 0.6, 0.9, 0.975, 0.995, 0.9999])
+def test_quantiles_are_scipys(degrees, probability):
+    assert student.quantile(probability, degrees) == pytest.approx(stdtrit(degrees, probability), rel=1e-6, abs=1e-6)
+
+
+def test_quantiles_out_of_range():
+    for probability, degrees in ((0.4, 3), (1.0, 3), (0.9, 0)):
+        with pytest.raises(ValueError):
+            student.quantile(probability, degrees)
+
+
+def seeded(value, seed, drawn=0, system="a", half=0.5, steps=50):
+    """A record of the checkpoint of a training seed, sampled with another."""
+    return Record(
+        provenance="measured",
+        metric="fd",
+        value=value,
+        low=value - half,
+        high=value + half,
+        n=1000,
+        protocol="digits",
+        resolution=8,
+        dataset="digits",
+        system=system,
+        training=Training(steps=800, seed=seed, checkpoint_sha256=f"{system}{seed}"),
+        sampling=Sampling(sampler="ddpm", steps=steps, seed=drawn, samples_sha256=f"{system}{seed}-{drawn}"),
+        evaluation=Evaluation(suite="embedded", features_sha256="f", reference_sha256="r"),
+    )
+
+
+def test_training_seeds_are_welchs_test():
+    a = [seeded(value, seed) for seed, value in enumerate((10.0, 11.0, 12.5))]
+    b = [seeded(value, seed, system="b") for seed, value in enumerate((13.0, 13.4))]
+    (found,) = compare(a, b)
+    variances = (1.5833333 / 3, 0.08 / 2)
+    degrees = sum(variances) ** 2 / (variances[0] ** 2 / 2 + variances[1] ** 2 / 1)
+    assert found.scope == "training seeds" and found.again is None
+    assert found.degrees == pytest.approx(degrees, rel=1e-6)
+    assert found.noise == pytest.approx(stdtrit(degrees, 0.975) * math.sqrt(sum(variances)), rel=1e-6)
+    assert found.difference == pytest.approx(33.5 / 3 - 13.2) and found.verdict == "tie"
+    assert [len(each) for each in found.a.checkpoints] == [1, 1, 1]
+
+
+def test_sampling_seeds_of_one_checkpoint_are_averaged_and_tell_their_own_noise():
+    a = [seeded(value, 0, drawn) for drawn, value in enumerate((10.0, 10.2, 10.4))]
+    (found,) = compare(a, [seeded(12.0, 0, system="b", half=0.3)])
+    half = stdtrit(2, 0.975) * 0.2 / math.sqrt(3)
+    assert found.scope == "these checkpoints" and found.a.value == pytest.approx(10.2)
+    assert found.noise == pytest.approx(math.hypot(half, 0.3), rel=1e-6)
+    assert found.verdict == "win" and found.again == "tie"  # 1.8 against 0.58, and 3.2 times that
+    (found,) = compare(a, [seeded(10.2 + 1.01 * RETRAINING * found.noise, 0, system="b", half=0.3)])
+    assert found.again == "win"
+
+
+def test_what_differs_in_more_than_seeds_does_not_belong_together():
+    with pytest.raises(Refusal, match="a and c"):
+        compare([seeded(1.0, 0), seeded(1.0, 1, system="c")], [seeded(2.0, 0, system="b")])
+    other = dataclasses.replace(seeded(1.5, 1), training=Training(steps=800, seed=1, learning_rate=0.1))
+    with pytest.raises(Refusal, match="holds two results"):
+        compare([seeded(1.0, 0), other], [seeded(2.0, 0, system="b")])
+    again = dataclasses.replace(seeded(1.0, 0), value=1.2, low=None, high=None)
+    with pytest.raises(Refusal, match="with the same seeds"):
+        compare([seeded(1.0, 0), again], [seeded(2.0, 0, system="b")])
+
+
+def test_one_way_of_sampling_each_is_compared_and_said():
+    guided = dataclasses.replace(
+        seeded(8.0, 0, system="b"),
+        sampling=Sampling(sampler="ddpm", steps=50, guidance_scale=1.5, guidance_channels="all"),
+    )
+    (found,) = compare([seeded(10.0, 0), seeded(12.0, 0, steps=10)], [guided])  # the 50 steps, not the 10
+    assert found.sampling == "ddpm-50 against ddpm-50, guidance 1.5 (all)" and found.difference == 2.0
+    unlike = dataclasses.replace(seeded(8.0, 0, system="b"), training=Training(steps=400, seed=3))
+    assert differing(seeded(1.0, 0), unlike) == {"training steps": (800, 400)}
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_how_often_the_rule_is_wrong_and_right(seeds):
+    """Training seeds spread by 1, sampling by 0.3 (known to the interval): 2,000 comparisons of equals, then of unequals."""
+    draw = random.Random(seeds)
+
+    def side(mean, system):
+        return [
+            seeded(draw.gauss(mean, 1) + draw.gauss(0, 0.3), seed, system=system, half=0.6) for seed in range(seeds)
+        ]
+
+    trials = 2000
+    wrong = sum(compare(side(10, "a"), side(10, "b"))[0].verdict != "tie" for _ in range(trials)) / trials
+    assert wrong < 0.05 + 4 * math.sqrt(0.05 * 0.95 / trials)  # Welch's test is cautious with two seeds
+    assert wrong > 0.01
+    right = [
+        sum(compare(side(10, "a"), side(10 + gap, "b"))[0].verdict == "win" for _ in range(300)) / 300 for gap in (1, 4)
+    ]
+    assert right[1] > right[0] and right[1] > {2: 0.2, 3: 0.7, 5: 0.98}[seeds]
