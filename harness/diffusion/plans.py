@@ -123,7 +123,7 @@ def ldm_ddim_plan(
     """
     if not (math.isfinite(eta) and 0 <= eta <= 1):
         raise Refusal(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
-    timesteps = np.arange(0, len(schedule), max(len(schedule) // int(steps), 1)) + 1
+    timesteps = np.arange(0, len(schedule), max(len(schedule) // max(int(steps), 1), 1)) + 1
     if len(timesteps) != int(steps) or timesteps[-1] >= len(schedule):
         fitting = [n for n in range(1, len(schedule) // 2 + 1) if len(schedule) % n == 0]
         near = min(fitting, key=lambda n: abs(n - int(steps)))
