@@ -21,6 +21,7 @@ from harness.spec import BackboneSpec
 
 Item = TypeVar("Item")
 
+MOST_NAMES = 12  # that a message lists
 OWN_DISTRIBUTION = "backbone-harness"
 
 
@@ -106,7 +107,8 @@ def unknown(noun: str, name: str, known: Iterable[str]) -> str:
     """One line for an unknown name, with the nearest known ones."""
     known = list(known)
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    names = ", ".join(known[:MOST_NAMES]) + (f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else "")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {names or 'none'}"
     return f"unknown {noun} {name!r}; {hint}"
 
 

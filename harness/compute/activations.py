@@ -9,6 +9,8 @@ import torch
 from harness.compute.meta_torch import FusedAttention, build_on_meta, example_inputs, neutral_state
 from harness.spec import BackboneSpec
 
+UNEQUAL_BLOCKS = 4  # the largest block of a U-Net keeps less than this part of the whole
+
 
 def activation_bytes(spec: BackboneSpec, **overrides: Any) -> int:
     """Bytes that one image's forward pass in float32 leaves for the backward pass: an estimate of a step's memory.
@@ -18,9 +20,9 @@ def activation_bytes(spec: BackboneSpec, **overrides: Any) -> int:
     """
     saved = _saved_bytes(spec, overrides)
     arguments = spec.arguments(**overrides)
-    if arguments.get("gradient_checkpointing") and arguments.get("depth"):
+    if arguments.get("gradient_checkpointing"):
         everything = _saved_bytes(spec, {**overrides, "gradient_checkpointing": False})
-        saved += max(everything - saved, 0) // arguments["depth"]
+        saved += max(everything - saved, 0) // (arguments.get("depth") or UNEQUAL_BLOCKS)
     return saved
 
 

@@ -189,7 +189,7 @@ class System:
             fitting = kinds.get(name, ("upsampler",))
             if part.spec.kind not in fitting:
                 raise Refusal(
-                    f"{where}: {name} is {part.backbone!r}, a {part.spec.kind}; it must be a {' or '.join(fitting)}"
+                    f"{where}: {name} is {part.backbone!r}, of kind {part.spec.kind}; it must be a {' or '.join(fitting)}"
                 )
         for stage in self.stages:
             if stage.spec.kind == "generator":
@@ -216,7 +216,7 @@ class System:
             if arguments.get("num_classes", task.num_classes) != task.num_classes:
                 raise Refusal(
                     f"{where}: {name} has {arguments['num_classes']} classes and protocol {task.name!r} has "
-                    f"{task.num_classes}; give arguments = {{ num_classes = {task.num_classes} }}"
+                    f"{task.num_classes}; choose weights, or arguments, of {task.num_classes}"
                 )
         if self.classifier is not None:
             seen, guided = full["classifier"], full["base"]

@@ -174,8 +174,9 @@ def draw_system(
         "weights": {name: str(source.path) for name, source in bound.sources.items()},
         "environment": evaluation.environment(device_name(target)),
     }
-    path = sampling.draw(job, lambda: _chain(bound, decoder, seed, precision, target, say), sidecar)
-    sampling.write_grid_beside(path)
+    with runs.locked(job.folder):
+        path = sampling.draw(job, lambda: _chain(bound, decoder, seed, precision, target, say), sidecar)
+        sampling.write_grid_beside(path)
     return path
 
 

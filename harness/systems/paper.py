@@ -143,10 +143,9 @@ def _small() -> tuple[System, ...]:
     """Ours, for the digits: the same constructions at a size that a laptop trains."""
     image = {"in_channels": 1, "num_classes": 10}
     base = Stage(
-        backbone="adm-xs", arguments={"input_size": 8, "attention_resolutions": (4,), **image}, steps=50,
-        clip_denoised=True,
+        backbone="adm-xs", arguments={"input_size": 8, **image}, steps=50, clip_denoised=True
     )  # fmt: skip
-    low = replace(base, arguments={"input_size": 4, "attention_resolutions": (4,), **image})
+    low = replace(base, arguments={"input_size": 4, **image})
     classifier = Guide(backbone="adm-classifier-xs", arguments=dict(base.arguments), scale=1.0)
     upsampler = Stage(
         backbone="adm-u-xs", arguments={"low_res_size": 4, **base.arguments}, steps=50, clip_denoised=True
