@@ -212,7 +212,10 @@ def _guidance(system: dict[str, Any]) -> dict[str, Any]:
     if classifier is not None and base["guidance_scale"] == 1:
         return {"guidance_scale": classifier["scale"], "guidance_channels": "classifier"}
     guided = base["guidance_scale"] != 1
-    return {"guidance_scale": base["guidance_scale"], "guidance_channels": base["guidance_channels"] if guided else None}
+    return {
+        "guidance_scale": base["guidance_scale"],
+        "guidance_channels": base["guidance_channels"] if guided else None,
+    }
 
 
 def _training_of_parts(parts: dict[str, Any], weights: dict[str, Any], checkpoint: str) -> Training:

@@ -131,7 +131,17 @@ def _plugins() -> list[Finding]:
     from harness import registry
 
     found = []
-    for noun in ("backbones", "protocols", "datasets", "samplers", "objectives", "features", "metrics", "suites", "systems"):
+    for noun in (
+        "backbones",
+        "protocols",
+        "datasets",
+        "samplers",
+        "objectives",
+        "features",
+        "metrics",
+        "suites",
+        "systems",
+    ):
         items = getattr(registry, noun)
         names = items.names()
         others = sorted({items.owner(name) for name in names} - {registry.OWN_DISTRIBUTION})

@@ -106,7 +106,10 @@ def test_an_ldm_and_its_first_stage_come_from_one_checkpoint(tmp_path):
     net = network("ldm-xs", 8, 3)
     torch.manual_seed(1)
     first_stage = VQAutoencoder(**VQ).eval()
-    state = {**net.state_dict(), **{f"first_stage_model.{name}": each for name, each in first_stage.state_dict().items()}}
+    state = {
+        **net.state_dict(),
+        **{f"first_stage_model.{name}": each for name, each in first_stage.state_dict().items()},
+    }
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.ckpt")
     torch.save(first_stage.state_dict(), tmp_path / "vq.pt")
     system = files(tmp_path, "ldm-xs", 8, 3, tmp_path / "model.ckpt")

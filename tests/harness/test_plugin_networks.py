@@ -34,7 +34,13 @@ def engine(tmp_path, net, micro_batch=24):
     wanted = request(steps=4)
     shop = workshop(tmp_path / "run", wanted, micro_batch=micro_batch)
     return TorchEngine(
-        wanted.spec, net, arguments=wanted.spec.arguments(**wanted.arguments), recipe=wanted.recipe, seed=0, resolved=shop.run.resolved, data=shop.data
+        wanted.spec,
+        net,
+        arguments=wanted.spec.arguments(**wanted.arguments),
+        recipe=wanted.recipe,
+        seed=0,
+        resolved=shop.run.resolved,
+        data=shop.data,
     )
 
 

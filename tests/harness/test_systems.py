@@ -135,7 +135,10 @@ def test_a_broken_file_is_refused_by_item(change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"base": Stage(backbone="adm-u-xs")}, "base is 'adm-u-xs', of kind upsampler; it must be a denoiser or generator"),
+        (
+            {"base": Stage(backbone="adm-u-xs")},
+            "base is 'adm-u-xs', of kind upsampler; it must be a denoiser or generator",
+        ),
         ({"classifier": Guide(backbone="adm-xs")}, "classifier is 'adm-xs', of kind denoiser"),
         ({"base": Stage(backbone="adm-xs", arguments=SMALL, guidance_scale=2.0)}, "has no null label"),
         ({"base": Stage(backbone="adm-xs", arguments={**SMALL, "num_classes": 7})}, "7 classes and protocol 'digits'"),

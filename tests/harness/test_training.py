@@ -118,7 +118,13 @@ def test_label_dropout_replaces_the_stated_share(monkeypatch, tmp_path):
     forward = net.forward
     monkeypatch.setattr(net, "forward", lambda x, t, y: (seen.append(y.clone()), forward(x, t, y))[1])
     engine = torch_trainer.TorchEngine(
-        wanted.spec, net, arguments=wanted.spec.arguments(**wanted.arguments), recipe=wanted.recipe, seed=0, resolved=shop.run.resolved, data=shop.data
+        wanted.spec,
+        net,
+        arguments=wanted.spec.arguments(**wanted.arguments),
+        recipe=wanted.recipe,
+        seed=0,
+        resolved=shop.run.resolved,
+        data=shop.data,
     )
     for step in range(1, 41):
         engine.step(step, lambda: False)
