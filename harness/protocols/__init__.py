@@ -17,11 +17,11 @@ from typing import Any
 from harness.errors import Refusal
 from harness.registry import protocols, unknown
 
-UINT8_RULES = {  # x about [-1, 1] to 0 ... 255: (factor, offset) of an affine map that is clamped and truncated
-    "dit": (127.5, 128.0),  # facebookresearch/DiT sample_ddp.py; StyleGAN's too
-    "adm": (127.5, 127.5),  # openai/guided-diffusion scripts/*_sample.py: half a level darker
-    "ldm": (127.5, 127.5),  # CompVis/latent-diffusion: clamp((x + 1) / 2, 0, 1) x 255
-    "biggan": (128.0, 128.0),  # pytorch-pretrained-BigGAN utils.py: (x + 1) / 2 x 256
+UINT8_RULES = {  # x about [-1, 1] to 0 ... 255 as (x + shift) factor + offset, clamped and truncated
+    "dit": (0.0, 127.5, 128.0),  # facebookresearch/DiT sample_ddp.py; StyleGAN's too
+    "adm": (1.0, 127.5, 0.0),  # openai/guided-diffusion scripts/*_sample.py: half a level darker
+    "ldm": (1.0, 127.5, 0.0),  # CompVis/latent-diffusion: clamp((x + 1) / 2, 0, 1) x 255
+    "biggan": (1.0, 128.0, 0.0),  # pytorch-pretrained-BigGAN utils.py: (x + 1) / 2 x 256
 }
 
 

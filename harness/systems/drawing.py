@@ -112,6 +112,12 @@ def _of_run(name: str, part: Stage | Guide, folder: Path) -> tuple[Stage | Guide
     changes: dict[str, Any] = {"backbone": run.backbone, "arguments": arguments}
     if isinstance(part, Stage):
         recipe = run.recipe
+        if part.conditioning_noise > recipe.conditioning_noise:
+            raise Refusal(
+                f"--weights {name}={folder}: it was trained with conditioning_noise {recipe.conditioning_noise:g}, and the "
+                f"system gives it {part.conditioning_noise:g}; train it with --set conditioning_noise="
+                f"{part.conditioning_noise:g} or more"
+            )
         changes |= {
             "objective": recipe.objective, "schedule": recipe.schedule, "diffusion_steps": recipe.diffusion_steps,
         }  # fmt: skip

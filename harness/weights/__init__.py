@@ -1,4 +1,4 @@
-"""Public checkpoints in and out, read without executing anything in them (DESIGN.md sec. 9.6).
+"""Public checkpoints in and out, read without executing anything in them.
 
     harness.weights.load_into(net, path, spec)   any accepted file into a torch network -> Provenance
     harness.weights.open_weights(path)           the tensors of a file by name, not read yet

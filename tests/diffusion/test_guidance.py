@@ -210,13 +210,13 @@ def exact_network(v):
 def test_an_exact_classifier_makes_the_mixture_its_class(plan):
     """Bayes: the score of p(x) plus the gradient of log p(y | x) is the score of p(x | y)."""
     generator = torch.Generator().manual_seed(6)
-    x = torch.randn(16_384, 1, 1, 1, generator=generator)
+    x = torch.randn(8192, 1, 1, 1, generator=generator)
     y = torch.arange(len(x)) % 2
     guide = classifier_guide(lambda x, t: exact(x, t)[2], y, 1.0)
     predict = exact_network(1.0)
     out = sample_loop(predict, plan, x, lambda k: torch.randn(x.shape, generator=generator), guide=guide).flatten()
     for label, mean in enumerate(MEANS):
-        drawn = out[y == label].double()  # 8192: standard errors 0.0033 of the mean and 0.0023 of the std
+        drawn = out[y == label].double()  # 4096: standard errors 0.005 of the mean and 0.0033 of the std
         assert drawn.mean().item() == pytest.approx(mean, abs=0.015)
         assert drawn.std().item() == pytest.approx(STD, abs=0.012)
 

@@ -173,6 +173,10 @@ def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
         bind(system, {"base": parts["base"], "classifier": tmp_path / "nothing"})
     with pytest.raises(Refusal, match="the classifier has input_size 8 and the base that it guides 4"):
         bind(system, {"base": parts["low"], "classifier": parts["classifier"]})
+    noisy = get_system("digits-cascade-augmented")
+    noisy = replace(noisy, upsamplers=(replace(noisy.upsamplers[0], conditioning_noise=0.5),))
+    with pytest.raises(Refusal, match="trained with conditioning_noise 0.2, and the system gives it 0.5"):
+        bind(noisy, {"base": parts["low"], "upsampler": parts["upsampler"]})
     with pytest.raises(Refusal, match="cannot be run: neither code nor weights"):
         bind(get_system("cdm-256"), {})
 

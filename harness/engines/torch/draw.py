@@ -197,7 +197,7 @@ class TorchChain:
 
 def to_uint8(x: torch.Tensor, rule: str) -> np.ndarray:
     """(N, C, H, W) about [-1, 1] -> (N, H, W, C) uint8 by a rule of `harness.protocols.UINT8_RULES`."""
-    factor, offset = UINT8_RULES[rule]
+    shift, factor, offset = UINT8_RULES[rule]
     if not torch.isfinite(x).all():
         raise Failure("sampling ended in values that are not finite; train longer or sample with float32")
-    return (factor * x + offset).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return ((x + shift) * factor + offset).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
