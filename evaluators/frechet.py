@@ -4,8 +4,12 @@
 
 No matrix square root is formed. With S_a = F F^T the last trace is the sum of the square roots of the eigenvalues of
 the symmetric F^T S_b F: F is the Cholesky factor where the covariance has full rank, the scaled eigenvectors where it
-has not, and the centred rows themselves where there are fewer rows than dimensions. Both orders are computed and
-compared, and a result that fails a check is an error, never a number.
+has not, and the centred rows themselves where there are fewer rows than dimensions.
+
+The eigenvalues are checked against sums that need no eigenvalue: tr (S_a S_b) and the matrix's norm. By Weyl's
+inequality a rounding of d moves the root of an eigenvalue v by less than d / sqrt(v); where these bounds add up to more
+than the tolerance, or a check fails, the other order is computed too and compared. A result that fails that is an
+error, never a number.
 """
 
 import contextlib
@@ -23,6 +27,7 @@ from harness.errors import Failure
 NEGATIVE_TOLERANCE = 1e-10  # of the largest eigenvalue: further below zero than this is not rounding
 MAX_WORKERS = 8  # each holds one more matrix
 ORDER_TOLERANCE = 1e-8  # relative difference of the two orders
+SUM_TOLERANCE = 1e-10  # relative, of the eigenvalues' sum and sum of squares
 
 
 def _sum_of_roots(matrix: np.ndarray, rank: int) -> float:
@@ -33,6 +38,11 @@ def _sum_of_roots(matrix: np.ndarray, rank: int) -> float:
     if not np.isfinite(matrix).all():
         raise Failure("Frechet distance: a covariance is not finite")
     values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    if abs(values.sum() - np.trace(matrix)) > SUM_TOLERANCE * np.abs(values).sum():
+        raise Failure(
+            "Frechet distance: eigenvalues do not add up to the trace, so there are no two orders to compare: "
+            "this LAPACK is broken"
+        )
     if values[0] < -NEGATIVE_TOLERANCE * max(values[-1], 0.0):
         raise Failure(
             f"Frechet distance: eigenvalue {values[0]:.3e} beside a largest of {values[-1]:.3e}: "
@@ -56,6 +66,39 @@ def _factor(s: Statistics) -> np.ndarray:
         raise Failure(f"Frechet distance: a covariance has eigenvalue {values[0]:.3e} beside {values[-1]:.3e}")
     keep = slice(len(values) - _rank(s), None)
     return vectors[:, keep] * np.sqrt(np.clip(values[keep], 0.0, None))
+
+
+def _one_order(a: Statistics, b: Statistics, rank: int) -> float | None:
+    """Sum of the roots by one Cholesky factor, half the work of a congruence and one set of eigenvalues.
+
+    None where that is not proved to be within the tolerance: neither covariance has full rank, a check fails, or the
+    eigenvalues are too small beside the largest.
+    """
+    from scipy.linalg import lapack
+
+    pairs = [(own, other) for own, other in ((b, a), (a, b)) if _rank(own) == len(own.mean)]
+    for own, other in pairs:  # noqa: B007 -- the last pair tried is the one that is used
+        factor, info = lapack.dpotrf(own.covariance.T, lower=1, clean=1)
+        if info == 0:
+            break
+    else:
+        return None
+    matrix, _ = lapack.dsygst(other.covariance.T, factor, itype=2, lower=1)  # lower triangle of F^T S F
+    triangle, diagonal = np.triu(matrix.T), np.diagonal(matrix)
+    norm = 2.0 * float(np.einsum("ij,ij->", triangle, triangle)) - float(diagonal @ diagonal)
+    product_trace = float(np.einsum("ij,ij->", a.covariance, b.covariance))
+    if not np.isfinite(norm):
+        return None
+    values = np.linalg.eigvalsh(matrix)  # reads the lower triangle
+    sums_hold = (
+        abs(values.sum() - product_trace) <= SUM_TOLERANCE * product_trace
+        and abs(values @ values - norm) <= SUM_TOLERANCE * norm
+    )
+    kept = values[max(len(values) - rank, 0) :]
+    rounding = np.finfo(np.float64).eps * np.linalg.norm(a.covariance) * np.linalg.norm(b.covariance)
+    roots = np.sqrt(np.clip(kept, 0.0, None))
+    reach = np.minimum(np.sqrt(rounding), rounding / np.maximum(roots, 1e-300)).sum()
+    return float(roots.sum()) if sums_hold and reach <= ORDER_TOLERANCE * roots.sum() else None
 
 
 def _agree(one: float, other: float) -> bool:
@@ -90,10 +133,15 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     Raises Failure when an eigenvalue is below -1e-10 of the largest or the two orders differ by more than 1e-8.
     """
     rank = min(_rank(a), _rank(b))
-    factor_a, factor_b = _factor(a), _factor(b)
-    trace = _sum_of_roots(factor_a.T @ b.covariance @ factor_a, rank)
-    if not _agree(trace, _sum_of_roots(factor_b.T @ a.covariance @ factor_b, rank)):
-        trace = _root_trace_of_significant(a, b)
+    for side in (a, b):
+        if not (np.isfinite(side.covariance).all() and np.isfinite(side.mean).all()):
+            raise Failure("Frechet distance: a covariance or mean is not finite")
+    trace = _one_order(a, b, rank)
+    if trace is None:
+        factor_a, factor_b = _factor(a), _factor(b)
+        trace = _sum_of_roots(factor_a.T @ b.covariance @ factor_a, rank)
+        if not _agree(trace, _sum_of_roots(factor_b.T @ a.covariance @ factor_b, rank)):
+            trace = _root_trace_of_significant(a, b)
     delta = a.mean - b.mean
     return _assemble(delta, float(np.trace(a.covariance)), float(np.trace(b.covariance)), trace)
 
@@ -110,19 +158,9 @@ def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray) -> 
     few_rows = n <= dim
     factor = _factor(reference)  # (D, r)
     turned = x @ factor  # (N, r): rows in coordinates where the reference is the identity
-    full_rank = min(n - 1, _rank(reference))
     inner = turned @ turned.T if few_rows else turned.T @ turned  # (N, N) or (r, r)
-    trace = _sum_of_roots(inner / (n - 1), full_rank)
-    if few_rows:
-        other = turned.T @ turned / (n - 1)  # (r, r)
-    else:
-        own_factor = _factor(own)
-        other = own_factor.T @ reference.covariance @ own_factor  # (D, D)
-    if not _agree(trace, _sum_of_roots(other, full_rank)):
-        trace = _root_trace_of_significant(own, reference)
-
     reference_trace = float(np.trace(reference.covariance))
-    value = _assemble(own.mean - reference.mean, float(np.trace(own.covariance)), reference_trace, trace)
+    value = frechet_distance(own, reference)  # of the exact statistics: the rows' order does not show
     sums, squares = block_sums(x, block), block_sums(np.einsum("nd,nd->n", x, x), block)  # (B, D), (B,)
 
     def without(b: int) -> float:
@@ -148,7 +186,8 @@ def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray) -> 
 
 
 def _assemble(delta: np.ndarray, own_trace: float, reference_trace: float, root_trace: float) -> float:
-    return float(delta @ delta + own_trace + reference_trace - 2.0 * root_trace)
+    # float32 means, which only ADM's mode has, are subtracted and squared in float32, as its evaluator does
+    return float(delta @ delta) + own_trace + reference_trace - 2.0 * root_trace
 
 
 def compute(evidence: Evidence) -> dict[str, Estimate]:

@@ -1,11 +1,14 @@
-"""Improved precision and recall of Kynkaanniemi et al. (arXiv:1904.06991), in exact arithmetic.
+"""Improved precision and recall of Kynkaanniemi et al. (arXiv:1904.06991), exact.
 
 Precision is the share of samples inside some reference ball, recall the share of reference images inside some sample
 ball. An image's ball reaches to its third nearest neighbour in its own set, and its surface belongs to it (`<=`), as in
-openai/guided-diffusion, evaluations/evaluator.py, whose float16 distances this module does not imitate.
-"""
+openai/guided-diffusion, evaluations/evaluator.py, whose float16 distances are in evaluators/adm.py.
 
-from collections.abc import Iterator
+Every decision is that of the squared distance added up from float64 differences, which depends on two rows alone: no
+order, block or thread count shows. Matrix products only find the few pairs that need it. They run in float32 tiles with
+a proven error bound, and in float64 where that bound tells too few pairs apart (a collapsed generator); there, pairs
+nearer than float64 resolves count as equal.
+"""
 
 import numpy as np
 
@@ -14,32 +17,179 @@ from evaluators.intervals import Estimate, block_sums
 
 K = 3
 SPLITS = 10  # into halves, for the error bar of recall
-ROWS_PER_BLOCK = 1024
+NEIGHBOURS = 40  # kept by a sample: 3 of them lie in a given half but for 1 row in 10^9, which is looked up
+ROWS_PER_BLOCK = 2048
+FLOOD = 0.05  # share of a tile's pairs that float32 may leave undecided
+PAIRS_PER_CALL = 512
+CANDIDATES = 1 << 17  # pairs judged at once
 
 
-def squared_distances(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Row ranges of u and their squared distances to all of v: float64 (rows, M), memory independent of N."""
-    u_norm, v_norm = np.einsum("nd,nd->n", u, u), np.einsum("nd,nd->n", v, v)
-    for start in range(0, len(u), ROWS_PER_BLOCK):
-        rows = slice(start, min(start + ROWS_PER_BLOCK, len(u)))
-        d = u[rows] @ v.T
-        d *= -2.0
-        d += u_norm[rows, None]
-        d += v_norm
-        yield rows, np.maximum(d, 0.0, out=d)
+def pair_distances(u: np.ndarray, v: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Squared distances float64 (P,) of the rows u[i] and v[j]; equal rows are at exactly 0."""
+    out = np.empty(len(i))
+    for start in range(0, len(i), PAIRS_PER_CALL):
+        part = slice(start, start + PAIRS_PER_CALL)
+        difference = u[i[part]].astype(np.float64) - v[j[part]]
+        out[part] = np.square(difference, out=difference).sum(axis=1)
+    return out
 
 
-def _kth(d: np.ndarray, k: int) -> np.ndarray:
-    return np.partition(d, k - 1, axis=1)[:, k - 1]
+class _Screen:
+    """Bounds on the squared distances of the rows of u (N, D) and v (M, D), a tile at a time."""
+
+    def __init__(self, u: np.ndarray, v: np.ndarray) -> None:
+        self.u, self.v, self.dim = u, v, u.shape[1]
+        self.centre = v.mean(axis=0, dtype=np.float64)  # distances do not mind; cancellation is smallest here
+
+    def _tile(self, rows: slice, columns: slice, dtype: type) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """-2 u.v (r, c), |u|^2 (r,), |v|^2 (c,), and the error of a distance as a share of |u|^2 + |v|^2.
+
+        A product of D terms, added in any order, is wrong by less than D units of rounding times |u||v|; the
+        centring's rounding and three sums add less than 16 (Higham, Accuracy and Stability, 2002, sec. 3.1).
+        """
+        a = (self.u[rows] - self.centre).astype(dtype)
+        b = a if self.u is self.v and rows == columns else (self.v[columns] - self.centre).astype(dtype)
+        a_norm, b_norm = (np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (a, b))
+        return (a * dtype(-2.0)) @ b.T, a_norm, b_norm, (self.dim + 16) * float(np.finfo(dtype).eps) / 2
+
+    def low(self, rows: slice, columns: slice, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lower bounds (r, c), and what to add for upper bounds: gap (r,) of the rows plus gap (c,) of the columns.
+
+        In float64 a pair below the resolution has the bounds 0 and -gap: equal for all that can be told.
+        """
+        d, a_norm, b_norm, error = self._tile(rows, columns, dtype)
+        d += (a_norm * (1.0 - error)).astype(dtype)[:, None]
+        d += (b_norm * (1.0 - error)).astype(dtype)
+        gaps = [(2.0 * error * norm).astype(dtype) for norm in (a_norm, b_norm)]
+        if dtype is np.float64:
+            d[d <= 0.0] = -np.inf
+        return d, *gaps
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + ROWS_PER_BLOCK, n)) for start in range(0, n, ROWS_PER_BLOCK)]
+
+
+class _Shortlist:
+    """Candidates for the `count` nearest of the rows of one block: (row, column, low, high), and each row's limit."""
+
+    def __init__(self, rows: slice, count: int) -> None:
+        self.rows, self.count = rows, count
+        self.limit = np.full(rows.stop - rows.start, np.inf)
+        self.found = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
+
+    def start(self, low: np.ndarray, own_gap: np.ndarray, gap: np.ndarray) -> None:
+        """A limit for rows that have none yet, from upper bounds on all of a tile (rows, columns)."""
+        if np.isinf(self.limit).any() and low.shape[1] > self.count:
+            high = np.partition(low + gap, self.count - 1, axis=1)[:, self.count - 1]
+            self.limit = np.minimum(self.limit, np.nextafter(high + own_gap, np.float32(np.inf)))
+
+    def add(self, low, own_gap, gap, near: np.ndarray, column_start: int) -> None:
+        """Take in the pairs marked by near, bool (rows, columns), and drop what they displace."""
+        i, j = np.nonzero(near)
+        value = low[i, j].astype(np.float64)
+        high = np.maximum(value + (own_gap[i].astype(np.float64) + gap[j]), 0.0)
+        new = (i, j + column_start, value, high)
+        row, column, value, high = (np.concatenate(pair) for pair in zip(self.found, new, strict=True))
+        order = np.lexsort((column, high, row))
+        row, column, value, high = row[order], column[order], value[order], high[order]
+        first = np.searchsorted(row, np.arange(len(self.limit)))
+        place = np.arange(len(row)) - first[row]
+        self.limit[row[place == self.count - 1]] = high[place == self.count - 1]
+        keep = (place < self.count) | ((value <= self.limit[row]) & (high > 0.0))  # beyond `count` zeros are no news
+        self.found = row[keep], column[keep], value[keep], high[keep]
+
+    def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Column and exact squared distance of the `count` nearest, in order: (rows, count) each."""
+        row, column, _, _ = self.found
+        exact = pair_distances(x, x, row + self.rows.start, column)
+        order = np.lexsort((column, exact, row))
+        first = np.searchsorted(row[order], np.arange(len(self.limit)))
+        pick = order[first[:, None] + np.arange(self.count)]
+        return column[pick], exact[pick]
+
+
+def nearest(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` nearest other rows of every row of x (N, D), N > count: index and squared distance, (N, count)."""
+    assert len(x) > count, (x.shape, count)
+    screen, blocks = _Screen(x, x), _blocks(len(x))
+    lists = [_Shortlist(rows, count) for rows in blocks]
+    for p, rows in enumerate(blocks):
+        for q in range(p, len(blocks)):  # a tile serves its columns as well
+            for dtype in (np.float32, np.float64):
+                low, gap, other_gap = screen.low(rows, blocks[q], dtype)
+                sides = [(lists[p], low, gap, other_gap, blocks[q])]
+                if p == q:
+                    np.fill_diagonal(low, np.inf)  # a row is not its own neighbour
+                else:
+                    sides.append((lists[q], low.T, other_gap, gap, rows))
+                for side, bound, own, other, _ in sides:
+                    side.start(bound, own, other)
+                near = [bound <= _above(side.limit, dtype)[:, None] for side, bound, *_ in sides]
+                if dtype is np.float64 or all(each.mean() <= max(FLOOD, 4 * count / each.shape[1]) for each in near):
+                    break
+            for (side, bound, own, other, columns), each in zip(sides, near, strict=True):
+                side.add(bound, own, other, each, columns.start)
+    index, squared = zip(*(each.nearest(x) for each in lists), strict=True)
+    return np.concatenate(index), np.concatenate(squared)
 
 
 def radii(x: np.ndarray, k: int = K) -> np.ndarray:
     """Squared distance float64 (N,) of every row of x (N, D) to its k-th nearest other row, N > k."""
-    out = np.empty(len(x))
-    for rows, d in squared_distances(x, x):
-        d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = np.inf  # a row is not its own neighbour
-        out[rows] = _kth(d, k)
-    return out
+    return nearest(x, k)[1][:, k - 1]
+
+
+def _above(radius: np.ndarray, dtype: type) -> np.ndarray:
+    """The radius, or the next number above it where dtype is narrower: a comparison that loses no pair."""
+    return np.nextafter(radius.astype(dtype), dtype(np.inf))
+
+
+def memberships(y: np.ndarray, x: np.ndarray, y_radii: np.ndarray, x_radii: np.ndarray, sides: np.ndarray):
+    """Which x (N, D) lie in a ball of y (M, D), bool (N,); and which y in a ball of x, bool (V, M), for the V rows of
+    x_radii (V, N), of which row w counts only the x with sides[w], bool (V, N)."""
+    inside, covered = np.zeros(len(x), bool), np.zeros((len(x_radii), len(y)), bool)
+    active = np.where(sides, x_radii, -1.0)  # a radius of -1 contains nothing
+    largest = active.max(axis=0)
+    screen = _Screen(x, y)
+
+    def look(rows: slice, columns: slice, dtype: type) -> bool:
+        """Judge a tile; False, with what is sure already noted, where too many pairs are unsure."""
+        low, x_gap, y_gap = screen.low(columns, rows, dtype)  # (x, y)
+        open_x, open_y = ~inside[columns], ~covered[:, rows].all(axis=0)
+        wanted = low <= _above(y_radii[rows], dtype)
+        wanted &= open_x[:, None]
+        wanted |= (low <= _above(largest[columns], dtype)[:, None]) & open_y
+        i, j = np.nonzero(wanted)
+        left = FLOOD * low.size if dtype is np.float32 else np.inf
+        for start in range(0, len(i), CANDIDATES):
+            ii, jj = i[start : start + CANDIDATES], j[start : start + CANDIDATES]
+            lower = low[ii, jj].astype(np.float64)
+            upper = np.maximum(lower + (x_gap[ii].astype(np.float64) + y_gap[jj]), 0.0)
+            reach = np.concatenate([y_radii[rows][jj][None], active[:, columns][:, ii]])  # (1 + V, P)
+            unsure = np.flatnonzero(((lower <= reach) & (reach < upper) & (reach >= 0.0)).any(axis=0))
+            left -= len(unsure)
+            if left < 0:
+                return False
+            upper[unsure] = pair_distances(x, y, ii[unsure] + columns.start, jj[unsure] + rows.start)
+            hit = upper <= reach
+            inside[ii[hit[0]] + columns.start] = True
+            for w in range(len(active)):
+                covered[w, jj[hit[1 + w]] + rows.start] = True
+        return True
+
+    for rows in _blocks(len(y)):
+        for columns in _blocks(len(x)):
+            if not look(rows, columns, np.float32):
+                look(rows, columns, np.float64)
+    return inside, covered
+
+
+def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = K) -> tuple[float, float]:
+    """Precision and recall of samples (N, D) against reference (M, D), N and M > k, without error bars."""
+    inside, covered = memberships(
+        reference, samples, radii(reference, k), radii(samples, k)[None], np.ones((1, len(samples)), bool)
+    )
+    return float(inside.mean()), float(covered[0].mean())
 
 
 def _thinned_radii(x: np.ndarray, block: np.ndarray, halves: np.ndarray, k: int) -> np.ndarray:
@@ -48,22 +198,25 @@ def _thinned_radii(x: np.ndarray, block: np.ndarray, halves: np.ndarray, k: int)
     Row 0: none gone. Rows 1 to B: without block b (N,); a row of that block gets -1, which contains nothing.
     Rows B + 1 on: halves is bool (S, N), and only the rows of the same half of split s are there.
     """
-    groups = [np.flatnonzero(block == b) for b in range(int(block.max()) + 1)]
-    out = np.empty((1 + len(groups) + len(halves), len(x)))
-    for rows, d in squared_distances(x, x):
-        d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = np.inf
-        out[0, rows] = _kth(d, k)
-        # The k nearest of every block are enough to know the k nearest without any one of them.
-        near = [np.partition(d[:, g], min(k, len(g)) - 1, axis=1)[:, : min(k, len(g))] for g in groups]
-        for b in range(len(groups)):
-            out[1 + b, rows] = _kth(np.concatenate(near[:b] + near[b + 1 :], axis=1), k)
-        for s, half in enumerate(halves, start=1 + len(groups)):
-            for side in (half, ~half):
-                mine = np.flatnonzero(side[rows])
-                out[s, rows.start + mine] = _kth(d[np.ix_(mine, np.flatnonzero(side))], k)
-    for b, group in enumerate(groups, start=1):
-        out[b, group] = -1.0
-    return out
+    index, squared = nearest(x, min(max(NEIGHBOURS, k), len(x) - 1))
+    blocks = int(block.max()) + 1
+
+    def kth(there: np.ndarray, whole) -> np.ndarray:
+        """Radii where only the neighbours marked in there, bool (N, count), are left; whole(i): bool (N,) of a row."""
+        place = np.cumsum(there, axis=1)
+        out = np.take_along_axis(squared, np.argmax(place == k, axis=1)[:, None], axis=1)[:, 0]
+        for i in np.flatnonzero(place[:, -1] < k):
+            left = np.flatnonzero(whole(i))
+            left = left[left != i]
+            out[i] = np.partition(pair_distances(x, x, np.full(len(left), i), left), k - 1)[k - 1]
+        return out
+
+    out = [squared[:, k - 1]]
+    for b in range(blocks):
+        out.append(np.where(block == b, -1.0, kth(block[index] != b, lambda i, b=b: block != b)))
+    for half in halves:
+        out.append(kth(half[index] == half[:, None], lambda i, half=half: half == half[i]))
+    return np.stack(out)
 
 
 def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: int = K) -> tuple[Estimate, Estimate]:
@@ -76,30 +229,23 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: 
     of it is below the variance at the full size (0.8 to 0.9 of the standard error there). The geometric mean of the
     two is used.
     """
-    # Distances do not change when both sets are moved; near the origin their float64 cancellation is smallest.
-    y = np.asarray(reference, dtype=np.float64)
-    x = np.asarray(features, dtype=np.float64) - y.mean(axis=0)
-    y = y - y.mean(axis=0)
+    x, y = np.asarray(features), np.asarray(reference)
     n, blocks = len(x), int(block.max()) + 1
     halves = np.stack([np.random.RandomState(s).permutation(n) < n // 2 for s in range(SPLITS)])  # (S, N)
-    reference_radii = radii(y, k)  # (M,)
-    sample_radii = _thinned_radii(x, block, halves, k)  # (1 + B + S, N)
-    inside = np.zeros(n, dtype=bool)  # samples inside some reference ball
-    covered = np.zeros(1 + blocks)  # reference images inside some sample ball
-    covered_halves = np.zeros((SPLITS, 2))
-    for rows, d in squared_distances(y, x):  # (rows, N)
-        inside |= (d <= reference_radii[rows, None]).any(axis=0)
-        covered += [(d <= r).any(axis=1).sum() for r in sample_radii[: 1 + blocks]]
-        for s, half in enumerate(halves):
-            hit = d <= sample_radii[1 + blocks + s]
-            covered_halves[s] += hit[:, half].any(axis=1).sum(), hit[:, ~half].any(axis=1).sum()
+    thinned = _thinned_radii(x, block, halves, k)  # (1 + B + S, N)
+    everyone = np.ones((1 + blocks, n), bool)
+    whole, split = thinned[: 1 + blocks], thinned[1 + blocks :]
+    inside, covered = memberships(
+        y, x, radii(y, k), np.concatenate([whole, split, split]), np.concatenate([everyone, halves, ~halves])
+    )
+    recall = covered.mean(axis=1)
+    recall_halves = recall[1 + blocks :].reshape(2, SPLITS)
     hits = block_sums(inside.astype(np.float64), block)  # (B,)
     precision_left = (hits.sum() - hits) / (n - np.bincount(block))
-    recall, recall_halves = covered / len(y), covered_halves / len(y)
-    half_variance = float(np.mean((recall_halves[:, 0] - recall_halves[:, 1]) ** 2)) / 4.0
+    half_variance = float(np.mean((recall_halves[0] - recall_halves[1]) ** 2)) / 4.0
     return (
         Estimate(value=float(inside.mean()), left_out=precision_left, trials=n),
-        Estimate(value=float(recall[0]), left_out=recall[1:], half_variance=half_variance),
+        Estimate(value=float(recall[0]), left_out=recall[1 : 1 + blocks], half_variance=half_variance),
     )
 
 

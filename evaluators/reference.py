@@ -5,7 +5,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from harness.errors import Failure, Refusal
 
 Progress = Callable[[str, int, int], None]  # (stage, images done, images in all)
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 IMAGES_PER_CALL = 512
 MINIMUM_IMAGES = 20  # the third nearest neighbour and a covariance must at least exist
 
@@ -34,6 +34,7 @@ class Reference:
     statistics: Statistics
     sha256: str
     extractor: FeatureExtractor
+    spatial_statistics: Statistics | None = None  # of the spatial features, where the extractor has them
 
 
 def images_sha256(images: np.ndarray) -> str:
@@ -62,13 +63,14 @@ def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progres
             progress(stage, min(start + IMAGES_PER_CALL, len(images)), len(images))
     pooled = np.concatenate([part.pooled for part in parts])
     logits = None if parts[0].logits is None else np.concatenate([part.logits for part in parts])
+    spatial = None if parts[0].spatial is None else np.concatenate([part.spatial for part in parts])
     if pooled.shape != (len(images), extractor.dim):
         raise Failure(f"features {extractor.name}: shape {pooled.shape}, expected {(len(images), extractor.dim)}")
-    for array in (pooled,) if logits is None else (pooled, logits):
+    for array in (each for each in (pooled, logits, spatial) if each is not None):
         finite = np.isfinite(array).all(axis=1)
         if not finite.all():
             raise Failure(f"features {extractor.name} of image {int(np.argmin(finite))} are not finite ({stage})")
-    return Features(pooled=pooled, logits=logits)
+    return Features(pooled=pooled, logits=logits, spatial=spatial)
 
 
 def build_reference(
@@ -97,14 +99,51 @@ def build_reference(
         statistics=statistics(features.pooled),
         sha256=digest,
         extractor=extractor,
+        spatial_statistics=None if features.spatial is None else statistics(features.spatial),
+    )
+
+
+def with_statistics(reference: Reference, path: Path) -> Reference:
+    """The reference with the statistics that its file brings, as ADM's reference batches do: mu, sigma, mu_s, sigma_s.
+
+    Those are of a whole training set, while the images in the file serve precision and recall alone. The hash is then of
+    images and statistics. A file without mu is returned as it is; statistics that do not fit the features are refused.
+    """
+    with np.load(path, allow_pickle=False) as data:
+        if "mu" not in data.files:
+            return reference
+        given = {}
+        for mean, covariance, dim in (("mu", "sigma", reference.extractor.dim), ("mu_s", "sigma_s", None)):
+            if mean not in data.files or covariance not in data.files:
+                continue
+            mu, sigma = data[mean], np.asarray(data[covariance], np.float64)
+            wanted = len(mu) if dim is None else dim
+            if mu.shape != (wanted,) or sigma.shape != (wanted, wanted):
+                raise Refusal(
+                    f"{path}: {mean} {mu.shape} and {covariance} {sigma.shape} are not statistics of "
+                    f"{reference.extractor.name}, which has {wanted} features"
+                )
+            if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise Refusal(f"{path}: {mean} or {covariance} is not finite; fetch the file again")
+            given[mean] = Statistics(n=None, mean=mu.astype(np.float64), covariance=(sigma + sigma.T) / 2)
+    digest = hashlib.sha256(reference.sha256.encode())
+    for each in given.values():
+        digest.update(each.mean.tobytes())
+        digest.update(each.covariance.tobytes())
+    return replace(
+        reference,
+        statistics=given["mu"],
+        spatial_statistics=given.get("mu_s", reference.spatial_statistics),
+        sha256=digest.hexdigest(),
     )
 
 
 def _checksum(key: str, features: Features) -> str:
     digest = hashlib.sha256(key.encode())
     digest.update(np.ascontiguousarray(features.pooled).tobytes())
-    if features.logits is not None:
-        digest.update(np.ascontiguousarray(features.logits).tobytes())
+    for more in (features.logits, features.spatial):
+        if more is not None:
+            digest.update(np.ascontiguousarray(more).tobytes())
     return digest.hexdigest()
 
 
@@ -113,7 +152,8 @@ def _read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:
     try:
         # numpy leaves the file open when it refuses the content, so it is opened here
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            features = Features(pooled=data["pooled"], logits=data["logits"] if "logits" in data.files else None)
+            more = {name: data[name] for name in ("logits", "spatial") if name in data.files}
+            features = Features(pooled=data["pooled"], **more)
             checksum = str(data["checksum"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
@@ -123,8 +163,9 @@ def _read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:
 
 def _write_cache(path: Path, key: str, features: Features) -> None:
     arrays = {"pooled": features.pooled, "checksum": np.array(_checksum(key, features))}
-    if features.logits is not None:
-        arrays["logits"] = features.logits
+    for name in ("logits", "spatial"):
+        if getattr(features, name) is not None:
+            arrays[name] = getattr(features, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

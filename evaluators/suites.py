@@ -8,7 +8,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluators.features import EFFICIENTNET_LITE0_96, FeatureSpec
+from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, FeatureSpec
 from harness.errors import Failure, Refusal
 
 if TYPE_CHECKING:
@@ -129,7 +129,31 @@ EMBEDDED = Suite(
     metrics=tuple(METRICS[key] for key in ("fd", "kid", "is", "precision", "recall", "copies")),
 )
 
-BUILT_IN = {suite.name: suite for suite in (EMBEDDED,)}
+_ADM_EVALUATOR = "Dhariwal and Nichol 2021, arXiv:2105.05233; openai/guided-diffusion evaluations/evaluator.py"
+
+
+def _adm(key: str, direction: str, bounds: tuple[float, float] | None = None) -> Metric:
+    return Metric(
+        key=key, direction=direction, minimum=100, paper=_ADM_EVALUATOR, compute="evaluators.adm_suite:compute",
+        needs_logits=key == "is", bounds=bounds,
+    )  # fmt: skip
+
+
+ADM = Suite(
+    name="adm",
+    version=1,
+    features=INCEPTION_2015,
+    metrics=(
+        _adm("fid", "lower"),
+        _adm("sfid", "lower"),
+        _adm("is", "higher"),
+        _adm("precision", "higher", (0.0, 1.0)),
+        _adm("recall", "higher", (0.0, 1.0)),
+    ),
+)
+"""What the DiT paper's numbers were measured with. FID and its like are named so only on this network's features."""
+
+BUILT_IN = {suite.name: suite for suite in (EMBEDDED, ADM)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import files, registry
 from harness._version import VERSION
@@ -22,7 +23,25 @@ from harness.protocols import Protocol
 from harness.samples import read_samples, read_sidecar, sidecar_path
 from results.records import Environment, Evaluation, Record, Sampling, Training
 
+if TYPE_CHECKING:
+    from evaluators.suites import Suite
+
 LIBRARIES = ("torch", "numpy", "jax", "flax", "safetensors", "scikit-learn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Who measures: a suite, the weights of its features where the user brings them, and where the reference's file
+    may hold statistics."""
+
+    suite: Suite
+    weights: Path | None = None
+    statistics: Path | None = None
+
+    @classmethod
+    def of(cls, protocol: Protocol) -> Judge:
+        """The protocol's suite, with nothing brought."""
+        return cls(suite=registry.suites.get(protocol.suite))
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -42,14 +61,15 @@ def evaluate(
     data: ImageSet,
     *,
     cache: Path,
+    judge: Judge,
     device: str = "cpu",
     name: str | None = None,
 ) -> list[Record]:
-    """Measure the sample set at `path` with the protocol's suite against the images of `data`.
+    """Measure the sample set at `path` with the suite of `judge` against the images of `data`.
 
     `name` is the row's name for samples without a sidecar. Refused: too few samples, other shapes, other labels.
     """
-    suite = registry.suites.get(protocol.suite)
+    suite = judge.suite
     samples = read_samples(path, classes=protocol.num_classes)
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
     if samples.images.shape[1:] != shape:
@@ -57,7 +77,7 @@ def evaluate(
             f"{path}: images are {samples.images.shape[1:]}, but protocol {protocol.name!r} has {shape} (H, W, C)"
         )
     suite.check_count(len(samples.images))
-    from evaluators.reference import build_reference
+    from evaluators.reference import build_reference, with_statistics
     from evaluators.suites import evaluate_samples
 
     bars: dict[str, Bar] = {}
@@ -70,7 +90,10 @@ def evaluate(
         bars[stage].advance(done - bars[stage].done)
 
     try:
-        reference = build_reference(data.images, suite.features.load(device), cache=cache, progress=progress)
+        extractor = suite.features.load(device, weights=judge.weights)
+        reference = build_reference(data.images, extractor, cache=cache, progress=progress)
+        if judge.statistics is not None:
+            reference = with_statistics(reference, judge.statistics)
         measurements = evaluate_samples(samples.images, reference, suite, progress=progress)
     finally:
         for bar in bars.values():
@@ -81,6 +104,7 @@ def evaluate(
         features=suite.features.name,
         features_sha256=reference.extractor.sha256,
         reference_sha256=reference.sha256,
+        mode="adm" if suite.name == "adm" else None,
     )
     about = describe(path, samples.sha256, name)
     return [

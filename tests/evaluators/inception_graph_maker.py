@@ -1,7 +1,7 @@
 """A frozen graph of the whole 2015-12-05 Inception-v3 with random weights, under the names of the public one.
 
 Written apart from `evaluators.features.inception_layers`, so that a mistake there shows: the architecture is spelled out
-here once more, after Szegedy et al. (arXiv:1512.00567) and NUMERICS.md sec. 1.2. The normalisation statistics are those
+here once more, after Szegedy et al. (arXiv:1512.00567) and the public ports. The normalisation statistics are those
 of a few images, so that activations keep unit scale through all 94 convolutions, as trained ones do. The graph is
 written by a protocol-buffer writer of a few lines; TensorFlow accepts it, which the slow tests show.
 """

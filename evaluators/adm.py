@@ -1,0 +1,207 @@
+"""The numbers of ADM's evaluator (openai/guided-diffusion, evaluations/evaluator.py, commit 22e0df8) from features.
+
+Published tables were made by that program, with its roundings: means and the Inception Score in float32, the latter in
+splits of 5,000 rows in file order, and precision and recall on float16 distances. These functions keep them, by name;
+evaluators/frechet.py, inception_score.py and precision_recall.py are the same metrics without them. On any other point,
+such as the covariance and the root of a matrix product, the exact value lies inside ADM's own rounding.
+
+TensorFlow's float16 sums depend on its build, so the float16 mode agrees with it to 2e-3, not to the digit.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from evaluators import frechet, inception_score, precision_recall
+from evaluators.intervals import Estimate
+from evaluators.statistics import Moments, Statistics
+from harness.errors import Refusal
+
+SPLIT_ROWS = 5000
+BLOCK_ROWS = 10_000  # rows and columns that one evaluation of ADM's distance graph sees
+TILE_ROWS = 1024
+K = 3
+EPS = 1e-6
+MODES = ("adm", "exact")
+
+
+class StreamedStatistics:
+    """ADM's statistics of features that arrive in file order: the one place where order shows, in the mean's last bits.
+
+    mean: float32, added row by row in float32 as np.mean does over a C-ordered array. covariance: float64, ddof 1,
+    exact (np.cov's differs by about 1e-13).
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._moments = Moments(dim)
+        self._sum = np.zeros(dim, np.float32)
+
+    def update(self, features: np.ndarray) -> "StreamedStatistics":
+        """Take in the next rows, float32 (n, D)."""
+        rows = np.ascontiguousarray(features, dtype=np.float32)
+        self._moments.update(rows)
+        self._sum = np.add.reduce(np.concatenate([self._sum[None], rows]), axis=0)
+        return self
+
+    def finish(self) -> Statistics:
+        """Mean float32 (D,) and covariance float64 (D, D) of n >= 2 rows."""
+        mean = (self._sum / np.float64(self._moments.n)).astype(np.float32)
+        return replace(self._moments.finish(), mean=mean)
+
+
+def statistics(features: np.ndarray) -> Statistics:
+    """ADM's statistics of features (N, D), N >= 2, in file order."""
+    stream = StreamedStatistics(features.shape[1])
+    for start in range(0, len(features), 8192):
+        stream.update(features[start : start + 8192])
+    return stream.finish()
+
+
+def fid(features: "np.ndarray | Statistics", reference: Statistics, *, eps: float = 0.0) -> float:
+    """FID of pooled features (N, 2048), or sFID of spatial ones (N, 2023) in NHWC order, from a reference's statistics.
+
+    Means keep their dtype: ADM subtracts float32 ones in float32. eps: what ADM adds to both diagonals before the root,
+    1e-6 (EPS), when scipy's sqrtm of their product is not finite, which for singular sets depends on the version of
+    scipy. The eigenvalues taken here are always finite, so the default never adds it; it is here to explain an old
+    number.
+    """
+    own = features if isinstance(features, Statistics) else statistics(features)
+    distance = frechet.frechet_distance(own, reference)
+    if eps == 0.0:
+        return distance
+    # only the covariances under the root are moved: their own traces are ADM's unmoved ones
+    moved = [
+        replace(side, n=None, covariance=side.covariance + eps * np.eye(len(side.mean))) for side in (own, reference)
+    ]
+    return frechet.frechet_distance(*moved) - 2.0 * eps * len(own.mean)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities float32 (N, 1008) of logits (N, 1008) without bias, in float32 as TensorFlow takes them."""
+    z = np.asarray(logits, dtype=np.float32)
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def score(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> float:
+    """Inception Score of logits (N, 1008): the mean over splits of consecutive rows in file order, a ragged last one
+    with equal weight, in float32. A class whose probability underflows adds 0, where ADM's own gives nan."""
+    p = softmax(logits)
+    return inception_score.inception_score_by_splits(np.maximum(p, np.finfo(np.float32).tiny), split_rows)
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    """Rounded to float16 and back, in place where x is float32."""
+    x[...] = x.astype(np.float16)
+    return x
+
+
+def distances_half(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Squared distances float32 (N, M) as ADM's graph takes them: every operand and every result rounded to float16.
+
+    The product is rounded once from a float32 sum, which is TensorFlow's result on a CPU in 99.99 % of entries. Left to
+    right, (|u|^2 - 2 u.v) + |v|^2, so it is not symmetric. Values that float16 cannot hold are inf or nan.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        u, v = (_half(np.array(x, dtype=np.float32)) for x in (u, v))
+        u_norm, v_norm = (_half(_half(np.square(x)).sum(axis=1)) for x in (u, v))
+        d = _half(u @ v.T)
+        d *= np.float32(-2.0)
+        d = _half(_half(d) + u_norm[:, None])
+        return np.maximum(_half(d + v_norm), 0.0)
+
+
+def distances_single(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The same in float32: what ADM falls back to for a block with a value that float16 cannot hold."""
+    u, v = np.asarray(u, dtype=np.float32), np.asarray(v, dtype=np.float32)
+    d = u @ v.T
+    d *= np.float32(-2.0)
+    d += np.square(u).sum(axis=1)[:, None]
+    d += np.square(v).sum(axis=1)
+    return np.maximum(d, 0.0, out=d)
+
+
+def _tiles(u: np.ndarray, v: np.ndarray):
+    """(rows, columns, distances) over all of u (N, D) and v (M, D). A block of 10,000 by 10,000 is float16 throughout
+    or float32 throughout, as ADM's."""
+    for top in range(0, len(u), BLOCK_ROWS):
+        for left in range(0, len(v), BLOCK_ROWS):
+            columns = slice(left, min(left + BLOCK_ROWS, len(v)))
+            parts = [
+                slice(start, min(start + TILE_ROWS, top + BLOCK_ROWS, len(u)))
+                for start in range(top, min(top + BLOCK_ROWS, len(u)), TILE_ROWS)
+            ]
+            distances = distances_half if _fits_half(u[top : top + BLOCK_ROWS], v[columns], parts) else distances_single
+            for rows in parts:
+                yield rows, columns, distances(u[rows], v[columns])
+
+
+def _fits_half(u: np.ndarray, v: np.ndarray, parts: list[slice]) -> bool:
+    reach = sum(float(np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64).max())) for x in (u, v))
+    if reach**2 < 60_000.0:  # no term and no partial sum can leave float16's 65,504
+        return True
+    first = parts[0].start
+    return all(np.isfinite(distances_half(u[rows.start - first : rows.stop - first], v)).all() for rows in parts)
+
+
+def radii_half(x: np.ndarray, k: int = K) -> np.ndarray:
+    """Radius float32 (N,) of every row of x (N, D): entry k of its sorted distances to the set, itself included."""
+    best = np.full((len(x), k + 1), np.inf, np.float32)
+    for rows, _, d in _tiles(x, x):
+        near = np.partition(d, k, axis=1)[:, : k + 1] if d.shape[1] > k + 1 else d
+        best[rows] = np.sort(np.concatenate([best[rows], near], axis=1), axis=1)[:, : k + 1]
+    return best[:, k]
+
+
+def precision_and_recall(reference: np.ndarray, samples: np.ndarray, mode: str = "adm") -> tuple[float, float]:
+    """Precision (samples in some reference ball) and recall (reference images in some sample ball), k = 3.
+
+    reference (M, D), samples (N, D), M and N > 3. Mode "adm" emulates its float16 distances, "exact" does not round.
+    Memory beyond the features: under 300 MB at any M and N.
+    """
+    if mode not in MODES:
+        raise Refusal(f"precision and recall have no mode {mode!r}; use one of: {', '.join(MODES)}")
+    if mode == "exact":
+        return precision_recall.precision_recall(reference, samples)
+    reference_radii, sample_radii = radii_half(reference), radii_half(samples)
+    inside, covered = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
+    for rows, columns, d in _tiles(reference, samples):
+        inside[columns] |= (d <= reference_radii[rows, None]).any(axis=0)
+        covered[rows] |= (d <= sample_radii[columns]).any(axis=1)
+    return float(inside.mean()), float(covered.mean())
+
+
+def estimates(
+    pooled: np.ndarray,
+    spatial: np.ndarray,
+    logits: np.ndarray,
+    *,
+    reference_pooled: np.ndarray,
+    reference_statistics: Statistics,
+    reference_spatial_statistics: Statistics,
+    block: np.ndarray,
+    mode: str = "adm",
+) -> dict[str, Estimate]:
+    """fid, sfid, is, precision and recall with what their intervals need; rows in file order.
+
+    pooled (N, 2048), spatial (N, 2023), logits (N, 1008), reference_pooled (M, 2048), block int64 (N,). The values are
+    ADM's; the spread without each block is that of the exact metrics, which ADM's roundings do not change.
+    """
+    is_estimate = inception_score.estimate(logits, block)
+    precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
+    values = (precision.value, recall.value)
+    if mode != "exact":
+        values = precision_and_recall(reference_pooled, pooled, mode)
+    fids = {
+        key: replace(frechet.estimate(features, reference, block), value=fid(features, reference))
+        for key, features, reference in (
+            ("fid", pooled, reference_statistics),
+            ("sfid", spatial, reference_spatial_statistics),
+        )
+    }
+    return {
+        **fids,
+        "is": replace(is_estimate, value=score(logits)),
+        "precision": replace(precision, value=values[0]),
+        "recall": replace(recall, value=values[1]),
+    }

@@ -1,0 +1,201 @@
+"""Frozen TensorFlow graphs read without TensorFlow: the few messages of protocol buffers that a GraphDef consists of.
+
+Wire format: protobuf.dev/programming-guides/encoding. Field numbers: tensorflow/core/framework graph.proto,
+node_def.proto, attr_value.proto, tensor.proto, tensor_shape.proto, types.proto. The file is mapped, not read: the
+values of a constant are a view of the map, so 95 MB of weights are copied only by whoever wants them elsewhere.
+Nothing in a graph is run. A message that does not add up is `Malformed`.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+# Of types.proto, what constants of an image network are made of: number -> (numpy's dtype, field of the typed values).
+_DTYPES = {1: (np.dtype("<f4"), 5), 2: (np.dtype("<f8"), 6), 3: (np.dtype("<i4"), 7), 9: (np.dtype("<i8"), 10)}
+_FLOATS = (5, 6)  # fields of typed values whose elements have a fixed width
+
+
+class Malformed(ValueError):
+    """The bytes are no GraphDef, or only a part of one."""
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise Malformed("a number runs off the end")
+
+
+def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(field number, value) of a message in file order; a value is an int, or the bytes of all other kinds."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, kind = key >> 3, key & 7
+        if kind == _VARINT:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if kind == _BYTES:
+            length, at = _varint(data, at)
+        elif kind in (_FIXED32, _FIXED64):
+            length = 4 if kind == _FIXED32 else 8
+        else:
+            raise Malformed(f"a field of kind {kind}")
+        if length > len(data) - at:
+            raise Malformed("a field is longer than what holds it; the file is cut short")
+        yield number, data[at : at + length]
+        at += length
+
+
+def _text(value: int | memoryview) -> str:
+    if isinstance(value, int):
+        raise Malformed("a number where a name is due")
+    try:
+        return bytes(value).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Malformed("a name is not text") from None
+
+
+def _message(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise Malformed("a number where a message is due")
+    return value
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _integers(values: list[int | memoryview]) -> list[int]:
+    """A repeated integer field, packed or not."""
+    out = []
+    for value in values:
+        if isinstance(value, int):
+            out.append(_signed(value))
+            continue
+        at = 0
+        while at < len(value):
+            number, at = _varint(value, at)
+            out.append(_signed(number))
+    return out
+
+
+class Node:
+    """An operation: name, op, inputs as written ("name", "name:1" or "^control"), and its attributes on demand."""
+
+    def __init__(self, data: memoryview):
+        self.name, self.op, self.inputs = "", "", []
+        self._attributes: dict[str, memoryview] = {}
+        for number, value in fields(data):
+            if number == 1:
+                self.name = _text(value)
+            elif number == 2:
+                self.op = _text(value)
+            elif number == 3:
+                self.inputs.append(_text(value))
+            elif number == 5:
+                entry = dict(fields(_message(value)))
+                self._attributes[_text(entry.get(1, memoryview(b"")))] = _message(entry.get(2, memoryview(b"")))
+
+    def _attribute(self, key: str) -> dict[int, int | memoryview]:
+        return dict(fields(self._attributes.get(key, memoryview(b""))))
+
+    def integers(self, key: str) -> list[int]:
+        """An attribute that is a list of integers; empty where it is absent."""
+        whole = self._attribute(key).get(1, memoryview(b""))
+        return _integers([value for number, value in fields(_message(whole)) if number == 3])
+
+    def text(self, key: str) -> str:
+        """An attribute that is a word; empty where it is absent."""
+        return _text(self._attribute(key).get(2, memoryview(b"")))
+
+    def real(self, key: str) -> float | None:
+        """An attribute that is a float32; None where it is absent."""
+        value = self._attribute(key).get(4)
+        if value is None:
+            return None
+        if isinstance(value, int) or len(value) != 4:
+            raise Malformed(f"{key} of {self.name} is no number")
+        return struct.unpack("<f", value)[0]
+
+    def flag(self, key: str) -> bool | None:
+        """An attribute that is true or false; None where it is absent (in protocol 3, false may be)."""
+        value = self._attribute(key).get(5)
+        return None if value is None else bool(value)
+
+    def array(self) -> np.ndarray:
+        """The value of a Const: a read-only view of the file where its elements lie in it one after the other."""
+        tensor = self._attribute("value").get(8)
+        if self.op != "Const" or tensor is None:
+            raise Malformed(f"{self.name} is no constant")
+        dtype = shape = None
+        content: memoryview | None = None
+        typed: dict[int, list] = {}
+        for number, value in fields(_message(tensor)):
+            if number == 1:
+                dtype = value
+            elif number == 2:
+                sizes = [dict(fields(_message(dim))).get(1, 0) for key, dim in fields(_message(value)) if key == 2]
+                shape = tuple(_integers(sizes))
+            elif number == 4:
+                content = _message(value)
+            else:
+                typed.setdefault(number, []).append(value)
+        if dtype not in _DTYPES:
+            raise Malformed(f"{self.name} has elements of the kind {dtype}")
+        kind, field = _DTYPES[dtype]
+        shape = () if shape is None else shape
+        if any(not 0 <= size < 1 << 40 for size in shape):
+            raise Malformed(f"{self.name} has an impossible shape")
+        if content is not None and len(content):
+            if len(content) != prod(shape) * kind.itemsize:
+                raise Malformed(f"{self.name} holds {len(content)} bytes for the shape {shape}")
+            return np.frombuffer(content, kind).reshape(shape)
+        values = typed.get(field, [])
+        if field in _FLOATS:
+            if any(isinstance(value, int) or len(value) % kind.itemsize for value in values):
+                raise Malformed(f"the values of {self.name} are no floats")
+            # one packed run is a view; the unpacked form, a run for each element, is joined
+            flat = np.frombuffer(values[0] if len(values) == 1 else b"".join(values), kind)
+        else:
+            flat = np.array(_integers(values), np.int64).astype(kind)
+        if flat.size == prod(shape):
+            return flat.reshape(shape)
+        if flat.size == 1:  # one value for all
+            return np.broadcast_to(flat.reshape((1,) * len(shape)), shape)
+        raise Malformed(f"{self.name} holds {flat.size} values for the shape {shape}")
+
+
+def read_graph(data: memoryview) -> dict[str, Node]:
+    """The nodes of a GraphDef by name."""
+    nodes = {}
+    for number, value in fields(data):
+        if number == 1:
+            node = Node(_message(value))
+            if not node.name or not node.op or node.name in nodes:
+                raise Malformed(f"a node without a name or an operation, or twice: {node.name!r}")
+            nodes[node.name] = node
+    if not nodes:
+        raise Malformed("it has no nodes")
+    return nodes
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a file, mapped; they stay valid as long as a view of them exists. OSError as from open."""
+    with path.open("rb") as file:
+        if not file.seek(0, 2):
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -1,0 +1,242 @@
+"""The weights of the 2015-12-05 Inception-v3, from the frozen graph that ADM's evaluator runs or from its torch port.
+
+Neither TensorFlow nor torch is needed to read them. The two public files hold the same numbers; their
+names, sizes and hashes are below. Another file is used only when it holds the same network, layer by layer, and
+says of itself that it is unknown.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from evaluators.features import Features
+from evaluators.features.graphdef import Malformed, Node, map_file, read_graph
+from evaluators.features.inception_layers import CLASSES, POOLED, SPATIAL, Conv, convolutions
+from evaluators.features.inception_structure import check_structure
+from evaluators.reference import check_images
+from harness.errors import Failure, Refusal
+
+GRAPH_NAME, GRAPH_SIZE, GRAPH_MD5 = "classify_image_graph_def.pb", 95_673_916, "e6bb154e85f5d4331c22abcddb5dcf31"
+GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
+PORT_NAME, PORT_SIZE = "pt_inception-2015-12-05-6726825d.pth", 95_628_359
+PORT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+# What every number rests on beside the weights; it goes into the hash of the feature network.
+RECIPE = "TF1 bilinear resize to 299x299; (x - 128) / 128; float32; logits without bias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One convolution and its normalisation. kernel float32 (height, width, in, out); the others float32 (out,)."""
+
+    kernel: np.ndarray
+    gamma: np.ndarray
+    beta: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class InceptionWeights:
+    """The network's numbers: arrays are views of the mapped file where that is possible.
+
+    layers: by scope, in the order of `convolutions()`. classifier: float32 (2048, 1008), without its bias.
+    sha256: of these numbers and the preprocessing, whatever file and backend they come through: equal hash, same
+    features. found: one line that says which file this is. known: whether it is one of the two public files.
+    is_graph: whether TensorFlow can run it.
+    """
+
+    path: Path
+    layers: dict[str, Layer]
+    classifier: np.ndarray
+    sha256: str
+    found: str
+    known: bool
+    is_graph: bool
+
+
+def missing(name: str) -> Refusal:
+    """The refusal for an extractor of this kind without a file."""
+    return Refusal(
+        f"features {name} need their weights: give --inception FILE, where FILE is {GRAPH_NAME}"
+        f" ({GRAPH_SIZE:,} bytes, md5 {GRAPH_MD5}; {GRAPH_URL}) or, for torch, {PORT_NAME} of pytorch-fid"
+    )
+
+
+def read_weights(path: Path) -> InceptionWeights:
+    """The weights in a frozen graph or a torch port of it. What does not fit the network is refused."""
+    path = Path(path)
+    try:
+        data = map_file(path)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--inception {path}: {getattr(error, 'strerror', None) or error}; {_remedy()}") from error
+    head = bytes(data[:2])
+    if head == b"\x1f\x8b":
+        raise Refusal(f"{path} is a compressed archive: unpack it (tar -xzf) and name the {GRAPH_NAME} in it")
+    if not head or head[:1] == b"<":
+        raise Refusal(f"{path} is {'a web page' if head else 'empty'}; {_remedy()}")
+    if head == b"PK" or head[:1] == b"\x80":
+        return _from_port(path, data)
+    return _from_graph(path, data)
+
+
+def _remedy() -> str:
+    return f"fetch {GRAPH_NAME} ({GRAPH_SIZE:,} bytes, md5 {GRAPH_MD5}) from {GRAPH_URL}"
+
+
+def _what(path: Path, size: int, hash_name: str, digest: str, known: bool, name: str) -> str:
+    if known:
+        return f"{name} ({size:,} bytes, {hash_name} {digest})"
+    return (
+        f"unknown weights of the right structure: {path.name}, {size:,} bytes, {hash_name} {digest}; "
+        f"not {name}, so its numbers compare with no published ones"
+    )
+
+
+def _sha256(layers: dict[str, Layer], classifier: np.ndarray) -> str:
+    digest = hashlib.sha256(f"inception-2015-12-05\n{RECIPE}\n".encode())
+    for scope, layer in layers.items():
+        digest.update(f"{scope} {layer.kernel.shape}\n".encode())
+        for array in (layer.kernel, layer.gamma, layer.beta, layer.mean, layer.variance):
+            digest.update(np.ascontiguousarray(array, "<f4"))
+    digest.update(np.ascontiguousarray(classifier, "<f4"))
+    return digest.hexdigest()
+
+
+def _sound(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.dtype != np.float32 or array.shape != shape:
+        raise Refusal(
+            f"{path} holds another network: {name} is {array.dtype} {array.shape}, not float32 {shape}; {_remedy()}"
+        )
+    if not np.isfinite(array).all():
+        raise Refusal(f"{path} is damaged: {name} is not finite everywhere; {_remedy()}")
+    return array
+
+
+# The frozen graph ---------------------------------------------------------------------------------------------------
+
+
+def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
+    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    known = len(data) == GRAPH_SIZE and md5 == GRAPH_MD5
+    try:
+        nodes = read_graph(data)
+        if not known:
+            check_structure(nodes)
+        layers = {}
+        for conv in convolutions():
+            layers[conv.scope] = _graph_layer(path, nodes, conv)
+        classifier = _sound(path, "softmax/weights", _constant(nodes, "softmax/weights"), (POOLED, CLASSES))
+    except Malformed as error:
+        size = "" if len(data) == GRAPH_SIZE else f" It has {len(data):,} bytes, the public file {GRAPH_SIZE:,}."
+        raise Refusal(f"{path} is not the frozen graph of Inception-v3: {error}.{size} Instead, {_remedy()}") from error
+    return InceptionWeights(
+        path=path,
+        layers=layers,
+        classifier=classifier,
+        sha256=_sha256(layers, classifier),
+        found=_what(path, len(data), "md5", md5, known, GRAPH_NAME),
+        known=known,
+        is_graph=True,
+    )
+
+
+def _node(nodes: dict[str, Node], name: str) -> Node:
+    if name not in nodes:
+        raise Malformed(f"it has no node {name}")
+    return nodes[name]
+
+
+def _constant(nodes: dict[str, Node], name: str) -> np.ndarray:
+    return _node(nodes, name).array()
+
+
+def _graph_layer(path: Path, nodes: dict[str, Node], conv: Conv) -> Layer:
+    def vector(name: str) -> np.ndarray:
+        full = f"{conv.scope}/batchnorm/{name}"
+        return _sound(path, full, _constant(nodes, full), (conv.width,))
+
+    kernel = f"{conv.scope}/conv2d_params"
+    norm = nodes.get(f"{conv.scope}/batchnorm")
+    unscaled = norm is not None and norm.flag("scale_after_normalization") is False
+    return Layer(
+        kernel=_sound(path, kernel, _constant(nodes, kernel), (*conv.kernel, conv.width_in, conv.width)),
+        gamma=np.ones(conv.width, np.float32) if unscaled else vector("gamma"),
+        beta=vector("beta"),
+        mean=vector("moving_mean"),
+        variance=vector("moving_variance"),
+    )
+
+
+# The torch port -----------------------------------------------------------------------------------------------------
+
+
+def _from_port(path: Path, data: memoryview) -> InceptionWeights:
+    from harness.weights.containers import open_file
+
+    sha256 = hashlib.sha256(data).hexdigest()
+    known = sha256 == PORT_SHA256
+    tensors = open_file(path).value
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict):
+        raise Refusal(f"{path} holds no weights by name; {_remedy()}")
+
+    @cache
+    def read(name: str) -> np.ndarray:
+        if not hasattr(tensors.get(name), "read"):
+            raise Refusal(f"{path} is no torch port of this Inception-v3: it has no {name}; {_remedy()}")
+        return tensors[name].read()
+
+    def vector(conv: Conv, name: str) -> np.ndarray:
+        return _sound(path, f"{conv.port}.bn.{name}", read(f"{conv.port}.bn.{name}"), (conv.width,))
+
+    layers = {}
+    for conv in convolutions():
+        name = f"{conv.port}.conv.weight"
+        layers[conv.scope] = Layer(
+            kernel=_sound(path, name, read(name), (conv.width, conv.width_in, *conv.kernel)).transpose(2, 3, 1, 0),
+            gamma=vector(conv, "weight"),
+            beta=vector(conv, "bias"),
+            mean=vector(conv, "running_mean"),
+            variance=vector(conv, "running_var"),
+        )
+    classifier = _sound(path, "fc.weight", read("fc.weight"), (CLASSES, POOLED)).T
+    return InceptionWeights(
+        path=path,
+        layers=layers,
+        classifier=classifier,
+        sha256=_sha256(layers, classifier),
+        found=_what(path, len(data), "sha256", sha256, known, PORT_NAME),
+        known=known,
+        is_graph=False,
+    )
+
+
+# Both backends ------------------------------------------------------------------------------------------------------
+
+
+def by_batches(
+    name: str,
+    images: np.ndarray,
+    size: int,
+    forward: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> Features:
+    """Features of uint8 (N, H, W, 1 or 3) from `forward`: a contiguous batch uint8 of at most `size` images to pooled,
+    spatial and logits. Features that are not finite are a Failure that names the image."""
+    check_images(images, "what the features are of")
+    pooled, spatial, logits = (np.empty((len(images), width), np.float32) for width in (POOLED, SPATIAL, CLASSES))
+    for start in range(0, len(images), size):
+        rows = slice(start, start + size)
+        # a copy: the source may be a map of a file, or turned around
+        pooled[rows], spatial[rows], logits[rows] = forward(np.array(images[rows], order="C"))
+    for array in (pooled, spatial, logits):
+        finite = np.isfinite(array).all(axis=1)
+        if not finite.all():
+            raise Failure(
+                f"features {name} of image {int(np.argmin(finite))} are not finite: the weights or this device are broken"
+            )
+    return Features(pooled=pooled, logits=logits, spatial=spatial)

@@ -1,0 +1,146 @@
+"""Whether a frozen graph of unknown origin computes the Inception-v3 of `inception_layers`, operation by operation.
+
+Constants of the right names and shapes are not enough: another pool, epsilon or resize gives other features under the
+same weights. The graph is walked from its outputs to its input beside the table of layers.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evaluators.features.graphdef import Malformed, Node
+from evaluators.features.inception_layers import BLOCKS, EPSILON, POOL_3, SIDE, STEM, Conv, Join, Pool
+
+_POOL = {True: "AvgPool", False: "MaxPool"}
+_TRANSPARENT = ("Identity", "CheckNumerics")  # the graph checks every convolution for infinities; values pass through
+
+
+def check_structure(nodes: dict[str, Node]) -> None:
+    """Malformed unless the graph computes exactly this network from ExpandDims to pool_3 and the logits."""
+    _Structure(nodes).check()
+
+
+class _Structure:
+    """The graph walked from its outputs to its input beside the table of layers; where they part is `Malformed`."""
+
+    def __init__(self, nodes: dict[str, Node]):
+        self.nodes = nodes
+        self.outputs: dict[str, str] = {}  # scope of a convolution: the node that ends it
+
+    def check(self) -> None:
+        self.image = self._image()
+        at = self._resolve("pool_3")
+        at = self._pool(at, POOL_3)
+        for layer in reversed((*STEM, *BLOCKS.values())):
+            at = self._layer(at, layer)
+        if at.name != self.image:
+            raise Malformed(f"its first convolution sees {at.name}, not the normalised image")
+        matmul = self._resolve("softmax/logits/MatMul")
+        if matmul.op != "MatMul" or self._input(matmul, 1).name != "softmax/weights":
+            raise Malformed("its classifier does not multiply by softmax/weights")
+        if self._resolve("mixed_6/conv").name != self.outputs["mixed_6/conv"]:  # taken by this name
+            raise Malformed("mixed_6/conv is not the first branch of its block")
+
+    def _node(self, name: str) -> Node:
+        if name not in self.nodes:
+            raise Malformed(f"it has no node {name}")
+        return self.nodes[name]
+
+    def _resolve(self, name: str) -> Node:
+        for _ in range(16):
+            node = self._node(name)
+            if node.op not in _TRANSPARENT:
+                return node
+            name = self._name(node, 0)
+        raise Malformed(f"{name} passes through too many identities")
+
+    def _name(self, node: Node, index: int) -> str:
+        names = [each for each in node.inputs if not each.startswith("^")]
+        if index >= len(names):
+            raise Malformed(f"{node.name} has no input {index}")
+        return names[index].removesuffix(":0")
+
+    def _input(self, node: Node, index: int) -> Node:
+        return self._resolve(self._name(node, index))
+
+    def _expect(self, node: Node, *ops: str) -> None:
+        if node.op not in ops:
+            raise Malformed(f"{node.name} is {node.op}, where {ops[0]} is due")
+
+    def _image(self) -> str:
+        scaled = self._resolve("Mul")
+        shifted = self._input(scaled, 0)
+        resized = self._input(shifted, 0)
+        for node, op in ((scaled, "Mul"), (shifted, "Sub"), (resized, "ResizeBilinear")):
+            self._expect(node, op)
+        if resized.flag("align_corners") or resized.flag("half_pixel_centers"):
+            raise Malformed("it resizes by another rule than TensorFlow 1's bilinear one")
+        numbers = [self._input(node, 1).array().ravel().tolist() for node in (resized, shifted, scaled)]
+        if numbers != [[SIDE, SIDE], [128.0], [1 / 128]]:
+            raise Malformed(f"it resizes and normalises by {numbers}")
+        if self._name(resized, 0) != "ExpandDims":
+            raise Malformed("it does not resize ExpandDims")
+        return scaled.name
+
+    def _layer(self, node: Node, layer: Conv | Pool | Join) -> Node:
+        if isinstance(layer, Pool):
+            return self._pool(node, layer)
+        if isinstance(layer, Conv):
+            return self._conv(node, layer)
+        return self._join(node, layer)
+
+    def _window(self, node: Node, key: str, expected: Sequence[int]) -> None:
+        if node.text("data_format") not in ("", "NHWC") or node.integers(key) != [1, *expected, 1]:
+            raise Malformed(f"{node.name} has {key} {node.integers(key)}, where {[1, *expected, 1]} is due")
+
+    def _padding(self, node: Node, same: bool, free: bool = False) -> None:
+        due = "SAME" if same else "VALID"
+        if node.text("padding") != due and not free:
+            raise Malformed(f"{node.name} pads {node.text('padding')}, where {due} is due")
+
+    def _pool(self, node: Node, pool: Pool) -> Node:
+        self._expect(node, _POOL[pool.average])
+        self._window(node, "ksize", (pool.kernel,) * 2)
+        if pool is not POOL_3:  # one window over everything: its stride is free
+            self._window(node, "strides", (pool.stride,) * 2)
+        self._padding(node, pool.same)
+        return self._input(node, 0)
+
+    def _conv(self, node: Node, conv: Conv) -> Node:
+        self._expect(node, "Relu")
+        norm = self._input(node, 0)
+        self._expect(norm, "BatchNormWithGlobalNormalization")
+        names = [self._input(norm, i).name for i in range(1, 5)]
+        due = [f"{conv.scope}/batchnorm/{each}" for each in ("moving_mean", "moving_variance", "beta", "gamma")]
+        if names != due:
+            raise Malformed(f"{norm.name} is given {names}, where {due} is due")
+        if norm.real("variance_epsilon") != float(np.float32(EPSILON)):
+            raise Malformed(f"{norm.name} has an epsilon of {norm.real('variance_epsilon')}, not {EPSILON}")
+        product = self._input(norm, 0)
+        self._expect(product, "Conv2D")
+        if self._input(product, 1).name != f"{conv.scope}/conv2d_params":
+            raise Malformed(f"{product.name} does not use {conv.scope}/conv2d_params")
+        self._window(product, "strides", (conv.stride,) * 2)
+        if set(product.integers("dilations")) - {1}:
+            raise Malformed(f"{product.name} is dilated")
+        self._padding(product, conv.same, free=conv.kernel == (1, 1))
+        self.outputs[conv.scope] = node.name
+        return self._input(product, 0)
+
+    def _join(self, node: Node, join: Join) -> Node:
+        self._expect(node, "Concat", "ConcatV2")
+        count = len(join.branches)
+        first = 1 if node.op == "Concat" else 0  # the axis comes first in the older operation, else last
+        axis = self._input(node, 0 if first else count).array().ravel().tolist()
+        inputs = [each for each in node.inputs if not each.startswith("^")]
+        if axis not in ([3], [-1]) or len(inputs) != count + 1:
+            raise Malformed(f"{node.name} joins {len(inputs) - 1} branches on axis {axis}, not {count} on 3")
+        sources = set()
+        for index, branch in enumerate(join.branches):
+            at = self._input(node, first + index)
+            for layer in reversed(branch):
+                at = self._layer(at, layer)
+            sources.add(at.name)
+        if len(sources) != 1:
+            raise Malformed(f"the branches of {node.name} start from {sorted(sources)}")
+        return self._resolve(sources.pop())

@@ -1,0 +1,104 @@
+"""The 2015-12-05 Inception-v3 as ADM's evaluator runs it: the original frozen graph in a TensorFlow session.
+
+TensorFlow is imported when the extractor is loaded. The graph is imported with the batch in the place of `ExpandDims`,
+so that it resizes and normalises by itself; fetched are pool_3 and the first 7 channels of mixed_6/conv, and the logits
+are pool_3 times the second input of softmax/logits/MatMul.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from evaluators.features import Features
+from evaluators.features.inception_graph import GRAPH_NAME, InceptionWeights, by_batches, missing, read_weights
+from evaluators.features.inception_layers import POOLED, SPATIAL, SPATIAL_CHANNELS
+from harness.errors import Refusal
+
+
+def _tensorflow():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it greets on stderr otherwise, where progress is drawn
+    try:
+        import tensorflow
+    except ImportError as error:
+        raise Refusal(
+            f"features inception-2015-12-05-tf need TensorFlow ({error}): pip install tensorflow-cpu, or use"
+            " inception-2015-12-05, which needs none"
+        ) from error
+    return tensorflow
+
+
+class InceptionGraphFeatures:
+    """The extractor; see `evaluators.features.FeatureExtractor` for the contract. Close it, or let it be collected.
+
+    `stages` gives any tensors of the graph; `found` says which weights these are, `known` whether the public ones.
+    """
+
+    def __init__(self, spec, weights: InceptionWeights, device: str = "cpu", batch_size: int = 64):
+        tf = _tensorflow()
+        self.name, self.dim, self.batch_size = spec.name, spec.dim, batch_size
+        self.sha256, self.found, self.known = weights.sha256, weights.found, weights.known
+        self.description = f"{spec.description}; TensorFlow {tf.__version__}; {weights.found}"
+        on_gpu = device.partition(":")[0] not in ("cpu", "")
+        if on_gpu and not tf.config.list_physical_devices("GPU"):
+            raise Refusal(f"TensorFlow {tf.__version__} sees no GPU here: give --device cpu, or install tensorflow")
+        v1 = tf.compat.v1
+        definition = v1.GraphDef()
+        definition.ParseFromString(weights.path.read_bytes())
+        self.graph = tf.Graph()
+        with self.graph.as_default():
+            self.batch = v1.placeholder(tf.float32, [None, None, None, 3])
+            try:
+                pool_3, spatial, matmul = tf.import_graph_def(
+                    definition,
+                    input_map={"ExpandDims:0": self.batch},
+                    return_elements=["pool_3:0", "mixed_6/conv:0", "softmax/logits/MatMul"],
+                    name="inception",
+                )
+            except ValueError as error:
+                reason = str(error).splitlines()[0]
+                raise Refusal(f"TensorFlow {tf.__version__} refuses the graph {weights.path}: {reason}") from error
+            pooled = tf.reshape(pool_3, [-1, POOLED])
+            self.outputs = (
+                pooled,
+                tf.reshape(spatial[..., :SPATIAL_CHANNELS], [-1, SPATIAL]),
+                tf.matmul(pooled, matmul.inputs[1]),
+            )
+        config = v1.ConfigProto(device_count={} if on_gpu else {"GPU": 0})
+        config.gpu_options.allow_growth = True
+        threads = os.environ.get("OMP_NUM_THREADS", "")  # what limits every other library here limits this one
+        config.intra_op_parallelism_threads = config.inter_op_parallelism_threads = (
+            int(threads) if threads.isdigit() else 0
+        )
+        self.session = v1.Session(graph=self.graph, config=config)
+
+    def _feed(self, batch: np.ndarray) -> dict:
+        # Grey is repeated; float32 and unscaled, as ADM's evaluator feeds it
+        return {self.batch: np.broadcast_to(batch, (*batch.shape[:3], 3)).astype(np.float32)}
+
+    def stages(self, images: np.ndarray, *names: str) -> list[np.ndarray]:
+        """Tensors of the graph by name, as "Mul:0", for uint8 (N, H, W, 1 or 3) in one batch."""
+        tensors = [self.graph.get_tensor_by_name(f"inception/{name}") for name in names]
+        return self.session.run(tensors, self._feed(images))
+
+    def __call__(self, images: np.ndarray) -> Features:
+        return by_batches(
+            self.name,
+            images,
+            self.batch_size,
+            lambda batch: tuple(self.session.run(self.outputs, self._feed(batch))),
+        )
+
+    def close(self) -> None:
+        """Release the session."""
+        self.session.close()
+
+
+def load(spec, device: str = "cpu", weights: Path | None = None) -> InceptionGraphFeatures:
+    """The loader named by the FeatureSpec. weights: the frozen graph; a torch port cannot be run by TensorFlow."""
+    if weights is None:
+        raise missing(spec.name)
+    read = read_weights(weights)
+    if not read.is_graph:
+        raise Refusal(f"{weights} is a torch port: {spec.name} runs {GRAPH_NAME} itself; use inception-2015-12-05")
+    return InceptionGraphFeatures(spec, read, device)

@@ -1,0 +1,83 @@
+"""The resize of TensorFlow 1, which ADM's evaluator and every FID of the 2015 Inception graph rests on, bit for bit.
+
+Bilinear with corners at index 0 and no half-pixel shift (`align_corners=False, half_pixel_centers=False`), no
+antialiasing, float32. Along each axis, for i = 0 .. 298,
+
+    g = float32(i) * float32(size / 299);  lo = floor(g);  hi = min(lo + 1, size - 1);  f = g - lo
+    out = v[lo] + (v[hi] - v[lo]) * f
+
+x first, then y, every operation rounded to float32 on its own: no fused multiply-add, so neither `lerp` nor `addcmul`.
+An element does not depend on what else is computed, so the x pass is done once for each row of the input.
+"""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+SIDE = 299
+IMAGES_PER_CHUNK = 1  # its arrays stay in the cache between the steps: 1.6 to 3.6 times as fast as 32 at once
+
+
+@lru_cache(maxsize=64)
+def axis_table(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For an axis of `size` pixels: lo int64 (299,), hi int64 (299,), f float32 (299,)."""
+    position = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
+    low = np.floor(position)
+    fraction = position - low
+    lo = low.astype(np.int64)
+    return lo, np.minimum(lo + 1, size - 1), fraction
+
+
+@lru_cache(maxsize=64)
+def _torch_table(size: int, device: str):
+    import torch
+
+    return tuple(torch.from_numpy(each).to(device) for each in axis_table(size))
+
+
+def _between(first, last, weight):
+    """first + (last - first) * weight, in place in `last`, for numpy and torch alike."""
+    last -= first
+    last *= weight
+    last += first
+    return last
+
+
+def resize_numpy(images: np.ndarray) -> np.ndarray:
+    """uint8 or float32 (N, H, W, C) -> float32 (N, 299, 299, C) in the unit of the input."""
+    n, height, width, channels = images.shape
+    out = np.empty((n, SIDE, SIDE, channels), np.float32)
+    y_lo, y_hi, y_f = axis_table(height)
+    x_lo, x_hi, x_f = axis_table(width)
+    for start in range(0, n, IMAGES_PER_CHUNK):
+        rows = slice(start, start + IMAGES_PER_CHUNK)
+        x = images[rows]
+        left, right = (x.take(index, axis=2).astype(np.float32) for index in (x_lo, x_hi))
+        wide = _between(left, right, x_f[:, None])  # (n, H, 299, C)
+        out[rows] = _between(wide.take(y_lo, axis=1), wide.take(y_hi, axis=1), y_f[:, None, None])
+    return out
+
+
+def resize_torch(images: "torch.Tensor") -> "torch.Tensor":
+    """uint8 or float32 (N, H, W, C) -> float32 (N, 299, 299, C) in the unit of the input, on the same device."""
+    import torch
+
+    n, height, width, channels = images.shape
+    if (height, width) == (SIDE, SIDE):  # every fraction is 0
+        return images.to(torch.float32, copy=True)
+    out = torch.empty((n, SIDE, SIDE, channels), dtype=torch.float32, device=images.device)
+    y_lo, y_hi, y_f = _torch_table(height, str(images.device))
+    x_lo, x_hi, x_f = _torch_table(width, str(images.device))
+    step = IMAGES_PER_CHUNK if images.device.type == "cpu" else max(n, 1)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        x = images[rows]
+        left, right = (x.index_select(2, index).float() for index in (x_lo, x_hi))  # (n, H, 299, C)
+        wide = _between(left, right, x_f[:, None])  # (n, H, 299, C)
+        top, bottom = wide.index_select(1, y_lo), wide.index_select(1, y_hi)  # (n, 299, 299, C)
+        out[rows] = _between(top, bottom, y_f[:, None, None])
+    return out

@@ -1,0 +1,212 @@
+"""A Vision Transformer in torch (Dosovitskiy et al., arXiv:2010.11929), as DINOv2 and as CLIP's image tower.
+
+Parameter names are those of facebookresearch/dinov2's files; what CLIP has besides is `norm_pre` and `proj`. Weights:
+`vit_weights`; shapes and sources: `vit_spec`. The attention is torch's own: xformers is not needed.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from evaluators.features import Features
+from evaluators.features.vit_spec import SHAPES, VitShape
+from evaluators.features.vit_weights import find, read_state
+from harness.errors import Failure, Refusal
+
+# facebookresearch/dinov2, vision_transformer.py, `interpolate_offset` of the models without registers: the position
+# table is stretched a little further than the grid, which moves every patch's position. The weights are used so.
+POSITION_OFFSET = 0.1
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        n, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)  # (N, T, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, H, T, D/H) each
+        x = functional.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
+        return self.proj(x.transpose(1, 2).reshape(n, tokens, width))  # (N, T, D)
+
+
+class Mlp(nn.Module):
+    """Two linear layers, four times as wide between them."""
+
+    def __init__(self, width: int, quick_gelu: bool):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.quick_gelu = quick_gelu
+
+    def forward(self, x):
+        h = self.fc1(x)  # (N, T, 4D)
+        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else functional.gelu(h)  # (N, T, 4D)
+        return self.fc2(h)  # (N, T, D)
+
+
+class LayerScale(nn.Module):
+    """A factor for every channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.gamma  # (N, T, D)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a norm and around a skip."""
+
+    def __init__(self, shape: VitShape):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(shape.width, eps=shape.eps)
+        self.attn = Attention(shape.width, shape.heads)
+        self.ls1 = LayerScale(shape.width) if shape.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(shape.width, eps=shape.eps)
+        self.mlp = Mlp(shape.width, shape.quick_gelu)
+        self.ls2 = LayerScale(shape.width) if shape.layer_scale else nn.Identity()
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))  # (N, T, D)
+        return x + self.ls2(self.mlp(self.norm2(x)))  # (N, T, D)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of the patches, row by row."""
+
+    def __init__(self, patch: int, width: int, bias: bool):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch, bias=bias)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, (S / p)^2, D)
+
+
+class VisionTransformer(nn.Module):
+    """float32 (N, 3, S, S), normalised, S a multiple of the patch size, to the features (N, dim)."""
+
+    def __init__(self, shape: VitShape):
+        super().__init__()
+        self.patch, self.grid = shape.patch, shape.grid
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + shape.grid**2, shape.width))
+        self.patch_embed = PatchEmbed(shape.patch, shape.width, bias=not shape.pre_norm)
+        self.norm_pre = nn.LayerNorm(shape.width, eps=shape.eps) if shape.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(shape.width, eps=shape.eps)
+        self.proj = nn.Linear(shape.width, shape.projection, bias=False) if shape.projection else None
+
+    def positions(self, side: int) -> torch.Tensor:
+        """The position table for side x side patches, the class token's first: (1, 1 + side^2, D)."""
+        if side == self.grid:
+            return self.pos_embed
+        table = self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)  # (1, D, G, G)
+        factor = (side + POSITION_OFFSET) / self.grid
+        table = functional.interpolate(table, scale_factor=(factor, factor), mode="bicubic")  # (1, D, side, side)
+        assert table.shape[2:] == (side, side), (table.shape, side)
+        return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, x):
+        side = x.shape[-1] // self.patch
+        x = self.patch_embed(x)  # (N, side^2, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + side^2, D)
+        x = self.norm_pre(x + self.positions(side))  # (N, 1 + side^2, D)
+        for block in self.blocks:
+            x = block(x)  # (N, 1 + side^2, D)
+        x = self.norm(x[:, 0])  # (N, D)
+        if self.proj is None:
+            return x
+        return functional.normalize(self.proj(x), dim=1, eps=0.0)  # (N, projection)
+
+
+def _by_pillow(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (N, H, W, C) -> uint8 (N, size, size, C): the square in the middle, bicubic, rounded to 8 bits."""
+    from PIL import Image
+
+    height, width, channels = images.shape[1:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    out = np.empty((len(images), size, size, channels), np.uint8)
+    for i, image in enumerate(images[:, top : top + side, left : left + side]):
+        picture = Image.fromarray(image if channels == 3 else image[..., 0])
+        out[i] = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).reshape(size, size, channels)
+    return out
+
+
+def preprocess(images: np.ndarray, shape: VitShape, device: str | torch.device = "cpu") -> torch.Tensor:
+    """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 3, S, S), normalised; grey is repeated over the three channels."""
+    if shape.resize == "pillow":
+        images = _by_pillow(images, shape.input_size)
+    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()  # a copy: it may be a file map
+    if shape.resize == "float32":
+        size = (shape.input_size, shape.input_size)
+        x = functional.interpolate(x, size=size, mode="bicubic", antialias=True)  # (N, C, S, S)
+    mean, std = (torch.tensor(each, device=device).reshape(1, 3, 1, 1) for each in (shape.mean, shape.std))
+    return (x / 255 - mean) / std  # (N, 3, S, S)
+
+
+@contextlib.contextmanager
+def _float32(device_type: str) -> Iterator[None]:
+    """Every product in float32: no autocast, no TF32."""
+    before = torch.get_float32_matmul_precision()
+    with contextlib.ExitStack() as stack:
+        if torch.amp.is_autocast_available(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if device_type == "cuda":
+            cudnn = torch.backends.cudnn
+            kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+            stack.enter_context(cudnn.flags(**kept, allow_tf32=False))
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+class VitFeatures:
+    """The extractor; see `evaluators.features.FeatureExtractor` for the contract.
+
+    weights: a file, or a repository on the Hugging Face hub; None: the file that torch.hub has fetched before.
+    """
+
+    def __init__(self, spec, shape: VitShape, weights: Path | None, device: str = "cpu", batch_size: int | None = None):
+        self.name, self.dim, self.shape = spec.name, spec.dim, shape
+        self.device = torch.device(device)
+        self.batch_size = batch_size or (8 if self.device.type == "cpu" else 64)
+        with torch.device("meta"):  # the weights are then held once
+            net = VisionTransformer(shape)
+        read = read_state(find(spec.name, shape, weights), net.state_dict(), spec.name)
+        net.load_state_dict(read.state, strict=True, assign=True)
+        self.net = net.eval().requires_grad_(False).to(self.device)
+        self.sha256 = hashlib.sha256(f"{read.sha256}\n{spec.description}".encode()).hexdigest()
+        self.description = f"{spec.description}; {read.found}"
+
+    def __call__(self, images: np.ndarray) -> Features:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise Refusal(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
+        pooled = np.empty((len(images), self.dim), np.float32)
+        with torch.inference_mode(), _float32(self.device.type):
+            for start in range(0, len(images), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                pooled[rows] = self.net(preprocess(images[rows], self.shape, self.device)).cpu().numpy()
+        if not np.isfinite(pooled).all():
+            raise Failure(f"features {self.name} are not finite: the weights or this device are broken")
+        return Features(pooled=pooled)
+
+
+def load(spec, device: str = "cpu", weights: Path | None = None) -> VitFeatures:
+    """The loader named by the FeatureSpec."""
+    return VitFeatures(spec, SHAPES[spec.name], weights, device)

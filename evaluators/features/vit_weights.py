@@ -1,0 +1,197 @@
+"""Weights of the Vision Transformers: where they are found and how public files name them.
+
+Four layouts are read: facebookresearch/dinov2's, which is ours; transformers' Dinov2Model and CLIPModel or
+CLIPVisionModelWithProjection; and openai/CLIP's as a state dict. Nothing in a file is ever executed.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluators.features.vit_spec import FLAG, VitShape
+from harness.errors import Refusal
+from harness.weights.files import WeightFile, open_weights, sha256
+from harness.weights.load import as_torch
+from harness.weights.maps import compare
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# fmt: off
+DINOV2 = {  # ours: transformers' Dinov2Model's
+    "cls_token":            "embeddings.cls_token",
+    "pos_embed":            "embeddings.position_embeddings",
+    "patch_embed.proj":     "embeddings.patch_embeddings.projection",
+    "norm":                 "layernorm",
+    "blocks":               "encoder.layer",
+    "norm1":                "norm1",
+    "attn.qkv":             ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "attn.proj":            "attention.output.dense",
+    "ls1.gamma":            "layer_scale1.lambda1",
+    "norm2":                "norm2",
+    "mlp.fc1":              "mlp.fc1",
+    "mlp.fc2":              "mlp.fc2",
+    "ls2.gamma":            "layer_scale2.lambda1",
+}
+CLIP = {  # ours: transformers' CLIPModel's
+    "cls_token":            "vision_model.embeddings.class_embedding",
+    "pos_embed":            "vision_model.embeddings.position_embedding.weight",
+    "patch_embed.proj":     "vision_model.embeddings.patch_embedding",
+    "norm_pre":             "vision_model.pre_layrnorm",
+    "norm":                 "vision_model.post_layernorm",
+    "proj":                 "visual_projection",
+    "blocks":               "vision_model.encoder.layers",
+    "norm1":                "layer_norm1",
+    "attn.qkv":             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.proj":            "self_attn.out_proj",
+    "norm2":                "layer_norm2",
+    "mlp.fc1":              "mlp.fc1",
+    "mlp.fc2":              "mlp.fc2",
+}
+OPENAI = {  # ours: openai/CLIP's
+    "cls_token":            "visual.class_embedding",
+    "pos_embed":            "visual.positional_embedding",
+    "patch_embed.proj":     "visual.conv1",
+    "norm_pre":             "visual.ln_pre",
+    "norm":                 "visual.ln_post",
+    "proj.weight":          "visual.proj",  # stored the other way round
+    "blocks":               "visual.transformer.resblocks",
+    "norm1":                "ln_1",
+    "attn.qkv.weight":      "attn.in_proj_weight",
+    "attn.qkv.bias":        "attn.in_proj_bias",
+    "attn.proj":            "attn.out_proj",
+    "norm2":                "ln_2",
+    "mlp.fc1":              "mlp.c_fc",
+    "mlp.fc2":              "mlp.c_proj",
+}
+LAYOUTS = (  # title, names, prefixes of what such a file holds besides
+    ("facebookresearch/dinov2", {},     ("mask_token",)),
+    ("transformers' DINOv2",    DINOV2, ("embeddings.mask_token", "classifier.")),
+    ("transformers' CLIP",      CLIP,   ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")),
+    ("openai/CLIP",             OPENAI, ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",
+                                         "logit_scale", "input_resolution", "context_length", "vocab_size")),
+)
+# fmt: on
+PREFIX = "dinov2."  # of the backbone in transformers' classifiers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadState:
+    """state: our names, float32. sha256: of the file. found: one line on where the weights come from."""
+
+    state: dict[str, torch.Tensor]
+    sha256: str
+    found: str
+
+
+def sources(ours: str, names: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
+    """What the file calls our tensor: one name, or three whose tensors are joined."""
+    if not names:
+        return (ours,)
+    stem, number, inner = "", "", ours
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", ours):
+        number, inner = match.groups()
+        stem = f"{names['blocks']}.{number}."
+    if inner in names:
+        found, kind = names[inner], ""
+    else:
+        inner, _, kind = inner.rpartition(".")
+        if inner not in names:
+            return (f"({ours})",)  # this layout has no such tensor
+        found, kind = names[inner], f".{kind}"
+    return tuple(f"{stem}{each}{kind}" for each in ((found,) if isinstance(found, str) else found))
+
+
+def _layout(weights: WeightFile, expected: Mapping[str, torch.Tensor]):
+    """The layout that has most of our tensors in the file; its names are then ours to be compared."""
+
+    def share(layout) -> int:
+        return sum(all(name in weights.tensors for name in sources(ours, layout[1])) for ours in expected)
+
+    return max(LAYOUTS, key=share)
+
+
+def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> ReadState:
+    """The weights at `path` under our names, every one of `expected` (on the meta device, for instance) and no other."""
+    weights = open_weights(path)
+    weights.refuse_code()
+    if all(key.startswith((PREFIX, "classifier.")) for key in weights.tensors):
+        kept = {key.removeprefix(PREFIX): tensor for key, tensor in weights.tensors.items()}
+        weights = replace(weights, tensors=kept)
+    title, names, beside = _layout(weights, expected)
+    found = {each: tensor.shape for each, tensor in weights.tensors.items() if not each.startswith(beside)}
+    wanted = {}
+    for ours, tensor in expected.items():
+        theirs = sources(ours, names)
+        shape = _stored_shape(tuple(tensor.shape), theirs, found)
+        wanted |= dict.fromkeys(theirs, shape)
+    problems = compare(found, wanted)
+    if problems:
+        raise Refusal(f"{weights.path} does not hold the weights of {name} (read as {title}): {problems.first()}")
+    digest = sha256(weights.path)
+    state = {ours: _read(weights, sources(ours, names), tuple(tensor.shape)) for ours, tensor in expected.items()}
+    return ReadState(state=state, sha256=digest, found=f"{title} {weights.path.name}, sha256 {digest[:12]}")
+
+
+def _stored_shape(shape: tuple[int, ...], theirs: tuple[str, ...], found: Mapping[str, tuple[int, ...]]):
+    """The shape that a file's tensor must have: ours but for what `_read` undoes."""
+    if len(theirs) > 1:
+        return (shape[0] // len(theirs), *shape[1:])
+    if theirs == ("visual.proj",):
+        return shape[::-1]
+    stored = found.get(theirs[0])
+    if stored is not None and len(stored) < len(shape) and (1,) * (len(shape) - len(stored)) + tuple(stored) == shape:
+        return stored  # the class token and the positions without the axis of one image
+    return shape
+
+
+def _read(weights: WeightFile, theirs: tuple[str, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    parts = []
+    for each in theirs:
+        stored = weights.tensors[each]
+        parts.append(as_torch(np.ascontiguousarray(stored.read()), stored.dtype).float())
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if theirs == ("visual.proj",):
+        tensor = tensor.T.contiguous()
+    return tensor.reshape(shape)
+
+
+def find(name: str, shape: VitShape, weights: Path | None) -> Path:
+    """The file or folder that holds the weights; a repository on the hub is fetched unless it is in the cache."""
+    known = f"{FLAG} FILE or {FLAG} {shape.repository}"
+    if weights is None:
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / shape.file
+        if shape.file and cached.is_file():
+            return cached
+        where = f", for instance from {shape.url}" if shape.url else ""
+        raise Refusal(f"features {name} need weights that are not shipped: name them with {known}{where}")
+    weights = Path(weights)
+    if weights.exists() or not HUB_NAME.fullmatch(weights.as_posix()):
+        return weights
+    return _from_hub(name, weights.as_posix(), known)
+
+
+def _from_hub(name: str, repository: str, known: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise Refusal(
+            f"features {name}: {repository} is no file; to fetch it from the hub: pip install huggingface_hub"
+        ) from error
+
+    for local in (True, False):  # what is there already first, so that a connection is needed once
+        for file in HUB_FILES:
+            try:
+                return Path(hf_hub_download(repository, file, local_files_only=local))
+            except (EntryNotFoundError, LocalEntryNotFoundError) as error:
+                reason = error
+            except Exception as error:  # the client's own, the network's, the disk's: all end here
+                reason = error
+                break
+    text = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
+    raise Refusal(f"features {name}: {repository} is no file and was not fetched from the hub ({text}); name {known}")

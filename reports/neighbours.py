@@ -1,0 +1,81 @@
+"""Samples beside the training images nearest to them: what a memorisation score looks like."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+
+from harness.errors import Refusal
+from reports.files import write_whole
+
+_BACKGROUND = 255
+_INK = 60
+_SMALLEST_TILE = 64  # pixels a side below which a caption does not fit and an image is hard to judge
+_CAPTION = 14  # pixels, below each tile
+
+
+def write_neighbours(
+    samples: np.ndarray,  # (R, H, W, C) uint8, the samples to be shown from top to bottom, C 1 or 3
+    neighbours: np.ndarray,  # (R, k, H, W, C) uint8, the training images nearest to each, nearest first
+    path: str | os.PathLike,
+    *,
+    sample_captions: list[str],  # below each sample, such as its number
+    neighbour_captions: list[list[str]],  # below each neighbour, such as its number and distance
+    scale: int | None = None,  # whole-number enlargement; None: as much as makes a tile of at least 64 pixels
+    gap: int = 4,  # pixels between tiles; four times as many after the sample
+) -> Path:
+    """Writes a PNG, a row a sample: the sample at the left, its neighbours after it; pixels are repeated, never smoothed.
+
+    Raises Refusal for arrays that are no such images and Failure where the file cannot be written.
+    """
+    from PIL import Image
+
+    _check(samples, neighbours, sample_captions, neighbour_captions)
+    rows, k = neighbours.shape[:2]
+    height, width, channels = samples.shape[1:]
+    scale = scale or max(1, -(-_SMALLEST_TILE // min(height, width)))
+    tile_height, tile_width = height * scale, width * scale
+    row_height = tile_height + _CAPTION + gap
+    left = [gap] + [gap + tile_width + 4 * gap + i * (tile_width + gap) for i in range(k)]
+    canvas = np.full((rows * row_height + gap, left[-1] + tile_width + gap, channels), _BACKGROUND, np.uint8)
+    for row in range(rows):
+        top = gap + row * row_height
+        tiles = [samples[row], *neighbours[row]]
+        captions = [sample_captions[row], *neighbour_captions[row]]
+        for image, text, start in zip(tiles, captions, left, strict=True):
+            tile = image.repeat(scale, axis=0).repeat(scale, axis=1)  # (H * scale, W * scale, C)
+            canvas[top : top + tile_height, start : start + tile_width] = tile
+            below = slice(top + tile_height, top + tile_height + _CAPTION)
+            canvas[below, start : start + tile_width] = _caption(text, tile_width)[..., None]
+    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG")
+    return write_whole(Path(path), encoded.getvalue())
+
+
+def _check(samples, neighbours, sample_captions, neighbour_captions) -> None:
+    sound = samples.dtype == neighbours.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
+    if not sound or 0 in (*samples.shape, *neighbours.shape):
+        raise Refusal(
+            f"a picture of neighbours needs uint8 images (N, H, W, 1 or 3), not {samples.dtype} {samples.shape}"
+        )
+    if neighbours.ndim != 5 or neighbours.shape[:1] + neighbours.shape[2:] != samples.shape:
+        raise Refusal(
+            f"samples {samples.shape} and their neighbours {neighbours.shape} do not fit: need (R, k, H, W, C)"
+        )
+    if len(sample_captions) != len(samples) or [len(row) for row in neighbour_captions] != [neighbours.shape[1]] * len(
+        samples
+    ):
+        raise Refusal(
+            f"a picture of {neighbours.shape[:2]} neighbours needs a caption for each of them and each sample"
+        )
+
+
+def _caption(text: str, width: int) -> np.ndarray:
+    """Dark text on white, cut off where the tile ends: uint8 (_CAPTION, width)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("L", (width, _CAPTION), _BACKGROUND)
+    ImageDraw.Draw(picture).text((0, 1), text, font=ImageFont.load_default(size=_CAPTION - 4), fill=_INK)
+    return np.asarray(picture)
