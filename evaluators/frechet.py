@@ -20,7 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from evaluators.evidence import Evidence
-from evaluators.intervals import Estimate, block_sums
+from evaluators.intervals import Estimate
 from evaluators.statistics import Statistics, statistics
 from harness.errors import Failure
 
@@ -149,39 +149,41 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray) -> Estimate:
     """Distance of features (N, D) from a reference, and the distance without each block int64 (N,).
 
-    The distances without a block reuse one product over all rows: (N, N) where N <= D, (D, D) where not.
+    The distances without a block reuse one product over all rows: (N, N) where N <= D, (D, D) where not. Beyond the
+    features, memory depends on N only through the size of a block.
     """
-    x = np.asarray(features, dtype=np.float64)
-    n, dim = x.shape
+    n, dim = features.shape
     own = statistics(features)
-    x = x - own.mean  # (N, D)
     few_rows = n <= dim
     factor = _factor(reference)  # (D, r)
-    turned = x @ factor  # (N, r): rows in coordinates where the reference is the identity
-    inner = turned @ turned.T if few_rows else turned.T @ turned  # (N, N) or (r, r)
-    reference_trace = float(np.trace(reference.covariance))
+    if few_rows:
+        turned = (features - own.mean) @ factor  # (N, r): rows in coordinates where the reference is the identity
+        inner = turned @ turned.T  # (N, N)
+    else:
+        inner = (n - 1) * (factor.T @ own.covariance @ factor)  # (r, r)
+    own_trace, reference_trace = float(np.trace(own.covariance)), float(np.trace(reference.covariance))
     value = frechet_distance(own, reference)  # of the exact statistics: the rows' order does not show
-    sums, squares = block_sums(x, block), block_sums(np.einsum("nd,nd->n", x, x), block)  # (B, D), (B,)
 
     def without(b: int) -> float:
         kept = block != b
         m = int(kept.sum())
-        shift = -sums[b] / m  # mean of the kept rows: all rows together have mean 0
+        gone = features[~kept] - own.mean  # (N - m, D)
+        shift = -gone.sum(axis=0) / m  # mean of the kept rows: all rows together have mean 0
         if few_rows:
             part = inner[np.ix_(kept, kept)]
             part -= part.mean(axis=0, keepdims=True)  # centred on the kept rows' own mean
             part -= part.mean(axis=1, keepdims=True)
         else:
-            gone, centre = turned[~kept], shift @ factor
-            part = inner - gone.T @ gone - m * np.outer(centre, centre)
-        spread = (squares.sum() - squares[b] - m * (shift @ shift)) / (m - 1)
+            lost, centre = gone @ factor, shift @ factor
+            part = inner - lost.T @ lost - m * np.outer(centre, centre)
+        spread = ((n - 1) * own_trace - np.einsum("nd,nd->", gone, gone) - m * (shift @ shift)) / (m - 1)
         root = _sum_of_roots(part / (m - 1), min(m - 1, _rank(reference)))
         return _assemble(own.mean + shift - reference.mean, spread, reference_trace, root)
 
     # One block a thread: a symmetric eigenvalue problem of this size gains little from threads of its own, and BLAS
     # threads that wait for each other on a busy machine have been seen to take 40 times as long.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
-        left_out = np.array(list(pool.map(without, range(len(sums)))))
+        left_out = np.array(list(pool.map(without, range(int(block.max()) + 1))))
     return Estimate(value=value, left_out=left_out)
 
 

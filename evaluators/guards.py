@@ -48,8 +48,8 @@ GUARDS = {
     "copies": "a warning: more than 1 % of the samples are images of the reference",
     "statistics-in-samples": "a warning: the samples bring mu and sigma, which ADM's evaluator would use instead of pixels",
     "resolution": "refused: samples and reference differ in height, width or channels; resizing one changes the number",
-    "reference-statistics": "refused where the suite takes mu and sigma from the reference and they are missing; a warning"
-    " for 10,000 images without them: ADM's, meant for precision and recall only",
+    "reference-statistics": "refused for 10,000 images without mu and sigma where the suite takes these from the file:"
+    " ADM's images, meant for precision and recall. A warning for another number of images, or another suite",
     "labels-missing": "a warning: the task has classes and the samples no labels, so their balance cannot be checked",
     "labels-outside": "refused: a label that the task does not have",
     "labels-uneven": "a warning: class counts differ by more than 1 where they were meant to be balanced, or are less even"
@@ -339,13 +339,12 @@ def _reference(samples: Survey, reference: Survey, task: Task) -> Iterator[Findi
         return
     ten = reference.count == ADM_IMAGES
     what = " (ADM's 10,000 images serve precision and recall; its FID uses the whole training set)" if ten else ""
-    if task.reference_statistics:
-        text = f"{reference.name} has {reference.count} images but no mu and sigma{what}"
-        yield _refuse(
-            "reference-statistics", f"{text}; take the file that has them, or make one of all training images"
-        )
-    elif ten:
-        yield _warn("reference-statistics", f"{reference.name} has no mu and sigma{what}")
+    text = f"{reference.name} has no mu and sigma{what}"
+    if task.reference_statistics and ten:
+        advice = "take the file that has them, or make one of all training images"
+        yield _refuse("reference-statistics", f"{text}; {advice}")
+    elif task.reference_statistics or ten:
+        yield _warn("reference-statistics", f"{text}: the distance is to its {reference.count} images")
 
 
 def _labels(samples: Survey, reference: Survey | None, task: Task) -> Iterator[Finding]:

@@ -55,9 +55,7 @@ def assign_blocks(n: int, blocks: int = BLOCKS) -> np.ndarray:
 
 def block_sums(rows: np.ndarray, block: np.ndarray) -> np.ndarray:
     """float64 (B, ...): sums over the rows (N, ...) of each block."""
-    sums = np.zeros((int(block.max()) + 1, *rows.shape[1:]))
-    np.add.at(sums, block, rows)
-    return sums
+    return np.stack([rows[block == b].sum(axis=0, dtype=np.float64) for b in range(int(block.max()) + 1)])
 
 
 def interval(estimate: Estimate, confidence: float = 0.95) -> Interval:

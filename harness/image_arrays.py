@@ -185,7 +185,7 @@ class _Stored:
                 crc = zlib.crc32(chunk, crc)
             yield chunk
         if not self._sound and crc != self._info.CRC:
-            raise Refusal(f"{self._path}: arr_0 differs from its checksum: damaged; make or copy it again")
+            raise Refusal(f"{self._path}: arr_0 differs from its checksum: damaged; make it again")
         self._sound = True
 
 

@@ -107,7 +107,7 @@ def _decoded(entry: Entry) -> tuple[np.ndarray, str | None]:
         raise Refusal(f"{entry.name}: {error}") from None
     except Exception as error:  # Pillow's plug-ins raise anything on broken bytes
         reason = shown(str(error) or type(error).__name__)
-        raise Refusal(f"{entry.name} cannot be read ({reason}): damaged; make or copy it again") from error
+        raise Refusal(f"{entry.name} cannot be read ({reason}): damaged; make it again") from error
     return array, note
 
 

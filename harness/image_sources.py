@@ -238,7 +238,9 @@ def readable(where: str | Path) -> Iterator[None]:
         raise
     except BROKEN as error:
         reason = shown(str(error) or type(error).__name__)
-        raise Refusal(f"{where} cannot be read ({reason}): cut off or damaged; make or copy it again") from error
+        raise Refusal(
+            f"{where} cannot be read ({reason}): damaged, or cut off while it was written; make it again"
+        ) from error
 
 
 class Damaged(Exception):

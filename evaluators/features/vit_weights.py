@@ -18,7 +18,7 @@ from harness.weights.files import WeightFile, open_weights, sha256
 from harness.weights.load import as_torch
 from harness.weights.maps import compare
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)")  # and no file's
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # fmt: off

@@ -121,6 +121,8 @@ def _of_run(name: str, part: Stage | Guide, folder: Path) -> tuple[Stage | Guide
         changes |= {
             "objective": recipe.objective, "schedule": recipe.schedule, "diffusion_steps": recipe.diffusion_steps,
         }  # fmt: skip
+        if part.guidance_scale != 1 and recipe.label_dropout == 0:
+            raise Refusal(f"--weights {name}={folder}: trained without label dropout, so guidance cannot be had")
     snapshot = checkpoints.verify(run.snapshot(steps))
     source = Source(path=snapshot.part("ema"), sha256=snapshot.sha256("ema"), run=run.identity, steps=steps)
     return replace(part, **changes), source

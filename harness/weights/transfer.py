@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,10 +206,11 @@ def refuse_existing(path: Path) -> None:
 @contextmanager
 def partial(path: Path) -> Iterator[Path]:
     """A name to write under, which becomes `path` when all went well and is removed otherwise."""
-    unfinished = path.with_name(path.name + files.PARTIAL)
     with files.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.remove(unfinished)
+        # A folder of its own: nothing of the user's is under that name, and no second process writes to it.
+        room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=files.PARTIAL, dir=path.parent))
+        unfinished = room / path.name
         try:
             yield unfinished
             for written in unfinished.iterdir() if unfinished.is_dir() else [unfinished]:
@@ -216,9 +218,8 @@ def partial(path: Path) -> Iterator[Path]:
             refuse_existing(path)  # made meanwhile
             unfinished.rename(path)
             files.sync_folder(path.parent)
-        except BaseException:
-            files.remove(unfinished)
-            raise
+        finally:
+            files.remove(room)
 
 
 def write_safetensors(

@@ -9,6 +9,7 @@ number of parameters is compared with theirs.
 import re
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -319,6 +320,11 @@ def test_a_hub_name_is_looked_up_in_the_cache_first(tmp_path, monkeypatch):
         ("pytorch_model.bin", False),
     ]
     assert vit_weights.find("x", shape, tmp_path) == tmp_path  # a folder that is there is never a hub name
+    asked.clear()
+    for mistyped in ("weights/dino.pth", "weights/model.safetensors", "/no/such/file"):
+        with pytest.raises(Refusal, match=mistyped):
+            vit.load(vit_spec.DINOV2_VIT_L_14, "cpu", Path(mistyped))
+    assert not asked
 
     def broken(*args, **options):
         raise OSError("the disk is full\nand more")

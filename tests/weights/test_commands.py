@@ -110,3 +110,17 @@ def test_loading_holds_the_weights_once(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) < 1.3
+
+
+def test_an_import_removes_nothing_that_it_did_not_make(tmp_path):
+    from safetensors.torch import save_file
+
+    from harness import registry
+    from harness.weights.transfer import import_file
+
+    source = tmp_path / "net.safetensors.partial"  # a name that an unfinished import might have had
+    save_file(registry.backbones.get("dit-xs-2").build("torch").state_dict(), source)
+    before = source.read_bytes()
+    written, _ = import_file(source, tmp_path / "net.safetensors", "dit-xs-2")
+    assert written.exists() and source.read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["net.safetensors", "net.safetensors.partial"]
