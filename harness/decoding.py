@@ -63,7 +63,13 @@ class Decoder:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the images, for records; not the place that the weights were read from."""
-        return {"name": self.name, "weights_sha256": self.sha256, "scale_factor": self.scale_factor}
+        settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return {
+            "name": self.name,
+            "weights_sha256": self.sha256,
+            "scale_factor": self.scale_factor,
+            "config_sha256": files.sha256_json(settings),  # activations and groups show in no weight
+        }
 
     def compute(self, image_size: int = 256, direction: str = "decode") -> Compute:
         """Compute of one image of `image_size` pixels a side; its params are those of encoder and decoder."""

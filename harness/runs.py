@@ -30,6 +30,7 @@ SCHEMA = 1
 BEFORE_RUN_FILE = frozenset(  # what a run killed at its creation may leave
     {"lock", "checkpoints", "log.jsonl", f"log.jsonl{files.PARTIAL}", f"run.json{files.PARTIAL}"}
 )
+LATER_ITEMS = {"conditioning_noise": 0.0}  # of the recipe, added after runs had been made, with their defaults
 RUNS = Path("runs")  # where runs go, below the working folder
 
 
@@ -50,12 +51,10 @@ class RunSpec:
         protocol = self.protocol.as_dict()
         for part in ("recipe", "sampling", "summary", "samples", "suite"):
             del protocol[part]  # the recipe stands by itself; the rest does not touch the training
-        recipe = dataclasses.asdict(self.recipe)
-        del recipe["steps"]
         return {
             "backbone": self.backbone,
             "protocol": protocol,
-            "recipe": recipe,
+            "recipe": recipe_identity(self.recipe),
             "seed": self.seed,
             "framework": self.framework,
             "dataset_sha256": self.dataset_sha256,
@@ -71,6 +70,14 @@ class RunSpec:
         if dataclasses.replace(self.recipe, steps=1) != dataclasses.replace(self.protocol.recipe, steps=1):
             base += f"-{files.sha256_json(self.identity)[:8]}"
         return base
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe makes another experiment. Items that came later are left out at their default, so that runs of
+    before keep their identity and hashes."""
+    settings = dataclasses.asdict(recipe)
+    del settings["steps"]
+    return {name: value for name, value in settings.items() if name not in LATER_ITEMS or value != LATER_ITEMS[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +162,10 @@ def open_run(folder: Path) -> Run:
         if data["schema"] > SCHEMA:
             raise Refusal(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
         protocol = from_dict(data["protocol"], str(path))
-        # Items that came after the run was made have their defaults.
         recipe = Recipe(**{"steps": protocol.recipe.steps, **data["identity"]["recipe"]})
-        settings = dataclasses.asdict(recipe)
-        del settings["steps"]
         resolved = Resolved(**data["resolved"])
         return Run(
-            folder=folder, identity={**data["identity"], "recipe": settings}, resolved=resolved, environment=data["environment"],
+            folder=folder, identity={**data["identity"], "recipe": recipe_identity(recipe)}, resolved=resolved, environment=data["environment"],
             protocol=protocol, recipe=recipe,
         )  # fmt: skip
     except (KeyError, TypeError) as error:

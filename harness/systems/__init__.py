@@ -26,13 +26,17 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import registry
 from harness.errors import Refusal
 from harness.protocols import UINT8_RULES, Protocol, get_protocol
 from harness.registry import unknown
 from harness.spec import BackboneSpec, Compute
+
+if TYPE_CHECKING:
+    from harness.diffusion.objectives import Objective
+    from harness.diffusion.plans import SamplerPlan
 
 CLASSIFIER_PASSES = 2  # of a guiding classifier: forward, and backward to the image alone, taken as one more
 
@@ -70,6 +74,14 @@ class Stage:
         """Of one forward pass on one image."""
         return self.spec.count(**self.build_arguments())
 
+    def plan(self, objective: Objective) -> SamplerPlan:
+        """The plan of its sampler; refused where sampler, schedule and steps do not fit each other."""
+        from harness.diffusion.schedule import Schedule
+
+        schedule = Schedule.named(self.schedule, self.diffusion_steps)
+        make = registry.samplers.get(self.sampler).make
+        return make(schedule, self.steps, objective, self.eta, self.clip_denoised)
+
     def build_arguments(self) -> dict[str, Any]:
         """Arguments of the builder, the output channels set by the objective."""
         arguments = dict(self.arguments)
@@ -86,6 +98,8 @@ class Guide:
 
     backbone: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    schedule: str = "linear"  # of the noise that it was trained on: the base's
+    diffusion_steps: int = 1000
     scale: float = 1.0
 
     @property
@@ -126,6 +140,8 @@ class System:
             raise Refusal(f"{where}: label_policy {self.label_policy!r} is not one of random, balanced")
         if self.base is None and not self.unavailable:
             raise Refusal(f"{where}: [base] is missing")
+        if not self.name.isprintable() or not self.name.strip():
+            raise Refusal(f"{where}: a name must be printable text")
 
     @property
     def task(self) -> Protocol:
@@ -172,9 +188,9 @@ class System:
         return sum(part.compute().params for part in self.parts.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, JSON-ready: what decides the images, without what describes them."""
+        """Plain data, JSON-ready: what decides the images, without what describes them. The decoder speaks for itself."""
         data = dataclasses.asdict(self)
-        for name in ("summary", "row", "unavailable"):
+        for name in ("summary", "row", "unavailable", "decoder"):
             del data[name]
         return data
 
@@ -191,21 +207,22 @@ class System:
                 raise Refusal(
                     f"{where}: {name} is {part.backbone!r}, of kind {part.spec.kind}; it must be a {' or '.join(fitting)}"
                 )
-        for stage in self.stages:
-            if stage.spec.kind == "generator":
-                continue
-            registry.samplers.get(stage.sampler)
-            registry.objectives.get(stage.objective)
-            if stage.guidance_scale != 1 and stage.spec.null_label is None:
-                raise Refusal(
-                    f"{where}: {stage.backbone!r} has no null label, so classifier-free guidance cannot be had"
-                )
-            if not 1 <= stage.steps <= stage.diffusion_steps:
-                raise Refusal(f"{where}: {stage.steps} sampling steps do not lie in 1 to {stage.diffusion_steps}")
+        for name, stage in self.parts.items():
+            if isinstance(stage, Stage) and stage.spec.kind != "generator":
+                _check_sampling(f"{where}: {name}", stage)
+        if self.classifier is not None and not self.classifier.scale > 0:
+            raise Refusal(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
         if self.classifier is not None and self.base.spec.kind == "generator":
             raise Refusal(f"{where}: a generator cannot be guided by a classifier")
         if self.decoder and self.upsamplers:
             raise Refusal(f"{where}: upsamplers after a decoder are not supported; leave out one of them")
+        if self.classifier is not None:
+            for item in ("schedule", "diffusion_steps"):
+                seen, guided = getattr(self.classifier, item), getattr(self.base, item)
+                if seen != guided:
+                    raise Refusal(
+                        f"{where}: the classifier knows noise of {item} {seen}, and the base that it guides has {guided}"
+                    )
         self._check_sizes(where)
 
     def _check_sizes(self, where: str) -> None:
@@ -234,6 +251,11 @@ class System:
                     f"{where}: {name} was made for images of {low} pixels and {before} makes them of "
                     f"{made[before]['input_size']}"
                 )
+            channels = task.image_channels if before is None else made[before].get("in_channels", task.image_channels)
+            if before is not None and arguments["in_channels"] != channels:
+                raise Refusal(
+                    f"{where}: {name} takes {arguments['in_channels']} channels and {before} makes {channels}"
+                )
             before = name
         if not self.decoder:
             last = list(made.values())[-1]
@@ -243,6 +265,27 @@ class System:
                     f"{where}: {before} makes images of {size}x{size}x{channels} and protocol {task.name!r} has "
                     f"{task.resolution}x{task.resolution}x{task.image_channels}; choose arguments or protocol to fit"
                 )
+
+
+def _check_sampling(where: str, stage: Stage) -> None:
+    """Settings that no sampler can be made from; the plan itself is tried, so that it is not found out late."""
+    objective = registry.objectives.get(stage.objective)
+    arguments = stage.spec.arguments(**stage.arguments)
+    for name, least, most in (
+        ("eta", 0.0, 1.0),
+        ("guidance_scale", 1.0, math.inf),
+        ("conditioning_noise", 0.0, math.inf),
+    ):
+        if not least <= getattr(stage, name) <= most:
+            limit = f"lie in {least:g} to {most:g}" if most < math.inf else f"be at least {least:g}"
+            raise Refusal(f"{where}: {name} {getattr(stage, name):g} must {limit}")
+    if stage.conditioning_noise and stage.spec.kind != "upsampler":
+        raise Refusal(f"{where}: conditioning_noise is an upsampler's, and {stage.backbone!r} is none")
+    if stage.guidance_scale != 1 and (stage.spec.null_label is None or arguments.get("null_class") is False):
+        raise Refusal(f"{where}: {stage.backbone!r} has no null label, so classifier-free guidance cannot be had")
+    if not 1 <= stage.steps <= stage.diffusion_steps:
+        raise Refusal(f"{where}: {stage.steps} sampling steps do not lie in 1 to {stage.diffusion_steps}")
+    stage.plan(objective)
 
 
 def from_dict(data: dict[str, Any], where: str) -> System:
@@ -258,6 +301,8 @@ def from_dict(data: dict[str, Any], where: str) -> System:
     upsamplers = data.get("upsamplers", [])
     if not isinstance(upsamplers, list):
         raise Refusal(f"{where}: upsamplers must be tables, written [[upsamplers]]")
+    if isinstance(data.get("name"), str) and data["name"] in registry.systems:
+        raise Refusal(f"{where}: the name {data['name']!r} is that of a built-in system; choose another")
     data["upsamplers"] = tuple(_fill(Stage, each, f"{where}: [[upsamplers]]") for each in upsamplers)
     return _fill(System, data, where)
 

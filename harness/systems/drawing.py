@@ -105,22 +105,23 @@ def _of_run(name: str, part: Stage | Guide, folder: Path) -> tuple[Stage | Guide
     spec = registry.backbones.get(run.backbone)
     if spec.kind != part.spec.kind:
         raise Refusal(
-            f"--weights {name}={folder}: the run is of {run.backbone} ({spec.kind}); it must be of a {part.spec.kind}"
+            f"--weights {name}={folder}: the run is of {run.backbone} ({spec.kind}); wanted is one of kind {part.spec.kind}"
         )
     objective = registry.objectives.get(run.recipe.objective)
     arguments = runs.build_arguments(spec, run.protocol, objective.out_channels(run.protocol.in_channels))
-    changes: dict[str, Any] = {"backbone": run.backbone, "arguments": arguments}
+    recipe = run.recipe
+    changes: dict[str, Any] = {
+        "backbone": run.backbone, "arguments": arguments, "schedule": recipe.schedule,
+        "diffusion_steps": recipe.diffusion_steps,
+    }  # fmt: skip
     if isinstance(part, Stage):
-        recipe = run.recipe
         if part.conditioning_noise > recipe.conditioning_noise:
             raise Refusal(
                 f"--weights {name}={folder}: it was trained with conditioning_noise {recipe.conditioning_noise:g}, and the "
                 f"system gives it {part.conditioning_noise:g}; train it with --set conditioning_noise="
                 f"{part.conditioning_noise:g} or more"
             )
-        changes |= {
-            "objective": recipe.objective, "schedule": recipe.schedule, "diffusion_steps": recipe.diffusion_steps,
-        }  # fmt: skip
+        changes["objective"] = recipe.objective
         if part.guidance_scale != 1 and recipe.label_dropout == 0:
             raise Refusal(f"--weights {name}={folder}: trained without label dropout, so guidance cannot be had")
     snapshot = checkpoints.verify(run.snapshot(steps))
@@ -236,7 +237,10 @@ def _network(part: Stage | Guide, source: Source, device: torch.device, say: Cal
     net = build_on_meta(part.spec, arguments)
     if set(dict(net.named_buffers())) - set(net.state_dict()):  # computed when it is built, and in no file
         net = part.spec.build("torch", **arguments)
-    for note in load_into(net, source.path, part.spec).notes:
+    provenance = load_into(net, source.path, part.spec)
+    if provenance.sha256 != source.sha256:  # hashed when it was named, read when it is needed
+        raise Refusal(f"{source.path} has changed since sampling began; give the same command again")
+    for note in provenance.notes:
         say(f"  {note}")
     return net.to(device)
 
@@ -250,7 +254,6 @@ def _stage(
     precision: str,
     device: torch.device,
 ) -> TorchStage | TorchGenerator:
-    from harness.diffusion.schedule import Schedule
     from harness.engines.torch.draw import TorchGenerator, TorchStage
 
     arguments = stage.spec.arguments(**stage.build_arguments())
@@ -258,17 +261,10 @@ def _stage(
         return TorchGenerator(
             net, latent_size=arguments["latent_size"], truncation=stage.truncation, precision=precision, device=device
         )
-    plan = registry.samplers.get(stage.sampler).make(
-        Schedule.named(stage.schedule, stage.diffusion_steps),
-        stage.steps,
-        registry.objectives.get(stage.objective),
-        stage.eta,
-        stage.clip_denoised,
-    )
     return TorchStage(
         stage.spec,
         net,
-        plan,
+        stage.plan(registry.objectives.get(stage.objective)),
         arguments=arguments,
         precision=precision,
         device=device,

@@ -40,7 +40,7 @@ def _adm(resolution: int) -> tuple[System, ...]:
     upsampler = Stage(backbone=f"adm-u-{low}-{resolution}", clip_denoised=True)
     low_base = Stage(backbone=f"adm-{low}", schedule="cosine" if low == 64 else "linear", clip_denoised=True)
     scale = {256: 1.0, 512: 4.0}[resolution]
-    low_scale = {64: 1.0, 128: 0.5}[low]  # of the base alone; the authors do not say what they used below ADM-U at 512
+    low_scale = {64: 1.0, 128: 0.5}[low]
     plain = System(
         name=f"adm-{resolution}",
         summary=f"ADM at {resolution} pixels, 250 DDPM steps",
@@ -68,8 +68,8 @@ def _adm(resolution: int) -> tuple[System, ...]:
         upsampled,
         name=f"adm-g-adm-u-{resolution}",
         summary=f"{upsampled.summary}, the base guided by its classifier, scale {low_scale:g}"
-        + (" (not stated by the authors)" if resolution == 512 else ""),
-        classifier=Guide(backbone=f"adm-classifier-{low}", scale=low_scale),
+        + " (the authors give it for the base alone)",
+        classifier=Guide(backbone=f"adm-classifier-{low}", schedule=low_base.schedule, scale=low_scale),
         row=f"{table}: ADM-G, ADM-U",
     )
     return plain, upsampled, guided, both

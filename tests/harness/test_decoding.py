@@ -87,7 +87,15 @@ def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder):
     digest = hashlib.sha256((folder / SAFE).read_bytes()).hexdigest()
     assert (decoder.scale_factor, decoder.channels, decoder.factor) == (0.18215, 4, 2)
     assert (decoder.name, decoder.sha256, decoder.notes) == (f"vae-{digest[:12]}", digest, ())
-    assert decoder.identity == {"name": decoder.name, "weights_sha256": digest, "scale_factor": 0.18215}
+    identity = {"name": decoder.name, "weights_sha256": digest, "scale_factor": 0.18215}
+    assert decoder.identity == {**identity, "config_sha256": decoder.identity["config_sha256"]}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "act_fn": "relu"})
+    )  # no weight shows it, every pixel does
+    other = load(str(folder)).identity
+    assert other != decoder.identity and {**other, "config_sha256": ""} == {**identity, "config_sha256": ""}
+    (folder / "config.json").write_text(json.dumps(config))
     z = latents() / 10
     images = decoder.decode(z)
     assert images.dtype == torch.float32 and images.shape == (3, 3, 8, 12) and images.std() > 0.01

@@ -18,7 +18,7 @@ from harness.planning import make_request
 from harness.samples import read_samples, read_sidecar
 from harness.stages import Workshop, load_data
 from harness.systems import Guide, Stage, System, from_dict, get_system, load
-from harness.systems.drawing import bind
+from harness.systems.drawing import bind, draw_system
 from reports.columns import guidance_text
 from results import paper
 from results.records import Record
@@ -125,6 +125,8 @@ GOOD = {"name": "mine", "protocol": "digits", "base": {"backbone": "adm-xs", "st
         ({"row": "Table 2: mine"}, "row is for the built-in systems"),
         ({"upsamplers": {}}, r"written \[\[upsamplers\]\]"),
         ({"base": {"backbone": "adm-xs", "eta": float("nan")}}, "eta must be a finite number"),
+        ({"name": "adm-g-256"}, "the name 'adm-g-256' is that of a built-in system"),
+        ({"name": "a\0b"}, "must be printable"),
     ],
 )
 def test_a_broken_file_is_refused_by_item(change, words):
@@ -145,6 +147,26 @@ def test_a_broken_file_is_refused_by_item(change, words):
         ({"base": Stage(backbone="adm-xs", arguments={**SMALL, "input_size": 16})}, "makes images of 16x16x1"),
         ({"base": Stage(backbone="adm-xs", arguments=SMALL, steps=1001)}, "1001 sampling steps"),
         ({"base": Stage(backbone="adm-xs", arguments=SMALL, sampler="ddmp")}, "unknown sampler 'ddmp'"),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, eta=2.0)}, "base: eta 2 must lie in 0 to 1"),
+        (
+            {"base": Stage(backbone="adm-xs", arguments=SMALL, guidance_scale=0.5)},
+            "guidance_scale 0.5 must be at least 1",
+        ),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, conditioning_noise=0.1)}, "and 'adm-xs' is none"),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, sampler="ddim-ldm", steps=300)}, "250 steps fit"),
+        (
+            {"base": Stage(backbone="ldm-xs", arguments={**SMALL, "null_class": False}, guidance_scale=1.5)},
+            "has no null label",
+        ),
+        (
+            {"upsamplers": (Stage(backbone="adm-u-xs", arguments={**SMALL, "in_channels": 3, "low_res_size": 8}),)},
+            "upsampler takes 3 channels and base makes 1",
+        ),
+        (
+            {"classifier": Guide(backbone="adm-classifier-xs", arguments=SMALL, schedule="cosine")},
+            "knows noise of schedule cosine, and the base that it guides has linear",
+        ),
+        ({"classifier": Guide(backbone="adm-classifier-xs", arguments=SMALL, scale=0.0)}, "scale 0 must be positive"),
         ({"decoder": "ft-ema", "upsamplers": (Stage(backbone="adm-u-xs", arguments=SMALL),)}, "after a decoder"),
         (
             {"classifier": Guide(backbone="adm-classifier-xs", arguments={**SMALL, "input_size": 16})},
@@ -173,6 +195,10 @@ def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
         bind(system, {"base": parts["base"], "classifier": tmp_path / "nothing"})
     with pytest.raises(Refusal, match="the classifier has input_size 8 and the base that it guides 4"):
         bind(system, {"base": parts["low"], "classifier": parts["classifier"]})
+    cosine = workshop(tmp_path / "cosine", request("adm-classifier-xs", steps=1, settings={"schedule": "cosine"}))
+    cosine.train(1)
+    with pytest.raises(Refusal, match="knows noise of schedule cosine"):
+        bind(system, {"base": parts["base"], "classifier": tmp_path / "cosine"})
     noisy = get_system("digits-cascade-augmented")
     noisy = replace(noisy, upsamplers=(replace(noisy.upsamplers[0], conditioning_noise=0.5),))
     with pytest.raises(Refusal, match="trained with conditioning_noise 0.2, and the system gives it 0.5"):
@@ -274,6 +300,16 @@ def test_a_classifier_guides(parts, tmp_path):
     other = drawn(parts, tmp_path, "--system", "strong", *weights)
     assert read_sidecar(path)["compute"]["gflops_per_image"] > 4 * read_sidecar(path)["compute"]["gflops"]
     assert not np.array_equal(read_samples(path).images, read_samples(other).images)
+
+
+def test_weights_that_change_after_they_were_named_are_not_drawn_with(parts, tmp_path):
+    folder = tmp_path / "base.safetensors"
+    folder.write_bytes(next(parts["base"].glob("snapshots/*/ema.safetensors")).read_bytes())
+    bound = bind(replace(get_system("digits-guided"), name="plain", classifier=None), {"base": folder})
+    folder.write_bytes(next(parts["base"].glob("checkpoints/*/model.safetensors")).read_bytes())
+    settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu", "say": lambda text: None}
+    with pytest.raises(Refusal, match="has changed since sampling began"):
+        draw_system(bound, folder=tmp_path / "out", **settings)
 
 
 def test_a_run_of_another_family_takes_the_place_of_the_base(parts, tmp_path):

@@ -270,3 +270,15 @@ def test_checkpoints_are_due_by_cost_and_by_loss(whole):
     ):
         keeper._cost, keeper._saved_at = cost, now - age
         assert keeper.due() is due, (cost, age)
+
+
+def test_items_that_came_later_change_no_identity_at_their_default(whole, tmp_path):
+    assert "conditioning_noise" not in whole.run.identity["recipe"]
+    data = json.loads((whole.run.folder / "run.json").read_text())
+    assert "conditioning_noise" not in data["identity"]["recipe"]
+    data["identity"]["recipe"]["conditioning_noise"] = 0.0  # as some have it
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(data))
+    assert find(tmp_path / "run", whole.spec).identity == whole.run.identity
+    noisy = workshop(tmp_path / "noisy", request("adm-u-xs", steps=1, settings={"conditioning_noise": "0.1"}))
+    assert noisy.run.identity["recipe"]["conditioning_noise"] == 0.1

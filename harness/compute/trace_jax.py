@@ -1,0 +1,224 @@
+"""Counts the compute of a Flax network from its jaxpr: traced abstractly, no memory and no arithmetic.
+
+The counterpart of `trace_torch`: every primitive is counted, known to be free, or an error. A normalisation is many
+primitives in a jaxpr, so while the network is traced each call of a normalisation layer (flax.nnx's and their
+subclasses) is preceded by a mark on its input; a normalisation written out by hand is free, as it is in torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import threading
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from harness.errors import Failure, Refusal
+from harness.spec import BackboneSpec, Compute, ComputeRow
+
+NORMS = (nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm, nnx.RMSNorm)
+MARK = "harness.normalisation"
+
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "call_jaxpr",
+}
+"""Primitives that run one jaxpr once, and the parameter that holds it."""
+
+_FREE_NAMES = """
+    abs acos acosh add add_any and argmax argmin asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim cbrt
+    ceil clamp complex concatenate conj convert_element_type copy cos cosh cummax cummin cumsum
+    device_put digamma div dynamic_slice dynamic_update_slice eq erf erf_inv erfc exp exp2 expm1 floor
+    gather ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter
+    not optimization_barrier or pad pow random_bits random_fold_in random_seed random_split random_unwrap random_wrap
+    real reduce_and reduce_max reduce_min reduce_or reduce_precision reduce_prod reduce_sum reduce_window_max
+    reduce_window_min reduce_window_sum rem reshape rev round rsqrt scatter select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh slice split sqrt square squeeze stack stop_gradient sub tan tanh threefry2x32 tile
+    transpose unstack xor
+"""
+FREE = frozenset(_FREE_NAMES.split())
+"""Primitives that the convention holds to be free: element-wise, reductions, shapes, look-ups, pooling, random bits."""
+
+_PATCHING = threading.Lock()
+
+
+def _dot(eqn: Any) -> tuple[str, int]:
+    (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    # Products of a batch of matrix pairs are products of activations: attention. (The operator @ drops a batch of 1,
+    # so such a product is named linear; its cost is the same.)
+    return "attention" if batched else "linear", prod(eqn.outvars[0].aval.shape) * prod(left[i] for i in contracted)
+
+
+def _convolution(eqn: Any) -> tuple[str, int]:
+    left, kernel, out = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    numbers = eqn.params["dimension_numbers"]
+    assert eqn.params["batch_group_count"] == 1, "only a gradient has batch groups"
+    if max(eqn.params["lhs_dilation"], default=1) > 1:
+        # Transposed: each input cell meets one kernel for every output channel of its group.
+        kernels = prod(kernel) // kernel[numbers.rhs_spec[1]] // eqn.params["feature_group_count"]
+        return "conv", prod(left) * kernels
+    return "conv", prod(out) * (prod(kernel) // kernel[numbers.rhs_spec[0]])
+
+
+COUNTED = {"dot_general": _dot, "conv_general_dilated": _convolution}
+
+
+class _Counter:
+    """Writes a row for every counted primitive, under the innermost module that it was traced in."""
+
+    def __init__(self, backbone: str, uncounted_norms: tuple[str, ...], convolutions: frozenset[str]):
+        self.backbone = backbone
+        self.uncounted_norms = uncounted_norms
+        self.convolutions = convolutions  # paths of layers that are convolutions, however they compute
+
+    def rows(self, jaxpr: Any, scope: str = "") -> list[ComputeRow]:
+        found: list[ComputeRow] = []
+        for eqn in jaxpr.eqns:
+            stack = f"{scope}/{eqn.source_info.name_stack}"
+            part = (re.findall(r"module<([^>]*)>", stack) or [""])[-1]
+            name = eqn.primitive.name
+            if name == "name" and eqn.params["name"] == MARK:
+                if not any(fnmatchcase(part, pattern) for pattern in self.uncounted_norms):
+                    found.append(ComputeRow(part, "norm", prod(eqn.invars[0].aval.shape)))
+            elif name in COUNTED:
+                kind, flops = COUNTED[name](eqn)
+                found.append(ComputeRow(part, "conv" if part in self.convolutions else kind, flops))
+            elif name in CALLS:
+                found += self.rows(_open(eqn.params[CALLS[name]]), stack)
+            elif name == "scan":
+                once = self.rows(_open(eqn.params["jaxpr"]), stack)
+                found += [row._replace(flops=row.flops * eqn.params["length"]) for row in once]
+            elif name == "cond":
+                branches = [self.rows(_open(branch), stack) for branch in eqn.params["branches"]]
+                if any(branch != branches[0] for branch in branches):
+                    raise self.failure("a lax.cond whose branches cost differently", part)
+                found += branches[0]
+            elif name == "while":
+                if self.rows(_open(eqn.params["body_jaxpr"]), stack):
+                    raise self.failure("a lax.while_loop, whose number of rounds is not known,", part)
+            elif name not in FREE:
+                raise self.failure(f"primitive {name}", part)
+        return found
+
+    def failure(self, what: str, part: str) -> Failure:
+        return Failure(
+            f"backbone {self.backbone!r}: {what} in module {part or 'at the top'!r} is neither counted nor named as"
+            " free; add it to COUNTED or to FREE in harness.compute.trace_jax, or give the backbone's spec a"
+            " closed_form"
+        )
+
+
+def _name(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _open(jaxpr: Any) -> Any:
+    """The jaxpr of a closed one."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
+    """Compute of one forward pass of the Flax network on one image, counted primitive by primitive.
+
+    `overrides` are arguments of the builder. Rows bear the path of the innermost module, which is its torch name.
+    `params` counts the `nnx.Param`s. Raises `Failure` on a primitive that is neither counted nor named as free.
+    """
+    jaxpr, net, _ = abstract_forward(spec, **overrides)
+    params = sum(prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param)))
+    convolutions = frozenset(_name(path) for path, module in nnx.iter_modules(net) if isinstance(module, nnx.Conv))
+    rows = _Counter(spec.name, spec.uncounted_norms, convolutions).rows(jaxpr.jaxpr)
+    return Compute(params=params, rows=tuple(rows), source="traced")
+
+
+def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Module, jax.ShapeDtypeStruct]:
+    """The closed jaxpr of one forward pass on one image, the network without values, and what it returns."""
+    arguments = spec.arguments(**overrides)
+    if "gradient_checkpointing" in arguments:  # costs the forward pass nothing, and hides the modules' names
+        overrides = {**overrides, "gradient_checkpointing": False}
+    net = nnx.eval_shape(lambda: spec.build("jax", **overrides))
+    graph, state = nnx.split(net)
+
+    def forward(state: nnx.State, *inputs: jax.Array) -> jax.Array:
+        network = nnx.merge(graph, state)
+        with _marked(network):
+            return network(*inputs)
+
+    jaxpr, out = jax.make_jaxpr(forward, return_shape=True)(state, *example_inputs(spec, arguments))
+    return jaxpr, net, out
+
+
+def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes for one image in the order of the call of `spec.kind`: see `harness.compute.meta_torch.example_inputs`."""
+
+    def need(name: str) -> int:
+        if name not in arguments:
+            raise Refusal(
+                f"backbone {spec.name!r} ({spec.kind}) has no argument {name!r}, which its inputs are built from;"
+                " add it to the spec's defaults"
+            )
+        return arguments[name]
+
+    def image(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+    integer = jax.ShapeDtypeStruct((1,), jnp.int32)
+    if spec.kind == "generator":
+        return image(arguments.get("latent_size", 128)), integer
+    channels, size = need("in_channels"), need("input_size")
+    x = image(channels, size, size)
+    if spec.kind == "classifier":
+        return x, integer
+    if spec.kind == "upsampler":
+        low_size = arguments.get("low_res_size", size // 4)
+        return x, integer, integer, image(channels, low_size, low_size)
+    return x, integer, integer
+
+
+@contextlib.contextmanager
+def _marked(net: nnx.Module) -> Iterator[None]:
+    """While it lasts, calls of the modules of `net` are traced in a scope of their path, and norms mark their input."""
+    paths = {id(module): _name(path) for path, module in nnx.iter_modules(net)}
+    running: list[int] = []
+
+    def followed(original: Any) -> Any:
+        @functools.wraps(original)
+        def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            if id(self) not in paths or running[-1:] == [id(self)]:  # of another network, or a call of super()
+                return original(self, *args, **kwargs)
+            running.append(id(self))
+            try:
+                with jax.named_scope(f"module<{paths[id(self)]}>"):
+                    if isinstance(self, NORMS) and args:
+                        args = (checkpoint_name(args[0], MARK), *args[1:])
+                    return original(self, *args, **kwargs)
+            finally:
+                running.pop()
+
+        return call
+
+    kinds = {kind for _, module in nnx.iter_modules(net) for kind in type(module).__mro__ if "__call__" in vars(kind)}
+    with _PATCHING:
+        before = {kind: vars(kind)["__call__"] for kind in kinds}
+        try:
+            for kind, original in before.items():
+                kind.__call__ = followed(original)
+            yield
+        finally:
+            for kind, original in before.items():
+                kind.__call__ = original
