@@ -6,9 +6,8 @@ diffusers' AutoencoderKL), "vq-f4" or "vq-f8" (LDM's, whose decode re-quantises 
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +87,8 @@ class Decoder:
         """
         import torch
 
+        from harness.float32_torch import exact_float32
+
         z = torch.as_tensor(latents)
         if z.dim() != 4 or z.shape[1] != self.channels or not z.is_floating_point():
             raise Refusal(
@@ -95,7 +96,7 @@ class Decoder:
             )
         device = next(self.net.parameters()).device
         images = []
-        with torch.inference_mode(), _full_precision(device.type):
+        with torch.inference_mode(), exact_float32(device.type):
             for part in z.split(self.batch) if len(z) else ():
                 x = _decode(self.kind, self.net, part.to(device, torch.float32) / self.scale_factor)  # (n, 3, H, W)
                 finite = torch.isfinite(x).flatten(1).all(dim=1)  # (n,)
@@ -239,27 +240,6 @@ def _decode(kind: str, net: nn.Module, z: torch.Tensor) -> torch.Tensor:
 
 def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return net.encode(x) if kind == "vq" else net.encode(x, return_dict=False)[0].mode()  # (n, C, h, w)
-
-
-@contextlib.contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Autocast off, and convolutions without TF32, which torch allows them by default."""
-    import torch
-
-    with contextlib.ExitStack() as stack:
-        if torch.amp.is_autocast_available(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        if device_type == "cuda":
-            cudnn = torch.backends.cudnn
-            stack.enter_context(
-                cudnn.flags(
-                    enabled=cudnn.enabled,
-                    benchmark=cudnn.benchmark,
-                    deterministic=cudnn.deterministic,
-                    allow_tf32=False,
-                )
-            )
-        yield
 
 
 def _from_hub(name: str, known: Known) -> tuple[Path, str]:

@@ -224,10 +224,17 @@ def _describe_system(data: dict[str, Any], sha256: str, name: str | None) -> dic
             precision=drawn["precision"],
             batch=identity["batch"],
             seed=drawn["seed"],
-            settings_hash=files.sha256_json({"system": system, "decoder": decoder}),
+            settings_hash=_settings_hash(system, decoder),
             samples_sha256=sha256,
         ),
     }
+
+
+def _settings_hash(system: dict[str, Any], decoder: dict[str, Any] | None) -> str:
+    """Of what a system's rows differ in beside their columns: all settings of all parts, without name and steps."""
+    stages = [{**stage, "steps": None} for stage in (system["base"], *system["upsamplers"])]
+    rest = {name: value for name, value in system.items() if name not in ("name", "base", "upsamplers")}
+    return files.sha256_json({"stages": stages, "system": rest, "decoder": decoder})
 
 
 def _guidance(system: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,8 @@ def missing(request: Request) -> list[str]:
         lacks.append(f"data set {task.dataset!r}: {request.data} does not exist")
     if task.space == "latents":
         lacks.append(
-            f"decoder: protocol {task.name!r} is trained in the latents of a VAE, which this version cannot (a trained system is sampled by `harness sample --system`)"
+            f"latents: protocol {task.name!r} is trained in the latents of a VAE, which this version cannot do; trained "
+            "weights are sampled with `harness sample --system`"
         )
     if task.suite not in registry.suites:
         lacks.append(f"suite {task.suite!r}: not installed (see `harness list suites`)")
@@ -172,6 +173,7 @@ def plan(request: Request) -> dict[str, Any]:
     """The costs that follow from arithmetic alone, JSON-ready. Speeds and memory are added by who measures them."""
     compute, recipe, sampling = request.compute, request.recipe, request.sampling
     images = recipe.steps * recipe.batch
+    drawn = sampling.steps if request.spec.kind == "denoiser" else ()  # a part of a system makes no images by itself
     return {
         "backbone": request.spec.name,
         "protocol": request.protocol.name,
@@ -194,13 +196,13 @@ def plan(request: Request) -> dict[str, Any]:
                 "gflops_per_image": request.gflops_image(steps),
                 "gflops": request.gflops_image(steps) * request.samples,
             }
-            for steps in sampling.steps
+            for steps in drawn
         ],
         "match": None if request.match is None else dataclasses.asdict(request.match),
         "match_sampling": [dataclasses.asdict(each) for each in request.match_sampling],
         "samples": request.samples,
         "disk_bytes": 2 * CHECKPOINT_BYTES * compute.params
-        + len(sampling.steps) * request.samples * request.protocol.resolution**2 * request.protocol.image_channels,
+        + len(drawn) * request.samples * request.protocol.resolution**2 * request.protocol.image_channels,
         "recipe": dataclasses.asdict(recipe),
         "missing": missing(request),
     }

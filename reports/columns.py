@@ -143,6 +143,7 @@ def facts(record: Record) -> dict[str, str]:
             "clip denoised": None if sampling.clip_denoised is None else ("yes" if sampling.clip_denoised else "no"),
             "sampling precision": sampling.precision,
             "sampling seed": sampling.seed,
+            "system settings": _short(sampling.settings_hash),
         }
     if evaluation is not None:
         found |= {"suite version": evaluation.suite_version}

@@ -130,12 +130,12 @@ def _set_axes(axis, points: Sequence[Point], metric: str, n: int) -> None:
     axis.set_xlim(low / 1.25, high * 1.25)
     subs = (1, 2, 5) if high / low < 500 else (1,)
     axis.xaxis.set_major_locator(LogLocator(base=10, subs=subs))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     if min(ys) > 0 and max(ys) / min(ys) > WIDE_RANGE:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         room = (max(ys) / min(ys)) ** 0.12
         axis.set_ylim(min(ys) / room, max(ys) * room**1.4)

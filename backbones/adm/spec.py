@@ -53,7 +53,7 @@ def adm_layout(kind: str, arguments: Mapping[str, Any]) -> Layout:
     """The layout of a network of `kind` from its arguments; what cannot be built is refused in one line."""
     check_arguments("ADM", arguments)
     low = arguments.get("low_res_size")
-    if kind == "upsampler" and not (isinstance(low, int) and 1 <= low <= arguments["input_size"]):
+    if kind == "upsampler" and not (type(low) is int and 1 <= low <= arguments["input_size"]):
         raise Refusal(f"ADM: low_res_size {low!r} must lie between 1 and input_size {arguments['input_size']}")
     if kind == "classifier" and arguments["num_classes"] < 1:
         raise Refusal("ADM: a classifier needs num_classes of at least 1")

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backbones.unet.layout import Layout, check_arguments, heads_rule, unet_layout
-from harness.errors import Refusal
+from backbones.unet.layout import Layout, check_arguments, check_whole, heads_rule, unet_layout
 from harness.spec import BackboneSpec
 
 CONTEXT_TOKENS = 1  # the class
@@ -49,8 +48,7 @@ def ldm_layout(arguments: Mapping[str, Any]) -> Layout:
     """The layout of the U-Net from the builder's arguments; what cannot be built is refused in one line."""
     check_arguments("LDM", arguments)
     for name in ("num_classes", "context_width", "transformer_depth"):
-        if arguments[name] < 1:
-            raise Refusal(f"LDM: {name} is {arguments[name]}; it must be at least 1")
+        check_whole("LDM", name, arguments[name], 1)
     return unet_layout(
         input_size=arguments["input_size"],
         in_channels=arguments["in_channels"],

@@ -8,6 +8,7 @@ The torch network, the flax network and the closed-form compute are all built fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -152,22 +153,41 @@ def unet_layout(
 def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
     """Refuses what no U-Net can be built from, in one line. `arguments` are those that ADM and LDM share."""
     for name in ("input_size", "in_channels", "width", "res_blocks"):
-        _whole(family, name, arguments[name], 1)
-    _whole(family, "num_classes", arguments["num_classes"], 0)
+        check_whole(family, name, arguments[name], 1)
+    check_whole(family, "num_classes", arguments["num_classes"], 0)
     if arguments.get("out_channels") is not None:
-        _whole(family, "out_channels", arguments["out_channels"], 1)
+        check_whole(family, "out_channels", arguments["out_channels"], 1)
     multipliers = arguments["multipliers"]
-    if not isinstance(multipliers, (tuple, list)) or not multipliers or not all(each > 0 for each in multipliers):
+    if (
+        not isinstance(multipliers, (tuple, list))
+        or not multipliers
+        or not all(_positive(each) for each in multipliers)
+    ):
         raise Refusal(f"{family}: multipliers are {multipliers!r}; give one positive number a level, as in (1, 2, 4)")
-    if not 0 <= arguments["dropout"] < 1:
+    for name in ("attention_resolutions", "attention_rates"):
+        sides = arguments.get(name, ())
+        if not isinstance(sides, (tuple, list)) or not all(type(each) is int and each > 0 for each in sides):
+            raise Refusal(f"{family}: {name} is {sides!r}; give whole numbers of at least 1, as in (32, 16, 8)")
+    for name in ("qkv_first", "null_class", "gradient_checkpointing"):
+        if not isinstance(arguments.get(name, False), bool):
+            raise Refusal(f"{family}: {name} is {arguments[name]!r}; it must be true or false")
+    dropout = arguments["dropout"]
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise Refusal(f"{family}: dropout is {arguments['dropout']}; it must lie in [0, 1)")
+    if arguments["width"] % 2:
+        raise Refusal(f"{family}: width {arguments['width']} is odd; the timestep's sines and cosines need an even one")
     for multiplier in multipliers:
-        if int(arguments["width"] * multiplier) % GROUPS or arguments["width"] * multiplier < GROUPS:
+        if arguments["width"] * multiplier % GROUPS:
             raise Refusal(
                 f"{family}: width {arguments['width']} x {multiplier:g} is not a multiple of {GROUPS}, the groups of "
                 "its normalisations; choose a width that makes it one"
             )
     halvings, size = len(multipliers) - 1, arguments["input_size"]
+    if size == 2**halvings and arguments["width"] * multipliers[-1] == GROUPS:
+        raise Refusal(
+            f"{family}: its last level has one position and {GROUPS} channels, so that every group would normalise one "
+            "number; use a larger input_size or width"
+        )
     if size % 2**halvings:
         fitting = max(level for level in range(halvings + 1) if size % 2**level == 0)
         raise Refusal(
@@ -178,6 +198,8 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
 
 def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], int]:
     """Heads of an attention by its channels: a fixed number, or as many as have `head_channels` each."""
+    for name, value in (("heads", heads), ("head_channels", head_channels)):
+        check_whole(family, name, value, 0)
     if bool(heads) == bool(head_channels):
         raise Refusal(f"{family}: give heads or head_channels and leave the other 0 (now {heads} and {head_channels})")
 
@@ -191,6 +213,11 @@ def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], i
     return heads_of
 
 
-def _whole(family: str, name: str, value: Any, least: int) -> None:
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_whole(family: str, name: str, value: Any, least: int) -> None:
+    """Refuses what is no whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise Refusal(f"{family}: {name} is {value!r}; it must be a whole number of at least {least}")

@@ -5,8 +5,6 @@ convolution before it, in float64 and rounded once. What the graph computes with
 rounding alone: the tolerances are at `TOLERANCES`.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from evaluators.features import Features
 from evaluators.features import inception_layers as table
 from evaluators.features.inception_graph import InceptionWeights, Layer, by_batches, missing, read_weights
 from evaluators.features.tf1_resize import resize_torch
+from harness.float32_torch import exact_float32
 
 # Largest difference from TensorFlow's run of the same graph, over the root mean square of that stage. Measured on 64
 # images with random weights, TensorFlow 2.21 and torch 2.13 on a CPU: 0, 1.5e-4, 1.0e-4 and 6e-5; each of the two is
@@ -116,24 +115,6 @@ def preprocess(images: torch.Tensor) -> torch.Tensor:
     return x.expand(-1, -1, -1, 3).contiguous().permute(0, 3, 1, 2)  # (N, 3, 299, 299)
 
 
-@contextlib.contextmanager
-def _float32(device_type: str) -> Iterator[None]:
-    """Every product in float32: no autocast, and no TF32, whose 10 bits of each factor are far outside TOLERANCES."""
-    before = torch.get_float32_matmul_precision()
-    with contextlib.ExitStack() as stack:
-        if torch.amp.is_autocast_available(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        if device_type == "cuda":
-            cudnn = torch.backends.cudnn
-            kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-            stack.enter_context(cudnn.flags(**kept, allow_tf32=False))
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
 class InceptionFeatures:
     """The extractor; see `evaluators.features.FeatureExtractor` for the contract.
 
@@ -154,7 +135,7 @@ class InceptionFeatures:
         return tuple(each.cpu().numpy() for each in outputs)
 
     def __call__(self, images: np.ndarray) -> Features:
-        with torch.inference_mode(), _float32(self.device.type):
+        with torch.inference_mode(), exact_float32(self.device.type):
             return by_batches(self.name, images, self.batch_size, self._forward)
 
 

@@ -4,9 +4,7 @@ Parameter names are those of facebookresearch/dinov2's files; what CLIP has besi
 `vit_weights`; shapes and sources: `vit_spec`. The attention is torch's own: xformers is not needed.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from evaluators.features import Features
 from evaluators.features.vit_spec import SHAPES, VitShape
 from evaluators.features.vit_weights import find, read_state
 from harness.errors import Failure, Refusal
+from harness.float32_torch import exact_float32
 
 # facebookresearch/dinov2, vision_transformer.py, `interpolate_offset` of the models without registers: the position
 # table is stretched a little further than the grid, which moves every patch's position. The weights are used so.
@@ -158,24 +157,6 @@ def preprocess(images: np.ndarray, shape: VitShape, device: str | torch.device =
     return (x / 255 - mean) / std  # (N, 3, S, S)
 
 
-@contextlib.contextmanager
-def _float32(device_type: str) -> Iterator[None]:
-    """Every product in float32: no autocast, no TF32."""
-    before = torch.get_float32_matmul_precision()
-    with contextlib.ExitStack() as stack:
-        if torch.amp.is_autocast_available(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        if device_type == "cuda":
-            cudnn = torch.backends.cudnn
-            kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-            stack.enter_context(cudnn.flags(**kept, allow_tf32=False))
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
 class VitFeatures:
     """The extractor; see `evaluators.features.FeatureExtractor` for the contract.
 
@@ -198,7 +179,7 @@ class VitFeatures:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise Refusal(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
         pooled = np.empty((len(images), self.dim), np.float32)
-        with torch.inference_mode(), _float32(self.device.type):
+        with torch.inference_mode(), exact_float32(self.device.type):
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 pooled[rows] = self.net(preprocess(images[rows], self.shape, self.device)).cpu().numpy()

@@ -12,7 +12,7 @@ COMMANDS = {
     "run": ("run", "Train, sample, evaluate and report: the main job."),
     "plan": ("plan", "Say what a run would cost, and do nothing."),
     "train": ("train", "The first stage of run: train a backbone."),
-    "sample": ("sample", "The second stage of run: draw samples from a trained run."),
+    "sample": ("sample", "The second stage of run: draw samples from a run, or from a system and its weights."),
     "evaluate": ("evaluate", "The third stage of run: measure a sample set."),
     "compare": ("compare", "Win, loss or tie between two results, and the rule."),
     "report": ("report", "Write the tables and figures from published and measured records."),

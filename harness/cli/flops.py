@@ -13,7 +13,7 @@ from harness.compute import CONVENTION
 from harness.errors import Refusal
 from harness.registry import backbones, systems
 from harness.spec import BackboneSpec, Compute
-from harness.systems import CLASSIFIER_PASSES, System
+from harness.systems import CLASSIFIER_PASSES, System, get_system
 
 GFLOPS_COLUMNS = ("Flops (G)", "Total Flops (G)", "Base Flops (G)", "Upsampler Flops (G)")  # of Tables 4 and 6
 PARAMS_COLUMN = "Params (M)"
@@ -121,15 +121,17 @@ def sampling_row(system: System) -> dict[str, Any]:
     """What one image of a system costs: sampling with and without its guidance, and decoding apart."""
     from harness import decoding
 
-    plain = sum(
-        stage.compute().gflops * (1 if stage.spec.kind == "generator" else stage.steps) for stage in system.stages
-    )
+    if system.unavailable:
+        raise Refusal(f"system {system.name!r} cannot be counted: {system.unavailable}")
+    steps = [1 if stage.spec.kind == "generator" else stage.steps for stage in system.stages]
+    plain = sum(stage.compute().gflops * count for stage, count in zip(system.stages, steps, strict=True))
     decode = decoding.decoder_compute(system.decoder, system.task.resolution).gflops if system.decoder else 0.0
     total = system.gflops_image()
     return {
         "name": system.name,
         "backbone": system.backbone,
         "gflops": system.gflops_forward(),
+        "steps": steps,
         "evaluations": system.evaluations,
         "gflops_unguided": plain,
         "gflops_guidance": total - plain,
@@ -180,18 +182,13 @@ def command(
         if protocol or breakdown or check:
             raise Refusal("--sampling counts systems as they are; leave out --protocol, --breakdown and --check")
         show_sampling(
-            [systems.get(name) for name in names] or [each for each in systems if not each.unavailable], as_json
+            [get_system(name) for name in names] or [each for each in systems if not each.unavailable], as_json
         )
         return
-    wanted_systems = [systems.get(name) for name in names if name in systems and name not in backbones]
-    if not names and protocol is None:
-        wanted_systems = cascades()
-    names_of_systems = {each.name for each in wanted_systems}
-    requests = (
-        collect(tuple(name for name in names if name not in names_of_systems), protocol)
-        if not (names and names_of_systems >= set(names))
-        else []
-    )
+    of_systems = [name for name in names if name in systems and name not in backbones]
+    wanted_systems = [systems.get(name) for name in of_systems] if names else [] if protocol else cascades()
+    others = tuple(name for name in names if name not in of_systems)
+    requests = collect(others, protocol) if others or not names else []
     rows, refused = [], []
     for spec, overrides in requests:
         try:
@@ -266,7 +263,7 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
     """The cost of an image, as a table or as JSON."""
     rows = [sampling_row(each) for each in chosen]
     note = (
-        "Gflops an image: forward passes without guidance; what classifier-free guidance (a second pass a step) or a "
+        "Gflops an image: one forward pass a step of each network; what classifier-free guidance (a second pass a step) or a "
         f"classifier ({CLASSIFIER_PASSES} of its passes a step) adds; decoding of latents. The paper's figures leave "
         "out the last two."
     )
@@ -278,12 +275,12 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("system", no_wrap=True)
-    for heading in ("Gflops a pass", "passes", "sampling", "guidance", "decoding", "an image"):
+    for heading in ("steps", "sampling", "guidance", "decoding", "an image"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         costs = [row[name] for name in ("gflops_unguided", "gflops_guidance", "gflops_decode", "gflops_image")]
         cells = [f"{cost:,.0f}" if cost >= 100 else f"{cost:.4g}" if cost else "-" for cost in costs]
-        table.add_row(row["name"], f"{row['gflops']:,.4g}", str(row["evaluations"]), *cells)
+        table.add_row(row["name"], " + ".join(map(str, row["steps"])), *cells)
     Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
     click.echo(note)
     click.echo(CONVENTION)

@@ -42,16 +42,17 @@ class Counts(click.ParamType):
 
 
 class Setting(click.ParamType):
-    """NAME=VALUE."""
+    """NAME=VALUE, or another pair of the form `form`, as in `example`."""
 
-    name = "name=value"
+    def __init__(self, form: str = "NAME=VALUE", example: str = "learning_rate=1e-3"):
+        self.name, self.form, self.example = form.lower(), form, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         if isinstance(value, tuple):
             return value
         name, equals, text = value.partition("=")
-        if not equals or not name:
-            self.fail(f"{value!r} is not of the form NAME=VALUE, as in learning_rate=1e-3", param, ctx)
+        if not equals or not name or not text:
+            self.fail(f"{value!r} is not of the form {self.form}, as in {self.example}", param, ctx)
         return name, text
 
 

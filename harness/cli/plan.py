@@ -99,7 +99,7 @@ def command(ctx: click.Context, as_json: bool, **options: Any) -> None:
     click.echo(speeds(costs["measured"]))
     click.echo("recipe (override with --set NAME=VALUE)")
     for name, value in costs["recipe"].items():
-        click.echo(f"  {name:<17} {value}")
+        click.echo(f"  {name:<18} {value}")
     for lack in costs["missing"]:
         click.echo(f"missing  {lack}")
 
@@ -230,7 +230,8 @@ def describe(request: Request, found: Measured) -> dict[str, Any]:
     resolved, best = found.resolved, min(found.seconds.values())
     forward = best / 3  # the same ratio by which training compute is counted
     training = best * request.recipe.batch * request.recipe.steps
-    sampling = sum(request.gflops_image(steps) for steps in request.sampling.steps) / request.compute.gflops
+    drawn = request.sampling.steps if request.spec.kind == "denoiser" else ()
+    sampling = sum(request.gflops_image(steps) for steps in drawn) / request.compute.gflops
     return {
         "device": resolved.device_name,
         "precision": resolved.precision,
@@ -254,6 +255,7 @@ def speeds(found: dict[str, Any]) -> str:
             f"micro-batches of {found['micro_batch']}",
             f"  speed       {found['steps_per_second']:.3g} it/s in {found['precision']} "
             f"(measured, images/s in training: {each})",
-            f"  time        training {duration(found['training_seconds'])}, sampling about {duration(found['sampling_seconds'])}",
+            f"  time        training {duration(found['training_seconds'])}"
+            + (f", sampling about {duration(found['sampling_seconds'])}" if found["sampling_seconds"] else ""),
         ]
     )

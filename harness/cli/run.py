@@ -62,7 +62,9 @@ def prepare(request: Request, options: dict[str, Any]) -> Workshop:
         for lack in costs["missing"]:
             click.echo(f"missing  {lack}", err=True)
         text = f"protocol {request.protocol.name!r} cannot run here, for want of what is listed above"
-        if request.protocol.name != DEFAULT_PROTOCOL:
+        if (
+            request.protocol.name != DEFAULT_PROTOCOL and request.spec.family == "dit"
+        ):  # whose every size fits the digits
             steps = request.recipe.steps
             text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
         raise Refusal(text)

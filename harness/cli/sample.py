@@ -20,7 +20,7 @@ from harness.errors import Refusal
 from harness.planning import request_of_run
 
 OF_A_RUN = (  # what a system fixes by being one
-    "sampler", "eta", "guidance_scale", "guidance_channels", "label_policy", "match_sampling", "step",
+    "sampler", "eta", "guidance_scale", "guidance_channels", "label_policy", "match_sampling",
 )  # fmt: skip
 
 
@@ -29,8 +29,8 @@ OF_A_RUN = (  # what a system fixes by being one
 @click.option("--step", type=Count(), help="Which snapshot of the run. [default: the last one]")
 @click.option("--system", metavar="NAME|FILE.toml", help="Instead of --run: a name of `harness list systems`.")
 @click.option(
-    "--weights", type=Setting(), multiple=True, metavar="PART=PATH",
-    help="Weights of a part of the system (base, classifier, upsampler, decoder): a checkpoint or a run. Repeatable.",
+    "--weights", type=Setting("PART=PATH", "base=FILE"), multiple=True, metavar="PART=PATH",
+    help="Weights of a part of the system (base, classifier, upsampler, upsampler-2, decoder): a checkpoint or a run. Repeatable.",
 )  # fmt: skip
 @sampling_options
 @match_sampling_option
@@ -89,6 +89,8 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
     from harness.systems import get_system
     from harness.systems.drawing import bind, draw_system, with_steps
 
+    if options["step"] is not None:
+        raise Refusal("--step belongs to --run; of a run given as weights the newest snapshot is taken")
     system = get_system(name)
     if given := [each for each in OF_A_RUN if options[each] is not None]:
         flag = {"guidance_scale": "cfg", "label_policy": "labels"}.get(given[0], given[0]).replace("_", "-")

@@ -6,6 +6,9 @@ is interpreted over plain data: a global becomes a `Symbol` (its name; nothing i
 method of a real class ever runs. The few calls that weight files are made of (ordered dictionaries, tensors) are carried
 out by functions that the caller passes in, and these see data alone.
 
+A small program can ask for much: to copy one list a hundred thousand times, or to build a dictionary all of whose keys
+collide. So every step is charged to a `Budget`, and keys are text or modest integers, or else stand-ins.
+
 Opcodes after CPython's pickletools, which also reads them from the stream.
 """
 
@@ -22,8 +25,39 @@ Constructors = Mapping[str, Callable[..., Any]]
 """By full name, "module.name": what stands for the call. Raises TypeError or ValueError where the arguments are odd."""
 
 
+# In units of about 64 bytes and a third of a microsecond; an opcode costs one, what it makes or copies more.
+UNITS = 1_500_000  # of a file as such: the state dict of 1000 tensors takes 50,000
+UNITS_A_STORAGE = 60  # that each storage of the file adds: a tensor takes about 50
+MOST_UNITS = 6_400_000  # however many storages there are: 400 MB
+LONGEST_NAME = 1000  # characters of a class, function or storage
+SMALL_KEY = 1 << 53  # integers below it hash to themselves; a pickle's greater ones could be chosen to collide
+
+
 class Malformed(ValueError):
     """The bytes are not a pickle that `read` understands."""
+
+
+class Unsuitable(Malformed):
+    """A pickle that is in order, but not one to read: the message goes on after the file's name."""
+
+
+class Budget:
+    """What a file's pickles may still cost. Raises `Unsuitable` when it is used up."""
+
+    def __init__(self, units: int = UNITS):
+        self.used, self.limit = 0, units
+
+    def spend(self, units: int) -> None:
+        self.used += units
+        if self.used > self.limit:
+            raise Unsuitable(
+                f"asks for more than weights need (over {self.limit:,} steps and objects to describe its tensors) and"
+                " is not read; save the state dict alone"
+            )
+
+    def grant(self, units: int) -> None:
+        """Add to it, up to MOST_UNITS."""
+        self.limit = min(self.limit + units, MOST_UNITS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +72,7 @@ class Symbol:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """What the file would have made by calling `function`: a placeholder without behaviour."""
 
@@ -82,15 +116,23 @@ _PUSHED = frozenset(
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 _IGNORED = ("PROTO", "FRAME")
+_CALL = 4  # units of a name, a call or a storage beyond its opcode's
 
 
-def read(stream: IO[bytes], constructors: Constructors, persistent: Callable[[Any], Any] | None = None) -> Reading:
+def read(
+    stream: IO[bytes],
+    constructors: Constructors,
+    persistent: Callable[[Any], Any] | None = None,
+    budget: Budget | None = None,
+) -> Reading:
     """The value of the pickle at the position of `stream`, which ends after it.
 
-    `persistent` turns the persistent identifiers of the file into values. Raises `Malformed`.
+    `persistent` turns the persistent identifiers of the file into values; `budget` may be shared by several pickles.
+    Raises `Malformed`.
     """
-    machine = _Machine(constructors, persistent)
+    machine = _Machine(constructors, persistent, budget or Budget())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of odd escapes in the strings of protocol 0
@@ -102,58 +144,71 @@ def read(stream: IO[bytes], constructors: Constructors, persistent: Callable[[An
     except (
         ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, MemoryError, struct.error,
     ) as error:  # fmt: skip
-        raise Malformed(f"{type(error).__name__}: {error}") from error
+        raise Malformed(f"{type(error).__name__}: {error}"[:LONGEST_NAME]) from error
     raise Malformed("the pickle ends before its STOP")
 
 
 class _Machine:
-    def __init__(self, constructors: Constructors, persistent: Callable[[Any], Any] | None):
+    def __init__(self, constructors: Constructors, persistent: Callable[[Any], Any] | None, budget: Budget):
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []  # stacks below the open marks
         self.memo: dict[int, Any] = {}
         self.symbols: dict[str, Symbol] = {}
-        self.constructors, self.persistent = constructors, persistent
+        self.constructors, self.persistent, self.budget = constructors, persistent, budget
 
     def step(self, name: str, argument: Any) -> bool:
-        """Carry out one opcode; True at the end."""
-        stack = self.stack
+        """Carry out one opcode; True at the end. The commonest come first."""
+        stack, budget = self.stack, self.budget
+        budget.used += 1
+        if budget.used > budget.limit:
+            budget.spend(0)
         if name in _PUSHED:
+            if isinstance(argument, (str, bytes, bytearray)):
+                budget.spend(len(argument) >> 6)
             stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(self.memo[argument])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self.memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            budget.spend(1)
+            place = len(self.memo) if name == "MEMOIZE" else argument
+            if place >= 1 << 32:  # protocol 0 writes any number
+                raise Malformed("a place of its memo that is out of reach")
+            self.memo[place] = stack[-1]
         elif name == "MARK":
             self.outer.append(stack)
             self.stack = []
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
         elif name in _TUPLES:
             count = _TUPLES[name]
             if len(stack) < count:
                 raise Malformed("a tuple of more than there is")
             stack[-count:] = [tuple(stack[-count:])]
-        elif name in ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"):
-            stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}[name]())
         elif name == "TUPLE":
             items = self._close()
             self.stack.append(tuple(items))
-        elif name in ("LIST", "DICT", "FROZENSET"):
+        elif name == "LIST":
             items = self._close()
-            made = {"LIST": list, "DICT": _pairs, "FROZENSET": _keys}[name](items)
-            self.stack.append(made)
+            self.stack.append(items)
+        elif name == "DICT":
+            items = self._close()
+            self.stack.append(pairs(items, budget))
+        elif name in ("EMPTY_SET", "FROZENSET"):
+            items = [] if name == "EMPTY_SET" else self._close()
+            budget.spend(3)
+            self.stack.append(set(_keys(items, budget)))
         elif name in ("APPEND", "APPENDS", "ADDITEMS"):
             items = [stack.pop()] if name == "APPEND" else self._close()
-            _extend(self.stack[-1], items)
+            self._extend(self.stack[-1], items)
         elif name in ("SETITEM", "SETITEMS"):
             if name == "SETITEM":
                 value = stack.pop()
                 items = [stack.pop(), value]
             else:
                 items = self._close()
-            _update(self.stack[-1], _pairs(items))
+            self._update(self.stack[-1], items)
         elif name == "POP":
             if stack:
                 stack.pop()
@@ -185,6 +240,7 @@ class _Machine:
             self.stack.append(self._made(function, arguments))
         elif name == "NEWOBJ_EX":
             named, arguments, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
+            self.budget.spend(_CALL)
             self.stack.append(Call(function, (arguments, named)))
         elif name == "OBJ":
             function, *arguments = self._close()
@@ -197,6 +253,7 @@ class _Machine:
         elif name in ("PERSID", "BINPERSID"):
             if self.persistent is None:
                 raise Malformed("it refers to data outside itself")
+            self.budget.spend(_CALL)
             self.stack.append(self.persistent(argument if name == "PERSID" else self.stack.pop()))
         else:  # EXT1, EXT2, EXT4: names by number, from a table of this process; buffers from outside the file
             raise Malformed(f"it uses {name}, which no weight file has")
@@ -204,14 +261,26 @@ class _Machine:
     def _symbol(self, module: Any, name: Any) -> Symbol:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise Malformed("a class without a name")
+        if len(module) + len(name) > LONGEST_NAME:
+            raise Malformed("a class with a name of more than a line")
         symbol = Symbol(module, name)
+        self.budget.spend(_CALL)
         return self.symbols.setdefault(symbol.full, symbol)
 
     def _made(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, (Symbol, Call)) or not isinstance(arguments, tuple):
             raise Malformed("it calls what is no function")
+        self.budget.spend(_CALL)
         known = self.constructors.get(function.full) if isinstance(function, Symbol) else None
-        return Call(function, arguments) if known is None else known(*arguments)
+        if known is None:
+            return Call(function, arguments)
+        self.budget.spend(len(arguments))  # it may copy its arguments, and what is in them, each time it is called
+        for each in arguments:
+            if isinstance(each, (tuple, list, dict)):
+                self.budget.spend(len(each))
+            elif isinstance(each, (str, bytes)):
+                self.budget.spend(len(each) >> 6)
+        return known(*arguments)
 
     def _close(self) -> list[Any]:
         """The items above the last mark, which goes with them."""
@@ -219,36 +288,42 @@ class _Machine:
         self.stack = self.outer.pop()
         return items
 
+    def _extend(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, Call):
+            target.items.extend(items)
+        elif isinstance(target, set):
+            target.update(_keys(items, self.budget))
+        elif isinstance(target, list):
+            target.extend(items)
+        else:
+            raise Malformed("it appends to what is no list")
 
-def _pairs(items: list[Any]) -> dict[Any, Any]:
-    return dict(zip(_keys(items[::2]), items[1::2], strict=True))
-
-
-def _keys(items: list[Any]) -> list[Any]:
-    """The items, each with a hash that costs nothing: a tuple nested a million deep would overflow the C stack."""
-    plain = (str, int, float, bytes, type(None), Symbol, Call)
-
-    def known(item: Any) -> bool:
-        return isinstance(item, plain) or (isinstance(item, tuple) and all(isinstance(each, plain) for each in item))
-
-    return [item if known(item) else Call(None, item) for item in items]
-
-
-def _extend(target: Any, items: list[Any]) -> None:
-    if isinstance(target, Call):
-        target.items.extend(items)
-    elif isinstance(target, set):
-        target.update(_keys(items))
-    elif isinstance(target, list):
-        target.extend(items)
-    else:
-        raise Malformed("it appends to what is no list")
+    def _update(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, Call):
+            target.items.extend(pairs(items, self.budget).items())
+        elif isinstance(target, dict):
+            target.update(pairs(items, self.budget))
+        else:
+            raise Malformed("it sets items of what is no dictionary")
 
 
-def _update(target: Any, pairs: dict[Any, Any]) -> None:
-    if isinstance(target, Call):
-        target.items.extend(pairs.items())
-    elif isinstance(target, dict):
-        target.update(pairs)
-    else:
-        raise Malformed("it sets items of what is no dictionary")
+def pairs(items: list[Any], budget: Budget | None = None) -> dict[Any, Any]:
+    """The dictionary of keys and values in turn. Without a budget the keys that stand in are not charged."""
+    return dict(zip(_keys(items[::2], budget or Budget()), items[1::2], strict=True))
+
+
+def _keys(items: list[Any], budget: Budget) -> list[Any]:
+    """The items as keys: text, a small integer, None or a name as it is, anything else as a `Call` that holds it.
+
+    The hash of a tuple nested a million deep would overflow the C stack, and numbers can be chosen whose hashes are the
+    same, so that a dictionary of them takes the square of its size.
+    """
+    keys = []
+    for item in items:
+        if not isinstance(item, (str, bytes, type(None), Symbol, Call)) and not (
+            isinstance(item, int) and -SMALL_KEY < item < SMALL_KEY
+        ):
+            budget.spend(_CALL)
+            item = Call(None, item)
+        keys.append(item)
+    return keys

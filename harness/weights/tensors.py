@@ -34,12 +34,24 @@ DTYPES = {  # safetensors' name: (numpy's dtype for the bytes, torch's name)
     "BOOL":    ("|u1", "bool"),
 }
 # fmt: on
+MOST_AXES = 64  # of a tensor, in torch as in numpy
+BLOCK = 1 << 22  # bytes read at a time to check what is not used whole
 BY_TORCH_NAME = {torch: name for name, (_, torch) in DTYPES.items()}
 
 
 def raw_dtype(dtype: str) -> np.dtype:
     """numpy's dtype for the bytes of safetensors' `dtype`."""
     return np.dtype(DTYPES[dtype][0])
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """A run of bytes in a file, which several tensors may share, with its CRC-32 where the file has one."""
+
+    start: int
+    nbytes: int
+    crc: int | None = None
+    checked: bool = False  # its bytes were read once and had that checksum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +63,7 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     strides: tuple[int, ...] | None = None  # None: row by row
-    crc: int | None = None  # CRC-32 of its bytes, where the file has one for them alone
+    storage: Storage | None = None  # that it is a part of, where it has a checksum
 
     @property
     def nbytes(self) -> int:
@@ -75,23 +87,42 @@ class Stored:
             return
         if self.plain:
             self._fill(out)
-            if self.crc is not None and zlib.crc32(out.reshape(-1).view(np.uint8)) != self.crc:
-                raise Refusal(
-                    f"{self.file} is damaged: the bytes of one of its tensors (at {self.start}) do not match their"
-                    " checksum; fetch the file again"
-                )
+            self._verify(out)
             return
         reach = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
         span = np.empty(reach, out.dtype)
         self._fill(span)
+        self._verify(span)
         strides = [stride * out.itemsize for stride in self.strides]
         np.copyto(out, np.lib.stride_tricks.as_strided(span, self.shape, strides, writeable=False))
 
-    def _fill(self, out: np.ndarray) -> None:
+    def _verify(self, read: np.ndarray) -> None:
+        """Refuse damage: the checksum is that of the whole storage, which is read through once for all its tensors."""
+        storage = self.storage
+        if storage is None or storage.crc is None:
+            return
+        if (self.start, read.nbytes) == (storage.start, storage.nbytes):
+            found = zlib.crc32(read.reshape(-1).view(np.uint8))
+        elif not storage.checked:
+            found, block = 0, np.empty(min(BLOCK, storage.nbytes), np.uint8)
+            for done in range(0, storage.nbytes, BLOCK):
+                part = block[: storage.nbytes - done]
+                self._fill(part, storage.start + done)
+                found = zlib.crc32(part, found)
+        else:
+            return
+        if found != storage.crc:
+            raise Refusal(
+                f"{self.file} is damaged: the bytes of one of its tensors (at {self.start}) do not match their"
+                " checksum; fetch the file again"
+            )
+        storage.checked = True
+
+    def _fill(self, out: np.ndarray, start: int | None = None) -> None:
         view = memoryview(out.reshape(-1).view(np.uint8))
         try:
             with self.file.open("rb") as file:
-                file.seek(self.start)
+                file.seek(self.start if start is None else start)
                 done = 0
                 while done < len(view):
                     count = file.readinto(view[done:])
@@ -104,4 +135,8 @@ class Stored:
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of an array that is laid out row by row."""
-    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))

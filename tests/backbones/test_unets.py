@@ -314,6 +314,18 @@ def test_gelu_is_the_exact_form():
         ("ldm-xs", {"num_classes": 0}, "num_classes is 0", "at least 1"),
         ("ldm-xs", {"transformer_depth": 0}, "transformer_depth is 0", "at least 1"),
         ("adm-xs", {"colour": 3}, "colour", "input_size"),
+        ("adm-xs", {"heads": -1, "head_channels": 0}, "heads is -1", "whole number"),
+        ("adm-xs", {"head_channels": -32}, "head_channels is -32", "whole number"),
+        ("adm-xs", {"multipliers": (1, math.inf)}, "multipliers are (1, inf)", "positive"),
+        ("adm-xs", {"multipliers": (1, 1.01)}, "x 1.01", "multiple of 32"),
+        ("adm-xs", {"width": 33, "multipliers": (32, 32)}, "width 33 is odd", "even"),
+        ("adm-xs", {"attention_resolutions": 4}, "attention_resolutions is 4", "as in (32, 16, 8)"),
+        ("adm-xs", {"gradient_checkpointing": "no"}, "gradient_checkpointing is 'no'", "true or false"),
+        ("adm-xs", {"dropout": "x"}, "dropout is x", "[0, 1)"),
+        ("adm-xs", {"input_size": 2, "width": 64, "multipliers": (1, 0.5)}, "one position and 32 channels", "larger"),
+        ("ldm-xs", {"attention_rates": (0,)}, "attention_rates is (0,)", "at least 1"),
+        ("ldm-xs", {"null_class": 5}, "null_class is 5", "true or false"),
+        ("ldm-xs", {"context_width": 1.5}, "context_width is 1.5", "whole number"),
     ],
 )
 @pytest.mark.parametrize("way", ["count", "build"])

@@ -85,3 +85,30 @@ def test_one_point_many_models_and_many_panels_can_be_drawn(record):
         files = draw_sampling_compute(sampling_points(records))
         assert sorted(files) == ["png", "svg"] and len(files["png"]) > 10_000
         assert all(record.system in files["svg"].decode() for record in records)
+
+
+def test_ticks_of_a_narrow_range_are_told_apart(record, monkeypatch):
+    """Between 4 and 7.5 Gflops the axis has fractions, which must not all be called 4, 5 and 6."""
+    from reports import figures
+
+    drawn = []
+    close = figures._set_axes
+
+    def kept(axis, *rest):
+        close(axis, *rest)
+        drawn.append(axis)
+
+    monkeypatch.setattr(figures, "_set_axes", kept)
+    costs = (4.7, 5.99)
+    records = [
+        dataclasses.replace(
+            record(system=f"s{cost:g}"), sampling=Sampling(sampler="ddpm", steps=50, gflops_per_image=cost)
+        )
+        for cost in costs
+    ]
+    draw_sampling_compute(sampling_points(records))
+    (axis,) = drawn
+    axis.figure.canvas.draw()
+    low, high = axis.get_xlim()
+    shown = [tick.label1.get_text() for tick in axis.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert len(shown) >= 2 and len(set(shown)) == len(shown)
