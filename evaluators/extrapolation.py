@@ -75,6 +75,6 @@ def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray, see
 
 
 def compute(evidence: Evidence) -> dict[str, Estimate]:
-    """The metric "fd-infinity"."""
+    """The metric "fd_infinity"."""
     reference = evidence.reference.statistics
-    return {"fd-infinity": estimate(evidence.features.pooled, reference, evidence.block)}
+    return {"fd_infinity": estimate(evidence.features.pooled, reference, evidence.block)}

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, FeatureSpec
+from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
 from harness.errors import Failure, Refusal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from evaluators.reference import Progress, Reference
@@ -91,6 +94,50 @@ METRICS = {
             compute="evaluators.copies:compute",
             bounds=(0.0, 1.0),
         ),
+        Metric(
+            key="density",
+            direction="higher",
+            minimum=100,
+            paper="Naeem et al. 2020, arXiv:2002.09797",
+            compute="evaluators.density_coverage:compute",
+        ),
+        Metric(
+            key="coverage",
+            direction="higher",
+            minimum=100,
+            paper="Naeem et al. 2020, arXiv:2002.09797",
+            compute="evaluators.density_coverage:compute",
+            bounds=(0.0, 1.0),
+        ),
+        Metric(
+            key="cmmd",
+            direction="lower",
+            minimum=100,
+            paper="Jayasumana et al. 2024, arXiv:2401.09603",
+            compute="evaluators.cmmd:compute",
+        ),
+        Metric(
+            key="mind",
+            direction="lower",
+            minimum=5000,
+            paper="Berthet et al. 2026, arXiv:2605.06797",
+            compute="evaluators.sliced_wasserstein:compute",
+        ),
+        Metric(
+            key="fd_infinity",
+            direction="lower",
+            minimum=5000,
+            paper="Chong and Forsyth 2020, arXiv:1911.07023",
+            compute="evaluators.extrapolation:compute",
+        ),
+        Metric(
+            key="authenticity",
+            direction="higher",
+            minimum=100,
+            paper="Alaa et al. 2022, arXiv:2102.08921",
+            compute="evaluators.authenticity:compute",
+            bounds=(0.0, 1.0),
+        ),
     )
 }
 
@@ -153,7 +200,29 @@ ADM = Suite(
 )
 """What the DiT paper's numbers were measured with. FID and its like are named so only on this network's features."""
 
-BUILT_IN = {suite.name: suite for suite in (EMBEDDED, ADM)}
+EMBEDDED_MODERN = Suite(
+    name="embedded-modern",
+    version=1,
+    features=EFFICIENTNET_LITE0_96,
+    metrics=tuple(METRICS[key] for key in ("density", "coverage", "authenticity")),
+)
+"""What can be had without a download of the newer metrics."""
+
+DINOV2 = Suite(
+    name="dinov2",
+    version=1,
+    features=DINOV2_VIT_L_14,
+    metrics=tuple(
+        METRICS[key]
+        for key in ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "mind", "authenticity")
+    ),
+)
+"""FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675) and its like; from 5,000 samples."""
+
+CLIP = Suite(name="clip", version=1, features=CLIP_VIT_L_14_336, metrics=(METRICS["cmmd"],))
+"""CMMD on the features that it was published for."""
+
+BUILT_IN = {suite.name: suite for suite in (EMBEDDED, EMBEDDED_MODERN, ADM, DINOV2, CLIP)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +249,7 @@ def evaluate_samples(
     *,
     training: "np.ndarray | None" = None,  # images that may have been learnt by heart; None: the reference's
     progress: "Progress | None" = None,
+    picture: "Path | None" = None,  # of the samples nearest to training images, written beside the numbers
 ) -> list[Measurement]:
     """Every metric of the suite for uint8 images (N, H, W, C), in the suite's order.
 
@@ -211,7 +281,12 @@ def evaluate_samples(
         training=training,
         block=assign_blocks(len(images)),
     )
-    return _measure(evidence, suite, progress)
+    measurements = _measure(evidence, suite, progress)
+    if picture is not None:
+        from evaluators.neighbours_picture import draw
+
+        draw(evidence, picture)
+    return measurements
 
 
 def _measure(evidence, suite: Suite, progress) -> list[Measurement]:

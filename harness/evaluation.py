@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,10 +19,11 @@ from harness import files, registry
 from harness._version import VERSION
 from harness.data.images import ImageSet
 from harness.errors import Refusal
+from harness.image_sources import ImageSource, open_images
 from harness.planning import TRAINING_FACTOR
 from harness.progress import Bar
 from harness.protocols import Protocol
-from harness.samples import read_samples, read_sidecar, sidecar_path
+from harness.samples import read_sidecar, sidecar_path
 from results.records import Environment, Evaluation, Record, Sampling, Training
 
 if TYPE_CHECKING:
@@ -32,11 +35,16 @@ LIBRARIES = ("torch", "numpy", "jax", "flax", "safetensors", "scikit-learn")
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """Who measures: a suite, the weights of its features where the user brings them, and where the reference's file
-    may hold statistics."""
+    may hold statistics. reference: that file as a source, for the guards (statistics in it, stored with loss). allow:
+    guards that the user waives. say: takes warnings."""
 
     suite: Suite
     weights: Path | None = None
     statistics: Path | None = None
+    reference: ImageSource | None = None
+    allow: tuple[str, ...] = ()
+    picture: Path | None = None  # where the samples nearest to training images are drawn
+    say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n")
 
     @classmethod
     def of(cls, protocol: Protocol) -> Judge:
@@ -70,13 +78,14 @@ def evaluate(
     `name` is the row's name for samples without a sidecar. Refused: too few samples, other shapes, other labels.
     """
     suite = judge.suite
-    samples = read_samples(path, classes=protocol.num_classes)
+    source = open_images(path, classes=protocol.num_classes)
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
-    if samples.images.shape[1:] != shape:
-        raise Refusal(
-            f"{path}: images are {samples.images.shape[1:]}, but protocol {protocol.name!r} has {shape} (H, W, C)"
-        )
-    suite.check_count(len(samples.images))
+    if source.shape != shape:
+        raise Refusal(f"{path}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)")
+    suite.check_count(source.count)
+    about = describe(path, samples_sha256(path), name)
+    guard(source, data, protocol, judge, about)
+    samples = source.array()
     from evaluators.reference import build_reference, with_statistics
     from evaluators.suites import evaluate_samples
 
@@ -94,7 +103,7 @@ def evaluate(
         reference = build_reference(data.images, extractor, cache=cache, progress=progress)
         if judge.statistics is not None:
             reference = with_statistics(reference, judge.statistics)
-        measurements = evaluate_samples(samples.images, reference, suite, progress=progress)
+        measurements = evaluate_samples(samples, reference, suite, progress=progress, picture=judge.picture)
     finally:
         for bar in bars.values():
             bar.__exit__(None, None, None)
@@ -106,7 +115,6 @@ def evaluate(
         reference_sha256=reference.sha256,
         mode="adm" if suite.name == "adm" else None,
     )
-    about = describe(path, samples.sha256, name)
     return [
         Record(
             provenance="measured",
@@ -126,6 +134,30 @@ def evaluate(
         )
         for each in measurements
     ]
+
+
+def samples_sha256(path: Path) -> str:
+    """Of a file its bytes, of a folder or a pattern the images."""
+    return files.sha256_file(path) if path.is_file() else open_images(path).sha256()
+
+
+def guard(source: ImageSource, data: ImageSet, protocol: Protocol, judge: Judge, about: dict[str, Any]) -> None:
+    """Say what is doubtful about samples and reference, and refuse what makes no sense."""
+    from evaluators.guards import Task, check, enforce, survey
+
+    task = Task(
+        minimum={metric.key: metric.minimum for metric in judge.suite.metrics},
+        names=(judge.suite.name, about["system"]),
+        classes=protocol.num_classes,
+        label_policy=about["sampling"].label_policy,
+        reference_statistics=judge.suite.name == "adm" and judge.statistics is not None,
+        allow=judge.allow,
+    )
+    if judge.reference is not None:
+        reference = survey(judge.reference)
+    else:
+        reference = survey(data.images, name=f"data set {data.name}", labels=data.labels)
+    enforce(check(survey(source), reference, task), judge.say)
 
 
 def describe(path: Path, sha256: str, name: str | None) -> dict[str, Any]:

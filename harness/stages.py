@@ -223,7 +223,7 @@ def judge(
 
     by = by or evaluation.Judge.of(protocol)
     suite = by.suite
-    about = evaluation.describe(path, files.sha256_file(path), name)
+    about = evaluation.describe(path, evaluation.samples_sha256(path), name)
     task = (protocol.name, str(protocol.version), protocol.dataset)
     judge = (suite.name, str(suite.version), suite.features.name, images_sha256(data.images))
     found = [
@@ -241,8 +241,8 @@ def judge(
         )
     ]
     brought = (
-        by.weights is not None or by.statistics is not None
-    )  # then features and reference are known only when read
+        by.weights is not None or by.statistics is not None or by.picture is not None
+    )  # then it is known only when it is read, or has more to do
     if not brought and {each.metric for each in found} >= {metric.key for metric in suite.metrics}:
         return found
     measured = evaluation.evaluate(path, protocol, data, cache=cache, judge=by, name=name)

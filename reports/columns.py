@@ -24,11 +24,17 @@ class Metric:
 METRICS = {
     "fid": Metric(title="FID", better="lower", names_n=True),
     "fd": Metric(title="FD", better="lower", names_n=True),
+    "fd_infinity": Metric(title="FD-inf", better="lower"),
     "sfid": Metric(title="sFID", better="lower", names_n=True),
     "kid": Metric(title="KID", better="lower", elsewhere="KD"),
     "is": Metric(title="IS", better="higher", elsewhere="IS-style"),
     "precision": Metric(title="Precision", better="higher"),
     "recall": Metric(title="Recall", better="higher"),
+    "density": Metric(title="Density", better="higher"),
+    "coverage": Metric(title="Coverage", better="higher"),
+    "cmmd": Metric(title="CMMD", better="lower"),
+    "mind": Metric(title="MIND", better="lower"),
+    "authenticity": Metric(title="Authenticity", better="higher"),
     "copies": Metric(title="Copies", better="lower"),
     "loss_mse": Metric(title="Loss, MSE", better="lower"),
     "loss_vb": Metric(title="Loss, VB", better="lower"),
@@ -40,6 +46,7 @@ FACTS = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("training precision", "training steps", "training seed", "sampler", "sampling steps", "eta", "guidance"),
     *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
+    "system settings",
 )
 
 

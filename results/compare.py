@@ -29,8 +29,13 @@ SAMPLING_RULE = (
 )
 RULE = f"{SEEDS_RULE}. {SAMPLING_RULE}. Each line stands by itself: of twenty ties one shows a win or a loss by chance."
 RETRAINING = 3.2  # noise of training again over that of sampling again (arXiv:2606.20536)
-ORDER = ("fid", "fd", "sfid", "kid", "is", "precision", "recall", "copies")  # as in the tables
-LOWER_IS_BETTER = frozenset({"fd", "fid", "sfid", "kid", "copies", "loss_mse", "loss_vb"})
+ORDER = (  # as in the tables
+    "fid", "fd", "fd_infinity", "sfid", "kid", "cmmd", "mind", "is", "precision", "recall", "density", "coverage",
+    "authenticity", "copies",
+)  # fmt: skip
+LOWER_IS_BETTER = frozenset(
+    {"fd", "fd_infinity", "fid", "sfid", "kid", "cmmd", "mind", "copies", "loss_mse", "loss_vb"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)

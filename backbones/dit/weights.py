@@ -7,6 +7,7 @@ into three and repeats the timestep and label embedders in every block.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -41,6 +42,17 @@ QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 KINDS = ("weight", "bias")
 STORED_POSITIONS = ("pos_embed.pos_embed", "pos_embed")  # some files hold the table all the same
 
+MOST_SAMPLE_SIZE = 1024  # latents a side: an image of 8192 pixels
+MOST_TOKENS = 1 << 16  # 2048 pixels a side at patch size 2; the position table of DiT-XL is then 300 MB
+SAID = {  # of diffusers' config, what the weights do not show and the network takes for granted
+    "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),  # its name before diffusers 0.29
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-5, 1e-6),
+    "norm_type": ("ada_norm_zero",),
+}
+
 DIFFERENCES = (
     "diffusers' own network gives other numbers from these weights: its timestep frequencies are spaced by 1/127"
     " instead of 1/128 (embeddings.py, downscale_freq_shift=1)",
@@ -51,7 +63,7 @@ DIFFERENCES = (
 
 def blocks(shapes: Shapes, stem: str) -> int:
     """How many blocks the names count: one more than the greatest index."""
-    found = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
+    found = (re.match(rf"{stem}\.([0-9]{{1,6}})\.", name) for name in shapes)  # a longer number is of no block
     count = max((int(match.group(1)) for match in found if match), default=-1) + 1
     if count > len(shapes):
         raise Mismatch(f"{stem}.{count - 1} is there, but not the {count - 1} before it")
@@ -145,9 +157,9 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
     if len(patches) == 4:
         found |= {"width": patches[0], "in_channels": patches[1], "patch": patches[2]}
         if len(shapes.get("pos_embed", ())) == 3:
-            found["input_size"] = math.isqrt(shapes["pos_embed"][1]) * patches[2]
+            found["input_size"] = math.isqrt(_tokens(shapes["pos_embed"][1])) * patches[2]
         if outputs := shapes.get("final_layer.linear.bias"):
-            channels = outputs[0] // (patches[2] * patches[2])
+            channels = outputs[0] // max(1, patches[2] * patches[2])
             found["out_channels"] = None if channels == 2 * patches[1] else channels
     if labels := shapes.get("y_embedder.embedding_table.weight"):
         found["num_classes"] = labels[0] - 1
@@ -157,11 +169,58 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
 def _grid(known: Mapping[str, Any], patch: int) -> int:
     """Tokens a side: by the config beside the file, else by the network that is loaded."""
     size = (known.get("config") or {}).get("sample_size")
-    if type(size) is int and patch <= size <= 4096:
-        return size // patch
+    if size is not None:
+        if type(size) is not int or not 0 < size <= MOST_SAMPLE_SIZE or patch < 1 or size % patch:
+            raise Mismatch(
+                f"config.json gives sample_size {_short(size)}, which is not the side of a latent: a multiple of the"
+                f" patch size {patch}, at most {MOST_SAMPLE_SIZE}"
+            )
+        return math.isqrt(_tokens((size // patch) ** 2))
     if len(table := known.get("expected", {}).get("pos_embed", ())) == 3:
         return math.isqrt(table[1])
     raise Mismatch("the size of its latents is not in the file; keep diffusers' config.json (sample_size) beside it")
+
+
+def _tokens(count: int) -> int:
+    if count > MOST_TOKENS:
+        raise Mismatch(f"it is for images of {count:,} tokens, and at most {MOST_TOKENS:,} are supported")
+    return count
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:60]
+
+
+def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) -> str | None:
+    """The first item of diffusers' config that is not of these weights (our names), or of a network of `heads`."""
+    for name, wanted in SAID.items():
+        if name in config and not any(type(config[name]) is type(each) and config[name] == each for each in wanted):
+            return _against(name, config[name], " or ".join(_short(each) for each in wanted))
+    width, channels, _, patch = shapes["x_embedder.proj.weight"]
+    outputs = shapes["final_layer.linear.bias"][0] // (patch * patch)
+    facts = {
+        "in_channels": channels,
+        "num_embeds_ada_norm": shapes["y_embedder.embedding_table.weight"][0] - 1,
+        "num_layers": blocks(shapes, "blocks"),
+        "out_channels": outputs,
+        "patch_size": patch,
+        "sample_size": math.isqrt(shapes["pos_embed"][1]) * patch,
+    }
+    if heads is not None:
+        facts |= {"num_attention_heads": heads, "attention_head_dim": width // heads}
+    for name, wanted in facts.items():
+        given = config.get(name)  # null stands for the default
+        if given is not None and (type(given) is not int or given != wanted):
+            return _against(name, given, str(wanted))
+    if heads is None and {"num_attention_heads", "attention_head_dim"} <= set(config):
+        given = [config["num_attention_heads"], config["attention_head_dim"]]
+        if not all(type(each) is int for each in given) or given[0] * given[1] != width:
+            return _against("num_attention_heads x attention_head_dim", given, str(width))
+    return None
+
+
+def _against(name: str, given: Any, wanted: str) -> str:
+    return f"config.json gives {name} {_short(given)}, and the network has {wanted}"
 
 
 def _diffusers_notes(shapes: Shapes) -> tuple[str, ...]:
@@ -189,6 +248,7 @@ MAP = WeightMap(
             outward=to_diffusers,
             notes=_diffusers_notes,
             config=diffusers_config,
+            contradiction=contradiction,
         ),
     ),
     facts=facts,

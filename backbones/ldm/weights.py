@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.spec import BackboneSpec
-from harness.weights.maps import Layout, Recipes, Shapes, Take, WeightMap
+from harness.weights.maps import Layout, Mismatch, Recipes, Shapes, Take, WeightMap
 
 NETWORK = ("model.", "cond_stage_model.")
 FIRST_STAGE = "first_stage_model."
@@ -31,11 +31,23 @@ def averaged(name: str) -> str:
     return AVERAGES + name.removeprefix("model.").replace(".", "")
 
 
+def averages(shapes: Shapes) -> dict[str, str]:
+    """The moving averages that the file holds, by the U-Net's names: of all of them or of none."""
+    names = {name: averaged(name) for name in shapes if name.startswith("model.")}
+    lacking = [name for name, theirs in names.items() if theirs not in shapes]
+    if lacking and len(lacking) < len(names):
+        raise Mismatch(
+            f"{lacking[0]} has no moving average ({names[lacking[0]]} is missing) where other tensors have one; a"
+            " mixture is no network: fetch the file again, or take model_ema out of it"
+        )
+    return {} if lacking else names
+
+
 def inward(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
     """Every tensor under its own name, the U-Net's from the moving average where there is one."""
-    averages = {name: averaged(name) for name in shapes if name.startswith("model.")}
-    used = {theirs for theirs in averages.values() if theirs in shapes} | set(COUNTERS)
-    return {name: Take(averages[name] if averages.get(name) in shapes else name) for name in shapes if name not in used}
+    found = averages(shapes)
+    used = {*found.values(), *COUNTERS}
+    return {name: Take(found.get(name, name)) for name in shapes if name not in used}
 
 
 def outward(shapes: Shapes) -> Recipes:
@@ -49,7 +61,7 @@ def beside(name: str) -> bool:
 
 
 def notes(shapes: Shapes) -> tuple[str, ...]:
-    if any(name.startswith(AVERAGES) for name in shapes):
+    if averages(shapes):
         return ("the U-Net's weights are the moving average (model_ema); those without it are left out",)
     if any(beside(name) for name in shapes):
         return ("the file holds no model_ema: the U-Net's weights are those under model.diffusion_model",)

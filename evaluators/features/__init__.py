@@ -107,4 +107,8 @@ INCEPTION_2015_TF = FeatureSpec(
     weights_option="--inception",
 )
 
-BUILT_IN = {spec.name: spec for spec in (EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_TF)}
+from evaluators.features.vit_spec import SPECS as _VISION_TRANSFORMERS  # noqa: E402, below what it imports from here
+
+BUILT_IN = {
+    spec.name: spec for spec in (EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_TF)
+} | _VISION_TRANSFORMERS

@@ -15,8 +15,9 @@ from harness.cli.options import DEFAULT_PROTOCOL, FOLDER, json_option, protocol_
 from harness.data.images import ImageSet
 from harness.errors import Refusal
 from harness.evaluation import Judge
+from harness.image_sources import ImageSource, open_images
 from harness.protocols import get_protocol
-from harness.samples import read_samples, read_sidecar, sidecar_path
+from harness.samples import read_sidecar, sidecar_path
 from results.records import to_json
 
 WHERE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 bytes"
@@ -27,17 +28,22 @@ WHERE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 bytes"
 @protocol_option
 @click.option("--data", type=FOLDER, metavar="PATH", help="Where the protocol's data set is, if it needs one.")
 @click.option("--suite", metavar="NAME", help="A name of `harness list suites`. [default: the protocol's]")
+@click.option("--reference", type=FOLDER, metavar="PATH", help="Images to judge by, with mu and sigma if it has them.")
 @click.option(
-    "--reference", type=FOLDER, metavar="FILE.npz", help="Images to judge by, with mu and sigma if it has them."
-)
-@click.option(
-    "--inception", type=FOLDER, metavar="FILE", help="Suite adm: classify_image_graph_def.pb, or its torch port."
+    "--inception",
+    "--features-weights",
+    "weights",
+    type=FOLDER,
+    metavar="FILE",
+    help="Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.",
 )
 @click.option("--backend", type=click.Choice(["torch", "tensorflow"]), default="torch", show_default=True)
 @click.option("--name", metavar="TEXT", help="Row name of samples that say nothing of themselves.")
 @click.option(
     "--out", type=FOLDER, metavar="FILE", help="Record file. [default: the run's, or records.jsonl beside SAMPLES]"
 )
+@click.option("--neighbours", type=FOLDER, metavar="FILE.png", help="Draw the samples nearest to training images.")
+@click.option("--allow", multiple=True, metavar="GUARD", help="Warn where this guard refuses. May be repeated.")
 @json_option
 def command(
     samples: Path,
@@ -45,20 +51,23 @@ def command(
     data: Path | None,
     suite: str | None,
     reference: Path | None,
-    inception: Path | None,
+    weights: Path | None,
     backend: str,
     name: str | None,
     out: Path | None,
+    neighbours: Path | None,
+    allow: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Measure a sample set (SAMPLES: an .npz of ADM's layout, or its folder) and keep the records.
+    """Measure a sample set and keep the records. SAMPLES: an .npz of ADM's layout or the folder that holds
+    samples.npz, an .npy, a folder of PNG files, shards (.npz, .tar), or a pattern of these.
 
     \b
         harness evaluate samples.npz --protocol imagenet-256 --suite adm \\
                 --reference VIRTUAL_imagenet256_labeled.npz --inception classify_image_graph_def.pb
     """
-    path = samples / "samples.npz" if samples.is_dir() else samples
-    if not path.exists():
+    path = samples / "samples.npz" if (samples / "samples.npz").is_file() else samples
+    if not path.exists() and not any(sign in str(path) for sign in "*?["):
         raise Refusal(f"no sample set at {path}; `harness sample` makes one")
     home = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
     run = runs.open_run(home) if (home / "run.json").exists() else None
@@ -69,8 +78,10 @@ def command(
     cache = (home.parent if run else path.parent) / stages.CACHE
     if reference is not None and data is not None:
         raise Refusal("--data and --reference both name the images to judge by; give one of them")
-    images = reference_images(reference) if reference else stages.load_data(task, data)
-    by = judge_of(registry.suites.get(suite or task.suite), inception, backend, reference)
+    source = open_images(reference) if reference else None
+    images = reference_images(source) if source else stages.load_data(task, data)
+    by = judge_of(registry.suites.get(suite or task.suite), weights, backend, reference)
+    by = dataclasses.replace(by, reference=source, allow=allow, picture=neighbours)
     found = stages.judge(path, task, images, records, cache=cache, name=name, by=by)
     if as_json:
         click.echo(json.dumps({"records": [json.loads(to_json(each)) for each in found]}, indent=2))
@@ -81,22 +92,25 @@ def command(
     click.echo(f"records: {records}")
 
 
-def judge_of(suite: Any, inception: Path | None, backend: str, reference: Path | None) -> Judge:
+def judge_of(suite: Any, weights: Path | None, backend: str, reference: Path | None) -> Judge:
     """The suite on the chosen backend, with what was brought; what has no use is refused."""
     from evaluators.features import INCEPTION_2015, INCEPTION_2015_TF
 
-    if suite.features == INCEPTION_2015:
-        if inception is None:
-            raise Refusal(f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({WHERE})")
-        features = INCEPTION_2015_TF if backend == "tensorflow" else INCEPTION_2015
-        suite = dataclasses.replace(suite, features=features)
-    elif inception is not None or backend != "torch":
-        raise Refusal(f"suite {suite.name!r} takes neither --inception nor --backend; they belong to suite adm")
-    return Judge(suite=suite, weights=inception, statistics=reference)
+    flag = suite.features.weights_option
+    if weights is not None and not flag:
+        raise Refusal(f"suite {suite.name!r} comes with its network's weights; leave out {weights}")
+    if weights is None and flag == INCEPTION_2015.weights_option:
+        raise Refusal(f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({WHERE})")
+    if backend != "torch":
+        if suite.features != INCEPTION_2015:
+            raise Refusal(f"--backend {backend} belongs to suite adm, not to {suite.name!r}")
+        suite = dataclasses.replace(suite, features=INCEPTION_2015_TF)
+    statistics = reference if reference is not None and reference.suffix == ".npz" else None
+    return Judge(suite=suite, weights=weights, statistics=statistics)
 
 
-def reference_images(path: Path) -> ImageSet:
-    """The images of an .npz of ADM's layout; labels, where there are none, are all 0."""
-    samples = read_samples(path)
-    labels = np.zeros(len(samples.images), np.int64) if samples.labels is None else samples.labels
-    return ImageSet(name=path.stem, images=samples.images, labels=labels)
+def reference_images(source: ImageSource) -> ImageSet:
+    """The images of a source; labels, where there are none, are all 0."""
+    images = source.array()
+    labels = np.zeros(len(images), np.int64) if source.labels is None else source.labels
+    return ImageSet(name=Path(source.name).stem, images=images, labels=labels)

@@ -26,6 +26,9 @@ IN_FOLDER = tuple(
 METADATA = "harness"  # key of safetensors' metadata under which an import says where it comes from
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and of torch.compile
 
+MOST_WRAPPERS = 8  # around one another
+LONGEST_CONFIG = 1 << 20  # bytes
+
 # Names that have no business in a file of weights. Nothing is safe because it is not here: nothing is ever imported or
 # called. A file that names one was made to run something, and its tensors are not to be trusted either.
 CODE = frozenset(
@@ -93,7 +96,7 @@ class WeightFile:
     symbols: tuple[str, ...]  # classes and functions that the file names; none was loaded
     also: tuple[str, ...] = ()  # what else is in the file, by its name there
     notes: tuple[str, ...] = ()
-    config: dict[str, Any] | None = None  # diffusers' config.json beside it
+    config: dict[str, Any] | None = None  # config.json beside it
     imported: dict[str, Any] | None = None  # what `harness weights import` wrote into it
 
     @property
@@ -135,10 +138,9 @@ def open_weights(path: Path) -> WeightFile:
     tensors = {_name(name): item for name, item in value.items() if isinstance(item, Stored)}
     if not tensors:
         raise Refusal(f"{path} holds no tensors by name; save net.state_dict()")
-    for prefix in WRAPPERS:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            notes.append(f"every name began with {prefix!r}, which was dropped")
+    if prefix := _wrapped(tensors):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        notes.append(f"every name began with {prefix!r}, which was dropped")
     return WeightFile(
         path=path,
         container=opened.container,
@@ -190,6 +192,17 @@ def _name(key: Any) -> str:
     return printable(key) if isinstance(key, str) else f"({type(key).__name__})"
 
 
+def _wrapped(names: Iterable[str]) -> str:
+    """What the wrappers of a network put before every name: none, one or several, in any order."""
+    found = ""
+    for _ in range(MOST_WRAPPERS):
+        more = next((each for each in WRAPPERS if all(name.startswith(found + each) for name in names)), None)
+        if more is None:
+            break
+        found += more
+    return found
+
+
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, dict) and any(isinstance(item, Stored) for item in value.values())
 
@@ -201,15 +214,16 @@ def _described(value: Any) -> str:
 
 def _config(path: Path) -> dict[str, Any] | None:
     try:
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with (path.parent / "config.json").open(encoding="utf-8") as file:
+            config = json.loads(file.read(LONGEST_CONFIG))
+    except (OSError, ValueError, RecursionError):
         return None
-    return config if isinstance(config, dict) and "sample_size" in config else None
+    return config if isinstance(config, dict) else None
 
 
 def _imported(metadata: dict[str, str]) -> dict[str, Any] | None:
     try:
         found = json.loads(metadata.get(METADATA, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

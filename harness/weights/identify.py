@@ -136,11 +136,47 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec]) -> Match:
                 best = match
             if match.exact:
                 break
+    if (
+        best is not None
+        and best.exact
+        and (text := contradiction(weights, layout, ours, best.spec.defaults.get("heads")))
+    ):
+        raise Refusal(f"{weights.path} ({layout.title}): {text}")
     if best is not None and (share > 0 or best.exact or len(specs) == 1):
         return best
     return Match(
         spec=None, arguments={}, layout=layout, recipes=recipes, differences=Differences(), notes=weights.notes
     )
+
+
+def contradiction(weights: WeightFile, layout: Layout, ours: Shapes, heads: int | None) -> str | None:
+    """What the config.json beside a file whose tensors fit says against them, or None."""
+    return layout.contradiction(weights.config, ours, heads) if weights.config is not None else None
+
+
+def recognised(weights: WeightFile, layout: Layout) -> bool:
+    """Whether the file has any of the names that `layout` is told by."""
+    return not layout.marks or choose_layout([layout], weights.tensors)[0] > 0
+
+
+def misfit(weights: WeightFile, layout: Layout, name: str, problem: str) -> str:
+    """The line that refuses a file for the backbone `name`, read by `layout`: what it holds, where that is known."""
+    from harness.registry import backbones
+
+    try:
+        found = identify(weights, backbones)
+    except Refusal:
+        found = None
+    if found is not None and found.exact:
+        settings = "".join(f", {key} {value}" for key, value in found.arguments.items())
+        holds = f"{weights.path} holds {found.spec.name}{settings} ({found.layout.title})"
+        if not recognised(weights, layout):
+            return f"{holds}, which is not {name}"
+        return f"{holds} and does not fit {name}: {problem}"
+    if not recognised(weights, layout):
+        first = next(iter(weights.tensors))
+        return f"{weights.path} does not fit {name}: its names are not those of {layout.title} (the first is {first})"
+    return f"{weights.path} ({layout.title}) does not fit {name}: {problem}"
 
 
 def _candidates(spec: BackboneSpec, told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

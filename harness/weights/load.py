@@ -12,7 +12,7 @@ from torch import nn
 from harness.errors import Refusal
 from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile, open_weights, sha256, watched
-from harness.weights.identify import OWN, choose_layout, differences, translate, weight_map
+from harness.weights.identify import OWN, choose_layout, contradiction, differences, misfit, translate, weight_map
 from harness.weights.maps import Layout, Mismatch, Recipe, Take
 from harness.weights.tensors import DTYPES
 
@@ -48,13 +48,17 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
     try:
         recipes, ours, lacking = translate(weights, layout, expected)
     except Mismatch as error:
-        raise Refusal(f"{weights.path} ({layout.title}) does not fit {name}: {error}") from error
+        raise Refusal(misfit(weights, layout, name, str(error))) from error
     if prefix:  # one part, and nothing else of it
         ours = {key: shape for key, shape in ours.items() if key.startswith(prefix)}
         layout = replace(layout, beside=lambda key: False)
     problems = differences(ours, expected, lacking, layout)
+    if problems and prefix:
+        raise Refusal(f"{weights.path}, {prefix}*, does not fit {name}: {problems.first()}")
     if problems:
-        raise Refusal(f"{weights.path} ({layout.title}) does not fit {name}: {problems.first()}")
+        raise Refusal(misfit(weights, layout, name, problems.first()))
+    if not prefix and (against := contradiction(weights, layout, ours, _heads(net))):
+        raise Refusal(f"{weights.path} ({layout.title}) does not fit {name}: {against}")
     digest = sha256(weights.path)
     _fill(net, state, {key: recipes[prefix + key] for key in state}, weights)
     left = sorted({key.partition(".")[0] for key in recipes if key not in expected})
@@ -69,6 +73,12 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
         dtypes=tuple(sorted({tensor.dtype for tensor in weights.tensors.values()})),
         notes=notes,
     )
+
+
+def _heads(net: nn.Module) -> int | None:
+    """Attention heads of `net`, which no shape tells; None where no module of it says."""
+    found = (getattr(module, "heads", None) for module in net.modules())
+    return next((heads for heads in found if type(heads) is int), None)
 
 
 def _layout(weights: WeightFile, spec: BackboneSpec | None) -> Layout:

@@ -157,6 +157,8 @@ class Layout:
     beside: Callable[[str], bool] = lambda name: False
     notes: Callable[[Shapes], tuple[str, ...]] = lambda shapes: ()
     config: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None  # of a diffusers folder
+    contradiction: Callable[[Mapping[str, Any], Shapes, int | None], str | None] = lambda config, shapes, heads: None
+    """What the config.json beside the file says against our tensors' shapes and the network's heads, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,18 +186,19 @@ class Differences:
 
     def first(self) -> str:
         """The first problem and how many there are, in one line."""
-        if self.wrong:
-            name, found, expected = self.wrong[0]
-            text = f"{name} is {found}, the network's is {expected}"
-        elif self.missing:
+        # Names before shapes: without its first layer the size of a network is a guess, and so are shapes against it.
+        if self.missing:
             text = f"{self.missing[0]} is missing"
             text += f" and {self.unexpected[0]} is unexpected" if self.unexpected else ""
-        else:
+        elif self.unexpected:
             text = f"{self.unexpected[0]} is unexpected"
+        else:
+            name, found, expected = self.wrong[0]
+            text = f"{name} is {found}, the network's is {expected}"
         parts = (
-            (len(self.wrong), "of another shape"),
             (len(self.missing), "missing"),
             (len(self.unexpected), "unexpected"),
+            (len(self.wrong), "of another shape"),
         )
         return f"{text} (in all {', '.join(f'{count} {what}' for count, what in parts if count)})"
 

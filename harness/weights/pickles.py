@@ -26,9 +26,9 @@ Constructors = Mapping[str, Callable[..., Any]]
 
 
 # In units of about 64 bytes and a third of a microsecond; an opcode costs one, what it makes or copies more.
-UNITS = 1_500_000  # of a file as such: the state dict of 1000 tensors takes 50,000
-UNITS_A_STORAGE = 60  # that each storage of the file adds: a tensor takes about 50
-MOST_UNITS = 6_400_000  # however many storages there are: 400 MB
+UNITS = 1_200_000  # of a file as such: the state dict of 1000 tensors takes 50,000
+UNITS_A_STORAGE = 80  # that each storage of the file adds: a tensor takes about 60
+MOST_UNITS = 8_000_000  # however many storages there are: those of 100,000 tensors
 LONGEST_NAME = 1000  # characters of a class, function or storage
 SMALL_KEY = 1 << 53  # integers below it hash to themselves; a pickle's greater ones could be chosen to collide
 
@@ -118,7 +118,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 _IGNORED = ("PROTO", "FRAME")
-_CALL = 4  # units of a name, a call or a storage beyond its opcode's
+_CALL = 2  # units of a name, a call or a storage beyond its opcode's
 
 
 def read(
@@ -169,7 +169,6 @@ class _Machine:
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(self.memo[argument])
         elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            budget.spend(1)
             place = len(self.memo) if name == "MEMOIZE" else argument
             if place >= 1 << 32:  # protocol 0 writes any number
                 raise Malformed("a place of its memo that is out of reach")
@@ -208,6 +207,7 @@ class _Machine:
                 items = [stack.pop(), value]
             else:
                 items = self._close()
+            budget.spend(1)
             self._update(self.stack[-1], items)
         elif name == "POP":
             if stack:
@@ -264,7 +264,7 @@ class _Machine:
         if len(module) + len(name) > LONGEST_NAME:
             raise Malformed("a class with a name of more than a line")
         symbol = Symbol(module, name)
-        self.budget.spend(_CALL)
+        self.budget.spend(2 * _CALL)
         return self.symbols.setdefault(symbol.full, symbol)
 
     def _made(self, function: Any, arguments: Any) -> Any:

@@ -19,7 +19,7 @@ from harness import files, registry
 from harness.errors import Refusal
 from harness.spec import BackboneSpec
 from harness.weights.files import METADATA, WeightFile, open_weights, sha256, watched
-from harness.weights.identify import Match, identify, weight_map
+from harness.weights.identify import Match, identify, misfit, recognised, weight_map
 from harness.weights.known import KNOWN
 from harness.weights.maps import Layout, Mismatch, Same
 from harness.weights.tensors import raw_dtype
@@ -75,7 +75,7 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
         beside = [name for name in match.recipes if match.layout.beside(name)]
         network = [name for name in match.recipes if name not in set(beside)]
         document["values"] = sum(prod(shapes[name]) for name in network)
-        document["layout"] = match.layout.title if match.spec else None
+        document["layout"] = match.layout.title if match.spec and recognised(weights, match.layout) else None
         for name in beside:
             part = name.partition(".")[0]
             document["beside"][part] = document["beside"].get(part, 0) + 1
@@ -122,13 +122,19 @@ def opened(path: Path, backbone: str | None) -> Ours:
             " if a plug-in has it, install the plug-in"
         )
     if not match.exact:
-        nearest = match.spec.name if backbone else f"any backbone; the nearest is {match.spec.name}:"
-        raise Refusal(f"{weights.path} ({match.layout.title}) does not fit {nearest} {match.differences.first()}")
+        problem = match.differences.first()
+        if backbone:
+            raise Refusal(misfit(weights, match.layout, backbone, problem))
+        nearest = f"any backbone; the nearest is {match.spec.name}: {problem}"
+        raise Refusal(f"{weights.path} ({match.layout.title}) does not fit {nearest}")
     return Ours(file=weights, match=match)
 
 
 def import_file(path: Path, out: Path | None = None, backbone: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """Write the weights as safetensors under our names; returns the new file and what stands in its metadata."""
+    """Write the weights as safetensors under our names.
+
+    Returns the new file and what stands in its metadata, with "not_loaded": the classes and functions that `path` names.
+    """
     out = out or path.with_name(f"{path.name if path.is_dir() else path.stem}.safetensors")
     refuse_existing(out)
     ours = opened(path, backbone)
@@ -152,7 +158,7 @@ def import_file(path: Path, out: Path | None = None, backbone: str | None = None
     entries = {name: (ours.dtype(name), shapes[name]) for name in match.recipes}
     with partial(out) as target:
         write_safetensors(target, entries, ours.read, {METADATA: json.dumps(about)}, f"write {out.name}")
-    return out, about
+    return out, about | {"not_loaded": list(ours.file.symbols)}
 
 
 def export_file(path: Path, layout: str, out: Path | None = None, backbone: str | None = None) -> Path:

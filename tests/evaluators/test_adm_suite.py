@@ -108,7 +108,7 @@ def test_what_is_lacking_or_of_no_use_is_refused(folder, made_inception, tmp_pat
     done = evaluate(
         samples, "--suite", "embedded", "--protocol", task, "--reference", samples, "--backend", "tensorflow"
     )
-    assert "takes neither --inception nor --backend" in str(done.exception)
+    assert "--backend tensorflow belongs to suite adm" in str(done.exception)
     done = evaluate(samples, "--protocol", task, "--reference", samples, "--data", samples)
     assert "both name the images" in str(done.exception)
     with np.load(folder / "reference.npz") as data:

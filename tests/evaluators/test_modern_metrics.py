@@ -267,7 +267,7 @@ CASES = {
     "cmmd-equal": (1.0, 0.0, 600, lambda x, b: cmmd.estimate(x, REFERENCE, b)),
     "mind": (1.2, 0.3, 400, lambda x, b: sliced.estimate(x, REFERENCE[:160], b, FEW)),
     "mind-equal": (1.0, 0.0, 400, lambda x, b: sliced.estimate(x, REFERENCE[:160], b, FEW)),
-    "fd-infinity": (1.2, 0.3, 200, lambda x, b: extrapolation.estimate(x, STATISTICS, b)),
+    "fd_infinity": (1.2, 0.3, 200, lambda x, b: extrapolation.estimate(x, STATISTICS, b)),
 }
 
 
@@ -313,7 +313,7 @@ def evidence():
         (density_coverage, ["density", "coverage"]),
         (cmmd, ["cmmd"]),
         (sliced, ["mind"]),
-        (extrapolation, ["fd-infinity"]),
+        (extrapolation, ["fd_infinity"]),
         (authenticity, ["authenticity"]),
     ],
 )
