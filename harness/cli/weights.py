@@ -50,6 +50,8 @@ def import_(file: Path, backbone: str | None, out: Path | None) -> None:
     click.echo(f"{written}: {about['backbone']}{settings}, from {about['source']['name']} ({about['format']})")
     for note in about["notes"]:
         click.echo(f"  {note}")
+    if about["not_loaded"]:
+        click.echo(f"  not loaded: {_few(about['not_loaded'])}: classes or functions that the file names")
 
 
 @command.command("export", short_help="Into a public layout.")

@@ -98,8 +98,8 @@ def _nature(head: bytes) -> str:
 # The three formats ------------------------------------------------------------------------------------------------
 
 
-class _Slow:
-    """A file for `zipfile`, which reads the directory, whatever its length, at once."""
+class _Measured:
+    """A file whose single reads are bounded: `zipfile` reads the directory at once, however long it is said to be."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -112,7 +112,7 @@ class _Slow:
 
 def _open_zip(path: Path, file: IO[bytes]) -> Opened:
     try:
-        with zipfile.ZipFile(_Slow(file)) as archive:
+        with zipfile.ZipFile(_Measured(file)) as archive:
             members = {info.filename: info for info in archive.infolist()}
             listed = len(archive.infolist())
     except Malformed:
@@ -178,8 +178,8 @@ def _bytes(file: IO[bytes], place: Storage, most: int) -> bytes:
     """A small member, which is checked."""
     if place.nbytes > most:
         raise Unsuitable(
-            f"asks for more than weights need ({place.nbytes:,} bytes where {most:,} are enough to describe its tensors)"
-            " and is not read; save the state dict alone"
+            f"asks for more than weights need ({place.nbytes:,} bytes to describe its tensors, where {most:,} are"
+            " enough) and is not read; save the state dict alone"
         )
     file.seek(place.start)
     content = file.read(place.nbytes)

@@ -94,9 +94,10 @@ def expected_shapes(spec: BackboneSpec, arguments: Mapping[str, Any]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in build_on_meta(spec, dict(arguments)).state_dict().items()}
 
 
-def identify(weights: WeightFile, specs: Iterable[BackboneSpec]) -> Match:
+def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool = True) -> Match:
     """The backbone among `specs` whose network has these tensors, or the nearest one and the differences.
 
+    Without `sizes`, input sizes that no shape tells are not tried, each of which takes the building of a network.
     Where the file has no shape that allows a comparison, the refusal says what stands in the way.
     """
     specs = list(specs)
@@ -119,7 +120,7 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec]) -> Match:
     nearest = [each for each in ranked if _disagreements(*each) == _disagreements(*ranked[0])]
     best: Match | None = None
     for spec, told in nearest:
-        for arguments in _candidates(spec, told):
+        for arguments in _candidates(spec, told) if sizes else [next(_candidates(spec, told))]:
             try:
                 expected = expected_shapes(spec, arguments)
             except Refusal:
@@ -164,7 +165,7 @@ def misfit(weights: WeightFile, layout: Layout, name: str, problem: str) -> str:
     from harness.registry import backbones
 
     try:
-        found = identify(weights, backbones)
+        found = identify(weights, backbones, sizes=False)
     except Refusal:
         found = None
     if found is not None and found.exact:

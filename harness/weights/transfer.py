@@ -133,7 +133,8 @@ def opened(path: Path, backbone: str | None) -> Ours:
 def import_file(path: Path, out: Path | None = None, backbone: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Write the weights as safetensors under our names.
 
-    Returns the new file and what stands in its metadata, with "not_loaded": the classes and functions that `path` names.
+    Returns the new file and what stands in its metadata, and beside that "not_loaded": the classes and functions that
+    `path` names.
     """
     out = out or path.with_name(f"{path.name if path.is_dir() else path.stem}.safetensors")
     refuse_existing(out)

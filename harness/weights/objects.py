@@ -1,0 +1,205 @@
+"""Tensors as torch's pickles describe them: the few calls that such files are made of, carried out on plain data.
+
+A tensor is a call of one of torch._utils' functions with a storage (a persistent identifier), an offset, a shape and
+strides. Where the bytes of a storage lie is known to `harness.weights.containers`, which settles the tensors there.
+Format facts: torch 2.13 torch/_utils.py, torch/serialization.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Refusal
+from harness.weights import pickles
+from harness.weights.pickles import Call, Malformed, Symbol, Unsuitable
+from harness.weights.tensors import BY_TORCH_NAME, MOST_AXES, Storage, Stored, raw_dtype
+
+_STORAGE_TYPES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "UntypedStorage": "U8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StorageKey:
+    """A run of elements in the file, by the key of its storage."""
+
+    dtype: str
+    key: str
+    count: int
+    first: int = 0  # element, for a view of a storage
+
+
+class _Pending:
+    """A tensor whose storage is known by key, until the places of the storages are known."""
+
+    __slots__ = ("dtype", "offset", "shape", "storage", "strides")
+
+    def __init__(self, storage: StorageKey, dtype: str, offset: int, shape: tuple, strides: tuple):
+        self.storage, self.dtype, self.offset, self.shape, self.strides = storage, dtype, offset, shape, strides
+
+
+def printable(text: str) -> str:
+    """A name out of a file with whatever could steer a terminal written out."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def _ordered(*arguments: Any) -> dict[Any, Any]:
+    if not arguments:
+        return {}
+    items: list[Any] = []
+    for pair in arguments[0].items() if isinstance(arguments[0], dict) else arguments[0]:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise Malformed("an ordered dictionary of something other than pairs")
+        items += pair
+    return pickles.pairs(items)
+
+
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, *more: Any, dtype: str | None = None, metadata: Any = None
+) -> _Pending:
+    if not isinstance(storage, StorageKey):
+        raise Malformed("a tensor without a storage")
+    if not all(isinstance(each, (tuple, list)) and len(each) <= MOST_AXES for each in (shape, strides)):
+        raise Malformed(f"a tensor of more than {MOST_AXES} axes")
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
+        raise Malformed("a tensor of an impossible shape")
+    marks = metadata if metadata is not None else more[2] if len(more) > 2 else None
+    if marks:  # torch's bits "neg" and "conj": the bytes are not the values
+        named = [name for name in marks if isinstance(name, str)] if isinstance(marks, dict) else []
+        raise Unsuitable(
+            f"holds a tensor whose values are not its bytes (marked {', '.join(named)[:40] or 'oddly'}); save it with"
+            " .resolve_neg() or .resolve_conj()"
+        )
+    return _Pending(storage, dtype or storage.dtype, offset, tuple(shape), tuple(strides))
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
+) -> _Pending:
+    name = BY_TORCH_NAME.get(dtype.name) if isinstance(dtype, Symbol) and dtype.module == "torch" else None
+    if name is None:
+        raise Malformed("a tensor of an unknown dtype")
+    return _tensor(storage, offset, shape, strides, dtype=name, metadata=metadata)
+
+
+def _size(*shape: Any) -> tuple:
+    if shape and not (isinstance(shape[0], (tuple, list)) and len(shape[0]) <= MOST_AXES):
+        raise Malformed(f"a shape of more than {MOST_AXES} axes")
+    return tuple(shape[0]) if shape else ()
+
+
+def _typed(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    """A tensor of a subclass, or with attributes: the tensor alone."""
+    if isinstance(function, Symbol) and function.full in _REBUILT:
+        return CONSTRUCTORS[function.full](*arguments)
+    return Call(function, (kind, arguments))
+
+
+def _encoded(text: Any, *_: Any) -> Any:
+    return text.encode("latin-1") if isinstance(text, str) else text  # how protocol 2 writes bytes
+
+
+_TYPED = "torch._tensor._rebuild_from_type_v2"
+CONSTRUCTORS: dict[str, Any] = {
+    "collections.OrderedDict": _ordered,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    _TYPED: _typed,
+    "torch.Size": _size,
+    "_codecs.encode": _encoded,
+}
+_REBUILT = frozenset(name for name in CONSTRUCTORS if name.startswith("torch._utils."))
+_NEEDED = {
+    *CONSTRUCTORS,
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.device",
+    "torch.storage.UntypedStorage",
+}
+
+
+def foreign(symbols: Mapping[str, Symbol]) -> tuple[str, ...]:
+    """Of the names in a file those that are not needed for tensors."""
+    dtypes = {f"torch.{name}" for name in BY_TORCH_NAME}
+    return tuple(
+        printable(full)
+        for full, symbol in symbols.items()
+        if full not in _NEEDED
+        and full not in dtypes
+        and not (symbol.module in ("torch", "torch.cuda", "torch.storage") and symbol.name in _STORAGE_TYPES)
+    )
+
+
+def storage_of(identifier: Any) -> StorageKey:
+    """The storage of a persistent identifier: ("storage", type, key, device, elements[, view])."""
+    if not isinstance(identifier, tuple) or not 5 <= len(identifier) <= 6 or identifier[0] != "storage":
+        raise Malformed("it refers to something other than tensors")
+    _, kind, key, _, count, *view = identifier
+    dtype = _STORAGE_TYPES.get(kind.name) if isinstance(kind, Symbol) else None
+    if dtype is None:
+        raise Malformed(
+            f"a tensor of the type {kind.name if isinstance(kind, Symbol) else type(kind).__name__}, which is not supported"
+        )
+    if type(count) is not int or not 0 <= count < 2**48:
+        raise Malformed("a storage of an impossible size")
+    if not isinstance(key, str) or len(key) > pickles.LONGEST_NAME:
+        raise Malformed("a storage without a key")
+    if view and view[0] is not None:
+        _, first, count_seen = view[0]
+        if not (type(first) is type(count_seen) is int and first >= 0 and 0 <= count_seen <= count - first):
+            raise Malformed("a view beyond its storage")
+        return StorageKey(dtype, key, count, first)
+    return StorageKey(dtype, key, count)
+
+
+def settled(value: Any, path: Path, places: Mapping[str, Storage], swapped: bool) -> Any:
+    """`value` with its pending tensors in place: in dictionaries and lists, however they are nested."""
+    made: dict[int, Any] = {}  # by identity: a file may hold one object twice, and itself
+    placed: dict[int, tuple[_Pending, Stored]] = {}  # the pending one too, so that its identity is not taken again
+    waiting = [value] if isinstance(value, (dict, list)) else []
+
+    def settle(item: Any) -> Any:
+        if isinstance(item, _Pending):
+            if id(item) not in placed:
+                placed[id(item)] = item, _place(item, path, places, swapped)
+            return placed[id(item)][1]
+        if isinstance(item, (dict, list)) and id(item) not in made:
+            made[id(item)] = item
+            waiting.append(item)
+        return item
+
+    while waiting:
+        holder = waiting.pop()
+        for key in list(holder) if isinstance(holder, dict) else range(len(holder)):
+            holder[key] = settle(holder[key])
+    return settle(value)
+
+
+def _place(tensor: _Pending, path: Path, places: Mapping[str, Storage], swapped: bool) -> Stored:
+    place = places.get(tensor.storage.key)
+    if place is None:
+        raise Malformed(f"the bytes of storage {tensor.storage.key} are missing")
+    width, own = raw_dtype(tensor.dtype).itemsize, raw_dtype(tensor.storage.dtype).itemsize
+    if swapped and width > 1:
+        raise Refusal(f"{path} was written on a big-endian machine; load it there and save it as safetensors")
+    begin = tensor.storage.first * own + tensor.offset * width
+    count = prod(tensor.shape)
+    reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) if count else 0
+    if tensor.storage.count * own > place.nbytes or begin + reach * width > place.nbytes:
+        raise Malformed("a tensor reaches beyond its bytes")
+    if count > reach:
+        raise Malformed("a tensor repeats its elements")  # as one made by expand(); else a small file could fill memory
+    return Stored(
+        file=path, dtype=tensor.dtype, shape=tensor.shape, strides=tensor.strides, start=place.start + begin,
+        storage=place,
+    )  # fmt: skip
