@@ -136,4 +136,6 @@ def load_attribute(address: str, what: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise Refusal(f"{what} cannot be loaded from {address!r}: {error}") from error
+        lacking = (getattr(error, "name", None) or "").partition(".")[0]
+        remedy = "; run: pip install 'backbone-harness[jax]'" if lacking in ("jax", "jaxlib", "flax") else ""
+        raise Refusal(f"{what} cannot be loaded from {address!r}: {error}{remedy}") from error

@@ -90,7 +90,10 @@ def _specs() -> tuple[BackboneSpec, ...]:
                     summary=summary.format(**row),
                     defaults=defaults,
                     null_label=None,
-                    builders={"torch": f"backbones.adm.torch_model:{network}"},
+                    builders={
+                        "torch": f"backbones.adm.torch_model:{network}",
+                        "jax": f"backbones.adm.flax_model:{network}",
+                    },
                     closed_form=f"backbones.adm.compute:count_{kind}",
                 )
             )

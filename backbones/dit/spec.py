@@ -106,7 +106,7 @@ def _specs() -> tuple[BackboneSpec, ...]:
                             "gradient_checkpointing": False,
                         },
                         null_label="num_classes",
-                        builders={"torch": "backbones.dit.torch_model:DiT"},
+                        builders={"torch": "backbones.dit.torch_model:DiT", "jax": "backbones.dit.flax_model:DiT"},
                         closed_form="backbones.dit.compute:count",
                         # The paper's figures hold with the two LayerNorms around self-attention and MLP alone.
                         uncounted_norms=("final_layer.norm_final", "blocks.*.norm_cross"),

@@ -70,7 +70,7 @@ SPECS: tuple[BackboneSpec, ...] = tuple(
         summary=SUMMARIES[name],
         defaults={**SHARED, **row},
         null_label="num_classes" if {**SHARED, **row}["null_class"] else None,
-        builders={"torch": "backbones.ldm.torch_model:LDM"},
+        builders={"torch": "backbones.ldm.torch_model:LDM", "jax": "backbones.ldm.flax_model:LDM"},
         closed_form="backbones.ldm.compute:count",
     )
     for name, row in DENOISERS.items()

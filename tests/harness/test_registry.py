@@ -68,3 +68,13 @@ def test_null_index():
     assert BackboneSpec(name="x", null_label="num_classes", builders={"torch": "a:b"}).null_index(10) == 10
     assert BackboneSpec(name="x", null_label=0, builders={"torch": "a:b"}).null_index(10) == 0
     assert BackboneSpec(name="x", builders={"torch": "a:b"}).null_index(10) is None
+
+
+def test_a_framework_that_is_not_installed_is_named_with_its_remedy(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "jax", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "backbones.dit.flax_model", raising=False)
+    monkeypatch.delitem(sys.modules, "backbones.flax_layers", raising=False)
+    with pytest.raises(Refusal, match=r"pip install 'backbone-harness\[jax\]'"):
+        backbones.get("dit-xs-2").build("jax")

@@ -1,0 +1,301 @@
+"""The Diffusion Transformer in Flax: the classes of `torch_model.py` in the same order, with the same attribute names.
+
+Source: as there. `backbones.flax_weights` maps parameters to and from the public release's names and shapes.
+
+Shapes: N images, T tokens, D width, H heads, p patch size, C channels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from backbones.dit.position import sincos_table
+from backbones.dit.spec import MLP_RATIO, TIME_FEATURES, check_arguments
+from backbones.flax_layers import (
+    Conv,
+    Frozen,
+    LayerNorm,
+    Linear,
+    Sequence,
+    attend,
+    channels_first,
+    channels_last,
+    checkpointed,
+    initial_rngs,
+    timestep_features,
+    xavier,
+    zeros,
+)
+from harness.errors import Refusal
+
+EPS = 1e-6  # of every layer norm
+
+normal = nnx.initializers.normal(0.02)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """x (N, T, D) scaled by 1 + scale and shifted, with one (N, D) pair an image.
+
+    The result has the dtype of the pair: a linear layer follows, which would round it all the same.
+    """
+    return x.astype(scale.dtype) * (1 + scale[:, None]) + shift[:, None]
+
+
+def plain_norm(width: int, rngs: nnx.Rngs) -> LayerNorm:
+    """A layer norm whose scale and shift come from elsewhere."""
+    return LayerNorm(width, eps=EPS, affine=False, rngs=rngs)
+
+
+def linear(inputs: int, outputs: int, rngs: nnx.Rngs, kernel_init: nnx.Initializer | None = None) -> Linear:
+    """Xavier-uniform weights unless told otherwise; the bias starts at 0."""
+    return Linear(inputs, outputs, kernel_init=kernel_init or xavier(inputs, outputs), bias_init=zeros, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.heads = heads
+        self.qkv = linear(width, 3 * width, rngs)
+        self.proj = linear(width, width, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        n, t, d = x.shape
+        q, k, v = (part.reshape(n, t, self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))  # (N, T, H, D/H)
+        x = attend(q, k, v)  # (N, T, H, D/H)
+        return self.proj(x.reshape(n, t, d))  # (N, T, D)
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention from the image tokens to the conditioning tokens."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.heads = heads
+        self.q = linear(width, width, rngs)
+        self.kv = linear(width, 2 * width, rngs)
+        self.proj = linear(width, width, rngs)
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        n, t, d = x.shape
+        q = self.q(x).reshape(n, t, self.heads, -1)  # (N, T, H, D/H)
+        k, v = (
+            part.reshape(n, context.shape[1], self.heads, -1) for part in jnp.split(self.kv(context), 2, axis=-1)
+        )  # (N, 2, H, D/H)
+        x = attend(q, k, v)  # (N, T, H, D/H)
+        return self.proj(x.reshape(n, t, d))  # (N, T, D)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers around a GELU in its tanh form."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.fc1 = linear(width, MLP_RATIO * width, rngs)
+        self.fc2 = linear(MLP_RATIO * width, width, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = jax.nn.gelu(self.fc1(x), approximate=True)  # (N, T, 4D)
+        return self.fc2(x)  # (N, T, D)
+
+
+class AdaLNBlock(nnx.Module):
+    """adaLN and adaLN-Zero: scales, shifts and, for -Zero, gates are regressed from timestep and class."""
+
+    def __init__(self, width: int, heads: int, gated: bool, rngs: nnx.Rngs):
+        self.gated = gated
+        self.norm1 = plain_norm(width, rngs)
+        self.attn = Attention(width, heads, rngs)
+        self.norm2 = plain_norm(width, rngs)
+        self.mlp = Mlp(width, rngs)
+        # -Zero: every block starts as the identity.
+        regression = linear(width, (6 if gated else 4) * width, rngs, zeros if gated else None)
+        self.adaLN_modulation = Sequence([jax.nn.silu, regression])
+
+    def __call__(self, x: Array, c: Array) -> Array:
+        modulation = self.adaLN_modulation(c)  # (N, 6D) or (N, 4D)
+        if not self.gated:
+            shift1, scale1, shift2, scale2 = jnp.split(modulation, 4, axis=-1)  # (N, D) each
+            x = x + self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
+            return x + self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)  # (N, D) each
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
+
+
+class InContextBlock(nnx.Module):
+    """A standard ViT block; the conditioning arrives as two tokens of the sequence."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.attn = Attention(width, heads, rngs)
+        self.norm2 = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.mlp = Mlp(width, rngs)
+
+    def __call__(self, x: Array, c: Array) -> Array:
+        x = x + self.attn(self.norm1(x))  # (N, T + 2, D); c is in x
+        return x + self.mlp(self.norm2(x))  # (N, T + 2, D)
+
+
+class CrossAttentionBlock(nnx.Module):
+    """A ViT block with attention to the two conditioning tokens after the self-attention."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.attn = Attention(width, heads, rngs)
+        self.norm_cross = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.cross_attn = CrossAttention(width, heads, rngs)
+        self.norm2 = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.mlp = Mlp(width, rngs)
+
+    def __call__(self, x: Array, c: Array) -> Array:
+        x = x + self.attn(self.norm1(x))  # (N, T, D)
+        x = x + self.cross_attn(self.norm_cross(x), c)  # (N, T, D); c (N, 2, D)
+        return x + self.mlp(self.norm2(x))  # (N, T, D)
+
+
+def build_block(block: str, width: int, heads: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One block of the named design; all are called as block(x, c)."""
+    if block == "in-context":
+        return InContextBlock(width, heads, rngs)
+    if block == "cross-attention":
+        return CrossAttentionBlock(width, heads, rngs)
+    return AdaLNBlock(width, heads, block == "adaln-zero", rngs)
+
+
+class PatchEmbed(nnx.Module):
+    """Linear embedding of p x p patches, row by row; its weight has a convolution's shape (p, p, C, D)."""
+
+    def __init__(self, patch: int, in_channels: int, width: int, rngs: nnx.Rngs):
+        # It is a linear map of p*p*C inputs that is stored as a convolution.
+        kernel_init = xavier(patch * patch * in_channels, width)
+        self.proj = Conv(
+            in_channels, width, patch, stride=patch, kernel_init=kernel_init, bias_init=zeros, rngs=rngs
+        )  # fmt: skip
+
+    def __call__(self, x: Array) -> Array:
+        x = self.proj(x)  # (N, H/p, W/p, D)
+        return x.reshape(x.shape[0], -1, x.shape[-1])  # (N, T, D)
+
+
+class TimestepEmbedder(nnx.Module):
+    """256 sinusoids of the timestep and a two-layer MLP, in float32 always."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        settings = {"kernel_init": normal, "bias_init": zeros, "pinned": True, "rngs": rngs}
+        self.mlp = Sequence([Linear(TIME_FEATURES, width, **settings), jax.nn.silu, Linear(width, width, **settings)])
+
+    def __call__(self, t: Array) -> Array:
+        return self.mlp(timestep_features(t, TIME_FEATURES))  # (N, D)
+
+
+class LabelEmbedder(nnx.Module):
+    """One vector a class, and one more (the last) for "no class"; float32. A label beyond gives NaN."""
+
+    def __init__(self, num_classes: int, width: int, rngs: nnx.Rngs):
+        self.embedding_table = nnx.Embed(num_classes + 1, width, embedding_init=normal, rngs=rngs)
+
+    def __call__(self, y: Array) -> Array:
+        return self.embedding_table(y)  # (N, D)
+
+
+class FinalLayer(nnx.Module):
+    """Layer norm and linear read-out of every token; adaptive for the two adaLN designs, plain for the others."""
+
+    def __init__(self, width: int, outputs: int, adaptive: bool, rngs: nnx.Rngs):
+        self.norm_final = LayerNorm(width, eps=EPS, affine=not adaptive, rngs=rngs)
+        self.linear = linear(width, outputs, rngs, zeros)
+        regression = linear(width, 2 * width, rngs, zeros) if adaptive else None
+        self.adaLN_modulation = Sequence([jax.nn.silu, regression]) if adaptive else None
+
+    def __call__(self, x: Array, c: Array) -> Array:
+        if self.adaLN_modulation is None:
+            return self.linear(self.norm_final(x))  # (N, T, p*p*C_out)
+        shift, scale = jnp.split(self.adaLN_modulation(c), 2, axis=-1)  # (N, D) each
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p*p*C_out)
+
+
+class DiT(nnx.Module):
+    """Diffusion Transformer.
+
+    It is called with x (N, in_channels, input_size, input_size), t (N,) timesteps 0..999, whole or not, and y (N,)
+    integer labels 0..num_classes, where num_classes means "no class", and returns (N, out_channels, input_size,
+    input_size), for the paper's objective the noise and then the variance. Label dropout is the trainer's.
+    The output is exactly 0 before training. Timestep and label are embedded in float32 whatever the compute dtype.
+    `gradient_checkpointing` keeps only the input of each block for the backward pass and computes the rest again.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int,  # latent cells or pixels a side
+        in_channels: int,
+        num_classes: int,  # without the "no class" label
+        out_channels: int | None,  # None: 2 * in_channels
+        depth: int,
+        width: int,
+        heads: int,
+        patch: int,
+        block: str,  # one of backbones.dit.spec.BLOCKS
+        gradient_checkpointing: bool = False,
+        rngs: nnx.Rngs | None = None,  # of the initial weights; None: those of seed 0
+    ):
+        check_arguments(
+            input_size=input_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            out_channels=out_channels,
+            depth=depth,
+            width=width,
+            heads=heads,
+            patch=patch,
+            block=block,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        rngs = rngs or initial_rngs(0)
+        self.input_shape = (in_channels, input_size, input_size)
+        self.out_channels = 2 * in_channels if out_channels is None else out_channels
+        self.patch = patch
+        self.grid = input_size // patch
+        self.block = block
+        self.gradient_checkpointing = gradient_checkpointing
+
+        adaptive = block in ("adaln", "adaln-zero")
+        self.x_embedder = PatchEmbed(patch, in_channels, width, rngs)
+        self.t_embedder = TimestepEmbedder(width, rngs)
+        self.y_embedder = LabelEmbedder(num_classes, width, rngs)
+        self.pos_embed = Frozen(jnp.asarray(sincos_table(width, self.grid)[None], jnp.float32))  # (1, T, D)
+        self.blocks = nnx.List([build_block(block, width, heads, rngs) for _ in range(depth)])
+        self.final_layer = FinalLayer(width, patch * patch * self.out_channels, adaptive, rngs)
+
+    def __call__(self, x: Array, t: Array, y: Array, *, rngs: nnx.Rngs | None = None) -> Array:
+        """`rngs` is what networks with dropout take; nothing in a DiT is random."""
+        if x.shape[1:] != self.input_shape:
+            raise Refusal(
+                f"DiT: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, self.input_shape))});"
+                " build it with the input_size and in_channels of the data"
+            )
+        tokens = self.grid**2
+        t_embedding = self.t_embedder(t)  # (N, D) float32
+        y_embedding = self.y_embedder(y)  # (N, D) float32
+        x = self.x_embedder(channels_last(x)) + self.pos_embed[...]  # (N, T, D), T = (input_size / p) ** 2
+        if self.block in ("adaln", "adaln-zero"):
+            c = t_embedding + y_embedding  # (N, D)
+        else:
+            c = jnp.stack([t_embedding, y_embedding], axis=1)  # (N, 2, D)
+        if self.block == "in-context":
+            x = jnp.concatenate([x, c.astype(x.dtype)], axis=1)  # (N, T + 2, D)
+        for block in self.blocks:
+            if self.gradient_checkpointing:
+                x = checkpointed(lambda block, x, c: block(x, c), block, x, c)
+            else:
+                x = block(x, c)  # (N, T, D), in-context T + 2
+        x = self.final_layer(x[:, :tokens], c)  # (N, T, p*p*C_out)
+        return channels_first(self.unpatchify(x))  # (N, C_out, input_size, input_size)
+
+    def unpatchify(self, x: Array) -> Array:
+        """Token vectors, laid out (row, column, channel) with the channel fastest, to images, channels last."""
+        n, side = x.shape[0], self.grid * self.patch
+        x = x.reshape(n, self.grid, self.grid, self.patch, self.patch, self.out_channels)  # (N, G, G, p, p, C_out)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, side, side, self.out_channels)  # (N, G p, G p, C_out)

@@ -1,0 +1,83 @@
+"""The one map between the parameters of a Flax network and those of the torch network, which the public files hold.
+
+Both networks have the same attribute names, so the map is a rule and no table:
+
+    path        joined by dots; the leaf `kernel`, `scale` or `embedding` is called `weight` in torch, others as they are
+    kernel      the axes reversed but for the two of space: (in, out) <-> (out, in), WIO <-> OIW, HWIO <-> OIHW
+    the rest    the same shape: biases, scales, tables, positions
+
+Importers and exporters of public files (`harness.weights`) speak torch's names and shapes; they need no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from harness.errors import Refusal
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+Path = tuple[str | int, ...]
+
+
+def torch_name(path: Path) -> str:
+    """blocks, 0, attn, qkv, kernel -> blocks.0.attn.qkv.weight."""
+    *parents, leaf = path
+    return ".".join([*map(str, parents), LEAVES.get(str(leaf), str(leaf))])
+
+
+def _axes(path: Path, dimensions: int, *, to_torch: bool) -> tuple[int, ...]:
+    """How to transpose the parameter at `path`."""
+    space = tuple(range(dimensions - 2))
+    if path[-1] != "kernel":
+        return tuple(range(dimensions))
+    return (dimensions - 1, dimensions - 2, *space) if to_torch else (*(i + 2 for i in space), 1, 0)
+
+
+def variables(net: nnx.Module) -> dict[str, tuple[Path, nnx.Variable]]:
+    """Everything that a weight file holds, trained or not, by torch's name. `net` may be abstract."""
+    state = nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState)))
+    return {torch_name(path): (path, variable) for path, variable in state}
+
+
+def torch_shapes(net: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """The state dict of the torch network, without its values. `net` may be abstract."""
+    shapes = {}
+    for name, (path, variable) in variables(net).items():
+        shape = variable.get_value().shape
+        shapes[name] = tuple(shape[axis] for axis in _axes(path, len(shape), to_torch=True))
+    return shapes
+
+
+def from_torch(net: nnx.Module, weights: Mapping[str, Any]) -> nnx.State:
+    """The state for `nnx.update(net, state)` out of a state dict of the torch network, as float32 numpy arrays.
+
+    `weights` holds arrays under torch's names, in torch's shapes; arrays are views of them where that can be. Raises
+    `Refusal` for a tensor that is missing, is of another shape or belongs to nothing. `net` may be abstract.
+    """
+    shapes = torch_shapes(net)
+    if strange := sorted(set(weights) - set(shapes)):
+        raise Refusal(f"weights hold {strange[0]!r}, which this network has not ({len(strange)} such tensors)")
+    if missing := sorted(set(shapes) - set(weights)):
+        raise Refusal(f"weights lack {missing[0]!r} ({len(missing)} such tensors); is it the same network?")
+    flat = []
+    for name, (path, variable) in variables(net).items():
+        value = np.asarray(weights[name])
+        if value.shape != shapes[name]:
+            raise Refusal(f"weights: {name!r} has shape {value.shape}, but this network's has {shapes[name]}")
+        value = value.astype(np.float32, copy=False).transpose(_axes(path, value.ndim, to_torch=False))
+        flat.append((path, variable.replace(value)))
+    return nnx.from_flat_state(flat)
+
+
+def to_torch(net: nnx.Module) -> dict[str, np.ndarray]:
+    """The state dict of the torch network, as float32 numpy arrays on the host, C-contiguous."""
+    weights = {}
+    for name, (path, variable) in variables(net).items():
+        value = np.asarray(variable.get_value(), dtype=np.float32)
+        weights[name] = np.ascontiguousarray(value.transpose(_axes(path, value.ndim, to_torch=True)))
+    return weights
