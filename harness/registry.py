@@ -12,6 +12,7 @@ Loading an entry point must import no framework. A plug-in that breaks is report
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -91,7 +92,7 @@ class Registry(Generic[Item]):
         self._loaded = True
         # Own entry points first, so that a plug-in cannot take a built-in name.
         points = sorted(
-            metadata.entry_points(group=self.group),
+            _entry_points().select(group=self.group),
             key=lambda point: (_distribution(point) != OWN_DISTRIBUTION, _distribution(point)),
         )
         for point in points:
@@ -101,6 +102,12 @@ class Registry(Generic[Item]):
             except (Exception, SystemExit) as error:  # a stranger's code: whatever it raises must not stop the others
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.problems.append(Problem(owner, f"{point.name} = {point.value}", reason))
+
+
+@functools.cache
+def _entry_points() -> metadata.EntryPoints:
+    """Of every distribution here, read once: there are more registries than reasons to walk the disk."""
+    return metadata.entry_points()
 
 
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:

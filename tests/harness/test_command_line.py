@@ -31,15 +31,22 @@ def test_light_commands_load_no_framework(words):
     assert "LOADED []" in done.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list"]])
-def test_help_and_list_answer_within_their_processor_time(words):
+def processor_seconds(*words):
+    """The best of three: the machine may be busy, the work is the same."""
     best = float("inf")
-    for _ in range(3):  # the best of three: the machine may be busy, the work is the same
+    for _ in range(3):
         before = os.times()
-        assert harness(*words).returncode == 0
+        assert subprocess.run([sys.executable, *words], capture_output=True, timeout=120).returncode == 0
         after = os.times()
         best = min(best, after.children_user + after.children_system - before.children_user - before.children_system)
-    assert best < 0.3, f"{best:.2f} s of processor time"
+    return best
+
+
+@pytest.mark.parametrize(("words", "most"), [(["--help"], 1), (["list"], 3)])  # measured: 0.5 and 1.9
+def test_help_and_list_answer_in_little_processor_time(words, most):
+    """In units of what Python takes to start with numpy, click and the list of entry points: no machine's seconds."""
+    unit = processor_seconds("-c", "import numpy, click; from importlib import metadata; metadata.entry_points()")
+    assert processor_seconds("-m", "harness", *words) < most * unit
 
 
 def test_list_json_is_one_document():
