@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from evaluators.features import FeatureExtractor, Features
+from evaluators.reference_file import STATISTICS, check_content, check_network, read_about
 from evaluators.statistics import Statistics, statistics
 from harness.errors import Failure, Refusal
+from harness.image_sources import readable
 
 Progress = Callable[[str, int, int], None]  # (stage, images done, images in all)
 
@@ -64,13 +66,25 @@ def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progres
     pooled = np.concatenate([part.pooled for part in parts])
     logits = None if parts[0].logits is None else np.concatenate([part.logits for part in parts])
     spatial = None if parts[0].spatial is None else np.concatenate([part.spatial for part in parts])
-    if pooled.shape != (len(images), extractor.dim):
-        raise Failure(f"features {extractor.name}: shape {pooled.shape}, expected {(len(images), extractor.dim)}")
-    for array in (each for each in (pooled, logits, spatial) if each is not None):
+    features = Features(pooled=pooled, logits=logits, spatial=spatial)
+    check_features(features, extractor, len(images), stage)
+    return features
+
+
+def check_features(features: Features, extractor: FeatureExtractor, n: int, stage: str, first: int = 0) -> None:
+    """Failure when these are no finite features of n images; `first` is the number of the first one."""
+    if features.pooled.shape != (n, extractor.dim):
+        raise Failure(f"features {extractor.name}: shape {features.pooled.shape}, expected {(n, extractor.dim)}")
+    for array in (each for each in (features.pooled, features.logits, features.spatial) if each is not None):
         finite = np.isfinite(array).all(axis=1)
         if not finite.all():
-            raise Failure(f"features {extractor.name} of image {int(np.argmin(finite))} are not finite ({stage})")
-    return Features(pooled=pooled, logits=logits, spatial=spatial)
+            image = first + int(np.argmin(finite))
+            raise Failure(f"features {extractor.name} of image {image} are not finite ({stage})")
+
+
+def cache_key(images_sha256: str, features_sha256: str) -> str:
+    """What is kept of these images as this network sees them is filed under this."""
+    return hashlib.sha256(f"{CACHE_FORMAT} {images_sha256} {features_sha256}".encode()).hexdigest()
 
 
 def build_reference(
@@ -86,9 +100,9 @@ def build_reference(
     if len(images) < MINIMUM_IMAGES:
         raise Refusal(f"a reference of {len(images)} images is too small: give {MINIMUM_IMAGES}, better thousands")
     digest = images_sha256(images)
-    key = hashlib.sha256(f"{CACHE_FORMAT} {digest} {extractor.sha256}".encode()).hexdigest()
+    key = cache_key(digest, extractor.sha256)
     path = None if cache is None else Path(cache) / f"features-{key[:32]}.npz"
-    features = None if path is None else _read_cache(path, key, len(images), extractor.dim)
+    features = None if path is None else read_cache(path, key, len(images), extractor.dim)
     if features is None:
         features = extract(images, extractor, "reference features", progress)
         if path is not None:
@@ -107,11 +121,18 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
     """The reference with the statistics that its file brings, as ADM's reference batches do: mu, sigma, mu_s, sigma_s.
 
     Those are of a whole training set, while the images in the file serve precision and recall alone. The hash is then of
-    images and statistics. A file without mu is returned as it is; statistics that do not fit the features are refused.
+    images and statistics, or the one that a file of `harness data reference` has. A file without mu is returned as it
+    is; statistics that do not fit the features, or the file's own account of them, are refused.
     """
-    with np.load(path, allow_pickle=False) as data:
+    check_network(path, reference.extractor)
+    about = read_about(path)
+    with readable(path), path.open("rb") as file, np.load(file, allow_pickle=False) as data:
         if "mu" not in data.files:
             return reference
+        if about is not None:
+            check_content(
+                path, about, {name: data[name] for name in STATISTICS if name in data.files}, reference.sha256
+            )
         given = {}
         for mean, covariance, dim in (("mu", "sigma", reference.extractor.dim), ("mu_s", "sigma_s", None)):
             if mean not in data.files or covariance not in data.files:
@@ -134,7 +155,7 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
         reference,
         statistics=given["mu"],
         spatial_statistics=given.get("mu_s", reference.spatial_statistics),
-        sha256=digest.hexdigest(),
+        sha256=digest.hexdigest() if about is None else about.sha256,
     )
 
 
@@ -147,7 +168,7 @@ def _checksum(key: str, features: Features) -> str:
     return digest.hexdigest()
 
 
-def _read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:
+def read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:
     """The features, or None where the file is absent, damaged or not what its name says."""
     try:
         # numpy leaves the file open when it refuses the content, so it is opened here

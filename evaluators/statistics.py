@@ -8,6 +8,7 @@ feature to the grid, 2^-32 for float32 and float16 and 2^-52 for float64, and of
 It takes three symmetric products where a plain covariance takes one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,6 +139,29 @@ class Moments:
             for key in mine.keys() | theirs.keys():
                 into[key] = sum(part[key] for part in (mine, theirs) if key in part)
         return union
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as arrays, for a file; from it `from_state` continues to the same bits."""
+        self._flush()
+        arrays = {"n": np.array(self.n, np.int64), "dim": np.array(self.dim, np.int64)}
+        for name in ("_sums", "_products"):
+            arrays |= {f"{name[1:]}-{key}": level for key, level in getattr(self, name).items()}
+        return arrays
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
+        """What `state` gave; KeyError or ValueError for anything else."""
+        self = cls(int(arrays["dim"]))
+        self.n = int(arrays["n"])
+        for name, level in arrays.items():
+            kind, dash, key = name.partition("-")
+            if not dash:
+                continue
+            into, shape = {"sums": (self._sums, (self.dim,)), "products": (self._products, (self.dim, self.dim))}[kind]
+            if level.dtype != np.int64 or level.shape != shape:
+                raise ValueError(f"{name} is {level.dtype} {level.shape}")
+            into[int(key)] = level
+        return self
 
     def finish(self, ddof: int = 1) -> Statistics:
         """Mean and covariance float64, normalised by n - ddof as np.cov does; n > ddof. Accumulation may go on after."""

@@ -21,7 +21,7 @@ from harness.data.images import ImageSet
 from harness.errors import Refusal
 from harness.image_sources import ImageSource, open_images
 from harness.planning import TRAINING_FACTOR
-from harness.progress import Bar
+from harness.progress import Stages
 from harness.protocols import Protocol
 from harness.samples import read_sidecar, sidecar_path
 from results.records import Environment, Evaluation, Record, Sampling, Training
@@ -87,26 +87,17 @@ def evaluate(
     guard(source, data, protocol, judge, about)
     samples = source.array()
     from evaluators.reference import build_reference, with_statistics
+    from evaluators.reference_file import check_network
     from evaluators.suites import evaluate_samples
 
-    bars: dict[str, Bar] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            for bar in bars.values():
-                bar.__exit__(None, None, None)
-            bars[stage] = Bar(stage, total, "metrics" if stage == "metrics" else "images").__enter__()
-        bars[stage].advance(done - bars[stage].done)
-
-    try:
+    with Stages({"metrics": "metrics"}) as progress:
         extractor = suite.features.load(device, weights=judge.weights)
+        if judge.statistics is not None:
+            check_network(judge.statistics, extractor)
         reference = build_reference(data.images, extractor, cache=cache, progress=progress)
         if judge.statistics is not None:
             reference = with_statistics(reference, judge.statistics)
         measurements = evaluate_samples(samples, reference, suite, progress=progress, picture=judge.picture)
-    finally:
-        for bar in bars.values():
-            bar.__exit__(None, None, None)
     judged = Evaluation(
         suite=suite.name,
         suite_version=str(suite.version),

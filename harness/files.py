@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from harness.errors import Failure, Refusal
 
@@ -24,15 +25,49 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` under `path`, atomically."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which appears as `path` when it is complete and on the disk; after an error nothing is left."""
     partial = path.with_name(path.name + PARTIAL)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Path]:
+    """The name under which `path` is made, for this process alone: another one that wants it is refused at once.
+
+    What a killed process left is found there. The kernel drops the claim on any death; the caller renames the file, or
+    leaves it to be continued.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"another process is making {path}; wait for it or stop it") from None
+        yield partial
+    finally:
+        if partial.exists() and partial.stat().st_size == 0:
+            partial.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -66,6 +67,30 @@ class Bar:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Stages:
+    """Bars of a job of several stages, one at a time: called as (stage, units done, units in all)."""
+
+    def __init__(self, units: Mapping[str, str] | None = None):
+        self._units, self._bars = units or {}, {}  # what a stage counts, where that is not images
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._bars:
+            self.close()
+            self._bars[stage] = Bar(stage, total, self._units.get(stage, "images")).__enter__()
+        self._bars[stage].advance(done - self._bars[stage].done)
+
+    def close(self) -> None:
+        """End the bars that are drawn."""
+        for bar in self._bars.values():
+            bar.__exit__(None, None, None)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
 def duration(seconds: float) -> str:

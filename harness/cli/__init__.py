@@ -18,6 +18,7 @@ COMMANDS = {
     "report": ("report", "Write the tables and figures from published and measured records."),
     "list": ("list", "Backbones, protocols, data sets and the rest, by name."),
     "weights": ("weights", "Public checkpoints in and out; nothing in them is executed."),
+    "data": ("data", "References that samples are judged by, and the public files that evaluation needs."),
     "flops": ("flops", "Parameters and theoretical Gflops, beside the published values."),
     "doctor": ("doctor", "What this machine has and lacks, each with the fix."),
 }

@@ -78,7 +78,7 @@ def command(
     cache = (home.parent if run else path.parent) / stages.CACHE
     if reference is not None and data is not None:
         raise Refusal("--data and --reference both name the images to judge by; give one of them")
-    source = open_images(reference) if reference else None
+    source = open_reference(reference) if reference else None
     images = reference_images(source) if source else stages.load_data(task, data)
     by = judge_of(registry.suites.get(suite or task.suite), weights, backend, reference)
     by = dataclasses.replace(by, reference=source, allow=allow, picture=neighbours)
@@ -105,8 +105,17 @@ def judge_of(suite: Any, weights: Path | None, backend: str, reference: Path | N
         if suite.features != INCEPTION_2015:
             raise Refusal(f"--backend {backend} belongs to suite adm, not to {suite.name!r}")
         suite = dataclasses.replace(suite, features=INCEPTION_2015_TF)
-    statistics = reference if reference is not None and reference.suffix == ".npz" else None
+    statistics = reference if reference is not None and reference.suffix == ".npz" and reference.is_file() else None
     return Judge(suite=suite, weights=weights, statistics=statistics)
+
+
+def open_reference(path: Path) -> ImageSource:
+    """The images of a reference; one that was made of JPEG files still says so."""
+    from evaluators.reference_file import read_about
+
+    source, about = open_images(path), read_about(path)
+    source.lossy = source.lossy or (about is not None and about.lossy)
+    return source
 
 
 def reference_images(source: ImageSource) -> ImageSet:

@@ -79,6 +79,7 @@ def test_list_json_is_one_document():
         (["run", "--backbone", "dit-xs-2", "--steps", "9", "--evaluate-at", "10"], "beyond the last step"),
         (["sample", "--run", "nowhere"], "no run.json"),
         (["evaluate", "nowhere.npz"], "no sample set"),
+        (["data", "reference", "nowhere", "--out", "r.npz", "--suite", "embedded"], "nowhere: no such file or folder"),
         (["compare", "nowhere", "nowhere"], "nowhere"),
         (["report", "--results", "nowhere"], "nowhere"),
     ],
