@@ -79,3 +79,49 @@ def reference(
     click.echo(f"{out}: {'written' if made.written else 'is there already, the same reference'}")
     click.echo(f"  {about.images:,} images {height}x{width}x{channels}, {about.kept:,} kept for precision and recall")
     click.echo(f"  statistics of {about.features} ({about.features_sha256[:12]}), reference {about.sha256[:12]}")
+
+
+@command.command("fetch", short_help="Download a public file of evaluation.")
+@click.argument("name", metavar="NAME", required=False)
+@click.option("--out", type=FOLDER, metavar="FILE", help="Where to put it. [default: its own name, here]")
+@click.option("--url", metavar="URL", help="Another place to take it from: the file, or a .tgz that holds it.")
+@json_option
+def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) -> None:
+    """Download a public file, check it, and put it under its name when it is whole; the same command continues a
+    download that broke off. Without NAME: what there is.
+
+    \b
+        harness data fetch inception
+        harness data fetch imagenet-256
+    """
+    from harness.data.fetch import fetch as fetched
+    from harness.data.public_files import FILES
+    from harness.errors import Refusal
+    from harness.registry import unknown
+
+    if name is None:
+        width = max(map(len, FILES))
+        for each in FILES.values():
+            click.echo(f"{each.name:<{width}}  {each.file}: {each.summary}")
+        return
+    if name not in FILES:
+        raise Refusal(unknown("public file", name, FILES))
+    found = fetched(FILES[name], out, url)
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(found), "path": str(found.path)}, indent=2))
+        return
+    verified = f"md5 {found.md5}, as published" if found.verified else "unverified: no published hash"
+    click.echo(f"{found.path}: {'' if found.new else 'is there already; '}{found.bytes:,} bytes, {verified}")
+    click.echo(f"  sha256 {found.sha256}")
+
+
+@command.command("verify", short_help="Say what a file is, and whether its hashes hold.")
+@click.argument("file", type=FOLDER)
+@json_option
+def verify(file: Path, as_json: bool) -> None:
+    """What FILE is, a reference or the weights of the Inception network, and whether its content is what it says, or
+    what its publisher says. Exit code 2 if not."""
+    from harness.data.verify import verify as verified
+
+    verdict = verified(file)
+    click.echo(json.dumps(verdict._asdict(), indent=2) if as_json else f"{file}: {verdict.text}")

@@ -272,6 +272,31 @@ def test_an_edited_file_is_refused(tmp_path, source, pictures, judged):
     assert "cannot be read" in refused(judged("--reference", tmp_path / "damaged.npz"))
 
 
+def test_verify_says_what_a_file_is(tmp_path, source, pictures):
+    facts(reference(source, tmp_path / "r.npz", "--images", 100, "--json"))
+    verdict = facts(harness("data", "verify", tmp_path / "r.npz", "--json"))
+    assert verdict["holds"] and "700 images 8x8x3, 100 kept, statistics of tiny" in verdict["text"]
+    for name, changed in (
+        ("mu", {"mu": np.zeros(6)}), ("images", {"arr_0": pictures[0][:100]}), ("labels", {"label_counts": np.ones(7)})
+    ):  # fmt: skip
+        assert name in refused(harness("data", "verify", edited(tmp_path / "r.npz", tmp_path / "e.npz", **changed)))
+    found = arrays(tmp_path / "r.npz")
+    del found["about"]
+    np.savez(tmp_path / "batch.npz", **found)
+    verdict = facts(harness("data", "verify", tmp_path / "batch.npz", "--json"))
+    assert verdict["holds"] is None and "unverified: no published hash" in verdict["text"]
+    assert "no statistics: it is no reference" in refused(harness("data", "verify", source))
+    (tmp_path / "VIRTUAL_lsun_bedroom256.npz").write_bytes((tmp_path / "batch.npz").read_bytes())
+    assert "fetch it again" in refused(harness("data", "verify", tmp_path / "VIRTUAL_lsun_bedroom256.npz"))
+    damaged = bytearray((tmp_path / "batch.npz").read_bytes())
+    damaged[1000] ^= 1
+    (tmp_path / "batch.npz").write_bytes(damaged)
+    assert "checksum" in refused(harness("data", "verify", tmp_path / "batch.npz"))
+    (tmp_path / "graph.pb").write_bytes(b"<html>")
+    assert "a web page" in refused(harness("data", "verify", tmp_path / "graph.pb"))
+    assert "no such file" in refused(harness("data", "verify", tmp_path / "nothing.npz"))
+
+
 @pytest.mark.parametrize(
     ("source_name", "more", "message"),
     [

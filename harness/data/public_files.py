@@ -1,0 +1,61 @@
+"""The public files of evaluation: where they are and what is known of them.
+
+Addresses: openai/guided-diffusion, evaluations/README.md and evaluator.py; TensorFlow's models, classify_image.py. OpenAI
+publishes no hashes: the two md5 here are what others report of the files that they have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evaluators.features.inception_graph import GRAPH_MD5, GRAPH_NAME, GRAPH_SIZE, GRAPH_URL
+
+_BATCHES = GRAPH_URL.rpartition("/")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicFile:
+    """A file that others publish. file: its name on disk. urls: tried in turn. bytes, md5: None where nobody says.
+
+    start: what its first bytes must be, empty where the hash decides. A gzipped tar that holds it is unpacked.
+    """
+
+    name: str
+    file: str
+    summary: str
+    urls: tuple[str, ...]
+    bytes: int | None = None
+    md5: str | None = None
+    start: bytes = b""
+
+
+def _batch(name: str, place: str, summary: str, size: int | None = None, md5: str | None = None) -> PublicFile:
+    return PublicFile(
+        name=name, file=place.rpartition("/")[2], summary=summary, urls=(f"{_BATCHES}/{place}",), bytes=size, md5=md5,
+        start=b"PK",
+    )  # fmt: skip
+
+
+FILES = {
+    each.name: each
+    for each in (
+        PublicFile(
+            name="inception",
+            file=GRAPH_NAME,
+            summary="the network of ADM's evaluator, for suite adm (96 MB)",
+            urls=(GRAPH_URL, "http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz"),
+            bytes=GRAPH_SIZE,
+            md5=GRAPH_MD5,
+        ),
+        _batch("imagenet-64", "imagenet/64/VIRTUAL_imagenet64_labeled.npz", "ADM's reference batch of ImageNet 64"),
+        _batch("imagenet-128", "imagenet/128/VIRTUAL_imagenet128_labeled.npz", "ADM's reference batch of ImageNet 128"),
+        _batch("imagenet-256", "imagenet/256/VIRTUAL_imagenet256_labeled.npz", "the reference of the paper at 256 (2 GB)"),
+        _batch("imagenet-512", "imagenet/512/VIRTUAL_imagenet512.npz", "the reference of the paper at 512 (0.9 GB)"),
+        _batch(
+            "lsun-bedroom", "lsun/bedroom/VIRTUAL_lsun_bedroom256.npz", "ADM's reference batch of LSUN bedroom",
+            size=1_054_074_338, md5="765035466f3da1de10de3b72ff1a361b",
+        ),
+        _batch("lsun-cat", "lsun/cat/VIRTUAL_lsun_cat256.npz", "ADM's reference batch of LSUN cat"),
+        _batch("lsun-horse", "lsun/horse/VIRTUAL_lsun_horse256.npz", "ADM's reference batch of LSUN horse"),
+    )
+}  # fmt: skip

@@ -1,0 +1,81 @@
+"""What a file of evaluation is, and whether its content is what it or its publisher says."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluators.reference_file import STATISTICS, About, check_content, read_about
+from harness import files
+from harness.data.public_files import FILES
+from harness.errors import Refusal
+from harness.image_sources import open_images, readable
+
+
+class Verdict(NamedTuple):
+    """kind: what the file is. holds: every hash that there is, is right; None: nobody publishes one. text: one line."""
+
+    kind: str
+    holds: bool | None
+    text: str
+
+
+def verify(path: Path) -> Verdict:
+    """Look at a reference or at the weights of the Inception network, byte by byte. What is damaged, or is not what it
+    says of itself, is refused; so are weights that are not the public ones."""
+    if not path.is_file():
+        raise Refusal(f"{path}: no such file; name a reference (.npz) or {FILES['inception'].file}")
+    if path.suffix.lower() == ".npz":
+        return _npz(path)
+    from evaluators.features.inception_graph import read_weights
+
+    weights = read_weights(path)
+    if not weights.known:
+        raise Refusal(f"{path} holds {weights.found}")
+    return Verdict("weights", True, f"weights of ADM's evaluator: {weights.found}; features {weights.sha256[:12]}")
+
+
+def _npz(path: Path) -> Verdict:
+    source = open_images(path)
+    with readable(path), zipfile.ZipFile(path) as archive:
+        if (bad := archive.testzip()) is not None:
+            raise Refusal(f"{path}: {bad} differs from its checksum: damaged; make or fetch it again")
+    shape = "x".join(map(str, source.shape))
+    about = read_about(path)
+    if about is not None:
+        _check_own(path, about)
+        kept = "all" if about.kept == about.images else f"{about.kept:,}"
+        text = (
+            f"reference of {about.source}: {about.images:,} images {shape}, {kept} kept, statistics of {about.features}"
+            f" ({about.features_sha256[:12]}); reference {about.sha256[:12]}"
+        )
+        return Verdict("reference", True, text)
+    if not {"mu", "sigma"} <= set(source.extra_arrays):
+        raise Refusal(f"{path} holds {source.count:,} images {shape} and no statistics: it is no reference")
+    public = next((each for each in FILES.values() if each.file == path.name), None)
+    text = f"reference batch in ADM's layout: {source.count:,} images {shape}, {', '.join(sorted(source.extra_arrays))}"
+    if public is None or public.md5 is None:
+        return Verdict(
+            "reference batch", None, f"{text}; unverified: no published hash; sha256 {files.sha256_file(path)}"
+        )
+    with path.open("rb") as file:
+        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if md5 != public.md5:
+        raise Refusal(f"{path} has md5 {md5}, but the public {public.file} {public.md5}; fetch it again")
+    return Verdict("reference batch", True, f"{text}; md5 {md5}, as published")
+
+
+def _check_own(path: Path, about: About) -> None:
+    """Against what the file says of itself."""
+    source = open_images(path)
+    with readable(path), path.open("rb") as file, np.load(file, allow_pickle=False) as data:
+        arrays = {name: data[name] for name in data.files if name in (*STATISTICS, "label_counts")}
+    check_content(path, about, arrays, source.sha256())
+    if (source.count, tuple(source.shape)) != (about.kept, about.shape):
+        raise Refusal(f"{path}: it says {about.kept} images {about.shape}, there are {source.count} {source.shape}")
+    if "label_counts" in arrays and int(arrays["label_counts"].sum()) != about.images:
+        raise Refusal(f"{path}: its labels count {int(arrays['label_counts'].sum())} images of {about.images}")
