@@ -66,20 +66,13 @@ def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progres
     pooled = np.concatenate([part.pooled for part in parts])
     logits = None if parts[0].logits is None else np.concatenate([part.logits for part in parts])
     spatial = None if parts[0].spatial is None else np.concatenate([part.spatial for part in parts])
-    features = Features(pooled=pooled, logits=logits, spatial=spatial)
-    check_features(features, extractor, len(images), stage)
-    return features
-
-
-def check_features(features: Features, extractor: FeatureExtractor, n: int, stage: str, first: int = 0) -> None:
-    """Failure when these are no finite features of n images; `first` is the number of the first one."""
-    if features.pooled.shape != (n, extractor.dim):
-        raise Failure(f"features {extractor.name}: shape {features.pooled.shape}, expected {(n, extractor.dim)}")
-    for array in (each for each in (features.pooled, features.logits, features.spatial) if each is not None):
+    if pooled.shape != (len(images), extractor.dim):
+        raise Failure(f"features {extractor.name}: shape {pooled.shape}, expected {(len(images), extractor.dim)}")
+    for array in (each for each in (pooled, logits, spatial) if each is not None):
         finite = np.isfinite(array).all(axis=1)
         if not finite.all():
-            image = first + int(np.argmin(finite))
-            raise Failure(f"features {extractor.name} of image {image} are not finite ({stage})")
+            raise Failure(f"features {extractor.name} of image {int(np.argmin(finite))} are not finite ({stage})")
+    return Features(pooled=pooled, logits=logits, spatial=spatial)
 
 
 def cache_key(images_sha256: str, features_sha256: str) -> str:

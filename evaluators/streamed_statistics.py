@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluators.features import FeatureExtractor, Features
-from evaluators.reference import IMAGES_PER_CALL, Progress, cache_key, check_features, read_cache
+from evaluators.reference import IMAGES_PER_CALL, Progress, cache_key, extract, read_cache
 from evaluators.statistics import Moments, Statistics
 from harness import files
 from harness.image_sources import ImageSource
@@ -64,9 +64,8 @@ def image_statistics(
             passed += len(batch)
             if passed <= n:
                 continue  # read again, for the order is the source's, but not seen again by the network
-            features = extractor(batch)
-            check_features(features, extractor, len(batch), stage, first=passed - len(batch))
-            done = _updated(done, features)
+            at = f"{stage}, the batch that begins at image {passed - len(batch)}"
+            done = _updated(done, extract(batch, extractor, at))
             if progress is not None:
                 progress(stage, passed, source.count)
             if path is not None and (passed == source.count or time.monotonic() - saved > pause):

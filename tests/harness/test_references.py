@@ -17,13 +17,14 @@ import tiny_suite
 from click.testing import CliRunner
 from PIL import Image
 
+from evaluators.features import Features
 from evaluators.frechet import frechet_distance
 from evaluators.reference import build_reference, images_sha256
 from evaluators.reference_file import read_about
 from evaluators.statistics import statistics
 from harness.cli import group
 from harness.data.digits import load
-from harness.errors import Refusal
+from harness.errors import Failure, Refusal
 
 N = 700  # more than one call of the network
 
@@ -329,6 +330,18 @@ def test_bad_input_is_one_line(source_name, more, message, tmp_path, monkeypatch
     before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
     assert message in refused(harness("data", "reference", source_name, "--out", "r.npz", "--suite", "tiny", *more))
     assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+def test_features_that_are_not_finite_end_it(tmp_path, source, monkeypatch):
+    def broken(self, images):
+        pooled = np.zeros((len(images), 6), np.float32)
+        pooled[-1] = np.nan
+        return Features(pooled=pooled)
+
+    monkeypatch.setattr(tiny_suite.Projection, "__call__", broken)
+    done = reference(source, tmp_path / "r.npz")
+    assert isinstance(done.exception, Failure) and "of image 511 are not finite" in str(done.exception)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.npz"]
 
 
 def test_two_at_once_do_not_get_in_each_others_way(tmp_path, source):
