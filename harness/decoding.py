@@ -21,6 +21,7 @@ from backbones.autoencoders.spec import (
     diffusers_layout,
     factor,
     infer_arguments,
+    kl_settings,
     own_tensors,
 )
 from harness import files
@@ -62,7 +63,7 @@ class Decoder:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the images, for records; not the place that the weights were read from."""
-        settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        settings = dict(self.config) if self.kind == "vq" else kl_settings(self.config)
         return {
             "name": self.name,
             "weights_sha256": self.sha256,
@@ -148,7 +149,7 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "cpu", b
         raise Refusal(f"decoder {name} needs its weights: get {found.place} and name the file with {FLAG}")
 
     config, file = _locate(path)
-    tensors, notes = read_tensors(file)
+    tensors, notes, digest = read_tensors(file)
     kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
     if known is not None and kind != known.spec[:2]:
         words = {"vq": "a VQ auto-encoder", "kl": "an auto-encoder without a code book"}
@@ -171,7 +172,6 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "cpu", b
         tensors = diffusers_layout(tensors, len(config["block_out_channels"]))
     net = _build(kind, config, file)
     _fill(net, tensors, device, file)
-    digest = files.sha256_file(file)
     return Decoder(
         name=known.record_name if known is not None else f"{'vae' if kind == 'kl' else 'vq'}-{digest[:12]}",
         kind=kind,
@@ -323,18 +323,26 @@ def _locate(path: Path) -> tuple[dict[str, Any] | None, Path]:
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The auto-encoder's tensors by name, of an LDM's checkpoint the first stage alone, and notes on what was left.
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], str]:
+    """The auto-encoder's tensors by name, of an LDM's checkpoint the first stage alone; notes on what was left; and
+    the file's hash.
 
     Nothing in the file is executed.
     """
-    from harness.weights.files import open_weights
+    from harness.weights.files import open_weights, sha256, unchanged
     from harness.weights.load import as_torch
+    from harness.weights.tensors import refuse_not_finite
 
     weights = open_weights(path)
     weights.refuse_code()
     own, notes = own_tensors(weights.tensors, path)
-    return {name: as_torch(stored.read(), stored.dtype) for name, stored in own.items()}, notes
+    with unchanged(weights):
+        tensors = {name: as_torch(stored.read(), stored.dtype) for name, stored in own.items()}
+        digest = sha256(weights.path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            refuse_not_finite(path, name)
+    return tensors, notes, digest
 
 
 def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:

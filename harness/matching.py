@@ -16,7 +16,7 @@ from typing import Any
 
 from harness import registry
 from harness.errors import Refusal
-from harness.planning import TRAINING_FACTOR, Request, evaluations
+from harness.planning import TRAINING_FACTOR, Request, check_plans, evaluations
 from harness.protocols import Protocol, Recipe, count
 from harness.runs import build_arguments
 from harness.spec import BackboneSpec, Compute
@@ -178,6 +178,7 @@ def match_sampling(request: Request, reference: Reference) -> Request:
             )
         solved.append(Match.of(text, steps, Fraction(others * each), own))
     drawing = dataclasses.replace(request.sampling, steps=tuple(sorted({each.steps for each in solved})))
+    check_plans(recipe, drawing)
     return dataclasses.replace(request, sampling=drawing, match_sampling=tuple(solved))
 
 

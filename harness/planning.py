@@ -106,7 +106,6 @@ def resolve_request(
             f"--framework {framework} has no engine in this version for {backbone!r}; use --framework {next(iter(spec.builders))}"
         )
     drawing = override(task.sampling, {name: value for name, value in (sampling or {}).items() if value is not None})
-    registry.samplers.get(drawing.sampler)
     objective = registry.objectives.get(recipe.objective)
     if max(drawing.steps) > recipe.diffusion_steps:
         raise Refusal(
@@ -118,6 +117,7 @@ def resolve_request(
         )
     if drawing.guidance_scale != 1 and recipe.label_dropout == 0:
         raise Refusal("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
+    check_plans(recipe, drawing)
     arguments = build_arguments(spec, task, objective.out_channels(task.in_channels))
     if gradient_checkpointing:
         if "gradient_checkpointing" not in spec.defaults:
@@ -127,6 +127,16 @@ def resolve_request(
         spec=spec, protocol=task, recipe=recipe, sampling=drawing, samples=samples or task.samples, seed=seed,
         framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
     )  # fmt: skip
+
+
+def check_plans(recipe: Recipe, sampling: Sampling) -> None:
+    """Try the schedule and the sampler's plans: what does not fit is refused before anything is trained."""
+    from harness.diffusion.schedule import Schedule
+
+    schedule = Schedule.named(recipe.schedule, recipe.diffusion_steps)
+    make, objective = registry.samplers.get(sampling.sampler).make, registry.objectives.get(recipe.objective)
+    for steps in sampling.steps:
+        make(schedule, steps, objective, sampling.eta, sampling.clip_denoised)
 
 
 def missing(request: Request) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from harness.errors import Refusal
+from harness.errors import LONGEST_SHOWN, Refusal, shown
 from harness.spec import BackboneSpec
 
 Item = TypeVar("Item")
@@ -113,10 +113,10 @@ def _entry_points() -> metadata.EntryPoints:
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:
     """One line for an unknown name, with the nearest known ones."""
     known = list(known)
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name[:LONGEST_SHOWN].lower(), known, n=3, cutoff=0.5)
     names = ", ".join(known[:MOST_NAMES]) + (f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else "")
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {names or 'none'}"
-    return f"unknown {noun} {name!r}; {hint}"
+    return f"unknown {noun} {shown(name)}; {hint}"
 
 
 def _items(thing: Any, of: type | None) -> list[Any]:

@@ -254,6 +254,26 @@ KL_CONFIG = {  # stabilityai/sd-vae-ft-ema, config.json; used for a file that co
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 
+KL_DEFAULTS = {  # of diffusers' AutoencoderKL, where a config is silent
+    "act_fn": "silu",
+    "block_out_channels": [64],
+    "down_block_types": ["DownEncoderBlock2D"],
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "up_block_types": ["UpDecoderBlock2D"],
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+
+
+def kl_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an AutoencoderKL's config what decides its network: two copies that say so in other words give the same."""
+    return {name: config.get(name, default) for name, default in KL_DEFAULTS.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Known:

@@ -17,6 +17,7 @@ START = 4  # cells a side of the map that the first block gets
 START_MULTIPLE = 16  # and its channels over the width
 BOTTLENECK = 4  # channels of a block over those between its two 1x1 convolutions
 IMAGE_CHANNELS = 3  # the read-out keeps the first three of its `width` channels
+MOST = 1 << 20  # of whole numbers: a slip of the hand is refused before its network is laid out
 STATISTICS = 51  # rows of standing statistics: truncation 0, 0.02, ... 1
 
 
@@ -55,6 +56,8 @@ def layout(
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise Refusal(f"BigGAN-deep: {name} is {value!r}; it must be a whole number of at least 1")
+        if value > MOST:
+            raise Refusal(f"BigGAN-deep: {name} is {value}; more than {MOST:,} cannot be built")
     if width % BOTTLENECK:
         raise Refusal(f"BigGAN-deep: width {width} is not divisible by {BOTTLENECK}, as its bottleneck blocks need")
     if blocks is None:

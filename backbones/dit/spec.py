@@ -15,6 +15,7 @@ BLOCKS = ("adaln-zero", "in-context", "cross-attention", "adaln")
 """The paper's four block designs (Sec. 3.2). adaln-zero, the one that the paper settles on, has no name suffix."""
 
 TIME_FEATURES = 256  # sinusoidal features of the timestep (appendix A, "DiT model details")
+MOST, MOST_BLOCKS = 1 << 20, 1000  # of whole numbers: a slip of the hand is refused before its network is laid out
 MLP_RATIO = 4  # hidden width of a block's MLP over the width of the network, as in ViT
 
 
@@ -66,6 +67,10 @@ def check_arguments(
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise Refusal(f"DiT: {name} is {value!r}; it must be a whole number of at least 1")
+        if value > (most := MOST_BLOCKS if name == "depth" else MOST):
+            raise Refusal(f"DiT: {name} is {value}; more than {most:,} cannot be built")
+    if not isinstance(gradient_checkpointing, bool):
+        raise Refusal(f"DiT: gradient_checkpointing is {gradient_checkpointing!r}; it must be true or false")
     if block not in BLOCKS:
         raise Refusal(f"DiT: block {block!r} is not one of {', '.join(BLOCKS)}")
     if width % heads:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backbones.unet.layout import Layout, check_arguments, check_whole, heads_rule, unet_layout
+from backbones.unet.layout import MOST_BLOCKS, Layout, check_arguments, check_whole, heads_rule, unet_layout
 from harness.spec import BackboneSpec
 
 CONTEXT_TOKENS = 1  # the class
@@ -47,8 +47,9 @@ SUMMARIES = {
 def ldm_layout(arguments: Mapping[str, Any]) -> Layout:
     """The layout of the U-Net from the builder's arguments; what cannot be built is refused in one line."""
     check_arguments("LDM", arguments)
-    for name in ("num_classes", "context_width", "transformer_depth"):
+    for name in ("num_classes", "context_width"):
         check_whole("LDM", name, arguments[name], 1)
+    check_whole("LDM", "transformer_depth", arguments["transformer_depth"], 1, MOST_BLOCKS)
     return unet_layout(
         input_size=arguments["input_size"],
         in_channels=arguments["in_channels"],

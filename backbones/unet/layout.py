@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 from harness.errors import Refusal
 
 GROUPS = 32  # of every group normalisation
+MOST = 1 << 20  # of whole numbers in general: a slip of the hand is refused before its network is laid out
+MOST_BLOCKS = 1000
+MOST_MULTIPLE = 1000
 
 
 class InputConv(NamedTuple):
@@ -152,8 +155,9 @@ def unet_layout(
 
 def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
     """Refuses what no U-Net can be built from, in one line. `arguments` are those that ADM and LDM share."""
-    for name in ("input_size", "in_channels", "width", "res_blocks"):
+    for name in ("input_size", "in_channels", "width"):
         check_whole(family, name, arguments[name], 1)
+    check_whole(family, "res_blocks", arguments["res_blocks"], 1, MOST_BLOCKS)
     check_whole(family, "num_classes", arguments["num_classes"], 0)
     if arguments.get("out_channels") is not None:
         check_whole(family, "out_channels", arguments["out_channels"], 1)
@@ -161,7 +165,7 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
     if (
         not isinstance(multipliers, (tuple, list))
         or not multipliers
-        or not all(_positive(each) for each in multipliers)
+        or not all(_positive(each) and each <= MOST_MULTIPLE for each in multipliers)
     ):
         raise Refusal(f"{family}: multipliers are {multipliers!r}; give one positive number a level, as in (1, 2, 4)")
     for name in ("attention_resolutions", "attention_rates"):
@@ -183,7 +187,7 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
                 "its normalisations; choose a width that makes it one"
             )
     halvings, size = len(multipliers) - 1, arguments["input_size"]
-    if size == 2**halvings and arguments["width"] * multipliers[-1] == GROUPS:
+    if size == 2**halvings and GROUPS in [arguments["width"] * each for each in multipliers[-2:]]:
         raise Refusal(
             f"{family}: its last level has one position and {GROUPS} channels, so that every group would normalise one "
             "number; use a larger input_size or width"
@@ -217,7 +221,9 @@ def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def check_whole(family: str, name: str, value: Any, least: int) -> None:
-    """Refuses what is no whole number of at least `least`."""
+def check_whole(family: str, name: str, value: Any, least: int, most: int = MOST) -> None:
+    """Refuses what is no whole number of at least `least`, or above `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise Refusal(f"{family}: {name} is {value!r}; it must be a whole number of at least {least}")
+    if value > most:
+        raise Refusal(f"{family}: {name} is {value}; more than {most:,} cannot be built")

@@ -126,9 +126,10 @@ def ldm_ddim_plan(
     timesteps = np.arange(0, len(schedule), max(len(schedule) // max(int(steps), 1), 1)) + 1
     if len(timesteps) != int(steps) or timesteps[-1] >= len(schedule):
         fitting = [n for n in range(1, len(schedule) // 2 + 1) if len(schedule) % n == 0]
-        near = min(fitting, key=lambda n: abs(n - int(steps)))
+        near = min(fitting, key=lambda n: abs(n - int(steps)), default=None)
+        remedy = "use the sampler ddim" if near is None else f"{near} steps fit"
         raise Refusal(
-            f"ddim-ldm takes whole strides, and no stride takes {steps} of {len(schedule)} timesteps; {near} steps fit"
+            f"ddim-ldm takes whole strides, and no stride takes {steps} of {len(schedule)} timesteps; {remedy}"
         )
     spaced = schedule.respaced(timesteps)  # gives sqrt_recip_abar and sqrt_recipm1_abar of these timesteps
     abar = schedule.abar[timesteps]

@@ -12,7 +12,9 @@ from difflib import get_close_matches
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import LONGEST_SHOWN, Refusal, shown
+
+MOST_STEPS = 100_000  # of a schedule: a hundred times what anyone trains with
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,11 +74,11 @@ class Schedule:
     def named(cls, name: str = "linear", steps: int = 1000) -> Schedule:
         """A schedule of `SCHEDULES` over `steps` timesteps, not respaced. Refuses unknown names, unusable lengths."""
         if name not in SCHEDULES:
-            close = get_close_matches(name, SCHEDULES, n=1)
+            close = get_close_matches(name[:LONGEST_SHOWN], SCHEDULES, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise Refusal(f"unknown noise schedule {name!r}: {hint}known are {', '.join(SCHEDULES)}")
-        if steps < 1:
-            raise Refusal(f"a noise schedule of {steps} timesteps does not exist: give at least 1")
+            raise Refusal(f"unknown noise schedule {shown(name)}: {hint}known are {', '.join(SCHEDULES)}")
+        if not 1 <= steps <= MOST_STEPS:
+            raise Refusal(f"a noise schedule of {steps} timesteps does not exist: give 1 to {MOST_STEPS:,}")
         betas = SCHEDULES[name](steps)
         if not (betas < 1).all():
             raise Refusal(f"noise schedule {name!r} is too steep at {steps} timesteps: give at least 21")

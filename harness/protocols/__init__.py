@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refusal
+from harness.errors import Refusal, shown
 from harness.registry import protocols, unknown
+
+GUIDANCE_CHANNELS = ("first-3", "all")
+MOST = 2**63 - 1  # of whole numbers
+LONGEST_NAME = 100
 
 UINT8_RULES = {  # x about [-1, 1] to 0 ... 255 as (x + shift) factor + offset, clamped and truncated
     "dit": (0.0, 127.5, 128.0),  # facebookresearch/DiT sample_ddp.py; StyleGAN's too
@@ -79,7 +83,7 @@ class Sampling:
     def __post_init__(self) -> None:
         _check_finite(self, "sampling")
         for name, known in (
-            ("guidance_channels", ("first-3", "all")),
+            ("guidance_channels", GUIDANCE_CHANNELS),
             ("label_policy", ("random", "balanced")),
             ("uint8_rule", UINT8_RULES),
         ):
@@ -87,6 +91,10 @@ class Sampling:
                 raise Refusal(f"sampling: {unknown(name, getattr(self, name), known)}")
         if not self.steps or min(self.steps) < 1:
             raise Refusal(f"sampling: steps must be positive counts, not {list(self.steps)}")
+        if not 0 <= self.eta <= 1:
+            raise Refusal(f"sampling: eta must lie in [0, 1], not {self.eta:g}")
+        if self.seed < 0:
+            raise Refusal(f"sampling: seed must not be negative, but is {self.seed}")
         if self.guidance_scale < 1:
             raise Refusal(f"sampling: guidance_scale {self.guidance_scale} is below 1, which means no guidance; use 1")
 
@@ -111,8 +119,10 @@ class Protocol:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        check_name("protocol", self.name)
+        _check_finite(self, f"protocol {self.name!r}")
         if self.space not in ("pixels", "latents"):
-            raise Refusal(f"protocol {self.name!r}: space {self.space!r} is not one of pixels, latents")
+            raise Refusal(f"protocol {self.name!r}: space {shown(self.space)} is not one of pixels, latents")
         for name in ("resolution", "image_channels", "num_classes", "input_size", "in_channels", "samples", "version"):
             if getattr(self, name) < 1:
                 raise Refusal(f"protocol {self.name!r}: {name} must be positive, not {getattr(self, name)}")
@@ -146,7 +156,7 @@ def load(path: Path) -> Protocol:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refusal(f"protocol file {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
         raise Refusal(f"protocol file {path} is not valid TOML: {error}") from error
     return from_dict(data, str(path))
 
@@ -178,11 +188,19 @@ def _parse(name: str, text: str, like: Any) -> Any:
         raise Refusal(f"{name}={text!r} cannot be read as {type(like).__name__}, as in {name}={like}") from error
 
 
-def _check_finite(item: Recipe | Sampling, what: str) -> None:
+def check_name(noun: str, name: str) -> None:
+    """Refuse what cannot stand in a table or for a folder."""
+    if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise Refusal(f"{noun} {shown(name)}: a name must be printable text of at most {LONGEST_NAME} characters")
+
+
+def _check_finite(item: Recipe | Sampling | Protocol, what: str) -> None:
     for each in dataclasses.fields(item):
         value = getattr(item, each.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise Refusal(f"{what}: {each.name} must be a finite number, not {value}")
+        if isinstance(value, int) and abs(value) > MOST:
+            raise Refusal(f"{what}: {each.name} = {shown(value)} is out of range; at most {MOST}")
 
 
 def count(text: str) -> int:
@@ -212,7 +230,9 @@ def _fill(of: type, data: Any, where: str) -> Any:
             "tuple[int, ...]": isinstance(value, tuple) and all(type(each) is int for each in value),
         }.get(wanted, True)
         if not fits:
-            raise Refusal(f"{where}: {name} = {value!r} must be of type {wanted}")
+            raise Refusal(f"{where}: {name} = {shown(value)} must be of type {wanted}")
+        if wanted == "float" and abs(value) > MOST and isinstance(value, int):
+            raise Refusal(f"{where}: {name} = {shown(value)} is out of range")
     # 0 and 0.0 are one setting and must have one hash
     data = {name: float(value) if fields[name].type == "float" else value for name, value in data.items()}
     for name, each in fields.items():

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
-from harness.errors import Refusal
-from harness.protocols import UINT8_RULES, Protocol, get_protocol
+from harness.errors import Refusal, shown
+from harness.protocols import GUIDANCE_CHANNELS, LONGEST_NAME, MOST, UINT8_RULES, Protocol, check_name, get_protocol
 from harness.registry import unknown
 from harness.spec import BackboneSpec, Compute
 
@@ -133,15 +133,14 @@ class System:
     row: str = ""  # where it is published: "Table 2: ADM-G"
 
     def __post_init__(self) -> None:
+        check_name("system", self.name)
         where = f"system {self.name!r}"
         if self.uint8_rule not in UINT8_RULES:
             raise Refusal(f"{where}: {unknown('uint8_rule', self.uint8_rule, UINT8_RULES)}")
         if self.label_policy not in ("random", "balanced"):
-            raise Refusal(f"{where}: label_policy {self.label_policy!r} is not one of random, balanced")
+            raise Refusal(f"{where}: label_policy {shown(self.label_policy)} is not one of random, balanced")
         if self.base is None and not self.unavailable:
             raise Refusal(f"{where}: [base] is missing")
-        if not self.name.isprintable() or not self.name.strip():
-            raise Refusal(f"{where}: a name must be printable text")
 
     @property
     def task(self) -> Protocol:
@@ -208,8 +207,9 @@ class System:
                     f"{where}: {name} is {part.backbone!r}, of kind {part.spec.kind}; it must be a {' or '.join(fitting)}"
                 )
         for name, stage in self.parts.items():
-            if isinstance(stage, Stage) and stage.spec.kind != "generator":
-                _check_sampling(f"{where}: {name}", stage)
+            if isinstance(stage, Stage):
+                check = _check_generator if stage.spec.kind == "generator" else _check_sampling
+                check(f"{where}: {name}", stage)
         if self.classifier is not None and not self.classifier.scale > 0:
             raise Refusal(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
         if self.classifier is not None and self.base.spec.kind == "generator":
@@ -221,7 +221,7 @@ class System:
                 seen, guided = getattr(self.classifier, item), getattr(self.base, item)
                 if seen != guided:
                     raise Refusal(
-                        f"{where}: the classifier knows noise of {item} {seen}, and the base that it guides has {guided}"
+                        f"{where}: the classifier knows noise of {item} {_plain(seen)}, and the base that it guides has {guided}"
                     )
         self._check_sizes(where)
 
@@ -267,6 +267,16 @@ class System:
                 )
 
 
+def _check_generator(where: str, stage: Stage) -> None:
+    """A generator has a truncation, and none of a diffusion's settings."""
+    if not 0 < stage.truncation <= 1:
+        raise Refusal(f"{where}: truncation {stage.truncation:g} must lie above 0 and be at most 1")
+    for name in ("eta", "guidance_scale", "conditioning_noise", "clip_denoised"):
+        default = Stage.__dataclass_fields__[name].default
+        if getattr(stage, name) != default:
+            raise Refusal(f"{where}: {name} is a diffusion's, and {stage.backbone!r} is a generator; leave it out")
+
+
 def _check_sampling(where: str, stage: Stage) -> None:
     """Settings that no sampler can be made from; the plan itself is tried, so that it is not found out late."""
     objective = registry.objectives.get(stage.objective)
@@ -279,6 +289,10 @@ def _check_sampling(where: str, stage: Stage) -> None:
         if not least <= getattr(stage, name) <= most:
             limit = f"lie in {least:g} to {most:g}" if most < math.inf else f"be at least {least:g}"
             raise Refusal(f"{where}: {name} {getattr(stage, name):g} must {limit}")
+    if stage.guidance_channels not in GUIDANCE_CHANNELS:
+        raise Refusal(f"{where}: {unknown('guidance_channels', stage.guidance_channels, GUIDANCE_CHANNELS)}")
+    if stage.truncation != 1:
+        raise Refusal(f"{where}: truncation is a generator's, and {stage.backbone!r} is none; leave it out")
     if stage.conditioning_noise and stage.spec.kind != "upsampler":
         raise Refusal(f"{where}: conditioning_noise is an upsampler's, and {stage.backbone!r} is none")
     if stage.guidance_scale != 1 and (stage.spec.null_label is None or arguments.get("null_class") is False):
@@ -313,7 +327,7 @@ def load(path: Path) -> System:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refusal(f"system file {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
         raise Refusal(f"system file {path} is not valid TOML: {error}") from error
     return from_dict(data, str(path))
 
@@ -332,17 +346,34 @@ def _fill(of: type, data: Any, where: str) -> Any:
         if name not in fields:
             raise Refusal(f"{where}: {unknown('item', name, fields)}")
         wanted = str(fields[name].type)
+        if type(value) is int and abs(value) > MOST:
+            raise Refusal(f"{where}: {name} = {shown(value)} is out of range")
         if wanted == "float" and type(value) is int:
             value = float(value)
         fits = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
         if wanted in fits and type(value) is not fits[wanted]:
-            raise Refusal(f"{where}: {name} = {value!r} must be of type {wanted.partition('[')[0]}")
+            raise Refusal(f"{where}: {name} = {shown(value)} must be of type {wanted.partition('[')[0]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise Refusal(f"{where}: {name} must be a finite number, not {value}")
         if wanted.startswith("dict"):  # TOML has no tuples
+            if strange := [key for key, each in value.items() if not _is_argument(each)]:
+                raise Refusal(f"{where}: {name}: {strange[0]} = {shown(value[strange[0]])} is no argument of a network")
             value = {key: tuple(each) if isinstance(each, list) else each for key, each in value.items()}
         values[name] = value
     for name, each in fields.items():
         if name not in values and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
             raise Refusal(f"{where}: {name} is missing")
     return of(**values)
+
+
+def _plain(value: Any) -> str:
+    return shown(value).strip("'")
+
+
+def _is_argument(value: Any, depth: int = 2) -> bool:
+    """Whether the builder of a network may be given it: a number, true or false, a name, or a list of such."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_argument(each, depth - 1) for each in value)
+    if isinstance(value, str):
+        return value.isprintable() and len(value) <= LONGEST_NAME
+    return isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) <= MOST)

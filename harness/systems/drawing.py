@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class Bound:
     system: System
     sources: dict[str, Source]
     decoder: Path | None  # where the decoder's weights lie; None: by its name, or nothing to decode
+    notes: tuple[str, ...] = ()  # where a run took the place of what the system says, a line each
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -73,7 +74,16 @@ def bind(system: System, weights: Mapping[str, Path]) -> Bound:
     upsamplers = tuple(part for name, part in parts.items() if name.startswith("upsampler"))
     bound = replace(system, base=parts["base"], classifier=parts.get("classifier"), upsamplers=upsamplers)
     bound.check()
-    return Bound(system=bound, sources=sources, decoder=weights.get(DECODER))
+    notes = tuple(note for name, part in parts.items() for note in _notes(name, system.parts[name], part))
+    return Bound(system=bound, sources=sources, decoder=weights.get(DECODER), notes=notes)
+
+
+def _notes(name: str, said: Stage | Guide, taken: Stage | Guide) -> Iterator[str]:
+    """What of a part the run brought otherwise than the system has it, which nobody should find out from the images."""
+    for item in ("backbone", "objective", "schedule", "diffusion_steps"):
+        before, after = getattr(said, item, None), getattr(taken, item, None)
+        if before != after:
+            yield f"{name}: {item} {after}, as its run was trained; the system has {before}"
 
 
 def with_steps(bound: Bound, steps: int) -> Bound:
@@ -144,6 +154,8 @@ def draw_system(
     from harness.engines.torch.resolve import device_name, pick_device
 
     system, task = bound.system, bound.system.task
+    for note in bound.notes:
+        say(note)
     target = pick_device(device)
     gflops = system.gflops_image()
     batch = batch or sampling.default_batch(gflops, str(target))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class WeightFile:
     """The weights in a file under the file's own names, not read yet."""
 
     path: Path  # the file that holds the tensors
+    state: tuple[int, ...]  # of the file when it was opened, for `unchanged`
     container: str  # "torch zip", "torch legacy" or "safetensors"
     wrapping: str  # "state dict", "train.py checkpoint" or "Lightning checkpoint"
     tensors: dict[str, Stored]
@@ -120,6 +122,7 @@ class WeightFile:
 def open_weights(path: Path) -> WeightFile:
     """The weights in the file, or in the diffusers or Hugging Face folder, `path`; a file without any is refused."""
     path = _file_of(path)
+    state = _state(path)
     opened = open_file(path)
     value, wrapping, notes = opened.value, "state dict", []
     if not isinstance(value, dict):
@@ -143,6 +146,7 @@ def open_weights(path: Path) -> WeightFile:
         notes.append(f"every name began with {prefix!r}, which was dropped")
     return WeightFile(
         path=path,
+        state=state,
         container=opened.container,
         wrapping=wrapping,
         tensors=tensors,
@@ -152,6 +156,31 @@ def open_weights(path: Path) -> WeightFile:
         config=_config(path),
         imported=_imported(opened.metadata),
     )
+
+
+@contextmanager
+def unchanged(weights: WeightFile) -> Iterator[None]:
+    """Around the reading of its tensors: refuse a file that is not, or does not stay, the one that was opened."""
+    refusal = Refusal(f"{weights.path} was changed while it was read; give the same command again")
+    if _state(weights.path) != weights.state:
+        raise refusal
+    try:
+        yield
+    except Refusal:  # of damage, perhaps, where there is none but two files in one
+        if _state(weights.path) != weights.state:
+            raise refusal from None
+        raise
+    if _state(weights.path) != weights.state:
+        raise refusal
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or put in the place of another."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def sha256(path: Path) -> str:
@@ -209,7 +238,8 @@ def _holds_tensors(value: Any) -> bool:
 
 def _described(value: Any) -> str:
     name = getattr(getattr(value, "function", None), "full", None)
-    return f"a {printable(name)}" if name else f"a {type(value).__name__}"
+    name = printable(name) if name else type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _config(path: Path) -> dict[str, Any] | None:

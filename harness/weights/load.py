@@ -11,10 +11,10 @@ from torch import nn
 
 from harness.errors import Refusal
 from harness.spec import BackboneSpec
-from harness.weights.files import WeightFile, open_weights, sha256, watched
+from harness.weights.files import WeightFile, open_weights, sha256, unchanged, watched
 from harness.weights.identify import OWN, choose_layout, contradiction, differences, misfit, translate, weight_map
 from harness.weights.maps import Layout, Mismatch, Recipe, Take
-from harness.weights.tensors import DTYPES
+from harness.weights.tensors import BLOCK, DTYPES, refuse_not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,9 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
         raise Refusal(misfit(weights, layout, name, problems.first()))
     if not prefix and (against := contradiction(weights, layout, ours, _heads(net))):
         raise Refusal(f"{weights.path} ({layout.title}) does not fit {name}: {against}")
-    digest = sha256(weights.path)
-    _fill(net, state, {key: recipes[prefix + key] for key in state}, weights)
+    with unchanged(weights):
+        digest = sha256(weights.path)
+        _fill(net, state, {key: recipes[prefix + key] for key in state}, weights)
     left = sorted({key.partition(".")[0] for key in recipes if key not in expected})
     notes = (*weights.notes, *layout.notes(weights.shapes))
     if left:
@@ -102,13 +103,13 @@ def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Rec
                 _put(net, name, made[id(target)])
                 return made[id(target)]
             real = torch.empty(target.shape, dtype=target.dtype, device="cpu")
-            _read(recipes[name], weights, real)
+            _read(name, recipes[name], weights, real)
             if isinstance(target, nn.Parameter):
                 real = nn.Parameter(real, requires_grad=target.requires_grad)
             made[id(target)] = real
             _put(net, name, real)
             return real
-        _read(recipes[name], weights, target)
+        _read(name, recipes[name], weights, target)
         return target
 
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -119,16 +120,19 @@ def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Rec
             raise Refusal(f"{name} is on the meta device and in no file; build the network on the CPU, then load it")
 
 
-def _read(recipe: Recipe, weights: WeightFile, target: torch.Tensor) -> None:
-    """Evaluate `recipe` into `target`: straight from the file where dtype and layout are the same."""
+def _read(name: str, recipe: Recipe, weights: WeightFile, target: torch.Tensor) -> None:
+    """Evaluate `recipe` into `target`, which must become finite: straight from the file where dtype and layout are
+    the same."""
     source = weights.tensors[recipe.sources[0]].dtype if recipe.sources else "F32"
     dtype = getattr(torch, DTYPES[source][1])
     straight = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
     if isinstance(recipe, Take) and straight and target.dim():
         weights.tensors[recipe.name].read_into(target.detach().view(_raw(dtype)).numpy())
-        return
-    array = recipe.evaluate(lambda name: weights.tensors[name].read())
-    target.copy_(as_torch(array, source))
+    else:
+        array = recipe.evaluate(lambda source: weights.tensors[source].read())
+        target.copy_(as_torch(array, source))
+    if target.is_floating_point() and not all(torch.isfinite(p).all() for p in target.reshape(-1).split(BLOCK)):
+        refuse_not_finite(weights.path, name)
 
 
 def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:

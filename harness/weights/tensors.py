@@ -36,6 +36,8 @@ DTYPES = {  # safetensors' name: (numpy's dtype for the bytes, torch's name)
 # fmt: on
 MOST_AXES = 64  # of a tensor, in torch as in numpy
 BLOCK = 1 << 22  # bytes read at a time to check what is not used whole
+# Bits that are all set in infinities and NaN, of the floats that numpy lacks; float8_e4m3fn has no infinity.
+_EXPONENTS = {"BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 BY_TORCH_NAME = {torch: name for name, (_, torch) in DTYPES.items()}
 
 
@@ -131,6 +133,28 @@ class Stored:
                     done += count
         except OSError as error:
             raise Refusal(f"{self.file}: {error.strerror or error}") from error
+
+
+def finite(array: np.ndarray, dtype: str) -> bool:
+    """Whether no value of `array`, in the form of `Stored.read`, is infinite or NaN."""
+    flat = array.reshape(-1)
+    for begin in range(0, flat.size, BLOCK):  # so that the answers take little memory
+        part = flat[begin : begin + BLOCK]
+        if dtype in _EXPONENTS:
+            bits = part.view(f"u{part.itemsize}") & _EXPONENTS[dtype]
+            if (bits == _EXPONENTS[dtype]).any():
+                return False
+        elif part.dtype.kind == "f" and not np.isfinite(part).all():
+            return False
+    return True
+
+
+def refuse_not_finite(path: Path, name: str) -> None:
+    """Refuse weights with an infinity or NaN among them: what they would make is noise or nothing."""
+    raise Refusal(
+        f"{path}: {name} has values that are infinite or not a number; the file is of a training that went wrong, or"
+        " damaged: use another"
+    )
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

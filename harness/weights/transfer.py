@@ -18,11 +18,11 @@ import numpy as np
 from harness import files, registry
 from harness.errors import Refusal
 from harness.spec import BackboneSpec
-from harness.weights.files import METADATA, WeightFile, open_weights, sha256, watched
+from harness.weights.files import METADATA, WeightFile, open_weights, sha256, unchanged, watched
 from harness.weights.identify import Match, identify, misfit, recognised, weight_map
 from harness.weights.known import KNOWN
 from harness.weights.maps import Layout, Mismatch, Same
-from harness.weights.tensors import raw_dtype
+from harness.weights.tensors import finite, raw_dtype, refuse_not_finite
 
 SCHEMA = 1
 
@@ -35,7 +35,11 @@ class Ours:
     match: Match
 
     def read(self, name: str) -> np.ndarray:
-        return self.match.recipes[name].evaluate(lambda source: self.file.tensors[source].read())
+        """The tensor of our name, which must be finite where it is a part of the network."""
+        array = self.match.recipes[name].evaluate(lambda source: self.file.tensors[source].read())
+        if not (self.match.layout.beside(name) or finite(array, self.dtype(name))):
+            refuse_not_finite(self.file.path, name)
+        return array
 
     def dtype(self, name: str) -> str:
         sources = self.match.recipes[name].sources
@@ -53,7 +57,8 @@ def candidates(backbone: str | None) -> list[BackboneSpec]:
 
 
 def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
-    """What a weight file is, as plain data. Names what would keep it from being loaded, and loads nothing."""
+    """What a weight file is, as plain data. Names what would keep it from being loaded; a file that fits is read once
+    through for that, a tensor at a time."""
     weights = open_weights(path)
     document: dict[str, Any] = {
         "file": str(weights.path),
@@ -71,7 +76,8 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
     try:
         match = identify(weights, candidates(backbone))
         notes = match.notes
-        shapes = Ours(file=weights, match=match).shapes
+        ours = Ours(file=weights, match=match)
+        shapes = ours.shapes
         beside = [name for name in match.recipes if match.layout.beside(name)]
         network = [name for name in match.recipes if name not in set(beside)]
         document["values"] = sum(prod(shapes[name]) for name in network)
@@ -92,11 +98,11 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
             }
         else:
             document["problem"] = f"no backbone has such names; the first is {network[0]}"
-        for recipe in match.recipes.values():
-            if isinstance(recipe, Same):
-                recipe.evaluate(lambda source: weights.tensors[source].read())
+        for name in network:  # damage, copies that differ and values that are no numbers show in the content alone
+            if match.exact or isinstance(match.recipes[name], Same):
+                ours.read(name)
     except Refusal as error:
-        document |= {"fits": False, "problem": str(error).removeprefix(f"{weights.path} ")}
+        document |= {"fits": False, "problem": str(error).removeprefix(str(weights.path)).lstrip(": ")}
     document.setdefault("values", sum(prod(tensor.shape) for tensor in weights.tensors.values()))
     dtypes = [tensor.dtype for tensor in weights.tensors.values()]
     document |= {
@@ -157,7 +163,7 @@ def import_file(path: Path, out: Path | None = None, backbone: str | None = None
         about["imported_before"] = ours.file.imported
     shapes = ours.shapes
     entries = {name: (ours.dtype(name), shapes[name]) for name in match.recipes}
-    with partial(out) as target:
+    with partial(out) as target, unchanged(ours.file):
         write_safetensors(target, entries, ours.read, {METADATA: json.dumps(about)}, f"write {out.name}")
     return out, about | {"not_loaded": list(ours.file.symbols)}
 
@@ -181,7 +187,7 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
         return recipes[name].evaluate(ours.read)
 
     title = f"write {out.name}"
-    with partial(out) as unfinished:
+    with partial(out) as unfinished, unchanged(ours.file):
         if target.store == "diffusers":
             unfinished.mkdir()
             config = target.config(spec.arguments(**ours.match.arguments), ours.shapes)

@@ -1,6 +1,7 @@
 """Decoders of latents: what they load, what they refuse, and that nothing that is loaded is executed."""
 
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from backbones.autoencoders.spec import BY_NAME, KNOWN, diffusers_name
+from backbones.autoencoders.spec import BY_NAME, KL_DEFAULTS, KNOWN, diffusers_name
 from harness import decoding
 from harness.decoding import Decoder, decoder_compute, load, resolve
 from harness.errors import Failure, Refusal
@@ -82,7 +83,7 @@ def refused(call, *words):
     return message
 
 
-def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder):
+def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder, monkeypatch):
     decoder = load(str(folder))
     digest = hashlib.sha256((folder / SAFE).read_bytes()).hexdigest()
     assert (decoder.scale_factor, decoder.channels, decoder.factor) == (0.18215, 4, 2)
@@ -95,6 +96,14 @@ def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder):
     )  # no weight shows it, every pixel does
     other = load(str(folder)).identity
     assert other != decoder.identity and {**other, "config_sha256": ""} == {**identity, "config_sha256": ""}
+    (folder / "config.json").write_text(json.dumps({**config, "sample_size": 7, "force_upcast": False}))
+    assert load(str(folder)).identity == decoder.identity  # what decides no pixel
+    left = {name: value for name, value in config.items() if KL_DEFAULTS.get(name, 0) != value}
+    (folder / "config.json").write_text(json.dumps(left))
+    assert left != config and load(str(folder)).identity == decoder.identity  # nor what is the default
+    monkeypatch.chdir(folder.parent)
+    for spelling in (f"./{folder.name}", f"{folder.name}/../{folder.name}/{SAFE}"):
+        assert load(spelling).identity == decoder.identity
     (folder / "config.json").write_text(json.dumps(config))
     z = latents() / 10
     images = decoder.decode(z)
@@ -102,6 +111,26 @@ def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder):
     assert torch.equal(images, by_diffusers(folder, z).clamp(-1, 1))
     assert torch.equal(decoder.decode(z.numpy()), images)
     assert decoder.decode(z[:0]).shape == (0, 3, 8, 12)
+
+
+def test_settings_of_the_network_and_their_defaults_are_diffusers():
+    from diffusers import AutoencoderKL
+
+    theirs = {each.name: each.default for each in inspect.signature(AutoencoderKL.__init__).parameters.values()}
+    elsewhere = {"self", "sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std"}
+    assert set(KL_DEFAULTS) == set(theirs) - elsewhere
+    assert all(
+        theirs[name] == (tuple(value) if isinstance(value, list) else value) for name, value in KL_DEFAULTS.items()
+    )
+
+
+def test_weights_that_are_no_numbers_are_refused(folder, tmp_path):
+    net = small_kl()
+    with torch.no_grad():
+        net.decoder.conv_in.bias[3] = float("nan")
+    net.save_pretrained(tmp_path / "vae")
+    with pytest.raises(Refusal, match=r"decoder.conv_in.bias has values that are infinite or not a number"):
+        load(str(tmp_path / "vae"))
 
 
 def test_images_are_clipped_to_their_range(folder):

@@ -4,6 +4,7 @@ import pytest
 
 from harness.errors import Refusal
 from harness.protocols import Protocol, Recipe, Sampling, built_in, count, from_dict, get_protocol, override
+from harness.systems import get_system
 
 MINIMAL = {
     "name": "mine", "dataset": "digits", "resolution": 8, "image_channels": 1, "num_classes": 10,
@@ -61,6 +62,14 @@ def test_a_users_file(tmp_path):
         ({"sampling": {"label_policy": "sorted"}}, "unknown label_policy 'sorted'"),
         ({"recipe": {"batch": 0}}, "batch must be positive"),
         ({"recipe": 3}, "must be a table"),
+        ({"name": "a\0b"}, "must be printable text"),
+        ({"name": " "}, "must be printable text"),
+        ({"name": "x" * 101}, "at most 100 characters"),
+        ({"samples": 10**30}, "samples = 10+ is out of range"),
+        ({"recipe": {"learning_rate": 10**400}}, r"learning_rate = 10+\.\.\. is out of range"),
+        ({"recipe": {"steps": 10**400}}, r"steps = 10+\.\.\. is out of range"),
+        ({"sampling": {"eta": 3.0}}, r"eta must lie in \[0, 1\], not 3"),
+        ({"sampling": {"seed": -1}}, "seed must not be negative"),
     ],
 )
 def test_mistakes_in_a_protocol_are_named(change, message):
@@ -77,9 +86,11 @@ def test_files_that_are_no_toml(tmp_path):
     with pytest.raises(Refusal, match="No such file"):
         get_protocol(str(tmp_path / "absent.toml"))
     path = tmp_path / "broken.toml"
-    path.write_text("name = ")
-    with pytest.raises(Refusal, match="not valid TOML"):
-        get_protocol(str(path))
+    for text in ("name = ", "a = " + "9" * 10_000, "a = " + "[" * 100_000):
+        path.write_text(text)
+        for load in (get_protocol, get_system):
+            with pytest.raises(Refusal, match="not valid TOML"):
+                load(str(path))
 
 
 def test_every_recipe_item_can_be_overridden_from_text():

@@ -127,6 +127,11 @@ GOOD = {"name": "mine", "protocol": "digits", "base": {"backbone": "adm-xs", "st
         ({"base": {"backbone": "adm-xs", "eta": float("nan")}}, "eta must be a finite number"),
         ({"name": "adm-g-256"}, "the name 'adm-g-256' is that of a built-in system"),
         ({"name": "a\0b"}, "must be printable"),
+        ({"base": {"backbone": "adm-xs", "steps": 10**30}}, "steps = 10+ is out of range"),
+        (
+            {"base": {"backbone": "adm-xs", "arguments": {"width": "64\n"}}},
+            r"width = '64\\n' is no argument of a network",
+        ),
     ],
 )
 def test_a_broken_file_is_refused_by_item(change, words):
@@ -154,6 +159,11 @@ def test_a_broken_file_is_refused_by_item(change, words):
         ),
         ({"base": Stage(backbone="adm-xs", arguments=SMALL, conditioning_noise=0.1)}, "and 'adm-xs' is none"),
         ({"base": Stage(backbone="adm-xs", arguments=SMALL, sampler="ddim-ldm", steps=300)}, "250 steps fit"),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, guidance_channels="x")}, "unknown guidance_channels 'x'"),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, truncation=0.5)}, "truncation is a generator's"),
+        ({"base": Stage(backbone="adm-xs", arguments=SMALL, diffusion_steps=2**31)}, "give 1 to 100,000"),
+        ({"base": Stage(backbone="biggan-deep-256", truncation=2.0)}, "truncation 2 must lie above 0 and be at most 1"),
+        ({"base": Stage(backbone="biggan-deep-256", guidance_scale=2.0)}, "guidance_scale is a diffusion's"),
         (
             {"base": Stage(backbone="ldm-xs", arguments={**SMALL, "null_class": False}, guidance_scale=1.5)},
             "has no null label",
@@ -205,6 +215,23 @@ def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
         bind(noisy, {"base": parts["low"], "upsampler": parts["upsampler"]})
     with pytest.raises(Refusal, match="cannot be run: neither code nor weights"):
         bind(get_system("cdm-256"), {})
+
+
+def test_what_a_run_brings_otherwise_is_said(parts, tmp_path):
+    """A base of another schedule than the system's (or its TOML's) is drawn with its own, and not without a word."""
+    plain = replace(get_system("digits-guided"), name="plain", classifier=None)
+    assert bind(plain, {"base": parts["base"]}).notes == ()
+    noisy = replace(plain, base=replace(plain.base, schedule="cosine", diffusion_steps=500))
+    bound = bind(noisy, {"base": parts["base"]})
+    assert (bound.system.base.schedule, bound.system.base.diffusion_steps) == ("linear", 1000)
+    assert bound.notes == (
+        "base: schedule linear, as its run was trained; the system has cosine",
+        "base: diffusion_steps 1000, as its run was trained; the system has 500",
+    )
+    said = []
+    settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu", "say": said.append}
+    draw_system(bound, folder=tmp_path, **settings)
+    assert said[:2] == list(bound.notes)
 
 
 def test_settings_of_a_system_are_its_own(parts):

@@ -210,3 +210,53 @@ def test_a_first_layer_that_is_not_there_comes_first(name, layer, arguments, tmp
     del state["stem.weight"]
     torch.save(state, tmp_path / "a.pt")
     assert inspect_file(tmp_path / "a.pt")["problem"].startswith(f"{layer} is missing (in all 1 missing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(dtype, value, state, spec, tmp_path):
+    given = {name: tensor.clone().to(dtype) for name, tensor in state.items()}
+    given["blocks.1.mlp.fc2.weight"][2, 3] = value
+    torch.save(given, tmp_path / "a.pt")
+    message = "blocks.1.mlp.fc2.weight has values that are infinite or not a number"
+    assert refused(lambda: load_into(spec.build(num_classes=10), tmp_path / "a.pt", spec)).count(message) == 1
+    assert message in refused(lambda: import_file(tmp_path / "a.pt"))
+    assert message in refused(lambda: export_file(tmp_path / "a.pt", "diffusers"))
+    assert not (tmp_path / "a.safetensors").exists() and not (tmp_path / "a-diffusers").exists()
+    document = inspect_file(tmp_path / "a.pt")
+    assert not document["fits"] and document["problem"].startswith(message)
+
+
+def test_an_overflow_on_the_way_into_the_network_is_refused(state, spec, tmp_path):
+    torch.save(
+        {**state, "pos_embed": torch.full_like(state["pos_embed"], 1e300, dtype=torch.float64)}, tmp_path / "a.pt"
+    )
+    assert "pos_embed has values" in refused(lambda: load_into(spec.build(num_classes=10), tmp_path / "a.pt", spec))
+    assert inspect_file(tmp_path / "a.pt")["fits"]
+
+
+def test_inspect_notices_damage_in_the_tensors(bare, state):
+    data = bytearray(bare.read_bytes())
+    data[data.index(state["blocks.1.mlp.fc2.weight"].numpy().tobytes()) + 5] ^= 1
+    bare.write_bytes(data)
+    document = inspect_file(bare)
+    assert not document["fits"] and document["problem"].startswith("is damaged: the bytes of one of its tensors")
+
+
+@pytest.mark.parametrize("when", ["before it is hashed", "after it was hashed"])
+def test_a_file_that_changes_while_it_is_read_is_refused(when, bare, state, spec, monkeypatch, tmp_path):
+    """The hash that is recorded is that of the tensors that are used."""
+    from harness.weights import load, transfer
+    from harness.weights.files import sha256
+
+    def meanwhile(path):
+        digest = None if when.startswith("before") else sha256(path)
+        torch.save({name: tensor + 1 for name, tensor in state.items()}, path.with_name("other.pt"))
+        path.with_name("other.pt").replace(path)
+        return digest or sha256(path)
+
+    monkeypatch.setattr(load, "sha256", meanwhile)
+    monkeypatch.setattr(transfer, "sha256", meanwhile)
+    assert "was changed while it was read" in refused(lambda: load_into(spec.build(num_classes=10), bare, spec))
+    assert "was changed while it was read" in refused(lambda: import_file(bare, tmp_path / "out.safetensors"))
+    assert not (tmp_path / "out.safetensors").exists()
