@@ -247,10 +247,30 @@ def _describe_system(data: dict[str, Any], sha256: str, name: str | None) -> dic
             precision=drawn["precision"],
             batch=identity["batch"],
             seed=drawn["seed"],
+            stage_steps=_stage_steps(system),
+            settings=_settings(system),
             settings_hash=_settings_hash(system, decoder),
             samples_sha256=sha256,
         ),
     }
+
+
+def _stage_steps(system: dict[str, Any]) -> str | None:
+    """Steps of all stages where there are several."""
+    stages = (system["base"], *system["upsamplers"])
+    return " + ".join(str(stage["steps"]) for stage in stages) if len(stages) > 1 else None
+
+
+def _settings(system: dict[str, Any]) -> str | None:
+    """In words, what the columns of a table, which speak of the base, leave out of a system of several networks."""
+    words = []
+    for stage in system["upsamplers"]:
+        eta = f", eta {stage['eta']:g}" if stage["sampler"] != "ddpm" else ""
+        noise = f", conditioning noise {stage['conditioning_noise']:g}" if stage["conditioning_noise"] else ""
+        words.append(f"{stage['backbone']} by {stage['sampler']}{eta}{noise}")
+    if system["classifier"] is not None and system["base"]["guidance_scale"] != 1:
+        words.append(f"guided by {system['classifier']['backbone']} too, scale {system['classifier']['scale']:g}")
+    return "; ".join(words) or None
 
 
 def _settings_hash(system: dict[str, Any], decoder: dict[str, Any] | None) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from results.records import Record
+from results.records import Record, Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def facts(record: Record) -> dict[str, str]:
         guidance = guidance_text(record)
         found |= {
             "sampler": sampling.sampler,
-            "sampling steps": sampling.steps,
+            "sampling steps": sampling.stage_steps or sampling.steps,
             "eta": sampling.eta,
             "guidance": None if guidance == "-" else guidance,
             "decoder": sampling.decoder,
@@ -150,7 +150,7 @@ def facts(record: Record) -> dict[str, str]:
             "clip denoised": None if sampling.clip_denoised is None else ("yes" if sampling.clip_denoised else "no"),
             "sampling precision": sampling.precision,
             "sampling seed": sampling.seed,
-            "system settings": _short(sampling.settings_hash),
+            "system settings": _settings_text(sampling),
         }
     if evaluation is not None:
         found |= {"suite version": evaluation.suite_version}
@@ -169,6 +169,12 @@ def key_text(record: Record) -> str:
         f"{text}, suite {evaluation.suite}, {features} ({_short(evaluation.features_sha256) or 'hash not stated'}), "
         f"reference {_short(evaluation.reference_sha256) or 'hash not stated'}"
     )
+
+
+def _settings_text(sampling: Sampling) -> str | None:
+    """In words, with the hash of everything that the words leave out."""
+    digest = _short(sampling.settings_hash)
+    return f"{sampling.settings} ({digest})" if sampling.settings else digest
 
 
 def _short(digest: str | None) -> str | None:

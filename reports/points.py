@@ -130,7 +130,7 @@ def _line_labels(records: Sequence[Record]) -> dict[str, str]:
 def _line_key(record: Record) -> str:
     """What the points of one line agree in: all of the identity but the number of sampling steps and the seeds."""
     sampling = dataclasses.asdict(record.sampling)
-    for name in ("steps", "evaluations", "gflops_per_image", "samples_sha256", "seed", "batch"):
+    for name in ("steps", "stage_steps", "evaluations", "gflops_per_image", "samples_sha256", "seed", "batch"):
         del sampling[name]
     training = dataclasses.asdict(record.training) if record.training else {}
     for name in ("seed", "checkpoint_sha256", "micro_batch"):

@@ -121,7 +121,9 @@ def description(row: Row) -> dict[str, str]:
         "Training Gflops": quantity_text(training.gflops) if training else "-",
         "Seed": "-" if training is None or training.seed is None else str(training.seed),
         "Sampler": (sampling.sampler if sampling else None) or "-",
-        "Sampling steps": "-" if sampling is None or sampling.steps is None else str(sampling.steps),
+        "Sampling steps": "-"
+        if sampling is None or sampling.steps is None
+        else sampling.stage_steps or str(sampling.steps),
         "Guidance": guidance_text(record),
         "Sampling Gflops": quantity_text(sampling.gflops_per_image) if sampling else "-",
     }

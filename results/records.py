@@ -91,6 +91,10 @@ class Sampling(_Checked):
     precision: str | None = None  # of the network's arithmetic in sampling: "float32", "bfloat16", ...
     batch: int | None = None  # images a forward pass; moves low bits
     seed: int | None = None
+    stage_steps: str | None = (
+        None  # "50 + 50", of a system of several networks that make images; `steps` is the first's
+    )
+    settings: str | None = None  # of a system of several networks, in words, what the other fields do not say of them
     settings_hash: str | None = None  # of all settings of a system of several networks
     samples_sha256: str | None = None
 

@@ -19,7 +19,9 @@ from harness.samples import read_samples, read_sidecar
 from harness.stages import Workshop, load_data
 from harness.systems import Guide, Stage, System, from_dict, get_system, load
 from harness.systems.drawing import bind, draw_system
+from reports import columns
 from reports.columns import guidance_text
+from reports.rows import Row, description
 from results import paper
 from results.records import Record
 
@@ -264,6 +266,14 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
     assert facts["evaluations"] == 8
     assert facts["identity"]["system"]["upsamplers"][0]["conditioning_noise"] == 0.1
     assert facts["identity"]["weights"]["upsampler"]["training_steps"] == 4
+    about = describe(path, sha256_file(path), None)
+    assert (about["sampling"].steps, about["sampling"].stage_steps) == (4, "4 + 4")
+    assert about["sampling"].settings == "adm-u-xs by ddpm, conditioning noise 0.1"
+    record = Record(
+        provenance="measured", metric="fd", value=1.0, n=40, protocol="digits", resolution=8, dataset="digits", **about
+    )
+    assert description(Row(records={("fd", ""): record}))["Sampling steps"] == "4 + 4"
+    assert columns.facts(record)["system settings"].startswith("adm-u-xs by ddpm, conditioning noise 0.1 (")
     before = path.read_bytes()
     assert drawn(parts, tmp_path / "runs", *arguments) == path and path.read_bytes() == before  # found, not drawn
 
@@ -287,7 +297,7 @@ def test_what_a_record_says_of_a_system(parts, tmp_path):
     assert (sampling.steps, sampling.evaluations, sampling.seed, sampling.uint8_rule) == (4, 4, 5, "adm")
     assert (sampling.guidance_scale, sampling.guidance_channels) == (1.0, "classifier")
     assert sampling.gflops_per_image == pytest.approx(4 * base.gflops + 4 * 2 * classifier.gflops)
-    assert (training.steps, training.images) == (4, 96)
+    assert (training.steps, training.images) == (4, 96) and (sampling.stage_steps, sampling.settings) == (None, None)
     assert training.gflops == pytest.approx(3 * 96 * (base.gflops + classifier.gflops))
     record = Record(
         provenance="measured", metric="fd", value=1.0, n=40, protocol="digits", resolution=8, dataset="digits", **about
