@@ -44,6 +44,9 @@ CPU = torch.device("cpu")
 
 def diffusers_dit(arguments: dict) -> torch.nn.Module:
     """diffusers' DiT of the same depth, width, heads and patch, called as (x, t, y)."""
+    from harness.torchvision_torch import make_importable
+
+    make_importable()
     from diffusers import DiTTransformer2DModel
 
     net = DiTTransformer2DModel(

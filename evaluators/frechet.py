@@ -193,5 +193,10 @@ def _assemble(delta: np.ndarray, own_trace: float, reference_trace: float, root_
 
 
 def compute(evidence: Evidence) -> dict[str, Estimate]:
-    """The metric "fd"."""
-    return {"fd": estimate(evidence.features.pooled, evidence.reference.statistics, evidence.block)}
+    """The metric "fd", on Inception's features also called "fid"; "sfid" where the features have a spatial part."""
+    own, reference = evidence.features, evidence.reference
+    pooled = estimate(own.pooled, reference.statistics, evidence.block)
+    found = {"fd": pooled, "fid": pooled}
+    if own.spatial is not None and reference.spatial_statistics is not None:
+        found["sfid"] = estimate(own.spatial, reference.spatial_statistics, evidence.block)
+    return found

@@ -26,12 +26,14 @@ class Estimate:
         nothing to see; its interval is then the exact binomial one.
     half_variance: half the variance seen between disjoint halves, a lower bound for a metric whose jackknife variance
         is far too large (see evaluators/precision_recall.py); None: the jackknife alone.
+    remark: what is doubtful about the value, in one line; empty: nothing.
     """
 
     value: float
     left_out: np.ndarray
     trials: int | None = None
     half_variance: float | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

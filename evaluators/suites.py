@@ -8,8 +8,10 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, FeatureSpec
+from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_CLEAN, FeatureSpec
 from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
+from evaluators.metrics import METRICS, Metric
+from harness import registry
 from harness.errors import Failure, Refusal
 
 if TYPE_CHECKING:
@@ -21,140 +23,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric:
-    """A number that judges a sample set. The object behind entry points of `harness.metrics`.
-
-    compute: "module:attribute" of a function Evidence -> {key: Estimate}; metrics that share one are computed together.
-    """
-
-    key: str
-    direction: str  # "lower" or "higher" is better
-    minimum: int  # fewest samples that it accepts
-    paper: str
-    compute: str
-    needs_logits: bool = False
-    bounds: tuple[float, float] | None = None  # what the value cannot leave: its interval is cut there
-
-    @property
-    def name(self) -> str:
-        """The key, under the attribute by which registries know their items."""
-        return self.key
-
-    def __post_init__(self):
-        assert self.direction in ("lower", "higher"), self.direction
-
-
-# 100 samples are 5 for each block of the jackknife; far more are needed for a number worth publishing.
-METRICS = {
-    metric.key: metric
-    for metric in (
-        Metric(
-            key="fd",
-            direction="lower",
-            minimum=100,
-            paper="Heusel et al. 2017, arXiv:1706.08500",
-            compute="evaluators.frechet:compute",
-        ),
-        Metric(
-            key="kid",
-            direction="lower",
-            minimum=100,
-            paper="Binkowski et al. 2018, arXiv:1801.01401",
-            compute="evaluators.kernel_distance:compute",
-        ),
-        Metric(
-            key="is",
-            direction="higher",
-            minimum=100,
-            paper="Salimans et al. 2016, arXiv:1606.03498",
-            compute="evaluators.inception_score:compute",
-            needs_logits=True,
-        ),
-        Metric(
-            key="precision",
-            direction="higher",
-            minimum=100,
-            paper="Kynkaanniemi et al. 2019, arXiv:1904.06991",
-            compute="evaluators.precision_recall:compute",
-            bounds=(0.0, 1.0),
-        ),
-        Metric(
-            key="recall",
-            direction="higher",
-            minimum=100,
-            paper="Kynkaanniemi et al. 2019, arXiv:1904.06991",
-            compute="evaluators.precision_recall:compute",
-            bounds=(0.0, 1.0),
-        ),
-        Metric(
-            key="copies",
-            direction="lower",
-            minimum=20,
-            paper="nearest training image in pixels; fresh real images score about 0.01",
-            compute="evaluators.copies:compute",
-            bounds=(0.0, 1.0),
-        ),
-        Metric(
-            key="density",
-            direction="higher",
-            minimum=100,
-            paper="Naeem et al. 2020, arXiv:2002.09797",
-            compute="evaluators.density_coverage:compute",
-        ),
-        Metric(
-            key="coverage",
-            direction="higher",
-            minimum=100,
-            paper="Naeem et al. 2020, arXiv:2002.09797",
-            compute="evaluators.density_coverage:compute",
-            bounds=(0.0, 1.0),
-        ),
-        Metric(
-            key="cmmd",
-            direction="lower",
-            minimum=100,
-            paper="Jayasumana et al. 2024, arXiv:2401.09603",
-            compute="evaluators.cmmd:compute",
-        ),
-        Metric(
-            key="mind",
-            direction="lower",
-            minimum=5000,
-            paper="Berthet et al. 2026, arXiv:2605.06797",
-            compute="evaluators.sliced_wasserstein:compute",
-        ),
-        Metric(
-            key="fd_infinity",
-            direction="lower",
-            minimum=5000,
-            paper="Chong and Forsyth 2020, arXiv:1911.07023",
-            compute="evaluators.extrapolation:compute",
-        ),
-        Metric(
-            key="authenticity",
-            direction="higher",
-            minimum=100,
-            paper="Alaa et al. 2022, arXiv:2102.08921",
-            compute="evaluators.authenticity:compute",
-            bounds=(0.0, 1.0),
-        ),
-    )
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A named, versioned choice of features and metrics; the version rises whenever a number would change."""
+    """A named, versioned choice of features and metrics; the version rises whenever a number would change.
+
+    mode: what records call this variant of its metrics; None: the metrics' own definitions. note: one line on what is
+    not to be seen in a number's name, printed beside it. reference_statistics: whether mu and sigma in a reference's
+    file stand for all its images: "optional", "expected" (10,000 images without them are refused), "declared" (only of a
+    file that says of which network they are, for those of public files are of another) or "never".
+    """
 
     name: str
     version: int
     features: FeatureSpec
     metrics: tuple[Metric, ...]
+    mode: str | None = None
+    note: str = ""
+    reference_statistics: str = "optional"
+
+    def __post_init__(self):
+        known = ("optional", "expected", "declared", "never")
+        assert self.reference_statistics in known, self.reference_statistics
+
+    def takes_statistics(self, *, declared: bool) -> bool:
+        """Whether those in a reference's file are used. declared: it says of which network they are."""
+        return self.reference_statistics != "never" and (declared or self.reference_statistics != "declared")
 
     @property
     def summary(self) -> str:
         """One line for lists."""
-        return f"{', '.join(each.key for each in self.metrics)} on {self.features.name}, from {self.minimum} samples"
+        ways = [
+            f"{', '.join(each.key for each in self.metrics if each.direction == way)} ({way} is better)"
+            for way in ("lower", "higher")
+            if any(each.direction == way for each in self.metrics)
+        ]
+        return f"{'; '.join(ways)} on {self.features.name}, from {self.minimum} samples"
 
     @property
     def minimum(self) -> int:
@@ -177,13 +79,22 @@ EMBEDDED = Suite(
 )
 
 _ADM_EVALUATOR = "Dhariwal and Nichol 2021, arXiv:2105.05233; openai/guided-diffusion evaluations/evaluator.py"
+_SFID = "Nash et al. 2021, arXiv:2103.03841"
+_TORCH_FIDELITY = "Obukhov et al. 2020, doi:10.5281/zenodo.4957738; torch-fidelity 0.4.0"
+
+
+def _on_inception(
+    key: str, direction: str, paper: str, compute: str, *, minimum: int = 100, bounds: tuple[float, float] | None = None
+) -> Metric:
+    """A metric whose name belongs to Inception's features, or whose definition to one program."""
+    return Metric(
+        key=key, direction=direction, minimum=minimum, paper=paper, compute=compute, needs_logits=key == "is",
+        bounds=bounds,
+    )  # fmt: skip
 
 
 def _adm(key: str, direction: str, bounds: tuple[float, float] | None = None) -> Metric:
-    return Metric(
-        key=key, direction=direction, minimum=100, paper=_ADM_EVALUATOR, compute="evaluators.adm_suite:compute",
-        needs_logits=key == "is", bounds=bounds,
-    )  # fmt: skip
+    return _on_inception(key, direction, _ADM_EVALUATOR, "evaluators.adm_suite:compute", bounds=bounds)
 
 
 ADM = Suite(
@@ -197,8 +108,68 @@ ADM = Suite(
         _adm("precision", "higher", (0.0, 1.0)),
         _adm("recall", "higher", (0.0, 1.0)),
     ),
+    mode="adm",
+    note="as ADM's evaluator: IS of splits of 5,000 in file order, precision and recall on float16 distances, k = 3",
+    reference_statistics="expected",
 )
 """What the DiT paper's numbers were measured with. FID and its like are named so only on this network's features."""
+
+ADM_EXACT = Suite(
+    name="adm-exact",
+    version=1,
+    features=INCEPTION_2015,
+    metrics=(
+        _on_inception("fid", "lower", METRICS["fd"].paper, METRICS["fd"].compute),
+        _on_inception("sfid", "lower", _SFID, METRICS["fd"].compute),
+        *(METRICS[key] for key in ("is", "precision", "recall")),
+    ),
+    mode="exact",
+    note="ADM's metrics without its roundings: no number knows the order of the images; IS of all samples at once, "
+    "precision and recall on float64 distances, k = 3",
+    reference_statistics="expected",
+)
+"""Its numbers are not the paper's and share no table with them."""
+
+CLEAN = Suite(
+    name="clean",
+    version=1,
+    features=INCEPTION_2015_CLEAN,
+    metrics=(
+        _on_inception("fid", "lower", "Parmar et al. 2022, arXiv:2104.11222", METRICS["fd"].compute),
+        METRICS["kid"],
+    ),
+    mode="clean",
+    note="clean-fid's mode clean (not legacy_pytorch, not legacy_tensorflow): its package resizes; the 2015 Inception is "
+    "ours with the same weights, where it runs a TorchScript of them; FID by our Frechet distance, KID over all pairs, "
+    "which is the mean of its random subsets",
+    reference_statistics="declared",
+)
+"""Resized by the clean-fid package, which must be installed."""
+
+
+def _fidelity(key: str, direction: str, minimum: int = 100, bounds: tuple[float, float] | None = None) -> Metric:
+    compute = "evaluators.torch_fidelity_suite:compute"
+    return _on_inception(key, direction, _TORCH_FIDELITY, compute, minimum=minimum, bounds=bounds)
+
+
+TORCH_FIDELITY = Suite(
+    name="torch-fidelity",
+    version=1,
+    features=INCEPTION_2015,
+    metrics=(
+        _fidelity("fid", "lower"),
+        _fidelity("kid", "lower", minimum=1000),
+        _fidelity("is", "higher"),
+        _fidelity("precision", "higher", bounds=(0.0, 1.0)),
+        _fidelity("recall", "higher", bounds=(0.0, 1.0)),
+    ),
+    mode="torch-fidelity",
+    note="as torch-fidelity 0.4.0 by default, samples as its input 1: IS of 10 splits after RandomState(2020) has shuffled "
+    "them, KID of 100 subsets of 1,000 drawn by RandomState(2020), precision and recall with k = 3; computed here, "
+    "without that package",
+    reference_statistics="never",
+)
+"""For numbers that stand beside that package's; IS and KID know the order of the images through its random draws."""
 
 EMBEDDED_MODERN = Suite(
     name="embedded-modern",
@@ -222,7 +193,28 @@ DINOV2 = Suite(
 CLIP = Suite(name="clip", version=1, features=CLIP_VIT_L_14_336, metrics=(METRICS["cmmd"],))
 """CMMD on the features that it was published for."""
 
-BUILT_IN = {suite.name: suite for suite in (EMBEDDED, EMBEDDED_MODERN, ADM, DINOV2, CLIP)}
+BUILT_IN = {
+    suite.name: suite for suite in (EMBEDDED, EMBEDDED_MODERN, ADM, ADM_EXACT, CLEAN, TORCH_FIDELITY, DINOV2, CLIP)
+}
+
+
+def get_suite(text: str) -> Suite:
+    """The suite of that name, or any registered metrics on any registered features, as FEATURES:METRIC,METRIC.
+
+    The latter is named after its features alone: what else was measured does not change a number.
+    """
+    name, colon, keys = text.partition(":")
+    if not colon:
+        return registry.suites.get(name)
+    features = registry.features.get(name)
+    metrics = tuple(registry.metrics.get(key.strip()) for key in keys.split(","))
+    if len(set(metrics)) < len(metrics):
+        raise Refusal(f"{text!r} names a metric twice; give each once")
+    for metric in metrics:
+        if metric.needs_logits and features.classes is None:
+            raise Refusal(f"{metric.key} scores classes, but {features.name} has no classifier; leave it out")
+    mine = "optional" if features == INCEPTION_2015 else "declared"
+    return Suite(name=features.name, version=1, features=features, metrics=metrics, reference_statistics=mine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +223,7 @@ class Measurement:
     made.
 
     n: number of samples. interval: "jackknife-20", "jackknife-20+halves" (recall), "clopper-pearson" (a share of 0 or
-    1) or "none".
+    1) or "none". remark: what is doubtful about the value, to be said beside it; empty: nothing.
     """
 
     metric: str
@@ -240,6 +232,7 @@ class Measurement:
     high: float | None
     n: int
     interval: str
+    remark: str = ""
 
 
 def evaluate_samples(
@@ -317,6 +310,7 @@ def _measure(evidence, suite: Suite, progress) -> list[Measurement]:
                 high=high,
                 n=len(evidence.images),
                 interval=bar.method,
+                remark=estimate.remark,
             )
         )
         if progress is not None:

@@ -368,6 +368,9 @@ def _build(kind: str, config: Mapping[str, Any], where: Path) -> nn.Module:
             from backbones.autoencoders.vq_torch import VQAutoencoder
 
             return VQAutoencoder(**config).eval()
+        from harness.torchvision_torch import make_importable
+
+        make_importable()  # diffusers imports torchvision where it is installed
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:

@@ -29,7 +29,7 @@ from results.records import Environment, Evaluation, Record, Sampling, Training
 if TYPE_CHECKING:
     from evaluators.suites import Suite
 
-LIBRARIES = ("torch", "numpy", "jax", "flax", "safetensors", "scikit-learn")
+LIBRARIES = ("torch", "numpy", "jax", "flax", "safetensors", "scikit-learn", "pillow", "clean-fid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,9 @@ class Judge:
     @classmethod
     def of(cls, protocol: Protocol) -> Judge:
         """The protocol's suite, with nothing brought."""
-        return cls(suite=registry.suites.get(protocol.suite))
+        from evaluators.suites import get_suite
+
+        return cls(suite=get_suite(protocol.suite))
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -98,13 +100,16 @@ def evaluate(
         if judge.statistics is not None:
             reference = with_statistics(reference, judge.statistics)
         measurements = evaluate_samples(samples, reference, suite, progress=progress, picture=judge.picture)
+    for each in measurements:
+        if each.remark:
+            judge.say(f"warning ({each.metric}): {each.remark}")
     judged = Evaluation(
         suite=suite.name,
         suite_version=str(suite.version),
         features=suite.features.name,
         features_sha256=reference.extractor.sha256,
         reference_sha256=reference.sha256,
-        mode="adm" if suite.name == "adm" else None,
+        mode=suite.mode,
     )
     return [
         Record(
@@ -141,11 +146,14 @@ def guard(source: ImageSource, data: ImageSet, protocol: Protocol, judge: Judge,
         names=(judge.suite.name, about["system"]),
         classes=protocol.num_classes,
         label_policy=about["sampling"].label_policy,
-        reference_statistics=judge.suite.name == "adm" and judge.statistics is not None,
+        reference_statistics=judge.suite.reference_statistics == "expected" and judge.statistics is not None,
         allow=judge.allow,
     )
     if judge.reference is not None:
         reference = survey(judge.reference)
+        if reference.brings_statistics and judge.statistics is None:
+            text = f"{reference.name} brings mu and sigma, which suite {judge.suite.name} does not use"
+            judge.say(f"warning (reference-statistics): {text}: the distance is to its {reference.count} images")
     else:
         reference = survey(data.images, name=f"data set {data.name}", labels=data.labels)
     enforce(check(survey(source), reference, task), judge.say)

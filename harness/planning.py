@@ -141,6 +141,8 @@ def check_plans(recipe: Recipe, sampling: Sampling) -> None:
 
 def missing(request: Request) -> list[str]:
     """What this machine lacks for the whole of the request, each with its fix, before any work is done."""
+    from evaluators.suites import get_suite
+
     task, lacks = request.protocol, []
     if task.dataset not in registry.datasets:
         lacks.append(f"data set {task.dataset!r}: no reader of that name is installed (see `harness list datasets`)")
@@ -153,10 +155,11 @@ def missing(request: Request) -> list[str]:
             f"latents: protocol {task.name!r} is trained in the latents of a VAE, which this version cannot do; trained "
             "weights are sampled with `harness sample --system`"
         )
-    if task.suite not in registry.suites:
-        lacks.append(f"suite {task.suite!r}: not installed (see `harness list suites`)")
+    try:
+        suite = get_suite(task.suite)
+    except Refusal as error:
+        lacks.append(f"suite {task.suite!r}: {error} (see `harness list suites`)")
     else:
-        suite = registry.suites.get(task.suite)
         if flag := getattr(suite.features, "weights_option", ""):
             lacks.append(
                 f"suite {task.suite!r}: its network's weights are a file of yours, which `harness evaluate` takes as {flag} "

@@ -4,6 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from harness.torchvision_torch import make_importable
+
+
+def pytest_configure(config):
+    make_importable()  # for the packages that results are held against: diffusers, clean-fid, torch-fidelity
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")

@@ -107,8 +107,20 @@ INCEPTION_2015_TF = FeatureSpec(
     weights_option="--inception",
 )
 
+INCEPTION_2015_CLEAN = FeatureSpec(
+    name="inception-2015-12-05-clean",
+    dim=2048,
+    classes=1008,
+    input_size=299,
+    loader="evaluators.features.inception_clean:load",
+    description="Inception-v3 of 2015-12-05; resized to 299x299 by the clean-fid package in its mode clean (bicubic, "
+    "antialiased, each channel in float32, not rounded); (x - 128) / 128; float32; torch",
+    requires="'backbone-harness[clean-fid]'",
+    weights_option="--inception",
+)
+
 from evaluators.features.vit_spec import SPECS as _VISION_TRANSFORMERS  # noqa: E402, below what it imports from here
 
 BUILT_IN = {
-    spec.name: spec for spec in (EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_TF)
+    spec.name: spec for spec in (EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_TF, INCEPTION_2015_CLEAN)
 } | _VISION_TRANSFORMERS

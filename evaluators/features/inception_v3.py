@@ -130,8 +130,12 @@ class InceptionFeatures:
         self.batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
         self.net = InceptionV3().load(weights).to(self.device, memory_format=torch.channels_last)
 
+    def prepare(self, batch: np.ndarray) -> torch.Tensor:
+        """uint8 (N, H, W, 1 or 3) to the network's input, float32 (N, 3, 299, 299), on its device."""
+        return preprocess(torch.from_numpy(batch).to(self.device))
+
     def _forward(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        outputs = self.net(preprocess(torch.from_numpy(batch).to(self.device)))
+        outputs = self.net(self.prepare(batch))
         return tuple(each.cpu().numpy() for each in outputs)
 
     def __call__(self, images: np.ndarray) -> Features:

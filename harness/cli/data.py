@@ -55,11 +55,12 @@ def reference(
         harness data reference train/ --out train.npz --images 10k --inception classify_image_graph_def.pb
         harness evaluate samples.npz --suite adm --reference train.npz --inception classify_image_graph_def.pb
     """
-    from harness import registry, stages
+    from evaluators.suites import get_suite
+    from harness import stages
     from harness.cli.evaluate import judge_of
     from harness.references import make_reference, open_source
 
-    judge = judge_of(registry.suites.get(suite), weights, backend, None)
+    judge = judge_of(get_suite(suite), weights, backend, None)
     made = make_reference(
         open_source(source, data),
         out,

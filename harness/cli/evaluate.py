@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from harness import registry, runs, stages
+from harness import runs, stages
 from harness.cli.options import DEFAULT_PROTOCOL, FOLDER, json_option, protocol_option
 from harness.data.images import ImageSet
 from harness.errors import Refusal
@@ -20,6 +20,10 @@ from harness.protocols import get_protocol
 from harness.samples import read_sidecar, sidecar_path
 from results.records import to_json
 
+SUITE_HELP = (
+    "A name of `harness list suites`, or metrics on features of your choice, as in dinov2-vit-b-14:fd,kid (see `harness "
+    "list features` and `metrics`). [default: the protocol's]"
+)
 WHERE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 bytes"
 
 
@@ -27,7 +31,7 @@ WHERE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 bytes"
 @click.argument("samples", type=FOLDER)
 @protocol_option
 @click.option("--data", type=FOLDER, metavar="PATH", help="Where the protocol's data set is, if it needs one.")
-@click.option("--suite", metavar="NAME", help="A name of `harness list suites`. [default: the protocol's]")
+@click.option("--suite", metavar="NAME|FEATURES:METRIC,..", help=SUITE_HELP)
 @click.option("--reference", type=FOLDER, metavar="PATH", help="Images to judge by, with mu and sigma if it has them.")
 @click.option(
     "--inception",
@@ -66,6 +70,8 @@ def command(
         harness evaluate samples.npz --protocol imagenet-256 --suite adm \\
                 --reference VIRTUAL_imagenet256_labeled.npz --inception classify_image_graph_def.pb
     """
+    from evaluators.suites import get_suite
+
     path = samples / "samples.npz" if (samples / "samples.npz").is_file() else samples
     if not path.exists() and not any(sign in str(path) for sign in "*?["):
         raise Refusal(f"no sample set at {path}; `harness sample` makes one")
@@ -80,7 +86,7 @@ def command(
         raise Refusal("--data and --reference both name the images to judge by; give one of them")
     source = open_reference(reference) if reference else None
     images = reference_images(source) if source else stages.load_data(task, data)
-    by = judge_of(registry.suites.get(suite or task.suite), weights, backend, reference)
+    by = judge_of(get_suite(suite or task.suite), weights, backend, reference)
     by = dataclasses.replace(by, reference=source, allow=allow, picture=neighbours)
     found = stages.judge(path, task, images, records, cache=cache, name=name, by=by)
     if as_json:
@@ -89,12 +95,15 @@ def command(
     from harness.cli.report import print_records
 
     print_records(found)
+    if by.suite.note:
+        click.echo(f"suite {by.suite.name}: {by.suite.note}")
     click.echo(f"records: {records}")
 
 
 def judge_of(suite: Any, weights: Path | None, backend: str, reference: Path | None) -> Judge:
     """The suite on the chosen backend, with what was brought; what has no use is refused."""
     from evaluators.features import INCEPTION_2015, INCEPTION_2015_TF
+    from evaluators.reference_file import read_about
 
     flag = suite.features.weights_option
     if weights is not None and not flag:
@@ -103,9 +112,13 @@ def judge_of(suite: Any, weights: Path | None, backend: str, reference: Path | N
         raise Refusal(f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({WHERE})")
     if backend != "torch":
         if suite.features != INCEPTION_2015:
-            raise Refusal(f"--backend {backend} belongs to suite adm, not to {suite.name!r}")
+            raise Refusal(
+                f"--backend {backend} belongs to suite adm and others on {INCEPTION_2015.name}, not to {suite.name!r}"
+            )
         suite = dataclasses.replace(suite, features=INCEPTION_2015_TF)
     statistics = reference if reference is not None and reference.suffix == ".npz" and reference.is_file() else None
+    if statistics is not None and not suite.takes_statistics(declared=read_about(statistics) is not None):
+        statistics = None
     return Judge(suite=suite, weights=weights, statistics=statistics)
 
 

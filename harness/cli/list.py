@@ -18,6 +18,7 @@ NOUNS = {
     "samplers": registry.samplers,
     "suites": registry.suites,
     "features": registry.features,
+    "metrics": registry.metrics,
 }
 
 
@@ -38,9 +39,27 @@ def system_facts(item: Any) -> dict[str, Any]:
     }
 
 
+def metric_facts(item: Any) -> dict[str, Any]:
+    """What a metric's value is read by."""
+    return {"direction": item.direction, "minimum": item.minimum, "paper": item.paper}
+
+
+def suite_facts(item: Any) -> dict[str, Any]:
+    """What a suite is made of."""
+    return {
+        "version": item.version,
+        "features": item.features.name,
+        "mode": item.mode,
+        "note": item.note or None,
+        "metrics": [{"name": each.key, **metric_facts(each)} for each in item.metrics],
+    }
+
+
 FACTS = {
     "backbones": lambda item: {"kind": item.kind, "frameworks": list(item.builders)},
     "systems": system_facts,
+    "suites": suite_facts,
+    "metrics": metric_facts,
 }
 
 
@@ -71,6 +90,8 @@ def command(noun: str | None, as_json: bool) -> None:
         for row in document[name]:
             origin = "" if row["from"] == registry.OWN_DISTRIBUTION else f"  [{row['from']}]"
             click.echo(f"  {row['name']:<{width}}  {row['summary']}{origin}".rstrip())
+            if row.get("note"):
+                click.echo(f"  {'':<{width}}  {row['note']}")
             if row.get("unavailable"):
                 click.echo(f"  {'':<{width}}  cannot be run: {row['unavailable']}")
             elif "weights" in row:
