@@ -16,6 +16,7 @@ from evaluators import frechet, inception_score, precision_recall
 from evaluators.intervals import Estimate
 from evaluators.statistics import Moments, Statistics
 from harness.errors import Refusal
+from harness.large_arrays import give_back
 
 SPLIT_ROWS = 5000
 BLOCK_ROWS = 10_000  # rows and columns that one evaluation of ADM's distance graph sees
@@ -48,16 +49,25 @@ class StreamedStatistics:
 
     def finish(self) -> Statistics:
         """Mean float32 (D,) and covariance float64 (D, D) of n >= 2 rows."""
-        mean = (self._sum / np.float64(self._moments.n)).astype(np.float32)
-        return replace(self._moments.finish(), mean=mean)
+        return self.finish_both()[1]
+
+    def finish_both(self) -> tuple[Statistics, Statistics]:
+        """The exact ones, whose mean is float64 (D,), and ADM's; they share the covariance."""
+        exact = self._moments.finish()
+        return exact, replace(exact, mean=(self._sum / np.float64(self._moments.n)).astype(np.float32))
 
 
 def statistics(features: np.ndarray) -> Statistics:
     """ADM's statistics of features (N, D), N >= 2, in file order."""
+    return _streamed(features).finish()
+
+
+def _streamed(features: np.ndarray) -> StreamedStatistics:
     stream = StreamedStatistics(features.shape[1])
     for start in range(0, len(features), 8192):
         stream.update(features[start : start + 8192])
-    return stream.finish()
+        give_back(features)
+    return stream
 
 
 def fid(features: "np.ndarray | Statistics", reference: Statistics, *, eps: float = 0.0) -> float:
@@ -89,8 +99,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def score(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> float:
     """Inception Score of logits (N, 1008): the mean over splits of consecutive rows in file order, a ragged last one
     with equal weight, in float32. A class whose probability underflows adds 0, where ADM's own gives nan."""
-    p = softmax(logits)
-    return inception_score.inception_score_by_splits(np.maximum(p, np.finfo(np.float32).tiny), split_rows)
+    scores = []
+    for start in range(0, len(logits), split_rows):
+        p = np.maximum(softmax(logits[start : start + split_rows]), np.finfo(np.float32).tiny)
+        scores.append(inception_score.inception_score_by_splits(p, split_rows))
+        give_back(logits)
+    return float(np.mean(scores))
 
 
 def order_remark(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> str:
@@ -102,27 +116,37 @@ def order_remark(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> str:
     n = len(logits)
     if n <= split_rows:
         return ""
-    log_p = inception_score.log_softmax(logits)
-    p = np.exp(log_p)
-    own = np.sum(p * log_p, axis=1)  # (N,)
-    split = np.arange(n) // split_rows
+    random, split = np.random.RandomState(SEED), np.arange(n) // split_rows
+    member = np.empty((1 + ORDERS, n), np.int64)  # the split of a row: in file order, then in random ones
+    member[0] = split
+    for each in member[1:]:
+        each[random.permutation(n)] = split
     sizes = np.bincount(split)
-
-    def by_order(order: np.ndarray) -> float:
-        member = np.zeros((len(sizes), n))
-        member[split, order] = 1.0
-        return _mean_score(member @ p / sizes[:, None], member @ own / sizes)
-
-    random = np.random.RandomState(SEED)
-    others = np.array([by_order(random.permutation(n)) for _ in range(ORDERS)])
-    here, spread = by_order(np.arange(n)), max(float(others.std(ddof=1)), 1e-9 * others.mean())
+    own, sums = _sums_of_splits(logits, member, len(sizes))  # (1 + ORDERS, S), (1 + ORDERS, S, K)
+    scores = np.array([_mean_score(p / sizes[:, None], each / sizes) for each, p in zip(own, sums, strict=True)])
+    here, others = scores[0], scores[1:]
+    spread = max(float(others.std(ddof=1)), 1e-9 * others.mean())
     if abs(here - others.mean()) <= MANY_DEVIATIONS * spread:
         return ""
-    whole = _mean_score(p.mean(axis=0, keepdims=True), own.mean(keepdims=True))
+    whole = _mean_score(sums[0].sum(axis=0, keepdims=True) / n, own[0].sum(keepdims=True) / n)
     return (
         f"the order of the images decides the score: {here:.4g} in file order, {others.mean():.4g} +- {spread:.2g} in random "
         f"order ({whole:.4g} of all at once, without order); shuffle the samples, or use suite adm-exact"
     )
+
+
+def _sums_of_splits(logits: np.ndarray, member: np.ndarray, splits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over each split of sum p log p (O, S) and of p (O, S, K), for O ways int64 (O, N) to deal out the rows."""
+    own, sums = np.zeros((len(member), splits)), np.zeros((len(member), splits, logits.shape[1]))
+    for start in range(0, len(logits), inception_score.ROWS_AT_ONCE):
+        rows = slice(start, start + inception_score.ROWS_AT_ONCE)
+        log_p = inception_score.log_softmax(logits[rows])
+        p = np.exp(log_p)
+        give_back(logits)
+        is_in = np.eye(splits)[member[:, rows]].transpose(0, 2, 1)  # (O, S, n)
+        own += is_in @ np.sum(p * log_p, axis=1)
+        sums += is_in @ p
+    return own, sums
 
 
 def _mean_score(mean: np.ndarray, own: np.ndarray) -> float:
@@ -192,6 +216,7 @@ def _tiles(u: np.ndarray, v: np.ndarray):
                 for start in range(top, min(top + BLOCK_ROWS, len(u)), TILE_ROWS)
             ]
             right = _half_rows(v[columns])  # once for the block, not for every tile
+            give_back(v)
             if _fits_half(u[top : top + BLOCK_ROWS], v[columns]) or all(
                 np.isfinite(_half_product(*_half_rows(u[rows]), *right)).all() for rows in parts
             ):
@@ -212,6 +237,7 @@ def radii_half(x: np.ndarray, k: int = K) -> np.ndarray:
     """Radius float32 (N,) of every row of x (N, D): entry k of its sorted distances to the set, itself included."""
     best = np.full((len(x), k + 1), np.inf, np.float32)
     for rows, _, d in _tiles(x, x):
+        give_back(x)
         near = np.partition(d, k, axis=1)[:, : k + 1] if d.shape[1] > k + 1 else d
         best[rows] = np.sort(np.concatenate([best[rows], near], axis=1), axis=1)[:, : k + 1]
     return best[:, k]
@@ -230,6 +256,7 @@ def precision_and_recall(reference: np.ndarray, samples: np.ndarray, mode: str =
     reference_radii, sample_radii = radii_half(reference), radii_half(samples)
     inside, covered = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
     for rows, columns, d in _tiles(reference, samples):
+        give_back(reference)
         inside[columns] |= (d <= reference_radii[rows, None]).any(axis=0)
         covered[rows] |= (d <= sample_radii[columns]).any(axis=1)
     return float(inside.mean()), float(covered.mean())
@@ -256,15 +283,14 @@ def estimates(
     values = (precision.value, recall.value)
     if mode != "exact":
         values = precision_and_recall(reference_pooled, pooled, mode)
-    fids = {
-        key: replace(frechet.estimate(features, reference, block), value=fid(features, reference))
-        for key, features, reference in (
-            ("fid", pooled, reference_statistics),
-            ("sfid", spatial, reference_spatial_statistics),
-        )
-    }
+
+    def distance(features: np.ndarray, reference: Statistics) -> Estimate:
+        exact, judged = _streamed(features).finish_both()
+        return frechet.estimate(features, reference, block, own=exact, judged=judged)
+
     return {
-        **fids,
+        "fid": distance(pooled, reference_statistics),
+        "sfid": distance(spatial, reference_spatial_statistics),
         "is": replace(is_estimate, value=score(logits), remark=order_remark(logits)),
         "precision": replace(precision, value=values[0]),
         "recall": replace(recall, value=values[1]),

@@ -23,21 +23,24 @@ from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
 from evaluators.statistics import Statistics, statistics
 from harness.errors import Failure
+from harness.large_arrays import give_back
 
 NEGATIVE_TOLERANCE = 1e-10  # of the largest eigenvalue: further below zero than this is not rounding
-MAX_WORKERS = 8  # each holds one more matrix
+MAX_WORKERS = 8
+WORKERS_BYTES = 1 << 29  # what all of them may hold
 ORDER_TOLERANCE = 1e-8  # relative difference of the two orders
 SUM_TOLERANCE = 1e-10  # relative, of the eigenvalues' sum and sum of squares
 
 
-def _sum_of_roots(matrix: np.ndarray, rank: int) -> float:
+def _sum_of_roots(matrix: np.ndarray, rank: int, symmetric: bool = False) -> float:
     """Sum of the square roots of the `rank` largest eigenvalues of a symmetric positive semidefinite matrix.
 
     The rank is what the number of rows allows: below it eigenvalues are rounding, and a square root would magnify it.
+    symmetric: to the bit, so that no other matrix of its size need be made.
     """
     if not np.isfinite(matrix).all():
         raise Failure("Frechet distance: a covariance is not finite")
-    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    values = np.linalg.eigvalsh(matrix if symmetric else (matrix + matrix.T) / 2)
     if abs(values.sum() - np.trace(matrix)) > SUM_TOLERANCE * np.abs(values).sum():
         raise Failure(
             "Frechet distance: eigenvalues do not add up to the trace, so there are no two orders to compare: "
@@ -146,14 +149,21 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return _assemble(delta, float(np.trace(a.covariance)), float(np.trace(b.covariance)), trace)
 
 
-def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray) -> Estimate:
+def estimate(
+    features: np.ndarray,
+    reference: Statistics,
+    block: np.ndarray,
+    *,
+    own: Statistics | None = None,  # of the features, where they are known: exact
+    judged: Statistics | None = None,  # what the value is of, where it is another mean's: ADM's
+) -> Estimate:
     """Distance of features (N, D) from a reference, and the distance without each block int64 (N,).
 
     The distances without a block reuse one product over all rows: (N, N) where N <= D, (D, D) where not. Beyond the
     features, memory depends on N only through the size of a block.
     """
     n, dim = features.shape
-    own = statistics(features)
+    own = statistics(features) if own is None else own
     few_rows = n <= dim
     factor = _factor(reference)  # (D, r)
     if few_rows:
@@ -161,28 +171,38 @@ def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray) -> 
         inner = turned @ turned.T  # (N, N)
     else:
         inner = (n - 1) * (factor.T @ own.covariance @ factor)  # (r, r)
+        inner = (inner + inner.T) / 2
     own_trace, reference_trace = float(np.trace(own.covariance)), float(np.trace(reference.covariance))
-    value = frechet_distance(own, reference)  # of the exact statistics: the rows' order does not show
+    value = frechet_distance(judged or own, reference)  # of the exact statistics: the rows' order does not show
 
     def without(b: int) -> float:
         kept = block != b
         m = int(kept.sum())
         gone = features[~kept] - own.mean  # (N - m, D)
+        give_back(features)
         shift = -gone.sum(axis=0) / m  # mean of the kept rows: all rows together have mean 0
+        spread = ((n - 1) * own_trace - np.einsum("nd,nd->", gone, gone) - m * (shift @ shift)) / (m - 1)
         if few_rows:
             part = inner[np.ix_(kept, kept)]
             part -= part.mean(axis=0, keepdims=True)  # centred on the kept rows' own mean
             part -= part.mean(axis=1, keepdims=True)
         else:
-            lost, centre = gone @ factor, shift @ factor
-            part = inner - lost.T @ lost - m * np.outer(centre, centre)
-        spread = ((n - 1) * own_trace - np.einsum("nd,nd->", gone, gone) - m * (shift @ shift)) / (m - 1)
-        root = _sum_of_roots(part / (m - 1), min(m - 1, _rank(reference)))
+            lost = np.empty((n - m + 1, factor.shape[1]))
+            np.matmul(gone, factor, out=lost[:-1])
+            lost[-1] = np.sqrt(m) * (shift @ factor)  # the kept rows' own mean, m times
+            del gone
+            part = lost.T @ lost  # this thread's one matrix; numpy takes half the work, and both halves are equal
+            np.subtract(inner, part, out=part)
+            del lost
+        part /= m - 1
+        root = _sum_of_roots(part, min(m - 1, _rank(reference)), symmetric=not few_rows)
         return _assemble(own.mean + shift - reference.mean, spread, reference_trace, root)
 
     # One block a thread: a symmetric eigenvalue problem of this size gains little from threads of its own, and BLAS
     # threads that wait for each other on a busy machine have been seen to take 40 times as long.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS)) as pool:
+    each = 8 * (2 * len(inner) ** 2 + 2 * dim * int(np.bincount(block).max()))
+    workers = min(os.cpu_count() or 1, MAX_WORKERS, max(WORKERS_BYTES // each, 1))
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
         left_out = np.array(list(pool.map(without, range(int(block.max()) + 1))))
     return Estimate(value=value, left_out=left_out)
 

@@ -9,7 +9,10 @@ which makes the score depend on that order; it is kept as a function of its own.
 import numpy as np
 
 from evaluators.evidence import Evidence
-from evaluators.intervals import Estimate, block_sums
+from evaluators.intervals import Estimate
+from harness.large_arrays import give_back
+
+ROWS_AT_ONCE = 4096  # bounds the memory: some arrays float64 (rows, K)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -26,16 +29,22 @@ def _negative_entropy(p: np.ndarray) -> np.ndarray:
 
 def estimate(logits: np.ndarray, block: np.ndarray) -> Estimate:
     """Score of logits (N, K), at least 1 and at most K, and without each block int64 (N,)."""
-    log_p = log_softmax(logits)
-    p = np.exp(log_p)  # (N, K)
-    own = np.sum(p * log_p, axis=1)  # (N,)
-    sums, owns, sizes = block_sums(p, block), block_sums(own, block), np.bincount(block)
+    sizes = np.bincount(block)
+    sums, owns = np.zeros((len(sizes), logits.shape[1])), np.zeros(len(sizes))  # (B, K), (B,)
+    for start in range(0, len(logits), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        log_p = log_softmax(logits[rows])
+        p = np.exp(log_p)  # (n, K)
+        member = np.eye(len(sizes))[block[rows]]  # (n, B) one-hot
+        sums += member.T @ p
+        owns += member.T @ np.sum(p * log_p, axis=1)
+        give_back(logits)
 
     def score(p_sum, own_sum, count):
         return np.exp(own_sum / count - _negative_entropy(p_sum / np.expand_dims(count, -1)))
 
-    left_out = score(sums.sum(axis=0) - sums, owns.sum() - owns, len(p) - sizes)
-    return Estimate(value=float(score(sums.sum(axis=0), owns.sum(), np.float64(len(p)))), left_out=left_out)
+    left_out = score(sums.sum(axis=0) - sums, owns.sum() - owns, len(logits) - sizes)
+    return Estimate(value=float(score(sums.sum(axis=0), owns.sum(), np.float64(len(logits)))), left_out=left_out)
 
 
 def inception_score_by_splits(probabilities: np.ndarray, split_size: int = 5000) -> float:

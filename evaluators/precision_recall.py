@@ -14,6 +14,7 @@ import numpy as np
 
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate, block_sums
+from harness.large_arrays import give_back
 
 K = 3
 SPLITS = 10  # into halves, for the error bar of recall
@@ -49,6 +50,8 @@ class _Screen:
         """
         a = (self.u[rows] - self.centre).astype(dtype)
         b = a if self.u is self.v and rows == columns else (self.v[columns] - self.centre).astype(dtype)
+        give_back(self.u)
+        give_back(self.v)
         a_norm, b_norm = (np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (a, b))
         return (a * dtype(-2.0)) @ b.T, a_norm, b_norm, (self.dim + 16) * float(np.finfo(dtype).eps) / 2
 
@@ -229,7 +232,7 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: 
     of it is below the variance at the full size (0.8 to 0.9 of the standard error there). The geometric mean of the
     two is used.
     """
-    x, y = np.asarray(features), np.asarray(reference)
+    x, y = np.asanyarray(features), np.asanyarray(reference)  # maps stay maps
     n, blocks = len(x), int(block.max()) + 1
     halves = np.stack([np.random.RandomState(s).permutation(n) < n // 2 for s in range(SPLITS)])  # (S, N)
     thinned = _thinned_radii(x, block, halves, k)  # (1 + B + S, N)

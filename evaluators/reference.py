@@ -15,6 +15,7 @@ from evaluators.reference_file import STATISTICS, check_content, check_network, 
 from evaluators.statistics import Statistics, statistics
 from harness.errors import Failure, Refusal
 from harness.image_sources import readable
+from harness.large_arrays import RowsInOrder, give_back
 
 Progress = Callable[[str, int, int], None]  # (stage, images done, images in all)
 
@@ -56,23 +57,29 @@ def check_images(images: np.ndarray, what: str) -> None:
 def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progress: Progress | None = None) -> Features:
     """Features of all images, reporting progress. Failure when a feature is not finite or the extractor breaks its
     contract."""
-    parts = []
+    kept: dict[str, RowsInOrder] = {}
     if progress is not None:
         progress(stage, 0, len(images))
     for start in range(0, len(images), IMAGES_PER_CALL):
-        parts.append(extractor(images[start : start + IMAGES_PER_CALL]))
+        seen = extractor(images[start : start + IMAGES_PER_CALL])
+        give_back(images)
+        count = min(IMAGES_PER_CALL, len(images) - start)
+        if seen.pooled.shape != (count, extractor.dim):
+            raise Failure(f"features {extractor.name}: shape {seen.pooled.shape}, expected {(count, extractor.dim)}")
+        for name in ("pooled", "logits", "spatial"):
+            rows = getattr(seen, name)
+            if rows is None:
+                continue
+            finite = np.isfinite(rows).all(axis=1)
+            if not finite.all():
+                image = start + int(np.argmin(finite))
+                raise Failure(f"features {extractor.name} of image {image} are not finite ({stage})")
+            if start == 0:
+                kept[name] = RowsInOrder(len(images), rows.shape[1])
+            kept[name].add(rows)
         if progress is not None:
-            progress(stage, min(start + IMAGES_PER_CALL, len(images)), len(images))
-    pooled = np.concatenate([part.pooled for part in parts])
-    logits = None if parts[0].logits is None else np.concatenate([part.logits for part in parts])
-    spatial = None if parts[0].spatial is None else np.concatenate([part.spatial for part in parts])
-    if pooled.shape != (len(images), extractor.dim):
-        raise Failure(f"features {extractor.name}: shape {pooled.shape}, expected {(len(images), extractor.dim)}")
-    for array in (each for each in (pooled, logits, spatial) if each is not None):
-        finite = np.isfinite(array).all(axis=1)
-        if not finite.all():
-            raise Failure(f"features {extractor.name} of image {int(np.argmin(finite))} are not finite ({stage})")
-    return Features(pooled=pooled, logits=logits, spatial=spatial)
+            progress(stage, start + count, len(images))
+    return Features(**{name: rows.done() for name, rows in kept.items()})
 
 
 def cache_key(images_sha256: str, features_sha256: str) -> str:

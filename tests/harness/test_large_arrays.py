@@ -1,0 +1,43 @@
+"""Rows in a nameless file are the rows that were added; pages are given back and come again."""
+
+import os
+
+import numpy as np
+import pytest
+
+from harness import large_arrays
+from harness.large_arrays import RowsInOrder, give_back
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kept", ["in memory", "in a file", "in memory, for the disk is full"])
+def test_rows_are_those_added(kept, monkeypatch, tmp_path):
+    monkeypatch.setattr(large_arrays.tempfile, "tempdir", str(tmp_path))
+    if kept != "in memory":
+        monkeypatch.setattr(large_arrays, "HELD_BYTES", 0)
+    if kept.endswith("full"):
+        monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    rows = np.random.RandomState(0).randn(1000, 33).astype(np.float32)
+    made = RowsInOrder(1000, 33)
+    for start in range(0, 1000, 300):
+        made.add(rows[start : start + 300])
+    made = made.done()
+    assert isinstance(made, np.memmap) == (kept == "in a file" and hasattr(os, "posix_fallocate"))
+    assert made.dtype == np.float32 and not list(tmp_path.iterdir())
+    for _ in range(2):
+        np.testing.assert_array_equal(made, rows)
+        give_back(made)
+        give_back(made[10:20])
+
+
+def test_what_was_written_to_a_map_stays(tmp_path):
+    np.arange(4096, dtype=np.uint8).tofile(tmp_path / "bytes")
+    for mode in ("c", "r+"):
+        array = np.memmap(tmp_path / "bytes", np.uint8, mode)
+        array[5] = 77
+        give_back(array)
+        assert array[5] == 77
+    give_back(np.zeros(3))  # nothing to give back
