@@ -9,6 +9,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_for_small_products():
+    """BLAS threads that wait for each other on a busy machine take many times as long as one, on matrices this small."""
+    import scipy.linalg  # noqa: F401, so that its BLAS is there to be limited
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
 @dataclass(frozen=True)
 class MadeInception:
     """A whole Inception-v3 with random weights: its frozen graph, its torch port, and what made them."""

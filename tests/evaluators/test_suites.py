@@ -44,16 +44,16 @@ def reference(digits):
 
 
 def test_embedded_suite_tells_digits_from_noise(digits):
-    reference = build_reference(digits[:300], EMBEDDED.features.load())
+    reference = build_reference(digits[:150], EMBEDDED.features.load())
     stages = []
-    noise = np.random.RandomState(0).randint(0, 256, (300, 8, 8, 1)).astype(np.uint8)
-    real = evaluate_samples(digits[300:600], reference, EMBEDDED, progress=lambda *a: stages.append(a))
+    noise = np.random.RandomState(0).randint(0, 256, (100, 8, 8, 1)).astype(np.uint8)
+    real = evaluate_samples(digits[150:250], reference, EMBEDDED, progress=lambda *a: stages.append(a))
     bad = {m.metric: m for m in evaluate_samples(noise, reference, EMBEDDED)}
     assert [m.metric for m in real] == KEYS
-    assert stages[:2] == [("sample features", 0, 300), ("sample features", 300, 300)]
+    assert stages[:2] == [("sample features", 0, 100), ("sample features", 100, 100)]
     assert stages[-1] == ("metrics", 6, 6)
     for m in real:
-        assert isinstance(m.value, float) and m.n == 300
+        assert isinstance(m.value, float) and m.n == 100
         assert m.low <= m.value <= m.high
     real = {m.metric: m for m in real}
     assert real["fd"].high * 5 < bad["fd"].low and real["kid"].high < bad["kid"].low
