@@ -1,12 +1,16 @@
-"""Metrics from stored features, beside public packages, in one process.
+"""Evaluation beside public packages, in one process: speed, equality, and the memory of FID on 50,000 images.
 
-    python benchmarks/evaluate.py [--parts frechet,precision-recall] [--rows 10000] [--runs 5] [--out FILE.json]
+    python benchmarks/evaluate.py [--parts frechet,precision-recall,extraction,memory] [--runs 5] [--out FILE.json]
 
-1. frechet: two 2048-dimensional statistics, against clean-fid, pytorch-fid and torch-fidelity;
-2. precision-recall: rows x rows x 2048, mode `exact`, against torch-fidelity (k = 3, its two ways of going about it).
+1. frechet: two 2048-dimensional statistics of --rows rows, against clean-fid, pytorch-fid and torch-fidelity;
+2. precision-recall: rows x rows x 2048, mode `exact`, against torch-fidelity (k = 3, its two ways of going about it);
+3. extraction: uint8 images at 256x256 to pool3, resizing included, with the same random weights, the same batch and
+   the same threads, in float32 (benchmarks/inception_peers.py says what is called of each package);
+4. memory: FID with its interval on 50,000 images, in a process of its own (benchmarks/memory_of_fid.py).
 
-Every run takes each package once, in turn, and the medians are compared: machines are noisy and only the ratios mean
-something. Peers that are not installed are left out and named.
+Every run takes each package once, in turn, and the ratios of each run are compared: machines are noisy and only the
+ratios mean something. Peers that are not installed are left out and named. Beside a build of torch for another device
+torchvision fails to be imported; its operators are declared first.
 """
 
 from __future__ import annotations
@@ -14,12 +18,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a path
+
+from inception_peers import PEERS, harness_extractor, random_weights
+from memory_of_fid import memory_of_fid
 
 from evaluators.frechet import frechet_distance
 from evaluators.precision_recall import precision_recall
@@ -28,6 +39,19 @@ from evaluators.statistics import statistics as feature_statistics
 from harness.engines.torch.resolve import device_name
 
 DIMENSIONS = 2048
+PACKAGES = ("clean-fid", "pytorch-fid", "torch-fidelity", "torchvision")
+# What is promised: so many times as fast as the package, and equal to so much.
+TARGETS = {
+    ("frechet", "clean-fid"): 8.0,
+    ("frechet", "pytorch-fid"): 8.0,
+    ("frechet", "torch-fidelity"): 1.5,
+    ("precision-recall", "torch-fidelity"): 2.0,
+    ("precision-recall", "torch-fidelity, save_cpu_ram"): 2.0,
+    ("extraction", "clean-fid"): 1.0,
+    ("extraction", "pytorch-fid"): 1.0,
+    ("extraction", "torch-fidelity"): 1.0,
+}
+DIFFERENCES = {"frechet": 1e-6, "precision-recall": 0.0, "extraction": 1e-3}
 
 
 def features(rows: int, seed: int, scale: float) -> np.ndarray:
@@ -43,6 +67,17 @@ def declare_torchvision_operators() -> None:
     declare_torchvision_operators.library = torch.library.Library("torchvision", "DEF")  # lives as long as it is held
     for op in ("nms", "qnms"):
         declare_torchvision_operators.library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def versions() -> dict[str, str | None]:
+    """Of what is compared and of what it runs on; None: not installed."""
+    found = {}
+    for name in (*PACKAGES, "torch", "numpy", "scipy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def peers_of_frechet(a: Statistics, b: Statistics) -> dict[str, Callable[[], float]]:
@@ -85,7 +120,8 @@ def peers_of_precision_recall(reference: np.ndarray, samples: np.ndarray) -> dic
 
 
 def interleave(calls: dict[str, Callable], runs: int) -> dict[str, dict]:
-    """Seconds (median of the runs, each package once a run) and what each returned."""
+    """Each package once a run: seconds (median), how many times as long as the harness (median, least and most of the
+    runs), and what it returned."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     values = {}
     for _ in range(runs):
@@ -93,38 +129,87 @@ def interleave(calls: dict[str, Callable], runs: int) -> dict[str, dict]:
             start = time.perf_counter()
             values[name] = call()
             seconds[name].append(time.perf_counter() - start)
-    return {name: {"seconds": statistics.median(seconds[name]), "value": values[name]} for name in calls}
-
-
-def frechet(rows: int, runs: int) -> dict[str, dict]:
-    a, b = (feature_statistics(features(rows, seed, scale)) for seed, scale in ((1, 1.0), (2, 0.9)))
-    results = interleave({"harness": lambda: frechet_distance(a, b), **peers_of_frechet(a, b)}, runs)
-    for result in results.values():
-        result["value"] = float(result["value"])
-        result["relative difference"] = abs(result["value"] / results["harness"]["value"] - 1)
+    results = {}
+    for name, own in seconds.items():
+        ratios = [theirs / ours for theirs, ours in zip(own, seconds["harness"], strict=True)]
+        results[name] = {
+            "seconds": statistics.median(own),
+            "ratio": statistics.median(ratios),
+            "least": min(ratios),
+            "most": max(ratios),
+            "value": values[name],
+        }
     return results
 
 
-def prdc(rows: int, runs: int) -> dict[str, dict]:
-    reference, samples = features(rows, 1, 1.0), features(rows, 2, 0.9)
+def frechet(arguments: argparse.Namespace) -> dict[str, dict]:
+    a, b = (feature_statistics(features(arguments.rows, seed, scale)) for seed, scale in ((1, 1.0), (2, 0.9)))
+    results = interleave({"harness": lambda: frechet_distance(a, b), **peers_of_frechet(a, b)}, arguments.runs)
+    for result in results.values():
+        result["value"] = float(result["value"])
+        result["difference"] = abs(result["value"] / results["harness"]["value"] - 1)
+    return results
+
+
+def prdc(arguments: argparse.Namespace) -> dict[str, dict]:
+    reference, samples = features(arguments.rows, 1, 1.0), features(arguments.rows, 2, 0.9)
     calls = {
         "harness": lambda: precision_recall(reference, samples),
         **peers_of_precision_recall(reference, samples),
     }
-    results = interleave(calls, runs)
+    results = interleave(calls, arguments.runs)
     for result in results.values():
         ours = results["harness"]["value"]
-        result["largest difference"] = max(abs(x - y) for x, y in zip(result["value"], ours, strict=True))
+        result["difference"] = max(abs(x - y) for x, y in zip(result["value"], ours, strict=True))
     return results
 
 
-PARTS = {"frechet": frechet, "precision-recall": prdc}
+def extraction(arguments: argparse.Namespace) -> dict[str, dict]:
+    images = np.random.RandomState(0).randint(0, 256, (arguments.images, 256, 256, 3)).astype(np.uint8)
+    weights, port = random_weights()
+    extractors = {"harness": harness_extractor(weights, arguments.batch)}
+    for name, make in PEERS.items():
+        try:
+            extractors[name] = make(port, arguments.batch)
+        except (ImportError, RuntimeError) as error:
+            print(f"{name} is left out:", error)
+    for extract in extractors.values():
+        extract(images[: arguments.batch])  # what is prepared once is not measured
+    results = interleave({n: lambda e=e: e(images) for n, e in extractors.items()}, arguments.runs)
+    ours = results["harness"]["value"]
+    for name, result in results.items():
+        theirs = result.pop("value")
+        if name in ("harness", "torch-fidelity"):  # the others resize or normalise by another rule
+            result["difference"] = float(np.abs(theirs - ours).max() / np.sqrt((ours**2).mean()))
+        result["images per second"] = len(images) / result["seconds"]
+    return results
+
+
+PARTS = {"frechet": frechet, "precision-recall": prdc, "extraction": extraction, "memory": memory_of_fid}
+
+
+def show(part: str, results: dict[str, dict], found: dict[str, str | None]) -> None:
+    print(f"  {'':30s} {'seconds':>9s} {'ratio':>8s} {'of the runs':>16s} {'promised':>9s} {'difference':>11s}")
+    for name, result in results.items():
+        version = found.get(name.partition(",")[0]) or ""
+        target = TARGETS.get((part, name))
+        promised = "" if target is None else f"{target:.1f} {'yes' if result['ratio'] >= target else 'NO'}"
+        difference = result.get("difference")
+        equal = "" if difference is None else f"{difference:.1e} {'' if difference <= DIFFERENCES[part] else 'NO'}"
+        print(
+            f"  {f'{name} {version}':30s} {result['seconds']:9.2f} {result['ratio']:8.2f}"
+            f" {result['least']:7.2f}-{result['most']:<8.2f} {promised:>9s} {equal:>11s}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--rows", type=int, default=10_000, help="of stored features")
+    parser.add_argument("--images", type=int, default=32, help="of a run of extraction")
+    parser.add_argument("--batch", type=int, default=16, help="images that a network sees at once")
+    parser.add_argument("--count", type=int, default=50_000, help="images of the memory part")
+    parser.add_argument("--whole-suite", action="store_true", help="memory of the five metrics of suite adm")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -132,16 +217,26 @@ def main() -> None:
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    report: dict = {"device": device_name(torch.device("cpu")), "rows": arguments.rows, "runs": arguments.runs}
+    found = versions()
+    threads, device = torch.get_num_threads(), device_name(torch.device("cpu"))
+    print(f"{device}, {threads} threads; torch {found['torch']}, numpy {found['numpy']}, scipy {found['scipy']}")
+    if missing := [name for name in PACKAGES if found[name] is None]:
+        print(f"not installed: {', '.join(missing)}")
+    report: dict = {
+        "device": device,
+        "threads": threads,
+        "versions": found,
+        "arguments": vars(arguments) | {"out": None},
+    }
     for part in parts:
-        report[part] = PARTS[part](arguments.rows, arguments.runs)
-        ours = report[part]["harness"]["seconds"]
-        print(f"{part}, {arguments.rows} rows, median of {arguments.runs}:")
-        for name, result in report[part].items():
-            difference = next(value for key, value in result.items() if key.endswith("difference"))
-            print(
-                f"  {name:30s} {result['seconds']:8.2f} s {result['seconds'] / ours:6.2f}x  difference {difference:.1e}"
-            )
+        report[part] = PARTS[part](arguments)
+        if part == "memory":
+            continue
+        size = (
+            f"{arguments.images} images, batch {arguments.batch}" if part == "extraction" else f"{arguments.rows} rows"
+        )
+        print(f"{part}, {size}, {arguments.runs} interleaved runs:")
+        show(part, report[part], found)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
