@@ -331,18 +331,18 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], 
     """
     from harness.weights.files import open_weights, sha256, unchanged
     from harness.weights.load import as_torch
-    from harness.weights.tensors import refuse_not_finite
+    from harness.weights.tensors import finite, refuse_not_finite
 
     weights = open_weights(path)
     weights.refuse_code()
     own, notes = own_tensors(weights.tensors, path)
     with unchanged(weights):
-        tensors = {name: as_torch(stored.read(), stored.dtype) for name, stored in own.items()}
+        arrays = {name: stored.read() for name, stored in own.items()}
         digest = sha256(weights.path)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+    for name, array in arrays.items():
+        if not finite(array, own[name].dtype):
             refuse_not_finite(path, name)
-    return tensors, notes, digest
+    return {name: as_torch(array, own[name].dtype) for name, array in arrays.items()}, notes, digest
 
 
 def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
@@ -375,6 +375,11 @@ def _build(kind: str, config: Mapping[str, Any], where: Path) -> nn.Module:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise Refusal("Stable Diffusion's auto-encoder needs: pip install 'backbone-harness[diffusers]'") from error
+        except RuntimeError as error:  # of a package that diffusers imports where it finds it, such as torchvision
+            reason = str(error).splitlines()[-1]
+            raise Refusal(
+                f"diffusers is installed, but cannot be imported ({reason}); mend or remove what it stumbles over"
+            ) from error
         try:
             return AutoencoderKL.from_config(dict(config)).eval()
         except Exception as error:  # of whatever kind: the config came from a file

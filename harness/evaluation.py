@@ -8,21 +8,24 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from harness import files, registry
 from harness._version import VERSION
 from harness.data.images import ImageSet
 from harness.errors import Refusal
-from harness.image_sources import ImageSource, open_images
+from harness.held_images import held
+from harness.image_sources import ImageSource, from_batches, open_images
 from harness.planning import TRAINING_FACTOR
 from harness.progress import Stages
-from harness.protocols import Protocol
+from harness.protocols import Protocol, get_protocol
 from harness.samples import read_sidecar, sidecar_path
 from results.records import Environment, Evaluation, Record, Sampling, Training
 
@@ -79,13 +82,71 @@ def evaluate(
 
     `name` is the row's name for samples without a sidecar. Refused: too few samples, other shapes, other labels.
     """
-    suite = judge.suite
     source = open_images(path, classes=protocol.num_classes)
+    _check_fit(source, protocol, judge)
+    with held(source, cache) as images:
+        about = describe(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
+        return _measure(images, about, protocol, data, cache=cache, judge=judge, device=device)
+
+
+def evaluate_images(
+    images: Iterable[np.ndarray],
+    protocol: Protocol | str,
+    data: ImageSet | None = None,
+    *,
+    name: str,
+    count: int | None = None,
+    labels: np.ndarray | None = None,
+    cache: Path | None = None,
+    judge: Judge | None = None,
+    device: str = "cpu",
+) -> list[Record]:
+    """Measure images that a program makes: what `harness evaluate` says of the same images in a file.
+
+    images: uint8 (n, H, W, C) arrays with values 0 to 255, any n, from a list, a generator or any other iterable; each is
+    taken once and copied, so a buffer may be used again. Above 512 MiB they are kept in a nameless file in `cache`.
+    protocol: or its name. data: the images to judge by; None: the protocol's data set. name: of the row. count: how many
+    images are taken, so that an endless generator is fine; None: all that come. labels: int64, one an image. cache: where
+    features of the reference are kept; None: nowhere. judge: None: the protocol's suite.
+
+        records = evaluate_images(my_sampler(batch=100), "digits", name="mine", count=1000)
+
+    Refused as in a file: too few images, another shape or type, what the guards refuse.
+    """
+    from harness import stages  # which imports this module
+
+    protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    judge = judge or Judge.of(protocol)
+    data = stages.load_data(protocol, None) if data is None else data
+    source = from_batches(images, count, labels=labels, name=name)
+    _check_fit(source, protocol, judge)
+    with held(source, cache) as kept:
+        about = {"system": name, "sampling": Sampling(samples_sha256=kept.sha256())}
+        return _measure(kept, about, protocol, data, cache=cache, judge=judge, device=device)
+
+
+def _check_fit(source: ImageSource, protocol: Protocol, judge: Judge) -> None:
+    """Before anything is read: the shape, and the number where it is known."""
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
     if source.shape != shape:
-        raise Refusal(f"{path}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)")
+        raise Refusal(f"{source.name}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)")
+    if source.count is not None:
+        judge.suite.check_count(source.count)
+
+
+def _measure(
+    source: ImageSource,
+    about: dict[str, Any],
+    protocol: Protocol,
+    data: ImageSet,
+    *,
+    cache: Path | None,
+    judge: Judge,
+    device: str,
+) -> list[Record]:
+    """Records of images that are held, by what is known `about` them."""
+    suite = judge.suite
     suite.check_count(source.count)
-    about = describe(path, samples_sha256(path), name)
     guard(source, data, protocol, judge, about)
     samples = source.array()
     from evaluators.reference import build_reference, with_statistics

@@ -127,6 +127,27 @@ class ImageSource:
             parts.append(batch)
         return np.concatenate(parts)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether `array` is had without reading: a memory map, or an array that was there before."""
+        return self._mapped is not None
+
+    def over(self, images: np.ndarray) -> ImageSource:
+        """The same images, held in `images` uint8 (N, H, W, C) after a whole pass; what is known of them goes along."""
+        copy = ImageSource(
+            self.name,
+            self.shape,
+            lambda size: (images[i : i + size] for i in range(0, len(images), size)),
+            count=len(images),
+            labels=self.labels,
+            lossy=self.lossy,
+            notes=self.notes,
+            extra_arrays=self.extra_arrays,
+            mapped=images,
+        )
+        copy._digest = self._digest
+        return copy
+
     def _hasher(self, count: int):
         return hashlib.sha256(f"uint8 {(count, *self.shape)}\n".encode())
 
@@ -187,7 +208,7 @@ def from_batches(
             if left is not None:
                 batch = batch[:left]
                 left -= len(batch)
-            yield batch
+            yield np.array(batch) if once else batch  # a program may use its buffer again
             if left == 0:
                 return
 

@@ -14,7 +14,7 @@ from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile, open_weights, sha256, unchanged, watched
 from harness.weights.identify import OWN, choose_layout, contradiction, differences, misfit, translate, weight_map
 from harness.weights.maps import Layout, Mismatch, Recipe, Take
-from harness.weights.tensors import BLOCK, DTYPES, refuse_not_finite
+from harness.weights.tensors import BY_TORCH_NAME, DTYPES, finite, raw_dtype, refuse_not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +131,16 @@ def _read(name: str, recipe: Recipe, weights: WeightFile, target: torch.Tensor) 
     else:
         array = recipe.evaluate(lambda source: weights.tensors[source].read())
         target.copy_(as_torch(array, source))
-    if target.is_floating_point() and not all(torch.isfinite(p).all() for p in target.reshape(-1).split(BLOCK)):
+    if target.is_floating_point() and not _finite(target.detach()):
         refuse_not_finite(weights.path, name)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if tensor.device.type != "cpu":
+        return bool(torch.isfinite(tensor).all())
+    dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
+    raw = tensor.reshape(-1).view(_raw(tensor.dtype)).numpy()
+    return finite(raw.view(raw_dtype(dtype)), dtype)
 
 
 def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:

@@ -35,6 +35,7 @@ DTYPES = {  # safetensors' name: (numpy's dtype for the bytes, torch's name)
 }
 # fmt: on
 MOST_AXES = 64  # of a tensor, in torch as in numpy
+GLANCE = 1 << 16  # elements looked at together for what is no number
 BLOCK = 1 << 22  # bytes read at a time to check what is not used whole
 # Bits that are all set in infinities and NaN, of the floats that numpy lacks; float8_e4m3fn has no infinity.
 _EXPONENTS = {"BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
@@ -138,8 +139,9 @@ class Stored:
 def finite(array: np.ndarray, dtype: str) -> bool:
     """Whether no value of `array`, in the form of `Stored.read`, is infinite or NaN."""
     flat = array.reshape(-1)
-    for begin in range(0, flat.size, BLOCK):  # so that the answers take little memory
-        part = flat[begin : begin + BLOCK]
+    # A little at a time: temporaries of a tensor's size would leave holes between the tensors that are being made.
+    for begin in range(0, flat.size, GLANCE):
+        part = flat[begin : begin + GLANCE]
         if dtype in _EXPONENTS:
             bits = part.view(f"u{part.itemsize}") & _EXPONENTS[dtype]
             if (bits == _EXPONENTS[dtype]).any():

@@ -39,11 +39,11 @@ def load(spec, device):
     return Projection(spec, device)
 
 
-def made(name):
+def made(name, metrics=("fd", "precision")):
     features = FeatureSpec(
         name=name, dim=DIM, classes=None, input_size=8, loader=f"{__name__}:load", description="a projection"
     )
-    return Suite(name=name, version=1, features=features, metrics=(METRICS["fd"], METRICS["precision"]))
+    return Suite(name=name, version=1, features=features, metrics=tuple(METRICS[key] for key in metrics))
 
 
 @contextmanager
