@@ -32,18 +32,32 @@ from results.records import Environment, Evaluation, Record, Sampling, Training
 if TYPE_CHECKING:
     from evaluators.suites import Suite
 
-LIBRARIES = ("torch", "numpy", "jax", "flax", "safetensors", "scikit-learn", "pillow", "clean-fid")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "jax",
+    "jaxlib",
+    "flax",
+    "tensorflow",
+    "tensorflow-cpu",
+    "safetensors",
+    "scikit-learn",
+    "pillow",
+    "clean-fid",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """Who measures: a suite, the weights of its features where the user brings them, and where the reference's file
-    may hold statistics. reference: that file as a source, for the guards (statistics in it, stored with loss). allow:
-    guards that the user waives. say: takes warnings."""
+    may hold statistics. device: where the features are computed, in the words of their framework. reference: that file
+    as a source, for the guards (statistics in it, stored with loss). allow: guards that the user waives. say: takes
+    warnings."""
 
     suite: Suite
     weights: Path | None = None
     statistics: Path | None = None
+    device: str = "cpu"
     reference: ImageSource | None = None
     allow: tuple[str, ...] = ()
     picture: Path | None = None  # where the samples nearest to training images are drawn
@@ -75,7 +89,6 @@ def evaluate(
     *,
     cache: Path,
     judge: Judge,
-    device: str = "cpu",
     name: str | None = None,
 ) -> list[Record]:
     """Measure the sample set at `path` with the suite of `judge` against the images of `data`.
@@ -86,7 +99,7 @@ def evaluate(
     _check_fit(source, protocol, judge)
     with held(source, cache) as images:
         about = describe(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
-        return _measure(images, about, protocol, data, cache=cache, judge=judge, device=device)
+        return _measure(images, about, protocol, data, cache=cache, judge=judge)
 
 
 def evaluate_images(
@@ -99,7 +112,6 @@ def evaluate_images(
     labels: np.ndarray | None = None,
     cache: Path | None = None,
     judge: Judge | None = None,
-    device: str = "cpu",
 ) -> list[Record]:
     """Measure images that a program makes: what `harness evaluate` says of the same images in a file.
 
@@ -122,7 +134,7 @@ def evaluate_images(
     _check_fit(source, protocol, judge)
     with held(source, cache) as kept:
         about = {"system": name, "sampling": Sampling(samples_sha256=kept.sha256())}
-        return _measure(kept, about, protocol, data, cache=cache, judge=judge, device=device)
+        return _measure(kept, about, protocol, data, cache=cache, judge=judge)
 
 
 def _check_fit(source: ImageSource, protocol: Protocol, judge: Judge) -> None:
@@ -142,7 +154,6 @@ def _measure(
     *,
     cache: Path | None,
     judge: Judge,
-    device: str,
 ) -> list[Record]:
     """Records of images that are held, by what is known `about` them."""
     suite = judge.suite
@@ -154,7 +165,7 @@ def _measure(
     from evaluators.suites import evaluate_samples
 
     with Stages({"metrics": "metrics"}) as progress:
-        extractor = suite.features.load(device, weights=judge.weights)
+        extractor = suite.features.load(judge.device, weights=judge.weights)
         if judge.statistics is not None:
             check_network(judge.statistics, extractor)
         reference = build_reference(data.images, extractor, cache=cache, progress=progress)
@@ -186,7 +197,7 @@ def _measure(
             resolution=protocol.resolution,
             dataset=protocol.dataset,
             evaluation=judged,
-            environment=Environment(**environment(device)),
+            environment=Environment(**environment(judge.device)),
             **about,
         )
         for each in measurements

@@ -106,6 +106,18 @@ INCEPTION_2015_TF = FeatureSpec(
     requires="tensorflow-cpu",
     weights_option="--inception",
 )
+INCEPTION_2015_JAX = FeatureSpec(
+    name="inception-2015-12-05-jax",
+    dim=2048,
+    classes=1008,
+    input_size=299,
+    loader="evaluators.features.inception_jax:load",
+    description=f"{_INCEPTION}; JAX",
+    requires="jax",
+    weights_option="--inception",
+)
+INCEPTION_BACKENDS = {"torch": INCEPTION_2015, "tensorflow": INCEPTION_2015_TF, "jax": INCEPTION_2015_JAX}
+"""One network under one hash: what it may be computed with."""
 
 INCEPTION_2015_CLEAN = FeatureSpec(
     name="inception-2015-12-05-clean",
@@ -122,5 +134,5 @@ INCEPTION_2015_CLEAN = FeatureSpec(
 from evaluators.features.vit_spec import SPECS as _VISION_TRANSFORMERS  # noqa: E402, below what it imports from here
 
 BUILT_IN = {
-    spec.name: spec for spec in (EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_TF, INCEPTION_2015_CLEAN)
+    spec.name: spec for spec in (EFFICIENTNET_LITE0_96, *INCEPTION_BACKENDS.values(), INCEPTION_2015_CLEAN)
 } | _VISION_TRANSFORMERS

@@ -15,7 +15,7 @@ import numpy as np
 
 from evaluators.features import Features
 from evaluators.features.graphdef import Malformed, Node, map_file, read_graph
-from evaluators.features.inception_layers import CLASSES, POOLED, SPATIAL, Conv, convolutions
+from evaluators.features.inception_layers import CLASSES, EPSILON, POOLED, SPATIAL, Conv, convolutions
 from evaluators.features.inception_structure import check_structure
 from evaluators.reference import check_images
 from harness.errors import Failure, Refusal
@@ -37,6 +37,12 @@ class Layer:
     beta: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
+
+    def folded(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both as one convolution: kernel * s (height, width, in, out) and bias beta - mean * s (out,), where
+        s = gamma / sqrt(variance + eps); in float64 and rounded to float32 once."""
+        scale = self.gamma.astype(np.float64) / np.sqrt(self.variance.astype(np.float64) + float(np.float32(EPSILON)))
+        return (self.kernel * scale).astype(np.float32), (self.beta - self.mean * scale).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +222,7 @@ def _from_port(path: Path, data: memoryview) -> InceptionWeights:
     )
 
 
-# Both backends ------------------------------------------------------------------------------------------------------
+# All backends -------------------------------------------------------------------------------------------------------
 
 
 def by_batches(

@@ -32,11 +32,8 @@ class ConvReLU(nn.Conv2d):
         super().__init__(conv.width_in, conv.width, conv.kernel, conv.stride, padding)
 
     def fold(self, layer: Layer) -> None:
-        """Take the weights: kernel * s and beta - mean * s, where s = gamma / sqrt(variance + eps)."""
-        epsilon = float(np.float32(table.EPSILON))
-        scale = layer.gamma.astype(np.float64) / np.sqrt(layer.variance.astype(np.float64) + epsilon)
-        kernel = (layer.kernel * scale).astype(np.float32)  # (height, width, in, out)
-        bias = (layer.beta - layer.mean * scale).astype(np.float32)
+        """Take the weights."""
+        kernel, bias = layer.folded()  # (height, width, in, out), (out,)
         with torch.no_grad():
             self.weight.copy_(torch.from_numpy(kernel).permute(3, 2, 0, 1))
             self.bias.copy_(torch.from_numpy(bias))

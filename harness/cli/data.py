@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from evaluators.features import INCEPTION_BACKENDS
 from harness.cli.options import FOLDER, Count, json_option
 
 
@@ -28,8 +29,8 @@ def command() -> None:
     metavar="FILE",
     help="Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.",
 )
-@click.option("--backend", type=click.Choice(["torch", "tensorflow"]), default="torch", show_default=True)
-@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where the network runs: cpu, cuda.")
+@click.option("--backend", type=click.Choice(list(INCEPTION_BACKENDS)), default="torch", show_default=True)
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1; of JAX also tpu.")
 @click.option("--images", type=Count(), metavar="N", help="Keep N images for precision and recall. [default: all]")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the choice of N.")
 @click.option("--data", type=FOLDER, metavar="PATH", help="Where the data set is, if SOURCE is one that needs a place.")
@@ -60,7 +61,7 @@ def reference(
     from harness.cli.evaluate import judge_of
     from harness.references import make_reference, open_source
 
-    judge = judge_of(get_suite(suite), weights, backend, None)
+    judge = judge_of(get_suite(suite), weights, backend, None, device)
     made = make_reference(
         open_source(source, data),
         out,

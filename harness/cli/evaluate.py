@@ -10,6 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
+from evaluators.features import INCEPTION_BACKENDS
 from harness import runs, stages
 from harness.cli.options import DEFAULT_PROTOCOL, FOLDER, json_option, protocol_option
 from harness.data.images import ImageSet
@@ -41,7 +42,8 @@ WHERE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 bytes"
     metavar="FILE",
     help="Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.",
 )
-@click.option("--backend", type=click.Choice(["torch", "tensorflow"]), default="torch", show_default=True)
+@click.option("--backend", type=click.Choice(list(INCEPTION_BACKENDS)), default="torch", show_default=True)
+@click.option("--device", metavar="NAME", default="cpu", show_default=True, help="cpu, cuda, cuda:1; of JAX also tpu.")
 @click.option("--name", metavar="TEXT", help="Row name of samples that say nothing of themselves.")
 @click.option(
     "--out", type=FOLDER, metavar="FILE", help="Record file. [default: the run's, or records.jsonl beside SAMPLES]"
@@ -57,6 +59,7 @@ def command(
     reference: Path | None,
     weights: Path | None,
     backend: str,
+    device: str,
     name: str | None,
     out: Path | None,
     neighbours: Path | None,
@@ -86,7 +89,7 @@ def command(
         raise Refusal("--data and --reference both name the images to judge by; give one of them")
     source = open_reference(reference) if reference else None
     images = reference_images(source) if source else stages.load_data(task, data)
-    by = judge_of(get_suite(suite or task.suite), weights, backend, reference)
+    by = judge_of(get_suite(suite or task.suite), weights, backend, reference, device)
     by = dataclasses.replace(by, reference=source, allow=allow, picture=neighbours)
     found = stages.judge(path, task, images, records, cache=cache, name=name, by=by)
     if as_json:
@@ -100,26 +103,28 @@ def command(
     click.echo(f"records: {records}")
 
 
-def judge_of(suite: Any, weights: Path | None, backend: str, reference: Path | None) -> Judge:
+def judge_of(suite: Any, weights: Path | None, backend: str, reference: Path | None, device: str = "cpu") -> Judge:
     """The suite on the chosen backend, with what was brought; what has no use is refused."""
-    from evaluators.features import INCEPTION_2015, INCEPTION_2015_TF
     from evaluators.reference_file import read_about
 
+    torch, chosen = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]
     flag = suite.features.weights_option
     if weights is not None and not flag:
         raise Refusal(f"suite {suite.name!r} comes with its network's weights; leave out {weights}")
-    if weights is None and flag == INCEPTION_2015.weights_option:
+    if weights is None and flag == torch.weights_option:
         raise Refusal(f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({WHERE})")
-    if backend != "torch":
-        if suite.features != INCEPTION_2015:
-            raise Refusal(
-                f"--backend {backend} belongs to suite adm and others on {INCEPTION_2015.name}, not to {suite.name!r}"
-            )
-        suite = dataclasses.replace(suite, features=INCEPTION_2015_TF)
+    if chosen != torch:
+        if suite.features != torch:
+            raise Refusal(f"--backend {backend} belongs to suite adm and others on {torch.name}, not to {suite.name!r}")
+        suite = dataclasses.replace(suite, features=chosen)
+    elif device != "cpu":
+        from harness.engines.torch.resolve import pick_device
+
+        pick_device(device)  # refuses one that is absent; the other backends do so themselves
     statistics = reference if reference is not None and reference.suffix == ".npz" and reference.is_file() else None
     if statistics is not None and not suite.takes_statistics(declared=read_about(statistics) is not None):
         statistics = None
-    return Judge(suite=suite, weights=weights, statistics=statistics)
+    return Judge(suite=suite, weights=weights, statistics=statistics, device=device)
 
 
 def open_reference(path: Path) -> ImageSource:

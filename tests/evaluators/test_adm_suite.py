@@ -1,18 +1,29 @@
 """Suite adm from the command line: samples and reference in ADM's layout, a whole network with random weights."""
 
+import dataclasses
 import json
+import shutil
+from importlib import metadata
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from inception_graph_maker import pictures
 
-from evaluators.features import INCEPTION_2015
+from evaluators.features import INCEPTION_2015, INCEPTION_BACKENDS, inception_jax
+from evaluators.features.inception_graph import read_weights
 from evaluators.features.inception_v3 import InceptionFeatures
 from evaluators.inception_score import log_softmax
 from evaluators.statistics import statistics
+from evaluators.suites import ADM, METRICS
+from harness import evaluation
 from harness.cli import group
+from harness.cli.evaluate import judge_of
+from harness.data.images import ImageSet
 from harness.errors import Refusal
+from harness.protocols import get_protocol
 
 TASK = """
 name = "pictures"
@@ -123,10 +134,11 @@ def test_what_is_lacking_or_of_no_use_is_refused(folder, made_inception, tmp_pat
     samples, task = folder / "samples.npz", folder / "task.toml"
     done = evaluate(samples, "--protocol", task, "--reference", folder / "reference.npz")
     assert isinstance(done.exception, Refusal) and "give --inception FILE" in str(done.exception)
-    done = evaluate(
-        samples, "--suite", "embedded", "--protocol", task, "--reference", samples, "--backend", "tensorflow"
-    )
-    assert "--backend tensorflow belongs to suite adm" in str(done.exception)
+    for backend in ("tensorflow", "jax"):
+        done = evaluate(
+            samples, "--suite", "embedded", "--protocol", task, "--reference", samples, "--backend", backend
+        )
+        assert f"--backend {backend} belongs to suite adm" in str(done.exception)
     done = evaluate(samples, "--protocol", task, "--reference", samples, "--data", samples)
     assert "both name the images" in str(done.exception)
     with np.load(folder / "reference.npz") as data:
@@ -134,3 +146,53 @@ def test_what_is_lacking_or_of_no_use_is_refused(folder, made_inception, tmp_pat
     arguments = list(common(folder, made_inception))
     arguments[4] = tmp_path / "bad.npz"
     assert "not statistics of inception-2015-12-05" in str(evaluate(*arguments).exception)
+
+
+@pytest.mark.slow
+def test_jax_agrees_with_torch(folder, made_inception, tmp_path):
+    values, hashes = {}, set()
+    for each in ("torch", "jax"):
+        (tmp_path / each).mkdir()  # of its own, or the second would find the first one's features of the reference
+        samples = shutil.copy(folder / "samples.npz", tmp_path / each)
+        done = evaluate(samples, *common(folder, made_inception)[1:], "--backend", each)
+        assert done.exit_code == 0, done.exception
+        records = json.loads(done.stdout)["records"]
+        values[each] = {record["metric"]: record["value"] for record in records}
+        hashes |= {record["evaluation"]["features_sha256"] for record in records}
+        assert {record["evaluation"]["features"] for record in records} == {INCEPTION_BACKENDS[each].name}
+    assert len(hashes) == 1
+    print(values)
+    assert values["torch"].keys() == inception_jax.METRIC_TOLERANCES.keys()
+    for metric, tolerance in inception_jax.METRIC_TOLERANCES.items():
+        assert values["jax"][metric] == pytest.approx(values["torch"][metric], **tolerance), metric
+
+
+def test_the_record_says_that_jax_computed(folder, made_inception, tmp_path, monkeypatch):
+    """With a network of a few operations in the place of Inception, and one metric of the suite."""
+
+    def network(x, parameters, classifier):
+        few = x[:, ::30, ::30].reshape(len(x), -1)  # (N, 300)
+        return [jnp.resize(few, (len(x), width)) for width in (2048, 2023, 1008)]
+
+    monkeypatch.setattr(inception_jax, "network", network)
+    suite = dataclasses.replace(judge_of(ADM, made_inception.graph, "jax", None).suite, metrics=(METRICS["precision"],))
+    with np.load(folder / "reference.npz") as data:
+        images = ImageSet(name="pictures", images=data["arr_0"], labels=np.arange(M) % 10)
+    (record,) = evaluation.evaluate(
+        folder / "samples.npz",
+        get_protocol(str(folder / "task.toml")),
+        images,
+        cache=tmp_path,
+        judge=evaluation.Judge(suite=suite, weights=made_inception.graph, device="cpu:0"),
+    )
+    judged, made = record.evaluation, record.environment
+    assert judged.features == "inception-2015-12-05-jax"
+    assert judged.features_sha256 == read_weights(made_inception.graph).sha256
+    assert (made.versions["jax"], made.versions["jaxlib"]) == (jax.__version__, metadata.version("jaxlib"))
+    assert made.device == "cpu:0"
+
+
+def test_a_device_that_is_absent_is_refused(folder, made_inception):
+    for backend, says in (("torch", "--device abacus is not to be had"), ("jax", "has no device 'abacus'")):
+        done = evaluate(*common(folder, made_inception), "--backend", backend, "--device", "abacus")
+        assert isinstance(done.exception, Refusal) and says in str(done.exception)

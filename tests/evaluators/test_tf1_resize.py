@@ -2,10 +2,12 @@
 
 import hashlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from evaluators.features import inception_jax
 from evaluators.features.tf1_resize import SIDE, axis_table, resize_numpy, resize_torch
 
 # Measured with TensorFlow 2.21 on a CPU: first 12 digits of the SHA-1 of the float32 result for
@@ -28,11 +30,15 @@ def by_torch(images):
     return resize_torch(torch.from_numpy(images)).numpy()
 
 
+def by_jax(images):
+    return np.asarray(inception_jax.resize(jnp.asarray(images)))
+
+
 def noise(n):
     return np.random.RandomState(n).randint(0, 256, (1, n, n, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("resize", [by_numpy, by_torch])
+@pytest.mark.parametrize("resize", [by_numpy, by_torch, by_jax])
 @pytest.mark.parametrize("size", GOLDENS)
 def test_bits_are_tensorflows(size, resize):
     out = resize(noise(size))
@@ -40,7 +46,7 @@ def test_bits_are_tensorflows(size, resize):
     assert hashlib.sha1(out.tobytes()).hexdigest()[:12] == GOLDENS[size]
 
 
-@pytest.mark.parametrize("resize", [by_numpy, by_torch])
+@pytest.mark.parametrize("resize", [by_numpy, by_torch, by_jax])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (700, 3), (299, 40)])
 def test_recipe_pixel_by_pixel(shape, resize):
     image = np.random.default_rng(0).integers(0, 256, (1, *shape, 1), dtype=np.uint8)
@@ -62,7 +68,7 @@ def test_recipe_pixel_by_pixel(shape, resize):
 
 def test_native_size_is_untouched_and_not_shared():
     image = noise(299)
-    for resize in (by_numpy, by_torch):
+    for resize in (by_numpy, by_torch, by_jax):
         np.testing.assert_array_equal(resize(image), image.astype(np.float32))
     floats = torch.from_numpy(image).float()
     resize_torch(floats).zero_()
@@ -72,7 +78,8 @@ def test_native_size_is_untouched_and_not_shared():
 def test_an_image_does_not_know_its_batch():
     images = np.random.default_rng(2).integers(0, 256, (7, 40, 52, 3), dtype=np.uint8)
     whole = resize_numpy(images)
-    np.testing.assert_array_equal(by_torch(images), whole)
+    for resize in (by_torch, by_jax):
+        np.testing.assert_array_equal(resize(images), whole)
     np.testing.assert_array_equal(np.concatenate([resize_numpy(images[i : i + 1]) for i in range(7)]), whole)
     assert resize_numpy(images[:0]).shape == (0, SIDE, SIDE, 3)
 

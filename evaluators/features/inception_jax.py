@@ -1,0 +1,188 @@
+"""The 2015-12-05 Inception-v3 in JAX: the features of ADM's evaluator on whatever JAX runs on, TPUs among it.
+
+Layers: `inception_layers`; weights: `inception_graph`, folded as for torch; resize: the recipe of `tf1_resize`. Needed
+are jax and numpy alone. Every product asks for full float32 (`Precision.HIGHEST`): left to themselves, TPUs multiply
+in bfloat16 and GPUs in TF32.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from evaluators.features import Features
+from evaluators.features import inception_layers as table
+from evaluators.features.inception_graph import InceptionWeights, by_batches, missing, read_weights
+from evaluators.features.tf1_resize import axis_table
+from harness.errors import Refusal
+
+# Largest difference from torch's run of the same weights, over the root mean square of that stage.
+TOLERANCES = {"resize": 0.0, "pooled": 5e-4, "spatial": 5e-4, "logits": 5e-4}
+# The same of suite adm's metrics; of precision and recall with 100 samples, of which two may change sides.
+METRIC_TOLERANCES = {
+    "fid": {"rel": 1e-4},
+    "sfid": {"rel": 1e-4},
+    "is": {"rel": 1e-4},
+    "precision": {"abs": 0.02},
+    "recall": {"abs": 0.02},
+}
+
+Parameters = dict[str, tuple[Array, Array]]  # by scope: kernel (height, width, in, out) and bias (out,)
+
+_EXACT = lax.Precision.HIGHEST
+
+
+# Preprocessing --------------------------------------------------------------------------------------------------------
+#
+# first + (last - first) * weight must round its product before it adds, as TensorFlow did. Inside one compiled function
+# XLA fuses the two into one multiply-add on a CPU, which changes the last bit of every eighth pixel, and it looks through
+# `optimization_barrier` and `reduce_precision`. Nothing is fused across the border of two compiled functions: each of
+# the two sums below is in another function than its product.
+
+
+@jax.jit
+def _columns(images: Array, lo: Array, hi: Array, f: Array) -> tuple[Array, Array]:
+    left, right = (images[:, :, index].astype(jnp.float32) for index in (lo, hi))  # (N, H, 299, C)
+    return left, (right - left) * f[:, None]
+
+
+@jax.jit
+def _rows(left: Array, product: Array, lo: Array, hi: Array, f: Array) -> tuple[Array, Array]:
+    wide = left + product  # (N, H, 299, C)
+    top, bottom = wide[:, lo], wide[:, hi]  # (N, 299, 299, C)
+    return top, (bottom - top) * f[:, None, None]
+
+
+@jax.jit
+def _sum(top: Array, product: Array) -> Array:
+    return top + product
+
+
+@jax.jit
+def _normalise(pixels: Array) -> Array:
+    x = (pixels - 128.0) * 0.0078125
+    return jnp.broadcast_to(x, (*x.shape[:3], 3))
+
+
+@lru_cache(maxsize=64)
+def _axis(size: int, device: jax.Device) -> tuple[Array, Array, Array]:
+    lo, hi, f = axis_table(size)
+    return tuple(jax.device_put(each, device) for each in (lo.astype(np.int32), hi.astype(np.int32), f))
+
+
+def resize(images: Array) -> Array:
+    """uint8 or float32 (N, H, W, C) -> float32 (N, 299, 299, C) in the unit of the input, on the same device."""
+    (device,) = images.devices()
+    left, product = _columns(images, *_axis(images.shape[2], device))
+    return _sum(*_rows(left, product, *_axis(images.shape[1], device)))
+
+
+def preprocess(images: Array) -> Array:
+    """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 299, 299, 3), (x - 128) / 128."""
+    return _normalise(resize(images))
+
+
+# The network ----------------------------------------------------------------------------------------------------------
+
+
+def _convolve(x: Array, conv: table.Conv, parameters: Parameters) -> Array:
+    kernel, bias = parameters[conv.scope]
+    # Without padding and stride, XLA's CPU library takes four times as long as with: then the edge is cut off again.
+    cropped = conv.stride == 1 and not conv.same and conv.kernel != (1, 1)
+    y = lax.conv_general_dilated(
+        x, kernel, (conv.stride, conv.stride), "SAME" if conv.same or cropped else "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_EXACT,
+    )  # fmt: skip
+    if cropped:
+        y = y[:, 1:-1, 1:-1]  # the kernel is 3x3
+    return jnp.maximum(y + bias, 0)  # (N, H / stride, W / stride, out)
+
+
+def _pool(x: Array, pool: table.Pool) -> Array:
+    window = {
+        "window_dimensions": (1, pool.kernel, pool.kernel, 1),
+        "window_strides": (1, pool.stride, pool.stride, 1),
+        "padding": "SAME" if pool.same else "VALID",
+    }
+    if not pool.average:
+        return lax.reduce_window(x, -np.inf, lax.max, **window)  # (N, H / stride, W / stride, C)
+    seen = lax.reduce_window(np.ones((1, *x.shape[1:3], 1), np.float32), np.float32(0), lax.add, **window)
+    return lax.reduce_window(x, np.float32(0), lax.add, **window) / seen  # (N, H, W, C), without the padding
+
+
+def _run(x: Array, layers: Sequence[table.Conv | table.Pool | table.Join], parameters: Parameters) -> Array:
+    for layer in layers:
+        if isinstance(layer, table.Conv):
+            x = _convolve(x, layer, parameters)
+        elif isinstance(layer, table.Pool):
+            x = _pool(x, layer)
+        else:
+            x = jnp.concatenate([_run(x, branch, parameters) for branch in layer.branches], axis=3)
+    return x
+
+
+@jax.jit
+def network(x: Array, parameters: Parameters, classifier: Array) -> tuple[Array, Array, Array]:
+    """float32 (N, 299, 299, 3), normalised, to pooled (N, 2048), spatial (N, 2023) and logits (N, 1008).
+
+    classifier: float32 (2048, 1008).
+    """
+    h = _run(x, table.STEM, parameters)  # (N, 35, 35, 192)
+    for scope, block in table.BLOCKS.items():
+        h = _run(h, (block,), parameters)  # (N, 35, 35, C), from mixed_3 17 a side, from mixed_8 8
+        if scope == "mixed_6":  # mixed_6/conv is the block's first branch; channels are the fastest already
+            spatial = h[..., : table.SPATIAL_CHANNELS].reshape(-1, table.SPATIAL)  # (N, 17 * 17 * 7)
+    pooled = h.mean(axis=(1, 2))  # (N, 2048)
+    return pooled, spatial, jnp.dot(pooled, classifier, precision=_EXACT)
+
+
+class InceptionFeatures:
+    """The extractor; see `evaluators.features.FeatureExtractor` for the contract.
+
+    Batches all have `batch_size` images, the last one filled up, so that the network is compiled once and an image's
+    features do not depend on how many there are. `found` says which weights these are, `known` whether the public ones.
+    """
+
+    def __init__(self, spec, weights: InceptionWeights, device: str = "cpu", batch_size: int | None = None):
+        self.name, self.dim = spec.name, spec.dim
+        self.sha256, self.found, self.known = weights.sha256, weights.found, weights.known
+        self.description = f"{spec.description}; JAX {jax.__version__}; {weights.found}"
+        self.device = pick_device(device)
+        self.batch_size = batch_size or (16 if self.device.platform == "cpu" else 128)
+        self.put = partial(jax.device_put, device=self.device)
+        self.parameters = {scope: tuple(map(self.put, layer.folded())) for scope, layer in weights.layers.items()}
+        self.classifier = self.put(np.ascontiguousarray(weights.classifier))
+
+    def _forward(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        count = len(batch)
+        if count < self.batch_size:
+            batch = np.concatenate([batch, np.zeros((self.batch_size - count, *batch.shape[1:]), batch.dtype)])
+        outputs = network(preprocess(self.put(batch)), self.parameters, self.classifier)
+        return tuple(np.asarray(each)[:count] for each in outputs)
+
+    def __call__(self, images: np.ndarray) -> Features:
+        return by_batches(self.name, images, self.batch_size, self._forward)
+
+
+def pick_device(name: str) -> jax.Device:
+    """The device of a name such as cpu, cuda, cuda:1 or tpu; one that JAX does not see is refused."""
+    platform, _, index = name.partition(":")
+    try:
+        return jax.devices(platform)[int(index or 0)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        seen = sorted({each.platform for each in jax.devices()} | {"cpu"})
+        raise Refusal(
+            f"JAX {jax.__version__} has no device {name!r} here: give --device {' or '.join(seen)}, or install JAX for"
+            " that device (pip install jax[cuda13] or jax[tpu])"
+        ) from error
+
+
+def load(spec, device: str = "cpu", weights: Path | None = None) -> InceptionFeatures:
+    """The loader named by the FeatureSpec. weights: the frozen graph or its torch port."""
+    if weights is None:
+        raise missing(spec.name)
+    return InceptionFeatures(spec, read_weights(weights), device)
