@@ -9,7 +9,8 @@
 4. memory: FID with its interval on 50,000 images, in a process of its own (benchmarks/memory_of_fid.py).
 
 Every run takes each package once, in turn, and the ratios of each run are compared: machines are noisy and only the
-ratios mean something. Peers that are not installed are left out and named. Beside a build of torch for another device
+ratios mean something. Beside the clock's stand those of processor time, which with `--threads 1` other programs on the
+machine hardly move; with more threads it counts those that wait, too. Peers that are not installed are left out and named. Beside a build of torch for another device
 torchvision fails to be imported; its operators are declared first.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a path
 
@@ -121,22 +123,28 @@ def peers_of_precision_recall(reference: np.ndarray, samples: np.ndarray) -> dic
 
 def interleave(calls: dict[str, Callable], runs: int) -> dict[str, dict]:
     """Each package once a run: seconds (median), how many times as long as the harness (median, least and most of the
-    runs), and what it returned."""
+    runs; by the clock, and the median in processor time), and what it returned."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    processor: dict[str, list[float]] = {name: [] for name in calls}
     values = {}
     for _ in range(runs):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             values[name] = call()
             seconds[name].append(time.perf_counter() - start)
+            processor[name].append(time.process_time() - busy)
     results = {}
     for name, own in seconds.items():
-        ratios = [theirs / ours for theirs, ours in zip(own, seconds["harness"], strict=True)]
+        ratios, busy = (
+            [theirs / ours for theirs, ours in zip(each[name], each["harness"], strict=True)]
+            for each in (seconds, processor)
+        )
         results[name] = {
             "seconds": statistics.median(own),
             "ratio": statistics.median(ratios),
             "least": min(ratios),
             "most": max(ratios),
+            "processor ratio": statistics.median(busy),
             "value": values[name],
         }
     return results
@@ -189,7 +197,9 @@ PARTS = {"frechet": frechet, "precision-recall": prdc, "extraction": extraction,
 
 
 def show(part: str, results: dict[str, dict], found: dict[str, str | None]) -> None:
-    print(f"  {'':30s} {'seconds':>9s} {'ratio':>8s} {'of the runs':>16s} {'promised':>9s} {'difference':>11s}")
+    print(
+        f"  {'':30s} {'seconds':>9s} {'ratio':>8s} {'of the runs':>16s} {'processor':>9s} {'promised':>9s} {'difference':>11s}"
+    )
     for name, result in results.items():
         version = found.get(name.partition(",")[0]) or ""
         target = TARGETS.get((part, name))
@@ -198,7 +208,7 @@ def show(part: str, results: dict[str, dict], found: dict[str, str | None]) -> N
         equal = "" if difference is None else f"{difference:.1e} {'' if difference <= DIFFERENCES[part] else 'NO'}"
         print(
             f"  {f'{name} {version}':30s} {result['seconds']:9.2f} {result['ratio']:8.2f}"
-            f" {result['least']:7.2f}-{result['most']:<8.2f} {promised:>9s} {equal:>11s}"
+            f" {result['least']:7.2f}-{result['most']:<8.2f} {result['processor ratio']:9.2f} {promised:>9s} {equal:>11s}"
         )
 
 
@@ -211,8 +221,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50_000, help="images of the memory part")
     parser.add_argument("--whole-suite", action="store_true", help="memory of the five metrics of suite adm")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="of every package [default: as many as each takes]")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+        threadpool_limits(arguments.threads)
     declare_torchvision_operators()
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):

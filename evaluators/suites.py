@@ -68,7 +68,9 @@ class Suite:
         short = [metric for metric in self.metrics if n < metric.minimum]
         if short:
             needs = ", ".join(f"{metric.key} needs {metric.minimum}" for metric in short)
-            raise Refusal(f"{n} samples are too few for suite {self.name}: {needs}; draw at least {self.minimum}")
+            raise Refusal(
+                f"{n} samples are too few for suite {self.name}: {needs}; draw at least {self.minimum} (too-few)"
+            )
 
 
 EMBEDDED = Suite(

@@ -141,7 +141,8 @@ def _check_fit(source: ImageSource, protocol: Protocol, judge: Judge) -> None:
     """Before anything is read: the shape, and the number where it is known."""
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
     if source.shape != shape:
-        raise Refusal(f"{source.name}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)")
+        text = f"{source.name}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)"
+        raise Refusal(f"{text}; sample at that size, or name the protocol of these (resolution)")
     if source.count is not None:
         judge.suite.check_count(source.count)
 

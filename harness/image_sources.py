@@ -176,7 +176,7 @@ def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
         if outside.any():
             i = int(np.argmax(outside))
             raise Refusal(
-                f"{path}: label {source.labels[i]} of image {i} is outside the {classes} classes (0 to {classes - 1})"
+                f"{path}: label {source.labels[i]} of image {i} is outside the {classes} classes (0 to {classes - 1}) (labels-outside)"
             )
     return source
 

@@ -1,0 +1,252 @@
+"""Each guard, from the command line: the name that it is refused or warned under, and nothing written of what is
+refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from pixel_features import SPEC, PixelFeatures
+
+from evaluators.features import Features
+from evaluators.guards import GUARDS, NEVER_ALLOWED
+from evaluators.suites import BUILT_IN
+from harness import registry
+from harness.cli import group
+from harness.data.digits import load
+from harness.errors import Failure, Refusal
+
+TASK = """
+name = "few"
+dataset = "npz"
+resolution = 8
+image_channels = 1
+num_classes = 10
+input_size = 8
+in_channels = 1
+samples = 100
+suite = "adm"
+"""
+SAMPLES, REFERENCE = slice(200), slice(200, 500)
+DIGITS = load()
+DIM, SPATIAL = 12, 9  # of the extractor
+
+
+def statistics():
+    return {"mu": np.zeros(DIM), "sigma": np.eye(DIM), "mu_s": np.zeros(SPATIAL), "sigma_s": np.eye(SPATIAL)}
+
+
+class Place:
+    """Sound samples and a sound reference, to be spoilt in one respect."""
+
+    def __init__(self, folder):
+        self.folder, self.arguments = folder, []
+        self.samples = {"arr_0": (DIGITS.images[SAMPLES] * 0.8).astype(np.uint8), "arr_1": DIGITS.labels[SAMPLES]}
+        self.reference = {"arr_0": DIGITS.images[REFERENCE].copy(), **statistics()}
+        self.paths = {name: folder / f"{name}.npz" for name in ("samples", "reference")}
+
+    def evaluate(self):
+        """What the command did, after the files are written."""
+        for name, path in self.paths.items():
+            if path.suffix == ".npz":
+                np.savez(path, **getattr(self, name))
+        (self.folder / "task.toml").write_text(TASK)
+        words = ["evaluate", self.paths["samples"], "--protocol", self.folder / "task.toml"]
+        words += ["--reference", self.paths["reference"], "--out", self.folder / "out.jsonl", "--json"]
+        return CliRunner().invoke(group, list(map(str, (*words, *self.arguments))))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    for into, item in (
+        (registry.features, SPEC),
+        (registry.suites, dataclasses.replace(BUILT_IN["adm"], features=SPEC)),
+    ):
+        into.names()
+        monkeypatch.setitem(into._items, item.name, item)
+        monkeypatch.setitem(into._owners, item.name, "these tests")
+    return Place(tmp_path)
+
+
+def too_few(p):
+    p.samples = {key: array[:99] for key, array in p.samples.items()}
+
+
+def name_of_count(p):
+    p.arguments = ["--name", "FID-50K of mine"]
+
+
+def duplicates(p):
+    p.samples["arr_0"][50:] = p.samples["arr_0"][:1]
+
+
+def some_duplicates(p):
+    p.samples["arr_0"][:40] = p.samples["arr_0"][40:80]
+
+
+def constant(p):
+    p.samples["arr_0"][:120] = np.arange(120)[:, None, None, None]
+
+
+def one_is_constant(p):
+    p.samples["arr_0"][7] = 0
+
+
+def unit_range(p):
+    p.samples["arr_0"] = (p.samples["arr_0"] / p.samples["arr_0"].max()).round().astype(np.uint8)
+
+
+def unit_range_of_the_reference(p):
+    p.reference["arr_0"] = (p.reference["arr_0"] / 255).round().astype(np.uint8)
+
+
+def signed_range(p):
+    signed = (p.samples["arr_0"] / 100.0 - 1).round().astype(np.int8)
+    p.samples["arr_0"] = signed.astype(np.uint8)
+
+
+def bilevel(p):
+    p.samples["arr_0"] = np.where(p.samples["arr_0"] > 100, 255, 0).astype(np.uint8)
+
+
+def half_range(p):
+    p.samples["arr_0"] //= 2
+
+
+def jpeg(p):
+    p.paths["samples"] = p.folder / "jpegs"
+    p.paths["samples"].mkdir()
+    for i, image in enumerate(p.samples["arr_0"]):
+        Image.fromarray(image[..., 0]).save(p.paths["samples"] / f"{i:04d}.jpg", quality=80)
+
+
+def same_images(p):
+    p.reference["arr_0"] = p.samples["arr_0"]
+
+
+def swapped(p):
+    p.reference["arr_0"][:160] = p.samples["arr_0"][:160]
+
+
+def swapped_files(p):
+    del p.reference["mu"]
+    p.samples |= statistics()
+
+
+def copies(p):
+    p.samples["arr_0"][:5] = p.reference["arr_0"][:5]
+
+
+def statistics_in_samples(p):
+    p.samples |= statistics()
+
+
+def resolution(p):
+    p.reference["arr_0"] = p.reference["arr_0"].repeat(2, axis=1).repeat(2, axis=2)
+
+
+def resolution_of_the_samples(p):
+    p.samples["arr_0"] = p.samples["arr_0"].repeat(2, axis=1).repeat(2, axis=2)
+
+
+def channels(p):
+    p.reference["arr_0"] = p.reference["arr_0"].repeat(3, axis=3)
+
+
+def adms_images(p):
+    p.reference = {"arr_0": np.random.RandomState(0).randint(0, 256, (10_000, 8, 8, 1)).astype(np.uint8)}
+
+
+def no_statistics(p):
+    del p.reference["mu"]
+
+
+def labels_missing(p):
+    del p.samples["arr_1"]
+
+
+def labels_outside(p):
+    p.samples["arr_1"] = p.samples["arr_1"] + 1
+
+
+def labels_uneven(p):
+    p.samples["arr_1"] = np.zeros(200, np.int64)
+
+
+CASES = [  # (what is spoilt, the guard that says so, refused or warned)
+    (too_few, "too-few", "refuse"),
+    (name_of_count, "name-of-count", "refuse"),
+    (duplicates, "duplicates", "refuse"),
+    (some_duplicates, "duplicates", "warn"),
+    (constant, "constant", "refuse"),
+    (one_is_constant, "constant", "warn"),
+    (unit_range, "unit-range", "refuse"),
+    (unit_range_of_the_reference, "unit-range", "refuse"),
+    (signed_range, "signed-range", "refuse"),
+    (bilevel, "signed-range", "warn"),
+    (half_range, "half-range", "warn"),
+    (jpeg, "jpeg", "refuse"),
+    (same_images, "same-images", "refuse"),
+    (swapped, "swapped", "refuse"),
+    (swapped_files, "swapped", "refuse"),
+    (copies, "copies", "warn"),
+    (statistics_in_samples, "statistics-in-samples", "warn"),
+    (resolution, "resolution", "refuse"),
+    (resolution_of_the_samples, "resolution", "refuse"),
+    (channels, "resolution", "refuse"),
+    (adms_images, "reference-statistics", "refuse"),
+    (no_statistics, "reference-statistics", "warn"),
+    (labels_missing, "labels-missing", "warn"),
+    (labels_outside, "labels-outside", "refuse"),
+    (labels_uneven, "labels-uneven", "warn"),
+]
+
+
+def test_every_guard_has_a_case():
+    assert {name for _, name, _ in CASES} == set(GUARDS)
+
+
+def test_nothing_is_said_of_sound_files(place):
+    done = place.evaluate()
+    assert done.exit_code == 0, done.exception
+    assert "warning" not in done.stderr
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].__name__)
+def test_guard(place, case):
+    spoil, name, level = case
+    spoil(place)
+    done = place.evaluate()
+    print(done.exception if level == "refuse" else done.stderr)
+    if level == "warn":
+        assert done.exit_code == 0, done.exception
+        assert f"warning ({name})" in done.stderr
+        return
+    assert isinstance(done.exception, Refusal), done
+    text = str(done.exception)
+    assert f"({name}" in text and "\n" not in text
+    assert not (place.folder / "out.jsonl").exists() and not done.stdout
+    if name in NEVER_ALLOWED:
+        place.arguments += ["--allow", name]
+        assert isinstance(place.evaluate().exception, Refusal)
+
+
+@pytest.mark.parametrize("where", ["samples", "reference"])
+def test_features_that_are_not_finite(place, where, monkeypatch):
+    plain = PixelFeatures.__call__
+    bad = getattr(place, where)["arr_0"][3]
+
+    def spoilt(self, images):
+        seen = plain(self, images)
+        rows = seen.pooled.copy()
+        rows[(images == bad).all(axis=(1, 2, 3)), 2] = np.nan
+        return Features(pooled=rows, logits=seen.logits, spatial=seen.spatial)
+
+    monkeypatch.setattr(PixelFeatures, "__call__", spoilt)
+    done = place.evaluate()
+    print(done.exception)
+    assert isinstance(done.exception, Failure)
+    kind = "sample" if where == "samples" else "reference"
+    assert str(done.exception).endswith(f"of image 3 are not finite ({kind} features)")
+    assert not (place.folder / "out.jsonl").exists() and not done.stdout
