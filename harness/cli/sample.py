@@ -100,9 +100,11 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
     if len(dict(weights)) != len(weights):
         raise Refusal("--weights names the same part twice; give each once")
     bound = bind(system, {part: Path(path) for part, path in weights})
-    for steps in options["sampling_steps"] or (None,):
+    # All of them first, so that steps that do not fit are refused before anything is drawn.
+    wanted = [with_steps(bound, steps) for steps in options["sampling_steps"]] if options["sampling_steps"] else [bound]
+    for each in wanted:
         path = draw_system(
-            bound if steps is None else with_steps(bound, steps),
+            each,
             folder=options["out"] or runs.RUNS / "systems",
             count=options["samples"] or system.task.samples,
             seed=options["sampling_seed"] or 0,

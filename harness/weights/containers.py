@@ -45,23 +45,6 @@ class Opened:
     metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """A run of elements in the file; `start` and `crc` are known later in the older format."""
-
-    dtype: str
-    key: str
-    count: int
-    first: int = 0  # element, for a view of a storage
-
-
-class _Pending:
-    """A tensor whose storage is known by key, until the places of the storages are known."""
-
-    def __init__(self, storage: _Storage, dtype: str, offset: int, shape: tuple, strides: tuple):
-        self.storage, self.dtype, self.offset, self.shape, self.strides = storage, dtype, offset, shape, strides
-
-
 def open_file(path: Path) -> Opened:
     """The contents of a weight file. What is none, is damaged, or has a format that runs code is refused."""
     try:

@@ -19,7 +19,7 @@ from harness import files, registry
 from harness.errors import Refusal
 from harness.spec import BackboneSpec
 from harness.weights.files import METADATA, WeightFile, open_weights, sha256, unchanged, watched
-from harness.weights.identify import Match, identify, misfit, recognised, weight_map
+from harness.weights.identify import Match, choose_layout, identify, misfit, recognised, weight_map
 from harness.weights.known import KNOWN
 from harness.weights.maps import Layout, Mismatch, Same
 from harness.weights.tensors import finite, raw_dtype, refuse_not_finite
@@ -103,6 +103,7 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
                 ours.read(name)
     except Refusal as error:
         document |= {"fits": False, "problem": str(error).removeprefix(str(weights.path)).lstrip(": ")}
+        document["layout"] = document["layout"] or _likely_layout(weights, candidates(backbone))
     document.setdefault("values", sum(prod(tensor.shape) for tensor in weights.tensors.values()))
     dtypes = [tensor.dtype for tensor in weights.tensors.values()]
     document |= {
@@ -115,6 +116,12 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
         "notes": list(notes),
     }
     return document
+
+
+def _likely_layout(weights: WeightFile, specs: Iterable[BackboneSpec]) -> str | None:
+    """The layout whose names the file has, where it could not be read as one."""
+    share, layout = choose_layout([layout for spec in specs for layout in weight_map(spec).layouts], weights.tensors)
+    return layout.title if share > 0 else None
 
 
 def opened(path: Path, backbone: str | None) -> Ours:

@@ -247,6 +247,14 @@ def test_settings_of_a_system_are_its_own(parts):
     assert "makes no images by itself" in str(done.exception)
 
 
+def test_steps_that_do_not_fit_are_refused_before_anything_is_drawn(parts, tmp_path):
+    weights = ("--weights", f"base={parts['low']}", "--weights", f"upsampler={parts['upsampler']}")
+    drawing = ("--sampling-steps", "2,1001", "--samples", 4, "--out", tmp_path / "out")
+    done = harness("sample", "--system", "digits-cascade", *weights, *drawing)
+    assert "1001 sampling steps do not lie in 1 to 1000" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def drawn(parts, out, *arguments):
     done = harness("sample", *arguments, "--samples", 40, "--sampling-steps", 4, "--out", out, "--device", "cpu")
     assert done.exit_code == 0, done.exception

@@ -59,6 +59,7 @@ def test_a_config_against_the_weights_is_refused_by_item(item, value, wanted, fo
             import_file(folder, tmp_path / "out.safetensors")
         document = inspect_file(folder)
         assert not document["fits"] and re.search(message, document["problem"])
+        assert document["layout"] == "diffusers DiTTransformer2DModel"  # what it is does not hang on whether it fits
     finally:
         path.write_text(before)
 
