@@ -11,7 +11,7 @@ Importers and exporters of public files (`harness.weights`) speak torch's names 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,19 +38,19 @@ def _axes(path: Path, dimensions: int, *, to_torch: bool) -> tuple[int, ...]:
     return (dimensions - 1, dimensions - 2, *space) if to_torch else (*(i + 2 for i in space), 1, 0)
 
 
-def variables(net: nnx.Module) -> dict[str, tuple[Path, nnx.Variable]]:
-    """Everything that a weight file holds, trained or not, by torch's name. `net` may be abstract."""
-    state = nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState)))
-    return {torch_name(path): (path, variable) for path, variable in state}
+def variables(net: nnx.Module) -> nnx.State:
+    """Everything that a weight file holds, trained or not. `net` may be abstract."""
+    return nnx.state(net, nnx.Not(nnx.RngState))
+
+
+def torch_names(state: nnx.State) -> dict[str, tuple[Path, nnx.Variable]]:
+    """Path and variable of everything in a state, by torch's name."""
+    return {torch_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
 
 
 def torch_shapes(net: nnx.Module) -> dict[str, tuple[int, ...]]:
     """The state dict of the torch network, without its values. `net` may be abstract."""
-    shapes = {}
-    for name, (path, variable) in variables(net).items():
-        shape = variable.get_value().shape
-        shapes[name] = tuple(shape[axis] for axis in _axes(path, len(shape), to_torch=True))
-    return shapes
+    return {name: _torch_shape(path, variable) for name, (path, variable) in torch_names(variables(net)).items()}
 
 
 def from_torch(net: nnx.Module, weights: Mapping[str, Any]) -> nnx.State:
@@ -59,16 +59,21 @@ def from_torch(net: nnx.Module, weights: Mapping[str, Any]) -> nnx.State:
     `weights` holds arrays under torch's names, in torch's shapes; arrays are views of them where that can be. Raises
     `Refusal` for a tensor that is missing, is of another shape or belongs to nothing. `net` may be abstract.
     """
-    shapes = torch_shapes(net)
-    if strange := sorted(set(weights) - set(shapes)):
+    return state_from_torch(variables(net), weights)
+
+
+def state_from_torch(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State:
+    """The same for any part of a network's state, whose values are not looked at."""
+    names = torch_names(state)
+    if strange := sorted(set(weights) - set(names)):
         raise Refusal(f"weights hold {strange[0]!r}, which this network has not ({len(strange)} such tensors)")
-    if missing := sorted(set(shapes) - set(weights)):
+    if missing := sorted(set(names) - set(weights)):
         raise Refusal(f"weights lack {missing[0]!r} ({len(missing)} such tensors); is it the same network?")
     flat = []
-    for name, (path, variable) in variables(net).items():
-        value = np.asarray(weights[name])
-        if value.shape != shapes[name]:
-            raise Refusal(f"weights: {name!r} has shape {value.shape}, but this network's has {shapes[name]}")
+    for name, (path, variable) in names.items():
+        value, shape = np.asarray(weights[name]), _torch_shape(path, variable)
+        if value.shape != shape:
+            raise Refusal(f"weights: {name!r} has shape {value.shape}, but this network's has {shape}")
         value = value.astype(np.float32, copy=False).transpose(_axes(path, value.ndim, to_torch=False))
         flat.append((path, variable.replace(value)))
     return nnx.from_flat_state(flat)
@@ -76,8 +81,18 @@ def from_torch(net: nnx.Module, weights: Mapping[str, Any]) -> nnx.State:
 
 def to_torch(net: nnx.Module) -> dict[str, np.ndarray]:
     """The state dict of the torch network, as float32 numpy arrays on the host, C-contiguous."""
+    return state_to_torch(variables(net))
+
+
+def state_to_torch(state: nnx.State, read: Callable[[Any], np.ndarray] = np.asarray) -> dict[str, np.ndarray]:
+    """The same for any part of a network's state; `read` brings an array to the host."""
     weights = {}
-    for name, (path, variable) in variables(net).items():
-        value = np.asarray(variable.get_value(), dtype=np.float32)
+    for name, (path, variable) in torch_names(state).items():
+        value = read(variable.get_value()).astype(np.float32, copy=False)
         weights[name] = np.ascontiguousarray(value.transpose(_axes(path, value.ndim, to_torch=True)))
     return weights
+
+
+def _torch_shape(path: Path, variable: nnx.Variable) -> tuple[int, ...]:
+    shape = variable.get_value().shape
+    return tuple(shape[axis] for axis in _axes(path, len(shape), to_torch=True))

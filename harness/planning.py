@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
+from harness.engines import check_installed
 from harness.errors import Refusal
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
 from harness.runs import Run, build_arguments
@@ -101,10 +102,9 @@ def resolve_request(
             f"backbone {backbone!r} is a generator, which the harness samples and does not train; "
             "see `harness list systems` and `harness sample --system`"
         )
-    if framework == "jax" or framework not in spec.builders:
-        raise Refusal(
-            f"--framework {framework} has no engine in this version for {backbone!r}; use --framework {next(iter(spec.builders))}"
-        )
+    if framework not in spec.builders:
+        raise Refusal(f"backbone {backbone!r} has no {framework} network; use --framework {next(iter(spec.builders))}")
+    check_installed(framework)
     drawing = override(task.sampling, {name: value for name, value in (sampling or {}).items() if value is not None})
     objective = registry.objectives.get(recipe.objective)
     if max(drawing.steps) > recipe.diffusion_steps:

@@ -90,6 +90,7 @@ class Resolved:
     micro_batch: int
     threads: int
     gradient_checkpointing: bool = False
+    mesh: str = "1x1"  # of devices, DATAxMODEL: jax's
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,11 +108,14 @@ class BackboneSpec:
 
     def build(self, framework: str = "torch", **overrides: Any) -> Any:
         """The network, with its own initialisation: a torch.nn.Module, or a flax nnx module for "jax"."""
+        return self.builder(framework)(**self.arguments(**overrides))
+
+    def builder(self, framework: str) -> Callable[..., Any]:
+        """What makes the network from all of the arguments; jax's takes `rngs` (flax.nnx.Rngs) of the weights as well."""
         if framework not in self.builders:
             have = ", ".join(self.builders)
             raise Refusal(f"backbone {self.name!r} is not implemented for {framework!r}; it is for {have}")
-        arguments = self.arguments(**overrides)
-        return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")(**arguments)
+        return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")
 
     def count(self, **overrides: Any) -> Compute:
         """Compute and parameters: the closed form where there is one, else the traced count (imports torch)."""

@@ -6,10 +6,11 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness import checkpoints, evaluation, files, registry, runs, sampling, training
 from harness.data.images import ImageSet
+from harness.engines import workbench
 from harness.errors import Refusal
 from harness.planning import CHECKPOINT_BYTES, Request, published_input_gflops
 from harness.protocols import Protocol
@@ -20,9 +21,7 @@ from results.store import append, load
 CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
 
 if TYPE_CHECKING:
-    import torch
-
-    from harness.engines.torch.resolve import Measured
+    from harness.engines.memory import Measured
 
 Say = Callable[[str], None]
 
@@ -74,19 +73,14 @@ class Workshop:
         if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, for it decides memory
             frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
-        self._net: torch.nn.Module | None = None
+        self._net: Any = None  # at its initialisation; handed over once, for an engine changes it
 
-    def _network(self) -> torch.nn.Module:
-        """The network at its initialisation; handed over once, for an engine changes it."""
-        from harness.engines.torch.trainer import build
-
-        net, self._net = self._net, None
-        return build(self.request.spec, self.request.arguments, self.request.seed) if net is None else net
-
-    def measure(self, *, device: str | None, precision: str, micro_batch: int | None) -> Measured:
+    def measure(
+        self, *, device: str | None, precision: str, micro_batch: int | None, mesh: str | None = None
+    ) -> Measured:
         """What `create` would freeze. Builds the network."""
-        self._net, measured = measure_request(
-            self.request, device=device, precision=precision, micro_batch=micro_batch, say=self.say
+        self._net, measured = workbench(self.request.framework).measure(
+            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=mesh, say=self.say
         )
         return measured
 
@@ -119,18 +113,9 @@ class Workshop:
         assert self.run is not None
         if until in self.run.snapshots():
             return
-        from harness.engines.torch.trainer import TorchEngine
-
         request, run = self.request, self.run
-        engine = TorchEngine(
-            request.spec,
-            self._network(),
-            arguments=request.spec.arguments(**request.arguments),
-            recipe=run.recipe,
-            seed=run.seed,
-            resolved=run.resolved,
-            data=self.data,
-        )
+        net, self._net = self._net, None
+        engine = workbench(run.framework).make_engine(request, run, self.data, net)
         training.train(
             run,
             engine,
@@ -141,57 +126,18 @@ class Workshop:
         )
 
 
-def measure_request(
-    request: Request, *, device: str | None, precision: str, micro_batch: int | None, say: Say
-) -> tuple[torch.nn.Module, Measured]:
-    """The network at its initialisation, and what was measured with it on this machine."""
-    from harness.compute.activations import activation_bytes
-    from harness.engines.torch import resolve
-    from harness.engines.torch.trainer import build
-
-    target = resolve.pick_device(device)
-    resolve.check_room(request.spec, request.compute.params, target)
-    say("measuring the speed of a training step ...")
-    net = build(request.spec, request.arguments, request.seed).to(target)
-    measured = resolve.resolve(
-        request.spec,
-        net,
-        request.spec.arguments(**request.arguments),
-        batch=request.recipe.batch,
-        device=target,
-        precision=precision,
-        micro_batch=micro_batch,
-        activation_bytes=activation_bytes(request.spec, **request.arguments),
-        gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
-    )
-    return net, measured
-
-
 def draw(run: Run, request: Request, step: int, steps: int, *, precision: str, batch: int | None) -> Path:
     """Draw one sample set of the snapshot of `step`, with a grid beside it; returns its samples.npz."""
-    from harness.engines.torch.draw import TorchSampler, load_weights
-    from harness.engines.torch.resolve import honour
-
     gflops = request.gflops_image(steps)
     wanted = sampling.request(
         run, step, request.sampling, steps, request.samples, precision,
         batch or sampling.default_batch(gflops, run.resolved.device),
     )  # fmt: skip
 
-    def make() -> TorchSampler:
-        from harness.diffusion.schedule import Schedule
-
-        device = honour(run.resolved)
-        net = load_weights(request.spec.build("torch", **request.arguments), run.snapshot(step) / "ema.safetensors")
-        plan = registry.samplers.get(request.sampling.sampler).make(
-            Schedule.named(run.recipe.schedule, run.recipe.diffusion_steps),
-            steps,
-            registry.objectives.get(run.recipe.objective),
-            request.sampling.eta,
-            request.sampling.clip_denoised,
-        )
-        return TorchSampler(
-            request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device
+    def make() -> sampling.Sampler:
+        snapshot = run.snapshot(step) / "ema.safetensors"
+        return workbench(run.framework).make_sampler(
+            request, run, snapshot, steps, precision=precision, batch=wanted.batch
         )
 
     sidecar = {

@@ -100,7 +100,11 @@ _run_options = (
         help="auto measures once which is faster, when the run is created.",
     ),
     click.option("--micro-batch", type=Count(), help="Images a forward pass. [default: what fits free memory]"),
-    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: cuda if there is one]"),
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, tpu. [default: an accelerator if there is one]"),
+    click.option(
+        "--mesh", metavar="DATAxMODEL",
+        help="Of jax: devices along which the batch alone, and along which weights too are divided. [default: all x 1]",
+    ),
     click.option("--gradient-checkpointing", is_flag=True, help="Less memory for one more forward pass."),
     click.option("--out", type=FOLDER, metavar="DIR", help="Folder of the run. [default: runs/NAME]"),
 )  # fmt: skip

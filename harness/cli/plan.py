@@ -24,7 +24,7 @@ from harness.progress import duration
 from harness.protocols import get_protocol, override
 
 if TYPE_CHECKING:
-    from harness.engines.torch.resolve import Measured
+    from harness.engines.memory import Measured
 
 TABLE_OPTIONS = {"protocol", "match", "budget", "settings", "as_json"}  # what the table of a budget listens to
 
@@ -213,13 +213,14 @@ def gflops_text(gflops: float) -> str:
 
 def measured(request: Request, options: dict[str, Any]) -> dict[str, Any]:
     """Speed and memory on this machine: builds the network and times a few training steps."""
-    from harness.stages import measure_request
+    from harness.engines import workbench
 
-    _, found = measure_request(
+    _, found = workbench(request.framework).measure(
         request,
         device=options["device"],
         precision=options["precision"],
         micro_batch=options["micro_batch"],
+        mesh=options["mesh"],
         say=lambda text: click.echo(text, err=True),
     )
     return describe(request, found)

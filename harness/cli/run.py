@@ -77,7 +77,10 @@ def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
     """The run, created if it is not there; what it has frozen is held against what was asked for."""
     if workshop.run is None:
         measured = workshop.measure(
-            device=options["device"], precision=options["precision"], micro_batch=options["micro_batch"]
+            device=options["device"],
+            precision=options["precision"],
+            micro_batch=options["micro_batch"],
+            mesh=options["mesh"],
         )
         if fork := options.get("fork"):
             workshop.fork(fork, measured.resolved)
@@ -91,6 +94,7 @@ def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
         "precision": None if options["precision"] == "auto" else options["precision"],
         "micro_batch": options["micro_batch"],
         "device": options["device"],
+        "mesh": options["mesh"],
         "gradient_checkpointing": True if options["gradient_checkpointing"] else None,
     }
     for name, value in asked.items():

@@ -1,1 +1,31 @@
-"""Engines: what trains and samples a network, one folder a framework."""
+"""Engines: what trains and samples a network, one folder a framework.
+
+Each has a module `workbench` with the same three functions, which is all that the stages know of it:
+
+    measure(request, device=, precision=, micro_batch=, mesh=, say=) -> (network at its initialisation, Measured)
+    make_engine(request, run, data, network or None) -> harness.training.Engine
+    make_sampler(request, run, snapshot, steps, precision=, batch=) -> harness.sampling.Sampler
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from harness.errors import Refusal
+
+NEEDS = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}  # packages, by framework
+
+
+def check_installed(framework: str) -> None:
+    """Refuse a framework that is not installed, with the command that installs it. Imports nothing."""
+    if lacking := [name for name in NEEDS[framework] if find_spec(name) is None]:
+        raise Refusal(
+            f"--framework {framework} needs {' and '.join(lacking)}, not installed here; "
+            "run: pip install 'backbone-harness[jax]'"
+        )
+
+
+def workbench(framework: str) -> ModuleType:
+    """The `workbench` of a framework, imported."""
+    check_installed(framework)
+    return import_module(f"harness.engines.{framework}.workbench")

@@ -8,7 +8,8 @@ import torch
 
 from harness.diffusion.plans import ddim_plan, ddpm_plan
 from harness.diffusion.schedule import Schedule
-from harness.engines.torch.sampler import GUIDED_CHANNELS, guided, sample_loop
+from harness.engines.guidance import GUIDED_CHANNELS
+from harness.engines.torch.sampler import guided, sample_loop
 from harness.errors import Failure, Refusal
 
 LINEAR = Schedule.named("linear")

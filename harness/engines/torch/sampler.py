@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import torch
 
 from harness.diffusion.plans import SamplerPlan
-from harness.errors import Failure, Refusal
+from harness.engines.guidance import (
+    check_channels,
+    check_classifier_scale,
+    check_guidance,
+    diverged,
+    guided_channels,
+)
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C or 2 C, H, W)
 Guide = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
 CHECK_EVERY_STEPS = 50  # finiteness of x; each check makes an accelerator wait
-
-GUIDED_CHANNELS = {  # how many of the epsilon channels are guided; None: all
-    "first-3": 3,  # as published (facebookresearch/DiT models.py, forward_with_cfg): latent channel 3 stays conditional
-    "all": None,
-}
 
 
 @torch.inference_mode()
@@ -45,7 +44,7 @@ def sample_loop(
         t = torch.full((samples,), int(plan.timesteps[k]), dtype=torch.int64, device=x.device)  # (N,)
         out = predict(x, t).float()  # (N, C or 2 C, H, W)
         if k == 0:
-            _check_channels(plan, out, channels)
+            check_channels(plan, out.shape[1], channels)
         x0 = float(plan.x0_from_x[k]) * x - float(plan.x0_from_eps[k]) * out[:, :channels]
         if plan.clip_denoised:
             x0.clamp_(-1.0, 1.0)
@@ -67,10 +66,7 @@ def sample_loop(
             x = x + std * noise(k)
         done = k + 1
         if (done % CHECK_EVERY_STEPS == 0 or done == plan.steps) and not torch.isfinite(x).all():
-            raise Failure(
-                f"sampling diverged: values that are not finite by {plan.name} step {done} of {plan.steps} "
-                f"(timestep {int(plan.timesteps[k])}); check the checkpoint, or sample in float32"
-            )
+            raise diverged(plan, done)
         if progress is not None:
             progress(done, plan.steps)
     return x
@@ -80,7 +76,7 @@ def guided(
     net: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],  # (x, t, y) -> (N, C or 2 C, H, W)
     y: torch.Tensor,  # int64 (N,): the labels asked for
     scale: float,  # 1 is no guidance: one evaluation, no doubled batch
-    channels: str,  # a key of GUIDED_CHANNELS
+    channels: str,  # a key of `harness.engines.guidance.GUIDED_CHANNELS`
     null_label: int | None,  # label index of "no class"; None: the network was trained without label dropout
 ) -> Predict:
     """A `predict` for `sample_loop` with classifier-free guidance: eps = eps_uncond + scale (eps_cond - eps_uncond).
@@ -89,26 +85,15 @@ def guided(
     all variance channels stay conditional. Images of fewer than 3 channels are guided in all of them. Refuses
     guidance without a null label, an unknown channel rule and a scale that is not finite.
     """
-    if channels not in GUIDED_CHANNELS:
-        close = get_close_matches(channels, GUIDED_CHANNELS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise Refusal(f"unknown guidance channels {channels!r}: {hint}known are {', '.join(GUIDED_CHANNELS)}")
-    if not math.isfinite(scale):
-        raise Refusal(f"guidance scale {scale} is not a finite number: give 1 for none, or for example 1.5")
+    check_guidance(scale, channels, null_label)
     if scale == 1.0:
         return lambda x, t: net(x, t, y)
-    if null_label is None:
-        raise Refusal(
-            f"guidance scale {scale:g} needs a network trained with label dropout, and this one has no null label: "
-            "give scale 1"
-        )
     labels = torch.cat([y, torch.full_like(y, null_label)])  # (2 N,)
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         out = net(torch.cat([x, x]), torch.cat([t, t]), labels)  # (2 N, C or 2 C, H, W)
         conditional, unconditional = out.float().chunk(2)  # (N, C or 2 C, H, W) each
-        rule = GUIDED_CHANNELS[channels]
-        count = x.shape[1] if rule is None else min(rule, x.shape[1])
+        count = guided_channels(channels, x.shape[1])
         result = conditional.clone()
         result[:, :count] = unconditional[:, :count] + scale * (conditional[:, :count] - unconditional[:, :count])
         return result
@@ -122,8 +107,7 @@ def classifier_guide(
     scale: float,
 ) -> Guide:
     """scale x the gradient of log p(y | x, t) with respect to x, for `sample_loop` (Dhariwal and Nichol 2021, sec. 4)."""
-    if not math.isfinite(scale):
-        raise Refusal(f"classifier scale {scale} is not a finite number: give 0 for none, or for example 1")
+    check_classifier_scale(scale)
 
     def guide(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.enable_grad():
@@ -134,13 +118,3 @@ def classifier_guide(
         return gradient.float() * scale  # (N, C, H, W)
 
     return guide
-
-
-def _check_channels(plan: SamplerPlan, out: torch.Tensor, channels: int) -> None:
-    fitting = (2 * channels,) if plan.learned_variance else (channels, 2 * channels)
-    if out.shape[1] not in fitting:
-        raise Refusal(
-            f"the network gives {out.shape[1]} channels for {channels}, and {plan.name} with "
-            f"{'a learned' if plan.learned_variance else 'a fixed'} variance needs {' or '.join(map(str, fitting))}: "
-            "choose the objective and the sampling variance alike"
-        )

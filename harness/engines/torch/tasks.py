@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.diffusion.schedule import Schedule
+from harness.engines.terms import TERMS
 from harness.engines.torch.loss import LossTables, training_losses
 from harness.errors import Refusal
 from harness.protocols import Recipe
@@ -21,12 +22,6 @@ from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
 from harness.registry import objectives
 from harness.spec import BackboneSpec
-
-TERMS = {  # by kind: what the log holds of a step, with its weight in the loss
-    "denoiser": {"mse": 1.0, "vb": 1.0},
-    "upsampler": {"mse": 1.0, "vb": 1.0},
-    "classifier": {"cross_entropy": 1.0, "accuracy": 0.0},
-}
 
 
 class Task:

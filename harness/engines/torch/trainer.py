@@ -11,11 +11,12 @@ import torch
 
 from harness import checkpoints
 from harness.data.images import ImageSet
+from harness.data.stream import Stream
 from harness.engines.torch.resolve import autocast, honour
 from harness.engines.torch.tasks import Task
 from harness.errors import Refusal
 from harness.protocols import Recipe
-from harness.randomness import Purpose, permutation
+from harness.randomness import Purpose
 from harness.randomness import bits as words
 from harness.randomness import threefry_torch as random
 from harness.runs import Resolved
@@ -65,7 +66,7 @@ class TorchEngine:
         self._task = Task(spec, arguments, recipe=recipe, seed=seed, device=self.device)
         self.terms = self._task.terms
         self._losses: list[torch.Tensor] = []
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._stream = Stream(seed, len(data.labels))
 
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
@@ -114,15 +115,8 @@ class TorchEngine:
         return torch.stack([terms[name].detach().sum() for name in self.terms]).double() / self.recipe.batch
 
     def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and labels at `positions` of the stream: epoch after epoch, each in an order of its own."""
-        count = len(self._labels)
-        rows = np.empty(len(positions), np.int64)
-        for epoch in np.unique(positions.numpy() // count):
-            if self._epoch[0] != epoch:
-                self._epoch = (int(epoch), permutation(self.seed, Purpose.DATA_ORDER, int(epoch), count))
-            here = positions.numpy() // count == epoch
-            rows[here] = self._epoch[1][positions.numpy()[here] % count]
-        rows = torch.from_numpy(rows)
+        """Images and labels at `positions` of the stream."""
+        rows = torch.from_numpy(self._stream.rows(positions.numpy()))
         x0 = self._images[rows].permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
         if self.recipe.flip:
             flipped = random.uniform(self.seed, Purpose.FLIP, positions.to(self.device), 0) < 0.5

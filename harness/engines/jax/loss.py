@@ -1,0 +1,131 @@
+"""The training objective in jax: `harness.engines.torch.loss`, function by function, in float32.
+
+Nichol & Dhariwal 2021, sec. 3.1; constants as in openai/guided-diffusion gaussian_diffusion.py (training_losses).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from harness.diffusion.objectives import Objective
+from harness.diffusion.schedule import Schedule
+
+LN2 = math.log(2.0)
+TANH_CDF = math.sqrt(2.0 / math.pi)  # Phi(x) ~ (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 (Page 1977)
+
+
+class LossTerms(NamedTuple):
+    """Per-sample terms, float32 (N,) each. The loss of a batch is (mse + vb).mean()."""
+
+    mse: Array  # mean over C, H, W of the squared error of epsilon
+    vb: Array  # mean over C, H, W of the variational bound's term, in bits; zeros without a learned variance
+
+
+class LossTables:
+    """The tables that training needs: float32 (T,), indexed by timestep; constants of a traced function.
+
+    They are those of `schedule.respaced()`: the public code trains on a respaced schedule with all steps kept.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        spaced = schedule.respaced()
+
+        def table(values: np.ndarray) -> np.ndarray:
+            return values.astype(np.float32)
+
+        self.sqrt_abar = table(spaced.sqrt_abar)
+        self.sqrt_one_minus_abar = table(spaced.sqrt_one_minus_abar)
+        self.log_variance_low = table(spaced.posterior_log_variance_clipped)
+        self.log_variance_high = table(spaced.log_betas)
+        # What an error of 1 in epsilon does to the mean of the reverse step.
+        self.mean_error = table(spaced.posterior_mean_from_x0 * spaced.sqrt_recipm1_abar)
+
+    def q_sample(self, x0: Array, t: Array, noise: Array) -> Array:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4).
+
+        x0, noise: float32 (N, C, H, W). t: int32 (N,) in 0 ... T - 1. Returns float32 (N, C, H, W).
+        """
+        return _at(self.sqrt_abar, t) * x0 + _at(self.sqrt_one_minus_abar, t) * noise
+
+
+def training_losses(
+    objective: Objective,
+    tables: LossTables,
+    output: Array,  # (N, objective.out_channels(C), H, W), any float type: the network at (x_t, t)
+    x0: Array,  # float32 (N, C, H, W)
+    t: Array,  # int32 (N,)
+    noise: Array,  # float32 (N, C, H, W): what x_t was made with
+) -> LossTerms:
+    """The terms of `objective`: `hybrid_loss` where the variance is learned, the mean squared error alone where not."""
+    assert output.shape[1] == objective.out_channels(x0.shape[1]), (output.shape, x0.shape)
+    if objective.learned_variance:
+        return hybrid_loss(tables, output, x0, t, noise)
+    mse = _mean((output.astype(jnp.float32) - noise) ** 2)
+    return LossTerms(mse, jnp.zeros_like(mse))
+
+
+def hybrid_loss(
+    tables: LossTables,
+    output: Array,  # (N, 2 C, H, W): epsilon, then the variance channels v
+    x0: Array,
+    t: Array,
+    noise: Array,
+) -> LossTerms:
+    """L_simple + L_vlb with the paper's weight of 1 for the mean-reduced bound in bits (DiT's loss; its code's MSE).
+
+    L_vlb sees epsilon detached, so only the variance channels learn from it. The derivation stands beside torch's.
+    """
+    eps, v = jnp.split(output.astype(jnp.float32), 2, axis=1)  # (N, C, H, W) each
+    frac = (v + 1) / 2
+    high, low = _at(tables.log_variance_high, t), _at(tables.log_variance_low, t)  # (N, 1, 1, 1)
+    log_variance = frac * high + (1 - frac) * low  # (N, C, H, W)
+    error = eps - noise
+    mean_error = _at(tables.mean_error, t) * jax.lax.stop_gradient(error)  # true mean - predicted mean
+    kl = 0.5 * (-1.0 + log_variance - low + jnp.exp(low - log_variance) + mean_error**2 * jnp.exp(-log_variance))
+    # At t = 0 the mean is x_0^ itself (its coefficients are 1 and 0), so mean_error is x_0 - x_0^.
+    nll = -_discretised_gaussian_log_likelihood(x0, mean_error, 0.5 * log_variance)
+    vb = jnp.where(t == 0, _mean(nll), _mean(kl)) / LN2  # (N,)
+    return LossTerms(_mean(error**2), vb)
+
+
+def _discretised_gaussian_log_likelihood(
+    x0: Array,  # (N, C, H, W) in [-1, 1] for pixels
+    centred: Array,  # x0 - mean
+    log_std: Array,
+) -> Array:
+    """Log-probability in nats of the 8-bit bin of x0, half-width 1/255, open-ended beyond +-0.999.
+
+    Made for pixels (Ho et al. 2020, eq. 13); the public DiT code applies it to latents as well.
+    """
+    inverse_std = jnp.exp(-log_std)
+    upper = _normal_cdf(inverse_std * (centred + 1.0 / 255.0))
+    lower = _normal_cdf(inverse_std * (centred - 1.0 / 255.0))
+    log_upper = _log(upper)
+    log_above = _log(1.0 - lower)
+    log_bin = _log(upper - lower)
+    return jnp.where(x0 < -0.999, log_upper, jnp.where(x0 > 0.999, log_above, log_bin))
+
+
+def _log(probability: Array) -> Array:
+    """Its gradient is zero below the floor, as torch's clamp has it."""
+    return jnp.log(jnp.where(probability >= 1e-12, probability, 1e-12))
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1.0 + jnp.tanh(TANH_CDF * (x + 0.044715 * x**3)))
+
+
+def _at(table: np.ndarray, t: Array) -> Array:
+    """(T,) at (N,) -> (N, 1, 1, 1)."""
+    return jnp.asarray(table)[t][:, None, None, None]
+
+
+def _mean(x: Array) -> Array:
+    """(N, C, H, W) -> (N,)."""
+    return x.mean(axis=(1, 2, 3))

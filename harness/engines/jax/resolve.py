@@ -1,0 +1,116 @@
+"""What is measured or found once, when a run is created: devices, precision, micro-batch, threads."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from backbones.flax_layers import set_compute_dtype
+from harness.engines.jax import mesh as devices
+from harness.engines.jax.errors import one_line
+from harness.engines.jax.trainer import COMPUTE_DTYPES, exact
+from harness.engines.memory import Measured, fit_micro_batch, refuse_one_image, state_bytes
+from harness.errors import Refusal
+from harness.runs import Resolved
+from harness.spec import BackboneSpec
+
+PROBE_IMAGES = 16  # the speed of two precisions is compared on at most so many images a device
+PROBE_REPEATS = 3
+LONG_SECONDS = 20.0  # a network this slow has shown enough
+LESS_MEMORY = "give a smaller --micro-batch or --gradient-checkpointing"
+
+
+def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Random inputs in the order of the call of a network of `kind`."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    channels, size = arguments["in_channels"], arguments["input_size"]
+    x = generator.standard_normal((images, channels, size, size), np.float32)
+    t = generator.integers(0, 1000, images).astype(np.int32)
+    y = generator.integers(0, max(arguments["num_classes"], 1), images).astype(np.int32)
+    inputs: tuple[np.ndarray, ...] = (x, t) if kind == "classifier" else (x, t, y)
+    if kind == "upsampler":
+        low = arguments["low_res_size"]
+        inputs += (generator.standard_normal((images, channels, low, low), np.float32),)
+    return inputs
+
+
+def measure(net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str) -> float:
+    """Seconds that forward and backward take for one image, the best of a few passes after compiling."""
+    set_compute_dtype(net, COMPUTE_DTYPES[precision])
+    graph, params, rest = nnx.split(net, nnx.Param, ...)
+
+    def loss(params: nnx.State, rest: nnx.State, *inputs: Array) -> Array:
+        return (nnx.merge(graph, params, rest)(*inputs).astype(jnp.float32) ** 2).mean()
+
+    divided = devices.on_batch(mesh)
+    inputs = tuple(devices.place(each, divided) for each in inputs_of(kind, images, arguments))
+    layout = devices.layout(mesh, (params, rest))
+    params, rest = devices.place((params, rest), layout)
+    function = jax.jit(jax.grad(loss), out_shardings=layout[0])
+    best = float("inf")
+    with one_line("a first training step", LESS_MEMORY), exact(precision):
+        compiled = function.lower(params, rest, *inputs).compile()
+        for _ in range(PROBE_REPEATS):
+            began = time.perf_counter()
+            jax.block_until_ready(compiled(params, rest, *inputs))
+            best = min(best, time.perf_counter() - began)
+            if best > LONG_SECONDS:
+                break
+    return best / images
+
+
+def resolve(
+    spec: BackboneSpec,
+    net: nnx.Module,
+    arguments: dict[str, Any],
+    *,
+    batch: int,
+    device: str,  # of all that the mesh holds
+    mesh: Mesh,
+    precision: str,
+    micro_batch: int | None,
+    activation_bytes: int,
+    gradient_checkpointing: bool,
+) -> Measured:
+    """Choose what is left open. The weights of `net` are left as they were."""
+    parameters = sum(each.size for each in jax.tree.leaves(nnx.state(net, nnx.Param)))
+    platform, count = mesh.devices.flat[0].platform, mesh.devices.size
+    free = devices.free_bytes(mesh) + 4 * parameters  # the network is already there and was counted as used
+    copies = 1 if platform == "cpu" else mesh.shape["data"]  # of the weights, which "data" does not divide
+    fitting = fit_micro_batch(batch, parameters * copies, activation_bytes, free)
+    if fitting == 0:
+        raise refuse_one_image(spec.name, parameters, activation_bytes, device, free)
+    chosen = min(micro_batch or _divided(batch, fitting, count), batch)
+    if batch % count or chosen % count or (batch % chosen) % count:
+        raise Refusal(
+            f"batches of {batch} in micro-batches of {chosen} cannot be divided over {count} devices; give a "
+            "--micro-batch and a batch (--set batch=...) that are multiples of them, or a smaller --mesh"
+        )
+    images = min(chosen, PROBE_IMAGES * count)
+    wanted = list(COMPUTE_DTYPES) if precision == "auto" else [precision]
+    speeds = {each: measure(net, images, arguments, mesh, each, spec.kind) for each in wanted}
+    fastest = devices.agreed(min(speeds, key=lambda each: speeds[each]), list(COMPUTE_DTYPES))
+    resolved = Resolved(
+        device=device,
+        device_name=devices.device_name(mesh),
+        precision=fastest,
+        micro_batch=chosen,
+        threads=devices.threads(),
+        gradient_checkpointing=gradient_checkpointing,
+        mesh=devices.shape_of(mesh),
+    )
+    need = state_bytes(parameters * copies, fastest) + chosen * activation_bytes
+    return Measured(resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free)
+
+
+def _divided(batch: int, fitting: int, count: int) -> int:
+    """The largest micro-batch of at most `fitting` images that divides the batch and is divided by the devices."""
+    sizes = [size for size in range(count, min(fitting, batch) + 1, count) if batch % size == 0]
+    return max(sizes, default=fitting)

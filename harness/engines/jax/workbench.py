@@ -1,0 +1,90 @@
+"""What the stages of a run ask of jax: see `harness.engines`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flax import nnx
+
+from harness import registry
+from harness.data.images import ImageSet
+from harness.diffusion.schedule import Schedule
+from harness.engines.jax import mesh as devices
+from harness.engines.jax import resolve
+from harness.engines.jax.draw import JaxChain, Network, load_weights, make_run_sampler
+from harness.engines.jax.trainer import JaxEngine, build
+from harness.engines.memory import Measured, check_room
+from harness.planning import Request
+from harness.runs import Run
+
+
+def measure(
+    request: Request,
+    *,
+    device: str | None,
+    precision: str,
+    micro_batch: int | None,
+    mesh: str | None,
+    say: Callable[[str], None],
+) -> tuple[nnx.Module, Measured]:
+    """The network at its initialisation, and what was measured with it on this machine."""
+    devices.start()
+    over = devices.make_mesh(devices.pick_devices(device), mesh)
+    device = device or devices.platform_name(over)
+    check_room(request.spec.name, request.compute.params, device, devices.free_bytes(over))
+    say("compiling and measuring the speed of a training step ...")
+    net = build(request.spec, request.arguments, request.seed)
+    measured = resolve.resolve(
+        request.spec,
+        net,
+        request.spec.arguments(**request.arguments),
+        batch=request.recipe.batch,
+        device=device,
+        mesh=over,
+        precision=precision,
+        micro_batch=micro_batch,
+        activation_bytes=_activation_bytes(request),
+        gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
+    )
+    return net, measured
+
+
+def _activation_bytes(request: Request) -> int:
+    """Of one image in float32: torch's count of the same network, where there is one; else 0, which fits anything."""
+    if "torch" not in request.spec.builders:
+        return 0
+    from harness.compute.activations import activation_bytes
+
+    return activation_bytes(request.spec, **request.arguments)
+
+
+def make_engine(request: Request, run: Run, data: ImageSet, net: nnx.Module | None) -> JaxEngine:
+    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine takes it."""
+    devices.start()
+    return JaxEngine(
+        request.spec,
+        build(request.spec, request.arguments, request.seed) if net is None else net,
+        arguments=request.spec.arguments(**request.arguments),
+        recipe=run.recipe,
+        seed=run.seed,
+        resolved=run.resolved,
+        data=data,
+    )
+
+
+def make_sampler(request: Request, run: Run, snapshot: Path, steps: int, *, precision: str, batch: int) -> JaxChain:
+    """What draws images with the weights in `snapshot`, a safetensors file."""
+    mesh = devices.honour(run.resolved)
+    arguments = request.spec.arguments(**request.arguments)
+    net = Network.load(request.spec, arguments, load_weights(snapshot), precision, mesh)
+    plan = registry.samplers.get(request.sampling.sampler).make(
+        Schedule.named(run.recipe.schedule, run.recipe.diffusion_steps),
+        steps,
+        registry.objectives.get(run.recipe.objective),
+        request.sampling.eta,
+        request.sampling.clip_denoised,
+    )
+    return make_run_sampler(
+        request.spec, net, plan, request.sampling, arguments=arguments, precision=precision, mesh=mesh, batch=batch
+    )

@@ -1,0 +1,79 @@
+"""What the stages of a run ask of torch: see `harness.engines`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from harness import registry
+from harness.compute.activations import activation_bytes
+from harness.data.images import ImageSet
+from harness.diffusion.schedule import Schedule
+from harness.engines.memory import Measured, check_room
+from harness.engines.torch import resolve
+from harness.engines.torch.draw import TorchSampler, load_weights
+from harness.engines.torch.trainer import TorchEngine, build
+from harness.errors import Refusal
+from harness.planning import Request
+from harness.runs import Run
+
+
+def measure(
+    request: Request,
+    *,
+    device: str | None,
+    precision: str,
+    micro_batch: int | None,
+    mesh: str | None,
+    say: Callable[[str], None],
+) -> tuple[torch.nn.Module, Measured]:
+    """The network at its initialisation, and what was measured with it on this machine."""
+    if mesh is not None:
+        raise Refusal("--mesh belongs to --framework jax")
+    target = resolve.pick_device(device)
+    check_room(request.spec.name, request.compute.params, str(target), resolve.free_bytes(target))
+    say("measuring the speed of a training step ...")
+    net = build(request.spec, request.arguments, request.seed).to(target)
+    measured = resolve.resolve(
+        request.spec,
+        net,
+        request.spec.arguments(**request.arguments),
+        batch=request.recipe.batch,
+        device=target,
+        precision=precision,
+        micro_batch=micro_batch,
+        activation_bytes=activation_bytes(request.spec, **request.arguments),
+        gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
+    )
+    return net, measured
+
+
+def make_engine(request: Request, run: Run, data: ImageSet, net: torch.nn.Module | None) -> TorchEngine:
+    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine changes it."""
+    return TorchEngine(
+        request.spec,
+        build(request.spec, request.arguments, request.seed) if net is None else net,
+        arguments=request.spec.arguments(**request.arguments),
+        recipe=run.recipe,
+        seed=run.seed,
+        resolved=run.resolved,
+        data=data,
+    )
+
+
+def make_sampler(request: Request, run: Run, snapshot: Path, steps: int, *, precision: str, batch: int) -> TorchSampler:
+    """What draws images with the weights in `snapshot`, a safetensors file; batches may be of any size."""
+    device = resolve.honour(run.resolved)
+    net = load_weights(request.spec.build("torch", **request.arguments), snapshot)
+    plan = registry.samplers.get(request.sampling.sampler).make(
+        Schedule.named(run.recipe.schedule, run.recipe.diffusion_steps),
+        steps,
+        registry.objectives.get(run.recipe.objective),
+        request.sampling.eta,
+        request.sampling.clip_denoised,
+    )
+    return TorchSampler(
+        request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device
+    )
