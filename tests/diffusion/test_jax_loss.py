@@ -1,0 +1,66 @@
+"""The training loss in jax against torch's and the public code's figures."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from harness.diffusion.objectives import OBJECTIVES
+from harness.diffusion.schedule import Schedule
+from harness.engines.jax import loss as jax_loss
+from harness.engines.torch import loss as torch_loss
+
+SCHEDULE = Schedule.named("linear")
+TABLES, TORCH_TABLES = jax_loss.LossTables(SCHEDULE), torch_loss.LossTables(SCHEDULE)
+HYBRID = OBJECTIVES["epsilon-learned-range"]
+
+
+def test_golden():
+    torch.manual_seed(1)
+    x0 = torch.randn(4, 4, 8, 8)
+    t = np.array([0, 1, 500, 999], np.int32)
+    noise = torch.randn_like(x0).numpy()
+    x0 = x0.numpy()
+
+    @jax.jit
+    def terms(x0, t, noise):
+        x = TABLES.q_sample(x0, t, noise)
+        output = jax.numpy.concatenate([0.1 * x + 0.001 * t[:, None, None, None], jax.numpy.tanh(x)], axis=1)
+        return jax_loss.training_losses(HYBRID, TABLES, output, x0, t, noise)
+
+    found = terms(x0, t, noise)
+    for term, golden in (
+        (found.mse, [1.1095242500, 0.9403723478, 1.1909056902, 1.8073136806]),
+        (found.vb, [2.0801875591, 0.6391848922, 0.0094727874, 0.0266072340]),
+    ):
+        assert term.dtype == np.float32 and term.shape == (4,)
+        np.testing.assert_allclose(term, golden, rtol=5e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_terms_and_gradients_are_torchs(objective):
+    """Pixels at the edges, bins of no probability, every kind of timestep."""
+    generator = np.random.RandomState(0)
+    x0 = np.clip(generator.standard_normal((6, 3, 4, 4)), -1, 1).astype(np.float32)
+    noise = generator.standard_normal(x0.shape).astype(np.float32)
+    t = np.array([0, 0, 1, 37, 500, 999])
+    channels = OBJECTIVES[objective].out_channels(3)
+    output = generator.standard_normal((6, channels, 4, 4)).astype(np.float32)
+    output[0] *= 9  # far off: the probability of the bin is below its floor
+
+    given = torch.from_numpy(output).requires_grad_()
+    rest = (torch.from_numpy(x0), torch.from_numpy(t), torch.from_numpy(noise))
+    expected = torch_loss.training_losses(OBJECTIVES[objective], TORCH_TABLES, given, *rest)
+    (2 * expected.mse + expected.vb).sum().backward()
+
+    def total(output):
+        terms = jax_loss.training_losses(OBJECTIVES[objective], TABLES, output, x0, t.astype(np.int32), noise)
+        return (2 * terms.mse + terms.vb).sum(), terms
+
+    gradient, terms = jax.jit(jax.grad(total, has_aux=True))(output)
+    for mine, theirs in zip(terms, expected, strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_allclose(mine, theirs.detach().numpy(), rtol=1e-5, atol=1e-7)
+    scale = given.grad.abs().max().item()
+    np.testing.assert_allclose(gradient, given.grad.numpy(), rtol=1e-4, atol=1e-6 * scale)
+    assert np.isfinite(gradient).all()
