@@ -60,7 +60,10 @@ def test_terms_and_gradients_are_torchs(objective):
     gradient, terms = jax.jit(jax.grad(total, has_aux=True))(output)
     for mine, theirs in zip(terms, expected, strict=True):
         assert mine.dtype == np.float32
-        np.testing.assert_allclose(mine, theirs.detach().numpy(), rtol=1e-5, atol=1e-7)
-    scale = given.grad.abs().max().item()
-    np.testing.assert_allclose(gradient, given.grad.numpy(), rtol=1e-4, atol=1e-6 * scale)
+        theirs = theirs.detach().numpy()
+        np.testing.assert_allclose(mine[t > 0], theirs[t > 0], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(mine[t == 0], theirs[t == 0], rtol=2e-4)  # a small difference of two large numbers
+    expected, scale = given.grad.numpy(), given.grad.abs().max().item()
+    np.testing.assert_allclose(gradient[t > 0], expected[t > 0], rtol=1e-4, atol=1e-6 * scale)
+    np.testing.assert_allclose(gradient[t == 0], expected[t == 0], rtol=5e-3, atol=1e-6 * scale)
     assert np.isfinite(gradient).all()

@@ -15,8 +15,11 @@ from harness.engines.torch.trainer import build
 from harness.randomness.threefry_jax import words
 
 RECIPE = {"learning_rate": "1e-4", "label_dropout": "0.2", "conditioning_noise": "0.3", "flip": "true"}
-QUICK = ("dit", "ldm", "upsampler")
-EVERY = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+def quick(names, few):
+    """Parameters of a test, slow but for `few`: compiling is what takes the time."""
+    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def both(kind, folder, steps, settings=RECIPE):
@@ -29,7 +32,7 @@ def both(kind, folder, steps, settings=RECIPE):
     return engine(shops["torch"], net), engine(shops["jax"], flax_net(wanted["jax"], start)), wanted["jax"]
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", quick(KINDS, ["dit"]))
 def test_a_hundred_steps_from_the_same_start(kind, tmp_path):
     """Losses within 1e-3 relative at each of 100 steps, weights and averages within 1e-3 of what they moved."""
     theirs, mine, _ = both(kind, tmp_path, 100)
@@ -110,7 +113,7 @@ CASES = {  # kind, plan, settings
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, ["ddpm", "ddim with noise, by a classifier"]))
 def test_samples_of_a_trained_network(case, trained):
     """From the same noise within 1e-3 of the samples' standard deviation."""
     kind, plan, settings = CASES[case]
