@@ -309,7 +309,7 @@ def _describe_system(data: dict[str, Any], sha256: str, name: str | None) -> dic
         "system": name or system["name"],
         "backbone": "+".join(part["backbone"] for part in parts.values() if part is not None),
         "kind": "generator" if generator else "denoiser",
-        "framework": "torch",
+        "framework": drawn.get("framework", "torch"),
         "params": compute["params"],
         "gflops": compute["gflops"],
         "training": _training_of_parts(parts, weights, files.sha256_json(hashes)),

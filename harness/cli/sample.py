@@ -35,7 +35,8 @@ OF_A_RUN = (  # what a system fixes by being one
 @sampling_options
 @match_sampling_option
 @click.option("--batch", type=click.IntRange(1), help="Images a forward pass.")
-@click.option("--device", metavar="NAME", help="Of a system: cpu, cuda. [default: cuda if there is one]")
+@click.option("--framework", type=click.Choice(["torch", "jax"]), help="Of a system. [default: torch]")
+@click.option("--device", metavar="NAME", help="Of a system: cpu, cuda. [default: an accelerator if there is one]")
 @click.option("--out", type=FOLDER, metavar="DIR", help="Of a system. [default: runs/systems]")
 def command(folder: Path | None, system: str | None, weights: tuple[tuple[str, str], ...], **options: Any) -> None:
     """Draw samples: samples.npz in ADM's layout, a sidecar that says how, and a grid to look at. Examples:
@@ -54,7 +55,7 @@ def command(folder: Path | None, system: str | None, weights: tuple[tuple[str, s
 
 
 def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dict[str, Any]) -> None:
-    for name, given in (("weights", weights), ("device", options["device"]), ("out", options["out"])):
+    for name, given in (("weights", weights), *((each, options[each]) for each in ("framework", "device", "out"))):
         if given:
             raise Refusal(f"--{name} belongs to --system; a run has its own")
     run = runs.open_run(folder)
@@ -106,6 +107,7 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
         path = draw_system(
             each,
             folder=options["out"] or runs.RUNS / "systems",
+            framework=options["framework"] or "torch",
             count=options["samples"] or system.task.samples,
             seed=options["sampling_seed"] or 0,
             precision=options["sampling_precision"],

@@ -1,19 +1,30 @@
 """Engines: what trains and samples a network, one folder a framework.
 
-Each has a module `workbench` with the same three functions, which is all that the stages know of it:
+Each has a module `workbench` with the same functions, which is all that the stages know of it:
 
     measure(request, device=, precision=, micro_batch=, mesh=, say=) -> (network at its initialisation, Measured)
     make_engine(request, run, data, network or None) -> harness.training.Engine
     make_sampler(request, run, snapshot, steps, precision=, batch=) -> harness.sampling.Sampler
+    find_place(device) -> Place
+    make_chain(bound, decoder, place, seed=, precision=, batch=, say=) -> harness.sampling.Sampler, of a system
 """
 
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any, NamedTuple
 
 from harness.errors import Refusal
 
 NEEDS = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}  # packages, by framework
+
+
+class Place(NamedTuple):
+    """Where a system is sampled."""
+
+    target: Any  # the framework's own: a torch.device, a mesh of jax's
+    platform: str  # "cpu", "cuda:1", as --device takes it
+    name: str  # what a person calls it
 
 
 def check_installed(framework: str) -> None:

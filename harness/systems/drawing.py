@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import checkpoints, decoding, evaluation, files, registry, runs, sampling
+from harness.engines import Place, workbench
 from harness.errors import Refusal
 from harness.systems import Guide, Stage, System
 
 if TYPE_CHECKING:
     import torch
-
-    from harness.engines.torch.draw import TorchChain, TorchGenerator, TorchStage
 
 DECODER = "decoder"  # the name of the decoder's weights beside those of the parts
 
@@ -47,6 +46,12 @@ class Bound:
             for name, source in self.sources.items()
         }
         return {"system": self.system.as_dict(), "weights": weights}
+
+    @property
+    def stages(self) -> list[tuple[Stage, Source]]:
+        """The base and the upsamplers in their order, each with its weights."""
+        names = [name for name in self.system.parts if name != "classifier"]
+        return [(stage, self.sources[name]) for stage, name in zip(self.system.stages, names, strict=True)]
 
 
 def bind(system: System, weights: Mapping[str, Path]) -> Bound:
@@ -143,6 +148,7 @@ def draw_system(
     bound: Bound,
     *,
     folder: Path,
+    framework: str = "torch",
     count: int,
     seed: int,
     precision: str,
@@ -151,21 +157,24 @@ def draw_system(
     say: Callable[[str], None],
 ) -> Path:
     """Draw one sample set below `folder`, with a grid beside it; returns its samples.npz."""
-    from harness.engines.torch.resolve import device_name, pick_device
-
+    engine = workbench(framework)
     system, task = bound.system, bound.system.task
     for note in bound.notes:
         say(note)
-    target = pick_device(device)
+    for part in system.parts.values():
+        if framework not in part.spec.builders:
+            raise Refusal(f"system {system.name!r}: {part.backbone} has no {framework} network")
+    place = engine.find_place(device)
     gflops = system.gflops_image()
-    batch = batch or sampling.default_batch(gflops, str(target))
+    batch = batch or sampling.default_batch(gflops, place.platform)
     decoder = None
     if system.decoder:
         say(f"reading decoder {system.decoder} ...")
-        decoder = decoding.load(system.decoder, weights=bound.decoder, device=str(target))
+        decoder = decoding.load(system.decoder, weights=bound.decoder, device=_decoder_device(framework, place))
         _check_decoder(system, decoder)
     settings = {
         "seed": seed, "precision": precision, "uint8_rule": system.uint8_rule, "label_policy": system.label_policy,
+        **({} if framework == "torch" else {"framework": framework}),
     }  # fmt: skip
     identity = {
         **bound.identity,
@@ -193,12 +202,21 @@ def draw_system(
             "decoder_gflops": None if decoder is None else decoder.compute(task.resolution).gflops,
         },
         "weights": {name: str(source.path) for name, source in bound.sources.items()},
-        "environment": evaluation.environment(device_name(target)),
+        "environment": evaluation.environment(place.name),
     }
     with runs.locked(job.folder):
-        path = sampling.draw(job, lambda: _chain(bound, decoder, seed, precision, target, say), sidecar)
+        path = sampling.draw(
+            job,
+            lambda: engine.make_chain(bound, decoder, place, seed=seed, precision=precision, batch=batch, say=say),
+            sidecar,
+        )
         sampling.write_grid_beside(path)
     return path
+
+
+def _decoder_device(framework: str, place: Place) -> str:
+    """Decoders are torch's, also of a system that is sampled in jax, whose accelerator torch may not see."""
+    return place.platform if framework == "torch" else "cpu"
 
 
 def _check_decoder(system: System, decoder: decoding.Decoder) -> None:
@@ -214,33 +232,8 @@ def _check_decoder(system: System, decoder: decoding.Decoder) -> None:
         )
 
 
-def _chain(
-    bound: Bound,
-    decoder: decoding.Decoder | None,
-    seed: int,
-    precision: str,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> TorchChain:
-    """Networks built and filled, one after the other."""
-    from harness.engines.torch.draw import TorchChain
-
-    system = bound.system
-    assert system.base is not None
-    classifier = None
-    if system.classifier is not None:
-        classifier = _network(system.classifier, bound.sources["classifier"], device, say)
-    stages: list[TorchStage | TorchGenerator] = []
-    for number, stage in enumerate(system.stages):
-        name = "base" if number == 0 else list(system.parts)[-len(system.upsamplers) :][number - 1]
-        net = _network(stage, bound.sources[name], device, say)
-        stages.append(_stage(stage, net, number, classifier if number == 0 else None, system, precision, device))
-    decode = None if decoder is None else decoder.decode
-    return TorchChain(stages, decode, seed=seed, uint8_rule=system.uint8_rule, device=device)
-
-
-def _network(part: Stage | Guide, source: Source, device: torch.device, say: Callable[[str], None]) -> torch.nn.Module:
-    """The network without storage, then filled tensor by tensor: the weights are held once."""
+def read_network(part: Stage | Guide, source: Source, say: Callable[[str], None]) -> torch.nn.Module:
+    """The torch network of a part without storage, then filled tensor by tensor: the weights are held once."""
     from harness.compute.meta_torch import build_on_meta
     from harness.weights.load import load_into
 
@@ -254,36 +247,4 @@ def _network(part: Stage | Guide, source: Source, device: torch.device, say: Cal
         raise Refusal(f"{source.path} has changed since sampling began; give the same command again")
     for note in provenance.notes:
         say(f"  {note}")
-    return net.to(device)
-
-
-def _stage(
-    stage: Stage,
-    net: torch.nn.Module,
-    number: int,
-    classifier: torch.nn.Module | None,
-    system: System,
-    precision: str,
-    device: torch.device,
-) -> TorchStage | TorchGenerator:
-    from harness.engines.torch.draw import TorchGenerator, TorchStage
-
-    arguments = stage.spec.arguments(**stage.build_arguments())
-    if stage.spec.kind == "generator":
-        return TorchGenerator(
-            net, latent_size=arguments["latent_size"], truncation=stage.truncation, precision=precision, device=device
-        )
-    return TorchStage(
-        stage.spec,
-        net,
-        stage.plan(registry.objectives.get(stage.objective)),
-        arguments=arguments,
-        precision=precision,
-        device=device,
-        guidance_scale=stage.guidance_scale,
-        guidance_channels=stage.guidance_channels,
-        classifier=classifier,
-        classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
-        conditioning_noise=stage.conditioning_noise,
-        number=number,
-    )
+    return net

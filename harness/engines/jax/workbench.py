@@ -13,10 +13,13 @@ from harness.diffusion.schedule import Schedule
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
 from harness.engines.jax.draw import JaxChain, Network, load_weights, make_run_sampler
+from harness.engines.jax.systems import find_place, make_chain
 from harness.engines.jax.trainer import JaxEngine, build
 from harness.engines.memory import Measured, check_room
 from harness.planning import Request
 from harness.runs import Run
+
+__all__ = ["find_place", "make_chain", "make_engine", "make_sampler", "measure"]
 
 
 def measure(

@@ -14,10 +14,13 @@ from harness.diffusion.schedule import Schedule
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import resolve
 from harness.engines.torch.draw import TorchSampler, load_weights
+from harness.engines.torch.systems import find_place, make_chain
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.errors import Refusal
 from harness.planning import Request
 from harness.runs import Run
+
+__all__ = ["find_place", "make_chain", "make_engine", "make_sampler", "measure"]
 
 
 def measure(

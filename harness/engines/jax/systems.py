@@ -1,0 +1,71 @@
+"""Sampling a system in jax: `harness.engines.torch.systems`, function by function.
+
+Weight files are read into the torch network's shapes, which they have. Decoders stay in torch, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from harness import registry
+from harness.decoding import Decoder
+from harness.engines import Place
+from harness.engines.jax import mesh as devices
+from harness.engines.jax.draw import JaxChain, JaxStage, Network
+from harness.systems import Guide, Stage
+from harness.systems.drawing import Bound, Source, read_network
+
+
+def find_place(device: str | None) -> Place:
+    """All devices of a platform, along which batches are divided, or the one of that name ("cuda:1")."""
+    mesh = devices.make_mesh(devices.pick_devices(device), None)
+    return Place(mesh, device or devices.platform_name(mesh), devices.device_name(mesh))
+
+
+def make_chain(
+    bound: Bound,
+    decoder: Decoder | None,
+    place: Place,
+    *,
+    seed: int,
+    precision: str,
+    batch: int,  # what every batch is filled up to
+    say: Callable[[str], None],
+) -> JaxChain:
+    """What draws images of a system."""
+    system, mesh = bound.system, place.target
+
+    def network(part: Stage | Guide, source: Source) -> Network:
+        state = {name: tensor.numpy() for name, tensor in read_network(part, source, say).state_dict().items()}
+        return Network.load(part.spec, part.spec.arguments(**part.build_arguments()), state, precision, mesh)
+
+    classifier = None
+    if system.classifier is not None:
+        classifier = network(system.classifier, bound.sources["classifier"])
+    stages = [
+        JaxStage(
+            stage.spec,
+            network(stage, source),
+            stage.plan(registry.objectives.get(stage.objective)),
+            arguments=stage.spec.arguments(**stage.build_arguments()),
+            precision=precision,
+            mesh=mesh,
+            guidance_scale=stage.guidance_scale,
+            guidance_channels=stage.guidance_channels,
+            classifier=classifier if number == 0 else None,
+            classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
+            conditioning_noise=stage.conditioning_noise,
+            number=number,
+        )
+        for number, (stage, source) in enumerate(bound.stages)
+    ]
+
+    def decode(latents: np.ndarray) -> np.ndarray:
+        assert decoder is not None
+        return decoder.decode(latents).numpy()
+
+    return JaxChain(
+        stages, None if decoder is None else decode, seed=seed, uint8_rule=system.uint8_rule, mesh=mesh, batch=batch
+    )

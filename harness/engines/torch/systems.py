@@ -1,0 +1,70 @@
+"""Sampling a system in torch: networks built and filled one after the other, and chained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from harness import registry
+from harness.decoding import Decoder
+from harness.engines import Place
+from harness.engines.torch import resolve
+from harness.engines.torch.draw import TorchChain, TorchGenerator, TorchStage
+from harness.systems import Stage
+from harness.systems.drawing import Bound, read_network
+
+
+def find_place(device: str | None) -> Place:
+    """The device of that name; None: an accelerator if there is one. One that is absent is refused."""
+    target = resolve.pick_device(device)
+    return Place(target, str(target), resolve.device_name(target))
+
+
+def make_chain(
+    bound: Bound,
+    decoder: Decoder | None,
+    place: Place,
+    *,
+    seed: int,
+    precision: str,
+    batch: int,  # batches may be of any size
+    say: Callable[[str], None],
+) -> TorchChain:
+    """What draws images of a system."""
+    system, device = bound.system, place.target
+    classifier = None
+    if system.classifier is not None:
+        classifier = read_network(system.classifier, bound.sources["classifier"], say).to(device)
+
+    def stage_of(number: int, stage: Stage, net: torch.nn.Module) -> TorchStage | TorchGenerator:
+        arguments = stage.spec.arguments(**stage.build_arguments())
+        if stage.spec.kind == "generator":
+            return TorchGenerator(
+                net,
+                latent_size=arguments["latent_size"],
+                truncation=stage.truncation,
+                precision=precision,
+                device=device,
+            )
+        return TorchStage(
+            stage.spec,
+            net,
+            stage.plan(registry.objectives.get(stage.objective)),
+            arguments=arguments,
+            precision=precision,
+            device=device,
+            guidance_scale=stage.guidance_scale,
+            guidance_channels=stage.guidance_channels,
+            classifier=classifier if number == 0 else None,
+            classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
+            conditioning_noise=stage.conditioning_noise,
+            number=number,
+        )
+
+    stages = [
+        stage_of(number, stage, read_network(stage, source, say).to(device))
+        for number, (stage, source) in enumerate(bound.stages)
+    ]
+    decode = None if decoder is None else decoder.decode
+    return TorchChain(stages, decode, seed=seed, uint8_rule=system.uint8_rule, device=device)
