@@ -11,6 +11,13 @@ from typing import Self
 
 WINDOW_SECONDS = 120.0  # speeds are those of the last two minutes
 QUIET_SECONDS = 30.0  # between lines where there is no terminal to draw on
+_silent = False
+
+
+def silence() -> None:
+    """No bars from here on: another process of the same job draws them."""
+    global _silent
+    _silent = True
 
 
 class Bar:
@@ -24,7 +31,7 @@ class Bar:
         self._marks = deque([(self._said, done)])  # (time, units done) of the last while
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -47,7 +54,7 @@ class Bar:
         if self._bar is not None:
             note = self._note or f"{self.rate:.1f} {self.unit}/s"
             self._bar.update(self._task, completed=self.done, note=note, left=left if self.done < self.total else "")
-        elif time.monotonic() - self._said > QUIET_SECONDS:
+        elif time.monotonic() - self._said > QUIET_SECONDS and not _silent:
             self._said = time.monotonic()
             text = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._note}  {left}"
             print(" ".join(text.split()), file=sys.stderr, flush=True)  # noqa: T201

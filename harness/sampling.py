@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from harness import checkpoints, files
+from harness.engines.team import ALONE, Team
 from harness.errors import Refusal
 from harness.progress import Bar
 from harness.protocols import Sampling
@@ -120,7 +121,9 @@ class Job:
     title: str  # of the bar
 
 
-def sample(run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any]) -> Path:
+def sample(
+    run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any], team: Team = ALONE
+) -> Path:
     """Draw the sample set of a run, or find it drawn; returns the path of its samples.npz."""
     task = run.protocol
     job = Job(
@@ -132,13 +135,14 @@ def sample(run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler],
         steps=wanted.steps,
         title=f"sample {wanted.sampling.sampler}-{wanted.steps}",
     )
-    return draw(job, make_sampler, sidecar)
+    return draw(job, make_sampler, sidecar, team)
 
 
-def draw(job: Job, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any]) -> Path:
+def draw(job: Job, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any], team: Team = ALONE) -> Path:
     """Draw the sample set, or find it drawn; returns the path of its samples.npz.
 
-    `sidecar` is what a later reader should know beside the identity: parameters, Gflops, environment.
+    `sidecar` is what a later reader should know beside the identity: parameters, Gflops, environment. Each process of a
+    team draws shards of its own; the leader puts them together.
     """
     target = job.folder / "samples.npz"
     if sidecar_path(target).exists() and target.exists():
@@ -150,20 +154,24 @@ def draw(job: Job, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any])
     with files.explained(job.folder):
         shards.mkdir(parents=True, exist_ok=True)
     starts = range(0, count, job.batch)
+    mine = team.share(starts)
     missing = [
-        start for start in starts if not _whole(_shard(shards, start), (min(job.batch, count - start), *job.image))
+        start for start in mine if not _whole(_shard(shards, start), (min(job.batch, count - start), *job.image))
     ]
     sampler = make_sampler()
-    total, done = len(starts) * job.steps, (len(starts) - len(missing)) * job.steps
+    total, done = len(mine) * job.steps, (len(mine) - len(missing)) * job.steps
     with Bar(job.title, total, "steps", done) as bar:
         for start in missing:
             index = np.arange(start, min(start + job.batch, count), dtype=np.int64)
             note = f"image {start + len(index)} of {count}"
             images = sampler.draw(index, job.labels[index], lambda note=note: bar.advance(1, note))
             _save(_shard(shards, start), images)
-    data = {"schema": SCHEMA, "identity": job.identity, "evaluations": sampler.evaluations, **sidecar}
-    write_samples(target, _load(shards, starts), job.labels, data)
-    files.remove(shards)
+    team.wait("all shards are drawn")
+    if team.leads:
+        data = {"schema": SCHEMA, "identity": job.identity, "evaluations": sampler.evaluations, **sidecar}
+        write_samples(target, _load(shards, starts), job.labels, data)
+        files.remove(shards)
+    team.wait("the samples are written")
     return target
 
 

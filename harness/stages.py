@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness import checkpoints, evaluation, files, registry, runs, sampling, training
 from harness.data.images import ImageSet
 from harness.engines import workbench
+from harness.engines.team import ALONE, Team
 from harness.errors import Refusal
 from harness.planning import CHECKPOINT_BYTES, Request, published_input_gflops
 from harness.protocols import Protocol
@@ -64,8 +65,9 @@ def check_images(data: ImageSet, request: Request) -> None:
 class Workshop:
     """A run and the network it needs, made once and only when a stage needs them."""
 
-    def __init__(self, request: Request, data: ImageSet, folder: Path, say: Say):
-        self.request, self.data, self.folder, self.say = request, data, folder, say
+    def __init__(self, request: Request, data: ImageSet, folder: Path, say: Say, team: Team = ALONE):
+        self.request, self.data, self.folder, self.team = request, data, folder, team
+        self.say = team.says(say)
         self.spec = run_spec(request, data)
         check_images(data, request)
         check_labels(data, request.protocol.num_classes)
@@ -86,7 +88,14 @@ class Workshop:
 
     def create(self, resolved: Resolved) -> Run:
         """Make the run's folder, with `resolved` frozen in it."""
-        self.run = runs.create(self.folder, self.spec, resolved, evaluation.environment(resolved.device_name))
+        if self.team.leads:
+            runs.create(self.folder, self.spec, resolved, evaluation.environment(resolved.device_name))
+        self.team.wait("the run is created")
+        self.run = runs.find(self.folder, self.spec)
+        if self.run is None:
+            raise Refusal(
+                f"process {self.team.index} does not see {self.folder}; a run's processes share a file system"
+            )
         return self.run
 
     def fork(self, source: Path, resolved: Resolved) -> Run:
@@ -100,11 +109,12 @@ class Workshop:
                 f"--fork {source} is another experiment: {runs.difference(parent.identity, self.spec.identity)}"
             )
         target = self.folder / "checkpoints" / checkpoint.folder.name
-        with files.explained(self.folder):
-            files.remove(target)  # of a fork that was killed
-            shutil.copytree(checkpoint.folder, target)
-            lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]
-            files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
+        if self.team.leads:
+            with files.explained(self.folder):
+                files.remove(target)  # of a fork that was killed
+                shutil.copytree(checkpoint.folder, target)
+                lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]
+                files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
         self.say(f"forked from step {checkpoint.step} of {source}")
         return self.create(resolved)
 
@@ -123,10 +133,13 @@ class Workshop:
             gflops_step=request.gflops_step,
             state_bytes=CHECKPOINT_BYTES * request.compute.params,
             say=self.say,
+            team=self.team,
         )
 
 
-def draw(run: Run, request: Request, step: int, steps: int, *, precision: str, batch: int | None) -> Path:
+def draw(
+    run: Run, request: Request, step: int, steps: int, *, precision: str, batch: int | None, team: Team = ALONE
+) -> Path:
     """Draw one sample set of the snapshot of `step`, with a grid beside it; returns its samples.npz."""
     gflops = request.gflops_image(steps)
     wanted = sampling.request(
@@ -149,8 +162,9 @@ def draw(run: Run, request: Request, step: int, steps: int, *, precision: str, b
         "trained": dataclasses.asdict(run.resolved),
         "environment": evaluation.environment(run.resolved.device_name),
     }
-    path = sampling.sample(run, wanted, make, sidecar)
-    sampling.write_grid_beside(path)
+    path = sampling.sample(run, wanted, make, sidecar, team)
+    if team.leads:
+        sampling.write_grid_beside(path)
     return path
 
 

@@ -21,6 +21,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from harness import checkpoints, files
+from harness.engines.team import ALONE, Team
 from harness.errors import Failure, Refusal
 from harness.progress import Bar
 from harness.runs import Run
@@ -31,6 +32,7 @@ CHECKPOINT_SHARE = 0.02  # of the time goes to checkpoints, while that does not 
 SHORTEST_SECONDS = 2.0
 DISK_BYTES_PER_SECOND = 1e9
 DRAIN_SECONDS = 0.5  # how long losses may stay on the device, unread
+AGREE_STEPS = 10  # after so many a team follows its leader in whether to stop or to write a checkpoint
 
 
 class Engine(Protocol):
@@ -55,17 +57,30 @@ class Engine(Protocol):
 
 
 def train(
-    run: Run, engine: Engine, until: int, *, gflops_step: float, state_bytes: int, say: Callable[[str], None]
+    run: Run,
+    engine: Engine,
+    until: int,
+    *,
+    gflops_step: float,
+    state_bytes: int,
+    say: Callable[[str], None],
+    team: Team = ALONE,
 ) -> None:
     """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
 
-    `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint. Raises KeyboardInterrupt after Ctrl-C or SIGTERM
-    and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
+    `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint. `team`: the
+    processes that train together. Raises KeyboardInterrupt after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
     """
     if until in run.snapshots():
         return
     checkpoint = checkpoints.newest(run.checkpoints, say)
     done = seconds = 0
+    found = 0 if checkpoint is None else checkpoint.step
+    if found != team.leaders(found):
+        raise Refusal(
+            f"process {team.index} finds another newest checkpoint in {run.checkpoints} than the leader; the processes of a "
+            "run share a file system"
+        )
     if checkpoint is not None:
         if checkpoint.step > until:
             raise Refusal(
@@ -77,10 +92,11 @@ def train(
         done, seconds = checkpoint.step, checkpoint.state["seconds"]
         say(f"continues from the checkpoint of step {done}")
     images = run.recipe.batch
-    with _log(run.log, done) as log, _interrupt() as interrupted, Bar("train", until, "it", done) as bar:
-        keeper = _Keeper(run, engine, log, done, seconds, cost=state_bytes / DISK_BYTES_PER_SECOND)
-        while keeper.done < until and not interrupted():
-            if engine.step(keeper.done + 1, interrupted):
+    with _log(run.log, done, team) as log, _interrupt() as interrupted, Bar("train", until, "it", done) as bar:
+        keeper = _Keeper(run, engine, log, done, seconds, cost=state_bytes / DISK_BYTES_PER_SECOND, team=team)
+        stop = interrupted()
+        while keeper.done < until and not stop:
+            if engine.step(keeper.done + 1, interrupted if team.size == 1 else lambda: False):
                 keeper.stepped()
                 note = ""
                 if keeper.loss is not None:
@@ -89,13 +105,18 @@ def train(
                     )
                     note = f"loss {keeper.loss:.4f}  {speed}"
                 bar.advance(1, note)
-                if keeper.due():
+                stop, due = keeper.decide(interrupted())
+                if due:
                     keeper.checkpoint()
+            else:
+                stop = True
         keeper.checkpoint()
-    if interrupted():
+    if stop:
         say(f"stopped; checkpoint of step {keeper.done} is in {run.checkpoints}; the same command continues")
         raise KeyboardInterrupt
-    keep_snapshot(run, until)
+    if team.leads:
+        keep_snapshot(run, until)
+    team.wait("the snapshot is kept")
 
 
 def keep_snapshot(run: Run, step: int) -> None:
@@ -118,8 +139,10 @@ def keep_snapshot(run: Run, step: int) -> None:
 class _Keeper:
     """Log and checkpoints of one stretch of training."""
 
-    def __init__(self, run: Run, engine: Engine, log: IO[str], done: int, seconds: float, cost: float):
-        self.run, self.engine, self.log = run, engine, log
+    def __init__(
+        self, run: Run, engine: Engine, log: IO[str], done: int, seconds: float, cost: float, team: Team = ALONE
+    ):
+        self.run, self.engine, self.log, self.team = run, engine, log, team
         self.done = self.written = self.saved = done  # steps: trained, in the log, in a checkpoint
         self.loss: float | None = None
         self._seconds = seconds
@@ -146,6 +169,13 @@ class _Keeper:
         with files.explained(self.run.log):
             self.log.flush()  # for who watches it
 
+    def decide(self, interrupted: bool) -> tuple[bool, bool]:
+        """Whether to stop, and whether to write a checkpoint: the same in every process of the team."""
+        if self.team.size > 1 and self.done % AGREE_STEPS:
+            return False, False
+        told = self.team.leaders(2 * interrupted + self.due())
+        return bool(told & 2), bool(told & 1)
+
     def due(self) -> bool:
         """Whether work since the last checkpoint is worth its cost by now, or too much to lose."""
         wait = min(LOST_SECONDS, max(SHORTEST_SECONDS, self._cost / CHECKPOINT_SHARE))
@@ -157,6 +187,11 @@ class _Keeper:
             return
         if not self.engine.finite():
             self._fail(f"a weight is not finite after step {self.done}")
+        if not self.team.leads:
+            for _, tensors in self.engine.parts():  # what every process has a part of, the leader collects
+                tensors()
+            self.saved = self.done
+            return
         begin = time.monotonic()
         with files.explained(self.run.log):
             self.log.flush()
@@ -177,8 +212,12 @@ class _Keeper:
 
 
 @contextmanager
-def _log(path: Path, done: int) -> Iterator[IO[str]]:
-    """The log, cut to the first `done` steps, open for appending."""
+def _log(path: Path, done: int, team: Team) -> Iterator[IO[str]]:
+    """The log, cut to the first `done` steps, open for appending; of a team the leader's alone."""
+    if not team.leads:
+        with Path(os.devnull).open("a", encoding="ascii") as file:
+            yield file
+        return
     with files.explained(path):
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)[:done]

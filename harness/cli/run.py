@@ -10,6 +10,7 @@ import click
 from harness import runs, stages
 from harness.cli import plan as plan_command
 from harness.cli.options import DEFAULT_PROTOCOL, Counts, match_sampling_option, run_options, sampling_options
+from harness.engines import join
 from harness.errors import Refusal
 from harness.planning import Request, plan
 from harness.runs import Run
@@ -40,21 +41,28 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, **o
     marks = sorted({*(evaluate_at or ()), request.recipe.steps})
     if marks[-1] > request.recipe.steps:
         raise Refusal(f"--evaluate-at {marks[-1]} lies beyond the last step, {request.recipe.steps}; raise --steps")
-    with runs.locked(workshop.folder):
+    team, drawn = workshop.team, []
+    with team.locked(workshop.folder):
         run = begin(workshop, options)
         for step in marks:
             workshop.train(step)
             for steps in request.sampling.steps:
-                path = stages.draw(
-                    run, request, step, steps, precision=options["sampling_precision"], batch=sampling_batch
+                precision = options["sampling_precision"]
+                drawn.append(
+                    stages.draw(run, request, step, steps, precision=precision, batch=sampling_batch, team=team)
                 )
+            if team.size > 1 and step != marks[-1]:
+                continue  # nobody waits for the leader to measure
+            while drawn and team.leads:
                 cache = run.folder.parent / stages.CACHE
-                stages.judge(path, request.protocol, workshop.data, run.records, cache=cache)
-    finish(run, request)
+                stages.judge(drawn.pop(0), request.protocol, workshop.data, run.records, cache=cache)
+    if team.leads:
+        finish(run, request)
 
 
 def prepare(request: Request, options: dict[str, Any]) -> Workshop:
     """Print the plan; refuse with what is missing; read the data and open the run's folder."""
+    team = join(request.framework)
     costs = plan(request)
     click.echo(plan_command.headline(request, options["protocol"] is None))
     click.echo(plan_command.arithmetic(costs))
@@ -70,7 +78,7 @@ def prepare(request: Request, options: dict[str, Any]) -> Workshop:
         raise Refusal(text)
     data = stages.load_data(request.protocol, request.data)
     folder = options["out"] or runs.RUNS / stages.run_spec(request, data).name
-    return Workshop(request, data, folder, lambda text: click.echo(text, err=True))
+    return Workshop(request, data, folder, lambda text: click.echo(text, err=True), team)
 
 
 def begin(workshop: Workshop, options: dict[str, Any]) -> Run:

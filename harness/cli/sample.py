@@ -16,6 +16,7 @@ from harness.cli.options import (
     only_one,
     sampling_options,
 )
+from harness.engines import join
 from harness.errors import Refusal
 from harness.planning import request_of_run
 
@@ -78,10 +79,11 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
             f"--system NAME --weights {request.spec.kind}={folder}"
         )
     request = matching.matched(request, sampling=options["match_sampling"])
-    with runs.locked(folder):
+    team = join(run.framework)
+    with team.locked(folder):
         for steps in request.sampling.steps:
             path = stages.draw(
-                run, request, step, steps, precision=options["sampling_precision"], batch=options["batch"]
+                run, request, step, steps, precision=options["sampling_precision"], batch=options["batch"], team=team
             )
             click.echo(path)
 
@@ -100,6 +102,7 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
         )
     if len(dict(weights)) != len(weights):
         raise Refusal("--weights names the same part twice; give each once")
+    team = join(options["framework"] or "torch")
     bound = bind(system, {part: Path(path) for part, path in weights})
     # All of them first, so that steps that do not fit are refused before anything is drawn.
     wanted = [with_steps(bound, steps) for steps in options["sampling_steps"]] if options["sampling_steps"] else [bound]
@@ -114,5 +117,6 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
             batch=options["batch"],
             device=options["device"],
             say=lambda text: click.echo(text, err=True),
+            team=team,
         )
         click.echo(path)

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from harness import runs
 from harness.cli.options import run_options
 from harness.cli.plan import request_of
 from harness.cli.run import begin, prepare
@@ -39,7 +38,7 @@ def command(**options: Any) -> None:
     options = {**NO_SAMPLING, **options}
     request = request_of(options)
     workshop = prepare(request, options)
-    with runs.locked(workshop.folder):
+    with workshop.team.locked(workshop.folder):
         run = begin(workshop, options)
         workshop.train(request.recipe.steps)
     part = f"--system NAME --weights {request.spec.kind}={run.folder}"

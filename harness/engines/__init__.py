@@ -9,11 +9,13 @@ Each has a module `workbench` with the same functions, which is all that the sta
     make_chain(bound, decoder, place, seed=, precision=, batch=, say=) -> harness.sampling.Sampler, of a system
 """
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from harness.engines.team import ALONE, Team
 from harness.errors import Refusal
 
 NEEDS = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}  # packages, by framework
@@ -40,3 +42,11 @@ def workbench(framework: str) -> ModuleType:
     """The `workbench` of a framework, imported."""
     check_installed(framework)
     return import_module(f"harness.engines.{framework}.workbench")
+
+
+def join(framework: str) -> Team:
+    """The processes of this run: those that a launcher started for jax, or this one alone."""
+    check_installed(framework)
+    if framework != "jax" or "JAX_NUM_PROCESSES" not in os.environ:
+        return ALONE
+    return import_module("harness.engines.jax.team").JaxTeam()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import checkpoints, decoding, evaluation, files, registry, runs, sampling
 from harness.engines import Place, workbench
+from harness.engines.team import ALONE, Team
 from harness.errors import Refusal
 from harness.systems import Guide, Stage, System
 
@@ -155,9 +156,10 @@ def draw_system(
     batch: int | None,
     device: str | None,
     say: Callable[[str], None],
+    team: Team = ALONE,
 ) -> Path:
     """Draw one sample set below `folder`, with a grid beside it; returns its samples.npz."""
-    engine = workbench(framework)
+    engine, say = workbench(framework), team.says(say)
     system, task = bound.system, bound.system.task
     for note in bound.notes:
         say(note)
@@ -204,13 +206,15 @@ def draw_system(
         "weights": {name: str(source.path) for name, source in bound.sources.items()},
         "environment": evaluation.environment(place.name),
     }
-    with runs.locked(job.folder):
+    with team.locked(job.folder):
         path = sampling.draw(
             job,
             lambda: engine.make_chain(bound, decoder, place, seed=seed, precision=precision, batch=batch, say=say),
             sidecar,
+            team,
         )
-        sampling.write_grid_beside(path)
+        if team.leads:
+            sampling.write_grid_beside(path)
     return path
 
 

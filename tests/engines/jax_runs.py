@@ -11,6 +11,7 @@ from backbones.flax_weights import from_torch
 from harness.data.digits import load
 from harness.engines import workbench
 from harness.engines.jax.mesh import threads
+from harness.engines.team import ALONE
 from harness.planning import make_request
 from harness.runs import Resolved
 from harness.stages import Workshop
@@ -51,10 +52,10 @@ def resolved(framework="jax", **changes):
     return Resolved(**{**plain, **changes})
 
 
-def workshop(folder, wanted=None, **changes):
+def workshop(folder, wanted=None, team=ALONE, **changes):
     """A run in `folder`, created if it is not there."""
     wanted = wanted or request()
-    shop = Workshop(wanted, load(), folder, lambda text: None)
+    shop = Workshop(wanted, load(), folder, lambda text: None, team)
     if shop.run is None:
         shop.create(resolved(wanted.framework, **changes))
     return shop

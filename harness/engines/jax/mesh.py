@@ -41,13 +41,12 @@ def start() -> None:
         ) from error
 
 
-def is_leader() -> bool:
-    """Whether this process writes the run's files."""
-    return jax.process_index() == 0
-
-
 def pick_devices(name: str | None) -> list[jax.Device]:
-    """All devices of a platform (cpu, cuda, tpu; None: the best there is), or one of them ("cuda:1")."""
+    """All devices of a platform (cpu, cuda, tpu; None: the best there is), or one of them ("cuda:1").
+
+    Of several processes the devices of all.
+    """
+    start()
     platform, _, number = (name or "").partition(":")
     try:
         devices = jax.devices(platform or None)
@@ -80,6 +79,17 @@ def make_mesh(devices: list[jax.Device], shape: str | None) -> Mesh:
     return Mesh(np.asarray(devices[: data * model]).reshape(data, model), AXES)
 
 
+def own(mesh: Mesh) -> Mesh:
+    """The mesh for what a process does by itself: of several, its own devices, all along "data"."""
+    return mesh if jax.process_count() == 1 else make_own(mesh.devices.flat[0].platform)
+
+
+def make_own(platform: str | None) -> Mesh:
+    """All devices of this process along "data"."""
+    devices = jax.local_devices(backend=platform)
+    return Mesh(np.asarray(devices).reshape(-1, 1), AXES)
+
+
 def shape_of(mesh: Mesh) -> str:
     return "x".join(str(side) for side in mesh.devices.shape)
 
@@ -108,7 +118,6 @@ def threads() -> int:
 
 def honour(resolved: Resolved) -> Mesh:
     """The mesh that the run was created with, or a refusal with the flag that makes another run of it."""
-    start()
     try:
         mesh = make_mesh(pick_devices(resolved.device), resolved.mesh)
     except Refusal as error:
@@ -118,13 +127,13 @@ def honour(resolved: Resolved) -> Mesh:
     return mesh
 
 
-def agreed(choice: str, choices: list[str]) -> str:
-    """The leader's choice, in every process."""
+def agreed(number: int) -> int:
+    """The leader's number, in every process: what is measured differs between them."""
     if jax.process_count() == 1:
-        return choice
+        return number
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    return choices[int(broadcast_one_to_all(np.int32(choices.index(choice))))]
+    return int(broadcast_one_to_all(np.int32(number)))
 
 
 def on_batch(mesh: Mesh) -> NamedSharding:

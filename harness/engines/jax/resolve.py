@@ -84,7 +84,7 @@ def resolve(
     platform, count = mesh.devices.flat[0].platform, mesh.devices.size
     free = devices.free_bytes(mesh) + 4 * parameters  # the network is already there and was counted as used
     copies = 1 if platform == "cpu" else mesh.shape["data"]  # of the weights, which "data" does not divide
-    fitting = fit_micro_batch(batch, parameters * copies, activation_bytes, free)
+    fitting = devices.agreed(fit_micro_batch(batch, parameters * copies, activation_bytes, free))
     if fitting == 0:
         raise refuse_one_image(spec.name, parameters, activation_bytes, device, free)
     chosen = min(micro_batch or _divided(batch, fitting, count), batch)
@@ -96,7 +96,7 @@ def resolve(
     images = min(chosen, PROBE_IMAGES * count)
     wanted = list(COMPUTE_DTYPES) if precision == "auto" else [precision]
     speeds = {each: measure(net, images, arguments, mesh, each, spec.kind) for each in wanted}
-    fastest = devices.agreed(min(speeds, key=lambda each: speeds[each]), list(COMPUTE_DTYPES))
+    fastest = wanted[devices.agreed(wanted.index(min(speeds, key=lambda each: speeds[each])))]
     resolved = Resolved(
         device=device,
         device_name=devices.device_name(mesh),

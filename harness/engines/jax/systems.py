@@ -19,8 +19,8 @@ from harness.systems.drawing import Bound, Source, read_network
 
 
 def find_place(device: str | None) -> Place:
-    """All devices of a platform, along which batches are divided, or the one of that name ("cuda:1")."""
-    mesh = devices.make_mesh(devices.pick_devices(device), None)
+    """This process's devices of a platform, over which batches are divided, or the one of that name ("cuda:1")."""
+    mesh = devices.own(devices.make_mesh(devices.pick_devices(device), None))
     return Place(mesh, device or devices.platform_name(mesh), devices.device_name(mesh))
 
 

@@ -136,7 +136,7 @@ class JaxEngine:
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(layout, whole))
         self._first = jax.jit(gradients, out_shardings=(layout.params, layout.rest, whole))
         self._more = jax.jit(more, donate_argnums=(0, 1), out_shardings=(layout.params, layout.rest, whole))
-        self._update = jax.jit(update, donate_argnums=(0, 1), out_shardings=layout)
+        self._update = jax.jit(update, donate_argnums=0, out_shardings=layout)
         self._finite = jax.jit(
             lambda tree: jnp.stack([jnp.isfinite(each).all() for each in jax.tree.leaves(tree)]).all()
         )

@@ -32,7 +32,6 @@ def measure(
     say: Callable[[str], None],
 ) -> tuple[nnx.Module, Measured]:
     """The network at its initialisation, and what was measured with it on this machine."""
-    devices.start()
     over = devices.make_mesh(devices.pick_devices(device), mesh)
     device = device or devices.platform_name(over)
     check_room(request.spec.name, request.compute.params, device, devices.free_bytes(over))
@@ -64,7 +63,6 @@ def _activation_bytes(request: Request) -> int:
 
 def make_engine(request: Request, run: Run, data: ImageSet, net: nnx.Module | None) -> JaxEngine:
     """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine takes it."""
-    devices.start()
     return JaxEngine(
         request.spec,
         build(request.spec, request.arguments, request.seed) if net is None else net,
@@ -78,7 +76,7 @@ def make_engine(request: Request, run: Run, data: ImageSet, net: nnx.Module | No
 
 def make_sampler(request: Request, run: Run, snapshot: Path, steps: int, *, precision: str, batch: int) -> JaxChain:
     """What draws images with the weights in `snapshot`, a safetensors file."""
-    mesh = devices.honour(run.resolved)
+    mesh = devices.own(devices.honour(run.resolved))
     arguments = request.spec.arguments(**request.arguments)
     net = Network.load(request.spec, arguments, load_weights(snapshot), precision, mesh)
     plan = registry.samplers.get(request.sampling.sampler).make(

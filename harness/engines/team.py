@@ -1,0 +1,51 @@
+"""The processes that work on one run. Nearly always one; a cluster's launcher starts several of the same command.
+
+Of several, the first is the leader: it alone writes the run's files and speaks to the user. They share a file system, as
+the nodes of a cluster do. Training is one computation over all their devices; samples are divided among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from harness import runs
+
+
+class Team:
+    """One process, alone. Subclasses know others."""
+
+    size = 1
+    index = 0  # of this process; 0 leads
+
+    @property
+    def leads(self) -> bool:
+        return self.index == 0
+
+    def wait(self, where: str) -> None:
+        """Until every process is at the same place in the program."""
+
+    def leaders(self, value: int) -> int:
+        """The leader's value, in every process."""
+        return value
+
+    @contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Hold a run's folder for the team: `harness.runs.locked`."""
+        if self.leads:
+            with runs.locked(folder):
+                yield
+        else:
+            yield
+
+    def share(self, things: range) -> list[int]:
+        """Those of `things` that this process does."""
+        return list(things[self.index :: self.size])
+
+    def says(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """`say` for the leader, silence for the others."""
+        return say if self.leads else lambda text: None
+
+
+ALONE = Team()

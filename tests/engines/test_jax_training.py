@@ -1,0 +1,119 @@
+"""Runs in jax keep the promises of runs: killed and continued, cut into micro-batches, interrupted, failing in one line."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax_runs import engine, losses, request, workshop
+
+from harness.engines import workbench
+from harness.engines.jax.errors import one_line
+from harness.engines.torch.draw import load_weights
+from harness.errors import Failure, Refusal
+
+
+def state_of(made):
+    return {part: tensors() for part, tensors in made.parts()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for part in one:
+        assert one[part].keys() == other[part].keys()
+        for name, value in one[part].items():
+            np.testing.assert_array_equal(other[part][name], value, err_msg=f"{part} {name}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of 8 steps."""
+    shop = workshop(tmp_path_factory.mktemp("whole") / "run", request(steps=8))
+    shop.train(8)
+    return shop.run
+
+
+def test_a_continued_run_has_the_bytes_of_a_whole_one(whole, tmp_path):
+    workshop(tmp_path / "run", request(steps=3)).train(3)
+    again = workshop(tmp_path / "run", request(steps=8))  # another process would build all of it anew, as this does
+    again.train(8)
+    assert again.run.log.read_bytes() == whole.log.read_bytes()
+    for part in ("model", "ema", "first_moment", "second_moment"):
+        file = f"checkpoints/step-00000008/{part}.safetensors"
+        assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes(), part
+
+
+def test_micro_batches_add_up(whole, tmp_path):
+    shop = workshop(tmp_path / "run", request(steps=3), micro_batch=10)  # 10, 10 and 4
+    shop.train(3)
+    for found, expected in zip(
+        losses(shop), [json.loads(line) for line in whole.log.read_text().splitlines()], strict=False
+    ):
+        assert found == pytest.approx(expected, rel=1e-5)
+    made = engine(shop)
+    before = state_of(made)
+    assert made.step(1, lambda: True) is False  # interrupted between micro-batches
+    assert_equal(state_of(made), before)
+
+
+def test_a_step_is_traced_once(whole):
+    made = engine(workshop(whole.folder, request(steps=8)))
+    for step in range(1, 4):
+        assert made.step(step, lambda: False)
+    assert made._step._cache_size() == 1
+    wanted = request(steps=8)
+    chain = workbench("jax").make_sampler(
+        wanted, whole, whole.snapshot(8) / "ema.safetensors", 9, precision="float32", batch=4
+    )
+    seen = []
+    for _ in range(2):
+        chain.draw(np.arange(4), np.arange(4), lambda: seen.append(1))
+    assert chain._stages[0]._go._cache_size() == 1 and len(seen) == 18
+    part = chain.draw(np.arange(1, 3), np.arange(1, 3))  # a batch that is not full is no other program
+    assert chain._stages[0]._go._cache_size() == 1 and part.shape == (2, 8, 8, 1)
+    np.testing.assert_array_equal(part, chain.draw(np.arange(4), np.arange(4))[1:3])
+
+
+def test_torch_reads_what_jax_wrote(whole):
+    wanted = request(framework="torch")
+    net = load_weights(wanted.spec.build("torch", **wanted.arguments), whole.snapshot(8) / "ema.safetensors").eval()
+    mine = engine(workshop(whole.folder, request(steps=8)))
+    mine.load("ema", whole.snapshot(8) / "ema.safetensors")
+    for name, value in state_of(mine)["ema"].items():
+        np.testing.assert_array_equal(value, net.state_dict()[name].numpy())
+    assert all(torch.isfinite(each).all() for each in net.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    shop = workshop(tmp_path / "run", request(settings={"learning_rate": "1e30"}))
+    with pytest.raises(Failure, match=r"not finite (at|after) step \d+.*--set learning_rate") as caught:
+        shop.train(12)
+    assert "\n" not in str(caught.value)
+
+
+def test_lack_of_memory_is_one_line():
+    with pytest.raises(Failure, match="out of memory in training step 7: .*; take less") as caught:  # noqa: SIM117
+        with one_line("training step 7", "take less"):
+            jax.jit(lambda: jnp.ones(1 << 46))().block_until_ready()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_shape_that_does_not_fit_is_one_line(tmp_path):
+    shop = workshop(tmp_path / "run")
+    images = np.concatenate([shop.data.images] * 2, axis=3)  # (N, 8, 8, 2)
+    shop.data = dataclasses.replace(shop.data, images=images)
+    with pytest.raises(Refusal, match=r"input of shape \(24, 2, 8, 8\), but this network takes \(N, 1, 8, 8\)"):
+        engine(shop).step(1, lambda: False)
+    with pytest.raises(Failure, match="the network cannot be run in training step 7: TypeError: ") as caught:  # noqa: SIM117
+        with one_line("training step 7", ""):  # of a plug-in that does not look
+            jax.jit(lambda x: x @ jnp.ones((3, 3)))(jnp.ones((4, 4)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_network_is_refused(whole, tmp_path):
+    made = engine(workshop(tmp_path / "run", request("in-context")))
+    with pytest.raises(Refusal, match="does not fit this network: "):
+        made.load("model", whole.folder / "checkpoints/step-00000008/model.safetensors")
