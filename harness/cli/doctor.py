@@ -16,6 +16,7 @@ from harness.cli.options import json_option
 
 # What is optional: import name, distribution, what it is for, how to get it.
 OPTIONAL = (
+    ("optax", "jax", "networks in JAX (--framework jax, --backend jax)", "jax"),
     ("cleanfid", "clean-fid", "suite clean (clean-fid's resize)", "clean-fid"),
     ("fvcore", "fvcore", "a third opinion on Gflops (harness flops --check fvcore)", "fvcore"),
     ("diffusers", "diffusers", "benchmarks against its DiT", "diffusers"),
