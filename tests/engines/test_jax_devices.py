@@ -79,6 +79,7 @@ def two(folder, steps, pause):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run(tmp_path):
     """Killed after the first checkpoint, they continue; what comes of it is the run of one process."""
     killed = two(tmp_path / "two", 30, 0.1)
