@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg  # noqa: F401 -- so that its BLAS is there to be limited
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -226,7 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-        threadpool_limits(arguments.threads)
+        threadpool_limits(arguments.threads)  # of what is loaded: numpy's BLAS and scipy's
     declare_torchvision_operators()
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
