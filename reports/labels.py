@@ -55,7 +55,7 @@ def place_step_numbers(axis, points: Sequence[Point]) -> None:
     stepped = [point for point in points if point.sampling_steps is not None]
     for point in sorted(stepped, key=lambda point: (-point.value, point.gflops_per_image)):
         text = axis.annotate(
-            str(point.sampling_steps),
+            point.stage_steps or str(point.sampling_steps),
             (point.gflops_per_image, point.value if point.high is None else point.high),
             xytext=(0, 5 if point.high is not None else 10),
             textcoords="offset points",

@@ -33,6 +33,7 @@ class Point:
     model: str  # decides the colour
     provenance: str
     sampling_steps: int | None
+    stage_steps: str | None  # "50 + 50", where several networks make an image one after another
     gflops_per_image: float
     metric: str
     n: int
@@ -86,6 +87,7 @@ def _panel_points(number: int, records: Sequence[Record]) -> list[Point]:
             model=record.backbone or record.system,
             provenance=record.provenance,
             sampling_steps=record.sampling.steps,
+            stage_steps=record.sampling.stage_steps,
             gflops_per_image=record.sampling.gflops_per_image,
             metric=record.metric,
             n=record.n,

@@ -87,6 +87,13 @@ def test_one_point_many_models_and_many_panels_can_be_drawn(record):
         assert all(record.system in files["svg"].decode() for record in records)
 
 
+def test_the_steps_of_every_network_of_a_cascade_stand_at_its_point(record):
+    sampling = dataclasses.replace(record().sampling, steps=40, stage_steps="40 + 30")
+    (point,) = points = sampling_points([record(system="cascade", sampling=sampling)])
+    assert (point.sampling_steps, point.stage_steps) == (40, "40 + 30")
+    assert ">40 + 30<" in draw_sampling_compute(points)["svg"].decode()
+
+
 def test_ticks_of_a_narrow_range_are_told_apart(record, monkeypatch):
     """Between 4 and 7.5 Gflops the axis has fractions, which must not all be called 4, 5 and 6."""
     from reports import figures
