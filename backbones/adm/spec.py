@@ -37,6 +37,8 @@ DENOISERS = {
 UPSAMPLERS = {
     "adm-u-64-256":  {"input_size": 256, "low_res_size": 64, "width": 192, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2, "heads": 4, "head_channels": 0},
     "adm-u-128-512": {"input_size": 512, "low_res_size": 128, "width": 192, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2, "attention_resolutions": (32, 16)},
+    # not of the paper: built as adm-64, for the first step of a cascade over 32, 64 and 256 pixels; and for machines as above
+    "adm-u-32-64":   {"input_size": 64, "low_res_size": 32, "width": 192, "multipliers": (1, 2, 3, 4), "res_blocks": 3, "dropout": 0.1},
     "adm-u-xs":      {"input_size": 32, "low_res_size": 16, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_resolutions": (8, 4), "head_channels": 32},
 }
 CLASSIFIERS = {

@@ -128,13 +128,15 @@ def _dits(resolution: int) -> tuple[System, ...]:
 def _augmented_cascade() -> System:
     """Over 32, 64 and 256 pixels as CDM's (arXiv:2106.15282), of ADM's networks, to be trained: not Google's system."""
     first = Stage(backbone="adm-64", arguments={"input_size": 32}, schedule="cosine", clip_denoised=True)
-    upsampler = Stage(backbone="adm-u-64-256", clip_denoised=True, conditioning_noise=0.1)
+    upsamplers = tuple(
+        Stage(backbone=name, clip_denoised=True, conditioning_noise=0.1) for name in ("adm-u-32-64", "adm-u-64-256")
+    )
     return System(
         name="adm-cascade-32-64-256",
         summary="cascade of ADM networks with Gaussian conditioning augmentation, to be trained; of the harness",
         protocol="imagenet-256",
         base=first,
-        upsamplers=(replace(upsampler, arguments={"input_size": 64, "low_res_size": 32}), upsampler),
+        upsamplers=upsamplers,
         uint8_rule="adm",
     )
 

@@ -15,6 +15,7 @@ from harness.errors import Refusal
 from harness.evaluation import describe
 from harness.files import sha256_file
 from harness.planning import make_request
+from harness.runs import build_arguments
 from harness.samples import read_samples, read_sidecar
 from harness.stages import Workshop, load_data
 from harness.systems import Guide, Stage, System, from_dict, get_system, load
@@ -234,6 +235,22 @@ def test_what_a_run_brings_otherwise_is_said(parts, tmp_path):
     settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu", "say": said.append}
     draw_system(bound, folder=tmp_path, **settings)
     assert said[:2] == list(bound.notes)
+
+
+OURS = [each.name for each in registry.systems if not each.row and not each.unavailable]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_parts_of_our_own_systems_are_what_training_makes(name):
+    """A run takes its sizes from its protocol and its backbone; a system that it does not fit could not be trained."""
+    system = get_system(name)
+    for part in system.parts.values():
+        wanted = part.spec.arguments(**part.arguments)
+        side = wanted["input_size"]
+        pixels = {"input_size": side, "resolution": side, "in_channels": system.task.image_channels}
+        task = replace(system.task, space="pixels", **pixels)
+        trained = part.spec.arguments(**build_arguments(part.spec, task))
+        assert trained == wanted, part.backbone
 
 
 def test_settings_of_a_system_are_its_own(parts):

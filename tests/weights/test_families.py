@@ -141,7 +141,7 @@ def test_a_biggan_folder_of_hugging_face_is_read(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["dit-xl-2", "dit-xl-2-in-context", "dit-l-4-adaln", "dit-s-8-cross-attention"]
-    + ["adm-64", "adm-128", "adm-256", "adm-512", "adm-u-64-256", "adm-u-128-512"]
+    + ["adm-64", "adm-128", "adm-256", "adm-512", "adm-u-64-256", "adm-u-128-512", "adm-u-32-64"]
     + ["adm-classifier-64", "adm-classifier-512", "ldm-4", "ldm-8"]
     + ["biggan-deep-128", "biggan-deep-256", "biggan-deep-512"],
 )
