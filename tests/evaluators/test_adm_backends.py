@@ -2,6 +2,7 @@
 the same files by torch and by TensorFlow. Slow."""
 
 import json
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,9 @@ N, M = 700, 360  # one image is 1.43e-3 of precision and 2.8e-3 of recall
 def plain_fid(x, y):
     """np.mean in the features' dtype, np.cov, sqrtm of the product, eps where that is not finite."""
     (mx, sx), (my, sy) = ((rows.mean(axis=0), np.cov(rows, rowvar=False)) for rows in (x, y))
-    root = scipy.linalg.sqrtm(sx @ sy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)  # singular: as ADM's evaluator, which takes it
+        root = scipy.linalg.sqrtm(sx @ sy)
     if not np.isfinite(root).all():
         offset = 1e-6 * np.eye(len(sx))
         root = scipy.linalg.sqrtm((sx + offset) @ (sy + offset))
@@ -48,7 +51,8 @@ def fid_by_singular_values(x, y):
     product. Exact to float64 where the covariances are singular, for which sqrtm takes roots of rounding."""
     delta = x.mean(axis=0) - y.mean(axis=0)  # in the features' dtype
     a, b = ((r.astype(np.float64) - r.mean(axis=0, dtype=np.float64)) / np.sqrt(len(r) - 1) for r in (x, y))
-    return float(delta @ delta + (a**2).sum() + (b**2).sum() - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum())
+    p, q = (np.linalg.qr(rows, mode="r") for rows in (a, b))  # a @ b.T would have a row for every image
+    return float(delta @ delta + (a**2).sum() + (b**2).sum() - 2 * np.linalg.svd(p @ q.T, compute_uv=False).sum())
 
 
 def plain_is(logits, rows=5000):
