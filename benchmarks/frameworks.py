@@ -1,0 +1,168 @@
+"""Images per second of the training step and of sampling, torch and jax beside each other, in one process.
+
+    python benchmarks/frameworks.py [--backbones dit-s-8,adm-xs] [--precision float32] [--runs 5] [--profile] [--out FILE.json]
+
+Each engine is the one that `harness run` uses, on the same random images, from the same weights. Ratios are the median
+of interleaved runs; what jax compiles is timed apart. `--device cuda` takes an accelerator that both see. `--profile`
+times the parts of a step: the forward pass, forward and backward, the whole with the optimiser, and one matrix product
+and one convolution of the network's sizes, which no engine can beat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from backbones.flax_weights import from_torch
+from harness import registry
+from harness.data.images import ImageSet
+from harness.diffusion.plans import ddpm_plan
+from harness.diffusion.schedule import Schedule
+from harness.engines.jax import draw as jax_draw
+from harness.engines.jax import mesh as devices
+from harness.engines.jax.trainer import JaxEngine
+from harness.engines.torch import draw as torch_draw
+from harness.engines.torch import resolve
+from harness.engines.torch.trainer import TorchEngine, build
+from harness.protocols import Recipe, Sampling
+from harness.runs import Resolved
+
+LATENTS = {"input_size": 32, "in_channels": 4, "num_classes": 1000}  # the paper's at 256 pixels
+DIGITS = {"input_size": 8, "in_channels": 1, "num_classes": 10}
+# Enough images a step that it is arithmetic and not the optimiser's pass over the weights.
+CASES = {"dit-s-8": (LATENTS, 64), "dit-s-2": (LATENTS, 16), "adm-xs": (DIGITS, 64), "ldm-xs": (DIGITS, 64)}
+SAMPLER_STEPS = 5
+
+
+class Bench:
+    """Both engines and both samplers of one backbone."""
+
+    def __init__(self, name: str, precision: str, device: str):
+        self.spec, (inputs, self.batch) = registry.backbones.get(name), CASES[name]
+        arguments = self.spec.arguments(**inputs, out_channels=2 * inputs["in_channels"])
+        size, channels = inputs["input_size"], inputs["in_channels"]
+        generator = np.random.RandomState(0)
+        data = ImageSet(
+            name="noise",
+            images=generator.randint(0, 256, (512, size, size, channels)).astype(np.uint8),
+            labels=generator.randint(0, inputs["num_classes"], 512),
+        )
+        target = resolve.pick_device(device)
+        net = build(self.spec, arguments, 0)
+        weights = {key: value.numpy().copy() for key, value in net.state_dict().items()}
+        flax_net = nnx.eval_shape(lambda: self.spec.build("jax", **arguments))
+        nnx.update(flax_net, jax.tree.map(jnp.asarray, from_torch(flax_net, weights)))
+        common: dict[str, Any] = {
+            "device": device,
+            "device_name": "",
+            "precision": precision,
+            "micro_batch": self.batch,
+        }
+        settings: dict[str, Any] = {"arguments": arguments, "recipe": Recipe(batch=self.batch), "seed": 0, "data": data}
+        self.engines = {
+            "torch": TorchEngine(
+                self.spec, net, resolved=Resolved(**common, threads=torch.get_num_threads()), **settings
+            ),
+            "jax": JaxEngine(self.spec, flax_net, resolved=Resolved(**common, threads=devices.threads()), **settings),
+        }
+        plan = ddpm_plan(Schedule.named("linear", 1000), SAMPLER_STEPS)
+        mesh = devices.make_mesh(devices.pick_devices(device)[:1], None)
+        again = self.spec.build("torch", **arguments)
+        again.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+        network = jax_draw.Network.load(self.spec, arguments, weights, precision, mesh)
+        self.samplers = {
+            "torch": torch_draw.TorchSampler(
+                self.spec, again, plan, Sampling(), arguments=arguments, precision=precision, device=target
+            ),
+            "jax": jax_draw.make_run_sampler(
+                self.spec,
+                network,
+                plan,
+                Sampling(),
+                arguments=arguments,
+                precision=precision,
+                mesh=mesh,
+                batch=self.batch,
+            ),
+        }
+        self._step = dict.fromkeys(self.engines, 0)
+
+    def train(self, framework: str) -> None:
+        """Two steps, waited for."""
+        for _ in range(2):
+            self._step[framework] += 1
+            self.engines[framework].step(self._step[framework], lambda: False)
+        self.engines[framework].drain()
+
+    def sample(self, framework: str) -> None:
+        """One batch in a few steps."""
+        self.samplers[framework].draw(np.arange(self.batch), np.arange(self.batch) % 10)
+
+
+def compare(work: Callable[[str], None], images: int, runs: int) -> dict[str, float]:
+    """Images a second of both (medians), the ratio jax : torch, and what jax's first call took beyond a later one."""
+    first = {}
+    for framework in ("torch", "jax"):
+        begin = time.perf_counter()
+        work(framework)
+        first[framework] = time.perf_counter() - begin
+        work(framework)  # a sampler learns how many steps to give the device at once
+    speeds: dict[str, list[float]] = {"torch": [], "jax": []}
+    for _ in range(runs):
+        for framework, found in speeds.items():
+            begin = time.perf_counter()
+            work(framework)
+            found.append(images / (time.perf_counter() - begin))
+    ratios = sorted(a / b for a, b in zip(speeds["jax"], speeds["torch"], strict=True))
+    return {
+        "torch_images_per_second": statistics.median(speeds["torch"]),
+        "jax_images_per_second": statistics.median(speeds["jax"]),
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[0],
+        "ratio_high": ratios[-1],
+        "jax_compile_seconds": first["jax"] - images / statistics.median(speeds["jax"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", default="dit-s-8,dit-s-2,adm-xs")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    name = resolve.device_name(resolve.pick_device(options.device))
+    threads = f"{torch.get_num_threads()} threads of torch, {devices.threads()} of jax"
+    print(f"{name}, torch {torch.__version__}, jax {jax.__version__}, {threads}, {options.precision}")
+    rows = []
+    for backbone in options.backbones.split(","):
+        bench = Bench(backbone, options.precision, options.device)
+        for what, work, images in (("training", bench.train, 2 * bench.batch), ("sampling", bench.sample, bench.batch)):
+            rows.append({"backbone": backbone, "batch": bench.batch, "what": what})
+            rows[-1] |= compare(work, images, options.runs)
+            row = rows[-1]
+            print(
+                f"{backbone:<8} batch {bench.batch:<3} {what:<9} torch {row['torch_images_per_second']:8.2f}  "
+                f"jax {row['jax_images_per_second']:8.2f} images/s   ratio {row['ratio']:.2f} "
+                f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]   compiled in {row['jax_compile_seconds']:.1f} s",
+                flush=True,
+            )
+    if options.out:
+        facts = {"device": name, "torch": torch.__version__, "jax": jax.__version__, "precision": options.precision}
+        options.out.write_text(json.dumps({**facts, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
