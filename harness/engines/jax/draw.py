@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,6 +19,7 @@ from harness import checkpoints
 from harness.diffusion.plans import SamplerPlan
 from harness.engines.guidance import diverged
 from harness.engines.jax import mesh as devices
+from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.sampler import classifier_guide, guided, sample_steps
 from harness.engines.jax.trainer import COMPUTE_DTYPES, exact
@@ -89,8 +89,9 @@ class JaxStage:
         self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
         self._stretch = 1  # steps that the device is given at once
         whole, divided = devices.everywhere(mesh), devices.on_batch(mesh)
-        self._begin = jax.jit(self._prepare, static_argnums=0, out_shardings=(divided, divided))
-        self._go = jax.jit(self._steps, static_argnums=0, out_shardings=(divided, whole))
+        platform = mesh.devices.flat[0].platform
+        self._begin = jit(self._prepare, platform, static_argnums=0, out_shardings=(divided, divided))
+        self._go = jit(self._steps, platform, static_argnums=0, out_shardings=(divided, whole))
 
     def draw(
         self,

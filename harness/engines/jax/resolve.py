@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from backbones.flax_layers import set_compute_dtype
 from harness.engines.jax import mesh as devices
+from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.trainer import COMPUTE_DTYPES, exact
 from harness.engines.memory import Measured, fit_micro_batch, refuse_one_image, state_bytes
@@ -53,7 +54,7 @@ def measure(net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh,
     inputs = tuple(devices.place(each, divided) for each in inputs_of(kind, images, arguments))
     layout = devices.layout(mesh, (params, rest))
     params, rest = devices.place((params, rest), layout)
-    function = jax.jit(jax.grad(loss), out_shardings=layout[0])
+    function = jit(jax.grad(loss), mesh.devices.flat[0].platform, out_shardings=layout[0])
     best = float("inf")
     with one_line("a first training step", LESS_MEMORY), exact(precision):
         compiled = function.lower(params, rest, *inputs).compile()

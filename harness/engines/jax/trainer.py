@@ -26,6 +26,7 @@ from harness import checkpoints
 from harness.data.images import ImageSet
 from harness.data.stream import Stream
 from harness.engines.jax import mesh as devices
+from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.tasks import Task
 from harness.errors import Refusal
@@ -98,7 +99,7 @@ class JaxEngine:
         """The functions of a step; each is traced at its first call, once for a size of micro-batch."""
         task, recipe = self._task, self.recipe
         optimizer = self._adam
-        whole = devices.everywhere(self._mesh)
+        whole, platform = devices.everywhere(self._mesh), self._mesh.devices.flat[0].platform
 
         def gradients(params: nnx.State, rest: nnx.State, batch: Batch) -> tuple[nnx.State, nnx.State, Array]:
             """Gradients of one micro-batch, scaled by the global batch; the new `rest`; its share of the terms."""
@@ -133,10 +134,10 @@ class JaxEngine:
             return jax.tree.map(jnp.add, found, added), rest, sums + more_sums
 
         layout = self._layout
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=(layout, whole))
-        self._first = jax.jit(gradients, out_shardings=(layout.params, layout.rest, whole))
-        self._more = jax.jit(more, donate_argnums=(0, 1), out_shardings=(layout.params, layout.rest, whole))
-        self._update = jax.jit(update, donate_argnums=0, out_shardings=layout)
+        self._step = jit(step, platform, donate_argnums=0, out_shardings=(layout, whole))
+        self._first = jit(gradients, platform, out_shardings=(layout.params, layout.rest, whole))
+        self._more = jit(more, platform, donate_argnums=(0, 1), out_shardings=(layout.params, layout.rest, whole))
+        self._update = jit(update, platform, donate_argnums=0, out_shardings=layout)
         self._finite = jax.jit(
             lambda tree: jnp.stack([jnp.isfinite(each).all() for each in jax.tree.leaves(tree)]).all()
         )

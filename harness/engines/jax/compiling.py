@@ -1,0 +1,30 @@
+"""How the engine compiles: jax.jit, with what XLA should be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+
+# On CPUs XLA 0.10 hands products and convolutions to the library YNNPACK, one thread each; its own Eigen routines take
+# half the time in the gradients of a U-Net. benchmarks/frameworks.py measures it.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def jit(function: Callable[..., Any], platform: str, **settings: Any) -> Any:
+    """`jax.jit` for a platform ("cpu", "gpu", "tpu"); `settings` are jax.jit's."""
+    return jax.jit(function, compiler_options=_options(platform), **settings)
+
+
+@cache
+def _options(platform: str) -> dict[str, str] | None:
+    """The options that this version of XLA knows."""
+    if platform != "cpu":
+        return None
+    try:
+        jax.jit(lambda: 0, compiler_options=CPU_OPTIONS).lower().compile()
+    except jax.errors.JaxRuntimeError:  # another version, without that option
+        return None
+    return CPU_OPTIONS
