@@ -15,7 +15,7 @@ from harness.engines.torch.trainer import build
 from harness.randomness.threefry_jax import words
 
 RECIPE = {  # every item that changes the arithmetic of a step
-    "learning_rate": "1e-4", "weight_decay": "0.1", "beta1": "0.85", "beta2": "0.99", "warmup_steps": "5", "clip_norm": "0.5",
+    "learning_rate": "1e-4", "weight_decay": "5", "beta1": "0.85", "beta2": "0.99", "warmup_steps": "5", "clip_norm": "0.5",
     "ema_decay": "0.95", "ema_ramp": "true", "label_dropout": "0.2", "conditioning_noise": "0.3", "flip": "true",
 }  # fmt: skip
 

@@ -54,7 +54,8 @@ class Network(NamedTuple):
         set_compute_dtype(net, COMPUTE_DTYPES[precision])
         state = from_torch(net, weights)
         graph, _ = nnx.split(net)
-        return cls(graph, devices.place(state, devices.layout(mesh, state)))
+        with one_line(f"loading the weights of {spec.name}", "take a smaller backbone, or another --device"):
+            return cls(graph, devices.place(state, devices.layout(mesh, state)))
 
 
 def load_weights(path: Path) -> dict[str, np.ndarray]:

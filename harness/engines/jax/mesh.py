@@ -34,7 +34,7 @@ def start() -> None:
     number = os.environ.get("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(num_processes=int(count), process_id=None if number is None else int(number))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         raise Refusal(
             f"the {count} processes of JAX_NUM_PROCESSES cannot be joined ({str(error).splitlines()[0]}); set "
             "JAX_COORDINATOR_ADDRESS=HOST:PORT and JAX_PROCESS_ID as well, or unset all three for one process"
@@ -47,15 +47,19 @@ def pick_devices(name: str | None) -> list[jax.Device]:
     Of several processes the devices of all.
     """
     start()
-    platform, _, number = (name or "").partition(":")
+    platform, colon, number = (name or "").partition(":")
     try:
         devices = jax.devices(platform or None)
     except RuntimeError as error:
         have = ", ".join(sorted({each.platform for each in jax.devices()}))
         raise Refusal(f"--device {name} is not to be had by jax here (it has: {have}); see `harness doctor`") from error
-    if not number:
+    if not colon:
         return devices
-    if not number.isdigit() or int(number) >= len(devices):
+    if jax.process_count() > 1:
+        raise Refusal(
+            f"--device {name} is one device, and {jax.process_count()} processes work here; give --device {platform}"
+        )
+    if not number.isdecimal() or int(number) >= len(devices):
         raise Refusal(f"--device {name} is not to be had here: jax sees {len(devices)} of {platform}")
     return [devices[int(number)]]
 

@@ -50,13 +50,12 @@ def measure(net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh,
     def loss(params: nnx.State, rest: nnx.State, *inputs: Array) -> Array:
         return (nnx.merge(graph, params, rest)(*inputs).astype(jnp.float32) ** 2).mean()
 
-    divided = devices.on_batch(mesh)
-    inputs = tuple(devices.place(each, divided) for each in inputs_of(kind, images, arguments))
-    layout = devices.layout(mesh, (params, rest))
-    params, rest = devices.place((params, rest), layout)
+    divided, layout = devices.on_batch(mesh), devices.layout(mesh, (params, rest))
     function = jit(jax.grad(loss), mesh.devices.flat[0].platform, out_shardings=layout[0])
     best = float("inf")
     with one_line("a first training step", LESS_MEMORY), exact(precision):
+        inputs = tuple(devices.place(each, divided) for each in inputs_of(kind, images, arguments))
+        params, rest = devices.place((params, rest), layout)
         compiled = function.lower(params, rest, *inputs).compile()
         for _ in range(PROBE_REPEATS):
             began = time.perf_counter()

@@ -116,18 +116,18 @@ class JaxEngine:
             found, (sums, rest_after) = jax.grad(loss, has_aux=True)(params)
             return found, rest_after, sums
 
-        def update(state: State, found: nnx.State, rest: nnx.State, rate: Array, keep: Array) -> State:
+        def update(state: State, found: nnx.State, rest: nnx.State, rate: Array, share: Array) -> State:
             """AdamW (Loshchilov and Hutter 2019) with torch's order of terms, then the average."""
             if recipe.clip_norm:
                 found, _ = optax.clip_by_global_norm(recipe.clip_norm).update(found, optax.EmptyState())
             moves, adam = optimizer.update(found, state.adam)
             params = jax.tree.map(lambda p, m: p - rate * (m + recipe.weight_decay * p), state.params, moves)
-            ema = jax.tree.map(lambda average, p: average + (1 - keep) * (p - average), state.ema, params)
+            ema = jax.tree.map(lambda average, p: average + share * (p - average), state.ema, params)
             return State(params, rest, ema, adam)
 
-        def step(state: State, batch: Batch, rate: Array, keep: Array) -> tuple[State, Array]:
+        def step(state: State, batch: Batch, rate: Array, share: Array) -> tuple[State, Array]:
             found, rest, sums = gradients(state.params, state.rest, batch)
-            return update(state, found, rest, rate, keep), sums
+            return update(state, found, rest, rate, share), sums
 
         def more(found: nnx.State, sums: Array, params: nnx.State, rest: nnx.State, batch: Batch):
             added, rest, more_sums = gradients(params, rest, batch)
@@ -147,11 +147,12 @@ class JaxEngine:
         recipe = self.recipe
         rate = np.float32(recipe.learning_rate * min(1.0, step / recipe.warmup_steps if recipe.warmup_steps else 1.0))
         keep = min(recipe.ema_decay, (1 + step) / (EMA_RAMP_LAG + step)) if recipe.ema_ramp else recipe.ema_decay
+        share = np.float32(1 - keep)  # of the new weights: in float32, 1 - 0.9999 would lose four digits
         positions = (step - 1) * recipe.batch + np.arange(recipe.batch)  # in the endless stream of images
         chunks = np.split(positions, range(self.resolved.micro_batch, recipe.batch, self.resolved.micro_batch))
         with one_line(f"training step {step}", LESS_MEMORY), exact(self.resolved.precision):
             if len(chunks) == 1:
-                self._state, sums = self._step(self._state, self._batch(positions), rate, np.float32(keep))
+                self._state, sums = self._step(self._state, self._batch(positions), rate, share)
             else:
                 state, found, rest, sums = self._state, None, self._state.rest, None
                 for chunk in chunks:
@@ -162,7 +163,7 @@ class JaxEngine:
                     else:
                         found, rest, sums = self._more(found, sums, state.params, rest, self._batch(chunk))
                     jax.block_until_ready(sums)  # so that Ctrl-C waits for one micro-batch, not for all of them
-                self._state = self._update(state, found, rest, rate, np.float32(keep))
+                self._state = self._update(state, found, rest, rate, share)
             if self._losses:  # one step is prepared while another computes, and no more: a step is soon interrupted
                 self._losses[-1].block_until_ready()
         self._losses.append(sums)
@@ -184,7 +185,8 @@ class JaxEngine:
             return [tuple(map(float, np.asarray(each))) for each in losses]
 
     def finite(self) -> bool:
-        return bool(self._finite(self._state.params))
+        with one_line("training", LESS_MEMORY):  # what a step ends with may fail after it has returned
+            return bool(self._finite(self._state.params))
 
     def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         state = self._state
@@ -198,7 +200,8 @@ class JaxEngine:
 
     @staticmethod
     def _arrays(state: nnx.State) -> dict[str, np.ndarray]:
-        return state_to_torch(_saved(state), devices.gather)
+        with one_line("the reading of a checkpoint's part from the devices", LESS_MEMORY):
+            return state_to_torch(_saved(state), devices.gather)
 
     def load(self, part: str, path: Path) -> None:
         weights = dict(checkpoints.tensors(path))
