@@ -70,9 +70,8 @@ class Linear(nnx.Linear):
             kernel_init=kernel_init or default,
             bias_init=bias_init or default,
             dtype=jnp.float32 if pinned else None,
-            precision=jax.lax.Precision.HIGHEST
-            if pinned
-            else None,  # GPUs and TPUs multiply float32 in less by default
+            # GPUs and TPUs multiply float32 in less by default.
+            precision=jax.lax.Precision.HIGHEST if pinned else None,
             rngs=rngs,
         )
         self.pinned = pinned

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 pytest.importorskip("flax", reason="JAX is not installed")
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,6 +25,7 @@ from backbones.unet.flax_unet import GatedGelu
 from harness.compute.meta_torch import build_on_meta
 from harness.diffusion.objectives import OBJECTIVES
 from harness.diffusion.schedule import Schedule
+from harness.engines.jax.resolve import inputs_of
 from harness.engines.torch.loss import LossTables, training_losses
 from harness.errors import Refusal
 from harness.randomness import Purpose, bits
@@ -431,6 +433,34 @@ def test_bfloat16_is_near_float32_and_embeds_the_timestep_in_float32(case):
 
 
 # --------------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("case", ["dit, adaln-zero", "adm, heads as of 64", "classifier", "ldm-4"])
+def test_what_is_float32_beside_bfloat16_is_multiplied_exactly(case):
+    """GPUs and TPUs multiply float32 in less unless told otherwise, and a run in bfloat16 tells them nothing."""
+    with jax.default_matmul_precision(None):
+        name, arguments = CASES[case]
+        spec = backbones.get(name)
+        net = nnx.eval_shape(lambda: spec.build("jax", **arguments))
+        flax_layers.set_compute_dtype(net, jnp.bfloat16)
+        graph, state = nnx.split(net)
+        shapes = inputs_of(spec.kind, 2, spec.arguments(**arguments))
+        traced = jax.make_jaxpr(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, *shapes)
+    exactly = (jax.lax.Precision.HIGHEST,) * 2
+    products = [
+        each for each in equations(traced.jaxpr) if each.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+    full = [each for each in products if all(operand.aval.dtype == jnp.float32 for operand in each.invars)]
+    assert len(full) == 2 < len(products)  # the two layers of the timestep's embedding
+    assert all(each.params["precision"] == exactly for each in full)
+
+
+def equations(jaxpr):
+    """Of a jaxpr and all within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def test_a_label_that_does_not_exist_gives_nan():

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,7 @@ import torch
 from jax_runs import engine, losses, request, workshop
 
 from harness.engines import workbench
+from harness.engines.jax import mesh
 from harness.engines.jax.errors import one_line
 from harness.engines.torch.draw import load_weights
 from harness.errors import Failure, Refusal
@@ -55,7 +60,8 @@ def test_micro_batches_add_up(whole, tmp_path):
         assert found == pytest.approx(expected, rel=1e-5)
     made = engine(shop)
     before = state_of(made)
-    assert made.step(1, lambda: True) is False  # interrupted between micro-batches
+    answers = iter((False, False, True))
+    assert made.step(1, lambda: next(answers)) is False  # interrupted between micro-batches
     assert_equal(state_of(made), before)
 
 
@@ -75,6 +81,22 @@ def test_a_step_is_traced_once(whole):
     part = chain.draw(np.arange(1, 3), np.arange(1, 3))  # a batch that is not full is no other program
     assert chain._stages[0]._go._cache_size() == 1 and part.shape == (2, 8, 8, 1)
     np.testing.assert_array_equal(part, chain.draw(np.arange(4), np.arange(4))[1:3])
+
+
+def test_the_average_takes_its_share_to_the_last_digits(tmp_path):
+    """1 - 0.9999 in float32 errs by 1.7e-4 of itself."""
+    decay = 0.9999
+    made = engine(
+        workshop(
+            tmp_path / "run", request(settings={"ema_decay": str(decay), "ema_ramp": "false", "learning_rate": "1"})
+        )
+    )
+    name = "final_layer.linear.weight"  # begins at 0, where float32 has digits enough
+    assert not state_of(made)["ema"][name].any()
+    made.step(1, lambda: False)
+    after = state_of(made)
+    np.testing.assert_allclose(after["ema"][name], (1 - decay) * after["model"][name].astype(float), rtol=1e-6)
+    assert np.abs(after["model"][name]).max() > 0.5
 
 
 def test_torch_reads_what_jax_wrote(whole):
@@ -99,6 +121,59 @@ def test_lack_of_memory_is_one_line():
         with one_line("training step 7", "take less"):
             jax.jit(lambda: jnp.ones(1 << 46))().block_until_ready()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_what_fails_after_a_step_has_returned_is_one_line(tmp_path, monkeypatch):
+    """A device computes behind the program's back, so the next to look at the weights may hear of it."""
+    made = engine(workshop(tmp_path / "run"))
+
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating")
+
+    monkeypatch.setattr(made, "_finite", fails)
+    monkeypatch.setattr(mesh, "gather", fails)
+    for look in (made.finite, lambda: state_of(made)):
+        with pytest.raises(Failure, match="^out of memory in .*RESOURCE_EXHAUSTED") as caught:
+            look()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "says"),
+    [
+        ("cpu:", {}, "--device cpu: is not to be had here: jax sees 1 of cpu"),
+        ("cpu:x", {}, "--device cpu:x is not to be had here: jax sees 1 of cpu"),
+        ("tpu", {}, r"--device tpu is not to be had by jax here \(it has: "),
+        (None, {"JAX_PLATFORMS": "tpu"}, r"jax finds no devices here \(Unable to initialize backend 'tpu'"),
+        (
+            None,
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "nonsense"},
+            "the 2 processes of JAX_NUM_PROCESSES cannot be joined",
+        ),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_in_one_line(device, environment, says):
+    code = f"""
+from harness.engines.jax.mesh import pick_devices
+from harness.errors import Refusal
+try:
+    pick_devices({device!r})
+except Refusal as error:
+    print(error)
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert re.match(says, line), line
+
+
+def test_one_device_is_not_for_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(Refusal, match="--device cpu:0 is one device, and 2 processes work here; give --device cpu"):
+        mesh.pick_devices("cpu:0")
 
 
 def test_a_shape_that_does_not_fit_is_one_line(tmp_path):

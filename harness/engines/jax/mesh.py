@@ -51,8 +51,7 @@ def pick_devices(name: str | None) -> list[jax.Device]:
     try:
         devices = jax.devices(platform or None)
     except RuntimeError as error:
-        have = ", ".join(sorted({each.platform for each in jax.devices()}))
-        raise Refusal(f"--device {name} is not to be had by jax here (it has: {have}); see `harness doctor`") from error
+        raise Refusal(_lacking(name, error)) from error
     if not colon:
         return devices
     if jax.process_count() > 1:
@@ -62,6 +61,14 @@ def pick_devices(name: str | None) -> list[jax.Device]:
     if not number.isdecimal() or int(number) >= len(devices):
         raise Refusal(f"--device {name} is not to be had here: jax sees {len(devices)} of {platform}")
     return [devices[int(number)]]
+
+
+def _lacking(name: str | None, error: RuntimeError) -> str:
+    try:
+        have = ", ".join(sorted({each.platform for each in jax.devices()}))
+    except RuntimeError:  # of JAX_PLATFORMS, whatever --device says
+        return f"jax finds no devices here ({str(error).splitlines()[0]})"
+    return f"--device {name} is not to be had by jax here (it has: {have}); see `harness doctor`"
 
 
 def platform_name(mesh: Mesh) -> str:

@@ -190,7 +190,8 @@ class JaxEngine:
 
     def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         state = self._state
-        count = {"step": np.asarray([devices.gather(state.adam.count)], np.float32)}
+        with one_line("the reading of a checkpoint's part from the devices", LESS_MEMORY):
+            count = {"step": np.asarray([devices.gather(state.adam.count)], np.float32)}
         return [
             ("model", lambda: self._arrays(nnx.merge_state(state.params, state.rest))),
             ("ema", lambda: self._arrays(nnx.merge_state(state.ema, state.rest))),
