@@ -151,7 +151,11 @@ class _Keeper:
 
     def stepped(self) -> None:
         self.done += 1
-        if time.monotonic() - self._drained > DRAIN_SECONDS:
+        if self.team.size > 1:  # a loss that is not finite stops all of them at one step: nobody waits for who has gone
+            due = self.done % AGREE_STEPS == 0
+        else:
+            due = time.monotonic() - self._drained > DRAIN_SECONDS
+        if due:
             self.drain()
 
     def drain(self) -> None:

@@ -1,6 +1,7 @@
 """The trainer on real digits: resume to the bit, exact accumulation, recipe items, guards."""
 
 import dataclasses
+import io
 import json
 import math
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 from small_runs import request, workshop
 
 from harness import checkpoints, training
+from harness.engines.team import Team
 from harness.engines.torch import trainer as torch_trainer
 from harness.errors import Failure, Refusal
 from harness.runs import find
@@ -270,6 +272,37 @@ def test_checkpoints_are_due_by_cost_and_by_loss(whole):
     ):
         keeper._cost, keeper._saved_at = cost, now - age
         assert keeper.due() is due, (cost, age)
+
+
+def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
+    """However long a process takes: one that stopped alone would leave the others waiting for it."""
+
+    class Two(Team):
+        size = 2
+
+    class Counted:
+        terms, read = {"mse": 1.0}, 0
+
+        def drain(self):
+            self.read += 1
+            return []
+
+    found = {}
+    for name, team in (("one", Team()), ("two", Two())):
+        found[name] = []
+        for patience in (0.0, 1e9):
+            monkeypatch.setattr(training, "DRAIN_SECONDS", patience)
+            engine, log = Counted(), io.StringIO()
+            keeper = training._Keeper(whole.run, engine, log, 0, 0.0, cost=0.0, team=team)
+            keeper._drained -= 1
+            at = []
+            for step in range(1, 2 * training.AGREE_STEPS + 1):
+                before = engine.read
+                keeper.stepped()
+                at += [step] * (engine.read - before)
+            found[name].append(at)
+    assert found["one"][0] and not found["one"][1]
+    assert found["two"] == [[training.AGREE_STEPS, 2 * training.AGREE_STEPS]] * 2
 
 
 def test_items_that_came_later_change_no_identity_at_their_default(whole, tmp_path):
