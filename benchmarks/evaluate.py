@@ -160,6 +160,12 @@ def frechet(arguments: argparse.Namespace) -> dict[str, dict]:
     return results
 
 
+def counted(share: float, rows: int) -> float:
+    """The share whose numerator a package counted: torch-fidelity rounds it to float32. Any other number stays."""
+    exact = round(share * rows) / rows
+    return exact if np.float32(exact) == np.float32(share) else share
+
+
 def prdc(arguments: argparse.Namespace) -> dict[str, dict]:
     reference, samples = features(arguments.rows, 1, 1.0), features(arguments.rows, 2, 0.9)
     calls = {
@@ -169,7 +175,8 @@ def prdc(arguments: argparse.Namespace) -> dict[str, dict]:
     results = interleave(calls, arguments.runs)
     for result in results.values():
         ours = results["harness"]["value"]
-        result["difference"] = max(abs(x - y) for x, y in zip(result["value"], ours, strict=True))
+        shares = (counted(each, arguments.rows) for each in result["value"])
+        result["difference"] = max(abs(x - y) for x, y in zip(shares, ours, strict=True))
     return results
 
 

@@ -10,7 +10,13 @@ a proven error bound, and in float64 where that bound tells too few pairs apart 
 nearer than float64 resolves count as equal.
 """
 
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
 import numpy as np
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate, block_sums
@@ -19,8 +25,11 @@ from harness.large_arrays import give_back
 K = 3
 SPLITS = 10  # into halves, for the error bar of recall
 NEIGHBOURS = 40  # kept by a sample: 3 of them lie in a given half but for 1 row in 10^9, which is looked up
-ROWS_PER_BLOCK = 2048
+ROWS_PER_BLOCK = 1024  # a float32 tile is 4 MB, which a cache holds while it is looked at
+MAX_WORKERS = 8
+TILES_WORTH_WORKERS = 8  # fewer are done before threads are there
 FLOOD = 0.05  # share of a tile's pairs that float32 may leave undecided
+SAMPLE = 64  # times the neighbours wanted: so many columns give a row its first limit
 PAIRS_PER_CALL = 512
 CANDIDATES = 1 << 17  # pairs judged at once
 
@@ -40,33 +49,95 @@ class _Screen:
 
     def __init__(self, u: np.ndarray, v: np.ndarray) -> None:
         self.u, self.v, self.dim = u, v, u.shape[1]
-        self.centre = v.mean(axis=0, dtype=np.float64)  # distances do not mind; cancellation is smallest here
+        # Distances do not mind which centre; cancellation is smallest at the mean, rounded so that float32 rows stay so.
+        self.centre = v.mean(axis=0, dtype=np.float64).astype(np.float32)
+        self._norms: dict[tuple[bool, int, int, type], np.ndarray] = {}
+        self._pool, self._workers = None, 1
 
-    def _tile(self, rows: slice, columns: slice, dtype: type) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """-2 u.v (r, c), |u|^2 (r,), |v|^2 (c,), and the error of a distance as a share of |u|^2 + |v|^2.
+    def _centred(self, own: bool, rows: slice, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of u (own) or v without the centre (r, D), rounded once, and their squared norms float64 (r,)."""
+        x = self.u if own else self.v
+        wide = np.result_type(x.dtype, dtype)
+        centred = (x[rows].astype(wide, copy=False) - self.centre).astype(dtype, copy=False)
+        give_back(x)
+        key = (own or self.u is self.v, rows.start, rows.stop, dtype)
+        if key not in self._norms:
+            self._norms[key] = np.einsum("nd,nd->n", centred, centred, dtype=np.float64)
+        return centred, self._norms[key]
+
+    def _low(self, left: tuple[np.ndarray, np.ndarray], rows: slice, columns: slice, dtype: type):
+        """`low`, left being what `_centred` gave for the rows.
 
         A product of D terms, added in any order, is wrong by less than D units of rounding times |u||v|; the
-        centring's rounding and three sums add less than 16 (Higham, Accuracy and Stability, 2002, sec. 3.1).
+        centring's rounding and three sums add less than 16 (Higham, Accuracy and Stability, 2002, sec. 3.1). error is
+        that of a distance as a share of |u|^2 + |v|^2.
         """
-        a = (self.u[rows] - self.centre).astype(dtype)
-        b = a if self.u is self.v and rows == columns else (self.v[columns] - self.centre).astype(dtype)
-        give_back(self.u)
-        give_back(self.v)
-        a_norm, b_norm = (np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (a, b))
-        return (a * dtype(-2.0)) @ b.T, a_norm, b_norm, (self.dim + 16) * float(np.finfo(dtype).eps) / 2
-
-    def low(self, rows: slice, columns: slice, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lower bounds (r, c), and what to add for upper bounds: gap (r,) of the rows plus gap (c,) of the columns.
-
-        In float64 a pair below the resolution has the bounds 0 and -gap: equal for all that can be told.
-        """
-        d, a_norm, b_norm, error = self._tile(rows, columns, dtype)
+        same = self.u is self.v and rows == columns
+        (a, a_norm), (b, b_norm) = left, left if same else self._centred(False, columns, dtype)
+        error = (self.dim + 16) * float(np.finfo(dtype).eps) / 2
+        if dtype is np.float64 and self._pool is not None:  # float32 tiles are multiplied by a worker each
+            d = np.empty((len(a), len(b)))
+            parts = np.array_split(np.arange(len(a)), self._workers)
+            parts = [slice(part[0], part[-1] + 1) for part in parts if len(part)]
+            list(self._pool.map(lambda part: np.matmul(a[part], b.T, out=d[part]), parts))
+        else:
+            d = a @ b.T  # numpy takes half the work where a is b
+        d *= dtype(-2.0)  # exact
         d += (a_norm * (1.0 - error)).astype(dtype)[:, None]
         d += (b_norm * (1.0 - error)).astype(dtype)
         gaps = [(2.0 * error * norm).astype(dtype) for norm in (a_norm, b_norm)]
         if dtype is np.float64:
             d[d <= 0.0] = -np.inf
         return d, *gaps
+
+    def low(self, rows: slice, columns: slice, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lower bounds (r, c), and what to add for upper bounds: gap (r,) of the rows plus gap (c,) of the columns.
+
+        In float64 a pair below the resolution has the bounds 0 and -gap: equal for all that can be told.
+        """
+        return self._low(self._centred(True, rows, dtype), rows, columns, dtype)
+
+    def tiles(self, places: list[tuple[slice, slice]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`low` in float32 at all places (rows, columns), in their order. Where there are many, a worker takes each,
+        a few ahead of their use: judging a tile takes one thread alone, and would leave BLAS's others waiting."""
+        workers = _workers() if len(places) >= TILES_WORTH_WORKERS else 1
+        left, last = None, None
+
+        def task(place: tuple[slice, slice]):
+            nonlocal left, last
+            if place[0] != last:
+                left, last = self._centred(True, place[0], np.float32), place[0]
+            return left, *place, np.float32
+
+        if workers == 1:
+            for place in places:
+                yield self._low(*task(place))
+            return
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+            self._pool, self._workers = pool, workers
+            try:
+                todo = iter(places)
+                ahead = deque(pool.submit(self._low, *task(place)) for place in islice(todo, workers + 1))
+                while ahead:
+                    tile = ahead.popleft().result()
+                    ahead.extend(pool.submit(self._low, *task(place)) for place in islice(todo, 1))
+                    yield tile
+            finally:
+                self._pool = None
+
+
+def _workers() -> int:
+    """As many as BLAS would take threads."""
+    threads = [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+    return min(max(threads, default=1), MAX_WORKERS)
+
+
+def _places(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns where near, bool (r, c), is set; np.nonzero of one dimension is several times as fast."""
+    if not near.flags.c_contiguous and near.T.flags.c_contiguous:
+        j, i = _places(near.T)
+        return i, j
+    return np.divmod(np.flatnonzero(near), near.shape[1])
 
 
 def _blocks(n: int) -> list[slice]:
@@ -82,14 +153,15 @@ class _Shortlist:
         self.found = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
 
     def start(self, low: np.ndarray, own_gap: np.ndarray, gap: np.ndarray) -> None:
-        """A limit for rows that have none yet, from upper bounds on all of a tile (rows, columns)."""
+        """A limit for rows that have none yet, from upper bounds on some of a tile's (rows, columns)."""
         if np.isinf(self.limit).any() and low.shape[1] > self.count:
-            high = np.partition(low + gap, self.count - 1, axis=1)[:, self.count - 1]
+            some = slice(None, None, max(low.shape[1] // (self.count * SAMPLE), 1))
+            high = np.partition(low[:, some] + gap[some], self.count - 1, axis=1)[:, self.count - 1]
             self.limit = np.minimum(self.limit, np.nextafter(high + own_gap, np.float32(np.inf)))
 
     def add(self, low, own_gap, gap, near: np.ndarray, column_start: int) -> None:
         """Take in the pairs marked by near, bool (rows, columns), and drop what they displace."""
-        i, j = np.nonzero(near)
+        i, j = _places(near)
         value = low[i, j].astype(np.float64)
         high = np.maximum(value + (own_gap[i].astype(np.float64) + gap[j]), 0.0)
         new = (i, j + column_start, value, high)
@@ -117,22 +189,25 @@ def nearest(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     assert len(x) > count, (x.shape, count)
     screen, blocks = _Screen(x, x), _blocks(len(x))
     lists = [_Shortlist(rows, count) for rows in blocks]
-    for p, rows in enumerate(blocks):
-        for q in range(p, len(blocks)):  # a tile serves its columns as well
-            for dtype in (np.float32, np.float64):
-                low, gap, other_gap = screen.low(rows, blocks[q], dtype)
-                sides = [(lists[p], low, gap, other_gap, blocks[q])]
-                if p == q:
-                    np.fill_diagonal(low, np.inf)  # a row is not its own neighbour
-                else:
-                    sides.append((lists[q], low.T, other_gap, gap, rows))
-                for side, bound, own, other, _ in sides:
-                    side.start(bound, own, other)
-                near = [bound <= _above(side.limit, dtype)[:, None] for side, bound, *_ in sides]
-                if dtype is np.float64 or all(each.mean() <= max(FLOOD, 4 * count / each.shape[1]) for each in near):
-                    break
-            for (side, bound, own, other, columns), each in zip(sides, near, strict=True):
-                side.add(bound, own, other, each, columns.start)
+    places = [(p, q) for p in range(len(blocks)) for q in range(p, len(blocks))]  # a tile serves its columns as well
+    tiles = screen.tiles([(blocks[p], blocks[q]) for p, q in places])
+    for (p, q), tile in zip(places, tiles, strict=True):
+        for dtype in (np.float32, np.float64):
+            low, gap, other_gap = tile if dtype is np.float32 else screen.low(blocks[p], blocks[q], dtype)
+            sides = [(lists[p], low, gap, other_gap, blocks[q])]
+            if p == q:
+                np.fill_diagonal(low, np.inf)  # a row is not its own neighbour
+            else:
+                sides.append((lists[q], low.T, other_gap, gap, blocks[p]))
+            for side, bound, own, other, _ in sides:
+                side.start(bound, own, other)
+            near = [bound <= _above(side.limit, dtype)[:, None] for side, bound, *_ in sides]
+            shares = [np.count_nonzero(each) / each.size for each in near]
+            most = [max(FLOOD, 4 * count / each.shape[1]) for each in near]
+            if dtype is np.float64 or all(share <= limit for share, limit in zip(shares, most, strict=True)):
+                break
+        for (side, bound, own, other, columns), each in zip(sides, near, strict=True):
+            side.add(bound, own, other, each, columns.start)
     index, squared = zip(*(each.nearest(x) for each in lists), strict=True)
     return np.concatenate(index), np.concatenate(squared)
 
@@ -155,14 +230,14 @@ def memberships(y: np.ndarray, x: np.ndarray, y_radii: np.ndarray, x_radii: np.n
     largest = active.max(axis=0)
     screen = _Screen(x, y)
 
-    def look(rows: slice, columns: slice, dtype: type) -> bool:
-        """Judge a tile; False, with what is sure already noted, where too many pairs are unsure."""
-        low, x_gap, y_gap = screen.low(columns, rows, dtype)  # (x, y)
+    def look(columns: slice, rows: slice, tile: tuple, dtype: type) -> bool:
+        """Judge a tile (x, y); False, with what is sure already noted, where too many pairs are unsure."""
+        low, x_gap, y_gap = tile
         open_x, open_y = ~inside[columns], ~covered[:, rows].all(axis=0)
         wanted = low <= _above(y_radii[rows], dtype)
         wanted &= open_x[:, None]
         wanted |= (low <= _above(largest[columns], dtype)[:, None]) & open_y
-        i, j = np.nonzero(wanted)
+        i, j = _places(wanted)
         left = FLOOD * low.size if dtype is np.float32 else np.inf
         for start in range(0, len(i), CANDIDATES):
             ii, jj = i[start : start + CANDIDATES], j[start : start + CANDIDATES]
@@ -180,10 +255,10 @@ def memberships(y: np.ndarray, x: np.ndarray, y_radii: np.ndarray, x_radii: np.n
                 covered[w, jj[hit[1 + w]] + rows.start] = True
         return True
 
-    for rows in _blocks(len(y)):
-        for columns in _blocks(len(x)):
-            if not look(rows, columns, np.float32):
-                look(rows, columns, np.float64)
+    places = [(columns, rows) for columns in _blocks(len(x)) for rows in _blocks(len(y))]
+    for place, tile in zip(places, screen.tiles(places), strict=True):
+        if not look(*place, tile, np.float32):
+            look(*place, screen.low(*place, np.float64), np.float64)
     return inside, covered
 
 

@@ -288,6 +288,28 @@ def test_a_collapsed_set_is_cheap_and_right(monkeypatch):
     assert sum(calls) < 0.15 * (800 * 800 + 600 * 600 + 800 * 600)
 
 
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_workers_do_not_show(monkeypatch, collapsed):
+    """Radii in every bit; collapsed: in clusters so far apart that tiles fall to float64, which workers divide."""
+    r = np.random.RandomState(0)
+    y = r.randint(0, 9, (300, 16)) + 5000 * collapsed * r.randint(0, 2, (300, 1))
+    x = np.repeat(y[:2], 100, axis=0) if collapsed else r.randint(0, 9, (200, 16))
+    monkeypatch.setattr(precision_recall, "ROWS_PER_BLOCK", 37)
+    found, tiles = [], []
+    real = precision_recall._Screen._low
+    monkeypatch.setattr(
+        precision_recall._Screen, "_low", lambda self, *a: tiles.append((self._workers, a[-1])) or real(self, *a)
+    )
+    for workers in (1, 3):
+        monkeypatch.setattr(precision_recall, "_workers", lambda workers=workers: workers)
+        found.append(precision_recall.precision_recall(y.astype(np.float32), x.astype(np.float32)))
+        found.append(precision_recall.radii(x.astype(np.float32)).tolist())
+    assert found[:2] == found[2:]
+    assert found[0] == whole_number_precision_recall(y, x, 3)
+    wanted = {(workers, dtype) for workers in (1, 3) for dtype in (np.float32, np.float64)[: 1 + collapsed]}
+    assert wanted <= set(tiles)
+
+
 def test_order_does_not_change_precision_and_recall(golden):
     a, b, _ = golden
     a, b = a[:900], b[:1100]
