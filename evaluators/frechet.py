@@ -23,7 +23,7 @@ from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
 from evaluators.statistics import Statistics, statistics
 from harness.errors import Failure
-from harness.large_arrays import give_back
+from harness.large_arrays import chosen_rows
 
 NEGATIVE_TOLERANCE = 1e-10  # of the largest eigenvalue: further below zero than this is not rounding
 MAX_WORKERS = 8
@@ -178,8 +178,7 @@ def estimate(
     def without(b: int) -> float:
         kept = block != b
         m = int(kept.sum())
-        gone = features[~kept] - own.mean  # (N - m, D)
-        give_back(features)
+        gone = chosen_rows(features, ~kept) - own.mean  # (N - m, D)
         shift = -gone.sum(axis=0) / m  # mean of the kept rows: all rows together have mean 0
         spread = ((n - 1) * own_trace - np.einsum("nd,nd->", gone, gone) - m * (shift @ shift)) / (m - 1)
         if few_rows:

@@ -222,7 +222,7 @@ def _pair(levels: dict[int, np.ndarray], rows: slice, exponent: int) -> tuple[np
     return high, low
 
 
-def statistics(features: np.ndarray, rows_per_block: int = 8192) -> Statistics:
+def statistics(features: np.ndarray, rows_per_block: int = ROWS_PER_PRODUCT) -> Statistics:
     """Statistics of (N, D) features, N >= 2, read a block of rows at a time: a file map is never loaded whole."""
     total = Moments(features.shape[1])
     for start in range(0, len(features), rows_per_block):

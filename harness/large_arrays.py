@@ -13,6 +13,7 @@ import tempfile
 import numpy as np
 
 HELD_BYTES = 1 << 26  # arrays up to this size are held in memory
+READ_BYTES = 1 << 24  # of a map, read before its pages are given back
 
 
 class RowsInOrder:
@@ -60,3 +61,18 @@ def give_back(array: np.ndarray) -> None:
     pages = getattr(array, "_mmap", None)
     if isinstance(pages, mmap.mmap) and getattr(array, "mode", None) == "r" and hasattr(mmap, "MADV_DONTNEED"):
         pages.madvise(mmap.MADV_DONTNEED)
+
+
+def chosen_rows(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """A copy of the rows (n, ...) of array (N, ...) that are marked in chosen, bool (N,).
+
+    Rows all over a map touch most of its pages: `array[chosen]` would hold them all at once, this a part at a time.
+    """
+    out = np.empty((int(np.count_nonzero(chosen)), *array.shape[1:]), array.dtype)
+    step, done = max(READ_BYTES * len(array) // max(array.nbytes, 1), 1), 0
+    for start in range(0, len(array), step):
+        part = array[start : start + step][chosen[start : start + step]]
+        give_back(array)
+        out[done : done + len(part)] = part
+        done += len(part)
+    return out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from harness import large_arrays
-from harness.large_arrays import RowsInOrder, give_back
+from harness.large_arrays import RowsInOrder, chosen_rows, give_back
 
 
 def full(*_):
@@ -41,3 +41,15 @@ def test_what_was_written_to_a_map_stays(tmp_path):
         give_back(array)
         assert array[5] == 77
     give_back(np.zeros(3))  # nothing to give back
+
+
+@pytest.mark.parametrize("rows", [0, 1, 500, 1000])
+def test_chosen_rows_are_read_a_part_at_a_time(monkeypatch, rows):
+    r = np.random.RandomState(0)
+    array, chosen = r.randn(1000, 7, 3).astype(np.float32), r.permutation(1000) < rows
+    given = []
+    monkeypatch.setattr(large_arrays, "give_back", lambda x: given.append(x))
+    monkeypatch.setattr(large_arrays, "READ_BYTES", 130 * array[0].nbytes)
+    found = chosen_rows(array, chosen)
+    np.testing.assert_array_equal(found, array[chosen])
+    assert found.dtype == np.float32 and len(given) == 8 and all(each is array for each in given)
