@@ -15,7 +15,7 @@ from evaluators.reference_file import STATISTICS, check_content, check_network, 
 from evaluators.statistics import Statistics, statistics
 from harness.errors import Failure, Refusal
 from harness.image_sources import readable
-from harness.large_arrays import RowsInOrder, give_back
+from harness.large_arrays import RowsInOrder, give_back, give_back_freed
 
 Progress = Callable[[str, int, int], None]  # (stage, images done, images in all)
 
@@ -79,6 +79,7 @@ def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progres
             kept[name].add(rows)
         if progress is not None:
             progress(stage, start + count, len(images))
+    give_back_freed()
     return Features(**{name: rows.done() for name, rows in kept.items()})
 
 

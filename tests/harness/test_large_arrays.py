@@ -1,12 +1,14 @@
 """Rows in a nameless file are the rows that were added; pages are given back and come again."""
 
 import os
+import platform
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from harness import large_arrays
-from harness.large_arrays import RowsInOrder, chosen_rows, give_back
+from harness.large_arrays import RowsInOrder, chosen_rows, give_back, give_back_freed
 
 
 def full(*_):
@@ -53,3 +55,20 @@ def test_chosen_rows_are_read_a_part_at_a_time(monkeypatch, rows):
     found = chosen_rows(array, chosen)
     np.testing.assert_array_equal(found, array[chosen])
     assert found.dtype == np.float32 and len(given) == 8 and all(each is array for each in given)
+
+
+def held_in_no_file() -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def test_what_was_freed_is_given_back():
+    pieces = [np.ones(4000) for _ in range(2000)]  # 64 MB, in pieces that malloc keeps
+    last = pieces.pop()
+    del pieces
+    on_glibc = platform.libc_ver()[0] == "glibc"
+    before = held_in_no_file() if on_glibc else 0
+    give_back_freed()  # elsewhere: nothing, and no error
+    if on_glibc:
+        assert before - held_in_no_file() > 50e6
+    assert (last == 1).all()
