@@ -44,7 +44,7 @@ def test_a_hundred_steps_from_the_same_start(kind, tmp_path):
         assert theirs.step(step, lambda: False) and mine.step(step, lambda: False)
     expected, found = np.array(theirs.drain()), np.array(mine.drain())
     assert expected.shape == found.shape == (100, 2) and np.isfinite(expected).all()
-    assert expected[-10:, 0].mean() < 0.97 * expected[:10, 0].mean()  # it learns, so there is something to compare
+    assert expected[-10:, 0].mean() < 0.99 * expected[:10, 0].mean()  # it learns, so there is something to compare
     weights = np.array(list(theirs.terms.values()))
     np.testing.assert_allclose(found @ weights, expected @ weights, rtol=1e-3)
     for part in ("model", "ema", "first_moment", "second_moment"):
