@@ -72,6 +72,10 @@ class Workshop:
         check_images(data, request)
         check_labels(data, request.protocol.num_classes)
         self.run: Run | None = runs.find(folder, self.spec)
+        if team.leaders(int(self.run is not None)) != (self.run is not None):  # before the leader goes on to create one
+            raise Refusal(
+                f"process {team.index} and the leader do not see the same in {folder}; they share a file system"
+            )
         if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, for it decides memory
             frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
