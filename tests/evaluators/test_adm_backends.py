@@ -89,6 +89,21 @@ def tensorflow_precision_recall(reference, samples, block=2000):
     return inside.mean(), np.concatenate(covered).mean()
 
 
+def float16_unsure(balls, points):
+    """How many points lie, for some ball that decides, nearer to its surface than the rounding of float16 distances.
+
+    Each of |u|^2, 2 u.v and |v|^2 is rounded to 11 bits, and so is the radius, a distance like the other."""
+    balls, points = (each.astype(np.float64) for each in (balls, points))
+
+    def distances(u, v):
+        return (u**2).sum(axis=1)[:, None] - 2 * u @ v.T + (v**2).sum(axis=1)[None]
+
+    radius = np.partition(distances(balls, balls), 3, axis=1)[:, 3]
+    size = (points**2).sum(axis=1)[:, None] + (balls**2).sum(axis=1)[None]
+    depth = (radius[None] - distances(points, balls)) / size  # (points, balls), positive inside
+    return int((np.abs(depth.max(axis=1)) < 6 * 2.0**-11).sum())
+
+
 # On stored features ---------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +211,13 @@ def test_tensorflow_gives_what_the_algorithm_gives(evaluated):
     print("precision, recall", ours["precision"], ours["recall"], shares)
     for metric, value in theirs.items():
         assert ours[metric] == pytest.approx(value, rel=1e-6), metric
-    assert abs(ours["precision"] - shares[0]) <= PORT["precision"]
-    assert abs(ours["recall"] - shares[1]) <= PORT["recall"]
+    unsure = (
+        float16_unsure(reference["pooled"], samples["pooled"]),
+        float16_unsure(samples["pooled"], reference["pooled"]),
+    )
+    print("images whose place float16 cannot tell", unsure)
+    assert round(abs(ours["precision"] - shares[0]) * N) <= min(unsure[0], 0.01 * N)
+    assert round(abs(ours["recall"] - shares[1]) * M) <= min(unsure[1], 0.01 * M)
 
 
 @pytest.mark.parametrize("kind", ["pooled", "spatial"])
