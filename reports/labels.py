@@ -1,92 +1,106 @@
-"""Direct labels: text beside the lines of a plot, where it covers neither points nor other text."""
+"""Direct labels: text beside the marks of a plot, where it covers neither marks nor lines nor other text."""
 
 from collections.abc import Sequence
 
-from reports.points import Point
+import numpy as np
 
-Label = tuple[float, float, str, tuple]  # x, y, text, colour
+Label = tuple[float, float, str, str]  # x, y, text, colour
 
 _LINE_SAMPLES = 12  # places on each stretch of a line that a label should not cover
+MOST_LABELS = 40  # more would only cover one another
 # Places to try around a point, as (x, y) offsets in font points and the side of the text that touches them.
 _PLACES = (
-    *((9, 0, "left"), (8, 9, "left"), (8, -9, "left"), (8, 18, "left"), (8, -18, "left"), (0, -16, "center")),
-    *((0, 22, "center"), (-9, -9, "right"), (8, 30, "left"), (8, -30, "left"), (-9, -20, "right"), (0, -34, "center")),
+    *((9, 0, "left"), (8, 9, "left"), (8, -9, "left"), (0, 13, "center"), (0, -13, "center"), (-9, 0, "right")),
+    *((8, 18, "left"), (8, -18, "left"), (-8, 9, "right"), (-8, -9, "right"), (0, 22, "center"), (0, -22, "center")),
+    *((8, 30, "left"), (8, -30, "left"), (-9, 20, "right"), (-9, -20, "right"), (0, 34, "center"), (0, -34, "center")),
 )
 
 
-def place_labels(
-    axis, labels: Sequence[tuple[float, float, str, tuple]], points: Sequence[tuple[float, float]]
-) -> None:
+def place_labels(axes, labels: Sequence[Label], points: Sequence[tuple[float, float]]) -> None:
     """Writes each label (x, y, text, colour) beside its point, at the first place that covers the least.
 
     Widens the x axis so that the text fits inside the axes. The layout of the figure must be settled.
     """
     texts = [
-        axis.annotate(
-            text, (x, y), xytext=(9, 0), textcoords="offset points", va="center", color=colour, fontsize=10,
-            fontweight="bold", parse_math=False,
+        axes.annotate(
+            text, (x, y), xytext=(9, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
+            fontweight="bold", parse_math=False, zorder=5,
         )
-        for x, y, text, colour in sorted(labels, key=lambda label: (-label[0], label[1], label[2]))
+        for x, y, text, colour in sorted(labels, key=lambda label: (-label[0], label[1], label[2]))[:MOST_LABELS]
     ]  # fmt: skip
-    _make_room(axis, texts)
-    obstacles = _obstacles(axis, points)
-    frame = axis.get_window_extent()
-    taken = []
+    if not texts:
+        return
+    _make_room(axes, texts)
+    obstacles = _obstacles(axes, points)
+    frame = axes.get_window_extent()
+    scale = axes.figure.dpi / 72
+    taken = np.empty((0, 4))
     for text in texts:
-        boxes = []
-        for order, (dx, dy, side) in enumerate(_PLACES):
-            text.set_position((dx, dy))
-            text.set_horizontalalignment(side)
-            box = text.get_window_extent().padded(2)
-            covered = sum(box.contains(*place) for place in obstacles) + 20 * sum(
-                box.overlaps(other) for other in taken
-            )
-            outside = box.x1 > frame.x1 + 2 or box.y0 < frame.y0 or box.y1 > frame.y1
-            boxes.append((covered + 10 * outside, order, box))
-        _, order, box = min(boxes, key=lambda found: found[:2])
-        text.set_position(_PLACES[order][:2])
-        text.set_horizontalalignment(_PLACES[order][2])
-        taken.append(box)
+        extent = text.get_window_extent()
+        x, y = axes.transData.transform(text.xy)
+        boxes = np.array([_box(x, y, extent.width, extent.height, place, scale) for place in _PLACES])
+        inside = (obstacles[None, :, :] >= boxes[:, None, :2]) & (obstacles[None, :, :] <= boxes[:, None, 2:])
+        cost = inside.all(axis=2).sum(axis=1) + 20.0 * _overlaps(boxes, taken)
+        cost += 40.0 * ((boxes[:, 2] > frame.x1 + 2) | (boxes[:, 0] < frame.x0))
+        cost += 40.0 * ((boxes[:, 1] < frame.y0) | (boxes[:, 3] > frame.y1 + 2))
+        best = int((cost + 0.01 * np.arange(len(_PLACES))).argmin())
+        text.set_position(_PLACES[best][:2])
+        text.set_horizontalalignment(_PLACES[best][2])
+        taken = np.vstack([taken, boxes[best]])
 
 
-def place_step_numbers(axis, points: Sequence[Point]) -> None:
-    """Writes the number of sampling steps over each point, but not over other text."""
-    taken = [text.get_window_extent() for text in axis.texts]
-    stepped = [point for point in points if point.sampling_steps is not None]
-    for point in sorted(stepped, key=lambda point: (-point.value, point.gflops_per_image)):
-        text = axis.annotate(
-            point.stage_steps or str(point.sampling_steps),
-            (point.gflops_per_image, point.value if point.high is None else point.high),
-            xytext=(0, 5 if point.high is not None else 10),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8.5,
-            color="0.35",
-        )
-        box = text.get_window_extent()
-        if any(box.overlaps(other) for other in taken):
-            text.remove()
+def place_texts(axes, texts: Sequence[Label]) -> None:
+    """Writes small texts over their points, those that cover no other text."""
+    others = [text for text in axes.texts if text.xycoords == "data"]
+    taken = np.array([text.get_window_extent().extents for text in others]).reshape(-1, 4)
+    for x, y, text, colour in sorted(texts, key=lambda label: (-label[1], label[0], label[2])):
+        note = axes.annotate(
+            text, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=colour,
+            parse_math=False, zorder=4,
+        )  # fmt: skip
+        box = np.array([note.get_window_extent().extents])
+        if _overlaps(box, taken)[0]:
+            note.remove()
         else:
-            taken.append(box)
+            taken = np.vstack([taken, box])
 
 
-def _make_room(axis, texts) -> None:
-    """Moves the right end of the logarithmic x axis until the text beside each point ends within the axes."""
-    low, high = axis.get_xlim()
-    frame = axis.get_window_extent()
+def _box(x: float, y: float, width: float, height: float, place: tuple[float, float, str], scale: float) -> tuple:
+    """(left, bottom, right, top) of a text in pixels, with 2 pixels of air."""
+    dx, dy, side = place
+    left = x + dx * scale - {"left": 0.0, "center": width / 2, "right": width}[side]
+    bottom = y + dy * scale - height / 2
+    return (left - 2, bottom - 2, left + width + 2, bottom + height + 2)
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How many of `others` (M, 4) each of `boxes` (N, 4) overlaps; (N,)."""
+    apart = (boxes[:, None, 0] > others[None, :, 2]) | (boxes[:, None, 2] < others[None, :, 0])
+    apart |= (boxes[:, None, 1] > others[None, :, 3]) | (boxes[:, None, 3] < others[None, :, 1])
+    return (~apart).sum(axis=1)
+
+
+def _make_room(axes, texts) -> None:
+    """Moves the right end of the x axis until the text beside each point ends within the axes."""
+    low, high = axes.get_xlim()
+    is_log = axes.get_xscale() == "log"
+    frame = axes.get_window_extent()
     for text in texts:
         width = text.get_window_extent().width + 24
-        share = min(width / frame.width, 0.6)
+        share = min(width / frame.width, 0.55)
         # The point stands at most (1 - share) of the way along the axis: solve for the end of the axis.
-        high = max(high, low * (text.xy[0] / low) ** (1 / (1 - share)))
-    axis.set_xlim(low, high)
+        x = text.xy[0]
+        needed = low * (x / low) ** (1 / (1 - share)) if is_log else low + (x - low) / (1 - share)
+        high = max(high, needed)
+    axes.set_xlim(low, high)
 
 
-def _obstacles(axis, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Pixel positions of the points and of places on the lines."""
-    places = [tuple(place) for place in axis.transData.transform(list(points))]
-    for line in axis.lines:
-        corners = axis.transData.transform(line.get_xydata())
-        for start, end in zip(corners[:-1], corners[1:], strict=True):
-            places += [tuple(start + (end - start) * step / _LINE_SAMPLES) for step in range(_LINE_SAMPLES)]
-    return places
+def _obstacles(axes, points: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Pixel positions (N, 2) of the points and of places on the lines."""
+    places = [axes.transData.transform(np.array(points, dtype=float).reshape(-1, 2))]
+    shares = np.linspace(0, 1, _LINE_SAMPLES, endpoint=False)[:, None, None]
+    for line in axes.lines:
+        corners = axes.transData.transform(line.get_xydata())
+        if len(corners) > 1 and line.get_linestyle() != "None":
+            places.append((corners[None, :-1] + shares * (corners[None, 1:] - corners[None, :-1])).reshape(-1, 2))
+    return np.vstack(places)

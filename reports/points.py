@@ -1,153 +1,258 @@
-"""The points of the figures: which records are drawn, on which panel, on which line."""
+"""What the figures are drawn from: records that may be compared, the lines through them, and means over seeds.
+
+Everything here is one pass over the records with plain tuples as keys, so that a hundred thousand of them are no burden.
+"""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
-from reports.columns import count_text, facts, guidance_text, key_text
+from reports.charts import Mark, model_of
+from reports.columns import METRICS, count_text, facts, guidance_text, key_text, measured_text, metric_title
 from reports.rows import groups
 from reports.tables import may_share
-from results import paper
-from results.records import Record, canonical_json
+from results.records import Record, Sampling, Training, comparable_key
 
 QUALITY_METRICS = ("fid", "fd")
+MOST_LINES = 24  # in a panel; more cannot be told apart
+MOST_GROUPS = 6  # of comparable records in a figure
 # What a line's label may name where another line of the same system differs in it.
 _LABEL_FACTS = (
     *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
-    *("eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "framework"),
-    *("protocol version", "suite version", "mode", "provenance"),
+    *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
+    *("sampling precision", "framework", "protocol version", "suite version", "mode"),
 )
-_SPEAK_FOR_THEMSELVES = frozenset(
-    {"training steps", "sampler", "guidance", "decoder", "framework", "mode", "provenance"}
-)
-FIGURE_10_SOURCE = "Section 5.2"
+_SPEAK_FOR_THEMSELVES = frozenset({"training steps", "sampler", "sampling steps", "guidance", "decoder", "framework"})
+_SEEDS = ("seed", "checkpoint_sha256", "micro_batch", "samples_sha256", "batch")
+ALONG_SAMPLING = ("steps", "stage_steps", "evaluations", "gflops_per_image")
+ALONG_TRAINING = ("steps", "images", "gflops")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Point:
-    """One point of Figure 10."""
+class Group:
+    """Records that may stand in one panel."""
 
-    panel: int  # from 1; points of different panels are not comparable
-    heading: str  # what the points of a panel agree in
-    line: str  # label of the line; runs that differ only in seeds share it
-    run: str  # tells the seeds of a line apart
-    model: str  # decides the colour
-    provenance: str
-    sampling_steps: int | None
-    stage_steps: str | None  # "50 + 50", where several networks make an image one after another
-    gflops_per_image: float
-    metric: str
-    n: int
-    value: float
-    low: float | None
-    high: float | None
-    source: str  # where a published value is printed, or ""
-    record_id: str
+    heading: str
+    records: tuple[Record, ...]  # published ones first
+
+    @property
+    def speaker(self) -> Record:
+        """A record that states what all agree in: a measured one, if there is any, for it states more."""
+        return next((record for record in self.records if record.provenance == "measured"), self.records[0])
 
 
-def sampling_points(records: Iterable[Record], metric: str | None = None) -> list[Point]:
-    """The points of Figure 10: sampling compute against quality, for records that know both.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """Records that differ only in what varies along the line, in seeds, and in what only moves low bits."""
 
-    metric: the record key on the y axis; None: `fid` or `fd`, whichever a panel has. Published points are drawn where
-    no measured ones are, and beside measured ones that may share a table with them.
+    label: str
+    records: tuple[Record, ...]
+
+    @property
+    def model(self) -> str:
+        return model_of(self.records[0])
+
+    @property
+    def provenance(self) -> str:
+        return self.records[0].provenance
+
+
+def comparable_groups(measured: Iterable[Record], published: Iterable[Record]) -> tuple[list[Group], int]:
+    """Groups of records that may be compared, the paper's first, and how many groups more there were.
+
+    Published records stand in a group of their own, or in the one measured group that they may share a table with.
     """
-    metrics = QUALITY_METRICS if metric is None else (metric,)
-    usable = [
-        record
-        for record in records
-        if record.metric in metrics and record.sampling is not None and record.sampling.gflops_per_image
-    ]
-    measured = [record for record in usable if record.provenance == "measured"]
-    published = [record for record in usable if record.source and record.source.table == FIGURE_10_SOURCE]
-    panels = groups(measured)
-    joined = [panel for panel in panels if published and may_share(published[0], panel[0])]
-    if len(joined) == 1:
-        joined[0] += published
-    elif not panels and published:
-        panels = [published]
-    parts = [[record for record in panel if record.metric == key] for panel in panels for key in metrics]
-    parts = [part for part in parts if part]
-    return [point for number, part in enumerate(parts, start=1) for point in _panel_points(number, part)]
+    ours: dict[tuple, list[Record]] = {}
+    for record in measured:
+        ours.setdefault(comparable_key(record), []).append(record)
+    papers: dict[tuple, list[Record]] = {}
+    for record in published:
+        papers.setdefault(comparable_key(record), []).append(record)
+    made = []
+    for members in papers.values():
+        joined = [key for key, own in ours.items() if may_share(members[0], own[0])]
+        own = ours.pop(joined[0]) if len(joined) == 1 else []
+        made.append([*members, *own])
+    kept = sorted(ours, key=lambda key: (-len(ours[key]), str(key)))[:MOST_GROUPS]
+    order = [found[0] for found in groups(ours[key][0] for key in kept)]
+    made += [ours[comparable_key(record)] for record in order]
+    found = [Group(heading="", records=tuple(members)) for members in made]
+    found = [dataclasses.replace(group, heading=key_text(group.speaker)) for group in found]
+    return found, len(ours) - len(kept)
 
 
-def published_sampling_records() -> list[Record]:
-    """The two points of Figure 10 that the paper's text states."""
-    return [record for record in paper.records() if record.source.table == FIGURE_10_SOURCE]
+def by_metric(records: Iterable[Record], wanted: Sequence[str]) -> dict[tuple[str, str], list[Record]]:
+    """(metric, mode) -> records, in the order of `wanted`."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.metric in wanted:
+            mode = record.evaluation.mode if record.evaluation is not None else None
+            found.setdefault((record.metric, mode or ""), []).append(record)
+    return dict(sorted(found.items(), key=lambda pair: (wanted.index(pair[0][0]), pair[0][1])))
 
 
-def _panel_points(number: int, records: Sequence[Record]) -> list[Point]:
-    measured = [record for record in records if record.provenance == "measured"]
-    heading = key_text((measured or records)[0])
-    labels = _line_labels(records)
-    points = [
-        Point(
-            panel=number,
-            heading=heading,
-            line=labels[_line_key(record)],
-            run=_run_text(record),
-            model=record.backbone or record.system,
-            provenance=record.provenance,
-            sampling_steps=record.sampling.steps,
-            stage_steps=record.sampling.stage_steps,
-            gflops_per_image=record.sampling.gflops_per_image,
-            metric=record.metric,
-            n=record.n,
-            value=record.value,
-            low=record.low,
-            high=record.high,
-            source=f"{record.source.table}: {record.source.row}" if record.source else "",
-            record_id=record.id,
+def quality(records: Sequence[Record]) -> list[Record]:
+    """The records of the metric that the figures are about: FID, or FD where there is no FID, in its plain mode."""
+    return next(iter(by_metric(records, QUALITY_METRICS).values()), [])
+
+
+def longest_trained(records: Iterable[Record]) -> list[Record]:
+    """Of each system and origin the records of its longest training."""
+    found: dict[tuple, list[Record]] = {}
+    longest: dict[tuple, int] = {}
+    for record in records:
+        key, steps = (record.provenance, record.system), (record.training.steps or 0) if record.training else 0
+        if steps > longest.get(key, -1):
+            longest[key], found[key] = steps, []
+        if steps == longest[key]:
+            found[key].append(record)
+    return [record for own in found.values() for record in own]
+
+
+def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tuple[list[Line], int]:
+    """Lines, best first by name afterwards, and how many were left out as too many.
+
+    along: the fields of `part` (Training or Sampling) that may differ within a line.
+    """
+    training = _getter(Training, along if part is Training else ())
+    sampling = _getter(Sampling, along if part is Sampling else ())
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        key = (
+            *(record.provenance, record.system, record.backbone, record.framework, record.protocol_version),
+            training(record.training) if record.training is not None else None,
+            sampling(record.sampling) if record.sampling is not None else None,
+            record.evaluation.suite_version if record.evaluation is not None else None,
         )
-        for record in records
-    ]
-    return sorted(
-        points, key=lambda point: (point.model, point.line, point.run, point.gflops_per_image, point.record_id)
+        found.setdefault(key, []).append(record)
+    kept = list(found.values())
+    sign = -1 if better(records[0].metric) == "higher" else 1
+    if len(kept) > MOST_LINES:  # the best, and what is published
+        kept.sort(key=lambda own: (own[0].provenance != "published", min(sign * r.value for r in own), own[0].system))
+        kept = kept[:MOST_LINES]
+    kept = [sorted(own, key=lambda record: record.id) for own in kept]
+    kept.sort(key=lambda own: (model_of(own[0]), own[0].system, own[0].provenance, own[0].id))
+    labels = _labels([own[0] for own in kept], along, part)
+    return (
+        [Line(label=label, records=tuple(own)) for label, own in zip(labels, kept, strict=True)],
+        len(found) - len(kept),
     )
 
 
-def _line_labels(records: Sequence[Record]) -> dict[str, str]:
+def marks_of(
+    records: Iterable[Record], x: Callable[[Record], float | None], text: Callable[[Record], str] = lambda record: ""
+) -> tuple[Mark, ...]:
+    """One mark for each x, ascending: a record with its interval, or the mean of several with the lowest and highest."""
+    found: dict[float, list[Record]] = {}
+    for record in records:
+        place = x(record)
+        if place is not None:
+            found.setdefault(place, []).append(record)
+    return tuple(_mark(place, own, text(own[0])) for place, own in sorted(found.items()))
+
+
+def _mark(x: float, records: list[Record], text: str) -> Mark:
+    records = sorted(records, key=lambda record: record.id)
+    first, values = records[0], [record.value for record in records]
+    mean, low, high = values[0], first.low, first.high
+    if len(records) > 1:
+        mean, low, high = sum(values) / len(values), min(values), max(values)
+    return Mark(
+        x=x,
+        y=mean,
+        low=low,
+        high=high,
+        text=text,
+        record_ids=tuple(record.id for record in records),
+        facts=mark_facts(first, len(records), measured_text(mean, low, high)),
+    )
+
+
+def mark_facts(record: Record, runs: int, value: str) -> tuple[tuple[str, str], ...]:
+    """What is said of a mark when it is asked about."""
+    title = metric_title(record.metric, record.n).rstrip("\u2191\u2193")
+    told = {"system": record.system, title: value}
+    if runs > 1:
+        told["runs"] = f"{runs}: mean [lowest, highest]"
+    known = facts(record)
+    names = ("training steps", "sampler", "sampling steps", "guidance", "decoder", "framework")
+    told |= {name: known[name] for name in names if name in known}
+    if record.source is not None:
+        told["printed in"] = f"{record.source.table}: {record.source.row}"
+    return tuple(told.items())
+
+
+def better(metric: str) -> str:
+    return METRICS[metric].better if metric in METRICS else ""
+
+
+def data_row(record: Record, panel: int, line: str, x: dict[str, object]) -> dict[str, object]:
+    """A row of a figure's CSV: where the record is drawn, what it is, its value, nothing rounded."""
+    training, sampling, source = record.training, record.sampling, record.source
+    return {
+        "panel": panel,
+        "line": line,
+        "provenance": record.provenance,
+        "model": model_of(record),
+        "system": record.system,
+        "protocol": record.protocol,
+        **x,
+        "training_steps": training.steps if training else None,
+        "training_seed": training.seed if training else None,
+        "sampler": sampling.sampler if sampling else None,
+        "sampling_steps": sampling.steps if sampling else None,
+        "guidance_scale": sampling.guidance_scale if sampling else None,
+        "sampling_seed": sampling.seed if sampling else None,
+        "metric": record.metric,
+        "n": record.n,
+        "value": record.value,
+        "low": record.low,
+        "high": record.high,
+        "source": f"{source.table}: {source.row}" if source else "",
+        "record_id": record.id,
+    }
+
+
+def left_out(lines: int, groups: int = 0) -> str:
+    """What a note says of what was too much to draw; "" where nothing was."""
+    words = [f"{lines} more lines are not drawn (the best {MOST_LINES} are)"] if lines else []
+    words += (
+        [f"{groups} more sets of comparable records are not drawn (the {MOST_GROUPS} largest are)"] if groups else []
+    )
+    return "; ".join(words)
+
+
+def _getter(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
+    names = [field.name for field in dataclasses.fields(part) if field.name not in (*along, *_SEEDS)]
+    if part is Training:
+        names.append("batch")  # of training it is recipe; of sampling it moves low bits
+    return operator.attrgetter(*names)
+
+
+def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list[str]:
     """The system's name, with what tells its lines apart where it has several."""
-    words: dict[str, tuple[str, dict[str, str]]] = {}
+    words = []
     for record in records:
         training, mode = record.training, record.evaluation.mode if record.evaluation else None
         found = facts(record) | {"guidance": f"guidance {guidance_text(record)}", "mode": mode or ""}
-        found |= {"training steps": f"{count_text(training.steps)} steps" if training else ""}
-        found |= {"provenance": "paper" if record.provenance == "published" else ""}
-        words[_line_key(record)] = (record.system, {name: found.get(name, "") for name in _LABEL_FACTS})
-    labels: dict[str, str] = {}
-    for key, (system, found) in sorted(words.items()):
-        peers = [other for name, other in words.values() if name == system]
+        found["training steps"] = f"{count_text(training.steps)} steps" if training else ""
+        found["sampling steps"] = f"{found['sampling steps']} sampling steps" if "sampling steps" in found else ""
+        if "steps" in along:
+            found["training steps" if part is Training else "sampling steps"] = ""
+        words.append({name: found.get(name, "") for name in _LABEL_FACTS})
+    peers: dict[str, list[dict[str, str]]] = {}
+    for record, found in zip(records, words, strict=True):
+        peers.setdefault(record.system, []).append(found)
+    labels: list[str] = []
+    for record, found in zip(records, words, strict=True):
+        own = peers[record.system]
         told = [
             text if name in _SPEAK_FOR_THEMSELVES else f"{name} {text}"
             for name, text in found.items()
-            if text and len({peer[name] for peer in peers}) > 1
+            if text and len({peer[name] for peer in own}) > 1
         ]
-        if found["provenance"] and "paper" not in told:
-            told.append("paper")
-        label = f"{system} ({', '.join(told)})" if told else system
-        taken = sum(other == label or other.startswith(f"{label} #") for other in labels.values())
-        labels[key] = f"{label} #{taken + 1}" if taken else label
+        told += ["paper"] if record.provenance == "published" else []
+        label = f"{record.system} ({', '.join(told)})" if told else record.system
+        taken = sum(other == label or other.startswith(f"{label} #") for other in labels)
+        labels.append(f"{label} #{taken + 1}" if taken else label)
     return labels
-
-
-def _line_key(record: Record) -> str:
-    """What the points of one line agree in: all of the identity but the number of sampling steps and the seeds."""
-    sampling = dataclasses.asdict(record.sampling)
-    for name in ("steps", "stage_steps", "evaluations", "gflops_per_image", "samples_sha256", "seed", "batch"):
-        del sampling[name]
-    training = dataclasses.asdict(record.training) if record.training else {}
-    for name in ("seed", "checkpoint_sha256", "micro_batch"):
-        training.pop(name, None)
-    evaluation = record.evaluation
-    judged = [evaluation.mode, evaluation.suite_version] if evaluation else []
-    parts = [record.provenance, record.protocol_version, record.metric, record.system, record.backbone]
-    return canonical_json([*parts, record.framework, *judged, training, sampling])
-
-
-def _run_text(record: Record) -> str:
-    training = record.training
-    seeds = {
-        "training seed": training.seed if training else None,
-        "sampling seed": record.sampling.seed,
-        "checkpoint": training.checkpoint_sha256[:12] if training and training.checkpoint_sha256 else None,
-    }
-    return ", ".join(f"{name} {value}" for name, value in seeds.items() if value is not None)

@@ -1,18 +1,17 @@
 """The report: every table and figure, from record files, written whole or not at all."""
 
-import csv
 import dataclasses
-import io
 import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
 from harness.errors import Refusal
-from reports.figures import draw_sampling_compute
+from reports import charts
+from reports.drawing import draw
+from reports.figures import figures, published_records
 from reports.files import write_whole
-from reports.points import Point, published_sampling_records, sampling_points
-from reports.render import plain, to_csv, to_latex, to_markdown
+from reports.render import to_csv, to_latex, to_markdown
 from reports.tables import paper_tables, protocol_table
 from results.store import Problem, find_record_files, load
 
@@ -34,9 +33,9 @@ def write_report(
     record_paths: Iterable[str | os.PathLike],
     out: str | os.PathLike,
     *,
-    protocol: str | None = None,  # table and Figure 10 of this protocol alone; None: of every protocol with records
+    protocol: str | None = None,  # table and figures of this protocol alone; None: of every protocol with records
 ) -> ReportSummary:
-    """Writes tables 1-6, `table-<protocol>` and figure 10 from the records given and those packaged in results/.
+    """Writes tables 1-6, `table-<protocol>` and the figures from the records given and those packaged in results/.
 
     record_paths: record files, or folders that are searched for `records.jsonl`. All files are built before the first
     is written, and each takes its name only when it is whole. Tables are a pure function of the set of records: order,
@@ -45,7 +44,8 @@ def write_report(
     """
     packaged = resources.files("results").joinpath("measured")
     with resources.as_file(packaged) as folder:
-        loaded = load([*find_record_files(record_paths), *sorted(folder.glob("*.jsonl"))])
+        found = find_record_files(record_paths)
+        loaded = load([*found, *sorted(folder.glob("*.jsonl"))])
     records = loaded.records
     protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
     tables = paper_tables(records)
@@ -55,26 +55,17 @@ def write_report(
         for ending, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
             contents[f"{table.name}.{ending}"] = render(table).encode("utf-8")
     drawn = [record for record in records if record.protocol in protocols]
-    published = [record for record in published_sampling_records() if protocol is None or record.protocol == protocol]
-    points = sampling_points([*drawn, *published])
-    if points:
-        contents["figure-10.csv"] = _points_csv(points).encode("utf-8")
-        contents |= {f"figure-10.{kind}": data for kind, data in draw_sampling_compute(points).items()}
+    drawn += published_records(None if protocol is None else protocols)
+    styles = charts.model_styles(drawn)
+    for figure in figures(drawn, [path.parent for path in found]):
+        contents[f"{figure.name}.csv"] = charts.to_csv(figure).encode("utf-8")
+        contents |= {f"{figure.name}.{kind}": data for kind, data in draw(figure, styles).items()}
     return ReportSummary(
         files=_write_all(Path(out), contents),
         problems=loaded.problems,
         conflicts=loaded.conflicts,
         measured=sum(record.provenance == "measured" for record in records),
     )
-
-
-def _points_csv(points: Iterable[Point]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Point)], lineterminator="\n")
-    writer.writeheader()
-    for point in points:
-        writer.writerow({name: plain(value) for name, value in dataclasses.asdict(point).items()})
-    return text.getvalue()
 
 
 def _write_all(out: Path, contents: dict[str, bytes]) -> tuple[Path, ...]:

@@ -21,7 +21,7 @@ from results.records import to_json
 from results.store import append
 
 TABLES = [f"table-{number}.{ending}" for number in range(1, 7) for ending in ("csv", "md", "tex")]
-FIGURE = ["figure-10.csv", "figure-10.png", "figure-10.svg"]
+FIGURE = [f"figure-10.{ending}" for ending in ("csv", "pdf", "png", "svg")]
 DIGITS = ["table-digits.csv", "table-digits.md", "table-digits.tex"]
 
 
@@ -70,14 +70,14 @@ def test_a_study_with_conflict_and_broken_line(study, record, tmp_path):
         and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
     )
     texts = "".join(xml.etree.ElementTree.parse(tmp_path / "out" / "figure-10.svg").getroot().itertext())
-    for words in ("dit-xs-2", "dit-xs-4", "unet-small", "2 runs", "Gflops per image", "FD-1K"):
+    for words in ("dit-xs-2", "dit-xs-4", "unet-small", "means over seeds", "Gflops per image", "FD-1K"):
         assert words in texts
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_shuffling_splitting_and_duplicating_files_changes_no_byte(study, tmp_path_factory, monkeypatch, data):
-    monkeypatch.setattr("reports.report.draw_sampling_compute", lambda points: {})  # pixels: the next test
+    monkeypatch.setattr("reports.report.draw", lambda figure, styles: {})  # pixels: the next test
     folder = tmp_path_factory.mktemp("pure")
     append(folder / "one" / "records.jsonl", study)
     write_report([folder / "one"], folder / "expected")

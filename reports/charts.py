@@ -1,0 +1,166 @@
+"""What a figure is: panels of series of marks, from which PNG, SVG, PDF, CSV and the page's charts are all made.
+
+A figure is plain data and a pure function of records; nothing here draws. How a model looks is here too, so that it looks
+the same in every figure.
+"""
+
+import csv
+import dataclasses
+import io
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from reports.render import plain
+from results.records import Record
+
+SCALES = ("linear", "log", "names")  # names: x is 0, 1, 2, ... and the marks' texts are what stands there
+KINDS = ("line", "points", "bubbles", "bars", "fit", "band")
+PROVENANCES = ("published", "measured", "fit")
+
+# Ten colours that stay apart under every common colour blindness and can be read on white: found by a search for the
+# largest smallest distance in CIELAB over simulated protanopia, deuteranopia, tritanopia and none.
+COLOURS = (
+    *("#0088ee", "#aa3311", "#779977", "#660033"),  # the sizes S, B, L, XL of the paper
+    *("#bb8800", "#5533dd", "#dd66bb", "#336677", "#331166", "#442200"),
+)
+NO_MODEL = "#555555"  # of what belongs to no model: fits, frontiers
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+DASHES = ("solid", "dashed", "dashdot", "dotted")
+_DIT_SIZES = ("s", "b", "l", "xl")
+_DIT_PATCHES = ("2", "4", "8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis of a panel."""
+
+    title: str
+    unit: str = ""
+    scale: str = "linear"  # of SCALES
+    better: str = ""  # "lower", "higher", or "" where neither is
+
+    @property
+    def text(self) -> str:
+        """`Sampling compute (Gflops per image)`, `FID-50K (lower is better)`."""
+        words = [self.unit, f"{self.better} is better" if self.better else ""]
+        inside = ", ".join(word for word in words if word)
+        return f"{self.title} ({inside})" if inside else self.title
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One point, bubble, bar, or place on a line or band.
+
+    low, high: the ends of its bar, in the units of y. size: what the area of a bubble is proportional to.
+    text: what is written at it. record_ids: the records behind it (several: y is their mean). facts: (name, text).
+    """
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    size: float | None = None
+    text: str = ""
+    record_ids: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Series:
+    """Marks that belong together, in the order of x."""
+
+    label: str  # written beside the last mark of a line or fit; of points and bubbles the marks' texts are written
+    model: str  # decides the style; "" for what belongs to no model
+    kind: str  # of KINDS
+    provenance: str  # of PROVENANCES
+    marks: tuple[Mark, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes. Marks of different panels may not be comparable."""
+
+    heading: str  # what the records of the panel agree in
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+    title: str = ""  # what this panel shows beside others of the same records
+    note: str = ""  # what a reader must know: what bars are, what was left out
+    starts_row: bool = False  # begins a new row of panels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Grid:
+    """Pictures in rows (models) and columns (samples); what the pictures of one column have in common is above it."""
+
+    heading: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    tiles: np.ndarray  # (rows, columns, H, W, C) uint8 in [0, 255], C 1 or 3
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure, and its data with nothing rounded (rows, for CSV; the same keys in every row)."""
+
+    name: str  # file name without extension: "figure-8", "pareto"
+    title: str
+    panels: tuple[Panel, ...]
+    rows: tuple[dict[str, object], ...]
+    grids: tuple[Grid, ...] = ()
+    columns: int = 2  # most panels in a row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a model is drawn."""
+
+    colour: str  # "#rrggbb"
+    marker: str  # of MARKERS, in matplotlib's letters
+    dash: str  # of DASHES; published lines are dotted whatever the model
+
+
+def model_of(record: Record) -> str:
+    """What decides the colour of a record's marks."""
+    return record.backbone or record.system
+
+
+def model_styles(records: Iterable[Record]) -> dict[str, Style]:
+    """The style of every model of `records` (published ones among them), the same in all figures made of them.
+
+    DiT-S, -B, -L and -XL have a colour a size and a marker a patch, as in the paper. All other models, measured ones
+    first and by name, take the remaining colours; beyond them markers and dashes differ.
+    """
+    measured: dict[str, bool] = {}
+    for record in records:
+        model = model_of(record)
+        measured[model] = measured.get(model, False) or record.provenance == "measured"
+    styles = {"": Style(colour=NO_MODEL, marker="o", dash="solid")}
+    others = []
+    for model in sorted(measured, key=lambda model: (not measured[model], model)):
+        found = re.fullmatch(r"dit-(s|b|l|xl)-(2|4|8)", model)
+        if found:
+            size, patch = (_DIT_SIZES.index(found[1]), _DIT_PATCHES.index(found[2]))
+            styles[model] = Style(colour=COLOURS[size], marker=MARKERS[patch], dash=DASHES[patch])
+        else:
+            others.append(model)
+    order = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])
+    for index, model in enumerate(others):
+        again = index // len(order)
+        styles[model] = Style(
+            colour=order[index % len(order)], marker=MARKERS[again % len(MARKERS)], dash=DASHES[again % len(DASHES)]
+        )
+    return styles
+
+
+def to_csv(figure: Figure) -> str:
+    """The figure's data, one header line; floats with every digit."""
+    text = io.StringIO()
+    if figure.rows:
+        writer = csv.DictWriter(text, list(figure.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: plain(value) for name, value in row.items()} for row in figure.rows)
+    return text.getvalue()

@@ -1,0 +1,318 @@
+"""Figures drawn: PNG for screens, SVG and PDF for papers.
+
+Drawing is deterministic: the same figure gives the same bytes under one matplotlib version.
+"""
+
+import dataclasses
+import io
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+from reports.charts import DASHES, MARKERS, Axis, Figure, Panel, Series, Style
+from reports.labels import Label, place_labels, place_texts
+from reports.render import one_line
+
+DOTS_PER_INCH = 160
+_FILES = {  # kind -> what would make the bytes differ from run to run, left out
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+_DOTTED, _DASHES = (0, (1.2, 1.6)), {"solid": "-", "dashed": "--", "dashdot": "-.", "dotted": (0, (3, 1, 1, 1, 1, 1))}
+_PANEL = (5.4, 3.9)  # width and height of the axes of a panel, inches
+_MARGINS = (0.85, 0.25, 0.66)  # left, right, below the axes of each panel
+_LINE = 11.5 / 72  # height of a line of the text above a panel
+_TITLE = 0.36  # above all panels
+_BUBBLE = 900.0  # area of the largest, in square points
+_HEADING, _SMALL = 8.5, 8.5  # font sizes
+
+
+def draw(figure: Figure, styles: Mapping[str, Style], kinds: Sequence[str] = tuple(_FILES)) -> dict[str, bytes]:
+    """The figure as {"png": ..., "svg": ..., "pdf": ...}. styles: of `charts.model_styles`."""
+    with _theme():
+        import matplotlib.pyplot as plt
+
+        sheet = _sheet(figure, styles)
+        files = {}
+        for kind in kinds:
+            buffer = io.BytesIO()
+            sheet.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=_FILES[kind])
+            files[kind] = buffer.getvalue()
+        plt.close(sheet)
+    return files
+
+
+@contextmanager
+def _theme() -> Iterator[None]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    with warnings.catch_warnings():
+        # seaborn's own use of pandas and matplotlib; not ours to mend, and no figure depends on it.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=PendingDeprecationWarning)
+        import seaborn
+
+        with matplotlib.rc_context():
+            seaborn.set_theme(context="notebook", style="ticks", font="DejaVu Sans")
+            matplotlib.rcParams.update(
+                {"svg.hashsalt": "backbone-harness", "svg.fonttype": "none", "pdf.fonttype": 42, "path.simplify": True}
+            )
+            yield
+
+
+def _sheet(figure: Figure, styles: Mapping[str, Style]):
+    """The whole figure: panels in rows, each with room of its own, so that no layout has to be solved."""
+    import matplotlib.pyplot as plt
+    import seaborn
+
+    places = _places(figure)
+    columns = max(column for _, column in places) + 1
+    rows = max(row for row, _ in places) + 1
+    left, right, below = _MARGINS
+    above = 0.22 + _LINE * max(len(_heading(panel)) for panel in figure.panels)
+    width, height = left + _PANEL[0] + right, below + _PANEL[1] + above
+    size = (columns * width, rows * height + _TITLE)
+    sheet = plt.figure(figsize=size)
+    sheet.text(
+        left / size[0], 1 - 0.14 / size[1], figure.title, fontsize=13, fontweight="bold", va="top", parse_math=False
+    )
+    for panel, (row, column) in zip((*figure.grids, *figure.panels), places, strict=True):
+        x, y = column * width + left, size[1] - _TITLE - (row + 1) * height + below
+        axes = sheet.add_axes((x / size[0], y / size[1], _PANEL[0] / size[0], _PANEL[1] / size[1]))
+        _panel(axes, panel, styles)
+        seaborn.despine(ax=axes)
+    return sheet
+
+
+def _places(figure: Figure) -> list[tuple[int, int]]:
+    """(row, column) of each panel."""
+    places, row, column = [], 0, 0
+    for panel in (*figure.grids, *figure.panels):
+        if column and (column == figure.columns or getattr(panel, "starts_row", False)):
+            row, column = row + 1, 0
+        places.append((row, column))
+        column += 1
+    return places
+
+
+def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
+    labels: list[Label] = []
+    texts: list[Label] = []
+    largest = max((mark.size or 0.0 for each in panel.series for mark in each.marks), default=0.0)
+    _set_axes(axes, panel)
+    before: dict[tuple[str, str], int] = {}  # series of one model and kind: they share a colour and differ in the rest
+    for each in panel.series:
+        again = before.get((each.model, each.kind), 0)
+        before[each.model, each.kind] = again + 1
+        style = _varied(styles[each.model], again)
+        _DRAW[each.kind](axes, each, style, largest)
+        ink = style.colour
+        if each.kind in ("line", "fit"):
+            last = each.marks[-1]
+            labels += [(last.x, last.y, _drawable(each.label), ink)] if each.label else []
+            texts += [(m.x, m.y if m.high is None else m.high, _drawable(m.text), "0.35") for m in each.marks if m.text]
+        elif each.kind in ("points", "bubbles"):
+            labels += [(mark.x, mark.y, _drawable(mark.text), ink) for mark in each.marks if mark.text]
+    place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks])
+    place_texts(axes, texts)
+
+
+def _varied(style: Style, again: int) -> Style:
+    """The style of a model's further series in a panel: its colour, another marker and dash."""
+    marker, dash = MARKERS.index(style.marker) + again, DASHES.index(style.dash) + again
+    return dataclasses.replace(style, marker=MARKERS[marker % len(MARKERS)], dash=DASHES[dash % len(DASHES)])
+
+
+def _line(axes, series: Series, style: Style, largest: float) -> None:
+    published, fit = series.provenance == "published", series.kind == "fit"
+    xs = [mark.x for mark in series.marks]
+    many = len(xs) > 30
+    axes.plot(
+        xs,
+        [mark.y for mark in series.marks],
+        color=style.colour,
+        linewidth=1.4 if fit or many else 1.9,
+        linestyle=_DOTTED if published else _DASHES["dashed" if fit else style.dash],
+        marker="" if fit or many else style.marker,
+        markersize=6.5,
+        markerfacecolor="white" if published else style.colour,
+        markeredgecolor=style.colour,
+        markeredgewidth=1.4,
+        zorder=3,
+    )
+    _bars_of(axes, series, style)
+
+
+def _points(axes, series: Series, style: Style, largest: float) -> None:
+    published, fit = series.provenance == "published", series.provenance == "fit"
+    axes.plot(
+        [mark.x for mark in series.marks],
+        [mark.y for mark in series.marks],
+        linestyle="",
+        marker="x" if fit else style.marker,
+        markersize=7,
+        markerfacecolor="white" if published else style.colour,
+        markeredgecolor=style.colour,
+        markeredgewidth=1.5,
+        zorder=3,
+    )
+    _bars_of(axes, series, style)
+
+
+def _bubbles(axes, series: Series, style: Style, largest: float) -> None:
+    published = series.provenance == "published"
+    axes.scatter(
+        [mark.x for mark in series.marks],
+        [mark.y for mark in series.marks],
+        s=[max(_BUBBLE * (mark.size or 0.0) / largest, 12.0) if largest else 60.0 for mark in series.marks],
+        facecolor=style.colour,
+        alpha=0.45 if published else 0.85,
+        edgecolor=style.colour,
+        linewidth=1.2,
+        zorder=3,
+    )
+    _bars_of(axes, series, style)
+
+
+def _bars(axes, series: Series, style: Style, largest: float) -> None:
+    published = series.provenance == "published"
+    axes.barh(
+        [mark.x for mark in series.marks],
+        [mark.y for mark in series.marks],
+        height=0.62,
+        color=style.colour,
+        alpha=0.55 if published else 0.95,
+        edgecolor=style.colour,
+        zorder=2,
+    )
+    for mark in series.marks:
+        if mark.low is not None:
+            axes.hlines(mark.x, mark.low, mark.high, color="black", linewidth=1.3, zorder=4)
+
+
+def _band(axes, series: Series, style: Style, largest: float) -> None:
+    marks = [mark for mark in series.marks if mark.low is not None]
+    axes.fill_between(
+        [mark.x for mark in marks],
+        [mark.low for mark in marks],
+        [mark.high for mark in marks],
+        color=style.colour,
+        alpha=0.14,
+        linewidth=0,
+        zorder=1,
+    )
+
+
+_DRAW = {"line": _line, "fit": _line, "points": _points, "bubbles": _bubbles, "bars": _bars, "band": _band}
+
+
+def _bars_of(axes, series: Series, style: Style) -> None:
+    marks = [mark for mark in series.marks if mark.low is not None]
+    if marks and len(marks) <= 100:
+        lows, highs = [mark.low for mark in marks], [mark.high for mark in marks]
+        axes.vlines([mark.x for mark in marks], lows, highs, color=style.colour, linewidth=1.4, zorder=2)
+
+
+def _set_axes(axes, panel: Panel) -> None:
+    marks = [mark for each in panel.series for mark in each.marks]
+    xs = [mark.x for mark in marks]
+    ys = [bound for mark in marks for bound in (mark.y, mark.low, mark.high) if bound is not None]
+    if panel.x.scale == "names":  # bars lie on their side, so that names can be read
+        names = {mark.x: mark.text for mark in marks}
+        axes.set_yticks(list(names), [_drawable(text) for text in names.values()], fontsize=9, parse_math=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(max(xs) + 0.6, min(xs) - 0.6)
+        axes.set_xlim(0, 1.12 * max(ys))
+        axes.set_xlabel(_drawable(panel.y.text), fontsize=10.5, parse_math=False)
+        axes.grid(visible=True, axis="x", color="0.92", zorder=0)
+    else:
+        _scale(axes, "x", panel.x, xs, below=0.06, above=0.06)
+        _scale(axes, "y", panel.y, ys, below=0.1, above=0.12)
+        axes.set_xlabel(_drawable(panel.x.text), fontsize=10.5, parse_math=False)
+        axes.set_ylabel(_drawable(panel.y.text), fontsize=10.5, parse_math=False)
+        axes.grid(visible=True, axis="y", color="0.92", zorder=0)
+    axes.tick_params(labelsize=9.5, which="major")
+    axes.tick_params(which="minor", length=2)
+    shown = _heading(panel)
+    for index, line in enumerate(reversed(shown)):
+        is_title = bool(panel.title) and index == len(shown) - 1
+        axes.annotate(
+            line,
+            (0, 1),
+            xycoords="axes fraction",
+            xytext=(0, 6 + 72 * _LINE * index),
+            textcoords="offset points",
+            fontsize=10 if is_title else _HEADING,
+            fontweight="bold" if is_title else "normal",
+            color="0.15" if is_title else "0.35",
+            parse_math=False,
+        )
+
+
+def _heading(panel: Panel) -> list[str]:
+    """The lines of text above a panel."""
+    lines = [panel.title, *_wrapped(panel.heading), *_wrapped(panel.note)]
+    return [_drawable(line) for line in lines if line]
+
+
+def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, above: float) -> None:
+    """Limits with room around the values (shares of their range), and ticks that can be read."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    low, high = min(values), max(values)
+    side = axes.xaxis if name == "x" else axes.yaxis
+    set_limits = axes.set_xlim if name == "x" else axes.set_ylim
+    if axis.scale == "log" and low > 0:
+        (axes.set_xscale if name == "x" else axes.set_yscale)("log")
+        ratio = max(high / low, 1.5)
+        low, high = low / ratio**below, high * ratio**above
+        set_limits(low, high)
+        ratio = high / low
+        subs = (1, 2, 3, 5, 7) if ratio < 8 else (1, 2, 5) if ratio < 500 else (1,)
+        side.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+        side.set_major_formatter(FuncFormatter(_tick_text))
+        side.set_minor_locator(LogLocator(base=10, subs=range(2, 10)) if ratio < 1e6 else NullLocator())
+        side.set_minor_formatter(NullFormatter())
+    else:
+        room = high - low or 0.2 * abs(high) or 1.0
+        floor = 0.0 if low >= 0 and low < 0.25 * high else -math.inf
+        set_limits(max(low - below * room, floor), high + above * room)
+        side.set_major_locator(MaxNLocator(nbins=6 if name == "x" else 7, steps=[1, 2, 2.5, 5, 10]))
+        side.set_major_formatter(FuncFormatter(_tick_text))
+
+
+def _tick_text(value: float, position: int | None = None) -> str:
+    """`0.05`, `2,000`, `400K`, `2M`, and powers of ten beyond."""
+    size = abs(value)
+    if size >= 1e7 or 0 < size < 1e-3:
+        exponent = math.floor(math.log10(size) + 1e-9)
+        factor = value / 10**exponent
+        power = str(exponent).translate(
+            str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+        )
+        return f"10{power}" if math.isclose(factor, 1) else f"{factor:.3g}\u00d710{power}"
+    if size >= 1e6:
+        return f"{value / 1e6:.10g}M"
+    return f"{value / 1e3:.10g}K" if size >= 1e5 else f"{value:,.6g}"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 88)
+
+
+def _drawable(text: str) -> str:
+    """Text with a question mark for each character that the font lacks (drawing it would be an empty box)."""
+    known = _characters()
+    return "".join(character if ord(character) in known else "?" for character in one_line(text))
+
+
+@cache
+def _characters() -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())

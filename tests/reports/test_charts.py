@@ -1,0 +1,58 @@
+"""Charts: how a model looks, and what stands on an axis."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from reports.charts import COLOURS, Axis, model_styles
+from results import paper
+
+# Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
+SIMULATED = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+TO_XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+
+
+def linear(colour):
+    parts = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    ratios = TO_XYZ @ rgb / np.array([0.95047, 1.0, 1.08883])
+    roots = np.where(ratios > 216 / 24389, np.cbrt(ratios), (24389 / 27 * ratios + 16) / 116)
+    return np.array([116 * roots[1] - 16, 500 * (roots[0] - roots[1]), 200 * (roots[1] - roots[2])])
+
+
+@pytest.mark.parametrize("sight", SIMULATED)
+def test_colours_are_told_apart_by_everybody(sight):
+    seen = [lab(np.clip(SIMULATED[sight] @ linear(colour), 0, 1)) for colour in COLOURS]
+    assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 20
+
+
+def test_colours_can_be_read_on_white():
+    luminance = [linear(colour) @ np.array([0.2126, 0.7152, 0.0722]) for colour in COLOURS]
+    assert min(1.05 / (each + 0.05) for each in luminance) >= 3  # WCAG 2.1, 1.4.11: graphics and large text
+
+
+def test_a_model_looks_the_same_whatever_else_is_drawn(record):
+    own = [record(system=f"net-{index:02d}") for index in range(25)]
+    styles = model_styles([*own, *paper.records()])
+    assert styles == model_styles([*paper.records(), *own[::-1]])
+    looks = [styles[f"net-{index:02d}"] for index in range(25)]
+    assert len(set(looks)) == 25 and len({style.colour for style in looks[:10]}) == 10
+    sizes = {size: {styles[f"dit-{size}-{patch}"] for patch in (2, 4, 8)} for size in ("s", "b", "l", "xl")}
+    assert all(len(found) == 3 and len({style.colour for style in found}) == 1 for found in sizes.values())
+    assert len({style.colour for found in sizes.values() for style in found}) == 4
+    # what is measured takes its colour before what is only published
+    assert model_styles([record(system="zzz"), *paper.records()])["zzz"] == model_styles([record(system="zzz")])["zzz"]
+
+
+def test_axis_text():
+    assert Axis(title="FID-50K", better="lower").text == "FID-50K (lower is better)"
+    assert Axis(title="Compute", unit="Gflops").text == "Compute (Gflops)" and Axis(title="Steps").text == "Steps"
