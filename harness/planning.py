@@ -146,10 +146,8 @@ def missing(request: Request) -> list[str]:
     task, lacks = request.protocol, []
     if task.dataset not in registry.datasets:
         lacks.append(f"data set {task.dataset!r}: no reader of that name is installed (see `harness list datasets`)")
-    elif registry.datasets.get(task.dataset).needs_folder and request.data is None:
-        lacks.append(f"data set {task.dataset!r}: name its place with --data PATH")
-    elif request.data is not None and not request.data.exists():
-        lacks.append(f"data set {task.dataset!r}: {request.data} does not exist")
+    elif (lack := registry.datasets.get(task.dataset).missing(request.data)) is not None:
+        lacks.append(f"data set {task.dataset!r}: {lack}")
     if task.space == "latents":
         lacks.append(
             f"latents: protocol {task.name!r} is trained in the latents of a VAE, which this version cannot do; trained "

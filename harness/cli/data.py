@@ -83,21 +83,25 @@ def reference(
     click.echo(f"  statistics of {about.features} ({about.features_sha256[:12]}), reference {about.sha256[:12]}")
 
 
-@command.command("fetch", short_help="Download a public file of evaluation.")
+@command.command("fetch", short_help="Download a public file of evaluation, or a data set.")
 @click.argument("name", metavar="NAME", required=False)
-@click.option("--out", type=FOLDER, metavar="FILE", help="Where to put it. [default: its own name, here]")
+@click.option(
+    "--out", type=FOLDER, metavar="PATH", help="Where to put it: a file; of a data set a folder. [default: here; of a data "
+    "set where `harness run` finds it]",
+)  # fmt: skip
 @click.option("--url", metavar="URL", help="Another place to take it from: the file, or a .tgz that holds it.")
 @json_option
 def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) -> None:
-    """Download a public file, check it, and put it under its name when it is whole; the same command continues a
-    download that broke off. Without NAME: what there is.
+    """Download a public file or the files of a data set, check them, and put them under their names when they are whole;
+    the same command continues a download that broke off. Without NAME: what there is.
 
     \b
         harness data fetch inception
-        harness data fetch imagenet-256
+        harness data fetch fashion-mnist
     """
-    from harness.data.fetch import fetch as fetched
-    from harness.data.public_files import FILES
+    from harness.data.fetch import fetch as fetch_file
+    from harness.data.fetch import fetch_dataset
+    from harness.data.public_files import DATASETS, FILES
     from harness.errors import Refusal
     from harness.registry import unknown
 
@@ -105,16 +109,20 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
         width = max(map(len, FILES))
         for each in FILES.values():
             click.echo(f"{each.name:<{width}}  {each.file}: {each.summary}")
+        for each in DATASETS.values():
+            click.echo(f"{each.name:<{width}}  {each.summary}")
         return
-    if name not in FILES:
-        raise Refusal(unknown("public file", name, FILES))
-    found = fetched(FILES[name], out, url)
+    if name not in FILES and name not in DATASETS:
+        raise Refusal(unknown("public file", name, [*FILES, *DATASETS]))
+    found = fetch_dataset(DATASETS[name], out, url) if name in DATASETS else [fetch_file(FILES[name], out, url)]
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(found), "path": str(found.path)}, indent=2))
+        facts = [{**dataclasses.asdict(each), "path": str(each.path)} for each in found]
+        click.echo(json.dumps(facts if name in DATASETS else facts[0], indent=2))
         return
-    verified = f"md5 {found.md5}, as published" if found.verified else "unverified: no published hash"
-    click.echo(f"{found.path}: {'' if found.new else 'is there already; '}{found.bytes:,} bytes, {verified}")
-    click.echo(f"  sha256 {found.sha256}")
+    for each in found:
+        verified = f"md5 {each.md5}, as published" if each.verified else "unverified: no published hash"
+        click.echo(f"{each.path}: {'' if each.new else 'is there already; '}{each.bytes:,} bytes, {verified}")
+        click.echo(f"  sha256 {each.sha256}")
 
 
 @command.command("verify", short_help="Say what a file is, and whether its hashes hold.")

@@ -19,17 +19,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """A data set known by name. `loader` is "module:attribute" of a function (folder: Path | None) -> ImageSet."""
+    """A data set known by name. `loader` is "module:attribute" of a function (folder: Path | None) -> ImageSet.
+
+    finder: of a function (folder: Path | None) -> str | None that says, without reading the images, what is lacking and
+    how to get it. Empty: whatever `loader` needs is there, but for the folder.
+    """
 
     name: str
     summary: str
     loader: str
     needs_folder: bool = False  # True: `--data` must name where the files are
+    finder: str = ""
+
+    def missing(self, folder: Path | None = None) -> str | None:
+        """What `load` would lack, with the way to get it, in one line; None: nothing that can be told beforehand."""
+        if folder is not None and not folder.exists():
+            return f"{folder} does not exist"
+        if self.finder:
+            return load_attribute(self.finder, f"finder of data set {self.name!r}")(folder)
+        return "name its place with --data PATH" if self.needs_folder and folder is None else None
 
     def load(self, folder: Path | None = None) -> ImageSet:
         """Read the images; what is missing is refused with the way to get it."""
         if self.needs_folder and folder is None:
-            raise Refusal(f"data set {self.name!r} is not on this machine: name its place with --data")
+            raise Refusal(f"data set {self.name!r} is not on this machine: {self.missing()}")
         return load_attribute(self.loader, f"loader of data set {self.name!r}")(folder)
 
 
@@ -38,6 +51,12 @@ BUILT_IN = (
         name="digits",
         summary="1,797 real handwritten digits, 8x8x1, 10 classes; carried by scikit-learn",
         loader="harness.data.digits:load",
+    ),
+    DatasetSpec(
+        name="fashion-mnist",
+        summary="70,000 real pictures of clothing, 28x28x1 padded to 32x32x1, 10 classes; `harness data fetch fashion-mnist`",
+        loader="harness.data.fashion_mnist:load",
+        finder="harness.data.fashion_mnist:missing",
     ),
     DatasetSpec(
         name="npz",

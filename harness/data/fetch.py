@@ -16,7 +16,8 @@ from pathlib import Path
 
 from harness import files
 from harness.data import download
-from harness.data.public_files import PublicFile
+from harness.data.places import downloads
+from harness.data.public_files import PublicDataset, PublicFile
 from harness.errors import Refusal
 from harness.image_sources import readable
 
@@ -72,12 +73,22 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
         )
 
 
+def fetch_dataset(public: PublicDataset, out: Path | None = None, url: str | None = None) -> list[Fetched]:
+    """Have the files of a data set in the folder `out` (None: where `harness run` looks for them), from below the
+    address `url` or from where they are published. Files that are there are checked and not fetched again."""
+    folder = downloads(public.name) if out is None else out
+    if folder.is_file():
+        raise Refusal(f"{folder} is a file; data set {public.name!r} is several: name a folder with --out")
+    base = None if url is None else url.rstrip("/")
+    return [fetch(each, folder / each.file, base and f"{base}/{each.file}") for each in public.files]
+
+
 class _Wrong(Refusal):
     """What an address holds is not the file."""
 
 
 def _check_start(public: PublicFile, head: bytes, total: int | None) -> None:
-    if head.startswith(GZIP):
+    if head.startswith(GZIP) and not _gzipped(public):
         return  # an archive: its own size says nothing
     text = f"what comes is not {public.file}: "
     if head[:1] in (b"<", b""):
@@ -88,10 +99,15 @@ def _check_start(public: PublicFile, head: bytes, total: int | None) -> None:
         raise _Wrong(text + f"{total:,} bytes instead of {public.bytes:,}")
 
 
+def _gzipped(public: PublicFile) -> bool:
+    """Whether the file itself is gzipped, so that such bytes are no archive around it."""
+    return public.file.endswith(".gz")
+
+
 def _finish(public: PublicFile, partial: Path, out: Path) -> Fetched:
     """Unpack where it is an archive, check, rename."""
     with partial.open("rb") as file:
-        packed = file.read(2) == GZIP
+        packed = file.read(2) == GZIP and not _gzipped(public)
     ready = out.with_name(f"{out.name}.unpacked{files.PARTIAL}") if packed else partial
     try:
         if packed:

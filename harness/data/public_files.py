@@ -1,7 +1,8 @@
-"""The public files of evaluation: where they are and what is known of them.
+"""Public files, of evaluation and of data sets: where they are and what is known of them.
 
-Addresses: openai/guided-diffusion, evaluations/README.md and evaluator.py; TensorFlow's models, classify_image.py. OpenAI
-publishes no hashes: the two md5 here are what others report of the files that they have.
+Addresses: openai/guided-diffusion, evaluations/README.md and evaluator.py; TensorFlow's models, classify_image.py;
+zalandoresearch/fashion-mnist, README.md (and its md5). OpenAI publishes no hashes: the two md5 of its files are what
+others report of those that they have.
 """
 
 from __future__ import annotations
@@ -57,5 +58,39 @@ FILES = {
         ),
         _batch("lsun-cat", "lsun/cat/VIRTUAL_lsun_cat256.npz", "ADM's reference batch of LSUN cat"),
         _batch("lsun-horse", "lsun/horse/VIRTUAL_lsun_horse256.npz", "ADM's reference batch of LSUN horse"),
+    )
+}  # fmt: skip
+
+_FASHION_MNIST = (
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+    "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicDataset:
+    """A data set of several files, which are fetched together."""
+
+    name: str
+    summary: str
+    files: tuple[PublicFile, ...]
+
+
+DATASETS = {
+    "fashion-mnist": PublicDataset(
+        name="fashion-mnist",
+        summary="the four files of Fashion-MNIST, for protocol fashion-mnist-32 (31 MB)",
+        files=tuple(
+            PublicFile(
+                name=file, file=file, summary="", urls=tuple(f"{place}/{file}" for place in _FASHION_MNIST),
+                bytes=size, md5=md5,
+            )
+            for file, size, md5 in (
+                ("train-images-idx3-ubyte.gz", 26_421_880, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+                ("train-labels-idx1-ubyte.gz", 29_515, "25c81989df183df01b3e8a0aad5dffbe"),
+                ("t10k-images-idx3-ubyte.gz", 4_422_102, "bef4ecab320f06d8554ea6380940ec79"),
+                ("t10k-labels-idx1-ubyte.gz", 5_148, "bb300cfdad3c16e7a12a480ee83cd310"),
+            )
+        ),
     )
 }  # fmt: skip

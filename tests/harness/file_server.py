@@ -23,6 +23,7 @@ class Served:
     piece: int = 1 << 16
     redirect: str | None = None
     hang: bool = False
+    paths: dict[str, bytes] = field(default_factory=dict)  # what it has besides, by path
     requests: list = field(default_factory=list)
     sent: int = 0
     url: str = ""
@@ -44,17 +45,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Location", served.redirect)
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        start, status, headers = 0, 200, {}
+        start, status, headers, content = 0, 200, {}, served.paths.get(self.path, served.content)
         match = re.fullmatch(r"bytes=([0-9]+)-", asked or "")
         if served.ranges and match and condition in (None, served.etag, served.date):
             start, status = int(match[1]), 206
-            if start >= len(served.content):
-                return self._answer(416, b"", {"Content-Range": f"bytes */{len(served.content)}"})
-            headers["Content-Range"] = f"bytes {start}-{len(served.content) - 1}/{len(served.content)}"
+            if start >= len(content):
+                return self._answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         for name, value in (("ETag", served.etag), ("Last-Modified", served.date)):
             if value:
                 headers[name] = value
-        self._answer(status, served.content[start:], headers)
+        self._answer(status, content[start:], headers)
 
     def _answer(self, status, body, headers=None):
         served = self.server.served
