@@ -1,0 +1,218 @@
+"""What the DiT benchmarks compare with, and how: diffusers' network and pipeline, the public recipe, interleaved runs.
+
+The public recipe is that of facebookresearch/DiT ed81ce2 (train.py, sample.py, models.py, diffusion/), on our network
+of the same size, so that what is compared is the recipe.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from harness import registry
+from harness.data.images import ImageSet
+from harness.diffusion.respacing import space_timesteps
+from harness.diffusion.schedule import Schedule
+from harness.engines.torch.loss import LossTables, training_losses
+from harness.engines.torch.trainer import build
+
+INPUT = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "out_channels": 8}
+CPU = torch.device("cpu")
+
+
+def diffusers_network(arguments: dict) -> torch.nn.Module:
+    """diffusers' DiTTransformer2DModel of the same depth, width, heads and patch."""
+    from harness.torchvision_torch import make_importable
+
+    make_importable()
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=arguments["heads"],
+        attention_head_dim=arguments["width"] // arguments["heads"],
+        num_layers=arguments["depth"],
+        patch_size=arguments["patch"],
+        sample_size=32,
+        in_channels=4,
+        out_channels=8,
+    )
+
+
+def diffusers_dit(arguments: dict) -> torch.nn.Module:
+    """The same, called as (x, t, y)."""
+    net = diffusers_network(arguments)
+
+    class Adapter(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.net(x, timestep=t, class_labels=y).sample
+
+    return Adapter().train()
+
+
+class _Undecoded:
+    """In the place of the pipeline's VAE: latents leave as they are, so that the loop alone is timed."""
+
+    class config:
+        scaling_factor = 1.0
+
+    class Output:
+        def __init__(self, sample: torch.Tensor):
+            self.sample = sample
+
+    def decode(self, latents: torch.Tensor) -> Output:
+        return self.Output(latents)
+
+
+def diffusers_pipeline(
+    arguments: dict, labels: Sequence[int], steps: int, guidance: float
+) -> Callable[[], torch.Tensor]:
+    """diffusers' DiTPipeline with its DDIM scheduler and guidance: latents (N, 4, 32, 32), in [0, 1]."""
+    net = diffusers_network(arguments).eval()
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    pipeline = DiTPipeline(transformer=net, vae=None, scheduler=DDIMScheduler(beta_start=1e-4, beta_end=0.02))
+    pipeline.vae = _Undecoded()
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(
+            class_labels=list(labels), guidance_scale=guidance, generator=generator, num_inference_steps=steps,
+            output_type="pt",
+        ).images  # fmt: skip
+
+    return call
+
+
+class PublicDiffusion:
+    """p_sample_loop of the public recipe: learned range, no clipping, coefficients looked up for every image."""
+
+    def __init__(self, steps: int):
+        schedule = Schedule.named("linear", 1000)
+        spaced = schedule.respaced(space_timesteps(1000, steps))
+        self.steps, self.timesteps = len(spaced), spaced.timesteps.copy()  # copies: torch wants to write
+        self.log_low, self.log_high = spaced.posterior_log_variance_clipped.copy(), spaced.log_betas.copy()
+        self.from_x, self.from_eps = spaced.sqrt_recip_abar.copy(), spaced.sqrt_recipm1_abar.copy()
+        self.mean_x0, self.mean_xt = spaced.posterior_mean_from_x0.copy(), spaced.posterior_mean_from_xt.copy()
+
+    @staticmethod
+    def _extract(values: np.ndarray, t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        found = torch.from_numpy(values).to(device=t.device)[t].float()
+        while len(found.shape) < len(shape):
+            found = found[..., None]
+        return found + torch.zeros(shape, device=t.device)
+
+    def loop(
+        self,
+        net: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        x: torch.Tensor,  # (N, C, H, W): the initial noise
+        y: torch.Tensor,  # (N,)
+        guidance: float,
+        null_label: int,
+        noise: Callable[[int, torch.Tensor], torch.Tensor] = lambda k, x: torch.randn_like(x),
+    ) -> torch.Tensor:
+        """Samples (N, C, H, W): sample.py's loop over the doubled batch with forward_with_cfg."""
+        x = torch.cat([x, x])  # (2 N, C, H, W)
+        y = torch.cat([y, torch.full_like(y, null_label)])
+        kept = torch.from_numpy(self.timesteps).to(x.device)
+        with torch.no_grad():
+            for k, i in enumerate(reversed(range(self.steps))):
+                t = torch.tensor([i] * len(x), device=x.device)
+                half = x[: len(x) // 2]
+                out = net(torch.cat([half, half]), kept[t], y)  # (2 N, 2 C, H, W)
+                eps, rest = out[:, :3], out[:, 3:]
+                conditional, unconditional = torch.split(eps, len(eps) // 2)
+                half_eps = unconditional + guidance * (conditional - unconditional)
+                out = torch.cat([torch.cat([half_eps, half_eps]), rest], dim=1)
+                output, values = torch.split(out, x.shape[1], dim=1)
+                low, high = self._extract(self.log_low, t, x.shape), self._extract(self.log_high, t, x.shape)
+                frac = (values + 1) / 2
+                log_variance = frac * high + (1 - frac) * low
+                x0 = self._extract(self.from_x, t, x.shape) * x - self._extract(self.from_eps, t, x.shape) * output
+                mean = self._extract(self.mean_x0, t, x.shape) * x0 + self._extract(self.mean_xt, t, x.shape) * x
+                nonzero = (t != 0).float().view(-1, 1, 1, 1)
+                x = mean + nonzero * torch.exp(0.5 * log_variance) * noise(k, x)
+        return x.chunk(2)[0]
+
+
+def noise_images(count: int = 512) -> ImageSet:
+    """Latent-shaped stand-ins: the speed of a step does not depend on what is on them."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, 32, 32, 4), dtype=np.uint8)
+    return ImageSet(name="noise", images=pixels, labels=rng.integers(0, 1000, count))
+
+
+def recipe_step(spec, batch: int) -> Callable[[], None]:
+    """A training step of the public recipe: float32, AdamW as torch makes it, EMA tensor by tensor."""
+    net = build(spec, INPUT, 0).train()
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0)
+    tables = LossTables(Schedule.named("linear", 1000))
+    objective = registry.objectives.get("epsilon-learned-range")
+    data = noise_images()
+    pixels = torch.from_numpy(data.images).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(data.labels)
+
+    def step() -> None:
+        rows = torch.randint(0, len(labels), (batch,))
+        x = pixels[rows].float() / 127.5 - 1
+        t = torch.randint(0, 1000, (batch,))
+        noise = torch.randn_like(x)
+        y = torch.where(torch.rand(batch) < 0.1, 1000, labels[rows])
+        mse, vb = training_losses(objective, tables, net(tables.q_sample(x, t, noise), t, y), x, t, noise)
+        (mse + vb).mean().item()
+        optimizer.zero_grad()
+        (mse + vb).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
+                average.mul_(0.9999).add_(weight, alpha=1 - 0.9999)
+
+    return step
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], images: int, runs: int) -> dict[str, float]:
+    """Medians of interleaved runs, images/s (`images` a call), and the median, least and most of the runs' ratios.
+
+    `processor_ratio` is of processor time, which other programs on the machine hardly move when torch has one thread.
+    """
+    ours()
+    theirs()
+    speeds, busy = [], []
+    for _ in range(runs):
+        pair, processor = [], []
+        for call in (ours, theirs):
+            begin, used = time.perf_counter(), time.process_time()
+            call()
+            pair.append(images / (time.perf_counter() - begin))
+            processor.append(time.process_time() - used)
+        speeds.append(pair)
+        busy.append(processor)
+    ratios = sorted(a / b for a, b in speeds)
+    return {
+        "ours_images_per_second": statistics.median(a for a, _ in speeds),
+        "theirs_images_per_second": statistics.median(b for _, b in speeds),
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[0],
+        "ratio_high": ratios[-1],
+        "processor_ratio": statistics.median(b / a for a, b in busy),
+    }
+
+
+def show(row: dict) -> None:
+    """A row of `compare` with the backbone, batch and what was compared."""
+    print(
+        f"{row['backbone']:<8} batch {row['batch']:<3} against {row['against']:<48} {row['ours_images_per_second']:8.2f} : "
+        f"{row['theirs_images_per_second']:8.2f} images/s   ratio {row['ratio']:.2f} "
+        f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}], of processor time {row['processor_ratio']:.2f}",
+        flush=True,
+    )

@@ -1,0 +1,60 @@
+"""The benchmarks beside public code: what they time is the same work, and they run from end to end."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harness import registry
+from harness.diffusion.schedule import Schedule
+from harness.engines.torch.sampler import guided, sample_loop
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_the_public_recipes_loop_draws_what_ours_draws():
+    peers = module("peers")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 4, 3, 3, generator=generator) * 0.1
+    table = torch.randn(11, 8, generator=generator)
+
+    def net(x, t, y):
+        out = torch.nn.functional.conv2d(x, weight, padding=1) + table[y][:, :, None, None] * (1 + t[0] / 1000)
+        return torch.cat([x, 0 * x], dim=1) + 0.01 * out  # nearly the noise, or x would grow without bounds
+
+    x = torch.randn(3, 4, 6, 6, generator=generator)
+    y = torch.tensor([1, 5, 9])
+    noise = torch.randn(10, 3, 4, 6, 6, generator=generator)
+    theirs = peers.PublicDiffusion(10).loop(net, x, y, 3.0, 10, noise=lambda k, x: torch.cat([noise[k]] * 2))
+    plan = registry.samplers.get("ddpm").make(
+        Schedule.named("linear", 1000), 10, registry.objectives.get("epsilon-learned-range"), 0.0, False
+    )
+    ours = sample_loop(guided(net, y, 3.0, "first-3", 10), plan, x, lambda k: noise[k])
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.slow
+def test_sampling_is_timed_beside_both_peers(tmp_path):
+    words = ["--backbones", "dit-xs-4", "--batch", "1", "--steps", "2", "--runs", "1", "--threads", "1"]
+    out = tmp_path / "rows.json"
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "sample.py"), *words, "--out", str(out)],
+        check=True, capture_output=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert found["threads"] == 1
+    assert ["diffusers" in row["against"] for row in found["rows"]] == [True, False, False]
+    assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in found["rows"])
+    assert all(row["ours_images_per_second"] > 0 for row in found["rows"])
