@@ -82,7 +82,7 @@ def chosen_rows(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 def give_back_freed() -> None:
     """Let the system have what was freed and is still kept for new arrays, where the C library can do so (glibc).
 
-    A network's loading and activations leave 130 MB of it, in pieces that later arrays do not fit.
+    A network's loading and activations leave much of it, in pieces that later arrays do not fit.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library; Windows
         ctypes.CDLL(None).malloc_trim(0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import checkpoints, evaluation, files, registry, runs, sampling, training
 from harness.data.images import ImageSet
+from harness.diffusion.schedule import Schedule
 from harness.engines import workbench
 from harness.engines.team import ALONE, Team
 from harness.errors import Refusal
@@ -152,9 +153,16 @@ def draw(
     )  # fmt: skip
 
     def make() -> sampling.Sampler:
+        plan = registry.samplers.get(request.sampling.sampler).make(
+            Schedule.named(run.recipe.schedule, run.recipe.diffusion_steps),
+            steps,
+            registry.objectives.get(run.recipe.objective),
+            request.sampling.eta,
+            request.sampling.clip_denoised,
+        )
         snapshot = run.snapshot(step) / "ema.safetensors"
         return workbench(run.framework).make_sampler(
-            request, run, snapshot, steps, precision=precision, batch=wanted.batch
+            request, run, snapshot, plan, precision=precision, batch=wanted.batch
         )
 
     sidecar = {

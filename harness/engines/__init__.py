@@ -4,7 +4,7 @@ Each has a module `workbench` with the same functions, which is all that the sta
 
     measure(request, device=, precision=, micro_batch=, mesh=, say=) -> (network at its initialisation, Measured)
     make_engine(request, run, data, network or None) -> harness.training.Engine
-    make_sampler(request, run, snapshot, steps, precision=, batch=) -> harness.sampling.Sampler
+    make_sampler(request, run, snapshot, plan, precision=, batch=) -> harness.sampling.Sampler
     find_place(device) -> Place
     make_chain(bound, decoder, place, seed=, precision=, batch=, say=) -> harness.sampling.Sampler, of a system
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from harness.engines.team import ALONE, Team
 from harness.errors import Refusal
 
-NEEDS = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}  # packages, by framework
+OPTIONAL = {"jax": ("jax", "flax", "optax")}  # packages of the extra of that name; torch is always there
 
 
 class Place(NamedTuple):
@@ -31,10 +31,10 @@ class Place(NamedTuple):
 
 def check_installed(framework: str) -> None:
     """Refuse a framework that is not installed, with the command that installs it. Imports nothing."""
-    if lacking := [name for name in NEEDS[framework] if find_spec(name) is None]:
+    if lacking := [name for name in OPTIONAL.get(framework, ()) if find_spec(name) is None]:
         raise Refusal(
             f"--framework {framework} needs {' and '.join(lacking)}, not installed here; "
-            "run: pip install 'backbone-harness[jax]'"
+            f"run: pip install 'backbone-harness[{framework}]'"
         )
 
 

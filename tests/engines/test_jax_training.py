@@ -14,6 +14,8 @@ import pytest
 import torch
 from jax_runs import engine, losses, request, workshop
 
+from harness.diffusion.plans import ddpm_plan
+from harness.diffusion.schedule import Schedule
 from harness.engines import workbench
 from harness.engines.jax import mesh
 from harness.engines.jax.errors import one_line
@@ -71,8 +73,9 @@ def test_a_step_is_traced_once(whole):
         assert made.step(step, lambda: False)
     assert made._step._cache_size() == 1
     wanted = request(steps=8)
+    plan = ddpm_plan(Schedule.named("linear", 1000), 9)
     chain = workbench("jax").make_sampler(
-        wanted, whole, whole.snapshot(8) / "ema.safetensors", 9, precision="float32", batch=4
+        wanted, whole, whole.snapshot(8) / "ema.safetensors", plan, precision="float32", batch=4
     )
     seen = []
     for _ in range(2):

@@ -92,12 +92,9 @@ def make_mesh(devices: list[jax.Device], shape: str | None) -> Mesh:
 
 def own(mesh: Mesh) -> Mesh:
     """The mesh for what a process does by itself: of several, its own devices, all along "data"."""
-    return mesh if jax.process_count() == 1 else make_own(mesh.devices.flat[0].platform)
-
-
-def make_own(platform: str | None) -> Mesh:
-    """All devices of this process along "data"."""
-    devices = jax.local_devices(backend=platform)
+    if jax.process_count() == 1:
+        return mesh
+    devices = jax.local_devices(backend=mesh.devices.flat[0].platform)
     return Mesh(np.asarray(devices).reshape(-1, 1), AXES)
 
 

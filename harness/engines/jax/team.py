@@ -29,4 +29,4 @@ class JaxTeam(Team):
         multihost_utils.sync_global_devices(where)
 
     def leaders(self, value: int) -> int:
-        return int(multihost_utils.broadcast_one_to_all(np.int64(value).astype(np.int32)))
+        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from flax import nnx
 
-from harness import registry
 from harness.data.images import ImageSet
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.plans import SamplerPlan
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
 from harness.engines.jax.draw import JaxChain, Network, load_weights, make_run_sampler
@@ -74,18 +73,13 @@ def make_engine(request: Request, run: Run, data: ImageSet, net: nnx.Module | No
     )
 
 
-def make_sampler(request: Request, run: Run, snapshot: Path, steps: int, *, precision: str, batch: int) -> JaxChain:
+def make_sampler(
+    request: Request, run: Run, snapshot: Path, plan: SamplerPlan, *, precision: str, batch: int
+) -> JaxChain:
     """What draws images with the weights in `snapshot`, a safetensors file."""
     mesh = devices.own(devices.honour(run.resolved))
     arguments = request.spec.arguments(**request.arguments)
     net = Network.load(request.spec, arguments, load_weights(snapshot), precision, mesh)
-    plan = registry.samplers.get(request.sampling.sampler).make(
-        Schedule.named(run.recipe.schedule, run.recipe.diffusion_steps),
-        steps,
-        registry.objectives.get(run.recipe.objective),
-        request.sampling.eta,
-        request.sampling.clip_denoised,
-    )
     return make_run_sampler(
         request.spec, net, plan, request.sampling, arguments=arguments, precision=precision, mesh=mesh, batch=batch
     )

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from harness import registry
 from harness.compute.activations import activation_bytes
 from harness.data.images import ImageSet
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.plans import SamplerPlan
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import resolve
 from harness.engines.torch.draw import TorchSampler, load_weights
@@ -66,17 +65,12 @@ def make_engine(request: Request, run: Run, data: ImageSet, net: torch.nn.Module
     )
 
 
-def make_sampler(request: Request, run: Run, snapshot: Path, steps: int, *, precision: str, batch: int) -> TorchSampler:
+def make_sampler(
+    request: Request, run: Run, snapshot: Path, plan: SamplerPlan, *, precision: str, batch: int
+) -> TorchSampler:
     """What draws images with the weights in `snapshot`, a safetensors file; batches may be of any size."""
     device = resolve.honour(run.resolved)
     net = load_weights(request.spec.build("torch", **request.arguments), snapshot)
-    plan = registry.samplers.get(request.sampling.sampler).make(
-        Schedule.named(run.recipe.schedule, run.recipe.diffusion_steps),
-        steps,
-        registry.objectives.get(run.recipe.objective),
-        request.sampling.eta,
-        request.sampling.clip_denoised,
-    )
     return TorchSampler(
         request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device
     )
