@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Callable
 
 from reports.tables import Line, Section, Table, note_mark
 
@@ -18,6 +19,7 @@ _LATEX = {character: f"\\{character}" for character in "{}$&#%_"} | {
     "\u2193": r"$\downarrow$",
     "\u2191": r"$\uparrow$",
 }
+_MARKDOWN_ESCAPES, _LATEX_ESCAPES = str.maketrans(_MARKDOWN), str.maketrans(_LATEX)
 
 
 def to_csv(table: Table) -> str:
@@ -39,12 +41,12 @@ def to_markdown(table: Table) -> str:
         aligns = [":--" if index == 0 else "--:" for index in range(len(section.columns))]
         rows = ["| " + " | ".join(map(escape_markdown, section.columns)) + " |", "|" + "|".join(aligns) + "|"]
         for line in section.lines:
-            first, *rest = map(escape_markdown, line.cells)
-            marks = _line_marks(line)
+            first, *rest = _cells(line, escape_markdown, "**{}**", "**{}**<sup>=</sup>")
+            marks = line_marks(line)
             mark = f"<sup>{','.join(marks)}</sup>" if marks else ""
             rows.append("| " + " | ".join([first + mark, *rest]) + " |")
         parts.append("\n".join(rows))
-        notes = [f"<sup>{mark}</sup> {escape_markdown(text)}" for mark, text in _notes(section)]
+        notes = [f"<sup>{mark}</sup> {escape_markdown(text)}" for mark, text in section_notes(section)]
         notes += [escape_markdown(text) for text in section.remarks]
         if notes:
             parts.append("<br>\n".join(notes))
@@ -66,7 +68,7 @@ def to_latex(table: Table) -> str:
                 rows.append(r"\midrule")
             was_published = line.published
             rows.append(_latex_line(line))
-        notes = [f"{_latex_marks([mark])}~{escape_latex(text)}" for mark, text in _notes(section)]
+        notes = [f"{_latex_marks([mark])}~{escape_latex(text)}" for mark, text in section_notes(section)]
         notes += [escape_latex(text) for text in section.remarks]
         parts.append(
             "\n".join(
@@ -91,12 +93,12 @@ def to_latex(table: Table) -> str:
 
 def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no HTML, no table cell of its own."""
-    return "".join(_MARKDOWN.get(character, character) for character in one_line(text))
+    return one_line(text).translate(_MARKDOWN_ESCAPES)
 
 
 def escape_latex(text: str) -> str:
     """Text that LaTeX shows as it is."""
-    return "".join(_LATEX.get(character, character) for character in one_line(text))
+    return one_line(text).translate(_LATEX_ESCAPES)
 
 
 def plain(value: object) -> str:
@@ -108,15 +110,27 @@ def plain(value: object) -> str:
 
 def one_line(text: str) -> str:
     """Control characters (line breaks among them) become spaces."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    return text if text.isprintable() else "".join(character if character.isprintable() else " " for character in text)
 
 
 def _latex_line(line: Line) -> str:
-    first, *rest = map(escape_latex, line.cells)
-    return " & ".join([first + _latex_marks(_line_marks(line)), *rest]) + r" \\"
+    first, *rest = _cells(line, escape_latex, r"\textbf{{{}}}", r"\textbf{{{}}}$^{{=}}$")
+    return " & ".join([first + _latex_marks(line_marks(line)), *rest]) + r" \\"
 
 
-def _line_marks(line: Line) -> list[str]:
+def _cells(line: Line, escape: Callable[[str], str], best: str, tie: str) -> list[str]:
+    """The cells of a line, escaped; a marked one in the template of its mark, which the interval stays out of."""
+    if not any(line.marks):
+        return [escape(text) for text in line.cells]
+    templates = {"best": best, "tie": tie}
+    texts = []
+    for text, mark in zip(line.cells, line.marks, strict=True):
+        value, bracket, interval = text.partition(" [") if mark in templates else (text, "", "")
+        texts.append(templates.get(mark, "{}").format(escape(value)) + escape(bracket + interval))
+    return texts
+
+
+def line_marks(line: Line) -> list[str]:
     return ([PUBLISHED_MARK] if line.published else []) + [note_mark(index) for index in line.notes]
 
 
@@ -125,7 +139,7 @@ def _latex_marks(marks: list[str]) -> str:
     return f"$^{{{','.join(names)}}}$" if names else ""
 
 
-def _notes(section: Section) -> list[tuple[str, str]]:
+def section_notes(section: Section) -> list[tuple[str, str]]:
     notes = [(note_mark(index), text) for index, text in enumerate(section.footnotes)]
     if any(line.published for line in section.lines):
         text = f"as published ({section.origin})"

@@ -11,6 +11,7 @@ from reports import charts
 from reports.drawing import draw
 from reports.figures import figures, published_records
 from reports.files import write_whole
+from reports.html_tables import to_html_page
 from reports.render import to_csv, to_latex, to_markdown
 from reports.tables import paper_tables, protocol_table
 from results.store import Problem, find_record_files, load
@@ -52,7 +53,7 @@ def write_report(
     tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]
     contents: dict[str, bytes] = {}
     for table in tables:
-        for ending, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
+        for ending, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex), ("html", to_html_page)):
             contents[f"{table.name}.{ending}"] = render(table).encode("utf-8")
     drawn = [record for record in records if record.protocol in protocols]
     drawn += published_records(None if protocol is None else protocols)

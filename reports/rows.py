@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from reports.columns import (
     count_text,
@@ -16,6 +17,15 @@ from reports.columns import (
 )
 from results import paper
 from results.records import Record, canonical_json, comparable_key
+
+
+class Cell(NamedTuple):
+    """One cell of a table: its text, and what stands behind it."""
+
+    text: str
+    value: float | None = None  # the number, unrounded; None where there is none
+    record_id: str = ""  # of the record that the number is from
+    mark: str = ""  # "best" or "tie", of a metric
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,10 @@ class Row:
         if record.source is not None:
             return paper.printed().get(record.source) or f"{record.value:g}"
         return measured_text(record.value, record.low, record.high)
+
+    def cell(self, metric: tuple[str, str]) -> Cell:
+        record = self.records.get(metric)
+        return Cell("-") if record is None else Cell(self.text(metric), record.value, record.id)
 
 
 def make_rows(records: Iterable[Record]) -> list[Row]:
@@ -99,7 +113,7 @@ def console_table(records: Iterable[Record]) -> list[dict[str, str]]:
     tables = []
     for row in rows:
         known = facts(row.any)
-        cells = {"System": row.any.system, **description(row)}
+        cells = {"System": row.any.system, **{title: cell.text for title, cell in description(row).items()}}
         cells |= {name.capitalize(): known.get(name, "-") for name in _TOLD_IF_DIFFERENT if differing[name] > 1}
         if len(sizes) > 1:
             cells["N"] = str(row.any.n)
@@ -111,22 +125,29 @@ def console_table(records: Iterable[Record]) -> list[dict[str, str]]:
     return [{title: text for title, text in cells.items() if title not in empty} for cells in tables]
 
 
-def description(row: Row) -> dict[str, str]:
+def description(row: Row) -> dict[str, Cell]:
     """The columns of a measured row that are not metrics."""
     record, training, sampling = row.any, row.any.training, row.any.sampling
+    steps = sampling.steps if sampling else None
     return {
-        "Params (M)": params_text(record.params),
-        "Gflops": quantity_text(record.gflops),
-        "Training steps": count_text(training.steps) if training else "-",
-        "Training Gflops": quantity_text(training.gflops) if training else "-",
-        "Seed": "-" if training is None or training.seed is None else str(training.seed),
-        "Sampler": (sampling.sampler if sampling else None) or "-",
-        "Sampling steps": "-"
-        if sampling is None or sampling.steps is None
-        else sampling.stage_steps or str(sampling.steps),
-        "Guidance": guidance_text(record),
-        "Sampling Gflops": quantity_text(sampling.gflops_per_image) if sampling else "-",
+        "Params (M)": Cell(params_text(record.params), record.params),
+        "Gflops": _quantity(record.gflops),
+        "Training steps": _number(training.steps if training else None, count_text),
+        "Training Gflops": _quantity(training.gflops if training else None),
+        "Seed": _number(training.seed if training else None),
+        "Sampler": Cell((sampling.sampler if sampling else None) or "-"),
+        "Sampling steps": Cell("-") if steps is None else Cell(sampling.stage_steps or str(steps), steps),
+        "Guidance": Cell(guidance_text(record), sampling.guidance_scale if sampling else None),
+        "Sampling Gflops": _quantity(sampling.gflops_per_image if sampling else None),
     }
+
+
+def _number(value: float | None, write=str) -> Cell:
+    return Cell("-") if value is None else Cell(write(value), value)
+
+
+def _quantity(value: float | None) -> Cell:
+    return _number(value, quantity_text)
 
 
 def _row_key(record: Record) -> str:

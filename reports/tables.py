@@ -14,10 +14,9 @@ from reports.columns import (
     features_of,
     key_text,
     metric_title,
-    params_text,
     quantity_text,
 )
-from reports.rows import Row, description, groups, make_rows, metrics_of
+from reports.rows import Cell, Row, description, groups, make_rows, metrics_of
 from results import paper
 from results.paper import PublishedValue
 from results.records import Record, comparable_key
@@ -27,11 +26,17 @@ PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One printed row. notes: indices into the section's footnotes."""
+    """One printed row. notes: indices into the section's footnotes.
+
+    values, record_ids and marks have an entry for each cell, or are empty where no cell has one.
+    """
 
     cells: tuple[str, ...]
     published: bool
     notes: tuple[int, ...] = ()
+    values: tuple[float | None, ...] = ()  # the number behind the cell, unrounded: what a column is sorted by
+    record_ids: tuple[str, ...] = ()  # of the record that the number is from; "" where it is from none
+    marks: tuple[str, ...] = ()  # "best" or "tie" in a column of a metric, else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,10 +102,10 @@ def protocol_file_name(protocol: str) -> str:
 def _protocol_section(rows: Sequence[Row]) -> Section:
     metrics = metrics_of(rows)
     descriptions = [description(row) for row in rows]
-    titles = [title for title in descriptions[0] if any(cells[title] != "-" for cells in descriptions)]
+    titles = [title for title in descriptions[0] if any(cells[title].text != "-" for cells in descriptions)]
     head = rows[0].any
     cells = [
-        (row.any.system, *(found[title] for title in titles), *(row.text(metric) for metric in metrics))
+        (Cell(row.any.system), *(found[title] for title in titles), *(row.cell(metric) for metric in metrics))
         for row, found in zip(rows, descriptions, strict=True)
     ]
     shown = ("training steps", "training seed", "sampler", "sampling steps", "guidance")
@@ -122,7 +127,8 @@ def _metric_table(table: str, title: str, resolution: int, measured: Sequence[Re
         rows = make_rows(part)
         columns = ("Model", *(metric_title(key, part[0].n) for key in PAPER_METRICS), "Source")
         cells = [
-            (_model_text(row), *(_metric_text(row, key) for key in PAPER_METRICS), _source_text(row)) for row in rows
+            (Cell(_model_text(row)), *(_metric_cell(row, key) for key in PAPER_METRICS), Cell(_source_text(row)))
+            for row in rows
         ]
         # A published row says in its name what tells it from its neighbours; a measured row says steps and seed there.
         shown = ("training steps", "training seed") if all(not row.is_published for row in rows) else ()
@@ -155,7 +161,8 @@ def _architecture_table(measured: Sequence[Record]) -> Table:
     for backbone, name in names.items():
         if backbone in counted:
             text = quantity_text(counted[backbone])
-            lines.append(Line(cells=(name, "-", "-", "-", text, "counted"), published=False))
+            cells = (Cell(name), *[Cell("-")] * 3, Cell(text, counted[backbone]), Cell("counted"))
+            lines.append(make_line(cells, published=False))
             data.append({"provenance": "measured", "model": name, section.columns[4]: counted[backbone]})
     section = dataclasses.replace(section, lines=tuple(lines))
     return dataclasses.replace(table, sections=(section,), data=_aligned(data))
@@ -187,19 +194,20 @@ def _details_table(measured: Sequence[Record]) -> Table:
     return dataclasses.replace(table, sections=tuple(sections), data=_aligned(data))
 
 
-def _details_cells(row: Row, square: str) -> tuple[str, ...]:
-    record, training = row.any, row.any.training
+def _details_cells(row: Row, square: str) -> tuple[Cell, ...]:
+    found, training = description(row), row.any.training
+    steps, batch, rate = (training.steps, training.batch, training.learning_rate) if training else (None, None, None)
     return (
-        record.system,
-        square,
-        quantity_text(record.gflops),
-        params_text(record.params),
-        f"{training.steps / 1000:g}" if training and training.steps is not None else "-",
-        str(training.batch) if training and training.batch is not None else "-",
-        f"{training.learning_rate:g}" if training and training.learning_rate is not None else "-",
-        "-",
-        _metric_text(row, "fid"),
-        "measured",
+        Cell(row.any.system),
+        Cell(square),
+        found["Gflops"],
+        found["Params (M)"],
+        Cell("-") if steps is None else Cell(f"{steps / 1000:g}", steps / 1000),
+        Cell("-") if batch is None else Cell(str(batch), batch),
+        Cell("-") if rate is None else Cell(f"{rate:g}", rate),
+        Cell("-"),
+        _metric_cell(row, "fid"),
+        Cell("measured"),
     )
 
 
@@ -216,14 +224,27 @@ def _published_table(table: str, title: str) -> Table:
     for row, found in cells.items():
         first = found[titles[0]]
         name = (row.split(",")[0], f"{first.resolution}x{first.resolution}") if is_sized else (row,)
-        texts = tuple(found[title].value or "-" for title in titles)
-        lines.append(Line(cells=(*name, *texts, "paper"), published=True))
+        cells = (*map(Cell, name), *(_printed_cell(found[title]) for title in titles), Cell("paper"))
+        lines.append(make_line(cells, published=True))
         data.append(
             {"section": 1, "provenance": "published", "source": table, "model": row, "backbone": first.backbone}
             | {title: found[title].value for title in titles}
         )
     section = Section(heading="", columns=(*head, *titles, "Source"), lines=tuple(lines))
     return Table(name=_file_name(table), title=f"{table}. {title}", sections=(section,), data=_aligned(data))
+
+
+def make_line(cells: Sequence[Cell], *, published: bool, notes: Sequence[int] = ()) -> Line:
+    """The printed row of `cells`."""
+    texts, values, record_ids, marks = zip(*cells, strict=True)
+    return Line(cells=texts, published=published, notes=tuple(notes), values=values, record_ids=record_ids, marks=marks)
+
+
+def _printed_cell(cell: PublishedValue) -> Cell:
+    try:
+        return Cell(cell.value or "-", float(cell.value))
+    except ValueError:
+        return Cell(cell.value or "-")
 
 
 def _section(heading: str, columns, rows: Sequence[Row], cells, shown: Sequence[str]) -> Section:
@@ -239,12 +260,12 @@ def _section(heading: str, columns, rows: Sequence[Row], cells, shown: Sequence[
     differing = [name for name in names if len(known[name]) > 1]
     footnotes: list[str] = []
     lines = []
-    for row, texts, words in zip(rows, cells, found, strict=True):
+    for row, members, words in zip(rows, cells, found, strict=True):
         parts = [[f"{name} {words[name]}" for name in group if name in words] for group in (stated, differing)]
         notes = [", ".join(part) for part in parts if part]
         footnotes += [note for note in notes if note not in footnotes]
         marks = tuple(footnotes.index(note) for note in notes)
-        lines.append(Line(cells=tuple(texts), published=row.is_published, notes=marks))
+        lines.append(make_line(members, published=row.is_published, notes=marks))
     remarks = []
     if common:
         remarks.append(f"All rows: {', '.join(f'{name} {found[0][name]}' for name in common)}.")
@@ -324,10 +345,10 @@ def _model_text(row: Row) -> str:
     return f"{row.any.system} ({', '.join(words)})" if words else row.any.system
 
 
-def _metric_text(row: Row, key: str) -> str:
+def _metric_cell(row: Row, key: str) -> Cell:
     """The metric in its plain mode, or else in the only other one there is."""
     modes = sorted(mode for metric, mode in row.records if metric == key)
-    return row.text((key, modes[0])) if modes else "-"
+    return row.cell((key, modes[0])) if modes else Cell("-")
 
 
 def _source_text(row: Row) -> str:

@@ -20,9 +20,9 @@ from reports.report import write_report
 from results.records import to_json
 from results.store import append
 
-TABLES = [f"table-{number}.{ending}" for number in range(1, 7) for ending in ("csv", "md", "tex")]
+TABLES = [f"table-{number}.{ending}" for number in range(1, 7) for ending in ("csv", "html", "md", "tex")]
 FIGURE = [f"figure-10.{ending}" for ending in ("csv", "pdf", "png", "svg")]
-DIGITS = ["table-digits.csv", "table-digits.md", "table-digits.tex"]
+DIGITS = [f"table-digits.{ending}" for ending in ("csv", "html", "md", "tex")]
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def test_shuffling_splitting_and_duplicating_files_changes_no_byte(study, tmp_pa
         path.write_text("".join(f"{line}\n" for line in part))
     write_report([folder / "split"], folder / "out")
     expected = _contents(folder / "expected")
-    assert len(expected) == 22 and _contents(folder / "out") == expected
+    assert len(expected) == 29 and _contents(folder / "out") == expected
 
 
 def test_figures_are_reproducible_to_the_byte(study, tmp_path):
