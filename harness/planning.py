@@ -146,7 +146,7 @@ def missing(request: Request) -> list[str]:
     task, lacks = request.protocol, []
     if task.dataset not in registry.datasets:
         lacks.append(f"data set {task.dataset!r}: no reader of that name is installed (see `harness list datasets`)")
-    elif (lack := registry.datasets.get(task.dataset).missing(request.data)) is not None:
+    elif (lack := registry.datasets.get(task.dataset).missing(request.data, task.resolution)) is not None:
         lacks.append(f"data set {task.dataset!r}: {lack}")
     if task.space == "latents":
         lacks.append(

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class DatasetSpec:
     """A data set known by name. `loader` is "module:attribute" of a function (folder: Path | None) -> ImageSet.
 
-    finder: of a function (folder: Path | None) -> str | None that says, without reading the images, what is lacking and
-    how to get it. Empty: whatever `loader` needs is there, but for the folder.
+    finder: of a function (folder: Path | None, resolution: int | None) -> str | None that says, without reading the
+    images, what is lacking and how to get it. Empty: whatever `loader` needs is there, but for the folder.
     """
 
     name: str
@@ -31,12 +31,13 @@ class DatasetSpec:
     needs_folder: bool = False  # True: `--data` must name where the files are
     finder: str = ""
 
-    def missing(self, folder: Path | None = None) -> str | None:
-        """What `load` would lack, with the way to get it, in one line; None: nothing that can be told beforehand."""
+    def missing(self, folder: Path | None = None, resolution: int | None = None) -> str | None:
+        """What `load` would lack to have images of `resolution` pixels a side (None: of any), with the way to get it, in
+        one line; None: nothing that can be told beforehand."""
         if folder is not None and not folder.exists():
             return f"{folder} does not exist"
         if self.finder:
-            return load_attribute(self.finder, f"finder of data set {self.name!r}")(folder)
+            return load_attribute(self.finder, f"finder of data set {self.name!r}")(folder, resolution)
         return "name its place with --data PATH" if self.needs_folder and folder is None else None
 
     def load(self, folder: Path | None = None) -> ImageSet:
@@ -57,6 +58,20 @@ BUILT_IN = (
         summary="70,000 real pictures of clothing, 28x28x1 padded to 32x32x1, 10 classes; `harness data fetch fashion-mnist`",
         loader="harness.data.fashion_mnist:load",
         finder="harness.data.fashion_mnist:missing",
+    ),
+    DatasetSpec(
+        name="imagenet",
+        summary="1,281,167 photographs in 1,000 classes, made by `harness data prepare imagenet`; --data FOLDER",
+        loader="harness.data.prepared:load_imagenet",
+        needs_folder=True,
+        finder="harness.data.prepared:missing_imagenet",
+    ),
+    DatasetSpec(
+        name="prepared",
+        summary="any images in classes, made by `harness data prepare NAME`; --data FOLDER",
+        loader="harness.data.prepared:load",
+        needs_folder=True,
+        finder="harness.data.prepared:missing",
     ),
     DatasetSpec(
         name="npz",

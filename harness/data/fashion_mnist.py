@@ -31,7 +31,7 @@ FILES = (
 )
 
 
-def missing(folder: Path | None) -> str | None:
+def missing(folder: Path | None, resolution: int | None = None) -> str | None:
     """What is lacking, with the ways to get it; None: nothing."""
     try:
         _folder(folder)

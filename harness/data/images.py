@@ -1,4 +1,4 @@
-"""Images in memory."""
+"""Images in memory, or mapped from a file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Images in memory: `images` (N, H, W, C) uint8 in [0, 255], `labels` (N,) int64."""
+    """Images, in memory or mapped read-only: `images` (N, H, W, C) uint8 in [0, 255]; `labels` (N,) int64, in memory.
+
+    known_sha256: the content hash of a prepared data set (`harness.data.prepared`), which is too large to be read for it.
+    """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
+    known_sha256: str | None = None
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4, (self.images.dtype, self.images.shape)
@@ -25,14 +29,19 @@ class ImageSet:
 
     @property
     def sha256(self) -> str:
-        """Content hash of images and labels, shapes included."""
+        """Content hash of images and labels, shapes included; of a prepared data set the one that it carries."""
+        if self.known_sha256 is not None:
+            return self.known_sha256
         digest = hashlib.sha256(repr((self.images.shape, self.labels.shape)).encode())
         digest.update(np.ascontiguousarray(self.images))
         digest.update(np.ascontiguousarray(self.labels))
         return digest.hexdigest()
 
     def shrunk(self, side: int) -> ImageSet:
-        """The images averaged over areas down to `side` pixels, rounded; themselves where they are not a multiple of it."""
+        """The images averaged over areas down to `side` pixels, rounded; themselves where they are not a multiple of it,
+        and where they are prepared: at another resolution such a set is another one."""
+        if self.known_sha256 is not None:
+            return self
         _, height, width, channels = self.images.shape
         factor = height // side
         if factor < 2 or (height, width) != (side * factor, side * factor):

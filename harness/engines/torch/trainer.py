@@ -61,7 +61,7 @@ class TorchEngine:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self._images = torch.from_numpy(data.images)  # (N, H, W, C) uint8
+        self._images = data.images  # (N, H, W, C) uint8, perhaps mapped: a batch is read when it is needed
         self._labels = torch.from_numpy(data.labels)
         self._task = Task(spec, arguments, recipe=recipe, seed=seed, device=self.device)
         self.terms = self._task.terms
@@ -116,8 +116,8 @@ class TorchEngine:
 
     def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels at `positions` of the stream."""
-        rows = torch.from_numpy(self._stream.rows(positions.numpy()))
-        x0 = self._images[rows].permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
+        rows = self._stream.rows(positions.numpy())
+        x0 = torch.from_numpy(self._images[rows]).permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
         if self.recipe.flip:
             flipped = random.uniform(self.seed, Purpose.FLIP, positions.to(self.device), 0) < 0.5
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
