@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from harness.data.examples import Normal
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
     """Images, in memory or mapped read-only: `images` (N, H, W, C) uint8 in [0, 255]; `labels` (N,) int64, in memory.
+    Implements `Examples`.
 
     known_sha256: the content hash of a prepared data set (`harness.data.prepared`), which is too large to be read for it.
     """
@@ -36,6 +40,16 @@ class ImageSet:
         digest.update(np.ascontiguousarray(self.images))
         digest.update(np.ascontiguousarray(self.labels))
         return digest.hexdigest()
+
+    def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W, C), a copy."""
+        images = self.images[rows]
+        images[mirrored] = images[mirrored, :, ::-1]
+        return images
+
+    def x0(self, stored: Any, normal: Normal) -> Any:
+        """uint8 (n, H, W, C) -> float32 (n, C, H, W) in [-1, 1]."""
+        return stored.swapaxes(1, 3).swapaxes(2, 3) / 127.5 - 1
 
     def shrunk(self, side: int) -> ImageSet:
         """The images averaged over areas down to `side` pixels, rounded; themselves where they are not a multiple of it,

@@ -34,14 +34,6 @@ class Task:
         self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps))
         self._objective = objectives.get(recipe.objective)
 
-    def images(self, pixels: Array, positions: Words) -> Array:
-        """pixels uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1], mirrored where the recipe and chance say so."""
-        x0 = pixels.transpose(0, 3, 1, 2).astype(jnp.float32) / 127.5 - 1  # (N, C, H, W)
-        if self._recipe.flip:
-            flipped = random.uniform(self._seed, Purpose.FLIP, positions, 0) < 0.5  # (N,)
-            x0 = jnp.where(flipped[:, None, None, None], x0[..., ::-1], x0)
-        return x0
-
     def losses(self, net: Callable[..., Array], x0: Array, y: Array, positions: Words) -> dict[str, Array]:
         """Terms (N,) float32 of images x0 (N, C, H, W) in [-1, 1], labels y int32 (N,), at positions (N,) of the stream."""
         recipe, seed = self._recipe, self._seed

@@ -23,7 +23,7 @@ from jax import Array
 from backbones.flax_layers import initial_rngs, set_compute_dtype
 from backbones.flax_weights import state_from_torch, state_to_torch
 from harness import checkpoints
-from harness.data.images import ImageSet
+from harness.data.examples import Examples
 from harness.data.stream import Stream
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
@@ -33,6 +33,7 @@ from harness.errors import Refusal
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import bits as words
+from harness.randomness import threefry_jax as random
 from harness.randomness.threefry_jax import Words
 from harness.randomness.threefry_jax import words as as_words
 from harness.runs import Resolved
@@ -72,14 +73,13 @@ class JaxEngine:
         recipe: Recipe,
         seed: int,
         resolved: Resolved,
-        data: ImageSet,
+        data: Examples,
     ):
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
         self._mesh = devices.honour(resolved)
-        self._data = data  # images (N, H, W, C) uint8, on the host
         self._task = Task(spec, arguments, recipe=recipe, seed=seed)
         self.terms = self._task.terms
-        self._stream = Stream(seed, len(data.labels))
+        self._x0, self._stream = data.x0, Stream(seed, data, recipe.flip)
         self._losses: list[Array] = []  # (terms,) each, on the devices
 
         set_compute_dtype(net, COMPUTE_DTYPES[resolved.precision])
@@ -97,7 +97,7 @@ class JaxEngine:
 
     def _compile(self, graph: nnx.GraphDef) -> None:
         """The functions of a step; each is traced at its first call, once for a size of micro-batch."""
-        task, recipe = self._task, self.recipe
+        task, recipe, seed = self._task, self.recipe, self.seed
         optimizer = self._adam
         whole, platform = devices.everywhere(self._mesh), self._mesh.devices.flat[0].platform
 
@@ -107,7 +107,7 @@ class JaxEngine:
             def loss(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
                 net = nnx.merge(graph, params, rest)
                 call = partial(net, **_random(net, batch.key))
-                x0 = task.images(batch.pixels, batch.positions)  # (n, C, H, W)
+                x0 = self._x0(batch.stored, partial(random.normal, seed, Purpose.POSTERIOR, batch.positions, 0))
                 terms = task.losses(call, x0, batch.labels, batch.positions)  # (n,) each
                 sums = jnp.stack([terms[name].sum() for name in task.terms]) / recipe.batch  # (terms,)
                 weights = jnp.asarray(list(task.terms.values()), jnp.float32)
@@ -170,12 +170,12 @@ class JaxEngine:
         return True
 
     def _batch(self, positions: np.ndarray) -> Batch:
-        """The images at `positions` of the stream, divided over the devices. Mirrored and scaled there."""
-        rows = self._stream.rows(positions)
+        """What is stored of the examples at `positions` of the stream, divided over the devices."""
+        stored, labels = self._stream.take(positions)
         # A network's own dropout draws from jax's generator, keyed by the first image of the micro-batch.
         key = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1], 0, 2)[0]  # (2,) uint32
         sharding = devices.on_batch(self._mesh)
-        values = Batch(self._data.images[rows], self._data.labels[rows].astype(np.int32), as_words(positions), key)
+        values = Batch(stored, labels.astype(np.int32), as_words(positions), key)
         where = jax.tree.map(lambda _: sharding, values)._replace(key=devices.everywhere(self._mesh))
         return devices.place(values, where)
 
@@ -233,7 +233,7 @@ class JaxEngine:
 class Batch(NamedTuple):
     """One micro-batch as it goes to the devices."""
 
-    pixels: Array  # uint8 (n, H, W, C)
+    stored: Array  # (n, ...), as `Examples.gather` has it
     labels: Array  # int32 (n,)
     positions: Words  # (n,), in the stream
     key: Array  # uint32 (2,), of the network's dropout

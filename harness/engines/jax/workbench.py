@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from harness.data.images import ImageSet
+from harness.data.examples import Examples
 from harness.diffusion.plans import SamplerPlan
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
@@ -60,7 +60,7 @@ def _activation_bytes(request: Request) -> int:
     return activation_bytes(request.spec, **request.arguments)
 
 
-def make_engine(request: Request, run: Run, data: ImageSet, net: nnx.Module | None) -> JaxEngine:
+def make_engine(request: Request, run: Run, data: Examples, net: nnx.Module | None) -> JaxEngine:
     """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine takes it."""
     return JaxEngine(
         request.spec,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from harness import checkpoints
-from harness.data.images import ImageSet
+from harness.data.examples import Examples
 from harness.data.stream import Stream
 from harness.engines.torch.resolve import autocast, honour
 from harness.engines.torch.tasks import Task
@@ -45,7 +45,7 @@ class TorchEngine:
         recipe: Recipe,
         seed: int,
         resolved: Resolved,
-        data: ImageSet,
+        data: Examples,
     ):
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
         self.device = honour(resolved)
@@ -61,12 +61,10 @@ class TorchEngine:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self._images = data.images  # (N, H, W, C) uint8, perhaps mapped: a batch is read when it is needed
-        self._labels = torch.from_numpy(data.labels)
         self._task = Task(spec, arguments, recipe=recipe, seed=seed, device=self.device)
         self.terms = self._task.terms
         self._losses: list[torch.Tensor] = []
-        self._stream = Stream(seed, len(data.labels))
+        self._x0, self._stream = data.x0, Stream(seed, data, recipe.flip)
 
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
@@ -115,13 +113,15 @@ class TorchEngine:
         return torch.stack([terms[name].detach().sum() for name in self.terms]).double() / self.recipe.batch
 
     def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and labels at `positions` of the stream."""
-        rows = self._stream.rows(positions.numpy())
-        x0 = torch.from_numpy(self._images[rows]).permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
-        if self.recipe.flip:
-            flipped = random.uniform(self.seed, Purpose.FLIP, positions.to(self.device), 0) < 0.5
-            x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
-        return x0.contiguous(), self._labels[rows].to(self.device)
+        """x0 and labels at `positions` of the stream."""
+        stored, labels = self._stream.take(positions.numpy())
+        index = positions.to(self.device)
+
+        def normal(shape: tuple[int, ...]) -> torch.Tensor:
+            return random.normal(self.seed, Purpose.POSTERIOR, index, 0, shape)
+
+        x0 = self._x0(torch.from_numpy(stored).to(self.device), normal)
+        return x0.contiguous(), torch.from_numpy(labels).to(self.device)
 
     def drain(self) -> list[tuple[float, ...]]:
         if not self._losses:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from harness.compute.activations import activation_bytes
-from harness.data.images import ImageSet
+from harness.data.examples import Examples
 from harness.diffusion.plans import SamplerPlan
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import resolve
@@ -52,7 +52,7 @@ def measure(
     return net, measured
 
 
-def make_engine(request: Request, run: Run, data: ImageSet, net: torch.nn.Module | None) -> TorchEngine:
+def make_engine(request: Request, run: Run, data: Examples, net: torch.nn.Module | None) -> TorchEngine:
     """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine changes it."""
     return TorchEngine(
         request.spec,
