@@ -46,7 +46,23 @@ FACTS = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("training precision", "training steps", "training seed", "sampler", "sampling steps", "eta", "guidance"),
     *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
-    "system settings",
+    *("system settings", "metric mode", "protocol"),
+)
+# What a note states only of rows that would look alike without it: hashes, and what moves low bits.
+LAST_FACTS = (
+    *(
+        "backbone",
+        "kind",
+        "parameters",
+        "Gflops",
+        "training images",
+        "training Gflops",
+        "micro-batch",
+        "checkpoint",
+        "network evaluations",
+    ),
+    *("sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features"),
+    "published-input Gflops",
 )
 
 
@@ -124,7 +140,16 @@ def guidance_text(record: Record) -> str:
 def facts(record: Record) -> dict[str, str]:
     """What belongs to a row beside its columns, in words: the material of footnotes. Unknown facts are absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
-    found: dict[str, object] = {"protocol version": record.protocol_version, "framework": record.framework}
+    found: dict[str, object] = {
+        "protocol": record.protocol,
+        "protocol version": record.protocol_version,
+        "backbone": record.backbone,
+        "kind": record.kind,
+        "framework": record.framework,
+        "parameters": record.params,
+        "Gflops": record.gflops,
+        "published-input Gflops": record.gflops_published_input,
+    }
     if training is not None:
         found |= {
             "recipe": _short(training.recipe_hash),
@@ -136,6 +161,10 @@ def facts(record: Record) -> dict[str, str]:
             "training precision": training.precision,
             "training steps": count_text(training.steps) if training.steps is not None else None,
             "training seed": training.seed,
+            "training images": training.images,
+            "training Gflops": training.gflops,
+            "micro-batch": training.micro_batch,
+            "checkpoint": _short(training.checkpoint_sha256),
         }
     if sampling is not None:
         guidance = guidance_text(record)
@@ -151,9 +180,16 @@ def facts(record: Record) -> dict[str, str]:
             "sampling precision": sampling.precision,
             "sampling seed": sampling.seed,
             "system settings": _settings_text(sampling),
+            "network evaluations": sampling.evaluations,
+            "sampling Gflops": sampling.gflops_per_image,
+            "decoder Gflops": sampling.decoder_gflops,
+            "sampling batch": sampling.batch,
+            "settings hash": sampling.settings_hash,
+            "samples": _short(sampling.samples_sha256),
         }
     if evaluation is not None:
-        found |= {"suite version": evaluation.suite_version}
+        found |= {"suite version": evaluation.suite_version, "metric mode": evaluation.mode}
+        found |= {"features": evaluation.features}
     words = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in found.items()}
     return {name: text for name, text in words.items() if found[name] is not None}
 

@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 
 from reports.render import line_marks, one_line, section_notes
-from reports.tables import Line, Section, Table
+from reports.sections import Line, Section, Table
 
 _WORDS = {"best": "the best of the column", "tie": "tied with the best of the column"}
 _STYLE = """
@@ -49,17 +49,14 @@ def to_html_page(table: Table) -> str:
 
 
 def _section(section: Section, title: str) -> list[str]:
-    numeric = [False] * len(section.columns)
-    for line in section.lines:
-        numeric = [known or value is not None for known, value in zip(numeric, line.values or numeric, strict=True)]
-    kinds = [' class="number"' if known else "" for known in numeric]
+    kinds = [' class="number"' if known else "" for known in section.numeric]
     heads = (f'<th scope="col"{kind}>{_escape(text)}</th>' for kind, text in zip(kinds, section.columns, strict=True))
     parts = [
         '<div class="scroll"><table>',
         f"<caption>{_escape(section.heading or title)}</caption>",
         f"<thead><tr>{''.join(heads)}</tr></thead>",
         "<tbody>",
-        *(_line(line, numeric) for line in section.lines),
+        *(_line(line, section.numeric) for line in section.lines),
         "</tbody></table></div>",
     ]
     notes = [f"<li>{_superscript([mark])} {_escape(text)}</li>" for mark, text in section_notes(section)]

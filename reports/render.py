@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Callable
 
-from reports.tables import Line, Section, Table, note_mark
+from reports.sections import Line, Section, Table, note_mark
 
 PUBLISHED_MARK = "\u2020"  # dagger
 _MARKDOWN = {character: f"\\{character}" for character in "\\`*_[]|~#!"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
@@ -38,7 +38,7 @@ def to_markdown(table: Table) -> str:
     for section in table.sections:
         if section.heading:
             parts.append(f"**{escape_markdown(section.heading)}**")
-        aligns = [":--" if index == 0 else "--:" for index in range(len(section.columns))]
+        aligns = ["--:" if is_number else ":--" for is_number in section.numeric]
         rows = ["| " + " | ".join(map(escape_markdown, section.columns)) + " |", "|" + "|".join(aligns) + "|"]
         for line in section.lines:
             first, *rest = _cells(line, escape_markdown, "**{}**", "**{}**<sup>=</sup>")
@@ -78,7 +78,7 @@ def to_latex(table: Table) -> str:
                     rf"\caption{{{escape_latex(caption)}.}}",
                     rf"\label{{{label}}}",
                     r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-                    rf"\begin{{tabular}}{{l{'r' * (len(section.columns) - 1)}}}",
+                    rf"\begin{{tabular}}{{{''.join('r' if is_number else 'l' for is_number in section.numeric)}}}",
                     r"\toprule",
                     *rows,
                     r"\bottomrule",

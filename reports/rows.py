@@ -16,7 +16,7 @@ from reports.columns import (
     quantity_text,
 )
 from results import paper
-from results.records import Record, canonical_json, comparable_key
+from results.records import Record, comparable_key
 
 
 class Cell(NamedTuple):
@@ -62,14 +62,13 @@ def make_rows(records: Iterable[Record]) -> list[Row]:
 
     Published rows first, in the order given; measured rows after them, by compute, name, training and sampling.
     """
-    rows: dict[str, dict[tuple[str, str], Record]] = {}
+    rows: dict[tuple, dict[tuple[str, str], Record]] = {}
     for record in records:
         mode = record.evaluation.mode if record.evaluation is not None else None
         rows.setdefault(_row_key(record), {})[(record.metric, mode or "")] = record
-    made = [(Row(records=found), key) for key, found in rows.items()]
-    published = [row for row, _ in made if row.is_published]
-    measured = sorted(((row, key) for row, key in made if not row.is_published), key=lambda pair: _order(*pair))
-    return published + [row for row, _ in measured]
+    made = [Row(records=found) for found in rows.values()]
+    published = [row for row in made if row.is_published]
+    return published + sorted((row for row in made if not row.is_published), key=_order)
 
 
 def metrics_of(rows: Iterable[Row]) -> list[tuple[str, str]]:
@@ -81,16 +80,15 @@ def metrics_of(rows: Iterable[Row]) -> list[tuple[str, str]]:
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:
     """Records by what may share a table, in a stable order."""
-    found: dict[str, tuple[tuple, list[Record]]] = {}
+    found: dict[tuple, list[Record]] = {}
     for record in records:
-        key = comparable_key(record)
-        found.setdefault(canonical_json(key), (key, []))[1].append(record)
+        found.setdefault(comparable_key(record), []).append(record)
 
     def order(pair: tuple[tuple, list[Record]]) -> tuple:
         (dataset, resolution, n, *rest), _ = pair
         return (rest[0] is None, dataset, resolution, -n, [text or "" for text in rest])
 
-    return [members for _, members in sorted(found.values(), key=order)]
+    return [members for _, members in sorted(found.items(), key=order)]
 
 
 # Facts that get a place in a terminal's table, which has no footnotes, where the rows differ in them.
@@ -150,23 +148,22 @@ def _quantity(value: float | None) -> Cell:
     return _number(value, quantity_text)
 
 
-def _row_key(record: Record) -> str:
+def _row_key(record: Record) -> tuple:
+    """Everything of a record's identity but the metric and its mode, as texts and numbers that hash at once."""
     evaluation, source = record.evaluation, record.source
-    parts = {
-        "provenance": record.provenance,
-        "where": [source.table, source.row] if source else None,
-        "protocol": [record.protocol, record.protocol_version],
-        "system": [record.system, record.backbone, record.kind, record.framework],
-        "compute": [record.params, record.gflops],
-        "training": dataclasses.asdict(record.training) if record.training else None,
-        "sampling": dataclasses.asdict(record.sampling) if record.sampling else None,
-        "evaluation": [*comparable_key(record)],
-        "suite version": evaluation.suite_version if evaluation else None,
-    }
-    return canonical_json(parts)
+    return (
+        *(record.provenance, record.protocol, record.protocol_version, record.dataset, record.resolution, record.n),
+        *(record.system, record.backbone, record.kind, record.framework),
+        *(record.params, record.gflops, record.gflops_published_input),
+        (source.table, source.row) if source else None,
+        record.training.canonical if record.training else None,
+        record.sampling.canonical if record.sampling else None,
+        (evaluation.suite, evaluation.suite_version, evaluation.features) if evaluation else None,
+        (evaluation.features_sha256, evaluation.reference_sha256) if evaluation else None,
+    )
 
 
-def _order(row: Row, key: str) -> tuple:
+def _order(row: Row) -> tuple:
     record, training, sampling = row.any, row.any.training, row.any.sampling
     return (
         record.gflops or 0.0,
@@ -176,5 +173,5 @@ def _order(row: Row, key: str) -> tuple:
         (sampling.sampler if sampling else None) or "",
         (sampling.guidance_scale if sampling else None) or 0.0,
         (sampling.steps if sampling else None) or 0,
-        key,
+        min(record.id for record in row.records.values()),  # the same order of rows that agree in all of this
     )

@@ -2,76 +2,44 @@
 
 import dataclasses
 import hashlib
-import string
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from reports.columns import (
-    FACTS,
-    METRICS,
-    count_text,
-    facts,
-    features_of,
-    key_text,
-    metric_title,
-    quantity_text,
-)
+from reports.best import best_marks, remark
+from reports.columns import features_of, key_text, metric_title
+from reports.counts import GFLOPS_COLUMNS, PARAMS_COLUMN, Counted, counted
+from reports.deviations import deviation_data, deviation_section, guidance_scale, may_share, model_text, pairs
 from reports.rows import Cell, Row, description, groups, make_rows, metrics_of
+from reports.sections import Section, Table, aligned, build_section, data_row, make_line
 from results import paper
 from results.paper import PublishedValue
-from results.records import Record, comparable_key
+from results.records import Record
 
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Line:
-    """One printed row. notes: indices into the section's footnotes.
-
-    values, record_ids and marks have an entry for each cell, or are empty where no cell has one.
-    """
-
-    cells: tuple[str, ...]
-    published: bool
-    notes: tuple[int, ...] = ()
-    values: tuple[float | None, ...] = ()  # the number behind the cell, unrounded: what a column is sorted by
-    record_ids: tuple[str, ...] = ()  # of the record that the number is from; "" where it is from none
-    marks: tuple[str, ...] = ()  # "best" or "tie" in a column of a metric, else ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
-    """Rows that may stand under one another."""
-
-    heading: str
-    columns: tuple[str, ...]
-    lines: tuple[Line, ...]
-    footnotes: tuple[str, ...] = ()  # marked a, b, c, ...
-    remarks: tuple[str, ...] = ()  # hold for all rows
-    origin: str = "arXiv:2212.09748"  # of the published rows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table as it is printed (sections), and its data with nothing rounded or left out (data, for CSV)."""
-
-    name: str  # file name without extension
-    title: str
-    sections: tuple[Section, ...]
-    data: tuple[dict[str, object], ...]
+COUNT_REMARK = (
+    "Counted: by this harness, multiply-adds and one flop per element of the normalisations that the convention counts; "
+    "in brackets the deviation from the printed figure where, rounded as that is, it is another."
+)
+_COUNT_TITLES = dict(
+    zip(
+        (*GFLOPS_COLUMNS, PARAMS_COLUMN),
+        ("Counted", "Counted (G)", "Base counted (G)", "Upsampler counted (G)", "Total counted (G)", "Counted (M)"),
+        strict=True,
+    )
+)
+_BLOCKS = {"in-context": "in-context", "cross-attention": "cross-attention", "adaln": "adaLN"}  # by suffix of the name
 
 
 def paper_tables(records: Iterable[Record]) -> list[Table]:
     """Tables 1-6. Measured records join them where data set, resolution, N and suite are as published."""
     measured = [record for record in records if record.provenance == "measured"]
+    title = "Decoder ablation, DiT-XL/2-G (cfg=1.5), 256x256"
     return [
-        _architecture_table(measured),
-        _metric_table("Table 2", "Class-conditional ImageNet 256x256", 256, measured, _any),
-        _metric_table("Table 3", "Class-conditional ImageNet 512x512", 512, measured, _any),
+        _published_table("Table 1", "DiT models"),
+        _metric_table("Table 2", "Class-conditional ImageNet 256x256", measured, _is_of_the_paper),
+        _metric_table("Table 3", "Class-conditional ImageNet 512x512", measured, _is_of_the_paper),
         _details_table(measured),
-        _metric_table(
-            "Table 5", "Decoder ablation, DiT-XL/2-G (cfg=1.5), 256x256", 256, measured, _is_decoder_ablation
-        ),
+        _metric_table("Table 5", title, measured, _is_decoder_ablation),
         _published_table("Table 6", "Gflops of the U-Net baselines, diffusion models only"),
     ]
 
@@ -81,13 +49,12 @@ def protocol_table(protocol: str, records: Iterable[Record]) -> Table | None:
     members = [record for record in records if record.protocol == protocol]
     if not members:
         return None
-    sections, data = [], []
-    for group in groups(members):
-        rows = make_rows(group)
-        sections.append(_protocol_section(rows))
-        data += [_data_row(row, len(sections)) for row in rows]
+    made = [_protocol_section(make_rows(group), number) for number, group in enumerate(groups(members), start=1)]
     return Table(
-        name=protocol_file_name(protocol), title=f"Protocol {protocol}", sections=tuple(sections), data=_aligned(data)
+        name=protocol_file_name(protocol),
+        title=f"Protocol {protocol}",
+        sections=tuple(section for section, _ in made),
+        data=aligned([entry for _, data in made for entry in data]),
     )
 
 
@@ -96,148 +63,169 @@ def protocol_file_name(protocol: str) -> str:
     safe = urllib.parse.quote(protocol, safe="", errors="backslashreplace")
     if len(safe) > 100:
         safe = f"{safe[:80]}-{hashlib.sha256(safe.encode()).hexdigest()[:12]}"
-    return f"table-protocol-{safe}" if safe.isdigit() else f"table-{safe}"
+    return f"table-protocol-{safe}" if safe.isdigit() or safe == "verdicts" else f"table-{safe}"
 
 
-def _protocol_section(rows: Sequence[Row]) -> Section:
+def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[dict[str, object]]]:
     metrics = metrics_of(rows)
+    marks = best_marks(rows, metrics)
     descriptions = [description(row) for row in rows]
     titles = [title for title in descriptions[0] if any(cells[title].text != "-" for cells in descriptions)]
     head = rows[0].any
     cells = [
-        (Cell(row.any.system), *(found[title] for title in titles), *(row.cell(metric) for metric in metrics))
-        for row, found in zip(rows, descriptions, strict=True)
+        (
+            Cell(row.any.system),
+            *(found[title] for title in titles),
+            *(row.cell(metric)._replace(mark=marked.get(metric, "")) for metric in metrics),
+        )
+        for row, found, marked in zip(rows, descriptions, marks, strict=True)
     ]
-    shown = ("training steps", "training seed", "sampler", "sampling steps", "guidance")
+    shown = ("training steps", "training seed", "sampler", "sampling steps", "guidance", "protocol", "metric mode")
     columns = ("System", *titles, *(metric_title(key, head.n, mode, features_of(head)) for key, mode in metrics))
-    section = _section(key_text(head), columns, rows, cells, shown)
-    return dataclasses.replace(section, origin="source in the CSV file")
+    section = build_section(key_text(head), columns, rows, cells, shown)
+    section = dataclasses.replace(
+        section, origin="source in the CSV file", remarks=_with(section.remarks, remark(rows, marks))
+    )
+    return section, [data_row(row, number, marked) for row, marked in zip(rows, marks, strict=True)]
 
 
-def _metric_table(table: str, title: str, resolution: int, measured: Sequence[Record], wanted) -> Table:
+def _metric_table(table: str, title: str, measured: Sequence[Record], wanted: Callable[[Record], bool]) -> Table:
+    """Tables 2, 3 and 5: metrics alone, and the pairs of published and measured rows below."""
     published = [record for record in paper.records() if record.source.table == table]
-    joining = [record for record in measured if wanted(record) and may_share(published[0], record)]
-    measured_groups = groups(joining)
-    # With two measured groups (say, two feature networks) neither may stand under the other: a section each.
-    parts = [published + group for group in measured_groups] if len(measured_groups) < 2 else [published]
-    parts = parts or [published]
-    parts += measured_groups if len(measured_groups) > 1 else []
-    sections, data = [], []
-    for part in parts:
-        rows = make_rows(part)
-        columns = ("Model", *(metric_title(key, part[0].n) for key in PAPER_METRICS), "Source")
-        cells = [
-            (Cell(_model_text(row)), *(_metric_cell(row, key) for key in PAPER_METRICS), Cell(_source_text(row)))
-            for row in rows
-        ]
-        # A published row says in its name what tells it from its neighbours; a measured row says steps and seed there.
-        shown = ("training steps", "training seed") if all(not row.is_published for row in rows) else ()
-        speaker = next((row.any for row in rows if not row.is_published), rows[0].any)
-        sections.append(_section(key_text(speaker), columns, rows, cells, shown))
-        data += [_data_row(row, len(sections)) for row in rows]
-    return Table(name=_file_name(table), title=f"{table}. {title}", sections=tuple(sections), data=_aligned(data))
+    joining = groups([record for record in measured if wanted(record) and may_share(published[0], record)])
+    columns = ("Model", *(metric_title(key, published[0].n) for key in PAPER_METRICS), "Source")
 
+    def cells(row: Row, marks: dict) -> tuple[Cell, ...]:
+        return (Cell(model_text(row)), *(_metric_cell(row, key, marks) for key in PAPER_METRICS), _source_cell(row))
 
-def may_share(published: Record, record: Record) -> bool:
-    """Whether a record may stand in a published table: the key agrees in everything that the paper states.
-
-    The paper names its suite but gives no hash of the feature network or the reference.
-    """
-    pairs = zip(comparable_key(published), comparable_key(record), strict=True)
-    return all(stated is None or stated == found for stated, found in pairs)
-
-
-def _architecture_table(measured: Sequence[Record]) -> Table:
-    """Table 1, with the Gflops counted here for the sizes that were run (at the paper's input, patch 4)."""
-    table = _published_table("Table 1", "DiT models")
-    counted = {
-        record.backbone: record.gflops_published_input
-        for record in sorted(measured, key=lambda record: record.id)
-        if record.gflops_published_input is not None
-    }
-    names = {cell.backbone: cell.row for cell in paper.values() if cell.table == "Table 1"}
-    (section,) = table.sections
-    lines, data = list(section.lines), list(table.data)
-    for backbone, name in names.items():
-        if backbone in counted:
-            text = quantity_text(counted[backbone])
-            cells = (Cell(name), *[Cell("-")] * 3, Cell(text, counted[backbone]), Cell("counted"))
-            lines.append(make_line(cells, published=False))
-            data.append({"provenance": "measured", "model": name, section.columns[4]: counted[backbone]})
-    section = dataclasses.replace(section, lines=tuple(lines))
-    return dataclasses.replace(table, sections=(section,), data=_aligned(data))
+    sections, data, rows = [], [], []
+    for part in _parts(published, joining):
+        section, entries, members = _joint_section(part, columns, cells, ("protocol",), len(sections) + 1)
+        sections.append(section)
+        data += entries
+        rows += members
+    return _with_pairs(table, title, sections, data, rows)
 
 
 def _details_table(measured: Sequence[Record]) -> Table:
     """Table 4, a section for each resolution (they share no table), with measured rows without guidance."""
-    table = _published_table("Table 4", "All DiT models, FID-50K without guidance")
-    (whole,) = table.sections
-    sections, data = [], []
+    table = _published_table("Table 4", "")
+    columns = table.sections[0].columns
+    lines = dict(zip((entry["model"] for entry in table.data), table.sections[0].lines, strict=True))
+    printed = {entry["model"]: entry for entry in table.data}
+
+    def cells(row: Row, marks: dict) -> tuple[Cell, ...]:
+        fid = _metric_cell(row, "fid", marks)
+        if not row.is_published:
+            return (*_details_cells(row), fid, _source_cell(row))
+        line = lines[row.any.source.row]
+        told = map(Cell, line.cells, line.values)
+        return (*list(told)[:-2], fid, _source_cell(row))
+
+    sections, data, rows = [], [], []
     for resolution in (256, 512):
-        square = f"{resolution}x{resolution}"
-        pairs = zip(whole.lines, table.data, strict=True)
-        kept = [(line, entry) for line, entry in pairs if line.cells[1] == square]
-        published = next(r for r in paper.records() if r.source.table == "Table 4" and r.resolution == resolution)
-        joining = [r for r in measured if r.metric == "fid" and _is_unguided_dit(r) and may_share(published, r)]
-        parts = [[], *groups(joining)] if len(groups(joining)) > 1 else [joining]
-        for index, part in enumerate(parts):
-            rows = make_rows(part)
-            lines = [line for line, _ in kept] if index == 0 else []
-            data += [entry | {"section": len(sections) + 1} for _, entry in kept] if index == 0 else []
-            data += [_data_row(row, len(sections) + 1) for row in rows]
-            cells = [_details_cells(row, square) for row in rows]
-            speaker = rows[0].any if rows else published
-            section = _section(
-                key_text(speaker), whole.columns, rows, cells, ("training steps", "batch", "learning rate")
-            )
-            sections.append(dataclasses.replace(section, lines=(*lines, *section.lines)))
-    return dataclasses.replace(table, sections=tuple(sections), data=_aligned(data))
+        published = [
+            record for record in paper.records() if record.source.table == "Table 4" and record.resolution == resolution
+        ]
+        joining = groups(r for r in measured if _is_unguided_dit(r) and may_share(published[0], r))
+        for part in _parts(published, joining):
+            shown = ("protocol", "training steps", "batch", "learning rate")
+            section, entries, members = _joint_section(part, columns, cells, shown, len(sections) + 1)
+            sections.append(dataclasses.replace(section, remarks=(COUNT_REMARK, *section.remarks)))
+            for row, entry in zip(members, entries, strict=True):
+                whole = printed.get(row.any.source.row) if row.is_published else None
+                data.append({**entry, **whole, "section": len(sections)} if whole else entry)
+            rows += members
+    return _with_pairs("Table 4", "All DiT models, FID-50K without guidance", sections, data, rows)
 
 
-def _details_cells(row: Row, square: str) -> tuple[Cell, ...]:
-    found, training = description(row), row.any.training
+def _parts(published: list[Record], joining: list[list[Record]]) -> list[list[Record]]:
+    """The records of each section: with two measured groups (say, two feature networks) each stands by itself."""
+    return [published + joining[0]] if len(joining) == 1 else [published, *joining]
+
+
+def _joint_section(
+    records: Sequence[Record], columns: Sequence[str], cells: Callable, shown: Sequence[str], number: int
+) -> tuple[Section, list[dict[str, object]], list[Row]]:
+    """Published rows and the measured ones below them: section, data and rows."""
+    rows = make_rows(records)
+    marks = best_marks(rows, metrics_of(rows))
+    # A published row says in its name what tells it from its neighbours; a measured row says steps and seed there.
+    if all(not row.is_published for row in rows):
+        shown = (*shown, "training steps", "training seed")
+    speaker = next((row.any for row in rows if not row.is_published), rows[0].any)
+    told = [cells(row, marked) for row, marked in zip(rows, marks, strict=True)]
+    section = build_section(key_text(speaker), columns, rows, told, shown)
+    section = dataclasses.replace(section, remarks=_with(section.remarks, remark(rows, marks)))
+    return section, [data_row(row, number, marked) for row, marked in zip(rows, marks, strict=True)], rows
+
+
+def _with_pairs(
+    table: str, title: str, sections: list[Section], data: list[dict[str, object]], rows: list[Row]
+) -> Table:
+    """The table with a section of the published and measured rows of one experiment, for each that may be compared."""
+    found = pairs(rows, [row for row in rows if not row.is_published])
+    for group in groups(pair.measured.any for pair in found):
+        members = [pair for pair in found if pair.measured.any in group]
+        sections = [*sections, deviation_section(members)]
+    by_row = {id(pair.measured): pair for pair in found}
+    data = [
+        entry | (deviation_data(by_row[id(row)]) if id(row) in by_row else {})
+        for row, entry in zip(rows, data, strict=True)
+    ]
+    return Table(name=_file_name(table), title=f"{table}. {title}", sections=tuple(sections), data=aligned(data))
+
+
+def _details_cells(row: Row) -> tuple[Cell, ...]:
+    """The columns of Table 4 before FID; what was counted stands in the columns of counts."""
+    record, found, training = row.any, description(row), row.any.training
     steps, batch, rate = (training.steps, training.batch, training.learning_rate) if training else (None, None, None)
+    suffix = next((suffix for suffix in _BLOCKS if record.backbone.endswith(f"-{suffix}")), "")
     return (
-        Cell(row.any.system),
-        Cell(square),
+        Cell(record.system),
+        Cell(f"{record.resolution}x{record.resolution}"),
+        Cell("-"),
         found["Gflops"],
+        Cell("-"),
         found["Params (M)"],
         Cell("-") if steps is None else Cell(f"{steps / 1000:g}", steps / 1000),
         Cell("-") if batch is None else Cell(str(batch), batch),
         Cell("-") if rate is None else Cell(f"{rate:g}", rate),
-        Cell("-"),
-        _metric_cell(row, "fid"),
-        Cell("measured"),
+        Cell(_BLOCKS.get(suffix, "adaLN-Zero")),
     )
 
 
 def _published_table(table: str, title: str) -> Table:
-    """A table of the paper cell for cell; the row's further words (", 256x256, 400K") are columns of their own."""
-    cells: dict[str, dict[str, PublishedValue]] = {}
+    """A table of the paper cell for cell, with what is counted here beside the figures that can be counted.
+
+    The row's further words (", 256x256, 400K") are columns of their own.
+    """
+    found: dict[str, dict[str, PublishedValue]] = {}
     for cell in paper.values():
         if cell.table == table:
-            cells.setdefault(cell.row, {})[cell.column] = cell
-    titles = list(next(iter(cells.values())))
-    is_sized = next(iter(cells)).count(",") > 0
-    head = ("Model", "Resolution") if is_sized else ("Model",)
+            found.setdefault(cell.row, {})[cell.column] = cell
+    titles = list(next(iter(found.values())))
+    is_sized = next(iter(found)).count(",") > 0
+    columns = ["Model", "Resolution"] if is_sized else ["Model"]
+    for title_of_cell in titles:
+        columns += [title_of_cell, *([_COUNT_TITLES[title_of_cell]] if title_of_cell in _COUNT_TITLES else [])]
     lines, data = [], []
-    for row, found in cells.items():
-        first = found[titles[0]]
-        name = (row.split(",")[0], f"{first.resolution}x{first.resolution}") if is_sized else (row,)
-        cells = (*map(Cell, name), *(_printed_cell(found[title]) for title in titles), Cell("paper"))
-        lines.append(make_line(cells, published=True))
-        data.append(
-            {"section": 1, "provenance": "published", "source": table, "model": row, "backbone": first.backbone}
-            | {title: found[title].value for title in titles}
-        )
-    section = Section(heading="", columns=(*head, *titles, "Source"), lines=tuple(lines))
-    return Table(name=_file_name(table), title=f"{table}. {title}", sections=(section,), data=_aligned(data))
-
-
-def make_line(cells: Sequence[Cell], *, published: bool, notes: Sequence[int] = ()) -> Line:
-    """The printed row of `cells`."""
-    texts, values, record_ids, marks = zip(*cells, strict=True)
-    return Line(cells=texts, published=published, notes=tuple(notes), values=values, record_ids=record_ids, marks=marks)
+    for row, printed in found.items():
+        first = printed[titles[0]]
+        cells = [Cell(row.split(",")[0]), Cell(f"{first.resolution}x{first.resolution}")] if is_sized else [Cell(row)]
+        entry = {"section": 1, "provenance": "published", "source": table, "model": row, "backbone": first.backbone}
+        for name, cell in printed.items():
+            cells.append(_printed_cell(cell))
+            entry[name] = cell.value
+            if name in _COUNT_TITLES:
+                count = counted(cell)
+                cells.append(_count_cell(count))
+                entry[f"{name} counted"] = count.value if count else None
+                entry[f"{name} deviation %"] = count.deviation if count else None
+        lines.append(make_line([*cells, Cell("paper")], published=True))
+        data.append(entry)
+    section = Section(heading="", columns=(*columns, "Source"), lines=tuple(lines), remarks=(COUNT_REMARK,))
+    return Table(name=_file_name(table), title=f"{table}. {title}", sections=(section,), data=aligned(data))
 
 
 def _printed_cell(cell: PublishedValue) -> Cell:
@@ -247,129 +235,39 @@ def _printed_cell(cell: PublishedValue) -> Cell:
         return Cell(cell.value or "-")
 
 
-def _section(heading: str, columns, rows: Sequence[Row], cells, shown: Sequence[str]) -> Section:
-    """Lines with footnotes for the facts, not shown in a column, in which the rows differ.
-
-    A row has one note for what it states and others leave open, and one for what other rows state differently.
-    """
-    found = [facts(row.any) for row in rows]
-    names = [name for name in FACTS if name not in shown and any(name in words for words in found)]
-    known = {name: {words[name] for words in found if name in words} for name in names}
-    common = [name for name in names if len(known[name]) == 1 and all(name in words for words in found)]
-    stated = [name for name in names if len(known[name]) == 1 and name not in common]
-    differing = [name for name in names if len(known[name]) > 1]
-    footnotes: list[str] = []
-    lines = []
-    for row, members, words in zip(rows, cells, found, strict=True):
-        parts = [[f"{name} {words[name]}" for name in group if name in words] for group in (stated, differing)]
-        notes = [", ".join(part) for part in parts if part]
-        footnotes += [note for note in notes if note not in footnotes]
-        marks = tuple(footnotes.index(note) for note in notes)
-        lines.append(make_line(members, published=row.is_published, notes=marks))
-    remarks = []
-    if common:
-        remarks.append(f"All rows: {', '.join(f'{name} {found[0][name]}' for name in common)}.")
-    methods = sorted({record.interval for row in rows for record in row.records.values() if record.interval})
-    if methods:
-        remarks.append(f"Intervals in brackets: {'; '.join(methods)}.")
-    return Section(
-        heading=heading,
-        columns=tuple(columns),
-        lines=tuple(lines),
-        footnotes=tuple(footnotes),
-        remarks=tuple(remarks),
-    )
+def _count_cell(count: Counted | None) -> Cell:
+    if count is None:
+        return Cell("-")
+    return Cell(f"{count.text} ({count.deviation:+.1f} %)" if count.deviation else count.text, count.value)
 
 
-def note_mark(index: int) -> str:
-    """a, b, ..., z, aa, ab, ..."""
-    letters = string.ascii_lowercase
-    return letters[index] if index < 26 else note_mark(index // 26 - 1) + letters[index % 26]
-
-
-def _data_row(row: Row, section: int) -> dict[str, object]:
-    """Everything about a row with nothing rounded: identity first, then value, low and high of each metric."""
-    record = row.any
-    training, sampling, evaluation, source = record.training, record.sampling, record.evaluation, record.source
-    entry: dict[str, object] = {
-        "section": section,
-        "provenance": record.provenance,
-        "source": source.table if source else None,
-        "model": source.row if source else record.system,
-        "system": record.system,
-        "backbone": record.backbone,
-        "framework": record.framework,
-        "dataset": record.dataset,
-        "resolution": record.resolution,
-        "protocol": record.protocol,
-        "protocol_version": record.protocol_version,
-        "n": record.n,
-        "params": record.params,
-        "gflops": record.gflops,
-        "gflops_published_input": record.gflops_published_input,
-    }
-    for prefix, part in (("training", training), ("sampling", sampling), ("evaluation", evaluation)):
-        if part is not None:
-            found = dataclasses.asdict(part)
-            found.pop("mode", None)  # belongs to the metric, not to the row
-            entry |= {f"{prefix}_{name}": value for name, value in found.items()}
-    for key, mode in metrics_of([row]):
-        metric = row.records[key, mode]
-        name = f"{key}_{mode}" if mode else key
-        entry[name] = row.text((key, mode)) if row.is_published else metric.value
-        entry |= {f"{name}_low": metric.low, f"{name}_high": metric.high, f"{name}_interval": metric.interval}
-    return entry
-
-
-def _aligned(data: Sequence[dict[str, object]]) -> tuple[dict[str, object], ...]:
-    """The same columns in every row; columns that are empty throughout are dropped, metrics stand last."""
-    names = dict.fromkeys(name for entry in data for name in entry)
-    kept = [name for name in names if any(entry.get(name) not in (None, "") for entry in data)]
-    kept.sort(key=_is_metric_column)
-    return tuple({name: entry.get(name) for name in kept} for entry in data)
-
-
-def _is_metric_column(name: str) -> bool:
-    return name.split("_")[0] in METRICS or name.startswith("loss_")
-
-
-def _model_text(row: Row) -> str:
-    if row.is_published:
-        return row.any.source.row
-    training = row.any.training
-    words = []
-    if training is not None and training.steps is not None:
-        words.append(f"{count_text(training.steps)} steps")
-    if training is not None and training.seed is not None:
-        words.append(f"seed {training.seed}")
-    return f"{row.any.system} ({', '.join(words)})" if words else row.any.system
-
-
-def _metric_cell(row: Row, key: str) -> Cell:
+def _metric_cell(row: Row, key: str, marks: dict[tuple[str, str], str]) -> Cell:
     """The metric in its plain mode, or else in the only other one there is."""
     modes = sorted(mode for metric, mode in row.records if metric == key)
-    return row.cell((key, modes[0])) if modes else Cell("-")
+    return row.cell((key, modes[0]))._replace(mark=marks.get((key, modes[0]), "")) if modes else Cell("-")
 
 
-def _source_text(row: Row) -> str:
-    return "paper" if row.is_published else "measured"
+def _with(remarks: tuple[str, ...], further: str) -> tuple[str, ...]:
+    return (*remarks, further) if further else remarks
+
+
+def _source_cell(row: Row) -> Cell:
+    return Cell("paper" if row.is_published else "measured")
 
 
 def _file_name(table: str) -> str:
     return table.lower().replace(" ", "-")
 
 
-def _any(record: Record) -> bool:
+def _is_of_the_paper(record: Record) -> bool:
     return record.metric in PAPER_METRICS
 
 
 def _is_decoder_ablation(record: Record) -> bool:
-    sampling = record.sampling
-    guided = sampling is not None and sampling.guidance_scale == 1.5
-    return record.metric in PAPER_METRICS and record.backbone == "dit-xl-2" and guided
+    return record.metric in PAPER_METRICS and record.backbone == "dit-xl-2" and guidance_scale(record) == 1.5
 
 
 def _is_unguided_dit(record: Record) -> bool:
-    scale = record.sampling.guidance_scale if record.sampling is not None else None
-    alone = "+" not in (record.backbone or "")  # no classifier, no upsampler
-    return alone and (record.backbone or "").startswith("dit-") and scale in (None, 1.0)
+    backbone = record.backbone or ""
+    alone = "+" not in backbone  # no classifier, no upsampler
+    return record.metric == "fid" and alone and backbone.startswith("dit-") and guidance_scale(record) is None

@@ -119,6 +119,17 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     return [_verdict(metric, text, x, y) for metric, text, x, y in pairs]
 
 
+def within_noise(a: Record, b: Record) -> bool | None:
+    """Whether two measurements of one metric tie by the draw of their samples alone; None where an interval is missing.
+
+    The rule of one training seed: the gap is at most the root of the sum of the squared half-widths that face the other.
+    """
+    if None in (a.low, b.low):
+        return None
+    lower, upper = sorted((a, b), key=lambda record: record.value)
+    return upper.value - lower.value <= math.hypot(lower.high - lower.value, upper.value - upper.low)
+
+
 def differing(a: Record, b: Record) -> dict[str, tuple]:
     """Settings in which two records differ, but for seeds, hashes and what the compute follows from."""
     skipped = {

@@ -52,6 +52,11 @@ class _Checked:
             if checked is not value:
                 object.__setattr__(self, name, checked)
 
+    @functools.cached_property
+    def canonical(self) -> str:
+        """Canonical JSON without the fields that are None: equal text, equal content."""
+        return canonical_json(_to_dict(self))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(_Checked):

@@ -3,7 +3,8 @@
 import html.parser
 
 from reports.html_tables import to_html, to_html_page
-from reports.tables import Line, Section, Table, paper_tables, protocol_table
+from reports.sections import Line, Section, Table
+from reports.tables import paper_tables, protocol_table
 
 VOID = {"meta"}
 NASTY = "<script>alert('x')</script>&\"' onload=\u202e\ud800\n"

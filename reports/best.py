@@ -1,0 +1,54 @@
+"""Which value of a column is the best, and which are tied with it: published values and measured ones apart."""
+
+from collections.abc import Sequence
+
+from reports.columns import METRICS
+from reports.rows import Row
+from results.compare import within_noise
+
+BEST, TIE = "best", "tie"
+PUBLISHED_RULE = "of the published values the best as printed (they have no interval)"
+MEASURED_RULE = (
+    "of the measured values the best; a gap of at most the root of the sum of the squared 95 % half-widths of sampling "
+    "is a tie (it speaks of these checkpoints; a value without an interval is taken as it is)"
+)
+
+
+def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[dict[tuple[str, str], str]]:
+    """For each row: metric -> "best", or "tie" for each of several that lead together.
+
+    Of two values or more in a column alone, and of metrics of which it is known which way is better. Published values
+    compete as they are printed, measured ones with their intervals, and neither with the other: nobody knows the noise
+    of a published number.
+    """
+    marks: list[dict[tuple[str, str], str]] = [{} for _ in rows]
+    for metric in metrics:
+        better = METRICS[metric[0]].better if metric[0] in METRICS else ""
+        for is_published in (True, False):
+            found = [
+                (index, row.records[metric])
+                for index, row in enumerate(rows)
+                if row.is_published == is_published and metric in row.records
+            ]
+            if len(found) < 2 or not better:
+                continue
+            values = [record.value for _, record in found]
+            leader = found[values.index(min(values) if better == "lower" else max(values))][1]
+            leading = [
+                index
+                for index, record in found
+                if record.value == leader.value or (not is_published and within_noise(leader, record))
+            ]
+            for index in leading:
+                marks[index][metric] = BEST if len(leading) == 1 else TIE
+    return marks
+
+
+def remark(rows: Sequence[Row], marks: Sequence[dict[tuple[str, str], str]]) -> str:
+    """What bold means in a section with these marks; "" without any."""
+    marked = {row.is_published for row, found in zip(rows, marks, strict=True) if found}
+    if not marked:
+        return ""
+    rules = [*([PUBLISHED_RULE] if True in marked else []), *([MEASURED_RULE] if False in marked else [])]
+    ties = " Bold with =: tied for the best." if any(TIE in found.values() for found in marks) else ""
+    return f"Bold: {'; '.join(rules)}.{ties}"

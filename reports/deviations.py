@@ -1,0 +1,142 @@
+"""What the paper prints and what was measured here for the same experiment, side by side."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from reports.columns import FACTS, count_text, facts, guidance_text, key_text, metric_title
+from reports.rows import Cell, Row
+from reports.sections import Section, make_line
+from results.records import Record, comparable_key
+
+REMARK = (
+    "Ours with the 95 % interval over the draw of the samples, which does not cover training again. What no footnote "
+    "names agrees with the paper or is not stated there."
+)
+# What the two must agree in wherever both state it, beside the backbone and what may share a table.
+_EXPERIMENT = (("training", "steps"), ("training", "batch"), ("sampling", "sampler"), ("sampling", "steps"))
+
+
+class Pair(NamedTuple):
+    """A published row, the measured one of the same experiment, and the metrics that both have."""
+
+    published: Row
+    measured: Row
+
+    @property
+    def metrics(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+        """(published, measured) keys of each metric, in the order of the published row."""
+        pairs = []
+        for key in self.published.records:
+            modes = sorted(mode for metric, mode in self.measured.records if metric == key[0])
+            pairs += [(key, (key[0], modes[0]))] if modes else []
+        return pairs
+
+    def deviation(self, published: tuple[str, str], measured: tuple[str, str]) -> float | None:
+        """Of our value from the printed one, in %."""
+        printed = self.published.records[published].value
+        return 100 * (self.measured.records[measured].value - printed) / printed if printed else None
+
+
+def may_share(published: Record, record: Record) -> bool:
+    """Whether a record may stand in a published table: the key agrees in everything that the paper states.
+
+    The paper names its suite but gives no hash of the feature network or the reference.
+    """
+    pairs = zip(comparable_key(published), comparable_key(record), strict=True)
+    return all(stated is None or stated == found for stated, found in pairs)
+
+
+def pairs(published: Iterable[Row], measured: Iterable[Row]) -> list[Pair]:
+    """The measured rows that one published row alone is the experiment of."""
+    published = [row for row in published if row.is_published]
+    found = []
+    for row in measured:
+        twins = [other for other in published if _is_same_experiment(other.any, row.any)]
+        found += [Pair(twins[0], row)] if len(twins) == 1 else []
+    return found
+
+
+def _is_same_experiment(published: Record, record: Record) -> bool:
+    """Backbone, training length, sampler, steps, guidance and decoder agree.
+
+    What a record leaves open (the training of released weights) is taken for the paper's if it has the paper's system.
+    """
+    if record.backbone is None or record.backbone != published.backbone or not may_share(published, record):
+        return False
+    is_same_system = record.system == published.system
+    for part, name in _EXPERIMENT:
+        stated, found = (getattr(getattr(each, part), name, None) for each in (published, record))
+        if stated is not None and stated != found and not (found is None and is_same_system):
+            return False
+    if published.sampling is None:  # the paper describes another paper's system by its name
+        return is_same_system
+    if guidance_scale(published) != guidance_scale(record):
+        return False
+    decoder = published.sampling.decoder
+    found = record.sampling.decoder if record.sampling else None
+    return decoder is None or decoder == found or (found is None and is_same_system)
+
+
+def guidance_scale(record: Record) -> float | None:
+    """None without guidance, or where nothing is said of it."""
+    return None if guidance_text(record) in ("none", "-") else record.sampling.guidance_scale
+
+
+def deviation_section(found: Sequence[Pair]) -> Section:
+    """A line for each metric of each pair: printed value, ours with its interval, deviation in %."""
+    footnotes: dict[str, int] = {}
+    lines = []
+    for pair in found:
+        differences = _differences(pair.published.any, pair.measured.any)
+        marks = [footnotes.setdefault(differences, len(footnotes))] if differences else []
+        for theirs, ours in pair.metrics:
+            printed, measured = pair.published.records[theirs], pair.measured.records[ours]
+            deviation = pair.deviation(theirs, ours)
+            inside = None if measured.low is None else measured.low <= printed.value <= measured.high
+            cells = (
+                Cell(pair.published.any.source.row),
+                Cell(model_text(pair.measured)),
+                Cell(metric_title(ours[0], measured.n, ours[1])),
+                pair.published.cell(theirs),
+                pair.measured.cell(ours),
+                Cell("-") if deviation is None else Cell(f"{deviation:+.1f} %", deviation),
+                Cell({None: "no interval", True: "inside", False: "outside"}[inside]),
+            )
+            lines.append(make_line(cells, published=False, notes=marks))
+    titles = ("Paper's row", "Our row", "Metric", "Paper", "Ours", "Deviation", "Paper's value in our interval")
+    return Section(
+        heading=f"Paper and ours: {key_text(found[0].measured.any)}",
+        columns=titles,
+        lines=tuple(lines),
+        footnotes=tuple(footnotes),
+        remarks=(REMARK,),
+    )
+
+
+def deviation_data(pair: Pair) -> dict[str, object]:
+    """What the data of the measured row says of its pair."""
+    entry: dict[str, object] = {"paper_row": pair.published.any.source.row}
+    for theirs, ours in pair.metrics:
+        name = f"{ours[0]}_{ours[1]}" if ours[1] else ours[0]
+        entry[f"{name}_paper"] = pair.published.text(theirs)
+        entry[f"{name}_deviation_percent"] = pair.deviation(theirs, ours)
+    return entry
+
+
+def model_text(row: Row) -> str:
+    """The paper's name of a published row; system, training steps and seed of a measured one."""
+    if row.is_published:
+        return row.any.source.row
+    training = row.any.training
+    words = []
+    if training is not None and training.steps is not None:
+        words.append(f"{count_text(training.steps)} steps")
+    if training is not None and training.seed is not None:
+        words.append(f"seed {training.seed}")
+    return f"{row.any.system} ({', '.join(words)})" if words else row.any.system
+
+
+def _differences(published: Record, record: Record) -> str:
+    theirs, ours = facts(published), facts(record)
+    names = [name for name in FACTS if name in theirs and name in ours and theirs[name] != ours[name]]
+    return ", ".join(f"{name} {ours[name]} (paper: {theirs[name]})" for name in names)

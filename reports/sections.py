@@ -1,0 +1,172 @@
+"""What a table is: sections of lines as they are printed, with footnotes, and the same as data with nothing rounded."""
+
+import dataclasses
+import functools
+import string
+from collections.abc import Mapping, Sequence
+
+from reports.columns import FACTS, LAST_FACTS, METRICS, facts
+from reports.rows import Cell, Row, metrics_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One printed row. notes: indices into the section's footnotes.
+
+    values, record_ids and marks have an entry for each cell, or are empty where no cell has one.
+    """
+
+    cells: tuple[str, ...]
+    published: bool
+    notes: tuple[int, ...] = ()
+    values: tuple[float | None, ...] = ()  # the number behind the cell, unrounded: what a column is sorted by
+    record_ids: tuple[str, ...] = ()  # of the record that the number is from; "" where it is from none
+    marks: tuple[str, ...] = ()  # "best" or "tie" in a column of a metric, else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """Rows that may stand under one another."""
+
+    heading: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    footnotes: tuple[str, ...] = ()  # marked a, b, c, ...
+    remarks: tuple[str, ...] = ()  # hold for all rows
+    origin: str = "arXiv:2212.09748"  # of the published rows
+
+    @functools.cached_property
+    def numeric(self) -> tuple[bool, ...]:
+        """Of each column, whether a number stands in it."""
+        filled = [line.values for line in self.lines if line.values]
+        return tuple(any(value is not None for value in column) for column in zip(*filled, strict=True)) or (
+            (False,) * len(self.columns)
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table as it is printed (sections), and its data with nothing rounded or left out (data, for CSV)."""
+
+    name: str  # file name without extension
+    title: str
+    sections: tuple[Section, ...]
+    data: tuple[dict[str, object], ...]
+
+
+def make_line(cells: Sequence[Cell], *, published: bool, notes: Sequence[int] = ()) -> Line:
+    """The printed row of `cells`."""
+    texts, values, record_ids, marks = zip(*cells, strict=True)
+    return Line(cells=texts, published=published, notes=tuple(notes), values=values, record_ids=record_ids, marks=marks)
+
+
+def build_section(
+    heading: str, columns: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[Cell]], shown: Sequence[str]
+) -> Section:
+    """Lines with footnotes for the facts, not shown in a column, in which the rows differ.
+
+    A row has one note for what it states and others leave open, and one for what other rows state differently. Rows that
+    would look alike even so get a third one, for what tells their records apart.
+    """
+    found = [facts(row.any) for row in rows]
+    names = [name for name in FACTS if name not in shown and any(name in words for words in found)]
+    known = {name: {words[name] for words in found if name in words} for name in names}
+    common = [name for name in names if len(known[name]) == 1 and all(name in words for words in found)]
+    stated = [name for name in names if len(known[name]) == 1 and name not in common]
+    differing = [name for name in names if len(known[name]) > 1]
+    notes = [
+        [", ".join(f"{name} {words[name]}" for name in group if name in words) for group in (stated, differing)]
+        for words in found
+    ]
+    for members in _alike(rows, cells, notes):
+        last = [name for name in LAST_FACTS if len({found[index].get(name) for index in members}) > 1]
+        for index in members:
+            notes[index].append(", ".join(f"{name} {found[index].get(name, 'not stated')}" for name in last))
+    numbers: dict[str, int] = {}
+    lines = []
+    for row, texts, members in zip(rows, cells, notes, strict=True):
+        marks = [numbers.setdefault(note, len(numbers)) for note in members if note]
+        lines.append(make_line(texts, published=row.is_published, notes=marks))
+    remarks = []
+    if common:
+        remarks.append(f"All rows: {', '.join(f'{name} {found[0][name]}' for name in common)}.")
+    methods = sorted({record.interval for row in rows for record in row.records.values() if record.interval})
+    if methods:
+        remarks.append(f"Intervals in brackets: {'; '.join(methods)}.")
+    return Section(
+        heading=heading,
+        columns=tuple(columns),
+        lines=tuple(lines),
+        footnotes=tuple(numbers),
+        remarks=tuple(remarks),
+    )
+
+
+def _alike(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], notes: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Indices of the measured rows, of each set of several, that agree in all cells but the numbers, and in notes."""
+    found: dict[tuple, list[int]] = {}
+    for index, (row, members) in enumerate(zip(rows, cells, strict=True)):
+        if not row.is_published:
+            told = tuple(cell.text for cell in members if not cell.record_id)
+            found.setdefault((told, *notes[index]), []).append(index)
+    return [members for members in found.values() if len(members) > 1]
+
+
+def note_mark(index: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    letters = string.ascii_lowercase
+    return letters[index] if index < 26 else note_mark(index // 26 - 1) + letters[index % 26]
+
+
+def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> dict[str, object]:
+    """Everything about a row with nothing rounded: identity first, then value, low and high of each metric.
+
+    marks: (metric, mode) -> "best" or "tie".
+    """
+    record = row.any
+    training, sampling, evaluation, source = record.training, record.sampling, record.evaluation, record.source
+    entry: dict[str, object] = {
+        "section": section,
+        "provenance": record.provenance,
+        "source": source.table if source else None,
+        "model": source.row if source else record.system,
+        "system": record.system,
+        "backbone": record.backbone,
+        "framework": record.framework,
+        "dataset": record.dataset,
+        "resolution": record.resolution,
+        "protocol": record.protocol,
+        "protocol_version": record.protocol_version,
+        "n": record.n,
+        "params": record.params,
+        "gflops": record.gflops,
+        "gflops_published_input": record.gflops_published_input,
+    }
+    for prefix, part in (("training", training), ("sampling", sampling), ("evaluation", evaluation)):
+        if part is not None:
+            # The mode of the evaluation belongs to the metric, not to the row.
+            entry |= {f"{prefix}_{name}": getattr(part, name) for name in _names(type(part)) if name != "mode"}
+    for key, mode in metrics_of([row]):
+        metric = row.records[key, mode]
+        name = f"{key}_{mode}" if mode else key
+        entry[name] = row.text((key, mode)) if row.is_published else metric.value
+        entry |= {f"{name}_low": metric.low, f"{name}_high": metric.high, f"{name}_interval": metric.interval}
+        entry |= {f"{name}_mark": marks.get((key, mode)), f"{name}_record": metric.id}
+    return entry
+
+
+@functools.cache
+def _names(part: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(part))
+
+
+def aligned(data: Sequence[dict[str, object]]) -> tuple[dict[str, object], ...]:
+    """The same columns in every row; columns that are empty throughout are dropped, metrics stand last."""
+    names = dict.fromkeys(name for entry in data for name in entry)
+    kept = [name for name in names if any(entry.get(name) not in (None, "") for entry in data)]
+    kept.sort(key=_is_metric_column)
+    return tuple({name: entry.get(name) for name in kept} for entry in data)
+
+
+def _is_metric_column(name: str) -> bool:
+    return name.split("_")[0] in METRICS or name.startswith("loss_")
