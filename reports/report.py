@@ -12,8 +12,10 @@ from reports.drawing import draw
 from reports.figures import figures, published_records
 from reports.files import write_whole
 from reports.html_tables import to_html_page
+from reports.page.writer import NAME, write_page
 from reports.render import to_csv, to_latex, to_markdown
 from reports.tables import paper_tables, protocol_table
+from results import paper
 from results.store import Problem, find_record_files, load
 
 
@@ -58,9 +60,21 @@ def write_report(
     drawn = [record for record in records if record.protocol in protocols]
     drawn += published_records(None if protocol is None else protocols)
     styles = charts.model_styles(drawn)
-    for figure in figures(drawn, [path.parent for path in found]):
+    shown = figures(drawn, [path.parent for path in found])
+    for figure in shown:
         contents[f"{figure.name}.csv"] = charts.to_csv(figure).encode("utf-8")
         contents |= {f"{figure.name}.{kind}": data for kind, data in draw(figure, styles).items()}
+    contents[NAME] = write_page(
+        tables,
+        shown,
+        records,
+        styles=styles,
+        published=paper.records(),
+        record_files=found,
+        problems=loaded.problems,
+        conflicts=loaded.conflicts,
+        files=contents,
+    )
     return ReportSummary(
         files=_write_all(Path(out), contents),
         problems=loaded.problems,

@@ -20,7 +20,11 @@ CELL_WIDTH = 19  # of one row's column on the terminal
 @click.option("--out", type=FOLDER, metavar="DIR", help="Where to write. [default: runs/report/]")
 @click.option("--protocol", metavar="NAME", help="Only this protocol's own table and curve. [default: every one]")
 def command(results: tuple[Path, ...], out: Path | None, protocol: str | None) -> None:
-    """Write the paper's tables and figures, with your own models in them, from published and measured records."""
+    """Write the paper's tables and figures, with your own models in them, from published and measured records.
+
+    report.html has all of them on one page that loads nothing: tables to sort and filter, curves whose points say which
+    record they are, sample grids, and for each number its record and the command that measures it again.
+    """
     if protocol is not None and protocol not in registry.protocols and not protocol.endswith(".toml"):
         click.echo(f"harness: {registry.unknown('protocol', protocol, registry.protocols.names())}", err=True)
     paths = results or ((runs.RUNS,) if runs.RUNS.exists() else ())
@@ -32,6 +36,7 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
 
     `only` narrows the printed rows to the records below that folder.
     """
+    from reports.page.writer import NAME as PAGE
     from reports.report import write_report
     from results.store import find_record_files, load
 
@@ -48,6 +53,7 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
     if only is not None:
         for grid in sorted(only.glob("samples/*/grid.png")):
             click.echo(f"  {grid}")
+    click.echo(f"page: {out / PAGE}")
 
 
 def print_records(records: Iterable[Record]) -> None:

@@ -1,9 +1,13 @@
 """Measured records of a small study on digits, and of ImageNet runs that may join the paper's tables."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from results.records import Environment, Evaluation, Record, Sampling, Training
 
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside these tests; pytest's importlib mode leaves it alone
 FEATURES, REFERENCE = "ef" * 32, "12" * 32
 
 
@@ -53,6 +57,10 @@ def record():
 @pytest.fixture
 def study() -> list[Record]:
     """3 models, 2 seeds, 3 step counts, 3 metrics: 54 records."""
+    return make_study()
+
+
+def make_study() -> list[Record]:
     records = []
     for system, gflops, base in (("dit-xs-2", 0.0637, 12.0), ("dit-xs-4", 0.0171, 18.0), ("unet-small", 0.05, 9.6)):
         for seed in range(2):
@@ -64,6 +72,12 @@ def study() -> list[Record]:
                     )
                     records.append(made)
     return records
+
+
+@pytest.fixture(scope="session")
+def makers():
+    """(make_study, make_record), for fixtures of modules."""
+    return make_study, make_record
 
 
 @pytest.fixture

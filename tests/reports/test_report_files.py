@@ -22,6 +22,7 @@ from results.store import append
 
 TABLES = [f"table-{number}.{ending}" for number in range(1, 7) for ending in ("csv", "html", "md", "tex")]
 FIGURE = [f"figure-10.{ending}" for ending in ("csv", "pdf", "png", "svg")]
+PAGE = ["report.html"]
 DIGITS = [f"table-digits.{ending}" for ending in ("csv", "html", "md", "tex")]
 
 
@@ -36,8 +37,8 @@ def _points(folder: Path) -> list[dict[str, str]]:
 
 def test_without_any_run_the_paper_is_reported(tmp_path):
     summary = write_report([], tmp_path / "out")
-    assert sorted(path.name for path in summary.files) == sorted(TABLES + FIGURE)
-    assert sorted(_contents(tmp_path / "out")) == sorted(TABLES + FIGURE)
+    assert sorted(path.name for path in summary.files) == sorted(TABLES + FIGURE + PAGE)
+    assert sorted(_contents(tmp_path / "out")) == sorted(TABLES + FIGURE + PAGE)
     assert summary.measured == 0 and summary.problems == () and summary.conflicts == ()
     rows = _points(tmp_path / "out")
     assert [(row["provenance"], row["value"], row["sampling_steps"]) for row in rows] == [
@@ -55,7 +56,7 @@ def test_a_study_with_conflict_and_broken_line(study, record, tmp_path):
     with other.open("a") as file:
         file.write('{"schema": 2}\nnonsense\n')
     summary = write_report([tmp_path / "runs"], tmp_path / "out", protocol="digits")
-    assert sorted(path.name for path in summary.files) == sorted(TABLES + FIGURE + DIGITS)
+    assert sorted(path.name for path in summary.files) == sorted(TABLES + FIGURE + PAGE + DIGITS)
     assert [(Path(problem.path).parent.name, problem.line) for problem in summary.problems] == [("c", 2), ("c", 3)]
     assert len(summary.conflicts) == 1 and "98.0" in summary.conflicts[0] and "99.0" in summary.conflicts[0]
     assert summary.measured == len(study)
@@ -90,7 +91,7 @@ def test_shuffling_splitting_and_duplicating_files_changes_no_byte(study, tmp_pa
         path.write_text("".join(f"{line}\n" for line in part))
     write_report([folder / "split"], folder / "out")
     expected = _contents(folder / "expected")
-    assert len(expected) == 29 and _contents(folder / "out") == expected
+    assert len(expected) == 30 and _contents(folder / "out") == expected
 
 
 def test_figures_are_reproducible_to_the_byte(study, tmp_path):

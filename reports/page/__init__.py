@@ -1,0 +1,1 @@
+"""The page: one self-contained HTML file with the tables, curves, sample grids and the records behind every number."""

@@ -1,0 +1,158 @@
+"""What lies beside record files and belongs on the page: recipes of runs, and grids of samples."""
+
+import base64
+import dataclasses
+import io
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from harness.errors import Failure, Refusal
+from harness.files import sha256_json
+from harness.runs import open_run
+from reports.columns import count_text, guidance_text
+from reports.render import one_line
+from results.records import Record
+
+GRID = "grid.png"
+MOST_GRIDS = 36
+MOST_GRID_BYTES = 300_000  # of one picture; a larger one is shrunk
+MOST_PICTURE_BYTES = 6_000_000  # of all of them
+MOST_FILE_BYTES = 64_000_000  # a larger file is not opened
+WIDEST = 900  # pixels of a shrunk picture
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleGrid:
+    """A grid that lies beside records. records: those of its samples."""
+
+    path: Path
+    records: tuple[Record, ...]
+
+    @property
+    def title(self) -> str:
+        if not self.records:
+            return one_line(self.path.parent.name)
+        record = self.records[0]
+        training, sampling = record.training, record.sampling
+        words = [record.system]
+        if training is not None and training.steps is not None:
+            words.append(f"{count_text(training.steps)} training steps")
+        if training is not None and training.seed is not None:
+            words.append(f"seed {training.seed}")
+        if sampling is not None and sampling.sampler:
+            words.append(f"{sampling.sampler}, {sampling.stage_steps or sampling.steps} sampling steps")
+        if guidance_text(record) not in ("-", "none"):
+            words.append(f"guidance {guidance_text(record)}")
+        return one_line(", ".join(words))
+
+
+def run_recipes(record_files: Iterable[Path]) -> dict[str, dict[str, object]]:
+    """recipe hash -> items without `steps`, of the runs whose records these are."""
+    found = {}
+    for folder in sorted({path.parent for path in record_files}):
+        if (folder / "run.json").is_file():
+            try:
+                recipe = open_run(folder).identity["recipe"]
+            except (Refusal, Failure):  # a run that cannot be opened tells no recipe; its records stand for themselves
+                continue
+            found[sha256_json(recipe)] = recipe
+    return found
+
+
+def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> list[SampleGrid]:
+    """The grids of RUN/samples/*/ and of sample sets with their records beside them.
+
+    In the order in which a reader wants them if not all have room: a seed of every model before the next seed.
+    """
+    by_samples: dict[str, list[Record]] = {}
+    for record in records:
+        if record.sampling is not None and record.sampling.samples_sha256 is not None:
+            by_samples.setdefault(record.sampling.samples_sha256, []).append(record)
+    pictures = set()
+    for folder in {path.parent for path in record_files}:
+        pictures.update(folder.glob(f"samples/*/{GRID}"))
+        pictures.update(folder.glob(GRID))
+    grids = [
+        SampleGrid(path=path, records=tuple(by_samples.get(_samples_sha256(path.with_name("samples.json")), ())))
+        for path in sorted(pictures)
+    ]
+    return sorted((grid for grid in grids if grid.records), key=_order)
+
+
+def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]], str]:
+    """Grids as data URIs, in the order of their models, and what was left out, in words ("" if nothing)."""
+    made: list[tuple[SampleGrid, str]] = []
+    total = broken = shrunk = 0
+    for grid in grids[:MOST_GRIDS]:
+        read = _picture(grid.path)
+        if read is None:
+            broken += 1
+            continue
+        uri, is_small = read
+        if total + len(uri) > MOST_PICTURE_BYTES:
+            break
+        total += len(uri)
+        shrunk += is_small
+        made.append((grid, uri))
+    made.sort(key=lambda pair: (pair[0].records[0].gflops or 0.0, *_order(pair[0])[1:], *_order(pair[0])[:1]))
+    words = []
+    if left := len(grids) - len(made) - broken:
+        words.append(f"{left} of {len(grids)} grids have no room here; all lie beside their samples")
+    if broken:
+        words.append(f"{broken} could not be read as PNG")
+    if shrunk:
+        words.append(f"{shrunk} shrunk to {WIDEST} pixels")
+    return made, f"{'; '.join(words)}." if words else ""
+
+
+def _order(grid: SampleGrid) -> tuple:
+    record = grid.records[0]
+    training, sampling = record.training, record.sampling
+    seed = (training.seed if training else None) or 0
+    return (seed, record.system, (training.steps if training else None) or 0, sampling.steps or 0, str(grid.path))
+
+
+def _samples_sha256(sidecar: Path) -> str:
+    try:
+        return str(json.loads(sidecar.read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # nobody says of which samples the grid is
+        return ""
+
+
+def _picture(path: Path) -> tuple[str, bool] | None:
+    try:
+        return _data_uri(path.read_bytes()) if path.stat().st_size <= MOST_FILE_BYTES else None
+    except OSError:
+        return None
+
+
+def picture_uri(content: bytes) -> str:
+    """A PNG as a data URI, shrunk where it is large; "" where it is none."""
+    found = _data_uri(content)
+    return found[0] if found else ""
+
+
+def _data_uri(content: bytes) -> tuple[str, bool] | None:
+    """A data URI of bearable size, and whether the picture was shrunk for it; None where it is no PNG."""
+    from PIL import Image
+
+    if not content.startswith(_PNG):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a picture that would fill the memory
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+                shrink = len(content) > MOST_GRID_BYTES
+                if shrink:
+                    picture.thumbnail((WIDEST, 4 * WIDEST))
+                    small = io.BytesIO()
+                    picture.convert("RGB").save(small, format="JPEG", quality=85)
+                    content = small.getvalue()
+                else:
+                    picture.verify()
+    except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError):
+        return None
+    return f"data:image/{'jpeg' if shrink else 'png'};base64,{base64.b64encode(content).decode('ascii')}", shrink

@@ -1,0 +1,290 @@
+// Curves: one SVG a panel, drawn anew at the width it has. A mark that has the pointer or the focus says what it is; a
+// click or Enter pins it and opens the records behind it.
+
+const NEAR = 28; // pixels within which the pointer finds a mark
+let pinned = null; // the mark whose records are open; a chart that is drawn anew rings it again
+
+const DARK = window.matchMedia("(prefers-color-scheme: dark)");
+
+function clearPins() {
+  pinned = null;
+  document.querySelectorAll(".pin").forEach((ring) => ring.remove());
+}
+
+// The figure's colour; on a dark ground half way to white, so that the dark ones can be told from it.
+function tone(colour) {
+  if (!DARK.matches) return colour;
+  return `#${[1, 3, 5].map((at) => Math.round((parseInt(colour.slice(at, at + 2), 16) + 255) / 2).toString(16).padStart(2, "0")).join("")}`;
+}
+
+function figureSection(figure) {
+  return el("section", { id: figure.name, class: "block figure" }, el("h2", {}, figure.title),
+    el("div", { class: "panels" }, ...figure.panels.map((panel) => chart(panel, figure.title))),
+    ...figure.pictures.map((picture) => el("figure", {}, el("img", { src: picture.src, alt: picture.alt, loading: "lazy" }),
+      el("figcaption", {}, picture.alt))));
+}
+
+function chart(data, title) {
+  const off = new Set(); // labels of the series that are switched off
+  const tip = el("div", { class: "tip", hidden: true, role: "status" });
+  const plot = el("div", { class: "plot" });
+  const repaint = [() => redraw()];
+  DARK.addEventListener("change", () => repaint.forEach((again) => again()));
+  const keys = el("div", { class: "keys" }, ...labelsOf(data).map(([label, series]) => {
+    const key = el("button", { type: "button", "aria-pressed": "true", onclick: () => {
+      if (!off.delete(label)) off.add(label);
+      key.setAttribute("aria-pressed", String(!off.has(label)));
+      redraw();
+    } }, swatch(series), label);
+    repaint.push(() => key.firstChild.replaceWith(swatch(series)));
+    return key;
+  }));
+  let width = 0;
+  function redraw() {
+    tip.hidden = true;
+    plot.replaceChildren(tip);
+    if (width > 0) plot.append(drawChart(data, { width, off, tip, title }));
+  }
+  new ResizeObserver(([entry]) => {
+    const next = Math.floor(entry.contentRect.width);
+    if (next !== width) { width = next; redraw(); }
+  }).observe(plot);
+  return el("figure", { class: "chart" }, data.title ? el("h3", {}, data.title) : null, keys, plot,
+    el("figcaption", {}, [data.heading, data.note].filter(Boolean).join(". ")));
+}
+
+function labelsOf(data) {
+  const found = new Map();
+  for (const series of data.series) { // what stands at the axis needs no key
+    if (series.label && !(data.x.names || []).includes(series.label) && !found.has(series.label)) found.set(series.label, series);
+  }
+  return [...found];
+}
+
+function swatch(series) {
+  return svg("svg", { width: 26, height: 12, "aria-hidden": "true" },
+    ["line", "fit"].includes(series.kind) ? svg("line", { x1: 1, x2: 25, y1: 6, y2: 6, ...strokeOf(series) }) : null,
+    series.kind === "fit" ? null : svg("path", { d: shape(series.marker, 13, 6, 4), ...fillOf(series) }));
+}
+
+function strokeOf(series) {
+  const dash = { solid: null, dashed: "6 3", dashdot: "6 3 1.5 3", dotted: "1.5 3" }[series.provenance === "published" ? "dotted" : series.dash];
+  return { stroke: tone(series.colour), "stroke-width": series.kind === "fit" ? 1.5 : 2, "stroke-dasharray": dash, fill: "none" };
+}
+
+function fillOf(series) {
+  const open = series.provenance === "published";
+  return { fill: open ? "var(--ground)" : tone(series.colour), stroke: tone(series.colour), "stroke-width": 1.6 };
+}
+
+// matplotlib's letters, as the static figures have them.
+function shape(marker, x, y, r) {
+  const corners = {
+    s: [[-1, -1], [1, -1], [1, 1], [-1, 1]], D: [[0, -1.3], [1.3, 0], [0, 1.3], [-1.3, 0]], "^": [[0, -1.2], [1.15, 0.9], [-1.15, 0.9]],
+    v: [[0, 1.2], [1.15, -0.9], [-1.15, -0.9]],
+    P: [[-0.4, -1.2], [0.4, -1.2], [0.4, -0.4], [1.2, -0.4], [1.2, 0.4], [0.4, 0.4], [0.4, 1.2], [-0.4, 1.2], [-0.4, 0.4], [-1.2, 0.4], [-1.2, -0.4], [-0.4, -0.4]],
+    X: [[-1.2, -0.7], [-0.7, -1.2], [0, -0.5], [0.7, -1.2], [1.2, -0.7], [0.5, 0], [1.2, 0.7], [0.7, 1.2], [0, 0.5], [-0.7, 1.2], [-1.2, 0.7], [-0.5, 0]],
+  }[marker];
+  if (!corners) return `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`;
+  return `M${corners.map(([a, b]) => `${(x + a * r).toFixed(1)} ${(y + b * r).toFixed(1)}`).join("L")}z`;
+}
+
+// A scale: pixel(value), ticks [[value, text]] and whether a value can stand on it.
+function scaleOf(axis, values, from, to) {
+  const log = axis.scale === "log";
+  const usable = values.filter((value) => Number.isFinite(value) && (!log || value > 0));
+  let [low, high] = usable.length ? [Math.min(...usable), Math.max(...usable)] : [1, 10];
+  if (axis.scale === "names") [low, high] = [-0.6, axis.names.length - 0.4];
+  else if (log) {
+    const room = Math.max((high / low) ** 0.06, 1.15);
+    [low, high] = [low / room, high * room];
+  } else {
+    const room = (high - low) * 0.07 || Math.abs(high) * 0.1 || 1;
+    [low, high] = [axis.zero ? Math.min(0, low) : low - room, high + room];
+  }
+  const place = log ? Math.log : (value) => value;
+  const [a, b] = [place(low), place(high)];
+  const pixel = (value) => from + ((place(value) - a) / (b - a)) * (to - from);
+  const room = Math.abs(to - from);
+  const ticks = axis.scale === "names" ? axis.names.map((name, index) => [index, name])
+    : (log ? logTicks(low, high, room) : linearTicks(low, high, room)).map((value) => [value, short(value)]);
+  return { pixel, ticks, takes: (value) => Number.isFinite(value) && (!log || value > 0) };
+}
+
+function logTicks(low, high, room) {
+  const decades = Math.log10(high / low);
+  const digits = decades < 0.7 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : decades < 3 ? [1, 2, 5] : [1];
+  const found = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
+    for (const digit of digits) {
+      const value = Number(`${digit}e${power}`);
+      if (value >= low && value <= high) found.push(value);
+    }
+  }
+  if (found.length < 2) return linearTicks(low, high, room);
+  const every = Math.ceil(found.length / Math.max(2, room / 46));
+  return found.filter((_, index) => index % every === 0);
+}
+
+function linearTicks(low, high, room) {
+  const rough = (high - low) / Math.max(2, room / 70);
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
+  const found = [];
+  for (let index = Math.ceil(low / step); index * step <= high; index += 1) found.push(Number((index * step).toPrecision(12)));
+  return found;
+}
+
+function drawChart(data, { width, off, tip, title }) {
+  const named = data.x.scale === "names";
+  const height = Math.round(Math.min(440, Math.max(300, width * 0.62))) + (named ? 50 : 0);
+  const box = { left: 62, right: width - 14, top: 12, bottom: height - (named ? 104 : 50) };
+  const all = data.series.flatMap((series) => series.marks);
+  const bars = data.series.some((series) => series.kind === "bars");
+  const xs = scaleOf({ ...data.x, names: data.x.names || [] }, all.map((mark) => mark.x), box.left, box.right);
+  const ys = scaleOf({ ...data.y, zero: bars }, all.flatMap((mark) => [mark.y, mark.low ?? mark.y, mark.high ?? mark.y]), box.bottom, box.top);
+  const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${title}: ${data.y.text} against ${data.x.text}` },
+    axes(data, xs, ys, box, named));
+  const marks = [];
+  for (const series of data.series.filter((each) => !off.has(each.label))) {
+    const usable = series.marks.filter((mark) => xs.takes(mark.x) && ys.takes(mark.y));
+    const at = usable.map((mark) => [xs.pixel(mark.x), ys.pixel(mark.y)]);
+    if (series.kind === "band") {
+      const edge = (side) => usable.map((mark) => `${xs.pixel(mark.x).toFixed(1)} ${ys.pixel(Math.max(mark[side] ?? mark.y, Number.MIN_VALUE)).toFixed(1)}`);
+      root.append(svg("path", { d: `M${[...edge("high"), ...edge("low").reverse()].join("L")}z`, fill: tone(series.colour), opacity: 0.15 }));
+      continue;
+    }
+    if (["line", "fit"].includes(series.kind)) {
+      root.append(svg("path", { d: `M${at.map((pair) => pair.map((one) => one.toFixed(1)).join(" ")).join("L")}`, "stroke-linejoin": "round", ...strokeOf(series) }));
+    }
+    if (series.kind === "fit") continue;
+    usable.forEach((mark, index) => marks.push({ series, mark, x: at[index][0], y: at[index][1] }));
+  }
+  const sizes = Math.max(...marks.map(({ mark }) => mark.size ?? 0), 0);
+  for (const each of marks) drawMark(each, { root, ys, box, sizes, slots: named ? (box.right - box.left) / data.x.names.length : 0 });
+  sayBeside(root, marks, box);
+  listen(root, marks, tip, width);
+  return root;
+}
+
+// The marks' texts, where they cover neither marks nor each other.
+function sayBeside(root, marks, box) {
+  const taken = marks.map(({ x, y, ring }) => [x - ring, y - ring, x + ring, y + ring]);
+  for (const { mark, x, y, ring } of marks.filter((each) => each.mark.said)) {
+    const [wide, high] = [mark.said.length * 6.1, 12];
+    const places = [[x + ring, y - high / 2], [x - ring - wide, y - high / 2], [x - wide / 2, y - ring - high], [x - wide / 2, y + ring]];
+    const free = places.map(([left, top]) => [left, top, left + wide, top + high]).find(([left, top, right, bottom]) =>
+      left >= box.left && right <= box.right && top >= box.top && bottom <= box.bottom &&
+      taken.every((other) => left >= other[2] || right <= other[0] || top >= other[3] || bottom <= other[1]));
+    if (!free) continue;
+    taken.push(free);
+    root.append(svg("text", { class: "said", x: free[0], y: free[3] - 2 }, mark.said));
+  }
+}
+
+function axes(data, xs, ys, box, named) {
+  const group = svg("g", { class: "axes" });
+  for (const [value, text] of ys.ticks) {
+    const y = ys.pixel(value);
+    group.append(svg("line", { x1: box.left, x2: box.right, y1: y, y2: y }), svg("text", { x: box.left - 7, y: y + 4, "text-anchor": "end" }, text));
+  }
+  for (const [value, text] of xs.ticks) {
+    const x = xs.pixel(value);
+    if (!named) group.append(svg("line", { x1: x, x2: x, y1: box.top, y2: box.bottom }));
+    group.append(named ? svg("text", { x, y: box.bottom + 14, "text-anchor": "end", transform: `rotate(-38 ${x} ${box.bottom + 14})` }, text)
+      : svg("text", { x, y: box.bottom + 17, "text-anchor": "middle" }, text));
+  }
+  group.append(svg("path", { class: "frame", d: `M${box.left} ${box.top}V${box.bottom}H${box.right}` }),
+    svg("text", { class: "title", x: box.right, y: box.bottom + (named ? 98 : 40), "text-anchor": "end" }, data.x.text),
+    svg("text", { class: "title", x: 14, y: box.top, "text-anchor": "end", transform: `rotate(-90 14 ${box.top})` }, data.y.text));
+  return group;
+}
+
+function drawMark(each, { root, ys, box, sizes, slots }) {
+  const { series, mark, x, y } = each;
+  const group = svg("g", { class: "mark", tabindex: "-1", role: "button", "aria-label": labelOf(each) });
+  if (series.kind === "bars") {
+    const half = Math.min(18, slots * 0.35);
+    const zero = Math.min(box.bottom, ys.pixel(0));
+    group.append(svg("rect", { x: x - half, width: 2 * half, y: Math.min(y, zero), height: Math.abs(zero - y), ...fillOf(series) }));
+  }
+  if (mark.low !== null && mark.high !== null && ys.takes(mark.low)) {
+    group.append(svg("line", { x1: x, x2: x, y1: ys.pixel(mark.low), y2: ys.pixel(mark.high), stroke: series.kind === "bars" ? "var(--ink)" : tone(series.colour), "stroke-width": 1.6 }));
+  }
+  const r = series.kind === "bubbles" && sizes ? Math.max(4, 22 * Math.sqrt((mark.size ?? 0) / sizes)) : 4.2;
+  if (series.kind !== "bars") {
+    group.append(svg("path", { d: shape(series.kind === "bubbles" ? "o" : series.marker, x, y, r), ...fillOf(series), ...(series.kind === "bubbles" ? { "fill-opacity": 0.55 } : {}) }));
+  }
+  each.group = group;
+  each.ring = r + 4;
+  root.append(group);
+}
+
+function labelOf({ series, mark }) {
+  const value = mark.low === null ? short(mark.y) : `${short(mark.y)} [${short(mark.low)}, ${short(mark.high)}]`;
+  return `${series.label || mark.text}: ${value}`;
+}
+
+function listen(root, marks, tip, width) {
+  if (!marks.length) return;
+  marks[0].group.setAttribute("tabindex", "0"); // one stop of the tab key; the arrows go on from there
+  const show = (each) => say(each, tip, width);
+  const hide = () => { tip.hidden = true; };
+  const nearest = (event) => {
+    const frame = root.getBoundingClientRect();
+    const [x, y] = [event.clientX - frame.left, event.clientY - frame.top];
+    const far = (each) => Math.hypot(each.x - x, each.y - y);
+    const found = marks.reduce((best, each) => (far(each) < far(best) ? each : best));
+    return far(found) <= NEAR ? found : null;
+  };
+  const ring = (each) => root.append(svg("circle", { class: "pin", cx: each.x, cy: each.y, r: each.ring }));
+  const pin = (each) => {
+    clearPins();
+    pinned = each.mark;
+    ring(each);
+    showRecords(each.mark.records);
+  };
+  marks.filter(({ mark }) => mark === pinned).forEach(ring);
+  root.addEventListener("pointermove", (event) => { const each = nearest(event); if (each) show(each); else hide(); });
+  root.addEventListener("pointerleave", hide);
+  root.addEventListener("click", (event) => { const each = nearest(event); if (each) pin(each); });
+  const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
+  marks.forEach((each, index) => {
+    each.group.addEventListener("focus", () => show(each));
+    each.group.addEventListener("blur", hide);
+    each.group.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pin(each); }
+      if (!(event.key in step)) return;
+      event.preventDefault();
+      const next = marks[(index + step[event.key] + marks.length) % marks.length];
+      each.group.setAttribute("tabindex", "-1");
+      next.group.setAttribute("tabindex", "0");
+      next.group.focus();
+    });
+  });
+}
+
+// What the pointer finds: the record's own words; of several records their mean and number.
+function say({ series, mark, x, y }, tip, width) {
+  const records = mark.records.map(recordOf).filter(Boolean);
+  const [record] = records;
+  const lines = [];
+  if (records.length === 1) {
+    lines.push([`${record.metric} `, el("strong", {}, ...measured(record.text))]);
+    const drawn = record.sampling_steps === null ? [] : [`${record.sampler}, ${record.sampling_steps} sampling steps, guidance ${record.guidance}`];
+    const trained = record.steps === null ? "" : `${record.steps_text} training steps${record.seed === null ? "" : `, seed ${record.seed}`}`;
+    lines.push(...[trained, ...drawn, `N = ${record.n.toLocaleString("en")}`].filter(Boolean).map((text) => [text]));
+    lines.push([record.published ? `published, ${record.where}` : `measured, record ${record.id.slice(0, 12)}`]);
+  } else {
+    lines.push([labelOf({ series, mark })]);
+    if (mark.records.length > 1) lines.push([`mean of ${mark.records.length} records`]);
+    lines.push([series.provenance]);
+  }
+  lines.push(...mark.facts.map(([name, text]) => [`${name} ${text}`]));
+  tip.replaceChildren(el("b", {}, records.length === 1 ? record.system : series.label || mark.text), ...lines.map((parts) => el("div", {}, ...parts)));
+  tip.hidden = false;
+  const left = Math.max(0, Math.min(x + 14, width - tip.offsetWidth - 4));
+  const above = y - tip.offsetHeight - 14;
+  tip.style.left = `${left}px`;
+  tip.style.top = `${above >= 0 ? above : y + 16}px`;
+}

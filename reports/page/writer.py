@@ -1,0 +1,138 @@
+"""The page as one file: data as JSON that no browser takes for code, scripts and styles allowed by their hash alone."""
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+from harness._version import VERSION
+from reports.charts import Figure, Style
+from reports.page.beside import pictures, run_recipes, sample_grids
+from reports.page.curves import figure_data, record_ids
+from reports.page.payload import MOST_PROBLEMS, MOST_RECORDS, Pool, record_data, shown_records, table_data
+from reports.tables import Table
+from results.records import Record
+from results.store import Problem
+
+NAME = "report.html"
+SCRIPTS = ("dom.js", "records.js", "tables.js", "charts.js", "page.js")  # in the order in which they are needed
+PAPER_TABLES = frozenset(f"table-{number}" for number in range(1, 7))
+MOST_FALLBACK_BYTES = 2_000_000  # of static figures for readers without scripts
+_POLICY = (
+    "default-src 'none'; img-src data:; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
+)
+
+
+def write_page(
+    tables: Sequence[Table],
+    figures: Sequence[Figure],
+    records: Sequence[Record],
+    *,
+    styles: Mapping[str, Style],
+    published: Sequence[Record],
+    record_files: Sequence[Path],
+    problems: Sequence[Problem],
+    conflicts: Sequence[str],
+    files: Mapping[str, bytes],
+) -> bytes:
+    """The page of a report.
+
+    tables, figures: in the order in which they stand. records: those that were loaded; published: the paper's. styles: of the
+    models, as the figures have them.
+    record_files: beside which recipes and sample grids are found. files: the report's other files, of which the SVG
+    figures are shown to readers without scripts. Whatever has no room is left out and counted on the page.
+    """
+    # The reader's own first, the paper's after them.
+    shown_tables = [table_data(table) for table in sorted(tables, key=lambda table: table.name in PAPER_TABLES)]
+    wanted = [
+        name
+        for table in shown_tables
+        for section in table["sections"]
+        for line in section["lines"]
+        for name in line["records"]
+        if name
+    ]
+    grids, grids_left_out = pictures(sample_grids(record_files, records))
+    wanted = [*record_ids(figures), *(record.id for grid, _ in grids for record in grid.records), *wanted]
+    chosen, left_out = shown_records([*records, *published], wanted, MOST_RECORDS)
+    names = {record.id for record in chosen}
+    recipes, pool = run_recipes(record_files), Pool()
+    data = {
+        "version": VERSION,
+        "summary": {
+            "protocols": _protocols(records, published),
+            "measured": len(records),
+            "published": len(published),
+            "problems": _capped([str(problem) for problem in problems]),
+            "conflicts": _capped(list(conflicts)),
+            "records_left_out": left_out,
+        },
+        "tables": shown_tables,
+        "figures": [figure_data(figure, styles, files) for figure in figures],
+        "grids": [
+            {"src": uri, "title": grid.title, "records": [record.id for record in grid.records if record.id in names]}
+            for grid, uri in grids
+        ],
+        "grids_left_out": grids_left_out,
+        "records": [record_data(record, recipes, pool) for record in chosen],
+        "pool": pool.items,
+    }
+    return _assembled(data, files)
+
+
+def _assembled(data: dict[str, object], files: Mapping[str, bytes]) -> bytes:
+    style = _asset("page.css")
+    script = "'use strict';\n(() => {\n" + "\n".join(_asset(name) for name in SCRIPTS) + "})();\n"
+    policy = _POLICY.format(script=_hash(script), style=_hash(style))
+    page = _asset("page.html")
+    # The data last, for it may hold what looks like one of the marks.
+    for mark, text in (
+        ("POLICY", policy),
+        ("STYLE", style),
+        ("SCRIPT", script),
+        ("FALLBACK", _fallback(files)),
+        ("DATA", _json(data)),
+    ):
+        page = page.replace(f"@{mark}@", text, 1)
+    return page.encode("utf-8")
+
+
+def _json(data: object) -> str:
+    """JSON that ends no script element: ASCII, without `<`."""
+    return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _fallback(files: Mapping[str, bytes]) -> str:
+    """For readers without scripts: where the tables are, and the figures as far as they have room."""
+    parts = ["<p>Without scripts this page shows figures alone; the tables lie beside it.</p>"]
+    total = 0
+    for name, content in files.items():
+        if name.endswith(".svg") and total + len(content) <= MOST_FALLBACK_BYTES:
+            total += len(content)
+            uri = f"data:image/svg+xml;base64,{base64.b64encode(content).decode('ascii')}"
+            parts.append(f'<p><img alt="{html.escape(Path(name).stem)}" src="{uri}"></p>')
+    return "\n".join(parts)
+
+
+def _protocols(records: Sequence[Record], published: Sequence[Record]) -> list[dict[str, object]]:
+    names = sorted({record.protocol for record in (*records, *published)})
+    counts = {name: [0, 0] for name in names}
+    for index, members in enumerate((records, published)):
+        for record in members:
+            counts[record.protocol][index] += 1
+    return [{"name": name, "measured": counts[name][0], "published": counts[name][1]} for name in names]
+
+
+def _capped(texts: list[str]) -> dict[str, object]:
+    return {"count": len(texts), "texts": texts[:MOST_PROBLEMS]}
+
+
+def _asset(name: str) -> str:
+    return resources.files("reports.page").joinpath(name).read_text(encoding="ascii")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"

@@ -1,0 +1,390 @@
+"""The page in headless Chromium: it opens, answers to filter, sorting and pointer, and takes no text for code."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from browser import Browser, find_chromium
+from PIL import Image
+
+from reports.charts import Axis, Figure, Mark, Panel, Series, model_styles
+from reports.page.writer import write_page
+from reports.tables import paper_tables, protocol_table
+from results import paper
+from results.store import append, find_record_files, load
+
+IMAGE_TAG = "<img src=x onerror=document.title='broken'>"
+SCRIPT_TAG = "</script><script>document.title='broken'</script>\u2028<!--"
+WIDTHS = (1280, 390)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if find_chromium() is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, makers):
+    """A study with hostile names, a conflict, broken lines and a sample grid; figures with every kind of series."""
+    folder = tmp_path_factory.mktemp("page")
+    study, make = makers[0](), makers[1]
+    run = folder / "runs" / "a"
+    drawn = dataclasses.replace(study[0].sampling, samples_sha256="ab" * 32)
+    study = [dataclasses.replace(study[0], sampling=drawn), *study[1:]]
+    hostile = [make(value=30.0, system=IMAGE_TAG, steps=100), make(value=35.0, system=SCRIPT_TAG, steps=9)]
+    append(run / "records.jsonl", [*study, *hostile, make(value=99.0, system="twice")])
+    append(folder / "runs" / "b" / "records.jsonl", [make(value=98.0, system="twice")])
+    with (run / "records.jsonl").open("a") as file:
+        file.write(f'{{"schema": 2}}\n{IMAGE_TAG}\n')
+    samples = run / "samples" / "step800-ddpm10"
+    samples.mkdir(parents=True)
+    Image.fromarray(np.arange(48 * 60, dtype=np.uint32).astype(np.uint8).reshape(48, 60)).save(samples / "grid.png")
+    (samples / "samples.json").write_text(json.dumps({"sha256": "ab" * 32}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown(folder):
+    """(path of the page, its records by id, the figure of its curves)."""
+    files = find_record_files([folder / "runs"])
+    loaded = load(files)
+    figures = [_curves(loaded.records), _bubbles()]
+    page = write_page(
+        [protocol_table("digits", loaded.records), *paper_tables(loaded.records)],
+        figures,
+        loaded.records,
+        styles=model_styles([*loaded.records, *paper.records()]),
+        published=paper.records(),
+        record_files=files,
+        problems=loaded.problems,
+        conflicts=loaded.conflicts,
+        files={
+            "figure-10.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='40' height='30'><rect width='40' height='30' fill='#cc0000'/></svg>"
+        },
+    )
+    path = folder / "report.html"
+    path.write_bytes(page)
+    return path, {record.id: record for record in loaded.records}, figures[0]
+
+
+def _curves(records) -> Figure:
+    lines = {}
+    for record in records:
+        if record.metric == "fd":
+            lines.setdefault((record.system, record.training.seed), []).append(record)
+    series = []
+    for (system, seed), members in sorted(lines.items()):
+        members.sort(key=lambda record: record.sampling.steps)
+        marks = [
+            Mark(
+                x=each.sampling.gflops_per_image, y=each.value, low=each.low, high=each.high, record_ids=(each.id,),
+                text=str(each.sampling.steps),
+            )
+            for each in members
+        ]  # fmt: skip
+        label = f"{system}, seed {seed}"
+        series.append(Series(label=label, model=system, kind="line", provenance="measured", marks=tuple(marks)))
+    x = Axis(title="Sampling compute", unit="Gflops per image", scale="log")
+    panel = Panel(heading="digits", x=x, y=Axis(title="FD-1K", better="lower"), series=tuple(series))
+    return Figure(name="figure-10", title="Sampling compute against sample quality", panels=(panel,), rows=())
+
+
+def _bubbles() -> Figure:
+    table = [record for record in paper.records() if record.source.table == "Table 4" and record.resolution == 256]
+    common = {"provenance": "published", "label": ""}
+    bubbles = [
+        Series(
+            model=each.backbone, kind="bubbles", **common,
+            marks=(Mark(x=each.gflops, y=each.value, size=each.params, text=each.backbone, record_ids=(each.id,)),),
+        )
+        for each in table
+    ]  # fmt: skip
+    along = [10 ** (index / 5) for index in range(12)]
+    fit = Series(
+        label="power law", model="", kind="fit", provenance="fit", marks=tuple(Mark(x=x, y=99 / x) for x in along)
+    )
+    edges = tuple(Mark(x=x, y=99 / x, low=70 / x, high=130 / x) for x in along)
+    band = Series(label="power law", model="", kind="band", provenance="fit", marks=edges)
+    bars = [
+        Series(
+            model=each.backbone, kind="bars", **common,
+            marks=(Mark(x=index, y=each.value, text=each.backbone, record_ids=(each.id, table[0].id)),),
+        )
+        for index, each in enumerate(table[:6])
+    ]  # fmt: skip
+    quality = Axis(title="FID-50K", better="lower", scale="log")
+    panels = (
+        Panel(heading="imagenet", x=Axis(title="Gflops", scale="log"), y=quality, series=(*bubbles, fit, band)),
+        Panel(heading="bars", x=Axis(title="Model", scale="names"), y=Axis(title="FID-50K"), series=tuple(bars)),
+    )
+    return Figure(name="figure-2", title="Quality and compute", panels=panels, rows=())
+
+
+@pytest.fixture(
+    params=[(width, dark) for width in WIDTHS for dark in (False, True)],
+    ids=lambda p: f"{p[0]}-{'dark' if p[1] else 'light'}",
+)
+def each_page(request, browser, shown):
+    width, dark = request.param
+    page = browser.page(shown[0], width=width, dark=dark)
+    yield page, width, dark
+    page.close()
+
+
+@pytest.fixture
+def page(browser, shown):
+    page = browser.page(shown[0])
+    yield page
+    page.close()
+
+
+def _rows(page, block: str, column: int | None = None) -> list:
+    cell = "row.textContent" if column is None else f"row.children[{column}].textContent"
+    return page.run(f"[...document.querySelectorAll('#{block} tbody tr')].map((row) => {cell})")
+
+
+def test_it_opens_without_complaint_request_or_overflow(each_page, shown):
+    page, width, dark = each_page
+    assert page.complaints == []
+    assert [url for url in page.requests if not url.startswith("data:")] == [shown[0].as_uri()]
+    assert page.run("document.documentElement.scrollWidth") == width
+    # What is wider than the page scrolls inside its own box.
+    outside = "[...document.querySelectorAll('main *')].filter((node) => node.getBoundingClientRect().right > innerWidth + 1 && !node.closest('.scroll')).map((node) => node.outerHTML.slice(0, 99))"
+    assert page.run(outside) == []
+    picture = page.screenshot()
+    ground = np.array([20, 23, 26] if dark else [255, 255, 255])
+    assert (picture == ground).all(-1).mean() > 0.5  # mostly the scheme's ground ...
+    ink = np.abs(picture.astype(int) - ground).max(-1) > 90
+    assert 0.01 < ink.mean() < 0.4  # ... and text all over it
+    assert (ink.reshape(3, -1).mean(1) > 0.003).all() and (ink[:, : width // 2].mean(1) > 0).mean() > 0.2
+
+
+def test_the_curves_have_the_colours_of_the_figures(each_page, shown):
+    page, width, dark = each_page
+    page.run("document.querySelector('#figure-10 .plot').scrollIntoView()")
+    page.settle()
+    left, top, right, bottom = page.run(
+        "(() => { const box = document.querySelector('#figure-10 .plot svg').getBoundingClientRect();"
+        " return [box.left, box.top, box.right, box.bottom]; })()"
+    )
+    assert right - left > 0.8 * min(width, 500) and bottom - top >= 300
+    picture = page.screenshot()[int(top) : int(bottom), int(left) : int(right)]
+    styles = model_styles([*shown[1].values(), *paper.records()])
+    for series in shown[2].panels[0].series:
+        colour = np.array([int(styles[series.model].colour[at : at + 2], 16) for at in (1, 3, 5)])
+        colour = np.floor((colour + 255) / 2 + 0.5) if dark else colour
+        assert (np.abs(picture - colour).max(-1) <= 2).sum() > 20, series.label
+    # the marks stand at four places or more across and down the panel
+    box = page.run(
+        "[...document.querySelectorAll('#figure-10 .mark path')].map((mark) => mark.getBoundingClientRect()).map((box) => [box.x, box.y])"
+    )
+    assert len(box) == 20 and np.ptp(np.array(box), axis=0).min() > 100
+
+
+def test_text_of_records_stays_text(page):
+    assert page.run("document.title") == "backbone-harness report"
+    assert page.run("document.querySelectorAll('img:not([src^=\"data:\"])').length") == 0
+    assert page.run("document.querySelectorAll('script').length") == 2
+    names = _rows(page, "table-digits", 0)
+    assert any(name.startswith(IMAGE_TAG) for name in names) and any(
+        name.startswith(SCRIPT_TAG.replace("\u2028", " ")[:20]) for name in names
+    )
+    assert IMAGE_TAG in page.run("document.querySelector('#figure-10 .keys').textContent")
+    texts = page.run("document.querySelector('#left-out').textContent")
+    assert "99.0" in texts and "98.0" in texts and "not a JSON object" in texts
+
+
+def test_the_top_says_what_there_is(page, shown):
+    text = page.run("document.querySelector('#summary').textContent")
+    measured = len(shown[1])
+    assert f"{measured} measured records, {len(paper.records())} published" in text
+    assert "2 lines skipped, 1 conflict" in text and "digits" in text and "imagenet-256" in text
+    targets = page.run("[...document.querySelectorAll('nav a')].map((link) => decodeURIComponent(link.hash.slice(1)))")
+    assert {"table-digits", "table-1", "figure-10", "samples", "records", "left-out"} <= set(targets)
+    assert all(page.run(f"document.getElementById({json.dumps(name)}) !== null") for name in targets)
+
+
+def test_filters(page):
+    everyone = _rows(page, "table-digits")
+    page.type("#table-digits input[type=search]", "UNET-small  50")
+    kept = _rows(page, "table-digits")
+    assert 0 < len(kept) < len(everyone) and all("unet-small" in row and "50" in row for row in kept)
+    assert (
+        page.run("document.querySelector('#table-digits output').textContent") == f"{len(kept)} of {len(everyone)} rows"
+    )
+    page.type("#table-digits input[type=search]", "nobody")
+    assert _rows(page, "table-digits") == ["no row matches"]
+    page.run("document.querySelector('#records input[data-kind=published]').click()")
+    assert page.run("document.querySelectorAll('#records tr.published').length") == 0 < len(_rows(page, "records"))
+    page.run("document.querySelector('#records input[data-kind=measured]').click()")
+    assert _rows(page, "records") == ["no row matches"]
+
+
+def test_footnotes_stay_with_their_rows(page):
+    notes = "document.querySelector('#table-2 .notes').textContent"
+    assert "guidance 1.25" in page.run(notes)
+    page.type("#table-2 input[type=search]", "bigGAN")
+    assert (
+        len(_rows(page, "table-2")) == 1
+        and "guidance 1.25" not in page.run(notes)
+        and "as published" in page.run(notes)
+    )
+
+
+def test_sorting_knows_numbers_and_their_direction(page):
+    titles = page.run("[...document.querySelectorAll('#table-digits thead th')].map((head) => head.textContent)")
+    column = next(index for index, title in enumerate(titles) if title.startswith("FD-1K"))
+    head = f"document.querySelectorAll('#table-digits thead th')[{column}]"
+
+    def state():
+        values = [float(text.split()[0]) for text in _rows(page, "table-digits", column) if text != "-"]
+        return page.run(f"{head}.getAttribute('aria-sort')"), values
+
+    order = state()[1]
+    assert state()[0] == "none" and order != sorted(order)
+    page.run(f"{head}.querySelector('button').focus()")
+    page.press("Enter")
+    assert state() == ("ascending", sorted(order))
+    page.press("Enter")
+    assert state() == ("descending", sorted(order, reverse=True))
+    page.press("Enter")
+    assert state() == ("none", order)
+    recall = next(index for index, title in enumerate(titles) if title.startswith("Precision"))
+    page.run(f"document.querySelectorAll('#table-digits thead th')[{recall}].querySelector('button').click()")
+    cells = _rows(page, "table-digits", recall)
+    known = [float(text.split()[0]) for text in cells if text != "-"]
+    assert known == sorted(known, reverse=True)  # higher is better
+    assert cells[-2:] == ["-", "-"]  # what is not known stands last
+
+
+def _mark(page, index: int) -> tuple[float, float]:
+    return tuple(
+        page.run(
+            "(() => { document.querySelector('#figure-10 .plot').scrollIntoView({block: 'center'}); const box ="
+            f" document.querySelectorAll('#figure-10 .mark path')[{index}].getBoundingClientRect();"
+            " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        )
+    )
+
+
+def test_the_pointer_finds_the_record_and_a_click_pins_it(page, shown):
+    _, records, figure = shown
+    marks = [mark for series in figure.panels[0].series for mark in series.marks]
+    index = next(i for i, mark in enumerate(marks) if records[mark.record_ids[0]].system == "unet-small")
+    record = records[marks[index].record_ids[0]]
+    page.hover(*_mark(page, index))
+    tip = page.run("document.querySelector('#figure-10 .tip').innerText")
+    for text in (
+        "unet-small",
+        "FD-1K",
+        f"{record.value:.1f}",
+        "[",
+        "ddpm, 10 sampling steps",
+        "800 training steps",
+        "N = 1,000",
+    ):
+        assert text in tip
+    assert record.id[:12] in tip and "measured" in tip
+    page.hover(5, 5)
+    assert page.run("document.querySelector('#figure-10 .tip').hidden")
+    page.click(*_mark(page, index))
+    assert page.run("document.querySelectorAll('.pin').length") == 1
+    panel = page.run("document.querySelector('#panel').innerText")
+    assert record.id in panel and record.identity_sha256 in panel and "cpu" in panel and "bfloat16" in panel
+    assert page.run("location.hash") == f"#record-{record.id[:16]}"
+    page.press("Escape")
+    assert (
+        page.run("document.querySelector('#panel').hidden")
+        and page.run("document.querySelectorAll('.pin').length") == 0
+    )
+
+
+def test_the_keyboard_walks_along_the_marks(page, shown):
+    page.run("document.querySelector('#figure-10 .mark[tabindex=\"0\"]').focus()")
+    first = page.run("document.querySelector('#figure-10 .tip').innerText")
+    page.press("ArrowRight")
+    second = page.run("document.querySelector('#figure-10 .tip').innerText")
+    assert first and second and first != second
+    page.press("Enter")
+    assert not page.run("document.querySelector('#panel').hidden")
+    shown_id = page.run("document.querySelector('#panel dd').textContent")
+    assert shown_id[:12] in second or shown[1][shown_id].system in second
+
+
+def test_a_mark_of_several_records_offers_them(page):
+    page.run(
+        "document.querySelector('#figure-2 .panels > :nth-child(2) .mark').dispatchEvent(new MouseEvent('mousemove'))"
+    )
+    box = page.run(
+        "(() => { const mark = document.querySelectorAll('#figure-2 .panels > :nth-child(2) .mark rect')[1];"
+        " mark.scrollIntoView({block: 'center'}); const box = mark.getBoundingClientRect();"
+        " return [box.x + box.width / 2, box.y]; })()"
+    )
+    page.click(*box)
+    assert "2 records behind this point" in page.run("document.querySelector('#panel').innerText")
+    page.run("document.querySelector('#panel .choice button').click()")
+    assert "Printed in arXiv:2212.09748" in page.run("document.querySelector('#panel').innerText")
+
+
+def test_series_are_switched_off_by_their_labels(page):
+    count = "document.querySelectorAll('#figure-10 .mark').length"
+    before = page.run(count)
+    page.run("document.querySelectorAll('#figure-10 .keys button')[2].click()")
+    assert page.run(count) == before - 3
+    assert page.run("document.querySelectorAll('#figure-10 .keys button')[2].getAttribute('aria-pressed')") == "false"
+    page.run("document.querySelectorAll('#figure-10 .keys button')[2].click()")
+    assert page.run(count) == before
+
+
+def test_a_number_leads_to_its_record_and_an_address_to_a_record(page, browser, shown):
+    page.run("document.querySelector('#table-2 tbody button.value').click()")
+    panel = page.run("document.querySelector('#panel').innerText")
+    assert "Table 2" in panel and "BigGAN-deep" in panel and "harness sample --system biggan-deep-256" in panel
+    record = next(record for record in shown[1].values() if record.system == IMAGE_TAG)
+    again = browser.page(f"{shown[0].as_uri()}#record-{record.id[:16]}")
+    assert again.run("document.querySelector('#panel h2').textContent") == IMAGE_TAG
+    assert again.complaints == []
+    again.close()
+
+
+def test_grids_stand_with_their_records(page):
+    assert page.run("document.querySelectorAll('#samples img').length") == 1
+    page.run("document.querySelector('#samples img').scrollIntoView()")
+    page.settle()
+    assert page.run("document.querySelector('#samples img').naturalWidth") == 60
+    assert "dit-xs-2" in page.run("document.querySelector('#samples figcaption').textContent")
+    page.run("document.querySelector('#samples button').click()")
+    assert "ab" * 32 in page.run("document.querySelector('#panel').innerText")
+
+
+def test_without_scripts_there_are_the_static_figures(browser, shown):
+    page = browser.page(shown[0], scripts=False)
+    picture = page.screenshot()
+    assert (np.abs(picture.astype(int) - [204, 0, 0]).max(-1) < 8).sum() >= 1000
+    assert page.complaints == []
+    page.close()
+
+
+def test_rows_and_records_beyond_the_caps_are_counted(browser, folder, shown, monkeypatch):
+    monkeypatch.setattr("reports.page.payload.MOST_ROWS", 5)
+    monkeypatch.setattr("reports.page.writer.MOST_RECORDS", 12)
+    monkeypatch.setattr("reports.page.beside.MOST_GRIDS", 0)
+    records = list(shown[1].values())
+    table = protocol_table("digits", records)
+    content = write_page(
+        [table], [], records, styles={}, published=(), record_files=find_record_files([folder / "runs"]), problems=(), conflicts=(), files={}
+    )  # fmt: skip
+    path = folder / "small.html"
+    path.write_bytes(content)
+    page = browser.page(path)
+    assert len(_rows(page, "table-digits")) == 5 and len(_rows(page, "records")) == 12
+    left = len(table.sections[0].lines) - 5
+    text = page.run("document.querySelector('main').innerText")
+    assert f"{left} rows are left out here; table-digits.csv has all of them" in text
+    assert f"{len(records) - 12} records" in text and "1 of 1 grids have no room here" in text
+    page.close()
