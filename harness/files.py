@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import IO, Any
 from harness.errors import Failure, Refusal
 
 PARTIAL = ".partial"  # ending of a name that is not final yet
+LOCK_ATTEMPTS, LOCK_SECONDS = 5, 0.25  # until a lock is believed to be another's
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -67,6 +69,33 @@ def claimed(path: Path) -> Iterator[Path]:
     finally:
         if partial.exists() and partial.stat().st_size == 0:
             partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Take the lock of an open file, until the last copy of its descriptor is closed; False where another has it."""
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:  # perhaps only somebody who looks
+            if attempt + 1 < LOCK_ATTEMPTS:
+                time.sleep(LOCK_SECONDS / LOCK_ATTEMPTS)
+    return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of the file at `path`. Takes it for an instant, which `lock` allows for."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
         os.close(descriptor)
 
 

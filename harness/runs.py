@@ -13,7 +13,6 @@ A folder can be killed at any instant and continued by the same command.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,10 +207,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(f"another process is at work in {folder}; wait for it or stop it") from None
+        if not files.lock(descriptor):
+            raise Refusal(f"another process is at work in {folder}; wait for it or stop it")
         yield
     finally:
         os.close(descriptor)

@@ -23,6 +23,7 @@ from results.store import append, load
 CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
 
 if TYPE_CHECKING:
+    from evaluators.suites import Suite
     from harness.engines.memory import Measured
 
 Say = Callable[[str], None]
@@ -194,29 +195,33 @@ def judge(
     from evaluators.reference import images_sha256
 
     by = by or evaluation.Judge.of(protocol)
-    suite = by.suite
     about = evaluation.describe(path, evaluation.samples_sha256(path), name)
+    brought = (
+        by.weights is not None or by.statistics is not None or by.picture is not None
+    )  # then it is known only when it is read, or has more to do
+    if not brought and (found := measured(records, about, protocol, by.suite, images_sha256(data.images))):
+        return found
+    made = evaluation.evaluate(path, protocol, data, cache=cache, judge=by, name=name)
+    append(records, made)
+    return made
+
+
+def measured(
+    records: Path, about: dict[str, Any], protocol: Protocol, suite: Suite, reference_sha256: str | None
+) -> list[Record] | None:
+    """The records of the samples that `about` describes (`evaluation.describe`), or None while a metric is missing.
+
+    reference_sha256: of the images that they are to be judged by; None where that is known to be the run's data set.
+    """
     task = (protocol.name, str(protocol.version), protocol.dataset)
-    judge = (suite.name, str(suite.version), suite.features.name, images_sha256(data.images))
+    judge = (suite.name, str(suite.version), suite.features.name)
     found = [
         each
         for each in (load([records]).records if records.exists() else ())
         if (each.protocol, each.protocol_version, each.dataset) == task
         and all(getattr(each, field) == value for field, value in about.items())
-        and each.evaluation is not None
-        and judge
-        == (
-            each.evaluation.suite,
-            each.evaluation.suite_version,
-            each.evaluation.features,
-            each.evaluation.reference_sha256,
-        )
+        and (by := each.evaluation) is not None
+        and (by.suite, by.suite_version, by.features) == judge
+        and reference_sha256 in (None, by.reference_sha256)
     ]
-    brought = (
-        by.weights is not None or by.statistics is not None or by.picture is not None
-    )  # then it is known only when it is read, or has more to do
-    if not brought and {each.metric for each in found} >= {metric.key for metric in suite.metrics}:
-        return found
-    measured = evaluation.evaluate(path, protocol, data, cache=cache, judge=by, name=name)
-    append(records, measured)
-    return measured
+    return found if {each.metric for each in found} >= {metric.key for metric in suite.metrics} else None

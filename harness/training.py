@@ -235,15 +235,20 @@ def _log(path: Path, done: int, team: Team) -> Iterator[IO[str]]:
 
 @contextmanager
 def _interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a question the loop asks; a second Ctrl-C stops at once."""
+    """Turn Ctrl-C and SIGTERM into a question the loop asks; a second Ctrl-C stops at once.
+
+    A second SIGTERM does not: who stops a job of several processes sends it to each, and some pass it on.
+    """
     asked = False
 
     def handle(number: int, frame: object) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if asked:
+            return
         asked = True
-        print("stopping: writing a checkpoint (once more to stop at once)", file=sys.stderr, flush=True)  # noqa: T201
+        print("stopping: writing a checkpoint (Ctrl-C once more to stop at once)", file=sys.stderr, flush=True)  # noqa: T201
 
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield lambda: False

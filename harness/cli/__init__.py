@@ -11,6 +11,7 @@ COMMANDS = {
     # name: (module in this folder, what `harness --help` says)
     "run": ("run", "Train, sample, evaluate and report: the main job."),
     "plan": ("plan", "Say what a run would cost, and do nothing."),
+    "study": ("study", "Many runs of one protocol, from a file: launch, continue, look, report."),
     "train": ("train", "The first stage of run: train a backbone."),
     "sample": ("sample", "The second stage of run: draw samples from a run, or from a system and its weights."),
     "evaluate": ("evaluate", "The third stage of run: measure a sample set."),

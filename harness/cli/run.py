@@ -24,7 +24,8 @@ from harness.stages import Workshop
 @click.option("--evaluate-at", type=Counts(), metavar="N,N,...", help="Also sample and evaluate after so many steps.")
 @click.option("--fork", type=click.Path(path_type=Path), metavar="RUN", help="Begin from that run's newest checkpoint.")
 @click.option("--sampling-batch", type=click.IntRange(1), help="Images a forward pass while sampling.")
-def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, **options: Any) -> None:
+@click.option("--report/--no-report", "reports", default=True, help="Write the report at the end. [default: yes]")
+def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, reports: bool, **options: Any) -> None:
     """Train a backbone, sample it, evaluate the samples and write the report.
 
     Killed at any instant, the same command continues; with more --steps it goes on from where it was. Example:
@@ -56,7 +57,7 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, **o
             while drawn and team.leads:
                 cache = run.folder.parent / stages.CACHE
                 stages.judge(drawn.pop(0), request.protocol, workshop.data, run.records, cache=cache)
-    if team.leads:
+    if team.leads and reports:
         finish(run, request)
 
 

@@ -82,6 +82,7 @@ def test_list_json_is_one_document():
         (["data", "reference", "nowhere", "--out", "r.npz", "--suite", "embedded"], "nowhere: no such file or folder"),
         (["compare", "nowhere", "nowhere"], "nowhere"),
         (["report", "--results", "nowhere"], "nowhere"),
+        (["study", "nowhere.toml"], "study file nowhere.toml: No such file"),
     ],
 )
 def test_refusals_are_one_line_and_exit_with_2(words, message, tmp_path):

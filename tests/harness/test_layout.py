@@ -80,7 +80,15 @@ def test_specs_need_only_the_standard_library():
     "module",
     ["harness", "harness.registry", "harness.spec", "harness.protocols", "harness.compute", "harness.planning"]
     + ["harness.diffusion.samplers", "harness.data", "evaluators.suites", "evaluators.features", "results.records"]
-    + ["results.store", "reports", "reports.report", "backbones.dit.spec", "harness.cli", "harness.matching"]
+    + [
+        "results.store",
+        "reports",
+        "reports.report",
+        "backbones.dit.spec",
+        "harness.cli",
+        "harness.matching",
+        "harness.studies",
+    ]
     + ["harness.systems", "harness.systems.paper", "harness.decoding", "harness.weights", "harness.weights.containers"]
     + [
         f"backbones.{family}.{part}"

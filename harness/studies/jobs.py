@@ -1,0 +1,86 @@
+"""The commands of a run as processes: what they say goes to a log, and why the last one failed is kept.
+
+The log is locked through the process's own descriptor, so a process that outlives its launcher is still seen at work.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from harness import files
+from harness.studies.expand import command_text
+
+INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)  # exit codes of who was told to stop
+PROMPT = "$ "  # before a command in a log
+TAIL_BYTES = 1 << 16
+LONGEST_REASON = 400
+
+
+def start(words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen | None:
+    """Start `harness WORDS` in a session of its own, with its output at the end of `log`; None: one is at work there."""
+    with files.explained(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab", buffering=0) as file:
+            if not files.lock(file.fileno()):
+                return None
+            file.write(f"{PROMPT}{command_text(tuple(words))}\n".encode())
+            return subprocess.Popen(  # a session of its own: Ctrl-C reaches the launcher, which passes it on once
+                [sys.executable, "-m", "harness", *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                start_new_session=True, env={**os.environ, **(environment or {})},
+            )  # fmt: skip
+
+
+def failed(failure: Path, words: Sequence[str], log: Path, code: int) -> str:
+    """Keep why the command failed; returns the reason, one line."""
+    reason = reason_of(log, code)
+    data = {
+        "reason": reason,
+        "exit_code": code,
+        "command": command_text(tuple(words)),
+        "log": str(log),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    files.write_json(failure, data)
+    return reason
+
+
+def reason_of(log: Path, code: int) -> str:
+    """The last thing that the last command in the log has said, or the signal that ended it."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = "unknown"
+        memory = "; perhaps memory ran out" if -code == signal.SIGKILL else ""
+        return f"killed by signal {-code} ({name}){memory}"
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError as error:
+        return f"exit code {code}; its log cannot be read: {error.strerror or error}"
+    lines = [line.strip() for line in re.split(rf"^{re.escape(PROMPT)}.*$", text, flags=re.M)[-1].splitlines()]
+    said = [line for line in lines if line]
+    own = [line for line in said if line.startswith("harness: ")]
+    line = (own or said or [f"exit code {code}"])[-1].removeprefix("harness: ")
+    line = "".join(each if each.isprintable() else " " for each in line)
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 3]}..."
+
+
+def stop(process: subprocess.Popen, seconds: float) -> int:
+    """Tell the process to stop and wait until it has, at most so long; then it is killed. Returns its exit code."""
+    process.terminate()
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    if process.poll() is None:
+        process.kill()
+    return process.wait()

@@ -1,0 +1,194 @@
+"""The launcher of this machine: so many processes at a time, until nothing is left to do.
+
+It may die at any instant and be started again: what is done is found in the runs, and what its children still do is seen
+by their locks and waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from harness import files, runs
+from harness.errors import Refusal
+from harness.progress import duration
+from harness.studies import jobs
+from harness.studies.expand import Expansion, StudyRun
+from harness.studies.state import Overview, Progress, at_work, failure_path, log_path, look
+
+POLL_SECONDS = 0.2
+DRAW_SECONDS = 2.0  # between two looks at the runs at work
+
+
+@dataclass(kw_only=True)
+class _Active:
+    """A run at work. process None: somebody else's, which is waited for."""
+
+    run: StudyRun
+    slot: int
+    process: subprocess.Popen | None
+    commands: list[tuple[str, ...]] = field(default_factory=list)  # the present one first
+    began: float = field(default_factory=time.monotonic)
+
+
+class Launcher:
+    """Launches what is left of a study. `say` takes what happens, a line each; `draw` the state, every other second."""
+
+    def __init__(
+        self,
+        study: Expansion,
+        *,
+        processes: int,
+        retry_failed: bool,
+        say: Callable[[str], object],
+        draw: Callable[[Overview], object],
+    ):
+        self.study, self.processes, self.retry_failed = study, processes, retry_failed
+        self.say, self.draw = say, draw
+        self.stopping = 0  # how often it was asked to
+        self._rows: dict[str, Progress] = {}
+        self._active: dict[str, _Active] = {}
+        self._waited: set[str] = set()  # runs whose other process has been waited for
+        self._devices = accelerators() if processes > 1 else []
+
+    def launch(self) -> Overview:
+        """Until nothing is left that can be done now, or it is told to stop. Returns the state then."""
+        try:
+            with runs.locked(self.study.folder), self._signals():
+                self._rows = {run.name: look(self.study, run) for run in self.study.runs}
+                queue = [run for run in self.study.runs if self._wanted(run)]
+                self._loop(queue)
+        except Refusal as refusal:
+            if "another process is at work" not in str(refusal):
+                raise
+            raise Refusal(
+                f"another `harness study` is at work on {self.study.study.name!r}; `--status` shows how far it is"
+            ) from None
+        return self._overview()
+
+    def _overview(self) -> Overview:
+        return Overview(study=self.study, rows=tuple(self._rows.values()))
+
+    def _wanted(self, run: StudyRun) -> bool:
+        state = self._rows[run.name].state
+        return state in ("to do", "interrupted", "running") or (state == "failed" and self.retry_failed)
+
+    def _loop(self, queue: list[StudyRun]) -> None:
+        # Those at work elsewhere come first: they hold a slot until they are through.
+        queue.sort(key=lambda run: self._rows[run.name].state != "running")
+        told, drawn = 0, 0.0
+        while self._active or (queue and not self.stopping):
+            while queue and not self.stopping and len(self._active) < self.processes:
+                self._begin(queue.pop(0))
+            for active in list(self._active.values()):
+                if self._ended(active):
+                    queue += self._after(active)
+            if self.stopping > told:
+                told = self.stopping
+                self._stop(kill=told > 1)
+            if time.monotonic() - drawn > DRAW_SECONDS:
+                drawn = time.monotonic()
+                for name, active in self._active.items():
+                    self._rows[name] = look(self.study, active.run)
+                self.draw(self._overview())
+            time.sleep(POLL_SECONDS)
+
+    def _begin(self, run: StudyRun) -> None:
+        """Start the run's first command, or wait for who is at work on it."""
+        slot = min(set(range(self.processes)) - {each.slot for each in self._active.values()})
+        active = _Active(run=run, slot=slot, process=None)
+        self._active[run.name] = active
+        if at_work(self.study, run):
+            self.say(f"waiting {run.name}: another process is at work on it")
+            return
+        self._rows[run.name] = row = look(self.study, run)
+        active.commands = list(row.pending)
+        if row.state == "done" or not active.commands:
+            del self._active[run.name]
+            return
+        with files.explained(self.study.folder):
+            failure_path(self.study, run).unlink(missing_ok=True)
+        self._start(active)
+        self.say(f"started {run.name}  (log {log_path(self.study, run)})")
+
+    def _start(self, active: _Active) -> None:
+        active.process = jobs.start(
+            active.commands[0], log_path(self.study, active.run), self._environment(active.slot)
+        )
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        """Beside others a process has its share of the processors, and an accelerator of its own where there are several."""
+        share: dict[str, str] = {}
+        if self.processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+            share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
+        if len(self._devices) > 1:
+            share["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
+        return share
+
+    def _ended(self, active: _Active) -> bool:
+        if active.process is None:
+            return self.stopping > 0 or not at_work(self.study, active.run)
+        return active.process.poll() is not None
+
+    def _after(self, active: _Active) -> list[StudyRun]:
+        """What follows a process that has ended; returns the run if it is to be begun again."""
+        run, process = active.run, active.process
+        if process is not None and process.returncode == 0 and active.commands[1:] and not self.stopping:
+            active.commands.pop(0)
+            self._start(active)
+            return []
+        del self._active[run.name]
+        busy = process is None or (process.returncode == 2 and files.is_locked(run.folder / "lock"))
+        if not busy and process.returncode not in (0, *jobs.INTERRUPTED):
+            log = log_path(self.study, run)
+            jobs.failed(failure_path(self.study, run), active.commands[0], log, process.returncode)
+        self._rows[run.name] = row = look(self.study, run)
+        if busy and not self.stopping and row.state != "done" and run.name not in self._waited:
+            self._waited.add(run.name)  # once: its reason to stop, if it has one, will show itself
+            return [run]
+        what = {
+            "done": f"done    {run.name} in {duration(time.monotonic() - active.began)}",
+            "failed": f"failed  {run.name}: {row.reason}  (log {row.log})",
+        }
+        self.say(what.get(row.state, f"stopped {run.name} at step {row.steps_done} of {run.steps}"))
+        return []
+
+    def _stop(self, kill: bool) -> None:
+        """Pass the signal on to the children, which write a checkpoint; the second time they are killed."""
+        mine = [each.process for each in self._active.values() if each.process is not None]
+        if mine:
+            self.say(f"stopping: {len(mine)} at work " + ("killed" if kill else "write their checkpoints"))
+        for process in mine:
+            if process.poll() is None:
+                process.kill() if kill else process.terminate()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def handle(number: int, frame: object) -> None:
+            self.stopping += number == signal.SIGINT or not self.stopping  # SIGTERM again changes nothing
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def accelerators() -> list[str]:
+    """Names of the NVIDIA devices that may be used, as CUDA_VISIBLE_DEVICES has them. Asks no framework."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [each for each in named.split(",") if each]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(number) for number, line in enumerate(done.stdout.splitlines()) if line.startswith("GPU ")]

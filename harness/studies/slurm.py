@@ -1,0 +1,193 @@
+"""The launcher of a SLURM cluster: a job for each run, by submitit, which puts it back into the queue when its time is up.
+
+What submitit carries to the node (its own pickle, in the study's folder) are words; nothing that comes back is unpickled:
+how far a run is stands in its folder. `SIGUSR2`, which SLURM sends before it ends a job, becomes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import files, runs
+from harness.errors import Failure, Refusal, shown
+from harness.registry import unknown
+from harness.studies import jobs
+from harness.studies.expand import Expansion, StudyRun
+from harness.studies.state import Overview, Progress, failure_path, log_path, overview
+
+SIGNAL_SECONDS = 120  # before the end of a job: what a checkpoint may take
+SPARE_SECONDS = 20  # of those, for submitit to put the job back
+TIMEOUTS = 1_000_000  # how often a job may be put back: a run of two weeks in jobs of four hours is 84
+
+
+class Command:
+    """The commands of one run, one after the other: called on the node, by submitit."""
+
+    def __init__(self, *, commands: list[list[str]], log: str, failure: str, seconds: float):
+        self.commands, self.log, self.failure, self.seconds = commands, log, failure, seconds
+        self._process: subprocess.Popen | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None}
+
+    def __call__(self) -> int:
+        """The exit code of the last command: the first that did not end well."""
+        code = 0
+        for words in self.commands:
+            self._process = jobs.start(words, Path(self.log))
+            if self._process is None:
+                return 2  # another job of this run is at work
+            code = self._process.wait()
+            if code:
+                break
+        if code not in (0, *jobs.INTERRUPTED):
+            jobs.failed(Path(self.failure), words, Path(self.log), code)
+        return code
+
+    def checkpoint(self) -> Any:
+        """Have the run write its checkpoint, and go on in a later job with the same words."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None and self._process.poll() is None:
+            jobs.stop(self._process, self.seconds)
+        return DelayedSubmission(self)
+
+
+def parse_setting(text: str) -> Any:
+    """A value of `--slurm KEY=VALUE`: a whole number, true, false, or text."""
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def minutes(value: Any) -> int:
+    """A time limit as sbatch takes it (minutes, H:M:S, D-H, D-H:M:S and so on) in whole minutes, rounded up."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(value))
+    if match is None:
+        raise Refusal(
+            f"[slurm]: time = {shown(value)} is no time limit: write minutes, or text such as '12:00:00', '2-00'"
+        )
+    days, first, second, third = (None if each is None else int(each) for each in match.groups())
+    if days is not None:  # days-hours[:minutes[:seconds]]
+        seconds = ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
+    elif third is not None:
+        seconds = (first * 60 + second) * 60 + third
+    else:  # minutes[:seconds]
+        seconds = first * 60 + (second or 0)
+    if seconds < 60:
+        raise Refusal(f"[slurm]: time = {shown(value)} is less than a minute")
+    return -(-seconds // 60)
+
+
+def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
+    """submitit's executor with the settings of the study's [slurm] and `settings` laid over them; what it does not know
+    is refused by name."""
+    try:
+        from submitit import SlurmExecutor
+    except ModuleNotFoundError as error:
+        raise Refusal("--launcher slurm needs submitit: pip install 'backbone-harness[slurm]'") from error
+
+    class Executor(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 2  # its scripts can be written where SLURM is not
+
+    merged = {"signal_delay_s": SIGNAL_SECONDS, "comment": f"harness study {study.study.name}"}
+    merged |= {**study.study.slurm, **settings}
+    known = SlurmExecutor._valid_parameters() - {"job_name"}
+    for name in merged:
+        if name not in known:
+            raise Refusal(f"{study.study.file}: [slurm]: {unknown('setting', name, sorted(known))}")
+    if "time" not in merged:
+        raise Refusal(
+            f"{study.study.file}: [slurm] has no time, the limit of a job; a run that takes longer is put back"
+        )
+    merged["time"] = minutes(merged["time"])
+    if type(merged["signal_delay_s"]) is not int or merged["signal_delay_s"] <= SPARE_SECONDS:
+        raise Refusal(f"[slurm]: signal_delay_s must be more than {SPARE_SECONDS} seconds, for a checkpoint takes time")
+    more = {"requeue": True, **merged.pop("additional_parameters", {})}
+    if isinstance(merged.get("mem"), str):  # submitit takes a number of GB, sbatch any unit
+        more["mem"] = merged.pop("mem")
+    merged["additional_parameters"] = more
+    made = Executor(study.folder / "slurm" / "%j", max_num_timeout=TIMEOUTS)
+    made.update_parameters(**merged)
+    return made
+
+
+def command_of(study: Expansion, row: Progress, seconds: float) -> Command:
+    """What a job of the run does."""
+    return Command(
+        commands=[list(words) for words in row.pending],
+        log=str(log_path(study, row.run)),
+        failure=str(failure_path(study, row.run)),
+        seconds=seconds,
+    )
+
+
+def job_name(study: Expansion, run: StudyRun) -> str:
+    """Under which the queue knows the run's job."""
+    return f"harness-{study.study.name}-{run.name}"
+
+
+def queue(study: Expansion) -> dict[str, str]:
+    """What the queue holds of the study: by run, "running" or "queued". Nothing where there is no SLURM."""
+    if shutil.which("squeue") is None or not (study.folder / "slurm").exists():
+        return {}
+    words = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%T %j"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise Failure(f"squeue does not answer ({said[-1] if said else error}); try again later") from error
+    jobs_by_name = dict(reversed(line.split(None, 1)) for line in done.stdout.splitlines() if " " in line.strip())
+    names = {job_name(study, run): run.name for run in study.runs}
+    return {
+        names[name.strip()]: "queued" if state in ("PENDING", "CONFIGURING", "REQUEUED") else "running"
+        for name, state in jobs_by_name.items()
+        if name.strip() in names
+    }
+
+
+def submit(
+    study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool, say: Callable[[str], object]
+) -> Overview:
+    """Submit a job for each run that has something left to do and is neither at work nor in the queue."""
+    made = executor(study, settings)
+    found = overview(study, queue(study))
+    states = ("to do", "interrupted", *(["failed"] if retry_failed else []))
+    wanted = [row for row in found.rows if row.state in states and row.pending]
+    if shutil.which("sbatch") is None:
+        return _write_scripts(study, made, wanted)
+    with runs.locked(study.folder):
+        for row in wanted:
+            with files.explained(study.folder):
+                failure_path(study, row.run).unlink(missing_ok=True)
+                log_path(study, row.run).parent.mkdir(parents=True, exist_ok=True)
+            made.update_parameters(job_name=job_name(study, row.run))
+            seconds = made.parameters["signal_delay_s"] - SPARE_SECONDS
+            try:
+                job = made.submit(command_of(study, row, seconds))
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                said = str(error).strip().splitlines() or [type(error).__name__]
+                raise Failure(f"sbatch has refused the job of {row.run.name}: {said[-1]}") from error
+            say(f"submitted {row.run.name} as job {job.job_id}  (log {log_path(study, row.run)})")
+    return overview(study, queue(study))
+
+
+def _write_scripts(study: Expansion, made: Any, wanted: list[Progress]) -> Overview:
+    """Where there is no SLURM: the scripts that would be submitted, to be read."""
+    folder = study.folder / "slurm"
+    for row in wanted:
+        made.update_parameters(job_name=job_name(study, row.run))
+        text = made._make_submission_file_text(made._submitit_command_str, "")
+        files.write_bytes(folder / f"{row.run.name}.sh", text.encode())
+    raise Refusal(
+        f"sbatch is not on this machine; the {len(wanted)} scripts that it would get are in {folder}, to be read: give "
+        "the same command where it is"
+    )

@@ -1,0 +1,241 @@
+"""How far the runs of a study are: found in the runs' own folders, so that no file can say otherwise.
+
+A study's folder adds two things that a run does not tell: `logs/RUN.log`, what its commands have said, whose lock is held
+while one is at work, and `failures/RUN.json`, why the last one failed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import evaluation, files, runs, sampling, stages
+from harness.errors import Refusal
+from harness.planning import Request
+from harness.runs import Run
+from harness.samples import read_sidecar, sidecar_path
+from harness.studies.expand import Expansion, StudyRun
+
+STATES = ("done", "running", "queued", "failed", "interrupted", "to do")
+TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One run of a study as it stands."""
+
+    run: StudyRun
+    state: str  # one of STATES
+    steps_done: int  # of run.steps
+    sets_done: int  # sample sets drawn and measured
+    sets: int
+    gflops_left: float
+    seconds_step: float | None  # of training, measured in this run; None: it has not been
+    reason: str | None = None  # of the last failure
+    pending: tuple[tuple[str, ...], ...] = ()  # commands that have something left to do
+    log: Path | None = None
+
+    @property
+    def evaluations_left(self) -> float:
+        """What is left, in training steps: a forward pass is a third of what an image costs in training."""
+        return self.gflops_left / self.run.gflops_step
+
+
+def log_path(study: Expansion, run: StudyRun) -> Path:
+    """What the run's commands have said; locked while one is at work."""
+    return study.folder / "logs" / f"{run.name}.log"
+
+
+def failure_path(study: Expansion, run: StudyRun) -> Path:
+    """Why the last command failed; not there if it did not."""
+    return study.folder / "failures" / f"{run.name}.json"
+
+
+def at_work(study: Expansion, run: StudyRun) -> bool:
+    """Whether a process works on the run, whoever has started it."""
+    return files.is_locked(log_path(study, run)) or files.is_locked(run.folder / "lock")
+
+
+def look(study: Expansion, run: StudyRun, in_queue: str | None = None) -> Progress:
+    """Find out how far the run is. `in_queue`: "running" or "queued" where a cluster has a job of it."""
+    log = log_path(study, run)
+    reason, made = None, None
+    working = at_work(study, run)  # before anything else is read: what ends meanwhile is seen as running
+    try:
+        made = runs.open_run(run.folder) if (run.folder / "run.json").exists() else None
+        if made is not None and made.identity != run.spec.identity:
+            reason = (
+                f"{run.folder} holds another run ({runs.difference(made.identity, run.spec.identity)}); move it away"
+            )
+            made = None
+    except Refusal as refusal:
+        reason = str(refusal)
+    left = list(_left(made, run, study))
+    steps_done = _steps_done(made, run.steps)
+    sets = len(run.marks) * sum(len(request.sampling.steps) for request in run.requests)
+    failure = _failure(failure_path(study, run))
+    if not left:
+        state, failure = "done", None
+    elif working or in_queue == "running":  # locks need not be seen from another machine
+        state, failure = "running", None
+    elif in_queue is not None:
+        state, failure = in_queue, None
+    elif reason or failure:
+        state = "failed"
+    else:
+        state = "interrupted" if log.exists() else "to do"
+    gflops = (run.steps - steps_done) * run.gflops_step
+    gflops += sum(request.gflops_image(steps) * request.samples for request, steps in left)
+    pending = [words for request, words in zip(run.requests, run.commands, strict=True) if request in _requests(left)]
+    return Progress(
+        run=run, state=state, steps_done=steps_done, sets_done=sets - len(left), sets=sets,
+        gflops_left=gflops if left else 0.0, seconds_step=_seconds_step(made), pending=tuple(pending),
+        reason=reason or failure, log=log if log.exists() else None,
+    )  # fmt: skip
+
+
+def _requests(left: list[tuple[Request, int]]) -> list[Request]:
+    return [request for request, _ in left]
+
+
+def _left(made: Run | None, run: StudyRun, study: Expansion) -> Iterator[tuple[Request, int]]:
+    """The sample sets that are not drawn or not measured: request and sampler steps."""
+    for request in run.requests:
+        for mark in run.marks:
+            for steps in request.sampling.steps:
+                if made is None or not _complete(made, request, mark, steps):
+                    yield request, steps
+
+
+def _complete(made: Run, request: Request, mark: int, steps: int) -> bool:
+    """Whether the sample set of `mark` with so many steps is there and measured. Hashes are believed as they are written."""
+    from evaluators.suites import get_suite
+
+    try:
+        weights = files.read_json(made.snapshot(mark) / "state.json", "snapshot")["files"]["ema.safetensors"]["sha256"]
+        batch = sampling.default_batch(request.gflops_image(steps), made.resolved.device)
+        wanted = sampling.SampleRequest(
+            step=mark, sampling=request.sampling, steps=steps, count=request.samples, precision="float32", batch=batch,
+            checkpoint_sha256=weights,
+        )  # fmt: skip
+        path = made.folder / "samples" / wanted.name(made) / "samples.npz"
+        if not (path.exists() and sidecar_path(path).exists()):
+            return False
+        sidecar = read_sidecar(path)
+        if sidecar["identity"] != wanted.identity(made):
+            return False
+        about = evaluation.describe(path, sidecar["sha256"], None)
+        task = request.protocol
+        return stages.measured(made.records, about, task, get_suite(task.suite), None) is not None
+    except (Refusal, KeyError, TypeError):  # not there, or damaged: the command will say so
+        return False
+
+
+def _steps_done(made: Run | None, most: int) -> int:
+    """Training steps: those in the log while it is written, else of what is kept."""
+    if made is None:
+        return 0
+    done = max([0, *made.snapshots()])
+    try:
+        with made.log.open("rb") as file:
+            file.seek(max(0, made.log.stat().st_size - TAIL_BYTES))
+            whole = file.read().rpartition(b"\n")[0]
+        done = max(done, int(json.loads(whole.rpartition(b"\n")[2])["step"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no line is whole yet
+    return min(done, most)
+
+
+def _seconds_step(made: Run | None) -> float | None:
+    """Seconds of a training step, from the newest checkpoint or snapshot."""
+    if made is None:
+        return None
+    found = [*made.checkpoints.glob("step-*/state.json"), *(made.folder / "snapshots").glob("step-*/state.json")]
+    best = (0, None)
+    for path in found:
+        try:
+            state = files.read_json(path, "state")
+            step, seconds = int(state["step"]), float(state["seconds"])
+        except (Refusal, KeyError, TypeError, ValueError):
+            continue
+        if step > best[0] and math.isfinite(seconds):
+            best = (step, seconds / step)
+    return best[1]
+
+
+def _failure(path: Path) -> str | None:
+    try:
+        return str(files.read_json(path, "failure")["reason"])
+    except (Refusal, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """All runs of a study, and what is left to do."""
+
+    study: Expansion
+    rows: tuple[Progress, ...]
+
+    def count(self, state: str) -> int:
+        return sum(row.state == state for row in self.rows)
+
+    @property
+    def gflops_left(self) -> float:
+        return sum(row.gflops_left for row in self.rows)
+
+    def seconds_step(self, row: Progress) -> float | None:
+        """Of the run itself, or the median of the runs of its backbone; None where none has been measured."""
+        if row.seconds_step is not None:
+            return row.seconds_step
+        of_same = [each for each in self.rows if each.run.spec.backbone == row.run.spec.backbone]
+        known = sorted(each.seconds_step for each in of_same if each.seconds_step is not None)
+        return known[len(known) // 2] if known else None
+
+    def seconds_left(self, row: Progress) -> float | None:
+        """At the speed of training; None where it is not known."""
+        each = self.seconds_step(row)
+        return 0.0 if not row.gflops_left else None if each is None else each * row.evaluations_left
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, JSON-ready."""
+        seconds = [self.seconds_left(row) for row in self.rows]
+        return {
+            "study": self.study.study.name,
+            "folder": str(self.study.folder),
+            "protocol": self.study.protocol.name,
+            "counts": {state: self.count(state) for state in STATES},
+            "gflops_left": self.gflops_left,
+            "seconds_left": sum(each for each in seconds if each is not None),
+            "runs_of_unknown_speed": seconds.count(None),
+            "disk_bytes": sum(row.run.disk_bytes for row in self.rows),
+            "runs": [
+                {
+                    "name": row.run.name,
+                    "folder": str(row.run.folder),
+                    "backbone": row.run.spec.backbone,
+                    "seed": row.run.spec.seed,
+                    "state": row.state,
+                    "reason": row.reason,
+                    "log": None if row.log is None else os.fspath(row.log),
+                    "steps_done": row.steps_done,
+                    "marks": list(row.run.marks),
+                    "sample_sets_done": row.sets_done,
+                    "sample_sets": row.sets,
+                    "gflops_left": row.gflops_left,
+                    "seconds_left": left,
+                    "commands": [["harness", *words] for words in row.run.commands],
+                }
+                for row, left in zip(self.rows, seconds, strict=True)
+            ],
+        }
+
+
+def overview(study: Expansion, queue: Mapping[str, str] | None = None) -> Overview:
+    """Look at every run of the study. queue: what a cluster has of it, by name."""
+    return Overview(study=study, rows=tuple(look(study, run, (queue or {}).get(run.name)) for run in study.runs))
