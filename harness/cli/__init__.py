@@ -21,6 +21,7 @@ COMMANDS = {
     "weights": ("weights", "Public checkpoints in and out; nothing in them is executed."),
     "data": ("data", "References that samples are judged by, and the public files that evaluation needs."),
     "flops": ("flops", "Parameters and theoretical Gflops, beside the published values."),
+    "bench": ("bench", "Speed, utilisation and memory of a backbone on this device, beside its roofline."),
     "doctor": ("doctor", "What this machine has and lacks, each with the fix."),
 }
 

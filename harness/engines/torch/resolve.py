@@ -19,7 +19,8 @@ from harness.errors import Refusal
 from harness.runs import Resolved
 from harness.spec import BackboneSpec
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # those that `auto` measures
+NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
 PROBE_IMAGES = 16  # the speed of two precisions is compared on at most so many images
 PROBE_REPEATS = 3
 
@@ -98,6 +99,26 @@ def measure(
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which the network runs: float32 as it is, or bfloat16 for what autocast trusts to it."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def check_precision(device: torch.device, precision: str) -> None:
+    """Refuse TF32 where there are no units for it: float32 would be computed under its name."""
+    if precision != "tf32":
+        return
+    if device.type != "cuda":
+        raise Refusal(f"precision tf32 is that of NVIDIA's matrix units, and {device} has none; use float32")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise Refusal(f"precision tf32 begins with NVIDIA's Ampere, and {device} is {device_name(device)}; use float32")
+
+
+def set_arithmetic(device: torch.device, precision: str) -> None:
+    """Let products and convolutions of float32 take 10 bits of mantissa under tf32, and all 23 otherwise.
+
+    Unasked, torch lets convolutions take TF32 on a GPU. Backward passes follow, so it is set for the process.
+    """
+    check_precision(device, precision)
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def resolve(

@@ -1,0 +1,113 @@
+"""`harness bench`: speed and utilisation of this device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness import files
+from harness.cli.options import Count, Parsed, json_option
+from harness.errors import Refusal
+
+STAGES = ("training", "sampling", "evaluation")
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    from harness.registry import unknown
+
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in STAGES:
+            raise ValueError(unknown("stage", name, STAGES))
+    return tuple(stage for stage in STAGES if stage in names)
+
+
+@click.command("bench")
+@click.option("--backbone", metavar="NAME", help="[default: dit-xl-2 on a GPU, dit-s-8 on a CPU]")
+@click.option(
+    "--precision", type=click.Choice(["auto", "float32", "tf32", "bfloat16"]), default="auto", show_default=True,
+    help="auto: whose matrix products are faster here, float32 or bfloat16.",
+)  # fmt: skip
+@click.option(
+    "--batch", type=Count(), help="Images the network sees at once. [default: 256 on a GPU, about 1 s on a CPU]"
+)
+@click.option("--sampling-steps", type=Count(), help="Of a batch of samples. [default: 10 on a GPU, 2 on a CPU]")
+@click.option("--stages", type=Parsed("stages", _stages), default=",".join(STAGES), show_default=True)
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Keep what was measured.")
+@json_option
+def command(out: Path | None, as_json: bool, **options: Any) -> None:
+    """Speed of this device: images/s, TFLOP/s, utilisation and memory of a backbone, beside the device's roofline.
+
+    Utilisation (MFU) is what the network's multiply-adds, as two operations each, come to, three times for training, over
+    the peak: the data sheet's where the device is known, else that of the matrix products measured here. Sampling is
+    guided, so an image is two to the network. On an H100 or H200 the first of these gives the figures of the paper's
+    DiT-XL/2 at 256 pixels in latents, batch 256, which should come to 45 % or more:
+
+    \b
+        harness bench --out h100.json
+        harness bench --backbone dit-s-2 --batch 16 --device cpu
+    """
+    from harness.engines import check_installed
+    from harness.engines.torch.bench import measure
+
+    check_installed("torch")
+    if out is not None and out.exists():
+        raise Refusal(f"--out {out} is there already; name another file")
+    found = measure(
+        options["backbone"],
+        device=options["device"],
+        precision=options["precision"],
+        batch=options["batch"],
+        sampler_steps=options["sampling_steps"],
+        stages=options["stages"],
+        say=lambda text: click.echo(text, err=True),
+    )
+    if out is not None:
+        files.write_json(out, found)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    roofline = found["roofline"]
+    products = ", ".join(f"{name} {value:.3g}" for name, value in roofline["tflops"].items())
+    click.echo(f"{roofline['device_name']}, {found['threads']} threads, torch {found['torch']}")
+    click.echo(f"  matrix products, TFLOP/s  {products}")
+    click.echo(f"  memory, GB/s              {roofline['gbytes_per_second']:.3g}")
+    click.echo(
+        f"{found['backbone']} at {found['input']}: {found['params'] / 1e6:,.2f} M parameters, "
+        f"{found['gmacs']:.4g} G multiply-adds a forward pass on an image"
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("precision", "batch", "images/s", "of the timings", "TFLOP/s", "MFU", "of matmul", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in found["rows"]:
+        batch = f"{row['batch']}" + (f" ({row['micro_batch']})" if row["micro_batch"] != row["batch"] else "")
+        shares = ["-" if row[key] is None else f"{row[key]:.1%}" for key in ("utilisation", "of_measured")]
+        table.add_row(
+            row["stage"],
+            row["precision"],
+            batch,
+            f"{row['images_per_second']:.4g}",
+            f"{row['low']:.3g}-{row['high']:.3g}",
+            "-" if row["tflops"] is None else f"{row['tflops']:.3g}",
+            *shares,
+            "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+            row["note"],
+        )
+    Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+    click.echo(
+        f"MFU over {found['peak_tflops']:.3g} TFLOP/s ({found['peak_from']}); {found['convention']}. "
+        "In brackets: images that the network sees at once."
+    )

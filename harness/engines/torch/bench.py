@@ -1,0 +1,277 @@
+"""Speed of one backbone on one device: training, sampling and evaluation, beside the roofline of the device.
+
+Everything timed is what a run does: the trainer with its optimiser, average and randomness; the sampler with guidance
+from noise to uint8; the feature extractor from uint8 to features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness import registry
+from harness.compute.activations import activation_bytes
+from harness.data.images import ImageSet
+from harness.diffusion.schedule import Schedule
+from harness.engines.memory import check_room, fit_micro_batch, refuse_one_image
+from harness.engines.torch import resolve
+from harness.engines.torch.draw import TorchSampler
+from harness.engines.torch.roofline import RUNS, Roofline, measure_roofline, seconds_of, wait
+from harness.engines.torch.trainer import TorchEngine, build
+from harness.errors import Refusal
+from harness.planning import TRAINING_FACTOR
+from harness.protocols import Recipe, Sampling
+from harness.runs import Resolved
+from harness.spec import BackboneSpec
+
+CONVENTION = "a multiply-add is two operations, normalisations are none, training is three forward passes"
+GUIDANCE = 4.0  # of sampling: each image is two to the network, as in the paper's best figures
+LATENT_CHANNELS, LATENT_FACTOR = 4, 8  # of a network in latents: its images are so much larger
+FEATURES = "efficientnet-lite0-96"  # suite embedded
+TIMED_SECONDS = 0.5  # at least, of each timing
+CUDA_BATCH, CPU_BATCH = 256, 64  # the paper's; the most that a CPU is given unasked
+CPU_STEP_SECONDS = 1.0
+EVALUATED = 64  # images
+STAGES = ("training", "sampling", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One stage. `low` and `high` are of the timings."""
+
+    stage: str
+    batch: int  # images at once: of a step, of a batch of samples, of an evaluation
+    micro_batch: int  # images that the network sees at once
+    precision: str
+    images_per_second: float
+    low: float
+    high: float
+    tflops: float | None  # achieved TFLOP/s by the convention; None where nobody counted
+    utilisation: float | None  # tflops over the peak: model FLOPs utilisation
+    of_measured: float | None  # tflops over the measured matrix product of that precision
+    peak_memory_bytes: int | None
+    note: str = ""
+
+
+class PeakMemory:
+    """The most memory that a part of the program took: of the process on a CPU, of torch on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._known = device, True
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of before
+        except OSError:
+            self._known = False
+
+    def bytes(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        if not self._known:
+            return None
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is measured, all of it resolved."""
+
+    spec: BackboneSpec
+    arguments: dict[str, Any]  # of the builder, every one
+    device: torch.device
+    roofline: Roofline
+    precision: str
+    batch: int
+    sampler_steps: int
+    runs: int = RUNS
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one forward pass on one image."""
+        return self.spec.count(**self.arguments).macs
+
+    def row(
+        self, stage: str, work: Callable[[], object], operations: float | None, *, images: int, micro_batch: int,
+        precision: str = "", note: str = "",
+    ) -> Row:  # fmt: skip
+        """Time `work`, which handles `images` images with so many operations each."""
+        precision = precision or self.precision
+        peak = PeakMemory(self.device)
+        begin = time.perf_counter()
+        work()  # what is prepared or compiled once
+        wait(self.device)
+        first = time.perf_counter() - begin
+        seconds = seconds_of(work, self.device, TIMED_SECONDS, self.runs)
+        speeds = [images / each for each in seconds]
+        speed = statistics.median(speeds)
+        tflops = None if operations is None else operations * speed / 1e12
+        return Row(
+            stage=stage,
+            batch=images,
+            micro_batch=micro_batch,
+            precision=precision,
+            images_per_second=speed,
+            low=min(speeds),
+            high=max(speeds),
+            tflops=tflops,
+            utilisation=None if tflops is None else tflops / self.roofline.peak(precision)[0],
+            of_measured=None if tflops is None else tflops / self.roofline.tflops[precision],
+            peak_memory_bytes=peak.bytes(),
+            note=note or f"first call {first:.1f} s",
+        )
+
+    def training(self) -> Row:
+        """Optimiser steps of the trainer."""
+        parameters = self.spec.count(**self.arguments).params
+        free = resolve.free_bytes(self.device)
+        check_room(self.spec.name, parameters, str(self.device), free)
+        each = activation_bytes(self.spec, **self.arguments)
+        micro_batch = fit_micro_batch(self.batch, parameters, each, free)
+        if not micro_batch:
+            raise refuse_one_image(self.spec.name, parameters, each, str(self.device), free)
+        engine = TorchEngine(
+            self.spec,
+            build(self.spec, self.arguments, 0),
+            arguments=self.arguments,
+            recipe=Recipe(batch=self.batch),
+            seed=0,
+            resolved=Resolved(
+                device=str(self.device),
+                device_name=self.roofline.device_name,
+                precision=self.precision,
+                micro_batch=micro_batch,
+                threads=torch.get_num_threads(),
+            ),
+            data=noise_images(self.arguments),
+        )
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            engine.step(done, lambda: False)
+
+        operations = 2 * self.macs * TRAINING_FACTOR
+        return self.row("training", step, operations, images=self.batch, micro_batch=micro_batch)
+
+    def sampling(self) -> Row:
+        """Batches of guided samples; a network without a null label is not guided."""
+        null = self.spec.null_index(self.arguments["num_classes"])
+        scale, doubled = (1.0, 1) if null is None else (GUIDANCE, 2)
+        images = max(1, self.batch // doubled)
+        objective = registry.objectives.get("epsilon-learned-range")
+        if self.arguments.get("out_channels") not in (None, objective.out_channels(self.arguments["in_channels"])):
+            objective = registry.objectives.get("epsilon")
+        plan = registry.samplers.get("ddpm").make(
+            Schedule.named("linear", 1000), self.sampler_steps, objective, 0.0, False
+        )
+        sampler = TorchSampler(
+            self.spec,
+            build(self.spec, self.arguments, 0),
+            plan,
+            Sampling(guidance_scale=scale),
+            arguments=self.arguments,
+            precision=self.precision,
+            device=self.device,
+        )
+        index = np.arange(images)
+        labels = index % max(self.arguments["num_classes"], 1)
+        return self.row(
+            "sampling", lambda: sampler.draw(index, labels), 2 * self.macs * plan.evaluations * doubled,
+            images=images, micro_batch=images * doubled,
+            note=f"{self.sampler_steps} steps" + (f", guidance {scale:g}" if doubled == 2 else ""),
+        )  # fmt: skip
+
+    def evaluation(self) -> Row:
+        """Features of images of the size that the network's samples have."""
+        side, channels = self.arguments["input_size"], self.arguments["in_channels"]
+        if channels == LATENT_CHANNELS:
+            side, channels = side * LATENT_FACTOR, 3
+        extractor = registry.features.get(FEATURES).load(str(self.device))
+        images = np.random.default_rng(0).integers(0, 256, (EVALUATED, side, side, channels), dtype=np.uint8)
+        with FlopCounterMode(display=False) as counter:
+            extractor(images[:1])
+        return self.row(
+            "evaluation", lambda: extractor(images), float(counter.get_total_flops()), images=EVALUATED,
+            micro_batch=getattr(extractor, "batch_size", EVALUATED), precision="float32",
+            note=f"{FEATURES}, {side}x{side}",
+        )  # fmt: skip
+
+
+def noise_images(arguments: dict[str, Any], count: int = 512) -> ImageSet:
+    """Stand-ins of the network's input: the speed of a step does not depend on what is on them."""
+    side, rng = arguments["input_size"], np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, side, side, arguments["in_channels"]), dtype=np.uint8)
+    return ImageSet(name="noise", images=images, labels=rng.integers(0, max(arguments["num_classes"], 1), count))
+
+
+def measure(
+    name: str | None,
+    *,
+    device: str | None,
+    precision: str,
+    batch: int | None,
+    sampler_steps: int | None,
+    stages: tuple[str, ...],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The roofline of the device and the stages of a backbone on it, as plain data. What cannot be had is refused."""
+    target = resolve.pick_device(device)
+    cuda = target.type == "cuda"
+    spec = registry.backbones.get(name or ("dit-xl-2" if cuda else "dit-s-8"))
+    if spec.kind == "generator":
+        raise Refusal(f"backbone {spec.name!r} is a generator, which is not trained here; name a denoiser")
+    if "torch" not in spec.builders:
+        raise Refusal(f"backbone {spec.name!r} has no torch network, and only torch's are measured")
+    if spec.kind != "denoiser":
+        stages = tuple(stage for stage in stages if stage == "training")
+        if not stages:
+            raise Refusal(f"backbone {spec.name!r} is a {spec.kind}, of which only training is measured")
+    resolve.check_precision(target, precision)
+    arguments = spec.arguments()
+    if spec.kind in ("denoiser", "upsampler") and arguments.get("out_channels") is None:
+        arguments["out_channels"] = 2 * arguments["in_channels"]
+    roofline = measure_roofline(target, say)
+    chosen = roofline.fastest if precision == "auto" else precision
+    macs = spec.count(**arguments).macs
+    if batch is None:
+        a_second = roofline.tflops[chosen] * 1e12 / 2 * CPU_STEP_SECONDS / (2 * TRAINING_FACTOR * macs)
+        batch = CUDA_BATCH if cuda else max(2, min(CPU_BATCH, int(a_second)))
+    bench = Bench(
+        spec=spec, arguments=arguments, device=target, roofline=roofline, precision=chosen, batch=batch,
+        sampler_steps=sampler_steps or (10 if cuda else 2),
+    )  # fmt: skip
+    rows = []
+    for stage in stages:
+        say(f"measuring {stage} ...")
+        resolve.set_arithmetic(target, chosen)
+        rows.append(dataclasses.asdict(getattr(bench, stage)()))
+        if cuda:
+            torch.cuda.empty_cache()
+    peak, source = roofline.peak(chosen)
+    return {
+        "backbone": spec.name,
+        "input": f"{arguments['input_size']}x{arguments['input_size']}x{arguments['in_channels']}",
+        "params": spec.count(**arguments).params,
+        "gmacs": macs / 1e9,
+        "device": target.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "convention": CONVENTION,
+        "peak_tflops": peak,
+        "peak_from": source,
+        "roofline": dataclasses.asdict(roofline),
+        "rows": rows,
+    }

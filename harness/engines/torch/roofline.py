@@ -1,0 +1,124 @@
+"""What a device can do at most: matrix products in each precision and memory, measured, beside its data sheet."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from harness.engines.torch.resolve import NAMED_PRECISIONS, device_name, set_arithmetic
+
+RUNS = 5
+SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices; smaller where that would take too long
+SECONDS = {"cpu": 0.05, "cuda": 0.02}  # that one timing should take at least, so that the clock does not count
+SLOW_SECONDS = 0.2  # a product this slow is not made larger
+BANDWIDTH_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}  # of each of three arrays: far more than caches hold
+
+# Dense peak TFLOP/s by NVIDIA's data sheets (H100 and H200, 2024; A100, 2021; without sparsity); the first part of a
+# device's name that fits. float32 is that of the ordinary units.
+DATA_SHEETS = (
+    ("H100 PCIe", {"bfloat16": 756.0, "tf32": 378.0, "float32": 51.0}),
+    ("H100 NVL", {"bfloat16": 835.5, "tf32": 417.5, "float32": 60.0}),
+    ("H100", {"bfloat16": 989.4, "tf32": 494.7, "float32": 66.9}),
+    ("H200", {"bfloat16": 989.4, "tf32": 494.7, "float32": 66.9}),
+    ("A100", {"bfloat16": 312.0, "tf32": 156.0, "float32": 19.5}),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """Peaks of one device. A multiply-add is two operations.
+
+    A peak is the best of a few timings, for what else runs on a machine only takes from it; the medians stand beside it.
+    """
+
+    device_name: str
+    tflops: dict[str, float]  # measured, of matrix products, by precision
+    tflops_median: dict[str, float]
+    gbytes_per_second: float  # measured: reading two arrays and writing a third
+    gbytes_per_second_median: float
+    data_sheet_tflops: dict[str, float]  # empty where the device is not in the table
+
+    def peak(self, precision: str) -> tuple[float, str]:
+        """TFLOP/s that utilisation is counted over, and where they come from."""
+        if precision in self.data_sheet_tflops:
+            return self.data_sheet_tflops[precision], "data sheet"
+        return self.tflops[precision], "measured matrix product"
+
+    @property
+    def fastest(self) -> str:
+        """The precision with the fastest matrix products; of tf32, which must be asked for, never."""
+        return max((each for each in self.tflops if each != "tf32"), key=lambda each: self.tflops[each])
+
+
+def precisions_of(device: torch.device) -> tuple[str, ...]:
+    """Those that differ on this kind of device."""
+    return tuple(each for each in NAMED_PRECISIONS if each != "tf32" or device.type == "cuda")
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, least: float, runs: int = RUNS) -> list[float]:
+    """Seconds of one call in each of `runs` timings, each over as many calls as take `least` seconds."""
+    call()
+    wait(device)
+    begin = time.perf_counter()
+    call()
+    wait(device)
+    calls = max(1, int(least / max(time.perf_counter() - begin, 1e-9)))
+    found = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait(device)
+        found.append((time.perf_counter() - begin) / calls)
+    return found
+
+
+@torch.inference_mode()
+def matrix_tflops(device: torch.device, precision: str) -> list[float]:
+    """TFLOP/s of a square matrix product, one of each timing."""
+    set_arithmetic(device, precision)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    side, most = 256, SIDES.get(device.type, 1024)
+    while True:
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        seconds = seconds_of(lambda a=a: a @ a, device, SECONDS.get(device.type, 0.05))
+        if side >= most or min(seconds) * 8 > SLOW_SECONDS:
+            return [2 * side**3 / each / 1e12 for each in seconds]
+        side = min(2 * side, most) if device.type == "cpu" else most
+
+
+@torch.inference_mode()
+def memory_gbytes(device: torch.device) -> list[float]:
+    """GB/s of a + 2 b -> c on arrays larger than any cache, one of each timing."""
+    count = BANDWIDTH_BYTES.get(device.type, 1 << 26) // 4
+    a, b, c = (torch.ones(count, device=device) for _ in range(3))
+    seconds = seconds_of(lambda: torch.add(a, b, alpha=2.0, out=c), device, SECONDS.get(device.type, 0.05))
+    return [3 * 4 * count / each / 1e9 for each in seconds]
+
+
+def measure_roofline(device: torch.device, say: Callable[[str], None]) -> Roofline:
+    """Measure `device`; takes seconds."""
+    name, tflops = device_name(device), {}
+    for precision in precisions_of(device):
+        say(f"measuring matrix products in {precision} ...")
+        tflops[precision] = matrix_tflops(device, precision)
+    say("measuring memory ...")
+    memory = memory_gbytes(device)
+    return Roofline(
+        device_name=name,
+        tflops={each: max(found) for each, found in tflops.items()},
+        tflops_median={each: statistics.median(found) for each, found in tflops.items()},
+        gbytes_per_second=max(memory),
+        gbytes_per_second_median=statistics.median(memory),
+        data_sheet_tflops=dict(next((peaks for part, peaks in DATA_SHEETS if part in name), {})),
+    )

@@ -1,0 +1,132 @@
+"""`harness bench`: what it says follows from what was timed, by the stated convention."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from harness import registry
+from harness.cli import group
+from harness.engines.torch import bench, resolve, roofline
+from harness.errors import Refusal
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Timings so short that only the arithmetic on them is of interest."""
+    monkeypatch.setattr(bench, "TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "EVALUATED", 2)
+    monkeypatch.setattr(roofline, "SIDES", {"cpu": 64})
+    monkeypatch.setattr(roofline, "SECONDS", {"cpu": 0.001})
+    monkeypatch.setattr(roofline, "BANDWIDTH_BYTES", {"cpu": 1 << 16})
+
+
+def invoke(*words):
+    """Exit status, stdout, and the refusal where there was one."""
+    result = CliRunner().invoke(group, ["bench", *words])
+    return result.exit_code, result.stdout, result.exception
+
+
+def test_figures_follow_from_images_per_second_by_the_convention(quick, tmp_path):
+    out = tmp_path / "kept.json"
+    code, stdout, error = invoke(
+        "--backbone", "dit-xs-4", "--batch", "2", "--sampling-steps", "3", "--json", "--out", str(out)
+    )
+    assert code == 0, error
+    found = json.loads(stdout)
+    assert found == json.loads(out.read_text())
+    assert [row["stage"] for row in found["rows"]] == ["training", "sampling", "evaluation"]
+    macs = registry.backbones.get("dit-xs-4").count().macs
+    assert found["gmacs"] == macs / 1e9
+    training, sampling, evaluation = found["rows"]
+    assert training["tflops"] == pytest.approx(2 * macs * 3 * training["images_per_second"] / 1e12)
+    # Two of the three steps' evaluations an image are guidance's; a batch of 2 is one image.
+    assert (sampling["batch"], sampling["micro_batch"]) == (1, 2)
+    assert sampling["tflops"] == pytest.approx(2 * macs * 3 * 2 * sampling["images_per_second"] / 1e12)
+    for row in (training, sampling):
+        peak = found["roofline"]["tflops"][row["precision"]]
+        assert row["utilisation"] == pytest.approx(row["tflops"] / peak) and row["low"] <= row["images_per_second"]
+        assert row["peak_memory_bytes"] > 1e8
+    # The figure of the network at 96 pixels is published: 0.39 G multiply-adds at 224, as (96 / 224) squared.
+    assert evaluation["tflops"] / evaluation["images_per_second"] * 1e3 == pytest.approx(
+        2 * 0.39 * (96 / 224) ** 2, rel=0.1
+    )
+    assert found["peak_from"] == "measured matrix product"
+
+
+def test_a_table_is_what_a_person_gets(quick):
+    code, stdout, error = invoke("--backbone", "adm-classifier-xs", "--precision", "float32", "--batch", "1")
+    assert code == 0, error
+    assert "MFU over" in stdout and "training" in stdout and "sampling" not in stdout.partition("MFU over")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--precision", "tf32", "--device", "cpu"], "tf32 is that of NVIDIA's matrix units"),
+        (["--backbone", "biggan-deep-128"], "is a generator"),
+        (["--backbone", "adm-classifier-xs", "--stages", "sampling"], "of which only training"),
+        (["--device", "meta"], "computes nothing"),
+        (["--backbone", "dit-xs4"], "did you mean dit-xs-4"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, monkeypatch):
+    monkeypatch.setattr(bench, "measure_roofline", lambda *_: pytest.fail("measured"))
+    code, _, error = invoke(*words)
+    assert code and isinstance(error, Refusal) and message in str(error)
+
+
+def test_what_was_kept_is_not_overwritten(tmp_path):
+    (tmp_path / "kept.json").write_text("{}")
+    _, _, error = invoke("--out", str(tmp_path / "kept.json"))
+    assert isinstance(error, Refusal) and "is there already" in str(error)
+    assert (tmp_path / "kept.json").read_text() == "{}"
+
+
+def test_an_unknown_stage_is_named():
+    result = CliRunner().invoke(group, ["bench", "--stages", "trainig"])
+    assert result.exit_code == 2 and "did you mean training" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312),
+    ],
+)
+def test_the_peak_is_the_data_sheets_where_the_device_is_in_the_table(name, peak, quick, monkeypatch):
+    monkeypatch.setattr(roofline, "device_name", lambda device: name)
+    found = roofline.measure_roofline(CPU, lambda text: None)
+    assert found.peak("bfloat16") == (peak, "data sheet")
+    assert found.tflops["bfloat16"] >= found.tflops_median["bfloat16"] > 0
+
+
+def test_auto_never_takes_tf32():
+    found = roofline.Roofline(
+        device_name="x", tflops={"float32": 50.0, "tf32": 400.0, "bfloat16": 30.0}, tflops_median={},
+        gbytes_per_second=1.0, gbytes_per_second_median=1.0, data_sheet_tflops={},
+    )  # fmt: skip
+    assert found.fastest == "float32"
+
+
+def test_float32_is_float32_for_convolutions_too(monkeypatch):
+    """torch lets convolutions take TF32 unless it is told not to."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        resolve.set_arithmetic(CPU, "float32")
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        resolve.set_arithmetic(torch.device("cuda"), "tf32")
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(resolve, "device_name", lambda device: "Tesla T4")
+        with pytest.raises(Refusal, match="begins with NVIDIA's Ampere"):
+            resolve.set_arithmetic(torch.device("cuda"), "tf32")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
