@@ -40,6 +40,7 @@ class Axis:
     unit: str = ""
     scale: str = "linear"  # of SCALES
     better: str = ""  # "lower", "higher", or "" where neither is
+    from_zero: bool = False  # a linear axis that begins at 0
 
     @property
     def text(self) -> str:
@@ -131,29 +132,40 @@ def model_of(record: Record) -> str:
 def model_styles(records: Iterable[Record]) -> dict[str, Style]:
     """The style of every model of `records` (published ones among them), the same in all figures made of them.
 
-    DiT-S, -B, -L and -XL have a colour a size and a marker a patch, as in the paper. All other models, measured ones
-    first and by name, take the remaining colours; beyond them markers and dashes differ.
+    DiT-S, -B, -L and -XL have a colour a size and a marker a patch, as in the paper. All other models take the remaining
+    colours: measured ones first and by name, a colour each; then published ones, a colour a family and a marker a member.
+    Beyond ten colours markers and dashes differ.
     """
     measured: dict[str, bool] = {}
+    costed: dict[str, bool] = {}
     for record in records:
         model = model_of(record)
         measured[model] = measured.get(model, False) or record.provenance == "measured"
+        costed[model] = costed.get(model, False) or record.gflops is not None
     styles = {"": Style(colour=NO_MODEL, marker="o", dash="solid")}
-    others = []
-    for model in sorted(measured, key=lambda model: (not measured[model], model)):
+    families: dict[str, list[str]] = {}
+    for model in sorted(measured, key=lambda model: (not measured[model], not costed[model], model)):
         found = re.fullmatch(r"dit-(s|b|l|xl)-(2|4|8)", model)
         if found:
             size, patch = (_DIT_SIZES.index(found[1]), _DIT_PATCHES.index(found[2]))
             styles[model] = Style(colour=COLOURS[size], marker=MARKERS[patch], dash=DASHES[patch])
         else:
-            others.append(model)
+            families.setdefault(model if measured[model] else _family(model), []).append(model)
     order = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])
-    for index, model in enumerate(others):
-        again = index // len(order)
-        styles[model] = Style(
-            colour=order[index % len(order)], marker=MARKERS[again % len(MARKERS)], dash=DASHES[again % len(DASHES)]
-        )
+    for index, members in enumerate(families.values()):
+        again, place = divmod(index, len(order))
+        for number, model in enumerate(members):
+            marker, dash = MARKERS[(again + number) % len(MARKERS)], DASHES[(again + number) % len(DASHES)]
+            styles[model] = Style(colour=order[place], marker=marker, dash=dash)
     return styles
+
+
+def _family(model: str) -> str:
+    """`adm`, `adm-u`, `ldm`, ...: a published network's name without sizes and without the classifier that guides it."""
+    if model.startswith("dit-"):
+        return model
+    names = sorted(re.sub(r"(-\d+)+$", "", part) for part in model.split("+") if "-classifier-" not in part)
+    return names[-1] if names else model
 
 
 def to_csv(figure: Figure) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
-from reports.charts import DASHES, MARKERS, Axis, Figure, Panel, Series, Style
+from reports.charts import DASHES, MARKERS, Axis, Figure, Mark, Panel, Series, Style
 from reports.labels import Label, place_labels, place_texts
 from reports.render import one_line
 
@@ -27,6 +27,7 @@ _PANEL = (5.4, 3.9)  # width and height of the axes of a panel, inches
 _MARGINS = (0.85, 0.25, 0.66)  # left, right, below the axes of each panel
 _LINE = 11.5 / 72  # height of a line of the text above a panel
 _TITLE = 0.36  # above all panels
+_NAMES = 0.85  # room for names beside bars, within the width of a panel
 _BUBBLE = 900.0  # area of the largest, in square points
 _HEADING, _SMALL = 8.5, 8.5  # font sizes
 
@@ -83,7 +84,8 @@ def _sheet(figure: Figure, styles: Mapping[str, Style]):
     )
     for panel, (row, column) in zip((*figure.grids, *figure.panels), places, strict=True):
         x, y = column * width + left, size[1] - _TITLE - (row + 1) * height + below
-        axes = sheet.add_axes((x / size[0], y / size[1], _PANEL[0] / size[0], _PANEL[1] / size[1]))
+        inset = _NAMES if any(each.kind == "bars" for each in panel.series) else 0.0
+        axes = sheet.add_axes(((x + inset) / size[0], y / size[1], (_PANEL[0] - inset) / size[0], _PANEL[1] / size[1]))
         _panel(axes, panel, styles)
         seaborn.despine(ax=axes)
     return sheet
@@ -118,7 +120,11 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
             texts += [(m.x, m.y if m.high is None else m.high, _drawable(m.text), "0.35") for m in each.marks if m.text]
         elif each.kind in ("points", "bubbles"):
             labels += [(mark.x, mark.y, _drawable(mark.text), ink) for mark in each.marks if mark.text]
-    place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks])
+    bubbles = [
+        _radius(mark, largest) if each.kind == "bubbles" else 0.0 for each in panel.series for mark in each.marks
+    ]
+    if panel.x.scale != "names":
+        place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks], bubbles)
     place_texts(axes, texts)
 
 
@@ -126,6 +132,12 @@ def _varied(style: Style, again: int) -> Style:
     """The style of a model's further series in a panel: its colour, another marker and dash."""
     marker, dash = MARKERS.index(style.marker) + again, DASHES.index(style.dash) + again
     return dataclasses.replace(style, marker=MARKERS[marker % len(MARKERS)], dash=DASHES[dash % len(DASHES)])
+
+
+def _radius(mark: Mark, largest: float) -> float:
+    """Of a bubble, in points."""
+    area = max(_BUBBLE * (mark.size or 0.0) / largest, 12.0) if largest else 60.0
+    return math.sqrt(area / math.pi)
 
 
 def _line(axes, series: Series, style: Style, largest: float) -> None:
@@ -169,7 +181,7 @@ def _bubbles(axes, series: Series, style: Style, largest: float) -> None:
     axes.scatter(
         [mark.x for mark in series.marks],
         [mark.y for mark in series.marks],
-        s=[max(_BUBBLE * (mark.size or 0.0) / largest, 12.0) if largest else 60.0 for mark in series.marks],
+        s=[math.pi * _radius(mark, largest) ** 2 for mark in series.marks],
         facecolor=style.colour,
         alpha=0.45 if published else 0.85,
         edgecolor=style.colour,
@@ -190,9 +202,24 @@ def _bars(axes, series: Series, style: Style, largest: float) -> None:
         edgecolor=style.colour,
         zorder=2,
     )
+    end = axes.get_xlim()[1]
+    if largest:
+        axes.text(0.93 * end, -0.62, "Gflops", va="center", fontsize=8.5, color="0.25")
     for mark in series.marks:
         if mark.low is not None:
             axes.hlines(mark.x, mark.low, mark.high, color="black", linewidth=1.3, zorder=4)
+        axes.text(
+            max(mark.y, mark.high or 0.0) + 0.012 * end,
+            mark.x,
+            f"{mark.y:.4g}",
+            va="center",
+            fontsize=8.5,
+            color="0.25",
+        )
+        if mark.size is not None and largest:  # a bubble in a column of its own, beside the bars
+            area = max(_BUBBLE * 0.5 * mark.size / largest, 3.0)
+            axes.scatter([0.86 * end], [mark.x], s=[area], facecolor=style.colour, alpha=0.6, linewidth=0, zorder=3)
+            axes.text(0.93 * end, mark.x, f"{mark.size:.4g}", va="center", fontsize=8.5, color="0.25")
 
 
 def _band(axes, series: Series, style: Style, largest: float) -> None:
@@ -221,13 +248,14 @@ def _bars_of(axes, series: Series, style: Style) -> None:
 def _set_axes(axes, panel: Panel) -> None:
     marks = [mark for each in panel.series for mark in each.marks]
     xs = [mark.x for mark in marks]
-    ys = [bound for mark in marks for bound in (mark.y, mark.low, mark.high) if bound is not None]
+    firm = [mark for each in panel.series if each.kind != "band" for mark in each.marks]
+    ys = [bound for mark in firm for bound in (mark.y, mark.low, mark.high) if bound is not None]
     if panel.x.scale == "names":  # bars lie on their side, so that names can be read
         names = {mark.x: mark.text for mark in marks}
         axes.set_yticks(list(names), [_drawable(text) for text in names.values()], fontsize=9, parse_math=False)
         axes.tick_params(axis="y", length=0)
-        axes.set_ylim(max(xs) + 0.6, min(xs) - 0.6)
-        axes.set_xlim(0, 1.12 * max(ys))
+        axes.set_ylim(max(xs) + 0.6, min(xs) - 0.9)
+        axes.set_xlim(0, 1.45 * max(ys))
         axes.set_xlabel(_drawable(panel.y.text), fontsize=10.5, parse_math=False)
         axes.grid(visible=True, axis="x", color="0.92", zorder=0)
     else:
@@ -237,7 +265,6 @@ def _set_axes(axes, panel: Panel) -> None:
         axes.set_ylabel(_drawable(panel.y.text), fontsize=10.5, parse_math=False)
         axes.grid(visible=True, axis="y", color="0.92", zorder=0)
     axes.tick_params(labelsize=9.5, which="major")
-    axes.tick_params(which="minor", length=2)
     shown = _heading(panel)
     for index, line in enumerate(reversed(shown)):
         is_title = bool(panel.title) and index == len(shown) - 1
@@ -245,7 +272,7 @@ def _set_axes(axes, panel: Panel) -> None:
             line,
             (0, 1),
             xycoords="axes fraction",
-            xytext=(0, 6 + 72 * _LINE * index),
+            xytext=(-72 * _NAMES if panel.x.scale == "names" else 0, 6 + 72 * _LINE * index),
             textcoords="offset points",
             fontsize=10 if is_title else _HEADING,
             fontweight="bold" if is_title else "normal",
@@ -262,7 +289,7 @@ def _heading(panel: Panel) -> list[str]:
 
 def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, above: float) -> None:
     """Limits with room around the values (shares of their range), and ticks that can be read."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
     side = axes.xaxis if name == "x" else axes.yaxis
@@ -276,12 +303,12 @@ def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, a
         subs = (1, 2, 3, 5, 7) if ratio < 8 else (1, 2, 5) if ratio < 500 else (1,)
         side.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
         side.set_major_formatter(FuncFormatter(_tick_text))
-        side.set_minor_locator(LogLocator(base=10, subs=range(2, 10)) if ratio < 1e6 else NullLocator())
-        side.set_minor_formatter(NullFormatter())
+        side.set_minor_locator(NullLocator())  # hundreds of ticks to draw, for little to see
     else:
         room = high - low or 0.2 * abs(high) or 1.0
         floor = 0.0 if low >= 0 and low < 0.25 * high else -math.inf
-        set_limits(max(low - below * room, floor), high + above * room)
+        start = 0.0 if axis.from_zero else max(low - below * room, floor)
+        set_limits(start, high + above * room)
         side.set_major_locator(MaxNLocator(nbins=6 if name == "x" else 7, steps=[1, 2, 2.5, 5, 10]))
         side.set_major_formatter(FuncFormatter(_tick_text))
 

@@ -1,5 +1,6 @@
 """Direct labels: text beside the marks of a plot, where it covers neither marks nor lines nor other text."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,10 +17,12 @@ _PLACES = (
 )
 
 
-def place_labels(axes, labels: Sequence[Label], points: Sequence[tuple[float, float]]) -> None:
+def place_labels(
+    axes, labels: Sequence[Label], points: Sequence[tuple[float, float]], radii: Sequence[float] = ()
+) -> None:
     """Writes each label (x, y, text, colour) beside its point, at the first place that covers the least.
 
-    Widens the x axis so that the text fits inside the axes. The layout of the figure must be settled.
+    radii: of the points that are bubbles, in font points, 0 for the others. Widens the x axis so that the text fits inside the axes. The layout of the figure must be settled.
     """
     texts = [
         axes.annotate(
@@ -31,27 +34,28 @@ def place_labels(axes, labels: Sequence[Label], points: Sequence[tuple[float, fl
     if not texts:
         return
     _make_room(axes, texts)
-    obstacles = _obstacles(axes, points)
+    marks, lines = _obstacles(axes, points)
     frame = axes.get_window_extent()
     scale = axes.figure.dpi / 72
+    radius = dict(zip(points, radii, strict=True)) if radii else {}
     taken = np.empty((0, 4))
     for text in texts:
         extent = text.get_window_extent()
         x, y = axes.transData.transform(text.xy)
-        boxes = np.array([_box(x, y, extent.width, extent.height, place, scale) for place in _PLACES])
-        inside = (obstacles[None, :, :] >= boxes[:, None, :2]) & (obstacles[None, :, :] <= boxes[:, None, 2:])
-        cost = inside.all(axis=2).sum(axis=1) + 20.0 * _overlaps(boxes, taken)
+        places = [_beyond(place, radius.get(text.xy, 0.0)) for place in _PLACES]
+        boxes = np.array([_box(x, y, extent.width, extent.height, place, scale) for place in places])
+        cost = 6.0 * _inside(boxes, marks) + 1.5 * np.minimum(_inside(boxes, lines), 3) + 20.0 * _overlaps(boxes, taken)
         cost += 40.0 * ((boxes[:, 2] > frame.x1 + 2) | (boxes[:, 0] < frame.x0))
         cost += 40.0 * ((boxes[:, 1] < frame.y0) | (boxes[:, 3] > frame.y1 + 2))
-        best = int((cost + 0.01 * np.arange(len(_PLACES))).argmin())
-        text.set_position(_PLACES[best][:2])
-        text.set_horizontalalignment(_PLACES[best][2])
+        best = int((cost + 0.4 * np.arange(len(_PLACES))).argmin())
+        text.set_position(places[best][:2])
+        text.set_horizontalalignment(places[best][2])
         taken = np.vstack([taken, boxes[best]])
 
 
 def place_texts(axes, texts: Sequence[Label]) -> None:
     """Writes small texts over their points, those that cover no other text."""
-    others = [text for text in axes.texts if text.xycoords == "data"]
+    others = [text for text in axes.texts if getattr(text, "xycoords", "") == "data"]
     taken = np.array([text.get_window_extent().extents for text in others]).reshape(-1, 4)
     for x, y, text, colour in sorted(texts, key=lambda label: (-label[1], label[0], label[2])):
         note = axes.annotate(
@@ -63,6 +67,15 @@ def place_texts(axes, texts: Sequence[Label]) -> None:
             note.remove()
         else:
             taken = np.vstack([taken, box])
+
+
+def _beyond(place: tuple[float, float, str], radius: float) -> tuple[float, float, str]:
+    """A place moved out of a bubble of that radius, in points."""
+    dx, dy, side = place
+    out = max(radius - 4, 0.0)
+    if side != "center":
+        return (dx + math.copysign(out, dx), dy, side)
+    return (dx, dy + math.copysign(out, dy), side)
 
 
 def _box(x: float, y: float, width: float, height: float, place: tuple[float, float, str], scale: float) -> tuple:
@@ -95,12 +108,19 @@ def _make_room(axes, texts) -> None:
     axes.set_xlim(low, high)
 
 
-def _obstacles(axes, points: Sequence[tuple[float, float]]) -> np.ndarray:
-    """Pixel positions (N, 2) of the points and of places on the lines."""
-    places = [axes.transData.transform(np.array(points, dtype=float).reshape(-1, 2))]
+def _inside(boxes: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How many of `places` (M, 2) lie in each of `boxes` (N, 4); (N,)."""
+    found = (places[None, :, :] >= boxes[:, None, :2]) & (places[None, :, :] <= boxes[:, None, 2:])
+    return found.all(axis=2).sum(axis=1)
+
+
+def _obstacles(axes, points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel positions of the points (N, 2) and of places on the lines (M, 2)."""
+    marks = axes.transData.transform(np.array(points, dtype=float).reshape(-1, 2))
+    places = [np.empty((0, 2))]
     shares = np.linspace(0, 1, _LINE_SAMPLES, endpoint=False)[:, None, None]
     for line in axes.lines:
         corners = axes.transData.transform(line.get_xydata())
         if len(corners) > 1 and line.get_linestyle() != "None":
             places.append((corners[None, :-1] + shares * (corners[None, 1:] - corners[None, :-1])).reshape(-1, 2))
-    return np.vstack(places)
+    return marks, np.vstack(places)

@@ -7,14 +7,15 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
-from reports.charts import Mark, model_of
-from reports.columns import METRICS, count_text, facts, guidance_text, key_text, measured_text, metric_title
+from reports.charts import Axis, Mark, Series, model_of
+from reports.columns import METRICS, count_text, facts, guidance_text, measured_text, metric_title
 from reports.rows import groups
 from reports.tables import may_share
 from results.records import Record, Sampling, Training, comparable_key
 
 QUALITY_METRICS = ("fid", "fd")
 MOST_LINES = 24  # in a panel; more cannot be told apart
+WIDE_RANGE = 8.0  # largest over smallest value from which the axis of quality is logarithmic
 MOST_GROUPS = 6  # of comparable records in a figure
 # What a line's label may name where another line of the same system differs in it.
 _LABEL_FACTS = (
@@ -77,8 +78,19 @@ def comparable_groups(measured: Iterable[Record], published: Iterable[Record]) -
     order = [found[0] for found in groups(ours[key][0] for key in kept)]
     made += [ours[comparable_key(record)] for record in order]
     found = [Group(heading="", records=tuple(members)) for members in made]
-    found = [dataclasses.replace(group, heading=key_text(group.speaker)) for group in found]
+    found = [dataclasses.replace(group, heading=heading_of(group.speaker)) for group in found]
     return found, len(ours) - len(kept)
+
+
+def heading_of(record: Record) -> str:
+    """What the records of a group agree in, in words."""
+    text = f"{record.dataset} {record.resolution}x{record.resolution}, N = {record.n:,}"
+    evaluation = record.evaluation
+    if evaluation is None:
+        return text
+    features, reference = (evaluation.features_sha256 or "")[:8], (evaluation.reference_sha256 or "")[:8]
+    text += f", suite {evaluation.suite}, {evaluation.features or 'features'}{f' ({features})' if features else ''}"
+    return f"{text}, reference {reference}" if reference else text
 
 
 def by_metric(records: Iterable[Record], wanted: Sequence[str]) -> dict[tuple[str, str], list[Record]]:
@@ -107,6 +119,72 @@ def longest_trained(records: Iterable[Record]) -> list[Record]:
         if steps == longest[key]:
             found[key].append(record)
     return [record for own in found.values() for record in own]
+
+
+def is_guided(record: Record) -> bool:
+    sampling = record.sampling
+    if record.source is not None and "-G" in record.source.row:  # the paper names guided systems so
+        return True
+    if sampling is None:
+        return False
+    return sampling.guidance_scale not in (None, 1.0) or sampling.guidance_channels == "classifier"
+
+
+def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
+    """Records without guidance at the one setting that most models share (of several, the most steps), and its name.
+
+    A system without that setting keeps its own of most steps. Where all are guided, guidance is part of the setting.
+    """
+    plain = [record for record in records if not is_guided(record)] or list(records)
+    models: dict[tuple, set[str]] = {}
+    for record in plain:
+        models.setdefault(_setting(record), set()).add(model_of(record))
+    usual = max(models, key=lambda setting: (len(models[setting]), setting[1], str(setting)))
+    own: dict[tuple, list[Record]] = {}
+    for record in plain:
+        own.setdefault((record.provenance, record.system, record.backbone), []).append(record)
+    kept, others = [], 0
+    for members in own.values():
+        found = [record for record in members if _setting(record) == usual]
+        if not found:
+            others += 1
+            most = max((_setting(record) for record in members), key=lambda setting: (setting[1], str(setting)))
+            found = [record for record in members if _setting(record) == most]
+        kept += found
+    words = []
+    if usual[0]:
+        guidance = f"guidance {usual[3]:g}" if usual[3] is not None else "no guidance"
+        words.append(f"sampled by {usual[0]} with {usual[1]} steps, {guidance}")
+    words += [f"{others} of {len(own)} systems at their own most steps"] if others and usual[0] else []
+    return kept, "; ".join(words)
+
+
+def _setting(record: Record) -> tuple:
+    """(sampler, steps, eta, guidance scale)."""
+    sampling = record.sampling
+    if sampling is None:
+        return ("", 0, None, None)
+    scale = None if sampling.guidance_scale == 1.0 else sampling.guidance_scale
+    return (sampling.sampler or "", sampling.steps or 0, sampling.eta, scale)
+
+
+def quality_axis(records: Sequence[Record]) -> Axis:
+    """The axis of a metric: logarithmic where its values are far apart."""
+    first = records[0]
+    mode = (first.evaluation.mode if first.evaluation else None) or ""
+    features = first.evaluation.features if first.evaluation else None
+    title = metric_title(first.metric, first.n, mode, features).rstrip("\u2191\u2193")
+    values = [record.value for record in records]
+    wide = min(values) > 0 and max(values) > WIDE_RANGE * min(values)
+    return Axis(title=title, scale="log" if wide else "linear", better=better(first.metric))
+
+
+def bars_note(series: Iterable[Series]) -> list[str]:
+    """What the bars of the marks are; nothing where there are none."""
+    marks = [mark for each in series for mark in each.marks if mark.low is not None]
+    if any(len(mark.record_ids) > 1 for mark in marks):
+        return ["marks: means over seeds, bars: lowest and highest seed"]
+    return ["bars: 95 % intervals"] if marks else []
 
 
 def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tuple[list[Line], int]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import reports
+import reports.report
 from harness.errors import Failure, Refusal
 from reports.files import write_whole
 from reports.report import write_report
@@ -21,13 +22,18 @@ from results.records import to_json
 from results.store import append
 
 TABLES = [f"table-{number}.{ending}" for number in range(1, 7) for ending in ("csv", "html", "md", "tex")]
-FIGURE = [f"figure-10.{ending}" for ending in ("csv", "pdf", "png", "svg")]
+PAPER_FIGURES = [*(f"figure-{number}" for number in (2, 5, 6, 8, 9, 10, 12)), "scaling-law"]
+OWN_FIGURES = ["figure-2", "figure-6", "figure-8", "figure-9", "figure-10", "figure-12"]
 PAGE = ["report.html"]
 DIGITS = [f"table-digits.{ending}" for ending in ("csv", "html", "md", "tex")]
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _files(names: list[str], endings=("csv", "pdf", "png", "svg")) -> list[str]:
+    return [f"{name}.{ending}" for name in names for ending in endings]
 
 
 def _points(folder: Path) -> list[dict[str, str]]:
@@ -37,8 +43,8 @@ def _points(folder: Path) -> list[dict[str, str]]:
 
 def test_without_any_run_the_paper_is_reported(tmp_path):
     summary = write_report([], tmp_path / "out")
-    assert sorted(path.name for path in summary.files) == sorted(TABLES + FIGURE + PAGE)
-    assert sorted(_contents(tmp_path / "out")) == sorted(TABLES + FIGURE + PAGE)
+    assert sorted(path.name for path in summary.files) == sorted(TABLES + _files(PAPER_FIGURES) + PAGE)
+    assert sorted(_contents(tmp_path / "out")) == sorted(path.name for path in summary.files)
     assert summary.measured == 0 and summary.problems == () and summary.conflicts == ()
     rows = _points(tmp_path / "out")
     assert [(row["provenance"], row["value"], row["sampling_steps"]) for row in rows] == [
@@ -56,7 +62,7 @@ def test_a_study_with_conflict_and_broken_line(study, record, tmp_path):
     with other.open("a") as file:
         file.write('{"schema": 2}\nnonsense\n')
     summary = write_report([tmp_path / "runs"], tmp_path / "out", protocol="digits")
-    assert sorted(path.name for path in summary.files) == sorted(TABLES + FIGURE + PAGE + DIGITS)
+    assert sorted(path.name for path in summary.files) == sorted(TABLES + _files(OWN_FIGURES) + PAGE + DIGITS)
     assert [(Path(problem.path).parent.name, problem.line) for problem in summary.problems] == [("c", 2), ("c", 3)]
     assert len(summary.conflicts) == 1 and "98.0" in summary.conflicts[0] and "99.0" in summary.conflicts[0]
     assert summary.measured == len(study)
@@ -91,17 +97,22 @@ def test_shuffling_splitting_and_duplicating_files_changes_no_byte(study, tmp_pa
         path.write_text("".join(f"{line}\n" for line in part))
     write_report([folder / "split"], folder / "out")
     expected = _contents(folder / "expected")
-    assert len(expected) == 30 and _contents(folder / "out") == expected
+    assert len(expected) == len(TABLES + DIGITS + PAPER_FIGURES + PAGE) and _contents(folder / "out") == expected
 
 
-def test_figures_are_reproducible_to_the_byte(study, tmp_path):
+def test_figures_are_reproducible_to_the_byte(study, tmp_path, monkeypatch):
+    made = reports.report.figures
+    few = ("figure-2", "figure-10")  # every kind of drawing but bands
+    monkeypatch.setattr("reports.report.figures", lambda *given: [each for each in made(*given) if each.name in few])
     for name, records in (("a", study), ("b", study[::-1])):
         append(tmp_path / name / "records.jsonl", records)
-        write_report([tmp_path / name], tmp_path / name / "out")
+        write_report([tmp_path / name], tmp_path / name / "out", protocol="digits")
+    assert len(_contents(tmp_path / "a" / "out")) == len(TABLES + DIGITS + PAGE + _files(list(few)))
     assert _contents(tmp_path / "a" / "out") == _contents(tmp_path / "b" / "out")
 
 
-def test_refusals_and_failures(tmp_path):
+def test_refusals_and_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr("reports.report.draw", lambda figure, styles: {})
     with pytest.raises(Refusal, match="no record file or folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -126,6 +137,8 @@ def test_reports_load_no_framework_and_nothing_heavy_before_drawing(tmp_path):
     script = (
         "import sys, json, reports.report, reports.grid, reports.rows\n"
         "early = sorted({'pandas', 'matplotlib', 'seaborn', 'PIL'} & set(sys.modules))\n"
+        "made = reports.report.figures\n"
+        "reports.report.figures = lambda *given: made(*given)[:1]\n"
         "reports.report.write_report([], sys.argv[1])\n"
         "late = sorted({'torch', 'jax', 'tensorflow', 'seaborn'} & set(sys.modules))\n"
         "print(json.dumps([early, late]))"

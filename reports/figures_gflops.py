@@ -1,0 +1,252 @@
+"""Quality against the Gflops of a forward pass: Figures 2 and 8, and what the scaling law predicts."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
+from reports.columns import quantity_text
+from reports.figures_study import (
+    DIT,
+    SYSTEMS,
+    at_one_length,
+    block_of,
+    figure_of,
+    mark_rows,
+    one_mark,
+    places_of,
+    records_of,
+    same_length,
+    studies,
+)
+from reports.fits import PowerLaw, correlation, power_law
+from reports.points import (
+    Line,
+    bars_note,
+    better,
+    comparable_groups,
+    data_row,
+    marks_of,
+    quality,
+    quality_axis,
+)
+from results.records import Record
+
+NEAR = 4.0  # times the range of a law's points: predictions farther off are in the CSV file alone
+CURVE_PLACES = 40  # of a fitted law
+
+
+def compute_efficiency(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+    """Figure 2: quality against Gflops with parameters as areas; and each system's best beside its Gflops."""
+    panels: list[Panel] = []
+    rows: list[dict] = []
+    for study in studies(measured, published):
+        study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
+        marked, note = at_one_length(study)
+        marked = [(line, mark) for line, mark in marked if mark.size]
+        if len(marked) < 2:
+            continue
+        series = tuple(
+            one_mark(line, dataclasses.replace(mark, text=_with_params(mark)), "bubbles") for line, mark in marked
+        )
+        panels.append(
+            Panel(
+                heading=study.group.heading,
+                title="Quality against Gflops",
+                x=Axis(title="Backbone compute", unit="Gflops a forward pass", scale="log"),
+                y=quality_axis(records_of(marked)),
+                series=series,
+                note="; ".join([*study.notes, note, "area: parameters", *bars_note(series)]),
+                starts_row=True,
+            )
+        )
+        rows += mark_rows(len(panels), marked, {"shows": "bubble"})
+    for panel, found in _best_systems(measured, published):
+        panels.append(panel)
+        rows += [data_row(r, len(panels), n, places_of(r) | {"shows": "bar"}) for n, r in found]
+    if not panels:
+        return None
+    return Figure(name="figure-2", title="Quality and compute", panels=tuple(panels), rows=tuple(rows))
+
+
+def _best_systems(measured: Sequence[Record], published: Sequence[Record]):
+    """For each set of comparable records a panel of bars, one a system at its best setting, and (name, record)."""
+    printed = [r for r in published if r.metric == "fid" and r.source.table in SYSTEMS and r.gflops]
+    groups, _ = comparable_groups([record for record in measured if record.gflops], printed)
+    for group in groups:
+        best: dict[tuple, Record] = {}
+        records = quality(group.records)
+        sign = -1 if records and better(records[0].metric) == "higher" else 1
+        for record in records:
+            key = (record.provenance, record.source.row if record.source else record.system)
+            if key not in best or (sign * record.value, record.id) < (sign * best[key].value, best[key].id):
+                best[key] = record
+        if len(best) < 2:
+            continue
+        found = sorted(best.items(), key=lambda pair: (sign * pair[1].value, pair[0]))[:20]
+        named = [(name if origin == "published" else f"{name} (measured)", r) for (origin, name), r in found]
+        if all(origin == "measured" for (origin, _), _ in found):
+            named = [(name, record) for (_, name), record in found]
+        series = tuple(
+            Series(
+                label=name,
+                model=model_of(record),
+                kind="bars",
+                provenance=record.provenance,
+                marks=tuple(
+                    dataclasses.replace(mark, text=name, size=record.gflops)
+                    for mark in marks_of([record], lambda record, place=place: float(place))
+                ),
+            )
+            for place, (name, record) in enumerate(named)
+        )
+        axis = quality_axis([record for _, record in named])
+        yield (
+            Panel(
+                heading=group.heading,
+                title="Systems by quality, and their Gflops",
+                x=Axis(title="System", scale="names"),
+                y=dataclasses.replace(axis, scale="linear"),
+                series=series,
+                note="; ".join(
+                    [
+                        "each system's best; bubbles: Gflops a forward pass, without classifier and decoder",
+                        *bars_note(series),
+                    ]
+                ),
+            ),
+            named,
+        )
+
+
+def correlation_with_gflops(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+    """Figure 8: quality against Gflops (log), Pearson's correlation, and a power law with its interval."""
+    panels: list[Panel] = []
+    rows: list[dict] = []
+    for study in studies(measured, published):
+        study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
+        marked, note = at_one_length(study)
+        if len(marked) < 2:
+            continue
+        same = same_length(marked)
+        found = correlation([math.log10(mark.x) for _, mark in same], [mark.y for _, mark in same])
+        series = [one_mark(line, mark, "points") for line, mark in marked]
+        notes = [*study.notes, note, *bars_note(series)]
+        if found is not None:
+            interval = f" [{found.low:.2f}, {found.high:.2f}]" if found.low is not None else ""
+            notes.append(f"correlation with log Gflops {found.r:.2f}{interval} ({found.n} models)")
+        law, family = law_of(same)
+        if law is not None:
+            series = [*law_series(law), *series]
+            notes.append(law_note(law, family))
+        panels.append(
+            Panel(
+                heading=study.group.heading,
+                x=Axis(title="Backbone compute", unit="Gflops a forward pass", scale="log"),
+                y=quality_axis(records_of(marked)),
+                series=tuple(series),
+                note="; ".join(notes),
+            )
+        )
+        rows += mark_rows(len(panels), marked, {})
+    return figure_of("figure-8", "Gflops and quality", panels, rows)
+
+
+def scaling_law(
+    measured: Sequence[Record], published: Sequence[Record], unseen: Callable[[Record], dict[str, float]]
+) -> Figure | None:
+    """Beyond the paper: the law of Figure 8 in logarithms, and what it predicts for DiTs that nobody trained.
+
+    unseen: Gflops by name of the backbones whose value the law of a record's panel may predict.
+    """
+    panels: list[Panel] = []
+    rows: list[dict] = []
+    for study in studies(measured, published):
+        study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
+        marked, note = at_one_length(study)
+        same = same_length(marked)
+        law, family = law_of(same)
+        if law is None or family != "DiTs":
+            continue
+        known = {line.model for line in study.lines}
+        wanted = {name: cost for name, cost in unseen(study.group.speaker).items() if name not in known}
+        if not wanted:
+            continue
+        axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
+        far = any(not law.reaches(cost) for cost in wanted.values())
+        notes = [*study.notes, note, law_note(law, family)]
+        notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]
+        notes += (
+            ["extrapolated ones lie outside the range of the points, where no point speaks for the law"] if far else []
+        )
+        panels.append(
+            Panel(
+                heading=study.group.heading,
+                x=Axis(title="Backbone compute", unit="Gflops a forward pass", scale="log"),
+                y=axis,
+                series=(*law_series(law), *(one_mark(*pair, "points") for pair in same), *_predictions(law, wanted)),
+                note="; ".join(notes),
+            )
+        )
+        rows += mark_rows(len(panels), same, {"shows": "mark"})
+        rows += _prediction_rows(len(panels), law, wanted, same[0][0].records[0])
+    return figure_of("scaling-law", "What the scaling law predicts", panels, rows)
+
+
+def law_of(marked: Sequence[tuple[Line, Mark]]) -> tuple[PowerLaw | None, str]:
+    """The power law of quality in Gflops, and over what: the DiTs with the paper's block where they are enough."""
+    dits = [mark for line, mark in marked if (found := DIT.fullmatch(line.model)) and not found[3]]
+    law, family = power_law([mark.x for mark in dits], [mark.y for mark in dits]), "DiTs"
+    if law is None:
+        law, family = power_law([mark.x for _, mark in marked], [mark.y for _, mark in marked]), "models of every kind"
+    return law, family
+
+
+def law_series(law: PowerLaw, label: str = "") -> list[Series]:
+    """The law and the band of its 95 % interval, over the range of its points and a little farther."""
+    ratio = (law.highest / law.lowest) ** 0.06
+    low, high = law.lowest / ratio, law.highest * ratio
+    xs = [low * (high / low) ** (place / (CURVE_PLACES - 1)) for place in range(CURVE_PLACES)]
+    marks = [Mark(x=x, y=law.at(x), low=law.interval(x)[0], high=law.interval(x)[1]) for x in xs]
+    bare = tuple(dataclasses.replace(mark, low=None, high=None) for mark in marks)
+    return [
+        Series(label="", model="", kind="band", provenance="fit", marks=tuple(marks)),
+        Series(label=label, model="", kind="fit", provenance="fit", marks=bare),
+    ]
+
+
+def law_note(law: PowerLaw, family: str) -> str:
+    return (
+        f"dashed: {law.factor:.3g} Gflops^{law.exponent:.2f} [{law.low:.2f}, {law.high:.2f}], least squares in logarithms "
+        f"over {law.n} {family}; band: 95 % interval of the law"
+    )
+
+
+def _predictions(law: PowerLaw, wanted: dict[str, float]) -> list[Series]:
+    series = []
+    near = {name: cost for name, cost in wanted.items() if law.lowest / NEAR <= cost <= law.highest * NEAR}
+    for name, cost in sorted(near.items(), key=lambda pair: pair[1]):
+        low, high = law.prediction(cost)
+        text = name if law.reaches(cost) else f"{name} (extrapolated)"
+        facts = (("predicted", f"{law.at(cost):.4g} [{low:.4g}, {high:.4g}]"), ("Gflops", quantity_text(cost)))
+        mark = Mark(x=cost, y=law.at(cost), low=low, high=high, text=text, facts=(("backbone", name), *facts))
+        series.append(Series(label=name, model="", kind="points", provenance="fit", marks=(mark,)))
+    return series
+
+
+def _prediction_rows(panel: int, law: PowerLaw, wanted: dict[str, float], peer: Record) -> list[dict]:
+    empty = dict.fromkeys(data_row(peer, panel, "", places_of(peer) | {"shows": ""}))
+    return [
+        empty
+        | {"panel": panel, "line": name, "provenance": "fit", "model": name, "gflops": cost, "metric": peer.metric}
+        | {"n": peer.n, "value": law.at(cost), "low": law.prediction(cost)[0], "high": law.prediction(cost)[1]}
+        | {"shows": "prediction" if law.reaches(cost) else "extrapolation"}
+        for name, cost in sorted(wanted.items(), key=lambda pair: pair[1])
+    ]
+
+
+def _with_params(mark: Mark) -> str:
+    if not mark.size:
+        return mark.text
+    millions = mark.size / 1e6
+    return f"{mark.text}, {millions:.3g}M" if millions < 1 else f"{mark.text}, {millions:.1f}M".replace(".0M", "M")

@@ -1,0 +1,107 @@
+"""Figure 10: quality against the compute of drawing an image."""
+
+from collections.abc import Sequence
+
+from reports.charts import Axis, Figure, Panel, Series
+from reports.points import (
+    ALONG_SAMPLING,
+    QUALITY_METRICS,
+    Group,
+    bars_note,
+    by_metric,
+    comparable_groups,
+    data_row,
+    left_out,
+    lines_of,
+    longest_trained,
+    marks_of,
+    quality_axis,
+)
+from results.records import Record, Sampling
+
+FIGURE_10_SOURCE = "Section 5.2"
+FEW_LINES = 6  # up to here there is room for a text at every mark of a line
+
+
+def sampling_compute(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+    """Figure 10: Gflops per image (log) against quality, a line a model; with the decoder in a panel of its own."""
+
+    def usable(record: Record) -> bool:
+        return (
+            record.metric in QUALITY_METRICS and record.sampling is not None and bool(record.sampling.gflops_per_image)
+        )
+
+    printed = [record for record in published if record.source.table == FIGURE_10_SOURCE]
+    groups, more = comparable_groups(filter(usable, measured), printed)
+    ours = [group for group in groups if group.speaker.provenance == "measured"]
+    panels: list[Panel] = []
+    rows: list[dict[str, object]] = []
+    for group in ours or groups:  # the two points of the paper's text say little beside a curve of one's own
+        for members in by_metric(group.records, QUALITY_METRICS).values():
+            _sampling_panels(group, members, panels, rows, more)
+    if not panels:
+        return None
+    return Figure(
+        name="figure-10", title="Sampling compute against sample quality", panels=tuple(panels), rows=tuple(rows)
+    )
+
+
+def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], rows: list[dict], more: int) -> None:
+    lines, omitted = lines_of(records, ALONG_SAMPLING, Sampling)
+    longest = len(lines) > FEW_LINES
+    if longest:  # a line for each system and setting, not one more for each training length
+        lines, omitted = lines_of(longest_trained(records), ALONG_SAMPLING, Sampling)
+        longest = sum(len(line.records) for line in lines) < len(records) and not omitted
+    choices = [("decoder not counted", _sampling_gflops)]
+    if any(record.sampling.decoder_gflops for line in lines for record in line.records):
+        choices.append(("decoder counted", _decoded_gflops))
+    few = len(lines) <= FEW_LINES
+    for title, gflops in choices:
+        series = tuple(
+            Series(
+                label=line.label,
+                model=line.model,
+                kind="line",
+                provenance=line.provenance,
+                marks=marks_of(line.records, gflops, _steps_text if few else lambda record: ""),
+            )
+            for line in lines
+        )
+        notes = ["numbers at the marks: sampling steps"] if few else []
+        notes += bars_note(series)
+        notes += ["the longest training of each system"] if longest else []
+        notes += [left_out(omitted, more)] if omitted or more else []
+        panels.append(
+            Panel(
+                heading=group.heading,
+                title=title if len(choices) > 1 else "",
+                x=Axis(title="Sampling compute", unit=f"Gflops per image, {title}", scale="log"),
+                y=quality_axis(records),
+                series=series,
+                note="; ".join(notes),
+            )
+        )
+    for line in lines:
+        for record in line.records:
+            places = {name.replace(" ", "_"): gflops(record) for name, gflops in _GFLOPS.items()}
+            rows.append(data_row(record, len(panels) - len(choices) + 1, line.label, places))
+
+
+def _sampling_gflops(record: Record) -> float:
+    return record.sampling.gflops_per_image
+
+
+def _decoded_gflops(record: Record) -> float | None:
+    """None where there is a decoder whose cost is not known."""
+    sampling = record.sampling
+    if sampling.decoder is not None and sampling.decoder_gflops is None:
+        return None
+    return sampling.gflops_per_image + (sampling.decoder_gflops or 0.0)
+
+
+_GFLOPS = {"gflops per image": _sampling_gflops, "gflops per image with decoder": _decoded_gflops}
+
+
+def _steps_text(record: Record) -> str:
+    sampling = record.sampling
+    return sampling.stage_steps or ("" if sampling.steps is None else str(sampling.steps))

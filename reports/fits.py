@@ -1,0 +1,147 @@
+"""Statistics of scaling: power laws with intervals, correlation, the Pareto frontier, curves read between their points.
+
+Power laws are straight lines in log-log space, fitted by ordinary least squares. Their intervals are the closed-form ones
+of linear regression (Student's t with n - 2 degrees of freedom), which assume that ln y scatters equally, normally and
+independently about the line. What a law says outside the range of its points is extrapolation: `PowerLaw.reaches` tells.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist
+
+from results.student import quantile
+
+FEWEST = 4  # points of a power law: two degrees of freedom are left for its scatter
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PowerLaw:
+    """y = factor * x ** exponent."""
+
+    exponent: float
+    low: float  # ends of the exponent's interval
+    high: float
+    factor: float
+    n: int  # points
+    scatter: float  # standard deviation of ln y about the line, n - 2 degrees of freedom
+    lowest: float  # the range of x that the points cover
+    highest: float
+    mean: float  # of ln x
+    spread: float  # sum of squares of ln x about its mean
+
+    def at(self, x: float) -> float:
+        """The value of the law."""
+        return self.factor * x**self.exponent
+
+    def interval(self, x: float) -> tuple[float, float]:
+        """Where the law itself lies at x."""
+        return self._around(x, 0.0)
+
+    def prediction(self, x: float) -> tuple[float, float]:
+        """Where one new measurement at x lies."""
+        return self._around(x, 1.0)
+
+    def reaches(self, x: float) -> bool:
+        """Whether x lies in the range of the points."""
+        return self.lowest <= x <= self.highest
+
+    def _around(self, x: float, own: float) -> tuple[float, float]:
+        error = self.scatter * math.sqrt(own + 1 / self.n + (math.log(x) - self.mean) ** 2 / self.spread)
+        factor = math.exp(_student(self.n) * error)
+        return self.at(x) / factor, self.at(x) * factor
+
+
+def power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
+    """The law through the points; None for fewer than 4 usable ones (x and y above 0) or all of them at one x."""
+    points = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True) if x > 0 and y > 0]
+    if len(points) < FEWEST:
+        return None
+    n = len(points)
+    mean_x, mean_y = math.fsum(x for x, _ in points) / n, math.fsum(y for _, y in points) / n
+    spread = math.fsum((x - mean_x) ** 2 for x, _ in points)
+    if spread < 1e-12:
+        return None
+    exponent = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    offset = mean_y - exponent * mean_x
+    scatter = math.sqrt(math.fsum((y - offset - exponent * x) ** 2 for x, y in points) / (n - 2))
+    half = _student(n) * scatter / math.sqrt(spread)
+    return PowerLaw(
+        exponent=exponent,
+        low=exponent - half,
+        high=exponent + half,
+        factor=math.exp(offset),
+        n=n,
+        scatter=scatter,
+        lowest=math.exp(min(x for x, _ in points)),
+        highest=math.exp(max(x for x, _ in points)),
+        mean=mean_x,
+        spread=spread,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Correlation:
+    """Pearson's r with its interval by Fisher's z (no interval below 4 points)."""
+
+    r: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
+    """Pearson's correlation; None below 3 points or where x or y does not vary."""
+    n = len(xs)
+    if n < 3:
+        return None
+    mean_x, mean_y = math.fsum(xs) / n, math.fsum(ys) / n
+    xx = math.fsum((x - mean_x) ** 2 for x in xs)
+    yy = math.fsum((y - mean_y) ** 2 for y in ys)
+    if not (xx > 0 and yy > 0):
+        return None
+    r = math.fsum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / math.sqrt(xx * yy)
+    r = max(-1.0, min(1.0, r))
+    if n < 4 or abs(r) == 1:
+        return Correlation(r=r, low=None, high=None, n=n)
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) / math.sqrt(n - 3)
+    return Correlation(r=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), n=n)
+
+
+def frontier(points: Iterable[tuple[float, float]], better: str) -> list[int]:
+    """Indices of the points (cost, quality) that no other beats in both, cheapest first.
+
+    better: "lower" or "higher" quality. Of equal points the first stands for all.
+    """
+    sign = -1.0 if better == "higher" else 1.0
+    order = sorted(enumerate(points), key=lambda pair: (pair[1][0], sign * pair[1][1], pair[0]))
+    kept, best = [], math.inf
+    for index, (_, quality) in order:
+        if sign * quality < best:
+            best = sign * quality
+            kept.append(index)
+    return kept
+
+
+def between(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
+    """The curve through the points (x ascending and above 0) read at x, straight between them in log x.
+
+    In log y too where all of it is above 0. None outside the range: a curve is never extended.
+    """
+    if not xs or not xs[0] <= x <= xs[-1]:
+        return None
+    is_log = all(y > 0 for y in ys)
+    heights = [math.log(y) if is_log else y for y in ys]
+    for left in range(len(xs) - 1):
+        if x <= xs[left + 1]:
+            share = math.log(x / xs[left]) / math.log(xs[left + 1] / xs[left])
+            height = heights[left] + share * (heights[left + 1] - heights[left])
+            return math.exp(height) if is_log else height
+    return ys[-1]
+
+
+@functools.cache
+def _student(n: int) -> float:
+    return quantile((1 + CONFIDENCE) / 2, n - 2)

@@ -1,0 +1,180 @@
+"""The figures of scale: every published value against results/published, and what a study of one's own adds."""
+
+import csv
+import dataclasses
+import io
+from importlib import resources
+
+import pytest
+
+from reports.charts import model_styles, to_csv
+from reports.drawing import draw
+from reports.figures import figures, published_records
+from results.records import Training
+
+
+def named(records, name):
+    return next((figure for figure in figures(records) if figure.name == name), None)
+
+
+def rows_of(figure):
+    return list(csv.DictReader(io.StringIO(to_csv(figure))))
+
+
+def printed(table, column):
+    """(row of the table) -> text, straight from the packaged file."""
+    file = resources.files("results").joinpath("published", f"{table.lower().replace(' ', '-')}.csv")
+    rows = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
+    return {row["row"]: row["value"] for row in rows if row["column"] == column}
+
+
+def series(figure):
+    return [each for panel in figure.panels for each in panel.series]
+
+
+def trained(record, steps):
+    training = record.training
+    return dataclasses.replace(
+        record, training=dataclasses.replace(training, steps=steps, images=128 * steps, gflops=3.0 * record.gflops * 128 * steps)
+    )  # fmt: skip
+
+
+@pytest.fixture
+def lengths(study):
+    """The study evaluated after 400 and 800 steps."""
+    return [trained(record, steps) for record in study for steps in (400, 800)]
+
+
+FIDS, GFLOPS, PARAMS = (printed("Table 4", name) for name in ("FID-50K (no guidance)", "Flops (G)", "Params (M)"))
+AT_400K = {row for row in FIDS if ", 256x256, 400K, adaLN-Zero" in row}
+
+
+def check_details(row):
+    """A row of a figure's CSV that quotes Table 4."""
+    name = row["source"].removeprefix("Table 4: ")
+    assert float(row["value"]) == float(FIDS[name]) and float(row["gflops"]) == float(GFLOPS[name])
+    assert float(row["params"]) == 1e6 * float(PARAMS[name])
+    return name
+
+
+@pytest.mark.parametrize(
+    "name", ["figure-2", "figure-5", "figure-6", "figure-8", "figure-9", "figure-12", "scaling-law"]
+)
+def test_published_values_are_those_of_the_paper(name):
+    figure = named(published_records(), name)
+    rows = rows_of(figure)
+    details = [row for row in rows if row["source"].startswith("Table 4")]
+    found = {check_details(row) for row in details}
+    if name == "figure-5":
+        assert found == {
+            f"DiT-XL/2, 256x256, 400K, {block}" for block in ("adaLN-Zero", "in-context", "cross-attention", "adaLN")
+        }
+    elif name in ("figure-9", "figure-12"):
+        assert found >= AT_400K and {f"DiT-XL/2, 256x256, {n}K, adaLN-Zero" for n in (2352, 7000)} <= found
+        for row in details:
+            steps, batch = float(row["training_steps"]), 256
+            assert float(row["training_gflops"]) == pytest.approx(float(row["gflops"]) * steps * batch * 3)
+    else:
+        assert found == AT_400K and len(AT_400K) == 12
+    others = [row for row in rows if row["provenance"] == "published" and row not in details]
+    columns = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "recall": "Recall"}
+    for row in others:
+        table, _, place = row["source"].partition(": ")
+        assert float(row["value"]) == float(printed(table, columns[row["metric"]])[place])
+    assert bool(others) == (name in ("figure-2", "figure-12"))
+
+
+def test_correlation_and_law_of_the_paper():
+    figure = named(published_records(), "figure-8")
+    assert len(figure.panels) == 1 and "-0.93 [-0.98, -0.76] (12 models)" in figure.panels[0].note
+    assert "Gflops^-0.36 [-0.46, -0.27]" in figure.panels[0].note
+    assert figure.panels[0].x.scale == "log"
+
+
+def test_a_law_of_eleven_dits_predicts_the_twelfth(record):
+    records = published_records()
+    rest = [each for each in records if not (each.source.table == "Table 4" and each.backbone == "dit-l-4")]
+    rows = {row["line"]: row for row in named(rest, "scaling-law").rows if row["provenance"] == "fit"}
+    assert rows["dit-l-4"]["low"] < 45.64 < rows["dit-l-4"]["high"] and rows["dit-l-4"]["shows"] == "prediction"
+    assert rows["dit-xs-4"]["shows"] == "extrapolation"
+    texts = [mark.text for each in series(named(rest, "scaling-law")) for mark in each.marks]
+    assert "dit-l-4" in texts and "dit-xs-4 (extrapolated)" in texts
+    few = [
+        each for each in records if each.source.table != "Table 4" or each.backbone in ("dit-s-8", "dit-b-8", "dit-l-8")
+    ]
+    assert named(few, "scaling-law") is None
+
+
+def test_a_study_stands_in_panels_of_its_own(lengths):
+    records = [*lengths, *published_records()]
+    for name in ("figure-2", "figure-8", "figure-9"):
+        for panel in named(records, name).panels:
+            assert len({each.provenance for each in panel.series if each.provenance != "fit"}) == 1
+    nine = list(named(lengths, "figure-9").panels)
+    assert [{each.label: len(each.marks) for each in panel.series} for panel in nine] == [
+        {"dit-xs-2": 2, "dit-xs-4": 2, "unet-small": 2}
+    ]
+    by_id = {each.id: each for each in lengths}
+    for each in nine[0].series:
+        for mark in each.marks:
+            own = [by_id[record_id] for record_id in mark.record_ids]
+            assert {record.training.gflops for record in own} == {mark.x} and len(own) == 2
+            assert {record.sampling.steps for record in own} == {50}  # the most that all have
+    six = named(lengths, "figure-6")
+    assert [panel.title for panel in six.panels] == ["DiT-XS, patches differ"]
+    eight = named(lengths, "figure-8")
+    assert {row["training_steps"] for row in eight.rows} == {800} and "800 training steps" in eight.panels[0].note
+    assert {panel.title for panel in named(lengths, "figure-12").panels} == {
+        f"{metric} {way}" for metric in ("FD-1K", "KD", "Precision") for way in ("over training", "against Gflops")
+    }
+    assert named(lengths, "figure-5") is None and named(lengths, "scaling-law") is None
+
+
+def test_what_may_share_a_panel_with_the_paper_does(imagenet):
+    ours = imagenet(
+        "fid", 60.0, system="dit-s-2", backbone="dit-s-2", gflops=6.06, params=33_000_000,
+        sampling=dataclasses.replace(imagenet("fid", 1.0).sampling, guidance_scale=None, guidance_channels=None),
+        training=Training(steps=400_000, gflops=6.06 * 3 * 256 * 400_000, batch=256),
+    )  # fmt: skip
+    figure = named([ours, *published_records()], "figure-8")
+    assert len(figure.panels) == 1 and "(12 models)" in figure.panels[0].note
+    assert {each.provenance for each in figure.panels[0].series} == {"fit", "published", "measured"}
+    other = dataclasses.replace(ours, evaluation=dataclasses.replace(ours.evaluation, suite="clean"))
+    assert len(named([other, *published_records()], "figure-9").panels) == 2
+
+
+def test_blocks_of_a_study(record):
+    blocks = ["dit-xs-2", "dit-xs-2-in-context", "dit-xs-2-adaln"]
+    records = [
+        trained(record(system=name, value=10.0 + place - steps / 400), steps)
+        for place, name in enumerate(blocks)
+        for steps in (400, 800)
+    ]
+    records.append(trained(record(system="dit-xs-2", value=2.0), 1600))  # alone: nothing to compare it with
+    (panel,) = named(records, "figure-5").panels
+    assert {each.label: [mark.x for mark in each.marks] for each in panel.series} == {
+        "adaLN-Zero": [400, 800], "in-context": [400, 800], "adaLN": [400, 800],
+    }  # fmt: skip
+
+
+def test_systems_without_the_usual_setting_keep_their_own(record):
+    records = [
+        record(system="a", gflops=1.0),
+        record(system="b", gflops=2.0),
+        record(system="c", gflops=3.0, steps=10),
+        trained(record(system="d", gflops=4.0), 900),
+    ]
+    figure = named(records, "figure-8")
+    assert {mark.text for each in series(figure) if each.kind == "points" for mark in each.marks} == {
+        "a", "b", "c", "d (900 steps)",
+    }  # fmt: skip
+    assert "1 of 4 systems at their own most steps" in figure.panels[0].note
+
+
+def test_every_figure_can_be_drawn_and_names_what_it_shows(lengths):
+    records = [*lengths, *published_records()]
+    styles = model_styles(records)
+    for figure in figures(lengths):
+        svg = draw(figure, styles, ("svg",))["svg"].decode()
+        assert all(name in svg for name in ("dit-xs-2", "unet-small")) or figure.name == "figure-6"
+        assert figure.title in svg and figure.panels[0].x.text.split(" (")[0] in svg
