@@ -1,4 +1,4 @@
-"""From latents to images: the one door by which a sampler decodes, and what a decode costs.
+"""Auto-encoders: loading one, from latents to images (the one door by which a sampler decodes), and what that costs.
 
 A decoder is named "ft-ema", "ft-mse" or "original" (Stable Diffusion's auto-encoder, which DiT samples through, by
 diffusers' AutoencoderKL), "vq-f4" or "vq-f8" (LDM's, whose decode re-quantises the latent), or by a path.
@@ -42,8 +42,8 @@ SCALE_KL = 0.18215  # of Stable Diffusion's latents where a config does not say:
 class Decoder:
     """A loaded auto-encoder, float32, without gradients.
 
-    name: for records. kind: "kl" or "vq". scale_factor: a sampler's latents are this many times the auto-encoder's.
-    channels: of a latent. factor: pixels a latent cell, along a side. sha256: of the weight file. config: what the
+    name: for records. kind: "kl" or "vq". scale_factor, shift_factor: a sampler's latents are (z - shift) x scale of the
+    auto-encoder's z. channels: of a latent. factor: pixels a latent cell, along a side. sha256: of the weight file. config: what the
     network was built from. source: file, or repository and revision. notes: what was left out or assumed on loading.
     batch: images a forward pass.
     """
@@ -59,6 +59,7 @@ class Decoder:
     notes: tuple[str, ...]
     net: nn.Module
     batch: int
+    shift_factor: float = 0.0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -68,8 +69,14 @@ class Decoder:
             "name": self.name,
             "weights_sha256": self.sha256,
             "scale_factor": self.scale_factor,
+            **({"shift_factor": self.shift_factor} if self.shift_factor else {}),
             "config_sha256": files.sha256_json(settings),  # activations and groups show in no weight
         }
+
+    @property
+    def image_channels(self) -> int:
+        """Of the images that it takes and makes."""
+        return 3 if self.kind == "vq" else self.config.get("in_channels", 3)
 
     def compute(self, image_size: int = 256, direction: str = "decode") -> Compute:
         """Compute of one image of `image_size` pixels a side; its params are those of encoder and decoder."""
@@ -99,7 +106,8 @@ class Decoder:
         images = []
         with torch.inference_mode(), exact_float32(device.type):
             for part in z.split(self.batch) if len(z) else ():
-                x = _decode(self.kind, self.net, part.to(device, torch.float32) / self.scale_factor)  # (n, 3, H, W)
+                latent = part.to(device, torch.float32) / self.scale_factor + self.shift_factor  # (n, C, h, w)
+                x = _decode(self.kind, self.net, latent)  # (n, 3, H, W)
                 finite = torch.isfinite(x).flatten(1).all(dim=1)  # (n,)
                 if not finite.all():
                     at = sum(map(len, images)) + int(finite.int().argmin())
@@ -109,6 +117,25 @@ class Decoder:
                 images.append(x.clamp(-1, 1))
             size = [side * self.factor for side in z.shape[2:]]
             return torch.cat(images) if images else torch.empty(0, 3, *size, device=device)  # (N, 3, H, W)
+
+    def posterior(self, images: torch.Tensor) -> torch.Tensor:
+        """Images float32 (N, 3, H, W) in [-1, 1] to mean and standard deviation of the latents, float32 (N, 2, C, h, w).
+
+        As diffusers has it: the log-variance clamped to [-30, 20]. `batch` at a time and finite, as in `decode`.
+        """
+        import torch
+
+        from harness.float32_torch import exact_float32
+
+        device, moments = next(self.net.parameters()).device, []
+        with torch.inference_mode(), exact_float32(device.type):
+            for part in images.split(self.batch):
+                found = self.net.encode(part.to(device, torch.float32), return_dict=False)[0]
+                each = torch.stack([found.mean, found.std], dim=1)  # (n, 2, C, h, w)
+                if not torch.isfinite(each).all():
+                    raise Failure(f"auto-encoder {self.name}: a latent is not finite; check the weights")
+                moments.append(each)
+        return torch.cat(moments)  # (N, 2, C, h, w)
 
 
 def resolve(name: str) -> Known | Path:
@@ -129,26 +156,33 @@ def resolve(name: str) -> Known | Path:
     raise Refusal(f"{unknown('decoder', name, KNOWN)} (or give a path)")
 
 
-def load(name: str, *, weights: str | Path | None = None, device: str = "cpu", batch: int | None = None) -> Decoder:
-    """The decoder `name`, read from `weights` (a folder or file) where given, else from the path or the hub.
+def load(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    batch: int | None = None,
+    flag: str = FLAG,
+) -> Decoder:
+    """The auto-encoder `name`, read from `weights` (a folder or file) where given, else from the path or the hub.
 
-    `weights` takes the name's word for what it is: records carry the file's hash beside the name. Nothing that is
-    loaded is executed. Refused in one line: what is missing, cannot be read or does not fit.
+    `weights` takes the name's word for what it is: records carry the file's hash beside the name. `flag`: the option that
+    refusals tell to name a path with. Nothing that is loaded is executed. Refused in one line: what is missing, cannot be read or does not fit.
     """
     found = resolve(name)
     if isinstance(found, Path):
         if weights is not None:
-            raise Refusal(f"decoder {name} is a path already; leave out {FLAG} or give one of {', '.join(KNOWN)}")
+            raise Refusal(f"decoder {name} is a path already; leave out {flag} or give one of {', '.join(KNOWN)}")
         known, path, source = None, found, str(found)
     elif weights is not None:
         known, path, source = found, Path(weights).expanduser(), str(weights)
     elif found.repository:
         known = found
-        path, source = _from_hub(name, found)
+        path, source = _from_hub(name, found, flag)
     else:
-        raise Refusal(f"decoder {name} needs its weights: get {found.place} and name the file with {FLAG}")
+        raise Refusal(f"decoder {name} needs its weights: get {found.place} and name the file with {flag}")
 
-    config, file = _locate(path)
+    config, file = _locate(path, flag)
     tensors, notes, digest = read_tensors(file)
     kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
     if known is not None and kind != known.spec[:2]:
@@ -156,7 +190,7 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "cpu", b
         raise Refusal(f"{file} holds {words[kind]}, which {name} is not; choose the decoder that the latents are for")
     if kind == "vq":
         config = _vq_config(name, known, tensors, file)
-        scale, channels, factor_ = 1.0, config["code_channels"], factor(config["multipliers"])
+        scale, shift, channels, factor_ = 1.0, 0.0, config["code_channels"], factor(config["multipliers"])
     else:
         if config is None:
             config = KL_CONFIG
@@ -167,7 +201,7 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "cpu", b
                     f"{file} is not {name}: its config.json has {key} {config.get(key)} instead of {KL_CONFIG[key]};"
                     " give it as a path, without a name"
                 )
-        scale = float(config.get("scaling_factor", SCALE_KL))
+        scale, shift = float(config.get("scaling_factor", SCALE_KL)), float(config.get("shift_factor") or 0.0)
         channels, factor_ = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
         tensors = diffusers_layout(tensors, len(config["block_out_channels"]))
     net = _build(kind, config, file)
@@ -176,6 +210,7 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "cpu", b
         name=known.record_name if known is not None else f"{'vae' if kind == 'kl' else 'vq'}-{digest[:12]}",
         kind=kind,
         scale_factor=scale,
+        shift_factor=shift,
         channels=channels,
         factor=factor_,
         sha256=digest,
@@ -242,7 +277,7 @@ def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return net.encode(x) if kind == "vq" else net.encode(x, return_dict=False)[0].mode()  # (n, C, h, w)
 
 
-def _from_hub(name: str, known: Known) -> tuple[Path, str]:
+def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
     """The folder in the hub's cache with config and weights, fetched if they are not there yet, and its repository
     and revision."""
     try:
@@ -277,7 +312,7 @@ def _from_hub(name: str, known: Known) -> tuple[Path, str]:
             reason = str(error).strip() or type(error).__name__
             raise Refusal(
                 f"decoder {name}: {known.repository} is not in the cache and was not fetched"
-                f" ({reason.splitlines()[0].rstrip('.')}); get {known.place} into a folder and name it with {FLAG}"
+                f" ({reason.splitlines()[0].rstrip('.')}); get {known.place} into a folder and name it with {flag}"
             ) from error
         finally:
             logging.set_verbosity(verbosity)
@@ -286,7 +321,7 @@ def _from_hub(name: str, known: Known) -> tuple[Path, str]:
     return found, f"{known.repository}{revision}"
 
 
-def _locate(path: Path) -> tuple[dict[str, Any] | None, Path]:
+def _locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
     """The config, where there is one, and the weight file of a folder or file. A pipeline's folder holds a vae."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
@@ -302,14 +337,14 @@ def _locate(path: Path) -> tuple[dict[str, Any] | None, Path]:
     elif path.is_file():
         folder, file = path.parent, path
     else:
-        raise Refusal(f"{path}: no such file or folder; {FLAG} takes an auto-encoder's folder or weight file")
+        raise Refusal(f"{path}: no such file or folder; {flag} takes an auto-encoder's folder or weight file")
     if file.name not in WEIGHTS or not (folder / "config.json").is_file():
         return None, file
     config = files.read_json(folder / "config.json", "auto-encoder config")
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != "AutoencoderKL":
         raise Refusal(f"{folder / 'config.json'} describes {kind or 'no network'}; wanted diffusers' AutoencoderKL")
-    for key in ("shift_factor", "latents_mean", "latents_std"):
+    for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
             raise Refusal(
                 f"{folder / 'config.json'} has a {key}, which no sampler here takes; use another auto-encoder"
@@ -317,6 +352,9 @@ def _locate(path: Path) -> tuple[dict[str, Any] | None, Path]:
     scale = config.get("scaling_factor", SCALE_KL)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
         raise Refusal(f"{folder / 'config.json'}: scaling_factor is {scale!r}; it must be a number above 0")
+    shift = config.get("shift_factor") or 0.0
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not abs(shift) < float("inf"):
+        raise Refusal(f"{folder / 'config.json'}: shift_factor is {shift!r}; it must be a number")
     if not isinstance(config.get("block_out_channels"), list):
         raise Refusal(f"{folder / 'config.json'} has no list of block_out_channels; get it again")
     # diffusers' own book-keeping decides nothing, and differs between copies of the same auto-encoder.

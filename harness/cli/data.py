@@ -83,6 +83,45 @@ def reference(
     click.echo(f"  statistics of {about.features} ({about.features_sha256[:12]}), reference {about.sha256[:12]}")
 
 
+@command.command("latents", short_help="Encode images by a VAE, once, for training in its latents.")
+@click.argument("images", metavar="IMAGES")
+@click.option(
+    "--vae", required=True, metavar="DIR|NAME", help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse."
+)
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The folder to make.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
+@json_option
+def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool) -> None:
+    """Encode every image, and its mirror image, once: the means and standard deviations from which training draws.
+
+    IMAGES: a folder of `harness data prepare`, an .npz of ADM's layout, or a name of `harness list datasets`. A killed
+    command continues where it was.
+
+    \b
+        harness data prepare imagenet --from PATH --out imagenet-256 --resolution 256
+        harness data latents imagenet-256 --vae ft-ema --out imagenet-256-latents
+        harness run --backbone dit-xl-2 --protocol imagenet-256 --data imagenet-256-latents
+    """
+    from harness import decoding
+    from harness.data.encode import make_cache, open_images
+    from harness.data.latents import read_meta
+    from harness.engines.torch.resolve import device_name, pick_device
+    from harness.evaluation import environment
+
+    source, target = open_images(images), pick_device(device)
+    encoder = decoding.load(vae, device=str(target), flag="--vae DIR")
+    say = lambda text: click.echo(text, err=True)  # noqa: E731
+    new = make_cache(source, encoder, out, environment=environment(device_name(target)), say=say)
+    meta = read_meta(out)
+    if as_json:
+        facts = {"images": meta.images, "vae": meta.vae, "shape": meta.shape, "sha256": meta.sha256}
+        click.echo(json.dumps({"folder": str(out), "written": new, **facts}, indent=2))
+        return
+    click.echo(f"{out}: {'written' if new else 'is there already, the same latents'}")
+    click.echo(f"  {meta.shape[0]:,} images of {meta.images['name']}, latents {'x'.join(map(str, meta.latent))}")
+    click.echo(f"  by {meta.vae['name']} ({meta.vae['weights_sha256'][:12]}), scale {meta.scale:g}; {meta.sha256[:12]}")
+
+
 @command.command("fetch", short_help="Download a public file of evaluation, or a data set.")
 @click.argument("name", metavar="NAME", required=False)
 @click.option(

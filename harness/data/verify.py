@@ -11,6 +11,7 @@ import numpy as np
 
 from evaluators.reference_file import STATISTICS, About, check_content, read_about
 from harness import files
+from harness.data import latents
 from harness.data.public_files import FILES
 from harness.errors import Refusal
 from harness.image_sources import open_images, readable
@@ -27,6 +28,8 @@ class Verdict(NamedTuple):
 def verify(path: Path) -> Verdict:
     """Look at a reference or at the weights of the Inception network, byte by byte. What is damaged, or is not what it
     says of itself, is refused; so are weights that are not the public ones."""
+    if path.is_dir() and latents.is_cache(path):
+        return Verdict("latents", True, latents.verify(path))
     if not path.is_file():
         raise Refusal(f"{path}: no such file; name a reference (.npz) or {FILES['inception'].file}")
     if path.suffix.lower() == ".npz":
