@@ -5,37 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from harness.errors import Refusal
 from harness.image_files import SUFFIXES, Entry, of_files
 from harness.image_sources import Damaged, ImageSource, shown
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, bytes) of each file. Stricter than `tarfile`, which takes a broken header for the archive's end:
+def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, bytes) of each file of the tar that lies in `path`, or in its `span` bytes from `begin`. Stricter than `tarfile`, which takes a broken header for the archive's end:
     the headers' checksums, the sizes and the closing zeros must all be right. POSIX.1-1988, pax and GNU long names."""
-    size, offset = path.stat().st_size, 0
+    end, offset = path.stat().st_size if span is None else begin + span, begin
     name, length = None, None  # from an extended header, for the next file
     with path.open("rb") as file:
         while True:
             file.seek(offset)
             block = file.read(512)
-            if len(block) < 512:
+            if len(block) < 512 or offset + 512 > end:
                 raise Damaged("it is cut off")
             if not any(block):
-                tail = iter(lambda: file.read(1 << 16), b"")
-                if size - offset < 1024 or any(part.count(0) != len(part) for part in tail):
+                if end - offset < 1024 or not _zeros(file, end - offset - 512):
                     raise Damaged("it does not end as a tar does")
                 return
             if sum(block[:148]) + 256 + sum(block[156:]) != _tar_number(block[148:156]):
                 raise Damaged(f"the header at byte {offset} differs from its checksum")
-            span = _tar_number(block[124:136]) if length is None else length
+            size = _tar_number(block[124:136]) if length is None else length
             kind, start = block[156:157], offset + 512
-            if start + span > size:
+            if start + size > end:
                 raise Damaged("it is cut off")
-            offset = start + -(-span // 512) * 512
+            offset = start + -(-size // 512) * 512
             if kind in b"xgL":
-                data = file.read(span) if span <= 1 << 20 else b""
+                data = file.read(size) if size <= 1 << 20 else b""
                 if kind == b"L":
                     name = data.rstrip(b"\0").decode("utf-8", "replace")
                 elif kind == b"x":
@@ -50,7 +50,17 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
                 raise Refusal(f"{path}: {shown(plain)} is a link or a device, which is never followed; pack files only")
             if plain.startswith("/") or ".." in plain.split("/"):
                 raise Refusal(f"{path}: the name {shown(plain)} leads out of the archive; pack it with plain names")
-            yield plain.removeprefix("./"), start, span
+            yield plain.removeprefix("./"), start, size
+
+
+def _zeros(file: IO[bytes], count: int) -> bool:
+    """Whether the next `count` bytes are there and are all zero."""
+    while count:
+        part = file.read(min(count, 1 << 16))
+        if not part or part.count(0) != len(part):
+            return False
+        count -= len(part)
+    return True
 
 
 def _tar_number(field: bytes) -> int:
@@ -83,7 +93,7 @@ def _pax(data: bytes) -> dict[str, str]:
 
 def open_tar(path: Path) -> ImageSource:
     entries, keys, classes, ignored, names = [], [], {}, 0, set()
-    for name, offset, size in _tar_members(path):
+    for name, offset, size in tar_members(path):
         if name in names:
             raise Damaged(f"it holds {name} twice")
         names.add(name)

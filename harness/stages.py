@@ -61,6 +61,7 @@ def check_images(data: ImageSet, request: Request) -> None:
     if data.images.shape[1:] != shape:
         raise Refusal(
             f"data set {data.name!r} has images {data.images.shape[1:]}, protocol {task.name!r} wants {shape} (H, W, C)"
+            + ("; prepare it at that resolution" if data.known_sha256 else "")
         )
 
 

@@ -1,4 +1,4 @@
-"""`harness data`: references that samples are judged by, and the public files that evaluation needs."""
+"""`harness data`: data sets for training, references that samples are judged by, and public files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,41 @@ from harness.cli.options import FOLDER, Count, json_option
 
 @click.group("data")
 def command() -> None:
-    """References that samples are judged by, and the public files that evaluation needs."""
+    """Data sets for training, references that samples are judged by, and public files."""
+
+
+@command.command("prepare", short_help="Make a data set for training from images in classes.")
+@click.argument("name", metavar="NAME")
+@click.option("--from", "source", type=FOLDER, required=True, metavar="PATH", help="Where the images are.")
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="Where to write. Nothing is overwritten.")
+@click.option(
+    "--resolution", type=click.IntRange(1, 4096), default=256, show_default=True, help="Pixels a side after ADM's centre crop."
+)  # fmt: skip
+@json_option
+def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) -> None:
+    """Decode and crop the images at PATH once, into a folder that training maps (--data DIR).
+
+    NAME: imagenet, whose 1,000 classes and their order are then checked, or a name for a data set of your own. PATH:
+    class folders, ILSVRC2012_img_train.tar, webdataset shards, or a Hugging Face data set's parquet files (extra
+    parquet). A killed command continues where it was.
+
+    \b
+        harness data prepare imagenet --from ILSVRC2012_img_train.tar --out imagenet-256
+        harness data prepare birds --from birds/train --out birds-64 --resolution 64
+    """
+    from harness.data.prepare import prepare as prepared
+    from harness.data.prepared import facts
+
+    made = prepared(name, source, out, resolution=resolution, say=lambda text: click.echo(text, err=True))
+    meta = made.meta
+    if as_json:
+        click.echo(json.dumps({"folder": str(made.folder), "new": made.new, **facts(meta)}, indent=2))
+        return
+    shape = "x".join(map(str, meta.shape[1:]))
+    click.echo(f"{made.folder}: {'written' if made.new else 'is there already, the same data set'}")
+    click.echo(f"  {meta.images:,} images {shape} in {len(meta.classes):,} classes, sha256 {meta.sha256[:12]}")
+    for note in meta.notes:
+        click.echo(f"  note: {note}")
 
 
 @command.command("reference", short_help="Make an evaluation reference from images.")
@@ -164,12 +198,12 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
         click.echo(f"  sha256 {each.sha256}")
 
 
-@command.command("verify", short_help="Say what a file is, and whether its hashes hold.")
-@click.argument("file", type=FOLDER)
+@command.command("verify", short_help="Say what a file or data set is, and whether its hashes hold.")
+@click.argument("file", type=FOLDER, metavar="PATH")
 @json_option
 def verify(file: Path, as_json: bool) -> None:
-    """What FILE is, a reference or the weights of the Inception network, and whether its content is what it says, or
-    what its publisher says. Exit code 2 if not."""
+    """What PATH is, a reference, the weights of the Inception network or a prepared data set, and whether its content is
+    what it says, or what its publisher says; every byte is read. Exit code 2 if not."""
     from harness.data.verify import verify as verified
 
     verdict = verified(file)

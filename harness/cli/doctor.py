@@ -18,6 +18,7 @@ from harness.cli.options import json_option
 OPTIONAL = (
     ("optax", "jax", "networks in JAX (--framework jax, --backend jax)", "jax"),
     ("cleanfid", "clean-fid", "suite clean (clean-fid's resize)", "clean-fid"),
+    ("pyarrow", "pyarrow", "data sets in parquet files (harness data prepare)", "parquet"),
     ("fvcore", "fvcore", "a third opinion on Gflops (harness flops --check fvcore)", "fvcore"),
     ("diffusers", "diffusers", "benchmarks against its DiT", "diffusers"),
 )

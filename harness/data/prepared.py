@@ -17,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,22 @@ def chunk_count(images: int) -> int:
     return -(-images // CHUNK_IMAGES)
 
 
+def chunk_sizes(images: int) -> list[int]:
+    """Images of each chunk of so many."""
+    return [min(CHUNK_IMAGES, images - start) for start in range(0, images, CHUNK_IMAGES)]
+
+
+def stored_chunk_sha256(path: Path, start: int, shape: tuple[int, ...], chunk: int, labels: np.ndarray) -> str:
+    """`chunk_sha256` of chunk number `chunk` of the images that begin at byte `start` of `path`, read past any map: what
+    is read through one counts as this process's memory. shape: (N, H, W, C). labels: int64 (N,), all of them."""
+    first, size = chunk * CHUNK_IMAGES, int(np.prod(shape[1:]))
+    here = labels[first : first + CHUNK_IMAGES]
+    with path.open("rb") as file:
+        file.seek(start + first * size)
+        data = file.read(len(here) * size)
+    return chunk_sha256(np.frombuffer(data, np.uint8), here)
+
+
 def is_prepared(folder: Path) -> bool:
     """Whether `folder` looks like a prepared data set."""
     return all((folder / name).is_file() for name in (IMAGES, LABELS, META))
@@ -124,6 +142,25 @@ def read_meta(folder: Path) -> Meta:
     if not sound:
         raise Refusal(f"{path} contradicts its own hash: edited or damaged; prepare the data set again")
     return meta
+
+
+def damaged_chunks(folder: Path, meta: Meta, progress: Callable[[int], object], threads: int) -> list[int]:
+    """Numbers of the chunks that differ from their hashes; every byte is read. `progress` is told of images done."""
+    images, labels = open_arrays(folder, meta)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def sound(chunk: int) -> bool:
+            found = stored_chunk_sha256(folder / IMAGES, images.offset, meta.shape, chunk, labels)
+            return found == meta.chunks[chunk]
+
+        damaged = []
+        for chunk, (fine, size) in enumerate(
+            zip(pool.map(sound, range(len(meta.chunks))), chunk_sizes(meta.images), strict=True)
+        ):
+            progress(size)
+            if not fine:
+                damaged.append(chunk)
+    return damaged
 
 
 def open_arrays(folder: Path, meta: Meta) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What a file of evaluation is, and whether its content is what it or its publisher says."""
+"""What a file of evaluation or a prepared data set is, and whether its content is what it or its publisher says."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import numpy as np
 
 from evaluators.reference_file import STATISTICS, About, check_content, read_about
 from harness import files
-from harness.data import latents
+from harness.data import imagenet, latents
+from harness.data.prepare import usable_cores
+from harness.data.prepared import CHUNK_IMAGES, damaged_chunks, read_meta
 from harness.data.public_files import FILES
 from harness.errors import Refusal
 from harness.image_sources import open_images, readable
+from harness.progress import Bar
 
 
 class Verdict(NamedTuple):
@@ -26,12 +29,16 @@ class Verdict(NamedTuple):
 
 
 def verify(path: Path) -> Verdict:
-    """Look at a reference or at the weights of the Inception network, byte by byte. What is damaged, or is not what it
-    says of itself, is refused; so are weights that are not the public ones."""
+    """Look at a reference, the weights of the Inception network, a prepared data set or a cache of latents, byte by byte.
+    What is damaged, or is not what it says of itself, is refused; so are weights that are not the public ones."""
     if path.is_dir() and latents.is_cache(path):
         return Verdict("latents", True, latents.verify(path))
+    if path.is_dir():
+        return _prepared(path)
     if not path.is_file():
-        raise Refusal(f"{path}: no such file; name a reference (.npz) or {FILES['inception'].file}")
+        raise Refusal(
+            f"{path}: no such file; name a reference (.npz), {FILES['inception'].file} or a folder that was made here"
+        )
     if path.suffix.lower() == ".npz":
         return _npz(path)
     from evaluators.features.inception_graph import read_weights
@@ -40,6 +47,28 @@ def verify(path: Path) -> Verdict:
     if not weights.known:
         raise Refusal(f"{path} holds {weights.found}")
     return Verdict("weights", True, f"weights of ADM's evaluator: {weights.found}; features {weights.sha256[:12]}")
+
+
+def _prepared(folder: Path) -> Verdict:
+    meta = read_meta(folder)
+    if meta.name == imagenet.NAME and meta.classes != imagenet.classes():
+        place = next(
+            (i for i, pair in enumerate(zip(meta.classes, imagenet.classes(), strict=False)) if len(set(pair)) > 1), 0
+        )
+        raise Refusal(f"{folder}: its classes are not ImageNet's in their order (label {place}); prepare it again")
+    with Bar("verify", meta.images, "images") as bar:
+        damaged = damaged_chunks(folder, meta, bar.advance, usable_cores())
+    if damaged:
+        first = damaged[0] * CHUNK_IMAGES
+        last = min(first + CHUNK_IMAGES, meta.images) - 1
+        more = "" if len(damaged) == 1 else f"; so do {len(damaged) - 1:,} more of {len(meta.chunks):,} chunks"
+        raise Refusal(
+            f"{folder}: chunk {damaged[0]} (images {first:,} to {last:,}, or their labels) differs from its hash{more}: damaged; "
+            "prepare the data set again"
+        )
+    shape = "x".join(map(str, meta.shape[1:]))
+    text = f"data set {meta.name}: {meta.images:,} images {shape} in {len(meta.classes):,} classes, crop {meta.crop}"
+    return Verdict("prepared data set", True, f"{text}; all {len(meta.chunks):,} chunks as hashed; {meta.sha256[:12]}")
 
 
 def _npz(path: Path) -> Verdict:

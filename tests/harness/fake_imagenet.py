@@ -6,6 +6,8 @@
 import functools
 import io
 import json
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -48,6 +50,12 @@ def make_tree(folder, classes=10, images=4, sides=(40, 90), seed=0):
             paths.append(place / f"{name}_{number}.JPEG")
             paths[-1].write_bytes(jpeg(cutting(random, sides)))
     return paths
+
+
+def linked(tree, folder):
+    """A copy of a tree that can be changed."""
+    shutil.copytree(tree, folder, copy_function=os.link)
+    return folder
 
 
 def as_tars(tree, path):

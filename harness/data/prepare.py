@@ -1,0 +1,386 @@
+"""Making a prepared data set: decoded on all cores, killed at any instant, continued by the same command.
+
+    DIR.partial/images.npy      of its whole size from the start; rows are written where they belong
+    DIR.partial/journal.jsonl   first what is being made, then a line for each unit of the source that is on the disk
+
+A line is written when its images are synced, so what the journal says is there. DIR appears by a rename when everything
+is there. Of a source that is read in order a unit is a chunk, whose hash is taken as it is written; chunks that are
+filled from several units are read once more for theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from harness import files
+from harness.data import prepared
+from harness.data.photographs import CROP, Broken, Photograph, decode
+from harness.data.prepared import CHUNK_IMAGES, Meta, chunk_count
+from harness.data.sources import Listing, ToRead, open_listing
+from harness.errors import Refusal
+from harness.image_sources import shown
+from harness.progress import Bar
+
+JOURNAL = "journal.jsonl"
+CHANNELS = 3
+MOST_BROKEN = 100  # then a source is given up: this is not a few damaged files
+NAMED = 5  # files that a message names
+SPARE_BYTES = 1 << 20
+AHEAD = 4  # images a thread that are decoded before they are needed
+
+Say = Callable[[str], None]
+
+
+class Prepared(NamedTuple):
+    """A prepared data set. new: it was not there before."""
+
+    folder: Path
+    meta: Meta
+    new: bool
+
+
+def prepare(
+    dataset: str, source: Path, out: Path, *, resolution: int, threads: int | None = None, say: Say
+) -> Prepared:
+    """Make the prepared data set `out` of the images at `source`, each cropped to `resolution` pixels a side.
+
+    dataset: its name; of "imagenet" the classes are checked. threads: that decode; None: one a core. Refusal for a source
+    that cannot be used, with every damaged image named, for a folder that holds something else, and for a disk that is
+    too small. Killed, the same call continues; a whole one is left as it is."""
+    listing = open_listing(source, dataset)
+    threads = threads or usable_cores()
+    job = _Job(dataset=dataset, listing=listing, resolution=resolution, out=out)
+    if job.is_there():
+        return Prepared(out, job.found(), False)
+    with _claimed(job.partial), files.explained(job.partial):
+        if job.is_there():  # made by another process since
+            job.partial.rmdir()
+            return Prepared(out, job.found(), False)
+        job.resume()
+        need, free = job.needed_bytes(), shutil.disk_usage(job.partial).free
+        size = f"{need / 1e9:,.1f} GB" if need >= 1e8 else f"{need / 1e6:,.1f} MB"
+        count = f"{len(listing.labels):,} images in {len(listing.classes):,} classes"
+        say(
+            f"{dataset}: {count} from {listing.kind}, to {resolution}x{resolution}; {size} more, {free / 1e9:,.1f} GB are free"
+        )
+        if need > free:
+            raise Refusal(
+                f"{out} needs {size} more, and {free / 1e9:,.1f} GB are free there; free some, or name another --out"
+            )
+        if job.done:
+            say(f"continues after {job.done:,} of {len(listing.labels):,} images")
+        for note in listing.notes:
+            say(f"note: {note}")
+        job.read(threads, say)
+        job.hash_chunks(threads)
+        meta = job.finish()
+    return Prepared(out, meta, True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the kernel drops the claim on any death."""
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"another process is making {folder}; wait for it or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """What is being made, and how far it is."""
+
+    dataset: str
+    listing: Listing
+    resolution: int
+    out: Path
+    units: set[int] = field(default_factory=set)  # of the source, that are on the disk
+    chunks: dict[int, str] = field(default_factory=dict)  # hashes
+    remarks: dict[int, str] = field(default_factory=dict)  # on single images, by row
+
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(self.out.name + files.PARTIAL)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self.listing.labels), self.resolution, self.resolution, CHANNELS)
+
+    @property
+    def done(self) -> int:
+        """Images that are on the disk."""
+        return sum(self.listing.sizes[unit] for unit in self.units)
+
+    def is_there(self) -> bool:
+        """Whether `out` is anything but an empty folder."""
+        return self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
+
+    def found(self) -> Meta:
+        """The data set that is at `out` already, if it is this one."""
+        if not self.out.is_dir() or not prepared.is_prepared(self.out):
+            raise Refusal(f"--out {self.out} holds something else; name a new or empty folder")
+        meta = prepared.read_meta(self.out)
+        wanted = (self.dataset, self.shape, CROP, self.listing.sha256)
+        if (meta.name, meta.shape, meta.crop, meta.source.get("listing_sha256")) != wanted:
+            raise Refusal(
+                f"--out {self.out} holds another data set ({meta.name}, {meta.images:,} images, {meta.resolution} pixels); "
+                "name another folder"
+            )
+        (self.out / JOURNAL).unlink(missing_ok=True)  # of a process that was killed at the very end
+        return meta
+
+    def resume(self) -> None:
+        """Take up what is there, or begin."""
+        path = self.partial / JOURNAL
+        header = {
+            "data set": self.dataset, "resolution": self.resolution, "list of images": self.listing.sha256,
+            "kind of source": self.listing.kind, "crop": CROP, "software": _software(),
+        }  # fmt: skip
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last end is half a line
+        if not lines:
+            self._begin(path, header)
+            return
+        whole = 0
+        for i, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+                self._take(entry) if i else self._compare(entry, header)
+            except Refusal:
+                raise
+            except (ValueError, TypeError, KeyError, IndexError):
+                break  # what a power cut left
+            whole += len(line) + 1
+        os.truncate(path, whole)
+
+    def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise Refusal(
+                    f"{self.partial} was begun with another {name}; finish it as it was begun, or remove it, or name another --out"
+                )
+
+    def _begin(self, path: Path, header: dict[str, Any]) -> None:
+        start = self.images_start()
+        with (self.partial / prepared.IMAGES).open("wb") as file:
+            file.write(start)
+            file.truncate(len(start) + int(np.prod(self.shape, dtype=np.int64)))
+            os.fsync(file.fileno())
+        files.write_bytes(path, json.dumps(header).encode() + b"\n")
+
+    def images_start(self) -> bytes:
+        """What images.npy begins with."""
+        out = io.BytesIO()
+        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
+        return out.getvalue()
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        """A line of the journal."""
+        if "chunk" in entry:
+            self.chunks[int(entry["chunk"])] = str(entry["sha256"])
+            return
+        unit, remarks = int(entry["unit"]), {int(row): str(text) for row, text in entry["remarks"]}
+        self.listing.sizes[unit]
+        if self.listing.in_order:
+            self.chunks[unit] = str(entry["sha256"])
+        self.units.add(unit)
+        self.remarks |= remarks
+
+    def needed_bytes(self) -> int:
+        """What the disk must still have room for."""
+        taken = (self.partial / prepared.IMAGES).stat().st_blocks * 512
+        return max(0, int(np.prod(self.shape, dtype=np.int64)) - taken) + 8 * self.shape[0] + SPARE_BYTES
+
+    def read(self, threads: int, say: Say) -> None:
+        """Decode what is missing. Refusal, after all the rest is done, that names the images that cannot be used."""
+        with _Writer(self, say) as writer, ThreadPoolExecutor(threads) as pool:
+            waiting: deque[tuple[int, ToRead, Future[Photograph]]] = deque()
+            for unit in range(len(self.listing.sizes)):
+                if unit in self.units:
+                    continue
+                for each in self.listing.read(unit):
+                    waiting.append((unit, each, pool.submit(_decoded, each, self.resolution)))
+                    if len(waiting) > AHEAD * threads:
+                        writer.store(*waiting.popleft())
+            while waiting:
+                writer.store(*waiting.popleft())
+            writer.check()
+
+    def hash_chunks(self, threads: int) -> None:
+        """Hash the chunks that were filled from several units."""
+        missing = [each for each in range(chunk_count(self.shape[0])) if each not in self.chunks]
+        if not missing:
+            return
+        images, start = self.partial / prepared.IMAGES, len(self.images_start())
+        with (
+            (self.partial / JOURNAL).open("ab") as journal,
+            ThreadPoolExecutor(threads) as pool,
+            Bar("hash", self.shape[0], "images", self.shape[0] - len(missing) * CHUNK_IMAGES) as bar,
+        ):
+            hashes = pool.map(
+                lambda each: prepared.stored_chunk_sha256(images, start, self.shape, each, self.listing.labels), missing
+            )
+            for chunk, sha256 in zip(missing, hashes, strict=True):
+                self.chunks[chunk] = sha256
+                journal.write(json.dumps({"chunk": chunk, "sha256": sha256}).encode() + b"\n")
+                journal.flush()
+                bar.advance(CHUNK_IMAGES)
+
+    def finish(self) -> Meta:
+        """Write what is known only now, and give the folder its name."""
+        meta = Meta(
+            name=self.dataset,
+            shape=self.shape,
+            crop=CROP,
+            classes=self.listing.classes,
+            chunks=tuple(self.chunks[each] for each in range(chunk_count(self.shape[0]))),
+            source={"kind": self.listing.kind, "listing_sha256": self.listing.sha256},
+            notes=(*self.listing.notes, *self._summary()),
+            software=_software(),
+        )
+        labels = io.BytesIO()
+        np.save(labels, self.listing.labels)
+        files.write_bytes(self.partial / prepared.LABELS, labels.getvalue())
+        meta.write(self.partial)
+        self.partial.replace(self.out)
+        files.sync_folder(self.out.parent)
+        (self.out / JOURNAL).unlink()
+        return meta
+
+    def _summary(self) -> list[str]:
+        """The remarks, a line each kind."""
+        rows: dict[str, list[int]] = {}
+        for row in sorted(self.remarks):
+            rows.setdefault(self.remarks[row], []).append(row)
+        return [
+            f"{text}: {len(found):,} ({_listed([shown(self.listing.names[row]) for row in found])})"
+            for text, found in rows.items()
+        ]
+
+
+class _Writer:
+    """Puts decoded images where they belong, and units that are complete into the journal."""
+
+    def __init__(self, job: _Job, say: Say):
+        self._job, self._say = job, say
+        self._start, self._bytes = len(job.images_start()), int(np.prod(job.shape[1:]))
+        self._left: dict[int, int] = {}  # images of a unit that are still to come
+        self._digest = hashlib.sha256()
+        self._remarks: list[tuple[int, str]] = []
+        self._broken: list[str] = []
+        self._incomplete: set[int] = set()
+
+    def __enter__(self) -> _Writer:
+        self._stack = contextlib.ExitStack()
+        self._images = self._stack.enter_context((self._job.partial / prepared.IMAGES).open("r+b"))
+        self._journal = self._stack.enter_context((self._job.partial / JOURNAL).open("ab"))
+        self._bar = self._stack.enter_context(Bar("prepare", self._job.shape[0], "images", self._job.done))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def store(self, unit: int, image: ToRead, photograph: Future[Photograph]) -> None:
+        """Write an image; units come one after the other."""
+        left = self._left.setdefault(unit, self._job.listing.sizes[unit]) - 1
+        self._left[unit] = left
+        try:
+            pixels, note = photograph.result()
+        except Broken as error:
+            self._incomplete.add(unit)
+            self._broken.append(f"{image.name}: {error}")
+            self._say(f"cannot be used: {self._broken[-1]}")
+            if len(self._broken) == MOST_BROKEN:
+                self.check()
+        else:
+            _write_at(self._images.fileno(), np.ascontiguousarray(pixels).data, self._start + image.row * self._bytes)
+            self._digest.update(pixels.data if pixels.flags.c_contiguous else pixels.tobytes())
+            if note is not None:
+                self._remarks.append((image.row, note))
+        self._bar.advance()
+        if not left:
+            self._close(unit)
+
+    def _close(self, unit: int) -> None:
+        job = self._job
+        entry: dict[str, Any] = {"unit": unit, "remarks": self._remarks}
+        if job.listing.in_order:
+            first = unit * CHUNK_IMAGES
+            self._digest.update(np.ascontiguousarray(job.listing.labels[first : first + CHUNK_IMAGES], "<i8"))
+            entry["sha256"] = self._digest.hexdigest()
+        self._digest, self._remarks = hashlib.sha256(), []
+        if unit in self._incomplete:
+            return
+        _sync(self._images.fileno())
+        self._journal.write(json.dumps(entry).encode() + b"\n")
+        self._journal.flush()
+        _sync(self._journal.fileno())
+        job._take(entry)
+
+    def check(self) -> None:
+        """Refuse what was broken."""
+        if not self._broken:
+            return
+        more = f" (given up after {MOST_BROKEN})" if len(self._broken) >= MOST_BROKEN else ""
+        raise Refusal(
+            f"{len(self._broken)} images cannot be used{more}: {_listed(self._broken, '; ')}. Put whole files in their place "
+            f"and repeat the command, which makes only what is missing; or take them out of the source, remove {self._job.partial} and "
+            "begin anew"
+        )
+
+
+def _decoded(image: ToRead, size: int) -> Photograph:
+    try:
+        data = image.read()
+    except OSError as error:
+        raise Broken(f"cannot be read: {error.strerror or error}") from error
+    return decode(data, size, image.name)
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    data = data.cast("B")
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _sync(descriptor: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(descriptor)  # macOS has only the latter
+
+
+def _software() -> dict[str, str]:
+    """What decides pixels besides the files."""
+    from PIL import __version__, features
+
+    turbo = features.version_feature("libjpeg_turbo")
+    return {"pillow": __version__, "jpeg": f"libjpeg-turbo {turbo}" if turbo else str(features.version_codec("jpg"))}
+
+
+def _listed(items: list[str], between: str = ", ") -> str:
+    return between.join(items[:NAMED]) + (f"{between}and {len(items) - NAMED:,} more" if len(items) > NAMED else "")

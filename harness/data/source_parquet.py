@@ -1,0 +1,120 @@
+"""Images in classes from a Hugging Face data set as it lies on the disk: parquet files of {image: {bytes, path}, label}.
+
+A row group is read at once and its images go to the rows where they belong, for shards are shuffled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.data import imagenet
+from harness.data.sources import Listing, ToRead, row_order
+from harness.errors import Refusal
+from harness.image_sources import readable, shown
+
+ROWS_PER_READ = 256
+
+
+def listing(source: Path, files: list[Path], dataset: str) -> Listing:
+    """The images of `files`, which lie in `source`."""
+    parquet = _pyarrow()
+    labels, names, known = [], [], None
+    groups, sizes = [], []  # (file, row group, first of its images as they are found); images
+    for path in files:
+        with readable(path), parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow)
+            known = known or _class_names(file.schema_arrow)
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=["image.path", "label"])
+                found = table.column("label").to_pylist()
+                if None in found:
+                    raise Refusal(f"{path}: image {found.index(None)} of row group {group} has no label")
+                if found:
+                    groups.append((path, group, len(labels)))
+                    sizes.append(len(found))
+                labels += found
+                paths = [each["path"] for each in table.column("image").to_pylist()]
+                names += [_name(each, len(names) + i) for i, each in enumerate(paths)]
+    if not labels:
+        raise Refusal(f"--from {source}: there are no images in its {len(files)} parquet files")
+    if min(labels) < 0:
+        raise Refusal(
+            f"{source}: image {labels.index(min(labels))} has label {min(labels)}, as sets without labels have: name the "
+            "files of the training part"
+        )
+    notes = []
+    if dataset == imagenet.NAME:
+        notes = imagenet.check_labels(str(source), np.array(labels), names)
+        classes = imagenet.classes()
+    else:
+        classes = tuple(known or (str(each) for each in range(max(labels) + 1)))
+        if max(labels) >= len(classes):
+            raise Refusal(f"{source}: label {max(labels)} is outside the {len(classes)} classes that its schema names")
+    order = row_order(labels, names)
+    rows = np.empty(len(order), np.int64)  # of the images as they are found
+    rows[order] = np.arange(len(order))
+
+    def read(unit: int) -> Iterator[ToRead]:
+        path, group, first = groups[unit]
+        with readable(path), parquet.ParquetFile(path) as file:
+            place = first
+            for batch in file.iter_batches(ROWS_PER_READ, row_groups=[group], columns=["image.bytes"]):
+                for image in batch.column("image"):
+                    data = image["bytes"].as_py()
+                    name = f"{path.name}:{shown(names[place])}"
+                    yield ToRead(int(rows[place]), name, lambda data=data: data or b"")
+                    place += 1
+
+    return Listing(
+        kind="parquet", classes=classes, labels=np.asarray(labels, np.int64)[order], names=[names[i] for i in order],
+        sizes=sizes, in_order=False, read=read, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _pyarrow() -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise Refusal(
+            f"parquet files are read by pyarrow, which cannot be imported ({error}); pip install pyarrow"
+        ) from error
+    return parquet
+
+
+def _check_columns(path: Path, schema: Any) -> None:
+    import pyarrow
+
+    def wanted() -> bool:
+        image, label = schema.field("image").type, schema.field("label").type
+        parts = {image.field(i).name: image.field(i).type for i in range(image.num_fields)}
+        binary = pyarrow.types.is_binary(parts["bytes"]) or pyarrow.types.is_large_binary(parts["bytes"])
+        return binary and "path" in parts and pyarrow.types.is_integer(label)
+
+    try:
+        sound = wanted()
+    except (KeyError, AttributeError):
+        sound = False
+    if not sound:
+        raise Refusal(
+            f"{path} has columns {shown(', '.join(schema.names))}; wanted are image (a struct of bytes and path) and label (whole "
+            "numbers), as the datasets library writes them"
+        )
+
+
+def _class_names(schema: Any) -> tuple[str, ...] | None:
+    """The names of a ClassLabel, as the datasets library keeps them in the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(str(each) for each in features["label"]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _name(path: str | None, place: int) -> str:
+    base = (path or "").replace("\\", "/").rpartition("/")[2]
+    return imagenet.plain_name(base) if base else f"{place:010d}"

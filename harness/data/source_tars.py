@@ -1,0 +1,132 @@
+"""Images in classes from tars: ILSVRC's tar of one tar a class (or the folder of those), and webdataset shards."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from harness.data import imagenet
+from harness.data.sources import Listing, ordered
+from harness.errors import Refusal
+from harness.image_files import SUFFIXES, Entry
+from harness.image_sources import readable, shown
+from harness.image_tars import tar_members
+
+OFFICIAL = "ILSVRC2012_img_train.tar"
+
+
+def listing(source: Path, tars: list[Path], dataset: str) -> Listing:
+    """The images of `tars`, which lie in `source`: class tars within one, class tars, or webdataset's shards."""
+    if len(tars) == 1:
+        with readable(tars[0]):
+            members = list(tar_members(tars[0]))
+        inner = [each for each in members if each[0].lower().endswith(".tar")]
+        if inner and len(inner) == len(members):
+            return _class_tars(
+                source, [(Path(name).stem, tars[0], begin, size) for name, begin, size in inner], dataset
+            )
+        if inner:
+            raise Refusal(f"{tars[0]}: tars and other files side by side; {OFFICIAL} holds tars alone")
+    if all(re.fullmatch(imagenet.WORDNET_ID, each.stem) for each in tars):
+        return _class_tars(source, [(each.stem, each, 0, None) for each in tars], dataset)
+    return _shards(source, tars, dataset)
+
+
+class _Found:
+    """Images in tars as they lie there, in little memory: ImageNet has 1.3 million."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._tars: list[Path] = []
+        self._of, self._begin, self._size = [], [], []
+
+    def add(self, path: Path, name: str, begin: int, size: int) -> None:
+        if not self._tars or self._tars[-1] != path:
+            self._tars.append(path)
+        self.names.append(name)
+        self._of.append(len(self._tars) - 1)
+        self._begin.append(begin)
+        self._size.append(size)
+
+    def entry(self, i: int) -> Entry:
+        path = self._tars[self._of[i]]
+        return Entry(
+            name=shown(f"{path.name}:{self.names[i]}"), path=path, offset=self._begin[i], size=self._size[i]
+        )  # fmt: skip
+
+
+def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dataset: str) -> Listing:
+    tars = sorted(tars)
+    classes = [name for name, *_ in tars]
+    if len(set(classes)) != len(classes):
+        raise Refusal(f"{source}: two tars of one class; remove one")
+    if dataset == imagenet.NAME:
+        imagenet.check_folders(str(source), classes)
+    found, labels, others = _Found(), [], []
+    for label, (name, path, begin, size) in enumerate(tars):
+        with readable(f"{path}: {name}.tar"):
+            for member, offset, length in tar_members(path, begin, size):
+                base = member.rpartition("/")[2]
+                if base.lower().endswith(SUFFIXES):
+                    found.add(path, base, offset, length)
+                    labels.append(label)
+                else:
+                    others.append(base)
+    return _listing(source, "ILSVRC tars", classes, labels, found, others, dataset)
+
+
+def _shards(source: Path, tars: list[Path], dataset: str) -> Listing:
+    found, labels, others, total = _Found(), [], [], 0
+    for path in tars:
+        with readable(path):
+            keys, classes, seen = [], {}, set()
+            for name, offset, size in tar_members(path):
+                if name in seen:
+                    raise Refusal(f"{path}: it holds {shown(name)} twice; pack it again")
+                seen.add(name)
+                folder, _, base = name.rpartition("/")
+                key, _, kind = base.partition(".")  # webdataset: all before the first dot belongs together
+                if base.lower().endswith(SUFFIXES):
+                    keys.append((folder, key))
+                    found.add(path, base, offset, size)
+                elif kind == "cls":
+                    classes[folder, key] = _label(path, name, offset, size)
+                elif not base.startswith(".") and kind not in ("json", "txt", "__key__"):
+                    others.append(base)
+        if len(set(keys)) != len(keys):
+            raise Refusal(f"{path}: two images share a name up to the first dot, so one .cls would label both")
+        bare = next((found.names[total + i] for i, key in enumerate(keys) if key not in classes), None)
+        if bare is not None or len(classes) != len(keys):
+            raise Refusal(f"{path}: {shown(bare) if bare else 'a .cls'} has no partner; every image needs one KEY.cls")
+        labels += [classes[key] for key in keys]
+        total += len(keys)
+    return _listing(source, "webdataset shards", None, labels, found, others, dataset)
+
+
+def _label(path: Path, name: str, offset: int, size: int) -> int:
+    text = Entry(name=name, path=path, offset=offset, size=size).read(20).strip()
+    if re.fullmatch(rb"[0-9]{1,9}", text) is None:
+        raise Refusal(f"{path}:{shown(name)}: a label must be one whole number, not {shown(text.decode('latin-1'))!r}")
+    return int(text)
+
+
+def _listing(
+    source: Path,
+    kind: str,
+    classes: list[str] | None,
+    labels: list[int],
+    found: _Found,
+    others: list[str],
+    dataset: str,
+) -> Listing:
+    if not labels:
+        raise Refusal(f"--from {source}: no images ({', '.join(SUFFIXES)}) in it")
+    notes = [f"{len(others)} members that are no images were left out (first: {shown(others[0])})"] if others else []
+    if dataset == imagenet.NAME:
+        notes += imagenet.check_labels(str(source), np.array(labels), found.names)
+        classes = list(imagenet.classes())
+    if classes is None:  # named by their numbers
+        classes = [str(each) for each in range(max(labels) + 1)]
+    return ordered(kind, classes, labels, found.names, found.entry, notes)
