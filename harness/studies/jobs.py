@@ -75,12 +75,23 @@ def reason_of(log: Path, code: int) -> str:
     return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 3]}..."
 
 
-def stop(process: subprocess.Popen, seconds: float) -> int:
-    """Tell the process to stop and wait until it has, at most so long; then it is killed. Returns its exit code."""
+def stop(process: subprocess.Popen, seconds: float) -> None:
+    """Tell the process to stop and wait until it has, at most so long; then it is killed.
+
+    For signal handlers: what they interrupt may be `process.wait()`, whose lock `poll` and `wait` would not get.
+    """
     process.terminate()
     end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end:
+    while not _ended(process) and time.monotonic() < end:
         time.sleep(0.1)
-    if process.poll() is None:
+    if not _ended(process):
         process.kill()
-    return process.wait()
+
+
+def _ended(process: subprocess.Popen) -> bool:
+    if process.returncode is not None:
+        return True
+    try:  # looks, and leaves the exit code to who waits for it
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
