@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,16 @@ def check_images(data: ImageSet, request: Request) -> None:
 class Workshop:
     """A run and the network it needs, made once and only when a stage needs them."""
 
-    def __init__(self, request: Request, data: ImageSet, folder: Path, say: Say, team: Team = ALONE):
-        self.request, self.data, self.folder, self.team = request, data, folder, team
+    def __init__(
+        self,
+        request: Request,
+        data: ImageSet,
+        folder: Path,
+        say: Say,
+        team: Team = ALONE,
+        loggers: Sequence[str] = (),
+    ):
+        self.request, self.data, self.folder, self.team, self.loggers = request, data, folder, team, loggers
         self.say = team.says(say)
         self.spec = run_spec(request, data)
         check_images(data, request)
@@ -141,6 +149,7 @@ class Workshop:
             state_bytes=CHECKPOINT_BYTES * request.compute.params,
             say=self.say,
             team=self.team,
+            loggers=self.loggers,
         )
 
 

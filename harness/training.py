@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -23,6 +23,7 @@ import numpy as np
 from harness import checkpoints, files
 from harness.engines.team import ALONE, Team
 from harness.errors import Failure, Refusal
+from harness.loggers import Loggers
 from harness.progress import Bar
 from harness.runs import Run
 
@@ -65,11 +66,12 @@ def train(
     state_bytes: int,
     say: Callable[[str], None],
     team: Team = ALONE,
+    loggers: Sequence[str] = (),
 ) -> None:
     """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
 
     `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint. `team`: the
-    processes that train together. Raises KeyboardInterrupt after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
+    processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises KeyboardInterrupt after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
     """
     if until in run.snapshots():
         return
@@ -92,8 +94,13 @@ def train(
         done, seconds = checkpoint.step, checkpoint.state["seconds"]
         say(f"continues from the checkpoint of step {done}")
     images = run.recipe.batch
-    with _log(run.log, done, team) as log, _interrupt() as interrupted, Bar("train", until, "it", done) as bar:
-        keeper = _Keeper(run, engine, log, done, seconds, cost=state_bytes / DISK_BYTES_PER_SECOND, team=team)
+    with (
+        _log(run.log, done, team) as log,
+        closing(Loggers(loggers if team.leads else (), run, done, engine.terms, say)) as watched,
+        _interrupt() as interrupted,
+        Bar("train", until, "it", done) as bar,
+    ):
+        keeper = _Keeper(run, engine, log, watched, done, seconds, cost=state_bytes / DISK_BYTES_PER_SECOND, team=team)
         stop = interrupted()
         while keeper.done < until and not stop:
             if engine.step(keeper.done + 1, interrupted if team.size == 1 else lambda: False):
@@ -140,9 +147,17 @@ class _Keeper:
     """Log and checkpoints of one stretch of training."""
 
     def __init__(
-        self, run: Run, engine: Engine, log: IO[str], done: int, seconds: float, cost: float, team: Team = ALONE
+        self,
+        run: Run,
+        engine: Engine,
+        log: IO[str],
+        watched: Loggers,
+        done: int,
+        seconds: float,
+        cost: float,
+        team: Team = ALONE,
     ):
-        self.run, self.engine, self.log, self.team = run, engine, log, team
+        self.run, self.engine, self.log, self.watched, self.team = run, engine, log, watched, team
         self.done = self.written = self.saved = done  # steps: trained, in the log, in a checkpoint
         self.loss: float | None = None
         self._seconds = seconds
@@ -160,7 +175,8 @@ class _Keeper:
 
     def drain(self) -> None:
         """Move losses from the device to the log; stop at one that is not finite."""
-        self._drained = time.monotonic()
+        before, self._drained = self._drained, time.monotonic()
+        speed = (self.done - self.written) / max(self._drained - before, 1e-9)
         weights = self.engine.terms
         for values in self.engine.drain():
             step, row = self.written + 1, dict(zip(weights, values, strict=True))
@@ -168,6 +184,7 @@ class _Keeper:
                 text = ", ".join(f"{name} {value}" for name, value in row.items())
                 self._fail(f"the loss is not finite at step {step} ({text})")
             self.log.write(json.dumps({"step": step, **row}) + "\n")
+            self.watched.write(step, row, speed if step == self.done else None)
             self.written = step
             self.loss = sum(weight * row[name] for name, weight in weights.items())
         with files.explained(self.run.log):
@@ -200,6 +217,7 @@ class _Keeper:
         with files.explained(self.run.log):
             self.log.flush()
             os.fsync(self.log.fileno())  # the log never lags behind a checkpoint
+        self.watched.flush()  # nor do the others
         state = {"seconds": self._seconds + begin - self._began}
         checkpoints.write(self.run.checkpoints, self.done, self.engine.parts(), state)
         self.saved = self.done

@@ -10,6 +10,7 @@ import click
 
 from harness import matching
 from harness.errors import Refusal
+from harness.loggers import LOGGERS
 from harness.protocols import count
 
 DEFAULT_PROTOCOL = "digits"
@@ -134,9 +135,13 @@ match_sampling_option = click.option(
 
 
 def run_options(function):
-    """The options that define a run."""
+    """The options that define a run, and who watches its training."""
     backbone = click.option("--backbone", required=True, metavar="NAME", help="A name of `harness list backbones`.")
-    return _apply(function, (backbone, *_run_options))
+    watched = click.option(
+        "--log", "loggers", type=click.Choice(list(LOGGERS)), multiple=True,
+        help="Also write the losses for this viewer, below the run's folder (repeatable; extra of the same name).",
+    )  # fmt: skip
+    return _apply(function, (backbone, *_run_options, watched))
 
 
 def plan_options(function):

@@ -12,6 +12,7 @@ from harness.cli import plan as plan_command
 from harness.cli.options import DEFAULT_PROTOCOL, Counts, match_sampling_option, run_options, sampling_options
 from harness.engines import join
 from harness.errors import Refusal
+from harness.loggers import check_installed
 from harness.planning import Request, plan
 from harness.runs import Run
 from harness.stages import Workshop
@@ -63,6 +64,7 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
 
 def prepare(request: Request, options: dict[str, Any]) -> Workshop:
     """Print the plan; refuse with what is missing; read the data and open the run's folder."""
+    check_installed(options["loggers"])
     team = join(request.framework)
     costs = plan(request)
     click.echo(plan_command.headline(request, options["protocol"] is None))
@@ -79,7 +81,7 @@ def prepare(request: Request, options: dict[str, Any]) -> Workshop:
         raise Refusal(text)
     data = stages.load_data(request.protocol, request.data)
     folder = options["out"] or runs.RUNS / stages.run_spec(request, data).name
-    return Workshop(request, data, folder, lambda text: click.echo(text, err=True), team)
+    return Workshop(request, data, folder, lambda text: click.echo(text, err=True), team, options["loggers"])
 
 
 def begin(workshop: Workshop, options: dict[str, Any]) -> Run:

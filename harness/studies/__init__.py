@@ -54,7 +54,7 @@ class Study:
     sampling: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, str] = field(default_factory=dict)
     backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # recipes by backbone
-    options: dict[str, str] = field(default_factory=dict)  # of `harness run`, passed on
+    options: dict[str, Any] = field(default_factory=dict)  # of `harness run`, passed on; a tuple: repeated
     slurm: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, backbone: str) -> dict[str, str]:
@@ -218,6 +218,7 @@ OPTIONS: dict[str, Callable[[Any, str], Any]] = {  # passed on to `harness run` 
     "micro_batch": _steps,
     "device": _text,
     "mesh": _text,
+    "log": _list(_text),
 }
 ITEMS: dict[str, Callable[[Any, str], Any]] = {
     "name": _text,

@@ -182,5 +182,6 @@ def _words(study: Study, name: str, seed: int, marks: tuple[int, ...], request: 
         if item in study.sampling:
             words += [flag, study.sampling[item]]
     for item, value in study.options.items():
-        words += [f"--{item.replace('_', '-')}", value]
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [f"--{item.replace('_', '-')}", each]
     return tuple(map(str, [*words, "--no-report"]))

@@ -1,0 +1,139 @@
+"""Losses for TensorBoard, read back by its own reader: each step once whatever was killed, and never a training lost."""
+
+import importlib.util
+import json
+import time
+
+import pytest
+from command_process import start
+from small_runs import request, workshop
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from harness import loggers
+from harness.errors import Refusal
+
+TRAIN = ["train", "--backbone", "dit-xs-4", "--set", "batch=16", "--precision", "float32", "--micro-batch", "16"]
+
+
+def seen(folder):
+    """What TensorBoard shows of a run: by tag, (step, value) in order."""
+    reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    tags = reader.Tags()["scalars"]
+    return {tag: [(each.step, each.value) for each in reader.Scalars(tag)] for tag in tags}
+
+
+def check_against_the_log(folder, steps):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    shown = seen(folder)
+    assert set(shown) == {"train/loss", "train/mse", "train/vb", "train/steps_per_second"}
+    for tag, value in (
+        ("train/mse", lambda row: row["mse"]),
+        ("train/vb", lambda row: row["vb"]),
+        ("train/loss", lambda row: row["mse"] + row["vb"]),
+    ):
+        assert [step for step, _ in shown[tag]] == list(range(1, steps + 1))  # each once, none lost
+        assert [each for _, each in shown[tag]] == pytest.approx([value(row) for row in rows], rel=1e-6)
+    assert shown["train/steps_per_second"] and all(value > 0 for _, value in shown["train/steps_per_second"])
+
+
+def later():
+    """Files of one run are read in the order of their names, which hold whole seconds: no process starts so fast."""
+    time.sleep(1.1)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    shop = workshop(tmp_path_factory.mktemp("plain") / "run", request(steps=8))
+    shop.train(8)
+    return shop.run.log.read_bytes()
+
+
+def test_tensorboard_shows_every_step_and_the_log_is_the_same(plain, tmp_path):
+    for until in (3, 8):
+        workshop(tmp_path / "run", request(steps=8), loggers=["tensorboard"]).train(until)
+        later()
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == plain
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2
+    check_against_the_log(tmp_path / "run", 8)
+
+
+def test_asked_for_late_it_has_the_steps_before(plain, tmp_path):
+    workshop(tmp_path / "run", request(steps=8)).train(3)
+    workshop(tmp_path / "run", request(steps=8), loggers=["tensorboard"]).train(8)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == plain
+    check_against_the_log(tmp_path / "run", 8)
+
+
+def test_killed_three_times_each_step_is_there_once(tmp_path):
+    steps, words = 30, [*TRAIN, "--out", "run", "--log", "tensorboard", "--steps", 30]
+    log = tmp_path / "run" / "log.jsonl"
+    for most in (5, 11, 20):
+        process = start(words, tmp_path, 0.2)  # a checkpoint every 0.2 s
+        while not log.exists() or len(log.read_bytes().splitlines()) < most:
+            assert process.exitcode is None, (tmp_path / "output.txt").read_text()
+            time.sleep(0.01)
+        process.kill()
+        process.join(60)
+        later()
+    # What a power cut may leave at the end of a file, too.
+    newest = max((tmp_path / "run" / "tensorboard").iterdir())
+    with newest.open("ab") as file:
+        file.write(newest.read_bytes()[-20:])
+    process = start(words, tmp_path, 0.2)
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
+    assert (tmp_path / "output.txt").read_text().count("continues from") >= 2
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 4
+    check_against_the_log(tmp_path / "run", steps)
+
+
+class Broken:
+    """A logger that fails at its fifth step."""
+
+    empty = False
+    closed = 0
+
+    def __init__(self, run, done):
+        self.written = []
+
+    def write(self, step, values):
+        if step == 5:
+            raise OSError("no space\nleft")
+        assert step < 5
+
+    def flush(self):
+        pass
+
+    def close(self):
+        raise AssertionError("left out before")
+
+
+def test_a_logger_that_fails_is_left_out_with_one_warning(plain, tmp_path, monkeypatch):
+    monkeypatch.setitem(loggers.LOGGERS, "broken", ("json", "test_loggers:Broken"))
+    monkeypatch.setattr(loggers, "load_attribute", lambda address, what: Broken)
+    said = []
+    workshop(tmp_path / "run", request(steps=8), loggers=["broken"], say=said.append).train(8)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == plain
+    assert [text for text in said if "warning" in text] == [
+        "warning: broken is left out from here on (OSError: no space); log.jsonl has everything"
+    ]
+
+
+def test_one_that_cannot_be_opened_is_left_out_too(plain, tmp_path):
+    said = []
+    shop = workshop(tmp_path / "run", request(steps=8), loggers=["tensorboard"], say=said.append)
+    (tmp_path / "run" / "tensorboard").write_text("in the way")
+    shop.train(8)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == plain
+    assert sum("warning: tensorboard is left out" in text for text in said) == 1
+
+
+def test_a_missing_library_is_refused_before_anything_is_trained(monkeypatch):
+    loggers.check_installed(["tensorboard"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        Refusal, match=r"--log tensorboard needs tensorboard: pip install 'backbone-harness\[tensorboard\]'"
+    ):
+        loggers.check_installed(["tensorboard"])
