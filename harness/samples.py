@@ -152,23 +152,65 @@ def read_samples(path: Path, classes: int | None = None, minimum: int = 1) -> Sa
     )
 
 
+def read_first(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first `count` images (uint8 (n, H, W, C)) and labels (int64 (n,), None without any) of a sample set, and no
+    more of the file: 50,000 images are not read to show ten, and their checksum is not asked.
+
+    Raises Refusal, in one line, for whatever is wrong with what is read.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            images = _read_head(path, archive, "arr_0", count)
+            labels = _read_head(path, archive, "arr_1", count) if "arr_1.npy" in archive.namelist() else None
+    except (zipfile.BadZipFile, EOFError, OSError, KeyError, NotImplementedError, RuntimeError, _Damaged) as error:
+        if isinstance(error, Failure):
+            raise
+        raise Refusal(f"{path} cannot be read ({error}); make it again") from error
+    _check_images(path, images, 1)
+    return images, _check_labels(path, labels, len(images), None)
+
+
 class _Damaged(Exception):
     """An array whose header and bytes do not agree."""
+
+
+def _read_header(path: Path, member: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether the order is Fortran's, dtype); the member stands at its data afterwards."""
+    try:
+        version = np.lib.format.read_magic(member)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise _Damaged(f"{name} has npy version {version}")
+        shape, fortran, dtype = readers[version](member)
+    except ValueError as error:
+        raise _Damaged(f"{name} is not an npy array: {str(error).splitlines()[0]}") from error
+    if dtype.hasobject:
+        raise Refusal(f"{path}: {name} holds Python objects, which would have to be executed; {WANTED}")
+    return shape, fortran, dtype
+
+
+def _read_head(path: Path, archive: zipfile.ZipFile, name: str, count: int) -> np.ndarray:
+    """The first `count` rows of an array."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        shape, fortran, dtype = _read_header(path, member, name)
+        if not shape or (fortran and len(shape) > 1):
+            raise _Damaged(f"{name} is no array of rows")
+        row = int(np.prod(shape[1:], dtype=object)) * dtype.itemsize
+        rows = min(shape[0], count)
+        if rows * row > info.file_size:  # before anything of the stated size is allocated
+            raise _Damaged(f"{name} says {dtype} {shape} but holds {info.file_size} bytes")
+        data = member.read(rows * row)
+    if len(data) != rows * row:
+        raise _Damaged(f"{name} is cut off")
+    return np.frombuffer(data, dtype=dtype).reshape(rows, *shape[1:])
 
 
 def _read_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
-        try:
-            version = np.lib.format.read_magic(member)
-            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in readers:
-                raise _Damaged(f"{name} has npy version {version}")
-            shape, fortran, dtype = readers[version](member)
-        except ValueError as error:
-            raise _Damaged(f"{name} is not an npy array: {str(error).splitlines()[0]}") from error
-        if dtype.hasobject:
-            raise Refusal(f"{path}: {name} holds Python objects, which would have to be executed; {WANTED}")
+        shape, fortran, dtype = _read_header(path, member, name)
         offset = member.tell()
         count = int(np.prod(shape, dtype=object)) if shape else 1
         if count * dtype.itemsize != info.file_size - offset:  # before anything of the stated size is allocated

@@ -77,6 +77,7 @@ class Series:
     kind: str  # of KINDS
     provenance: str  # of PROVENANCES
     marks: tuple[Mark, ...]
+    faint: bool = False  # background to the other series
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
+import numpy as np
+
 from reports.charts import DASHES, MARKERS, Axis, Figure, Mark, Panel, Series, Style
 from reports.labels import Label, place_labels, place_texts
 from reports.render import one_line
@@ -27,6 +29,7 @@ _PANEL = (5.4, 3.9)  # width and height of the axes of a panel, inches
 _MARGINS = (0.85, 0.25, 0.66)  # left, right, below the axes of each panel
 _LINE = 11.5 / 72  # height of a line of the text above a panel
 _TITLE = 0.36  # above all panels
+_TILE = 0.72  # side of a picture in a grid of samples, inches
 _NAMES = 0.85  # room for names beside bars, within the width of a panel
 _BUBBLE = 900.0  # area of the largest, in square points
 _HEADING, _SMALL = 8.5, 8.5  # font sizes
@@ -37,7 +40,7 @@ def draw(figure: Figure, styles: Mapping[str, Style], kinds: Sequence[str] = tup
     with _theme():
         import matplotlib.pyplot as plt
 
-        sheet = _sheet(figure, styles)
+        sheet = _grids(figure) if figure.grids else _sheet(figure, styles)
         files = {}
         for kind in kinds:
             buffer = io.BytesIO()
@@ -82,7 +85,7 @@ def _sheet(figure: Figure, styles: Mapping[str, Style]):
     sheet.text(
         left / size[0], 1 - 0.14 / size[1], figure.title, fontsize=13, fontweight="bold", va="top", parse_math=False
     )
-    for panel, (row, column) in zip((*figure.grids, *figure.panels), places, strict=True):
+    for panel, (row, column) in zip(figure.panels, places, strict=True):
         x, y = column * width + left, size[1] - _TITLE - (row + 1) * height + below
         inset = _NAMES if any(each.kind == "bars" for each in panel.series) else 0.0
         axes = sheet.add_axes(((x + inset) / size[0], y / size[1], (_PANEL[0] - inset) / size[0], _PANEL[1] / size[1]))
@@ -91,11 +94,62 @@ def _sheet(figure: Figure, styles: Mapping[str, Style]):
     return sheet
 
 
+def _grids(figure: Figure):
+    """A figure of pictures: a row of tiles a model, pixels repeated and never smoothed."""
+    import matplotlib.pyplot as plt
+
+    widths = [_NAMES + 0.6 + _TILE * len(grid.columns) for grid in figure.grids]
+    heads = [
+        [_drawable(line) for text in (grid.heading, grid.note) for line in _wrapped(text) if line]
+        for grid in figure.grids
+    ]
+    heights = [0.3 + _LINE * len(head) + _TILE * len(grid.rows) for head, grid in zip(heads, figure.grids, strict=True)]
+    width, height = max(widths), sum(heights) + _TITLE + 0.2
+    sheet = plt.figure(figsize=(width, height))
+    title = {"fontsize": 13, "fontweight": "bold", "va": "top", "parse_math": False}
+    sheet.text(0.1 / width, 1 - 0.14 / height, figure.title, **title)
+    top = height - _TITLE
+    for head, grid, used in zip(heads, figure.grids, heights, strict=True):
+        rows, columns, tall, wide, channels = grid.tiles.shape
+        left, edge = _NAMES + 0.5, top - 0.3 - _LINE * len(head)
+        for index, line in enumerate(head):
+            place = (0.1 / width, (top - 0.1 - _LINE * (index + 0.5)) / height)
+            sheet.text(*place, line, fontsize=_HEADING, color="0.35", va="center", parse_math=False)
+        gap = 1 + max(tall, wide) // 24
+        scale = max(1, -(-48 // max(tall, wide)))
+        canvas = np.full((rows * (tall * scale + gap), columns * (wide * scale + gap), channels), 255, np.uint8)
+        for row in range(rows):
+            for column in range(columns):
+                tile = grid.tiles[row, column].repeat(scale, axis=0).repeat(scale, axis=1)
+                y, x = row * (tall * scale + gap), column * (wide * scale + gap)
+                canvas[y : y + tall * scale, x : x + wide * scale] = tile
+        axes = sheet.add_axes(
+            (left / width, (edge - _TILE * rows) / height, _TILE * columns / width, _TILE * rows / height)
+        )
+        axes.imshow(
+            canvas.squeeze(-1) if channels == 1 else canvas,
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        axes.axis("off")
+        for row, name in enumerate(grid.rows):
+            place = ((left - 0.08) / width, (edge - _TILE * (row + 0.47)) / height)
+            sheet.text(*place, _drawable(name), fontsize=9, ha="right", va="center", parse_math=False)
+        for column, name in enumerate(grid.columns):
+            place = ((left + _TILE * (column + 0.46)) / width, (edge + 0.05) / height)
+            sheet.text(*place, _drawable(name), fontsize=8, ha="center", va="bottom", color="0.35", parse_math=False)
+        top -= used
+    return sheet
+
+
 def _places(figure: Figure) -> list[tuple[int, int]]:
     """(row, column) of each panel."""
     places, row, column = [], 0, 0
-    for panel in (*figure.grids, *figure.panels):
-        if column and (column == figure.columns or getattr(panel, "starts_row", False)):
+    for panel in figure.panels:
+        if column and (column == figure.columns or panel.starts_row):
             row, column = row + 1, 0
         places.append((row, column))
         column += 1
@@ -109,9 +163,9 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
     _set_axes(axes, panel)
     before: dict[tuple[str, str], int] = {}  # series of one model and kind: they share a colour and differ in the rest
     for each in panel.series:
-        again = before.get((each.model, each.kind), 0)
+        again = 0 if each.kind == "points" else before.get((each.model, each.kind), 0)
         before[each.model, each.kind] = again + 1
-        style = _varied(styles[each.model], again)
+        style = _varied(styles.get(each.model, styles[""]), again)
         _DRAW[each.kind](axes, each, style, largest)
         ink = style.colour
         if each.kind in ("line", "fit"):
@@ -125,7 +179,7 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
     ]
     if panel.x.scale != "names":
         place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks], bubbles)
-    place_texts(axes, texts)
+    place_texts(axes, texts, [(mark.x, mark.y) for each in panel.series for mark in each.marks])
 
 
 def _varied(style: Style, again: int) -> Style:
@@ -167,13 +221,15 @@ def _points(axes, series: Series, style: Style, largest: float) -> None:
         [mark.y for mark in series.marks],
         linestyle="",
         marker="x" if fit else style.marker,
-        markersize=7,
+        markersize=4.5 if series.faint else 7,
+        alpha=0.4 if series.faint else 1.0,
         markerfacecolor="white" if published else style.colour,
         markeredgecolor=style.colour,
         markeredgewidth=1.5,
         zorder=3,
     )
-    _bars_of(axes, series, style)
+    if not series.faint:
+        _bars_of(axes, series, style)
 
 
 def _bubbles(axes, series: Series, style: Style, largest: float) -> None:

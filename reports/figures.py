@@ -8,7 +8,7 @@ from pathlib import Path
 from harness import registry
 from harness.errors import Refusal
 from harness.runs import build_arguments
-from reports import figures_gflops, figures_sampling, figures_training
+from reports import figures_frontier, figures_gflops, figures_loss, figures_samples, figures_sampling, figures_training
 from reports.charts import Figure
 from results import paper
 from results.records import Record
@@ -26,13 +26,29 @@ def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Fi
         figures_gflops.compute_efficiency(measured, published),
         figures_training.conditioning_blocks(measured, published),
         figures_training.size_and_patch(measured, published),
+        figures_samples.same_noise(folders, measured),
         figures_gflops.correlation_with_gflops(measured, published),
         figures_training.training_compute(measured, published),
         figures_sampling.sampling_compute(measured, published),
         figures_training.other_metrics(measured, published),
+        figures_loss.training_loss(folders, measured),
         figures_gflops.scaling_law(measured, published, unseen_dits),
+        figures_frontier.pareto(measured, published),
+        figures_frontier.best_size(measured, published),
     ]
     return tuple(figure for figure in made if figure is not None)
+
+
+ABSENT = {
+    "figure-7": "Figure 7 is not drawn: it needs sample sets of two models with the same sampling settings beside the records",
+    "figure-13": "Figure 13 is not drawn: it needs the log.jsonl of a run beside its records",
+}
+
+
+def absent(made: Iterable[Figure]) -> tuple[str, ...]:
+    """A sentence for each figure of the paper that needs more than records and is not among those made."""
+    names = {figure.name for figure in made}
+    return tuple(text for name, text in ABSENT.items() if name not in names)
 
 
 def unseen_dits(record: Record) -> dict[str, float]:

@@ -53,10 +53,15 @@ def place_labels(
         taken = np.vstack([taken, boxes[best]])
 
 
-def place_texts(axes, texts: Sequence[Label]) -> None:
-    """Writes small texts over their points, those that cover no other text."""
+def place_texts(axes, texts: Sequence[Label], points: Sequence[tuple[float, float]]) -> None:
+    """Writes small texts over their points, those that cover no other text and no point."""
+    if not texts:
+        return
     others = [text for text in axes.texts if getattr(text, "xycoords", "") == "data"]
+    marks = axes.transData.transform(np.array(points, dtype=float).reshape(-1, 2))
+    half = 3.0 * axes.figure.dpi / 72
     taken = np.array([text.get_window_extent().extents for text in others]).reshape(-1, 4)
+    taken = np.vstack([taken, np.hstack([marks - half, marks + half])])
     for x, y, text, colour in sorted(texts, key=lambda label: (-label[1], label[0], label[2])):
         note = axes.annotate(
             text, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=colour,

@@ -187,11 +187,8 @@ def bars_note(series: Iterable[Series]) -> list[str]:
     return ["bars: 95 % intervals"] if marks else []
 
 
-def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tuple[list[Line], int]:
-    """Lines, best first by name afterwards, and how many were left out as too many.
-
-    along: the fields of `part` (Training or Sampling) that may differ within a line.
-    """
+def settings_of(records: Iterable[Record], along: Sequence[str], part: type) -> list[list[Record]]:
+    """Records that differ only in seeds, in what moves low bits, and in the fields `along` of `part`."""
     training = _getter(Training, along if part is Training else ())
     sampling = _getter(Sampling, along if part is Sampling else ())
     found: dict[tuple, list[Record]] = {}
@@ -201,20 +198,28 @@ def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tup
             training(record.training) if record.training is not None else None,
             sampling(record.sampling) if record.sampling is not None else None,
             record.evaluation.suite_version if record.evaluation is not None else None,
+            (record.source.table, record.source.row) if record.source is not None and not along else None,
         )
         found.setdefault(key, []).append(record)
-    kept = list(found.values())
-    sign = -1 if better(records[0].metric) == "higher" else 1
-    if len(kept) > MOST_LINES:  # the best, and what is published
-        kept.sort(key=lambda own: (own[0].provenance != "published", min(sign * r.value for r in own), own[0].system))
-        kept = kept[:MOST_LINES]
+    return list(found.values())
+
+
+def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tuple[list[Line], int]:
+    """Lines by name, and how many were left out as too many (the best are kept, and what is published).
+
+    along: the fields of `part` (Training or Sampling) that may differ within a line.
+    """
+    found = settings_of(records, along, part)
+    kept = found
+    if len(kept) > MOST_LINES:
+        sign = -1 if better(records[0].metric) == "higher" else 1
+        order = [(own[0].provenance != "published", min(sign * r.value for r in own), own[0].system) for own in kept]
+        kept = [own for _, own in sorted(zip(order, kept, strict=True), key=lambda pair: pair[0])[:MOST_LINES]]
     kept = [sorted(own, key=lambda record: record.id) for own in kept]
     kept.sort(key=lambda own: (model_of(own[0]), own[0].system, own[0].provenance, own[0].id))
     labels = _labels([own[0] for own in kept], along, part)
-    return (
-        [Line(label=label, records=tuple(own)) for label, own in zip(labels, kept, strict=True)],
-        len(found) - len(kept),
-    )
+    lines = [Line(label=label, records=tuple(own)) for label, own in zip(labels, kept, strict=True)]
+    return lines, len(found) - len(kept)
 
 
 def marks_of(
@@ -318,19 +323,22 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
         if "steps" in along:
             found["training steps" if part is Training else "sampling steps"] = ""
         words.append({name: found.get(name, "") for name in _LABEL_FACTS})
-    peers: dict[str, list[dict[str, str]]] = {}
+    peers: dict[str, dict[str, set[str]]] = {}  # system -> fact -> what its lines say of it
     for record, found in zip(records, words, strict=True):
-        peers.setdefault(record.system, []).append(found)
-    labels: list[str] = []
+        own = peers.setdefault(record.system, {name: set() for name in _LABEL_FACTS})
+        for name, text in found.items():
+            own[name].add(text)
+    taken: dict[str, int] = {}
+    labels = []
     for record, found in zip(records, words, strict=True):
         own = peers[record.system]
         told = [
             text if name in _SPEAK_FOR_THEMSELVES else f"{name} {text}"
             for name, text in found.items()
-            if text and len({peer[name] for peer in own}) > 1
+            if text and len(own[name]) > 1
         ]
         told += ["paper"] if record.provenance == "published" else []
         label = f"{record.system} ({', '.join(told)})" if told else record.system
-        taken = sum(other == label or other.startswith(f"{label} #") for other in labels)
-        labels.append(f"{label} #{taken + 1}" if taken else label)
+        taken[label] = taken.get(label, 0) + 1
+        labels.append(f"{label} #{taken[label]}" if taken[label] > 1 else label)
     return labels

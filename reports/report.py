@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import Refusal
 from reports import charts
 from reports.drawing import draw
-from reports.figures import figures, published_records
+from reports.figures import absent, figures, published_records
 from reports.files import write_whole
 from reports.html_tables import to_html_page
 from reports.page.writer import NAME, write_page
@@ -24,12 +24,14 @@ class ReportSummary:
     """What was written and what could not be used.
 
     problems: unusable lines of record files. conflicts: disputed identities, in no table. measured: records used.
+    notes: what is not drawn for want of files beside the records, a sentence each.
     """
 
     files: tuple[Path, ...]
     problems: tuple[Problem, ...]
     conflicts: tuple[str, ...]
     measured: int
+    notes: tuple[str, ...] = ()
 
 
 def write_report(
@@ -80,6 +82,7 @@ def write_report(
         problems=loaded.problems,
         conflicts=loaded.conflicts,
         measured=sum(record.provenance == "measured" for record in records),
+        notes=absent(shown),
     )
 
 

@@ -50,6 +50,8 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
         if path.suffix == ".png" or re.fullmatch(r"table-\D.*\.md", path.name):  # the paper's tables have numbers
             click.echo(f"  {path}")
     click.echo(f"{len(summary.files)} files in {out}")
+    for note in summary.notes:
+        click.echo(note)
     if only is not None:
         for grid in sorted(only.glob("samples/*/grid.png")):
             click.echo(f"  {grid}")

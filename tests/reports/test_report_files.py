@@ -22,8 +22,8 @@ from results.records import to_json
 from results.store import append
 
 TABLES = [f"table-{number}.{ending}" for number in range(1, 7) for ending in ("csv", "html", "md", "tex")]
-PAPER_FIGURES = [*(f"figure-{number}" for number in (2, 5, 6, 8, 9, 10, 12)), "scaling-law"]
-OWN_FIGURES = ["figure-2", "figure-6", "figure-8", "figure-9", "figure-10", "figure-12"]
+PAPER_FIGURES = [*(f"figure-{number}" for number in (2, 5, 6, 8, 9, 10, 12)), "scaling-law", "pareto"]
+OWN_FIGURES = ["figure-2", "figure-6", "figure-8", "figure-9", "figure-10", "figure-12", "pareto"]
 PAGE = ["report.html"]
 DIGITS = [f"table-digits.{ending}" for ending in ("csv", "html", "md", "tex")]
 
@@ -46,6 +46,7 @@ def test_without_any_run_the_paper_is_reported(tmp_path):
     assert sorted(path.name for path in summary.files) == sorted(TABLES + _files(PAPER_FIGURES) + PAGE)
     assert sorted(_contents(tmp_path / "out")) == sorted(path.name for path in summary.files)
     assert summary.measured == 0 and summary.problems == () and summary.conflicts == ()
+    assert len(summary.notes) == 2 and summary.notes[0].startswith("Figure 7 is not drawn")
     rows = _points(tmp_path / "out")
     assert [(row["provenance"], row["value"], row["sampling_steps"]) for row in rows] == [
         ("published", "25.9", "1000"),

@@ -1,0 +1,226 @@
+"""Beyond the paper: who is on the frontier of quality against compute, and which size is best at a budget."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
+from reports.columns import count_text, guidance_text
+from reports.figures_study import name_of, places_of, steps_of, studies, training_gflops
+from reports.fits import between, frontier
+from reports.points import (
+    bars_note,
+    better,
+    comparable_groups,
+    data_row,
+    left_out,
+    marks_of,
+    quality,
+    quality_axis,
+    settings_of,
+)
+from results.records import Record, Sampling
+
+MOST_POINTS = 400  # of a panel
+BUDGETS = 5
+NOT_RECORDED = "measured time and energy are not in the records"
+
+
+def pareto(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+    """`pareto`: every result against what its training and one image of it cost, and those that nobody beats in both."""
+    panels: list[Panel] = []
+    rows: list[dict] = []
+    printed = [record for record in published if record.metric == "fid" and record.source.table != "Section 5.2"]
+    groups, more = comparable_groups(measured, printed)
+    for group in groups:
+        records = quality(group.records)
+        if not records:
+            continue
+        first = True
+        for title, unit, cost, name in (
+            ("Training compute", "Gflops", training_gflops, _trained),
+            ("Sampling compute", "Gflops per image, decoder not counted", _per_image, _sampled),
+        ):
+            made = _frontier_panel(records, cost, name)
+            if made is None:
+                continue
+            series, found, omitted = made
+            panels.append(
+                Panel(
+                    heading=group.heading,
+                    title=f"Quality against {title.lower()}",
+                    x=Axis(title=title, unit=unit, scale="log"),
+                    y=quality_axis(records),
+                    series=series,
+                    note="; ".join(
+                        text
+                        for text in (
+                            "line: the frontier, where no other is both cheaper and better",
+                            *bars_note(series),
+                            f"{omitted} more results are not drawn" if omitted else "",
+                            left_out(0, more),
+                            NOT_RECORDED,
+                        )
+                        if text
+                    ),
+                    starts_row=first,
+                )
+            )
+            first = False
+            rows += [
+                data_row(record, len(panels), name(record), places_of(record) | _image(record))
+                | {"frontier": "yes" if on else "no"}
+                for record, on in found
+            ]
+    if not panels:
+        return None
+    return Figure(name="pareto", title="The frontier of quality and compute", panels=tuple(panels), rows=tuple(rows))
+
+
+def _frontier_panel(records: Sequence[Record], cost: Callable[[Record], float | None], name: Callable[[Record], str]):
+    """(series, (record, on the frontier?) of each that is drawn); None where there are not two models to compare.
+
+    One mark is one setting: runs that differ in seeds alone, or several where they are equal in cost and value.
+    """
+    usable = [record for record in records if cost(record)]
+    if len({model_of(record) for record in usable}) < 2:
+        return None
+    settings = [sorted(own, key=lambda record: record.id) for own in settings_of(usable, (), Sampling)]
+    settings.sort(key=lambda own: (model_of(own[0]), own[0].provenance, own[0].id))
+    places = [(cost(own[0]), sum(record.value for record in own) / len(own)) for own in settings]
+    best = set(frontier(places, better(records[0].metric)))
+    every = max(1, -(-len(settings) // MOST_POINTS))  # beyond the room of a panel every so many, and the frontier
+    marks: dict[tuple[str, str, bool], list[Mark]] = {}
+    found = []
+    for index, own in enumerate(settings):
+        if index in best or index % every == 0:
+            (mark,) = marks_of(own, lambda record, x=places[index][0]: x)
+            mark = dataclasses.replace(mark, text=name(own[0]) if index in best else "")
+            marks.setdefault((model_of(own[0]), own[0].provenance, index not in best), []).append(mark)
+            found += [(record, index in best) for record in own]
+    series = [
+        Series(
+            label=model,
+            model=model,
+            kind="points",
+            provenance=origin,
+            marks=tuple(sorted(own, key=lambda mark: mark.x)),
+            faint=faint,
+        )
+        for (model, origin, faint), own in sorted(marks.items(), key=lambda pair: not pair[0][2])
+    ]
+    corners = [Mark(x=places[index][0], y=places[index][1]) for index in sorted(best, key=lambda index: places[index])]
+    line = Series(label="", model="", kind="fit", provenance="fit", marks=_stairs(corners))
+    return (line, *series), found, len(settings) - sum(len(own) for own in marks.values())
+
+
+def _stairs(marks: Sequence[Mark]) -> tuple[Mark, ...]:
+    """The frontier as it is: nothing better is to be had until the next mark is paid for."""
+    places = []
+    for index, mark in enumerate(marks):
+        if index:
+            places.append(Mark(x=mark.x, y=marks[index - 1].y))
+        places.append(Mark(x=mark.x, y=mark.y))
+    return tuple(places)
+
+
+def _trained(record: Record) -> str:
+    """`dit-xs-2, 400 steps`."""
+    steps = steps_of(record)
+    return _printed(record) or (f"{record.system}, {count_text(steps)} steps" if steps else record.system)
+
+
+def _sampled(record: Record) -> str:
+    """`dit-xs-2, 25 sampling steps, guidance 1.5`."""
+    if record.source is not None:
+        return _printed(record)
+    words = [record.system, f"{record.sampling.stage_steps or record.sampling.steps} sampling steps"]
+    guided = guidance_text(record) not in ("-", "none")
+    return ", ".join([*words, f"guidance {guidance_text(record)}"] if guided else words)
+
+
+def _printed(record: Record) -> str:
+    """A published row without what all rows of a panel share."""
+    return record.source.row.split(", 256x256")[0].split(", 512x512")[0] if record.source is not None else ""
+
+
+def _image(record: Record) -> dict[str, object]:
+    return {"gflops_per_image": _per_image(record)}
+
+
+def _per_image(record: Record) -> float | None:
+    return (record.sampling.gflops_per_image or None) if record.sampling else None
+
+
+def best_size(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+    """`budget`: at several training budgets, quality against Gflops a forward pass, read from the training curves."""
+    panels: list[Panel] = []
+    rows: list[dict] = []
+    for study in studies(measured, published):
+        curves = []
+        for line in study.lines:
+            marks, gflops = marks_of(line.records, training_gflops), line.records[0].gflops
+            if len(marks) > 1 and gflops:
+                curves.append((line, gflops, [mark.x for mark in marks], [mark.y for mark in marks]))
+        budgets = _budgets([(xs[0], xs[-1]) for _, _, xs, _ in curves])
+        if not budgets:
+            continue
+        sign = -1 if better(study.records[0].metric) == "higher" else 1
+        series = []
+        for budget in budgets:
+            read = [(line, gflops, between(xs, ys, budget)) for line, gflops, xs, ys in curves]
+            read = sorted((each for each in read if each[2] is not None), key=lambda each: (each[1], each[0].label))
+            winner = min(read, key=lambda each: sign * each[2])[0]
+            facts = (("budget", f"{_round(budget)} Gflops"),)
+            marks = tuple(
+                Mark(
+                    x=gflops,
+                    y=value,
+                    text=name_of(line) if line is winner else "",
+                    facts=(("model", name_of(line)), *facts, ("read from its curve", f"{value:.4g}")),
+                )
+                for line, gflops, value in read
+            )
+            label = f"{_round(budget)} Gflops"
+            series.append(Series(label=label, model="", kind="line", provenance="measured", marks=marks))
+            rows += [
+                {"panel": len(panels) + 1, "budget_gflops": budget, "model": line.model, "system": name_of(line)}
+                | {"gflops": gflops, "metric": line.records[0].metric, "n": line.records[0].n, "value": value}
+                | {"best": "yes" if line is winner else "no"}
+                for line, gflops, value in read
+            ]
+        panels.append(
+            Panel(
+                heading=study.group.heading,
+                x=Axis(title="Backbone compute", unit="Gflops a forward pass", scale="log"),
+                y=quality_axis(study.records),
+                series=tuple(series),
+                note="; ".join(
+                    [
+                        *study.notes,
+                        "a line a training budget; its best model is named; values read between the points of the training "
+                        "curves, straight in logarithms, never beyond them",
+                    ]
+                ),
+            )
+        )
+    if not panels:
+        return None
+    return Figure(name="budget", title="The best size at a training budget", panels=tuple(panels), rows=tuple(rows))
+
+
+def _round(budget: float) -> str:
+    """Three significant digits."""
+    return f"{float(f'{budget:.3g}'):,.0f}" if 100 <= budget < 1e7 else f"{budget:.3g}"
+
+
+def _budgets(ranges: Sequence[tuple[float, float]]) -> list[float]:
+    """Budgets, evenly spaced in logarithm, at which at least two curves can be read."""
+    if len(ranges) < 2:
+        return []
+    low = sorted(start for start, _ in ranges)[1]
+    high = sorted((end for _, end in ranges), reverse=True)[1]
+    if not 0 < low < high:
+        return []
+    spaced = [low * (high / low) ** (place / (BUDGETS - 1)) for place in range(BUDGETS)]
+    spaced[-1] = high
+    return [budget for budget in spaced if sum(start <= budget <= end for start, end in ranges) > 1]

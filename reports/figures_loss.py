@@ -1,0 +1,217 @@
+"""Figure 13: training loss, from the logs that lie beside record files."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
+from reports.points import MOST_LINES
+from reports.render import one_line
+from results.records import Record, canonical_json
+
+MOST_RUNS = 200  # whose logs are read
+PLACES = 200  # of a curve
+WHOLE_BYTES = 4_000_000  # a longer log is read in places
+BLOCKS, BLOCK_BYTES = 400, 8192
+EARLY = 0.1  # share of the training that the panel of early training shows
+_MOST_BYTES = 1_000_000  # of a run file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Curve:
+    """The loss of one run."""
+
+    model: str
+    seed: int
+    task: str  # name of the protocol
+    key: str  # what runs of one curve agree in
+    recipe: Mapping
+    terms: tuple[str, ...]
+    steps: np.ndarray  # float64 (N,) ascending
+    loss: np.ndarray  # float64 (N,), smoothed
+
+
+def training_loss(folders: Sequence[Path], records: Iterable[Record]) -> Figure | None:
+    """Figure 13: the sum of the loss's terms over training steps, early training by itself, and over compute.
+
+    folders: where record files lie; RUN/log.jsonl and RUN/run.json are looked for in each. A run without either has no
+    curve, nor one of a protocol that no record is of. Seeds of one model are one line, their mean, in a band from the lowest to the highest.
+    """
+    records = list(records)
+    wanted = {record.protocol for record in records}
+    curves = [curve for folder in folders[:MOST_RUNS] if (curve := _read(folder)) is not None and curve.task in wanted]
+    cost = {
+        (model_of(record), record.protocol): record.training.gflops / record.training.steps
+        for record in records
+        if record.training is not None and record.training.gflops and record.training.steps
+    }
+    tasks: dict[tuple, list[_Curve]] = {}
+    for curve in curves:
+        tasks.setdefault((curve.task, curve.terms), []).append(curve)
+    panels: list[Panel] = []
+    rows: list[dict[str, object]] = []
+    for (task, terms), members in sorted(tasks.items()):
+        _panels(task, terms, members, cost, panels, rows)
+    if not panels:
+        return None
+    return Figure(name="figure-13", title="Training loss", panels=tuple(panels), rows=tuple(rows), columns=3)
+
+
+def _panels(task: str, terms: Sequence[str], curves: Sequence[_Curve], cost: Mapping, panels, rows) -> None:
+    lines: dict[str, list[_Curve]] = {}
+    for curve in sorted(curves, key=lambda curve: (curve.model, curve.key, curve.seed)):
+        lines.setdefault(curve.key, []).append(curve)
+    kept = dict(list(lines.items())[:MOST_LINES])
+    names = _names(kept)
+    longest = max(float(own[0].steps[-1]) for own in kept.values())
+    title = " + ".join(terms)
+    notes = ["mean over about 2 % of the steps drawn"]
+    notes += ["lines: means over seeds, bands: lowest to highest"] if any(len(own) > 1 for own in kept.values()) else []
+    notes += [f"{len(lines) - len(kept)} more lines are not drawn"] if len(lines) > len(kept) else []
+    shown = [("Whole training", longest, None), ("Early training", EARLY * longest, None)]
+    if all((own[0].model, task) in cost for own in kept.values()):
+        shown.append(("Over training compute", longest, cost))
+    for number, (heading, end, each_cost) in enumerate(shown):
+        series: list[Series] = []
+        for key, own in kept.items():
+            factor = 1.0 if each_cost is None else each_cost[own[0].model, task]
+            series += _series(names[key], own, end, factor)
+        if not series:
+            continue
+        panels.append(
+            Panel(
+                heading=one_line(task),
+                title=heading,
+                x=Axis(title="Training steps", from_zero=True)
+                if each_cost is None
+                else Axis(title="Training compute", unit="Gflops", scale="log"),
+                y=Axis(title=f"Training loss ({title})", scale="log", better="lower"),
+                series=tuple(sorted(series, key=lambda each: each.kind != "band")),
+                note="; ".join(notes),
+                starts_row=number == 0,
+            )
+        )
+    for key, own in kept.items():
+        for each in series_rows(names[key], own, task):
+            rows.append(
+                each
+                | {"training_gflops": each["step"] * cost[own[0].model, task] if (own[0].model, task) in cost else None}
+            )
+
+
+def _series(name: str, own: Sequence[_Curve], end: float, factor: float) -> list[Series]:
+    """The mean of a line's seeds up to step `end`, in a band where there are several; x is step times `factor`."""
+    reach = min(min(float(curve.steps[-1]) for curve in own), end)
+    steps = own[0].steps[own[0].steps <= reach]
+    if len(steps) < 2:
+        return []
+    steps = steps[np.unique(np.linspace(0, len(steps) - 1, PLACES).round().astype(int))]
+    heights = np.stack([np.interp(steps, curve.steps, curve.loss) for curve in own])  # (seeds, places)
+    facts = (("backbone", own[0].model), ("seeds", ", ".join(str(curve.seed) for curve in own)))
+    mean, low, high = heights.mean(axis=0), heights.min(axis=0), heights.max(axis=0)
+    marks = tuple(
+        Mark(x=float(x * factor), y=float(y), facts=(*facts, ("step", f"{x:g}"), ("loss", f"{y:.4g}")))
+        for x, y in zip(steps, mean, strict=True)
+    )
+    line = Series(label=name, model=own[0].model, kind="line", provenance="measured", marks=marks)
+    if len(own) == 1:
+        return [line]
+    ends = zip(marks, low, high, strict=True)
+    band = tuple(Mark(x=mark.x, y=mark.y, low=float(below), high=float(above)) for mark, below, above in ends)
+    return [Series(label="", model=own[0].model, kind="band", provenance="measured", marks=band), line]
+
+
+def series_rows(name: str, own: Sequence[_Curve], task: str) -> list[dict[str, object]]:
+    rows = []
+    for curve in own:
+        places = np.unique(np.linspace(0, len(curve.steps) - 1, PLACES).round().astype(int))
+        rows += [
+            {"protocol": task, "line": name, "model": curve.model, "training_seed": curve.seed}
+            | {"terms": " + ".join(curve.terms), "step": float(curve.steps[place]), "loss": float(curve.loss[place])}
+            for place in places
+        ]
+    return rows
+
+
+def _names(lines: Mapping[str, Sequence[_Curve]]) -> dict[str, str]:
+    """The model, with the items of the recipe in which its lines differ."""
+    recipes: dict[str, list[Mapping]] = {}
+    for own in lines.values():
+        recipes.setdefault(own[0].model, []).append(own[0].recipe)
+    names: dict[str, str] = {}
+    for key, own in lines.items():
+        peers = recipes[own[0].model]
+        items = [item for item in own[0].recipe if len({str(peer.get(item)) for peer in peers}) > 1]
+        told = ", ".join(f"{item} {own[0].recipe[item]}" for item in sorted(items)[:3])
+        name = f"{own[0].model} ({told})" if told else own[0].model
+        taken = sum(other == name or other.startswith(f"{name} #") for other in names.values())
+        names[key] = one_line(f"{name} #{taken + 1}" if taken else name)
+    return names
+
+
+def _read(folder: Path) -> _Curve | None:
+    path, run = folder / "log.jsonl", folder / "run.json"
+    try:
+        if not path.is_file() or run.stat().st_size > _MOST_BYTES:
+            return None
+        identity = json.loads(run.read_text(encoding="utf-8"))["identity"]
+        recipe, seed = dict(identity["recipe"]), int(identity["seed"])
+        model, task = str(identity["backbone"]), str(identity["protocol"]["name"])
+        key = canonical_json([identity["backbone"], identity["protocol"], recipe, identity.get("framework")])
+        terms, steps, loss = _losses(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # no run of this harness: it has no curve
+    if len(steps) < 2:
+        return None
+    return _Curve(
+        model=one_line(model), seed=seed, task=task, key=key, recipe=recipe, terms=terms, steps=steps,
+        loss=_smoothed(loss, max(2.0, 0.02 * len(loss))),
+    )  # fmt: skip
+
+
+def _losses(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """(names of the terms, steps (N,), sums of the terms (N,)); of a long log the means over blocks of lines."""
+    size = path.stat().st_size
+    blocks = [(0, size)]
+    if size > WHOLE_BYTES:
+        blocks = [(round(start), BLOCK_BYTES) for start in np.linspace(0, size - BLOCK_BYTES, BLOCKS)]
+    terms: tuple[str, ...] = ()
+    steps, loss = [], []
+    with path.open("rb") as file:
+        for start, length in blocks:
+            file.seek(start)
+            lines = file.read(length).split(b"\n")
+            whole = lines[1 if start else 0 : -1]  # of the first and last line of a block only a part may be there
+            found = []
+            for line in whole:
+                try:
+                    row = json.loads(line)
+                    values = {name: float(value) for name, value in row.items() if name != "step"}
+                    step = float(row["step"])
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    continue  # a torn or foreign line
+                terms = terms or tuple(values)
+                total = sum(values.values())
+                if tuple(values) == terms and math.isfinite(total) and math.isfinite(step):
+                    found.append((step, total))
+            if len(blocks) > 1 and found:
+                found = [tuple(np.mean(found, axis=0))]
+            steps += [step for step, _ in found]
+            loss += [total for _, total in found]
+    order = np.argsort(np.array(steps), kind="stable")
+    return terms, np.array(steps)[order], np.array(loss)[order]
+
+
+def _smoothed(values: np.ndarray, window: float) -> np.ndarray:
+    """Exponential mean whose weights sum to one from the first value on (bias-corrected)."""
+    keep = 1 - 1 / window
+    mean, weight = 0.0, 0.0
+    smooth = np.empty_like(values)
+    for index, value in enumerate(values):
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth[index] = mean / weight
+    return smooth

@@ -1,0 +1,169 @@
+"""Figure 7: what each model makes of the same noise and the same label."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from harness.errors import Refusal
+from harness.samples import read_first
+from reports.charts import Figure, Grid, model_of
+from reports.columns import count_text
+from reports.render import one_line
+from results.records import Record, canonical_json
+
+COLUMNS = 10  # samples a model
+MOST_ROWS = 16  # models
+MOST_SETS = 2000  # sidecars that are looked at
+MOST_GRIDS = 4
+_MOST_BYTES = 1_000_000  # of a sidecar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Set:
+    """A sample set of a run: where it lies and how it was made."""
+
+    path: Path
+    sha256: str
+    model: str
+    run: Mapping
+    steps: int  # of the training
+    sampling: Mapping
+
+
+def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | None:
+    """Figure 7: a row a model, a column a sample index; sets drawn with the same settings and seed of the sampling.
+
+    folders: where record files lie; RUN/samples/*/samples.npz is looked for in each. A set that cannot be read is left
+    out, for it is named where it is used. None where no two models have such sets.
+    """
+    records = list(records)
+    wanted = {record.protocol for record in records}
+    found: dict[str, list[_Set]] = {}
+    for each in _sets(folders):
+        if each.run["protocol"].get("name") in wanted:
+            found.setdefault(_noise_key(each), []).append(each)
+    gflops = {model_of(record): record.gflops or 0.0 for record in records}
+    candidates = [(key, members) for key, members in found.items() if len({each.model for each in members}) > 1]
+    # The protocol's most complete setting, of several that with the most sampling steps.
+    candidates.sort(key=lambda pair: (-len({each.model for each in pair[1]}), -_sampling_steps(pair[1][0]), pair[0]))
+    grids, rows, tasks = [], [], set()
+    for _, members in candidates:
+        task = canonical_json(members[0].run["protocol"])
+        if task in tasks or len(grids) == MOST_GRIDS:
+            continue
+        made = _grid(members, gflops)
+        if made is not None:
+            tasks.add(task)
+            grids.append(made[0])
+            rows += [{"grid": len(grids), **row} for row in made[1]]
+    if not grids:
+        return None
+    return Figure(
+        name="figure-7", title="The same noise and label, drawn by every model", panels=(), rows=tuple(rows),
+        grids=tuple(grids),
+    )  # fmt: skip
+
+
+def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, list[dict]] | None:
+    lengths: dict[int, set[str]] = {}
+    for each in members:
+        lengths.setdefault(each.steps, set()).add(each.model)
+    usual = max(lengths, key=lambda steps: (len(lengths[steps]), steps))
+    chosen: dict[str, _Set] = {}
+    for each in sorted(
+        members, key=lambda each: (each.steps != usual, -each.steps, each.run.get("seed", 0), each.sha256)
+    ):
+        chosen.setdefault(each.model, each)
+    order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))[-MOST_ROWS:]
+    read = []
+    for each in order:
+        try:
+            images, labels = read_first(each.path, COLUMNS)
+        except Refusal:
+            continue
+        if labels is not None:
+            read.append((each, images, labels))
+    if not read:
+        return None
+    # What was drawn by another count of images or labels is not the same sample.
+    shape, shared = read[0][1].shape, read[0][2]
+    read = [row for row in read if row[1].shape == shape and np.array_equal(row[2], shared)]
+    if len(read) < 2:
+        return None
+    first = read[0][0]
+    names = [
+        each.model if each.steps == usual else f"{each.model}, {count_text(each.steps)} steps" for each, _, _ in read
+    ]
+    task = first.run["protocol"]
+    heading = (
+        f"{task.get('dataset')} {task.get('resolution')}x{task.get('resolution')}, {first.sampling.get('sampler')} with "
+        f"{_sampling_steps(first)} steps{_guidance(first)}, sampling seed {first.sampling.get('seed')}, after "
+        f"{count_text(usual)} training steps"
+    )
+    grid = Grid(
+        heading=one_line(heading),
+        rows=tuple(names),
+        columns=tuple(f"label {label}" for label in shared),
+        tiles=np.stack([images for _, images, _ in read]),
+        note="samples 0 to " + str(shape[0] - 1) + "; models from the fewest Gflops (above) to the most",
+    )
+    rows = [
+        {
+            "model": each.model,
+            "sample": index,
+            "label": int(label),
+            "training_steps": each.steps,
+            "gflops": gflops.get(each.model),
+        }
+        | {
+            "training_seed": each.run.get("seed"),
+            "sampler": each.sampling.get("sampler"),
+            "sampling_steps": _sampling_steps(each),
+        }
+        | {"sampling_seed": each.sampling.get("seed"), "samples_sha256": each.sha256}
+        for each, _, labels in read
+        for index, label in enumerate(labels)
+    ]
+    return grid, rows
+
+
+def _sets(folders: Sequence[Path]) -> list[_Set]:
+    paths = sorted({path for folder in folders for path in folder.glob("samples/*/samples.json")})[:MOST_SETS]
+    found = []
+    for path in paths:
+        try:
+            if path.stat().st_size > _MOST_BYTES or not path.with_suffix(".npz").is_file():
+                continue
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            identity = facts["identity"]
+            made = _Set(
+                path=path.with_suffix(".npz"),
+                sha256=str(facts["sha256"]),
+                model=one_line(str(identity["run"]["backbone"])),
+                run={**identity["run"], "protocol": dict(identity["run"]["protocol"])},
+                steps=int(identity["training_steps"]),
+                sampling=dict(identity["sampling"]),
+            )
+            _noise_key(made)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # of another kind or version, or damaged: nothing to compare
+        found.append(made)
+    return found
+
+
+def _noise_key(each: _Set) -> str:
+    """Sets that agree in this have the same noise and label at the same index, and are drawn in the same way."""
+    return canonical_json([each.run["protocol"], each.run.get("recipe", {}).get("schedule"), each.sampling])
+
+
+def _sampling_steps(each: _Set) -> int:
+    steps = each.sampling.get("steps")
+    return steps if isinstance(steps, int) else 0
+
+
+def _guidance(each: _Set) -> str:
+    scale = each.sampling.get("guidance_scale")
+    return f", guidance {scale:g}" if isinstance(scale, float | int) and scale != 1 else ""
