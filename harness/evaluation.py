@@ -280,6 +280,7 @@ def describe(path: Path, sha256: str, name: str | None) -> dict[str, Any]:
                 guidance_scale=drawn["guidance_scale"],
                 guidance_channels=drawn["guidance_channels"],
                 gflops_per_image=compute["gflops"] * data["evaluations"],
+                **_decoding(identity.get("decoder"), compute),
                 uint8_rule=drawn["uint8_rule"],
                 label_policy=drawn["label_policy"],
                 clip_denoised=drawn["clip_denoised"],
@@ -293,6 +294,17 @@ def describe(path: Path, sha256: str, name: str | None) -> dict[str, Any]:
         raise Refusal(
             f"{sidecar} does not say how the samples were made ({error}); give --name and move it away"
         ) from error
+
+
+def _decoding(decoder: dict[str, Any] | None, compute: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the decoder of a run in latents; a name alone does not say which weights it had."""
+    if decoder is None:
+        return {}
+    return {
+        "decoder": decoder["name"],
+        "decoder_gflops": compute["decoder_gflops"],
+        "settings_hash": files.sha256_json({"decoder": decoder}),
+    }
 
 
 def _describe_system(data: dict[str, Any], sha256: str, name: str | None) -> dict[str, Any]:

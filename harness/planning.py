@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
+from harness.data.public_files import FILES
 from harness.engines import check_installed
 from harness.errors import Refusal
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
@@ -146,29 +147,52 @@ def missing(request: Request) -> list[str]:
     task, lacks = request.protocol, []
     if task.dataset not in registry.datasets:
         lacks.append(f"data set {task.dataset!r}: no reader of that name is installed (see `harness list datasets`)")
+    elif task.space == "latents":
+        from harness.data import latents
+
+        if (lack := latents.missing(request.data, task)) is not None:
+            lacks.append(f"data set {task.dataset!r} in latents: {lack}")
     elif (lack := registry.datasets.get(task.dataset).missing(request.data, task.resolution)) is not None:
         lacks.append(f"data set {task.dataset!r}: {lack}")
-    if task.space == "latents":
-        lacks.append(
-            f"latents: protocol {task.name!r} is trained in the latents of a VAE, which this version cannot do; trained "
-            "weights are sampled with `harness sample --system`"
-        )
     try:
         suite = get_suite(task.suite)
     except Refusal as error:
         lacks.append(f"suite {task.suite!r}: {error} (see `harness list suites`)")
     else:
-        if flag := getattr(suite.features, "weights_option", ""):
-            lacks.append(
-                f"suite {task.suite!r}: its network's weights are a file of yours, which `harness evaluate` takes as {flag} "
-                "FILE; `harness train` and `harness sample` do the rest"
-            )
         short = [each for each in suite.metrics if request.samples < each.minimum]
         if short:
             lacks.append(
                 f"samples: {short[0].key} needs at least {short[0].minimum}, and {request.samples} are asked for"
             )
     return lacks
+
+
+def lacking_judge(task: Protocol) -> list[str]:
+    """What the measurement at the end needs to be given, for want of which a run ends with samples."""
+    flag = _weights_flag(task)
+    if not flag:
+        return []
+    known = [name for name in ("inception", task.name) if name in FILES] if flag == "--inception" else []
+    fetch = f" ({', '.join(f'`harness data fetch {name}`' for name in known)})" if known else ""
+    return [f"suite {task.suite!r} measures with {flag} FILE and --reference FILE{fetch}"]
+
+
+def judge_command(task: Protocol, samples: Path) -> str:
+    """The command that measures a sample set whose suite lacked its files."""
+    flag = _weights_flag(task)
+    reference = FILES[task.name].file if task.name in FILES else "REFERENCE.npz"
+    weights = FILES["inception"].file if flag == "--inception" else "FILE"
+    return f"harness evaluate {samples} {flag} {weights} --reference {reference}"
+
+
+def _weights_flag(task: Protocol) -> str:
+    """The flag that names the weights of the suite's network; empty where it brings them, or is not known."""
+    from evaluators.suites import get_suite
+
+    try:
+        return getattr(get_suite(task.suite).features, "weights_option", "")
+    except Refusal:  # named as missing
+        return ""
 
 
 def published_input_gflops(request: Request) -> float | None:
@@ -216,4 +240,5 @@ def plan(request: Request) -> dict[str, Any]:
         + len(drawn) * request.samples * request.protocol.resolution**2 * request.protocol.image_channels,
         "recipe": dataclasses.asdict(recipe),
         "missing": missing(request),
+        "lacking_judge": lacking_judge(request.protocol),
     }

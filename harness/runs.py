@@ -43,6 +43,7 @@ class RunSpec:
     seed: int
     framework: str
     dataset_sha256: str
+    latents: dict[str, Any] | None = None  # of the images, if it is trained in latents: which auto-encoder's, and which
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class RunSpec:
             "seed": self.seed,
             "framework": self.framework,
             "dataset_sha256": self.dataset_sha256,
+            **({} if self.latents is None else {"latents": self.latents}),
         }
 
     @property
@@ -102,6 +104,7 @@ class Run:
     environment: dict[str, Any]
     protocol: Protocol
     recipe: Recipe
+    places: dict[str, str] = dataclasses.field(default_factory=dict)  # see `harness.data.examples`
 
     @property
     def backbone(self) -> str:
@@ -137,7 +140,13 @@ class Run:
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
 
-def create(folder: Path, spec: RunSpec, resolved: Resolved, environment: dict[str, Any]) -> Run:
+def create(
+    folder: Path,
+    spec: RunSpec,
+    resolved: Resolved,
+    environment: dict[str, Any],
+    places: dict[str, str] | None = None,  # of what the run needs later, on this machine
+) -> Run:
     """Make the folder and its run.json."""
     files.write_json(
         folder / "run.json",
@@ -147,6 +156,7 @@ def create(folder: Path, spec: RunSpec, resolved: Resolved, environment: dict[st
             "protocol": spec.protocol.as_dict(),
             "resolved": dataclasses.asdict(resolved),
             "environment": environment,
+            **({"places": places} if places else {}),
         },
     )
     return open_run(folder)
@@ -166,7 +176,7 @@ def open_run(folder: Path) -> Run:
         resolved = Resolved(**data["resolved"])
         return Run(
             folder=folder, identity={**data["identity"], "recipe": recipe_identity(recipe)}, resolved=resolved, environment=data["environment"],
-            protocol=protocol, recipe=recipe,
+            protocol=protocol, recipe=recipe, places=dict(data.get("places", {})),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise Refusal(f"{path} is not a run file of this harness: {error}") from error

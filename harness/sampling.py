@@ -40,6 +40,7 @@ class SampleRequest:
     precision: str
     batch: int
     checkpoint_sha256: str
+    decoder: dict[str, Any] | None = None  # identity of what decodes latents
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -58,6 +59,7 @@ class SampleRequest:
             "training_steps": self.step,
             "checkpoint_sha256": self.checkpoint_sha256,
             "sampling": self.settings,
+            **({} if self.decoder is None else {"decoder": self.decoder}),
             "count": self.count,
             "batch": self.batch,
         }
@@ -94,7 +96,14 @@ def labels_of(policy: str, seed: int, count: int, num_classes: int) -> np.ndarra
 
 
 def request(
-    run: Run, step: int, sampling: Sampling, steps: int, count: int, precision: str, batch: int
+    run: Run,
+    step: int,
+    sampling: Sampling,
+    steps: int,
+    count: int,
+    precision: str,
+    batch: int,
+    decoder: dict[str, Any] | None = None,
 ) -> SampleRequest:
     """A request for the snapshot of `step`, whose hash it carries; a missing snapshot is refused."""
     snapshots = run.snapshots()
@@ -104,7 +113,7 @@ def request(
     snapshot = checkpoints.verify(run.snapshot(step))
     return SampleRequest(
         step=step, sampling=sampling, steps=steps, count=count, precision=precision, batch=batch,
-        checkpoint_sha256=snapshot.sha256("ema"),
+        checkpoint_sha256=snapshot.sha256("ema"), decoder=decoder,
     )  # fmt: skip
 
 

@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import checkpoints, evaluation, files, registry, runs, sampling, training
+from harness import checkpoints, decoding, evaluation, files, registry, runs, sampling, training
+from harness.data import latents
+from harness.data.examples import Examples
 from harness.data.images import ImageSet
+from harness.decoding import Decoder
 from harness.diffusion.schedule import Schedule
 from harness.engines import workbench
 from harness.engines.team import ALONE, Team
@@ -29,12 +32,78 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
+def training_data(protocol: Protocol, data: Path | None) -> Examples:
+    """What is trained on: the images of the protocol's data set, or the cache of their latents that `data` is."""
+    if protocol.space == "latents":
+        if (lack := latents.missing(data, protocol)) is not None:
+            raise Refusal(f"data set {protocol.dataset!r} in latents: {lack}")
+        assert data is not None
+        return latents.load(data)
+    return load_data(protocol, data)
+
+
 def load_data(protocol: Protocol, data: Path | None) -> ImageSet:
-    """The images of the protocol's data set, averaged down to its resolution where they are a multiple of it."""
+    """The images of the protocol's data set, averaged down to its resolution where they are a multiple of it. `data` may
+    be a cache of their latents."""
+    if data is not None and latents.is_cache(data):
+        meta = latents.read_meta(data)
+        return images_behind(meta.places, meta.images["sha256"], str(data))
     return registry.datasets.get(protocol.dataset).load(data).shrunk(protocol.resolution)
 
 
-def run_spec(request: Request, data: ImageSet) -> RunSpec:
+def images_behind(places: dict[str, str], sha256: str, whose: str) -> ImageSet:
+    """The images that latents were made of, where they were then; refused if they are gone, or others by now."""
+    from harness.data.encode import open_images
+
+    place = places.get("images", "")
+    remedy = "name images to judge by with --reference PATH"
+    try:
+        images = open_images(place).data
+    except Refusal as error:
+        raise Refusal(f"the images behind {whose} are not where they were ({place}); {remedy}") from error
+    if images.sha256 != sha256:
+        raise Refusal(f"{place} holds other images ({images.sha256[:12]}) than {whose} is of ({sha256[:12]}); {remedy}")
+    return images
+
+
+def decoder_of(run: Run, name: str | None) -> Decoder | None:
+    """What decodes the latents of a run: `name`, or the auto-encoder that made them, where it was then; None: pixels.
+
+    Refused: one that is gone or has other weights by now, and one that takes other latents or makes other images.
+    """
+    task = run.protocol
+    if task.space != "latents":
+        if name is not None:
+            raise Refusal(f"--decoder belongs to runs in latents, and {run.folder} is in pixels; leave it out")
+        return None
+    flag, made_by = "--decoder DIR", run.identity["latents"]
+    device = run.resolved.device if run.framework == "torch" else "cpu"  # decoders are torch's
+    place = run.places.get("vae", "")
+    try:
+        decoder = decoding.load(name or place, device=device, flag=flag)
+    except Refusal as error:
+        if name is not None:
+            raise
+        text = f"the auto-encoder behind {run.folder} ({made_by['vae_sha256'][:12]}) is not to be had from {place}"
+        raise Refusal(f"{text}; name it, or another decoder, with {flag} ({error})") from error
+    if name is None and decoder.sha256 != made_by["vae_sha256"]:
+        raise Refusal(
+            f"{place} has other weights by now ({decoder.sha256[:12]}) than the auto-encoder behind {run.folder} "
+            f"({made_by['vae_sha256'][:12]}); put the right ones back, or name a decoder with {flag}"
+        )
+    for what, found, wanted in (
+        ("channels of latents", decoder.channels, task.in_channels),
+        ("pixels a side", decoder.factor * task.input_size, task.resolution),
+        ("channels of images", decoder.image_channels, task.image_channels),
+        ("scale_factor", decoder.scale_factor, made_by["scale_factor"]),
+        ("shift_factor", decoder.shift_factor, made_by["shift_factor"]),
+    ):
+        if found != wanted:
+            raise Refusal(f"decoder {decoder.name} has {what} {found}, and the run {run.folder} {wanted}; name another")
+    return decoder
+
+
+def run_spec(request: Request, data: Examples) -> RunSpec:
     """The identity of the run that `request` asks for."""
     return RunSpec(
         backbone=request.spec.name,
@@ -42,27 +111,16 @@ def run_spec(request: Request, data: ImageSet) -> RunSpec:
         recipe=request.recipe,
         seed=request.seed,
         framework=request.framework,
-        dataset_sha256=data.sha256,
+        **data.identity,
     )
 
 
-def check_labels(data: ImageSet, num_classes: int) -> None:
+def check_labels(data: Examples, num_classes: int) -> None:
     """A label outside the classes is refused before anything is trained on it."""
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= num_classes:
         bad = low if low < 0 else high
         raise Refusal(f"data set {data.name!r} has label {bad}, but the protocol has classes 0 to {num_classes - 1}")
-
-
-def check_images(data: ImageSet, request: Request) -> None:
-    """Images of another size than the protocol's are refused."""
-    task = request.protocol
-    shape = (task.resolution, task.resolution, task.image_channels)
-    if data.images.shape[1:] != shape:
-        raise Refusal(
-            f"data set {data.name!r} has images {data.images.shape[1:]}, protocol {task.name!r} wants {shape} (H, W, C)"
-            + ("; prepare it at that resolution" if data.known_sha256 else "")
-        )
 
 
 class Workshop:
@@ -71,7 +129,7 @@ class Workshop:
     def __init__(
         self,
         request: Request,
-        data: ImageSet,
+        data: Examples,
         folder: Path,
         say: Say,
         team: Team = ALONE,
@@ -80,7 +138,7 @@ class Workshop:
         self.request, self.data, self.folder, self.team, self.loggers = request, data, folder, team, loggers
         self.say = team.says(say)
         self.spec = run_spec(request, data)
-        check_images(data, request)
+        data.check(request.protocol)
         check_labels(data, request.protocol.num_classes)
         self.run: Run | None = runs.find(folder, self.spec)
         if team.leaders(int(self.run is not None)) != (self.run is not None):  # before the leader goes on to create one
@@ -104,7 +162,8 @@ class Workshop:
     def create(self, resolved: Resolved) -> Run:
         """Make the run's folder, with `resolved` frozen in it."""
         if self.team.leads:
-            runs.create(self.folder, self.spec, resolved, evaluation.environment(resolved.device_name))
+            environment = evaluation.environment(resolved.device_name)
+            runs.create(self.folder, self.spec, resolved, environment, self.data.places)
         self.team.wait("the run is created")
         self.run = runs.find(self.folder, self.spec)
         if self.run is None:
@@ -154,13 +213,22 @@ class Workshop:
 
 
 def draw(
-    run: Run, request: Request, step: int, steps: int, *, precision: str, batch: int | None, team: Team = ALONE
+    run: Run,
+    request: Request,
+    step: int,
+    steps: int,
+    *,
+    precision: str,
+    batch: int | None,
+    decoder: Decoder | None = None,  # of latents
+    team: Team = ALONE,
 ) -> Path:
     """Draw one sample set of the snapshot of `step`, with a grid beside it; returns its samples.npz."""
     gflops = request.gflops_image(steps)
     wanted = sampling.request(
         run, step, request.sampling, steps, request.samples, precision,
         batch or sampling.default_batch(gflops, run.resolved.device),
+        decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
 
     def make() -> sampling.Sampler:
@@ -173,7 +241,7 @@ def draw(
         )
         snapshot = run.snapshot(step) / "ema.safetensors"
         return workbench(run.framework).make_sampler(
-            request, run, snapshot, plan, precision=precision, batch=wanted.batch
+            request, run, snapshot, plan, precision=precision, batch=wanted.batch, decoder=decoder
         )
 
     sidecar = {
@@ -181,6 +249,7 @@ def draw(
             "params": request.compute.params,
             "gflops": request.compute.gflops,
             "gflops_published_input": published_input_gflops(request),
+            **decoding_compute(decoder, request.protocol.resolution),
         },
         "trained": dataclasses.asdict(run.resolved),
         "environment": evaluation.environment(run.resolved.device_name),
@@ -189,6 +258,11 @@ def draw(
     if team.leads:
         sampling.write_grid_beside(path)
     return path
+
+
+def decoding_compute(decoder: Decoder | None, side: int) -> dict[str, float]:
+    """What a sidecar says of decoding an image of `side` pixels."""
+    return {} if decoder is None else {"decoder_gflops": decoder.compute(side).gflops}
 
 
 def judge(

@@ -17,7 +17,7 @@ from harness.data.images import ImageSet
 from harness.errors import Refusal
 from harness.evaluation import Judge
 from harness.image_sources import ImageSource, open_images
-from harness.protocols import get_protocol
+from harness.protocols import Protocol, get_protocol
 from harness.samples import read_sidecar, sidecar_path
 from results.records import to_json
 
@@ -88,7 +88,12 @@ def command(
     if reference is not None and data is not None:
         raise Refusal("--data and --reference both name the images to judge by; give one of them")
     source = open_reference(reference) if reference else None
-    images = reference_images(source) if source else stages.load_data(task, data)
+    if source is not None:
+        images = reference_images(source)
+    elif data is None and run is not None and run.places:
+        images = stages.images_behind(run.places, run.identity["dataset_sha256"], str(run.folder))
+    else:
+        images = stages.load_data(task, data)
     by = judge_of(get_suite(suite or task.suite), weights, backend, reference, device)
     by = dataclasses.replace(by, reference=source, allow=allow, picture=neighbours)
     found = stages.judge(path, task, images, records, cache=cache, name=name, by=by)
@@ -101,6 +106,21 @@ def command(
     if by.suite.note:
         click.echo(f"suite {by.suite.name}: {by.suite.note}")
     click.echo(f"records: {records}")
+
+
+def judge_of_run(task: Protocol, reference: Path | None, weights: Path | None) -> tuple[Judge, ImageSet | None] | None:
+    """Who measures the samples of a run, and the images of --reference, if it was given. None: the suite's network needs
+    weights, and nothing was given. Refused before anything is trained: files that are not there or of no use."""
+    from evaluators.suites import get_suite
+
+    suite = get_suite(task.suite)
+    if weights is None and reference is None and suite.features.weights_option:
+        return None
+    if weights is not None and not weights.exists():
+        raise Refusal(f"{suite.features.weights_option or '--inception'} {weights}: no such file")
+    source = None if reference is None else open_reference(reference)
+    by = dataclasses.replace(judge_of(suite, weights, "torch", reference), reference=source)
+    return by, None if source is None else reference_images(source)
 
 
 def judge_of(suite: Any, weights: Path | None, backend: str, reference: Path | None, device: str = "cpu") -> Judge:

@@ -126,6 +126,12 @@ _sampling_options = (
 )  # fmt: skip
 
 
+decoder_option = click.option(
+    "--decoder", metavar="DIR|NAME",
+    help="What decodes the latents of a run: a folder, or ft-ema, ft-mse. [default: the auto-encoder they were made by]",
+)  # fmt: skip
+
+
 match_sampling_option = click.option(
     "--match-sampling", type=Parsed("reference", matching.parse_sampling_reference),
     metavar="BACKBONE@N,N,...[@cfgSCALE]",

@@ -102,6 +102,8 @@ def command(ctx: click.Context, as_json: bool, **options: Any) -> None:
         click.echo(f"  {name:<18} {value}")
     for lack in costs["missing"]:
         click.echo(f"missing  {lack}")
+    for lack in costs["lacking_judge"]:
+        click.echo(f"note     {lack}; without them a run ends with samples")
 
 
 def headline(request: Request, by_default: bool) -> str:

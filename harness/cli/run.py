@@ -9,11 +9,21 @@ import click
 
 from harness import runs, stages
 from harness.cli import plan as plan_command
-from harness.cli.options import DEFAULT_PROTOCOL, Counts, match_sampling_option, run_options, sampling_options
+from harness.cli.evaluate import judge_of_run
+from harness.cli.options import (
+    DEFAULT_PROTOCOL,
+    FOLDER,
+    Counts,
+    decoder_option,
+    match_sampling_option,
+    run_options,
+    sampling_options,
+)
+from harness.data.images import ImageSet
 from harness.engines import join
 from harness.errors import Refusal
 from harness.loggers import check_installed
-from harness.planning import Request, plan
+from harness.planning import Request, judge_command, plan
 from harness.runs import Run
 from harness.stages import Workshop
 
@@ -22,6 +32,21 @@ from harness.stages import Workshop
 @run_options
 @sampling_options
 @match_sampling_option
+@decoder_option
+@click.option(
+    "--reference",
+    type=FOLDER,
+    metavar="PATH",
+    help="Images to judge by, as of `harness evaluate`. [default: the data's]",
+)
+@click.option(
+    "--inception",
+    "--features-weights",
+    "weights",
+    type=FOLDER,
+    metavar="FILE",
+    help="Weights of the suite's network, if it needs them.",
+)
 @click.option("--evaluate-at", type=Counts(), metavar="N,N,...", help="Also sample and evaluate after so many steps.")
 @click.option("--fork", type=click.Path(path_type=Path), metavar="RUN", help="Begin from that run's newest checkpoint.")
 @click.option("--sampling-batch", type=click.IntRange(1), help="Images a forward pass while sampling.")
@@ -39,6 +64,7 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
             f"backbone {request.spec.name!r} is one part of a system and makes no images by itself: train it with "
             "`harness train`, then sample the whole with `harness sample --system`"
         )
+    judge = judge_of_run(request.protocol, options["reference"], options["weights"])
     workshop = prepare(request, options)
     marks = sorted({*(evaluate_at or ()), request.recipe.steps})
     if marks[-1] > request.recipe.steps:
@@ -46,20 +72,35 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
     team, drawn = workshop.team, []
     with team.locked(workshop.folder):
         run = begin(workshop, options)
+        decoder = stages.decoder_of(run, options["decoder"])  # before the training: what is missing is said at once
+        by, images = judge or (None, None)
+        if by is not None and images is None:
+            images = images_to_judge_by(workshop, run)
         for step in marks:
             workshop.train(step)
             for steps in request.sampling.steps:
                 precision = options["sampling_precision"]
                 drawn.append(
-                    stages.draw(run, request, step, steps, precision=precision, batch=sampling_batch, team=team)
+                    stages.draw(
+                        run, request, step, steps, precision=precision, batch=sampling_batch, decoder=decoder, team=team
+                    )
                 )
-            if team.size > 1 and step != marks[-1]:
+            if by is None or (team.size > 1 and step != marks[-1]):
                 continue  # nobody waits for the leader to measure
             while drawn and team.leads:
                 cache = run.folder.parent / stages.CACHE
-                stages.judge(drawn.pop(0), request.protocol, workshop.data, run.records, cache=cache)
-    if team.leads and reports:
+                stages.judge(drawn.pop(0), request.protocol, images, run.records, cache=cache, by=by)
+    for path in drawn if team.leads and by is None else ():
+        click.echo(f"samples: {path}; measure them with: {judge_command(request.protocol, path.parent)}")
+    if team.leads and reports and by is not None:
         finish(run, request)
+
+
+def images_to_judge_by(workshop: Workshop, run: Run) -> ImageSet:
+    """Those that are trained on, or those behind the latents that are."""
+    if isinstance(workshop.data, ImageSet):
+        return workshop.data
+    return stages.images_behind(run.places, run.identity["dataset_sha256"], str(run.folder))
 
 
 def prepare(request: Request, options: dict[str, Any]) -> Workshop:
@@ -69,6 +110,8 @@ def prepare(request: Request, options: dict[str, Any]) -> Workshop:
     costs = plan(request)
     click.echo(plan_command.headline(request, options["protocol"] is None))
     click.echo(plan_command.arithmetic(costs))
+    for lack in costs["lacking_judge"] if "weights" in options and options["weights"] is None else ():
+        click.echo(f"note     {lack}; without them a run ends with samples", err=True)
     if costs["missing"]:
         for lack in costs["missing"]:
             click.echo(f"missing  {lack}", err=True)
@@ -79,7 +122,7 @@ def prepare(request: Request, options: dict[str, Any]) -> Workshop:
             steps = request.recipe.steps
             text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
         raise Refusal(text)
-    data = stages.load_data(request.protocol, request.data)
+    data = stages.training_data(request.protocol, request.data)
     folder = options["out"] or runs.RUNS / stages.run_spec(request, data).name
     return Workshop(request, data, folder, lambda text: click.echo(text, err=True), team, options["loggers"])
 

@@ -12,6 +12,7 @@ from harness.cli.options import (
     FOLDER,
     Count,
     Setting,
+    decoder_option,
     match_sampling_option,
     only_one,
     sampling_options,
@@ -35,6 +36,7 @@ OF_A_RUN = (  # what a system fixes by being one
 )  # fmt: skip
 @sampling_options
 @match_sampling_option
+@decoder_option
 @click.option("--batch", type=click.IntRange(1), help="Images a forward pass.")
 @click.option("--framework", type=click.Choice(["torch", "jax"]), help="Of a system. [default: torch]")
 @click.option("--device", metavar="NAME", help="Of a system: cpu, cuda. [default: an accelerator if there is one]")
@@ -80,11 +82,13 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
         )
     request = matching.matched(request, sampling=options["match_sampling"])
     team = join(run.framework)
+    decoder = stages.decoder_of(run, options["decoder"])
     with team.locked(folder):
         for steps in request.sampling.steps:
             path = stages.draw(
-                run, request, step, steps, precision=options["sampling_precision"], batch=options["batch"], team=team
-            )
+                run, request, step, steps, precision=options["sampling_precision"], batch=options["batch"],
+                decoder=decoder, team=team,
+            )  # fmt: skip
             click.echo(path)
 
 
@@ -92,6 +96,8 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
     from harness.systems import get_system
     from harness.systems.drawing import bind, draw_system, with_steps
 
+    if options["decoder"] is not None:
+        raise Refusal("--decoder belongs to --run; a system has its own, whose weights are --weights decoder=PATH")
     if options["step"] is not None:
         raise Refusal("--step belongs to --run; of a run given as weights the newest snapshot is taken")
     system = get_system(name)

@@ -32,7 +32,7 @@ OWN = {"chunks.partial", LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Images to encode. place: the folder or file that they are in; empty where the name says it all."""
+    """Images to encode. place: what `open_images` finds them by from anywhere: an absolute path, or a name."""
 
     data: ImageSet
     crop: str | None
@@ -47,7 +47,7 @@ def open_images(source: str) -> Source:
     if path.suffix == ".npz" and path.is_file():
         return Source(data=npz.load(path), crop=None, place=str(path.resolve()))
     if not path.exists() and source in registry.datasets:
-        return Source(data=registry.datasets.get(source).load(None), crop=None, place="")
+        return Source(data=registry.datasets.get(source).load(None), crop=None, place=source)
     what = "is neither a prepared data set nor an .npz" if path.exists() else "is no such folder, nor a data set"
     raise Refusal(f"{source} {what}; prepare images first: harness data prepare NAME --from PATH --out DIR")
 
@@ -73,7 +73,8 @@ def make_cache(
     shape = (count, 2, 2, vae.channels, height // vae.factor, width // vae.factor)
     images = {"name": data.name, "sha256": data.sha256, "resolution": height, "crop": source.crop}
     what = json.loads(json.dumps({"images": images, "vae": vae.identity, "shape": shape}))
-    places = {"images": source.place, "vae": vae.source}
+    found = Path(vae.source)
+    places = {"images": source.place, "vae": str(found.resolve()) if found.exists() else vae.source.partition("@")[0]}
     if out.is_file():
         raise Refusal(f"--out {out} is a file; name a folder")
     if out.is_dir() and not (out / META).exists() and (strange := {each.name for each in out.iterdir()} - OWN):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from harness.data.examples import Normal
+from harness.errors import Refusal
+
+if TYPE_CHECKING:
+    from harness.protocols import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,7 @@ class ImageSet:
     images: np.ndarray
     labels: np.ndarray
     known_sha256: str | None = None
+    places: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4, (self.images.dtype, self.images.shape)
@@ -40,6 +45,19 @@ class ImageSet:
         digest.update(np.ascontiguousarray(self.images))
         digest.update(np.ascontiguousarray(self.labels))
         return digest.hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"dataset_sha256": self.sha256}
+
+    def check(self, task: Protocol) -> None:
+        """Images of another size than the protocol's are refused."""
+        shape = (task.resolution, task.resolution, task.image_channels)
+        if self.images.shape[1:] != shape:
+            raise Refusal(
+                f"data set {self.name!r} has images {self.images.shape[1:]}, protocol {task.name!r} wants {shape} (H, W, C)"
+                + ("; prepare it at that resolution" if self.known_sha256 else "")
+            )
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """uint8 (n, H, W, C), a copy."""

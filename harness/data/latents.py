@@ -19,16 +19,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import files
+from harness import files, registry
 from harness.data.examples import Normal
-from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256
+from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256, is_prepared
 from harness.errors import Refusal
 from harness.image_sources import readable
 from harness.progress import Bar
+
+if TYPE_CHECKING:
+    from harness.protocols import Protocol
 
 SCHEMA = 1
 LATENTS, LABELS, META = "latents.npy", "labels.npy", "meta.json"
@@ -40,7 +43,7 @@ class Meta:
     """What meta.json holds of a cache of latents.
 
     images: name, sha256, resolution and crop of the data set. vae: the auto-encoder's `Decoder.identity`. shape: of
-    latents.npy. chunks: the hash of each CHUNK_IMAGES images, hexadecimal. places: where images and auto-encoder were, for
+    latents.npy. chunks: the hash of each CHUNK_IMAGES images, hexadecimal. places: what images and auto-encoder were named by, for
     finding them again; no part of what the cache is. environment: what made it.
     """
 
@@ -98,9 +101,17 @@ class LatentSet:
         return self.meta.images["name"]
 
     @property
-    def sha256(self) -> str:
-        """Content hash of the images behind the latents."""
-        return self.meta.images["sha256"]
+    def identity(self) -> dict[str, Any]:
+        return {"dataset_sha256": self.meta.images["sha256"], "latents": self.meta.identity}
+
+    @property
+    def places(self) -> dict[str, str]:
+        return self.meta.places
+
+    def check(self, task: Protocol) -> None:
+        """Latents of another size than the protocol's network takes, or of other images, are refused."""
+        if (lack := _unfit(self.meta, task)) is not None:
+            raise Refusal(lack)
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """float32 (n, 2, C, h, w): mean and standard deviation of the image or of its mirror image, a copy."""
@@ -176,6 +187,42 @@ def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
+def missing(folder: Path | None, task: Protocol) -> str | None:
+    """What keeps `folder` from being trained on under `task`, with the commands that mend it; None: nothing."""
+    name = "NAME" if task.dataset == "prepared" else task.dataset
+    images, prepare = f"{name}-{task.resolution}", ""
+    out = f"{images}-latents"
+    if registry.datasets.get(task.dataset).needs_folder and name != "npz":
+        prepare = f"`harness data prepare {name} --from PATH --out {images} --resolution {task.resolution}`, then "
+    else:
+        images = "FILE.npz" if name == "npz" else name
+    encode = "`harness data latents {} --vae ft-ema --out {}`"
+    all_of_it = f"make it by {prepare}{encode.format(images, out)}, and give --data {out}"
+    if folder is None:
+        return f"name its cache of latents with --data; without one, {all_of_it}"
+    if is_prepared(folder):
+        if (lack := registry.datasets.get(task.dataset).missing(folder, task.resolution)) is not None:
+            return lack
+        mine = f"{folder}-latents"
+        return f"{folder} holds images; encode them once by {encode.format(folder, mine)}, and give --data {mine}"
+    if not is_cache(folder):
+        return f"{folder} {'is no cache of latents' if folder.exists() else 'does not exist'}; {all_of_it}"
+    try:
+        return _unfit(read_meta(folder), task)
+    except Refusal as error:
+        return str(error)
+
+
+def _unfit(meta: Meta, task: Protocol) -> str | None:
+    """In what a cache is not of the protocol."""
+    found = (*meta.latent, meta.images["resolution"])
+    wanted = (task.in_channels, task.input_size, task.input_size, task.resolution)
+    if found == wanted:
+        return None
+    there, here = (f"latents {c}x{h}x{w} of images of {side} pixels" for c, h, w, side in (found, wanted))
+    return f"the cache has {there}, protocol {task.name!r} wants {here}; make another, or name another protocol"
+
+
 def verify(folder: Path) -> str:
     """Compare every chunk with its hash; what the cache is, in one line. Refusal: the first chunk that differs."""
     found = load(folder)
@@ -192,6 +239,6 @@ def verify(folder: Path) -> str:
     side, vae = meta.images["resolution"], meta.vae
     size = "x".join(map(str, meta.latent))
     return (
-        f"latents {size} of {count:,} images of {found.name} at {side} pixels ({found.sha256[:12]}) by {vae['name']}"
+        f"latents {size} of {count:,} images of {found.name} at {side} pixels ({meta.images['sha256'][:12]}) by {vae['name']}"
         f" ({vae['weights_sha256'][:12]}), scale {meta.scale:g}; {len(meta.chunks):,} chunks, every hash holds"
     )

@@ -4,7 +4,7 @@ Each has a module `workbench` with the same functions, which is all that the sta
 
     measure(request, device=, precision=, micro_batch=, mesh=, say=) -> (network at its initialisation, Measured)
     make_engine(request, run, data, network or None) -> harness.training.Engine
-    make_sampler(request, run, snapshot, plan, precision=, batch=) -> harness.sampling.Sampler
+    make_sampler(request, run, snapshot, plan, precision=, batch=, decoder=) -> harness.sampling.Sampler
     find_place(device) -> Place
     make_chain(bound, decoder, place, seed=, precision=, batch=, say=) -> harness.sampling.Sampler, of a system
 """

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import matching, runs, stages
-from harness.data.images import ImageSet
+from harness.data.examples import Examples
 from harness.errors import Refusal
-from harness.planning import CHECKPOINT_BYTES, Request, make_request, missing
+from harness.planning import CHECKPOINT_BYTES, Request, lacking_judge, make_request, missing
 from harness.protocols import Protocol, Recipe, get_protocol, override
 from harness.runs import RunSpec
 from harness.studies import Study
@@ -64,7 +64,7 @@ class Expansion:
 
     study: Study
     protocol: Protocol
-    data: ImageSet
+    data: Examples
     runs: tuple[StudyRun, ...]
 
     @property
@@ -92,9 +92,9 @@ def expand(study: Study) -> Expansion:
     for name, request in zip(study.backbones, requests[:: len(_scales(study, task))], strict=False):
         if request.spec.kind != "denoiser":
             raise Refusal(f"{where}: backbone {name!r} is one part of a system and makes no images by itself")
-    if lacks := missing(requests[0]):
+    if lacks := [*missing(requests[0]), *lacking_judge(task)]:
         raise Refusal(f"{where}: protocol {task.name!r} cannot run here: {'; '.join(lacks)}")
-    data = stages.load_data(task, requests[0].data)
+    data = stages.training_data(task, requests[0].data)
     return Expansion(
         study=study, protocol=task, data=data,
         runs=tuple(

@@ -127,7 +127,7 @@ def test_a_plan_names_the_command_that_is_missing(tmp_path):
         found = missing(make_request(backbone="dit-xs-2", protocol=str(protocol), steps=1, data=data))
         return next((each for each in found if each.startswith("data set")), None)
 
-    assert "`harness data prepare imagenet --from PATH --out DIR --resolution 256`" in lacks("imagenet-256")
+    assert "`harness data prepare imagenet --from PATH --out imagenet-256 --resolution 256`" in lacks("imagenet-256")
     assert "--resolution 512" in lacks("imagenet-512") and "--resolution 8`" in lacks(tmp_path / "tiny.toml")
     make(tmp_path / "set")
     assert lacks(tmp_path / "tiny.toml", tmp_path / "set") is None
@@ -136,7 +136,7 @@ def test_a_plan_names_the_command_that_is_missing(tmp_path):
     make(tmp_path / "other", count=4, size=256)
     assert "is data set 'mine'" in lacks("imagenet-256", tmp_path / "other")
     make(tmp_path / "real", count=4, size=256, name="imagenet")
-    assert lacks("imagenet-256", tmp_path / "real") is None
+    assert "real holds images; encode them once by `harness data latents" in lacks("imagenet-256", tmp_path / "real")
     assert "is data set 'mine'" in refused(lambda: registry.datasets.get("imagenet").load(tmp_path / "other"))
     edit(tmp_path / "real" / "meta.json", classes=["a", "b", "c"])
     assert "contradicts its own hash" in lacks("imagenet-256", tmp_path / "real")

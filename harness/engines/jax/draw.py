@@ -205,7 +205,7 @@ class JaxChain:
             x = devices.gather(stage.draw(self._seed, rows, y, low_res, advance))[: len(index)]  # (N, C, H, W)
         assert x is not None
         if self._decode is not None:
-            x = self._decode(x)  # (N, 3, H, W)
+            x = self._decode(np.array(x))  # (N, 3, H, W); a copy, for jax lets nobody write to its own
         return to_uint8(x, self._rule)
 
 
@@ -219,13 +219,14 @@ def make_run_sampler(
     precision: str,
     mesh: Mesh,
     batch: int,
+    decode: Callable[[np.ndarray], np.ndarray] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
 ) -> JaxChain:
     """What draws samples of one network under one plan."""
     stage = JaxStage(
         spec, net, plan, arguments=arguments, precision=precision, mesh=mesh,
         guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels,
     )  # fmt: skip
-    return JaxChain([stage], None, seed=sampling.seed, uint8_rule=sampling.uint8_rule, mesh=mesh, batch=batch)
+    return JaxChain([stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, mesh=mesh, batch=batch)
 
 
 def to_uint8(x: np.ndarray, rule: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from flax import nnx
 
 from harness.data.examples import Examples
+from harness.decoding import Decoder
 from harness.diffusion.plans import SamplerPlan
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
@@ -74,12 +75,20 @@ def make_engine(request: Request, run: Run, data: Examples, net: nnx.Module | No
 
 
 def make_sampler(
-    request: Request, run: Run, snapshot: Path, plan: SamplerPlan, *, precision: str, batch: int
+    request: Request,
+    run: Run,
+    snapshot: Path,
+    plan: SamplerPlan,
+    *,
+    precision: str,
+    batch: int,
+    decoder: Decoder | None = None,  # of latents
 ) -> JaxChain:
     """What draws images with the weights in `snapshot`, a safetensors file."""
     mesh = devices.own(devices.honour(run.resolved))
     arguments = request.spec.arguments(**request.arguments)
     net = Network.load(request.spec, arguments, load_weights(snapshot), precision, mesh)
     return make_run_sampler(
-        request.spec, net, plan, request.sampling, arguments=arguments, precision=precision, mesh=mesh, batch=batch
-    )
+        request.spec, net, plan, request.sampling, arguments=arguments, precision=precision, mesh=mesh, batch=batch,
+        decode=None if decoder is None else lambda latents: decoder.decode(latents).numpy(),
+    )  # fmt: skip

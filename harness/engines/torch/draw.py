@@ -145,12 +145,13 @@ class TorchSampler:
         arguments: dict[str, Any],
         precision: str,
         device: torch.device,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
     ):
         stage = TorchStage(
             spec, net, plan, arguments=arguments, precision=precision, device=device,
             guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels,
         )  # fmt: skip
-        self._chain = TorchChain([stage], None, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device)
+        self._chain = TorchChain([stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device)
         self.evaluations = self._chain.evaluations
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:

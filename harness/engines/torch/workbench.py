@@ -9,6 +9,7 @@ import torch
 
 from harness.compute.activations import activation_bytes
 from harness.data.examples import Examples
+from harness.decoding import Decoder
 from harness.diffusion.plans import SamplerPlan
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import resolve
@@ -66,11 +67,19 @@ def make_engine(request: Request, run: Run, data: Examples, net: torch.nn.Module
 
 
 def make_sampler(
-    request: Request, run: Run, snapshot: Path, plan: SamplerPlan, *, precision: str, batch: int
+    request: Request,
+    run: Run,
+    snapshot: Path,
+    plan: SamplerPlan,
+    *,
+    precision: str,
+    batch: int,
+    decoder: Decoder | None = None,  # of latents
 ) -> TorchSampler:
     """What draws images with the weights in `snapshot`, a safetensors file; batches may be of any size."""
     device = resolve.honour(run.resolved)
     net = load_weights(request.spec.build("torch", **request.arguments), snapshot)
     return TorchSampler(
-        request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device
-    )
+        request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device,
+        decode=None if decoder is None else decoder.decode,
+    )  # fmt: skip
