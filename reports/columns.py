@@ -143,12 +143,7 @@ def facts(record: Record) -> dict[str, str]:
     found: dict[str, object] = {
         "protocol": record.protocol,
         "protocol version": record.protocol_version,
-        "backbone": record.backbone,
-        "kind": record.kind,
         "framework": record.framework,
-        "parameters": record.params,
-        "Gflops": record.gflops,
-        "published-input Gflops": record.gflops_published_input,
     }
     if training is not None:
         found |= {
@@ -161,10 +156,6 @@ def facts(record: Record) -> dict[str, str]:
             "training precision": training.precision,
             "training steps": count_text(training.steps) if training.steps is not None else None,
             "training seed": training.seed,
-            "training images": training.images,
-            "training Gflops": training.gflops,
-            "micro-batch": training.micro_batch,
-            "checkpoint": _short(training.checkpoint_sha256),
         }
     if sampling is not None:
         guidance = guidance_text(record)
@@ -180,6 +171,31 @@ def facts(record: Record) -> dict[str, str]:
             "sampling precision": sampling.precision,
             "sampling seed": sampling.seed,
             "system settings": _settings_text(sampling),
+        }
+    if evaluation is not None:
+        found |= {"suite version": evaluation.suite_version, "metric mode": evaluation.mode}
+    return _words(found)
+
+
+def last_facts(record: Record) -> dict[str, str]:
+    """The facts of LAST_FACTS. Unknown ones are absent."""
+    training, sampling, evaluation = record.training, record.sampling, record.evaluation
+    found: dict[str, object] = {
+        "backbone": record.backbone,
+        "kind": record.kind,
+        "parameters": record.params,
+        "Gflops": record.gflops,
+        "published-input Gflops": record.gflops_published_input,
+    }
+    if training is not None:
+        found |= {
+            "training images": training.images,
+            "training Gflops": training.gflops,
+            "micro-batch": training.micro_batch,
+            "checkpoint": _short(training.checkpoint_sha256),
+        }
+    if sampling is not None:
+        found |= {
             "network evaluations": sampling.evaluations,
             "sampling Gflops": sampling.gflops_per_image,
             "decoder Gflops": sampling.decoder_gflops,
@@ -188,10 +204,16 @@ def facts(record: Record) -> dict[str, str]:
             "samples": _short(sampling.samples_sha256),
         }
     if evaluation is not None:
-        found |= {"suite version": evaluation.suite_version, "metric mode": evaluation.mode}
         found |= {"features": evaluation.features}
-    words = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in found.items()}
-    return {name: text for name, text in words.items() if found[name] is not None}
+    return _words(found)
+
+
+def _words(found: dict[str, object]) -> dict[str, str]:
+    return {
+        name: f"{value:.9g}" if isinstance(value, float) else str(value)
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def key_text(record: Record) -> str:

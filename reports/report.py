@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -14,24 +14,31 @@ from reports.files import write_whole
 from reports.html_tables import to_html_page
 from reports.page.writer import NAME, write_page
 from reports.render import to_csv, to_latex, to_markdown
+from reports.sections import Table
 from reports.tables import paper_tables, protocol_table
 from results import paper
-from results.store import Problem, find_record_files, load
+from results.records import Record
+from results.store import Problem, collector_paused, find_record_files, load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportSummary:
     """What was written and what could not be used.
 
-    problems: unusable lines of record files. conflicts: disputed identities, in no table. measured: records used.
+    problems: unusable lines of record files. conflicts: disputed identities, in no table. records: those used.
     notes: what is not drawn for want of files beside the records, a sentence each.
     """
 
     files: tuple[Path, ...]
     problems: tuple[Problem, ...]
     conflicts: tuple[str, ...]
-    measured: int
+    records: tuple[Record, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> int:
+        """Number of the measured records."""
+        return sum(record.provenance == "measured" for record in self.records)
 
 
 def write_report(
@@ -53,12 +60,7 @@ def write_report(
         loaded = load([*found, *sorted(folder.glob("*.jsonl"))])
     records = loaded.records
     protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
-    tables = paper_tables(records)
-    tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]
-    contents: dict[str, bytes] = {}
-    for table in tables:
-        for ending, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex), ("html", to_html_page)):
-            contents[f"{table.name}.{ending}"] = render(table).encode("utf-8")
+    tables, contents = _tables(records, protocols)
     drawn = [record for record in records if record.protocol in protocols]
     drawn += published_records(None if protocol is None else protocols)
     styles = charts.model_styles(drawn)
@@ -81,9 +83,20 @@ def write_report(
         files=_write_all(Path(out), contents),
         problems=loaded.problems,
         conflicts=loaded.conflicts,
-        measured=sum(record.provenance == "measured" for record in records),
+        records=records,
         notes=absent(shown),
     )
+
+
+@collector_paused()
+def _tables(records: Sequence[Record], protocols: Sequence[str]) -> tuple[list[Table], dict[str, bytes]]:
+    """The tables, and their files by name."""
+    tables = paper_tables(records)
+    tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]
+    renderers = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex), ("html", to_html_page))
+    return tables, {
+        f"{table.name}.{ending}": render(table).encode("utf-8") for table in tables for ending, render in renderers
+    }
 
 
 def _write_all(out: Path, contents: dict[str, bytes]) -> tuple[Path, ...]:

@@ -1,6 +1,7 @@
 """From records to table rows: what shares a row, what shares a table, and in which order."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -34,12 +35,12 @@ class Row:
 
     records: dict[tuple[str, str], Record]  # (metric, mode or "") -> record
 
-    @property
+    @functools.cached_property
     def any(self) -> Record:
         """A record that speaks for what the row's records have in common."""
         return self.records[min(self.records)]
 
-    @property
+    @functools.cached_property
     def is_published(self) -> bool:
         return self.any.provenance == "published"
 
@@ -52,9 +53,9 @@ class Row:
             return paper.printed().get(record.source) or f"{record.value:g}"
         return measured_text(record.value, record.low, record.high)
 
-    def cell(self, metric: tuple[str, str]) -> Cell:
+    def cell(self, metric: tuple[str, str], mark: str = "") -> Cell:
         record = self.records.get(metric)
-        return Cell("-") if record is None else Cell(self.text(metric), record.value, record.id)
+        return Cell("-") if record is None else Cell(self.text(metric), record.value, record.id, mark)
 
 
 def make_rows(records: Iterable[Record]) -> list[Row]:
@@ -173,5 +174,5 @@ def _order(row: Row) -> tuple:
         (sampling.sampler if sampling else None) or "",
         (sampling.guidance_scale if sampling else None) or 0.0,
         (sampling.steps if sampling else None) or 0,
-        min(record.id for record in row.records.values()),  # the same order of rows that agree in all of this
+        row.any.id,  # an order of rows that agree in all of this
     )

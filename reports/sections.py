@@ -5,8 +5,8 @@ import functools
 import string
 from collections.abc import Mapping, Sequence
 
-from reports.columns import FACTS, LAST_FACTS, METRICS, facts
-from reports.rows import Cell, Row, metrics_of
+from reports.columns import FACTS, LAST_FACTS, METRICS, facts, last_facts, metric_order
+from reports.rows import Cell, Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,10 @@ def build_section(
         for words in found
     ]
     for members in _alike(rows, cells, notes):
-        last = [name for name in LAST_FACTS if len({found[index].get(name) for index in members}) > 1]
-        for index in members:
-            notes[index].append(", ".join(f"{name} {found[index].get(name, 'not stated')}" for name in last))
+        known_last = {index: last_facts(rows[index].any) for index in members}
+        last = [name for name in LAST_FACTS if len({words.get(name) for words in known_last.values()}) > 1]
+        for index, words in known_last.items():
+            notes[index].append(", ".join(f"{name} {words.get(name, 'not stated')}" for name in last))
     numbers: dict[str, int] = {}
     lines = []
     for row, texts, members in zip(rows, cells, notes, strict=True):
@@ -146,13 +147,23 @@ def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> di
         if part is not None:
             # The mode of the evaluation belongs to the metric, not to the row.
             entry |= {f"{prefix}_{name}": getattr(part, name) for name in _names(type(part)) if name != "mode"}
-    for key, mode in metrics_of([row]):
+    for key, mode in _in_order(tuple(row.records)):
         metric = row.records[key, mode]
-        name = f"{key}_{mode}" if mode else key
-        entry[name] = row.text((key, mode)) if row.is_published else metric.value
-        entry |= {f"{name}_low": metric.low, f"{name}_high": metric.high, f"{name}_interval": metric.interval}
-        entry |= {f"{name}_mark": marks.get((key, mode)), f"{name}_record": metric.id}
+        value = row.text((key, mode)) if row.is_published else metric.value
+        found = (value, metric.low, metric.high, metric.interval, marks.get((key, mode)), metric.id)
+        entry.update(zip(_metric_columns(key, mode), found, strict=True))
     return entry
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_order(metrics: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(metrics, key=lambda metric: (*metric_order(metric[0]), metric[1])))
+
+
+@functools.lru_cache(maxsize=1024)
+def _metric_columns(key: str, mode: str) -> tuple[str, ...]:
+    name = f"{key}_{mode}" if mode else key
+    return (name, *(f"{name}_{part}" for part in ("low", "high", "interval", "mark", "record")))
 
 
 @functools.cache
@@ -162,10 +173,11 @@ def _names(part: type) -> tuple[str, ...]:
 
 def aligned(data: Sequence[dict[str, object]]) -> tuple[dict[str, object], ...]:
     """The same columns in every row; columns that are empty throughout are dropped, metrics stand last."""
-    names = dict.fromkeys(name for entry in data for name in entry)
+    layouts = dict.fromkeys(tuple(entry) for entry in data)
+    names = dict.fromkeys(name for layout in layouts for name in layout)
     kept = [name for name in names if any(entry.get(name) not in (None, "") for entry in data)]
     kept.sort(key=_is_metric_column)
-    return tuple({name: entry.get(name) for name in kept} for entry in data)
+    return tuple(dict(zip(kept, map(entry.get, kept), strict=True)) for entry in data)
 
 
 def _is_metric_column(name: str) -> bool:

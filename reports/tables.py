@@ -32,7 +32,7 @@ _BLOCKS = {"in-context": "in-context", "cross-attention": "cross-attention", "ad
 
 def paper_tables(records: Iterable[Record]) -> list[Table]:
     """Tables 1-6. Measured records join them where data set, resolution, N and suite are as published."""
-    measured = [record for record in records if record.provenance == "measured"]
+    measured = [record for record in records if record.provenance == "measured" and record.dataset == paper.DATASET]
     title = "Decoder ablation, DiT-XL/2-G (cfg=1.5), 256x256"
     return [
         _published_table("Table 1", "DiT models"),
@@ -76,7 +76,7 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
         (
             Cell(row.any.system),
             *(found[title] for title in titles),
-            *(row.cell(metric)._replace(mark=marked.get(metric, "")) for metric in metrics),
+            *(row.cell(metric, marked.get(metric, "")) for metric in metrics),
         )
         for row, found, marked in zip(rows, descriptions, marks, strict=True)
     ]
@@ -244,7 +244,7 @@ def _count_cell(count: Counted | None) -> Cell:
 def _metric_cell(row: Row, key: str, marks: dict[tuple[str, str], str]) -> Cell:
     """The metric in its plain mode, or else in the only other one there is."""
     modes = sorted(mode for metric, mode in row.records if metric == key)
-    return row.cell((key, modes[0]))._replace(mark=marks.get((key, modes[0]), "")) if modes else Cell("-")
+    return row.cell((key, modes[0]), marks.get((key, modes[0]), "")) if modes else Cell("-")
 
 
 def _with(remarks: tuple[str, ...], further: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import marshal
 import math
 import numbers
 import re
@@ -40,10 +41,10 @@ class _Checked:
     def __post_init__(self):
         hints, required = _hints(type(self)), _required(type(self))
         for name, value in tuple(vars(self).items()):
-            hint = hints[name]
-            if type(value) is hint and hint in (str, int):
-                continue
             if value is None and name not in required:
+                continue
+            hint = hints[name]
+            if type(value) is hint and (hint in _AS_IT_IS or (hint is float and value and math.isfinite(value))):
                 continue
             try:
                 checked = _coerce(value, hint)
@@ -187,24 +188,48 @@ class Record(_Checked):
         if self.provenance == "published" and self.source is None:
             raise BrokenRecord("record field Record.source: a published record names its table, row and column")
 
-    @functools.cached_property
+    @property
     def identity_sha256(self) -> str:
         """Hash of everything but value, low, high, interval, environment (and the schema number)."""
-        return _sha256(self._identity_json)
+        return self._hashes[0]
 
-    @functools.cached_property
+    @property
     def id(self) -> str:
         """Hash of identity and value: the same measurement made twice has one id."""
-        return _sha256(self._identity_json + json.dumps(self.value))
+        return self._hashes[1]
 
     @functools.cached_property
-    def _identity_json(self) -> str:
-        # Fields that are None are left out, so a later schema can add optional fields without changing old hashes.
-        fields = {name: value for name, value in _to_dict(self).items() if name not in (*_NOT_IDENTITY, "schema")}
-        return canonical_json(fields)
+    def _hashes(self) -> tuple[str, str]:
+        """Of the identity, and of that with the value's text behind it."""
+        identity = hashlib.sha256(self.identity_json.encode("ascii"))
+        whole = identity.copy()
+        whole.update(float.__repr__(self.value).encode("ascii"))
+        return identity.hexdigest(), whole.hexdigest()
+
+    @property
+    def identity_json(self) -> str:
+        """Canonical JSON of the identity, put together from that of the parts, which many records share.
+
+        Fields that are None are left out, so a later schema can add optional fields without changing old hashes.
+        """
+        texts = []
+        fields = vars(self)
+        for name in _IDENTITY:
+            value = fields[name]
+            if value is not None:
+                write = _WRITERS.get(type(value))
+                texts.append(f'"{name}":{write(value) if write else _canonical_part(value)}')
+        return f"{{{','.join(texts)}}}"
 
 
+_IDENTITY = sorted(field.name for field in dataclasses.fields(Record) if field.name not in (*_NOT_IDENTITY, "schema"))
+_BLANK = {
+    field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(Record)
+}
 _PARTS = frozenset((Training, Sampling, Evaluation, Environment, Source))
+_AS_IT_IS = frozenset((str, int)) | _PARTS  # types whose values need no further check
+# What canonical_json writes for each; the texts of other types are its own.
+_WRITERS = {str: json.encoder.encode_basestring_ascii, int: int.__repr__, float: float.__repr__}
 
 
 def to_json(record: Record) -> str:
@@ -219,7 +244,7 @@ def from_json(text: str) -> Record:
     NewerSchema for a line of a later version, whatever else that line holds.
     """
     try:
-        fields = json.loads(text, parse_constant=_refuse_constant)
+        fields = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BrokenRecord(f"not a JSON object: {error}") from None
     if not isinstance(fields, dict):
@@ -252,8 +277,8 @@ def canonical_json(value) -> str:
     return _ENCODER.encode(value)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+def _canonical_part(value) -> str:
+    return value.canonical if isinstance(value, _Checked) else canonical_json(value)
 
 
 @functools.cache
@@ -310,20 +335,45 @@ def _to_dict(node: _Checked) -> dict:
 
 def _from_dict(cls: type, fields: dict):
     hints = _hints(cls)
-    arguments = {}
-    for name, value in fields.items():
-        if name not in hints:
-            raise BrokenRecord(f"record field {cls.__name__}.{name}: unknown to schema {SCHEMA_VERSION}")
-        if hints[name] in _PARTS and value is not None:
+    if not fields.keys() <= hints.keys():
+        unknown = next(name for name in fields if name not in hints)
+        raise BrokenRecord(f"record field {cls.__name__}.{unknown}: unknown to schema {SCHEMA_VERSION}")
+    for name in _part_names(cls) & fields.keys():
+        value = fields[name]
+        if value is not None:
             if not isinstance(value, dict):
                 raise BrokenRecord(f"record field {cls.__name__}.{name}: {value!r} is not an object")
-            value = _from_dict(hints[name], value)
-        arguments[name] = value
-    missing = _required(cls).difference(arguments)
-    if missing:
+            fields[name] = _part(hints[name], value)
+    if missing := _required(cls) - fields.keys():
         raise BrokenRecord(f"record field {cls.__name__}.{min(missing)}: missing")
-    return cls(**arguments)
+    if cls is not Record:
+        return cls(**fields)
+    record = object.__new__(Record)  # as Record(**fields) does, without a call for each field of a frozen class
+    vars(record).update(_BLANK | fields)
+    record.__post_init__()
+    return record
+
+
+@functools.cache
+def _part_names(cls: type) -> frozenset[str]:
+    return frozenset(name for name, hint in _hints(cls).items() if hint in _PARTS)
 
 
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is not a number that a record may hold")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_SHARED: dict[tuple[type, bytes], _Checked] = {}
+_MOST_SHARED = 4096
+
+
+def _part(cls: type, fields: dict):
+    """`_from_dict` for a part of a record: the same object for the same content, as most records have in common."""
+    key = (cls, marshal.dumps(fields, 2))  # tells 1 from 1.0 and True; version 2 depends on the content alone
+    part = _SHARED.get(key)
+    if part is None:
+        if len(_SHARED) >= _MOST_SHARED:
+            _SHARED.clear()
+        part = _SHARED[key] = _from_dict(cls, fields)
+    return part

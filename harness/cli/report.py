@@ -13,6 +13,8 @@ from harness.cli.options import FOLDER
 from results.records import Record
 
 CELL_WIDTH = 19  # of one row's column on the terminal
+MOST_ROWS = 50  # of one table there
+MOST_NAMED = 5  # lines that could not be read, and conflicts
 
 
 @click.command("report")
@@ -41,11 +43,9 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
     from results.store import find_record_files, load
 
     summary = write_report(paths, out, protocol=protocol)
-    for problem in summary.problems:
-        click.echo(f"harness: {problem}", err=True)
-    for conflict in summary.conflicts:
-        click.echo(f"harness: {conflict}", err=True)
-    print_records(load(find_record_files([only] if only else paths)).records)
+    _name(summary.problems, "lines of record files that could not be used")
+    _name(summary.conflicts, "disputed measurements, which are in no table")
+    print_records(load(find_record_files([only])).records if only else summary.records)
     for path in summary.files:
         if path.suffix == ".png" or re.fullmatch(r"table-\D.*\.md", path.name):  # the paper's tables have numbers
             click.echo(f"  {path}")
@@ -56,6 +56,15 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
         for grid in sorted(only.glob("samples/*/grid.png")):
             click.echo(f"  {grid}")
     click.echo(f"page: {out / PAGE}")
+
+
+def _name(problems: Sequence[object], what: str) -> None:
+    """The first few, and how many there are."""
+    for problem in problems[:MOST_NAMED]:
+        click.echo(f"harness: {problem}", err=True)
+    if problems:
+        more = f", the first {MOST_NAMED} of them above" if len(problems) > MOST_NAMED else ""
+        click.echo(f"harness: {what}: {len(problems):,}{more}", err=True)
 
 
 def print_records(records: Iterable[Record]) -> None:
@@ -73,6 +82,8 @@ def print_records(records: Iterable[Record]) -> None:
         click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
     for members in tables:  # what may not share a table does not
         rows = console_table(members)
+        left_out = len(rows[MOST_ROWS:])
+        rows = rows[:MOST_ROWS]
         shared = {
             title: rows[0][title]
             for title in rows[0]
@@ -94,6 +105,8 @@ def print_records(records: Iterable[Record]) -> None:
                     escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
                 )
             console.print(table)
+        if left_out:
+            console.print(f"{left_out:,} more rows are in the table of the protocol.")
         judges = sorted({features for each in members if (features := features_of(each))})
         console.print(
             f"Features: {escape(', '.join(judges))}. In brackets: 95 % intervals over the draw of the samples."
