@@ -9,7 +9,7 @@ from command_process import start
 from small_runs import request, workshop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import loggers
+from harness import checkpoints, loggers, training
 from harness.errors import Refusal
 
 TRAIN = ["train", "--backbone", "dit-xs-4", "--set", "batch=16", "--precision", "float32", "--micro-batch", "16"]
@@ -87,6 +87,41 @@ def test_killed_three_times_each_step_is_there_once(tmp_path):
     assert (tmp_path / "output.txt").read_text().count("continues from") >= 2
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 4
     check_against_the_log(tmp_path / "run", steps)
+
+
+class Recorder:
+    """A logger that remembers the last step that it was told to make safe."""
+
+    empty, written, safe = False, 0, 0
+
+    def __init__(self, run, done):
+        Recorder.written = Recorder.safe = done
+
+    def write(self, step, values):
+        assert step == Recorder.written + 1 and "train/loss" in values
+        Recorder.written = step
+
+    def flush(self):
+        Recorder.safe = Recorder.written
+
+    def close(self):
+        pass
+
+
+def test_what_a_checkpoint_leaves_behind_was_made_safe_before(tmp_path, monkeypatch):
+    monkeypatch.setitem(loggers.LOGGERS, "recorder", ("json", "test_loggers:Recorder"))
+    monkeypatch.setattr(loggers, "load_attribute", lambda address, what: Recorder)
+    write, found = checkpoints.write, []
+
+    def watched(root, step, parts, state):
+        found.append((step, Recorder.safe))
+        return write(root, step, parts, state)
+
+    monkeypatch.setattr(checkpoints, "write", watched)
+    monkeypatch.setattr(training, "SHORTEST_SECONDS", 0)
+    monkeypatch.setattr(training, "CHECKPOINT_SHARE", 1e9)
+    workshop(tmp_path / "run", request(steps=4), loggers=["recorder"]).train(4)
+    assert found == [(step, step) for step in (1, 2, 3, 4)]
 
 
 class Broken:
