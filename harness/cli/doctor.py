@@ -19,6 +19,8 @@ OPTIONAL = (
     ("optax", "jax", "networks in JAX (--framework jax, --backend jax)", "jax"),
     ("cleanfid", "clean-fid", "suite clean (clean-fid's resize)", "clean-fid"),
     ("pyarrow", "pyarrow", "data sets in parquet files (harness data prepare)", "parquet"),
+    ("submitit", "submitit", "studies on a SLURM cluster (harness study --launcher slurm)", "slurm"),
+    ("tensorboard", "tensorboard", "losses in TensorBoard (--log tensorboard)", "tensorboard"),
     ("fvcore", "fvcore", "a third opinion on Gflops (harness flops --check fvcore)", "fvcore"),
     ("diffusers", "diffusers", "benchmarks against its DiT", "diffusers"),
 )

@@ -54,6 +54,7 @@ class Study:
     sampling: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, str] = field(default_factory=dict)
     backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # recipes by backbone
+    processes: int = 1  # of a run, by torchrun
     options: dict[str, Any] = field(default_factory=dict)  # of `harness run`, passed on; a tuple: repeated
     slurm: dict[str, Any] = field(default_factory=dict)
 
@@ -230,6 +231,7 @@ ITEMS: dict[str, Callable[[Any, str], Any]] = {
     "sampling": _sampling,
     "recipe": _recipe,
     "backbone": _recipes,
+    "processes": _steps,
     "slurm": _table,
     **OPTIONS,
 }

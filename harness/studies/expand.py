@@ -6,7 +6,6 @@ Budgets of one backbone and seed are one run that is sampled at several steps, f
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ class StudyRun:
     spec: RunSpec
     marks: tuple[int, ...]  # steps at which samples are drawn, ascending; the last one ends the training
     requests: tuple[Request, ...]
-    commands: tuple[tuple[str, ...], ...]  # words after `harness`
+    commands: tuple[tuple[str, ...], ...]  # as they are typed
 
     @property
     def name(self) -> str:
@@ -71,11 +70,6 @@ class Expansion:
     def folder(self) -> Path:
         """Logs, reasons of failures and the report."""
         return runs.RUNS / "studies" / self.study.name
-
-
-def command_text(words: tuple[str, ...]) -> str:
-    """The command as it is typed."""
-    return shlex.join(["harness", *words])
 
 
 def expand(study: Study) -> Expansion:
@@ -169,7 +163,21 @@ FLAGS = {  # of [sampling], where they are not called the same
 
 def _words(study: Study, name: str, seed: int, marks: tuple[int, ...], request: Request) -> tuple[str, ...]:
     """The command of a run at one guidance scale: every item that the study sets, and nothing else."""
-    words: list[Any] = ["run", "--backbone", name, "--protocol", study.protocol, "--seed", seed, "--steps", marks[-1]]
+    processes = study.processes
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", processes, "-m"] if processes > 1 else []
+    words: list[Any] = [
+        *torchrun,
+        "harness",
+        "run",
+        "--backbone",
+        name,
+        "--protocol",
+        study.protocol,
+        "--seed",
+        seed,
+        "--steps",
+        marks[-1],
+    ]
     if marks[:-1]:
         words += ["--evaluate-at", ",".join(map(str, marks[:-1]))]
     for item, value in study.settings(name).items():

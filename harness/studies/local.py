@@ -145,16 +145,21 @@ class Launcher:
             return []
         del self._active[run.name]
         busy = process is None or (process.returncode == 2 and files.is_locked(run.folder / "lock"))
-        if not busy and process.returncode not in (0, *jobs.INTERRUPTED):
-            log = log_path(self.study, run)
+        log = log_path(self.study, run)
+        if not busy and process.returncode and not self.stopping and not jobs.interrupted(log, process.returncode):
             jobs.failed(failure_path(self.study, run), active.commands[0], log, process.returncode)
         self._rows[run.name] = row = look(self.study, run)
+        if not busy and not process.returncode and not self.stopping and row.state != "done":  # never again and again
+            missing = f"ended without an error, but {row.sets - row.sets_done} sample sets are not there"
+            jobs.failed(failure_path(self.study, run), active.commands[0], log, 0, missing)
+            self._rows[run.name] = row = look(self.study, run)
         if busy and not self.stopping and row.state != "done" and run.name not in self._waited:
             self._waited.add(run.name)  # once: its reason to stop, if it has one, will show itself
             return [run]
         what = {
             "done": f"done    {run.name} in {duration(time.monotonic() - active.began)}",
             "failed": f"failed  {run.name}: {row.reason}  (log {row.log})",
+            "running": f"left    {run.name} to the other process",
         }
         self.say(what.get(row.state, f"stopped {run.name} at step {row.steps_done} of {run.steps}"))
         return []

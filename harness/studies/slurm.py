@@ -46,7 +46,7 @@ class Command:
             code = self._process.wait()
             if code:
                 break
-        if code not in (0, *jobs.INTERRUPTED):
+        if code and not jobs.interrupted(Path(self.log), code):
             jobs.failed(Path(self.failure), words, Path(self.log), code)
         return code
 

@@ -229,7 +229,7 @@ class Overview:
                     "sample_sets": row.sets,
                     "gflops_left": row.gflops_left,
                     "seconds_left": left,
-                    "commands": [["harness", *words] for words in row.run.commands],
+                    "commands": [list(words) for words in row.run.commands],
                 }
                 for row, left in zip(self.rows, seconds, strict=True)
             ],

@@ -1,5 +1,6 @@
 """Studies: files read and refused, runs and their commands, and launchers that are killed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -58,8 +59,8 @@ def test_runs_are_seeds_by_backbones_and_each_command_asks_for_what_was_expanded
     assert len({each.name for each in expansion.runs}) == 4
     for run in expansion.runs:
         assert [each.sampling.guidance_scale for each in run.requests] == [1, 1.5]
-        for request, (verb, *words) in zip(run.requests, run.commands, strict=True):
-            assert verb == "run"
+        for request, (program, verb, *words) in zip(run.requests, run.commands, strict=True):
+            assert (program, verb) == ("harness", "run")
             options = run_command.make_context("run", list(words)).params  # as the command line would read it
             asked = plan.request_of(options)
             assert asked == request
@@ -157,6 +158,21 @@ def test_a_reason_is_the_last_thing_said(tmp_path):
     log.write_text("$ harness run\nharness: old\n$ harness run\n")
     assert jobs.reason_of(log, 3) == "exit code 3"
     assert "signal 9 (SIGKILL)" in jobs.reason_of(log, -9)
+
+
+def test_who_was_told_to_stop_has_not_failed(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("$ harness run\nharness: interrupted\n$ harness run\nharness: the disk is full\n")
+    assert jobs.interrupted(log, 130) and jobs.interrupted(log, -15) and not jobs.interrupted(log, 1)
+    log.write_text("$ torchrun -m harness run\nharness: interrupted\nTraceback\nChildFailedError:\n")
+    assert jobs.interrupted(log, 1) and not jobs.interrupted(log, 0)
+
+
+def test_several_processes_of_a_run_are_started_by_torchrun(study):
+    expansion = expand(dataclasses.replace(study, processes=4))
+    start = ("torchrun", "--standalone", "--nproc-per-node", "4", "-m", "harness", "run")
+    assert [run.commands[0][:7] for run in expansion.runs] == [start] * 4
+    assert [run.name for run in expansion.runs] == [run.name for run in expand(study).runs]
 
 
 # ---- real processes ----

@@ -153,12 +153,12 @@ def test_a_job_runs_its_commands_until_one_fails_and_says_why(cluster, tmp_path)
     import submitit
 
     executor = submitit.AutoExecutor(tmp_path / "jobs", cluster=cluster)
-    done = executor.submit(command(tmp_path, ["list", "samplers"], ["list", "protocols"]))
+    done = executor.submit(command(tmp_path, ["harness", "list", "samplers"], ["harness", "list", "protocols"]))
     assert done.result() == 0
     log = (tmp_path / "log").read_text()
     assert log.index("$ harness list samplers") < log.index("ddpm") < log.index("$ harness list protocols")
     assert not (tmp_path / "failure.json").exists()
-    failed = executor.submit(command(tmp_path, ["list", "protocol"], ["list", "metrics"]))
+    failed = executor.submit(command(tmp_path, ["harness", "list", "protocol"], ["harness", "list", "metrics"]))
     assert failed.result() == 2
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert failure["command"] == "harness list protocol" and failure["exit_code"] == 2
