@@ -3,8 +3,8 @@
 Names in capitals that end in _FILE or _FOLDER stand for what the reader has to bring.
 """
 
-import contextlib
 import dataclasses
+import functools
 import re
 import shlex
 from collections.abc import Mapping
@@ -96,16 +96,25 @@ def _recipe(
         return dict(recipes[training.recipe_hash]), ""
     if task is not None:
         named = ("batch", "learning_rate", "ema_decay", "objective", "schedule")
-        said = {name: getattr(training, name) for name in named if getattr(training, name) is not None}
-        with contextlib.suppress(Refusal):  # of values that no recipe can have
-            found = recipe_identity(override(task.recipe, said))
-            if sha256_json(found) == training.recipe_hash:
-                return found, ""
+        said = tuple((name, getattr(training, name)) for name in named if getattr(training, name) is not None)
+        digest, found = _overridden(task, said)
+        if digest == training.recipe_hash:
+            return found, ""
     short = training.recipe_hash[:12]
     return {}, (
         f"The recipe is known here by its hash alone ({short}): it is not the protocol's with what the record names. The "
         "run.json of the run has it; a report of that folder gives the command."
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _overridden(task: Protocol, said: tuple[tuple[str, object], ...]) -> tuple[str, dict[str, object]]:
+    """Hash and items of the protocol's recipe with what is said of it; "" where no recipe can have that."""
+    try:
+        found = recipe_identity(override(task.recipe, dict(said)))
+    except Refusal:
+        return "", {}
+    return sha256_json(found), found
 
 
 def _sampling_words(record: Record, task: Protocol | None) -> list[str]:

@@ -49,7 +49,7 @@ function chart(data, title) {
     const next = Math.floor(entry.contentRect.width);
     if (next !== width) { width = next; redraw(); }
   }).observe(plot);
-  return el("figure", { class: "chart" }, data.title ? el("h3", {}, data.title) : null, keys, plot,
+  return el("figure", { class: data.starts_row ? "chart starts" : "chart" }, data.title ? el("h3", {}, data.title) : null, keys, plot,
     el("figcaption", {}, [data.heading, data.note].filter(Boolean).join(". ")));
 }
 
@@ -74,6 +74,7 @@ function strokeOf(series) {
 
 function fillOf(series) {
   const open = series.provenance === "published";
+  if (["bubbles", "bars"].includes(series.kind)) return { fill: tone(series.colour), "fill-opacity": open ? 0.45 : 0.85, stroke: tone(series.colour), "stroke-width": 1.2 };
   return { fill: open ? "var(--ground)" : tone(series.colour), stroke: tone(series.colour), "stroke-width": 1.6 };
 }
 
@@ -135,36 +136,91 @@ function linearTicks(low, high, room) {
   return found;
 }
 
+const MANY = 30; // marks from which on a line has no signs for them, as in the static figures
+
 function drawChart(data, { width, off, tip, title }) {
-  const named = data.x.scale === "names";
-  const height = Math.round(Math.min(440, Math.max(300, width * 0.62))) + (named ? 50 : 0);
-  const box = { left: 62, right: width - 14, top: 12, bottom: height - (named ? 104 : 50) };
+  const named = data.x.scale === "names"; // bars, on their side so that names can be read
+  const texts = titleLines(data, width, named);
+  const height = named ? data.x.names.length * 26 + 34 + 16 * texts.length : Math.round(Math.min(440, Math.max(300, width * 0.62))) + 16 * (texts.length - 1);
+  const left = named ? Math.min(width * 0.45, 14 + 6.6 * Math.max(...data.x.names.map((name) => name.length))) : 62;
+  const box = { left, right: width - 14, top: 12, bottom: height - 34 - 16 * texts.length };
   const all = data.series.flatMap((series) => series.marks);
-  const bars = data.series.some((series) => series.kind === "bars");
-  const xs = scaleOf({ ...data.x, names: data.x.names || [] }, all.map((mark) => mark.x), box.left, box.right);
-  const ys = scaleOf({ ...data.y, zero: bars }, all.flatMap((mark) => [mark.y, mark.low ?? mark.y, mark.high ?? mark.y]), box.bottom, box.top);
+  const ends = all.flatMap((mark) => [mark.y, mark.low ?? mark.y, mark.high ?? mark.y]);
+  const [across, down] = named
+    ? [scaleOf({ ...data.y, zero: true }, ends, box.left, box.right), scaleOf(data.x, [], box.top, box.bottom)]
+    : [scaleOf(data.x, all.map((mark) => mark.x), box.left, box.right), scaleOf(data.y, ends, box.bottom, box.top)];
+  const [xs, ys] = named ? [down, across] : [across, down]; // of a mark's x and y
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${title}: ${data.y.text} against ${data.x.text}` },
-    axes(data, xs, ys, box, named));
+    axes({ across, down, box, named, below: texts, beside: named ? "" : data.y.text }));
+  const place = (x, y) => (named ? [ys.pixel(y), xs.pixel(x)] : [xs.pixel(x), ys.pixel(y)]);
+  const path = (points) => `M${points.map((point) => point.map((one) => one.toFixed(1)).join(" ")).join("L")}`;
   const marks = [];
   for (const series of data.series.filter((each) => !off.has(each.label))) {
     const usable = series.marks.filter((mark) => xs.takes(mark.x) && ys.takes(mark.y));
-    const at = usable.map((mark) => [xs.pixel(mark.x), ys.pixel(mark.y)]);
     if (series.kind === "band") {
-      const edge = (side) => usable.map((mark) => `${xs.pixel(mark.x).toFixed(1)} ${ys.pixel(Math.max(mark[side] ?? mark.y, Number.MIN_VALUE)).toFixed(1)}`);
-      root.append(svg("path", { d: `M${[...edge("high"), ...edge("low").reverse()].join("L")}z`, fill: tone(series.colour), opacity: 0.15 }));
+      const edge = (side) => usable.filter((mark) => mark[side] !== null && ys.takes(mark[side])).map((mark) => place(mark.x, mark[side]));
+      const rim = [...edge("high"), ...edge("low").reverse()];
+      if (rim.length) root.append(svg("path", { d: `${path(rim)}z`, fill: tone(series.colour), opacity: 0.15 }));
       continue;
     }
-    if (["line", "fit"].includes(series.kind)) {
-      root.append(svg("path", { d: `M${at.map((pair) => pair.map((one) => one.toFixed(1)).join(" ")).join("L")}`, "stroke-linejoin": "round", ...strokeOf(series) }));
+    if (["line", "fit"].includes(series.kind) && usable.length) {
+      root.append(svg("path", { d: path(usable.map((mark) => place(mark.x, mark.y))), "stroke-linejoin": "round", ...strokeOf(series) }));
     }
     if (series.kind === "fit") continue;
-    usable.forEach((mark, index) => marks.push({ series, mark, x: at[index][0], y: at[index][1] }));
+    const bare = series.kind === "line" && usable.length > MANY;
+    for (const mark of usable) {
+      const [x, y] = place(mark.x, mark.y);
+      marks.push({ series, mark, x, y, bare, ring: 8 });
+    }
   }
-  const sizes = Math.max(...marks.map(({ mark }) => mark.size ?? 0), 0);
-  for (const each of marks) drawMark(each, { root, ys, box, sizes, slots: named ? (box.right - box.left) / data.x.names.length : 0 });
-  sayBeside(root, marks, box);
+  const largest = Math.max(...marks.map(({ mark }) => mark.size ?? 0), 0);
+  marks.filter((each) => !each.bare).forEach((each) => drawMark(each, { root, place, zero: box.left, largest, low: ys.takes }));
+  sayBeside(root, marks.filter((each) => !each.bare), box);
   listen(root, marks, tip, width);
   return root;
+}
+
+// The title of the axis below, in as many lines as the width asks for.
+function titleLines(data, width, named) {
+  const lines = [""];
+  for (const word of (named ? data.y.text : data.x.text).split(" ")) {
+    if (lines.at(-1) && (lines.at(-1).length + word.length) * 6.4 > width - 30) lines.push(word);
+    else lines.push(`${lines.pop()} ${word}`.trim());
+  }
+  return lines;
+}
+
+function axes({ across, down, box, named, below, beside }) {
+  const group = svg("g", { class: "axes" });
+  for (const [value, text] of down.ticks) {
+    const y = down.pixel(value);
+    if (!named) group.append(svg("line", { x1: box.left, x2: box.right, y1: y, y2: y }));
+    group.append(svg("text", { x: box.left - 7, y: y + 4, "text-anchor": "end" }, text));
+  }
+  for (const [value, text] of across.ticks) {
+    const x = across.pixel(value);
+    group.append(svg("line", { x1: x, x2: x, y1: box.top, y2: box.bottom }), svg("text", { x, y: box.bottom + 17, "text-anchor": "middle" }, text));
+  }
+  group.append(svg("path", { class: "frame", d: `M${box.left} ${box.top}V${box.bottom}H${box.right}` }),
+    ...below.map((text, index) => svg("text", { class: "title", x: box.right, y: box.bottom + 38 + 16 * index, "text-anchor": "end" }, text)),
+    svg("text", { class: "title", x: 14, y: box.top, "text-anchor": "end", transform: `rotate(-90 14 ${box.top})` }, beside));
+  return group;
+}
+
+function drawMark(each, { root, place, zero, largest, low }) {
+  const { series, mark, x, y } = each;
+  const bar = series.kind === "bars";
+  const group = svg("g", { class: "mark", tabindex: "-1", role: "button", "aria-label": labelOf(each) });
+  if (bar) group.append(svg("rect", { x: Math.min(x, zero), width: Math.abs(x - zero), y: y - 8, height: 16, ...fillOf(series) }));
+  if (mark.low !== null && mark.high !== null && low(mark.low)) {
+    const [[x1, y1], [x2, y2]] = [place(mark.x, mark.low), place(mark.x, mark.high)];
+    group.append(svg("line", { x1, x2, y1, y2, stroke: bar ? "var(--ink)" : tone(series.colour), "stroke-width": 1.6 }));
+  }
+  const r = series.kind === "bubbles" && largest ? Math.max(4, 22 * Math.sqrt((mark.size ?? 0) / largest)) : 4.2;
+  if (!bar) group.append(svg("path", { d: shape(series.kind === "bubbles" ? "o" : series.marker, x, y, r), ...fillOf(series) }));
+  each.group = group;
+  each.ring = r + 4;
+  root.append(group);
 }
 
 // The marks' texts, where they cover neither marks nor each other.
@@ -182,44 +238,6 @@ function sayBeside(root, marks, box) {
   }
 }
 
-function axes(data, xs, ys, box, named) {
-  const group = svg("g", { class: "axes" });
-  for (const [value, text] of ys.ticks) {
-    const y = ys.pixel(value);
-    group.append(svg("line", { x1: box.left, x2: box.right, y1: y, y2: y }), svg("text", { x: box.left - 7, y: y + 4, "text-anchor": "end" }, text));
-  }
-  for (const [value, text] of xs.ticks) {
-    const x = xs.pixel(value);
-    if (!named) group.append(svg("line", { x1: x, x2: x, y1: box.top, y2: box.bottom }));
-    group.append(named ? svg("text", { x, y: box.bottom + 14, "text-anchor": "end", transform: `rotate(-38 ${x} ${box.bottom + 14})` }, text)
-      : svg("text", { x, y: box.bottom + 17, "text-anchor": "middle" }, text));
-  }
-  group.append(svg("path", { class: "frame", d: `M${box.left} ${box.top}V${box.bottom}H${box.right}` }),
-    svg("text", { class: "title", x: box.right, y: box.bottom + (named ? 98 : 40), "text-anchor": "end" }, data.x.text),
-    svg("text", { class: "title", x: 14, y: box.top, "text-anchor": "end", transform: `rotate(-90 14 ${box.top})` }, data.y.text));
-  return group;
-}
-
-function drawMark(each, { root, ys, box, sizes, slots }) {
-  const { series, mark, x, y } = each;
-  const group = svg("g", { class: "mark", tabindex: "-1", role: "button", "aria-label": labelOf(each) });
-  if (series.kind === "bars") {
-    const half = Math.min(18, slots * 0.35);
-    const zero = Math.min(box.bottom, ys.pixel(0));
-    group.append(svg("rect", { x: x - half, width: 2 * half, y: Math.min(y, zero), height: Math.abs(zero - y), ...fillOf(series) }));
-  }
-  if (mark.low !== null && mark.high !== null && ys.takes(mark.low)) {
-    group.append(svg("line", { x1: x, x2: x, y1: ys.pixel(mark.low), y2: ys.pixel(mark.high), stroke: series.kind === "bars" ? "var(--ink)" : tone(series.colour), "stroke-width": 1.6 }));
-  }
-  const r = series.kind === "bubbles" && sizes ? Math.max(4, 22 * Math.sqrt((mark.size ?? 0) / sizes)) : 4.2;
-  if (series.kind !== "bars") {
-    group.append(svg("path", { d: shape(series.kind === "bubbles" ? "o" : series.marker, x, y, r), ...fillOf(series), ...(series.kind === "bubbles" ? { "fill-opacity": 0.55 } : {}) }));
-  }
-  each.group = group;
-  each.ring = r + 4;
-  root.append(group);
-}
-
 function labelOf({ series, mark }) {
   const value = mark.low === null ? short(mark.y) : `${short(mark.y)} [${short(mark.low)}, ${short(mark.high)}]`;
   return `${series.label || mark.text}: ${value}`;
@@ -227,13 +245,14 @@ function labelOf({ series, mark }) {
 
 function listen(root, marks, tip, width) {
   if (!marks.length) return;
-  marks[0].group.setAttribute("tabindex", "0"); // one stop of the tab key; the arrows go on from there
+  const drawn = marks.filter((each) => each.group);
+  drawn[0]?.group.setAttribute("tabindex", "0"); // one stop of the tab key; the arrows go on from there
   const show = (each) => say(each, tip, width);
   const hide = () => { tip.hidden = true; };
   const nearest = (event) => {
     const frame = root.getBoundingClientRect();
     const [x, y] = [event.clientX - frame.left, event.clientY - frame.top];
-    const far = (each) => Math.hypot(each.x - x, each.y - y);
+    const far = (each) => Math.hypot(each.series.kind === "bars" ? Math.max(0, x - each.x) : each.x - x, each.y - y);
     const found = marks.reduce((best, each) => (far(each) < far(best) ? each : best));
     return far(found) <= NEAR ? found : null;
   };
@@ -249,14 +268,14 @@ function listen(root, marks, tip, width) {
   root.addEventListener("pointerleave", hide);
   root.addEventListener("click", (event) => { const each = nearest(event); if (each) pin(each); });
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
-  marks.forEach((each, index) => {
+  drawn.forEach((each, index) => {
     each.group.addEventListener("focus", () => show(each));
     each.group.addEventListener("blur", hide);
     each.group.addEventListener("keydown", (event) => {
       if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pin(each); }
       if (!(event.key in step)) return;
       event.preventDefault();
-      const next = marks[(index + step[event.key] + marks.length) % marks.length];
+      const next = drawn[(index + step[event.key] + drawn.length) % drawn.length];
       each.group.setAttribute("tabindex", "-1");
       next.group.setAttribute("tabindex", "0");
       next.group.focus();

@@ -1,8 +1,10 @@
 """Figures as the page's script draws them: the marks of every series, with colour and marker of the static figures."""
 
+import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 
-from reports.charts import Figure, Panel, Series, Style
+from reports.charts import DASHES, MARKERS, Figure, Panel, Series, Style
 from reports.page.beside import picture_uri
 
 MOST_MARKS = 4000  # of one panel
@@ -11,13 +13,14 @@ _PLAIN = Style(colour="#555555", marker="o", dash="solid")
 
 def figure_data(figure: Figure, styles: Mapping[str, Style], files: Mapping[str, bytes]) -> dict[str, object]:
     """files: the report's other files; the PNG of a figure that shows pictures is taken from them."""
+    number = re.fullmatch(r"figure-(\d+)", figure.name)
     pictures = []
     if figure.grids and f"{figure.name}.png" in files:
         uri = picture_uri(files[f"{figure.name}.png"])
         pictures = [{"src": uri, "alt": "; ".join(grid.heading for grid in figure.grids)}] if uri else []
     return {
         "name": figure.name,
-        "title": figure.title,
+        "title": f"Figure {number[1]}. {figure.title}" if number else figure.title,
         "panels": [_panel_data(panel, styles) for panel in figure.panels],
         "pictures": pictures,
     }
@@ -39,18 +42,31 @@ def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
     notes = [panel.note] if panel.note else []
     if every > 1:
         notes.append(f"one mark of {every} is drawn here")
+    named = panel.x.scale == "names"
+    drawn = []
+    before: dict[tuple[str, str], int] = {}  # series of one model and kind share a colour and differ in the rest
+    for series in panel.series:
+        again = before.get((series.model, series.kind), 0)
+        before[series.model, series.kind] = again + 1
+        drawn.append(_series_data(series, _varied(styles.get(series.model, _PLAIN), again), every, named))
     return {
         "title": panel.title,
         "heading": panel.heading,
         "note": "; ".join(notes),
         "x": x,
         "y": {"text": panel.y.text, "scale": panel.y.scale},
-        "series": [_series_data(series, styles, every, panel.x.scale == "names") for series in panel.series],
+        "starts_row": panel.starts_row,
+        "series": drawn,
     }
 
 
-def _series_data(series: Series, styles: Mapping[str, Style], every: int, named: bool) -> dict[str, object]:
-    style = styles.get(series.model, _PLAIN)
+def _varied(style: Style, again: int) -> Style:
+    """As in the static figures: the same colour, another marker and dash."""
+    marker, dash = MARKERS.index(style.marker) + again, DASHES.index(style.dash) + again
+    return dataclasses.replace(style, marker=MARKERS[marker % len(MARKERS)], dash=DASHES[dash % len(DASHES)])
+
+
+def _series_data(series: Series, style: Style, every: int, named: bool) -> dict[str, object]:
     return {
         "label": series.label or series.model,
         "kind": series.kind,

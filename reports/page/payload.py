@@ -1,18 +1,19 @@
 """What the page's script is given: plain data, JSON-ready, of a size that a browser takes at once."""
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reports.columns import count_text, guidance_text, measured_text, metric_title
 from reports.commands import reproduction
-from reports.render import note_mark
-from reports.tables import Section, Table
+from reports.sections import Section, Table, note_mark
 from results import paper
 from results.records import Record
 
 MOST_ROWS = 1000  # of one section of a table
 MOST_RECORDS = 5000
+_OWN = ("metric", "value", "low", "high", "interval", "n", "schema")
+_PARTS = ("source", "training", "sampling", "evaluation", "environment")
+_SHARED = tuple(field.name for field in dataclasses.fields(Record) if field.name not in (*_OWN, *_PARTS))
 MOST_PROBLEMS = 200  # lines and conflicts, of each
 
 
@@ -28,17 +29,16 @@ def table_data(table: Table) -> dict[str, object]:
 def _section_data(section: Section) -> dict[str, object]:
     lines = section.lines[:MOST_ROWS]
     used = sorted({index for line in lines for index in line.notes})
-    numeric = [any(values) for values in zip(*(_is_number(line) for line in lines), strict=True)] if lines else []
     return {
         "heading": section.heading,
         "columns": list(section.columns),
-        "numeric": numeric,
+        "numeric": list(section.numeric),
         "lines": [
             {
                 "cells": list(line.cells),
                 "values": list(line.values) or [None] * len(line.cells),
-                "records": list(line.record_ids),
-                "marks": list(line.marks),
+                "records": list(line.record_ids) or [""] * len(line.cells),
+                "marks": list(line.marks) or [""] * len(line.cells),
                 "published": line.published,
                 "notes": [note_mark(index) for index in line.notes],
             }
@@ -49,10 +49,6 @@ def _section_data(section: Section) -> dict[str, object]:
         "origin": section.origin,
         "left_out": len(section.lines) - len(lines),
     }
-
-
-def _is_number(line) -> list[bool]:
-    return [value is not None for value in line.values] or [False] * len(line.cells)
 
 
 def shown_records(records: Iterable[Record], wanted: Sequence[str], most: int) -> tuple[list[Record], int]:
@@ -69,13 +65,13 @@ class Pool:
 
     def __init__(self) -> None:
         self.items: list[object] = []
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[object, int] = {}
 
-    def number(self, item: object) -> int:
-        key = json.dumps(item)
+    def number(self, key: object, make: Callable[[], object]) -> int:
+        """key: equal for equal items; `make` makes an item that is new."""
         if key not in self._numbers:
             self._numbers[key] = len(self.items)
-            self.items.append(item)
+            self.items.append(make())
         return self._numbers[key]
 
 
@@ -105,32 +101,27 @@ def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], poo
         "sampling_steps": sampling.steps if sampling else None,
         "guidance": guidance_text(record),
         "own": _own_fields(record),
-        "groups": [pool.number(group) for group in _groups(record)],
-        "again": pool.number({"commands": list(again.commands), "notes": list(again.notes)}),
+        "groups": _groups(record, pool),
+        "again": pool.number(again, lambda: {"commands": list(again.commands), "notes": list(again.notes)}),
     }
 
 
 def _own_fields(record: Record) -> list[list[str]]:
     """[name, text] of the record itself; what it shares with others of its row is in `_groups`."""
-    names = ("metric", "value", "low", "high", "interval", "n", "schema")
-    pairs = [["id", record.id], ["identity", record.identity_sha256]]
-    return pairs + [[name, _text(getattr(record, name))] for name in names if getattr(record, name) is not None]
+    return [["id", record.id], ["identity", record.identity_sha256], *_pairs(record, _OWN)]
 
 
-def _groups(record: Record) -> list[list[object]]:
-    """[heading, [[name, text], ...]]; unknown fields are left out."""
-    own = {pair[0] for pair in _own_fields(record)}
-    fields = [
-        field.name
-        for field in dataclasses.fields(record)
-        if field.name not in own and not dataclasses.is_dataclass(getattr(record, field.name))
-    ]
-    groups = [["what", _pairs(record, fields)]]
-    for name in ("source", "training", "sampling", "evaluation", "environment"):
+def _groups(record: Record, pool: Pool) -> list[int]:
+    """Numbers of [heading, [[name, text], ...]]; unknown fields are left out."""
+    what = tuple(getattr(record, name) for name in _SHARED)
+    numbers = [pool.number(what, lambda: ["what", _pairs(record, _SHARED)])]
+    for name in _PARTS:
         part = getattr(record, name)
         if part is not None:
-            groups.append([name, _pairs(part, [field.name for field in dataclasses.fields(part)])])
-    return groups
+            fields = [field.name for field in dataclasses.fields(part)]
+            key = (name, part.canonical)
+            numbers.append(pool.number(key, lambda name=name, part=part, fields=fields: [name, _pairs(part, fields)]))
+    return numbers
 
 
 def _pairs(part: object, names: Sequence[str]) -> list[list[str]]:

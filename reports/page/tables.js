@@ -91,9 +91,16 @@ function withoutConstants(section) {
   const kept = (list) => list.filter((_, column) => !constant[column]);
   const said = section.columns.map((name, column) => `${name} ${lines[0].cells[column]}`).filter((text, column) => constant[column] && text !== "Source paper");
   return {
-    ...section, columns: kept(section.columns), numeric: kept(section.numeric), remarks: [...(said.length ? [`All rows: ${said.join(", ")}.`] : []), ...section.remarks],
+    ...section, columns: kept(section.columns), numeric: kept(section.numeric), remarks: withSaid(said, section.remarks),
     lines: lines.map((line) => ({ ...line, cells: kept(line.cells), values: kept(line.values), records: kept(line.records), marks: kept(line.marks) })),
   };
+}
+
+function withSaid(said, remarks) {
+  if (!said.length) return remarks;
+  const at = remarks.findIndex((text) => text.startsWith("All rows: "));
+  const rest = at < 0 ? "." : `, ${remarks[at].slice(10)}`;
+  return [`All rows: ${said.join(", ")}${rest}`, ...remarks.filter((_, index) => index !== at)];
 }
 
 function sectionOf(whole, title) {

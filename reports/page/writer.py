@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,13 +14,12 @@ from reports.charts import Figure, Style
 from reports.page.beside import pictures, run_recipes, sample_grids
 from reports.page.curves import figure_data, record_ids
 from reports.page.payload import MOST_PROBLEMS, MOST_RECORDS, Pool, record_data, shown_records, table_data
-from reports.tables import Table
+from reports.sections import Table
 from results.records import Record
 from results.store import Problem
 
 NAME = "report.html"
 SCRIPTS = ("dom.js", "records.js", "tables.js", "charts.js", "page.js")  # in the order in which they are needed
-PAPER_TABLES = frozenset(f"table-{number}" for number in range(1, 7))
 MOST_FALLBACK_BYTES = 2_000_000  # of static figures for readers without scripts
 _POLICY = (
     "default-src 'none'; img-src data:; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
@@ -40,13 +40,12 @@ def write_page(
 ) -> bytes:
     """The page of a report.
 
-    tables, figures: in the order in which they stand. records: those that were loaded; published: the paper's. styles: of the
+    tables, figures: those of the report. records: those that were loaded; published: the paper's. styles: of the
     models, as the figures have them.
     record_files: beside which recipes and sample grids are found. files: the report's other files, of which the SVG
     figures are shown to readers without scripts. Whatever has no room is left out and counted on the page.
     """
-    # The reader's own first, the paper's after them.
-    shown_tables = [table_data(table) for table in sorted(tables, key=lambda table: table.name in PAPER_TABLES)]
+    shown_tables = [table_data(table) for table in sorted(tables, key=_place)]
     wanted = [
         name
         for table in shown_tables
@@ -81,6 +80,11 @@ def write_page(
         "pool": pool.items,
     }
     return _assembled(data, files)
+
+
+def _place(table: Table) -> int:
+    """Verdicts first, then what the reader measured, then the paper's."""
+    return 0 if table.name == "table-verdicts" else 2 if re.fullmatch(r"table-\d", table.name) else 1
 
 
 def _assembled(data: dict[str, object], files: Mapping[str, bytes]) -> bytes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -118,9 +119,14 @@ def _bubbles() -> Figure:
         for index, each in enumerate(table[:6])
     ]  # fmt: skip
     quality = Axis(title="FID-50K", better="lower", scale="log")
+    steps = tuple(
+        Mark(x=step, y=1 / (1 + step), low=0.0, high=9.0, facts=(("step", str(step)),)) for step in range(200)
+    )
+    loss = Series(label="loss of a run", model="dit-s-2", kind="line", provenance="measured", marks=steps)
     panels = (
         Panel(heading="imagenet", x=Axis(title="Gflops", scale="log"), y=quality, series=(*bubbles, fit, band)),
         Panel(heading="bars", x=Axis(title="Model", scale="names"), y=Axis(title="FID-50K"), series=tuple(bars)),
+        Panel(heading="loss", x=Axis(title="Step"), y=Axis(title="Loss"), series=(loss,)),
     )
     return Figure(name="figure-2", title="Quality and compute", panels=panels, rows=())
 
@@ -236,6 +242,16 @@ def test_footnotes_stay_with_their_rows(page):
     )
 
 
+def test_what_all_rows_share_is_said_once(page):
+    titles = page.run("[...document.querySelectorAll('#table-digits thead th')].map((head) => head.textContent)")
+    notes = page.run("document.querySelector('#table-digits .notes').textContent")
+    assert "Sampler" not in titles and "Seed" in titles
+    (shared,) = re.findall(r"All rows: [^.]*\.[^.]*", notes)
+    assert all(
+        text in shared for text in ("Params (M) 4.1", "Training steps 800", "Sampler ddpm", "protocol version 1")
+    )
+
+
 def test_sorting_knows_numbers_and_their_direction(page):
     titles = page.run("[...document.querySelectorAll('#table-digits thead th')].map((head) => head.textContent)")
     column = next(index for index, title in enumerate(titles) if title.startswith("FD-1K"))
@@ -316,6 +332,18 @@ def test_the_keyboard_walks_along_the_marks(page, shown):
     assert shown_id[:12] in second or shown[1][shown_id].system in second
 
 
+def test_a_long_line_has_no_signs_and_still_answers(page):
+    panel = "#figure-2 .panels > :nth-child(3)"
+    assert page.run(f"document.querySelectorAll('{panel} .mark').length") == 0
+    left, bottom = page.run(
+        f"(() => {{ const plot = document.querySelector('{panel} .plot'); plot.scrollIntoView({{block: 'center'}});"
+        " const box = plot.querySelector('svg > path').getBoundingClientRect(); return [box.left, box.bottom]; })()"
+    )
+    page.hover(left + 1, bottom - 1)
+    tip = page.run(f"document.querySelector('{panel} .tip').innerText")
+    assert "loss of a run" in tip and "step " in tip
+
+
 def test_a_mark_of_several_records_offers_them(page):
     page.run(
         "document.querySelector('#figure-2 .panels > :nth-child(2) .mark').dispatchEvent(new MouseEvent('mousemove'))"
@@ -323,7 +351,7 @@ def test_a_mark_of_several_records_offers_them(page):
     box = page.run(
         "(() => { const mark = document.querySelectorAll('#figure-2 .panels > :nth-child(2) .mark rect')[1];"
         " mark.scrollIntoView({block: 'center'}); const box = mark.getBoundingClientRect();"
-        " return [box.x + box.width / 2, box.y]; })()"
+        " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
     )
     page.click(*box)
     assert "2 records behind this point" in page.run("document.querySelector('#panel').innerText")

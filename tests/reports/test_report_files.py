@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import reports
 import reports.report
+from harness.cli import group
 from harness.errors import Failure, Refusal
 from reports.files import write_whole
 from reports.report import write_report
@@ -120,6 +122,12 @@ def test_refusals_and_failures(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(Refusal, match="it is a file"):
         write_report([], tmp_path / "file")
+
+
+def test_the_command_names_the_page_last(study, tmp_path):
+    append(tmp_path / "runs" / "records.jsonl", study)
+    done = CliRunner().invoke(group, ["report", "--results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0 and done.output.splitlines()[-1] == f"page: {tmp_path / 'out' / 'report.html'}"
 
 
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
