@@ -48,13 +48,16 @@ function build() {
     el("nav", { "aria-label": "Contents" }, el("ul", {}, ...blocks.map(([name, title]) => el("li", {}, el("a", { href: `#${encodeURIComponent(name)}` }, title))))),
     ...blocks.map(([, , node]) => node));
   document.body.append(panel);
-  const asked = decodeURIComponent(window.location.hash.slice(1));
-  if (asked.startsWith("record-")) {
-    const found = data.records.find((record) => record.id.startsWith(asked.slice(7)));
-    if (found) showRecords([found.id]);
-  } else if (asked) {
-    document.getElementById(asked)?.scrollIntoView();
-  }
+  document.body.append(el("footer", { class: "note" }, `backbone-harness ${data.version}`));
+  follow();
+  window.addEventListener("hashchange", follow);
+}
+
+// Addresses of records: #record- and the beginning of an id.
+function follow() {
+  const asked = window.location.hash.slice(1);
+  const found = asked.startsWith("record-") && data.records.find((record) => record.id.startsWith(asked.slice(7)));
+  if (found) showRecords([found.id]);
 }
 
 build();

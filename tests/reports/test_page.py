@@ -376,8 +376,15 @@ def test_a_number_leads_to_its_record_and_an_address_to_a_record(page, browser, 
     record = next(record for record in shown[1].values() if record.system == IMAGE_TAG)
     again = browser.page(f"{shown[0].as_uri()}#record-{record.id[:16]}")
     assert again.run("document.querySelector('#panel h2').textContent") == IMAGE_TAG
+    other = next(record for record in shown[1].values() if record.system == SCRIPT_TAG)
+    again.run(f"void (location.hash = '#record-{other.id[:16]}')")
+    again.settle()
+    assert again.run("document.querySelector('#panel h2').textContent") == SCRIPT_TAG
     assert again.complaints == []
     again.close()
+    table = browser.page(f"{shown[0].as_uri()}#table-4")
+    assert abs(table.run("document.querySelector('#table-4').getBoundingClientRect().top")) < 20
+    table.close()
 
 
 def test_grids_stand_with_their_records(page):
