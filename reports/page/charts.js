@@ -43,14 +43,16 @@ function chart(data, title) {
   function redraw() {
     tip.hidden = true;
     plot.replaceChildren(tip);
-    if (width > 0) plot.append(drawChart(data, { width, off, tip, title }));
+    if (!width) return;
+    plot.append(drawChart(data, { width, off, tip, title }));
+    plot.classList.add("drawn");
   }
   new ResizeObserver(([entry]) => {
     const next = Math.floor(entry.contentRect.width);
     if (next !== width) { width = next; redraw(); }
   }).observe(plot);
   return el("figure", { class: data.starts_row ? "chart starts" : "chart" }, data.title ? el("h3", {}, data.title) : null, keys, plot,
-    el("figcaption", {}, [data.heading, data.note].filter(Boolean).join(". ")));
+    el("figcaption", {}, [data.heading, data.note].filter(Boolean).join("; ")));
 }
 
 function labelsOf(data) {
@@ -68,7 +70,8 @@ function swatch(series) {
 }
 
 function strokeOf(series) {
-  const dash = { solid: null, dashed: "6 3", dashdot: "6 3 1.5 3", dotted: "1.5 3" }[series.provenance === "published" ? "dotted" : series.dash];
+  const kind = series.provenance === "published" ? "dotted" : series.kind === "fit" ? "dashed" : series.dash;
+  const dash = { solid: null, dashed: "6 3", dashdot: "6 3 1.5 3", dotted: "1.5 3" }[kind];
   return { stroke: tone(series.colour), "stroke-width": series.kind === "fit" ? 1.5 : 2, "stroke-dasharray": dash, fill: "none" };
 }
 
@@ -94,12 +97,14 @@ function shape(marker, x, y, r) {
 function scaleOf(axis, values, from, to) {
   const log = axis.scale === "log";
   const usable = values.filter((value) => Number.isFinite(value) && (!log || value > 0));
+  let only = null;
   let [low, high] = usable.length ? [Math.min(...usable), Math.max(...usable)] : [1, 10];
   if (axis.scale === "names") [low, high] = [-0.6, axis.names.length - 0.4];
   else if (log) {
     const room = Math.max((high / low) ** 0.06, 1.15);
     [low, high] = [low / room, high * room];
   } else {
+    if (high === low && !axis.zero) only = high; // its tick alone: others would say nothing
     const room = (high - low) * 0.07 || Math.abs(high) * 0.1 || 1;
     [low, high] = [axis.zero ? Math.min(0, low) : low - room, high + room];
   }
@@ -108,7 +113,7 @@ function scaleOf(axis, values, from, to) {
   const pixel = (value) => from + ((place(value) - a) / (b - a)) * (to - from);
   const room = Math.abs(to - from);
   const ticks = axis.scale === "names" ? axis.names.map((name, index) => [index, name])
-    : (log ? logTicks(low, high, room) : linearTicks(low, high, room)).map((value) => [value, short(value)]);
+    : only !== null ? [[only, short(only)]] : (log ? logTicks(low, high, room) : linearTicks(low, high, room)).map((value) => [value, short(value)]);
   return { pixel, ticks, takes: (value) => Number.isFinite(value) && (!log || value > 0) };
 }
 
@@ -123,12 +128,14 @@ function logTicks(low, high, room) {
     }
   }
   if (found.length < 2) return linearTicks(low, high, room);
-  const every = Math.ceil(found.length / Math.max(2, room / 46));
+  const widest = Math.max(...found.map((value) => short(value).length));
+  const every = Math.ceil(found.length / Math.max(2, room / (16 + 7 * widest)));
   return found.filter((_, index) => index % every === 0);
 }
 
 function linearTicks(low, high, room) {
   const rough = (high - low) / Math.max(2, room / 70);
+  if (!(rough > 0)) return [low];
   const unit = 10 ** Math.floor(Math.log10(rough));
   const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
   const found = [];
@@ -143,7 +150,8 @@ function drawChart(data, { width, off, tip, title }) {
   const texts = titleLines(data, width, named);
   const height = named ? data.x.names.length * 26 + 34 + 16 * texts.length : Math.round(Math.min(440, Math.max(300, width * 0.62))) + 16 * (texts.length - 1);
   const left = named ? Math.min(width * 0.45, 14 + 6.6 * Math.max(...data.x.names.map((name) => name.length))) : 62;
-  const box = { left, right: width - 14, top: 12, bottom: height - 34 - 16 * texts.length };
+  const sized = named && data.series.some((series) => series.marks.some((mark) => mark.size)); // bubbles beside the bars
+  const box = { left, right: width - (sized ? 40 : 14), top: 12, bottom: height - 34 - 16 * texts.length };
   const all = data.series.flatMap((series) => series.marks);
   const ends = all.flatMap((mark) => [mark.y, mark.low ?? mark.y, mark.high ?? mark.y]);
   const [across, down] = named
@@ -174,7 +182,7 @@ function drawChart(data, { width, off, tip, title }) {
     }
   }
   const largest = Math.max(...marks.map(({ mark }) => mark.size ?? 0), 0);
-  marks.filter((each) => !each.bare).forEach((each) => drawMark(each, { root, place, zero: box.left, largest, low: ys.takes }));
+  marks.filter((each) => !each.bare).forEach((each) => drawMark(each, { root, place, zero: box.left, beside: box.right + 22, largest, low: ys.takes }));
   sayBeside(root, marks.filter((each) => !each.bare), box);
   listen(root, marks, tip, width);
   return root;
@@ -199,7 +207,8 @@ function axes({ across, down, box, named, below, beside }) {
   }
   for (const [value, text] of across.ticks) {
     const x = across.pixel(value);
-    group.append(svg("line", { x1: x, x2: x, y1: box.top, y2: box.bottom }), svg("text", { x, y: box.bottom + 17, "text-anchor": "middle" }, text));
+    const inside = Math.min(x, box.right + 14 - text.length * 3.6); // the last one would be cut off
+    group.append(svg("line", { x1: x, x2: x, y1: box.top, y2: box.bottom }), svg("text", { x: inside, y: box.bottom + 17, "text-anchor": "middle" }, text));
   }
   group.append(svg("path", { class: "frame", d: `M${box.left} ${box.top}V${box.bottom}H${box.right}` }),
     ...below.map((text, index) => svg("text", { class: "title", x: box.right, y: box.bottom + 38 + 16 * index, "text-anchor": "end" }, text)),
@@ -207,7 +216,7 @@ function axes({ across, down, box, named, below, beside }) {
   return group;
 }
 
-function drawMark(each, { root, place, zero, largest, low }) {
+function drawMark(each, { root, place, zero, beside, largest, low }) {
   const { series, mark, x, y } = each;
   const bar = series.kind === "bars";
   const group = svg("g", { class: "mark", tabindex: "-1", role: "button", "aria-label": labelOf(each) });
@@ -217,6 +226,7 @@ function drawMark(each, { root, place, zero, largest, low }) {
     group.append(svg("line", { x1, x2, y1, y2, stroke: bar ? "var(--ink)" : tone(series.colour), "stroke-width": 1.6 }));
   }
   const r = series.kind === "bubbles" && largest ? Math.max(4, 22 * Math.sqrt((mark.size ?? 0) / largest)) : 4.2;
+  if (bar && mark.size) group.append(svg("circle", { cx: beside, cy: y, r: Math.max(1.5, 11 * Math.sqrt(mark.size / largest)), ...fillOf(series) }));
   if (!bar) group.append(svg("path", { d: shape(series.kind === "bubbles" ? "o" : series.marker, x, y, r), ...fillOf(series) }));
   each.group = group;
   each.ring = r + 4;

@@ -72,7 +72,7 @@ def _series_data(series: Series, style: Style, every: int, named: bool) -> dict[
         "kind": series.kind,
         "provenance": series.provenance,
         "colour": style.colour,
-        "marker": style.marker,
+        "marker": "X" if series.provenance == "fit" else style.marker,  # what a law predicts
         "dash": style.dash,
         "marks": [
             {
