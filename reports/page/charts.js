@@ -203,7 +203,9 @@ function axes({ across, down, box, named, below, beside }) {
   for (const [value, text] of down.ticks) {
     const y = down.pixel(value);
     if (!named) group.append(svg("line", { x1: box.left, x2: box.right, y1: y, y2: y }));
-    group.append(svg("text", { x: box.left - 7, y: y + 4, "text-anchor": "end" }, text));
+    const room = Math.floor((box.left - 14) / 6.6);
+    const shown = text.length > room ? `${text.slice(0, room - 1)}\u2026` : text;
+    group.append(svg("text", { x: box.left - 7, y: y + 4, "text-anchor": "end" }, shown, svg("title", {}, text)));
   }
   for (const [value, text] of across.ticks) {
     const x = across.pixel(value);

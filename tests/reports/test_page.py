@@ -11,6 +11,7 @@ from PIL import Image
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_styles
 from reports.page.writer import write_page
+from reports.report import write_report
 from reports.tables import paper_tables, protocol_table
 from results import paper
 from results.store import append, find_record_files, load
@@ -395,6 +396,37 @@ def test_grids_stand_with_their_records(page):
     assert "dit-xs-2" in page.run("document.querySelector('#samples figcaption').textContent")
     page.run("document.querySelector('#samples button').click()")
     assert "ab" * 32 in page.run("document.querySelector('#panel').innerText")
+
+
+def test_every_figure_of_a_whole_report_is_drawn(browser, folder, monkeypatch):
+    monkeypatch.setattr("reports.report.draw", lambda figure, styles: {})  # the static ones have tests of their own
+    out = folder / "whole"
+    write_report([folder / "runs"], out)
+    names = {path.stem for path in out.glob("*.csv") if not path.stem.startswith("table-")}
+    for width in WIDTHS:
+        page = browser.page(out / "report.html", width=width)
+        assert page.complaints == [] and page.run("document.documentElement.scrollWidth") == width
+        drawn = page.run(
+            "[...document.querySelectorAll('section.figure')].map((block) => [block.id,"
+            " [...block.querySelectorAll('.plot')].every((plot) => plot.querySelector('.mark, svg > path'))])"
+        )
+        assert {"figure-2", "figure-10"} <= names == {name for name, _ in drawn} and all(whole for _, whole in drawn)
+        # no text outside of its picture, no number of an axis upon another
+        cut = page.run(
+            "[...document.querySelectorAll('.plot > svg')].flatMap((svg) => { const frame = svg.getBoundingClientRect();"
+            " return [...svg.querySelectorAll('text')].filter((text) => { const box = text.getBoundingClientRect();"
+            " return box.left < frame.left - 2 || box.right > frame.right + 2 || box.bottom > frame.bottom + 2; })"
+            ".map((text) => text.textContent); })"
+        )
+        assert cut == []
+        upon = page.run(
+            "[...document.querySelectorAll('.plot > svg')].flatMap((svg) => { const boxes ="
+            " [...svg.querySelectorAll('.axes text:not(.title)')].map((text) => text.getBoundingClientRect());"
+            " return boxes.filter((one, i) => boxes.some((other, j) => i < j && one.left < other.right - 1 &&"
+            " other.left < one.right - 1 && one.top < other.bottom - 4 && other.top < one.bottom - 4)).map((box) => box.x); })"
+        )
+        assert upon == []
+        page.close()
 
 
 def test_without_scripts_there_are_the_static_figures(browser, shown):
