@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from reports.columns import count_text, guidance_text, measured_text, metric_title
+from reports.columns import count_text, guidance_text, measured_text, metric_order, metric_title
 from reports.commands import reproduction
 from reports.sections import Section, Table, note_mark
 from results import paper
@@ -52,12 +52,24 @@ def _section_data(section: Section) -> dict[str, object]:
 
 
 def shown_records(records: Iterable[Record], wanted: Sequence[str], most: int) -> tuple[list[Record], int]:
-    """The records that the page holds, and how many it leaves out: first those of `wanted`, then the others in order."""
+    """The records that the page holds, and how many it leaves out: those of `wanted` go before the others.
+
+    In the order in which they are listed: measured ones first, then by what they are of.
+    """
     everyone = {record.id: record for record in records}
     first = [everyone[name] for name in dict.fromkeys(wanted) if name in everyone]
     names = {record.id for record in first}
     chosen = (first + [record for record in everyone.values() if record.id not in names])[:most]
-    return chosen, len(everyone) - len(chosen)
+    return sorted(chosen, key=_order), len(everyone) - len(chosen)
+
+
+def _order(record: Record) -> tuple:
+    training, sampling, source = record.training, record.sampling, record.source
+    return (
+        *(record.provenance != "measured", record.protocol, source.table if source else "", record.system),
+        *((training.steps if training else None) or 0, (training.seed if training else None) or 0),
+        *((sampling.steps if sampling else None) or 0, metric_order(record.metric), record.id),
+    )
 
 
 class Pool:

@@ -226,6 +226,8 @@ def test_filters(page):
     )
     page.type("#table-digits input[type=search]", "nobody")
     assert _rows(page, "table-digits") == ["no row matches"]
+    # The reader's own come first.
+    assert page.run("document.querySelector('#records tbody tr').className") == "measured"
     page.run("document.querySelector('#records input[data-kind=published]').click()")
     assert page.run("document.querySelectorAll('#records tr.published').length") == 0 < len(_rows(page, "records"))
     page.run("document.querySelector('#records input[data-kind=measured]').click()")
