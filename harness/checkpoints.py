@@ -113,14 +113,22 @@ def verify(folder: Path) -> Checkpoint:
         raise Refusal(f"checkpoint {folder} has a state.json of another form ({error})") from error
 
 
-def tensors(path: Path) -> Iterable[tuple[str, np.ndarray]]:
-    """The tensors of a safetensors file, one at a time."""
+Part = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]  # of a tensor's name and shape, which part; None: all
+
+
+def tensors(path: Path, part: Part | None = None) -> Iterable[tuple[str, np.ndarray]]:
+    """The tensors of a safetensors file, one at a time; of each no more is read than `part` says."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, file.get_tensor(name)
+                wanted = part and part(name, tuple(file.get_slice(name).get_shape()))
+                if not wanted or any(each.start == each.stop is not None for each in wanted):
+                    array = file.get_tensor(name)
+                    yield name, array[wanted] if wanted else array
+                else:
+                    yield name, file.get_slice(name)[wanted]
     except SafetensorError as error:
         raise Refusal(f"{path} is not a readable safetensors file: {error}") from error
 

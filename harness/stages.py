@@ -134,8 +134,10 @@ class Workshop:
         say: Say,
         team: Team = ALONE,
         loggers: Sequence[str] = (),
+        mesh: str | None = None,
     ):
-        self.request, self.data, self.folder, self.team, self.loggers = request, data, folder, team, loggers
+        self.request, self.data, self.folder, self.team = request, data, folder, team
+        self.loggers, self.mesh = loggers, mesh
         self.say = team.says(say)
         self.spec = run_spec(request, data)
         data.check(request.protocol)
@@ -150,12 +152,10 @@ class Workshop:
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
         self._net: Any = None  # at its initialisation; handed over once, for an engine changes it
 
-    def measure(
-        self, *, device: str | None, precision: str, micro_batch: int | None, mesh: str | None = None
-    ) -> Measured:
+    def measure(self, *, device: str | None, precision: str, micro_batch: int | None) -> Measured:
         """What `create` would freeze. Builds the network."""
         self._net, measured = workbench(self.request.framework).measure(
-            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=mesh, say=self.say
+            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, say=self.say
         )
         return measured
 
@@ -199,7 +199,7 @@ class Workshop:
             return
         request, run = self.request, self.run
         net, self._net = self._net, None
-        engine = workbench(run.framework).make_engine(request, run, self.data, net)
+        engine = workbench(run.framework).make_engine(request, run, self.data, net, self.mesh)
         training.train(
             run,
             engine,

@@ -33,7 +33,9 @@ CHECKPOINT_SHARE = 0.02  # of the time goes to checkpoints, while that does not 
 SHORTEST_SECONDS = 2.0
 DISK_BYTES_PER_SECOND = 1e9
 DRAIN_SECONDS = 0.5  # how long losses may stay on the device, unread
-AGREE_STEPS = 10  # after so many a team follows its leader in whether to stop or to write a checkpoint
+AGREE_STEPS = 10  # after so many, or so many seconds, a team agrees on whether to stop or to write a checkpoint
+AGREE_SECONDS = 2.0
+STOP = 1 << 16  # in the number that is agreed on
 
 
 class Engine(Protocol):
@@ -162,12 +164,14 @@ class _Keeper:
         self.loss: float | None = None
         self._seconds = seconds
         self._cost = cost  # of a checkpoint, in seconds: a guess until one has been written
-        self._began = self._drained = self._saved_at = time.monotonic()
+        self._began = self._drained = self._saved_at = self._agreed_at = time.monotonic()
+        self._agreed = done  # the step of the last agreement
+        self._apart = 1  # steps from there to the next
 
     def stepped(self) -> None:
         self.done += 1
         if self.team.size > 1:  # a loss that is not finite stops all of them at one step: nobody waits for who has gone
-            due = self.done % AGREE_STEPS == 0
+            due = self.done == self._agreed + self._apart
         else:
             due = time.monotonic() - self._drained > DRAIN_SECONDS
         if due:
@@ -191,11 +195,21 @@ class _Keeper:
             self.log.flush()  # for who watches it
 
     def decide(self, interrupted: bool) -> tuple[bool, bool]:
-        """Whether to stop, and whether to write a checkpoint: the same in every process of the team."""
-        if self.team.size > 1 and self.done % AGREE_STEPS:
+        """Whether to stop, and whether to write a checkpoint: the same in every process of the team.
+
+        Any of them may be told to stop; the leader says the rest, and when to ask again.
+        """
+        if self.team.size == 1:
+            return interrupted, self.due()
+        if self.done != self._agreed + self._apart:
             return False, False
-        told = self.team.leaders(2 * interrupted + self.due())
-        return bool(told & 2), bool(told & 1)
+        now = time.monotonic()
+        seconds = (now - self._agreed_at) / self._apart
+        self._agreed, self._agreed_at = self.done, now
+        steps = min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(seconds, 1e-9))))
+        told = self.team.most(STOP * interrupted + (2 * steps + self.due()) * self.team.leads)
+        self._apart = told % STOP // 2 or 1
+        return told >= STOP, bool(told & 1)
 
     def due(self) -> bool:
         """Whether work since the last checkpoint is worth its cost by now, or too much to lose."""

@@ -124,7 +124,8 @@ def prepare(request: Request, options: dict[str, Any]) -> Workshop:
         raise Refusal(text)
     data = stages.training_data(request.protocol, request.data)
     folder = options["out"] or runs.RUNS / stages.run_spec(request, data).name
-    return Workshop(request, data, folder, lambda text: click.echo(text, err=True), team, options["loggers"])
+    say = lambda text: click.echo(text, err=True)  # noqa: E731
+    return Workshop(request, data, folder, say, team, options["loggers"], options["mesh"])
 
 
 def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
@@ -134,7 +135,6 @@ def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
             device=options["device"],
             precision=options["precision"],
             micro_batch=options["micro_batch"],
-            mesh=options["mesh"],
         )
         if fork := options.get("fork"):
             workshop.fork(fork, measured.resolved)
@@ -148,7 +148,7 @@ def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
         "precision": None if options["precision"] == "auto" else options["precision"],
         "micro_batch": options["micro_batch"],
         "device": options["device"],
-        "mesh": options["mesh"],
+        "mesh": options["mesh"] if run.framework == "jax" else None,  # torch's may change with the number of processes
         "gradient_checkpointing": True if options["gradient_checkpointing"] else None,
     }
     for name, value in asked.items():

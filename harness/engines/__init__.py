@@ -3,7 +3,7 @@
 Each has a module `workbench` with the same functions, which is all that the stages know of it:
 
     measure(request, device=, precision=, micro_batch=, mesh=, say=) -> (network at its initialisation, Measured)
-    make_engine(request, run, data, network or None) -> harness.training.Engine
+    make_engine(request, run, data, network or None, mesh) -> harness.training.Engine
     make_sampler(request, run, snapshot, plan, precision=, batch=, decoder=) -> harness.sampling.Sampler
     find_place(device) -> Place
     make_chain(bound, decoder, place, seed=, precision=, batch=, say=) -> harness.sampling.Sampler, of a system
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from harness.engines.processes import launched
 from harness.engines.team import ALONE, Team
 from harness.errors import Refusal
 
@@ -45,8 +46,10 @@ def workbench(framework: str) -> ModuleType:
 
 
 def join(framework: str) -> Team:
-    """The processes of this run: those that a launcher started for jax, or this one alone."""
+    """The processes of this run: those that a launcher started for the framework, or this one alone."""
     check_installed(framework)
-    if framework != "jax" or "JAX_NUM_PROCESSES" not in os.environ:
-        return ALONE
-    return import_module("harness.engines.jax.team").JaxTeam()
+    if framework == "jax" and "JAX_NUM_PROCESSES" in os.environ:
+        return import_module("harness.engines.jax.team").JaxTeam()
+    if framework == "torch" and launched(os.environ):
+        return import_module("harness.engines.torch.team").TorchTeam()
+    return ALONE

@@ -30,6 +30,10 @@ class Team:
         """The leader's value, in every process."""
         return value
 
+    def most(self, value: int) -> int:
+        """The largest of all processes' values, in every process."""
+        return value
+
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
         """Hold a run's folder for the team: `harness.runs.locked`."""

@@ -14,22 +14,29 @@ PRELOAD = [
     "harness.cli.train",
     "harness.cli.sample",
     "harness.engines.torch.trainer",
+    "harness.engines.torch.team",
     "reports.grid",
     __name__,
 ]
 
 
-def start(words, folder, shortest_seconds):
+def start(words, folder, shortest_seconds, environment=None, output="output.txt"):
     """The process of `harness WORDS`, started in `folder`; checkpoints come `shortest_seconds` apart."""
+    return started(_main, [*map(str, words)], str(folder), shortest_seconds, environment or {}, output)
+
+
+def started(function, *arguments):
+    """A process that calls a function of a module that can be imported."""
     CONTEXT.set_forkserver_preload(PRELOAD)
-    process = CONTEXT.Process(target=_main, args=([*map(str, words)], str(folder), shortest_seconds))
+    process = CONTEXT.Process(target=function, args=arguments)
     process.start()
     return process
 
 
-def _main(words, folder, shortest_seconds):
+def _main(words, folder, shortest_seconds, environment, output):
     os.chdir(folder)
-    with Path("output.txt").open("a") as file:
+    os.environ.update(environment)
+    with Path(output).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import torch

@@ -11,7 +11,6 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID say who it is, or the cluster does (SLURM, 
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from harness.engines.memory import host_free_bytes, processor_name, refuse_device
+from harness.engines.processes import mesh_sides
 from harness.errors import Refusal
 from harness.runs import Resolved
 
@@ -81,10 +81,7 @@ def make_mesh(devices: list[jax.Device], shape: str | None) -> Mesh:
     """The mesh of `shape`, "DATAxMODEL"; None lays all devices along "data"."""
     if shape is None:
         shape = f"{len(devices)}x1"
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
-    if match is None:
-        raise Refusal(f"--mesh {shape} is not of the form DATAxMODEL, as in 4x2")
-    data, model = int(match[1]), int(match[2])
+    data, model = mesh_sides(shape)
     if data * model > len(devices) or (jax.process_count() > 1 and data * model != len(devices)):
         raise Refusal(f"--mesh {shape} takes {data * model} devices, and jax sees {len(devices)}")
     return Mesh(np.asarray(devices[: data * model]).reshape(data, model), AXES)

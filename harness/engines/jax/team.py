@@ -30,3 +30,6 @@ class JaxTeam(Team):
 
     def leaders(self, value: int) -> int:
         return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+    def most(self, value: int) -> int:
+        return int(multihost_utils.process_allgather(np.int32(value)).max())

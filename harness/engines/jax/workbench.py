@@ -61,8 +61,13 @@ def _activation_bytes(request: Request) -> int:
     return activation_bytes(request.spec, **request.arguments)
 
 
-def make_engine(request: Request, run: Run, data: Examples, net: nnx.Module | None) -> JaxEngine:
-    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine takes it."""
+def make_engine(
+    request: Request, run: Run, data: Examples, net: nnx.Module | None, mesh: str | None = None
+) -> JaxEngine:
+    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine takes it.
+
+    mesh: the run's own, which is frozen.
+    """
     return JaxEngine(
         request.spec,
         build(request.spec, request.arguments, request.seed) if net is None else net,

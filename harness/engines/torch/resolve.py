@@ -15,6 +15,7 @@ from harness.engines.memory import (
     refuse_one_image,
     state_bytes,
 )
+from harness.engines.torch import parallel, team
 from harness.errors import Refusal
 from harness.runs import Resolved
 from harness.spec import BackboneSpec
@@ -26,9 +27,19 @@ PROBE_REPEATS = 3
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or cuda if there is one, else cpu; one that is absent is refused."""
+    """The device of that name, or cuda if there is one, else cpu; one that is absent is refused.
+
+    Of several processes each takes the GPU of its number on its machine.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if team.size() > 1:
+        platform, colon, _ = name.partition(":")
+        if colon:
+            raise Refusal(
+                f"--device {name} is one device, and {team.size()} processes work here; give --device {platform}"
+            )
+        name = f"{platform}:{team.local()}" if platform == "cuda" else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -50,10 +61,10 @@ def device_name(device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a run can take on `device` now."""
+    """Memory that this process can take on `device` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return host_free_bytes()
+    return host_free_bytes() // team.beside()
 
 
 def inputs_of(kind: str, images: int, arguments: dict, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -73,7 +84,10 @@ def inputs_of(kind: str, images: int, arguments: dict, device: torch.device) -> 
 def measure(
     net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser"
 ) -> float:
-    """Seconds that forward and backward take for one image, the best of a few passes. Weights are left as they are."""
+    """Seconds that forward and backward take for one image of each process, the best of a few passes of the slowest.
+
+    Weights are left as they are.
+    """
     inputs = inputs_of(kind, images, arguments, device)
     best = float("inf")
     buffers = [buffer.clone() for buffer in net.buffers()]
@@ -84,7 +98,7 @@ def measure(
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begin
+        seconds = team.most(time.perf_counter() - begin)
         if repeat:  # the first pass warms up
             best = min(best, seconds)
         if seconds > 20:  # a network this slow has shown enough
@@ -128,6 +142,7 @@ def resolve(
     *,
     batch: int,
     device: torch.device,
+    mesh: tuple[int, int],
     precision: str,
     micro_batch: int | None,
     activation_bytes: int,
@@ -135,22 +150,27 @@ def resolve(
 ) -> Measured:
     """Choose what is left open. The weights of `net` are left as they were."""
     parameters = sum(each.numel() for each in net.parameters())
+    if mesh[1] > 1:  # of each process, with the block that is gathered
+        parameters = parameters // mesh[1] + parallel.largest_unit(net)
+    batch = parallel.check_batch(batch)
     free = free_bytes(device) + 4 * parameters  # the network is already there and was counted as used
-    fitting = fit_micro_batch(batch, parameters, activation_bytes, free)
+    fitting = -team.most(-fit_micro_batch(batch, parameters, activation_bytes, free))
     if fitting == 0:
         raise refuse_one_image(spec.name, parameters, activation_bytes, str(device), free)
     chosen = min(micro_batch or fitting, batch)
     images = min(chosen, PROBE_IMAGES)
     wanted = list(PRECISIONS) if precision == "auto" else [precision]
-    speeds = {each: measure(net, images, arguments, device, each, spec.kind) for each in wanted}
+    speeds = {each: measure(net, images, arguments, device, each, spec.kind) / team.size() for each in wanted}
     fastest = min(speeds, key=lambda each: speeds[each])
+    name = device_name(device)
     resolved = Resolved(
-        device=str(device),
-        device_name=device_name(device),
+        device=str(device) if team.size() == 1 else device.type,
+        device_name=name if team.size() == 1 else f"{team.size()} x {name}",
         precision=fastest,
         micro_batch=chosen,
         threads=torch.get_num_threads(),
         gradient_checkpointing=gradient_checkpointing,
+        mesh="x".join(map(str, mesh)),
     )
     need = state_bytes(parameters, fastest) + chosen * activation_bytes
     return Measured(resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free)
@@ -159,8 +179,8 @@ def resolve(
 def honour(resolved: Resolved) -> torch.device:
     """Set this process up as the run was created, or refuse with the flag that makes another run of it."""
     try:
-        device = pick_device(resolved.device)
+        device = pick_device(resolved.device if team.size() == 1 else resolved.device.partition(":")[0])
     except Refusal as error:
         raise refuse_device(resolved) from error
-    torch.set_num_threads(resolved.threads)
+    torch.set_num_threads(parallel.threads(resolved))
     return device

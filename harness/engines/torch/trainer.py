@@ -12,6 +12,9 @@ import torch
 from harness import checkpoints
 from harness.data.examples import Examples
 from harness.data.stream import Stream
+from harness.engines.processes import mesh_sides
+from harness.engines.torch import parallel, team
+from harness.engines.torch.parallel import own, part_of, whole
 from harness.engines.torch.resolve import autocast, honour
 from harness.engines.torch.tasks import Task
 from harness.errors import Refusal
@@ -49,7 +52,10 @@ class TorchEngine:
     ):
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
         self.device = honour(resolved)
-        self.net = net.to(self.device).train()
+        mesh = mesh_sides(resolved.mesh)
+        self.net = parallel.shard(net, mesh, self.device).to(self.device).train()
+        self._spread = parallel.Spread(self.net, mesh)
+        self._rehearse = self._spread.rehearses
         self._named = dict(self.net.named_parameters())
         self._weights = [each for each in self._named.values() if each.requires_grad]
         self._names = [name for name, each in self._named.items() if each.requires_grad]
@@ -66,35 +72,51 @@ class TorchEngine:
         self._losses: list[torch.Tensor] = []
         self._x0, self._stream = data.x0, Stream(seed, data, recipe.flip)
 
+    @team.heard()
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
         positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the endless stream of images
         total = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
         buffers = [buffer.clone() for buffer in self.net.buffers()]
-        for chunk in positions.split(self.resolved.micro_batch):
+        chunks = self._spread.mine(positions).split(self.resolved.micro_batch)
+        if self._rehearse:
+            self._accumulate(chunks[0])
+            self._check_gradients()
+            self._forget(buffers)
+            self._rehearse = False
+        for chunk in chunks:
             if interrupted():
-                self._optimizer.zero_grad(set_to_none=True)
-                for buffer, before in zip(self.net.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
+                self._forget(buffers)
                 return False
-            total += self._accumulate(chunk)
-        if idle := [name for name, each in zip(self._names, self._weights, strict=True) if each.grad is None]:
-            raise Refusal(
-                f"parameter {idle[0]} of the network gets no gradient; use it in forward, or set its requires_grad to False"
-            )
+            with self._spread.accumulating(last=chunk is chunks[-1]):
+                total += self._accumulate(chunk)
+        self._check_gradients()
+        self._spread.leaders_buffers()
         rate = recipe.learning_rate * min(1.0, step / recipe.warmup_steps if recipe.warmup_steps else 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if recipe.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self._weights, recipe.clip_norm, foreach=True)
+            self._spread.clip(self._weights, recipe.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         decay = min(recipe.ema_decay, (1 + step) / (EMA_RAMP_LAG + step)) if recipe.ema_ramp else recipe.ema_decay
         with torch.no_grad():
-            torch._foreach_lerp_(self._ema, self._weights, 1 - decay)
+            torch._foreach_lerp_(list(map(own, self._ema)), list(map(own, self._weights)), 1 - decay)
         self._losses.append(total)
         return True
+
+    def _forget(self, buffers: list[torch.Tensor]) -> None:
+        """Undo what passes without an update have changed."""
+        self._optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.net.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def _check_gradients(self) -> None:
+        if idle := [name for name, each in zip(self._names, self._weights, strict=True) if each.grad is None]:
+            raise Refusal(
+                f"parameter {idle[0]} of the network gets no gradient; use it in forward, or set its requires_grad to False"
+            )
 
     def _accumulate(self, positions: torch.Tensor) -> torch.Tensor:
         """Gradients of one micro-batch, scaled by the global batch; its share of the terms, float64."""
@@ -105,11 +127,11 @@ class TorchEngine:
 
         def call(*inputs: torch.Tensor) -> torch.Tensor:
             with autocast(self.device, self.resolved.precision):
-                return self.net(*inputs)
+                return self._spread.call(*inputs)
 
         terms = self._task.losses(call, x0, y, positions.to(self.device))  # (n,) each
         loss = sum(weight * terms[name].sum() for name, weight in self.terms.items() if weight)
-        (loss / self.recipe.batch).backward()
+        (loss / self.recipe.batch * self._spread.size).backward()  # of which the processes' mean is taken
         return torch.stack([terms[name].detach().sum() for name in self.terms]).double() / self.recipe.batch
 
     def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,15 +145,18 @@ class TorchEngine:
         x0 = self._x0(torch.from_numpy(stored).to(self.device), normal)
         return x0.contiguous(), torch.from_numpy(labels).to(self.device)
 
+    @team.heard()
     def drain(self) -> list[tuple[float, ...]]:
         if not self._losses:
             return []
-        rows = torch.stack(self._losses).cpu().tolist()
+        rows = self._spread.total(torch.stack(self._losses)).cpu().tolist()
         self._losses.clear()
         return [tuple(row) for row in rows]
 
+    @team.heard()
     def finite(self) -> bool:
-        return bool(torch.isfinite(torch.stack(torch._foreach_norm(self._weights))).all())
+        norms = torch.stack(torch._foreach_norm(list(map(own, self._weights))))
+        return self._spread.everywhere(torch.isfinite(norms).all())
 
     def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         return [
@@ -157,15 +182,20 @@ class TorchEngine:
         targets = self._targets(part)
         step = None
         seen = set()
-        for name, array in checkpoints.tensors(path):
+
+        def mine(name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+            fits = name in targets and tuple(targets[name].shape) == shape
+            return part_of(targets[name]) if fits else None
+
+        for name, array in checkpoints.tensors(path, mine):
             value = torch.from_numpy(array)
             if name == "step" and part.endswith("moment"):
                 step = value.reshape(())
                 continue
             seen.add(name)
-            if name not in targets or targets[name].shape != value.shape:
+            if name not in targets or own(targets[name]).shape != value.shape:
                 raise Refusal(f"{path} does not fit this network: {name} {tuple(value.shape)} is not in it")
-            targets[name].copy_(value)
+            own(targets[name]).copy_(value)
         if missing := sorted(set(targets) - seen):
             raise Refusal(f"{path} does not fit this network: {missing[0]} is missing")
         if step is not None:
@@ -187,6 +217,12 @@ class TorchEngine:
         }
 
 
+@team.heard()
 def _arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """CPU arrays; without a copy where the tensor is already on the CPU."""
-    return {name: value.detach().cpu().numpy() for name, value in state.items()}
+    """CPU arrays; without a copy where the tensor is already on the CPU. Of a team the leader's alone, which all collect."""
+    arrays = {}
+    for name, value in state.items():
+        full = whole(value)
+        if team.index() == 0:
+            arrays[name] = full.cpu().numpy()
+    return arrays

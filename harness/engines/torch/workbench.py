@@ -12,11 +12,10 @@ from harness.data.examples import Examples
 from harness.decoding import Decoder
 from harness.diffusion.plans import SamplerPlan
 from harness.engines.memory import Measured, check_room
-from harness.engines.torch import resolve
+from harness.engines.torch import parallel, resolve
 from harness.engines.torch.draw import TorchSampler, load_weights
 from harness.engines.torch.systems import find_place, make_chain
 from harness.engines.torch.trainer import TorchEngine, build
-from harness.errors import Refusal
 from harness.planning import Request
 from harness.runs import Run
 
@@ -33,18 +32,18 @@ def measure(
     say: Callable[[str], None],
 ) -> tuple[torch.nn.Module, Measured]:
     """The network at its initialisation, and what was measured with it on this machine."""
-    if mesh is not None:
-        raise Refusal("--mesh belongs to --framework jax")
+    over = parallel.mesh_of(mesh)
     target = resolve.pick_device(device)
-    check_room(request.spec.name, request.compute.params, str(target), resolve.free_bytes(target))
+    check_room(request.spec.name, request.compute.params // over[1], str(target), resolve.free_bytes(target))
     say("measuring the speed of a training step ...")
-    net = build(request.spec, request.arguments, request.seed).to(target)
+    net = parallel.shard(build(request.spec, request.arguments, request.seed), over, target).to(target)
     measured = resolve.resolve(
         request.spec,
         net,
         request.spec.arguments(**request.arguments),
         batch=request.recipe.batch,
         device=target,
+        mesh=over,
         precision=precision,
         micro_batch=micro_batch,
         activation_bytes=activation_bytes(request.spec, **request.arguments),
@@ -53,15 +52,20 @@ def measure(
     return net, measured
 
 
-def make_engine(request: Request, run: Run, data: Examples, net: torch.nn.Module | None) -> TorchEngine:
-    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine changes it."""
+def make_engine(
+    request: Request, run: Run, data: Examples, net: torch.nn.Module | None, mesh: str | None = None
+) -> TorchEngine:
+    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine changes it.
+
+    mesh: of the processes of now; None: MODEL as the run was created.
+    """
     return TorchEngine(
         request.spec,
         build(request.spec, request.arguments, request.seed) if net is None else net,
         arguments=request.spec.arguments(**request.arguments),
         recipe=run.recipe,
         seed=run.seed,
-        resolved=run.resolved,
+        resolved=parallel.here(run.resolved, mesh, run.recipe.batch),
         data=data,
     )
 

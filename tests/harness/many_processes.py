@@ -1,0 +1,71 @@
+"""What each of several processes of one run does in the tests of them."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from harness import stages, training
+from harness.data.digits import load
+from harness.engines import join
+from harness.engines.torch import parallel
+from harness.planning import make_request
+from harness.runs import Resolved
+from harness.stages import Workshop
+
+NARROW = {"depth": 2, "width": 48, "heads": 4}
+RECIPE = {  # every item that changes the arithmetic of a step; clipping is always at work
+    "batch": "16", "learning_rate": "3e-4", "weight_decay": "1", "warmup_steps": "5", "clip_norm": "0.1",
+    "ema_decay": "0.99", "ema_ramp": "true", "label_dropout": "0.2", "flip": "true",
+}  # fmt: skip
+SAMPLES = 64
+
+
+def request(steps):
+    wanted = make_request(backbone="dit-xs-2", protocol="digits", steps=steps, settings=RECIPE, samples=SAMPLES)
+    return dataclasses.replace(wanted, arguments={**wanted.arguments, **NARROW})
+
+
+def run(folder, steps, mesh, team, created="1x1"):
+    """Train on `mesh` and draw samples; gradients are accumulated over four micro-batches by one process. Returns bytes
+    of weights, averages and moments that this process holds."""
+    wanted = request(steps)
+    shop = Workshop(wanted, load(), folder, lambda text: None, team, mesh=mesh)
+    if shop.run is None:
+        plain = {"device": "cpu", "device_name": "test", "precision": "float32", "threads": 1}
+        shop.create(Resolved(**plain, micro_batch=4, mesh=created))
+    held = []
+    engine_of = stages.workbench(shop.run.framework).make_engine
+
+    def kept(*arguments):
+        held[:] = [engine_of(*arguments)]
+        return held[0]
+
+    stages.workbench(shop.run.framework).make_engine = kept
+    try:
+        shop.train(steps)
+    finally:
+        stages.workbench(shop.run.framework).make_engine = engine_of
+    stages.draw(shop.run, wanted, steps, 5, precision="float32", batch=16, team=team)
+    if not held:
+        return 0
+    moments = [state[key] for state in held[0]._optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    return sum(parallel.own(each).numel() * 4 for each in [*held[0]._weights, *held[0]._ema, *moments])
+
+
+def main(folder, steps, meshes, environment):
+    """One process after its start: a run on each mesh, and what it holds in held-INDEX.txt."""
+    folder = Path(folder)
+    with (folder / f"output-{environment.get('RANK', 'alone')}.txt").open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    training.SHORTEST_SECONDS = training.CHECKPOINT_SHARE = 1e-9
+    training.LOST_SECONDS = 0.2
+    team = join("torch")
+    for mesh in meshes:
+        with team.locked(folder / mesh):
+            held = run(folder / mesh, steps, mesh, team)
+        (folder / mesh / f"held-{team.index}.txt").write_text(str(held))
