@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluators.division import Division
 from evaluators.features import FeatureExtractor, Features
 from evaluators.reference_file import STATISTICS, check_content, check_network, read_about
 from evaluators.statistics import Statistics, statistics
@@ -54,14 +55,24 @@ def check_images(images: np.ndarray, what: str) -> None:
         raise Refusal(f"{what} must be uint8 images (N, H, W, C) with C 1 or 3, got {images.dtype} {images.shape}")
 
 
-def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progress: Progress | None = None) -> Features:
+def extract(
+    images: np.ndarray,
+    extractor: FeatureExtractor,
+    stage: str,
+    progress: Progress | None = None,
+    division: Division | None = None,  # among processes, of which this one collects
+) -> Features:
     """Features of all images, reporting progress. Failure when a feature is not finite or the extractor breaks its
     contract."""
+    key = "" if division is None else cache_key(images_sha256(images), extractor.sha256)
     kept: dict[str, RowsInOrder] = {}
     if progress is not None:
         progress(stage, 0, len(images))
-    for start in range(0, len(images), IMAGES_PER_CALL):
-        seen = extractor(images[start : start + IMAGES_PER_CALL])
+    for call, start in enumerate(range(0, len(images), IMAGES_PER_CALL)):
+        if division is None or division.mine(call):
+            seen = extractor(images[start : start + IMAGES_PER_CALL])
+        else:
+            seen = division.take(key, call)
         give_back(images)
         count = min(IMAGES_PER_CALL, len(images) - start)
         if seen.pooled.shape != (count, extractor.dim):
@@ -83,6 +94,15 @@ def extract(images: np.ndarray, extractor: FeatureExtractor, stage: str, progres
     return Features(**{name: rows.done() for name, rows in kept.items()})
 
 
+def contribute(images: np.ndarray, extractor: FeatureExtractor, division: Division) -> None:
+    """Compute what `extract` of the same images in the collecting process leaves to this one."""
+    key = cache_key(images_sha256(images), extractor.sha256)
+    for call, start in enumerate(range(0, len(images), IMAGES_PER_CALL)):
+        if division.mine(call) and not division.has(key, call):
+            division.put(key, call, extractor(images[start : start + IMAGES_PER_CALL]))
+            give_back(images)
+
+
 def cache_key(images_sha256: str, features_sha256: str) -> str:
     """What is kept of these images as this network sees them is filed under this."""
     return hashlib.sha256(f"{CACHE_FORMAT} {images_sha256} {features_sha256}".encode()).hexdigest()
@@ -94,6 +114,7 @@ def build_reference(
     *,
     cache: Path | None = None,  # folder of feature files; None: nothing is read or written
     progress: Progress | None = None,
+    division: Division | None = None,  # among processes, of which this one collects
 ) -> Reference:
     """Features and statistics of uint8 (M, H, W, C), M >= 20. A cached file is used only if it is intact, else made
     again."""
@@ -101,13 +122,12 @@ def build_reference(
     if len(images) < MINIMUM_IMAGES:
         raise Refusal(f"a reference of {len(images)} images is too small: give {MINIMUM_IMAGES}, better thousands")
     digest = images_sha256(images)
-    key = cache_key(digest, extractor.sha256)
-    path = None if cache is None else Path(cache) / f"features-{key[:32]}.npz"
-    features = None if path is None else read_cache(path, key, len(images), extractor.dim)
+    features = cached(images, digest, extractor, cache)
     if features is None:
-        features = extract(images, extractor, "reference features", progress)
-        if path is not None:
-            _write_cache(path, key, features)
+        features = extract(images, extractor, "reference features", progress, division)
+        if cache is not None:
+            key = cache_key(digest, extractor.sha256)
+            _write_cache(_cache_path(cache, key), key, features)
     return Reference(
         images=images,
         features=features,
@@ -167,6 +187,16 @@ def _checksum(key: str, features: Features) -> str:
         if more is not None:
             digest.update(np.ascontiguousarray(more).tobytes())
     return digest.hexdigest()
+
+
+def cached(images: np.ndarray, digest: str, extractor: FeatureExtractor, cache: Path | None) -> Features | None:
+    """What the cache has of images with the hash `digest`; None: nothing, or nothing intact."""
+    key = cache_key(digest, extractor.sha256)
+    return None if cache is None else read_cache(_cache_path(cache, key), key, len(images), extractor.dim)
+
+
+def _cache_path(cache: Path, key: str) -> Path:
+    return Path(cache) / f"features-{key[:32]}.npz"
 
 
 def read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from evaluators.division import Division
     from evaluators.reference import Progress, Reference
 
 
@@ -245,6 +246,7 @@ def evaluate_samples(
     training: "np.ndarray | None" = None,  # images that may have been learnt by heart; None: the reference's
     progress: "Progress | None" = None,
     picture: "Path | None" = None,  # of the samples nearest to training images, written beside the numbers
+    division: "Division | None" = None,  # of extraction among processes, of which this one collects
 ) -> list[Measurement]:
     """Every metric of the suite for uint8 images (N, H, W, C), in the suite's order.
 
@@ -271,7 +273,7 @@ def evaluate_samples(
 
     evidence = Evidence(
         images=images,
-        features=extract(images, reference.extractor, "sample features", progress),
+        features=extract(images, reference.extractor, "sample features", progress, division),
         reference=reference,
         training=training,
         block=assign_blocks(len(images)),

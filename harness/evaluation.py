@@ -30,6 +30,7 @@ from harness.samples import read_sidecar, sidecar_path
 from results.records import Environment, Evaluation, Record, Sampling, Training
 
 if TYPE_CHECKING:
+    from evaluators.division import Division
     from evaluators.suites import Suite
 
 LIBRARIES = (
@@ -60,6 +61,7 @@ class Judge:
     device: str = "cpu"
     reference: ImageSource | None = None
     allow: tuple[str, ...] = ()
+    division: Division | None = None  # of extraction among processes; all but the first return no records
     picture: Path | None = None  # where the samples nearest to training images are drawn
     say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n")
 
@@ -159,6 +161,9 @@ def _measure(
     """Records of images that are held, by what is known `about` them."""
     suite = judge.suite
     suite.check_count(source.count)
+    if judge.division is not None and judge.division.index:
+        _contribute(source, data, cache, judge)
+        return []
     guard(source, data, protocol, judge, about)
     samples = source.array()
     from evaluators.reference import build_reference, with_statistics
@@ -169,10 +174,12 @@ def _measure(
         extractor = suite.features.load(judge.device, weights=judge.weights)
         if judge.statistics is not None:
             check_network(judge.statistics, extractor)
-        reference = build_reference(data.images, extractor, cache=cache, progress=progress)
+        reference = build_reference(data.images, extractor, cache=cache, progress=progress, division=judge.division)
         if judge.statistics is not None:
             reference = with_statistics(reference, judge.statistics)
-        measurements = evaluate_samples(samples, reference, suite, progress=progress, picture=judge.picture)
+        measurements = evaluate_samples(
+            samples, reference, suite, progress=progress, picture=judge.picture, division=judge.division
+        )
     for each in measurements:
         if each.remark:
             judge.say(f"warning ({each.metric}): {each.remark}")
@@ -203,6 +210,17 @@ def _measure(
         )
         for each in measurements
     ]
+
+
+def _contribute(source: ImageSource, data: ImageSet, cache: Path | None, judge: Judge) -> None:
+    """The part of extraction that another process collects."""
+    from evaluators.reference import cached, contribute, images_sha256
+
+    assert judge.division is not None
+    extractor = judge.suite.features.load(judge.device, weights=judge.weights)
+    if cached(data.images, images_sha256(data.images), extractor, cache) is None:
+        contribute(data.images, extractor, judge.division)
+    contribute(source.array(), extractor, judge.division)
 
 
 def samples_sha256(path: Path) -> str:

@@ -23,6 +23,7 @@ from harness.runs import Resolved, Run, RunSpec
 from results.records import Record
 from results.store import append, load
 
+PARTS = "parts"  # below the cache: features that one process of a team leaves for another
 CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
 
 if TYPE_CHECKING:
@@ -274,8 +275,10 @@ def judge(
     cache: Path,
     name: str | None = None,
     by: evaluation.Judge | None = None,  # None: the protocol's suite
+    team: Team = ALONE,  # among which extraction is divided; the leader has the records, the others none
 ) -> list[Record]:
     """Measure a sample set and append its records, or find them measured."""
+    from evaluators.division import Division
     from evaluators.reference import images_sha256
 
     by = by or evaluation.Judge.of(protocol)
@@ -283,10 +286,17 @@ def judge(
     brought = (
         by.weights is not None or by.statistics is not None or by.picture is not None
     )  # then it is known only when it is read, or has more to do
-    if not brought and (found := measured(records, about, protocol, by.suite, images_sha256(data.images))):
-        return found
+    found = None if brought else measured(records, about, protocol, by.suite, images_sha256(data.images))
+    if team.leaders(int(found is not None)):
+        return found or []
+    if team.size > 1:
+        by = dataclasses.replace(by, division=Division(index=team.index, size=team.size, folder=cache / PARTS))
     made = evaluation.evaluate(path, protocol, data, cache=cache, judge=by, name=name)
-    append(records, made)
+    if team.leads:
+        append(records, made)
+    team.wait("all is measured")
+    if team.leads and team.size > 1:
+        files.remove(cache / PARTS)  # of an evaluation that was killed
     return made
 
 

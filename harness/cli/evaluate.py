@@ -14,6 +14,7 @@ from evaluators.features import INCEPTION_BACKENDS
 from harness import runs, stages
 from harness.cli.options import DEFAULT_PROTOCOL, FOLDER, json_option, protocol_option
 from harness.data.images import ImageSet
+from harness.engines import join
 from harness.errors import Refusal
 from harness.evaluation import Judge
 from harness.image_sources import ImageSource, open_images
@@ -75,6 +76,7 @@ def command(
     """
     from evaluators.suites import get_suite
 
+    team = join("torch")
     path = samples / "samples.npz" if (samples / "samples.npz").is_file() else samples
     if not path.exists() and not any(sign in str(path) for sign in "*?["):
         raise Refusal(f"no sample set at {path}; `harness sample` makes one")
@@ -96,7 +98,10 @@ def command(
         images = stages.load_data(task, data)
     by = judge_of(get_suite(suite or task.suite), weights, backend, reference, device)
     by = dataclasses.replace(by, reference=source, allow=allow, picture=neighbours)
-    found = stages.judge(path, task, images, records, cache=cache, name=name, by=by)
+    with team.together():
+        found = stages.judge(path, task, images, records, cache=cache, name=name, by=by, team=team)
+    if not team.leads:
+        return
     if as_json:
         click.echo(json.dumps({"records": [json.loads(to_json(each)) for each in found]}, indent=2))
         return
@@ -140,7 +145,7 @@ def judge_of(suite: Any, weights: Path | None, backend: str, reference: Path | N
     elif device != "cpu":
         from harness.engines.torch.resolve import pick_device
 
-        pick_device(device)  # refuses one that is absent; the other backends do so themselves
+        device = str(pick_device(device))  # refuses one that is absent; the other backends do so themselves
     statistics = reference if reference is not None and reference.suffix == ".npz" and reference.is_file() else None
     if statistics is not None and not suite.takes_statistics(declared=read_about(statistics) is not None):
         statistics = None

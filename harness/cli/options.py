@@ -104,7 +104,8 @@ _run_options = (
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, tpu. [default: an accelerator if there is one]"),
     click.option(
         "--mesh", metavar="DATAxMODEL",
-        help="Of jax: devices along which the batch alone, and along which weights too are divided. [default: all x 1]",
+        help="Devices along which the batch alone, and along which weights too are divided; in torch processes, which "
+        "torchrun starts. [default: all x 1]",
     ),
     click.option("--gradient-checkpointing", is_flag=True, help="Less memory for one more forward pass."),
     click.option("--out", type=FOLDER, metavar="DIR", help="Folder of the run. [default: runs/NAME]"),

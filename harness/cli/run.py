@@ -85,11 +85,9 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
                         run, request, step, steps, precision=precision, batch=sampling_batch, decoder=decoder, team=team
                     )
                 )
-            if by is None or (team.size > 1 and step != marks[-1]):
-                continue  # nobody waits for the leader to measure
-            while drawn and team.leads:
+            while drawn and by is not None:
                 cache = run.folder.parent / stages.CACHE
-                stages.judge(drawn.pop(0), request.protocol, images, run.records, cache=cache, by=by)
+                stages.judge(drawn.pop(0), request.protocol, images, run.records, cache=cache, by=by, team=team)
     for path in drawn if team.leads and by is None else ():
         click.echo(f"samples: {path}; measure them with: {judge_command(request.protocol, path.parent)}")
     if team.leads and reports and by is not None:

@@ -7,7 +7,7 @@ the nodes of a cluster do. Training is one computation over all their devices; s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from harness import runs
@@ -33,6 +33,10 @@ class Team:
     def most(self, value: int) -> int:
         """The largest of all processes' values, in every process."""
         return value
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around what all processes do."""
+        return nullcontext()
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:

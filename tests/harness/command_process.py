@@ -20,9 +20,9 @@ PRELOAD = [
 ]
 
 
-def start(words, folder, shortest_seconds, environment=None, output="output.txt"):
+def start(words, folder, shortest_seconds):
     """The process of `harness WORDS`, started in `folder`; checkpoints come `shortest_seconds` apart."""
-    return started(_main, [*map(str, words)], str(folder), shortest_seconds, environment or {}, output)
+    return started(_main, [*map(str, words)], str(folder), shortest_seconds)
 
 
 def started(function, *arguments):
@@ -33,10 +33,9 @@ def started(function, *arguments):
     return process
 
 
-def _main(words, folder, shortest_seconds, environment, output):
+def _main(words, folder, shortest_seconds):
     os.chdir(folder)
-    os.environ.update(environment)
-    with Path(output).open("a") as file:
+    with Path("output.txt").open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import torch

@@ -4,13 +4,17 @@ import dataclasses
 import os
 from pathlib import Path
 
+import tiny_suite
 import torch
 
+from evaluators import reference
 from harness import stages, training
 from harness.data.digits import load
 from harness.engines import join
 from harness.engines.torch import parallel
+from harness.evaluation import Judge
 from harness.planning import make_request
+from harness.protocols import get_protocol
 from harness.runs import Resolved
 from harness.stages import Workshop
 
@@ -54,8 +58,19 @@ def run(folder, steps, mesh, team, created="1x1"):
     return sum(parallel.own(each).numel() * 4 for each in [*held[0]._weights, *held[0]._ema, *moments])
 
 
+def measured(folder, out, team):
+    """Metrics of the samples of the run in `folder`, with features extracted ten images a call."""
+    reference.IMAGES_PER_CALL = 10
+    suite = tiny_suite.made("tiny", metrics=("fd", "precision"))
+    suite = dataclasses.replace(suite, metrics=tuple(dataclasses.replace(each, minimum=20) for each in suite.metrics))
+    (path,) = folder.glob("samples/*/samples.npz")
+    task = get_protocol("digits")
+    by = Judge(suite=suite, say=lambda text: None)
+    return stages.judge(path, task, load(), out / "records.jsonl", cache=out / "cache", by=by, team=team)
+
+
 def main(folder, steps, meshes, environment):
-    """One process after its start: a run on each mesh, and what it holds in held-INDEX.txt."""
+    """One process after its start: a run on each mesh, and what it holds in held-INDEX.txt. A checkpoint every 0.2 s."""
     folder = Path(folder)
     with (folder / f"output-{environment.get('RANK', 'alone')}.txt").open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -65,7 +80,13 @@ def main(folder, steps, meshes, environment):
     training.SHORTEST_SECONDS = training.CHECKPOINT_SHARE = 1e-9
     training.LOST_SECONDS = 0.2
     team = join("torch")
+    with team.together():
+        work(folder, steps, meshes, team)
+
+
+def work(folder, steps, meshes, team):
     for mesh in meshes:
-        with team.locked(folder / mesh):
-            held = run(folder / mesh, steps, mesh, team)
+        held = run(folder / mesh, steps, mesh, team)
         (folder / mesh / f"held-{team.index}.txt").write_text(str(held))
+    measured(folder / meshes[0], folder, team)
+    (folder / f"seen-{team.index}.txt").write_text(str(tiny_suite.Projection.seen))

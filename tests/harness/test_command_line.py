@@ -67,7 +67,7 @@ def test_list_json_is_one_document():
         (["run", "--backbone", "dit-xs-2", "--steps", "many"], "'many' is not a count"),
         (["run", "--backbone", "dit-xs-2", "--set", "lr=1"], "unknown recipe item 'lr'"),
         (["run", "--backbone", "dit-xs-2", "--set", "learning_rate"], "NAME=VALUE"),
-        (["run", "--backbone", "dit-xs-2", "--mesh", "2x1"], "--mesh belongs to --framework jax"),
+        (["run", "--backbone", "dit-xs-2", "--mesh", "2x1"], "--mesh 2x1 takes 2 processes, and 1 work here"),
         (["run", "--backbone", "dit-xs-2", "--cfg", "0.5"], "below 1"),
         (["run", "--backbone", "dit-xs-2", "--sampling-steps", "2000"], "more than the 1000 steps"),
         (["run", "--backbone", "dit-xs-2", "--samples", "50"], "needs at least 100"),

@@ -2,14 +2,21 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
 
 import many_processes
 import numpy as np
+import psutil
 import pytest
 from command_process import start, started
 
+from harness.engines.processes import Rank, launched, rank_of
+from harness.engines.team import ALONE
+from harness.errors import Refusal
 from harness.samples import read_samples
+from results.store import load
 
 MINUTE = 60
 
@@ -23,18 +30,22 @@ def environments(count):
     return [{**told, "RANK": str(number)} for number in range(count)]
 
 
-def ended(processes, seconds=300):
+def ended(processes, seconds=5 * MINUTE):
     """Their exit codes."""
     for process in processes:
         process.join(seconds)
     return [process.exitcode for process in processes]
 
 
-def work(folder, count, steps, meshes):
+def begin(folder, count, steps, meshes):
+    """Processes that train and sample on each mesh."""
     folder.mkdir(parents=True, exist_ok=True)
     told = environments(count) if count > 1 else [{}]
-    processes = [started(many_processes.main, str(folder), steps, meshes, each) for each in told]
-    assert ended(processes) == [0] * count, "\n".join(path.read_text() for path in folder.glob("output-*"))
+    return [started(many_processes.main, str(folder), steps, meshes, each) for each in told]
+
+
+def complete(processes, folder):
+    assert ended(processes) == [0] * len(processes), "\n".join(path.read_text() for path in folder.glob("output-*"))
 
 
 def losses(folder):
@@ -46,98 +57,155 @@ def losses(folder):
 def assert_same_run(one, other):
     """Losses within 1e-5, of images less than 1 % of the pixels another and by one grey level."""
     np.testing.assert_allclose(losses(other), losses(one), rtol=1e-5)
-    first, second = (read_samples(next(each.glob("samples/*/samples.npz"))).images.astype(int) for each in (one, other))
+    first, second = (read_samples(samples(each)).images.astype(int) for each in (one, other))
     apart = np.abs(first - second)
     assert len(first) == many_processes.SAMPLES and first.std() > 10
     assert apart.max() <= 1 and (apart > 0).mean() < 0.01
+
+
+def samples(folder):
+    (path,) = folder.glob("samples/*/samples.npz")
+    return path
 
 
 def held(folder, count):
     return [int((folder / f"held-{index}.txt").read_text()) for index in range(count)]
 
 
+STEPS = 100
+BOTH = ("2x1", "1x2")  # weights on every process, and divided
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run of one process: 100 steps, 64 samples."""
-    folder = tmp_path_factory.mktemp("alone")
-    work(folder, 1, 100, ["1x1"])
-    return folder / "1x1"
+def two(tmp_path_factory):
+    """The runs of two processes, undisturbed."""
+    folder = tmp_path_factory.mktemp("two")
+    complete(begin(folder, 2, STEPS, BOTH), folder)
+    return folder
 
 
-def test_two_processes_make_the_run_of_one(alone, tmp_path):
-    """Over 100 steps with accumulation, clipping and the average's ramp; weights divided or not."""
-    work(tmp_path, 2, 100, ["2x1", "1x2"])
-    assert len(np.unique(losses(alone))) == 200
-    (whole,) = held(alone, 1)
-    for mesh in ("2x1", "1x2"):
-        assert_same_run(alone, tmp_path / mesh)
-    assert held(tmp_path / "2x1", 2) == [whole, whole]
-    parts = held(tmp_path / "1x2", 2)
+def test_two_processes_make_the_run_of_one(two, tmp_path):
+    """Over 100 steps with accumulation, clipping and the average's ramp; and weights are really divided."""
+    complete(begin(tmp_path, 1, STEPS, ["1x1"]), tmp_path)
+    assert len(np.unique(losses(tmp_path / "1x1"))) == 2 * STEPS
+    for mesh in BOTH:
+        assert_same_run(tmp_path / "1x1", two / mesh)
+    (whole,) = held(tmp_path / "1x1", 1)
+    assert held(two / "2x1", 2) == [whole, whole]
+    parts = held(two / "1x2", 2)
     assert sum(parts) == whole and max(parts) < 0.55 * whole
 
 
-TRAIN = [
-    "train",
-    "--backbone",
-    "dit-xs-4",
-    "--set",
-    "batch=4",
-    "--precision",
-    "float32",
-    "--micro-batch",
-    "1",
-    "--out",
-    "run",
-]
-STEPS = 40
+def test_metrics_of_features_that_two_processes_extracted(two, tmp_path):
+    """The numbers of one process to the last bit; each extracts half, and nothing is left lying about."""
+    found = load([two / "records.jsonl"]).records
+    expected = many_processes.measured(two / "2x1", tmp_path, ALONE)
+    assert len(found) == len(expected) == 2
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.metric, mine.value, mine.low, mine.high) == (theirs.metric, theirs.value, theirs.low, theirs.high)
+    seen = [int((two / f"seen-{index}.txt").read_text()) for index in range(2)]
+    assert sum(seen) == 1797 + many_processes.SAMPLES and abs(seen[0] - seen[1]) <= 20
+    assert [path.name[:8] for path in (two / "cache").iterdir()] == ["features"]
 
 
-def by_hand(folder, words, count=2):
-    """Processes of `harness WORDS`, each with an output of its own; a checkpoint every 0.2 s."""
-    folder.mkdir(parents=True, exist_ok=True)
-    told = enumerate(environments(count))
-    return [start(words, folder, 0.2, each, f"output-{number}.txt") for number, each in told]
+def test_a_killed_process_ends_the_other_and_the_same_command_continues(two, tmp_path):
+    """To the bytes of a run that nobody disturbed. Neither's death is told by anybody but the watch."""
+
+    def kill(mesh, victim):
+        """Begin, and kill one of them after the first checkpoint on `mesh`."""
+        for path in tmp_path.glob("output-*"):
+            path.unlink()
+        processes, until = begin(tmp_path, 2, STEPS, BOTH), time.monotonic() + 5 * MINUTE
+        while not list(tmp_path.glob(f"{mesh}/checkpoints/step-*[0-9]/state.json")):
+            processes[0].join(0.02)
+            assert processes[0].exitcode is None and time.monotonic() < until, said(0)
+        processes[victim].kill()
+        killed, other = time.monotonic(), 1 - victim
+        assert ended([processes[other]], MINUTE) == [1] and time.monotonic() - killed < MINUTE
+        (line,) = [each for each in said(other).splitlines() if each.startswith("harness:")]
+        assert f"process {victim} of 2 is gone" in line and line.endswith("continues from the last checkpoint")
+        assert "Traceback" not in said(other) and not (tmp_path / mesh / "snapshots").exists()
+
+    def said(index):
+        return (tmp_path / f"output-{index}.txt").read_text()
+
+    kill("2x1", 1)
+    kill("1x2", 0)
+    complete(begin(tmp_path, 2, STEPS, BOTH), tmp_path)
+    for mesh in BOTH:
+        for name in ("log.jsonl", f"snapshots/step-{STEPS:08d}/ema.safetensors"):
+            assert (tmp_path / mesh / name).read_bytes() == (two / mesh / name).read_bytes(), (mesh, name)
+        assert samples(tmp_path / mesh).read_bytes() == samples(two / mesh).read_bytes()
 
 
-def said(folder, index):
-    return (folder / f"output-{index}.txt").read_text()
+def test_the_command_line_under_torchrun(tmp_path):
+    """One is killed: torchrun starts them again, and they continue to the losses of one process."""
+    words = ["train", "--backbone", "dit-xs-4", "--steps", "30", "--precision", "float32", "--micro-batch", "2"]
+    words += ["--set", "batch=4", "--set", "learning_rate=1e-4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "-m"]
+    with (tmp_path / "output.txt").open("w") as file:
+        torchrun = subprocess.Popen(
+            [*launch, "harness", *words, "--out", "run"], cwd=tmp_path, stdout=file, stderr=file
+        )
+        try:
+            until = time.monotonic() + 3 * MINUTE
+            while not (tmp_path / "run/log.jsonl").exists():
+                assert torchrun.poll() is None and time.monotonic() < until, (tmp_path / "output.txt").read_text()
+                time.sleep(0.02)
+            victim = psutil.Process(torchrun.pid).children()[1]
+            assert "harness" in victim.cmdline() and victim.environ()["RANK"] == "1"
+            victim.kill()
+            assert torchrun.wait(5 * MINUTE) == 0, (tmp_path / "output.txt").read_text()
+        finally:
+            torchrun.terminate()
+    said = (tmp_path / "output.txt").read_text()
+    assert said.count("process 1 of 2 is gone") == 1 and "Traceback" not in said
+    assert said.count("trained to step 30") == 1  # one of them speaks
+    resolved = json.loads((tmp_path / "run/run.json").read_text())["resolved"]
+    assert (resolved["mesh"], resolved["device"], resolved["micro_batch"]) == ("2x1", "cpu", 2)
+
+    one = tmp_path / "one"
+    one.mkdir()
+    process = start([*words, "--out", "run"], one, 0.2)
+    assert ended([process]) == [0], (one / "output.txt").read_text()
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one / "run"), rtol=1e-5)
 
 
-def train(folder, mesh):
-    return [*TRAIN, "--steps", STEPS, "--mesh", mesh]
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "2345"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS_PER_NODE": "4",
+    "MASTER_ADDR": "n0",
+}
 
 
-def wait_for_checkpoint(folder, process):
-    until = time.monotonic() + 5 * MINUTE
-    while not list(folder.glob("run/checkpoints/step-*[0-9]/state.json")):
-        process.join(0.02)
-        assert process.exitcode is None and time.monotonic() < until, said(folder, 0)
+def test_who_a_process_is():
+    assert rank_of(BY_HAND) == Rank(index=1, size=2, local=1, beside=2, address="127.0.0.1", port=2345)
+    torchrun = {**BY_HAND, "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    assert rank_of(torchrun) == Rank(index=9, size=16, local=1, beside=8, address="127.0.0.1", port=2345)
+    assert rank_of({**torchrun, **SLURM}).index == 9  # torchrun within a job of SLURM's
+    assert rank_of(SLURM) == Rank(index=5, size=8, local=1, beside=4, address="n0", port=29500)
+    assert launched(BY_HAND) and launched(SLURM)
+    for alone in ({}, {"WORLD_SIZE": "1"}, {"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, {"MASTER_ADDR": "n0"}):
+        assert not launched(alone)
 
 
-def log(folder):
-    return (folder / "run/log.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize(("mesh", "victim"), [("2x1", 1), ("1x2", 0)])
-def test_a_killed_process_ends_the_others_and_the_same_command_continues(mesh, victim, tmp_path):
-    """To the bytes of a run that nobody disturbed."""
-    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
-    assert ended(by_hand(undisturbed, train(undisturbed, mesh))) == [0, 0], said(undisturbed, 0) + said(undisturbed, 1)
-    assert len(log(undisturbed).splitlines()) == STEPS
-
-    processes = by_hand(folder, train(folder, mesh))
-    wait_for_checkpoint(folder, processes[0])
-    processes[victim].kill()
-    began, other = time.monotonic(), 1 - victim
-    assert ended([processes[other]], MINUTE) == [1]
-    assert time.monotonic() - began < MINUTE
-    (line,) = [each for each in said(folder, other).splitlines() if each.startswith("harness:")]
-    assert f"process {victim} of 2 is gone" in line and "the same command continues from the last checkpoint" in line
-    assert "Traceback" not in said(folder, other) and not (folder / "run/snapshots").exists()
-
-    assert ended(by_hand(folder, train(folder, mesh))) == [0, 0], said(folder, 0) + said(folder, 1)
-    assert "continues from the checkpoint of step" in said(folder, 0)
-    assert log(folder) == log(undisturbed)
-    (mine,), (theirs,) = (list(each.glob("run/snapshots/*/ema.safetensors")) for each in (folder, undisturbed))
-    assert mine.read_bytes() == theirs.read_bytes()
-    assert said(folder, 1).count("trained to step") == 0  # one of them speaks
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"RANK": None}, "WORLD_SIZE=2 asks for several processes, and RANK is not set; start them with torchrun"),
+        ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_ADDR and MASTER_PORT are not set"),
+        ({"RANK": "2"}, "RANK=2 should be a whole number from 0 to 1"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two should be 1 or more"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+    ],
+)
+def test_badly_set_variables_are_refused_in_one_line(changes, words):
+    told = {name: value for name, value in {**BY_HAND, **changes}.items() if value is not None}
+    assert launched(told)
+    with pytest.raises(Refusal) as refused:
+        rank_of(told)
+    assert words in str(refused.value) and len(str(refused.value).splitlines()) == 1

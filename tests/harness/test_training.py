@@ -275,10 +275,16 @@ def test_checkpoints_are_due_by_cost_and_by_loss(whole):
 
 
 def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
-    """However long a process takes: one that stopped alone would leave the others waiting for it."""
+    """However long a process takes: one that stopped alone would leave the others waiting for it. The leader says when;
+    whoever is told to stop, all do."""
+    told = {"stop": 0}
 
     class Two(Team):
-        size = 2
+        size, index = 2, 1
+
+        def most(self, value):
+            assert value in (0, training.STOP)  # steps and checkpoints are the leader's matter
+            return max(value, 2 * 4 + 1 + told["stop"])  # the leader: again in 4 steps, and a checkpoint
 
     class Counted:
         terms, read = {"mse": 1.0}, 0
@@ -296,13 +302,38 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
             keeper = training._Keeper(whole.run, engine, log, 0, 0.0, cost=0.0, team=team)
             keeper._drained -= 1
             at = []
-            for step in range(1, 2 * training.AGREE_STEPS + 1):
+            for step in range(1, 11):
                 before = engine.read
                 keeper.stepped()
                 at += [step] * (engine.read - before)
+                stop, due = keeper.decide(False)
+                assert not stop and due == (name == "two" and step in (1, 5, 9))
             found[name].append(at)
     assert found["one"][0] and not found["one"][1]
-    assert found["two"] == [[training.AGREE_STEPS, 2 * training.AGREE_STEPS]] * 2
+    assert found["two"] == [[1, 5, 9]] * 2
+    for interrupted in (False, True):
+        keeper = training._Keeper(whole.run, Counted(), io.StringIO(), 0, 0.0, cost=0.0, team=Two())
+        told["stop"] = 0 if interrupted else training.STOP
+        keeper.stepped()
+        assert keeper.decide(interrupted)[0]
+
+
+def test_a_leader_asks_sooner_where_steps_are_long(whole, monkeypatch):
+    """So that Ctrl-C is heard within seconds."""
+
+    class Leader(Team):
+        size = 2
+
+        def most(self, value):
+            return value
+
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    for seconds, apart in ((0.001, training.AGREE_STEPS), (0.5, 4), (60.0, 1)):
+        keeper = training._Keeper(whole.run, None, io.StringIO(), 0, 0.0, cost=0.0, team=Leader())
+        keeper.done, now[0] = 1, now[0] + seconds
+        keeper.decide(False)
+        assert keeper._apart == apart
 
 
 def test_items_that_came_later_change_no_identity_at_their_default(whole, tmp_path):

@@ -167,7 +167,8 @@ def _meet(rank: Rank) -> dist.Store:
     wait = timedelta(seconds=JOIN_SECONDS)
     store, _, _ = next(dist.rendezvous("env://", rank=rank.index, world_size=rank.size, timeout=wait))
     store.set_timeout(wait)
-    store = dist.PrefixStore("harness", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store remembers what was said before
+    store = dist.PrefixStore(f"harness/{attempt}", store)
     store.set(f"here/{rank.index}", "")
     for other in range(rank.size):
         try:
