@@ -102,6 +102,8 @@ class TorchTeam(Team):
             progress.silence()
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        if torch.cuda.is_available() and rank.local < torch.cuda.device_count():
+            torch.cuda.set_device(rank.local)  # what "cuda" means from here on
         try:
             store = _meet(rank)
             if self.leads:
