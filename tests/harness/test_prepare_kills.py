@@ -1,5 +1,6 @@
 """`harness data prepare` killed with -9 at random moments: nothing is lost, nothing repeated, the same bytes at the end."""
 
+import errno
 import json
 import os
 import random
@@ -10,9 +11,12 @@ import time
 import pytest
 from command_process import start
 from fake_imagenet import as_parquet, make_tree
+from PIL import Image
 
 from harness.data import imagenet, prepared
+from harness.data.prepare import prepare
 from harness.data.verify import verify
+from harness.errors import Failure
 
 
 def content(folder):
@@ -77,6 +81,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kind):
         for path in list(place.iterdir()):
             for copy in "bcd":
                 os.link(path, place / f"{path.stem}{copy}.JPEG")
+    for path in sorted(source.rglob("*b.JPEG"))[::40]:  # what is told of single files must survive as well
+        with Image.open(path) as image:
+            picture = image.convert("CMYK")
+        path.unlink()
+        picture.save(path, "JPEG")
     if kind == "parquet":
         source = as_parquet(source, tmp_path / "hub", 500, 100)
     words = ["data", "prepare", "mine", "--from", source, "--out", "out", "--resolution", "64"]
@@ -86,7 +95,33 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kind):
     print(kind, seconds, counts)
     assert content(tmp_path / "killed" / "out") == content(tmp_path / "whole" / "out")
     assert not list((tmp_path / "killed").glob("*.partial"))
+    assert any("CMYK" in note for note in prepared.read_meta(tmp_path / "killed" / "out").notes)
     assert verify(tmp_path / "killed" / "out").holds
+
+
+def test_a_full_disk_is_a_failure_in_one_line_and_the_command_continues(tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    make_tree(tree, 10, 60)
+
+    def made(name, say=lambda text: None):
+        return prepare("mine", tree, tmp_path / name, resolution=16, say=say).meta
+
+    write, left = os.pwrite, [300]
+
+    def full(*words):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*words)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(Failure, match="the disk is full") as caught:
+        made("out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    said = []
+    meta = made("out", said.append)
+    assert "continues after 256 of 600 images" in said and meta.sha256 == made("same").sha256
 
 
 @pytest.mark.slow
