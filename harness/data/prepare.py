@@ -86,8 +86,12 @@ def prepare(
             say(f"continues after {job.done:,} of {len(listing.labels):,} images")
         for note in listing.notes:
             say(f"note: {note}")
-        job.read(threads, say)
-        job.hash_chunks(threads)
+        try:
+            job.read(threads, say)
+            job.hash_chunks(threads)
+        except KeyboardInterrupt:
+            say(f"stopped after {job.done:,} of {len(listing.labels):,} images; the same command continues")
+            raise
         meta = job.finish()
     return Prepared(out, meta, True)
 

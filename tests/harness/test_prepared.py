@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,6 +142,41 @@ def test_a_plan_names_the_command_that_is_missing(tmp_path):
     assert "is data set 'mine'" in refused(lambda: registry.datasets.get("imagenet").load(tmp_path / "other"))
     edit(tmp_path / "real" / "meta.json", classes=["a", "b", "c"])
     assert "contradicts its own hash" in lacks("imagenet-256", tmp_path / "real")
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from harness import stages
+from harness.planning import make_request, missing
+request = make_request(backbone="dit-xs-2", protocol="tiny.toml", steps=1, data=Path("set"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert missing(request) == []
+data = stages.training_data(request.protocol, request.data)
+stages.check_labels(data, 3)
+print(stages.run_spec(request, data).dataset_sha256)
+batch = data.images[np.arange(0, len(data), len(data) // 256)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_set_larger_than_memory_is_begun_at_once(tmp_path):
+    """5 GB of images, of which the disk holds none: whatever read them all would take long and be seen."""
+    meta, _, labels = make(tmp_path / "set")
+    shape, step = (400_000, 64, 64, 3), prepared.CHUNK_IMAGES
+    meta = dataclasses.replace(meta, shape=shape, chunks=meta.chunks[:1] * -(-shape[0] // step))
+    with (tmp_path / "set" / "images.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + int(np.prod(shape)))
+    np.save(tmp_path / "set" / "labels.npy", np.resize(labels, shape[0]))
+    meta.write(tmp_path / "set")
+    (tmp_path / "tiny.toml").write_text(PROTOCOL.replace(" = 8", " = 64"))
+    done = subprocess.run([sys.executable, "-c", LARGE], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    sha256, kilobytes = done.stdout.split()
+    assert sha256 == meta.sha256
+    assert int(kilobytes) < 300_000
 
 
 @pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
