@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping
 
+from backbones.autoencoders.spec import KNOWN
 from harness import registry
 from harness.errors import Refusal
 from harness.files import sha256_json
@@ -37,7 +38,7 @@ def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | N
     """
     if record.provenance == "published":
         made = _published(record)
-    elif record.sampling is not None and record.sampling.settings_hash is not None:
+    elif record.sampling is not None and record.sampling.settings_hash is not None and not _is_of_a_run(record):
         made = _system(record)
     elif record.training is not None and record.training.steps is not None and record.sampling is not None:
         made = _run(record, recipes or {})
@@ -46,6 +47,12 @@ def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | N
     if not all(command.isprintable() for command in made.commands):
         return Reproduction(notes=("A name in this record holds control characters, so no command is given.",))
     return made
+
+
+def _is_of_a_run(record: Record) -> bool:
+    """Rather than of a system, whose records do not say how the arithmetic of each part's training was."""
+    training = record.training
+    return training is not None and (training.micro_batch is not None or training.precision is not None)
 
 
 def _run(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
@@ -74,12 +81,13 @@ def _run(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reprodu
             if drawn is not None and drawn != ours:
                 text = f"It was sampled with {name} {drawn}, which protocol {task.name} fixes to {ours}"
                 return Reproduction(notes=(f"{text}: a protocol file of your own can have it.",))
+    if sampling.decoder is not None:
+        words += ["--decoder", _decoder_word(sampling.decoder)]
     words += _data_words(record)
     if record.backbone not in registry.backbones:
         notes.append(f"Backbone {record.backbone!r} is not installed here: it needs the plug-in that brings it.")
-    judged_alike = task is not None and record.evaluation is not None and record.evaluation.suite == task.suite
-    if judged_alike and record.system == record.backbone and not _weights_words(record):
-        return Reproduction(commands=(shlex.join(words),), notes=tuple(notes))
+    if _judges_alike(record, task) and record.system == record.backbone:
+        return Reproduction(commands=(shlex.join([*words, *_judge_words(record)]),), notes=tuple(notes))
     name = f"step{training.steps}-{sampling.sampler}{sampling.steps}-*/samples.npz"
     return Reproduction(
         commands=(shlex.join([*words, "--out", OUT]), _evaluate(record, f"{OUT}/samples/{_glob(name)}", named=False)),
@@ -195,7 +203,7 @@ def _published(record: Record) -> Reproduction:
     trainable = training is not None and training.steps is not None and record.backbone in registry.backbones
     if not commands and not notes and trainable:
         task, _ = _task(record)
-        if task is not None:
+        if _judges_alike(record, task):
             words = ["harness", "run", "--backbone", record.backbone, "--protocol", task.name]
             words += ["--steps", str(training.steps)]
             for name in ("batch", "learning_rate", "ema_decay"):
@@ -204,10 +212,10 @@ def _published(record: Record) -> Reproduction:
                     words += ["--set", f"{name}={_setting(value)}"]
             drawn = sampling is not None and sampling.steps is not None
             words += _sampling_words(record, task) if drawn else ["--samples", str(record.n)]
-            at = f"{OUT}/samples/{_glob(f'step{training.steps}-*/samples.npz')}"
-            commands = (shlex.join([*words, "--out", OUT]), _evaluate(record, at, named=False))
+            decoder = ["--decoder", _decoder_word(sampling.decoder)] if drawn and sampling.decoder else []
+            commands = (shlex.join([*words, *decoder, *_data_words(record), *_judge_words(record)]),)
     if commands:
-        notes = ("These would measure the same thing:",)
+        notes = ("The same would be measured by:",)
     return Reproduction(commands=commands, notes=(printed, *notes))
 
 
@@ -217,13 +225,21 @@ def _evaluate(record: Record, samples: str, *, named: bool) -> str:
     if named:
         task, _ = _task(record)
         words += ["--protocol", _protocol_word(record, task), *_data_words(record)]
-    words += ["--suite", _suite_word(record), *_weights_words(record)]
-    reference = _reference(record)
-    if reference:
-        words += ["--reference", reference]
+    words += ["--suite", _suite_word(record), *_judge_words(record)]
     if named or record.system not in (record.backbone, None) and record.system not in registry.systems:
         words += ["--name", record.system]
     return f"harness evaluate {samples} {shlex.join(words)}"
+
+
+def _judges_alike(record: Record, task: Protocol | None) -> bool:
+    """Whether `harness run` itself measures what the record says."""
+    return task is not None and record.evaluation is not None and record.evaluation.suite == task.suite
+
+
+def _judge_words(record: Record) -> list[str]:
+    """The files that the suite needs."""
+    reference = _reference(record)
+    return [*_weights_words(record), *(["--reference", reference] if reference else [])]
 
 
 def _suite_word(record: Record) -> str:
@@ -251,6 +267,12 @@ def _reference(record: Record) -> str:
 
     known = FILES.get(f"{record.dataset}-{record.resolution}")
     return known.file if known is not None and _weights_words(record) else ""
+
+
+def _decoder_word(name: str) -> str:
+    """What --decoder takes for the decoder that records call so."""
+    short = next((short for short, known in KNOWN.items() if known.record_name == name), None)
+    return short or "DECODER_FOLDER"
 
 
 def _data_words(record: Record) -> list[str]:

@@ -166,6 +166,7 @@ def test_a_system_is_sampled_and_evaluated():
         _request("harness run --backbone dit-xs-2 --steps 9 --sampling-steps 5"),
         system="digits-cascade",
         backbone="adm-xs+adm-u-xs",
+        training=Training(steps=9, recipe_hash="ab" * 32, checkpoint_sha256="cd" * 32),
         sampling=Sampling(
             sampler="ddpm",
             steps=20,
@@ -185,6 +186,18 @@ def test_a_system_is_sampled_and_evaluated():
     _, options = _parsed(evaluate)
     assert str(options["samples"]) == "runs/systems/digits-cascade-n1000-*/samples.npz" and options["name"] is None
     assert reproduction(dataclasses.replace(record, system="mine")).commands == ()
+
+
+def test_a_run_in_latents_names_its_decoder_and_what_judges_it():
+    before = _request("harness run --backbone dit-b-4 --protocol imagenet-256 --steps 9 --sampling-steps 5 --seed 4")
+    record = _record(before, metric="fid")
+    for name, word in (("sd-vae-ft-mse", "ft-mse"), ("vae-123456789abc", "DECODER_FOLDER")):
+        drawn = dataclasses.replace(record.sampling, decoder=name, decoder_gflops=1.0, settings_hash="bb" * 32)
+        (command,) = reproduction(dataclasses.replace(record, sampling=drawn)).commands
+        _, options = _parsed(command)
+        assert options["decoder"] == word and str(options["data"]) == "DATA_FOLDER"
+        assert options["reference"].name == "VIRTUAL_imagenet256_labeled.npz" and options["weights"] is not None
+        assert dataclasses.replace(_request(command), data=None) == before
 
 
 def test_samples_from_elsewhere_are_evaluated_under_their_name():
@@ -221,11 +234,14 @@ def test_every_published_number_has_its_source_and_commands_that_parse():
         if name == "sample":
             assert options["system"] == system and options["samples"] == n
         if name == "run":
-            assert options["samples"] == n and options["protocol"].startswith("imagenet-")
+            assert options["samples"] == n and options["protocol"].startswith("imagenet-") and options["data"]
+            assert request_of(options).recipe.steps == 400_000
         if name == "evaluate":
-            assert options["suite"] == "adm" and options["reference"].name.startswith("VIRTUAL_imagenet")
+            assert options["suite"] == "adm"
+        if name != "sample":
+            assert options["reference"].name.startswith("VIRTUAL_imagenet") and options["weights"] is not None
     assert {"dit-xl-2-256-cfg1.5", "adm-g-256", "ldm-4", "biggan-deep-512"} <= kinds["sample"]
-    assert "dit-s-8-256" in kinds["run"] and kinds["evaluate"] == kinds["sample"] | kinds["run"]
+    assert "dit-s-8-256" in kinds["run"] and kinds["evaluate"] == kinds["sample"]
     cdm = next(record for record in paper.records() if record.system == "cdm-256")
     assert reproduction(cdm).commands == () and "cannot be run" in reproduction(cdm).notes[1]
     made_up = dataclasses.replace(cdm, system="x", source=Source(table="T", row="r", column="c"))
