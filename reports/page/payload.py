@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reports.columns import count_text, guidance_text, measured_text, metric_order, metric_title
 from reports.commands import reproduction
-from reports.sections import Section, Table, note_mark
+from reports.sections import Line, Section, Table, note_mark
 from results import paper
 from results.records import Record
 
@@ -27,7 +27,7 @@ def table_data(table: Table) -> dict[str, object]:
 
 
 def _section_data(section: Section) -> dict[str, object]:
-    lines = section.lines[:MOST_ROWS]
+    lines = _kept(section.lines)
     used = sorted({index for line in lines for index in line.notes})
     return {
         "heading": section.heading,
@@ -49,6 +49,16 @@ def _section_data(section: Section) -> dict[str, object]:
         "origin": section.origin,
         "left_out": len(section.lines) - len(lines),
     }
+
+
+def _kept(lines: Sequence[Line]) -> list[Line]:
+    """At most MOST_ROWS: what is published or marked as best first, then rows evenly spread over the others."""
+    chosen = [at for at, line in enumerate(lines) if line.published or any(line.marks)][:MOST_ROWS]
+    room = MOST_ROWS - len(chosen)
+    others = sorted(set(range(len(lines))) - set(chosen))
+    if len(others) > room:
+        others = [others[step * len(others) // room] for step in range(room)]
+    return [lines[at] for at in sorted([*chosen, *others])]
 
 
 def shown_records(records: Iterable[Record], wanted: Sequence[str], most: int) -> tuple[list[Record], int]:

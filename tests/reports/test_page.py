@@ -452,6 +452,9 @@ def test_rows_and_records_beyond_the_caps_are_counted(browser, folder, shown, mo
     path.write_bytes(content)
     page = browser.page(path)
     assert len(_rows(page, "table-digits")) == 5 and len(_rows(page, "records")) == 12
+    assert {"dit-xs-2", "unet-small"} <= {
+        name.strip("abc,") for name in _rows(page, "table-digits", 0)
+    }  # not the first 5
     left = len(table.sections[0].lines) - 5
     text = page.run("document.querySelector('main').innerText")
     assert f"{left} rows are left out here; table-digits.csv has all of them" in text
