@@ -64,6 +64,17 @@ def give_back(array: np.ndarray) -> None:
         pages.madvise(mmap.MADV_DONTNEED)
 
 
+def ask_for(array: np.ndarray, starts: np.ndarray, size: int) -> None:
+    """Let the system read parts of a map at once, `size` bytes from each of `starts` (bytes from the array's first); they
+    are read one after the other else, as they are touched. Of other arrays: nothing."""
+    pages = getattr(array, "_mmap", None)
+    if isinstance(pages, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+        first = array.offset % mmap.ALLOCATIONGRANULARITY  # of the array in its map
+        for start in (starts + first).tolist():
+            begin = start - start % mmap.PAGESIZE
+            pages.madvise(mmap.MADV_WILLNEED, begin, start - begin + size)
+
+
 def chosen_rows(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """A copy of the rows (n, ...) of array (N, ...) that are marked in chosen, bool (N,).
 

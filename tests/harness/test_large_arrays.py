@@ -1,14 +1,16 @@
 """Rows in a nameless file are the rows that were added; pages are given back and come again."""
 
+import mmap
 import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from harness import large_arrays
-from harness.large_arrays import RowsInOrder, chosen_rows, give_back, give_back_freed
+from harness.large_arrays import RowsInOrder, ask_for, chosen_rows, give_back, give_back_freed
 
 
 def full(*_):
@@ -72,3 +74,23 @@ def test_what_was_freed_is_given_back():
     if on_glibc:
         assert before - held_in_no_file() > 50e6
     assert (last == 1).all()
+
+
+def test_parts_of_a_map_are_asked_for_by_their_pages(tmp_path):
+    asked = []
+
+    class Map(mmap.mmap):
+        def madvise(self, *words):
+            asked.append(words)
+            super().madvise(*words)
+
+    page = mmap.PAGESIZE
+    with Map(-1, 16 * page) as pages:
+        ask_for(SimpleNamespace(_mmap=pages, offset=128), np.array([0, 5 * page - 100, 12 * page - 128]), 300)
+    assert {words[0] for words in asked} == {mmap.MADV_WILLNEED}
+    assert [words[1:] for words in asked] == [(0, 428), (5 * page, 328), (12 * page, 300)]
+    ask_for(np.zeros(3), np.array([0]), 8)  # no map: nothing to ask
+    np.arange(3 * page, dtype=np.uint8).tofile(tmp_path / "bytes")
+    real = np.memmap(tmp_path / "bytes", np.uint8, "r", offset=100)
+    ask_for(real, np.array([7, 2 * page]), 50)
+    np.testing.assert_array_equal(real[7:57], np.arange(107, 157, dtype=np.uint8))
