@@ -1,6 +1,6 @@
 """The command that reproduces a record, or the sentence that says what is wanting for one.
 
-Names in capitals that end in _FILE or _FOLDER stand for what the reader has to bring.
+Names in capitals that end in _FILE or _FOLDER stand for what the reader has to bring; a note says so.
 """
 
 import dataclasses
@@ -23,10 +23,12 @@ ORIGIN = "arXiv:2212.09748"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """commands: for a shell, to be given one after the other; empty where there is none. notes: whole sentences."""
+    """commands: for a shell, to be given one after the other; empty where there is none. notes: whole sentences to be
+    said before them. brought: the sentence on what the reader has to name in them, "" where that is nothing."""
 
     commands: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    brought: str = ""
 
 
 def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | None = None) -> Reproduction:
@@ -46,6 +48,14 @@ def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | N
         made = _samples(record)
     if not all(command.isprintable() for command in made.commands):
         return Reproduction(notes=("A name in this record holds control characters, so no command is given.",))
+    brought = sorted(
+        {word for command in made.commands for word in re.findall(r"\b[A-Z_0-9]+_(?:FILE|FOLDER)\b", command)}
+    )
+    if brought:
+        is_cache = "DATA_FOLDER" in brought and record.sampling is not None and record.sampling.decoder is not None
+        made_by = " (DATA_FOLDER: latents, made by `harness data latents`)" if is_cache else ""
+        text = f"In place of {', '.join(brought)} name what you have{made_by}."
+        made = dataclasses.replace(made, brought=text)
     return made
 
 
@@ -188,7 +198,7 @@ def _samples(record: Record) -> Reproduction:
     """`harness evaluate` of samples from elsewhere."""
     digest = record.sampling.samples_sha256 if record.sampling else None
     which = f"the samples with sha256 {digest[:12]}" if digest else "the samples, whose hash the record does not name"
-    note = f"The record does not say how its samples were made: SAMPLES_FILE stands for {which}."
+    note = f"The record does not say how its samples were made. SAMPLES_FILE: {which}."
     if record.evaluation is None:
         return Reproduction(notes=("The record says neither how its samples were made nor who judged them.",))
     return Reproduction(commands=(_evaluate(record, "SAMPLES_FILE", named=True),), notes=(note,))
@@ -283,7 +293,7 @@ def _data_words(record: Record) -> list[str]:
 def _task(record: Record) -> tuple[Protocol | None, list[str]]:
     """The protocol, None where it is not built in, and what is to be said of it."""
     if record.protocol not in registry.protocols:
-        return None, [f"Protocol {record.protocol!r} is not built in: PROTOCOL_FILE.toml stands for its file."]
+        return None, [f"Protocol {record.protocol!r} is not built in."]
     task, version = registry.protocols.get(record.protocol), record.protocol_version
     if version not in (None, str(task.version)):
         return task, [f"Measured under version {version} of protocol {task.name}; here is version {task.version}."]

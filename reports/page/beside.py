@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.errors import Failure, Refusal
 from harness.files import sha256_json
 from harness.runs import open_run
-from reports.columns import count_text, guidance_text
+from reports.columns import count_text, guidance_text, metric_order
 from reports.render import one_line
 from results.records import Record
 
@@ -71,6 +71,8 @@ def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> lis
     for record in records:
         if record.sampling is not None and record.sampling.samples_sha256 is not None:
             by_samples.setdefault(record.sampling.samples_sha256, []).append(record)
+    for members in by_samples.values():
+        members.sort(key=lambda record: metric_order(record.metric))
     pictures = set()
     for folder in {path.parent for path in record_files}:
         pictures.update(folder.glob(f"samples/*/{GRID}"))

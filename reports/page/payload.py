@@ -124,7 +124,7 @@ def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], poo
         "guidance": guidance_text(record),
         "own": _own_fields(record),
         "groups": _groups(record, pool),
-        "again": pool.number(again, lambda: {"commands": list(again.commands), "notes": list(again.notes)}),
+        "again": pool.number(again, lambda: dataclasses.asdict(again)),
     }
 
 

@@ -17,7 +17,7 @@ function showRecords(ids) {
   panel.replaceChildren(
     el("button", { type: "button", class: "close", "aria-label": "Close", onclick: closePanel }, "\u00d7"),
     ...(records.length === 1 ? recordParts(records[0]) : [
-      el("h2", {}, `${records.length} records behind this point`),
+      el("h2", {}, `${records.length} records`),
       el("ul", { class: "choice" }, ...records.map((record) =>
         el("li", {}, el("button", { type: "button", class: "value", onclick: () => showRecords([record.id]) }, line(record))))),
     ]));
@@ -50,6 +50,7 @@ function recordParts(record) {
     el("h3", {}, record.published ? "Where it is from" : "How to measure it again"),
     ...again.notes.map((text) => el("p", {}, text)),
     ...again.commands.map(commandOf),
+    again.brought ? el("p", { class: "note" }, again.brought) : "",
     ...[["record", record.own], ...record.groups.map((number) => POOL[number])].flatMap(([heading, pairs]) => [
       el("h3", {}, heading[0].toUpperCase() + heading.slice(1)),
       el("dl", {}, ...pairs.flatMap(([name, text]) => [el("dt", {}, name.replaceAll("_", " ")), el("dd", {}, text)])),

@@ -193,9 +193,15 @@ def test_a_run_in_latents_names_its_decoder_and_what_judges_it():
     record = _record(before, metric="fid")
     for name, word in (("sd-vae-ft-mse", "ft-mse"), ("vae-123456789abc", "DECODER_FOLDER")):
         drawn = dataclasses.replace(record.sampling, decoder=name, decoder_gflops=1.0, settings_hash="bb" * 32)
-        (command,) = reproduction(dataclasses.replace(record, sampling=drawn)).commands
+        again = reproduction(dataclasses.replace(record, sampling=drawn))
+        (command,), note = again.commands, again.brought
         _, options = _parsed(command)
         assert options["decoder"] == word and str(options["data"]) == "DATA_FOLDER"
+        assert (
+            "DATA_FOLDER" in note
+            and "harness data latents" in note
+            and ("DECODER_FOLDER" in note) == (word != "ft-mse")
+        )
         assert options["reference"].name == "VIRTUAL_imagenet256_labeled.npz" and options["weights"] is not None
         assert dataclasses.replace(_request(command), data=None) == before
 
