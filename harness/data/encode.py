@@ -46,10 +46,13 @@ def open_images(source: str) -> Source:
         return Source(data=prepared.load(path), crop=prepared.read_meta(path).crop, place=str(path.resolve()))
     if path.suffix == ".npz" and path.is_file():
         return Source(data=npz.load(path), crop=None, place=str(path.resolve()))
-    if not path.exists() and source in registry.datasets:
+    if not path.exists() and source in registry.datasets and not registry.datasets.get(source).needs_folder:
         return Source(data=registry.datasets.get(source).load(None), crop=None, place=source)
-    what = "is neither a prepared data set nor an .npz" if path.exists() else "is no such folder, nor a data set"
-    raise Refusal(f"{source} {what}; prepare images first: harness data prepare NAME --from PATH --out DIR")
+    what = (
+        "is neither a prepared data set nor an .npz" if path.exists() else "is no folder, and no data set without one"
+    )
+    name = source if source in registry.datasets else "NAME"
+    raise Refusal(f"{source} {what}; give the folder that `harness data prepare {name} --from PATH --out DIR` makes")
 
 
 def make_cache(

@@ -289,7 +289,10 @@ def test_the_command_takes_an_npz_and_says_what_it_made(folder, tmp_path):
     assert facts["written"] is True and facts["shape"] == [40, 2, 2, 4, 2, 2]
     again = CliRunner().invoke(group, words)
     assert again.exit_code == 0 and "is there already, the same latents" in again.stdout
-    for bad, says in ((str(tmp_path), "is neither a prepared data set nor an .npz"), ("imagenot", "is no such folder")):
+    for bad, says in (
+        (str(tmp_path), "is neither a prepared data set nor an .npz; give the folder that `harness data prepare NAME"),
+        ("imagenot", "is no folder, and no data set without one"),
+        ("imagenet", "give the folder that `harness data prepare imagenet --from PATH --out DIR` makes"),
+    ):
         done = CliRunner().invoke(group, ["data", "latents", bad, "--vae", str(folder), "--out", str(tmp_path / "x")])
         assert isinstance(done.exception, Refusal) and says in str(done.exception)
-        assert "harness data prepare" in str(done.exception)
