@@ -20,13 +20,14 @@ Say = Callable[[str], object]
 LOGGERS = {
     # name: (library, which is the extra's name, too; "module:attribute" of (Run, steps done) -> Logger)
     "tensorboard": ("tensorboard", "harness.loggers.tensorboard:TensorBoard"),
+    "wandb": ("wandb", "harness.loggers.weights_and_biases:WeightsAndBiases"),
 }
 
 
 class Logger(Protocol):
     """One place. Steps come in order; after a kill, again from the one behind the last checkpoint."""
 
-    empty: bool  # whether it knows nothing of the run yet
+    empty: bool  # whether it wants the steps that are done, too
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Values of a step, by name: "train/loss", "train/mse" and so on."""
@@ -56,7 +57,7 @@ class Loggers:
             with self._guarded(name):
                 logger = load_attribute(LOGGERS[name][1], f"logger {name!r}")(run, done)
                 self._open[name] = logger
-                if logger.empty:  # asked for late: the steps before are in the log
+                if logger.empty:  # the steps before are in the log
                     for step, row in _logged(run, done):
                         logger.write(step, self._values(row))
 
