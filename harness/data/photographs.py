@@ -74,6 +74,6 @@ def center_crop(image: Image, size: int) -> Image:
 def _note(image: Image, name: str) -> str | None:
     if image.mode not in PLAIN_MODES:
         return f"{image.mode} {image.format} converted to RGB"
-    if image.format != "JPEG" and name.lower().endswith((".jpg", ".jpeg")):
+    if image.format not in ("JPEG", "MPO") and name.lower().endswith((".jpg", ".jpeg")):
         return f"{image.format} under the name of a JPEG"
     return None

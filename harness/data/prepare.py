@@ -30,11 +30,12 @@ import numpy as np
 from harness import files
 from harness.data import prepared
 from harness.data.photographs import CROP, Broken, Photograph, decode
-from harness.data.prepared import CHUNK_IMAGES, Meta, chunk_count
+from harness.data.prepared import CHUNK_IMAGES, Meta, chunk_count, chunk_sizes
 from harness.data.sources import Listing, ToRead, open_listing
 from harness.errors import Refusal
 from harness.image_sources import shown
 from harness.progress import Bar
+from harness.protocols import check_name
 
 JOURNAL = "journal.jsonl"
 CHANNELS = 3
@@ -62,26 +63,30 @@ def prepare(
     dataset: its name; of "imagenet" the classes are checked. threads: that decode; None: one a core. Refusal for a source
     that cannot be used, with every damaged image named, for a folder that holds something else, and for a disk that is
     too small. Killed, the same call continues; a whole one is left as it is."""
+    check_name("data set", dataset)
     listing = open_listing(source, dataset)
     threads = threads or usable_cores()
     job = _Job(dataset=dataset, listing=listing, resolution=resolution, out=out)
     if job.is_there():
         return Prepared(out, job.found(), False)
+    need, free = (
+        job.needed_bytes(),
+        shutil.disk_usage(next(each for each in out.absolute().parents if each.is_dir())).free,
+    )
+    size = f"{need / 1e9:,.1f} GB" if need >= 1e8 else f"{need / 1e6:,.1f} MB"
+    count = f"{len(listing.labels):,} images in {len(listing.classes):,} classes"
+    say(
+        f"{dataset}: {count} from {listing.kind}, to {resolution}x{resolution}; {size} more, {free / 1e9:,.1f} GB are free"
+    )
+    if need > free:
+        raise Refusal(
+            f"{out} needs {size} more, and {free / 1e9:,.1f} GB are free there; free some, or name another --out"
+        )
     with _claimed(job.partial), files.explained(job.partial):
         if job.is_there():  # made by another process since
             job.partial.rmdir()
             return Prepared(out, job.found(), False)
         job.resume()
-        need, free = job.needed_bytes(), shutil.disk_usage(job.partial).free
-        size = f"{need / 1e9:,.1f} GB" if need >= 1e8 else f"{need / 1e6:,.1f} MB"
-        count = f"{len(listing.labels):,} images in {len(listing.classes):,} classes"
-        say(
-            f"{dataset}: {count} from {listing.kind}, to {resolution}x{resolution}; {size} more, {free / 1e9:,.1f} GB are free"
-        )
-        if need > free:
-            raise Refusal(
-                f"{out} needs {size} more, and {free / 1e9:,.1f} GB are free there; free some, or name another --out"
-            )
         if job.done:
             say(f"continues after {job.done:,} of {len(listing.labels):,} images")
         for note in listing.notes:
@@ -218,7 +223,8 @@ class _Job:
 
     def needed_bytes(self) -> int:
         """What the disk must still have room for."""
-        taken = (self.partial / prepared.IMAGES).stat().st_blocks * 512
+        there = self.partial / prepared.IMAGES
+        taken = there.stat().st_blocks * 512 if there.exists() else 0
         return max(0, int(np.prod(self.shape, dtype=np.int64)) - taken) + 8 * self.shape[0] + SPARE_BYTES
 
     def read(self, threads: int, say: Say) -> None:
@@ -238,14 +244,15 @@ class _Job:
 
     def hash_chunks(self, threads: int) -> None:
         """Hash the chunks that were filled from several units."""
-        missing = [each for each in range(chunk_count(self.shape[0])) if each not in self.chunks]
+        sizes = chunk_sizes(self.shape[0])
+        missing = [each for each in range(len(sizes)) if each not in self.chunks]
         if not missing:
             return
         images, start = self.partial / prepared.IMAGES, len(self.images_start())
         with (
             (self.partial / JOURNAL).open("ab") as journal,
             ThreadPoolExecutor(threads) as pool,
-            Bar("hash", self.shape[0], "images", self.shape[0] - len(missing) * CHUNK_IMAGES) as bar,
+            Bar("hash", self.shape[0], "images", self.shape[0] - sum(sizes[each] for each in missing)) as bar,
         ):
             hashes = pool.map(
                 lambda each: prepared.stored_chunk_sha256(images, start, self.shape, each, self.listing.labels), missing
@@ -254,7 +261,7 @@ class _Job:
                 self.chunks[chunk] = sha256
                 journal.write(json.dumps({"chunk": chunk, "sha256": sha256}).encode() + b"\n")
                 journal.flush()
-                bar.advance(CHUNK_IMAGES)
+                bar.advance(sizes[chunk])
 
     def finish(self) -> Meta:
         """Write what is known only now, and give the folder its name."""

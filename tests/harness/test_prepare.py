@@ -380,7 +380,8 @@ def test_nothing_is_overwritten_and_nothing_repeated(tree, tmp_path, monkeypatch
     assert content(tmp_path / "empty") == content(tmp_path / "out") == before
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 500_000))
     text = refused(lambda: made(tree, tmp_path / "large", resolution=256))
-    assert "needs 0.1 GB more" in text.replace("119.0 MB", "0.1 GB") and "0.0 GB are free" in text
+    assert "needs 0.1 GB more, and 0.0 GB are free there" in text and not list(tmp_path.glob("large*"))
+    assert "data set ''" in str(run("", *words[1:]).exception)
 
 
 def test_a_partial_folder_of_another_job_is_left_alone(tree, tmp_path):
