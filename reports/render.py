@@ -18,6 +18,7 @@ _LATEX = {character: f"\\{character}" for character in "{}$&#%_"} | {
     "]": "{]}",
     "\u2193": r"$\downarrow$",
     "\u2191": r"$\uparrow$",
+    "\u00b1": r"$\pm$",
 }
 _MARKDOWN_ESCAPES, _LATEX_ESCAPES = str.maketrans(_MARKDOWN), str.maketrans(_LATEX)
 

@@ -16,6 +16,7 @@ from reports.page.writer import NAME, write_page
 from reports.render import to_csv, to_latex, to_markdown
 from reports.sections import Table
 from reports.tables import paper_tables, protocol_table
+from reports.verdicts import verdict_table
 from results import paper
 from results.records import Record
 from results.store import Problem, collector_paused, find_record_files, load
@@ -93,6 +94,8 @@ def _tables(records: Sequence[Record], protocols: Sequence[str]) -> tuple[list[T
     """The tables, and their files by name."""
     tables = paper_tables(records)
     tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]
+    verdicts = verdict_table([record for record in records if record.protocol in protocols])
+    tables += [verdicts] if verdicts is not None else []
     renderers = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex), ("html", to_html_page))
     return tables, {
         f"{table.name}.{ending}": render(table).encode("utf-8") for table in tables for ending, render in renderers

@@ -7,6 +7,7 @@ are sample sets of one checkpoint (sampling seeds) and checkpoints of one experi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from statistics import fmean, variance
 
 from harness.errors import Refusal
 from results import student
-from results.records import Record, comparable_key
+from results.records import Record, Sampling, Training, comparable_key
 
 CONFIDENCE = 0.975  # two-sided 95 %
 SEEDS_RULE = (
@@ -44,16 +45,18 @@ class Group:
 
     checkpoints: tuple[tuple[Record, ...], ...]
 
-    @property
+    @functools.cached_property
     def records(self) -> tuple[Record, ...]:
         return tuple(record for each in self.checkpoints for record in each)
 
-    @property
+    @functools.cached_property
     def means(self) -> list[float]:
         """Of each checkpoint over its sampling seeds."""
-        return [fmean(record.value for record in each) for each in self.checkpoints]
+        return [
+            each[0].value if len(each) == 1 else fmean(record.value for record in each) for each in self.checkpoints
+        ]
 
-    @property
+    @functools.cached_property
     def value(self) -> float:
         return fmean(self.means)
 
@@ -112,11 +115,11 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     left, right = _cells(a, "A"), _cells(b, "B")
     common = sorted(set(left) & set(right), key=lambda cell: (_rank(cell[0]), str(cell)))
     if common:
-        return [_verdict(cell[0], cell[2], left[cell], right[cell]) for cell in common]
+        return [judge(cell[0], cell[2], left[cell], right[cell]) for cell in common]
     pairs = _one_way_each(left, right, by_steps=True) or _one_way_each(left, right, by_steps=False)
     if not pairs:
         raise Refusal(f"A and B have no measurement that may be compared: {_why(left, right)}")
-    return [_verdict(metric, text, x, y) for metric, text, x, y in pairs]
+    return [judge(metric, text, x, y) for metric, text, x, y in pairs]
 
 
 def within_noise(a: Record, b: Record) -> bool | None:
@@ -174,7 +177,7 @@ def _cells(records: Iterable[Record], side: str) -> dict[tuple, Group]:
     cells: dict[tuple, dict[str, Record]] = {}
     for record in records:
         mode = record.evaluation.mode if record.evaluation else None
-        cell = (record.metric, mode, _sampling(record), comparable_key(record))
+        cell = (record.metric, mode, sampling_text(record), comparable_key(record))
         cells.setdefault(cell, {})[record.id] = record
     return {cell: _group(list(found.values()), side) for cell, found in cells.items()}
 
@@ -183,7 +186,7 @@ def _group(records: list[Record], side: str) -> Group:
     """By checkpoint; refused where records differ in more than seeds."""
     first = records[0]
     for other in records[1:]:
-        if _experiment(first) == _experiment(other):
+        if experiment(first) == experiment(other):
             continue
         steps = [each.training.steps if each.training else None for each in (first, other)]
         if steps[0] != steps[1]:
@@ -192,39 +195,64 @@ def _group(records: list[Record], side: str) -> Group:
             what, remedy = f"{first.system} and {other.system}", "name one run, or one record file"
             for name, values in differing(first, other).items():
                 what = f"{name} {values[0]} and {values[1]}"
-        raise Refusal(f"{side} holds two results for {first.metric} at {_sampling(first)} ({what}); {remedy}")
-    checkpoints: dict[tuple, list[Record]] = {}
-    for record in records:
-        training = record.training
-        checkpoint = (training.seed, training.checkpoint_sha256) if training else (None, None)
-        checkpoints.setdefault(checkpoint, []).append(record)
+        raise Refusal(f"{side} holds two results for {first.metric} at {sampling_text(first)} ({what}); {remedy}")
+    checkpoints = _by_checkpoint(records)
     seeds = [record.sampling.seed if record.sampling else None for found in checkpoints.values() for record in found]
     pairs = list(zip((key for key, found in checkpoints.items() for _ in found), seeds, strict=True))
     if len(set(pairs)) != len(pairs):
         raise Refusal(
-            f"{side} holds two results for {first.metric} at {_sampling(first)} with the same seeds; name one run, or "
+            f"{side} holds two results for {first.metric} at {sampling_text(first)} with the same seeds; name one run, or "
             "one record file"
         )
+    return _as_group(checkpoints)
+
+
+def group_of(records: Iterable[Record]) -> Group:
+    """The records of one experiment; of what was measured twice with the same seeds, the first by id is taken."""
+    seeds: dict[tuple, Record] = {}
+    for record in sorted(records, key=lambda record: record.id):
+        seeds.setdefault((_checkpoint(record), record.sampling.seed if record.sampling else None), record)
+    return _as_group(_by_checkpoint(seeds.values()))
+
+
+def _by_checkpoint(records: Iterable[Record]) -> dict[tuple, list[Record]]:
+    checkpoints: dict[tuple, list[Record]] = {}
+    for record in records:
+        checkpoints.setdefault(_checkpoint(record), []).append(record)
+    return checkpoints
+
+
+def _checkpoint(record: Record) -> tuple:
+    return (record.training.seed, record.training.checkpoint_sha256) if record.training else (None, None)
+
+
+def _as_group(checkpoints: dict[tuple, list[Record]]) -> Group:
     ordered = sorted(checkpoints.items(), key=lambda item: str(item[0]))
     return Group(checkpoints=tuple(tuple(found) for _, found in ordered))
 
 
-def _experiment(record: Record) -> tuple:
+def experiment(record: Record) -> tuple:
     """What records of one group agree in: everything but seeds, values, and what follows from seeds."""
-    training = record.training and dataclasses.replace(record.training, seed=None, checkpoint_sha256=None)
-    sampling = record.sampling and dataclasses.replace(record.sampling, seed=None, samples_sha256=None, batch=None)
     return (
         record.system,
         record.backbone,
         record.framework,
         record.protocol,
         record.protocol_version,
-        training,
-        sampling,
+        record.training and _without_seeds(record.training),
+        record.sampling and _without_seeds(record.sampling),
     )
 
 
-def _sampling(record: Record) -> str:
+@functools.lru_cache(maxsize=100_000)
+def _without_seeds(part: Training | Sampling) -> str:
+    if isinstance(part, Training):
+        return dataclasses.replace(part, seed=None, checkpoint_sha256=None).canonical
+    return dataclasses.replace(part, seed=None, samples_sha256=None, batch=None).canonical
+
+
+def sampling_text(record: Record) -> str:
+    """How the images were drawn: what both sides of a comparison agree in."""
     drawn = record.sampling
     if drawn is None or drawn.sampler is None:
         return "samples as given"
@@ -238,7 +266,8 @@ def _sampling(record: Record) -> str:
     return ", ".join(words)
 
 
-def _verdict(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
+def judge(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
+    """The verdict on two groups of one metric, by the rule of training seeds where both have several."""
     difference = a.value - b.value
     better = difference < 0 if metric in LOWER_IS_BETTER else difference > 0
 

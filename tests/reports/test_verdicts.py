@@ -1,0 +1,122 @@
+"""Who wins at the same training compute: which rivals meet, by which rule, and what the table says of it."""
+
+import csv
+import dataclasses
+import io
+
+import pytest
+
+from reports.render import to_csv, to_latex, to_markdown
+from reports.tables import protocol_file_name
+from reports.verdicts import MOST_LINES, verdict_table
+from results.compare import compare
+from results.matched import matches
+from results.records import Sampling, Source, Training
+
+
+@pytest.fixture
+def trained(record):
+    def make(system, gflops, value, *, metric="fd", seed=0, half=0.5, **changes):
+        training = Training(steps=800, gflops=gflops, seed=seed)
+        return record(metric, value, half=half, system=system, training=training, **changes)
+
+    return make
+
+
+def _pairs(records):
+    """(own, rival, verdict) of each match."""
+    (found,) = matches(records)
+    return [
+        (match.own.records[0].system, match.rival.records[0].system, match.verdict().verdict) for match in found.matches
+    ]
+
+
+def test_rivals_are_those_of_the_same_compute(trained):
+    records = [trained("a", 100.0, 12.0), trained("b", 102.0, 15.0), trained("c", 102.1, 9.0), trained("d", 200.0, 1.0)]
+    # b is within 2 % of a and of c; c is not within 2 % of a; nobody is near d
+    assert _pairs(records) == [("a", "b", "win"), ("c", "b", "win")]  # b's own line would say the second again
+    (found,) = matches(records)
+    assert (found.experiments, found.alone) == (4, 1)
+
+
+def test_each_meets_the_best_of_the_others(trained):
+    records = [trained(name, 100.0, value) for name, value in (("a", 12.0), ("b", 12.5), ("c", 15.0))]
+    assert _pairs(records) == [("a", "b", "tie"), ("c", "a", "loss")]
+    higher = [trained(name, 100.0, value, metric="precision", half=0.01) for name, value in (("a", 0.5), ("b", 0.7))]
+    assert _pairs(higher) == [("b", "a", "win")]
+
+
+def test_the_rule_is_that_of_compare(trained):
+    sides = {"a": (12.0, 12.4, 11.9), "b": (12.6, 13.1, 12.7)}
+    records = [
+        trained(name, 100.0, value, seed=seed) for name, values in sides.items() for seed, value in enumerate(values)
+    ]
+    (found,) = matches(records)
+    (match,) = found.matches
+    (expected,) = compare([r for r in records if r.system == "a"], [r for r in records if r.system == "b"])
+    verdict = match.verdict()
+    assert (verdict.verdict, verdict.scope, verdict.noise, verdict.degrees, verdict.difference) == (
+        expected.verdict, expected.scope, expected.noise, expected.degrees, expected.difference,
+    )  # fmt: skip
+    assert expected.scope == "training seeds" and expected.verdict == "win"
+
+
+def test_only_what_may_be_compared_meets(trained):
+    for changes in (
+        {"n": 500},
+        {"sampling": Sampling(sampler="ddim", steps=25)},
+        {"sampling": Sampling(sampler="ddpm", steps=50)},
+        {"sampling": Sampling(sampler="ddpm", steps=25, guidance_scale=1.5, guidance_channels="all")},
+    ):
+        assert verdict_table([trained("a", 100.0, 12.0), trained("b", 100.0, 15.0, **changes)]) is None
+    unknown = [trained(name, 100.0, value, metric="my_metric") for name, value in (("a", 1.0), ("b", 2.0))]
+    assert verdict_table(unknown) is None  # nobody knows which way is better
+    without = [dataclasses.replace(each, training=None) for each in unknown]
+    assert verdict_table(without) is None
+    printed = Source(table="t", row="r", column="c")
+    published = [trained(name, 100.0, 12.0, provenance="published", source=printed) for name in ("a", "b")]
+    assert verdict_table(published) is None
+
+
+def test_the_table_says_by_how_much_and_by_which_rule(trained):
+    longer = dataclasses.replace(trained("b", 101.0, 20.0), framework="jax")
+    records = [trained("a", 100.0, 12.0), longer, trained("a", 300.0, 9.0)]
+    table = verdict_table(records)
+    (section,) = table.sections
+    (line,) = section.lines
+    cells = dict(zip(section.columns, line.cells, strict=True))
+    assert (cells["System"], cells["Best rival"]) == ("a (800 steps, seed 0)", "b (800 steps, seed 0)")
+    assert (cells["Difference"], cells["Verdict"], cells["If trained again"]) == ("-8 \u00b1 0.71", "win", "win")
+    assert cells["Value"] == "12.0 [11.5, 12.5]" and cells["Rival differs in"] == "framework jax (here torch)"
+    assert "within 2 % of its own" in section.remarks[0] and "1 of 3 trained experiments" in section.remarks[1]
+    (row,) = csv.DictReader(io.StringIO(to_csv(table)))
+    assert (row["verdict"], float(row["difference"]), row["records"]) == ("win", -8.0, records[0].id)
+    assert r"-8 $\pm$ 0.71" in to_latex(table) and "| win |" in to_markdown(table)
+
+
+def test_without_intervals_nothing_is_claimed(trained):
+    table = verdict_table([trained("a", 100.0, 12.0, half=None), trained("b", 100.0, 15.0, half=None)])
+    assert [line.cells[8] for line in table.sections[0].lines] == ["unknown"]
+
+
+def test_what_was_measured_twice_counts_once(trained):
+    twice = trained("a", 100.0, 12.3, sampling=Sampling(sampler="ddpm", steps=25, batch=7))
+    once = trained("a", 100.0, 12.0, sampling=Sampling(sampler="ddpm", steps=25, batch=8))
+    rival = trained("b", 100.0, 15.0, sampling=Sampling(sampler="ddpm", steps=25))
+    for records in ([twice, once, rival], [rival, once, twice]):
+        ((match,),) = [each.matches for each in matches(records)]
+        assert [record.id for record in match.own.records] == [min(twice.id, once.id)]
+
+
+def test_of_very_many_lines_the_rest_is_counted(trained):
+    records = [trained(f"s{index}", 100.0, 10.0 + index) for index in range(MOST_LINES + 11)]
+    records += [trained(f"s{index}", 100.0, 10.0 + index, metric="kid") for index in range(2)]
+    (section,) = verdict_table(records).sections
+    assert len(section.lines) == MOST_LINES
+    assert "and 1 further metrics and ways of sampling are left out" in section.remarks[-1]
+    (section,) = verdict_table(records[-2:]).sections
+    assert len(section.lines) == 1 and "left out" not in " ".join(section.remarks)
+
+
+def test_no_protocol_takes_its_name():
+    assert protocol_file_name("verdicts") == "table-protocol-verdicts"
