@@ -10,6 +10,8 @@ from harness.errors import Refusal
 from harness.runs import build_arguments
 from reports import figures_frontier, figures_gflops, figures_loss, figures_samples, figures_sampling, figures_training
 from reports.charts import Figure
+from reports.figures_study import studies
+from reports.points import pool_of
 from results import paper
 from results.records import Record
 
@@ -22,19 +24,21 @@ def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Fi
     every = tuple(records)
     measured = [record for record in every if record.provenance == "measured"]
     published = [record for record in every if record.provenance == "published"]
+    pool = pool_of(measured)
+    found = studies(pool, published)
     made = [
-        figures_gflops.compute_efficiency(measured, published),
-        figures_training.conditioning_blocks(measured, published),
-        figures_training.size_and_patch(measured, published),
+        figures_gflops.compute_efficiency(found, pool, published),
+        figures_training.conditioning_blocks(found),
+        figures_training.size_and_patch(found),
         figures_samples.same_noise(folders, measured),
-        figures_gflops.correlation_with_gflops(measured, published),
-        figures_training.training_compute(measured, published),
-        figures_sampling.sampling_compute(measured, published),
-        figures_training.other_metrics(measured, published),
+        figures_gflops.correlation_with_gflops(found),
+        figures_training.training_compute(found),
+        figures_sampling.sampling_compute(pool, published),
+        figures_training.other_metrics(pool, published),
         figures_loss.training_loss(folders, measured),
-        figures_gflops.scaling_law(measured, published, unseen_dits),
-        figures_frontier.pareto(measured, published),
-        figures_frontier.best_size(measured, published),
+        figures_gflops.scaling_law(found, unseen_dits),
+        figures_frontier.pareto(pool, published),
+        figures_frontier.best_size(found),
     ]
     return tuple(figure for figure in made if figure is not None)
 

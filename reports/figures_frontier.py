@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
 from reports.columns import count_text, guidance_text
-from reports.figures_study import name_of, places_of, steps_of, studies, training_gflops
+from reports.figures_study import Study, name_of, places_of, steps_of, training_gflops
 from reports.fits import between, frontier
 from reports.points import (
+    Pool,
     bars_note,
     better,
     comparable_groups,
@@ -25,12 +26,12 @@ BUDGETS = 5
 NOT_RECORDED = "measured time and energy are not in the records"
 
 
-def pareto(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def pareto(pool: Pool, published: Sequence[Record]) -> Figure | None:
     """`pareto`: every result against what its training and one image of it cost, and those that nobody beats in both."""
     panels: list[Panel] = []
     rows: list[dict] = []
     printed = [record for record in published if record.metric == "fid" and record.source.table != "Section 5.2"]
-    groups, more = comparable_groups(measured, printed)
+    groups, more = comparable_groups(pool.quality, printed)
     for group in groups:
         records = quality(group.records)
         if not records:
@@ -151,11 +152,11 @@ def _per_image(record: Record) -> float | None:
     return (record.sampling.gflops_per_image or None) if record.sampling else None
 
 
-def best_size(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def best_size(made: Sequence[Study]) -> Figure | None:
     """`budget`: at several training budgets, quality against Gflops a forward pass, read from the training curves."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in studies(measured, published):
+    for study in made:
         curves = []
         for line in study.lines:
             marks, gflops = marks_of(line.records, training_gflops), line.records[0].gflops

@@ -9,6 +9,7 @@ from reports.columns import quantity_text
 from reports.figures_study import (
     DIT,
     SYSTEMS,
+    Study,
     at_one_length,
     block_of,
     figure_of,
@@ -17,11 +18,11 @@ from reports.figures_study import (
     places_of,
     records_of,
     same_length,
-    studies,
 )
 from reports.fits import PowerLaw, correlation, power_law
 from reports.points import (
     Line,
+    Pool,
     bars_note,
     better,
     comparable_groups,
@@ -36,11 +37,11 @@ NEAR = 4.0  # times the range of a law's points: predictions farther off are in 
 CURVE_PLACES = 40  # of a fitted law
 
 
-def compute_efficiency(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def compute_efficiency(made: Sequence[Study], pool: Pool, published: Sequence[Record]) -> Figure | None:
     """Figure 2: quality against Gflops with parameters as areas; and each system's best beside its Gflops."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in studies(measured, published):
+    for study in made:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         marked, note = at_one_length(study)
         marked = [(line, mark) for line, mark in marked if mark.size]
@@ -61,7 +62,7 @@ def compute_efficiency(measured: Sequence[Record], published: Sequence[Record]) 
             )
         )
         rows += mark_rows(len(panels), marked, {"shows": "bubble"})
-    for panel, found in _best_systems(measured, published):
+    for panel, found in _best_systems(pool, published):
         panels.append(panel)
         rows += [data_row(r, len(panels), n, places_of(r) | {"shows": "bar"}) for n, r in found]
     if not panels:
@@ -69,13 +70,13 @@ def compute_efficiency(measured: Sequence[Record], published: Sequence[Record]) 
     return Figure(name="figure-2", title="Quality and compute", panels=tuple(panels), rows=tuple(rows))
 
 
-def _best_systems(measured: Sequence[Record], published: Sequence[Record]):
+def _best_systems(pool: Pool, published: Sequence[Record]):
     """For each set of comparable records a panel of bars, one a system at its best setting, and (name, record)."""
     printed = [r for r in published if r.metric == "fid" and r.source.table in SYSTEMS and r.gflops]
-    groups, _ = comparable_groups([record for record in measured if record.gflops], printed)
+    groups, _ = comparable_groups(pool.quality, printed)
     for group in groups:
         best: dict[tuple, Record] = {}
-        records = quality(group.records)
+        records = [record for record in quality(group.records) if record.gflops]
         sign = -1 if records and better(records[0].metric) == "higher" else 1
         for record in records:
             key = (record.provenance, record.source.row if record.source else record.system)
@@ -119,11 +120,11 @@ def _best_systems(measured: Sequence[Record], published: Sequence[Record]):
         )
 
 
-def correlation_with_gflops(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def correlation_with_gflops(made: Sequence[Study]) -> Figure | None:
     """Figure 8: quality against Gflops (log), Pearson's correlation, and a power law with its interval."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in studies(measured, published):
+    for study in made:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         marked, note = at_one_length(study)
         if len(marked) < 2:
@@ -152,16 +153,14 @@ def correlation_with_gflops(measured: Sequence[Record], published: Sequence[Reco
     return figure_of("figure-8", "Gflops and quality", panels, rows)
 
 
-def scaling_law(
-    measured: Sequence[Record], published: Sequence[Record], unseen: Callable[[Record], dict[str, float]]
-) -> Figure | None:
+def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, float]]) -> Figure | None:
     """Beyond the paper: the law of Figure 8 in logarithms, and what it predicts for DiTs that nobody trained.
 
     unseen: Gflops by name of the backbones whose value the law of a record's panel may predict.
     """
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in studies(measured, published):
+    for study in made:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         marked, note = at_one_length(study)
         same = same_length(marked)

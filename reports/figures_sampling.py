@@ -7,6 +7,7 @@ from reports.points import (
     ALONG_SAMPLING,
     QUALITY_METRICS,
     Group,
+    Pool,
     bars_note,
     by_metric,
     comparable_groups,
@@ -23,21 +24,16 @@ FIGURE_10_SOURCE = "Section 5.2"
 FEW_LINES = 6  # up to here there is room for a text at every mark of a line
 
 
-def sampling_compute(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def sampling_compute(pool: Pool, published: Sequence[Record]) -> Figure | None:
     """Figure 10: Gflops per image (log) against quality, a line a model; with the decoder in a panel of its own."""
-
-    def usable(record: Record) -> bool:
-        return (
-            record.metric in QUALITY_METRICS and record.sampling is not None and bool(record.sampling.gflops_per_image)
-        )
-
     printed = [record for record in published if record.source.table == FIGURE_10_SOURCE]
-    groups, more = comparable_groups(filter(usable, measured), printed)
+    groups, more = comparable_groups(pool.quality, printed)
     ours = [group for group in groups if group.speaker.provenance == "measured"]
     panels: list[Panel] = []
     rows: list[dict[str, object]] = []
     for group in ours or groups:  # the two points of the paper's text say little beside a curve of one's own
-        for members in by_metric(group.records, QUALITY_METRICS).values():
+        usable = [record for record in group.records if record.sampling and record.sampling.gflops_per_image]
+        for members in by_metric(usable, QUALITY_METRICS).values():
             _sampling_panels(group, members, panels, rows, more)
     if not panels:
         return None

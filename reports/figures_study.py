@@ -10,6 +10,7 @@ from reports.points import (
     ALONG_TRAINING,
     Group,
     Line,
+    Pool,
     comparable_groups,
     data_row,
     left_out,
@@ -40,15 +41,16 @@ class Study:
         return dataclasses.replace(self, lines=tuple(line for line in self.lines if wanted(line)))
 
 
-def studies(measured: Iterable[Record], published: Iterable[Record], tables: Sequence[str] = DETAILS) -> list[Study]:
+def studies(pool: Pool, published: Iterable[Record]) -> list[Study]:
     """One study for each set of comparable records: FID, or FD where there is none, against training."""
-    printed = [record for record in published if record.metric == "fid" and record.source.table in tables]
-    groups, more = comparable_groups([record for record in measured if record.training is not None], printed)
+    printed = [record for record in published if record.metric == "fid" and record.source.table in DETAILS]
+    groups, more = comparable_groups(pool.quality, printed)
     made = [study_of(group, quality(group.records), more) for group in groups]
     return [study for study in made if study is not None]
 
 
 def study_of(group: Group, records: Sequence[Record], more: int) -> Study | None:
+    records = [record for record in records if record.training is not None or record.provenance == "published"]
     if not records:
         return None
     usual, note = usual_sampling(records)

@@ -20,13 +20,13 @@ from reports.figures_study import (
     pretty,
     records_of,
     steps_of,
-    studies,
     study_of,
     training_gflops,
 )
 from reports.fits import correlation
 from reports.points import (
     Line,
+    Pool,
     bars_note,
     by_metric,
     comparable_groups,
@@ -41,11 +41,11 @@ _SIZE_ORDER = ("xs", "s", "b", "l", "xl")
 MOST_METRICS = 8  # rows of Figure 12
 
 
-def conditioning_blocks(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def conditioning_blocks(made: Sequence[Study]) -> Figure | None:
     """Figure 5: the conditioning blocks of one DiT over training steps."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in studies(measured, published):
+    for study in made:
         bases: dict[str, list[Line]] = {}
         for line in study.lines:
             found = DIT.fullmatch(line.model)
@@ -72,11 +72,11 @@ def _shared_stretch(lines: Sequence[Line]) -> list[Line]:
     return [line for line in cut if line.records]
 
 
-def size_and_patch(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def size_and_patch(made: Sequence[Study]) -> Figure | None:
     """Figure 6: above, sizes at one patch size; below, patch sizes at one size; over training steps."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in studies(measured, published):
+    for study in made:
         dits = [(found, line) for line in study.lines if (found := DIT.fullmatch(line.model)) and not found[3]]
         sizes = [size for size in _SIZE_ORDER if any(found[1] == size for found, _ in dits)]
         patches = sorted({int(found[2]) for found, _ in dits}, reverse=True)
@@ -127,17 +127,17 @@ def _lone(series: Sequence[Series]) -> list[str]:
     return ["the paper states these values only"] if alone else []
 
 
-def training_compute(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def training_compute(made: Sequence[Study]) -> Figure | None:
     """Figure 9: quality against the Gflops of the whole training, both logarithmic, a line a model."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in studies(measured, published):
+    for study in made:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         _compute_panel(study, quality_axis(study.records), panels, rows, is_log=True)
     return figure_of("figure-9", "Training compute and quality", panels, rows)
 
 
-def other_metrics(measured: Sequence[Record], published: Sequence[Record]) -> Figure | None:
+def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
     """Figure 12: every metric against training compute (left) and against Gflops at one training length (right)."""
     panels: list[Panel] = []
     rows: list[dict] = []
@@ -152,11 +152,13 @@ def other_metrics(measured: Sequence[Record], published: Sequence[Record]) -> Fi
         and (record.metric != "fid" or record.source.table in DETAILS)
         and not block_of(model_of(record))
     ]
-    groups, more = comparable_groups([record for record in measured if record.training is not None], printed)
+    groups, more = comparable_groups(pool.every, printed)
     for group in groups:
         starts = True
         for (metric, _), records in list(by_metric(group.records, wanted).items())[:MOST_METRICS]:
             study = study_of(group, records, more)
+            if study is None:
+                continue
             axis = quality_axis(study.records)
             first = len(panels)
             _compute_panel(

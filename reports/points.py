@@ -5,7 +5,7 @@ Everything here is one pass over the records with plain tuples as keys, so that 
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reports.charts import Axis, Mark, Series, model_of
 from reports.columns import METRICS, count_text, facts, guidance_text, measured_text, metric_title
@@ -58,14 +58,30 @@ class Line:
         return self.records[0].provenance
 
 
-def comparable_groups(measured: Iterable[Record], published: Iterable[Record]) -> tuple[list[Group], int]:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pool:
+    """Measured records by what may be compared, sorted out once for all figures."""
+
+    every: Mapping[tuple, Sequence[Record]]  # comparable key -> records
+    quality: Mapping[tuple, Sequence[Record]]  # those of FID or FD
+
+
+def pool_of(measured: Iterable[Record]) -> Pool:
+    every: dict[tuple, list[Record]] = {}
+    for record in measured:
+        every.setdefault(comparable_key(record), []).append(record)
+    best = {key: [record for record in own if record.metric in QUALITY_METRICS] for key, own in every.items()}
+    return Pool(every=every, quality={key: own for key, own in best.items() if own})
+
+
+def comparable_groups(
+    measured: Mapping[tuple, Sequence[Record]], published: Iterable[Record]
+) -> tuple[list[Group], int]:
     """Groups of records that may be compared, the paper's first, and how many groups more there were.
 
     Published records stand in a group of their own, or in the one measured group that they may share a table with.
     """
-    ours: dict[tuple, list[Record]] = {}
-    for record in measured:
-        ours.setdefault(comparable_key(record), []).append(record)
+    ours = dict(measured)
     papers: dict[tuple, list[Record]] = {}
     for record in published:
         papers.setdefault(comparable_key(record), []).append(record)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.errors import Refusal
 from reports import charts
-from reports.drawing import draw
+from reports.drawing_pool import draw_all
 from reports.figures import absent, figures, published_records
 from reports.files import write_whole
 from reports.html_tables import to_html_page
@@ -66,9 +66,10 @@ def write_report(
     drawn += published_records(None if protocol is None else protocols)
     styles = charts.model_styles(drawn)
     shown = figures(drawn, [path.parent for path in found])
+    pictures = draw_all(shown, styles)
     for figure in shown:
         contents[f"{figure.name}.csv"] = charts.to_csv(figure).encode("utf-8")
-        contents |= {f"{figure.name}.{kind}": data for kind, data in draw(figure, styles).items()}
+        contents |= {f"{figure.name}.{kind}": data for kind, data in pictures[figure.name].items()}
     contents[NAME] = write_page(
         tables,
         shown,

@@ -5,7 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from reports import drawing_pool
 from reports.charts import COLOURS, Axis, model_styles
+from reports.drawing import draw
+from reports.figures import figures as made
 from results import paper
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
@@ -56,3 +59,25 @@ def test_a_model_looks_the_same_whatever_else_is_drawn(record):
 def test_axis_text():
     assert Axis(title="FID-50K", better="lower").text == "FID-50K (lower is better)"
     assert Axis(title="Compute", unit="Gflops").text == "Compute (Gflops)" and Axis(title="Steps").text == "Steps"
+
+
+def test_helpers_draw_the_same_bytes(study, monkeypatch):
+    figures = [each for each in made(study) if each.name in ("figure-8", "figure-10")]
+    styles = model_styles(study)
+    alone = {figure.name: draw(figure, styles) for figure in figures}
+    monkeypatch.setattr(drawing_pool, "WORTH_A_HELPER", 0.5)
+    monkeypatch.setattr(drawing_pool, "_processors", lambda: 2)
+    helped = []
+    by_helper = drawing_pool._by_helper
+
+    def counted(share, given):
+        helped.append(by_helper(share, given))
+        return helped[-1]
+
+    monkeypatch.setattr(drawing_pool, "_by_helper", counted)
+    assert drawing_pool.draw_all(figures, styles) == alone
+    assert len(helped) == 1 and len(helped[0]) == 1
+    monkeypatch.setattr(drawing_pool, "_SCRIPT", "raise SystemExit(1)")  # a helper that fails is not missed
+    monkeypatch.setattr(drawing_pool, "draw", lambda figure, styles: alone[figure.name])
+    assert drawing_pool.draw_all(figures, styles) == alone and helped[-1] is None
+    assert drawing_pool.draw_all([], styles) == {}

@@ -14,6 +14,8 @@ from reports.charts import model_styles
 from reports.drawing import draw
 from reports.figures import ABSENT, absent, figures, published_records
 from reports.figures_frontier import best_size, pareto
+from reports.figures_study import studies
+from reports.points import pool_of
 
 PROTOCOL = {"name": "digits", "dataset": "digits", "resolution": 8}
 
@@ -155,7 +157,7 @@ def test_what_needs_more_than_records_is_named_where_it_is_missing(records):
 
 
 def test_the_frontier_of_a_study(study):
-    figure = pareto(study, [])
+    figure = pareto(pool_of(study), [])
     assert [panel.x.title for panel in figure.panels] == ["Training compute", "Sampling compute"]
     for number, panel in enumerate(figure.panels, start=1):
         on = {row["record_id"] for row in figure.rows if row["panel"] == number and row["frontier"] == "yes"}
@@ -175,8 +177,8 @@ def test_the_frontier_of_a_study(study):
         assert len(named) == len(on) / 2 and all(text for text in named)
         assert "not in the records" in panel.note
     higher = [dataclasses.replace(each, metric="fid", value=each.value) for each in study if each.metric == "fd"]
-    assert pareto(higher, []) is not None and pareto([], published_records()) is not None
-    assert pareto([each for each in study if each.system == "unet-small"], []) is None
+    assert pareto(pool_of(higher), []) is not None and pareto(pool_of([]), published_records()) is not None
+    assert pareto(pool_of(each for each in study if each.system == "unet-small"), []) is None
 
 
 def test_the_best_size_at_a_budget(record):
@@ -189,7 +191,7 @@ def test_the_best_size_at_a_budget(record):
             made.append(
                 dataclasses.replace(base, training=dataclasses.replace(base.training, steps=steps, gflops=cost))
             )
-    figure = best_size(made, [])
+    figure = best_size(studies(pool_of(made), []))
     budgets = {row["budget_gflops"] for row in figure.rows}
     assert min(budgets) == pytest.approx(3 * 0.08 * 128 * 100) and max(budgets) == pytest.approx(3 * 0.02 * 128 * 1600)
     for row in figure.rows:
@@ -198,4 +200,4 @@ def test_the_best_size_at_a_budget(record):
         winner = "small" if row["budget_gflops"] < 6000 else "large"
         assert row["best"] == ("yes" if row["model"] == winner else "no")
     assert {row["model"] for row in figure.rows if row["best"] == "yes"} == {"small", "large"}
-    assert best_size(made[:4], []) is None  # the large one at one length has no curve
+    assert best_size(studies(pool_of(made[:4]), [])) is None  # the large one at one length has no curve
