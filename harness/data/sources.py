@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def _visible(folder: Path) -> list[Path]:
 def _part(paths: Iterable[Path]) -> list[Path]:
     """Shards in natural order; where names tell training from other parts, those for training."""
     found = natural(each for each in paths if not each.name.startswith("."))
-    return [each for each in found if TRAINING in each.name.lower()] or found
+    return [each for each in found if re.search(rf"(^|[^a-z]){TRAINING}", each.name.lower())] or found
 
 
 def _class_folders(source: Path, dataset: str) -> Listing:
