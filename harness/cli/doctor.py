@@ -20,8 +20,8 @@ OPTIONAL = (
     ("cleanfid", "clean-fid", "suite clean (clean-fid's resize)", "clean-fid"),
     ("pyarrow", "pyarrow", "data sets in parquet files (harness data prepare)", "parquet"),
     ("submitit", "submitit", "studies on a SLURM cluster (harness study --launcher slurm)", "slurm"),
-    ("tensorboard", "tensorboard", "losses in TensorBoard (--log tensorboard)", "tensorboard"),
-    ("wandb", "wandb", "losses in Weights & Biases (--log wandb)", "wandb"),
+    ("tensorboard", "tensorboard", "losses in TensorBoard (--logger tensorboard)", "tensorboard"),
+    ("wandb", "wandb", "losses in Weights & Biases (--logger wandb)", "wandb"),
     ("fvcore", "fvcore", "a third opinion on Gflops (harness flops --check fvcore)", "fvcore"),
     ("diffusers", "diffusers", "benchmarks against its DiT", "diffusers"),
 )

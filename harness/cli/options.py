@@ -144,8 +144,8 @@ match_sampling_option = click.option(
 def run_options(function):
     """The options that define a run, and who watches its training."""
     backbone = click.option("--backbone", required=True, metavar="NAME", help="A name of `harness list backbones`.")
-    watched = click.option(
-        "--log", "loggers", type=click.Choice(list(LOGGERS)), multiple=True,
+    watched = click.option(  # torchrun takes --log, wherever it stands, for one of its own
+        "--logger", "loggers", type=click.Choice(list(LOGGERS)), multiple=True,
         help="Also write the losses for this viewer, below the run's folder (repeatable; extra of the same name).",
     )  # fmt: skip
     return _apply(function, (backbone, *_run_options, watched))

@@ -44,7 +44,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         library, _ = LOGGERS[name]
         if importlib.util.find_spec(library) is None:
-            raise Refusal(f"--log {name} needs {library}: pip install 'backbone-harness[{library}]'")
+            raise Refusal(f"--logger {name} needs {library}: pip install 'backbone-harness[{library}]'")
 
 
 class Loggers:

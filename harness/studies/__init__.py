@@ -219,7 +219,7 @@ OPTIONS: dict[str, Callable[[Any, str], Any]] = {  # passed on to `harness run` 
     "micro_batch": _steps,
     "device": _text,
     "mesh": _text,
-    "log": _list(_text),
+    "logger": _list(_text),
 }
 ITEMS: dict[str, Callable[[Any, str], Any]] = {
     "name": _text,

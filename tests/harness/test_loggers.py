@@ -69,7 +69,7 @@ def test_asked_for_late_it_has_the_steps_before(plain, tmp_path):
 
 
 def test_killed_twice_each_step_is_there_once(tmp_path):
-    steps, words = 20, [*TRAIN, "--out", "run", "--log", "tensorboard", "--steps", 20]
+    steps, words = 20, [*TRAIN, "--out", "run", "--logger", "tensorboard", "--steps", 20]
     log = tmp_path / "run" / "log.jsonl"
     for most in (5, 12):
         process = start(words, tmp_path, 0.2)  # a checkpoint every 0.2 s
@@ -115,7 +115,7 @@ def sent(path):
 def test_weights_and_biases_has_each_step_once_after_a_kill(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    words = [*TRAIN, "--out", "run", "--log", "wandb", "--steps", 20]
+    words = [*TRAIN, "--out", "run", "--logger", "wandb", "--steps", 20]
     log = tmp_path / "run" / "log.jsonl"
     process = start(words, tmp_path, 0.2)
     while not log.exists() or len(log.read_bytes().splitlines()) < 8:
@@ -213,6 +213,6 @@ def test_a_missing_library_is_refused_before_anything_is_trained(monkeypatch):
     loggers.check_installed(["tensorboard"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        Refusal, match=r"--log tensorboard needs tensorboard: pip install 'backbone-harness\[tensorboard\]'"
+        Refusal, match=r"--logger tensorboard needs tensorboard: pip install 'backbone-harness\[tensorboard\]'"
     ):
         loggers.check_installed(["tensorboard"])

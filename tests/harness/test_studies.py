@@ -14,6 +14,7 @@ import pytest
 
 from harness.cli import plan
 from harness.cli.run import command as run_command
+from harness.cli.train import command as train_command
 from harness.data.digits import load as digits
 from harness.errors import Refusal
 from harness.studies import from_dict, jobs, load
@@ -173,6 +174,17 @@ def test_several_processes_of_a_run_are_started_by_torchrun(study):
     start = ("torchrun", "--standalone", "--nproc-per-node", "4", "-m", "harness", "run")
     assert [run.commands[0][:7] for run in expansion.runs] == [start] * 4
     assert [run.name for run in expansion.runs] == [run.name for run in expand(study).runs]
+
+
+def test_torchrun_takes_no_option_of_ours_for_its_own():
+    from torch.distributed.run import parse_args
+
+    for command in (run_command, train_command):
+        flags = [flag for each in command.params for flag in (*each.opts, *each.secondary_opts) if flag[:1] == "-"]
+        for flag in flags:
+            words = ["-m", "harness", command.name, flag, "value"]
+            found = parse_args(["--standalone", "--nproc-per-node", "2", *words])
+            assert (found.training_script, found.training_script_args) == ("harness", words[2:]), flag
 
 
 # ---- real processes ----
