@@ -2,6 +2,7 @@
 // click or Enter pins it and opens the records behind it.
 
 const NEAR = 28; // pixels within which the pointer finds a mark
+const MANY = 30; // marks from which on a line has no signs for them, as in the static figures
 let pinned = null; // the mark whose records are open; a chart that is drawn anew rings it again
 
 const DARK = window.matchMedia("(prefers-color-scheme: dark)");
@@ -58,7 +59,8 @@ function chart(data, title) {
 function labelsOf(data) {
   const found = new Map();
   for (const series of data.series) { // what stands at the axis needs no key
-    if (series.label && !(data.x.names || []).includes(series.label) && !found.has(series.label)) found.set(series.label, series);
+    const known = found.get(series.label);
+    if (series.label && !(data.x.names || []).includes(series.label) && (!known || known.kind === "band")) found.set(series.label, series);
   }
   return [...found];
 }
@@ -66,7 +68,11 @@ function labelsOf(data) {
 function swatch(series) {
   return svg("svg", { width: 26, height: 12, "aria-hidden": "true" },
     ["line", "fit"].includes(series.kind) ? svg("line", { x1: 1, x2: 25, y1: 6, y2: 6, ...strokeOf(series) }) : null,
-    series.kind === "fit" ? null : svg("path", { d: shape(series.marker, 13, 6, 4), ...fillOf(series) }));
+    series.kind === "fit" || isBare(series) ? null : svg("path", { d: shape(series.marker, 13, 6, 4), ...fillOf(series) }));
+}
+
+function isBare(series) {
+  return series.kind === "line" && series.marks.length > MANY;
 }
 
 function strokeOf(series) {
@@ -143,8 +149,6 @@ function linearTicks(low, high, room) {
   return found;
 }
 
-const MANY = 30; // marks from which on a line has no signs for them, as in the static figures
-
 function drawChart(data, { width, off, tip, title }) {
   const named = data.x.scale === "names"; // bars, on their side so that names can be read
   const texts = titleLines(data, width, named);
@@ -175,7 +179,7 @@ function drawChart(data, { width, off, tip, title }) {
       root.append(svg("path", { d: path(usable.map((mark) => place(mark.x, mark.y))), "stroke-linejoin": "round", ...strokeOf(series) }));
     }
     if (series.kind === "fit") continue;
-    const bare = series.kind === "line" && usable.length > MANY;
+    const bare = isBare(series);
     for (const mark of usable) {
       const [x, y] = place(mark.x, mark.y);
       marks.push({ series, mark, x, y, bare, ring: 8 });

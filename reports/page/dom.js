@@ -23,6 +23,11 @@ function countOf(number, one, many) {
   return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 }
 
+// Text that is broken between words alone, where a browser would also do it behind "-" and "--".
+function wordsOf(text) {
+  return text.split(" ").flatMap((word, index) => [index ? " " : "", el("span", { class: "word" }, word)]);
+}
+
 // "3.27 [3.21, 3.33]": the interval in smaller type, and on a line of its own where there is no room.
 function measured(text) {
   const at = text.indexOf(" [");

@@ -45,7 +45,7 @@ function build() {
   ];
   document.getElementById("page").append(
     summary(data.summary),
-    el("nav", { "aria-label": "Contents" }, el("ul", {}, ...blocks.map(([name, title]) => el("li", {}, el("a", { href: `#${encodeURIComponent(name)}` }, title))))),
+    el("nav", { "aria-label": "Contents" }, el("details", { open: window.innerWidth > 700 }, el("summary", {}, "Contents"), el("ul", {}, ...blocks.map(([name, title]) => el("li", {}, el("a", { href: `#${encodeURIComponent(name)}` }, title)))))),
     ...blocks.map(([, , node]) => node));
   document.body.append(panel);
   document.body.append(el("footer", { class: "note" }, `backbone-harness ${data.version}`));

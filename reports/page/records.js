@@ -59,8 +59,7 @@ function recordParts(record) {
 }
 
 function commandOf(command) {
-  // Broken between words alone, where a browser would also do it behind "--".
-  const code = el("code", {}, ...command.split(" ").flatMap((word, index) => [index ? " " : "", el("span", { class: "word" }, word)]));
+  const code = el("code", {}, ...wordsOf(command));
   const copy = el("button", { type: "button", onclick: async () => {
     window.getSelection().selectAllChildren(code);
     try {
@@ -83,7 +82,7 @@ function recordsSection(data) {
     const values = [null, null, record.value, record.n, record.steps, record.seed, null, record.sampling_steps, null, null, null, null];
     return { cells, values, published: record.published, search: cells.join(" ").toLowerCase() + (record.published ? " published" : ""),
       draw: () => el("tr", { class: record.published ? "published" : "measured" }, ...cells.map((text, index) => {
-        if (index === 0) return el("th", { scope: "row" }, text);
+        if (index === 0) return el("th", { scope: "row", class: text.length > 24 ? null : "short" }, text);
         const shown = measured(text);
         return el("td", { class: numeric[index] ? "number" : null },
           ...(index === 2 ? [el("button", { type: "button", class: "value", onclick: () => showRecords([record.id]) }, ...shown)] : shown));

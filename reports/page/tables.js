@@ -11,7 +11,7 @@ function sortableTable({ columns, numeric, rows, name, atOnce = ROWS_AT_ONCE, af
   const more = el("button", { type: "button", class: "more", onclick: () => { most += 4 * ROWS_AT_ONCE; show(); } });
   const heads = columns.map((title, column) =>
     el("th", { scope: "col", "aria-sort": "none", class: numeric[column] ? "number" : null },
-      el("button", { type: "button", onclick: () => sortBy(column) }, title, el("span", { class: "arrow", "aria-hidden": "true" }))));
+      el("button", { type: "button", onclick: () => sortBy(column) }, ...wordsOf(title), el("span", { class: "arrow", "aria-hidden": "true" }))));
   const table = el("table", {}, el("thead", {}, el("tr", {}, ...heads)), body);
 
   // The first click puts the better end first, the second turns it round, the third restores the order of the report.
@@ -38,8 +38,16 @@ function sortableTable({ columns, numeric, rows, name, atOnce = ROWS_AT_ONCE, af
     return chosen.length;
   }
 
+  const box = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, table);
+  let width = 0;
+  new ResizeObserver(() => { // where the table is too wide, intervals go below their values
+    if (box.clientWidth === width) return;
+    width = box.clientWidth;
+    table.classList.remove("tight");
+    table.classList.toggle("tight", box.scrollWidth > width);
+  }).observe(box);
   return {
-    node: el("div", {}, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, table), more),
+    node: el("div", {}, box, more),
     filter(next) { wanted = next; most = atOnce; return show(); },
   };
 }
@@ -132,7 +140,7 @@ function drawLine(line, section) {
   return el("tr", { class: line.published ? "published" : "measured" }, ...line.cells.map((text, index) => {
     const kind = [section.numeric[index] ? "number" : "", line.marks[index] || ""].join(" ").trim();
     if (index === 0) {
-      return el("th", { scope: "row" }, text, marks.length ? el("sup", { title: title || null }, marks.join(",")) : null);
+      return el("th", { scope: "row", class: text.length > 24 ? null : "short" }, text, marks.length ? el("sup", { title: title || null }, marks.join(",")) : null);
     }
     const shown = measured(text);
     if (line.marks[index] === "tie") shown.splice(1, 0, el("span", { class: "sign", title: "tied with the best" }, "\u2009="));
