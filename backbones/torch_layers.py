@@ -20,6 +20,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
 
 
+SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715  # of GELU's tanh form
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), of a tensor of any shape.
+
+    On a CPU in float32 it is computed as x sigmoid(2 u), the same function: torch's tanh takes three times as long there
+    as its sigmoid, a tenth of a DiT's step. The two differ by float32 rounding.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.gelu(x, approximate="tanh")
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(x * (SLOPE + CUBIC * x * x))
+    return _SigmoidGelu.apply(x)
+
+
+class _SigmoidGelu(torch.autograd.Function):
+    """x sigmoid(2 u), in as few passes over memory as torch has; the backward pass is torch's own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.addcmul(x.new_tensor(SLOPE), x, x, value=CUBIC).mul_(x).sigmoid_().mul_(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
 def full_precision(device_type: str) -> contextlib.AbstractContextManager:
     """Autocast off; the meta device has none."""
     if torch.amp.is_autocast_available(device_type):

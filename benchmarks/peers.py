@@ -1,7 +1,7 @@
 """What the DiT benchmarks compare with, and how: diffusers' network and pipeline, the public recipe, interleaved runs.
 
-The public recipe is that of facebookresearch/DiT ed81ce2 (train.py, sample.py, models.py, diffusion/), on our network
-of the same size, so that what is compared is the recipe.
+The public recipe is that of facebookresearch/DiT ed81ce2 (train.py, sample.py, models.py, diffusion/): its operations in
+its order, on our weights, whose names are the same. Its blocks are timm's, with the fused attention of timm 0.9 or newer.
 """
 
 from __future__ import annotations
@@ -56,6 +56,44 @@ def diffusers_dit(arguments: dict) -> torch.nn.Module:
             return self.net(x, timestep=t, class_labels=y).sample
 
     return Adapter().train()
+
+
+def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _attention(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    batch, tokens, width = x.shape
+    qkv = layer.qkv(x).reshape(batch, tokens, 3, layer.heads, width // layer.heads).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    x = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return layer.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class PublicNetwork(torch.nn.Module):
+    """The public network with the weights of ours (adaLN-Zero), called as (x, t, y)."""
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        net = self.net
+        x = net.x_embedder(x) + net.pos_embed  # (N, T, D)
+        c = net.t_embedder(t) + net.y_embedder(y)  # (N, D)
+        for block in net.blocks:
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
+            x = x + gate1.unsqueeze(1) * _attention(block.attn, _modulate(block.norm1(x), shift1, scale1))
+            hidden = block.mlp.fc1(_modulate(block.norm2(x), shift2, scale2))
+            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+            x = x + gate2.unsqueeze(1) * block.mlp.fc2(hidden)
+        last = net.final_layer
+        shift, scale = last.adaLN_modulation(c).chunk(2, dim=1)
+        x = last.linear(_modulate(last.norm_final(x), shift, scale))  # (N, T, p * p * C)
+        side, p = net.grid, net.patch
+        x = x.reshape(x.shape[0], side, side, p, p, net.out_channels)
+        x = torch.einsum("nhwpqc->nchpwq", x)
+        return x.reshape(x.shape[0], net.out_channels, side * p, side * p)
 
 
 class _Undecoded:
@@ -153,7 +191,7 @@ def noise_images(count: int = 512) -> ImageSet:
 
 def recipe_step(spec, batch: int) -> Callable[[], None]:
     """A training step of the public recipe: float32, AdamW as torch makes it, EMA tensor by tensor."""
-    net = build(spec, INPUT, 0).train()
+    net = PublicNetwork(build(spec, INPUT, 0)).train()
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0)
     tables = LossTables(Schedule.named("linear", 1000))

@@ -7,7 +7,7 @@ to latents, with guidance 4 of a doubled batch:
 
 1. equal precision: the sampler of the harness against diffusers' DiTPipeline (its DDIM, its network of the same size, and
    no VAE), both in float32;
-2. equal precision: the same against the public recipe (facebookresearch/DiT sample.py: p_sample_loop) on our network;
+2. equal precision: the same against the public recipe (facebookresearch/DiT sample.py: p_sample_loop);
 3. everything on: what `harness sample` can do here, against the public recipe in float32.
 """
 
@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a path
 
-from peers import CPU, INPUT, PublicDiffusion, compare, diffusers_pipeline, show
+from peers import CPU, INPUT, PublicDiffusion, PublicNetwork, compare, diffusers_pipeline, show
 
 from harness import registry
 from harness.diffusion.schedule import Schedule
@@ -64,7 +64,7 @@ def harness_draw(spec, sampler: str, batch: int, steps: int, precision: str) -> 
 
 def recipe_draw(spec, batch: int, steps: int) -> Callable[[], torch.Tensor]:
     """One batch of the public recipe."""
-    net, diffusion = network(spec), PublicDiffusion(steps)
+    net, diffusion = PublicNetwork(network(spec)), PublicDiffusion(steps)
     x = torch.randn(batch, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     return lambda: diffusion.loop(net, x, torch.arange(batch), GUIDANCE, 1000)
 

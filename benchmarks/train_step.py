@@ -7,7 +7,7 @@ Two comparisons, each the median of interleaved runs (machines are noisy; only t
 1. equal precision: forward, mean squared error, backward and one AdamW update of our network and of diffusers'
    DiTTransformer2DModel of the same size, in float32 and under bfloat16 autocast;
 2. whole step: the trainer of the harness with the precision that `auto` picks here (bfloat16 where it is faster, fused
-   AdamW, one-call EMA, hybrid loss, counter-based noise) against the public recipe on the same network: float32,
+   AdamW, one-call EMA, hybrid loss, counter-based noise) against the public recipe (its own network too): float32,
    unfused AdamW, EMA in a loop over the parameters, the same loss.
 """
 

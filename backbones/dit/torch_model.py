@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backbones.dit.position import sincos_table
 from backbones.dit.spec import MLP_RATIO, TIME_FEATURES, check_arguments
-from backbones.torch_layers import attend, full_precision, timestep_features
+from backbones.torch_layers import attend, full_precision, gelu, timestep_features
 from harness.errors import Refusal
 
 EPS = 1e-6  # of every layer norm
@@ -28,6 +27,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     The result has the dtype of the pair: under autocast a linear layer follows, which would round it all the same.
     """
     return torch.addcmul(shift.unsqueeze(1), x.to(scale.dtype), 1 + scale.unsqueeze(1))
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x (N, T, D) plus a branch of that shape times one gate (N, D) an image."""
+    if branch.dtype != x.dtype:  # under autocast the product is rounded before it is added
+        return x + gate.unsqueeze(1) * branch
+    return torch.addcmul(x, gate.unsqueeze(1), branch)
 
 
 def plain_norm(width: int) -> nn.LayerNorm:
@@ -81,7 +87,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc1(x), approximate="tanh")  # (N, T, 4D)
+        x = gelu(self.fc1(x))  # (N, T, 4D)
         return self.fc2(x)  # (N, T, D)
 
 
@@ -104,8 +110,8 @@ class AdaLNBlock(nn.Module):
             x = x + self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
             return x + self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (N, D) each
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
+        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))  # (N, T, D)
+        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, D)
 
 
 class InContextBlock(nn.Module):

@@ -45,6 +45,18 @@ def test_the_public_recipes_loop_draws_what_ours_draws():
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
+def test_the_public_network_is_ours():
+    peers = module("peers")
+    net = registry.backbones.get("dit-xs-4").build("torch", **peers.INPUT).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for weight in net.parameters():
+        weight.normal_(std=0.05, generator=generator)
+    x = torch.randn(2, 4, 32, 32, generator=generator)
+    t, y = torch.tensor([3, 900]), torch.tensor([7, 1000])
+    ours, theirs = net(x, t, y), peers.PublicNetwork(net)(x, t, y)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
 @pytest.mark.slow
 def test_sampling_is_timed_beside_both_peers(tmp_path):
     words = ["--backbones", "dit-xs-4", "--batch", "1", "--steps", "2", "--runs", "1", "--threads", "1"]
