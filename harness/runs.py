@@ -92,6 +92,7 @@ class Resolved:
     threads: int
     gradient_checkpointing: bool = False
     mesh: str = "1x1"  # of devices, DATAxMODEL: jax's
+    compile: str = "off"  # or "on": torch.compile of the network, in training and sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ class SampleRequest:
     batch: int
     checkpoint_sha256: str
     decoder: dict[str, Any] | None = None  # identity of what decodes latents
+    compile: str = "off"  # or "on", which can move the last bits as the batch can
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -50,6 +51,8 @@ class SampleRequest:
             settings["eta"] = None
         if self.sampling.guidance_scale == 1:
             settings["guidance_channels"] = None
+        if self.compile != "off":
+            settings["compile"] = self.compile
         return settings
 
     def identity(self, run: Run) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def request(
     count: int,
     precision: str,
     batch: int,
+    compile: str = "off",
     decoder: dict[str, Any] | None = None,
 ) -> SampleRequest:
     """A request for the snapshot of `step`, whose hash it carries; a missing snapshot is refused."""
@@ -113,7 +117,7 @@ def request(
     snapshot = checkpoints.verify(run.snapshot(step))
     return SampleRequest(
         step=step, sampling=sampling, steps=steps, count=count, precision=precision, batch=batch,
-        checkpoint_sha256=snapshot.sha256("ema"), decoder=decoder,
+        checkpoint_sha256=snapshot.sha256("ema"), compile=compile, decoder=decoder,
     )  # fmt: skip
 
 

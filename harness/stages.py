@@ -153,10 +153,18 @@ class Workshop:
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
         self._net: Any = None  # at its initialisation; handed over once, for an engine changes it
 
-    def measure(self, *, device: str | None, precision: str, micro_batch: int | None) -> Measured:
+    def measure(
+        self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
+    ) -> Measured:
         """What `create` would freeze. Builds the network."""
         self._net, measured = workbench(self.request.framework).measure(
-            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, say=self.say
+            self.request,
+            device=device,
+            precision=precision,
+            micro_batch=micro_batch,
+            mesh=self.mesh,
+            compile=compile,
+            say=self.say,
         )
         return measured
 
@@ -221,6 +229,7 @@ def draw(
     *,
     precision: str,
     batch: int | None,
+    compile: str | None = None,  # "on" or "off"; None: as the run was created
     decoder: Decoder | None = None,  # of latents
     team: Team = ALONE,
 ) -> Path:
@@ -229,6 +238,7 @@ def draw(
     wanted = sampling.request(
         run, step, request.sampling, steps, request.samples, precision,
         batch or sampling.default_batch(gflops, run.resolved.device),
+        compile=compile or run.resolved.compile,
         decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
 
@@ -242,7 +252,14 @@ def draw(
         )
         snapshot = run.snapshot(step) / "ema.safetensors"
         return workbench(run.framework).make_sampler(
-            request, run, snapshot, plan, precision=precision, batch=wanted.batch, decoder=decoder
+            request,
+            run,
+            snapshot,
+            plan,
+            precision=precision,
+            batch=wanted.batch,
+            compile=wanted.compile,
+            decoder=decoder,
         )
 
     sidecar = {

@@ -97,8 +97,13 @@ _run_options = (
         help="Override an item of the training recipe, as in --set learning_rate=3e-4 (repeatable; see `harness plan`).",
     ),
     click.option(
-        "--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-        help="auto measures once which is faster, when the run is created.",
+        "--precision", type=click.Choice(["auto", "float32", "tf32", "bfloat16"]), default="auto", show_default=True,
+        help="auto measures once whether float32 or bfloat16 is faster, when the run is created. tf32: of NVIDIA's GPUs.",
+    ),
+    click.option(
+        "--compile", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+        help="torch.compile, for sampling too. auto takes it where it measures that a run of an hour or more is done "
+        "sooner, compiling included.",
     ),
     click.option("--micro-batch", type=Count(), help="Images a forward pass. [default: what fits free memory]"),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, tpu. [default: an accelerator if there is one]"),
@@ -121,7 +126,7 @@ _sampling_options = (
     click.option("--labels", "label_policy", metavar="random|balanced", help="How labels of samples are drawn."),
     click.option("--sampling-seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the samples. [default: 0]"),
     click.option(
-        "--sampling-precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+        "--sampling-precision", type=click.Choice(["float32", "tf32", "bfloat16"]), default="float32", show_default=True,
         help="Arithmetic of the network while sampling.",
     ),
 )  # fmt: skip

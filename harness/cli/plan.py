@@ -223,14 +223,18 @@ def measured(request: Request, options: dict[str, Any]) -> dict[str, Any]:
         precision=options["precision"],
         micro_batch=options["micro_batch"],
         mesh=options["mesh"],
+        # A plan does not compile to find out whether that repays.
+        compile="off" if options["compile"] == "auto" and request.framework == "torch" else options["compile"],
         say=lambda text: click.echo(text, err=True),
     )
-    return describe(request, found)
+    return describe(request, found if options["compile"] != "auto" else found._replace(compiled=""))
 
 
 def describe(request: Request, found: Measured) -> dict[str, Any]:
     """What was measured, as plain data."""
     resolved, best = found.resolved, min(found.seconds.values())
+    if resolved.compile == "on" and found.compiled_seconds is not None:
+        best = found.compiled_seconds
     forward = best / 3  # the same ratio by which training compute is counted
     training = best * request.recipe.batch * request.recipe.steps
     drawn = request.sampling.steps if request.spec.kind == "denoiser" else ()
@@ -239,6 +243,7 @@ def describe(request: Request, found: Measured) -> dict[str, Any]:
         "device": resolved.device_name,
         "precision": resolved.precision,
         "micro_batch": resolved.micro_batch,
+        "compile": found.compiled or None,
         "memory_bytes": found.memory_bytes,
         "free_bytes": found.free_bytes,
         "images_per_second": {name: 1 / each for name, each in found.seconds.items()},
@@ -251,6 +256,7 @@ def describe(request: Request, found: Measured) -> dict[str, Any]:
 def speeds(found: dict[str, Any]) -> str:
     """The measured part of the plan, in words."""
     each = ", ".join(f"{name} {speed:.3g}" for name, speed in found["images_per_second"].items())
+    compiled = [f"  compile     {found['compile']}"] if found["compile"] else []
     return "\n".join(
         [
             f"  device      {found['device']}",
@@ -258,6 +264,7 @@ def speeds(found: dict[str, Any]) -> str:
             f"micro-batches of {found['micro_batch']}",
             f"  speed       {found['steps_per_second']:.3g} it/s in {found['precision']} "
             f"(measured, images/s in training: {each})",
+            *compiled,
             f"  time        training {duration(found['training_seconds'])}"
             + (f", sampling about {duration(found['sampling_seconds'])}" if found["sampling_seconds"] else ""),
         ]

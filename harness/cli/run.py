@@ -133,6 +133,7 @@ def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
             device=options["device"],
             precision=options["precision"],
             micro_batch=options["micro_batch"],
+            compile=options["compile"],
         )
         if fork := options.get("fork"):
             workshop.fork(fork, measured.resolved)
@@ -147,6 +148,7 @@ def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
         "micro_batch": options["micro_batch"],
         "device": options["device"],
         "mesh": options["mesh"] if run.framework == "jax" else None,  # torch's may change with the number of processes
+        "compile": None if options["compile"] == "auto" else options["compile"],
         "gradient_checkpointing": True if options["gradient_checkpointing"] else None,
     }
     for name, value in asked.items():

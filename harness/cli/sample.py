@@ -38,6 +38,11 @@ OF_A_RUN = (  # what a system fixes by being one
 @match_sampling_option
 @decoder_option
 @click.option("--batch", type=click.IntRange(1), help="Images a forward pass.")
+@click.option(
+    "--compile",
+    type=click.Choice(["on", "off"]),
+    help="torch.compile, recorded with the samples. [default: as the run was created; off for a system]",
+)
 @click.option("--framework", type=click.Choice(["torch", "jax"]), help="Of a system. [default: torch]")
 @click.option("--device", metavar="NAME", help="Of a system: cpu, cuda. [default: an accelerator if there is one]")
 @click.option("--out", type=FOLDER, metavar="DIR", help="Of a system. [default: runs/systems]")
@@ -87,7 +92,7 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
         for steps in request.sampling.steps:
             path = stages.draw(
                 run, request, step, steps, precision=options["sampling_precision"], batch=options["batch"],
-                decoder=decoder, team=team,
+                compile=options["compile"], decoder=decoder, team=team,
             )  # fmt: skip
             click.echo(path)
 
@@ -120,6 +125,7 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
             count=options["samples"] or system.task.samples,
             seed=options["sampling_seed"] or 0,
             precision=options["sampling_precision"],
+            compile=options["compile"] or "off",
             batch=options["batch"],
             device=options["device"],
             say=lambda text: click.echo(text, err=True),

@@ -2,11 +2,11 @@
 
 Each has a module `workbench` with the same functions, which is all that the stages know of it:
 
-    measure(request, device=, precision=, micro_batch=, mesh=, say=) -> (network at its initialisation, Measured)
+    measure(request, device=, precision=, micro_batch=, mesh=, compile=, say=) -> (network at its initialisation, Measured)
     make_engine(request, run, data, network or None, mesh) -> harness.training.Engine
-    make_sampler(request, run, snapshot, plan, precision=, batch=, decoder=) -> harness.sampling.Sampler
+    make_sampler(request, run, snapshot, plan, precision=, batch=, compile=, decoder=) -> harness.sampling.Sampler
     find_place(device) -> Place
-    make_chain(bound, decoder, place, seed=, precision=, batch=, say=) -> harness.sampling.Sampler, of a system
+    make_chain(bound, decoder, place, seed=, precision=, batch=, compile=, say=) -> harness.sampling.Sampler, of a system
 """
 
 import os
@@ -37,6 +37,14 @@ def check_installed(framework: str) -> None:
             f"--framework {framework} needs {' and '.join(lacking)}, not installed here; "
             f"run: pip install 'backbone-harness[{framework}]'"
         )
+
+
+def check_torch_only(precision: str = "float32", compile: str = "auto") -> None:
+    """Refuse, in jax, the options that are torch's."""
+    if precision == "tf32":
+        raise Refusal("precision tf32 belongs to --framework torch; jax has float32 and bfloat16")
+    if compile != "auto":
+        raise Refusal("--compile belongs to --framework torch; jax always compiles")
 
 
 def workbench(framework: str) -> ModuleType:

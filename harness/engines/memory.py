@@ -18,12 +18,17 @@ EMA_BYTES = 4
 
 
 class Measured(NamedTuple):
-    """What this machine offers a run: what to freeze, seconds an image by precision, memory needed and free (bytes)."""
+    """What this machine offers a run: what to freeze, seconds an image by precision, memory needed and free (bytes).
+
+    compiled: what became of `--compile`, in words, where the framework has it; its seconds an image, where measured.
+    """
 
     resolved: Resolved
     seconds: dict[str, float]
     memory_bytes: int
     free_bytes: int
+    compiled: str = ""
+    compiled_seconds: float | None = None
 
 
 def processor_name() -> str:

@@ -153,6 +153,7 @@ def draw_system(
     count: int,
     seed: int,
     precision: str,
+    compile: str = "off",
     batch: int | None,
     device: str | None,
     say: Callable[[str], None],
@@ -177,6 +178,7 @@ def draw_system(
     settings = {
         "seed": seed, "precision": precision, "uint8_rule": system.uint8_rule, "label_policy": system.label_policy,
         **({} if framework == "torch" else {"framework": framework}),
+        **({} if compile == "off" else {"compile": compile}),
     }  # fmt: skip
     identity = {
         **bound.identity,
@@ -209,7 +211,9 @@ def draw_system(
     with team.locked(job.folder):
         path = sampling.draw(
             job,
-            lambda: engine.make_chain(bound, decoder, place, seed=seed, precision=precision, batch=batch, say=say),
+            lambda: engine.make_chain(
+                bound, decoder, place, seed=seed, precision=precision, batch=batch, compile=compile, say=say
+            ),
             sidecar,
             team,
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from harness import registry
 from harness.decoding import Decoder
-from harness.engines import Place
+from harness.engines import Place, check_torch_only
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.draw import JaxChain, JaxStage, Network
 from harness.systems import Guide, Stage
@@ -32,9 +32,11 @@ def make_chain(
     seed: int,
     precision: str,
     batch: int,  # what every batch is filled up to
+    compile: str,
     say: Callable[[str], None],
 ) -> JaxChain:
     """What draws images of a system."""
+    check_torch_only(precision, "on" if compile == "on" else "auto")
     system, mesh = bound.system, place.target
 
     def network(part: Stage | Guide, source: Source) -> Network:

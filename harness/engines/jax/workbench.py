@@ -10,6 +10,7 @@ from flax import nnx
 from harness.data.examples import Examples
 from harness.decoding import Decoder
 from harness.diffusion.plans import SamplerPlan
+from harness.engines import check_torch_only
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
 from harness.engines.jax.draw import JaxChain, Network, load_weights, make_run_sampler
@@ -29,9 +30,11 @@ def measure(
     precision: str,
     micro_batch: int | None,
     mesh: str | None,
+    compile: str,
     say: Callable[[str], None],
 ) -> tuple[nnx.Module, Measured]:
     """The network at its initialisation, and what was measured with it on this machine."""
+    check_torch_only(precision, compile)
     over = devices.make_mesh(devices.pick_devices(device), mesh)
     device = device or devices.platform_name(over)
     check_room(request.spec.name, request.compute.params, device, devices.free_bytes(over))
@@ -87,9 +90,11 @@ def make_sampler(
     *,
     precision: str,
     batch: int,
+    compile: str = "off",
     decoder: Decoder | None = None,  # of latents
 ) -> JaxChain:
     """What draws images with the weights in `snapshot`, a safetensors file."""
+    check_torch_only(precision, "on" if compile == "on" else "auto")
     mesh = devices.own(devices.honour(run.resolved))
     arguments = request.spec.arguments(**request.arguments)
     net = Network.load(request.spec, arguments, load_weights(snapshot), precision, mesh)

@@ -12,7 +12,8 @@ import torch
 
 from harness import checkpoints
 from harness.diffusion.plans import SamplerPlan
-from harness.engines.torch.resolve import autocast
+from harness.engines.torch.compiling import check, compile_sampler
+from harness.engines.torch.resolve import autocast, set_arithmetic
 from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
 from harness.errors import Failure, Refusal
 from harness.protocols import UINT8_RULES, Sampling
@@ -56,8 +57,12 @@ class TorchStage:
         classifier_scale: float = 1.0,
         conditioning_noise: float = 0.0,
         number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
+        compile: str = "off",  # or "on"
     ):
-        self._net = net.to(device).eval().requires_grad_(False)
+        self._net: Callable[..., torch.Tensor] = net.to(device).eval().requires_grad_(False)
+        if compile == "on":
+            check(device)
+            self._net = compile_sampler(net, device)
         self._classifier = None if classifier is None else classifier.to(device).eval().requires_grad_(False)
         self._plan, self._precision, self._device, self._number = plan, precision, device, number
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
@@ -74,6 +79,7 @@ class TorchStage:
         advance: Callable[[], None],  # called after each step of the plan
     ) -> torch.Tensor:
         """Images or latents, float32 (N, C, H, W)."""
+        set_arithmetic(self._device, self._precision)
         if low_res is not None and self._conditioning_noise:
             noise = random.normal(seed, Purpose.CONDITIONING_NOISE, rows, self._number, tuple(low_res.shape[1:]))
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
@@ -123,6 +129,7 @@ class TorchGenerator:
         self, seed: int, rows: torch.Tensor, y: torch.Tensor, low_res: None, advance: Callable[[], None]
     ) -> torch.Tensor:
         """Images float32 (N, 3, H, W) from z = truncation x a standard normal cut off at -2 and 2 (BigGAN, sec. 3.1)."""
+        set_arithmetic(self._device, self._precision)
         u = random.uniform(seed, Purpose.INITIAL_NOISE, rows, 0, (self._latent_size,)).double()  # (N, Z)
         edge = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))
         z = torch.special.ndtri(edge + u * (1 - 2 * edge)).clamp(-2, 2) * self._truncation  # (N, Z)
@@ -146,12 +153,17 @@ class TorchSampler:
         precision: str,
         device: torch.device,
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
+        compile: str = "off",
+        batch: int | None = None,  # what a batch is filled up to, so that nothing is compiled for the last one
     ):
         stage = TorchStage(
             spec, net, plan, arguments=arguments, precision=precision, device=device,
-            guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels,
+            guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels, compile=compile,
         )  # fmt: skip
-        self._chain = TorchChain([stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device)
+        self._chain = TorchChain(
+            [stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device,
+            fill=batch if compile == "on" else None,
+        )  # fmt: skip
         self.evaluations = self._chain.evaluations
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
@@ -174,13 +186,17 @@ class TorchChain:
         seed: int,
         uint8_rule: str,
         device: torch.device,
+        fill: int | None = None,  # images that every batch is filled up to, by drawing its last one again
     ):
-        self._stages, self._decode = tuple(stages), decode
+        self._stages, self._decode, self._fill = tuple(stages), decode, fill
         self._seed, self._rule, self._device = seed, uint8_rule, device
         self.evaluations = sum(stage.evaluations for stage in stages)
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images (N, H, W, C) uint8 of sample indices (N,) with labels (N,)."""
+        count = len(index)
+        if self._fill is not None and count < self._fill:
+            index, labels = (np.pad(each, (0, self._fill - count), mode="edge") for each in (index, labels))
         rows = torch.from_numpy(index).to(self._device)
         y = torch.from_numpy(labels).to(self._device)
         x: torch.Tensor | None = None
@@ -192,8 +208,8 @@ class TorchChain:
             x = stage.draw(self._seed, rows, y, low_res, advance)  # (N, C, H, W)
         assert x is not None
         if self._decode is not None:
-            x = self._decode(x)  # (N, 3, H, W)
-        return to_uint8(x, self._rule)
+            x = self._decode(x[:count])  # (N, 3, H, W)
+        return to_uint8(x[:count], self._rule)
 
 
 def to_uint8(x: torch.Tensor, rule: str) -> np.ndarray:

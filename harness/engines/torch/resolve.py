@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,7 +16,7 @@ from harness.engines.memory import (
     refuse_one_image,
     state_bytes,
 )
-from harness.engines.torch import parallel, team
+from harness.engines.torch import compiling, parallel, team
 from harness.errors import Refusal
 from harness.runs import Resolved
 from harness.spec import BackboneSpec
@@ -88,6 +89,7 @@ def measure(
 
     Weights are left as they are.
     """
+    set_arithmetic(device, precision)
     inputs = inputs_of(kind, images, arguments, device)
     best = float("inf")
     buffers = [buffer.clone() for buffer in net.buffers()]
@@ -147,6 +149,9 @@ def resolve(
     micro_batch: int | None,
     activation_bytes: int,
     gradient_checkpointing: bool,
+    compile: str,  # of compiling.CHOICES
+    steps: int,  # of the run
+    say: Callable[[str], None],
 ) -> Measured:
     """Choose what is left open. The weights of `net` are left as they were."""
     parameters = sum(each.numel() for each in net.parameters())
@@ -159,9 +164,17 @@ def resolve(
         raise refuse_one_image(spec.name, parameters, activation_bytes, str(device), free)
     chosen = min(micro_batch or fitting, batch)
     images = min(chosen, PROBE_IMAGES)
+    check_precision(device, precision)
     wanted = list(PRECISIONS) if precision == "auto" else [precision]
     speeds = {each: measure(net, images, arguments, device, each, spec.kind) / team.size() for each in wanted}
     fastest = min(speeds, key=lambda each: speeds[each])
+    lacking = compiling.lacking(device)
+    if team.most(float(lacking is not None)) and lacking is None:  # they measure together or not at all
+        lacking = "torch.compile is not to be had in another process"
+    choice = compiling.choose(
+        compile, net, lacking=lacking, seconds=speeds[fastest] * team.size(), images=batch * steps, say=say,
+        measure=lambda: measure(net, images, arguments, device, fastest, spec.kind),
+    )  # fmt: skip
     name = device_name(device)
     resolved = Resolved(
         device=str(device) if team.size() == 1 else device.type,
@@ -171,9 +184,13 @@ def resolve(
         threads=torch.get_num_threads(),
         gradient_checkpointing=gradient_checkpointing,
         mesh="x".join(map(str, mesh)),
+        compile=choice.mode,
     )
     need = state_bytes(parameters, fastest) + chosen * activation_bytes
-    return Measured(resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free)
+    return Measured(
+        resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free,
+        compiled=f"{choice.mode} ({choice.reason})", compiled_seconds=None if choice.seconds is None else choice.seconds / team.size(),
+    )  # fmt: skip
 
 
 def honour(resolved: Resolved) -> torch.device:
@@ -182,5 +199,10 @@ def honour(resolved: Resolved) -> torch.device:
         device = pick_device(resolved.device if team.size() == 1 else resolved.device.partition(":")[0])
     except Refusal as error:
         raise refuse_device(resolved) from error
+    if resolved.compile == "on" and (reason := compiling.lacking(device)):
+        raise Refusal(
+            f"the run was created with compiled code, and {reason}; or continue it as another run with "
+            "--fork RUN --out NEW --compile off"
+        )
     torch.set_num_threads(parallel.threads(resolved))
     return device

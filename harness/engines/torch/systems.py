@@ -29,6 +29,7 @@ def make_chain(
     seed: int,
     precision: str,
     batch: int,  # batches may be of any size
+    compile: str,
     say: Callable[[str], None],
 ) -> TorchChain:
     """What draws images of a system."""
@@ -60,6 +61,7 @@ def make_chain(
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
             conditioning_noise=stage.conditioning_noise,
             number=number,
+            compile=compile,
         )
 
     stages = [
@@ -67,4 +69,7 @@ def make_chain(
         for number, (stage, source) in enumerate(bound.stages)
     ]
     decode = None if decoder is None else decoder.decode
-    return TorchChain(stages, decode, seed=seed, uint8_rule=system.uint8_rule, device=device)
+    return TorchChain(
+        stages, decode, seed=seed, uint8_rule=system.uint8_rule, device=device,
+        fill=batch if compile == "on" else None,
+    )  # fmt: skip

@@ -14,8 +14,9 @@ from harness.data.examples import Examples
 from harness.data.stream import Stream
 from harness.engines.processes import mesh_sides
 from harness.engines.torch import parallel, team
+from harness.engines.torch.compiling import compile_network
 from harness.engines.torch.parallel import own, part_of, whole
-from harness.engines.torch.resolve import autocast, honour
+from harness.engines.torch.resolve import autocast, honour, set_arithmetic
 from harness.engines.torch.tasks import Task
 from harness.errors import Refusal
 from harness.protocols import Recipe
@@ -52,8 +53,11 @@ class TorchEngine:
     ):
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
         self.device = honour(resolved)
+        set_arithmetic(self.device, resolved.precision)
         mesh = mesh_sides(resolved.mesh)
         self.net = parallel.shard(net, mesh, self.device).to(self.device).train()
+        if resolved.compile == "on":
+            compile_network(self.net)
         self._spread = parallel.Spread(self.net, mesh)
         self._rehearse = self._spread.rehearses
         self._named = dict(self.net.named_parameters())

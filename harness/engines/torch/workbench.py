@@ -29,6 +29,7 @@ def measure(
     precision: str,
     micro_batch: int | None,
     mesh: str | None,
+    compile: str,
     say: Callable[[str], None],
 ) -> tuple[torch.nn.Module, Measured]:
     """The network at its initialisation, and what was measured with it on this machine."""
@@ -48,6 +49,9 @@ def measure(
         micro_batch=micro_batch,
         activation_bytes=activation_bytes(request.spec, **request.arguments),
         gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
+        compile=compile,
+        steps=request.recipe.steps,
+        say=say,
     )
     return net, measured
 
@@ -78,6 +82,7 @@ def make_sampler(
     *,
     precision: str,
     batch: int,
+    compile: str = "off",
     decoder: Decoder | None = None,  # of latents
 ) -> TorchSampler:
     """What draws images with the weights in `snapshot`, a safetensors file; batches may be of any size."""
@@ -85,5 +90,5 @@ def make_sampler(
     net = load_weights(request.spec.build("torch", **request.arguments), snapshot)
     return TorchSampler(
         request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device,
-        decode=None if decoder is None else decoder.decode,
+        compile=compile, batch=batch, decode=None if decoder is None else decoder.decode,
     )  # fmt: skip
