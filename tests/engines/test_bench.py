@@ -130,3 +130,23 @@ def test_float32_is_float32_for_convolutions_too(monkeypatch):
             resolve.set_arithmetic(torch.device("cuda"), "tf32")
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_gpu_is_given_pinned_memory_and_not_waited_for():
+    calls = []
+
+    class Host:
+        device = CPU
+
+        def pin_memory(self):
+            calls.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            calls.append((device.type, non_blocking))
+            return self
+
+    resolve.place(Host(), torch.device("cuda"))
+    assert calls == ["pinned", ("cuda", True)]
+    held = torch.ones(3)
+    assert resolve.place(held, CPU) is held

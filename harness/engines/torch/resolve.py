@@ -117,6 +117,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`, from pages that a GPU reads by itself: copying from others waits for all work before it."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def check_precision(device: torch.device, precision: str) -> None:
     """Refuse TF32 where there are no units for it: float32 would be computed under its name."""
     if precision != "tf32":

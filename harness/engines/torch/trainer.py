@@ -16,7 +16,7 @@ from harness.engines.processes import mesh_sides
 from harness.engines.torch import parallel, team
 from harness.engines.torch.compiling import compile_network
 from harness.engines.torch.parallel import own, part_of, whole
-from harness.engines.torch.resolve import autocast, honour, set_arithmetic
+from harness.engines.torch.resolve import autocast, honour, place, set_arithmetic
 from harness.engines.torch.tasks import Task
 from harness.errors import Refusal
 from harness.protocols import Recipe
@@ -133,7 +133,7 @@ class TorchEngine:
             with autocast(self.device, self.resolved.precision):
                 return self._spread.call(*inputs)
 
-        terms = self._task.losses(call, x0, y, positions.to(self.device))  # (n,) each
+        terms = self._task.losses(call, x0, y, place(positions, self.device))  # (n,) each
         loss = sum(weight * terms[name].sum() for name, weight in self.terms.items() if weight)
         (loss / self.recipe.batch * self._spread.size).backward()  # of which the processes' mean is taken
         return torch.stack([terms[name].detach().sum() for name in self.terms]).double() / self.recipe.batch
@@ -141,13 +141,13 @@ class TorchEngine:
     def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x0 and labels at `positions` of the stream."""
         stored, labels = self._stream.take(positions.numpy())
-        index = positions.to(self.device)
+        index = place(positions, self.device)
 
         def normal(shape: tuple[int, ...]) -> torch.Tensor:
             return random.normal(self.seed, Purpose.POSTERIOR, index, 0, shape)
 
-        x0 = self._x0(torch.from_numpy(stored).to(self.device), normal)
-        return x0.contiguous(), torch.from_numpy(labels).to(self.device)
+        x0 = self._x0(place(torch.from_numpy(stored), self.device), normal)
+        return x0.contiguous(), place(torch.from_numpy(labels), self.device)
 
     @team.heard()
     def drain(self) -> list[tuple[float, ...]]:
