@@ -8,7 +8,8 @@ to latents, with guidance 4 of a doubled batch:
 1. equal precision: the sampler of the harness against diffusers' DiTPipeline (its DDIM, its network of the same size, and
    no VAE), both in float32;
 2. equal precision: the same against the public recipe (facebookresearch/DiT sample.py: p_sample_loop);
-3. everything on: what `harness sample` can do here, against the public recipe in float32.
+3. everything on: the precision that is faster here, compiled where there is a compiler, against the public recipe in
+   float32.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from peers import CPU, INPUT, PublicDiffusion, PublicNetwork, compare, diffusers
 
 from harness import registry
 from harness.diffusion.schedule import Schedule
+from harness.engines.torch.compiling import lacking
 from harness.engines.torch.draw import TorchSampler
 from harness.engines.torch.resolve import PRECISIONS, device_name, measure
 from harness.engines.torch.trainer import build
@@ -49,15 +51,18 @@ def network(spec) -> torch.nn.Module:
     return net
 
 
-def harness_draw(spec, sampler: str, batch: int, steps: int, precision: str) -> Callable[[], np.ndarray]:
+def harness_draw(
+    spec, sampler: str, batch: int, steps: int, precision: str, compile: str = "off"
+) -> Callable[[], np.ndarray]:
     """One batch of the sampler that `harness sample` uses."""
     objective = registry.objectives.get("epsilon-learned-range")
     plan = registry.samplers.get(sampler).make(Schedule.named("linear", 1000), steps, objective, 0.0, False)
     channels = "first-3" if sampler == "ddpm" else "all"  # as the peer of each has it
     sampling = Sampling(sampler=sampler, guidance_scale=GUIDANCE, guidance_channels=channels)
     drawn = TorchSampler(
-        spec, network(spec), plan, sampling, arguments=spec.arguments(**INPUT), precision=precision, device=CPU
-    )
+        spec, network(spec), plan, sampling, arguments=spec.arguments(**INPUT), precision=precision, device=CPU,
+        compile=compile, batch=batch,
+    )  # fmt: skip
     index = np.arange(batch)
     return lambda: drawn.draw(index, index)
 
@@ -103,8 +108,9 @@ def main() -> None:
         probe = build(spec, INPUT, 0)
         speed = {each: measure(probe, min(batch, 16), INPUT, CPU, each) for each in PRECISIONS}
         fastest = min(speed, key=lambda each: speed[each])
-        ours = harness_draw(spec, "ddpm", batch, steps, fastest)
-        against(f"the public recipe (ours: {fastest})", ours, recipe)
+        compiled = "off" if lacking(CPU) else "on"
+        ours = harness_draw(spec, "ddpm", batch, steps, fastest, compiled)
+        against(f"the public recipe (ours: {fastest}, compile {compiled})", ours, recipe)
     if options.out:
         facts = {"device": device_name(CPU), "torch": torch.__version__, "threads": torch.get_num_threads()}
         options.out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")

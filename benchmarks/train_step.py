@@ -6,8 +6,8 @@ Two comparisons, each the median of interleaved runs (machines are noisy; only t
 
 1. equal precision: forward, mean squared error, backward and one AdamW update of our network and of diffusers'
    DiTTransformer2DModel of the same size, in float32 and under bfloat16 autocast;
-2. whole step: the trainer of the harness with the precision that `auto` picks here (bfloat16 where it is faster, fused
-   AdamW, one-call EMA, hybrid loss, counter-based noise) against the public recipe (its own network too): float32,
+2. whole step: the trainer of the harness, compiled where there is a compiler, with the precision that `auto` picks here
+   (bfloat16 where it is faster, fused AdamW, one-call EMA, hybrid loss, counter-based noise) against the public recipe (its own network too): float32,
    unfused AdamW, EMA in a loop over the parameters, the same loss.
 """
 
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a
 from peers import CPU, INPUT, compare, diffusers_dit, noise_images, recipe_step, show
 
 from harness import registry
+from harness.engines.torch.compiling import lacking
 from harness.engines.torch.resolve import PRECISIONS, autocast, device_name, measure
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.protocols import Recipe
@@ -56,10 +57,15 @@ def plain_step(net: torch.nn.Module, precision: str, batch: int) -> Callable[[],
     return step
 
 
-def harness_step(spec, batch: int, precision: str) -> Callable[[], None]:
+def harness_step(spec, batch: int, precision: str, compile: str) -> Callable[[], None]:
     """One step of the trainer."""
     resolved = Resolved(
-        device="cpu", device_name="", precision=precision, micro_batch=batch, threads=torch.get_num_threads()
+        device="cpu",
+        device_name="",
+        precision=precision,
+        micro_batch=batch,
+        threads=torch.get_num_threads(),
+        compile=compile,
     )
     engine = TorchEngine(
         spec, build(spec, INPUT, 0), arguments=spec.arguments(**INPUT), recipe=Recipe(batch=batch), seed=0, resolved=resolved,
@@ -114,8 +120,11 @@ def main() -> None:
         speed = {each: measure(probe, min(batch, 16), INPUT, CPU, each) for each in PRECISIONS}
         auto = min(speed, key=lambda each: speed[each])
         del probe
-        rows.append({"backbone": name, "batch": batch, "against": f"the public recipe (ours: auto = {auto})"})
-        both = twice(harness_step(spec, batch, auto)), twice(recipe_step(spec, batch))
+        compiled = "off" if lacking(CPU) else "on"
+        rows.append(
+            {"backbone": name, "batch": batch, "against": f"the public recipe (ours: {auto}, compile {compiled})"}
+        )
+        both = twice(harness_step(spec, batch, auto, compiled)), twice(recipe_step(spec, batch))
         rows[-1] |= compare(*both, 2 * batch, options.runs)
         show(rows[-1])
     if options.out:

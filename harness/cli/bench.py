@@ -35,6 +35,13 @@ def _stages(text: str) -> tuple[str, ...]:
     "--batch", type=Count(), help="Images the network sees at once. [default: 256 on a GPU, about 1 s on a CPU]"
 )
 @click.option("--sampling-steps", type=Count(), help="Of a batch of samples. [default: 10 on a GPU, 2 on a CPU]")
+@click.option(
+    "--compile",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="torch.compile of the network. auto: on a GPU.",
+)
 @click.option("--stages", type=Parsed("stages", _stages), default=",".join(STAGES), show_default=True)
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Keep what was measured.")
@@ -63,6 +70,7 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
         precision=options["precision"],
         batch=options["batch"],
         sampler_steps=options["sampling_steps"],
+        compile=options["compile"],
         stages=options["stages"],
         say=lambda text: click.echo(text, err=True),
     )
@@ -83,8 +91,9 @@ def _show(found: dict[str, Any]) -> None:
     click.echo(f"{roofline['device_name']}, {found['threads']} threads, torch {found['torch']}")
     click.echo(f"  matrix products, TFLOP/s  {products}")
     click.echo(f"  memory, GB/s              {roofline['gbytes_per_second']:.3g}")
+    compiled = ", compiled" if found["compile"] == "on" else ""
     click.echo(
-        f"{found['backbone']} at {found['input']}: {found['params'] / 1e6:,.2f} M parameters, "
+        f"{found['backbone']}{compiled} at {found['input']}: {found['params'] / 1e6:,.2f} M parameters, "
         f"{found['gmacs']:.4g} G multiply-adds a forward pass on an image"
     )
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -23,7 +23,7 @@ from harness.compute.activations import activation_bytes
 from harness.data.images import ImageSet
 from harness.diffusion.schedule import Schedule
 from harness.engines.memory import check_room, fit_micro_batch, refuse_one_image
-from harness.engines.torch import resolve
+from harness.engines.torch import compiling, resolve
 from harness.engines.torch.draw import TorchSampler
 from harness.engines.torch.roofline import RUNS, Roofline, measure_roofline, seconds_of, wait
 from harness.engines.torch.trainer import TorchEngine, build
@@ -95,6 +95,7 @@ class Bench:
     precision: str
     batch: int
     sampler_steps: int
+    compile: str = "off"
     runs: int = RUNS
 
     @property
@@ -153,6 +154,7 @@ class Bench:
                 precision=self.precision,
                 micro_batch=micro_batch,
                 threads=torch.get_num_threads(),
+                compile=self.compile,
             ),
             data=noise_images(self.arguments),
         )
@@ -185,6 +187,8 @@ class Bench:
             arguments=self.arguments,
             precision=self.precision,
             device=self.device,
+            compile=self.compile,
+            batch=images,
         )
         index = np.arange(images)
         labels = index % max(self.arguments["num_classes"], 1)
@@ -224,6 +228,7 @@ def measure(
     precision: str,
     batch: int | None,
     sampler_steps: int | None,
+    compile: str,
     stages: tuple[str, ...],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -240,6 +245,10 @@ def measure(
         if not stages:
             raise Refusal(f"backbone {spec.name!r} is a {spec.kind}, of which only training is measured")
     resolve.check_precision(target, precision)
+    if compile == "on":
+        compiling.check(target)
+    compiled = "on" if compile == "auto" and cuda and compiling.lacking(target) is None else compile
+    compiled = "off" if compiled == "auto" else compiled
     arguments = spec.arguments()
     if spec.kind in ("denoiser", "upsampler") and arguments.get("out_channels") is None:
         arguments["out_channels"] = 2 * arguments["in_channels"]
@@ -251,7 +260,7 @@ def measure(
         batch = CUDA_BATCH if cuda else max(2, min(CPU_BATCH, int(a_second)))
     bench = Bench(
         spec=spec, arguments=arguments, device=target, roofline=roofline, precision=chosen, batch=batch,
-        sampler_steps=sampler_steps or (10 if cuda else 2),
+        sampler_steps=sampler_steps or (10 if cuda else 2), compile=compiled,
     )  # fmt: skip
     rows = []
     for stage in stages:
@@ -267,6 +276,7 @@ def measure(
         "params": spec.count(**arguments).params,
         "gmacs": macs / 1e9,
         "device": target.type,
+        "compile": compiled,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "convention": CONVENTION,
