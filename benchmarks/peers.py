@@ -19,6 +19,7 @@ from harness.data.images import ImageSet
 from harness.diffusion.respacing import space_timesteps
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.loss import LossTables, training_losses
+from harness.engines.torch.resolve import PRECISIONS, measure
 from harness.engines.torch.trainer import build
 
 INPUT = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "out_channels": 8}
@@ -182,6 +183,14 @@ class PublicDiffusion:
         return x.chunk(2)[0]
 
 
+def faster(spec, batch: int, precision: str | None) -> str:
+    """`precision`, or the one that `auto` would find faster here."""
+    if precision is not None:
+        return precision
+    net = build(spec, INPUT, 0).train()
+    return min(PRECISIONS, key=lambda each: measure(net, min(batch, 16), INPUT, CPU, each))
+
+
 def noise_images(count: int = 512) -> ImageSet:
     """Latent-shaped stand-ins: the speed of a step does not depend on what is on them."""
     rng = np.random.default_rng(0)
@@ -243,7 +252,29 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], images: in
         "ratio_low": ratios[0],
         "ratio_high": ratios[-1],
         "processor_ratio": statistics.median(b / a for a, b in busy),
+        "theirs_processor_seconds": min(b for _, b in busy),  # a call
     }
+
+
+def ceiling(row: dict, operations: float) -> dict[str, float]:
+    """How many times as fast as the public recipe float32 could be at most, for a row against it: were all else free,
+    what is left are its matrix products at the speed of the best one. In operations a second of processor time.
+
+    operations: of one call, a multiply-add being two.
+    """
+    x, weight = torch.randn(4096, 384), torch.randn(1536, 384)
+    best = float("inf")
+    for _ in range(20):
+        used = time.process_time()
+        torch.nn.functional.linear(x, weight)
+        best = min(best, time.process_time() - used)
+    peak, theirs = 2 * x.numel() * len(weight) / best, operations / row["theirs_processor_seconds"]
+    print(
+        f"{row['backbone']:<8} matrix products reach {peak / 1e9:.1f} GFLOP a processor second, the public recipe "
+        f"{theirs / 1e9:.1f}: in float32 nothing can be more than {peak / theirs:.2f} times as fast",
+        flush=True,
+    )
+    return {"matrix_gflops": peak / 1e9, "theirs_gflops": theirs / 1e9, "float32_ceiling": peak / theirs}
 
 
 def show(row: dict) -> None:

@@ -26,13 +26,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a path
 
-from peers import CPU, INPUT, PublicDiffusion, PublicNetwork, compare, diffusers_pipeline, show
+from peers import CPU, INPUT, PublicDiffusion, PublicNetwork, ceiling, compare, diffusers_pipeline, faster, show
 
 from harness import registry
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.compiling import lacking
 from harness.engines.torch.draw import TorchSampler
-from harness.engines.torch.resolve import PRECISIONS, device_name, measure
+from harness.engines.torch.resolve import PRECISIONS, device_name
 from harness.engines.torch.trainer import build
 from harness.protocols import Sampling
 
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--backbones", default="dit-s-8,dit-s-2")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--steps", type=int, default=4, help="of the sampler")
+    parser.add_argument("--precision", choices=PRECISIONS, help="for 3 [default: the faster]")
     parser.add_argument("--threads", type=int, help="of torch [default: as many as it takes]")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -105,12 +106,11 @@ def main() -> None:
         )
         recipe = recipe_draw(spec, batch, steps)
         against("the public recipe, both float32", harness_draw(spec, "ddpm", batch, steps, "float32"), recipe)
-        probe = build(spec, INPUT, 0)
-        speed = {each: measure(probe, min(batch, 16), INPUT, CPU, each) for each in PRECISIONS}
-        fastest = min(speed, key=lambda each: speed[each])
+        fastest = faster(spec, batch, options.precision)
         compiled = "off" if lacking(CPU) else "on"
         ours = harness_draw(spec, "ddpm", batch, steps, fastest, compiled)
         against(f"the public recipe (ours: {fastest}, compile {compiled})", ours, recipe)
+        rows[-1] |= ceiling(rows[-1], 2 * spec.count(**INPUT).macs * 2 * batch * steps)
     if options.out:
         facts = {"device": device_name(CPU), "torch": torch.__version__, "threads": torch.get_num_threads()}
         options.out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")

@@ -24,12 +24,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a path
 
-from peers import CPU, INPUT, compare, diffusers_dit, noise_images, recipe_step, show
+from peers import CPU, INPUT, ceiling, compare, diffusers_dit, faster, noise_images, recipe_step, show
 
 from harness import registry
 from harness.engines.torch.compiling import lacking
-from harness.engines.torch.resolve import PRECISIONS, autocast, device_name, measure
+from harness.engines.torch.resolve import PRECISIONS, autocast, device_name
 from harness.engines.torch.trainer import TorchEngine, build
+from harness.planning import TRAINING_FACTOR
 from harness.protocols import Recipe
 from harness.runs import Resolved
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", default="dit-s-8,dit-s-2")
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--precision", choices=PRECISIONS, help="this alone [default: both, and the faster for 2]")
     parser.add_argument("--threads", type=int, help="of torch [default: as many as it takes]")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -108,7 +110,8 @@ def main() -> None:
         spec = registry.backbones.get(name)
         arguments = spec.arguments(**INPUT)
         batch = options.batch or BATCH.get(name, OTHER_BATCH)
-        for precision in PRECISIONS:
+        wanted = [options.precision] if options.precision else list(PRECISIONS)
+        for precision in wanted:
             torch.manual_seed(0)
             ours = plain_step(spec.build("torch", **INPUT).train(), precision, batch)
             theirs = plain_step(diffusers_dit(arguments), precision, batch)
@@ -116,10 +119,7 @@ def main() -> None:
             rows[-1] |= compare(twice(ours), twice(theirs), 2 * batch, options.runs)
             show(rows[-1])
             del ours, theirs
-        probe = spec.build("torch", **INPUT).train()
-        speed = {each: measure(probe, min(batch, 16), INPUT, CPU, each) for each in PRECISIONS}
-        auto = min(speed, key=lambda each: speed[each])
-        del probe
+        auto = faster(spec, batch, options.precision)
         compiled = "off" if lacking(CPU) else "on"
         rows.append(
             {"backbone": name, "batch": batch, "against": f"the public recipe (ours: {auto}, compile {compiled})"}
@@ -127,6 +127,7 @@ def main() -> None:
         both = twice(harness_step(spec, batch, auto, compiled)), twice(recipe_step(spec, batch))
         rows[-1] |= compare(*both, 2 * batch, options.runs)
         show(rows[-1])
+        rows[-1] |= ceiling(rows[-1], 2 * TRAINING_FACTOR * spec.count(**INPUT).macs * 2 * batch)
     if options.out:
         options.out.write_text(
             json.dumps({"device": device_name(CPU), "torch": torch.__version__, "rows": rows}, indent=2)
