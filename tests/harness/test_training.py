@@ -259,8 +259,13 @@ def test_a_run_cannot_be_trained_backwards(whole):
         workshop(whole.folder, request(steps=12)).train(7)
 
 
+def unwatched(run):
+    """No loggers."""
+    return training.Loggers((), run, 0, {}, lambda text: None)
+
+
 def test_checkpoints_are_due_by_cost_and_by_loss(whole):
-    keeper = training._Keeper(whole.run, None, None, 0, 0.0, cost=0.0)
+    keeper = training._Keeper(whole.run, None, None, unwatched(whole.run), 0, 0.0, cost=0.0)
     now = keeper._saved_at
     for cost, age, due in (
         (0.0, 1, False),
@@ -299,7 +304,7 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
         for patience in (0.0, 1e9):
             monkeypatch.setattr(training, "DRAIN_SECONDS", patience)
             engine, log = Counted(), io.StringIO()
-            keeper = training._Keeper(whole.run, engine, log, 0, 0.0, cost=0.0, team=team)
+            keeper = training._Keeper(whole.run, engine, log, unwatched(whole.run), 0, 0.0, cost=0.0, team=team)
             keeper._drained -= 1
             at = []
             for step in range(1, 11):
@@ -312,7 +317,9 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     assert found["one"][0] and not found["one"][1]
     assert found["two"] == [[1, 5, 9]] * 2
     for interrupted in (False, True):
-        keeper = training._Keeper(whole.run, Counted(), io.StringIO(), 0, 0.0, cost=0.0, team=Two())
+        keeper = training._Keeper(
+            whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, 0.0, cost=0.0, team=Two()
+        )
         told["stop"] = 0 if interrupted else training.STOP
         keeper.stepped()
         assert keeper.decide(interrupted)[0]
@@ -330,7 +337,7 @@ def test_a_leader_asks_sooner_where_steps_are_long(whole, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
     for seconds, apart in ((0.001, training.AGREE_STEPS), (0.5, 4), (60.0, 1)):
-        keeper = training._Keeper(whole.run, None, io.StringIO(), 0, 0.0, cost=0.0, team=Leader())
+        keeper = training._Keeper(whole.run, None, io.StringIO(), unwatched(whole.run), 0, 0.0, cost=0.0, team=Leader())
         keeper.done, now[0] = 1, now[0] + seconds
         keeper.decide(False)
         assert keeper._apart == apart
