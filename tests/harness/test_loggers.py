@@ -112,6 +112,7 @@ def sent(path):
     return found
 
 
+@pytest.mark.slow
 def test_weights_and_biases_has_each_step_once_after_a_kill(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)

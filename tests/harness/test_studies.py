@@ -19,6 +19,7 @@ from harness.data.digits import load as digits
 from harness.errors import Refusal
 from harness.studies import from_dict, jobs, load
 from harness.studies.expand import expand
+from harness.studies.local import Launcher
 from harness.studies.state import overview
 
 STUDY = """
@@ -185,6 +186,79 @@ def test_torchrun_takes_no_option_of_ours_for_its_own():
             words = ["-m", "harness", command.name, flag, "value"]
             found = parse_args(["--standalone", "--nproc-per-node", "2", *words])
             assert (found.training_script, found.training_script_args) == ("harness", words[2:]), flag
+
+
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """A function that launches a study of five seeds whose commands are stubs; what happens is appended to `said`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(jobs.PROGRAMS, "harness", "stub_command")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    data = {"protocol": "digits", "backbones": ["dit-xs-4"], "seeds": [9, 1, 2, 3, 4], "sampling": {"samples": 100}}
+    study = expand(from_dict(data, Path("stub.toml")))
+
+    def launch(processes, **options):
+        said = []
+        launcher = Launcher(
+            study, processes=processes, say=said.append, draw=lambda found: None, **{"retry_failed": False, **options}
+        )
+        return launcher, launcher.launch(), said
+
+    return launch
+
+
+def during(condition, action, monkeypatch):
+    """Do `action` once, from within the launcher's own loop, when `condition` holds."""
+    sleep, done = time.sleep, []
+
+    def watched(seconds):
+        if not done and condition():
+            done.append(True)
+            action()
+        sleep(min(seconds, 0.02))
+
+    monkeypatch.setattr("harness.studies.local.time.sleep", watched)
+
+
+def test_so_many_are_at_work_each_with_its_share_and_sigterm_reaches_all(launched, monkeypatch):
+    begun = lambda: sorted(Path().glob("begun-*"))  # noqa: E731
+    during(lambda: len(begun()) == 2, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    launcher, found, said = launched(2)
+    assert launcher.stopping == 1
+    assert [path.name for path in begun()] == ["begun-1", "begun-2"]  # two slots, and the first run has failed
+    groups, *shares = zip(*(path.read_text().split() for path in begun()), strict=True)
+    assert len({*groups, str(os.getpgid(0))}) == 3  # Ctrl-C at the terminal reaches none of them
+    assert shares == [(str(max(1, os.cpu_count() // 2)),) * 2, ("5", "2")] or shares[1] == ("2", "5")
+    assert [row.state for row in found.rows] == ["failed", "interrupted", "interrupted", "to do", "to do"]
+    assert found.rows[0].reason == "nine is too many"
+    assert "stopping: 2 at work write their checkpoints" in said
+
+
+def test_a_failed_run_is_begun_again_when_asked_and_one_that_ends_without_samples_is_no_success(launched):
+    for seed in range(1, 5):
+        Path(f"end-{seed}").touch()
+    _, found, _ = launched(4)
+    reasons = [row.reason for row in found.rows]
+    assert reasons == ["nine is too many"] + ["ended without an error, but 3 sample sets are not there"] * 4
+    assert launched(4)[2] == []
+    said = launched(4, retry_failed=True)[2]
+    assert sum(text.startswith("started") for text in said) == 5
+
+
+def test_two_launchers_of_a_study_do_not_work_at_once(launched, monkeypatch):
+    refused = []
+
+    def second():
+        with pytest.raises(Refusal, match="another `harness study` is at work on 'stub'"):
+            launched(1)
+        refused.append(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    during(lambda: Path("begun-1").exists(), second, monkeypatch)
+    launched(1)
+    assert refused
 
 
 # ---- real processes ----
@@ -367,6 +441,7 @@ def test_a_study_of_twelve_whose_launcher_is_killed_three_times_and_then_mended(
     assert all(contents(place)[folder] == files for folder, files in kept.items())
 
 
+@pytest.mark.slow
 def test_sigterm_reaches_the_runs_which_write_their_checkpoints(place, monkeypatch):
     text = PROCESSES.format(backbones='["dit-xs-4"]', seeds=[0], steps=[1_000_000])
     (place / "study.toml").write_text(text)
