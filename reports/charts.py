@@ -152,8 +152,10 @@ def model_styles(records: Iterable[Record]) -> dict[str, Style]:
             styles[model] = Style(colour=COLOURS[size], marker=MARKERS[patch], dash=DASHES[patch])
         else:
             families.setdefault(model if measured[model] else _family(model), []).append(model)
-    order = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])
+    own = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])
     for index, members in enumerate(families.values()):
+        # What is published never takes the colour of a size: it stands beside DiTs in every panel.
+        order = own if measured[members[0]] else own[: -len(_DIT_SIZES)]
         again, place = divmod(index, len(order))
         for number, model in enumerate(members):
             marker, dash = MARKERS[(again + number) % len(MARKERS)], DASHES[(again + number) % len(DASHES)]

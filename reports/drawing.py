@@ -32,7 +32,7 @@ _TITLE = 0.36  # above all panels
 _TILE = 0.72  # side of a picture in a grid of samples, inches
 _NAMES = 0.85  # room for names beside bars, within the width of a panel
 _BUBBLE = 900.0  # area of the largest, in square points
-_HEADING, _SMALL = 8.5, 8.5  # font sizes
+_HEADING = 8.2  # font size of the text above a panel
 
 
 def draw(figure: Figure, styles: Mapping[str, Style], kinds: Sequence[str] = tuple(_FILES)) -> dict[str, bytes]:
@@ -98,7 +98,8 @@ def _grids(figure: Figure):
     """A figure of pictures: a row of tiles a model, pixels repeated and never smoothed."""
     import matplotlib.pyplot as plt
 
-    widths = [_NAMES + 0.6 + _TILE * len(grid.columns) for grid in figure.grids]
+    names = 0.3 + 0.085 * max(len(name) for grid in figure.grids for name in grid.rows)  # inches beside the tiles
+    widths = [names + 0.1 + _TILE * len(grid.columns) for grid in figure.grids]
     heads = [
         [_drawable(line) for text in (grid.heading, grid.note) for line in _wrapped(text) if line]
         for grid in figure.grids
@@ -111,7 +112,7 @@ def _grids(figure: Figure):
     top = height - _TITLE
     for head, grid, used in zip(heads, figure.grids, heights, strict=True):
         rows, columns, tall, wide, channels = grid.tiles.shape
-        left, edge = _NAMES + 0.5, top - 0.3 - _LINE * len(head)
+        left, edge = names, top - 0.3 - _LINE * len(head)
         for index, line in enumerate(head):
             place = (0.1 / width, (top - 0.1 - _LINE * (index + 0.5)) / height)
             sheet.text(*place, line, fontsize=_HEADING, color="0.35", va="center", parse_math=False)
@@ -179,6 +180,9 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
     ]
     if panel.x.scale != "names":
         place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks], bubbles)
+        low, high = axes.get_xlim()  # widened for the labels
+        if axes.get_xscale() == "log":
+            axes.xaxis.get_major_locator().set_params(subs=_log_steps(high / low))
     place_texts(axes, texts, [(mark.x, mark.y) for each in panel.series for mark in each.marks])
 
 
@@ -260,7 +264,7 @@ def _bars(axes, series: Series, style: Style, largest: float) -> None:
     )
     end = axes.get_xlim()[1]
     if largest:
-        axes.text(0.93 * end, -0.62, "Gflops", va="center", fontsize=8.5, color="0.25")
+        axes.text(end, -0.62, "Gflops", va="center", ha="right", fontsize=8.5, color="0.25")
     for mark in series.marks:
         if mark.low is not None:
             axes.hlines(mark.x, mark.low, mark.high, color="black", linewidth=1.3, zorder=4)
@@ -274,8 +278,16 @@ def _bars(axes, series: Series, style: Style, largest: float) -> None:
         )
         if mark.size is not None and largest:  # a bubble in a column of its own, beside the bars
             area = max(_BUBBLE * 0.5 * mark.size / largest, 3.0)
-            axes.scatter([0.86 * end], [mark.x], s=[area], facecolor=style.colour, alpha=0.6, linewidth=0, zorder=3)
-            axes.text(0.93 * end, mark.x, f"{mark.size:.4g}", va="center", fontsize=8.5, color="0.25")
+            axes.scatter([0.83 * end], [mark.x], s=[area], facecolor=style.colour, alpha=0.6, linewidth=0, zorder=3)
+            axes.text(
+                end,
+                mark.x,
+                f"{mark.size:.3g}" if mark.size < 1 else f"{mark.size:.4g}",
+                va="center",
+                ha="right",
+                fontsize=8.5,
+                color="0.25",
+            )
 
 
 def _band(axes, series: Series, style: Style, largest: float) -> None:
@@ -356,8 +368,7 @@ def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, a
         low, high = low / ratio**below, high * ratio**above
         set_limits(low, high)
         ratio = high / low
-        subs = (1, 2, 3, 5, 7) if ratio < 8 else (1, 2, 5) if ratio < 500 else (1,)
-        side.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+        side.set_major_locator(LogLocator(base=10, subs=_log_steps(ratio), numticks=12))
         side.set_major_formatter(FuncFormatter(_tick_text))
         side.set_minor_locator(NullLocator())  # hundreds of ticks to draw, for little to see
     else:
@@ -369,10 +380,15 @@ def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, a
         side.set_major_formatter(FuncFormatter(_tick_text))
 
 
+def _log_steps(ratio: float) -> tuple[int, ...]:
+    """Which multiples of the powers of ten are named on a logarithmic axis from 1 to `ratio`: three to eight in all."""
+    return (1, 2, 3, 5, 7) if ratio < 8 else (1, 2, 5) if ratio < 200 else (1, 3) if ratio < 3000 else (1,)
+
+
 def _tick_text(value: float, position: int | None = None) -> str:
     """`0.05`, `2,000`, `400K`, `2M`, and powers of ten beyond."""
     size = abs(value)
-    if size >= 1e7 or 0 < size < 1e-3:
+    if size >= 1e7 or 0 < size < 1e-4:
         exponent = math.floor(math.log10(size) + 1e-9)
         factor = value / 10**exponent
         power = str(exponent).translate(
@@ -385,7 +401,7 @@ def _tick_text(value: float, position: int | None = None) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 88)
+    return textwrap.wrap(text, 94)
 
 
 def _drawable(text: str) -> str:

@@ -36,12 +36,14 @@ def pareto(pool: Pool, published: Sequence[Record]) -> Figure | None:
         records = quality(group.records)
         if not records:
             continue
+        settings = [sorted(own, key=lambda record: record.id) for own in settings_of(records, (), Sampling)]
+        settings.sort(key=lambda own: (model_of(own[0]), own[0].provenance, own[0].id))
         first = True
         for title, unit, cost, name in (
             ("Training compute", "Gflops", training_gflops, _trained),
             ("Sampling compute", "Gflops per image, decoder not counted", _per_image, _sampled),
         ):
-            made = _frontier_panel(records, cost, name)
+            made = _frontier_panel(settings, cost, name)
             if made is None:
                 continue
             series, found, omitted = made
@@ -77,18 +79,18 @@ def pareto(pool: Pool, published: Sequence[Record]) -> Figure | None:
     return Figure(name="pareto", title="The frontier of quality and compute", panels=tuple(panels), rows=tuple(rows))
 
 
-def _frontier_panel(records: Sequence[Record], cost: Callable[[Record], float | None], name: Callable[[Record], str]):
+def _frontier_panel(
+    settings: Sequence[list[Record]], cost: Callable[[Record], float | None], name: Callable[[Record], str]
+):
     """(series, (record, on the frontier?) of each that is drawn); None where there are not two models to compare.
 
     One mark is one setting: runs that differ in seeds alone, or several where they are equal in cost and value.
     """
-    usable = [record for record in records if cost(record)]
-    if len({model_of(record) for record in usable}) < 2:
+    settings = [own for own in settings if cost(own[0])]
+    if len({model_of(own[0]) for own in settings}) < 2:
         return None
-    settings = [sorted(own, key=lambda record: record.id) for own in settings_of(usable, (), Sampling)]
-    settings.sort(key=lambda own: (model_of(own[0]), own[0].provenance, own[0].id))
     places = [(cost(own[0]), sum(record.value for record in own) / len(own)) for own in settings]
-    best = set(frontier(places, better(records[0].metric)))
+    best = set(frontier(places, better(settings[0][0].metric)))
     every = max(1, -(-len(settings) // MOST_POINTS))  # beyond the room of a panel every so many, and the frontier
     marks: dict[tuple[str, str, bool], list[Mark]] = {}
     found = []

@@ -39,8 +39,7 @@ CURVE_PLACES = 40  # of a fitted law
 
 def compute_efficiency(made: Sequence[Study], pool: Pool, published: Sequence[Record]) -> Figure | None:
     """Figure 2: quality against Gflops with parameters as areas; and each system's best beside its Gflops."""
-    panels: list[Panel] = []
-    rows: list[dict] = []
+    parts: list[tuple[Panel, list[dict]]] = []
     for study in made:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         marked, note = at_one_length(study)
@@ -50,24 +49,26 @@ def compute_efficiency(made: Sequence[Study], pool: Pool, published: Sequence[Re
         series = tuple(
             one_mark(line, dataclasses.replace(mark, text=_with_params(mark)), "bubbles") for line, mark in marked
         )
-        panels.append(
-            Panel(
-                heading=study.group.heading,
-                title="Quality against Gflops",
-                x=Axis(title="Backbone compute", unit="Gflops a forward pass", scale="log"),
-                y=quality_axis(records_of(marked)),
-                series=series,
-                note="; ".join([*study.notes, note, "area: parameters", *bars_note(series)]),
-                starts_row=True,
-            )
+        panel = Panel(
+            heading=study.group.heading,
+            title="Quality against Gflops",
+            x=Axis(title="Backbone compute", unit="Gflops a forward pass", scale="log"),
+            y=quality_axis(records_of(marked)),
+            series=series,
+            note="; ".join([*study.notes, note, "area: parameters", *bars_note(series)]),
+            starts_row=True,
         )
-        rows += mark_rows(len(panels), marked, {"shows": "bubble"})
+        parts.append((panel, mark_rows(0, marked, {"shows": "bubble"})))
     for panel, found in _best_systems(pool, published):
-        panels.append(panel)
-        rows += [data_row(r, len(panels), n, places_of(r) | {"shows": "bar"}) for n, r in found]
-    if not panels:
+        beside = [place for place, (other, _) in enumerate(parts) if other.heading == panel.heading]
+        rows = [data_row(record, 0, name, places_of(record) | {"shows": "bar"}) for name, record in found]
+        parts.insert(beside[-1] + 1 if beside else len(parts), (panel, rows))
+    if not parts:
         return None
-    return Figure(name="figure-2", title="Quality and compute", panels=tuple(panels), rows=tuple(rows))
+    rows = [row | {"panel": number} for number, (_, own) in enumerate(parts, start=1) for row in own]
+    return Figure(
+        name="figure-2", title="Quality and compute", panels=tuple(panel for panel, _ in parts), rows=tuple(rows)
+    )
 
 
 def _best_systems(pool: Pool, published: Sequence[Record]):

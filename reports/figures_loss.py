@@ -41,9 +41,12 @@ def training_loss(folders: Sequence[Path], records: Iterable[Record]) -> Figure 
     folders: where record files lie; RUN/log.jsonl and RUN/run.json are looked for in each. A run without either has no
     curve, nor one of a protocol that no record is of. Seeds of one model are one line, their mean, in a band from the lowest to the highest.
     """
+    curves = [curve for folder in folders[:MOST_RUNS] if (curve := _read(folder)) is not None]
+    if not curves:
+        return None
     records = list(records)
     wanted = {record.protocol for record in records}
-    curves = [curve for folder in folders[:MOST_RUNS] if (curve := _read(folder)) is not None and curve.task in wanted]
+    curves = [curve for curve in curves if curve.task in wanted]
     cost = {
         (model_of(record), record.protocol): record.training.gflops / record.training.steps
         for record in records

@@ -39,10 +39,13 @@ def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | N
     folders: where record files lie; RUN/samples/*/samples.npz is looked for in each. A set that cannot be read is left
     out, for it is named where it is used. None where no two models have such sets.
     """
+    sets = _sets(folders)
+    if not sets:
+        return None
     records = list(records)
     wanted = {record.protocol for record in records}
     found: dict[str, list[_Set]] = {}
-    for each in _sets(folders):
+    for each in sets:
         if each.run["protocol"].get("name") in wanted:
             found.setdefault(_noise_key(each), []).append(each)
     gflops = {model_of(record): record.gflops or 0.0 for record in records}

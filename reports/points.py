@@ -196,11 +196,14 @@ def quality_axis(records: Sequence[Record]) -> Axis:
 
 
 def bars_note(series: Iterable[Series]) -> list[str]:
-    """What the bars of the marks are; nothing where there are none."""
+    """What tells the paper's marks from measured ones, and what bars are; nothing where there are none."""
+    series = list(series)
+    both = {each.provenance for each in series} >= {"published", "measured"}
+    notes = ["hollow, dotted or pale: the paper's"] if both else []
     marks = [mark for each in series for mark in each.marks if mark.low is not None]
     if any(len(mark.record_ids) > 1 for mark in marks):
-        return ["marks: means over seeds, bars: lowest and highest seed"]
-    return ["bars: 95 % intervals"] if marks else []
+        return [*notes, "marks: means over seeds, bars: lowest and highest seed"]
+    return [*notes, "bars: 95 % intervals"] if marks else notes
 
 
 def settings_of(records: Iterable[Record], along: Sequence[str], part: type) -> list[list[Record]]:
