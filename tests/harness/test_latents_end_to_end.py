@@ -19,9 +19,9 @@ from harness.data import latents
 from harness.samples import read_samples
 
 TASK = """
-name = "pictures-64"
+name = "pictures-{side}"
 dataset = "prepared"
-resolution = 64
+resolution = {side}
 num_classes = 10
 space = "latents"
 input_size = 8
@@ -39,11 +39,11 @@ guidance_channels = "all"
 ENCODE = ("data", "latents", "images", "--vae", "vae", "--device", "cpu", "--out")
 
 
-def begin(home, per_class, samples, steps, width=16):
-    """Files of the user: a tree of 10 classes, an auto-encoder of factor 8, a protocol."""
+def begin(home, per_class, side, samples, steps):
+    """Files of the user: a tree of 10 classes, an auto-encoder whose latents are 8x8, a protocol."""
     make_tree(home / "tree", [f"n{number:08d}" for number in range(10)], per_class, sides=(70, 120))
-    save_vae(home / "vae", width=width)
-    (home / "task.toml").write_text(TASK.format(samples=samples, steps=steps))
+    save_vae(home / "vae", levels={64: 4, 32: 3}[side])
+    (home / "task.toml").write_text(TASK.format(samples=samples, side=side, steps=steps))
 
 
 def command(home, *words):
@@ -94,14 +94,15 @@ def train_and_measure(home, call, steps):
     assert {each["metric"] for each in records} >= {"fd", "precision", "recall", "copies"}
     assert all(each["sampling"]["decoder"].startswith("vae-") for each in records)
     assert path.with_name("grid.png").stat().st_size > 1000
-    assert "pictures-64" in (run.parent / "report" / "table-pictures-64.md").read_text()
+    (table,) = (run.parent / "report").glob("table-pictures-*.md")
+    assert "dit-xs-2" in table.read_text()
     return read_samples(path)
 
 
 def test_two_hundred_and_sixty_files_become_a_report(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    begin(tmp_path, 26, 100, 3, width=8)  # two chunks
+    begin(tmp_path, 26, 64, 100, 3)  # two chunks
     in_process(tmp_path, "data", "prepare", "pictures", "--from", "tree", "--out", "images", "--resolution", "64")
     assert "data set pictures: 260 images" in in_process(tmp_path, "data", "verify", "images")
     process = command(tmp_path, *ENCODE, "cache")
@@ -121,9 +122,9 @@ def test_two_hundred_and_sixty_files_become_a_report(tmp_path):
 
 @pytest.mark.slow
 def test_ten_thousand_files_become_a_report_and_twenty_kills_cost_nothing(tmp_path):
-    """As a user would. The kills come at random moments of the whole life of `harness data latents`."""
-    begin(tmp_path, 1000, 1000, 50)
-    as_user(tmp_path, "data", "prepare", "pictures", "--from", "tree", "--out", "images", "--resolution", "64")
+    """As a user would. The kills come at random moments of the life of `harness data latents`, several in each."""
+    begin(tmp_path, 1000, 32, 500, 25)
+    as_user(tmp_path, "data", "prepare", "pictures", "--from", "tree", "--out", "images", "--resolution", "32")
     assert "data set pictures: 10,000 images" in as_user(tmp_path, "data", "verify", "images")
     began = time.monotonic()
     as_user(tmp_path, *ENCODE, "uninterrupted")
@@ -133,7 +134,7 @@ def test_ten_thousand_files_become_a_report_and_twenty_kills_cost_nothing(tmp_pa
         before = journal(out)
         process = command(tmp_path, *ENCODE, out.name)
         try:
-            assert process.wait(moments.uniform(0.02, 0.9) * whole) == 0
+            assert process.wait(moments.uniform(0, 0.3) * whole) == 0
             same_bytes(out, tmp_path / "uninterrupted")
             folders += 1
         except subprocess.TimeoutExpired:
@@ -147,6 +148,6 @@ def test_ten_thousand_files_become_a_report_and_twenty_kills_cost_nothing(tmp_pa
     (tmp_path / f"cache-{folders}").rename(tmp_path / "cache")
     print(f"encoding {whole:.0f} s; {kills} kills in {folders} caches, chunks kept at each: {kept}")
     assert "latents 4x8x8 of 10,000 images of pictures" in as_user(tmp_path, "data", "verify", "cache")
-    samples = train_and_measure(tmp_path, as_user, 400)
-    assert samples.images.shape == (1000, 64, 64, 3)
+    samples = train_and_measure(tmp_path, as_user, 300)
+    assert samples.images.shape == (500, 32, 32, 3)
     print(f"grid: {next(tmp_path.glob('runs/one/samples/*/grid.png'))}")
