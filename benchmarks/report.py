@@ -72,21 +72,40 @@ def main() -> None:
         runs = (arguments.folder or Path(temporary)) / f"runs-{arguments.records}"
         if not runs.exists():
             write(runs, arguments.records)
-        from reports.report import write_report
-        from results.store import find_record_files, load
+        measure(runs, Path(temporary) / "report", arguments.profile)
 
-        start = time.perf_counter()
-        loaded = load(find_record_files([runs]))
-        print(f"load:           {time.perf_counter() - start:6.2f} s  ({len(loaded.records)} records)")
-        profiler = cProfile.Profile()
-        if arguments.profile:
-            profiler.enable()
-        start = time.perf_counter()
-        summary = write_report([runs], Path(temporary) / "report")
-        print(f"load and report:{time.perf_counter() - start:6.2f} s  ({len(summary.files)} files)")
-        if arguments.profile:
-            profiler.disable()
-            pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)
+
+def measure(runs: Path, out: Path, profile: bool) -> None:
+    """Processor seconds of each stage, then of a whole report, with all figures and the page."""
+    from reports import charts
+    from reports.figures import figures, published_records
+    from reports.report import table_files, write_report
+    from results.store import find_record_files, load
+
+    profiler = cProfile.Profile(time.process_time)
+    if profile:
+        profiler.enable()
+    files = find_record_files([runs])
+    start = time.process_time()
+    records = load(files).records
+    loaded = time.process_time()
+    _, contents = table_files(records, sorted({record.protocol for record in records}))
+    written = time.process_time()
+    drawn = figures([*records, *published_records(None)], [path.parent for path in files])
+    for figure in drawn:
+        charts.to_csv(figure)
+    ended = time.process_time()
+    if profile:
+        profiler.disable()
+    print(f"load {len(records)} records          {loaded - start:6.2f} s")
+    print(f"{len(contents)} files of tables           {written - loaded:6.2f} s")
+    print(f"data of {len(drawn)} figures          {ended - written:6.2f} s")
+    print(f"together                     {ended - start:6.2f} s")
+    start = time.process_time()
+    summary = write_report([runs], out)
+    print(f"whole report, {len(summary.files)} files      {time.process_time() - start:6.2f} s")
+    if profile:
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,19 @@ from reports.sections import Line, Section, Table
 
 _WORDS = {"best": "the best of the column", "tie": "tied with the best of the column"}
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 2rem; }
+body { font: 13.5px/1.4 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 1.5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; border-block: 2px solid #1b1b1b; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-block: .5rem; }
-th, td { padding: .2rem .7rem; text-align: left; font-weight: normal; white-space: nowrap; }
-thead th { border-bottom: 1px solid #1b1b1b; font-weight: 600; }
+th, td { padding: .15rem .5rem; text-align: left; font-weight: normal; white-space: nowrap; }
+th[scope=row] { position: sticky; left: 0; background: #fff; }
+thead th { border-bottom: 1px solid #1b1b1b; font-weight: 600; white-space: normal; vertical-align: bottom; }
 .number { text-align: right; }
 tr.published + tr.measured > * { border-top: 1px solid #999; }
 tr.measured > th { font-weight: 600; }
 .best, .tie { font-weight: 700; }
 .tie::after { content: " ="; }
-.notes { font-size: .87rem; color: #444; padding: 0; max-width: 70rem; }
+.notes { font-size: .87rem; color: #444; padding: 0; max-width: 75rem; }
 .notes li { list-style: none; }
 """
 

@@ -61,7 +61,7 @@ def write_report(
         loaded = load([*found, *sorted(folder.glob("*.jsonl"))])
     records = loaded.records
     protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
-    tables, contents = _tables(records, protocols)
+    tables, contents = table_files(records, protocols)
     drawn = [record for record in records if record.protocol in protocols]
     drawn += published_records(None if protocol is None else protocols)
     styles = charts.model_styles(drawn)
@@ -91,7 +91,7 @@ def write_report(
 
 
 @collector_paused()
-def _tables(records: Sequence[Record], protocols: Sequence[str]) -> tuple[list[Table], dict[str, bytes]]:
+def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[list[Table], dict[str, bytes]]:
     """The tables, and their files by name."""
     tables = paper_tables(records)
     tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]

@@ -12,7 +12,17 @@ from results.records import Record
 NAME = "table-verdicts"
 MOST_LINES = 500  # of one section: more is read by nobody
 COLUMNS = (
-    *("System", "Metric", "Sampling", "Training Gflops", "Value", "Best rival", "Its value", "Difference", "Verdict"),
+    *(
+        "System",
+        "Verdict",
+        "Best rival",
+        "Metric",
+        "Sampling",
+        "Training Gflops",
+        "Value",
+        "Rival's value",
+        "Difference",
+    ),
     *("It speaks of", "If trained again", "Rival differs in"),
 )
 RULE = (
@@ -60,14 +70,14 @@ def _cells(match: Match, verdict: Verdict) -> tuple[Cell, ...]:
     noise = "" if verdict.noise is None else f" \u00b1 {verdict.noise:.2g}"
     return (
         Cell(_name(match.own)),
+        Cell(verdict.verdict),
+        Cell(_name(match.rival)),
         Cell(metric_title(match.metric, record.n, match.mode, features_of(record))),
         Cell(match.sampling),
         Cell(quantity_text(compute(match.own)), compute(match.own)),
         _value(match.own),
-        Cell(_name(match.rival)),
         _value(match.rival),
         Cell(f"{verdict.difference:+.3g}{noise}", verdict.difference),
-        Cell(verdict.verdict),
         Cell(verdict.scope),
         Cell(verdict.again or "-"),
         Cell(_differences(match) or "-"),
