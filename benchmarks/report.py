@@ -80,7 +80,7 @@ def measure(runs: Path, out: Path, profile: bool) -> None:
     from reports import charts
     from reports.figures import figures, published_records
     from reports.report import table_files, write_report
-    from results.store import find_record_files, load
+    from results.store import collector_paused, find_record_files, load
 
     profiler = cProfile.Profile(time.process_time)
     if profile:
@@ -91,9 +91,10 @@ def measure(runs: Path, out: Path, profile: bool) -> None:
     loaded = time.process_time()
     _, contents = table_files(records, sorted({record.protocol for record in records}))
     written = time.process_time()
-    drawn = figures([*records, *published_records(None)], [path.parent for path in files])
-    for figure in drawn:
-        charts.to_csv(figure)
+    with collector_paused():  # as the report does
+        drawn = figures([*records, *published_records(None)], [path.parent for path in files])
+        for figure in drawn:
+            charts.to_csv(figure)
     ended = time.process_time()
     if profile:
         profiler.disable()

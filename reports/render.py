@@ -26,10 +26,9 @@ _MARKDOWN_ESCAPES, _LATEX_ESCAPES = str.maketrans(_MARKDOWN), str.maketrans(_LAT
 def to_csv(table: Table) -> str:
     """The data, one header line; floats with every digit."""
     text = io.StringIO()
-    columns = list(table.data[0])
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: plain(value) for name, value in entry.items()} for entry in table.data)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.data[0])
+    writer.writerows([plain(value) for value in entry.values()] for entry in table.data)  # all in the same order
     return text.getvalue()
 
 
@@ -106,6 +105,8 @@ def plain(value: object) -> str:
     """CSV text of a value: floats in full, nothing for None, one line."""
     if value is None:
         return ""
+    if type(value) is str:
+        return value if value.isprintable() else one_line(value)
     return repr(value) if isinstance(value, float) else one_line(str(value))
 
 

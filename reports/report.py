@@ -65,11 +65,11 @@ def write_report(
     drawn = [record for record in records if record.protocol in protocols]
     drawn += published_records(None if protocol is None else protocols)
     styles = charts.model_styles(drawn)
-    shown = figures(drawn, [path.parent for path in found])
-    pictures = draw_all(shown, styles)
-    for figure in shown:
-        contents[f"{figure.name}.csv"] = charts.to_csv(figure).encode("utf-8")
-        contents |= {f"{figure.name}.{kind}": data for kind, data in pictures[figure.name].items()}
+    with collector_paused():
+        shown = figures(drawn, [path.parent for path in found])
+        contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
+    for name, files in draw_all(shown, styles).items():
+        contents |= {f"{name}.{kind}": data for kind, data in files.items()}
     contents[NAME] = write_page(
         tables,
         shown,

@@ -15,6 +15,7 @@ from results import paper
 from results.paper import PublishedValue
 from results.records import Record
 
+MOST_LINES = 1000  # printed of one section of a protocol's table, beside the best ones; the CSV file has all
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")
 COUNT_REMARK = (
     "Counted: by this harness, multiply-adds and one flop per element of the normalisations that the convention counts; "
@@ -69,8 +70,12 @@ def protocol_file_name(protocol: str) -> str:
 def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[dict[str, object]]]:
     metrics = metrics_of(rows)
     marks = best_marks(rows, metrics)
-    descriptions = [description(row) for row in rows]
-    titles = [title for title in descriptions[0] if any(cells[title].text != "-" for cells in descriptions)]
+    printed = [
+        (row, description(row), marked)
+        for index, (row, marked) in enumerate(zip(rows, marks, strict=True))
+        if index < MOST_LINES or metrics[0] in marked
+    ]
+    titles = [title for title in printed[0][1] if any(found[title].text != "-" for _, found, _ in printed)]
     head = rows[0].any
     cells = [
         (
@@ -78,14 +83,15 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
             *(found[title] for title in titles),
             *(row.cell(metric, marked.get(metric, "")) for metric in metrics),
         )
-        for row, found, marked in zip(rows, descriptions, marks, strict=True)
+        for row, found, marked in printed
     ]
     shown = ("training steps", "training seed", "sampler", "sampling steps", "guidance", "protocol", "metric mode")
     columns = ("System", *titles, *(metric_title(key, head.n, mode, features_of(head)) for key, mode in metrics))
-    section = build_section(key_text(head), columns, rows, cells, shown)
-    section = dataclasses.replace(
-        section, origin="source in the CSV file", remarks=_with(section.remarks, remark(rows, marks))
-    )
+    section = build_section(key_text(head), columns, [row for row, _, _ in printed], cells, shown)
+    remarks = _with(section.remarks, remark(rows, marks))
+    if left_out := len(rows) - len(printed):
+        remarks = (f"{left_out:,} more rows are in the CSV file.", *remarks)
+    section = dataclasses.replace(section, origin="source in the CSV file", remarks=remarks)
     return section, [data_row(row, number, marked) for row, marked in zip(rows, marks, strict=True)]
 
 
