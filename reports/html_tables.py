@@ -7,6 +7,7 @@ from reports.render import line_marks, one_line, section_notes
 from reports.sections import Line, Section, Table
 
 _WORDS = {"best": "the best of the column", "tie": "tied with the best of the column"}
+_ESCAPES = str.maketrans({character: html.escape(character) for character in "&<>\"'"})
 _STYLE = """
 body { font: 13.5px/1.4 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 1.5rem; }
 .scroll { overflow-x: auto; }
@@ -90,4 +91,4 @@ def _superscript(marks: Sequence[str]) -> str:
 
 def _escape(text: str) -> str:
     """Text that a browser shows as it is, in an element and in an attribute."""
-    return html.escape(one_line(text))
+    return one_line(text).translate(_ESCAPES)

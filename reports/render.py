@@ -28,7 +28,11 @@ def to_csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.data[0])
-    writer.writerows([plain(value) for value in entry.values()] for entry in table.data)  # all in the same order
+    # All entries have the same order. Numbers and None are written as `plain` has them.
+    writer.writerows(
+        [value if type(value) is not str or value.isprintable() else one_line(value) for value in entry.values()]
+        for entry in table.data
+    )
     return text.getvalue()
 
 
