@@ -75,6 +75,7 @@ def _torch() -> list[Finding]:
     try:
         import torch
 
+        from harness.engines.torch.compiling import lacking
         from harness.engines.torch.resolve import device_name
     except ImportError as error:
         return [Finding("lacks", f"torch does not import: {error}", "pip install torch")]
@@ -88,6 +89,11 @@ def _torch() -> list[Finding]:
         found.append(
             Finding("note", "no CUDA device: runs use the CPU", "small backbones such as dit-xs-2 train in minutes")
         )
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := lacking(place):
+        found.append(Finding("note", "--compile auto leaves networks uncompiled here", reason))
+    else:
+        found.append(Finding("ok", f"torch.compile on {place.type} (--compile)"))
     found.append(
         Finding(
             "ok",
