@@ -20,9 +20,16 @@ function tone(colour) {
 
 function figureSection(figure) {
   return el("section", { id: figure.name, class: "block figure" }, el("h2", {}, figure.title),
-    el("div", { class: "panels" }, ...figure.panels.map((panel) => chart(panel, figure.title))),
-    ...figure.pictures.map((picture) => el("figure", {}, el("img", { src: picture.src, alt: picture.alt, loading: "lazy" }),
+    el("div", { class: "panels" }, ...figure.panels.map((panel) => chart(whole(panel), figure.title))),
+    ...figure.pictures.map((picture) => el("figure", {}, el("div", { class: "scroll" }, el("img", { src: picture.src, alt: picture.alt, loading: "lazy" })),
       el("figcaption", {}, picture.alt))));
+}
+
+// Marks come without what is empty of them; names of bars stand at the axis already.
+function whole(panel) {
+  const empty = { low: null, high: null, size: null, text: "", records: [], facts: [] };
+  const complete = (mark) => ({ ...empty, said: panel.x.scale === "names" ? "" : mark.text, ...mark });
+  return { ...panel, series: panel.series.map((series) => ({ ...series, marks: series.marks.map(complete) })) };
 }
 
 function chart(data, title) {

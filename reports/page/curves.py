@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-from reports.charts import DASHES, MARKERS, Figure, Panel, Series, Style
+from reports.charts import DASHES, MARKERS, Figure, Mark, Panel, Series, Style
 from reports.page.beside import picture_uri
 
 MOST_MARKS = 4000  # of one panel
@@ -42,13 +42,12 @@ def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
     notes = [panel.note] if panel.note else []
     if every > 1:
         notes.append(f"one mark of {every} is drawn here")
-    named = panel.x.scale == "names"
     drawn = []
     before: dict[tuple[str, str], int] = {}  # series of one model and kind share a colour and differ in the rest
     for series in panel.series:
         again = before.get((series.model, series.kind), 0)
         before[series.model, series.kind] = again + 1
-        drawn.append(_series_data(series, _varied(styles.get(series.model, _PLAIN), again), every, named))
+        drawn.append(_series_data(series, _varied(styles.get(series.model, _PLAIN), again), every))
     return {
         "title": panel.title,
         "heading": panel.heading,
@@ -66,7 +65,7 @@ def _varied(style: Style, again: int) -> Style:
     return dataclasses.replace(style, marker=MARKERS[marker % len(MARKERS)], dash=DASHES[dash % len(DASHES)])
 
 
-def _series_data(series: Series, style: Style, every: int, named: bool) -> dict[str, object]:
+def _series_data(series: Series, style: Style, every: int) -> dict[str, object]:
     return {
         "label": series.label or series.model,
         "kind": series.kind,
@@ -74,18 +73,20 @@ def _series_data(series: Series, style: Style, every: int, named: bool) -> dict[
         "colour": style.colour,
         "marker": "X" if series.provenance == "fit" else style.marker,  # what a law predicts
         "dash": style.dash,
-        "marks": [
-            {
-                "x": mark.x,
-                "y": mark.y,
-                "low": mark.low,
-                "high": mark.high,
-                "size": mark.size,
-                "text": mark.text,
-                "said": "" if named else mark.text,
-                "records": list(mark.record_ids),
-                "facts": [list(pair) for pair in mark.facts],
-            }
-            for mark in series.marks[::every]
-        ],
+        "marks": [_mark_data(mark) for mark in series.marks[::every]],
     }
+
+
+def _mark_data(mark: Mark) -> dict[str, object]:
+    """Without what is empty: a training curve has thousands of marks."""
+    found = {
+        "x": mark.x,
+        "y": mark.y,
+        "low": mark.low,
+        "high": mark.high,
+        "size": mark.size,
+        "text": mark.text or None,
+        "records": list(mark.record_ids) or None,
+        "facts": [list(pair) for pair in mark.facts] or None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
