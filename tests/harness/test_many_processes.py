@@ -1,6 +1,7 @@
 """One process and several, of torchrun's or started by hand: the same run; and what becomes of it when one dies."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from command_process import start, started
+from safetensors.numpy import load_file
 
 from harness.engines.processes import Rank, launched, rank_of
 from harness.engines.team import ALONE
@@ -64,8 +66,7 @@ def assert_same_run(one, other):
 
 
 def samples(folder):
-    (path,) = folder.glob("samples/*/samples.npz")
-    return path
+    return max(folder.glob("samples/*/samples.npz"))  # of the last step
 
 
 def held(folder, count):
@@ -73,6 +74,7 @@ def held(folder, count):
 
 
 STEPS = 100
+EMA = f"snapshots/step-{STEPS:08d}/ema.safetensors"
 BOTH = ("2x1", "1x2")  # weights on every process, and divided
 
 
@@ -84,16 +86,55 @@ def two(tmp_path_factory):
     return folder
 
 
-def test_two_processes_make_the_run_of_one(two, tmp_path):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    complete(begin(folder, 1, STEPS, ["1x1"]), folder)
+    return folder / "1x1"
+
+
+def test_two_processes_make_the_run_of_one(alone, two):
     """Over 100 steps with accumulation, clipping and the average's ramp; and weights are really divided."""
-    complete(begin(tmp_path, 1, STEPS, ["1x1"]), tmp_path)
-    assert len(np.unique(losses(tmp_path / "1x1"))) == 2 * STEPS
+    assert len(np.unique(losses(alone))) == 2 * STEPS
+    average = load_file(alone / EMA)
     for mesh in BOTH:
-        assert_same_run(tmp_path / "1x1", two / mesh)
-    (whole,) = held(tmp_path / "1x1", 1)
+        assert_same_run(alone, two / mesh)
+        for name, value in load_file(two / mesh / EMA).items():
+            np.testing.assert_allclose(value, average[name], atol=1e-5, err_msg=f"{mesh} {name}")
+    (whole,) = held(alone, 1)
     assert held(two / "2x1", 2) == [whole, whole]
     parts = held(two / "1x2", 2)
     assert sum(parts) == whole and max(parts) < 0.55 * whole
+
+
+def test_the_number_of_processes_may_change(alone, tmp_path):
+    """Begun by two with weights divided, continued by one."""
+    complete(begin(tmp_path, 2, 20, ["run=1x2"]), tmp_path)
+    complete(begin(tmp_path, 1, 40, ["run=1x1"]), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone)[:40], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes(alone, tmp_path):
+    """The run of one on every mesh; and begun by two, continued by four and then by one."""
+    meshes = ("4x1", "2x2", "1x4")
+    complete(begin(tmp_path, 4, STEPS, meshes), tmp_path)
+    for mesh in meshes:
+        assert_same_run(alone, tmp_path / mesh)
+    for count, steps, mesh in ((2, 30, "2x1"), (4, 60, "2x2"), (1, STEPS, "1x1")):
+        complete(begin(tmp_path, count, steps, [f"run={mesh}"]), tmp_path)
+    assert_same_run(alone, tmp_path / "run")
+    killed = tmp_path / "killed"
+    processes = begin(killed, 4, STEPS, ["4x1"])  # where buckets of gradients decide the order of sums
+    while not list(killed.glob("4x1/checkpoints/step-*[0-9]/state.json")):
+        processes[0].join(0.02)
+    processes[2].kill()
+    assert ended(processes, MINUTE) == [1, 1, -signal.SIGKILL, 1]
+    said = [(killed / f"output-{index}.txt").read_text() for index in range(4)]
+    assert [text.count("process 2 of 4 is gone") for text in said] == [1, 0, 0, 0]  # one of them speaks
+    complete(begin(killed, 4, STEPS, ["4x1"]), killed)
+    assert (killed / "4x1/log.jsonl").read_bytes() == (tmp_path / "4x1/log.jsonl").read_bytes()
 
 
 def test_metrics_of_features_that_two_processes_extracted(two, tmp_path):
@@ -133,7 +174,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_continues(two, tmp
     kill("1x2", 0)
     complete(begin(tmp_path, 2, STEPS, BOTH), tmp_path)
     for mesh in BOTH:
-        for name in ("log.jsonl", f"snapshots/step-{STEPS:08d}/ema.safetensors"):
+        for name in ("log.jsonl", EMA):
             assert (tmp_path / mesh / name).read_bytes() == (two / mesh / name).read_bytes(), (mesh, name)
         assert samples(tmp_path / mesh).read_bytes() == samples(two / mesh).read_bytes()
 
