@@ -80,6 +80,12 @@ def _torch() -> list[Finding]:
     except ImportError as error:
         return [Finding("lacks", f"torch does not import: {error}", "pip install torch")]
     found = [Finding("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")]
+    joins = [name for name, there in _collectives(torch) if there]
+    found.append(
+        Finding("ok", f"many processes by {' and '.join(joins)} (torchrun --nproc-per-node N -m harness ...)")
+        if joins
+        else Finding("note", "this torch joins no processes", "install a torch with torch.distributed for torchrun")
+    )
     if torch.cuda.is_available():
         found += [
             Finding("ok", f"cuda:{index} {torch.cuda.get_device_name(index)}")
@@ -101,6 +107,16 @@ def _torch() -> list[Finding]:
         )
     )
     return found
+
+
+def _collectives(torch) -> list[tuple[str, bool]]:
+    """What can join processes, and whether this torch has it."""
+    if not torch.distributed.is_available():
+        return []
+    return [
+        ("gloo (CPU)", torch.distributed.is_gloo_available()),
+        ("NCCL (CUDA)", torch.cuda.is_available() and torch.distributed.is_nccl_available()),
+    ]
 
 
 def _bfloat16() -> float:

