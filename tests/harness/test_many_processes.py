@@ -143,11 +143,11 @@ def test_four_processes(alone, tmp_path):
 
 def test_metrics_of_features_that_two_processes_extracted(two, tmp_path):
     """The numbers of one process to the last bit; each extracts half, and nothing is left lying about."""
-    found = load([two / "records.jsonl"]).records
-    expected = many_processes.measured(two / "2x1", tmp_path, ALONE)
-    assert len(found) == len(expected) == 2
-    for mine, theirs in zip(found, expected, strict=True):
-        assert (mine.metric, mine.value, mine.low, mine.high) == (theirs.metric, theirs.value, theirs.low, theirs.high)
+    found, expected = load([two / "records.jsonl"]).records, many_processes.measured(two / "2x1", tmp_path, ALONE)
+    mine, theirs = (
+        {each.metric: (each.value, each.low, each.high, each.n) for each in some} for some in (found, expected)
+    )
+    assert mine == theirs and len(mine) == len(found) == 2
     seen = [int((two / f"seen-{index}.txt").read_text()) for index in range(2)]
     assert sum(seen) == 1797 + many_processes.SAMPLES and abs(seen[0] - seen[1]) <= 20
     assert [path.name[:8] for path in (two / "cache").iterdir()] == ["features"]
