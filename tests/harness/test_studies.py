@@ -398,16 +398,12 @@ def check_a_killed_study(place, backbones, seeds, kills):
     assert "waiting few-" in said  # for what the killed launcher had started
     assert all(contents(place)[folder] == files for folder, files in kept.items())
 
-    found = status(place)
-    assert {state: number for state, number in found["counts"].items() if number} == {"done": total - 1, "failed": 1}
-    for row in found["runs"]:
-        folder = place / row["folder"]
-        if row["name"] == bad:
-            assert (row["reason"], row["sample_sets_done"], row["steps_done"]) == (reason, 0, 0)
-            continue
-        assert steps(folder) == [1, 2, 3, 4, 5, 6]
-        assert len(list(folder.glob("samples/*/samples.npz"))) == row["sample_sets"] == row["sample_sets_done"] == 2
-        assert row["gflops_left"] == row["seconds_left"] == 0
+    (failure,) = (place / "runs" / "studies" / "p" / "failures").iterdir()
+    assert json.loads(failure.read_text())["reason"] == reason and failure.stem == bad
+    assert len(contents(place)) == total - 1
+    for name in contents(place):
+        assert steps(place / "runs" / name) == [1, 2, 3, 4, 5, 6]
+        assert len(list((place / "runs" / name).glob("samples/*/samples.npz"))) == 2
     assert logs(place) == dict.fromkeys(logs(place), 1) and len(logs(place)) == total  # nothing was begun twice
     report = (place / "runs" / "studies" / "p" / "report" / "table-few.csv").read_text().splitlines()
     assert len(report) == 1 + 2 * (total - 1)
@@ -432,6 +428,14 @@ def test_a_study_of_twelve_whose_launcher_is_killed_three_times_and_then_mended(
     bad = check_a_killed_study(place, ["fragile", "dit-xs-4", "dit-xs-2"], [0, 1, 2, 3], kills=3)
     kept = contents(place)
     assert len(kept) == 11
+    found = status(place)
+    assert {state: number for state, number in found["counts"].items() if number} == {"done": 11, "failed": 1}
+    for row in found["runs"]:
+        if row["name"] == bad:
+            assert (row["reason"], row["sample_sets_done"]) == ("RuntimeError: a screw is loose", 0)
+        else:
+            assert row["sample_sets"] == row["sample_sets_done"] == 2 and row["steps_done"] == 6
+            assert row["gflops_left"] == row["seconds_left"] == 0
     (place / "broken").unlink()
     assert "1 of 12 runs failed" in Command(place).ends(1)  # begun again only when that is asked for
     assert set(logs(place).values()) == {1}
