@@ -78,15 +78,15 @@ def _series_data(series: Series, style: Style, every: int) -> dict[str, object]:
 
 
 def _mark_data(mark: Mark) -> dict[str, object]:
-    """Without what is empty: a training curve has thousands of marks."""
+    """Without what is empty, and with the digits that a screen can show: a training curve has thousands of marks."""
     found = {
-        "x": mark.x,
-        "y": mark.y,
-        "low": mark.low,
-        "high": mark.high,
-        "size": mark.size,
+        **{name: _rounded(getattr(mark, name)) for name in ("x", "y", "low", "high", "size")},
         "text": mark.text or None,
         "records": list(mark.record_ids) or None,
         "facts": [list(pair) for pair in mark.facts] or None,
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.7g}")
