@@ -166,6 +166,18 @@ def test_unguided_and_unknown_are_not_the_same_guidance(imagenet):
         assert found == ([value] if value else [])
 
 
+@pytest.mark.parametrize(
+    ("scale", "value"), [(None, "9.62"), (1.0, "9.62"), (1.25, "3.22"), (1.5, "2.27"), (1.4, None)]
+)
+def test_guidance_tells_the_rows_of_one_network_apart(imagenet, scale, value):
+    sampling = Sampling(
+        sampler="ddpm", steps=250, decoder="sd-vae-ft-ema", guidance_scale=scale, guidance_channels="first-3"
+    )
+    record = imagenet("fid", 5.0, system="mine", sampling=sampling, training=Training(steps=7_000_000, batch=256))
+    found = [row["fid_paper"] for row in _data(_table("table-2", [record])) if row.get("fid_paper")]
+    assert found == ([value] if value else [])
+
+
 OTHER = {
     "steps": 7, "images": 7, "gflops": 7.0, "batch": 7, "learning_rate": 0.7, "ema_decay": 0.7, "seed": 7, "objective": "x",
     "schedule": "x", "precision": "x", "micro_batch": 7, "recipe_hash": "x", "checkpoint_sha256": "x", "sampler": "x",
