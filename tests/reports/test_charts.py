@@ -9,6 +9,7 @@ from reports import drawing_pool
 from reports.charts import COLOURS, Axis, model_styles
 from reports.drawing import draw
 from reports.figures import figures as made
+from reports.labels import place_labels
 from results import paper
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
@@ -54,6 +55,32 @@ def test_a_model_looks_the_same_whatever_else_is_drawn(record):
     assert len({style.colour for found in sizes.values() for style in found}) == 4
     # what is measured takes its colour before what is only published
     assert model_styles([record(system="zzz"), *paper.records()])["zzz"] == model_styles([record(system="zzz")])["zzz"]
+
+
+def test_published_systems_never_look_like_a_size_of_dit(record):
+    sizes = {style.colour for name, style in model_styles(paper.records()).items() if name in ("dit-s-2", "dit-xl-8")}
+    for count in (0, 4, 9):
+        styles = model_styles([*(record(system=f"net-{index}") for index in range(count)), *paper.records()])
+        assert not sizes & {styles[name].colour for name in ("ldm-4", "ldm-8", "adm-256", "dit-xl-2-in-context")}
+
+
+def test_labels_cover_neither_one_another_nor_marks():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sheet = Figure(figsize=(6, 4))
+    FigureCanvasAgg(sheet)
+    axes = sheet.add_axes((0.1, 0.1, 0.8, 0.8))
+    axes.set_xscale("log")
+    axes.set(xlim=(1, 100), ylim=(0, 10))
+    points = [(10.0, 5.0), (10.5, 5.1), (11.0, 4.9), (10.0, 5.6), (60.0, 2.0)]
+    place_labels(axes, [(x, y, f"model-{index}", "black") for index, (x, y) in enumerate(points)], points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 5 and not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    places = axes.transData.transform(points)
+    assert not any(box.contains(*place) for box in boxes for place in places)
+    frame = axes.get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 + 4 for box in boxes)
 
 
 def test_axis_text():

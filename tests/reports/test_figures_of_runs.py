@@ -185,7 +185,7 @@ def test_the_best_size_at_a_budget(record):
     """Known curves: the small model is better below 6,000 Gflops, the large one above."""
     made = []
     for system, gflops, exponent, factor in (("small", 0.02, -0.2, 100.0), ("large", 0.08, -0.5, 100.0 * 6000**0.3)):
-        for steps in (100, 400, 1600):
+        for steps in (100, 400, 1500):
             cost = 3 * gflops * 128 * steps
             base = record(system=system, gflops=gflops, value=factor * cost**exponent)
             made.append(
@@ -193,7 +193,7 @@ def test_the_best_size_at_a_budget(record):
             )
     figure = best_size(studies(pool_of(made), []))
     budgets = {row["budget_gflops"] for row in figure.rows}
-    assert min(budgets) == pytest.approx(3 * 0.08 * 128 * 100) and max(budgets) == pytest.approx(3 * 0.02 * 128 * 1600)
+    assert min(budgets) == pytest.approx(3 * 0.08 * 128 * 100) and max(budgets) == pytest.approx(3 * 0.02 * 128 * 1500)
     for row in figure.rows:
         exponent, factor = {"small": (-0.2, 100.0), "large": (-0.5, 100.0 * 6000**0.3)}[row["model"]]
         assert row["value"] == pytest.approx(factor * row["budget_gflops"] ** exponent)
