@@ -37,10 +37,12 @@ def uncompiled(monkeypatch):
 
 
 def choose(wanted, *, seconds=1.0, images=10_000, compiled=0.5, lacking=None):
+    passes = iter([100.0, compiled])  # the first of them compiles
+
     def measure():
         if isinstance(compiled, Exception):
             raise compiled
-        return compiled
+        return next(passes)
 
     net = SimpleNamespace(modules=list, parameters=list)
     return compiling.choose(
