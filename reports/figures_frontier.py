@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
 from reports.columns import count_text, guidance_text
-from reports.figures_study import Study, name_of, places_of, steps_of, training_gflops
+from reports.figures_study import Study, above_zero, name_of, places_of, steps_of, training_gflops
 from reports.fits import between, frontier
 from reports.points import (
     Pool,
@@ -151,7 +151,7 @@ def _image(record: Record) -> dict[str, object]:
 
 
 def _per_image(record: Record) -> float | None:
-    return (record.sampling.gflops_per_image or None) if record.sampling else None
+    return above_zero(record.sampling.gflops_per_image) if record.sampling else None
 
 
 def best_size(made: Sequence[Study]) -> Figure | None:

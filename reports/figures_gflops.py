@@ -10,6 +10,7 @@ from reports.figures_study import (
     DIT,
     SYSTEMS,
     Study,
+    above_zero,
     at_one_length,
     block_of,
     figure_of,
@@ -21,6 +22,7 @@ from reports.figures_study import (
 )
 from reports.fits import PowerLaw, correlation, power_law
 from reports.points import (
+    BEYOND,
     Line,
     Pool,
     bars_note,
@@ -77,7 +79,9 @@ def _best_systems(pool: Pool, published: Sequence[Record]):
     groups, _ = comparable_groups(pool.quality, printed)
     for group in groups:
         best: dict[tuple, Record] = {}
-        records = [record for record in quality(group.records) if record.gflops]
+        records = [
+            record for record in quality(group.records) if above_zero(record.gflops) and abs(record.value) < BEYOND
+        ]
         sign = -1 if records and better(records[0].metric) == "higher" else 1
         for record in records:
             key = (record.provenance, record.source.row if record.source else record.system)

@@ -8,6 +8,7 @@ from reports.charts import Figure, Mark, Panel, Series
 from reports.columns import count_text
 from reports.points import (
     ALONG_TRAINING,
+    BEYOND,
     Group,
     Line,
     Pool,
@@ -59,7 +60,7 @@ def study_of(group: Group, records: Sequence[Record], more: int) -> Study | None
     return Study(group=group, lines=tuple(lines), notes=tuple(text for text in notes if text))
 
 
-def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambda record: record.gflops):
+def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambda record: above_zero(record.gflops)):
     """(line, mark) of each line at the training length that most models share, and a note that names it.
 
     A line without that length stands with its longest, and its text says so.
@@ -78,7 +79,7 @@ def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambd
         own = [record for record in line.records if steps_of(record) == steps]
         for mark in marks_of(own, gflops):
             text = name_of(line) if steps == usual else f"{name_of(line)} ({count_text(steps)} steps)"
-            marked.append((line, dataclasses.replace(mark, text=text, size=float(own[0].params or 0) or None)))
+            marked.append((line, dataclasses.replace(mark, text=text, size=above_zero(own[0].params))))
     return marked, f"after {count_text(usual)} training steps" if usual else ""
 
 
@@ -125,7 +126,12 @@ def steps_of(record: Record) -> int | None:
 
 
 def training_gflops(record: Record) -> float | None:
-    return (record.training.gflops or None) if record.training else None
+    return above_zero(record.training.gflops) if record.training else None
+
+
+def above_zero(value: float | None) -> float | None:
+    """A cost that can stand on a logarithmic axis; None for any other."""
+    return float(value) if value is not None and 0 < value < BEYOND else None
 
 
 def places_of(record: Record) -> dict[str, object]:

@@ -16,6 +16,7 @@ from results.records import Record, Sampling, Training, comparable_key
 QUALITY_METRICS = ("fid", "fd")
 MOST_LINES = 24  # in a panel; more cannot be told apart
 WIDE_RANGE = 8.0  # largest over smallest value from which the axis of quality is logarithmic
+BEYOND = 1e60  # a number this far out is no measurement, and no axis reaches it
 MOST_GROUPS = 6  # of comparable records in a figure
 # What a line's label may name where another line of the same system differs in it.
 _LABEL_FACTS = (
@@ -69,7 +70,8 @@ class Pool:
 def pool_of(measured: Iterable[Record]) -> Pool:
     every: dict[tuple, list[Record]] = {}
     for record in measured:
-        every.setdefault(comparable_key(record), []).append(record)
+        if abs(record.value) < BEYOND:
+            every.setdefault(comparable_key(record), []).append(record)
     best = {key: [record for record in own if record.metric in QUALITY_METRICS] for key, own in every.items()}
     return Pool(every=every, quality={key: own for key, own in best.items() if own})
 
@@ -248,8 +250,8 @@ def marks_of(
     found: dict[float, list[Record]] = {}
     for record in records:
         place = x(record)
-        if place is not None:
-            found.setdefault(place, []).append(record)
+        if place is not None and abs(place) < BEYOND:
+            found.setdefault(float(place), []).append(record)
     return tuple(_mark(place, own, text(own[0])) for place, own in sorted(found.items()))
 
 
@@ -257,6 +259,8 @@ def _mark(x: float, records: list[Record], text: str) -> Mark:
     records = sorted(records, key=lambda record: record.id)
     first, values = records[0], [record.value for record in records]
     mean, low, high = values[0], first.low, first.high
+    if low is not None and not (abs(low) < BEYOND and abs(high) < BEYOND):
+        low = high = None
     if len(records) > 1:
         mean, low, high = sum(values) / len(values), min(values), max(values)
     return Mark(

@@ -180,3 +180,24 @@ def test_every_figure_can_be_drawn_and_names_what_it_shows(lengths):
         named = {"figure-6": ("DiT-XS/2",), "pareto": best, "budget": best}.get(figure.name, ("dit-xs-2", "unet-small"))
         assert all(name in svg for name in named), figure.name
         assert figure.title in svg and figure.panels[0].x.text.split(" (")[0] in svg
+
+
+def test_numbers_beyond_all_measure_are_left_out(record):
+    huge, training = 10**400, record().training
+    odd = [
+        record(system="zero", gflops=0.0),
+        record(system="negative", gflops=-2.0),
+        record(system="large", params=huge),
+        record(system="long", training=dataclasses.replace(training, steps=huge)),
+        record(system="value", value=1e300, half=None),
+        record(system="interval", low=-1e300, high=1e300),
+    ]
+    plain = [
+        record(system=name, value=value, gflops=gflops) for name, value, gflops in (("a", 9.0, 1.0), ("b", 8.0, 2.0))
+    ]
+    made = figures([*odd, *plain])
+    styles = model_styles([*odd, *plain])
+    assert {"figure-2", "figure-8", "figure-9", "figure-10", "pareto"} <= {figure.name for figure in made}
+    for figure in made:
+        if figure.name in ("figure-2", "figure-8", "pareto"):
+            assert draw(figure, styles, ("svg",))
