@@ -99,7 +99,7 @@ def train(
     with (
         _log(run.log, done, team) as log,
         closing(Loggers(loggers if team.leads else (), run, done, engine.terms, say)) as watched,
-        _interrupt() as interrupted,
+        _interrupt(team) as interrupted,
         Bar("train", until, "it", done) as bar,
     ):
         keeper = _Keeper(run, engine, log, watched, done, seconds, cost=state_bytes / DISK_BYTES_PER_SECOND, team=team)
@@ -266,7 +266,7 @@ def _log(path: Path, done: int, team: Team) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _interrupt() -> Iterator[Callable[[], bool]]:
+def _interrupt(team: Team = ALONE) -> Iterator[Callable[[], bool]]:
     """Turn Ctrl-C and SIGTERM into a question the loop asks; a second Ctrl-C stops at once.
 
     A second SIGTERM does not: who stops a job of several processes sends it to each, and some pass it on.
@@ -280,7 +280,8 @@ def _interrupt() -> Iterator[Callable[[], bool]]:
         if asked:
             return
         asked = True
-        print("stopping: writing a checkpoint (Ctrl-C once more to stop at once)", file=sys.stderr, flush=True)  # noqa: T201
+        if team.leads:
+            print("stopping: writing a checkpoint (Ctrl-C once more to stop at once)", file=sys.stderr, flush=True)  # noqa: T201
 
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield lambda: False
