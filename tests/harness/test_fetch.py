@@ -162,6 +162,7 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
         (packed([(NAME, CONTENT)])[:-50_000], "cannot be read"),
         (b"\x1f\x8b" + OTHER[:1000], "cannot be read"),
     ],
+    ids=["other", "short", "page", "empty", "archive without it", "archive of another", "cut archive", "no archive"],
 )
 def test_wrong_content_is_refused_and_removed(content, message):
     with serving(content) as server:
