@@ -24,7 +24,7 @@ _FREE_NAMES = """
     exp gelu leaky_relu_ log max_pool2d mean mul mul_ neg pad pow relu relu_ repeat rsqrt rsub sigmoid silu silu_ sin
     softmax sqrt stack sub sum tanh unflatten upsample_bilinear2d upsample_nearest2d
 """
-FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
+FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split()) | {"prim::PythonOp._SigmoidGelu"}  # GELU on CPUs
 
 
 def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:

@@ -297,7 +297,7 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
     record = Record(
         provenance="measured", metric="fd", value=1.0, n=40, protocol="digits", resolution=8, dataset="digits", **about
     )
-    assert description(Row(records={("fd", ""): record}))["Sampling steps"] == "4 + 4"
+    assert description(Row(records={("fd", ""): record}))["Sampling steps"].text == "4 + 4"
     assert columns.facts(record)["system settings"].startswith("adm-u-xs by ddpm, conditioning noise 0.1 (")
     before = path.read_bytes()
     assert drawn(parts, tmp_path / "runs", *arguments) == path and path.read_bytes() == before  # found, not drawn
