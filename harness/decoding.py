@@ -153,7 +153,7 @@ def resolve(name: str) -> Known | Path:
         return by_repository[name]
     if os.sep in name or path.suffix:
         raise Refusal(f"decoder {name}: no such file or folder; give a path that is there or one of {', '.join(KNOWN)}")
-    raise Refusal(f"{unknown('decoder', name, KNOWN)} (or give a path)")
+    raise Refusal(f"{unknown('decoder', name, KNOWN)} (or give a path; no file or folder has that name)")
 
 
 def load(

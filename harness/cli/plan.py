@@ -92,18 +92,18 @@ def command(ctx: click.Context, as_json: bool, **options: Any) -> None:
     if not as_json:
         click.echo(headline(request, options["protocol"] is None))
         click.echo(arithmetic(costs))
-        for lack in costs["missing"]:  # before the measurement, which may be refused
+        for lack in costs["missing"]:  # and the recipe: before the measurement, which may be refused
             click.echo(f"missing  {lack}")
         for lack in costs["lacking_judge"]:
             click.echo(f"note     {lack}; without them a run ends with samples")
+        click.echo("recipe (override with --set NAME=VALUE)")
+        for name, value in costs["recipe"].items():
+            click.echo(f"  {name:<18} {value}")
     costs["measured"] = measured(request, options)
     if as_json:
         click.echo(json.dumps(costs, indent=2))
         return
     click.echo(speeds(costs["measured"]))
-    click.echo("recipe (override with --set NAME=VALUE)")
-    for name, value in costs["recipe"].items():
-        click.echo(f"  {name:<18} {value}")
 
 
 def headline(request: Request, by_default: bool) -> str:

@@ -129,7 +129,8 @@ class Protocol:
         if self.space == "pixels" and (self.input_size, self.in_channels) != (self.resolution, self.image_channels):
             raise Refusal(
                 f"protocol {self.name!r} is of pixels, so input_size and in_channels must equal "
-                f"resolution and image_channels ({self.resolution}, {self.image_channels})"
+                f"resolution and image_channels ({self.resolution}, {self.image_channels}); for latents set "
+                'space = "latents"'
             )
 
     def as_dict(self) -> dict[str, Any]:
