@@ -4,6 +4,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +38,7 @@ def uncompiled(monkeypatch):
     return calls
 
 
-def choose(wanted, *, seconds=1.0, images=10_000, compiled=0.5, lacking=None):
+def choose(wanted, *, seconds=1.0, images=10_000, compiled=0.5, lacking=None, most=float):
     passes = iter([100.0, compiled])  # the first of them compiles
 
     def measure():
@@ -46,7 +48,7 @@ def choose(wanted, *, seconds=1.0, images=10_000, compiled=0.5, lacking=None):
 
     net = SimpleNamespace(modules=list, parameters=list)
     return compiling.choose(
-        wanted, net, lacking=lacking, seconds=seconds, images=images, measure=measure, say=lambda text: None
+        wanted, net, lacking=lacking, seconds=seconds, images=images, measure=measure, say=print, most=most
     )
 
 
@@ -74,6 +76,40 @@ def test_a_compiler_that_fails_or_is_missing_is_no_users_problem_unless_asked_fo
     with pytest.raises(Refusal, match="--compile on: there is none"):
         choose("on", lacking="there is none")
     assert choose("off").mode == "off"
+
+
+def several(processes, wanted):
+    """What each of several processes chooses; one that the others wait for in vain fails in ten seconds."""
+    meeting = threading.Barrier(len(processes))
+    told = [0.0] * len(processes)
+
+    def one(number):
+        def most(value):
+            told[number] = value
+            meeting.wait(10)
+            largest = max(told)
+            meeting.wait(10)
+            return largest
+
+        try:
+            return choose(wanted, compiled=processes[number], most=most)
+        except Refusal as refusal:
+            return str(refusal)
+
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(one, range(len(processes))))
+
+
+def test_processes_agree_on_compiling(uncompiled):
+    assert [choice.mode for choice in several([0.5, 0.6], wanted="auto")] == ["on", "on"]
+    assert {choice.seconds for choice in several([0.5, 0.6], wanted="auto")} == {0.6}
+    assert [choice.mode for choice in several([0.5, 1.2], wanted="auto")] == ["off", "off"]  # the slowest decides
+    failed, waited = several([RuntimeError("no such header"), 0.5], wanted="auto")
+    assert failed == ("off", "torch.compile failed here (no such header)", None)
+    assert waited == ("off", "torch.compile failed in another process", None)
+    failed, waited = several([RuntimeError("no such header"), 0.5], wanted="on")
+    assert failed == "--compile on: torch.compile failed here (no such header); leave it out"
+    assert waited == "--compile on: torch.compile failed in another process; leave it out"
 
 
 def test_on_compiles_whatever_it_gains(uncompiled):

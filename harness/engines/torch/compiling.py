@@ -122,12 +122,15 @@ def choose(
     lacking: str | None,  # what `lacking` found
     seconds: float,  # of training on one image, without
     images: int,  # of the whole run
-    measure: Callable[[], float],  # seconds of training on one image with `net` as it is
+    measure: Callable[[], float],  # seconds of training on one image with `net` as it is, in this process
     say: Callable[[str], None],
+    most: Callable[[float], float] = lambda value: value,  # the largest of all processes' values
 ) -> Choice:
     """What to freeze. auto compiles where it was measured to be faster over the whole run, compiling included.
 
     `net` is left uncompiled. Whatever goes wrong in the compiler leaves `auto` without it; under `on` it is a refusal.
+    Processes measure each by itself, as any of them may fail, and then agree: one that failed decides for all, else the
+    slowest. `measure` waits for no other process.
     """
     if wanted == "off":
         return Choice("off", "not asked for")
@@ -139,20 +142,24 @@ def choose(
         return Choice("off", f"a run of {seconds * images:.0f} s is over before it repays")
     say("compiling, and measuring what it gains ...")
     begin = time.perf_counter()
-    compile_network(net)
+    compiled, reason, cause = 0.0, "torch.compile failed in another process", None
     try:
+        compile_network(net)
         measure()  # compiles, which may take longer than a measurement waits for
         compiled = measure()
+    except Refusal:
+        raise
     except Exception as error:  # the compiler's are of many kinds
-        if isinstance(error, Refusal):
-            raise
-        reason = f"torch.compile failed here ({str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__})"
-        if wanted == "on":
-            raise Refusal(f"--compile on: {reason}; leave it out") from error
-        return Choice("off", reason)
+        text = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        reason, cause = f"torch.compile failed here ({text})", error
     finally:
         undo(net)
     cost = time.perf_counter() - begin
+    if most(float(cause is not None)):
+        if wanted == "on":
+            raise Refusal(f"--compile on: {reason}; leave it out") from cause
+        return Choice("off", reason)
+    compiled, cost = most(compiled), most(cost)
     gain = f"{seconds / compiled:.2f} times as fast, {cost:.0f} s to compile"
     if wanted == "on" or cost + compiled * images < MARGIN * seconds * images:
         return Choice("on", gain, compiled)

@@ -85,9 +85,16 @@ def inputs_of(kind: str, images: int, arguments: dict, device: torch.device) -> 
 def measure(
     net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser"
 ) -> float:
-    """Seconds that forward and backward take for one image of each process, the best of a few passes of the slowest.
+    """Seconds that forward and backward take for one image of each process: those of the slowest."""
+    return team.most(measure_here(net, images, arguments, device, precision, kind))
 
-    Weights are left as they are.
+
+def measure_here(
+    net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser"
+) -> float:
+    """Seconds that forward and backward take for one image in this process, the best of a few passes.
+
+    Waits for no other process. Weights are left as they are.
     """
     set_arithmetic(device, precision)
     inputs = inputs_of(kind, images, arguments, device)
@@ -100,7 +107,7 @@ def measure(
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = team.most(time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
         if repeat:  # the first pass warms up
             best = min(best, seconds)
         if seconds > 20:  # a network this slow has shown enough
@@ -180,7 +187,7 @@ def resolve(
         lacking = "torch.compile is not to be had in another process"
     choice = compiling.choose(
         compile, net, lacking=lacking, seconds=speeds[fastest] * team.size(), images=batch * steps, say=say,
-        measure=lambda: measure(net, images, arguments, device, fastest, spec.kind),
+        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), most=team.most,
     )  # fmt: skip
     name = device_name(device)
     resolved = Resolved(
