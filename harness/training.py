@@ -21,7 +21,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from harness import checkpoints, files
-from harness.engines.team import ALONE, Team
+from harness.engines.team import ALONE, Stopped, Team
 from harness.errors import Failure, Refusal
 from harness.loggers import Loggers
 from harness.progress import Bar
@@ -73,7 +73,7 @@ def train(
     """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
 
     `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint. `team`: the
-    processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises KeyboardInterrupt after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
+    processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises Stopped after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
     """
     if until in run.snapshots():
         return
@@ -103,7 +103,7 @@ def train(
         Bar("train", until, "it", done) as bar,
     ):
         keeper = _Keeper(run, engine, log, watched, done, seconds, cost=state_bytes / DISK_BYTES_PER_SECOND, team=team)
-        stop = interrupted()
+        stop = bool(team.most(int(interrupted())))
         while keeper.done < until and not stop:
             if engine.step(keeper.done + 1, interrupted if team.size == 1 else lambda: False):
                 keeper.stepped()
@@ -122,7 +122,7 @@ def train(
         keeper.checkpoint()
     if stop:
         say(f"stopped; checkpoint of step {keeper.done} is in {run.checkpoints}; the same command continues")
-        raise KeyboardInterrupt
+        raise Stopped
     if team.leads:
         keep_snapshot(run, until)
     team.wait("the snapshot is kept")

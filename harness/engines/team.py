@@ -13,6 +13,10 @@ from pathlib import Path
 from harness import runs
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after its checkpoint: every process of the team has agreed to stop here."""
+
+
 class Team:
     """One process, alone. Subclasses know others."""
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from safetensors.numpy import load_file
 from small_runs import request, workshop
 
 from harness import checkpoints, training
-from harness.engines.team import Team
+from harness.engines.team import Stopped, Team
+from harness.engines.torch import team as torch_team
 from harness.engines.torch import trainer as torch_trainer
 from harness.errors import Failure, Refusal
 from harness.runs import find
@@ -323,6 +325,40 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
         told["stop"] = 0 if interrupted else training.STOP
         keeper.stepped()
         assert keeper.decide(interrupted)[0]
+
+
+def test_a_team_agrees_on_an_interruption_before_the_first_step(tmp_path):
+    class Other(Team):
+        """Another process was told to stop."""
+
+        size = 2
+
+        def most(self, value):
+            return max(value, 1)
+
+    shop = workshop(tmp_path / "run", request(steps=2))
+    with pytest.raises(Stopped):
+        training.train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, say=print, team=Other())  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "well"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])
+def test_only_a_stop_that_was_agreed_on_is_a_good_end(error, well):
+    """A second Ctrl-C is one process's own: the others are told that it needs to be waited for no more."""
+    told, team = [], torch_team.TorchTeam.__new__(torch_team.TorchTeam)
+    team._watch = SimpleNamespace(end=lambda well: told.append(well))
+    with pytest.raises(error), team.together():
+        raise error
+    assert told == [well]
+
+
+def test_a_process_takes_the_only_gpu_that_it_is_shown(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert torch_team.gpu(1) == 1  # two processes and one GPU: refused
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert torch_team.gpu(1) == 0  # as srun --gpus-per-task=1 starts it
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert torch_team.gpu(1) == 1
 
 
 def test_a_leader_asks_sooner_where_steps_are_long(whole, monkeypatch):

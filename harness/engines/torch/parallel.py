@@ -2,7 +2,8 @@
 
 `--mesh DATAxMODEL` names both: with MODEL 1 each process holds all weights (DistributedDataParallel), else each holds
 its part of them over MODEL processes (fully_shard, FSDP2). What is random belongs to images, so any mesh makes the same
-run up to the order of sums; the same mesh makes the same bits.
+run up to the order of sums; the same mesh makes the same bits. Not so the masks of a network's own dropout: the first image
+of a micro-batch seeds them, and another division into micro-batches draws others, of the same distribution.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ PROBE_REPEATS = 3
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or cuda if there is one, else cpu; one that is absent is refused.
 
-    Of several processes each takes the GPU of its number on its machine.
+    Of several processes each takes the GPU of its number on its machine, or the only one it is shown.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +40,7 @@ def pick_device(name: str | None) -> torch.device:
             raise Refusal(
                 f"--device {name} is one device, and {team.size()} processes work here; give --device {platform}"
             )
-        name = f"{platform}:{team.local()}" if platform == "cuda" else name
+        name = f"{platform}:{team.gpu(team.local())}" if platform == "cuda" else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -1,7 +1,7 @@
 """Several processes of one run, joined by torch.distributed: gloo between CPUs, NCCL between GPUs.
 
 torchrun starts them, or SLURM's srun with MASTER_ADDR set, or a user who sets RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT for each. Process k of a machine takes the GPU k.
+MASTER_PORT for each. Process k of a machine takes the GPU k, or the only one it is shown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from harness import progress
 from harness.engines import processes
 from harness.engines.processes import Rank
-from harness.engines.team import Team
+from harness.engines.team import Stopped, Team
 from harness.engines.torch import watch
 from harness.errors import Failure, Refusal
 
@@ -63,6 +63,15 @@ def local() -> int | None:
     return None if _rank is None else _rank.local
 
 
+def gpu(local: int) -> int:
+    """The GPU of process `local` of a machine: that of its number, or the one that its launcher lets it see.
+
+    srun --gpus-per-task=1 names one in each task's CUDA_VISIBLE_DEVICES, and there it is number 0.
+    """
+    alone = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    return 0 if alone else local
+
+
 def beside() -> int:
     """Processes on this machine."""
     return 1 if _rank is None else _rank.beside
@@ -102,8 +111,8 @@ class TorchTeam(Team):
             progress.silence()
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        if torch.cuda.is_available() and rank.local < torch.cuda.device_count():
-            torch.cuda.set_device(rank.local)  # what "cuda" means from here on
+        if torch.cuda.is_available() and gpu(rank.local) < torch.cuda.device_count():
+            torch.cuda.set_device(gpu(rank.local))  # what "cuda" means from here on
         try:
             store = _meet(rank)
             if self.leads:
@@ -135,7 +144,7 @@ class TorchTeam(Team):
         """What all processes do; who leaves it by an error ends the others."""
         try:
             yield
-        except KeyboardInterrupt:  # after its checkpoint: all of them leave
+        except Stopped:  # all of them leave; any other interruption is this process's alone
             self._watch.end(well=True)
             raise
         except BaseException:
