@@ -40,7 +40,7 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
                     name = data.rstrip(b"\0").decode("utf-8", "replace")
                 elif kind == b"x":
                     found = _pax(data)
-                    name, length = found.get("path", name), int(found["size"]) if "size" in found else None
+                    name, length = found.get("path", name), _pax_size(found["size"]) if "size" in found else None
                 continue
             plain = _tar_name(block) if name is None else name
             name, length = None, None
@@ -89,6 +89,12 @@ def _pax(data: bytes) -> dict[str, str]:
         found[match[2].decode("utf-8", "replace")] = data[match.end() : length - 1].decode("utf-8", "replace")
         data = data[length:]
     return found
+
+
+def _pax_size(text: str) -> int:
+    if re.fullmatch("[0-9]{1,15}", text) is None:  # a negative one would lead back to members already read
+        raise Damaged("an extended header holds no size where one belongs")
+    return int(text)
 
 
 def open_tar(path: Path) -> ImageSource:

@@ -35,7 +35,7 @@ class Broken(Refusal):
 
 def decode(data: bytes, size: int, name: str) -> Photograph:
     """An image file as a square of `size` pixels. `name` is the file's, to be compared with its content. Broken where it
-    is no image, is cut off, or has too many pixels. The orientation in EXIF is not applied: nobody's ImageNet does."""
+    is no image, is cut off, has too many pixels (as it is or resized), or more than 8 bits a channel in grey. The orientation in EXIF is not applied: nobody's ImageNet does."""
     from PIL import Image
 
     if len(data) > FILE_BYTES:
@@ -46,6 +46,8 @@ def decode(data: bytes, size: int, name: str) -> Photograph:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
                 raise Broken(f"{image.width} x {image.height} pixels are more than {PIXELS}")
+            if image.mode[0] in "IF":  # I;16, I, F: Pillow would clip all above 255 to white
+                raise Broken(f"more than 8 bits a channel (colour mode {image.mode}); convert it to 8 bits")
             image.load()
             note = _note(image, name)
             return Photograph(np.asarray(center_crop(image.convert("RGB"), size)), note)
@@ -60,13 +62,20 @@ def decode(data: bytes, size: int, name: str) -> Photograph:
 
 def center_crop(image: Image, size: int) -> Image:
     """ADM's centre crop (openai/guided-diffusion, image_datasets.py, center_crop_arr; DiT's train.py has the same): halve
-    by averages while the shorter side is at least twice `size`, then bicubic until it is `size`, then cut the middle."""
+    by averages while the shorter side is at least twice `size`, then bicubic until it is `size`, then cut the middle. Broken where
+    the resized image, before the cut, would have more than PIXELS pixels."""
     from PIL.Image import Resampling
 
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > PIXELS:
+        raise Broken(
+            f"so narrow that {image.width} x {image.height} pixels would be resized to {width} x {height}, which is more "
+            f"than {PIXELS} pixels"
+        )
+    image = image.resize((width, height), Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

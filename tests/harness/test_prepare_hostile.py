@@ -1,0 +1,40 @@
+"""Sources made to mislead: sizes that lead back, pictures that would turn white or fill the memory, numbered classes."""
+
+import io
+import itertools
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.data.photographs import Broken, decode
+from harness.image_sources import Damaged
+from harness.image_tars import tar_members
+
+
+@pytest.mark.parametrize("size", ["-1536", "+3", "1_0", "", "1" * 16])
+def test_a_size_in_a_pax_header_that_is_none_is_damage(size, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
+        info = tarfile.TarInfo("a.png")
+        info.pax_headers = {"size": size}
+        out.addfile(info)
+    with pytest.raises(Damaged, match="no size where one belongs"):
+        list(itertools.islice(tar_members(tmp_path / "a.tar"), 5))  # of -1536 there would be no end
+
+
+def png(array):
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_grey_of_16_bits_is_refused_rather_than_made_white():
+    with pytest.raises(Broken, match="more than 8 bits a channel"):
+        decode(png(np.full((20, 20), 1000, np.uint16)), 16, "x.png")
+
+
+def test_a_picture_that_would_be_resized_beyond_the_bound_is_refused():
+    with pytest.raises(Broken, match="1 x 5000 pixels would be resized to 128 x 640000"):
+        decode(png(np.zeros((5000, 1, 3), np.uint8)), 128, "x.png")
+    assert decode(png(np.zeros((400, 1, 3), np.uint8)), 128, "x.png").pixels.shape == (128, 128, 3)
