@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,18 +211,23 @@ def _image_files(folder: Path) -> tuple[list[Path], int]:
     return found, len(inside) - len(found)
 
 
+def class_labels(names: Iterable[str]) -> tuple[dict[str, int], bool]:
+    """The label of each class by its name, in their order, and whether the names are the labels: they are where all are
+    whole numbers; otherwise a label is the place in sorted order."""
+    names = sorted(names)
+    if all(re.fullmatch(r"[0-9]{1,9}", each) for each in names):
+        return {each: int(each) for each in sorted(names, key=int)}, True
+    return {each: place for place, each in enumerate(names)}, False
+
+
 def _class_folders(path: Path, folders: list[Path], notes: list[str]) -> tuple[list[Path], list[int], int]:
-    numbered = all(re.fullmatch(r"[0-9]{1,9}", each.name) for each in folders)
-    if numbered:
-        folders = sorted(folders, key=lambda each: (int(each.name), each.name))
-        notes.append("labels are the names of the folders")
-    else:
-        folders = sorted(folders, key=lambda each: each.name)
-        notes.append("labels are the places of the folders in sorted order")
+    by_name, numbered = class_labels(each.name for each in folders)
+    where = "names of the folders" if numbered else "places of the folders in sorted order"
+    notes.append(f"labels are the {where}")
     images, labels, ignored = [], [], 0
-    for place, folder in enumerate(folders):
-        found, others = _image_files(folder)
+    for name, label in by_name.items():
+        found, others = _image_files(path / name)
         images += found
-        labels += [int(folder.name) if numbered else place] * len(found)
+        labels += [label] * len(found)
         ignored += others
     return images, labels, ignored

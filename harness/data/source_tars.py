@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.data import imagenet
-from harness.data.sources import Listing, ordered
+from harness.data.sources import Listing, named_classes, numbers, ordered
 from harness.errors import Refusal
 from harness.image_files import SUFFIXES, Entry
 from harness.image_sources import readable, shown
@@ -64,14 +64,15 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
         raise Refusal(f"{source}: two tars of one class; remove one")
     if dataset == imagenet.NAME:
         imagenet.check_folders(str(source), classes)
+    classes, by_name = named_classes(source, classes)
     found, labels, others = _Found(), [], []
-    for label, (name, path, begin, size) in enumerate(tars):
+    for name, path, begin, size in tars:
         with readable(f"{path}: {name}.tar"):
             for member, offset, length in tar_members(path, begin, size):
                 base = member.rpartition("/")[2]
                 if base.lower().endswith(SUFFIXES):
                     found.add(path, base, offset, length)
-                    labels.append(label)
+                    labels.append(by_name[name])
                 else:
                     others.append(base)
     return _listing(source, "ILSVRC tars", classes, labels, found, others, dataset)
@@ -128,5 +129,5 @@ def _listing(
         notes += imagenet.check_labels(str(source), np.array(labels), found.names)
         classes = list(imagenet.classes())
     if classes is None:  # named by their numbers
-        classes = [str(each) for each in range(max(labels) + 1)]
+        classes = numbers(source, max(labels))
     return ordered(kind, classes, labels, found.names, found.entry, notes)

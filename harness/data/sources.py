@@ -19,13 +19,14 @@ import numpy as np
 from harness.data import imagenet
 from harness.data.prepared import CHUNK_IMAGES, chunk_sizes
 from harness.errors import Refusal
-from harness.image_files import SUFFIXES, Entry
+from harness.image_files import SUFFIXES, Entry, class_labels
 from harness.image_sources import natural, readable, shown
 
 KINDS = (
     "class folders (DIR/CLASS/*.JPEG), ILSVRC2012_img_train.tar (or the folder of its class tars), webdataset shards "
     "(*.tar with KEY.jpg and KEY.cls), the parquet files of a Hugging Face data set"
 )
+MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a larger number is a date or an identifier, not a label
 TRAINING = "train"  # of files and folders that name their part, these
 
 
@@ -111,6 +112,20 @@ def ordered(
     )  # fmt: skip
 
 
+def named_classes(source: Path, names: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    """The classes in the order of labels, and the label of each of `names`, by the rule of evaluation: where all names
+    are numbers they are the labels, as in .cls files."""
+    labels, numbered = class_labels(names)
+    return (numbers(source, max(labels.values())) if numbered else list(labels)), labels
+
+
+def numbers(source: Path, last: int) -> list[str]:
+    """Names of the classes 0 to `last`, which have none but their numbers."""
+    if last >= MOST_CLASSES:
+        raise Refusal(f"--from {source}: label {last} is beyond {MOST_CLASSES:,} classes; number the classes from 0")
+    return [str(each) for each in range(last + 1)]
+
+
 def row_order(labels: Sequence[int] | np.ndarray, names: Sequence[str]) -> np.ndarray:
     """The order of (label, name without its ending, name), as places in what was found: int64 (N,)."""
     keys = [(int(label), name.rpartition(".")[0] or name, name) for label, name in zip(labels, names, strict=True)]
@@ -139,8 +154,9 @@ def _class_folders(source: Path, dataset: str) -> Listing:
         raise Refusal(f"--from {source}: no class folders in it; images are prepared from {KINDS}")
     if dataset == imagenet.NAME:
         imagenet.check_folders(str(source), [each.name for each in folders])
-    labels, names, others = [], [], []
-    for label, folder in enumerate(folders):
+    classes, by_name = named_classes(source, [each.name for each in folders])
+    labels, names, inside_of, others = [], [], [], []
+    for folder in folders:
         with readable(folder), os.scandir(folder) as inside:
             for each in inside:  # an entry knows whether it is a folder: a million calls less
                 if each.name.startswith("."):
@@ -148,8 +164,9 @@ def _class_folders(source: Path, dataset: str) -> Listing:
                 if each.is_dir():
                     raise Refusal(f"{shown(each.path)}: a folder inside a class folder; images belong in DIR/CLASS")
                 if each.name.lower().endswith(SUFFIXES):
-                    labels.append(label)
+                    labels.append(by_name[folder.name])
                     names.append(each.name)
+                    inside_of.append(folder)
                 else:
                     others.append(each.name)
     if not names:
@@ -163,10 +180,10 @@ def _class_folders(source: Path, dataset: str) -> Listing:
         notes += imagenet.check_labels(str(source), np.array(labels), names)
 
     def entry(i: int) -> Entry:
-        path = folders[labels[i]] / names[i]
+        path = inside_of[i] / names[i]
         return Entry(name=shown(str(path.relative_to(source))), path=path)
 
-    return ordered("class folders", [each.name for each in folders], labels, names, entry, notes)
+    return ordered("class folders", classes, labels, names, entry, notes)
 
 
 def _is_image(path: Path) -> bool:

@@ -23,6 +23,8 @@ from harness.studies.state import Overview, Progress, failure_path, log_path, ov
 
 SIGNAL_SECONDS = 120  # before the end of a job: what a checkpoint may take
 SPARE_SECONDS = 20  # of those, for submitit to put the job back
+LISTS = ("setup", "teardown", "srun_args")  # the settings that are lists of text
+SWITCHES = ("use_srun", "stderr_to_stdout")  # of submitit: false says something; of sbatch it is left out
 TIMEOUTS = 1_000_000  # how often a job may be put back: a run of two weeks in jobs of four hours is 84
 
 
@@ -85,6 +87,22 @@ def minutes(value: Any) -> int:
     return -(-seconds // 60)
 
 
+def check_setting(name: str, value: Any) -> None:
+    """Refuse what would not stand in its place in the script of a job: a second line there would be a command."""
+    if name == "additional_parameters":
+        if not isinstance(value, dict):
+            raise Refusal(f"[slurm]: {name} must be a table")
+        for inner, each in value.items():
+            if re.fullmatch("[A-Za-z0-9_-]+", inner) is None:
+                raise Refusal(f"[slurm]: {name}: {shown(inner)} is no name of an option")
+            check_setting(f"{name}.{inner}", each)
+    elif name in LISTS:
+        if not isinstance(value, list) or not all(isinstance(each, str) and each.isprintable() for each in value):
+            raise Refusal(f"[slurm]: {name} = {shown(value)} must be a list of printable text, one line an item")
+    elif isinstance(value, (dict, list)) or not str(value).isprintable():
+        raise Refusal(f"[slurm]: {name} = {shown(value)} must be a number, true, false or printable text in one line")
+
+
 def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
     """submitit's executor with the settings of the study's [slurm] and `settings` laid over them; what it does not know
     is refused by name."""
@@ -104,6 +122,7 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
     for name in merged:
         if name not in known:
             raise Refusal(f"{study.study.file}: [slurm]: {unknown('setting', name, sorted(known))}")
+        check_setting(name, merged[name])
     if "time" not in merged:
         raise Refusal(
             f"{study.study.file}: [slurm] has no time, the limit of a job; a run that takes longer is put back"
@@ -114,7 +133,8 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
     more = {"requeue": True, **merged.pop("additional_parameters", {})}
     if isinstance(merged.get("mem"), str):  # submitit takes a number of GB, sbatch any unit
         more["mem"] = merged.pop("mem")
-    merged["additional_parameters"] = more
+    merged = {name: each for name, each in merged.items() if each is not False or name in SWITCHES}
+    merged["additional_parameters"] = {name: each for name, each in more.items() if each is not False}
     made = Executor(study.folder / "slurm" / "%j", max_num_timeout=TIMEOUTS)
     made.update_parameters(**merged)
     return made

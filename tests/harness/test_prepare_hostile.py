@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from harness.data.photographs import Broken, decode
-from harness.image_sources import Damaged
+from harness.data.sources import open_listing
+from harness.errors import Refusal
+from harness.image_sources import Damaged, open_images
 from harness.image_tars import tar_members
 
 
@@ -38,3 +40,34 @@ def test_a_picture_that_would_be_resized_beyond_the_bound_is_refused():
     with pytest.raises(Broken, match="1 x 5000 pixels would be resized to 128 x 640000"):
         decode(png(np.zeros((5000, 1, 3), np.uint8)), 128, "x.png")
     assert decode(png(np.zeros((400, 1, 3), np.uint8)), 128, "x.png").pixels.shape == (128, 128, 3)
+
+
+def test_numbered_classes_are_their_labels_in_every_kind_of_source(tmp_path):
+    wanted = [0, 1, 2, 10]
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as shard, tarfile.open(tmp_path / "classes.tar", "w") as outer:
+
+        def add(out, name, data):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+
+        for label in wanted:
+            data = png(np.full((16, 16, 3), label, np.uint8))
+            (tmp_path / "tree" / str(label)).mkdir(parents=True)
+            (tmp_path / "tree" / str(label) / f"{label}.png").write_bytes(data)
+            add(shard, f"{label}.png", data)
+            add(shard, f"{label}.cls", str(label).encode())
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as out:
+                add(out, f"{label}.png", data)
+            add(outer, f"{label}.tar", inner.getvalue())
+    listings = [open_listing(tmp_path / name, "mine") for name in ("tree", "shard-0.tar", "classes.tar")]
+    assert open_images(tmp_path / "tree").labels.tolist() == wanted
+    for found in listings:
+        assert found.labels.tolist() == wanted and found.classes == tuple(map(str, range(11))), found.kind
+        for image in found.read(0):
+            assert decode(image.read(), 16, image.name).pixels[0, 0, 0] == wanted[image.row], found.kind
+    assert len({found.sha256 for found in listings}) == 1
+    (tmp_path / "tree" / "20261127").mkdir()
+    with pytest.raises(Refusal, match="label 20261127 is beyond 100,000 classes"):
+        open_listing(tmp_path / "tree", "mine")

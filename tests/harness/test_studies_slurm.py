@@ -91,6 +91,15 @@ def test_settings_of_the_command_line_are_laid_over_the_files(study):
     assert (asked["time"], asked["partition"], asked["qos"], asked["mem"]) == ("90", "cpu", "low", "32G")
 
 
+def test_false_leaves_an_option_out(study):
+    given = {"exclusive": False, "use_srun": False, "additional_parameters": {"requeue": False, "overcommit": True}}
+    with pytest.raises(Refusal):
+        slurm.submit(study, given, retry_failed=False, say=print)
+    script = (study.folder / "slurm" / f"{study.runs[0].name}.sh").read_text()
+    asked = settings(script)
+    assert not {"exclusive", "requeue"} & set(asked) and asked["overcommit"] == "" and "srun" not in script
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -99,6 +108,15 @@ def test_settings_of_the_command_line_are_laid_over_the_files(study):
         ({"time": 0}, "less than a minute"),
         ({"job_name": "mine"}, "unknown setting 'job_name'"),
         ({"signal_delay_s": 5}, "signal_delay_s must be more than 20 seconds"),
+        (
+            {"partition": "gpu\ncurl evil"},
+            r"partition = 'gpu\ncurl evil' must be a number, true, false or printable text",
+        ),
+        ({"comment": "\x1b[31m"}, "comment = '\\x1b[31m' must be"),
+        ({"setup": ["true\nfalse"]}, "must be a list of printable text, one line an item"),
+        ({"setup": "true"}, "must be a list of printable text, one line an item"),
+        ({"additional_parameters": {"a\nb": 1}}, r"additional_parameters: 'a\nb' is no name of an option"),
+        ({"additional_parameters": {"a": "\n"}}, r"additional_parameters.a = '\n' must be"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(study, given, message):
