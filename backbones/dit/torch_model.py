@@ -165,7 +165,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)  # (N, D, H/p, W/p)
-        return x.flatten(2).transpose(1, 2)  # (N, T, D)
+        # Contiguous, as is all that follows from it: layer norms of a transposed tensor copy it every time, and their
+        # compiled gradient is wrong (torch 2.13, inductor on a CPU: by 0.4 % to 4 %).
+        return x.flatten(2).transpose(1, 2).contiguous()  # (N, T, D)
 
 
 class TimestepEmbedder(nn.Module):

@@ -177,6 +177,34 @@ def test_what_is_torchs_is_refused_in_jax():
     check_torch_only("bfloat16")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what torch warns itself of
+@pytest.mark.parametrize("name", ["dit-xs-4"])
+def test_gradients_of_compiled_networks_are_those_without(name):
+    torch.manual_seed(0)
+    plain, compiled = build(name).train(), build(name).train()
+    for weight in plain.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.05)
+    compiled.load_state_dict(plain.state_dict())
+    compiling.compile_network(compiled)
+    x, t, y = torch.randn(8, 1, 8, 8), torch.randint(0, 1000, (8,)), torch.randint(0, 10, (8,))
+    for net in (plain, compiled):
+        net(x, t, y).square().mean().backward()
+    for (path, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            scale = float(theirs.grad.norm())
+            assert float((ours.grad - theirs.grad).norm()) <= 1e-4 * scale + 1e-9, path
+
+
+def test_the_residual_stream_of_a_dit_is_contiguous():
+    net, seen = build(), []
+    for block in net.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    net(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    assert seen == [True] * len(net.blocks)
+
+
 def harness(*words, cwd):
     done = subprocess.run(
         [sys.executable, "-m", "harness", *words], cwd=cwd, capture_output=True, text=True, timeout=1200
