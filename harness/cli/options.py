@@ -101,7 +101,7 @@ _run_options = (
         help="auto measures once whether float32 or bfloat16 is faster, when the run is created. tf32: of NVIDIA's GPUs.",
     ),
     click.option(
-        "--compile", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+        "--compile", type=click.Choice(["auto", "on", "off"]), default="off", show_default=True,
         help="torch.compile, for sampling too. auto takes it where it measures that a run of an hour or more is done "
         "sooner, compiling included.",
     ),

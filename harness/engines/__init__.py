@@ -39,11 +39,11 @@ def check_installed(framework: str) -> None:
         )
 
 
-def check_torch_only(precision: str = "float32", compile: str = "auto") -> None:
+def check_torch_only(precision: str = "float32", compile: str = "off") -> None:
     """Refuse, in jax, the options that are torch's."""
     if precision == "tf32":
         raise Refusal("precision tf32 belongs to --framework torch; jax has float32 and bfloat16")
-    if compile != "auto":
+    if compile == "on":
         raise Refusal("--compile belongs to --framework torch; jax always compiles")
 
 

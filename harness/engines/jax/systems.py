@@ -36,7 +36,7 @@ def make_chain(
     say: Callable[[str], None],
 ) -> JaxChain:
     """What draws images of a system."""
-    check_torch_only(precision, "on" if compile == "on" else "auto")
+    check_torch_only(precision, compile)
     system, mesh = bound.system, place.target
 
     def network(part: Stage | Guide, source: Source) -> Network:

@@ -94,7 +94,7 @@ def make_sampler(
     decoder: Decoder | None = None,  # of latents
 ) -> JaxChain:
     """What draws images with the weights in `snapshot`, a safetensors file."""
-    check_torch_only(precision, "on" if compile == "on" else "auto")
+    check_torch_only(precision, compile)
     mesh = devices.own(devices.honour(run.resolved))
     arguments = request.spec.arguments(**request.arguments)
     net = Network.load(request.spec, arguments, load_weights(snapshot), precision, mesh)
