@@ -19,6 +19,7 @@ from reports.figures_study import (
     places_of,
     pretty,
     records_of,
+    same_length,
     steps_of,
     study_of,
     training_gflops,
@@ -165,14 +166,15 @@ def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
                 study, axis, panels, rows, is_log=False, title=f"{axis.title} over training", starts_row=starts
             )
             marked, note = at_one_length(study)
-            found = correlation([math.log10(mark.x) for _, mark in marked], [mark.y for _, mark in marked])
+            same = same_length(marked)
+            found = correlation([math.log10(mark.x) for _, mark in same], [mark.y for _, mark in same])
             if metric != "fid" and all(line.provenance == "published" for line, _ in marked):
                 marked = [(line, dataclasses.replace(mark, text=name_of(line))) for line, mark in marked]
                 note, found = "each trained as long as its authors did", None
             if len(marked) > 1:
                 series = tuple(one_mark(line, mark, "points") for line, mark in marked)
                 notes = [*study.notes, note, *bars_note(series)]
-                notes += [f"correlation with log Gflops {found.r:.2f}"] if found else []
+                notes += [f"correlation with log Gflops {found.r:.2f} ({found.n} models)"] if found else []
                 panels.append(
                     Panel(
                         heading=group.heading,

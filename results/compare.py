@@ -232,7 +232,7 @@ def _as_group(checkpoints: dict[tuple, list[Record]]) -> Group:
 
 
 def experiment(record: Record) -> tuple:
-    """What records of one group agree in: everything but seeds, values, and what follows from seeds."""
+    """What records of one group agree in: all but seeds, values, what follows from seeds, and what moves low bits."""
     return (
         record.system,
         record.backbone,
@@ -247,7 +247,7 @@ def experiment(record: Record) -> tuple:
 @functools.lru_cache(maxsize=100_000)
 def _without_seeds(part: Training | Sampling) -> str:
     if isinstance(part, Training):
-        return dataclasses.replace(part, seed=None, checkpoint_sha256=None).canonical
+        return dataclasses.replace(part, seed=None, checkpoint_sha256=None, micro_batch=None).canonical
     return dataclasses.replace(part, seed=None, samples_sha256=None, batch=None).canonical
 
 

@@ -201,3 +201,19 @@ def test_numbers_beyond_all_measure_are_left_out(record):
     for figure in made:
         if figure.name in ("figure-2", "figure-8", "pareto"):
             assert draw(figure, styles, ("svg",))
+
+
+def against_gflops(records, name="figure-12"):
+    """The note of the first panel of a figure, Figure 12's against Gflops."""
+    panels = named(records, name).panels
+    return next(panel.note for panel in panels if name != "figure-12" or panel.title.endswith("against Gflops"))
+
+
+def test_other_metrics_correlate_at_one_training_length(record):
+    """A model trained for longer than the others stands in the panel and not in the correlation."""
+    values = (("a", 12.0, 1.0), ("b", 9.0, 2.0), ("c", 7.0, 4.0))
+    records = [record(system=name, value=value, gflops=gflops) for name, value, gflops in values]
+    told = "correlation with log Gflops -0.99 (3 models)"
+    assert told in against_gflops(records)
+    longer = trained(record(system="d", value=40.0, gflops=8.0), 9000)
+    assert told in against_gflops([*records, longer])

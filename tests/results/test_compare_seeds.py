@@ -9,7 +9,7 @@ from scipy.special import stdtrit
 
 from harness.errors import Refusal
 from results import student
-from results.compare import RETRAINING, compare, differing
+from results.compare import RETRAINING, compare, differing, experiment
 from results.records import Evaluation, Record, Sampling, Training
 
 
@@ -108,3 +108,11 @@ def test_how_often_the_rule_is_wrong_and_right(seeds):
         sum(compare(side(10, "a"), side(10 + gap, "b"))[0].verdict == "win" for _ in range(300)) / 300 for gap in (1, 4)
     ]
     assert right[1] > right[0] and right[1] > {2: 0.2, 3: 0.7, 5: 0.98}[seeds]
+
+
+def test_a_micro_batch_makes_no_other_experiment():
+    halved = seeded(11.0, 1)
+    halved = dataclasses.replace(halved, training=dataclasses.replace(halved.training, micro_batch=16))
+    (found,) = compare([seeded(10.0, 0), halved], [seeded(13.0, 0, system="b"), seeded(13.4, 1, system="b")])
+    assert found.scope == "training seeds" and found.a.means == [10.0, 11.0]
+    assert experiment(halved) == experiment(seeded(10.0, 0))
