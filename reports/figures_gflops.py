@@ -17,6 +17,7 @@ from reports.figures_study import (
     mark_rows,
     one_mark,
     places_of,
+    recipes_note,
     records_of,
     same_length,
 )
@@ -141,6 +142,7 @@ def correlation_with_gflops(made: Sequence[Study]) -> Figure | None:
         if found is not None:
             interval = f" [{found.low:.2f}, {found.high:.2f}]" if found.low is not None else ""
             notes.append(f"correlation with log Gflops {found.r:.2f}{interval} ({found.n} models)")
+            notes += recipes_note(marked)
         law, family = law_of(same)
         if law is not None:
             series = [*law_series(law), *series]
@@ -178,7 +180,7 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
             continue
         axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
         far = any(not law.reaches(cost) for cost in wanted.values())
-        notes = [*study.notes, note, law_note(law, family)]
+        notes = [*study.notes, note, law_note(law, family), *recipes_note(marked)]
         notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]
         notes += (
             ["extrapolated ones lie outside the range of the points, where no point speaks for the law"] if far else []

@@ -12,6 +12,7 @@ from reports.points import (
     Group,
     Line,
     Pool,
+    better,
     comparable_groups,
     data_row,
     left_out,
@@ -84,12 +85,28 @@ def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambd
 
 
 def same_length(marked: Sequence[tuple[Line, Mark]]) -> list[tuple[Line, Mark]]:
-    """The marks at the usual training length, a model once: measured before published."""
-    found: dict[str, tuple[Line, Mark]] = {}
+    """The marks at the usual training length, a model once: measured before published, of several the best."""
+    return [min(own, key=_how_bad) for own in _by_model(marked).values()]
+
+
+def recipes_note(marked: Sequence[tuple[Line, Mark]]) -> list[str]:
+    """Says which value speaks for a model in a fit where it has several at the usual training length."""
+    if all(sum(line.provenance == "measured" for line, _ in own) < 2 for own in _by_model(marked).values()):
+        return []
+    return ["of a model's several recipes its best value counts in fit and correlation"]
+
+
+def _by_model(marked: Sequence[tuple[Line, Mark]]) -> dict[str, list[tuple[Line, Mark]]]:
+    found: dict[str, list[tuple[Line, Mark]]] = {}
     for line, mark in marked:
-        if mark.text == name_of(line) and (line.model not in found or line.provenance == "measured"):
-            found[line.model] = (line, mark)
-    return list(found.values())
+        if mark.text == name_of(line):
+            found.setdefault(line.model, []).append((line, mark))
+    return found
+
+
+def _how_bad(pair: tuple[Line, Mark]) -> tuple[bool, float]:
+    line, mark = pair
+    return line.provenance != "measured", -mark.y if better(line.records[0].metric) == "higher" else mark.y
 
 
 def records_of(marked: Sequence[tuple[Line, Mark]]) -> list[Record]:

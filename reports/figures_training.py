@@ -18,6 +18,7 @@ from reports.figures_study import (
     one_mark,
     places_of,
     pretty,
+    recipes_note,
     records_of,
     same_length,
     steps_of,
@@ -174,7 +175,11 @@ def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
             if len(marked) > 1:
                 series = tuple(one_mark(line, mark, "points") for line, mark in marked)
                 notes = [*study.notes, note, *bars_note(series)]
-                notes += [f"correlation with log Gflops {found.r:.2f} ({found.n} models)"] if found else []
+                notes += (
+                    [f"correlation with log Gflops {found.r:.2f} ({found.n} models)", *recipes_note(marked)]
+                    if found
+                    else []
+                )
                 panels.append(
                     Panel(
                         heading=group.heading,

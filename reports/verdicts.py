@@ -87,7 +87,7 @@ def _cells(match: Match, verdict: Verdict) -> tuple[Cell, ...]:
 def _name(group: Group) -> str:
     training = group.records[0].training
     words = [f"{count_text(training.steps)} steps"] if training.steps is not None else []
-    seeds = len(group.checkpoints)
+    seeds = len(group.seeds)
     words.append(f"{seeds} seeds" if seeds > 1 else f"seed {training.seed}" if training.seed is not None else "1 seed")
     return f"{group.records[0].system} ({', '.join(words)})"
 

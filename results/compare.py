@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
@@ -41,7 +41,10 @@ LOWER_IS_BETTER = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The records of one side for one metric and one way of sampling, by checkpoint."""
+    """The records of one side for one metric and one way of sampling, by checkpoint, those of a training seed together.
+
+    A seed trained twice is one seed: its checkpoints differ in low bits or in the machine, and are averaged.
+    """
 
     checkpoints: tuple[tuple[Record, ...], ...]
 
@@ -50,10 +53,22 @@ class Group:
         return tuple(record for each in self.checkpoints for record in each)
 
     @functools.cached_property
+    def seeds(self) -> tuple[tuple[tuple[Record, ...], ...], ...]:
+        """The checkpoints of each training seed; one whose seed is not known stands alone."""
+        found: dict[object, list[tuple[Record, ...]]] = {}
+        for place, each in enumerate(self.checkpoints):
+            seed = each[0].training.seed if each[0].training else None
+            found.setdefault(("unknown", place) if seed is None else seed, []).append(each)
+        return tuple(map(tuple, found.values()))
+
+    @functools.cached_property
     def means(self) -> list[float]:
-        """Of each checkpoint over its sampling seeds."""
+        """Of each training seed over its checkpoints, of those over their sampling seeds."""
         return [
-            each[0].value if len(each) == 1 else fmean(record.value for record in each) for each in self.checkpoints
+            own[0][0].value
+            if len(own) == len(own[0]) == 1
+            else fmean(fmean(record.value for record in each) for each in own)
+            for own in self.seeds
         ]
 
     @functools.cached_property
@@ -71,16 +86,23 @@ class Group:
         side that faces the other value: intervals of shares are not symmetric.
         """
         halves = []
-        for records in self.checkpoints:
-            if len(records) > 1:
-                spread = math.sqrt(variance([record.value for record in records]) / len(records))
-                halves.append(student.quantile(CONFIDENCE, len(records) - 1) * spread)
-                continue
-            (record,) = records
-            if record.low is None or record.high is None:
+        for own in self.seeds:
+            found = [_half_width(records, upward=upward) for records in own]
+            if None in found:
                 return None
-            halves.append(record.high - record.value if upward else record.value - record.low)
+            halves.append(math.hypot(*found) / len(found))
         return math.hypot(*halves) / len(halves)
+
+
+def _half_width(records: Sequence[Record], *, upward: bool) -> float | None:
+    """Of one checkpoint, as `Group.sampling_half_width` tells."""
+    if len(records) > 1:
+        spread = math.sqrt(variance([record.value for record in records]) / len(records))
+        return student.quantile(CONFIDENCE, len(records) - 1) * spread
+    (record,) = records
+    if record.low is None or record.high is None:
+        return None
+    return record.high - record.value if upward else record.value - record.low
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +298,7 @@ def judge(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
 
     noise = degrees = again = None
     verdict, scope = "unknown", "these checkpoints"
-    if min(len(a.checkpoints), len(b.checkpoints)) > 1:
+    if min(len(a.seeds), len(b.seeds)) > 1:
         scope = "training seeds"
         noise, degrees = _welch(a.means, b.means)
         verdict = judged(noise)

@@ -81,8 +81,8 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "scope": verdict.scope,
         "verdict": verdict.verdict,
         "trained_again": verdict.again,
-        "a_seeds": [len(each) for each in verdict.a.checkpoints],
-        "b_seeds": [len(each) for each in verdict.b.checkpoints],
+        "a_seeds": [sum(map(len, own)) for own in verdict.a.seeds],
+        "b_seeds": [sum(map(len, own)) for own in verdict.b.seeds],
         "a_ids": [each.id for each in verdict.a.records],
         "b_ids": [each.id for each in verdict.b.records],
     }

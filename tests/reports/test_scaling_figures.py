@@ -217,3 +217,23 @@ def test_other_metrics_correlate_at_one_training_length(record):
     assert told in against_gflops(records)
     longer = trained(record(system="d", value=40.0, gflops=8.0), 9000)
     assert told in against_gflops([*records, longer])
+
+
+@pytest.mark.parametrize("best", [1e-3, 1e-4])
+def test_of_several_recipes_of_a_model_the_best_counts(record, best):
+    """Whichever recipe that is: of FD the lowest value, of precision the highest, and the note says so."""
+
+    def tuned(metric, value, learning_rate, name="b", gflops=2.0):
+        made = record(metric, value, system=name, gflops=gflops)
+        return dataclasses.replace(made, training=dataclasses.replace(made.training, learning_rate=learning_rate))
+
+    other = 1e-3 + 1e-4 - best
+    ends = [tuned("fd", 12.0, best, "a", 1.0), tuned("fd", 8.0, best, "c", 4.0)]
+    both = [tuned("fd", 10.0, best), tuned("fd", 60.0, other)]
+    for name in ("figure-8", "figure-12"):
+        note = against_gflops([*ends, *both], name)
+        assert "correlation with log Gflops -1.00" in note and "(3 models); of a model's several recipes" in note
+        assert "several recipes" not in against_gflops([*ends, both[0]], name)
+    shares = [tuned("precision", 0.4, best, "a", 1.0), tuned("precision", 0.6, best, "c", 4.0)]
+    shares += [tuned("precision", 0.5, best), tuned("precision", 0.1, other)]
+    assert "correlation with log Gflops 1.00 (3 models)" in against_gflops(shares)

@@ -116,3 +116,14 @@ def test_a_micro_batch_makes_no_other_experiment():
     (found,) = compare([seeded(10.0, 0), halved], [seeded(13.0, 0, system="b"), seeded(13.4, 1, system="b")])
     assert found.scope == "training seeds" and found.a.means == [10.0, 11.0]
     assert experiment(halved) == experiment(seeded(10.0, 0))
+
+
+def test_a_seed_trained_twice_is_one_seed():
+    again = seeded(12.0, 0)
+    again = dataclasses.replace(again, training=dataclasses.replace(again.training, checkpoint_sha256="twice"))
+    b = [seeded(13.0, 0, system="b"), seeded(13.4, 1, system="b")]
+    (found,) = compare([seeded(10.0, 0), again], b)
+    assert found.scope == "these checkpoints" and found.a.means == [11.0] and len(found.a.checkpoints) == 2
+    assert found.noise == pytest.approx(math.hypot(0.5 / math.sqrt(2), 0.5 / math.sqrt(2)))
+    (found,) = compare([seeded(10.0, 0), again, seeded(14.0, 1)], b)
+    assert found.scope == "training seeds" and found.a.means == [11.0, 14.0] and found.a.value == 12.5
