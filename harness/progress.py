@@ -12,6 +12,7 @@ from typing import Self
 WINDOW_SECONDS = 120.0  # speeds are those of the last two minutes
 QUIET_SECONDS = 30.0  # between lines where there is no terminal to draw on
 _silent = False
+_drawing = None  # rich's, while there are bars: one within another is a line below it, and goes with its end
 
 
 def silence() -> None:
@@ -32,15 +33,7 @@ class Bar:
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty() and not _silent:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"), TextColumn("{task.fields[left]}"),
-                console=Console(stderr=True), refresh_per_second=4,
-            )  # fmt: skip
-            self._bar.start()
+            self._bar = _begin_drawing()
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="", left="")
         return self
 
@@ -72,8 +65,29 @@ class Bar:
         return (last - first) / max(end - begin, 1e-9)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
+        global _drawing
+        if self._bar is not None and len(self._bar.tasks) > 1:
+            self._bar.remove_task(self._task)
+        elif self._bar is not None:
             self._bar.stop()
+            _drawing = None
+        self._bar = None
+
+
+def _begin_drawing():
+    """What draws the bars, rich's Progress; that of the bars that are there, or a new one."""
+    global _drawing
+    if _drawing is None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        _drawing = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), TextColumn("{task.fields[left]}"),
+            console=Console(stderr=True), refresh_per_second=4,
+        )  # fmt: skip
+        _drawing.start()
+    return _drawing
 
 
 class Stages:

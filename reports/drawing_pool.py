@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,17 +25,30 @@ _SCRIPT = (
 Files = dict[str, bytes]  # "png", "svg", "pdf" -> what is in the file
 
 
-def draw_all(figures: Sequence[Figure], styles: Mapping[str, Style]) -> dict[str, Files]:
-    """The files of every figure, by its name, in the order given."""
+def draw_all(
+    figures: Sequence[Figure],
+    styles: Mapping[str, Style],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Files]:
+    """The files of every figure, by its name, in the order given. progress: called as ("figures", drawn, in all)."""
+    drawn: dict[str, Files] = {}
+
+    def keep(files: dict[str, Files]) -> None:
+        drawn.update(files)
+        if progress is not None:
+            progress("figures", len(drawn), len(figures))
+
+    keep({})
     cost = sum(map(_cost, figures))
     helpers = min(_processors() - 1, MOST_HELPERS, int(cost / WORTH_A_HELPER) - 1, len(figures) - 1)
     shares = _shares(figures, max(helpers, 0) + 1)
     with ThreadPoolExecutor(max_workers=max(len(shares) - 1, 1)) as threads:
         helped = [threads.submit(_by_helper, share, styles) for share in shares[1:]]
-        drawn = {figure.name: draw(figure, styles) for figure in shares[0]}
+        for figure in shares[0]:
+            keep({figure.name: draw(figure, styles)})
         for share, each in zip(shares[1:], helped, strict=True):
             files = each.result()
-            drawn |= files if files is not None else {figure.name: draw(figure, styles) for figure in share}
+            keep(files if files is not None else {figure.name: draw(figure, styles) for figure in share})
     return {figure.name: drawn[figure.name] for figure in figures}
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -47,6 +47,7 @@ def write_report(
     out: str | os.PathLike,
     *,
     protocol: str | None = None,  # table and figures of this protocol alone; None: of every protocol with records
+    progress: Callable[[str, int, int], None] | None = None,  # called as (stage, done, in all): records, then figures
 ) -> ReportSummary:
     """Writes tables 1-6, `table-<protocol>` and the figures from the records given and those packaged in results/.
 
@@ -58,7 +59,7 @@ def write_report(
     packaged = resources.files("results").joinpath("measured")
     with resources.as_file(packaged) as folder:
         found = find_record_files(record_paths)
-        loaded = load([*found, *sorted(folder.glob("*.jsonl"))])
+        loaded = load([*found, *sorted(folder.glob("*.jsonl"))], progress)
     records = loaded.records
     protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
     tables, contents = table_files(records, protocols)
@@ -68,7 +69,7 @@ def write_report(
     with collector_paused():
         shown = figures(drawn, [path.parent for path in found])
         contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
-    for name, files in draw_all(shown, styles).items():
+    for name, files in draw_all(shown, styles, progress).items():
         contents |= {f"{name}.{kind}": data for kind, data in files.items()}
     contents[NAME] = write_page(
         tables,

@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from harness.errors import Failure, Refusal
@@ -42,7 +42,7 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.reason}"
+        return f"{self.path}:{self.line}: {self.reason}" if self.line else f"{self.path}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,16 +101,19 @@ def collector_paused():
 
 
 @collector_paused()
-def load(paths: Iterable[str | os.PathLike]) -> Loaded:
+def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int], None] | None = None) -> Loaded:
     """Reads record files. Broken and newer lines and unreadable files are named in `problems`, never silently dropped.
 
     The same record in two places is one record. Records in conflict are named and left out: a disputed number is in no
-    table.
+    table. progress: called as ("records", files read, files in all).
     """
     reader = LineReader()
     problems: list[Problem] = []
     found: dict[str, dict[str, tuple[Record, str]]] = {}  # identity -> id -> (record, file)
-    for path in sorted({str(path) for path in paths}):
+    names = sorted({str(path) for path in paths})
+    for done, path in enumerate(names):
+        if progress is not None:
+            progress("records", done, len(names))
         try:
             content = Path(path).read_bytes()
         except OSError as error:
@@ -128,6 +131,8 @@ def load(paths: Iterable[str | os.PathLike]) -> Loaded:
             other = same.setdefault(record.id, (record, path))[0]
             if other is not record and _preference(record) < _preference(other):
                 same[record.id] = (record, path)
+    if progress is not None:
+        progress("records", len(names), len(names))
     records, disputed = [], []
     for same in found.values():
         if len(same) == 1:
@@ -147,7 +152,8 @@ def load(paths: Iterable[str | os.PathLike]) -> Loaded:
 
 
 def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
-    """The record files meant by `paths`: a file stands for itself, a folder for every `records.jsonl` below it.
+    """The record files meant by `paths`: a file stands for itself, a folder for every `records.jsonl` below it. A file
+    that is meant twice, by two names or through a link, is there once.
 
     Raises Refusal for a path that does not exist.
     """
@@ -159,7 +165,10 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
             files.add(path)
         else:
             raise Refusal(f"no record file or folder {path}: name a run, a folder of runs, or a records.jsonl")
-    return tuple(sorted(files))
+    once: dict[Path, Path] = {}
+    for path in sorted(files):
+        once.setdefault(path.resolve(), path)
+    return tuple(once.values())
 
 
 def _parse(line: bytes, reader: LineReader) -> Record:

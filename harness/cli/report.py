@@ -10,6 +10,7 @@ import click
 
 from harness import registry, runs
 from harness.cli.options import FOLDER
+from harness.progress import Stages
 from results.records import Record
 
 CELL_WIDTH = 19  # of one row's column on the terminal
@@ -42,14 +43,15 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
     from reports.report import write_report
     from results.store import find_record_files, load
 
-    summary = write_report(paths, out, protocol=protocol)
+    with Stages({"records": "files", "figures": "figures"}) as progress:
+        summary = write_report(paths, out, protocol=protocol, progress=progress)
     _name(summary.problems, "lines of record files that could not be used")
     _name(summary.conflicts, "disputed measurements, which are in no table")
     print_records(load(find_record_files([only])).records if only else summary.records)
     for path in summary.files:
         if path.suffix == ".png" or re.fullmatch(r"table-\D.*\.md", path.name):  # the paper's tables have numbers
             click.echo(f"  {path}")
-    click.echo(f"{len(summary.files)} files in {out}")
+    click.echo(f"{len(summary.files):,} file{'s' if len(summary.files) != 1 else ''} in {out}")
     for note in summary.notes:
         click.echo(note)
     if only is not None:
@@ -59,10 +61,10 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
 
 
 def _name(problems: Sequence[object], what: str) -> None:
-    """The first few, and how many there are."""
+    """The first few, and how many there are where there are more than one."""
     for problem in problems[:MOST_NAMED]:
-        click.echo(f"harness: {problem}", err=True)
-    if problems:
+        click.echo(f"harness: {problem}" + ("; left out" if len(problems) == 1 else ""), err=True)
+    if len(problems) > 1:
         more = f", the first {MOST_NAMED} of them above" if len(problems) > MOST_NAMED else ""
         click.echo(f"harness: {what}: {len(problems):,}{more}", err=True)
 

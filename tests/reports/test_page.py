@@ -402,7 +402,7 @@ def test_grids_stand_with_their_records(page):
 
 def test_every_figure_of_a_whole_report_is_drawn(browser, folder, monkeypatch):
     monkeypatch.setattr(
-        "reports.report.draw_all", lambda figures, styles: {each.name: {} for each in figures}
+        "reports.report.draw_all", lambda figures, styles, *_: {each.name: {} for each in figures}
     )  # the static ones have tests of their own
     out = folder / "whole"
     write_report([folder / "runs"], out)

@@ -1,6 +1,7 @@
 """`harness report`: what it says of record files that it cannot use, and of very many rows."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -35,6 +36,39 @@ def test_unusable_lines_are_named_with_file_number_and_reason(report, record, tm
     assert said[1].startswith(f"harness: {path}:3: schema {SCHEMA_VERSION + 1} is newer")
     assert said[2] == "harness: lines of record files that could not be used: 2" and len(said) == 3
     assert "12.0" in (tmp_path / "out" / "table-digits.md").read_text(encoding="utf-8")
+
+
+def test_a_file_that_is_meant_twice_is_named_once(report, tmp_path):
+    """By a name and through a link; and one problem has no count behind it."""
+    path = _write(tmp_path / "runs" / "a" / "records.jsonl", ["nonsense"])
+    (tmp_path / "runs" / "b").mkdir()
+    (tmp_path / "runs" / "b" / "records.jsonl").symlink_to(path)
+    (line,) = report().stderr.splitlines()
+    assert line.startswith(f"harness: {path}:1: not a JSON object") and line.endswith("; left out")
+
+
+def test_a_file_that_cannot_be_read_is_named_without_a_line_number(report, tmp_path):
+    path = tmp_path / "runs" / "a" / "records.jsonl"
+    path.mkdir(parents=True)
+    (line,) = report().stderr.splitlines()
+    assert line == f"harness: {path}: cannot be read: Is a directory; left out"
+
+
+def test_files_and_figures_are_counted_while_the_report_is_made(record, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("harness.cli.report.Stages.__call__", lambda _, *told: seen.append(told))
+    monkeypatch.setattr(
+        "reports.report.figures", lambda *_: [SimpleNamespace(name=f"f{n}", panels=()) for n in range(3)]
+    )
+    monkeypatch.setattr("reports.drawing_pool.draw", lambda figure, styles: {"png": b""})
+    monkeypatch.setattr("reports.report.charts.to_csv", lambda figure: "")
+    monkeypatch.setattr("reports.report.write_page", lambda *_, **__: b"")
+    _write(tmp_path / "runs" / "a" / "records.jsonl", [to_json(record())])
+    done = CliRunner().invoke(command, ["--results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    files = seen[0][2]  # with those that are packaged
+    assert [told for told in seen if told[0] == "records"] == [("records", n, files) for n in range(files + 1)]
+    assert [told for told in seen if told[0] == "figures"] == [("figures", n, 3) for n in range(4)]
 
 
 def test_of_many_unusable_lines_a_handful_is_named_and_all_are_counted(report, record, tmp_path):

@@ -88,7 +88,7 @@ def test_a_study_with_conflict_and_broken_line(study, record, tmp_path):
 @given(data=st.data())
 def test_shuffling_splitting_and_duplicating_files_changes_no_byte(study, tmp_path_factory, monkeypatch, data):
     monkeypatch.setattr(
-        "reports.report.draw_all", lambda figures, styles: {each.name: {} for each in figures}
+        "reports.report.draw_all", lambda figures, styles, *_: {each.name: {} for each in figures}
     )  # pixels: the next test
     folder = tmp_path_factory.mktemp("pure")
     append(folder / "one" / "records.jsonl", study)
@@ -117,7 +117,7 @@ def test_figures_are_reproducible_to_the_byte(study, tmp_path, monkeypatch):
 
 
 def test_refusals_and_failures(tmp_path, monkeypatch):
-    monkeypatch.setattr("reports.report.draw_all", lambda figures, styles: {each.name: {} for each in figures})
+    monkeypatch.setattr("reports.report.draw_all", lambda figures, styles, *_: {each.name: {} for each in figures})
     with pytest.raises(Refusal, match="no record file or folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

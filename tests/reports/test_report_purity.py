@@ -53,7 +53,7 @@ def _write(folder: Path, parts):
 
 @pytest.fixture
 def made(monkeypatch):
-    monkeypatch.setattr("reports.report.draw_all", lambda figures, styles: {each.name: {} for each in figures})
+    monkeypatch.setattr("reports.report.draw_all", lambda figures, styles, *_: {each.name: {} for each in figures})
     monkeypatch.setattr("reports.report.write_page", lambda *_, **__: b"")  # and so has the page
 
     def write(folder: Path) -> tuple[dict[str, bytes], int]:
