@@ -5,21 +5,17 @@ A sample set that carries its sidecar says itself what it is; one from elsewhere
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from harness import files, registry
-from harness._version import VERSION
 from harness.data.images import ImageSet
+from harness.environment import environment, timing_of
 from harness.errors import Refusal
 from harness.held_images import held
 from harness.image_sources import ImageSource, from_batches, open_images
@@ -32,20 +28,6 @@ from results.records import Environment, Evaluation, Record, Sampling, Training
 if TYPE_CHECKING:
     from evaluators.division import Division
     from evaluators.suites import Suite
-
-LIBRARIES = (
-    "torch",
-    "numpy",
-    "jax",
-    "jaxlib",
-    "flax",
-    "tensorflow",
-    "tensorflow-cpu",
-    "safetensors",
-    "scikit-learn",
-    "pillow",
-    "clean-fid",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +55,6 @@ class Judge:
         return cls(suite=get_suite(protocol.suite))
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What made a number, as plain data: device, versions, commit of the working folder's code, time."""
-    return {
-        "device": device,
-        "versions": {"python": platform.python_version(), **_versions()},
-        "git_commit": _commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "harness_version": VERSION,
-    }
-
-
 def evaluate(
     path: Path,
     protocol: Protocol,
@@ -101,7 +72,7 @@ def evaluate(
     _check_fit(source, protocol, judge)
     with held(source, cache) as images:
         about = describe(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
-        return _measure(images, about, protocol, data, cache=cache, judge=judge)
+        return _measure(images, about, protocol, data, cache=cache, judge=judge, timing=timing_of(path))
 
 
 def evaluate_images(
@@ -157,8 +128,9 @@ def _measure(
     *,
     cache: Path | None,
     judge: Judge,
+    timing: Mapping[str, Any] | None = None,
 ) -> list[Record]:
-    """Records of images that are held, by what is known `about` them."""
+    """Records of images that are held, by what is known `about` them, and of the time that they took."""
     suite = judge.suite
     suite.check_count(source.count)
     if judge.division is not None and judge.division.index:
@@ -205,7 +177,7 @@ def _measure(
             resolution=protocol.resolution,
             dataset=protocol.dataset,
             evaluation=judged,
-            environment=Environment(**environment(judge.device)),
+            environment=Environment(**environment(judge.device), **(timing or {})),
             **about,
         )
         for each in measurements
@@ -430,27 +402,3 @@ def _training_of_parts(parts: dict[str, Any], weights: dict[str, Any], checkpoin
         recipe_hash=files.sha256_json(recipe),
         checkpoint_sha256=checkpoint,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code runs from, "+" behind it if files differ; None when installed."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        run = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -8,6 +8,7 @@ move the last bits of float32 arithmetic.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,12 @@ class Job:
 
 
 def sample(
-    run: Run, wanted: SampleRequest, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any], team: Team = ALONE
+    run: Run,
+    wanted: SampleRequest,
+    make_sampler: Callable[[], Sampler],
+    sidecar: dict[str, Any],
+    device: Callable[[], str],
+    team: Team = ALONE,
 ) -> Path:
     """Draw the sample set of a run, or find it drawn; returns the path of its samples.npz."""
     task = run.protocol
@@ -148,14 +154,20 @@ def sample(
         steps=wanted.steps,
         title=f"sample {wanted.sampling.sampler}-{wanted.steps}",
     )
-    return draw(job, make_sampler, sidecar, team)
+    return draw(job, make_sampler, sidecar, device, team)
 
 
-def draw(job: Job, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any], team: Team = ALONE) -> Path:
+def draw(
+    job: Job,
+    make_sampler: Callable[[], Sampler],
+    sidecar: dict[str, Any],
+    device: Callable[[], str],
+    team: Team = ALONE,
+) -> Path:
     """Draw the sample set, or find it drawn; returns the path of its samples.npz.
 
-    `sidecar` is what a later reader should know beside the identity: parameters, Gflops, environment. Each process of a
-    team draws shards of its own; the leader puts them together.
+    `sidecar` is what a later reader should know beside the identity: parameters, Gflops, environment. `device`: tells
+    what a person calls what they were drawn on, once they are. Each process of a team draws shards of its own; the leader puts them together.
     """
     target = job.folder / "samples.npz"
     if sidecar_path(target).exists() and target.exists():
@@ -171,7 +183,7 @@ def draw(job: Job, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any],
     missing = [
         start for start in mine if not _whole(_shard(shards, start), (min(job.batch, count - start), *job.image))
     ]
-    sampler = make_sampler()
+    sampler, begin = make_sampler(), time.monotonic()
     total, done = len(mine) * job.steps, (len(mine) - len(missing)) * job.steps
     with Bar(job.title, total, "steps", done) as bar:
         for start in missing:
@@ -180,8 +192,10 @@ def draw(job: Job, make_sampler: Callable[[], Sampler], sidecar: dict[str, Any],
             images = sampler.draw(index, job.labels[index], lambda note=note: bar.advance(1, note))
             _save(_shard(shards, start), images)
     team.wait("all shards are drawn")
+    seconds = time.monotonic() - begin if not team.most(int(len(missing) < len(mine))) else None  # of a part: unknown
     if team.leads:
         data = {"schema": SCHEMA, "identity": job.identity, "evaluations": sampler.evaluations, **sidecar}
+        data["drawn"] = {"device": device(), "seconds": seconds}
         write_samples(target, _load(shards, starts), job.labels, data)
         files.remove(shards)
     team.wait("the samples are written")

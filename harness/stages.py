@@ -16,6 +16,7 @@ from harness.decoding import Decoder
 from harness.diffusion.schedule import Schedule
 from harness.engines import workbench
 from harness.engines.team import ALONE, Team
+from harness.environment import device_of, environment
 from harness.errors import Refusal
 from harness.planning import CHECKPOINT_BYTES, Request, published_input_gflops
 from harness.protocols import Protocol
@@ -171,8 +172,7 @@ class Workshop:
     def create(self, resolved: Resolved) -> Run:
         """Make the run's folder, with `resolved` frozen in it."""
         if self.team.leads:
-            environment = evaluation.environment(resolved.device_name)
-            runs.create(self.folder, self.spec, resolved, environment, self.data.places)
+            runs.create(self.folder, self.spec, resolved, environment(resolved.device_name), self.data.places)
         self.team.wait("the run is created")
         self.run = runs.find(self.folder, self.spec)
         if self.run is None:
@@ -215,6 +215,7 @@ class Workshop:
             until,
             gflops_step=request.gflops_step,
             state_bytes=CHECKPOINT_BYTES * request.compute.params,
+            device=device_of(run, self.team),
             say=self.say,
             team=self.team,
             loggers=self.loggers,
@@ -270,9 +271,10 @@ def draw(
             **decoding_compute(decoder, request.protocol.resolution),
         },
         "trained": dataclasses.asdict(run.resolved),
-        "environment": evaluation.environment(run.resolved.device_name),
+        "environment": environment(run.resolved.device_name),
+        "spent": files.read_json(run.snapshot(step) / "state.json", "snapshot").get("spent", {}),
     }
-    path = sampling.sample(run, wanted, make, sidecar, team)
+    path = sampling.sample(run, wanted, make, sidecar, lambda: device_of(run, team), team)
     if team.leads:
         sampling.write_grid_beside(path)
     return path

@@ -22,6 +22,7 @@ import numpy as np
 
 from harness import checkpoints, files
 from harness.engines.team import ALONE, Stopped, Team
+from harness.environment import Spent
 from harness.errors import Failure, Refusal
 from harness.loggers import Loggers
 from harness.progress import Bar
@@ -66,19 +67,20 @@ def train(
     *,
     gflops_step: float,
     state_bytes: int,
+    device: str,
     say: Callable[[str], None],
     team: Team = ALONE,
     loggers: Sequence[str] = (),
 ) -> None:
     """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
 
-    `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint. `team`: the
-    processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises Stopped after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
+    `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint; `device` is
+    what the checkpoints call what the time was spent on. `team`: the processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises Stopped after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
     """
     if until in run.snapshots():
         return
     checkpoint = checkpoints.newest(run.checkpoints, say)
-    done = seconds = 0
+    done, state = 0, None
     found = 0 if checkpoint is None else checkpoint.step
     if found != team.leaders(found):
         raise Refusal(
@@ -93,7 +95,7 @@ def train(
             )
         for name, _ in engine.parts():
             engine.load(name, checkpoint.part(name))
-        done, seconds = checkpoint.step, checkpoint.state["seconds"]
+        done, state = checkpoint.step, checkpoint.state
         say(f"continues from the checkpoint of step {done}")
     images = run.recipe.batch
     with (
@@ -102,7 +104,8 @@ def train(
         _interrupt(team) as interrupted,
         Bar("train", until, "it", done) as bar,
     ):
-        keeper = _Keeper(run, engine, log, watched, done, seconds, cost=state_bytes / DISK_BYTES_PER_SECOND, team=team)
+        spent, cost = Spent(state, device), state_bytes / DISK_BYTES_PER_SECOND
+        keeper = _Keeper(run, engine, log, watched, done, spent, cost=cost, team=team)
         stop = bool(team.most(int(interrupted())))
         while keeper.done < until and not stop:
             if engine.step(keeper.done + 1, interrupted if team.size == 1 else lambda: False):
@@ -141,7 +144,7 @@ def keep_snapshot(run: Run, step: int) -> None:
         except OSError:  # a file system without hard links
             files.write_bytes(target, checkpoint.part("ema").read_bytes())
     entry = checkpoint.state["files"]["ema.safetensors"]
-    state = {key: checkpoint.state[key] for key in ("schema", "step", "seconds")}
+    state = {key: checkpoint.state[key] for key in ("schema", "step", "seconds", "spent") if key in checkpoint.state}
     files.write_json(folder / "state.json", {**state, "files": {"ema.safetensors": entry}})
 
 
@@ -155,16 +158,16 @@ class _Keeper:
         log: IO[str],
         watched: Loggers,
         done: int,
-        seconds: float,
+        spent: Spent,
         cost: float,
         team: Team = ALONE,
     ):
         self.run, self.engine, self.log, self.watched, self.team = run, engine, log, watched, team
         self.done = self.written = self.saved = done  # steps: trained, in the log, in a checkpoint
         self.loss: float | None = None
-        self._seconds = seconds
+        self._spent = spent
         self._cost = cost  # of a checkpoint, in seconds: a guess until one has been written
-        self._began = self._drained = self._saved_at = self._agreed_at = time.monotonic()
+        self._drained = self._saved_at = self._agreed_at = time.monotonic()
         self._agreed = done  # the step of the last agreement
         self._apart = 1  # steps from there to the next
 
@@ -232,7 +235,8 @@ class _Keeper:
             self.log.flush()
             os.fsync(self.log.fileno())  # the log never lags behind a checkpoint
         self.watched.flush()  # nor do the others
-        state = {"seconds": self._seconds + begin - self._began}
+        spent = self._spent.now()
+        state = {"seconds": sum(spent.values()), "spent": spent}
         checkpoints.write(self.run.checkpoints, self.done, self.engine.parts(), state)
         self.saved = self.done
         self._saved_at = time.monotonic()

@@ -4,15 +4,13 @@ A figure is plain data and a pure function of records; nothing here draws. How a
 the same in every figure.
 """
 
-import csv
 import dataclasses
-import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from reports.render import plain
+from reports.render import csv_text
 from results.records import Record
 
 SCALES = ("linear", "log", "names")  # names: x is 0, 1, 2, ... and the marks' texts are what stands there
@@ -163,6 +161,20 @@ def model_styles(records: Iterable[Record]) -> dict[str, Style]:
     return styles
 
 
+def series_styles(panel: Panel, styles: Mapping[str, Style]) -> list[Style]:
+    """The style of each series of a panel: of its model, with another marker and dash for further lines of one model."""
+    found = []
+    before: dict[tuple[str, str], int] = {}  # series of one model and kind: they share a colour and differ in the rest
+    for each in panel.series:
+        again = 0 if each.kind == "points" else before.get((each.model, each.kind), 0)
+        before[each.model, each.kind] = again + 1
+        style = styles.get(each.model, styles[""])
+        marker, dash = MARKERS.index(style.marker) + again, DASHES.index(style.dash) + again
+        changed = {"marker": MARKERS[marker % len(MARKERS)], "dash": DASHES[dash % len(DASHES)]}
+        found.append(dataclasses.replace(style, **changed))
+    return found
+
+
 def _family(model: str) -> str:
     """`adm`, `adm-u`, `ldm`, ...: a published network's name without sizes and without the classifier that guides it."""
     if model.startswith("dit-"):
@@ -173,9 +185,4 @@ def _family(model: str) -> str:
 
 def to_csv(figure: Figure) -> str:
     """The figure's data, one header line; floats with every digit."""
-    text = io.StringIO()
-    if figure.rows:
-        writer = csv.DictWriter(text, list(figure.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: plain(value) for name, value in row.items()} for row in figure.rows)
-    return text.getvalue()
+    return csv_text(figure.rows) if figure.rows else ""

@@ -3,7 +3,6 @@
 Drawing is deterministic: the same figure gives the same bytes under one matplotlib version.
 """
 
-import dataclasses
 import io
 import math
 import textwrap
@@ -14,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from reports.charts import DASHES, MARKERS, Axis, Figure, Mark, Panel, Series, Style
+from reports.charts import Axis, Figure, Mark, Panel, Series, Style, series_styles
 from reports.labels import Label, place_labels, place_texts
 from reports.render import one_line
 
@@ -48,6 +47,14 @@ def draw(figure: Figure, styles: Mapping[str, Style], kinds: Sequence[str] = tup
             files[kind] = buffer.getvalue()
         plt.close(sheet)
     return files
+
+
+def get_ready() -> None:
+    """Loads all that the first figure would have to wait for: libraries, fonts, backends."""
+    marks = (Mark(x=1.0, y=1.0, text="x"), Mark(x=2.0, y=2.0))
+    series = Series(label="x", model="", kind="line", provenance="measured", marks=marks)
+    panel = Panel(heading="x", title="x", x=Axis(title="x"), y=Axis(title="y"), series=(series,))
+    draw(Figure(name="", title="x", panels=(panel,), rows=()), {"": Style(colour="#000000", marker="o", dash="solid")})
 
 
 @contextmanager
@@ -162,11 +169,7 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
     texts: list[Label] = []
     largest = max((mark.size or 0.0 for each in panel.series for mark in each.marks), default=0.0)
     _set_axes(axes, panel)
-    before: dict[tuple[str, str], int] = {}  # series of one model and kind: they share a colour and differ in the rest
-    for each in panel.series:
-        again = 0 if each.kind == "points" else before.get((each.model, each.kind), 0)
-        before[each.model, each.kind] = again + 1
-        style = _varied(styles.get(each.model, styles[""]), again)
+    for each, style in zip(panel.series, series_styles(panel, styles), strict=True):
         _DRAW[each.kind](axes, each, style, largest)
         ink = style.colour
         if each.kind in ("line", "fit"):
@@ -184,12 +187,6 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
         if axes.get_xscale() == "log":
             axes.xaxis.get_major_locator().set_params(subs=_log_steps(high / low))
     place_texts(axes, texts, [(mark.x, mark.y) for each in panel.series for mark in each.marks])
-
-
-def _varied(style: Style, again: int) -> Style:
-    """The style of a model's further series in a panel: its colour, another marker and dash."""
-    marker, dash = MARKERS.index(style.marker) + again, DASHES.index(style.dash) + again
-    return dataclasses.replace(style, marker=MARKERS[marker % len(MARKERS)], dash=DASHES[dash % len(DASHES)])
 
 
 def _radius(mark: Mark, largest: float) -> float:

@@ -1,6 +1,7 @@
 """Beyond the paper: who is on the frontier of quality against compute, and which size is best at a budget."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
@@ -15,6 +16,7 @@ from reports.points import (
     data_row,
     left_out,
     marks_of,
+    paper_name,
     quality,
     quality_axis,
     settings_of,
@@ -23,7 +25,7 @@ from results.records import Record, Sampling
 
 MOST_POINTS = 400  # of a panel
 BUDGETS = 5
-NOT_RECORDED = "measured time and energy are not in the records"
+NOT_RECORDED = "energy is not in the records"
 
 
 def pareto(pool: Pool, published: Sequence[Record]) -> Figure | None:
@@ -36,14 +38,17 @@ def pareto(pool: Pool, published: Sequence[Record]) -> Figure | None:
         records = quality(group.records)
         if not records:
             continue
-        settings = [sorted(own, key=lambda record: record.id) for own in settings_of(records, (), Sampling)]
-        settings.sort(key=lambda own: (model_of(own[0]), own[0].provenance, own[0].id))
-        first = True
-        for title, unit, cost, name in (
-            ("Training compute", "Gflops", training_gflops, _trained),
-            ("Sampling compute", "Gflops per image, decoder not counted", _per_image, _sampled),
-        ):
-            made = _frontier_panel(settings, cost, name)
+        first = len(panels)
+        settings = _settings(records)
+        training = _timed(records, _training_seconds, "training_device")
+        sampling = _timed(records, _image_seconds, "sampling_device")
+        for title, unit, kept, cost, name, others in (
+            ("Training compute", "Gflops", settings, training_gflops, _trained, 0),
+            ("Sampling compute", "Gflops per image, decoder not counted", settings, _per_image, _sampled, 0),
+            ("Training time", f"seconds on {training[0]}", _settings(training[1]), _training_seconds, _trained, training[2]),
+            ("Sampling time", f"seconds an image on {sampling[0]}", _settings(sampling[1]), _image_seconds, _sampled, sampling[2]),
+        ):  # fmt: skip
+            made = _frontier_panel(kept, cost, name)
             if made is None:
                 continue
             series, found, omitted = made
@@ -60,17 +65,17 @@ def pareto(pool: Pool, published: Sequence[Record]) -> Figure | None:
                             "line: the frontier, where no other is both cheaper and better",
                             *bars_note(series),
                             f"{omitted} more results are not drawn" if omitted else "",
+                            f"times on {others} more devices are not drawn" if others else "",
                             left_out(0, more),
                             NOT_RECORDED,
                         )
                         if text
                     ),
-                    starts_row=first,
+                    starts_row=len(panels) == first,
                 )
             )
-            first = False
             rows += [
-                data_row(record, len(panels), name(record), places_of(record) | _image(record))
+                data_row(record, len(panels), name(record), places_of(record) | _costs(record))
                 | {"frontier": "yes" if on else "no"}
                 for record, on in found
             ]
@@ -79,30 +84,53 @@ def pareto(pool: Pool, published: Sequence[Record]) -> Figure | None:
     return Figure(name="pareto", title="The frontier of quality and compute", panels=tuple(panels), rows=tuple(rows))
 
 
+def _timed(records: Sequence[Record], seconds: Callable[[Record], float | None], device: str):
+    """(device, records with their time on it, number of other devices): that on which the most models were timed.
+
+    device: the field of the environment that names it. Times of different devices say nothing of the models.
+    """
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if (name := getattr(record.environment, device, None)) and seconds(record):
+            found.setdefault(name, []).append(record)
+    models = {name: len({model_of(record) for record in own}) for name, own in found.items()}
+    most = max(found, key=lambda name: (models[name], len(found[name]), name), default="")
+    return most, found.get(most, []), max(len(found) - 1, 0)
+
+
+def _settings(records: Sequence[Record]) -> list[list[Record]]:
+    """Records of one setting each: runs that differ in seeds alone."""
+    settings = [sorted(own, key=lambda record: record.id) for own in settings_of(records, (), Sampling)]
+    return sorted(settings, key=lambda own: (model_of(own[0]), own[0].provenance, own[0].id))
+
+
 def _frontier_panel(
     settings: Sequence[list[Record]], cost: Callable[[Record], float | None], name: Callable[[Record], str]
 ):
     """(series, (record, on the frontier?) of each that is drawn); None where there are not two models to compare.
 
-    One mark is one setting: runs that differ in seeds alone, or several where they are equal in cost and value.
+    One mark is one setting, or several where they are equal in cost and value.
     """
     settings = [own for own in settings if cost(own[0])]
     if len({model_of(own[0]) for own in settings}) < 2:
         return None
-    places = [(cost(own[0]), sum(record.value for record in own) / len(own)) for own in settings]
+    places = [(_mean(list(map(cost, own))), sum(record.value for record in own) / len(own)) for own in settings]
     best = set(frontier(places, better(settings[0][0].metric)))
     every = max(1, -(-len(settings) // MOST_POINTS))  # beyond the room of a panel every so many, and the frontier
     marks: dict[tuple[str, str, bool], list[Mark]] = {}
+    printed: dict[str, set[str]] = {}  # model -> what the paper calls it, with guidance and without
     found = []
     for index, own in enumerate(settings):
         if index in best or index % every == 0:
             (mark,) = marks_of(own, lambda record, x=places[index][0]: x)
             mark = dataclasses.replace(mark, text=name(own[0]) if index in best else "")
             marks.setdefault((model_of(own[0]), own[0].provenance, index not in best), []).append(mark)
+            if own[0].source is not None:
+                printed.setdefault(model_of(own[0]), set()).add(paper_name(own[0]))
             found += [(record, index in best) for record in own]
     series = [
         Series(
-            label=model,
+            label=min(printed[model], key=lambda name: (len(name), name)) if origin == "published" else model,
             model=model,
             kind="points",
             provenance=origin,
@@ -114,6 +142,11 @@ def _frontier_panel(
     corners = [Mark(x=places[index][0], y=places[index][1]) for index in sorted(best, key=lambda index: places[index])]
     line = Series(label="", model="", kind="fit", provenance="fit", marks=_stairs(corners))
     return (line, *series), found, len(settings) - sum(len(own) for own in marks.values())
+
+
+def _mean(costs: Sequence[float]) -> float:
+    """Of seeds: one compute to the last bit, or times."""
+    return costs[0] if min(costs) == max(costs) else math.fsum(costs) / len(costs)
 
 
 def _stairs(marks: Sequence[Mark]) -> tuple[Mark, ...]:
@@ -129,29 +162,40 @@ def _stairs(marks: Sequence[Mark]) -> tuple[Mark, ...]:
 def _trained(record: Record) -> str:
     """`dit-xs-2, 400 steps`."""
     steps = steps_of(record)
-    return _printed(record) or (f"{record.system}, {count_text(steps)} steps" if steps else record.system)
+    if record.source is not None:
+        return paper_name(record)
+    return f"{record.system}, {count_text(steps)} steps" if steps else record.system
 
 
 def _sampled(record: Record) -> str:
     """`dit-xs-2, 25 sampling steps, guidance 1.5`."""
     if record.source is not None:
-        return _printed(record)
+        return paper_name(record)
     words = [record.system, f"{record.sampling.stage_steps or record.sampling.steps} sampling steps"]
     guided = guidance_text(record) not in ("-", "none")
     return ", ".join([*words, f"guidance {guidance_text(record)}"] if guided else words)
 
 
-def _printed(record: Record) -> str:
-    """A published row without what all rows of a panel share."""
-    return record.source.row.split(", 256x256")[0].split(", 512x512")[0] if record.source is not None else ""
-
-
-def _image(record: Record) -> dict[str, object]:
-    return {"gflops_per_image": _per_image(record)}
+def _costs(record: Record) -> dict[str, object]:
+    return {
+        "gflops_per_image": _per_image(record),
+        "training_seconds": _training_seconds(record),
+        "training_device": getattr(record.environment, "training_device", None),
+        "seconds_per_image": _image_seconds(record),
+        "sampling_device": getattr(record.environment, "sampling_device", None),
+    }
 
 
 def _per_image(record: Record) -> float | None:
     return above_zero(record.sampling.gflops_per_image) if record.sampling else None
+
+
+def _training_seconds(record: Record) -> float | None:
+    return above_zero(getattr(record.environment, "training_seconds", None))
+
+
+def _image_seconds(record: Record) -> float | None:
+    return above_zero(getattr(record.environment, "sampling_seconds_per_image", None))
 
 
 def best_size(made: Sequence[Study]) -> Figure | None:

@@ -69,9 +69,8 @@ def compute_efficiency(made: Sequence[Study], pool: Pool, published: Sequence[Re
     if not parts:
         return None
     rows = [row | {"panel": number} for number, (_, own) in enumerate(parts, start=1) for row in own]
-    return Figure(
-        name="figure-2", title="Quality and compute", panels=tuple(panel for panel, _ in parts), rows=tuple(rows)
-    )
+    panels = [panel for panel, _ in parts]
+    return figure_of("figure-2", "Quality and compute", panels, rows, columns=3)
 
 
 def _best_systems(pool: Pool, published: Sequence[Record]):

@@ -11,6 +11,7 @@ from harness.errors import Refusal
 from harness.samples import read_first
 from reports.charts import Figure, Grid, model_of
 from reports.columns import count_text
+from reports.figures_study import DIT
 from reports.render import one_line
 from results.records import Record, canonical_json
 
@@ -81,6 +82,10 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
     ):
         chosen.setdefault(each.model, each)
     order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))[-MOST_ROWS:]
+    families = list(dict.fromkeys(_family(each.model) for each in order))
+    order.sort(
+        key=lambda each: (families.index(_family(each.model)), _patch(each.model))
+    )  # stable: Gflops within these
     read = []
     for each in order:
         try:
@@ -111,7 +116,7 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
         rows=tuple(names),
         columns=tuple(f"label {label}" for label in shared),
         tiles=np.stack([images for _, images, _ in read]),
-        note="samples 0 to " + str(shape[0] - 1) + "; models from the fewest Gflops (above) to the most",
+        note=f"samples 0 to {shape[0] - 1}; models by family, DiTs by patch size, then from the fewest Gflops (above) to the most",
     )
     rows = [
         {
@@ -131,6 +136,17 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
         for index, label in enumerate(labels)
     ]
     return grid, rows
+
+
+def _family(model: str) -> str:
+    """`dit`, `adm`, ..."""
+    return model.partition("-")[0]
+
+
+def _patch(model: str) -> int:
+    """The patch size of a DiT, negated, so that the coarsest stands first; 0 for other models."""
+    found = DIT.fullmatch(model)
+    return -int(found[2]) if found else 0
 
 
 def _sets(folders: Sequence[Path]) -> list[_Set]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from reports.charts import Axis, Figure, Panel, Series
+from reports.figures_study import name_of
 from reports.points import (
     ALONG_SAMPLING,
     QUALITY_METRICS,
@@ -52,10 +53,11 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
     if any(record.sampling.decoder_gflops for line in lines for record in line.records):
         choices.append(("decoder counted", _decoded_gflops))
     few = len(lines) <= FEW_LINES
+    mixed = len({line.provenance for line in lines}) > 1
     for title, gflops in choices:
         series = tuple(
             Series(
-                label=line.label,
+                label=name_of(line, plain=not mixed),
                 model=line.model,
                 kind="line",
                 provenance=line.provenance,

@@ -18,6 +18,7 @@ from reports.points import (
     left_out,
     lines_of,
     marks_of,
+    paper_name,
     quality,
     usual_sampling,
 )
@@ -115,11 +116,13 @@ def records_of(marked: Sequence[tuple[Line, Mark]]) -> list[Record]:
 
 
 def name_of(line: Line, *, plain: bool = True) -> str:
-    """`DiT-XL/2` for what the paper prints, the line's label for what was measured."""
-    first = line.records[0]
-    if first.source is None:
+    """`DiT-XL/2` for what the paper prints, the line's label for what was measured.
+
+    plain: without `(paper)` behind what the paper prints.
+    """
+    if line.provenance == "measured":
         return line.label
-    name = first.source.row.split(",")[0] if first.source.table in DETAILS else first.source.row
+    name = paper_name(line.records[0])
     return name if plain else f"{name} (paper)"
 
 

@@ -22,7 +22,8 @@ def place_labels(
 ) -> None:
     """Writes each label (x, y, text, colour) beside its point, at the first place that covers the least.
 
-    radii: of the points that are bubbles, in font points, 0 for the others. Widens the x axis so that the text fits inside the axes. The layout of the figure must be settled.
+    radii: of the points that are bubbles, in font points, 0 for the others. Widens the x axis so that the text fits inside
+    the axes. The layout of the figure must be settled.
     """
     texts = [
         axes.annotate(
@@ -37,14 +38,20 @@ def place_labels(
     marks, lines = _obstacles(axes, points)
     frame = axes.get_window_extent()
     scale = axes.figure.dpi / 72
-    radius = dict(zip(points, radii, strict=True)) if radii else {}
+    radii = radii or [0.0] * len(points)
+    radius = dict(zip(points, radii, strict=True))
+    discs = scale * np.array(radii)
     taken = np.empty((0, 4))
     for text in texts:
         extent = text.get_window_extent()
         x, y = axes.transData.transform(text.xy)
         places = [_beyond(place, radius.get(text.xy, 0.0)) for place in _PLACES]
         boxes = np.array([_box(x, y, extent.width, extent.height, place, scale) for place in places])
-        cost = 6.0 * _inside(boxes, marks) + 1.5 * np.minimum(_inside(boxes, lines), 3) + 20.0 * _overlaps(boxes, taken)
+        cost = (
+            6.0 * _touched(boxes, marks, discs)
+            + 1.5 * np.minimum(_inside(boxes, lines), 3)
+            + 20.0 * _overlaps(boxes, taken)
+        )
         cost += 40.0 * ((boxes[:, 2] > frame.x1 + 2) | (boxes[:, 0] < frame.x0))
         cost += 40.0 * ((boxes[:, 1] < frame.y0) | (boxes[:, 3] > frame.y1 + 2))
         best = int((cost + 0.4 * np.arange(len(_PLACES))).argmin())
@@ -117,6 +124,12 @@ def _inside(boxes: np.ndarray, places: np.ndarray) -> np.ndarray:
     """How many of `places` (M, 2) lie in each of `boxes` (N, 4); (N,)."""
     found = (places[None, :, :] >= boxes[:, None, :2]) & (places[None, :, :] <= boxes[:, None, 2:])
     return found.all(axis=2).sum(axis=1)
+
+
+def _touched(boxes: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """How many of the discs about `centres` (M, 2), with `radii` (M,), each of `boxes` (N, 4) touches; (N,)."""
+    nearest = np.clip(centres[None], boxes[:, None, :2], boxes[:, None, 2:])  # of each box, to each centre
+    return (((nearest - centres[None]) ** 2).sum(axis=2) <= radii**2).sum(axis=1)
 
 
 def _obstacles(axes, points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ Everything here is one pass over the records with plain tuples as keys, so that 
 
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reports.charts import Axis, Mark, Series, model_of
@@ -333,6 +334,11 @@ def _getter(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
     if part is Training:
         names.append("batch")  # of training it is recipe; of sampling it moves low bits
     return operator.attrgetter(*names)
+
+
+def paper_name(record: Record) -> str:
+    """`DiT-XL/2`, `ADM-G, ADM-U`: the model of a published row, as printed, without the settings that the row adds."""
+    return re.split(r", (?=\d)", record.source.row)[0]
 
 
 def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list[str]:

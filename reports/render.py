@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping, Sequence
 
 from reports.sections import Line, Section, Table, note_mark
 
@@ -25,13 +26,17 @@ _MARKDOWN_ESCAPES, _LATEX_ESCAPES = str.maketrans(_MARKDOWN), str.maketrans(_LAT
 
 def to_csv(table: Table) -> str:
     """The data, one header line; floats with every digit."""
+    return csv_text(table.data)
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with the same keys, one header line; floats in full, nothing for None, each text on one line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.data[0])
-    # All entries have the same order. Numbers and None are written as `plain` has them.
+    writer.writerow(rows[0])
+    cells = map(operator.itemgetter(*rows[0]), rows)
     writer.writerows(
-        [value if type(value) is not str or value.isprintable() else one_line(value) for value in entry.values()]
-        for entry in table.data
+        [value if type(value) is not str or value.isprintable() else one_line(value) for value in row] for row in cells
     )
     return text.getvalue()
 
@@ -103,15 +108,6 @@ def escape_markdown(text: str) -> str:
 def escape_latex(text: str) -> str:
     """Text that LaTeX shows as it is."""
     return one_line(text).translate(_LATEX_ESCAPES)
-
-
-def plain(value: object) -> str:
-    """CSV text of a value: floats in full, nothing for None, one line."""
-    if value is None:
-        return ""
-    if type(value) is str:
-        return value if value.isprintable() else one_line(value)
-    return repr(value) if isinstance(value, float) else one_line(str(value))
 
 
 def one_line(text: str) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from harness.errors import Refusal
 from reports import charts
-from reports.drawing_pool import draw_all
+from reports.drawing_pool import Painters
 from reports.figures import absent, figures, published_records
 from reports.files import write_whole
 from reports.html_tables import to_html_page
-from reports.page.writer import NAME, write_page
+from reports.page.writer import NAME, page_data, write_page
 from reports.render import to_csv, to_latex, to_markdown
 from reports.sections import Table
 from reports.tables import paper_tables, protocol_table
@@ -56,32 +56,34 @@ def write_report(
     splitting and duplication of the files change no byte.
     Raises Refusal (no such path), Failure (cannot write).
     """
+    found = find_record_files(record_paths)
     packaged = resources.files("results").joinpath("measured")
-    with resources.as_file(packaged) as folder:
-        found = find_record_files(record_paths)
-        loaded = load([*found, *sorted(folder.glob("*.jsonl"))], progress)
-    records = loaded.records
-    protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
-    tables, contents = table_files(records, protocols)
-    drawn = [record for record in records if record.protocol in protocols]
-    drawn += published_records(None if protocol is None else protocols)
-    styles = charts.model_styles(drawn)
-    with collector_paused():
-        shown = figures(drawn, [path.parent for path in found])
-        contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
-    for name, files in draw_all(shown, styles, progress).items():
-        contents |= {f"{name}.{kind}": data for kind, data in files.items()}
-    contents[NAME] = write_page(
-        tables,
-        shown,
-        records,
-        styles=styles,
-        published=paper.records(),
-        record_files=found,
-        problems=loaded.problems,
-        conflicts=loaded.conflicts,
-        files=contents,
-    )
+    with Painters() as painters:
+        with resources.as_file(packaged) as folder:
+            loaded = load([*found, *sorted(folder.glob("*.jsonl"))], progress)
+        records = loaded.records
+        protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
+        drawn = [record for record in records if record.protocol in protocols]
+        drawn += published_records(None if protocol is None else protocols)
+        styles = charts.model_styles(drawn)
+        with collector_paused():
+            shown = figures(drawn, [path.parent for path in found])
+            painters.begin(shown, styles)  # they draw while the rest is made here
+            tables, contents = table_files(records, protocols)
+            contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
+        page = page_data(
+            tables,
+            shown,
+            records,
+            styles=styles,
+            published=paper.records(),
+            record_files=found,
+            problems=loaded.problems,
+            conflicts=loaded.conflicts,
+        )
+        for name, files in painters.finish(progress).items():
+            contents |= {f"{name}.{kind}": data for kind, data in files.items()}
+    contents[NAME] = write_page(page, shown, contents)
     return ReportSummary(
         files=_write_all(Path(out), contents),
         problems=loaded.problems,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from reports.columns import (
@@ -99,19 +99,18 @@ _TOLD_IF_DIFFERENT = (
 )
 
 
-def console_table(records: Iterable[Record]) -> list[dict[str, str]]:
+def console_table(rows: Sequence[Row]) -> list[dict[str, str]]:
     """Rows for a terminal: column title -> text, the same keys in every row.
 
     A column of descriptions that is one dash from top to bottom is left out. Rows of several N get a column of N and
     metric titles that do not name it.
     """
-    rows = [row for members in groups(records) for row in make_rows(members)]
     metrics = metrics_of(rows)
     sizes = {row.any.n for row in rows}
-    differing = {name: len({facts(row.any).get(name) for row in rows}) for name in _TOLD_IF_DIFFERENT}
+    found = [facts(row.any) for row in rows]
+    differing = {name: len({known.get(name) for known in found}) for name in _TOLD_IF_DIFFERENT}
     tables = []
-    for row in rows:
-        known = facts(row.any)
+    for row, known in zip(rows, found, strict=True):
         cells = {"System": row.any.system, **{title: cell.text for title, cell in description(row).items()}}
         cells |= {name.capitalize(): known.get(name, "-") for name in _TOLD_IF_DIFFERENT if differing[name] > 1}
         if len(sizes) > 1:

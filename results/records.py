@@ -119,13 +119,20 @@ class Evaluation(_Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Environment(_Checked):
-    """Where and when it was measured. Description, not identity."""
+    """Where and when it was measured, and how long it took. Description, not identity.
+
+    device: of the evaluation. Seconds are stated only where one device, or several of one kind, did all of the work.
+    """
 
     device: str | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # library -> version
     git_commit: str | None = None
     time: str | None = None  # ISO 8601, UTC
     harness_version: str | None = None
+    training_seconds: float | None = None  # up to the checkpoint that was sampled, without pauses
+    training_device: str | None = None
+    sampling_seconds_per_image: float | None = None  # with the decoder
+    sampling_device: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
     from harness.data.encode import make_cache, open_images
     from harness.data.latents import read_meta
     from harness.engines.torch.resolve import device_name, pick_device
-    from harness.evaluation import environment
+    from harness.environment import environment
 
     source, target = open_images(images), pick_device(device)
     encoder = decoding.load(vae, device=str(target), flag="--vae DIR")

@@ -76,16 +76,15 @@ def print_records(records: Iterable[Record]) -> None:
     from rich.table import Table
 
     from reports.columns import features_of
-    from reports.rows import console_table, groups
+    from reports.rows import console_table, groups, make_rows
 
     console = Console()
     tables = groups(records)
     if not tables:
         click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
     for members in tables:  # what may not share a table does not
-        rows = console_table(members)
-        left_out = len(rows[MOST_ROWS:])
-        rows = rows[:MOST_ROWS]
+        made = make_rows(members)
+        rows = console_table(made[:MOST_ROWS])
         shared = {
             title: rows[0][title]
             for title in rows[0]
@@ -107,7 +106,7 @@ def print_records(records: Iterable[Record]) -> None:
                     escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
                 )
             console.print(table)
-        if left_out:
+        if left_out := len(made[MOST_ROWS:]):
             console.print(f"{left_out:,} more rows are in the table of the protocol.")
         judges = sorted({features for each in members if (features := features_of(each))})
         console.print(

@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     target: Any  # the framework's own: a torch.device, a mesh of jax's
     platform: str  # "cpu", "cuda:1", as --device takes it
-    name: str  # what a person calls it
+    name: str  # what a person calls it; of processors with the threads that are used
 
 
 def check_installed(framework: str) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import checkpoints, decoding, evaluation, files, registry, runs, sampling
+from harness import checkpoints, decoding, files, registry, runs, sampling
 from harness.engines import Place, workbench
 from harness.engines.team import ALONE, Team
+from harness.environment import environment, together
 from harness.errors import Refusal
 from harness.systems import Guide, Stage, System
 
@@ -206,7 +207,7 @@ def draw_system(
             "decoder_gflops": None if decoder is None else decoder.compute(task.resolution).gflops,
         },
         "weights": {name: str(source.path) for name, source in bound.sources.items()},
-        "environment": evaluation.environment(place.name),
+        "environment": environment(place.name),
     }
     with team.locked(job.folder):
         path = sampling.draw(
@@ -215,6 +216,7 @@ def draw_system(
                 bound, decoder, place, seed=seed, precision=precision, batch=batch, compile=compile, say=say
             ),
             sidecar,
+            lambda: together(place, team),
             team,
         )
         if team.leads:

@@ -1,29 +1,30 @@
 """Figures as the page's script draws them: the marks of every series, with colour and marker of the static figures."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-from reports.charts import DASHES, MARKERS, Figure, Mark, Panel, Series, Style
+from reports.charts import Figure, Mark, Panel, Series, Style, series_styles
 from reports.page.beside import picture_uri
 
 MOST_MARKS = 4000  # of one panel
-_PLAIN = Style(colour="#555555", marker="o", dash="solid")
 
 
-def figure_data(figure: Figure, styles: Mapping[str, Style], files: Mapping[str, bytes]) -> dict[str, object]:
-    """files: the report's other files; the PNG of a figure that shows pictures is taken from them."""
+def figure_data(figure: Figure, styles: Mapping[str, Style]) -> dict[str, object]:
+    """All but what `figure_pictures` makes."""
     number = re.fullmatch(r"figure-(\d+)", figure.name)
-    pictures = []
-    if figure.grids and f"{figure.name}.png" in files:
-        uri = picture_uri(files[f"{figure.name}.png"])
-        pictures = [{"src": uri, "alt": "; ".join(grid.heading for grid in figure.grids)}] if uri else []
     return {
         "name": figure.name,
         "title": f"Figure {number[1]}. {figure.title}" if number else figure.title,
         "panels": [_panel_data(panel, styles) for panel in figure.panels],
-        "pictures": pictures,
     }
+
+
+def figure_pictures(figure: Figure, files: Mapping[str, bytes]) -> list[dict[str, str]]:
+    """The PNG of a figure that shows pictures, taken from the report's other files."""
+    if not figure.grids or f"{figure.name}.png" not in files:
+        return []
+    uri = picture_uri(files[f"{figure.name}.png"])
+    return [{"src": uri, "alt": "; ".join(grid.heading for grid in figure.grids)}] if uri else []
 
 
 def record_ids(figures: Iterable[Figure]) -> list[str]:
@@ -42,12 +43,6 @@ def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
     notes = [panel.note] if panel.note else []
     if every > 1:
         notes.append(f"one mark of {every} is drawn here")
-    drawn = []
-    before: dict[tuple[str, str], int] = {}  # series of one model and kind share a colour and differ in the rest
-    for series in panel.series:
-        again = before.get((series.model, series.kind), 0)
-        before[series.model, series.kind] = again + 1
-        drawn.append(_series_data(series, _varied(styles.get(series.model, _PLAIN), again), every))
     return {
         "title": panel.title,
         "heading": panel.heading,
@@ -55,14 +50,11 @@ def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
         "x": x,
         "y": {"text": panel.y.text, "scale": panel.y.scale},
         "starts_row": panel.starts_row,
-        "series": drawn,
+        "series": [
+            _series_data(series, style, every)
+            for series, style in zip(panel.series, series_styles(panel, styles), strict=True)
+        ],
     }
-
-
-def _varied(style: Style, again: int) -> Style:
-    """As in the static figures: the same colour, another marker and dash."""
-    marker, dash = MARKERS.index(style.marker) + again, DASHES.index(style.dash) + again
-    return dataclasses.replace(style, marker=MARKERS[marker % len(MARKERS)], dash=DASHES[dash % len(DASHES)])
 
 
 def _series_data(series: Series, style: Style, every: int) -> dict[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from harness._version import VERSION
 from reports.charts import Figure, Style
 from reports.page.beside import pictures, run_recipes, sample_grids
-from reports.page.curves import figure_data, record_ids
+from reports.page.curves import figure_data, figure_pictures, record_ids
 from reports.page.payload import MOST_PROBLEMS, MOST_RECORDS, Pool, record_data, shown_records, table_data
 from reports.sections import Table
 from results.records import Record
@@ -26,7 +26,7 @@ _POLICY = (
 )
 
 
-def write_page(
+def page_data(
     tables: Sequence[Table],
     figures: Sequence[Figure],
     records: Sequence[Record],
@@ -36,14 +36,13 @@ def write_page(
     record_files: Sequence[Path],
     problems: Sequence[Problem],
     conflicts: Sequence[str],
-    files: Mapping[str, bytes],
-) -> bytes:
-    """The page of a report.
+) -> dict[str, object]:
+    """What `write_page` makes the page of a report from: all but the pictures.
 
     tables, figures: those of the report. records: those that were loaded; published: the paper's. styles: of the
     models, as the figures have them.
-    record_files: beside which recipes and sample grids are found. files: the report's other files, of which the SVG
-    figures are shown to readers without scripts. Whatever has no room is left out and counted on the page.
+    record_files: beside which recipes and sample grids are found. Whatever has no room is left out and counted on the
+    page.
     """
     shown_tables = [table_data(table) for table in sorted(tables, key=_place)]
     wanted = [
@@ -59,7 +58,7 @@ def write_page(
     chosen, left_out = shown_records([*records, *published], wanted, MOST_RECORDS)
     names = {record.id for record in chosen}
     recipes, pool = run_recipes(record_files), Pool()
-    data = {
+    return {
         "version": VERSION,
         "summary": {
             "protocols": _protocols(records, published),
@@ -70,7 +69,7 @@ def write_page(
             "records_left_out": left_out,
         },
         "tables": shown_tables,
-        "figures": [figure_data(figure, styles, files) for figure in figures],
+        "figures": [figure_data(figure, styles) for figure in figures],
         "grids": [
             {"src": uri, "title": grid.title, "records": [record.id for record in grid.records if record.id in names]}
             for grid, uri in grids
@@ -79,7 +78,16 @@ def write_page(
         "records": [record_data(record, recipes, pool) for record in chosen],
         "pool": pool.items,
     }
-    return _assembled(data, files)
+
+
+def write_page(data: Mapping[str, object], figures: Sequence[Figure], files: Mapping[str, bytes]) -> bytes:
+    """The page of a report. data: of `page_data`, for the same figures. files: the report's other files, of which the SVG
+    figures are shown to readers without scripts."""
+    told = [
+        each | {"pictures": figure_pictures(figure, files)}
+        for figure, each in zip(figures, data["figures"], strict=True)
+    ]
+    return _assembled({**data, "figures": told}, files)
 
 
 def _place(table: Table) -> int:

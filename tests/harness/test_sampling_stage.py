@@ -1,9 +1,11 @@
 """The sampling stage: image i does not know its batch, labels, the sidecar, what is drawn again and what is not."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import tiny_suite
 import torch
 from small_runs import request, workshop
 
@@ -11,11 +13,14 @@ from harness import registry, sampling, stages
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch import draw
 from harness.engines.torch.draw import TorchSampler
+from harness.environment import UNKNOWN, Spent, timing_of
 from harness.errors import Refusal
+from harness.evaluation import Judge, evaluate
 from harness.files import sha256_file
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as noise
 from harness.samples import read_samples
+from results.records import Environment
 
 INDICES = 64
 BATCHES = (64, 16, 1)
@@ -162,6 +167,46 @@ def test_sample_set_and_sidecar(shop):
     assert sorted(each.name for each in path.parent.iterdir()) == ["grid.png", "samples.json", "samples.npz"]
 
 
+def test_records_say_how_long_training_and_sampling_took(shop, tmp_path):
+    path = draw_set(shop, samples=100, seed=5)
+    judge = Judge(suite=tiny_suite.made("tiny", metrics=("fd",)), say=lambda text: None)
+    (record,) = evaluate(path, shop.run.protocol, shop.data, cache=tmp_path, judge=judge)
+    found = record.environment
+    state = json.loads((shop.run.snapshot(30) / "state.json").read_text())
+    assert found.training_seconds == state["seconds"] > 0 and 0 < found.sampling_seconds_per_image < 1
+    assert (
+        found.training_device == found.sampling_device
+        and f", {torch.get_num_threads()} threads" in found.training_device
+    )
+    untimed = dataclasses.replace(record, environment=Environment(device="other"))
+    assert untimed.id == record.id and untimed.identity_sha256 == record.identity_sha256
+
+
+def test_only_the_time_of_one_device_is_stated(shop):
+    path = draw_set(shop, seed=6)
+    side = path.with_suffix(".json")
+    facts = json.loads(side.read_text())
+    known = timing_of(path)
+    for spent in ({"a": 1.0, "b": 2.0}, {UNKNOWN: 3.0}, {}, [1], None):
+        side.write_text(json.dumps(facts | {"spent": spent}))
+        assert not {"training_seconds", "training_device"} & timing_of(path).keys()
+    side.write_text(json.dumps(facts | {"drawn": {"device": "a", "seconds": None}}))  # went on after a kill
+    assert timing_of(path) == {name: known[name] for name in ("training_seconds", "training_device")}
+    assert timing_of(path.with_name("none.npz")) == {}
+
+
+def test_time_goes_on_where_the_checkpoint_left_it(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("harness.environment.time.monotonic", lambda: now[0])
+    first = Spent(None, "a")
+    now[0] += 7
+    assert first.now() == {"a": 7.0}
+    again = Spent({"seconds": 7.0, "spent": first.now()}, "b")
+    now[0] += 2
+    assert again.now() == {"a": 7.0, "b": 2.0}
+    assert Spent({"seconds": 7.0}, "a").now() == {UNKNOWN: 7.0, "a": 0.0}  # of a checkpoint that named no device
+
+
 def test_guidance_doubles_the_evaluations_and_has_its_own_folder(shop):
     plain, guided = draw_set(shop), draw_set(shop, guidance_scale=1.5)
     assert plain.parent != guided.parent and "cfg1.5" in guided.parent.name
@@ -218,6 +263,7 @@ def test_a_damaged_shard_is_drawn_again(damage, shop, counted, monkeypatch):
     counted.clear()
     path = draw_set(shop, seed=seed)
     assert counted == [16]
+    assert json.loads(path.with_suffix(".json").read_text())["drawn"]["seconds"] is None  # of a part
     assert np.array_equal(read_samples(path).images, np.concatenate(whole))
     assert not (path.parent / "shards").exists()
 

@@ -16,6 +16,7 @@ from harness import checkpoints, training
 from harness.engines.team import Stopped, Team
 from harness.engines.torch import team as torch_team
 from harness.engines.torch import trainer as torch_trainer
+from harness.environment import Spent
 from harness.errors import Failure, Refusal
 from harness.runs import find
 from harness.stages import Workshop
@@ -267,7 +268,7 @@ def unwatched(run):
 
 
 def test_checkpoints_are_due_by_cost_and_by_loss(whole):
-    keeper = training._Keeper(whole.run, None, None, unwatched(whole.run), 0, 0.0, cost=0.0)
+    keeper = training._Keeper(whole.run, None, None, unwatched(whole.run), 0, Spent(None, ""), cost=0.0)
     now = keeper._saved_at
     for cost, age, due in (
         (0.0, 1, False),
@@ -306,7 +307,9 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
         for patience in (0.0, 1e9):
             monkeypatch.setattr(training, "DRAIN_SECONDS", patience)
             engine, log = Counted(), io.StringIO()
-            keeper = training._Keeper(whole.run, engine, log, unwatched(whole.run), 0, 0.0, cost=0.0, team=team)
+            keeper = training._Keeper(
+                whole.run, engine, log, unwatched(whole.run), 0, Spent(None, ""), cost=0.0, team=team
+            )
             keeper._drained -= 1
             at = []
             for step in range(1, 11):
@@ -320,7 +323,7 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     assert found["two"] == [[1, 5, 9]] * 2
     for interrupted in (False, True):
         keeper = training._Keeper(
-            whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, 0.0, cost=0.0, team=Two()
+            whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, Spent(None, ""), cost=0.0, team=Two()
         )
         told["stop"] = 0 if interrupted else training.STOP
         keeper.stepped()
@@ -338,7 +341,7 @@ def test_a_team_agrees_on_an_interruption_before_the_first_step(tmp_path):
 
     shop = workshop(tmp_path / "run", request(steps=2))
     with pytest.raises(Stopped):
-        training.train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, say=print, team=Other())  # fmt: skip
+        training.train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, device="", say=print, team=Other())  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "well"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])
@@ -373,7 +376,9 @@ def test_a_leader_asks_sooner_where_steps_are_long(whole, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
     for seconds, apart in ((0.001, training.AGREE_STEPS), (0.5, 4), (60.0, 1)):
-        keeper = training._Keeper(whole.run, None, io.StringIO(), unwatched(whole.run), 0, 0.0, cost=0.0, team=Leader())
+        keeper = training._Keeper(
+            whole.run, None, io.StringIO(), unwatched(whole.run), 0, Spent(None, ""), cost=0.0, team=Leader()
+        )
         keeper.done, now[0] = 1, now[0] + seconds
         keeper.decide(False)
         assert keeper._apart == apart

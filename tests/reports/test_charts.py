@@ -8,6 +8,7 @@ import pytest
 from reports import drawing_pool
 from reports.charts import COLOURS, Axis, model_styles
 from reports.drawing import draw
+from reports.drawing_pool import Painters
 from reports.figures import figures as made
 from reports.labels import place_labels
 from results import paper
@@ -83,6 +84,24 @@ def test_labels_cover_neither_one_another_nor_marks():
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 + 4 for box in boxes)
 
 
+def test_labels_stay_out_of_bubbles():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sheet = Figure(figsize=(6, 4))
+    FigureCanvasAgg(sheet)
+    axes = sheet.add_axes((0.1, 0.1, 0.8, 0.8))
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    points, radii = [(3.0, 5.0), (4.4, 5.0), (3.4, 7.0)], [16.0, 14.0, 10.0]
+    place_labels(axes, [(x, y, "a model", "black") for x, y in points], points, radii)
+    scale = sheet.dpi / 72
+    for text in axes.texts:
+        box = text.get_window_extent()
+        for centre, radius in zip(axes.transData.transform(points), radii, strict=True):
+            nearest = np.clip(centre, box.min, box.max)
+            assert np.linalg.norm(nearest - centre) > radius * scale
+
+
 def test_axis_text():
     assert Axis(title="FID-50K", better="lower").text == "FID-50K (lower is better)"
     assert Axis(title="Compute", unit="Gflops").text == "Compute (Gflops)" and Axis(title="Steps").text == "Steps"
@@ -92,19 +111,33 @@ def test_helpers_draw_the_same_bytes(study, monkeypatch):
     figures = [each for each in made(study) if each.name in ("figure-8", "figure-10")]
     styles = model_styles(study)
     alone = {figure.name: draw(figure, styles) for figure in figures}
-    monkeypatch.setattr(drawing_pool, "WORTH_A_HELPER", 0.5)
+    here = []
+
+    def drawn_here(figure, styles):
+        here.append(figure.name)
+        return alone[figure.name]
+
+    monkeypatch.setattr(drawing_pool, "draw", drawn_here)
     monkeypatch.setattr(drawing_pool, "_processors", lambda: 2)
-    helped = []
-    by_helper = drawing_pool._by_helper
-
-    def counted(share, given):
-        helped.append(by_helper(share, given))
-        return helped[-1]
-
-    monkeypatch.setattr(drawing_pool, "_by_helper", counted)
-    assert drawing_pool.draw_all(figures, styles) == alone
-    assert len(helped) == 1 and len(helped[0]) == 1
+    with Painters() as painters:
+        painters.begin(figures, styles)
+        (thread,) = painters._threads
+        thread.join()  # the helper draws both
+        assert painters.finish() == alone and here == []
+    assert painters._helpers[0].returncode is not None
     monkeypatch.setattr(drawing_pool, "_SCRIPT", "raise SystemExit(1)")  # a helper that fails is not missed
-    monkeypatch.setattr(drawing_pool, "draw", lambda figure, styles: alone[figure.name])
-    assert drawing_pool.draw_all(figures, styles) == alone and helped[-1] is None
-    assert drawing_pool.draw_all([], styles) == {}
+    with Painters() as painters:
+        painters.begin(figures, styles)
+        assert painters.finish() == alone and sorted(here) == sorted(alone)
+    monkeypatch.setattr(drawing_pool, "_processors", lambda: 1)
+    with Painters() as painters:
+        painters.begin([], styles)
+        assert painters.finish() == {} and painters._helpers == []
+
+
+def test_helpers_end_with_the_report(study, monkeypatch):
+    monkeypatch.setattr(drawing_pool, "_processors", lambda: 2)
+    with pytest.raises(KeyboardInterrupt), Painters() as painters:
+        painters.begin(made(study), model_styles(study))
+        raise KeyboardInterrupt
+    assert painters._helpers[0].returncode is not None and not painters._threads[0].is_alive()

@@ -71,6 +71,15 @@ def test_the_same_noise_is_drawn_by_every_model(tmp_path, records):
     assert figure in [figure] and "figure-7" in {each.name for each in figures(records, folders)}
 
 
+def test_models_stand_by_family_patch_and_size(tmp_path, record):
+    gflops = {"dit-s-8": 0.4, "dit-s-4": 1.4, "dit-b-8": 1.4, "dit-b-4": 5.6, "adm-64": 100.0, "dit-s-2": 6.1}
+    for name in gflops:
+        draw_set(tmp_path / name, name)
+    records = [record(system=name, gflops=cost) for name, cost in gflops.items()]
+    (grid,) = figures_samples.same_noise([tmp_path / name for name in gflops], records).grids
+    assert grid.rows == ("dit-s-8", "dit-b-8", "dit-s-4", "dit-b-4", "dit-s-2", "adm-64")
+
+
 def test_what_is_not_the_same_sample_or_damaged_is_not_compared(tmp_path, records):
     draw_set(tmp_path / "a", "dit-xs-2")
     assert figures_samples.same_noise([tmp_path / "a"], records) is None
@@ -175,10 +184,35 @@ def test_the_frontier_of_a_study(study):
         assert on == {each.id for key, own in costs.items() if key not in beaten for each in own}
         named = {mark.text for each in panel.series if not each.faint and each.kind == "points" for mark in each.marks}
         assert len(named) == len(on) / 2 and all(text for text in named)
-        assert "not in the records" in panel.note
+        assert "energy is not in the records" in panel.note
     higher = [dataclasses.replace(each, metric="fid", value=each.value) for each in study if each.metric == "fd"]
     assert pareto(pool_of(higher), []) is not None and pareto(pool_of([]), published_records()) is not None
     assert pareto(pool_of(each for each in study if each.system == "unet-small"), []) is None
+
+
+def test_time_is_compared_on_the_device_that_most_models_were_timed_on(study):
+    timed = []
+    for index, each in enumerate(study):
+        spent = {"training_seconds": 1000 * each.gflops + each.training.seed, "training_device": "one GPU"}
+        spent |= {"sampling_seconds_per_image": each.gflops, "sampling_device": "one GPU"}
+        if index % 9 == 0:
+            spent = {"training_seconds": 1.0, "training_device": "another GPU"}
+        timed.append(dataclasses.replace(each, environment=dataclasses.replace(each.environment, **spent)))
+    panels = {panel.x.text: panel for panel in pareto(pool_of(timed), []).panels}
+    training = panels["Training time (seconds on one GPU)"]
+    assert len(panels) == 4 and "times on 1 more devices" in training.note
+    marks = [mark for each in training.series if each.kind == "points" for mark in each.marks]
+    by_id = {each.id: each for each in timed}
+    for mark in marks:
+        spent = [by_id[name].environment for name in mark.record_ids]
+        assert {each.training_device for each in spent} == {"one GPU"}
+        assert mark.x == pytest.approx(sum(each.training_seconds for each in spent) / len(spent))
+    drawn = {name for mark in marks for name in mark.record_ids}
+    rows = pareto(pool_of(timed), []).rows
+    assert drawn == {each.id for each in timed if each.metric == "fd" and each.environment.training_device == "one GPU"}
+    assert {row["training_seconds"] for row in rows if row["record_id"] in drawn} > {17.1}
+    sampling = panels["Sampling time (seconds an image on one GPU)"]
+    assert min(mark.x for each in sampling.series for mark in each.marks) == pytest.approx(0.0171)
 
 
 def test_the_best_size_at_a_budget(record):

@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 from browser import Browser, find_chromium
+from page_figures import bubbles, curves
 from PIL import Image
 
-from reports.charts import Axis, Figure, Mark, Panel, Series, model_styles
-from reports.page.writer import write_page
+from reports.charts import model_styles
+from reports.page.writer import page_data, write_page
 from reports.report import write_report
 from reports.tables import paper_tables, protocol_table
 from results import paper
@@ -55,8 +56,8 @@ def shown(folder):
     """(path of the page, its records by id, the figure of its curves)."""
     files = find_record_files([folder / "runs"])
     loaded = load(files)
-    figures = [_curves(loaded.records), _bubbles()]
-    page = write_page(
+    figures = [curves(loaded.records), bubbles()]
+    data = page_data(
         [protocol_table("digits", loaded.records), *paper_tables(loaded.records)],
         figures,
         loaded.records,
@@ -65,71 +66,12 @@ def shown(folder):
         record_files=files,
         problems=loaded.problems,
         conflicts=loaded.conflicts,
-        files={
-            "figure-10.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='40' height='30'><rect width='40' height='30' fill='#cc0000'/></svg>"
-        },
     )
+    red = b"<svg xmlns='http://www.w3.org/2000/svg' width='40' height='30'><rect width='40' height='30' fill='#cc0000'/></svg>"
+    page = write_page(data, figures, {"figure-10.svg": red})
     path = folder / "report.html"
     path.write_bytes(page)
     return path, {record.id: record for record in loaded.records}, figures[0]
-
-
-def _curves(records) -> Figure:
-    lines = {}
-    for record in records:
-        if record.metric == "fd":
-            lines.setdefault((record.system, record.training.seed), []).append(record)
-    series = []
-    for (system, seed), members in sorted(lines.items()):
-        members.sort(key=lambda record: record.sampling.steps)
-        marks = [
-            Mark(
-                x=each.sampling.gflops_per_image, y=each.value, low=each.low, high=each.high, record_ids=(each.id,),
-                text=str(each.sampling.steps),
-            )
-            for each in members
-        ]  # fmt: skip
-        label = f"{system}, seed {seed}"
-        series.append(Series(label=label, model=system, kind="line", provenance="measured", marks=tuple(marks)))
-    x = Axis(title="Sampling compute", unit="Gflops per image", scale="log")
-    panel = Panel(heading="digits", x=x, y=Axis(title="FD-1K", better="lower"), series=tuple(series))
-    return Figure(name="figure-10", title="Sampling compute against sample quality", panels=(panel,), rows=())
-
-
-def _bubbles() -> Figure:
-    table = [record for record in paper.records() if record.source.table == "Table 4" and record.resolution == 256]
-    common = {"provenance": "published", "label": ""}
-    bubbles = [
-        Series(
-            model=each.backbone, kind="bubbles", **common,
-            marks=(Mark(x=each.gflops, y=each.value, size=each.params, text=each.backbone, record_ids=(each.id,)),),
-        )
-        for each in table
-    ]  # fmt: skip
-    along = [10 ** (index / 5) for index in range(12)]
-    fit = Series(
-        label="power law", model="", kind="fit", provenance="fit", marks=tuple(Mark(x=x, y=99 / x) for x in along)
-    )
-    edges = tuple(Mark(x=x, y=99 / x, low=70 / x, high=130 / x) for x in along)
-    band = Series(label="power law", model="", kind="band", provenance="fit", marks=edges)
-    bars = [
-        Series(
-            model=each.backbone, kind="bars", **common,
-            marks=(Mark(x=index, y=each.value, text=each.backbone, record_ids=(each.id, table[0].id)),),
-        )
-        for index, each in enumerate(table[:6])
-    ]  # fmt: skip
-    quality = Axis(title="FID-50K", better="lower", scale="log")
-    steps = tuple(
-        Mark(x=step, y=1 / (1 + step), low=0.0, high=9.0, facts=(("step", str(step)),)) for step in range(200)
-    )
-    loss = Series(label="loss of a run", model="dit-s-2", kind="line", provenance="measured", marks=steps)
-    panels = (
-        Panel(heading="imagenet", x=Axis(title="Gflops", scale="log"), y=quality, series=(*bubbles, fit, band)),
-        Panel(heading="bars", x=Axis(title="Model", scale="names"), y=Axis(title="FID-50K"), series=tuple(bars)),
-        Panel(heading="loss", x=Axis(title="Step"), y=Axis(title="Loss"), series=(loss,)),
-    )
-    return Figure(name="figure-2", title="Quality and compute", panels=panels, rows=())
 
 
 @pytest.fixture(
@@ -400,10 +342,7 @@ def test_grids_stand_with_their_records(page):
     assert "ab" * 32 in page.run("document.querySelector('#panel').innerText")
 
 
-def test_every_figure_of_a_whole_report_is_drawn(browser, folder, monkeypatch):
-    monkeypatch.setattr(
-        "reports.report.draw_all", lambda figures, styles, *_: {each.name: {} for each in figures}
-    )  # the static ones have tests of their own
+def test_every_figure_of_a_whole_report_is_drawn(browser, folder, undrawn):
     out = folder / "whole"
     write_report([folder / "runs"], out)
     names = {path.stem for path in out.glob("*.csv") if not path.stem.startswith("table-")}
@@ -447,9 +386,10 @@ def test_rows_and_records_beyond_the_caps_are_counted(browser, folder, shown, mo
     monkeypatch.setattr("reports.page.beside.MOST_GRIDS", 0)
     records = list(shown[1].values())
     table = protocol_table("digits", records)
-    content = write_page(
-        [table], [], records, styles={}, published=(), record_files=find_record_files([folder / "runs"]), problems=(), conflicts=(), files={}
+    data = page_data(
+        [table], [], records, styles={}, published=(), record_files=find_record_files([folder / "runs"]), problems=(), conflicts=()
     )  # fmt: skip
+    content = write_page(data, [], {})
     path = folder / "small.html"
     path.write_bytes(content)
     page = browser.page(path)

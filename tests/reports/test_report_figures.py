@@ -75,6 +75,7 @@ def test_published_marks_stand_alone_or_beside_comparable_ones(imagenet, study):
         ("published", 25.9, 1000),
         ("published", 23.7, 128),
     ]
+    assert [each.label for panel in figure.panels for each in panel.series] == ["DiT-L/2", "DiT-XL/2"]
     assert {series.provenance for series in series_of([*study, *published])} == {"measured"}
     sampling = Sampling(sampler="ddpm", steps=128, gflops_per_image=15_186.0)
     near = imagenet("fid", 24.0, n=10_000, sampling=sampling)
@@ -82,8 +83,8 @@ def test_published_marks_stand_alone_or_beside_comparable_ones(imagenet, study):
     assert len(figure.panels) == 1
     assert {series.label: series.provenance for series in figure.panels[0].series} == {
         near.system: "measured",
-        "dit-l-2-256 (paper)": "published",
-        "dit-xl-2-256 (paper)": "published",
+        "DiT-L/2 (paper)": "published",
+        "DiT-XL/2 (paper)": "published",
     }
     other = dataclasses.replace(near.evaluation, suite="clean")
     alone = imagenet("fid", 24.0, n=10_000, sampling=sampling, evaluation=other)

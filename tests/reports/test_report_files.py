@@ -86,10 +86,7 @@ def test_a_study_with_conflict_and_broken_line(study, record, tmp_path):
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_shuffling_splitting_and_duplicating_files_changes_no_byte(study, tmp_path_factory, monkeypatch, data):
-    monkeypatch.setattr(
-        "reports.report.draw_all", lambda figures, styles, *_: {each.name: {} for each in figures}
-    )  # pixels: the next test
+def test_shuffling_splitting_and_duplicating_files_changes_no_byte(study, tmp_path_factory, undrawn, data):
     folder = tmp_path_factory.mktemp("pure")
     append(folder / "one" / "records.jsonl", study)
     write_report([folder / "one"], folder / "expected")
@@ -116,8 +113,7 @@ def test_figures_are_reproducible_to_the_byte(study, tmp_path, monkeypatch):
     assert _contents(tmp_path / "a" / "out") == _contents(tmp_path / "b" / "out")
 
 
-def test_refusals_and_failures(tmp_path, monkeypatch):
-    monkeypatch.setattr("reports.report.draw_all", lambda figures, styles, *_: {each.name: {} for each in figures})
+def test_refusals_and_failures(tmp_path, undrawn):
     with pytest.raises(Refusal, match="no record file or folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -148,7 +144,7 @@ def test_reports_load_no_framework_and_nothing_heavy_before_drawing(tmp_path):
     script = (
         "import sys, json, reports.report, reports.grid, reports.rows\n"
         "early = sorted({'pandas', 'matplotlib', 'seaborn', 'PIL'} & set(sys.modules))\n"
-        "made = reports.report.figures\n"
+        "made, reports.drawing_pool._processors = reports.report.figures, lambda: 1\n"
         "reports.report.figures = lambda *given: made(*given)[:1]\n"
         "reports.report.write_report([], sys.argv[1])\n"
         "late = sorted({'torch', 'jax', 'tensorflow', 'seaborn'} & set(sys.modules))\n"

@@ -21,7 +21,9 @@ from harness.systems.drawing import Bound, Source, read_network
 def find_place(device: str | None) -> Place:
     """This process's devices of a platform, over which batches are divided, or the one of that name ("cuda:1")."""
     mesh = devices.own(devices.make_mesh(devices.pick_devices(device), None))
-    return Place(mesh, device or devices.platform_name(mesh), devices.device_name(mesh))
+    platform = device or devices.platform_name(mesh)
+    threads = f", {devices.threads()} threads" if platform.startswith("cpu") else ""
+    return Place(mesh, platform, devices.device_name(mesh) + threads)
 
 
 def make_chain(

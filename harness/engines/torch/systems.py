@@ -18,7 +18,8 @@ from harness.systems.drawing import Bound, read_network
 def find_place(device: str | None) -> Place:
     """The device of that name; None: an accelerator if there is one. One that is absent is refused."""
     target = resolve.pick_device(device)
-    return Place(target, str(target), resolve.device_name(target))
+    threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
+    return Place(target, str(target), resolve.device_name(target) + threads)
 
 
 def make_chain(
