@@ -17,6 +17,7 @@ from evaluators.intervals import Estimate
 from evaluators.statistics import Moments, Statistics
 from harness.errors import Refusal
 from harness.large_arrays import give_back
+from harness.progress import Bar
 
 SPLIT_ROWS = 5000
 BLOCK_ROWS = 10_000  # rows and columns that one evaluation of ADM's distance graph sees
@@ -208,23 +209,25 @@ def distances_single(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _tiles(u: np.ndarray, v: np.ndarray):
     """(rows, columns, distances) over all of u (N, D) and v (M, D). A block of 10,000 by 10,000 is float16 throughout
     or float32 throughout, as ADM's."""
-    for top in range(0, len(u), BLOCK_ROWS):
-        for left in range(0, len(v), BLOCK_ROWS):
-            columns = slice(left, min(left + BLOCK_ROWS, len(v)))
-            parts = [
-                slice(start, min(start + TILE_ROWS, top + BLOCK_ROWS, len(u)))
-                for start in range(top, min(top + BLOCK_ROWS, len(u)), TILE_ROWS)
-            ]
-            right = _half_rows(v[columns])  # once for the block, not for every tile
-            give_back(v)
-            if _fits_half(u[top : top + BLOCK_ROWS], v[columns]) or all(
-                np.isfinite(_half_product(*_half_rows(u[rows]), *right)).all() for rows in parts
-            ):
+    with Bar("distances", len(u) * len(range(0, len(v), BLOCK_ROWS)), "rows") as bar:
+        for top in range(0, len(u), BLOCK_ROWS):
+            for left in range(0, len(v), BLOCK_ROWS):
+                columns = slice(left, min(left + BLOCK_ROWS, len(v)))
+                parts = [
+                    slice(start, min(start + TILE_ROWS, top + BLOCK_ROWS, len(u)))
+                    for start in range(top, min(top + BLOCK_ROWS, len(u)), TILE_ROWS)
+                ]
+                right = _half_rows(v[columns])  # once for the block, not for every tile
+                give_back(v)
+                half = _fits_half(u[top : top + BLOCK_ROWS], v[columns]) or all(
+                    np.isfinite(_half_product(*_half_rows(u[rows]), *right)).all() for rows in parts
+                )
                 for rows in parts:
-                    yield rows, columns, _half_product(*_half_rows(u[rows]), *right)
-            else:
-                for rows in parts:
-                    yield rows, columns, distances_single(u[rows], v[columns])
+                    if half:
+                        yield rows, columns, _half_product(*_half_rows(u[rows]), *right)
+                    else:
+                        yield rows, columns, distances_single(u[rows], v[columns])
+                    bar.advance(rows.stop - rows.start)
 
 
 def _fits_half(u: np.ndarray, v: np.ndarray) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate, block_sums
+from harness.progress import Bar
 
 EXPECTED_SHARE = 0.01
 MAX_SIDE = 32  # larger images are compared after summing boxes of pixels
@@ -53,22 +54,24 @@ def _nearest(x: np.ndarray, y: np.ndarray, own: np.ndarray | None = None) -> tup
     """Index (N,) of and squared distance (N,) to the nearest row of y; own (N,): the row of y that x[i] itself is,
     left out."""
     index, best = np.zeros(len(x), dtype=np.int64), np.full(len(x), np.inf)
-    for j in range(0, len(y), ROWS_PER_BLOCK):
-        v = y[j : j + ROWS_PER_BLOCK].astype(np.float64)
-        v_norm = np.einsum("np,np->n", v, v)
-        for i in range(0, len(x), ROWS_PER_BLOCK):
-            rows = slice(i, i + ROWS_PER_BLOCK)
-            u = x[rows].astype(np.float64)
-            d = np.einsum("np,np->n", u, u)[:, None] + v_norm - 2.0 * (u @ v.T)  # exact: integers below 2^53
-            if own is not None:
-                mine = own[rows] - j
-                here = np.flatnonzero((mine >= 0) & (mine < len(v)))
-                d[here, mine[here]] = np.inf
-            k = d.argmin(axis=1)
-            closest = d[np.arange(len(d)), k]
-            better = closest < best[rows]
-            index[rows] = np.where(better, k + j, index[rows])
-            best[rows] = np.where(better, closest, best[rows])
+    with Bar("distances", len(y), "images") as bar:
+        for j in range(0, len(y), ROWS_PER_BLOCK):
+            v = y[j : j + ROWS_PER_BLOCK].astype(np.float64)
+            v_norm = np.einsum("np,np->n", v, v)
+            for i in range(0, len(x), ROWS_PER_BLOCK):
+                rows = slice(i, i + ROWS_PER_BLOCK)
+                u = x[rows].astype(np.float64)
+                d = np.einsum("np,np->n", u, u)[:, None] + v_norm - 2.0 * (u @ v.T)  # exact: integers below 2^53
+                if own is not None:
+                    mine = own[rows] - j
+                    here = np.flatnonzero((mine >= 0) & (mine < len(v)))
+                    d[here, mine[here]] = np.inf
+                k = d.argmin(axis=1)
+                closest = d[np.arange(len(d)), k]
+                better = closest < best[rows]
+                index[rows] = np.where(better, k + j, index[rows])
+                best[rows] = np.where(better, closest, best[rows])
+            bar.advance(len(v))
     return index, best
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from harness.progress import Bar
+
 ROWS_PER_BLOCK = 1024
 PAIRS_AT_ONCE = 4096
 
@@ -20,13 +22,15 @@ def squared_distances(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, np.
     They are wrong by at most `rounding(u, v)`, which is much where two rows are nearly equal: see `exact`.
     """
     u_norm, v_norm = np.einsum("nd,nd->n", u, u), np.einsum("nd,nd->n", v, v)
-    for start in range(0, len(u), ROWS_PER_BLOCK):
-        rows = slice(start, min(start + ROWS_PER_BLOCK, len(u)))
-        d = u[rows] @ v.T
-        d *= -2.0
-        d += u_norm[rows, None]
-        d += v_norm
-        yield rows, np.maximum(d, 0.0, out=d)
+    with Bar("distances", len(u), "images") as bar:
+        for start in range(0, len(u), ROWS_PER_BLOCK):
+            rows = slice(start, min(start + ROWS_PER_BLOCK, len(u)))
+            d = u[rows] @ v.T
+            d *= -2.0
+            d += u_norm[rows, None]
+            d += v_norm
+            yield rows, np.maximum(d, 0.0, out=d)
+            bar.advance(rows.stop - rows.start)
 
 
 def rounding(u: np.ndarray, v: np.ndarray) -> float:

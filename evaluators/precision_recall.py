@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate, block_sums
 from harness.large_arrays import give_back
+from harness.progress import Bar
 
 K = 3
 SPLITS = 10  # into halves, for the error bar of recall
@@ -98,8 +99,14 @@ class _Screen:
         return self._low(self._centred(True, rows, dtype), rows, columns, dtype)
 
     def tiles(self, places: list[tuple[slice, slice]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """`low` in float32 at all places (rows, columns), in their order. Where there are many, a worker takes each,
-        a few ahead of their use: judging a tile takes one thread alone, and would leave BLAS's others waiting."""
+        """`low` in float32 at all places (rows, columns), in their order, with a bar. Where there are many, a worker takes
+        each, a few ahead of their use: judging a tile takes one thread alone, and would leave BLAS's others waiting."""
+        with Bar("distances", len(places), "tiles") as bar:
+            for tile in self._tiles(places):
+                yield tile
+                bar.advance()
+
+    def _tiles(self, places: list[tuple[slice, slice]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         workers = _workers() if len(places) >= TILES_WORTH_WORKERS else 1
         left, last = None, None
 
