@@ -50,8 +50,8 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Speed of this device: images/s, TFLOP/s, utilisation and memory of a backbone, beside the device's roofline.
 
     Utilisation (MFU) is what the network's multiply-adds, as two operations each, come to, three times for training, over
-    the peak: the data sheet's where the device is known, else that of the matrix products measured here. Sampling is
-    guided, so an image is two to the network. On an H100 or H200 the first of these gives the figures of the paper's
+    the peak: the data sheet's where the device is known by its whole name, else that of the matrix products measured
+    here. Sampling is guided, so an image is two to the network. On an H100 or H200 the first of these gives the figures of the paper's
     DiT-XL/2 at 256 pixels in latents, batch 256, which should come to 45 % or more:
 
     \b
@@ -120,3 +120,5 @@ def _show(found: dict[str, Any]) -> None:
         f"MFU over {found['peak_tflops']:.3g} TFLOP/s ({found['peak_from']}); {found['convention']}. "
         "In brackets: images that the network sees at once."
     )
+    for remark in found["remarks"]:
+        click.echo(f"over 100 %: {remark}.")

@@ -98,13 +98,51 @@ def test_an_unknown_stage_is_named():
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA H200", 989.4),
         ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
     ],
 )
 def test_the_peak_is_the_data_sheets_where_the_device_is_in_the_table(name, peak, quick, monkeypatch):
+    """By its whole name: what resembles a card is another, or a part of it."""
     monkeypatch.setattr(roofline, "device_name", lambda device: name)
     found = roofline.measure_roofline(CPU, lambda text: None)
-    assert found.peak("bfloat16") == (peak, "data sheet")
     assert found.tflops["bfloat16"] >= found.tflops_median["bfloat16"] > 0
+    measured = (found.tflops["bfloat16"], "measured matrix product")
+    assert found.peak("bfloat16") == (measured if peak is None else (peak, "data sheet"))
+
+
+def roofline_of(tflops, data_sheet):
+    return roofline.Roofline(
+        device_name="x", tflops={"bfloat16": tflops}, tflops_median={}, gbytes_per_second=1.0,
+        gbytes_per_second_median=1.0, data_sheet_tflops={"bfloat16": data_sheet} if data_sheet else {},
+    )  # fmt: skip
+
+
+def test_more_than_the_roofline_is_remarked_upon():
+    assert roofline_of(10.0, None).remark("training", "bfloat16", 10.0) == ""
+    said = roofline_of(10.0, None).remark("training", "bfloat16", 12.0)
+    assert said.startswith("training came to 12 TFLOP/s, more than the 10 of the matrix products measured here")
+    assert roofline_of(10.0, 20.0).remark("training", "bfloat16", 9.0) == ""
+    assert "measured here" in roofline_of(10.0, 20.0).remark("training", "bfloat16", 12.0)
+    assert "more than the 8 of the data sheet" in roofline_of(10.0, 8.0).remark("training", "bfloat16", 9.0)
+
+
+def test_the_remark_stands_below_the_table(quick, monkeypatch):
+    monkeypatch.setattr(roofline, "matrix_tflops", lambda *_: [1e-9])
+    code, stdout, error = invoke("--backbone", "adm-classifier-xs", "--precision", "float32", "--batch", "1")
+    assert code == 0, error
+    assert stdout.splitlines()[-1].startswith("over 100 %: training came to")
+
+
+def test_matrix_products_are_of_normal_numbers(monkeypatch):
+    """Ones take a GPU less power, and so a higher clock than a network gets."""
+    seen = []
+    monkeypatch.setattr(roofline, "SIDES", {"cpu": 64})
+    monkeypatch.setattr(roofline, "seconds_of", lambda call, *_: seen.append(call()) or [1.0])
+    roofline.matrix_tflops(CPU, "float32")
+    entries = seen[0] / seen[0].shape[0] ** 0.5  # of a product of normal numbers: again of variance 1
+    assert abs(float(entries.mean())) < 0.1 and abs(float(entries.std()) - 1) < 0.1
 
 
 def test_auto_never_takes_tf32():

@@ -270,6 +270,8 @@ def measure(
         if cuda:
             torch.cuda.empty_cache()
     peak, source = roofline.peak(chosen)
+    counted = [row for row in rows if row["tflops"] is not None]
+    remarks = [roofline.remark(row["stage"], row["precision"], row["tflops"]) for row in counted]
     return {
         "backbone": spec.name,
         "input": f"{arguments['input_size']}x{arguments['input_size']}x{arguments['in_channels']}",
@@ -284,4 +286,5 @@ def measure(
         "peak_from": source,
         "roofline": dataclasses.asdict(roofline),
         "rows": rows,
+        "remarks": [each for each in remarks if each],
     }
