@@ -6,7 +6,6 @@ diffusers' AutoencoderKL), "vq-f4" or "vq-f8" (LDM's, whose decode re-quantises 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from backbones.autoencoders.spec import (
     BY_NAME,
     KL_CONFIG,
     KNOWN,
-    WEIGHTS,
     Known,
     diffusers_layout,
     factor,
@@ -24,7 +22,7 @@ from backbones.autoencoders.spec import (
     kl_settings,
     own_tensors,
 )
-from harness import files
+from harness.decoder_files import find, identity, locate, record_name, resolve, scale_and_shift
 from harness.errors import Failure, Refusal
 from harness.registry import unknown
 from harness.spec import Compute
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
 FLAG = "--weights decoder=PATH"
 BATCH = 8  # images a forward pass on an accelerator; a CPU is as quick with one
-SCALE_KL = 0.18215  # of Stable Diffusion's latents where a config does not say: about 1 / their standard deviation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +61,8 @@ class Decoder:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the images, for records; not the place that the weights were read from."""
-        settings = dict(self.config) if self.kind == "vq" else kl_settings(self.config)
-        return {
-            "name": self.name,
-            "weights_sha256": self.sha256,
-            "scale_factor": self.scale_factor,
-            **({"shift_factor": self.shift_factor} if self.shift_factor else {}),
-            "config_sha256": files.sha256_json(settings),  # activations and groups show in no weight
-        }
+        settings = self.config if self.kind == "vq" else kl_settings(self.config)
+        return identity(self.name, self.sha256, self.scale_factor, self.shift_factor, settings)
 
     @property
     def image_channels(self) -> int:
@@ -138,24 +129,6 @@ class Decoder:
         return torch.cat(moments)  # (N, 2, C, h, w)
 
 
-def resolve(name: str) -> Known | Path:
-    """What `name` stands for: a known decoder (by short name or repository) or a path that is there. Else refused.
-
-    Short names win over files of the same name; write ./NAME for the file. Imports no framework.
-    """
-    if name in KNOWN:
-        return KNOWN[name]
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    by_repository = {each.repository: each for each in KNOWN.values() if each.repository}
-    if name in by_repository:
-        return by_repository[name]
-    if os.sep in name or path.suffix:
-        raise Refusal(f"decoder {name}: no such file or folder; give a path that is there or one of {', '.join(KNOWN)}")
-    raise Refusal(f"{unknown('decoder', name, KNOWN)} (or give a path; no file or folder has that name)")
-
-
 def load(
     name: str,
     *,
@@ -169,20 +142,8 @@ def load(
     `weights` takes the name's word for what it is: records carry the file's hash beside the name. `flag`: the option that
     refusals tell to name a path with. Nothing that is loaded is executed. Refused in one line: what is missing, cannot be read or does not fit.
     """
-    found = resolve(name)
-    if isinstance(found, Path):
-        if weights is not None:
-            raise Refusal(f"decoder {name} is a path already; leave out {flag} or give one of {', '.join(KNOWN)}")
-        known, path, source = None, found, str(found)
-    elif weights is not None:
-        known, path, source = found, Path(weights).expanduser(), str(weights)
-    elif found.repository:
-        known = found
-        path, source = _from_hub(name, found, flag)
-    else:
-        raise Refusal(f"decoder {name} needs its weights: get {found.place} and name the file with {flag}")
-
-    config, file = _locate(path, flag)
+    known, path, source = find(name, weights, flag)
+    config, file = locate(path, flag)
     tensors, notes, digest = read_tensors(file)
     kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
     if known is not None and kind != known.spec[:2]:
@@ -201,13 +162,13 @@ def load(
                     f"{file} is not {name}: its config.json has {key} {config.get(key)} instead of {KL_CONFIG[key]};"
                     " give it as a path, without a name"
                 )
-        scale, shift = float(config.get("scaling_factor", SCALE_KL)), float(config.get("shift_factor") or 0.0)
+        scale, shift = scale_and_shift(config)
         channels, factor_ = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
         tensors = diffusers_layout(tensors, len(config["block_out_channels"]))
     net = _build(kind, config, file)
     _fill(net, tensors, device, file)
     return Decoder(
-        name=known.record_name if known is not None else f"{'vae' if kind == 'kl' else 'vq'}-{digest[:12]}",
+        name=record_name(known, kind, digest),
         kind=kind,
         scale_factor=scale,
         shift_factor=shift,
@@ -275,90 +236,6 @@ def _decode(kind: str, net: nn.Module, z: torch.Tensor) -> torch.Tensor:
 
 def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return net.encode(x) if kind == "vq" else net.encode(x, return_dict=False)[0].mode()  # (n, C, h, w)
-
-
-def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
-    """The folder in the hub's cache with config and weights, fetched if they are not there yet, and its repository
-    and revision."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-        from huggingface_hub.utils import logging
-    except ImportError as error:
-        raise Refusal(f"decoder {name} needs diffusers; run: pip install 'backbone-harness[diffusers]'") from error
-
-    def folder(local: bool) -> Path:
-        def fetch(file: str) -> Path:
-            where = {"subfolder": known.subfolder or None, "local_files_only": local}
-            return Path(hf_hub_download(known.repository, file, **where))
-
-        config = fetch("config.json")
-        try:
-            fetch(WEIGHTS[0])
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and not local:  # not "there is none" but "no connection"
-                raise
-            fetch(WEIGHTS[1])
-        return config.parent
-
-    verbosity = logging.get_verbosity()
-    try:
-        found = folder(local=True)  # first, so that a connection is needed once
-    except LocalEntryNotFoundError:
-        try:
-            logging.set_verbosity_error()  # five retries would each say so
-            found = folder(local=False)
-        except Exception as error:  # the client's own, the network's, the disk's: all end here
-            reason = str(error).strip() or type(error).__name__
-            raise Refusal(
-                f"decoder {name}: {known.repository} is not in the cache and was not fetched"
-                f" ({reason.splitlines()[0].rstrip('.')}); get {known.place} into a folder and name it with {flag}"
-            ) from error
-        finally:
-            logging.set_verbosity(verbosity)
-    parts = found.parts
-    revision = f"@{parts[parts.index('snapshots') + 1]}" if "snapshots" in parts else ""
-    return found, f"{known.repository}{revision}"
-
-
-def _locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
-    """The config, where there is one, and the weight file of a folder or file. A pipeline's folder holds a vae."""
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
-        file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-        if file is None:
-            raise Refusal(
-                f"{path} holds no {' or '.join(WEIGHTS)}; give the folder that save_pretrained wrote, or a file"
-            )
-        if not (folder / "config.json").is_file():
-            raise Refusal(
-                f"{folder} has no config.json; get the one that belongs to {file.name}, or name the file alone"
-            )
-    elif path.is_file():
-        folder, file = path.parent, path
-    else:
-        raise Refusal(f"{path}: no such file or folder; {flag} takes an auto-encoder's folder or weight file")
-    if file.name not in WEIGHTS or not (folder / "config.json").is_file():
-        return None, file
-    config = files.read_json(folder / "config.json", "auto-encoder config")
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind != "AutoencoderKL":
-        raise Refusal(f"{folder / 'config.json'} describes {kind or 'no network'}; wanted diffusers' AutoencoderKL")
-    for key in ("latents_mean", "latents_std"):
-        if config.get(key) is not None:
-            raise Refusal(
-                f"{folder / 'config.json'} has a {key}, which no sampler here takes; use another auto-encoder"
-            )
-    scale = config.get("scaling_factor", SCALE_KL)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-        raise Refusal(f"{folder / 'config.json'}: scaling_factor is {scale!r}; it must be a number above 0")
-    shift = config.get("shift_factor") or 0.0
-    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not abs(shift) < float("inf"):
-        raise Refusal(f"{folder / 'config.json'}: shift_factor is {shift!r}; it must be a number")
-    if not isinstance(config.get("block_out_channels"), list):
-        raise Refusal(f"{folder / 'config.json'} has no list of block_out_channels; get it again")
-    # diffusers' own book-keeping decides nothing, and differs between copies of the same auto-encoder.
-    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], str]:

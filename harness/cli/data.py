@@ -136,17 +136,22 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
         harness data latents imagenet-256 --vae ft-ema --out imagenet-256-latents
         harness run --backbone dit-xl-2 --protocol imagenet-256 --data imagenet-256-latents
     """
-    from harness import decoding
-    from harness.data.encode import make_cache, open_images
+    from harness.data.encode import made_before, make_cache, open_images
     from harness.data.latents import read_meta
-    from harness.engines.torch.resolve import device_name, pick_device
-    from harness.environment import environment
 
-    source, target = open_images(images), pick_device(device)
-    encoder = decoding.load(vae, device=str(target), flag="--vae DIR")
-    say = lambda text: click.echo(text, err=True)  # noqa: E731
-    new = make_cache(source, encoder, out, environment=environment(device_name(target)), say=say)
-    meta = read_meta(out)
+    source = open_images(images)
+    meta = made_before(source, vae, out)
+    new = False
+    if meta is None:
+        from harness import decoding
+        from harness.engines.torch.resolve import device_name, pick_device
+        from harness.environment import environment
+
+        target = pick_device(device)
+        encoder = decoding.load(vae, device=str(target), flag="--vae DIR")
+        say = lambda text: click.echo(text, err=True)  # noqa: E731
+        new = make_cache(source, encoder, out, environment=environment(device_name(target)), say=say)
+        meta = read_meta(out)
     if as_json:
         facts = {"images": meta.images, "vae": meta.vae, "shape": meta.shape, "sha256": meta.sha256}
         click.echo(json.dumps({"folder": str(out), "written": new, **facts}, indent=2))

@@ -22,12 +22,14 @@ from harness.data import latents, npz, prepared
 from harness.data.images import ImageSet
 from harness.data.latents import DTYPE, LABELS, LATENTS, META, Meta
 from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256
+from harness.decoder_files import read_identity
 from harness.decoding import Decoder
 from harness.errors import Failure, Refusal
 from harness.progress import Bar
 from harness.runs import difference
 
-OWN = {"chunks.partial", LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS}{files.PARTIAL}", f"{META}{files.PARTIAL}"}  # fmt: skip
+JOURNAL = "chunks.partial"
+OWN = {JOURNAL, LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS}{files.PARTIAL}", f"{META}{files.PARTIAL}"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,22 @@ def open_images(source: str) -> Source:
     raise Refusal(f"{source} {what}; give the folder that `harness data prepare {name} --from PATH --out DIR` makes")
 
 
+def _images(source: Source) -> dict[str, Any]:
+    """What meta.json says of them."""
+    data = source.data
+    return {"name": data.name, "sha256": data.sha256, "resolution": data.images.shape[1], "crop": source.crop}
+
+
+def made_before(source: Source, vae: str, out: Path) -> Meta | None:
+    """What is in the folder `out`, where it is the whole cache of `source` by the auto-encoder of that name; None: it is to
+    be made, or to be refused by `make_cache`. Imports no framework."""
+    if not (out / META).exists() or (out / JOURNAL).exists():
+        return None
+    meta = latents.read_meta(out)
+    same = (meta.images, meta.vae) == (_images(source), read_identity(vae, "--vae DIR"))
+    return meta if same else None
+
+
 def make_cache(
     source: Source, vae: Decoder, out: Path, *, environment: dict[str, Any], say: Callable[[str], None]
 ) -> bool:
@@ -64,6 +82,7 @@ def make_cache(
     """
     data = source.data
     count, height, width, channels = data.images.shape
+    images = _images(source)
     if vae.kind != "kl":
         raise Refusal(
             f"{vae.name} has a code book and no posterior; latents are made by an AutoencoderKL, such as ft-ema"
@@ -74,7 +93,6 @@ def make_cache(
             f"{vae.image_channels} channels whose side is a multiple of {vae.factor}"
         )
     shape = (count, 2, 2, vae.channels, height // vae.factor, width // vae.factor)
-    images = {"name": data.name, "sha256": data.sha256, "resolution": height, "crop": source.crop}
     what = json.loads(json.dumps({"images": images, "vae": vae.identity, "shape": shape}))
     found = Path(vae.source)
     places = {"images": source.place, "vae": str(found.resolve()) if found.exists() else vae.source.partition("@")[0]}
