@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -61,19 +68,54 @@ def group() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 refused, 1 failed, 130 after Ctrl-C and its checkpoint."""
+    """Run the command line. Exit codes: 0 done, 2 refused, 1 failed, 130 after Ctrl-C or SIGTERM and its checkpoint.
+
+    Of several processes that torchrun started the first says why all of them end; torchrun's own exit code is then 1.
+    """
+    from harness.engines.processes import first, let_the_first_speak, tell_torchrun
     from harness.errors import Failure, Refusal
 
+    def end(code: int, reason: str, say: Callable[[], object]) -> NoReturn:
+        with contextlib.suppress(KeyboardInterrupt):  # torchrun ends this process, for the first has spoken
+            let_the_first_speak(os.environ)
+            say()
+            tell_torchrun(os.environ, reason)
+        sys.exit(code)
+
+    with _terminable() as terminated:
+        try:
+            group.main(standalone_mode=False, prog_name="harness")
+        except click.ClickException as error:
+            end(error.exit_code, error.format_message(), error.show)
+        except (click.Abort, KeyboardInterrupt):
+            # torchrun sends SIGTERM for reasons of its own, too: that another process has died.
+            by = "by torchrun (SIGTERM)" if terminated and "TORCHELASTIC_RUN_ID" in os.environ else ""
+            if first(os.environ):
+                click.echo(f"harness: interrupted {by}".strip(), err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.exit(1)
+        except (Refusal, Failure) as error:
+            end(2 if isinstance(error, Refusal) else 1, str(error), partial(click.echo, f"harness: {error}", err=True))
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Let SIGTERM do what Ctrl-C does, where nothing else takes it (training does, for its checkpoint); yields a list that
+    is empty until it comes."""
+    came: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) == 1:  # who stops a job of several processes sends it to each, and some pass it on
+            raise KeyboardInterrupt
+
+    mine = threading.current_thread() is threading.main_thread()  # signals belong to it
+    if not mine or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield came
+        return
+    signal.signal(signal.SIGTERM, handle)
     try:
-        group.main(standalone_mode=False, prog_name="harness")
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("harness: interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
-    except (Refusal, Failure) as error:
-        click.echo(f"harness: {error}", err=True)
-        sys.exit(2 if isinstance(error, Refusal) else 1)
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

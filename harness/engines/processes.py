@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import Refusal
 
 FIRST_PORT = "29500"  # torch's own
+ALONE_SECONDS = 2.0  # after which the first process would have ended; less than the watch gives (engines.torch.watch)
 # What torchrun sets, or a user who starts each process by hand; and what srun does. Both need MASTER_ADDR.
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -65,6 +70,30 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
         address=environment["MASTER_ADDR"],
         port=int(number("MASTER_PORT", default=int(FIRST_PORT), low=1, high=1 << 16)),
     )
+
+
+def first(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the first of those of its launcher, or alone; the environment may be nonsense."""
+    index = LAUNCHERS[0 if "WORLD_SIZE" in environment else 1][0]
+    return not launched(environment) or environment.get(index, "0") == "0"
+
+
+def let_the_first_speak(environment: Mapping[str, str]) -> None:
+    """Wait, in another process of torchrun's than the first, so long that the first has met with the same refusal and has
+    said it; at its end torchrun ends this one. Who is still here has a reason of its own, and must say it."""
+    if "TORCHELASTIC_RUN_ID" in environment and not first(environment):
+        time.sleep(ALONE_SECONDS)
+
+
+def tell_torchrun(environment: Mapping[str, str], reason: str) -> None:
+    """Give torchrun the reason for its report of a failed process, which else has a link to its own documentation there.
+
+    The form is that of torch.distributed.elastic's ErrorHandler.
+    """
+    if path := environment.get("TORCHELASTIC_ERROR_FILE"):
+        data = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(data), encoding="ascii")
 
 
 def mesh_sides(shape: str) -> tuple[int, int]:

@@ -171,6 +171,19 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_continues(trained, tmp_
     assert losses(tmp_path) == losses(folder)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_the_training_begins_it_says_so(number, tmp_path):
+    """While it loads and measures there is nothing to save."""
+    process = command([*TRAIN[:3], "--steps", "9", *OUT], tmp_path)
+    said = lambda: (tmp_path / "output.txt").read_text()  # noqa: E731
+    while "parameters" not in said():
+        assert ended(process, 0.01) is None, said()
+    process.send_signal(number)
+    assert ended(process, 60) == 130, said()
+    assert said().splitlines()[-1] == "harness: interrupted" and "Traceback" not in said()
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [10])
 def test_the_real_command_killed_twenty_times(kills, tmp_path):

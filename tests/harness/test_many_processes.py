@@ -1,6 +1,8 @@
 """One process and several, of torchrun's or started by hand: the same run; and what becomes of it when one dies."""
 
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 from command_process import start, started
 from safetensors.numpy import load_file
 
-from harness.engines.processes import Rank, launched, rank_of
+from harness.engines.processes import Rank, first, launched, rank_of
 from harness.engines.team import ALONE
 from harness.errors import Refusal
 from harness.samples import read_samples
@@ -216,6 +218,54 @@ def test_the_command_line_under_torchrun(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(one / "run"), rtol=1e-5)
 
 
+def test_a_refusal_under_torchrun_is_said_once(tmp_path):
+    """By the first process, whose exit code is ours; torchrun's own is 1."""
+    words = ["train", "--backbone", "dit-xs-4", "--steps", "1", "--mesh", "4x1", "--out", "run"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "harness", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3 * MINUTE)
+    assert done.returncode == 1
+    (line,) = [each for each in done.stderr.splitlines() if each.startswith("harness:")]
+    assert line.startswith("harness: --mesh 4x1 takes 4 processes, and 2 work here")
+    root = done.stderr.partition("Root Cause")[2]  # of torchrun's report
+    assert re.search(r"rank      : 0 .*\n  exitcode  : 2 .*\n.*\n  traceback : --mesh 4x1 takes 4 processes", root)
+    assert set(re.findall(r"exitcode  : (-?\d+)", done.stderr)) == {"2"}
+    assert "harness/cli" not in done.stderr  # no traceback of ours
+
+
+SECOND = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "2"}
+
+
+WAITING = """
+import sys, time
+from harness.cli import main
+from harness.engines import processes
+sleep, seconds, sys.argv = time.sleep, float(sys.argv[1]), ["harness", *sys.argv[2:]]
+processes.time.sleep = lambda _: (print("waits", flush=True), sleep(seconds))
+main()
+"""
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "--backbone", "dit-xs2"]])
+def test_another_process_speaks_where_torchrun_does_not_end_it(words):
+    """The reason is then its own. Ended by torchrun, it is silent, with the same exit code."""
+
+    def launch(seconds):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITING, str(seconds), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **SECOND},
+        )  # fmt: skip
+        assert process.stdout.readline() == "waits\n"
+        return process
+
+    alone, killed = launch(0.01), launch(60)
+    killed.send_signal(signal.SIGTERM)
+    _, said = alone.communicate(timeout=MINUTE)
+    assert alone.returncode == 2 and ("did you mean dit-xs-2" in said or "Missing option" in said)
+    _, said = killed.communicate(timeout=MINUTE)
+    assert (killed.returncode, said) == (2, "")
+
+
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "2345"}
 SLURM = {
     "SLURM_PROCID": "5",
@@ -233,6 +283,8 @@ def test_who_a_process_is():
     assert rank_of({**torchrun, **SLURM}).index == 9  # torchrun within a job of SLURM's
     assert rank_of(SLURM) == Rank(index=5, size=8, local=1, beside=4, address="n0", port=29500)
     assert launched(BY_HAND) and launched(SLURM)
+    assert not any(map(first, (BY_HAND, torchrun, SLURM)))
+    assert first({**BY_HAND, "RANK": "0"}) and first({**SLURM, "SLURM_PROCID": "0"}) and first({"RANK": "1"})
     for alone in ({}, {"WORLD_SIZE": "1"}, {"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, {"MASTER_ADDR": "n0"}):
         assert not launched(alone)
 
