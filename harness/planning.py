@@ -167,6 +167,18 @@ def missing(request: Request) -> list[str]:
     return lacks
 
 
+def lacking_decoder(request: Request) -> list[str]:
+    """The auto-encoder that a run in latents would decode by, where it is a path and is not there any more."""
+    from harness.data import latents
+
+    if request.protocol.space != "latents" or latents.missing(request.data, request.protocol) is not None:
+        return []
+    place = latents.read_meta(request.data).places.get("vae", "")
+    if not Path(place).is_absolute() or Path(place).exists():  # else a name, whose files the hub has
+        return []
+    return [f"the auto-encoder behind {request.data} is not at {place}; name it, or another, with --decoder DIR"]
+
+
 def lacking_judge(task: Protocol) -> list[str]:
     """What the measurement at the end needs to be given, for want of which a run ends with samples."""
     flag = _weights_flag(task)

@@ -170,11 +170,8 @@ def draw(
     what a person calls what they were drawn on, once they are. Each process of a team draws shards of its own; the leader puts them together.
     """
     target = job.folder / "samples.npz"
-    if sidecar_path(target).exists() and target.exists():
-        kept = read_sidecar(target)
-        if kept.get("identity") == job.identity and kept.get("sha256") == files.sha256_file(target):
-            return target
-        raise Refusal(f"{job.folder} holds other samples than its name and sidecar say; move it away and sample again")
+    if team.leaders(int(team.leads and _drawn(target, job))):  # a folder may look otherwise from another machine
+        return target
     shards, count = job.folder / "shards", len(job.labels)
     with files.explained(job.folder):
         shards.mkdir(parents=True, exist_ok=True)
@@ -200,6 +197,16 @@ def draw(
         files.remove(shards)
     team.wait("the samples are written")
     return target
+
+
+def _drawn(target: Path, job: Job) -> bool:
+    """Whether the sample set is there; another in its place is refused."""
+    if not (sidecar_path(target).exists() and target.exists()):
+        return False
+    kept = read_sidecar(target)
+    if kept.get("identity") != job.identity or kept.get("sha256") != files.sha256_file(target):
+        raise Refusal(f"{job.folder} holds other samples than its name and sidecar say; move it away and sample again")
+    return True
 
 
 def write_grid_beside(path: Path) -> None:

@@ -68,8 +68,9 @@ def images_behind(places: dict[str, str], sha256: str, whose: str) -> ImageSet:
     return images
 
 
-def decoder_of(run: Run, name: str | None) -> Decoder | None:
-    """What decodes the latents of a run: `name`, or the auto-encoder that made them, where it was then; None: pixels.
+def decoder_of(run: Run | Workshop, name: str | None, device: str | None = None) -> Decoder | None:
+    """What decodes the latents of a run, which need not exist yet: `name`, or the auto-encoder that made them, where it was
+    then; None: pixels. device: of a run that does not exist yet, as --device has it.
 
     Refused: one that is gone or has other weights by now, and one that takes other latents or makes other images.
     """
@@ -79,7 +80,12 @@ def decoder_of(run: Run, name: str | None) -> Decoder | None:
             raise Refusal(f"--decoder belongs to runs in latents, and {run.folder} is in pixels; leave it out")
         return None
     flag, made_by = "--decoder DIR", run.identity["latents"]
-    device = run.resolved.device if run.framework == "torch" else "cpu"  # decoders are torch's
+    if run.framework != "torch":  # decoders are torch's
+        device = "cpu"
+    elif run.resolved is not None:
+        device = run.resolved.device
+    else:
+        device = workbench("torch").find_place(device).platform
     place = run.places.get("vae", "")
     try:
         decoder = decoding.load(name or place, device=device, flag=flag)
@@ -154,6 +160,29 @@ class Workshop:
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
         self._net: Any = None  # at its initialisation; handed over once, for an engine changes it
 
+    @property
+    def protocol(self) -> Protocol:
+        return self.request.protocol
+
+    @property
+    def framework(self) -> str:
+        return self.request.framework
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of the run, whether it is there or not."""
+        return self.spec.identity
+
+    @property
+    def places(self) -> dict[str, str]:
+        """As the run was created, or would be."""
+        return self.data.places if self.run is None else self.run.places
+
+    @property
+    def resolved(self) -> Resolved | None:
+        """What the run has frozen; None: it is not there yet."""
+        return None if self.run is None else self.run.resolved
+
     def measure(
         self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
     ) -> Measured:
@@ -204,7 +233,7 @@ class Workshop:
     def train(self, until: int) -> None:
         """Train to `until` steps, or do nothing if their snapshot is there."""
         assert self.run is not None
-        if until in self.run.snapshots():
+        if self.team.leaders(int(until in self.run.snapshots())):  # a folder may look otherwise from another machine
             return
         request, run = self.request, self.run
         net, self._net = self._net, None

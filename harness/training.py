@@ -77,7 +77,7 @@ def train(
     `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint; `device` is
     what the checkpoints call what the time was spent on. `team`: the processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises Stopped after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
     """
-    if until in run.snapshots():
+    if team.leaders(int(until in run.snapshots())):
         return
     checkpoint = checkpoints.newest(run.checkpoints, say)
     done, state = 0, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -18,13 +18,11 @@ from harness.cli.options import (
     sampling_options,
     settings_of,
 )
+from harness.engines.memory import Measured, NoRoom
 from harness.errors import Refusal
-from harness.planning import Request, make_request, plan
+from harness.planning import Request, lacking_decoder, make_request, plan
 from harness.progress import duration
 from harness.protocols import get_protocol, override
-
-if TYPE_CHECKING:
-    from harness.engines.memory import Measured
 
 TABLE_OPTIONS = {"protocol", "match", "budget", "settings", "as_json"}  # what the table of a budget listens to
 
@@ -75,7 +73,11 @@ def sources_of_steps(options: dict[str, Any]) -> tuple[int | None, dict[str, str
 def command(ctx: click.Context, as_json: bool, **options: Any) -> None:
     """Say what a run would cost (compute, memory, disk, hours at the speed measured here), and write nothing.
 
-    The speed is measured: the network is built and a few training steps are timed, which takes a minute or two for
+    What would stop the run (data, auto-encoder, memory that this machine lacks) is said in a line each that begins with
+    "missing", and in --json's "missing"; the plan is made all the same, with exit code 0. Only what cannot be planned (a
+    name that is not known, a flag that makes no sense here) is refused, with 2.
+
+    The speed is measured last: the network is built and a few training steps are timed, which takes a minute or two for
     the largest.
 
     The recipe's items, which --set can override, are listed with their values.
@@ -89,21 +91,28 @@ def command(ctx: click.Context, as_json: bool, **options: Any) -> None:
         return
     request = request_of(options)
     costs = plan(request)
+    costs["missing"] += lacking_decoder(request)  # which run may be given
     if not as_json:
         click.echo(headline(request, options["protocol"] is None))
         click.echo(arithmetic(costs))
-        for lack in costs["missing"]:  # and the recipe: before the measurement, which may be refused
-            click.echo(f"missing  {lack}")
-        for lack in costs["lacking_judge"]:
-            click.echo(f"note     {lack}; without them a run ends with samples")
         click.echo("recipe (override with --set NAME=VALUE)")
         for name, value in costs["recipe"].items():
             click.echo(f"  {name:<18} {value}")
-    costs["measured"] = measured(request, options)
+        for lack in costs["lacking_judge"]:
+            click.echo(f"note     {lack}; without them a run ends with samples")
+        for lack in costs["missing"]:  # before the measurement, which takes its time
+            click.echo(f"missing  {lack}")
+    costs["measured"] = None
+    try:
+        costs["measured"] = measured(request, options)
+    except NoRoom as lack:
+        costs["missing"].append(str(lack))
+        if not as_json:
+            click.echo(f"missing  {lack}")
     if as_json:
         click.echo(json.dumps(costs, indent=2))
-        return
-    click.echo(speeds(costs["measured"]))
+    elif costs["measured"] is not None:
+        click.echo(speeds(costs["measured"]))
 
 
 def headline(request: Request, by_default: bool) -> str:

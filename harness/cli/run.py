@@ -71,11 +71,12 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
         raise Refusal(f"--evaluate-at {marks[-1]} lies beyond the last step, {request.recipe.steps}; raise --steps")
     team, drawn = workshop.team, []
     with team.locked(workshop.folder):
-        run = begin(workshop, options)
-        decoder = stages.decoder_of(run, options["decoder"])  # before the training: what is missing is said at once
+        # First what may be missing, then what is measured.
+        decoder = stages.decoder_of(workshop, options["decoder"], options["device"])
         by, images = judge or (None, None)
         if by is not None and images is None:
-            images = images_to_judge_by(workshop, run)
+            images = images_to_judge_by(workshop)
+        run = begin(workshop, options)
         for step in marks:
             workshop.train(step)
             for steps in request.sampling.steps:
@@ -94,11 +95,11 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
         finish(run, request)
 
 
-def images_to_judge_by(workshop: Workshop, run: Run) -> ImageSet:
+def images_to_judge_by(workshop: Workshop) -> ImageSet:
     """Those that are trained on, or those behind the latents that are."""
     if isinstance(workshop.data, ImageSet):
         return workshop.data
-    return stages.images_behind(run.places, run.identity["dataset_sha256"], str(run.folder))
+    return stages.images_behind(workshop.places, workshop.identity["dataset_sha256"], str(workshop.folder))
 
 
 def prepare(request: Request, options: dict[str, Any]) -> Workshop:

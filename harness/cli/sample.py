@@ -67,8 +67,7 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
         if given:
             raise Refusal(f"--{name} belongs to --system; a run has its own")
     run = runs.open_run(folder)
-    step = options["step"] or max(run.snapshots(), default=0)
-    if not step:
+    if not (step := options["step"] or max(run.snapshots(), default=0)):
         raise Refusal(f"{folder} has no snapshot yet; train it to the end with `harness train` first")
     only_one(
         {"--sampling-steps": options["sampling_steps"], "--match-sampling": options["match_sampling"]},
@@ -87,6 +86,7 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
         )
     request = matching.matched(request, sampling=options["match_sampling"])
     team = join(run.framework)
+    step = team.leaders(step)  # while the run is trained, others may find a newer one
     decoder = stages.decoder_of(run, options["decoder"])
     with team.locked(folder):
         for steps in request.sampling.steps:

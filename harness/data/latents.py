@@ -199,7 +199,8 @@ def missing(folder: Path | None, task: Protocol) -> str | None:
         prepare = f"`harness data prepare {name} --from PATH --out {images} --resolution {task.resolution}`, then "
     else:
         images = "FILE.npz" if name == "npz" else name
-    encode = "`harness data latents {} --vae ft-ema --out {}`"
+    vae, which = _auto_encoder(task)
+    encode = f"`harness data latents {{}} --vae {vae} --out {{}}`{which}"
     all_of_it = f"make it by {prepare}{encode.format(images, out)}, and give --data {out}"
     if folder is None:
         return f"name its cache of latents with --data; without one, {all_of_it}"
@@ -214,6 +215,18 @@ def missing(folder: Path | None, task: Protocol) -> str | None:
         return _unfit(read_meta(folder), task)
     except Refusal as error:
         return str(error)
+
+
+def _auto_encoder(task: Protocol) -> tuple[str, str]:
+    """What to give --vae for latents of the protocol's size, and what that is in words where it is no name."""
+    from backbones.autoencoders.spec import KL_CONFIG
+
+    named = (KL_CONFIG["in_channels"], KL_CONFIG["latent_channels"], 2 ** (len(KL_CONFIG["block_out_channels"]) - 1))
+    side = task.resolution // task.input_size
+    if (task.image_channels, task.in_channels, side) == named:
+        return "ft-ema", ""
+    made = f"latents of {task.in_channels} channels, a cell for {side}x{side} pixels"
+    return "DIR", f" (DIR: an AutoencoderKL of diffusers for images of {task.image_channels} channels, {made})"
 
 
 def _unfit(meta: Meta, task: Protocol) -> str | None:

@@ -17,6 +17,10 @@ STATE_BYTES = 16  # a parameter in float32: weight, gradient, two moments of Ada
 EMA_BYTES = 4
 
 
+class NoRoom(Refusal):
+    """What is asked for does not fit the memory of this machine."""
+
+
 class Measured(NamedTuple):
     """What this machine offers a run: what to freeze, seconds an image by precision, memory needed and free (bytes).
 
@@ -77,7 +81,7 @@ def check_room(name: str, parameters: int, device: str, free: int) -> None:
     """Refuse a network whose training state alone does not fit in `free` bytes, before it is built."""
     need = state_bytes(parameters, "bfloat16")
     if need > free * SPARE:
-        raise Refusal(
+        raise NoRoom(
             f"{name} needs {need / 1e9:.1f} GB on {device} for weights, gradients and optimiser, and "
             f"{free * SPARE / 1e9:.1f} GB can be had; choose a smaller backbone or another --device"
         )
@@ -86,7 +90,7 @@ def check_room(name: str, parameters: int, device: str, free: int) -> None:
 def refuse_one_image(name: str, parameters: int, activation_bytes: int, device: str, free: int) -> Refusal:
     """The refusal of a network of which not one image fits."""
     need = state_bytes(parameters, "bfloat16") + activation_bytes
-    return Refusal(
+    return NoRoom(
         f"{name} needs {need / 1e9:.1f} GB to train even one image at a time and {free * SPARE / 1e9:.1f} GB "
         f"can be had on {device}; choose a smaller backbone or --gradient-checkpointing"
     )

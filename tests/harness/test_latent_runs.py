@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from click.testing import CliRunner
 from small_vae import save_vae
 
 from harness import stages
-from harness.cli import group
+from harness.cli import group, plan
 from harness.data import latents
 from harness.engines import workbench
 from harness.errors import Refusal
@@ -217,6 +219,22 @@ def test_a_cache_by_another_auto_encoder_is_refused_with_both_hashes(home, ran, 
     assert f"latents.vae_sha256 is '{mine}' there and '{other}' here" in text
 
 
+def test_a_cache_that_is_whole_is_known_again_without_a_framework(home, tmp_path):
+    """By the files of its auto-encoder; another one is loaded, and refused with what differs."""
+    code = (
+        "import sys\nfrom harness.cli import main\n"
+        f"sys.argv = ['harness', 'data', 'latents', {str(home / 'images.npz')!r}, '--vae', {str(home / 'vae')!r},"
+        f" '--out', {str(home / 'cache')!r}]\n"
+        "main()\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert f"{home / 'cache'}: is there already, the same latents" in found.stdout
+    save_vae(tmp_path / "vae", seed=1, scaling_factor=0.8, shift_factor=0.1)
+    text = refused("data", "latents", home / "images.npz", "--vae", tmp_path / "vae", "--out", home / "cache")
+    assert "holds latents of something else (vae.name is" in text
+
+
 def test_images_in_place_of_latents_and_latents_of_another_size_are_refused_with_the_command(home, tmp_path):
     from harness.data.prepared import is_prepared
 
@@ -232,6 +250,10 @@ def test_images_in_place_of_latents_and_latents_of_another_size_are_refused_with
     (tmp_path / "large.toml").write_text(TASK.format(suite="tiny").replace("input_size = 4", "input_size = 8"))
     text = refused("train", "--backbone", "dit-xs-2", "--protocol", tmp_path / "large.toml", "--data", home / "cache")
     assert "the cache has latents 4x4x4 of images of 32 pixels, protocol 'latents-32' wants latents 4x8x8" in text
+    (tmp_path / "coarse.toml").write_text(TASK.format(suite="tiny").replace("input_size = 4", "input_size = 2"))
+    text = refused("train", "--backbone", "dit-xs-2", "--protocol", tmp_path / "coarse.toml")
+    assert "`harness data latents FILE.npz --vae DIR --out npz-32-latents`" in text  # no auto-encoder with a name
+    assert "images of 3 channels, latents of 4 channels, a cell for 16x16 pixels" in text
     (lack,) = missing(make_request(backbone="dit-xl-2", protocol="imagenet-256"))
     prepare, encode, run = (
         lack.index(part)
@@ -273,6 +295,31 @@ def test_the_decoder_is_the_auto_encoder_of_the_cache_unless_another_is_named(ho
         "--micro-batch", "2", "--out", tmp_path / "pixels",
     )  # fmt: skip
     assert "a system has its own" in refused("sample", "--system", "ldm-4", "--decoder", "ft-ema")
+
+
+def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkeypatch):
+    """The auto-encoder, then the images to judge by; `plan` says it, too, and names the same flag."""
+    monkeypatch.setattr(stages.Workshop, "measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(plan, "measured", lambda request, options: None)
+    cache = shutil.copytree(home / "cache", tmp_path / "cache")
+    meta = json.loads((cache / "meta.json").read_text())
+    task = ("--backbone", "dit-xs-2", "--protocol", home / "task.toml", "--data", cache, *FIXED)
+
+    def changed(name):
+        places = {**meta["places"], name: str(tmp_path / "gone")}
+        (cache / "meta.json").write_text(json.dumps({**meta, "places": places}))
+
+    changed("vae")
+    text = refused("run", *task, "--out", tmp_path / "run")
+    assert "the auto-encoder behind" in text and "--decoder DIR" in text
+    (lack,) = json.loads(done("plan", *task, "--json").stdout)["missing"]
+    assert (
+        lack
+        == f"the auto-encoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another, with --decoder DIR"
+    )
+    changed("images")
+    assert "the images behind" in refused("run", *task, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_images_to_judge_by_are_those_of_the_cache_or_named(home, ran, tmp_path):

@@ -11,6 +11,7 @@ from small_runs import request, workshop
 
 from harness import registry, sampling, stages
 from harness.diffusion.schedule import Schedule
+from harness.engines.team import Team
 from harness.engines.torch import draw
 from harness.engines.torch.draw import TorchSampler
 from harness.environment import UNKNOWN, Spent, timing_of
@@ -283,3 +284,25 @@ def test_a_folder_with_other_samples_than_its_name_says_is_refused(shop):
     with pytest.raises(Refusal, match="holds other samples than its name and sidecar say"):
         draw_set(shop, seed=21)
     assert path.read_bytes() == before
+
+
+def test_the_leader_says_whether_a_sample_set_is_there(shop):
+    """See the same of snapshots: another process may not see it yet, or see it too soon."""
+
+    class Led(Team):
+        size, index = 2, 1
+
+        def __init__(self, told):
+            self.told = told
+
+        def leaders(self, value):
+            return self.told
+
+    def drawn(team):
+        return stages.draw(shop.run, request(steps=30, samples=4), 30, 2, precision="float32", batch=4, team=team)
+
+    assert not drawn(Led(told=1)).exists()
+    path = drawn(Team())
+    before, shards = path.read_bytes(), path.parent / "shards"
+    assert drawn(Led(told=0)) == path and path.read_bytes() == before
+    assert [each.name for each in shards.iterdir()] == []  # of its share, which is the leader's here

@@ -344,6 +344,36 @@ def test_a_team_agrees_on_an_interruption_before_the_first_step(tmp_path):
         training.train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, device="", say=print, team=Other())  # fmt: skip
 
 
+class Led(Team):
+    """A process that is not the first, which says `told` whenever it is asked."""
+
+    size, index = 2, 1
+
+    def __init__(self, told):
+        self.told = told
+
+    def leaders(self, value):
+        return self.told
+
+
+def test_the_leader_says_whether_a_snapshot_is_there(whole, tmp_path, monkeypatch):
+    """Each process would see for itself, on file systems that show a new file to one machine before another; and who
+    then trains waits for ever for who does not."""
+    begun = []
+    monkeypatch.setattr("harness.stages.workbench", lambda framework: begun.append(framework) or 1 / 0)
+    fresh = workshop(tmp_path / "run", request(steps=12))
+    fresh.team = Led(told=1)
+    fresh.train(12)
+    training.train(fresh.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, team=fresh.team)
+    assert not begun
+    monkeypatch.setattr(whole, "team", Led(told=0))
+    with pytest.raises(ZeroDivisionError):
+        whole.train(12)
+    with pytest.raises(Refusal, match="another newest checkpoint"):  # which is what it looks at next
+        training.train(whole.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, team=Led(told=0))
+    assert begun == ["torch"]
+
+
 @pytest.mark.parametrize(("error", "well"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])
 def test_only_a_stop_that_was_agreed_on_is_a_good_end(error, well):
     """A second Ctrl-C is one process's own: the others are told that it needs to be waited for no more."""

@@ -25,6 +25,7 @@ from harness.spec import BackboneSpec
 PROBE_IMAGES = 16  # the speed of two precisions is compared on at most so many images a device
 PROBE_REPEATS = 3
 LONG_SECONDS = 20.0  # a network this slow has shown enough
+FAR_SLOWER = 4  # times the seconds of another precision: likewise
 LESS_MEMORY = "give a smaller --micro-batch or --gradient-checkpointing"
 
 
@@ -42,8 +43,11 @@ def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) 
     return inputs
 
 
-def measure(net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str) -> float:
-    """Seconds that forward and backward take for one image, the best of a few passes after compiling."""
+def measure(
+    net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str, enough: float
+) -> float:
+    """Seconds that forward and backward take for one image, the best of a few passes after compiling; the first that takes
+    more than `enough` seconds is the last."""
     set_compute_dtype(net, COMPUTE_DTYPES[precision])
     graph, params, rest = nnx.split(net, nnx.Param, ...)
 
@@ -61,7 +65,7 @@ def measure(net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh,
             began = time.perf_counter()
             jax.block_until_ready(compiled(params, rest, *inputs))
             best = min(best, time.perf_counter() - began)
-            if best > LONG_SECONDS:
+            if best > enough:
                 break
     return best / images
 
@@ -95,7 +99,10 @@ def resolve(
         )
     images = min(chosen, PROBE_IMAGES * count)
     wanted = list(COMPUTE_DTYPES) if precision == "auto" else [precision]
-    speeds = {each: measure(net, images, arguments, mesh, each, spec.kind) for each in wanted}
+    speeds: dict[str, float] = {}
+    for each in wanted:
+        enough = min([LONG_SECONDS, *(FAR_SLOWER * images * other for other in speeds.values())])
+        speeds[each] = measure(net, images, arguments, mesh, each, spec.kind, enough)
     fastest = wanted[devices.agreed(wanted.index(min(speeds, key=lambda each: speeds[each])))]
     resolved = Resolved(
         device=device,

@@ -25,6 +25,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # those tha
 NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
 PROBE_IMAGES = 16  # the speed of two precisions is compared on at most so many images
 PROBE_REPEATS = 3
+FAR_SLOWER = 4  # times as slow as another precision, and PATIENCE_SECONDS for one image: its passes are not repeated
+PATIENCE_SECONDS = 1.0
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -89,10 +91,24 @@ def measure(
     return team.most(measure_here(net, images, arguments, device, precision, kind))
 
 
+def far_slower(
+    net: torch.nn.Module, arguments: dict, device: torch.device, precision: str, kind: str, than: float
+) -> float | None:
+    """Seconds that forward and backward take for one image of each process, where that one shows that this precision is far
+    slower `than` another's seconds (bfloat16 on a CPU without units for it); None: it is to be measured."""
+    seconds = 0.0
+    for _ in range(2):  # a first pass may take its time to prepare itself
+        seconds = team.most(measure_here(net, 1, arguments, device, precision, kind, repeats=0))
+        if seconds <= max(PATIENCE_SECONDS, FAR_SLOWER * than):
+            return None
+    return seconds
+
+
 def measure_here(
-    net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser"
-) -> float:
-    """Seconds that forward and backward take for one image in this process, the best of a few passes.
+    net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser",
+    repeats: int = PROBE_REPEATS,
+) -> float:  # fmt: skip
+    """Seconds that forward and backward take for one image in this process, the best of `repeats` passes after a first one.
 
     Waits for no other process. Weights are left as they are.
     """
@@ -100,7 +116,7 @@ def measure_here(
     inputs = inputs_of(kind, images, arguments, device)
     best = float("inf")
     buffers = [buffer.clone() for buffer in net.buffers()]
-    for repeat in range(PROBE_REPEATS + 1):
+    for repeat in range(repeats + 1):
         begin = time.perf_counter()
         with autocast(device, precision):
             loss = net(*inputs).float().square().mean()
@@ -108,7 +124,7 @@ def measure_here(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin
-        if repeat:  # the first pass warms up
+        if repeat or not repeats:  # the first pass warms up
             best = min(best, seconds)
         if seconds > 20:  # a network this slow has shown enough
             best = min(best, seconds)
@@ -180,7 +196,11 @@ def resolve(
     images = min(chosen, PROBE_IMAGES)
     check_precision(device, precision)
     wanted = list(PRECISIONS) if precision == "auto" else [precision]
-    speeds = {each: measure(net, images, arguments, device, each, spec.kind) / team.size() for each in wanted}
+    speeds: dict[str, float] = {}
+    for each in wanted:
+        than = min(speeds.values(), default=None)
+        found = None if than is None else far_slower(net, arguments, device, each, spec.kind, than * team.size())
+        speeds[each] = (found or measure(net, images, arguments, device, each, spec.kind)) / team.size()
     fastest = min(speeds, key=lambda each: speeds[each])
     lacking = compiling.lacking(device)
     if team.most(float(lacking is not None)) and lacking is None:  # they measure together or not at all
