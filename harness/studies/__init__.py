@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import Refusal, shown
+from harness.loggers import LOGGERS
 from harness.protocols import LONGEST_NAME, count
 from harness.registry import unknown
 
@@ -123,6 +124,12 @@ def _whole(value: Any, where: str, least: int = 0) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or not least <= number < 2**63:
         raise ValueError(f"must be a whole number, {least} or more")
     return number
+
+
+def _logger(value: Any, where: str) -> str:
+    if (text := _text(value, where)) not in LOGGERS:
+        raise ValueError(f"no logger has that name; there are {' and '.join(LOGGERS)}")
+    return text
 
 
 def _steps(value: Any, where: str) -> int:
@@ -219,7 +226,7 @@ OPTIONS: dict[str, Callable[[Any, str], Any]] = {  # passed on to `harness run` 
     "micro_batch": _steps,
     "device": _text,
     "mesh": _text,
-    "logger": _list(_text),
+    "logger": _list(_logger),
 }
 ITEMS: dict[str, Callable[[Any, str], Any]] = {
     "name": _text,

@@ -6,7 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
+
+from harness.cli import doctor, group, plan
+from harness.engines.memory import NoRoom
+from harness.errors import Refusal
 
 FRAMEWORKS = ("torch", "jax", "flax", "tensorflow", "sklearn", "pandas", "matplotlib", "seaborn", "diffusers")
 
@@ -102,6 +108,37 @@ def test_a_protocol_without_its_data_prints_the_plan_and_the_missing_pieces(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def planned(monkeypatch, measured, *words):
+    monkeypatch.setattr(plan, "measured", measured)
+    return CliRunner().invoke(group, ["plan", "--backbone", "dit-xl-2", "--protocol", "imagenet-256", *words])
+
+
+def test_a_plan_says_what_is_missing_before_it_measures_and_is_made_all_the_same(monkeypatch):
+    """Data that are not there, then memory: whatever would stop the run has a line, and none of it stops the plan."""
+
+    def measured(request, options):
+        click.echo("MEASURED")
+        raise NoRoom("dit-xl-2 needs 16.8 GB on cpu")
+
+    done = planned(monkeypatch, measured)
+    assert done.exit_code == 0, done.exception
+    lines = done.stdout.splitlines()
+    (data,) = (number for number, line in enumerate(lines) if line.startswith("missing  data set 'imagenet'"))
+    assert lines.index("  warmup_steps       0") < data < lines.index("MEASURED")
+    assert lines[-1] == "missing  dit-xl-2 needs 16.8 GB on cpu"
+    document = json.loads(planned(monkeypatch, measured, "--json").stdout.replace("MEASURED", ""))
+    assert [lack[:8] for lack in document["missing"]] == ["data set", "dit-xl-2"] and document["measured"] is None
+    assert document["training"]["steps"] == 400_000
+
+
+def test_a_plan_for_a_device_that_is_not_there_is_refused_behind_its_arithmetic(monkeypatch):
+    def measured(request, options):
+        raise Refusal("--device cuda:7 is not to be had here")
+
+    done = planned(monkeypatch, measured)
+    assert isinstance(done.exception, Refusal) and "674.83 M" in done.stdout and "400,000 steps" in done.stdout
+
+
 def test_a_folder_named_like_a_package_does_not_get_in_the_way(tmp_path):
     for name in ("results", "reports"):
         (tmp_path / name).mkdir()
@@ -125,6 +162,46 @@ def test_doctor_finds_what_the_main_job_needs():
     assert {finding["status"] for finding in findings} <= {"ok", "note"}
     assert any("efficientnet-lite0-96" in finding["what"] for finding in findings)
     assert all(finding["fix"] for finding in findings if finding["status"] == "note")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (1.94, "1.9 times as fast as in float32"),
+        (12.6, "13 times as fast as in float32"),
+        (1.02, "as fast as in float32"),
+        (0.5, "2.0 times slower than in float32"),
+        (0.013, "77 times slower than in float32"),
+    ],
+)
+def test_doctor_says_how_fast_bfloat16_is_in_words(ratio, words):
+    assert doctor.beside_float32(ratio) == words
+
+
+def test_doctor_says_what_it_is_at_and_loses_no_time_on_a_slow_product(monkeypatch):
+    import torch
+
+    notes, products = [], []
+
+    class Slow:
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+        def __matmul__(self, other):
+            products.append(self.dtype)
+            now[0] += 60 if self.dtype is torch.bfloat16 else 0.01
+
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "ones", lambda *_, dtype: Slow(dtype))
+    assert doctor._bfloat16() == pytest.approx(0.01 / 60)
+    assert products == [torch.float32] * doctor.PRODUCTS + [torch.bfloat16]
+
+    for part in ("_torch", "_processor", "_features", "_plugins", "_optional"):
+        monkeypatch.setattr(doctor, part, list)
+    monkeypatch.setattr(doctor.Bar, "advance", lambda self, count=1, note=None: notes.append((count, note)))
+    assert CliRunner().invoke(doctor.command).exit_code == 0
+    assert sum(count for count, _ in notes) == 6 and notes[0] == (0, "the machine")
 
 
 def test_console_command_is_installed():

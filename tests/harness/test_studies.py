@@ -139,6 +139,11 @@ def test_budgets_spend_the_same(study):
         ("steps = [5, 2]", "steps = [5000]", "more than the 1000 steps"),
         ('protocol = "digits"', 'protocol = "digits"\nname = "../up"', "names a folder"),
         ("batch = 16", "batch = [16", "not valid TOML"),
+        (
+            "evaluate_at",
+            'logger = "tensorbord"\nevaluate_at',
+            "no logger has that name; there are tensorboard and wandb",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(old, new, message, tmp_path):
