@@ -72,7 +72,7 @@ def main() -> None:
 
     Of several processes that torchrun started the first says why all of them end; torchrun's own exit code is then 1.
     """
-    from harness.engines.processes import first, let_the_first_speak, tell_torchrun
+    from harness.engines.processes import let_the_first_speak, speaks, tell_torchrun
     from harness.errors import Failure, Refusal
 
     def end(code: int, reason: str, say: Callable[[], object]) -> NoReturn:
@@ -90,7 +90,7 @@ def main() -> None:
         except (click.Abort, KeyboardInterrupt):
             # torchrun sends SIGTERM for reasons of its own, too: that another process has died.
             by = "by torchrun (SIGTERM)" if terminated and "TORCHELASTIC_RUN_ID" in os.environ else ""
-            if first(os.environ):
+            if speaks(os.environ):
                 click.echo(f"harness: interrupted {by}".strip(), err=True)
             sys.exit(130)
         except BrokenPipeError:

@@ -72,16 +72,15 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
     )
 
 
-def first(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the first of those of its launcher, or alone; the environment may be nonsense."""
-    index = LAUNCHERS[0 if "WORLD_SIZE" in environment else 1][0]
-    return not launched(environment) or environment.get(index, "0") == "0"
+def speaks(environment: Mapping[str, str]) -> bool:
+    """Whether this process says what all have to say: of torchrun's, who write to one terminal, the first."""
+    return "TORCHELASTIC_RUN_ID" not in environment or environment.get(LAUNCHERS[0][0], "0") == "0"
 
 
 def let_the_first_speak(environment: Mapping[str, str]) -> None:
     """Wait, in another process of torchrun's than the first, so long that the first has met with the same refusal and has
     said it; at its end torchrun ends this one. Who is still here has a reason of its own, and must say it."""
-    if "TORCHELASTIC_RUN_ID" in environment and not first(environment):
+    if not speaks(environment):
         time.sleep(ALONE_SECONDS)
 
 
