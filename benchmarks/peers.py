@@ -6,10 +6,14 @@ its order, on our weights, whose names are the same. Its blocks are timm's, with
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,11 +23,38 @@ from harness.data.images import ImageSet
 from harness.diffusion.respacing import space_timesteps
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.loss import LossTables, training_losses
-from harness.engines.torch.resolve import PRECISIONS, measure
+from harness.engines.torch.resolve import PRECISIONS, device_name, measure
 from harness.engines.torch.trainer import build
 
 INPUT = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "out_channels": 8}
 CPU = torch.device("cpu")
+
+
+def options(description: str, precision: str, **more: dict) -> argparse.Namespace:
+    """The command line of a benchmark, read, and torch set up as it asks. more: options of this one alone, as argparse
+    takes them; precision: what `--precision` means in it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", default="dit-s-8,dit-s-2")
+    parser.add_argument("--batch", type=int)
+    for name, words in more.items():
+        parser.add_argument(f"--{name}", **words)
+    parser.add_argument("--precision", choices=PRECISIONS, help=precision)
+    parser.add_argument("--threads", type=int, help="of torch [default: as many as it takes]")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    found = parser.parse_args()
+    warnings.filterwarnings("ignore", module="diffusers")
+    if found.threads is not None:
+        torch.set_num_threads(found.threads)
+    print(f"{device_name(CPU)}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    return found
+
+
+def keep(rows: list[dict], out: Path | None) -> None:
+    """The rows with what measured them, as JSON at `out`, if anywhere."""
+    if out:
+        facts = {"device": device_name(CPU), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 
 def diffusers_network(arguments: dict) -> torch.nn.Module:

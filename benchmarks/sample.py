@@ -14,10 +14,7 @@ to latents, with guidance 4 of a doubled batch:
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,13 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a path
 
+import peers
 from peers import CPU, INPUT, PublicDiffusion, PublicNetwork, ceiling, compare, diffusers_pipeline, faster, show
 
 from harness import registry
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.compiling import lacking
 from harness.engines.torch.draw import TorchSampler
-from harness.engines.torch.resolve import PRECISIONS, device_name
 from harness.engines.torch.trainer import build
 from harness.protocols import Sampling
 
@@ -75,19 +72,8 @@ def recipe_draw(spec, batch: int, steps: int) -> Callable[[], torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbones", default="dit-s-8,dit-s-2")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--steps", type=int, default=4, help="of the sampler")
-    parser.add_argument("--precision", choices=PRECISIONS, help="for 3 [default: the faster]")
-    parser.add_argument("--threads", type=int, help="of torch [default: as many as it takes]")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore", module="diffusers")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    print(f"{device_name(CPU)}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.steps} steps")
+    steps = {"type": int, "default": 4, "help": "of the sampler"}
+    options = peers.options(__doc__, "for 3 [default: the faster]", steps=steps)
     rows = []
     for name in options.backbones.split(","):
         spec = registry.backbones.get(name)
@@ -111,9 +97,7 @@ def main() -> None:
         ours = harness_draw(spec, "ddpm", batch, steps, fastest, compiled)
         against(f"the public recipe (ours: {fastest}, compile {compiled})", ours, recipe)
         rows[-1] |= ceiling(rows[-1], 2 * spec.count(**INPUT).macs * 2 * batch * steps)
-    if options.out:
-        facts = {"device": device_name(CPU), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        options.out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    peers.keep(rows, options.out)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,13 @@ Two comparisons, each the median of interleaved runs (machines are noisy; only t
 1. equal precision: forward, mean squared error, backward and one AdamW update of our network and of diffusers'
    DiTTransformer2DModel of the same size, in float32 and under bfloat16 autocast;
 2. whole step: the trainer of the harness, compiled where there is a compiler, with the precision that `auto` picks here
-   (bfloat16 where it is faster, fused AdamW, one-call EMA, hybrid loss, counter-based noise) against the public recipe (its own network too): float32,
-   unfused AdamW, EMA in a loop over the parameters, the same loss.
+   (bfloat16 where it is faster, fused AdamW, one-call EMA, hybrid loss, counter-based noise) against the public recipe
+   (its own network too): float32, unfused AdamW, EMA in a loop over the parameters, the same loss.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,11 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a path
 
+import peers
 from peers import CPU, INPUT, ceiling, compare, diffusers_dit, faster, noise_images, recipe_step, show
 
 from harness import registry
 from harness.engines.torch.compiling import lacking
-from harness.engines.torch.resolve import PRECISIONS, autocast, device_name
+from harness.engines.torch.resolve import PRECISIONS, autocast
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.planning import TRAINING_FACTOR
 from harness.protocols import Recipe
@@ -93,18 +91,7 @@ def twice(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbones", default="dit-s-8,dit-s-2")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--precision", choices=PRECISIONS, help="this alone [default: both, and the faster for 2]")
-    parser.add_argument("--threads", type=int, help="of torch [default: as many as it takes]")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore", module="diffusers")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    print(f"{device_name(CPU)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    options = peers.options(__doc__, "this alone [default: both, and the faster for 2]")
     rows = []
     for name in options.backbones.split(","):
         spec = registry.backbones.get(name)
@@ -128,10 +115,7 @@ def main() -> None:
         rows[-1] |= compare(*both, 2 * batch, options.runs)
         show(rows[-1])
         rows[-1] |= ceiling(rows[-1], 2 * TRAINING_FACTOR * spec.count(**INPUT).macs * 2 * batch)
-    if options.out:
-        options.out.write_text(
-            json.dumps({"device": device_name(CPU), "torch": torch.__version__, "rows": rows}, indent=2)
-        )
+    peers.keep(rows, options.out)
 
 
 if __name__ == "__main__":

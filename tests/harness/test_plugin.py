@@ -8,36 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import few_digits
 import numpy as np
 import pytest
 
-from harness.data.digits import load
-
 EXAMPLE = Path(__file__).parents[1] / "plugin_example"
 NAME, DISTRIBUTION = "convmixer-64-4", "backbone-harness-example"
-
-# The digits at hand, but few: the reference's features would otherwise take most of the time.
-PROTOCOL = """
-name = "few-digits"
-dataset = "npz"
-resolution = 8
-image_channels = 1
-num_classes = 10
-input_size = 8
-in_channels = 1
-samples = 100
-suite = "embedded"
-
-[recipe]
-steps = 6
-batch = 16
-learning_rate = 1e-3
-flip = false
-
-[sampling]
-steps = [4]
-clip_denoised = true
-"""
 
 
 def harness(*words, cwd, path=()):
@@ -79,9 +55,8 @@ def installed(tmp_path_factory):
 def place(tmp_path_factory):
     """A user's folder: a protocol file and its images."""
     folder = tmp_path_factory.mktemp("place")
-    digits = load()
-    np.savez(folder / "digits.npz", arr_0=digits.images[:300], arr_1=digits.labels[:300])
-    (folder / "few.toml").write_text(PROTOCOL)
+    few_digits.write(folder / "digits.npz", 300)
+    (folder / "few.toml").write_text(few_digits.protocol("few-digits", steps=4))
     return folder
 
 
@@ -168,7 +143,7 @@ def test_train_sample_evaluate_report_from_the_command_line(installed, place):
 
 
 def test_what_the_example_refuses_is_one_line(installed, place):
-    (place / "odd.toml").write_text(PROTOCOL.replace("= 8", "= 7"))
+    (place / "odd.toml").write_text((place / "few.toml").read_text().replace("= 8", "= 7"))
     done = harness(
         "train",
         "--backbone",

@@ -21,6 +21,9 @@ from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
 from harness.spec import BackboneSpec
 
+# Multiply-adds of a network call on a CPU: what a layer of a DiT leaves for the next is then small enough for the cache
+# (on two cores of an EPYC calls of 4 images of DiT-S/2 are 1.05 to 1.2 times as fast as of 16). A GPU wants all at once.
+CALL_MACS = 24e9
 STAGE_BITS = 32  # steps below 2**32 belong to one stage of a cascade
 
 
@@ -68,6 +71,7 @@ class TorchStage:
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
+        self._most = max(1, int(CALL_MACS / spec.count(**arguments).macs)) if device.type == "cpu" else None
         self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
 
     def draw(
@@ -93,9 +97,11 @@ class TorchStage:
             return random.normal(seed, purpose, rows, max(k, 0), self._shape)  # (N, C, H, W)
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)  # of guidance
+            parts = 1 if self._most is None else math.ceil(len(x) / self._most)  # equal but for one image
+            inputs = zip(*(each.tensor_split(parts) for each in (x, t, y, *doubled)), strict=True)
             with autocast(self._device, self._precision):
-                doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)  # of guidance
-                return self._net(x, t, y, *doubled).float()
+                return torch.cat([self._net(*each).float() for each in inputs])
 
         def logits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             assert self._classifier is not None
