@@ -91,6 +91,24 @@ def test_with_arithmetic_per_element_samples_are_bit_identical(shop, monkeypatch
             assert np.array_equal(rounded_other, rounded)
 
 
+def test_a_batch_is_put_through_the_network_in_equal_parts(shop, monkeypatch):
+    calls = []
+
+    class Counting(PerElement):
+        def forward(self, x, t, y):
+            calls.append(len(x))
+            return super().forward(x, t, y)
+
+    wanted = request(steps=30, sampling={"guidance_scale": 2.0})
+    floats, _ = images(monkeypatch, Counting(), wanted, 64)
+    assert calls == [128] * 10  # the network is small: all at once
+    calls.clear()
+    monkeypatch.setattr(draw, "CALL_MACS", 20.5 * wanted.spec.count(**wanted.arguments).macs)
+    parted, _ = images(monkeypatch, Counting(), wanted, 64)
+    assert calls == [19, 19, 18, 18, 18, 18, 18] * 10
+    assert torch.equal(parted, floats)
+
+
 def test_with_a_network_the_batch_moves_last_bits_alone(shop, monkeypatch, record_property):
     """What is left is the order of sums in matrix products: in float64 it all but vanishes, as randomness would not."""
     net = draw.load_weights(
