@@ -34,12 +34,12 @@ def place_labels(
     ]  # fmt: skip
     if not texts:
         return
-    _make_room(axes, texts)
-    marks, lines = _obstacles(axes, points)
-    frame = axes.get_window_extent()
     scale = axes.figure.dpi / 72
     radii = radii or [0.0] * len(points)
     radius = dict(zip(points, radii, strict=True))
+    _make_room(axes, texts, radius)
+    marks, lines = _obstacles(axes, points)
+    frame = axes.get_window_extent()
     discs = scale * np.array(radii)
     taken = np.empty((0, 4))
     for text in texts:
@@ -105,13 +105,13 @@ def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (~apart).sum(axis=1)
 
 
-def _make_room(axes, texts) -> None:
-    """Moves the right end of the x axis until the text beside each point ends within the axes."""
+def _make_room(axes, texts, radius: dict[tuple[float, float], float]) -> None:
+    """Moves the right end of the x axis until the text beside each point, outside its bubble, ends within the axes."""
     low, high = axes.get_xlim()
     is_log = axes.get_xscale() == "log"
     frame = axes.get_window_extent()
     for text in texts:
-        width = text.get_window_extent().width + 24
+        width = text.get_window_extent().width + 24 + radius.get(text.xy, 0.0) * axes.figure.dpi / 72
         share = min(width / frame.width, 0.55)
         # The point stands at most (1 - share) of the way along the axis: solve for the end of the axis.
         x = text.xy[0]
