@@ -5,6 +5,7 @@ get figures and give back bytes through their pipes; the bytes are those that on
 """
 
 import contextlib
+import gc
 import os
 import pickle
 import subprocess
@@ -109,6 +110,8 @@ class Painters:
 def help_to_draw() -> None:
     """What a helper does: figures from standard input, the files of each to standard output."""
     get_ready()
+    gc.freeze()  # the libraries need not be looked through after each figure
+    gc.disable()
     while True:
         try:
             figure, styles = pickle.load(sys.stdin.buffer)
@@ -116,6 +119,7 @@ def help_to_draw() -> None:
             return
         pickle.dump(draw(figure, styles), sys.stdout.buffer)
         sys.stdout.buffer.flush()
+        gc.collect()
 
 
 def _cost(figure: Figure) -> float:

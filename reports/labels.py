@@ -37,13 +37,15 @@ def place_labels(
     scale = axes.figure.dpi / 72
     radii = radii or [0.0] * len(points)
     radius = dict(zip(points, radii, strict=True))
-    _make_room(axes, texts, radius)
+    sizes = [text.get_window_extent() for text in texts]  # which no place changes
+    _make_room(
+        axes, texts, [size.width + scale * radius.get(text.xy, 0.0) for text, size in zip(texts, sizes, strict=True)]
+    )
     marks, lines = _obstacles(axes, points)
     frame = axes.get_window_extent()
     discs = scale * np.array(radii)
     taken = np.empty((0, 4))
-    for text in texts:
-        extent = text.get_window_extent()
+    for text, extent in zip(texts, sizes, strict=True):
         x, y = axes.transData.transform(text.xy)
         places = [_beyond(place, radius.get(text.xy, 0.0)) for place in _PLACES]
         boxes = np.array([_box(x, y, extent.width, extent.height, place, scale) for place in places])
@@ -105,14 +107,16 @@ def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (~apart).sum(axis=1)
 
 
-def _make_room(axes, texts, radius: dict[tuple[float, float], float]) -> None:
-    """Moves the right end of the x axis until the text beside each point, outside its bubble, ends within the axes."""
+def _make_room(axes, texts, widths: Sequence[float]) -> None:
+    """Moves the right end of the x axis until the text beside each point ends within the axes.
+
+    widths: of the texts with the radius of their bubbles, in pixels.
+    """
     low, high = axes.get_xlim()
     is_log = axes.get_xscale() == "log"
     frame = axes.get_window_extent()
-    for text in texts:
-        width = text.get_window_extent().width + 24 + radius.get(text.xy, 0.0) * axes.figure.dpi / 72
-        share = min(width / frame.width, 0.55)
+    for text, width in zip(texts, widths, strict=True):
+        share = min((width + 24) / frame.width, 0.55)
         # The point stands at most (1 - share) of the way along the axis: solve for the end of the axis.
         x = text.xy[0]
         needed = low * (x / low) ** (1 / (1 - share)) if is_log else low + (x - low) / (1 - share)

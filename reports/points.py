@@ -156,20 +156,18 @@ def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
     """
     plain = [record for record in records if not is_guided(record)] or list(records)
     models: dict[tuple, set[str]] = {}
+    own: dict[tuple, dict[tuple, list[Record]]] = {}  # system -> setting -> records
     for record in plain:
-        models.setdefault(_setting(record), set()).add(model_of(record))
+        setting = _setting(record)
+        models.setdefault(setting, set()).add(model_of(record))
+        drawn = own.setdefault((record.provenance, record.system, record.backbone), {})
+        drawn.setdefault(setting, []).append(record)
     usual = max(models, key=lambda setting: (len(models[setting]), setting[1], str(setting)))
-    own: dict[tuple, list[Record]] = {}
-    for record in plain:
-        own.setdefault((record.provenance, record.system, record.backbone), []).append(record)
     kept, others = [], 0
-    for members in own.values():
-        found = [record for record in members if _setting(record) == usual]
-        if not found:
-            others += 1
-            most = max((_setting(record) for record in members), key=lambda setting: (setting[1], str(setting)))
-            found = [record for record in members if _setting(record) == most]
-        kept += found
+    for drawn in own.values():
+        others += usual not in drawn
+        most = usual if usual in drawn else max(drawn, key=lambda setting: (setting[1], str(setting)))
+        kept += drawn[most]
     words = []
     if usual[0]:
         guidance = f"guidance {usual[3]:g}" if usual[3] is not None else "no guidance"

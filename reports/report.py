@@ -59,28 +59,28 @@ def write_report(
     found = find_record_files(record_paths)
     packaged = resources.files("results").joinpath("measured")
     with Painters() as painters:
-        with resources.as_file(packaged) as folder:
-            loaded = load([*found, *sorted(folder.glob("*.jsonl"))], progress)
-        records = loaded.records
-        protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
-        drawn = [record for record in records if record.protocol in protocols]
-        drawn += published_records(None if protocol is None else protocols)
-        styles = charts.model_styles(drawn)
         with collector_paused():
+            with resources.as_file(packaged) as folder:
+                loaded = load([*found, *sorted(folder.glob("*.jsonl"))], progress)
+            records = loaded.records
+            protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
+            drawn = [record for record in records if record.protocol in protocols]
+            drawn += published_records(None if protocol is None else protocols)
+            styles = charts.model_styles(drawn)
             shown = figures(drawn, [path.parent for path in found])
             painters.begin(shown, styles)  # they draw while the rest is made here
             tables, contents = table_files(records, protocols)
             contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
-        page = page_data(
-            tables,
-            shown,
-            records,
-            styles=styles,
-            published=paper.records(),
-            record_files=found,
-            problems=loaded.problems,
-            conflicts=loaded.conflicts,
-        )
+            page = page_data(
+                tables,
+                shown,
+                records,
+                styles=styles,
+                published=paper.records(),
+                record_files=found,
+                problems=loaded.problems,
+                conflicts=loaded.conflicts,
+            )
         for name, files in painters.finish(progress).items():
             contents |= {f"{name}.{kind}": data for kind, data in files.items()}
     contents[NAME] = write_page(page, shown, contents)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import string
 from collections.abc import Mapping, Sequence
 
@@ -145,8 +146,8 @@ def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> di
     }
     for prefix, part in (("training", training), ("sampling", sampling), ("evaluation", evaluation)):
         if part is not None:
-            # The mode of the evaluation belongs to the metric, not to the row.
-            entry |= {f"{prefix}_{name}": getattr(part, name) for name in _names(type(part)) if name != "mode"}
+            columns, values = _columns(prefix, type(part))
+            entry.update(zip(columns, values(part), strict=True))
     for key, mode in _in_order(tuple(row.records)):
         metric = row.records[key, mode]
         value = row.text((key, mode)) if row.is_published else metric.value
@@ -167,8 +168,10 @@ def _metric_columns(key: str, mode: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _names(part: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(part))
+def _columns(prefix: str, part: type) -> tuple[tuple[str, ...], operator.attrgetter]:
+    """The columns of a part of a record, and what gets their values; the mode belongs to the metric, not to the row."""
+    names = [field.name for field in dataclasses.fields(part) if field.name != "mode"]
+    return tuple(f"{prefix}_{name}" for name in names), operator.attrgetter(*names)
 
 
 def aligned(data: Sequence[dict[str, object]]) -> tuple[dict[str, object], ...]:

@@ -151,7 +151,7 @@ def within_noise(a: Record, b: Record) -> bool | None:
     """
     if None in (a.low, b.low):
         return None
-    lower, upper = sorted((a, b), key=lambda record: record.value)
+    lower, upper = (a, b) if a.value <= b.value else (b, a)
     return upper.value - lower.value <= math.hypot(lower.high - lower.value, upper.value - upper.low)
 
 

@@ -23,10 +23,10 @@ MOST_KNOWN = 10_000
 
 
 class _Known(NamedTuple):
-    """A record that was read whole, and its identity's canonical JSON before and behind the metric."""
+    """A record that was read whole, and its identity's canonical JSON before the metric (its hash) and behind it."""
 
     fields: dict[str, object]
-    before: bytes
+    before: "hashlib._Hash"
     behind: bytes
 
 
@@ -56,16 +56,17 @@ class LineReader:
             ):
                 self._remember(common, record)
             return record
-        identity = hashlib.sha256(known.before + metric.encode("ascii") + known.behind)
+        identity = known.before.copy()
+        identity.update(metric.encode("ascii") + known.behind)
         whole = identity.copy()
         whole.update(float.__repr__(value).encode("ascii"))
         if whole.hexdigest() != own[2] or not -math.inf < low <= high < math.inf:
             return from_json(text)  # which says what is wrong with it
         record = object.__new__(Record)
-        fields = vars(record)
-        fields.update(known.fields)
-        fields.update(metric=metric, value=value, low=low, high=high, interval=own[3])
-        fields["_hashes"] = (identity.hexdigest(), own[2])
+        hashes = (identity.hexdigest(), own[2])
+        vars(record).update(
+            known.fields, metric=metric, value=value, low=low, high=high, interval=own[3], _hashes=hashes
+        )
         return record
 
     def _remember(self, common: tuple[str, str, str], record: Record) -> None:
@@ -74,6 +75,6 @@ class LineReader:
         before, _, behind = record.identity_json.partition(f'"metric":"{record.metric}"')
         self._known[common] = _Known(
             fields={name: getattr(record, name) for name in _FIELDS},
-            before=before.encode("ascii") + b'"metric":"',
+            before=hashlib.sha256(before.encode("ascii") + b'"metric":"'),
             behind=b'"' + behind.encode("ascii"),
         )

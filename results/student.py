@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 ACCURACY = 1e-13
 MOST_TERMS = 10_000
 
 
+@functools.lru_cache(maxsize=4096)
 def quantile(probability: float, degrees: float) -> float:
     """The t with P(T <= t) = `probability`, 0.5 <= probability < 1, for `degrees` > 0 of freedom, not only whole ones."""
     if not (0.5 <= probability < 1 and degrees > 0):
@@ -33,20 +35,16 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, its mirror image does not
         return 1 - _incomplete_beta(b, a, 1 - x)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
-    tiny = 1e-300
-    c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1), tiny)
+    tiny = 1e-300  # what stands for 0, which nothing may be divided by
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1) or tiny)
     value = d
     for m in range(1, MOST_TERMS):
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         for term in (even, odd):
-            d = 1 / _away(1 + term * d, tiny)
-            c = _away(1 + term / c, tiny)
+            d = 1 / (1 + term * d or tiny)
+            c = 1 + term / c or tiny
             value *= c * d
         if abs(c * d - 1) < 1e-15:
             break
     return front * value
-
-
-def _away(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny

@@ -67,20 +67,18 @@ def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> lis
 
     In the order in which a reader wants them if not all have room: a seed of every model before the next seed.
     """
-    by_samples: dict[str, list[Record]] = {}
-    for record in records:
-        if record.sampling is not None and record.sampling.samples_sha256 is not None:
-            by_samples.setdefault(record.sampling.samples_sha256, []).append(record)
-    for members in by_samples.values():
-        members.sort(key=lambda record: metric_order(record.metric))
     pictures = set()
     for folder in {path.parent for path in record_files}:
         pictures.update(folder.glob(f"samples/*/{GRID}"))
         pictures.update(folder.glob(GRID))
-    grids = [
-        SampleGrid(path=path, records=tuple(by_samples.get(_samples_sha256(path.with_name("samples.json")), ())))
-        for path in sorted(pictures)
-    ]
+    samples = {path: _samples_sha256(path.with_name("samples.json")) for path in sorted(pictures)}
+    found: dict[str, list[Record]] = {digest: [] for digest in samples.values() if digest}
+    for record in records if found else ():
+        if record.sampling is not None and record.sampling.samples_sha256 in found:
+            found[record.sampling.samples_sha256].append(record)
+    for members in found.values():
+        members.sort(key=lambda record: metric_order(record.metric))
+    grids = [SampleGrid(path=path, records=tuple(found.get(digest, ()))) for path, digest in samples.items()]
     return sorted((grid for grid in grids if grid.records), key=_order)
 
 

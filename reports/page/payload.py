@@ -140,10 +140,12 @@ def _groups(record: Record, pool: Pool) -> list[int]:
     for name in _PARTS:
         part = getattr(record, name)
         if part is not None:
-            fields = [field.name for field in dataclasses.fields(part)]
-            key = (name, part.canonical)
-            numbers.append(pool.number(key, lambda name=name, part=part, fields=fields: [name, _pairs(part, fields)]))
+            numbers.append(pool.number((name, part.canonical), lambda name=name, part=part: [name, _fields(part)]))
     return numbers
+
+
+def _fields(part: object) -> list[list[str]]:
+    return _pairs(part, [field.name for field in dataclasses.fields(part)])
 
 
 def _pairs(part: object, names: Sequence[str]) -> list[list[str]]:
@@ -151,10 +153,10 @@ def _pairs(part: object, names: Sequence[str]) -> list[list[str]]:
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {text}" for name, text in value.items())
+    if value is None or type(value) is str:
+        return value or ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return repr(value) if isinstance(value, float) else str(value)
+    if isinstance(value, int | float):
+        return repr(value)
+    return ", ".join(f"{name} {text}" for name, text in value.items()) if isinstance(value, Mapping) else str(value)
