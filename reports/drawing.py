@@ -168,8 +168,10 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
     _set_axes(axes, panel)
     looks = series_styles(panel, styles)
     _intervals(axes, panel, looks)
+    _points(axes, panel, looks)
     for each, style in zip(panel.series, looks, strict=True):
-        _DRAW[each.kind](axes, each, style, largest)
+        if each.kind in _DRAW:
+            _DRAW[each.kind](axes, each, style, largest)
         ink = style.colour
         if each.kind in ("line", "fit"):
             last = each.marks[-1]
@@ -213,20 +215,20 @@ def _line(axes, series: Series, style: Style, largest: float) -> None:
     )
 
 
-def _points(axes, series: Series, style: Style, largest: float) -> None:
-    published, fit = series.provenance == "published", series.provenance == "fit"
-    axes.plot(
-        [mark.x for mark in series.marks],
-        [mark.y for mark in series.marks],
-        linestyle="",
-        marker="x" if fit else style.marker,
-        markersize=4.5 if series.faint else 7,
-        alpha=0.4 if series.faint else 1.0,
-        markerfacecolor="white" if published else style.colour,
-        markeredgecolor=style.colour,
-        markeredgewidth=1.5,
-        zorder=3,
-    )
+def _points(axes, panel: Panel, styles: Sequence[Style]) -> None:
+    """The marks of all series of points, as few things to draw as there are kinds of markers."""
+    found: dict[tuple[str, bool], list[tuple[float, float, str, str]]] = {}
+    for each, style in zip(panel.series, styles, strict=True):
+        if each.kind == "points":
+            marker = "x" if each.provenance == "fit" else style.marker
+            inside = "white" if each.provenance == "published" else style.colour
+            places = found.setdefault((marker, each.faint), [])
+            places += [(mark.x, mark.y, inside, style.colour) for mark in each.marks]
+    for (marker, faint), places in found.items():
+        xs, ys, insides, edges = zip(*places, strict=True)
+        colours = {"color": edges} if marker == "x" else {"facecolors": insides, "edgecolors": edges}
+        size, alpha = (4.5, 0.4) if faint else (7, 1.0)
+        axes.scatter(xs, ys, s=size**2, marker=marker, alpha=alpha, linewidths=1.5, zorder=3, **colours)
 
 
 def _bubbles(axes, series: Series, style: Style, largest: float) -> None:
@@ -295,7 +297,7 @@ def _band(axes, series: Series, style: Style, largest: float) -> None:
     )
 
 
-_DRAW = {"line": _line, "fit": _line, "points": _points, "bubbles": _bubbles, "bars": _bars, "band": _band}
+_DRAW = {"line": _line, "fit": _line, "bubbles": _bubbles, "bars": _bars, "band": _band}
 
 
 def _intervals(axes, panel: Panel, styles: Sequence[Style]) -> None:

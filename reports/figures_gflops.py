@@ -17,6 +17,7 @@ from reports.figures_study import (
     mark_rows,
     one_mark,
     places_of,
+    pretty,
     recipes_note,
     records_of,
     same_length,
@@ -178,6 +179,7 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
         if not wanted:
             continue
         axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
+        called = pretty if study.group.speaker.provenance == "published" else str  # as the others of the panel are
         far = any(not law.reaches(cost) for cost in wanted.values())
         notes = [*study.notes, note, law_note(law, family), *recipes_note(marked)]
         notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]
@@ -189,7 +191,11 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
                 heading=study.group.heading,
                 x=Axis(title="Backbone compute", unit="Gflops a forward pass", scale="log"),
                 y=axis,
-                series=(*law_series(law), *(one_mark(*pair, "points") for pair in same), *_predictions(law, wanted)),
+                series=(
+                    *law_series(law),
+                    *(one_mark(*pair, "points") for pair in same),
+                    *_predictions(law, wanted, called),
+                ),
                 note="; ".join(notes),
             )
         )
@@ -227,12 +233,12 @@ def law_note(law: PowerLaw, family: str) -> str:
     )
 
 
-def _predictions(law: PowerLaw, wanted: dict[str, float]) -> list[Series]:
+def _predictions(law: PowerLaw, wanted: dict[str, float], called: Callable[[str], str]) -> list[Series]:
     series = []
     near = {name: cost for name, cost in wanted.items() if law.lowest / NEAR <= cost <= law.highest * NEAR}
     for name, cost in sorted(near.items(), key=lambda pair: pair[1]):
         low, high = law.prediction(cost)
-        text = name if law.reaches(cost) else f"{name} (extrapolated)"
+        text = called(name) if law.reaches(cost) else f"{called(name)} (extrapolated)"
         facts = (("predicted", f"{law.at(cost):.4g} [{low:.4g}, {high:.4g}]"), ("Gflops", quantity_text(cost)))
         mark = Mark(x=cost, y=law.at(cost), low=low, high=high, text=text, facts=(("backbone", name), *facts))
         series.append(Series(label=name, model="", kind="points", provenance="fit", marks=(mark,)))

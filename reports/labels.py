@@ -9,6 +9,7 @@ Label = tuple[float, float, str, str]  # x, y, text, colour
 
 _LINE_SAMPLES = 12  # places on each stretch of a line that a label should not cover
 MOST_LABELS = 40  # more would only cover one another
+CROWDED = 12  # labels from which on one is left out rather than written over another or out of the axes
 # Places to try around a point, as (x, y) offsets in font points and the side of the text that touches them.
 _PLACES = (
     *((9, 0, "left"), (8, 9, "left"), (8, -9, "left"), (0, 13, "center"), (0, -13, "center"), (-9, 0, "right")),
@@ -20,7 +21,8 @@ _PLACES = (
 def place_labels(
     axes, labels: Sequence[Label], points: Sequence[tuple[float, float]], radii: Sequence[float] = ()
 ) -> None:
-    """Writes each label (x, y, text, colour) beside its point, at the first place that covers the least.
+    """Writes each label (x, y, text, colour) beside its point, at the first place that covers the least; of more than a
+    dozen only those that have room.
 
     radii: of the points that are bubbles, in font points, 0 for the others. Widens the x axis so that the text fits inside
     the axes. The layout of the figure must be settled.
@@ -49,14 +51,14 @@ def place_labels(
         x, y = axes.transData.transform(text.xy)
         places = [_beyond(place, radius.get(text.xy, 0.0)) for place in _PLACES]
         boxes = np.array([_box(x, y, extent.width, extent.height, place, scale) for place in places])
-        cost = (
-            6.0 * _touched(boxes, marks, discs)
-            + 1.5 * np.minimum(_inside(boxes, lines), 3)
-            + 20.0 * _overlaps(boxes, taken)
-        )
-        cost += 40.0 * ((boxes[:, 2] > frame.x1 + 2) | (boxes[:, 0] < frame.x0))
-        cost += 40.0 * ((boxes[:, 1] < frame.y0) | (boxes[:, 3] > frame.y1 + 2))
+        unfit = 20.0 * _overlaps(boxes, taken)
+        unfit += 40.0 * ((boxes[:, 2] > frame.x1 + 2) | (boxes[:, 0] < frame.x0))
+        unfit += 40.0 * ((boxes[:, 1] < frame.y0) | (boxes[:, 3] > frame.y1 + 2))
+        cost = unfit + 6.0 * _touched(boxes, marks, discs) + 1.5 * np.minimum(_inside(boxes, lines), 3)
         best = int((cost + 0.4 * np.arange(len(_PLACES))).argmin())
+        if len(texts) > CROWDED and unfit[best]:
+            text.remove()
+            continue
         text.set_position(places[best][:2])
         text.set_horizontalalignment(places[best][2])
         taken = np.vstack([taken, boxes[best]])

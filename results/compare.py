@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
@@ -261,16 +262,18 @@ def experiment(record: Record) -> tuple:
         record.framework,
         record.protocol,
         record.protocol_version,
-        record.training and _without_seeds(record.training),
-        record.sampling and _without_seeds(record.sampling),
+        record.training and _trained(record.training),
+        record.sampling and _drawn(record.sampling),
     )
 
 
-@functools.lru_cache(maxsize=100_000)
-def _without_seeds(part: Training | Sampling) -> str:
-    if isinstance(part, Training):
-        return dataclasses.replace(part, seed=None, checkpoint_sha256=None, micro_batch=None).canonical
-    return dataclasses.replace(part, seed=None, samples_sha256=None, batch=None).canonical
+def _but(part: type, *names: str) -> operator.attrgetter:
+    """What gets all fields of a part of a record but these."""
+    return operator.attrgetter(*(field.name for field in dataclasses.fields(part) if field.name not in names))
+
+
+_trained = _but(Training, "seed", "checkpoint_sha256", "micro_batch")
+_drawn = _but(Sampling, "seed", "samples_sha256", "batch")
 
 
 def sampling_text(record: Record) -> str:

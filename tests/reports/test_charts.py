@@ -102,6 +102,20 @@ def test_labels_stay_out_of_bubbles():
             assert np.linalg.norm(nearest - centre) > radius * scale
 
 
+def test_of_many_labels_those_without_room_are_left_out():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sheet = Figure(figsize=(6, 4))
+    FigureCanvasAgg(sheet)
+    axes = sheet.add_axes((0.1, 0.1, 0.8, 0.8))
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    points = [(5 + 0.02 * index, 5.0) for index in range(30)]
+    place_labels(axes, [(x, y, f"model-{x:g}", "black") for x, y in points], points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert 3 < len(boxes) < 30 and not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
 def test_axis_text():
     assert Axis(title="FID-50K", better="lower").text == "FID-50K (lower is better)"
     assert Axis(title="Compute", unit="Gflops").text == "Compute (Gflops)" and Axis(title="Steps").text == "Steps"

@@ -72,12 +72,12 @@ def test_the_same_noise_is_drawn_by_every_model(tmp_path, records):
 
 
 def test_models_stand_by_family_patch_and_size(tmp_path, record):
-    gflops = {"dit-s-8": 0.4, "dit-s-4": 1.4, "dit-b-8": 1.4, "dit-b-4": 5.6, "adm-64": 100.0, "dit-s-2": 6.1}
+    gflops = {"dit-s-8": 0.4, "dit-s-4": 1.4, "dit-b-8": 1.4, "dit-b-4": 5.6, "adm-64": 100.0, "dit-xl-8": 7.4}
     for name in gflops:
         draw_set(tmp_path / name, name)
     records = [record(system=name, gflops=cost) for name, cost in gflops.items()]
     (grid,) = figures_samples.same_noise([tmp_path / name for name in gflops], records).grids
-    assert grid.rows == ("dit-s-8", "dit-b-8", "dit-s-4", "dit-b-4", "dit-s-2", "adm-64")
+    assert grid.rows == ("dit-s-8", "dit-b-8", "dit-xl-8", "dit-s-4", "dit-b-4", "adm-64")
 
 
 def test_what_is_not_the_same_sample_or_damaged_is_not_compared(tmp_path, records):

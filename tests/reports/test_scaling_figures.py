@@ -98,7 +98,7 @@ def test_a_law_of_eleven_dits_predicts_the_twelfth(record):
     assert rows["dit-l-4"]["low"] < 45.64 < rows["dit-l-4"]["high"] and rows["dit-l-4"]["shows"] == "prediction"
     assert rows["dit-xs-4"]["shows"] == "extrapolation"
     texts = [mark.text for each in series(named(rest, "scaling-law")) for mark in each.marks]
-    assert "dit-l-4" in texts and "dit-xs-4 (extrapolated)" in texts
+    assert "DiT-L/4" in texts and "DiT-XS/4 (extrapolated)" in texts
     few = [
         each for each in records if each.source.table != "Table 4" or each.backbone in ("dit-s-8", "dit-b-8", "dit-l-8")
     ]
