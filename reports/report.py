@@ -21,6 +21,8 @@ from results import paper
 from results.records import Record
 from results.store import Problem, collector_paused, find_record_files, load
 
+TABLES = "tables and page"  # a stage of three parts, between "records" and "figures"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportSummary:
@@ -47,7 +49,7 @@ def write_report(
     out: str | os.PathLike,
     *,
     protocol: str | None = None,  # table and figures of this protocol alone; None: of every protocol with records
-    progress: Callable[[str, int, int], None] | None = None,  # called as (stage, done, in all): records, then figures
+    progress: Callable[[str, int, int], None] | None = None,  # called as (stage, done, in all)
 ) -> ReportSummary:
     """Writes tables 1-6, `table-<protocol>` and the figures from the records given and those packaged in results/.
 
@@ -56,6 +58,7 @@ def write_report(
     splitting and duplication of the files change no byte.
     Raises Refusal (no such path), Failure (cannot write).
     """
+    told = progress or (lambda stage, done, total: None)
     found = find_record_files(record_paths)
     packaged = resources.files("results").joinpath("measured")
     with Painters() as painters:
@@ -67,10 +70,13 @@ def write_report(
             drawn = [record for record in records if record.protocol in protocols]
             drawn += published_records(None if protocol is None else protocols)
             styles = charts.model_styles(drawn)
+            told(TABLES, 0, 3)
             shown = figures(drawn, [path.parent for path in found])
             painters.begin(shown, styles)  # they draw while the rest is made here
+            told(TABLES, 1, 3)
             tables, contents = table_files(records, protocols)
             contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
+            told(TABLES, 2, 3)
             page = page_data(
                 tables,
                 shown,
@@ -81,6 +87,7 @@ def write_report(
                 problems=loaded.problems,
                 conflicts=loaded.conflicts,
             )
+            told(TABLES, 3, 3)
         for name, files in painters.finish(progress).items():
             contents |= {f"{name}.{kind}": data for kind, data in files.items()}
     contents[NAME] = write_page(page, shown, contents)

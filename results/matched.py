@@ -59,18 +59,26 @@ def matches(records: Iterable[Record], most: int = sys.maxsize) -> list[Matches]
     """
     records = list(records)  # kept, so that an object's id stays its own
     cells: dict[tuple, dict[tuple, dict[tuple, list[Record]]]] = {}
-    told: dict[tuple, tuple[tuple, str]] = {}  # the metrics of one sample set have their parts in common
+    known = LOWER_IS_BETTER.union(ORDER)
+    told: dict[tuple, tuple[tuple, tuple, str, str]] = {}  # the metrics of one sample set have their parts in common
     for record in records:
-        is_known = record.metric in ORDER or record.metric in LOWER_IS_BETTER
-        if is_known and record.provenance == "measured" and record.training and record.training.gflops:
-            parts = (id(record.training), id(record.sampling), record.system, record.backbone, record.framework)
-            parts = (*parts, record.protocol, record.protocol_version)
+        if record.metric in known and record.provenance == "measured" and record.training and record.training.gflops:
+            parts = (
+                *(id(record.training), id(record.sampling), id(record.evaluation), record.system, record.backbone),
+                *(
+                    record.framework,
+                    record.protocol,
+                    record.protocol_version,
+                    record.dataset,
+                    record.resolution,
+                    record.n,
+                ),
+            )
             if parts not in told:
-                told[parts] = (experiment(record), sampling_text(record))
-            trained, sampling = told[parts]
-            mode = (record.evaluation.mode if record.evaluation else None) or ""
-            found = cells.setdefault(comparable_key(record), {})
-            cell = found.setdefault((record.metric, mode, sampling), {})
+                mode = (record.evaluation.mode if record.evaluation else None) or ""
+                told[parts] = (comparable_key(record), experiment(record), mode, sampling_text(record))
+            key, trained, mode, sampling = told[parts]
+            cell = cells.setdefault(key, {}).setdefault((record.metric, mode, sampling), {})
             cell.setdefault(trained, []).append(record)
     result = []
     for key, found in cells.items():

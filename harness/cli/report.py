@@ -40,10 +40,10 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
     `only` narrows the printed rows to the records below that folder.
     """
     from reports.page.writer import NAME as PAGE
-    from reports.report import write_report
+    from reports.report import TABLES, write_report
     from results.store import find_record_files, load
 
-    with Stages({"records": "files", "figures": "figures"}) as progress:
+    with Stages({"records": "files", TABLES: "parts", "figures": "figures"}) as progress:
         summary = write_report(paths, out, protocol=protocol, progress=progress)
     _name(summary.problems, "lines of record files that could not be used")
     _name(summary.conflicts, "disputed measurements, which are in no table")

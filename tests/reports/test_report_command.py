@@ -71,6 +71,8 @@ def test_files_and_figures_are_counted_while_the_report_is_made(record, tmp_path
     files = seen[0][2]  # with those that are packaged
     assert [told for told in seen if told[0] == "records"] == [("records", n, files) for n in range(files + 1)]
     assert [told for told in seen if told[0] == "figures"] == [("figures", n, 3) for n in range(4)]
+    stages = list(dict.fromkeys(told[0] for told in seen))
+    assert stages == ["records", "tables and page", "figures"] and ("tables and page", 3, 3) in seen
 
 
 def test_of_many_unusable_lines_a_handful_is_named_and_all_are_counted(report, record, tmp_path):
