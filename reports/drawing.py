@@ -6,6 +6,7 @@ Drawing is deterministic: the same figure gives the same bytes under one matplot
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,14 +23,6 @@ _FILES = {  # kind -> what would make the bytes differ from run to run, left out
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-_INK = "0.15"
-_LOOK = {  # of matplotlib's settings
-    "font.family": ["DejaVu Sans"], "font.size": 12, "text.color": _INK,
-    "axes.edgecolor": _INK, "axes.labelcolor": _INK, "axes.linewidth": 1.25, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "grid.linewidth": 1, "lines.solid_capstyle": "round",
-    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("color", _INK), ("major.width", 1.25), ("major.size", 6))},
-    "svg.hashsalt": "backbone-harness", "svg.fonttype": "none", "pdf.fonttype": 42, "ps.fonttype": 42, "path.simplify": True,
-}  # fmt: skip
 _DOTTED, _DASHES = (0, (1.2, 1.6)), {"solid": "-", "dashed": "--", "dashdot": "-.", "dotted": (0, (3, 1, 1, 1, 1, 1))}
 _PANEL = (5.4, 3.9)  # width and height of the axes of a panel, inches
 _MARGINS = (0.85, 0.25, 0.66)  # left, right, below the axes of each panel
@@ -71,8 +64,22 @@ def _theme() -> Iterator[None]:
     import matplotlib
 
     matplotlib.use("Agg")
-    with matplotlib.rc_context(_LOOK):
-        yield
+    with warnings.catch_warnings():
+        # seaborn's own use of pandas and matplotlib; not ours to mend, and no figure depends on it.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=PendingDeprecationWarning)
+        import seaborn
+
+        with matplotlib.rc_context():
+            seaborn.set_theme(context="notebook", style="ticks", font="DejaVu Sans")
+            matplotlib.rcParams.update(
+                {
+                    "axes.spines.top": False, "axes.spines.right": False,
+                    "svg.hashsalt": "backbone-harness", "svg.fonttype": "none", "pdf.fonttype": 42,
+                    "path.simplify": True,
+                }
+            )
+            yield
 
 
 def _sheet(figure: Figure, styles: Mapping[str, Style]):

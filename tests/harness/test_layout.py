@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "backbones", "evaluators", "results", "reports")
-HEAVY = {"torch", "jax", "flax", "tensorflow", "diffusers", "sklearn", "pandas", "matplotlib", "fvcore"}
+HEAVY = {"torch", "jax", "flax", "tensorflow", "diffusers", "sklearn", "pandas", "matplotlib", "seaborn", "fvcore"}
 
 
 def sources(room):

@@ -143,16 +143,16 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
 def test_reports_load_no_framework_and_nothing_heavy_before_drawing(tmp_path):
     script = (
         "import sys, json, reports.report, reports.grid, reports.rows\n"
-        "early = sorted({'matplotlib', 'PIL', 'scipy'} & set(sys.modules))\n"
+        "early = sorted({'pandas', 'matplotlib', 'seaborn', 'PIL', 'scipy'} & set(sys.modules))\n"
         "made, reports.drawing_pool._processors = reports.report.figures, lambda: 1\n"
         "reports.report.figures = lambda *given: made(*given)[:1]\n"
         "reports.report.write_report([], sys.argv[1])\n"
-        "late = sorted({'torch', 'jax', 'tensorflow', 'matplotlib', 'scipy'} & set(sys.modules))\n"
+        "late = sorted({'torch', 'jax', 'tensorflow', 'seaborn'} & set(sys.modules))\n"
         "print(json.dumps([early, late]))"
     )
     root = Path(reports.__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "out"], cwd=root, capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout) == [[], ["matplotlib"]]
+    assert json.loads(done.stdout) == [[], ["seaborn"]]
     assert done.stderr == ""
