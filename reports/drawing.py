@@ -74,8 +74,11 @@ def _theme() -> Iterator[None]:
             seaborn.set_theme(context="notebook", style="ticks", font="DejaVu Sans")
             matplotlib.rcParams.update(
                 {
-                    "axes.spines.top": False, "axes.spines.right": False,
-                    "svg.hashsalt": "backbone-harness", "svg.fonttype": "none", "pdf.fonttype": 42,
+                    "axes.spines.top": False,
+                    "axes.spines.right": False,
+                    "svg.hashsalt": "backbone-harness",
+                    "svg.fonttype": "none",
+                    "pdf.fonttype": 42,
                     "path.simplify": True,
                 }
             )
