@@ -3,6 +3,7 @@
 import csv
 import io
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from reports.sections import Line, Section, Table, note_mark
@@ -65,8 +66,11 @@ def to_markdown(table: Table) -> str:
 def to_latex(table: Table) -> str:
     r"""A `table*` for each section; needs \usepackage{booktabs} and \usepackage{graphicx}."""
     parts = [r"% needs \usepackage{booktabs,graphicx}"]
+    title = re.sub(
+        r"^Table (\d+)\. ", r"After Table \1 of the DiT paper. ", table.title
+    )  # LaTeX has numbers of its own
     for index, section in enumerate(table.sections):
-        caption = ". ".join(text.rstrip(".") for text in (table.title, section.heading) if text)
+        caption = ". ".join(text.rstrip(".") for text in (title, section.heading) if text)
         # A label is read by TeX itself, so anything but plain characters is left out rather than escaped.
         name = "".join(character for character in table.name if character.isascii() and character not in _LATEX)
         label = f"tab:{name}" + (f"-{index + 1}" if index else "")
