@@ -101,9 +101,9 @@ _run_options = (
         help="auto measures once whether float32 or bfloat16 is faster, when the run is created. tf32: of NVIDIA's GPUs.",
     ),
     click.option(
-        "--compile", type=click.Choice(["auto", "on", "off"]), default="off", show_default=True,
+        "--compile", type=click.Choice(["auto", "on", "off"]),
         help="torch.compile, for sampling too. auto takes it where it measures that a run of an hour or more is done "
-        "sooner, compiling included.",
+        "sooner, compiling included. [default: off, or as the run was created]",
     ),
     click.option("--micro-batch", type=Count(), help="Images a forward pass. [default: what fits free memory]"),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, tpu. [default: an accelerator if there is one]"),

@@ -226,17 +226,17 @@ def measured(request: Request, options: dict[str, Any]) -> dict[str, Any]:
     """Speed and memory on this machine: builds the network and times a few training steps."""
     from harness.engines import workbench
 
+    wanted = options["compile"] or "off"  # auto: a plan does not compile to find out whether that repays
     _, found = workbench(request.framework).measure(
         request,
         device=options["device"],
         precision=options["precision"],
         micro_batch=options["micro_batch"],
         mesh=options["mesh"],
-        # A plan does not compile to find out whether that repays.
-        compile="off" if options["compile"] == "auto" and request.framework == "torch" else options["compile"],
+        compile="off" if wanted == "auto" and request.framework == "torch" else wanted,
         say=lambda text: click.echo(text, err=True),
     )
-    return describe(request, found if options["compile"] != "auto" else found._replace(compiled=""))
+    return describe(request, found if wanted != "auto" else found._replace(compiled=""))
 
 
 def describe(request: Request, found: Measured) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
             device=options["device"],
             precision=options["precision"],
             micro_batch=options["micro_batch"],
-            compile=options["compile"],
+            compile=options["compile"] or "off",
         )
         if fork := options.get("fork"):
             workshop.fork(fork, measured.resolved)

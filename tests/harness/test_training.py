@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from small_runs import request, workshop
 
 from harness import checkpoints, training
+from harness.cli import run
 from harness.engines.team import Stopped, Team
 from harness.engines.torch import team as torch_team
 from harness.engines.torch import trainer as torch_trainer
@@ -255,6 +256,19 @@ def test_what_a_killed_creation_leaves_is_no_obstacle(tmp_path):
     shop = workshop(tmp_path, request(steps=2))
     shop.train(2)
     assert [row["step"] for row in losses(shop)] == [1, 2]
+
+
+def test_a_run_goes_on_compiled_or_not_as_it_was_created(tmp_path):
+    shop = workshop(tmp_path / "run")
+    shop.run = dataclasses.replace(shop.run, resolved=dataclasses.replace(shop.run.resolved, compile="on"))
+
+    def options(*words):
+        return run.command.make_context("run", ["--backbone", "dit-xs-4", *words]).params
+
+    for words in ((), ("--compile", "on"), ("--compile", "auto")):
+        assert run.begin(shop, options(*words)) is shop.run
+    with pytest.raises(Refusal, match="created with compile on, which is frozen .*leave out --compile"):
+        run.begin(shop, options("--compile", "off"))
 
 
 def test_a_run_cannot_be_trained_backwards(whole):
