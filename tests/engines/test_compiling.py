@@ -231,8 +231,8 @@ def test_a_compiled_run_continues_to_the_bit_and_is_the_experiment_without(tmp_p
         return [json.loads(line)["mse"] for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
 
     assert losses("whole") == losses("halves") and len(losses("whole")) == 4
-    assert losses("whole") != losses("plain")  # the kernels are others ...
-    np.testing.assert_allclose(losses("whole"), losses("plain"), rtol=1e-5)  # ... of the same function
+    # Other kernels of the same function; on some processors the first losses are equal to the bit.
+    np.testing.assert_allclose(losses("whole"), losses("plain"), rtol=1e-5)
     code, text = harness("train", "--backbone", "dit-xs-4", "--set", "batch=8", "--set", "warmup_steps=0", "--steps", "4",
                          "--out", "whole", "--compile", "off", cwd=tmp_path)  # fmt: skip
     assert code == 2 and "created with compile on, which is frozen" in text
