@@ -31,7 +31,7 @@ def gelu(x: Tensor) -> Tensor:
     its steps, and is left to torch.
     """
     if x.device.type == "cpu" and torch.compiler.is_compiling():
-        wide = x.float()
+        wide = x if x.dtype == torch.float64 else x.float()
         return (wide * torch.sigmoid(wide * (SLOPE + CUBIC * wide * wide))).to(x.dtype)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _SigmoidGelu.apply(x)

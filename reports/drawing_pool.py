@@ -84,7 +84,7 @@ class Painters:
         """As many helpers as wanted, as far as there are processors for them; none where they cannot be had."""
         for _ in range(min(wanted, MOST_HELPERS, _processors() - 1) - len(self._helpers)):
             try:
-                command = [sys.executable, "-c", _SCRIPT]
+                command = [sys.executable, "-P", "-c", _SCRIPT]  # nothing from the folder that it is called in
                 pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
                 self._helpers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere))
             except OSError:  # no memory, no more processes: it is drawn here then
@@ -95,7 +95,10 @@ class Painters:
             try:
                 pickle.dump((figure, self._styles), helper.stdin)
                 helper.stdin.flush()
-                self._drawn[figure.name] = pickle.load(helper.stdout)
+                files = pickle.load(helper.stdout)
+                if not isinstance(files, dict):
+                    raise TypeError("something else wrote there")
+                self._drawn[figure.name] = files
             except Exception:  # it has ended, or was ended: the figure is drawn here, and an error of its own seen
                 self._waiting.append(figure)
                 return

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -14,6 +15,7 @@ from typing import NoReturn
 
 import click
 
+ONE_WISH_SECONDS = 1.0  # within which several SIGTERMs are one
 COMMANDS = {
     # name: (module in this folder, what `harness --help` says)
     "run": ("run", "Train, sample, evaluate and report: the main job."),
@@ -100,14 +102,16 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[list[int]]:
+def _terminable() -> Iterator[list[float]]:
     """Let SIGTERM do what Ctrl-C does, where nothing else takes it (training does, for its checkpoint); yields a list that
     is empty until it comes."""
-    came: list[int] = []
+    came: list[float] = []
 
     def handle(number: int, frame: object) -> None:
-        came.append(number)
-        if len(came) == 1:  # who stops a job of several processes sends it to each, and some pass it on
+        # Who stops a job of several processes sends it to each, and some pass it on; but what is raised while Python
+        # cleans up is lost, and a later one must count.
+        if not came or time.monotonic() - came[-1] > ONE_WISH_SECONDS:
+            came.append(time.monotonic())
             raise KeyboardInterrupt
 
     mine = threading.current_thread() is threading.main_thread()  # signals belong to it
@@ -118,4 +122,4 @@ def _terminable() -> Iterator[list[int]]:
     try:
         yield came
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if came else signal.SIG_DFL)  # the command is ending

@@ -69,8 +69,13 @@ def made_before(source: Source, vae: str, out: Path) -> Meta | None:
     if not (out / META).exists() or (out / JOURNAL).exists():
         return None
     meta = latents.read_meta(out)
-    same = (meta.images, meta.vae) == (_images(source), read_identity(vae, "--vae DIR"))
-    return meta if same else None
+    if (meta.images, meta.vae) != (_images(source), read_identity(vae, "--vae DIR")):
+        return None
+    try:
+        latents.load(out)
+    except Refusal as error:
+        raise Refusal(f"{out} was whole once and is damaged ({error}); delete it and give the command again") from error
+    return meta
 
 
 def make_cache(

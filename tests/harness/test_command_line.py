@@ -1,7 +1,9 @@
 """The command line as a process: speed, exit codes, what goes to which stream."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from harness import cli
 from harness.cli import doctor, group, plan
 from harness.engines.memory import NoRoom
 from harness.errors import Refusal
@@ -202,6 +205,19 @@ def test_doctor_says_what_it_is_at_and_loses_no_time_on_a_slow_product(monkeypat
     monkeypatch.setattr(doctor.Bar, "advance", lambda self, count=1, note=None: notes.append((count, note)))
     assert CliRunner().invoke(doctor.command).exit_code == 0
     assert sum(count for count, _ in notes) == 6 and notes[0] == (0, "the machine")
+
+
+def test_sigterm_that_was_lost_counts_when_it_comes_again(monkeypatch):
+    before, now = signal.getsignal(signal.SIGTERM), [5.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    with cli._terminable() as came:
+        for wait, counts in ((0.0, True), (0.4, False), (0.4, False), (1.5, True)):
+            now[0] += wait
+            with pytest.raises(KeyboardInterrupt) if counts else contextlib.nullcontext():
+                signal.raise_signal(signal.SIGTERM)
+    assert len(came) == 2
+    signal.raise_signal(signal.SIGTERM)  # while the command ends
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_console_command_is_installed():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -235,6 +236,14 @@ def test_verify_reads_every_byte(whole, tmp_path):
     (out / "latents.npy").write_bytes((out / "latents.npy").read_bytes()[:-4])
     with pytest.raises(Refusal):
         latents.verify(out)
+
+
+def test_a_finished_cache_that_was_damaged_is_not_taken_for_whole(folder, source, whole, tmp_path):
+    out = copied(whole, tmp_path)
+    assert encode.made_before(source, str(folder), out) == latents.read_meta(whole)
+    os.truncate(out / "latents.npy", 2000)
+    with pytest.raises(Refusal, match=r"copy was whole once and is damaged \(.*latents.npy.*\); delete it"):
+        encode.made_before(source, str(folder), out)
 
 
 @pytest.mark.parametrize(

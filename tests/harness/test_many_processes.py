@@ -68,7 +68,9 @@ def assert_same_run(one, other):
 
 
 def samples(folder):
-    return max(folder.glob("samples/*/samples.npz"))  # of the last step
+    """Those of the last step."""
+    step_of = lambda path: int(re.match(r"step(\d+)-", path.parent.name)[1])  # noqa: E731
+    return max(folder.glob("samples/*/samples.npz"), key=step_of)
 
 
 def held(folder, count):

@@ -108,6 +108,12 @@ def test_a_batch_is_put_through_the_network_in_equal_parts(shop, monkeypatch):
     assert calls == [19, 19, 18, 18, 18, 18, 18] * 10
     assert torch.equal(parted, floats)
 
+    calls.clear()
+    monkeypatch.setattr(draw, "compile_sampler", lambda net, device: net)
+    monkeypatch.setattr(draw, "check", lambda device: None)
+    images(monkeypatch, Counting(), wanted, 64, compile="on")
+    assert calls == [16] * 80  # every size would be compiled by itself
+
 
 def test_with_a_network_the_batch_moves_last_bits_alone(shop, monkeypatch, record_property):
     """What is left is the order of sums in matrix products: in float64 it all but vanishes, as randomness would not."""

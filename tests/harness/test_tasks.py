@@ -20,7 +20,7 @@ from harness.protocols import UINT8_RULES, Recipe
 from harness.randomness import Purpose
 from harness.registry import backbones
 from harness.runs import Resolved
-from harness.spec import BackboneSpec
+from harness.spec import BackboneSpec, Compute
 
 CPU = torch.device("cpu")
 SEED = 7
@@ -29,7 +29,11 @@ SIZES = {"input_size": 8, "in_channels": 3, "num_classes": 10}
 
 
 def spec(kind, null_label="num_classes"):
-    return BackboneSpec(name=f"toy-{kind}", kind=kind, null_label=null_label, builders={"torch": "nowhere:Nothing"})
+    return BackboneSpec(
+        name=f"toy-{kind}", kind=kind, null_label=null_label, builders={"torch": "nowhere:Nothing"},
+        closed_form=lambda **arguments: Compute(params=0, rows=()),
+        defaults={"input_size": 8, "in_channels": 1, "num_classes": 3, "out_channels": None},
+    )  # fmt: skip
 
 
 def images(count=24, side=8):

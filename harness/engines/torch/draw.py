@@ -71,8 +71,18 @@ class TorchStage:
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self._most = max(1, int(CALL_MACS / spec.count(**arguments).macs)) if device.type == "cpu" else None
+        self._most = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
+        self._equal = compile == "on"  # every size is compiled by itself
         self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
+
+    def _parts(self, count: int) -> int:
+        """Calls of the network for `count` images: of one size where it is compiled, else equal but for one image."""
+        if self._most is None:
+            return 1
+        parts = max(1, math.ceil(count / self._most))
+        while self._equal and count % parts:
+            parts += 1
+        return parts
 
     def draw(
         self,
@@ -98,7 +108,7 @@ class TorchStage:
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)  # of guidance
-            parts = 1 if self._most is None else math.ceil(len(x) / self._most)  # equal but for one image
+            parts = self._parts(len(x))
             inputs = zip(*(each.tensor_split(parts) for each in (x, t, y, *doubled)), strict=True)
             with autocast(self._device, self._precision):
                 return torch.cat([self._net(*each).float() for each in inputs])
