@@ -71,7 +71,9 @@ def _shared_stretch(lines: Sequence[Line]) -> list[Line]:
         dataclasses.replace(line, records=tuple(r for r in line.records if (steps_of(r) or 0) <= reach))
         for line in lines
     ]
-    return [line for line in cut if line.records]
+    kept = [line for line in cut if line.records]
+    # Matched by compute, a small model may begin where a large one ends: then both are shown whole.
+    return kept if len({line.model for line in kept}) > 1 else list(lines)
 
 
 def size_and_patch(made: Sequence[Study]) -> Figure | None:

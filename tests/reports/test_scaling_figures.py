@@ -157,6 +157,19 @@ def test_blocks_of_a_study(record):
     }  # fmt: skip
 
 
+def test_models_matched_by_compute_share_a_panel_though_no_training_length(record):
+    lengths = {"dit-xs-2": (200, 400), "dit-xs-4": (700, 1400)}
+    records = [
+        trained(record(system=name, backbone=name, value=100.0 - steps / 100), steps)
+        for name, ends in lengths.items()
+        for steps in ends
+    ]
+    (panel,) = named(records, "figure-6").panels
+    assert {each.label: [mark.x for mark in each.marks] for each in panel.series} == {
+        "DiT-XS/2": [200, 400], "DiT-XS/4": [700, 1400],
+    }  # fmt: skip
+
+
 def test_systems_without_the_usual_setting_keep_their_own(record):
     records = [
         record(system="a", gflops=1.0),
