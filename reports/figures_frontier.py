@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
 from reports.columns import count_text, guidance_text
-from reports.figures_study import Study, above_zero, name_of, places_of, steps_of, training_gflops
+from reports.figures_study import Study, above_zero, block_of, name_of, places_of, pretty, steps_of, training_gflops
 from reports.fits import between, frontier
 from reports.points import (
     Pool,
@@ -130,7 +130,7 @@ def _frontier_panel(
             found += [(record, index in best) for record in own]
     series = [
         Series(
-            label=min(printed[model], key=lambda name: (len(name), name)) if origin == "published" else model,
+            label=_called(model, printed[model]) if origin == "published" else model,
             model=model,
             kind="points",
             provenance=origin,
@@ -142,6 +142,13 @@ def _frontier_panel(
     corners = [Mark(x=places[index][0], y=places[index][1]) for index in sorted(best, key=lambda index: places[index])]
     line = Series(label="", model="", kind="fit", provenance="fit", marks=_stairs(corners))
     return (line, *series), found, len(settings) - sum(len(own) for own in marks.values())
+
+
+def _called(model: str, printed: Collection[str]) -> str:
+    """A published model in a legend: a DiT by its size, patch and block, for some rows print a decoder's name alone."""
+    if (block := block_of(model)) or pretty(model) != model:
+        return f"{pretty(model)} {block}".strip()
+    return min(printed, key=lambda name: (len(name), name))
 
 
 def _mean(costs: Sequence[float]) -> float:
