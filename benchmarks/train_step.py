@@ -2,13 +2,15 @@
 
     python benchmarks/train_step.py [--backbones dit-s-8,dit-s-2] [--batch N] [--threads N] [--runs 5] [--out FILE.json]
 
-Two comparisons, each the median of interleaved runs (machines are noisy; only the ratios mean something):
+Three comparisons, each the median of interleaved runs (machines are noisy; only the ratios mean something):
 
 1. equal precision: forward, mean squared error, backward and one AdamW update of our network and of diffusers'
    DiTTransformer2DModel of the same size, in float32 and under bfloat16 autocast;
-2. whole step: the trainer of the harness, compiled where there is a compiler, with the precision that `auto` picks here
-   (bfloat16 where it is faster, fused AdamW, one-call EMA, hybrid loss, counter-based noise) against the public recipe
-   (its own network too): float32, unfused AdamW, EMA in a loop over the parameters, the same loss.
+2. equal precision: the whole step of the trainer of the harness (fused AdamW, one-call EMA, hybrid loss, counter-based
+   noise) against that of the public recipe (its own network too): float32, unfused AdamW, EMA in a loop over the
+   parameters, the same loss;
+3. everything on: the same, compiled where there is a compiler, with the precision that `auto` picks here (bfloat16 where
+   it is faster), against the same recipe.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def twice(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def main() -> None:
-    options = peers.options(__doc__, "this alone [default: both, and the faster for 2]")
+    options = peers.options(__doc__, "this alone [default: both, and the faster for 3]")
     rows = []
     for name in options.backbones.split(","):
         spec = registry.backbones.get(name)
@@ -106,6 +108,11 @@ def main() -> None:
             rows[-1] |= compare(twice(ours), twice(theirs), 2 * batch, options.runs)
             show(rows[-1])
             del ours, theirs
+        if "float32" in wanted:  # the recipe's
+            rows.append({"backbone": name, "batch": batch, "against": "the public recipe, both float32"})
+            both = twice(harness_step(spec, batch, "float32", "off")), twice(recipe_step(spec, batch))
+            rows[-1] |= compare(*both, 2 * batch, options.runs)
+            show(rows[-1])
         auto = faster(spec, batch, options.precision)
         compiled = "off" if lacking(CPU) else "on"
         rows.append(
