@@ -1,5 +1,6 @@
 """Options of the test suite: slow tests on demand, and no skip that is not on the list."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ from harness.torchvision_torch import make_importable
 
 
 def pytest_configure(config):
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # of a shell's background; what the tests start would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     make_importable()  # for the packages that results are held against: diffusers, clean-fid, torch-fidelity
 
 
