@@ -26,9 +26,9 @@ SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), of a tensor of any shape.
 
-    On a CPU it is computed as x sigmoid(2 u) in float32, the same function: torch's tanh takes three times as long there
-    as its sigmoid, a tenth of a DiT's step. The two differ by float32 rounding. Uncompiled bfloat16 would round between
-    its steps, and is left to torch.
+    On a CPU it is computed as x sigmoid(2 u) in float32, the same function: torch's tanh takes several times as long
+    there as its sigmoid. The two differ by float32 rounding. Uncompiled bfloat16 would round between its steps, and is
+    left to torch.
     """
     if x.device.type == "cpu" and torch.compiler.is_compiling():
         wide = x if x.dtype == torch.float64 else x.float()

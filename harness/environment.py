@@ -53,7 +53,7 @@ def device_of(run: Run, team: Team) -> str:
 
 
 def together(place: Place, team: Team) -> str:
-    """What a person calls the devices of all processes of a team, each at such a place."""
+    """What a person calls the devices of all processes of a team, taken to be like this one's."""
     return place.name if team.size == 1 else f"{team.size} x {place.name}"
 
 
@@ -73,7 +73,7 @@ class Spent:
 def timing_of(samples: Path) -> dict[str, Any]:
     """What the sidecar of a sample set says of time, as fields of `results.records.Environment`.
 
-    Only what one device, or several of one kind, did alone from beginning to end: other seconds compare with nothing.
+    Only what the same devices did from beginning to end: other seconds compare with nothing.
     """
     found: dict[str, Any] = {}
     try:

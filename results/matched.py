@@ -64,16 +64,9 @@ def matches(records: Iterable[Record], most: int = sys.maxsize) -> list[Matches]
     for record in records:
         if record.metric in known and record.provenance == "measured" and record.training and record.training.gflops:
             parts = (
-                *(id(record.training), id(record.sampling), id(record.evaluation), record.system, record.backbone),
-                *(
-                    record.framework,
-                    record.protocol,
-                    record.protocol_version,
-                    record.dataset,
-                    record.resolution,
-                    record.n,
-                ),
-            )
+                id(record.training), id(record.sampling), id(record.evaluation), record.system, record.backbone,
+                record.framework, record.protocol, record.protocol_version, record.dataset, record.resolution, record.n,
+            )  # fmt: skip
             if parts not in told:
                 mode = (record.evaluation.mode if record.evaluation else None) or ""
                 told[parts] = (comparable_key(record), experiment(record), mode, sampling_text(record))

@@ -121,7 +121,8 @@ class Evaluation(_Checked):
 class Environment(_Checked):
     """Where and when it was measured, and how long it took. Description, not identity.
 
-    device: of the evaluation. Seconds are stated only where one device, or several of one kind, did all of the work.
+    device: of the evaluation. Seconds are stated only where the same devices did all of the work; several are
+    called by the first one's name.
     """
 
     device: str | None = None

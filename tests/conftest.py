@@ -1,11 +1,14 @@
 """Options of the test suite: slow tests on demand, and no skip that is not on the list."""
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from harness.torchvision_torch import make_importable
+
+sys.path.insert(0, str(Path(__file__).parent))  # for few_digits; pytest's importlib mode leaves it alone
 
 
 def pytest_configure(config):

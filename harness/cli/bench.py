@@ -51,8 +51,8 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
 
     Utilisation (MFU) is what the network's multiply-adds, as two operations each, come to, three times for training, over
     the peak: the data sheet's where the device is known by its whole name, else that of the matrix products measured
-    here. Sampling is guided, so an image is two to the network. On an H100 or H200 the first of these gives the figures of the paper's
-    DiT-XL/2 at 256 pixels in latents, batch 256, which should come to 45 % or more:
+    here. Sampling is guided, so an image is two to the network. On an H100 or H200 the first of these gives the figures
+    of the paper's DiT-XL/2 at 256 pixels in latents, batch 256, which should come to 45 % or more:
 
     \b
         harness bench --out h100.json

@@ -3,6 +3,7 @@ refused."""
 
 import dataclasses
 
+import few_digits
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -17,17 +18,7 @@ from harness.cli import group
 from harness.data.digits import load
 from harness.errors import Failure, Refusal
 
-TASK = """
-name = "few"
-dataset = "npz"
-resolution = 8
-image_channels = 1
-num_classes = 10
-input_size = 8
-in_channels = 1
-samples = 100
-suite = "adm"
-"""
+TASK = few_digits.task("few", suite="adm")
 SAMPLES, REFERENCE = slice(200), slice(200, 500)
 DIGITS = load()
 DIM, SPATIAL = 12, 9  # of the extractor

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import few_digits
 import numpy as np
 import pytest
 import torch
@@ -22,17 +23,7 @@ from harness.data.digits import load
 from harness.errors import Refusal
 from results.records import comparable_key, from_json
 
-TASK = """
-name = "few"
-dataset = "npz"
-resolution = 8
-image_channels = 1
-num_classes = 10
-input_size = 8
-in_channels = 1
-samples = 100
-suite = "adm"
-"""
+TASK = few_digits.task("few", suite="adm")
 
 
 def put(monkeypatch, into, item):

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from harness.data.digits import load
+from harness.engines.team import Team
 from harness.planning import make_request
 from harness.runs import Resolved
 from harness.stages import Workshop
@@ -33,3 +34,15 @@ def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", 
         )  # fmt: skip
         shop.create(resolved)
     return shop
+
+
+class Led(Team):
+    """A process that is not the first, which is told `told` whenever it asks."""
+
+    size, index = 2, 1
+
+    def __init__(self, told):
+        self.told = told
+
+    def leaders(self, value):
+        return self.told

@@ -215,7 +215,7 @@ def test_offline_it_says_what_to_do():
     assert files_here() == []
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hosts", "ftp://127.0.0.1/x", "data:,x", "graph.pb", "http:///x", ""])
+@pytest.mark.parametrize("url", ["file:///some/file", "ftp://127.0.0.1/x", "data:,x", "graph.pb", "http:///x", ""])
 def test_only_http_is_spoken(url):
     assert "no address" in refused(lambda: fetch(published("http://127.0.0.1:1/x"), url=url))
     assert files_here() == []

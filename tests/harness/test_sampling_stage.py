@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_suite
 import torch
-from small_runs import request, workshop
+from small_runs import Led, request, workshop
 
 from harness import registry, sampling, stages
 from harness.diffusion.schedule import Schedule
@@ -312,15 +312,6 @@ def test_a_folder_with_other_samples_than_its_name_says_is_refused(shop):
 
 def test_the_leader_says_whether_a_sample_set_is_there(shop):
     """See the same of snapshots: another process may not see it yet, or see it too soon."""
-
-    class Led(Team):
-        size, index = 2, 1
-
-        def __init__(self, told):
-            self.told = told
-
-        def leaders(self, value):
-            return self.told
 
     def drawn(team):
         return stages.draw(shop.run, request(steps=30, samples=4), 30, 2, precision="float32", batch=4, team=team)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from small_runs import request, workshop
+from small_runs import Led, request, workshop
 
 from harness import checkpoints, training
 from harness.cli import run
@@ -356,18 +356,6 @@ def test_a_team_agrees_on_an_interruption_before_the_first_step(tmp_path):
     shop = workshop(tmp_path / "run", request(steps=2))
     with pytest.raises(Stopped):
         training.train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, device="", say=print, team=Other())  # fmt: skip
-
-
-class Led(Team):
-    """A process that is not the first, which says `told` whenever it is asked."""
-
-    size, index = 2, 1
-
-    def __init__(self, told):
-        self.told = told
-
-    def leaders(self, value):
-        return self.told
 
 
 def test_the_leader_says_whether_a_snapshot_is_there(whole, tmp_path, monkeypatch):

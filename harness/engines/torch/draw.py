@@ -21,8 +21,8 @@ from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
 from harness.spec import BackboneSpec
 
-# Multiply-adds of a network call on a CPU: what a layer of a DiT leaves for the next is then small enough for the cache
-# (on two cores of an EPYC calls of 4 images of DiT-S/2 are 1.05 to 1.2 times as fast as of 16). A GPU wants all at once.
+# Multiply-adds of a network call on a CPU, 4 images of a DiT-S/2: what a layer leaves for the next is then small enough
+# for the cache, and little is lost by calling more often. A GPU wants all at once.
 CALL_MACS = 25e9
 STAGE_BITS = 32  # steps below 2**32 belong to one stage of a cascade
 

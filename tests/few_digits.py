@@ -11,8 +11,8 @@ def write(path, count):
     np.savez(path, arr_0=found.images[:count], arr_1=found.labels[:count])
 
 
-def protocol(name, *, steps):
-    """The text of a protocol over such a file: six training steps, `steps` sampling steps, 100 samples."""
+def task(name, *, suite):
+    """The text of a protocol over such a file, for samples that are there: 100 of them."""
     return f"""
 name = "{name}"
 dataset = "npz"
@@ -22,8 +22,13 @@ num_classes = 10
 input_size = 8
 in_channels = 1
 samples = 100
-suite = "embedded"
+suite = "{suite}"
+"""
 
+
+def protocol(name, *, steps):
+    """The same, trained for six steps, sampled with `steps` and judged by the embedded network."""
+    return f"""{task(name, suite="embedded")}
 [recipe]
 steps = 6
 batch = 16
