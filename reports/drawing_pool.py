@@ -26,6 +26,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _SCRIPT = (
     f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from reports.drawing_pool import help_to_draw; help_to_draw()"
 )
+_COMMAND = (sys.executable, "-P", "-c", _SCRIPT)  # -P: nothing is imported from the folder that it is called in
 
 Files = dict[str, bytes]  # "png", "svg", "pdf" -> what is in the file
 
@@ -84,9 +85,8 @@ class Painters:
         """As many helpers as wanted, as far as there are processors for them; none where they cannot be had."""
         for _ in range(min(wanted, MOST_HELPERS, _processors() - 1) - len(self._helpers)):
             try:
-                command = [sys.executable, "-P", "-c", _SCRIPT]  # nothing from the folder that it is called in
                 pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-                self._helpers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere))
+                self._helpers.append(subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=nowhere))
             except OSError:  # no memory, no more processes: it is drawn here then
                 return
 

@@ -218,6 +218,9 @@ def test_sigterm_that_was_lost_counts_when_it_comes_again(monkeypatch):
     assert len(came) == 2
     signal.raise_signal(signal.SIGTERM)  # while the command ends
     signal.signal(signal.SIGTERM, before)
+    with cli._terminable():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_console_command_is_installed():

@@ -1,6 +1,7 @@
 """Charts: how a model looks, and what stands on an axis."""
 
 import itertools
+import subprocess
 
 import numpy as np
 import pytest
@@ -102,6 +103,30 @@ def test_labels_stay_out_of_bubbles():
             assert np.linalg.norm(nearest - centre) > radius * scale
 
 
+def test_the_rightmost_bubble_has_its_label_on_the_right():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sheet = Figure(figsize=(6, 4))
+    FigureCanvasAgg(sheet)
+    axes = sheet.add_axes((0.1, 0.1, 0.8, 0.8))
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    points, radii = [(3.0, 5.0), (9.0, 5.0)], [40.0, 40.0]
+    place_labels(axes, [(x, y, "DiT-XL/2, 675M", "black") for x, y in points], points, radii)
+    centre, _ = axes.transData.transform(points[1])
+    (box,) = [text.get_window_extent() for text in axes.texts if text.xy == points[1]]
+    assert centre + radii[1] * sheet.dpi / 72 < box.x0 < box.x1 <= axes.get_window_extent().x1 + 4
+
+
+def test_a_helper_imports_nothing_from_the_folder_that_it_is_called_in(tmp_path):
+    (tmp_path / "textwrap.py").write_text("open('ran', 'w').close()")
+    done = subprocess.run(
+        drawing_pool._COMMAND, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["textwrap.py"]
+
+
 def test_of_many_labels_those_without_room_are_left_out():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -139,7 +164,8 @@ def test_helpers_draw_the_same_bytes(study, monkeypatch):
         thread.join()  # the helper draws both
         assert painters.finish() == alone and here == []
     assert painters._helpers[0].returncode is not None
-    monkeypatch.setattr(drawing_pool, "_SCRIPT", "raise SystemExit(1)")  # a helper that fails is not missed
+    fails = (*drawing_pool._COMMAND[:-1], "raise SystemExit(1)")
+    monkeypatch.setattr(drawing_pool, "_COMMAND", fails)  # a helper that fails is not missed
     with Painters() as painters:
         painters.begin(figures, styles)
         assert painters.finish() == alone and sorted(here) == sorted(alone)
