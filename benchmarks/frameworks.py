@@ -29,15 +29,15 @@ from harness import registry
 from harness.data.images import ImageSet
 from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
-from harness.engines.jax import draw as jax_draw
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
+from harness.engines.jax.sampling import Network, make_run_sampler
 from harness.engines.jax.trainer import JaxEngine
-from harness.engines.torch import draw as torch_draw
 from harness.engines.torch import resolve
+from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.protocols import Recipe, Sampling
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 
 LATENTS = {"input_size": 32, "in_channels": 4, "num_classes": 1000}  # the paper's at 256 pixels
 DIGITS = {"input_size": 8, "in_channels": 1, "num_classes": 10}
@@ -81,12 +81,12 @@ class Bench:
         mesh = devices.make_mesh(devices.pick_devices(device)[:1], None)
         again = self.spec.build("torch", **arguments)
         again.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
-        network = jax_draw.Network.load(self.spec, arguments, weights, precision, mesh)
+        network = Network.load(self.spec, arguments, weights, precision, mesh)
         self.samplers = {
-            "torch": torch_draw.TorchSampler(
+            "torch": TorchSampler(
                 self.spec, again, plan, Sampling(), arguments=arguments, precision=precision, device=target
             ),
-            "jax": jax_draw.make_run_sampler(
+            "jax": make_run_sampler(
                 self.spec,
                 network,
                 plan,

@@ -94,7 +94,7 @@ def judge(samples: Path, reference: Path, whole_suite: bool) -> dict:
     watch.start()
     from evaluators.reference import build_reference
     from evaluators.suites import BUILT_IN, METRICS, evaluate_samples
-    from harness.image_sources import open_images
+    from harness.images.open import open_images
 
     start = time.perf_counter()
     suite, extractor = BUILT_IN["adm"], StandIn(whole_suite)

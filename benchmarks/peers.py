@@ -59,7 +59,7 @@ def keep(rows: list[dict], out: Path | None) -> None:
 
 def diffusers_network(arguments: dict) -> torch.nn.Module:
     """diffusers' DiTTransformer2DModel of the same depth, width, heads and patch."""
-    from harness.torchvision_torch import make_importable
+    from harness.frameworks.torchvision import make_importable
 
     make_importable()
     from diffusers import DiTTransformer2DModel

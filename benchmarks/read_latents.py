@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.data.epoch_sampler import EpochSampler
 from harness.data.latents import DTYPE, LatentSet, Meta
 from harness.data.prepared import chunk_count
-from harness.data.stream import Stream
 
 LATENT = (4, 32, 32)
 IMAGENET = 1_281_167
@@ -43,7 +43,7 @@ def made(path: Path, count: int) -> LatentSet:
 
 def seconds_of_an_epoch(data: LatentSet, batch: int) -> list[float]:
     """Of each batch of the first epoch."""
-    stream, seconds = Stream(0, data, flip=True), []
+    stream, seconds = EpochSampler(0, data, flip=True), []
     for start in range(0, len(data) - batch + 1, batch):
         began = time.perf_counter()
         stream.take(np.arange(start, start + batch))

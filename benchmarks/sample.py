@@ -29,7 +29,7 @@ from peers import CPU, INPUT, PublicDiffusion, PublicNetwork, ceiling, compare, 
 from harness import registry
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.compiling import lacking
-from harness.engines.torch.draw import TorchSampler
+from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import build
 from harness.protocols import Sampling
 

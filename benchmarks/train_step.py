@@ -30,9 +30,9 @@ from harness import registry
 from harness.engines.torch.compiling import lacking
 from harness.engines.torch.resolve import PRECISIONS, autocast
 from harness.engines.torch.trainer import TorchEngine, build
-from harness.planning import TRAINING_FACTOR
+from harness.planning.request import TRAINING_FACTOR
 from harness.protocols import Recipe
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 
 # Images a step, unless --batch says otherwise: enough that the step is arithmetic and not the optimiser's pass over the
 # weights, which costs the same at any batch (the paper's batch is 256).

@@ -16,8 +16,8 @@ from evaluators import frechet, inception_score, precision_recall
 from evaluators.intervals import Estimate
 from evaluators.statistics import Moments, Statistics
 from harness.errors import Refusal
-from harness.large_arrays import give_back
-from harness.progress import Bar
+from harness.io.arrays import release_pages
+from harness.io.progress import Bar
 
 SPLIT_ROWS = 5000
 BLOCK_ROWS = 10_000  # rows and columns that one evaluation of ADM's distance graph sees
@@ -67,7 +67,7 @@ def _streamed(features: np.ndarray) -> StreamedStatistics:
     stream = StreamedStatistics(features.shape[1])
     for start in range(0, len(features), 8192):
         stream.update(features[start : start + 8192])
-        give_back(features)
+        release_pages(features)
     return stream
 
 
@@ -104,7 +104,7 @@ def score(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> float:
     for start in range(0, len(logits), split_rows):
         p = np.maximum(softmax(logits[start : start + split_rows]), np.finfo(np.float32).tiny)
         scores.append(inception_score.inception_score_by_splits(p, split_rows))
-        give_back(logits)
+        release_pages(logits)
     return float(np.mean(scores))
 
 
@@ -143,7 +143,7 @@ def _sums_of_splits(logits: np.ndarray, member: np.ndarray, splits: int) -> tupl
         rows = slice(start, start + inception_score.ROWS_AT_ONCE)
         log_p = inception_score.log_softmax(logits[rows])
         p = np.exp(log_p)
-        give_back(logits)
+        release_pages(logits)
         is_in = np.eye(splits)[member[:, rows]].transpose(0, 2, 1)  # (O, S, n)
         own += is_in @ np.sum(p * log_p, axis=1)
         sums += is_in @ p
@@ -218,7 +218,7 @@ def _tiles(u: np.ndarray, v: np.ndarray):
                     for start in range(top, min(top + BLOCK_ROWS, len(u)), TILE_ROWS)
                 ]
                 right = _half_rows(v[columns])  # once for the block, not for every tile
-                give_back(v)
+                release_pages(v)
                 half = _fits_half(u[top : top + BLOCK_ROWS], v[columns]) or all(
                     np.isfinite(_half_product(*_half_rows(u[rows]), *right)).all() for rows in parts
                 )
@@ -240,7 +240,7 @@ def radii_half(x: np.ndarray, k: int = K) -> np.ndarray:
     """Radius float32 (N,) of every row of x (N, D): entry k of its sorted distances to the set, itself included."""
     best = np.full((len(x), k + 1), np.inf, np.float32)
     for rows, _, d in _tiles(x, x):
-        give_back(x)
+        release_pages(x)
         near = np.partition(d, k, axis=1)[:, : k + 1] if d.shape[1] > k + 1 else d
         best[rows] = np.sort(np.concatenate([best[rows], near], axis=1), axis=1)[:, : k + 1]
     return best[:, k]
@@ -259,7 +259,7 @@ def precision_and_recall(reference: np.ndarray, samples: np.ndarray, mode: str =
     reference_radii, sample_radii = radii_half(reference), radii_half(samples)
     inside, covered = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
     for rows, columns, d in _tiles(reference, samples):
-        give_back(reference)
+        release_pages(reference)
         inside[columns] |= (d <= reference_radii[rows, None]).any(axis=0)
         covered[rows] |= (d <= sample_radii[columns]).any(axis=1)
     return float(inside.mean()), float(covered.mean())

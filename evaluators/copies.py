@@ -14,7 +14,7 @@ import numpy as np
 
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate, block_sums
-from harness.progress import Bar
+from harness.io.progress import Bar
 
 EXPECTED_SHARE = 0.01
 MAX_SIDE = 32  # larger images are compared after summing boxes of pixels

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from harness.progress import Bar
+from harness.io.progress import Bar
 
 ROWS_PER_BLOCK = 1024
 PAIRS_AT_ONCE = 4096

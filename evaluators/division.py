@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluators.features import Features
-from harness import files
+from harness.io import files
 
 POLL_SECONDS = 0.02
 

@@ -23,7 +23,7 @@ from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
 from evaluators.statistics import Statistics, statistics
 from harness.errors import Failure
-from harness.large_arrays import chosen_rows
+from harness.io.arrays import chosen_rows
 
 NEGATIVE_TOLERANCE = 1e-10  # of the largest eigenvalue: further below zero than this is not rounding
 MAX_WORKERS = 8

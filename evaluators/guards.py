@@ -3,7 +3,7 @@
 `survey` looks once at every image; `check` compares two surveys and what the suite expects, and answers with findings.
 Refused is what makes the number wrong or meaningless for certain, and can be mended; a warning is what may be the truth
 about a bad model or a strange data set. GUARDS holds each name with its rule and reason. Not here, because they are
-refused elsewhere: arrays that are not uint8 or have channels first (`harness.image_sources`), features that are not
+refused elsewhere: arrays that are not uint8 or have channels first (`harness.images.source`), features that are not
 finite (`evaluators.reference.extract`).
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from evaluators.jpeg_traces import JpegTraces
 from harness.errors import Refusal
-from harness.image_sources import ImageSource, from_batches
+from harness.images.source import ImageSource, from_batches
 from harness.registry import unknown
 
 BATCH = 256

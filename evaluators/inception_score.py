@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
-from harness.large_arrays import give_back
+from harness.io.arrays import release_pages
 
 ROWS_AT_ONCE = 4096  # bounds the memory: some arrays float64 (rows, K)
 
@@ -38,7 +38,7 @@ def estimate(logits: np.ndarray, block: np.ndarray) -> Estimate:
         member = np.eye(len(sizes))[block[rows]]  # (n, B) one-hot
         sums += member.T @ p
         owns += member.T @ np.sum(p * log_p, axis=1)
-        give_back(logits)
+        release_pages(logits)
 
     def score(p_sum, own_sum, count):
         return np.exp(own_sum / count - _negative_entropy(p_sum / np.expand_dims(count, -1)))

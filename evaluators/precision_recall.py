@@ -20,8 +20,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate, block_sums
-from harness.large_arrays import give_back
-from harness.progress import Bar
+from harness.io.arrays import release_pages
+from harness.io.progress import Bar
 
 K = 3
 SPLITS = 10  # into halves, for the error bar of recall
@@ -60,7 +60,7 @@ class _Screen:
         x = self.u if own else self.v
         wide = np.result_type(x.dtype, dtype)
         centred = (x[rows].astype(wide, copy=False) - self.centre).astype(dtype, copy=False)
-        give_back(x)
+        release_pages(x)
         key = (own or self.u is self.v, rows.start, rows.stop, dtype)
         if key not in self._norms:
             self._norms[key] = np.einsum("nd,nd->n", centred, centred, dtype=np.float64)

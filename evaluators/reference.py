@@ -15,8 +15,8 @@ from evaluators.features import FeatureExtractor, Features
 from evaluators.reference_file import STATISTICS, check_content, check_network, read_about
 from evaluators.statistics import Statistics, statistics
 from harness.errors import Failure, Refusal
-from harness.image_sources import readable
-from harness.large_arrays import RowsInOrder, give_back, give_back_freed
+from harness.images.source import readable
+from harness.io.arrays import RowsInOrder, release_freed_memory, release_pages
 
 Progress = Callable[[str, int, int], None]  # (stage, images done, images in all)
 
@@ -73,7 +73,7 @@ def extract(
             seen = extractor(images[start : start + IMAGES_PER_CALL])
         else:
             seen = division.take(key, call)
-        give_back(images)
+        release_pages(images)
         count = min(IMAGES_PER_CALL, len(images) - start)
         if seen.pooled.shape != (count, extractor.dim):
             raise Failure(f"features {extractor.name}: shape {seen.pooled.shape}, expected {(count, extractor.dim)}")
@@ -90,7 +90,7 @@ def extract(
             kept[name].add(rows)
         if progress is not None:
             progress(stage, start + count, len(images))
-    give_back_freed()
+    release_freed_memory()
     return Features(**{name: rows.done() for name, rows in kept.items()})
 
 
@@ -100,7 +100,7 @@ def contribute(images: np.ndarray, extractor: FeatureExtractor, division: Divisi
     for call, start in enumerate(range(0, len(images), IMAGES_PER_CALL)):
         if division.mine(call) and not division.has(key, call):
             division.put(key, call, extractor(images[start : start + IMAGES_PER_CALL]))
-            give_back(images)
+            release_pages(images)
 
 
 def cache_key(images_sha256: str, features_sha256: str) -> str:

@@ -19,8 +19,8 @@ from typing import IO
 import numpy as np
 
 from evaluators.features import FeatureExtractor
-from harness import files
 from harness.errors import Failure, Refusal
+from harness.io import files
 
 FORMAT = 1
 ABOUT_CHARACTERS = 1 << 16

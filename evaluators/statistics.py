@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.errors import Failure
-from harness.large_arrays import give_back
+from harness.io.arrays import release_pages
 
 BITS = 20
 UNIT = 52  # slice b counts in 2^(20 b - 52); float32 begins at slice 1
@@ -227,5 +227,5 @@ def statistics(features: np.ndarray, rows_per_block: int = ROWS_PER_PRODUCT) -> 
     total = Moments(features.shape[1])
     for start in range(0, len(features), rows_per_block):
         total.update(features[start : start + rows_per_block])
-        give_back(features)
+        release_pages(features)
     return total.finish()

@@ -17,8 +17,8 @@ import numpy as np
 from evaluators.features import FeatureExtractor, Features
 from evaluators.reference import IMAGES_PER_CALL, Progress, cache_key, extract, read_cache
 from evaluators.statistics import Moments, Statistics
-from harness import files
-from harness.image_sources import ImageSource
+from harness.images.source import ImageSource
+from harness.io import files
 
 SAVE_SECONDS = 60.0  # at least, between two saves
 SAVE_SHARE = 0.03  # of the time, at most, goes into saving

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from backbones.autoencoders.spec import KNOWN
 from harness import registry
 from harness.errors import Refusal
-from harness.files import sha256_json
+from harness.io.files import sha256_json
 from harness.protocols import Protocol, override
-from harness.runs import recipe_identity
+from harness.runs.run import recipe_identity
 from results.records import Record
 
 OUT = "runs/again"  # where the run of a command goes, if a second command has to find its samples

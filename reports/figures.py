@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import registry
 from harness.errors import Refusal
-from harness.runs import build_arguments
+from harness.runs.run import build_arguments
 from reports import figures_frontier, figures_gflops, figures_loss, figures_samples, figures_sampling, figures_training
 from reports.charts import Figure
 from reports.figures_study import studies

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import Refusal
-from harness.samples import read_first
+from harness.runs.samples import read_first
 from reports.charts import Figure, Grid, model_of
 from reports.columns import count_text
 from reports.figures_study import DIT

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.torchvision_torch import make_importable
+from harness.frameworks.torchvision import make_importable
 
 sys.path.insert(0, str(Path(__file__).parent))  # for few_digits; pytest's importlib mode leaves it alone
 

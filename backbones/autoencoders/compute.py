@@ -7,7 +7,7 @@ it is under 0.1 % of a decode.
 
 from __future__ import annotations
 
-from backbones.autoencoders.spec import check_arguments, factor
+from backbones.autoencoders.layout import check_arguments, factor
 from harness.errors import Refusal
 from harness.spec import Compute, ComputeRow
 

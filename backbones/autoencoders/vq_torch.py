@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.autoencoders.spec import GROUPS, check_arguments, factor
+from backbones.autoencoders.layout import GROUPS, check_arguments, factor
 from harness.errors import Refusal
 
 EPS = 1e-6  # of every group norm

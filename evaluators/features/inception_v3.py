@@ -16,7 +16,7 @@ from evaluators.features import Features
 from evaluators.features import inception_layers as table
 from evaluators.features.inception_graph import InceptionWeights, Layer, by_batches, missing, read_weights
 from evaluators.features.tf1_resize import resize_torch
-from harness.float32_torch import exact_float32
+from harness.frameworks.torch_float32 import exact_float32
 
 # Largest difference from TensorFlow's run of the same graph, over the root mean square of that stage. Measured on 64
 # images with random weights, TensorFlow 2.21 and torch 2.13 on a CPU: 0, 1.5e-4, 1.0e-4 and 6e-5; each of the two is

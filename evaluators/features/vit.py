@@ -16,7 +16,7 @@ from evaluators.features import Features
 from evaluators.features.vit_spec import SHAPES, VitShape
 from evaluators.features.vit_weights import find, read_state
 from harness.errors import Failure, Refusal
-from harness.float32_torch import exact_float32
+from harness.frameworks.torch_float32 import exact_float32
 
 # facebookresearch/dinov2, vision_transformer.py, `interpolate_offset` of the models without registers: the position
 # table is stretched a little further than the grid, which moves every patch's position. The weights are used so.

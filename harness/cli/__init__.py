@@ -74,14 +74,14 @@ def main() -> None:
 
     Of several processes that torchrun started the first says why all of them end; torchrun's own exit code is then 1.
     """
-    from harness.engines.processes import let_the_first_speak, speaks, tell_torchrun
+    from harness.distributed.launch import defer_to_rank_zero, is_main_process, report_elastic_error
     from harness.errors import Failure, Refusal
 
     def end(code: int, reason: str, say: Callable[[], object]) -> NoReturn:
         with contextlib.suppress(KeyboardInterrupt):  # torchrun ends this process, for the first has spoken
-            let_the_first_speak(os.environ)
+            defer_to_rank_zero(os.environ)
             say()
-            tell_torchrun(os.environ, reason)
+            report_elastic_error(os.environ, reason)
         sys.exit(code)
 
     with _terminable() as terminated:
@@ -92,7 +92,7 @@ def main() -> None:
         except (click.Abort, KeyboardInterrupt):
             # torchrun sends SIGTERM for reasons of its own, too: that another process has died.
             by = "by torchrun (SIGTERM)" if terminated and "TORCHELASTIC_RUN_ID" in os.environ else ""
-            if speaks(os.environ):
+            if is_main_process(os.environ):
                 click.echo(f"harness: interrupted {by}".strip(), err=True)
             sys.exit(130)
         except BrokenPipeError:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from harness import files
 from harness.cli.options import Count, Parsed, json_option
 from harness.errors import Refusal
+from harness.io import files
 
 STAGES = ("training", "sampling", "evaluation")
 
@@ -58,8 +58,8 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
         harness bench --out h100.json
         harness bench --backbone dit-s-2 --batch 16 --device cpu
     """
-    from harness.engines import check_installed
     from harness.engines.torch.bench import measure
+    from harness.frameworks.installed import check_installed
 
     check_installed("torch")
     if out is not None and out.exists():

@@ -91,11 +91,11 @@ def reference(
         harness evaluate samples.npz --suite adm --reference train.npz --inception classify_image_graph_def.pb
     """
     from evaluators.suites import get_suite
-    from harness import stages
-    from harness.cli.evaluate import judge_of
-    from harness.references import make_reference, open_source
+    from harness.pipeline.evaluate import CACHE
+    from harness.pipeline.judges import evaluation_config
+    from harness.pipeline.make_reference import make_reference, open_source
 
-    judge = judge_of(get_suite(suite), weights, backend, None, device)
+    judge = evaluation_config(get_suite(suite), weights, backend, None, device)
     made = make_reference(
         open_source(source, data),
         out,
@@ -103,7 +103,7 @@ def reference(
         weights=judge.weights,
         images=images,
         seed=seed,
-        cache=out.parent / stages.CACHE,
+        cache=out.parent / CACHE,
         device=device,
     )
     about = made.about
@@ -143,12 +143,12 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
     meta = made_before(source, vae, out)
     new = False
     if meta is None:
-        from harness import decoding
+        from harness.autoencoders.load import load_autoencoder
         from harness.engines.torch.resolve import device_name, pick_device
-        from harness.environment import environment
+        from harness.runs.provenance import environment
 
         target = pick_device(device)
-        encoder = decoding.load(vae, device=str(target), flag="--vae DIR")
+        encoder = load_autoencoder(vae, device=str(target), flag="--vae DIR")
         say = lambda text: click.echo(text, err=True)  # noqa: E731
         new = make_cache(source, encoder, out, environment=environment(device_name(target)), say=say)
         meta = read_meta(out)

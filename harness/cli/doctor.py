@@ -13,7 +13,7 @@ from typing import NamedTuple
 import click
 
 from harness.cli.options import json_option
-from harness.progress import Bar
+from harness.io.progress import Bar
 
 SIDE = 512  # of the matrices whose product is timed; the best of so many products counts
 PRODUCTS = 5

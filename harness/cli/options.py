@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from harness import matching
 from harness.errors import Refusal
 from harness.loggers import LOGGERS
+from harness.planning.matching import parse_budget, parse_reference, parse_sampling_reference
 from harness.protocols import count
 
 DEFAULT_PROTOCOL = "digits"
@@ -81,12 +81,12 @@ _run_options = (
     protocol_option,
     click.option("--steps", type=Count(), help="Training steps, as in 800 or 400k. [default: the protocol's]"),
     click.option(
-        "--match", type=Parsed("reference", matching.parse_reference), metavar="BACKBONE@STEPS",
+        "--match", type=Parsed("reference", parse_reference), metavar="BACKBONE@STEPS",
         help="Instead of --steps: train for the compute of that backbone with that many steps of the same recipe, "
         "both counted at the protocol's input, as in dit-xl-2@400k.",
     ),
     click.option(
-        "--budget", type=Parsed("gflops", matching.parse_budget), metavar="GFLOPS",
+        "--budget", type=Parsed("gflops", parse_budget), metavar="GFLOPS",
         help="Instead of --steps: train for so many Gflops (Gflops of the network x batch x steps x 3), as in 1e12.",
     ),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
@@ -139,7 +139,7 @@ decoder_option = click.option(
 
 
 match_sampling_option = click.option(
-    "--match-sampling", type=Parsed("reference", matching.parse_sampling_reference),
+    "--match-sampling", type=Parsed("reference", parse_sampling_reference),
     metavar="BACKBONE@N,N,...[@cfgSCALE]",
     help="Instead of --sampling-steps: as many as cost what an image of that backbone does with N steps each, "
     "guidance counted twice, as in dit-xl-2@250@cfg1.5.",

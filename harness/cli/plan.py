@@ -8,7 +8,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from harness import matching
 from harness.cli.options import (
     DEFAULT_PROTOCOL,
     json_option,
@@ -20,8 +19,10 @@ from harness.cli.options import (
 )
 from harness.engines.memory import Measured, NoRoom
 from harness.errors import Refusal
-from harness.planning import Request, lacking_decoder, make_request, plan
-from harness.progress import duration
+from harness.io.progress import duration
+from harness.planning.matching import budget_table, matched
+from harness.planning.plan import make_plan, missing_decoder
+from harness.planning.request import Request, make_request
 from harness.protocols import get_protocol, override
 
 TABLE_OPTIONS = {"protocol", "match", "budget", "settings", "as_json"}  # what the table of a budget listens to
@@ -48,9 +49,7 @@ def request_of(options: dict[str, Any]) -> Request:
         samples=options["samples"],
         gradient_checkpointing=options["gradient_checkpointing"],
     )
-    return matching.matched(
-        request, match=options["match"], budget=options["budget"], sampling=options["match_sampling"]
-    )
+    return matched(request, match=options["match"], budget=options["budget"], sampling=options["match_sampling"])
 
 
 def sources_of_steps(options: dict[str, Any]) -> tuple[int | None, dict[str, str]]:
@@ -90,8 +89,8 @@ def command(ctx: click.Context, as_json: bool, **options: Any) -> None:
         show_table(ctx, options, as_json)
         return
     request = request_of(options)
-    costs = plan(request)
-    costs["missing"] += lacking_decoder(request)  # which run may be given
+    costs = make_plan(request)
+    costs["missing"] += missing_decoder(request)  # which run may be given
     if not as_json:
         click.echo(headline(request, options["protocol"] is None))
         click.echo(arithmetic(costs))
@@ -175,7 +174,7 @@ def show_table(ctx: click.Context, options: dict[str, Any], as_json: bool) -> No
         if name not in TABLE_OPTIONS and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise Refusal(f"{flag} has no part in the table of a budget; name a --backbone with it")
     task = get_protocol(options["protocol"] or DEFAULT_PROTOCOL)
-    document = matching.table(task, override(task.recipe, settings), match=options["match"], budget=options["budget"])
+    document = budget_table(task, override(task.recipe, settings), match=options["match"], budget=options["budget"])
     if as_json:
         click.echo(json.dumps(document, indent=2))
         return
@@ -224,10 +223,10 @@ def gflops_text(gflops: float) -> str:
 
 def measured(request: Request, options: dict[str, Any]) -> dict[str, Any]:
     """Speed and memory on this machine: builds the network and times a few training steps."""
-    from harness.engines import workbench
+    from harness.engines.backend import get_backend
 
     wanted = options["compile"] or "off"  # auto: a plan does not compile to find out whether that repays
-    _, found = workbench(request.framework).measure(
+    _, found = get_backend(request.framework).measure(
         request,
         device=options["device"],
         precision=options["precision"],

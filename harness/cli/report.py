@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
-from harness import registry, runs
+from harness import registry
 from harness.cli.options import FOLDER
-from harness.progress import Stages
+from harness.io.progress import Stages
+from harness.runs.run import RUNS
 from results.records import Record
 
 CELL_WIDTH = 19  # of one row's column on the terminal
@@ -30,8 +31,8 @@ def command(results: tuple[Path, ...], out: Path | None, protocol: str | None) -
     """
     if protocol is not None and protocol not in registry.protocols and not protocol.endswith(".toml"):
         click.echo(f"harness: {registry.unknown('protocol', protocol, registry.protocols.names())}", err=True)
-    paths = results or ((runs.RUNS,) if runs.RUNS.exists() else ())
-    show(paths, out or runs.RUNS / "report", protocol=protocol)
+    paths = results or ((RUNS,) if RUNS.exists() else ())
+    show(paths, out or RUNS / "report", protocol=protocol)
 
 
 def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only: Path | None = None) -> None:

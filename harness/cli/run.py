@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from harness import runs, stages
 from harness.cli import plan as plan_command
-from harness.cli.evaluate import judge_of_run
 from harness.cli.options import (
     DEFAULT_PROTOCOL,
     FOLDER,
@@ -20,12 +18,17 @@ from harness.cli.options import (
     sampling_options,
 )
 from harness.data.images import ImageSet
-from harness.engines import join
+from harness.data.load import source_images, training_data
+from harness.engines.backend import join_processes
 from harness.errors import Refusal
 from harness.loggers import check_installed
-from harness.planning import Request, judge_command, plan
-from harness.runs import Run
-from harness.stages import Workshop
+from harness.pipeline.evaluate import CACHE, evaluate_and_record
+from harness.pipeline.judges import make_evaluator
+from harness.pipeline.sample import decoder_of, sample_run
+from harness.pipeline.train import RunSession, run_spec
+from harness.planning.plan import evaluate_command, make_plan
+from harness.planning.request import Request
+from harness.runs.run import RUNS, Run
 
 
 @click.command("run")
@@ -64,7 +67,7 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
             f"backbone {request.spec.name!r} is one part of a system and makes no images by itself: train it with "
             "`harness train`, then sample the whole with `harness sample --system`"
         )
-    judge = judge_of_run(request.protocol, options["reference"], options["weights"])
+    judge = make_evaluator(request.protocol, options["reference"], options["weights"])
     workshop = prepare(request, options)
     marks = sorted({*(evaluate_at or ()), request.recipe.steps})
     if marks[-1] > request.recipe.steps:
@@ -72,7 +75,7 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
     team, drawn = workshop.team, []
     with team.locked(workshop.folder):
         # First what may be missing, then what is measured.
-        decoder = stages.decoder_of(workshop, options["decoder"], options["device"])
+        decoder = decoder_of(workshop, options["decoder"], options["device"])
         by, images = judge or (None, None)
         if by is not None and images is None:
             images = images_to_judge_by(workshop)
@@ -82,31 +85,31 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
             for steps in request.sampling.steps:
                 precision = options["sampling_precision"]
                 drawn.append(
-                    stages.draw(
+                    sample_run(
                         run, request, step, steps, precision=precision, batch=sampling_batch, decoder=decoder, team=team
                     )
                 )
             while drawn and by is not None:
-                cache = run.folder.parent / stages.CACHE
-                stages.judge(drawn.pop(0), request.protocol, images, run.records, cache=cache, by=by, team=team)
+                cache = run.folder.parent / CACHE
+                evaluate_and_record(drawn.pop(0), request.protocol, images, run.records, cache=cache, by=by, team=team)
     for path in drawn if team.leads and by is None else ():
-        click.echo(f"samples: {path}; measure them with: {judge_command(request.protocol, path.parent)}")
+        click.echo(f"samples: {path}; measure them with: {evaluate_command(request.protocol, path.parent)}")
     if team.leads and reports and by is not None:
         finish(run, request)
 
 
-def images_to_judge_by(workshop: Workshop) -> ImageSet:
+def images_to_judge_by(workshop: RunSession) -> ImageSet:
     """Those that are trained on, or those behind the latents that are."""
     if isinstance(workshop.data, ImageSet):
         return workshop.data
-    return stages.images_behind(workshop.places, workshop.identity["dataset_sha256"], str(workshop.folder))
+    return source_images(workshop.places, workshop.identity["dataset_sha256"], str(workshop.folder))
 
 
-def prepare(request: Request, options: dict[str, Any]) -> Workshop:
+def prepare(request: Request, options: dict[str, Any]) -> RunSession:
     """Print the plan; refuse with what is missing; read the data and open the run's folder."""
     check_installed(options["loggers"])
-    team = join(request.framework)
-    costs = plan(request)
+    team = join_processes(request.framework)
+    costs = make_plan(request)
     click.echo(plan_command.headline(request, options["protocol"] is None))
     click.echo(plan_command.arithmetic(costs))
     for lack in costs["lacking_judge"] if "weights" in options and options["weights"] is None else ():
@@ -121,13 +124,13 @@ def prepare(request: Request, options: dict[str, Any]) -> Workshop:
             steps = request.recipe.steps
             text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
         raise Refusal(text)
-    data = stages.training_data(request.protocol, request.data)
-    folder = options["out"] or runs.RUNS / stages.run_spec(request, data).name
+    data = training_data(request.protocol, request.data)
+    folder = options["out"] or RUNS / run_spec(request, data).name
     say = lambda text: click.echo(text, err=True)  # noqa: E731
-    return Workshop(request, data, folder, say, team, options["loggers"], options["mesh"])
+    return RunSession(request, data, folder, say, team, options["loggers"], options["mesh"])
 
 
-def begin(workshop: Workshop, options: dict[str, Any]) -> Run:
+def begin(workshop: RunSession, options: dict[str, Any]) -> Run:
     """The run, created if it is not there; what it has frozen is held against what was asked for."""
     if workshop.run is None:
         measured = workshop.measure(
@@ -168,6 +171,6 @@ def finish(run: Run, request: Request) -> None:
     """Write the report of this run's neighbours and show the run's own rows."""
     from harness.cli.report import show
 
-    out = run.folder.parent / "report" if run.folder.parent == runs.RUNS else run.folder / "report"
-    paths = [run.folder.parent] if run.folder.parent == runs.RUNS else [run.folder]
+    out = run.folder.parent / "report" if run.folder.parent == RUNS else run.folder / "report"
+    paths = [run.folder.parent] if run.folder.parent == RUNS else [run.folder]
     show(paths, out, protocol=request.protocol.name, only=run.folder)

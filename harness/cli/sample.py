@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from harness import matching, runs, stages
 from harness.cli.options import (
     FOLDER,
     Count,
@@ -17,9 +16,12 @@ from harness.cli.options import (
     only_one,
     sampling_options,
 )
-from harness.engines import join
+from harness.engines.backend import join_processes
 from harness.errors import Refusal
-from harness.planning import request_of_run
+from harness.pipeline.sample import decoder_of, sample_run
+from harness.planning.matching import matched
+from harness.planning.request import request_of_run
+from harness.runs.run import RUNS, open_run
 
 OF_A_RUN = (  # what a system fixes by being one
     "sampler", "eta", "guidance_scale", "guidance_channels", "label_policy", "match_sampling",
@@ -66,7 +68,7 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
     for name, given in (("weights", weights), *((each, options[each]) for each in ("framework", "device", "out"))):
         if given:
             raise Refusal(f"--{name} belongs to --system; a run has its own")
-    run = runs.open_run(folder)
+    run = open_run(folder)
     if not (step := options["step"] or max(run.snapshots(), default=0)):
         raise Refusal(f"{folder} has no snapshot yet; train it to the end with `harness train` first")
     only_one(
@@ -84,13 +86,13 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
             f"{folder} is a run of {request.spec.name}, a part of a system; give it as "
             f"--system NAME --weights {request.spec.kind}={folder}"
         )
-    request = matching.matched(request, sampling=options["match_sampling"])
-    team = join(run.framework)
+    request = matched(request, sampling=options["match_sampling"])
+    team = join_processes(run.framework)
     step = team.leaders(step)  # while the run is trained, others may find a newer one
-    decoder = stages.decoder_of(run, options["decoder"])
+    decoder = decoder_of(run, options["decoder"])
     with team.locked(folder):
         for steps in request.sampling.steps:
-            path = stages.draw(
+            path = sample_run(
                 run, request, step, steps, precision=options["sampling_precision"], batch=options["batch"],
                 compile=options["compile"], decoder=decoder, team=team,
             )  # fmt: skip
@@ -98,8 +100,9 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
 
 
 def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dict[str, Any]) -> None:
-    from harness.systems import get_system
-    from harness.systems.drawing import bind, draw_system, with_steps
+    from harness.pipeline.sample_system import sample_system
+    from harness.systems.binding import load_parts, with_steps
+    from harness.systems.read import get_system
 
     if options["decoder"] is not None:
         raise Refusal("--decoder belongs to --run; a system has its own, whose weights are --weights decoder=PATH")
@@ -113,14 +116,14 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
         )
     if len(dict(weights)) != len(weights):
         raise Refusal("--weights names the same part twice; give each once")
-    team = join(options["framework"] or "torch")
-    bound = bind(system, {part: Path(path) for part, path in weights})
+    team = join_processes(options["framework"] or "torch")
+    bound = load_parts(system, {part: Path(path) for part, path in weights})
     # All of them first, so that steps that do not fit are refused before anything is drawn.
     wanted = [with_steps(bound, steps) for steps in options["sampling_steps"]] if options["sampling_steps"] else [bound]
     for each in wanted:
-        path = draw_system(
+        path = sample_system(
             each,
-            folder=options["out"] or runs.RUNS / "systems",
+            folder=options["out"] or RUNS / "systems",
             framework=options["framework"] or "torch",
             count=options["samples"] or system.task.samples,
             seed=options["sampling_seed"] or 0,

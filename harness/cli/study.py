@@ -12,7 +12,7 @@ import click
 
 from harness.cli.options import Setting, json_option
 from harness.errors import Failure, Refusal
-from harness.progress import QUIET_SECONDS, duration
+from harness.io.progress import QUIET_SECONDS, duration
 from harness.studies import load, slurm
 from harness.studies.expand import Expansion, expand
 from harness.studies.local import Launcher

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from harness import files
 from harness._version import VERSION
 from harness.errors import Failure, Refusal
-from harness.progress import Bar
+from harness.io import files
+from harness.io.progress import Bar
 
 CHUNK_BYTES = 1 << 18
 TIMEOUT_SECONDS = 30.0  # without a byte

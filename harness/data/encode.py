@@ -17,16 +17,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from harness import files, registry
+from harness import registry
+from harness.autoencoders.files import read_identity
+from harness.autoencoders.load import Decoder
 from harness.data import latents, npz, prepared
 from harness.data.images import ImageSet
 from harness.data.latents import DTYPE, LABELS, LATENTS, META, Meta
 from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256
-from harness.decoder_files import read_identity
-from harness.decoding import Decoder
 from harness.errors import Failure, Refusal
-from harness.progress import Bar
-from harness.runs import difference
+from harness.io import files
+from harness.io.progress import Bar
+from harness.runs.run import identity_difference
 
 JOURNAL = "chunks.partial"
 OWN = {JOURNAL, LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS}{files.PARTIAL}", f"{META}{files.PARTIAL}"}  # fmt: skip
@@ -129,7 +130,7 @@ def make_cache(
 
 def _same(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     if (there["images"], there["vae"], there["shape"]) != (here["images"], here["vae"], here["shape"]):
-        raise Refusal(f"{out} holds latents of something else ({difference(there, here)}); name another --out")
+        raise Refusal(f"{out} holds latents of something else ({identity_difference(there, here)}); name another --out")
 
 
 def _file(out: Path) -> Path:

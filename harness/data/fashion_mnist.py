@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.data.cache_dir import downloads
 from harness.data.idx import read_idx
 from harness.data.images import ImageSet
-from harness.data.places import downloads
 from harness.errors import Refusal
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -14,12 +14,12 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import files
 from harness.data import download
-from harness.data.places import downloads
+from harness.data.cache_dir import downloads
 from harness.data.public_files import PublicDataset, PublicFile
 from harness.errors import Refusal
-from harness.image_sources import readable
+from harness.images.source import readable
+from harness.io import files
 
 UNPACKED_BYTES = 1 << 29  # most that is unpacked of an archive on the way to its member
 GZIP = b"\x1f\x8b"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import Refusal
-from harness.image_sources import Damaged, readable
+from harness.images.source import Damaged, readable
 
 UNSIGNED_BYTES = 0x08  # the only type that images and labels come in
 MOST_BYTES = 1 << 30  # a header that promises more is not believed

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import Refusal
-from harness.image_sources import shown
+from harness.images.source import printable
 
 NAME = "imagenet"
 TRAINING_IMAGES = 1_281_167
@@ -67,7 +67,7 @@ def check_folders(where: str, names: Sequence[str]) -> None:
     if lacking:
         parts.append(f"{len(lacking)} of the 1,000 classes are missing (first: {lacking[0]})")
     if strange:
-        parts.append(f"{len(strange)} folders are no class of ImageNet (first: {shown(strange[0])})")
+        parts.append(f"{len(strange)} folders are no class of ImageNet (first: {printable(strange[0])})")
     raise Refusal(
         f"{where}: {' and '.join(parts)}; every label behind it would be shifted. Complete or remove them, or prepare a data "
         "set of your own under another name than imagenet"
@@ -87,13 +87,13 @@ def check_labels(where: str, labels: np.ndarray, names: Sequence[str]) -> list[s
             if np.array_equal(labels[told], devkit[said[told]] - shift):
                 raise Refusal(
                     f"{where}: the labels are {text}, not places in the sorted list of WordNet ids: file "
-                    f"{shown(names[wrong[0]])} has label {labels[wrong[0]]} and should have {said[wrong[0]]}; map them first"
+                    f"{printable(names[wrong[0]])} has label {labels[wrong[0]]} and should have {said[wrong[0]]}; map them first"
                 )
         if np.array_equal(labels[told], said[told] + 1):
             raise Refusal(f"{where}: the labels begin at 1, and ImageNet's at 0; subtract 1")
         raise Refusal(
             f"{where}: {len(wrong):,} of {len(labels):,} labels contradict their file names (first: "
-            f"{shown(names[wrong[0]])} has label {labels[wrong[0]]}, its name says {classes()[said[wrong[0]]]}, which is "
+            f"{printable(names[wrong[0]])} has label {labels[wrong[0]]}, its name says {classes()[said[wrong[0]]]}, which is "
             f"{said[wrong[0]]}); ImageNet's labels are places in the sorted list of WordNet ids"
         )
     low, high = int(labels.min()), int(labels.max())

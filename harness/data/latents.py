@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import files, registry
+from harness import registry
 from harness.data.examples import Normal
 from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256, is_prepared
 from harness.errors import Refusal
-from harness.image_sources import readable
-from harness.large_arrays import ask_for
-from harness.progress import Bar
+from harness.images.source import readable
+from harness.io import files
+from harness.io.arrays import prefetch
+from harness.io.progress import Bar
 
 if TYPE_CHECKING:
     from harness.protocols import Protocol
@@ -118,7 +119,7 @@ class LatentSet:
         """float32 (n, 2, C, h, w): mean and standard deviation of the image or of its mirror image, a copy."""
         views = self.latents.reshape(-1, *self.latents.shape[2:])  # (2N, 2, C, h, w), the same map
         wanted, size = 2 * rows + mirrored, views[0].nbytes
-        ask_for(self.latents, wanted * size, size)  # three times as fast from the disk
+        prefetch(self.latents, wanted * size, size)  # three times as fast from the disk
         return np.asarray(views[wanted])
 
     def x0(self, stored: Any, normal: Normal) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from harness.data.images import ImageSet
 from harness.errors import Refusal
-from harness.samples import read_samples
+from harness.runs.samples import read_samples
 
 
 def load(path: Path) -> ImageSet:

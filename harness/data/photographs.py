@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from harness.errors import Refusal
-from harness.image_files import FILE_BYTES, PIXELS
-from harness.image_sources import shown
+from harness.images.files import FILE_BYTES, PIXELS
+from harness.images.source import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +57,7 @@ def decode(data: bytes, size: int, name: str) -> Photograph:
         text = str(error) or type(error).__name__
         if "cannot identify" in text:
             raise Broken("no image that Pillow can read (JPEG, PNG, WebP, GIF, BMP)") from error
-        raise Broken(f"damaged or cut off ({shown(text)})") from error
+        raise Broken(f"damaged or cut off ({printable(text)})") from error
 
 
 def center_crop(image: Image, size: int) -> Image:

@@ -27,14 +27,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from harness import files
 from harness.data import prepared
+from harness.data.listing import ImageIndex, IndexEntry
 from harness.data.photographs import CROP, Broken, Photograph, decode
 from harness.data.prepared import CHUNK_IMAGES, Meta, chunk_count, chunk_sizes
-from harness.data.sources import Listing, ToRead, open_listing
+from harness.data.sources import open_listing
 from harness.errors import Refusal
-from harness.image_sources import shown
-from harness.progress import Bar
+from harness.images.source import printable
+from harness.io import files
+from harness.io.progress import Bar
 from harness.protocols import check_name
 
 JOURNAL = "journal.jsonl"
@@ -127,7 +128,7 @@ class _Job:
     """What is being made, and how far it is."""
 
     dataset: str
-    listing: Listing
+    listing: ImageIndex
     resolution: int
     out: Path
     units: set[int] = field(default_factory=set)  # of the source, that are on the disk
@@ -230,7 +231,7 @@ class _Job:
     def read(self, threads: int, say: Say) -> None:
         """Decode what is missing. Refusal, after all the rest is done, that names the images that cannot be used."""
         with _Writer(self, say) as writer, ThreadPoolExecutor(threads) as pool:
-            waiting: deque[tuple[int, ToRead, Future[Photograph]]] = deque()
+            waiting: deque[tuple[int, IndexEntry, Future[Photograph]]] = deque()
             for unit in range(len(self.listing.sizes)):
                 if unit in self.units:
                     continue
@@ -290,7 +291,7 @@ class _Job:
         for row in sorted(self.remarks):
             rows.setdefault(self.remarks[row], []).append(row)
         return [
-            f"{text}: {len(found):,} ({_listed([shown(self.listing.names[row]) for row in found])})"
+            f"{text}: {len(found):,} ({_listed([printable(self.listing.names[row]) for row in found])})"
             for text, found in rows.items()
         ]
 
@@ -317,7 +318,7 @@ class _Writer:
     def __exit__(self, *_) -> None:
         self._stack.close()
 
-    def store(self, unit: int, image: ToRead, photograph: Future[Photograph]) -> None:
+    def store(self, unit: int, image: IndexEntry, photograph: Future[Photograph]) -> None:
         """Write an image; units come one after the other."""
         left = self._left.setdefault(unit, self._job.listing.sizes[unit]) - 1
         self._left[unit] = left
@@ -366,7 +367,7 @@ class _Writer:
         )
 
 
-def _decoded(image: ToRead, size: int) -> Photograph:
+def _decoded(image: IndexEntry, size: int) -> Photograph:
     try:
         data = image.read()
     except OSError as error:

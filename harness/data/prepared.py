@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from harness import files
 from harness.data.images import ImageSet
 from harness.errors import Refusal
-from harness.image_sources import readable
+from harness.images.source import readable
+from harness.io import files
 
 SCHEMA = 1
 CHUNK_IMAGES = 256

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from harness.data import imagenet
-from harness.data.sources import Listing, ToRead, row_order
+from harness.data.listing import ImageIndex, IndexEntry, row_order
 from harness.errors import Refusal
-from harness.image_sources import readable, shown
+from harness.images.source import printable, readable
 
 ROWS_PER_READ = 256
 
 
-def listing(source: Path, files: list[Path], dataset: str) -> Listing:
+def listing(source: Path, files: list[Path], dataset: str) -> ImageIndex:
     """The images of `files`, which lie in `source`."""
     parquet = _pyarrow()
     labels, names, known = [], [], None
@@ -59,18 +59,18 @@ def listing(source: Path, files: list[Path], dataset: str) -> Listing:
     rows = np.empty(len(order), np.int64)  # of the images as they are found
     rows[order] = np.arange(len(order))
 
-    def read(unit: int) -> Iterator[ToRead]:
+    def read(unit: int) -> Iterator[IndexEntry]:
         path, group, first = groups[unit]
         with readable(path), parquet.ParquetFile(path) as file:
             place = first
             for batch in file.iter_batches(ROWS_PER_READ, row_groups=[group], columns=["image.bytes"]):
                 for image in batch.column("image"):
                     data = image["bytes"].as_py()
-                    name = f"{path.name}:{shown(names[place])}"
-                    yield ToRead(int(rows[place]), name, lambda data=data: data or b"")
+                    name = f"{path.name}:{printable(names[place])}"
+                    yield IndexEntry(int(rows[place]), name, lambda data=data: data or b"")
                     place += 1
 
-    return Listing(
+    return ImageIndex(
         kind="parquet", classes=classes, labels=np.asarray(labels, np.int64)[order], names=[names[i] for i in order],
         sizes=sizes, in_order=False, read=read, notes=tuple(notes),
     )  # fmt: skip
@@ -101,7 +101,7 @@ def _check_columns(path: Path, schema: Any) -> None:
         sound = False
     if not sound:
         raise Refusal(
-            f"{path} has columns {shown(', '.join(schema.names))}; wanted are image (a struct of bytes and path) and label (whole "
+            f"{path} has columns {printable(', '.join(schema.names))}; wanted are image (a struct of bytes and path) and label (whole "
             "numbers), as the datasets library writes them"
         )
 

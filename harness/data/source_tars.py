@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from harness.data import imagenet
-from harness.data.sources import Listing, named_classes, numbers, ordered
+from harness.data.listing import ImageIndex, named_classes, numbers, ordered
 from harness.errors import Refusal
-from harness.image_files import SUFFIXES, Entry
-from harness.image_sources import readable, shown
-from harness.image_tars import tar_members
+from harness.images.files import SUFFIXES, Entry
+from harness.images.source import printable, readable
+from harness.images.tars import tar_members
 
 OFFICIAL = "ILSVRC2012_img_train.tar"
 
 
-def listing(source: Path, tars: list[Path], dataset: str) -> Listing:
+def listing(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
     """The images of `tars`, which lie in `source`: class tars within one, class tars, or webdataset's shards."""
     if len(tars) == 1:
         with readable(tars[0]):
@@ -53,11 +53,11 @@ class _Found:
     def entry(self, i: int) -> Entry:
         path = self._tars[self._of[i]]
         return Entry(
-            name=shown(f"{path.name}:{self.names[i]}"), path=path, offset=self._begin[i], size=self._size[i]
+            name=printable(f"{path.name}:{self.names[i]}"), path=path, offset=self._begin[i], size=self._size[i]
         )  # fmt: skip
 
 
-def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dataset: str) -> Listing:
+def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dataset: str) -> ImageIndex:
     tars = sorted(tars)
     classes = [name for name, *_ in tars]
     if len(set(classes)) != len(classes):
@@ -78,14 +78,14 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
     return _listing(source, "ILSVRC tars", classes, labels, found, others, dataset)
 
 
-def _shards(source: Path, tars: list[Path], dataset: str) -> Listing:
+def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
     found, labels, others, total = _Found(), [], [], 0
     for path in tars:
         with readable(path):
             keys, classes, seen = [], {}, set()
             for name, offset, size in tar_members(path):
                 if name in seen:
-                    raise Refusal(f"{path}: it holds {shown(name)} twice; pack it again")
+                    raise Refusal(f"{path}: it holds {printable(name)} twice; pack it again")
                 seen.add(name)
                 folder, _, base = name.rpartition("/")
                 key, _, kind = base.partition(".")  # webdataset: all before the first dot belongs together
@@ -100,7 +100,9 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> Listing:
             raise Refusal(f"{path}: two images share a name up to the first dot, so one .cls would label both")
         bare = next((found.names[total + i] for i, key in enumerate(keys) if key not in classes), None)
         if bare is not None or len(classes) != len(keys):
-            raise Refusal(f"{path}: {shown(bare) if bare else 'a .cls'} has no partner; every image needs one KEY.cls")
+            raise Refusal(
+                f"{path}: {printable(bare) if bare else 'a .cls'} has no partner; every image needs one KEY.cls"
+            )
         labels += [classes[key] for key in keys]
         total += len(keys)
     return _listing(source, "webdataset shards", None, labels, found, others, dataset)
@@ -109,7 +111,9 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> Listing:
 def _label(path: Path, name: str, offset: int, size: int) -> int:
     text = Entry(name=name, path=path, offset=offset, size=size).read(20).strip()
     if re.fullmatch(rb"[0-9]{1,9}", text) is None:
-        raise Refusal(f"{path}:{shown(name)}: a label must be one whole number, not {shown(text.decode('latin-1'))!r}")
+        raise Refusal(
+            f"{path}:{printable(name)}: a label must be one whole number, not {printable(text.decode('latin-1'))!r}"
+        )
     return int(text)
 
 
@@ -121,10 +125,12 @@ def _listing(
     found: _Found,
     others: list[str],
     dataset: str,
-) -> Listing:
+) -> ImageIndex:
     if not labels:
         raise Refusal(f"--from {source}: no images ({', '.join(SUFFIXES)}) in it")
-    notes = [f"{len(others)} members that are no images were left out (first: {shown(others[0])})"] if others else []
+    notes = (
+        [f"{len(others)} members that are no images were left out (first: {printable(others[0])})"] if others else []
+    )
     if dataset == imagenet.NAME:
         notes += imagenet.check_labels(str(source), np.array(labels), found.names)
         classes = list(imagenet.classes())

@@ -10,14 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluators.reference_file import STATISTICS, About, check_content, read_about
-from harness import files
 from harness.data import imagenet, latents
 from harness.data.prepare import usable_cores
 from harness.data.prepared import CHUNK_IMAGES, damaged_chunks, read_meta
 from harness.data.public_files import FILES
 from harness.errors import Refusal
-from harness.image_sources import open_images, readable
-from harness.progress import Bar
+from harness.images.open import open_images
+from harness.images.source import readable
+from harness.io import files
+from harness.io.progress import Bar
 
 
 class Verdict(NamedTuple):

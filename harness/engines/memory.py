@@ -9,7 +9,7 @@ from typing import NamedTuple
 import psutil
 
 from harness.errors import Refusal
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 
 SPARE = 0.85  # share of free memory that a run may plan with; the rest is for the allocator's fragments
 RUNTIME_BYTES = 600_000_000  # interpreter, libraries, buffers

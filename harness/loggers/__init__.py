@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from harness.errors import Refusal
-from harness.runs import Run
+from harness.runs.run import Run
 from harness.spec import load_attribute
 
 Say = Callable[[str], object]

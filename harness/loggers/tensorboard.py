@@ -11,7 +11,7 @@ import time
 import types
 from collections.abc import Mapping
 
-from harness.runs import Run
+from harness.runs.run import Run
 
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # else it imports TensorFlow where that is
 

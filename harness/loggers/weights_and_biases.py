@@ -14,8 +14,8 @@ from pathlib import Path
 
 import wandb
 
-from harness import files
-from harness.runs import Run
+from harness.io import files
+from harness.runs.run import Run
 
 
 class WeightsAndBiases:

@@ -181,7 +181,7 @@ def _recipes(value: Any, where: str) -> dict[str, dict[str, str]]:
 
 
 def _budgets(value: Any, where: str) -> tuple[str, tuple[Any, ...]]:
-    from harness.matching import parse_budget, parse_reference
+    from harness.planning.matching import parse_budget, parse_reference
 
     def gflops(each: Any, where: str) -> float:
         return parse_budget(str(each))

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import matching, runs, stages
+from harness import registry
 from harness.data.examples import Examples
+from harness.data.load import training_data
 from harness.errors import Refusal
-from harness.planning import CHECKPOINT_BYTES, Request, lacking_judge, make_request, missing
+from harness.pipeline.train import run_spec
+from harness.planning.matching import compute_of, nearest_count, solve_training, training_target
+from harness.planning.plan import missing, missing_evaluator_files
+from harness.planning.request import CHECKPOINT_BYTES, Request, make_request
 from harness.protocols import Protocol, Recipe, get_protocol, override
-from harness.runs import RunSpec
+from harness.runs.run import RUNS, RunSpec
 from harness.studies import Study
 
 WEIGHT_BYTES = 4  # a parameter: the snapshot's float32
@@ -36,7 +40,7 @@ class StudyRun:
 
     @property
     def folder(self) -> Path:
-        return runs.RUNS / self.name
+        return RUNS / self.name
 
     @property
     def steps(self) -> int:
@@ -69,7 +73,7 @@ class Expansion:
     @property
     def folder(self) -> Path:
         """Logs, reasons of failures and the report."""
-        return runs.RUNS / "studies" / self.study.name
+        return RUNS / "studies" / self.study.name
 
 
 def expand(study: Study) -> Expansion:
@@ -86,14 +90,14 @@ def expand(study: Study) -> Expansion:
     for name, request in zip(study.backbones, requests[:: len(_scales(study, task))], strict=False):
         if request.spec.kind != "denoiser":
             raise Refusal(f"{where}: backbone {name!r} is one part of a system and makes no images by itself")
-    if lacks := [*missing(requests[0]), *lacking_judge(task)]:
+    if lacks := [*missing(requests[0]), *missing_evaluator_files(task)]:
         raise Refusal(f"{where}: protocol {task.name!r} cannot run here: {'; '.join(lacks)}")
-    data = stages.training_data(task, requests[0].data)
+    data = training_data(task, requests[0].data)
     return Expansion(
         study=study, protocol=task, data=data,
         runs=tuple(
             StudyRun(
-                spec=stages.run_spec(some[0], data), marks=steps[name], requests=tuple(some),
+                spec=run_spec(some[0], data), marks=steps[name], requests=tuple(some),
                 commands=tuple(_words(study, name, seed, steps[name], each) for each in some),
             )
             for (name, seed), some in wanted.items()
@@ -119,17 +123,17 @@ def _marks(study: Study, name: str, task: Protocol) -> tuple[int, ...]:
     if way == "steps":
         solved = set(values)
     elif way == "images":
-        solved = {max(1, matching.nearest(value, recipe.batch)) for value in values}
+        solved = {max(1, nearest_count(value, recipe.batch)) for value in values}
     else:
-        spec = matching.registry.backbones.get(name)
-        compute = matching.compute_of(spec, task, recipe, f"{study.file}: ")
+        spec = registry.backbones.get(name)
+        compute = compute_of(spec, task, recipe, f"{study.file}: ")
         solved = set()
         for value in values:
             # What is matched is trained with its own recipe, so that all of a study are held against one number.
             own = recipe if way == "gflops" else _recipe(study, value.backbone, task)
             sought = {"budget": value, "match": None} if way == "gflops" else {"match": value, "budget": None}
-            target = matching.training_target(task, own, **sought)
-            solved.add(matching.solve_training(compute, recipe, *target).steps)
+            target = training_target(task, own, **sought)
+            solved.add(solve_training(compute, recipe, *target).steps)
     if study.evaluate_at and max(study.evaluate_at) > max(solved):
         raise Refusal(
             f"{study.file}: evaluate_at {max(study.evaluate_at)} lies beyond the {max(solved)} steps of {name}; lower it"

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness import files
+from harness.io import files
 
 EXIT_STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # of who was told to stop
 PROGRAMS = {"harness": "harness", "torchrun": "torch.distributed.run"}  # the modules behind what is typed

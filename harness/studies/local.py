@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from harness import files, runs
 from harness.errors import Refusal
-from harness.progress import duration
+from harness.io import files
+from harness.io.progress import duration
+from harness.runs.run import lock_folder
 from harness.studies import jobs
 from harness.studies.expand import Expansion, StudyRun
 from harness.studies.state import Overview, Progress, at_work, failure_path, log_path, look
@@ -60,7 +61,7 @@ class Launcher:
     def launch(self) -> Overview:
         """Until nothing is left that can be done now, or it is told to stop. Returns the state then."""
         try:
-            with runs.locked(self.study.folder), self._signals():
+            with lock_folder(self.study.folder), self._signals():
                 self._rows = {run.name: look(self.study, run) for run in self.study.runs}
                 queue = [run for run in self.study.runs if self._wanted(run)]
                 self._loop(queue)

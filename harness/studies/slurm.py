@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import files, runs
 from harness.errors import Failure, Refusal, shown
+from harness.io import files
 from harness.registry import unknown
+from harness.runs.run import lock_folder
 from harness.studies import jobs
 from harness.studies.expand import Expansion, StudyRun
 from harness.studies.state import Overview, Progress, failure_path, log_path, overview
@@ -184,7 +185,7 @@ def submit(
     wanted = [row for row in found.rows if row.state in states and row.pending]
     if shutil.which("sbatch") is None:
         return _write_scripts(study, made, wanted)
-    with runs.locked(study.folder):
+    with lock_folder(study.folder):
         for row in wanted:
             with files.explained(study.folder):
                 failure_path(study, row.run).unlink(missing_ok=True)

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import evaluation, files, runs, sampling, stages
 from harness.errors import Refusal
-from harness.planning import Request
-from harness.runs import Run
-from harness.samples import read_sidecar, sidecar_path
+from harness.io import files
+from harness.pipeline.evaluate import existing_records
+from harness.pipeline.sidecar_records import fields_from_sidecar
+from harness.planning.request import Request
+from harness.runs.run import Run, identity_difference, open_run
+from harness.runs.sample_set import SampleRequest, default_batch
+from harness.runs.samples import read_sidecar, sidecar_path
 from harness.studies.expand import Expansion, StudyRun
 
 STATES = ("done", "running", "queued", "failed", "interrupted", "to do")
@@ -67,11 +70,9 @@ def look(study: Expansion, run: StudyRun, in_queue: str | None = None) -> Progre
     reason, made = None, None
     working = at_work(study, run)  # before anything else is read: what ends meanwhile is seen as running
     try:
-        made = runs.open_run(run.folder) if (run.folder / "run.json").exists() else None
+        made = open_run(run.folder) if (run.folder / "run.json").exists() else None
         if made is not None and made.identity != run.spec.identity:
-            reason = (
-                f"{run.folder} holds another run ({runs.difference(made.identity, run.spec.identity)}); move it away"
-            )
+            reason = f"{run.folder} holds another run ({identity_difference(made.identity, run.spec.identity)}); move it away"
             made = None
     except Refusal as refusal:
         reason = str(refusal)
@@ -118,8 +119,8 @@ def _complete(made: Run, request: Request, mark: int, steps: int) -> bool:
 
     try:
         weights = files.read_json(made.snapshot(mark) / "state.json", "snapshot")["files"]["ema.safetensors"]["sha256"]
-        batch = sampling.default_batch(request.gflops_image(steps), made.resolved.device)
-        wanted = sampling.SampleRequest(
+        batch = default_batch(request.gflops_image(steps), made.resolved.device)
+        wanted = SampleRequest(
             step=mark, sampling=request.sampling, steps=steps, count=request.samples, precision="float32", batch=batch,
             checkpoint_sha256=weights,
         )  # fmt: skip
@@ -129,9 +130,9 @@ def _complete(made: Run, request: Request, mark: int, steps: int) -> bool:
         sidecar = read_sidecar(path)
         if sidecar["identity"] != wanted.identity(made):
             return False
-        about = evaluation.describe(path, sidecar["sha256"], None)
+        about = fields_from_sidecar(path, sidecar["sha256"], None)
         task = request.protocol
-        return stages.measured(made.records, about, task, get_suite(task.suite), None) is not None
+        return existing_records(made.records, about, task, get_suite(task.suite), None) is not None
     except (Refusal, KeyError, TypeError):  # not there, or damaged: the command will say so
         return False
 

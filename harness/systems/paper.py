@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.systems import Guide, Stage, System
+from harness.systems.spec import Component, GuidanceClassifier, System
 
 SAMPLES_ONLY = "; samples made elsewhere can be measured with `harness evaluate`"
 
@@ -22,7 +22,7 @@ def _dit(resolution: int, scale: float, decoder: str, suffix: str, row: str) -> 
         name=f"dit-xl-2-{resolution}{guidance}{suffix}",
         summary=f"DiT-XL/2, 250 DDPM steps, {words}, VAE {decoder}",
         protocol=f"imagenet-{resolution}",
-        base=Stage(
+        base=Component(
             backbone="dit-xl-2",
             arguments={"input_size": resolution // 8},
             guidance_scale=scale,
@@ -37,15 +37,15 @@ def _adm(resolution: int) -> tuple[System, ...]:
     """Plain, guided, upsampled, and guided and upsampled; the base is guided at its own resolution."""
     table = f"Table {2 if resolution == 256 else 3}"
     low = {256: 64, 512: 128}[resolution]
-    upsampler = Stage(backbone=f"adm-u-{low}-{resolution}", clip_denoised=True)
-    low_base = Stage(backbone=f"adm-{low}", schedule="cosine" if low == 64 else "linear", clip_denoised=True)
+    upsampler = Component(backbone=f"adm-u-{low}-{resolution}", clip_denoised=True)
+    low_base = Component(backbone=f"adm-{low}", schedule="cosine" if low == 64 else "linear", clip_denoised=True)
     scale = {256: 1.0, 512: 4.0}[resolution]
     low_scale = {64: 1.0, 128: 0.5}[low]
     plain = System(
         name=f"adm-{resolution}",
         summary=f"ADM at {resolution} pixels, 250 DDPM steps",
         protocol=f"imagenet-{resolution}",
-        base=Stage(backbone=f"adm-{resolution}", clip_denoised=True),
+        base=Component(backbone=f"adm-{resolution}", clip_denoised=True),
         uint8_rule="adm",
         row=f"{table}: ADM",
     )
@@ -53,7 +53,7 @@ def _adm(resolution: int) -> tuple[System, ...]:
         plain,
         name=f"adm-g-{resolution}",
         summary=f"{plain.summary}, guided by its classifier, scale {scale:g}",
-        classifier=Guide(backbone=f"adm-classifier-{resolution}", scale=scale),
+        classifier=GuidanceClassifier(backbone=f"adm-classifier-{resolution}", scale=scale),
         row=f"{table}: ADM-G",
     )
     upsampled = replace(
@@ -69,7 +69,7 @@ def _adm(resolution: int) -> tuple[System, ...]:
         name=f"adm-g-adm-u-{resolution}",
         summary=f"{upsampled.summary}, the base guided by its classifier, scale {low_scale:g}"
         + " (the authors give it for the base alone)",
-        classifier=Guide(backbone=f"adm-classifier-{low}", schedule=low_base.schedule, scale=low_scale),
+        classifier=GuidanceClassifier(backbone=f"adm-classifier-{low}", schedule=low_base.schedule, scale=low_scale),
         row=f"{table}: ADM-G, ADM-U",
     )
     return plain, upsampled, guided, both
@@ -81,7 +81,7 @@ def _ldm(name: str, factor: int, scale: float, row: str, steps: int) -> System:
         name=name,
         summary=f"LDM-{factor}, {steps} DDIM steps with eta 1 (not stated by the authors), {words}",
         protocol="imagenet-256",
-        base=Stage(
+        base=Component(
             backbone=f"ldm-{factor}",
             objective="epsilon-fixed",
             schedule="sqrt-linear",
@@ -102,7 +102,7 @@ def _biggan(resolution: int) -> System:
         name=f"biggan-deep-{resolution}",
         summary=f"BigGAN-deep at {resolution} pixels, truncation 1",
         protocol=f"imagenet-{resolution}",
-        base=Stage(backbone=f"biggan-deep-{resolution}"),
+        base=Component(backbone=f"biggan-deep-{resolution}"),
         uint8_rule="biggan",
         row=f"Table {2 if resolution == 256 else 3}: BigGAN-deep",
     )
@@ -127,9 +127,9 @@ def _dits(resolution: int) -> tuple[System, ...]:
 
 def _augmented_cascade() -> System:
     """Over 32, 64 and 256 pixels as CDM's (arXiv:2106.15282), of ADM's networks, to be trained: not Google's system."""
-    first = Stage(backbone="adm-64", arguments={"input_size": 32}, schedule="cosine", clip_denoised=True)
+    first = Component(backbone="adm-64", arguments={"input_size": 32}, schedule="cosine", clip_denoised=True)
     upsamplers = tuple(
-        Stage(backbone=name, clip_denoised=True, conditioning_noise=0.1) for name in ("adm-u-32-64", "adm-u-64-256")
+        Component(backbone=name, clip_denoised=True, conditioning_noise=0.1) for name in ("adm-u-32-64", "adm-u-64-256")
     )
     return System(
         name="adm-cascade-32-64-256",
@@ -144,12 +144,12 @@ def _augmented_cascade() -> System:
 def _small() -> tuple[System, ...]:
     """Ours, for the digits: the same constructions at a size that a laptop trains."""
     image = {"in_channels": 1, "num_classes": 10}
-    base = Stage(
+    base = Component(
         backbone="adm-xs", arguments={"input_size": 8, **image}, steps=50, clip_denoised=True
     )  # fmt: skip
     low = replace(base, arguments={"input_size": 4, **image})
-    classifier = Guide(backbone="adm-classifier-xs", arguments=dict(base.arguments), scale=1.0)
-    upsampler = Stage(
+    classifier = GuidanceClassifier(backbone="adm-classifier-xs", arguments=dict(base.arguments), scale=1.0)
+    upsampler = Component(
         backbone="adm-u-xs", arguments={"low_res_size": 4, **base.arguments}, steps=50, clip_denoised=True
     )
     guided = System(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import Refusal
-from harness.progress import Bar
+from harness.io.progress import Bar
 from harness.weights.containers import open_file, printable
 from harness.weights.maps import Shapes
 from harness.weights.tensors import Stored

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from harness import files, registry
+from harness import registry
 from harness.errors import Refusal
+from harness.io import files
 from harness.spec import BackboneSpec
 from harness.weights.files import METADATA, WeightFile, open_weights, sha256, unchanged, watched
 from harness.weights.identify import Match, choose_layout, identify, misfit, recognised, weight_map

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness.errors import Failure, Refusal
-from harness.files import sha256_json
-from harness.runs import open_run
+from harness.io.files import sha256_json
+from harness.runs.run import open_run
 from reports.columns import count_text, guidance_text, metric_order
 from reports.render import one_line
 from results.records import Record

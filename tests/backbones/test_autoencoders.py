@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones.autoencoders.spec import BY_NAME, SPECS, diffusers_name, infer_arguments
+from backbones.autoencoders.layout import infer_arguments
+from backbones.autoencoders.spec import BY_NAME, SPECS, diffusers_name
 from backbones.autoencoders.vq_torch import VQAutoencoder
-from harness.decoding import KL_CONFIG, traced_compute
+from harness.autoencoders.load import KL_CONFIG, traced_compute
 from harness.errors import Refusal
 
 diffusers = pytest.importorskip("diffusers")

@@ -9,12 +9,12 @@ from flax import nnx
 
 from backbones.flax_weights import from_torch
 from harness.data.digits import load
-from harness.engines import workbench
+from harness.distributed.group import SINGLE_PROCESS
+from harness.engines.backend import get_backend
 from harness.engines.jax.mesh import threads
-from harness.engines.team import ALONE
-from harness.planning import make_request
-from harness.runs import Resolved
-from harness.stages import Workshop
+from harness.pipeline.train import RunSession
+from harness.planning.request import make_request
+from harness.runs.run import Resolved
 
 DIT = {"depth": 2, "width": 48, "heads": 4}
 UNET = {"width": 32, "multipliers": (1, 2), "res_blocks": 1, "head_channels": 16}
@@ -52,17 +52,17 @@ def resolved(framework="jax", **changes):
     return Resolved(**{**plain, **changes})
 
 
-def workshop(folder, wanted=None, team=ALONE, **changes):
+def workshop(folder, wanted=None, team=SINGLE_PROCESS, **changes):
     """A run in `folder`, created if it is not there."""
     wanted = wanted or request()
-    shop = Workshop(wanted, load(), folder, lambda text: None, team)
+    shop = RunSession(wanted, load(), folder, lambda text: None, team)
     if shop.run is None:
         shop.create(resolved(wanted.framework, **changes))
     return shop
 
 
 def engine(shop, net=None):
-    return workbench(shop.run.framework).make_engine(shop.request, shop.run, shop.data, net)
+    return get_backend(shop.run.framework).make_engine(shop.request, shop.run, shop.data, net)
 
 
 def flax_net(wanted, state):

@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from jax_runs import request, workshop
 
-from harness import stages, training
-from harness.engines import join
+from harness.engines.backend import join_processes
 from harness.engines.jax.trainer import JaxEngine
+from harness.pipeline import training_loop
+from harness.pipeline.sample import sample_run
 
-training.SHORTEST_SECONDS = training.CHECKPOINT_SHARE = 1e-9  # a checkpoint whenever it may be
-training.LOST_SECONDS = 0.0
+training_loop.SHORTEST_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9  # a checkpoint whenever it may be
+training_loop.MAX_LOST_SECONDS = 0.0
 
 
 def state_bytes(state):
@@ -32,7 +33,7 @@ def state_bytes(state):
 
 
 def main(folder, kind, steps, pause, *meshes):
-    team, facts, steps = join("jax"), {}, int(steps)
+    team, facts, steps = join_processes("jax"), {}, int(steps)
     step, last = JaxEngine.step, []
 
     def watched(engine, *arguments):
@@ -45,7 +46,7 @@ def main(folder, kind, steps, pause, *meshes):
         wanted = request(kind, steps=steps, settings={"batch": "16", "label_dropout": "0.2"}, samples=30)
         shop = workshop(Path(folder) / mesh, wanted, team=team, mesh=mesh, micro_batch=16)
         shop.train(steps)
-        stages.draw(shop.run, wanted, steps, 5, precision="float32", batch=12, team=team)
+        sample_run(shop.run, wanted, steps, 5, precision="float32", batch=12, team=team)
         facts[mesh] = state_bytes(last[0]._state)
     print(json.dumps(facts))
 

@@ -15,12 +15,13 @@ import torch
 from harness import registry
 from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
-from harness.engines import check_torch_only
-from harness.engines.torch import compiling, draw
+from harness.engines.backend import check_torch_only
+from harness.engines.torch import compiling, sampling
+from harness.engines.torch.sampling import TorchSampler
 from harness.errors import Refusal
 from harness.protocols import Sampling
-from harness.runs import Resolved
-from harness.sampling import SampleRequest
+from harness.runs.run import Resolved
+from harness.runs.sample_set import SampleRequest
 
 CPU = torch.device("cpu")
 DIGITS = {"input_size": 8, "in_channels": 1, "num_classes": 10, "out_channels": 2}
@@ -156,15 +157,15 @@ def test_runs_and_samples_of_before_are_what_they_were():
 
 def test_a_batch_that_is_filled_up_holds_the_same_images(monkeypatch):
     seen = []
-    monkeypatch.setattr(draw, "check", lambda device: None)
+    monkeypatch.setattr(sampling, "check", lambda device: None)
     monkeypatch.setattr(
-        draw, "compile_sampler", lambda net, device: lambda x, t, y: seen.append(len(x)) or net(x, t, y)
+        sampling, "compile_sampler", lambda net, device: lambda x, t, y: seen.append(len(x)) or net(x, t, y)
     )
     spec, net = registry.backbones.get("dit-xs-4"), build()
     plan = ddpm_plan(Schedule.named("linear", 1000), 2)
     settings = {"arguments": spec.arguments(**DIGITS), "precision": "float32", "device": CPU}
-    whole = draw.TorchSampler(spec, net, plan, Sampling(), **settings, compile="on", batch=4)
-    plain = draw.TorchSampler(spec, net, plan, Sampling(), **settings)
+    whole = TorchSampler(spec, net, plan, Sampling(), **settings, compile="on", batch=4)
+    plain = TorchSampler(spec, net, plan, Sampling(), **settings)
     index, labels = np.arange(3), np.array([1, 5, 9])
     np.testing.assert_array_equal(whole.draw(index, labels), plain.draw(index, labels))
     assert set(seen) == {4}

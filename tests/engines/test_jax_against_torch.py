@@ -7,10 +7,11 @@ from jax_runs import KINDS, engine, flax_net, request, workshop
 
 from harness.diffusion.plans import ddim_plan, ddpm_plan
 from harness.diffusion.schedule import Schedule
-from harness.engines.jax import draw as jax_draw
+from harness.engines.jax.loss_functions import area_means
 from harness.engines.jax.mesh import make_mesh, pick_devices
-from harness.engines.jax.tasks import area_means
-from harness.engines.torch import draw as torch_draw
+from harness.engines.jax.sampling import JaxStage, Network, load_weights, to_uint8
+from harness.engines.torch.sampling import TorchStage
+from harness.engines.torch.sampling import to_uint8 as torch_to_uint8
 from harness.engines.torch.trainer import build
 from harness.randomness.threefry_jax import words
 
@@ -72,7 +73,7 @@ def trained(tmp_path_factory):
             )
             shop = workshop(tmp_path_factory.mktemp(kind) / "run", wanted)
             shop.train(60)
-            kept[kind] = jax_draw.load_weights(shop.run.snapshot(60) / "ema.safetensors")
+            kept[kind] = load_weights(shop.run.snapshot(60) / "ema.safetensors")
         return kept[kind]
 
     return weights
@@ -93,13 +94,13 @@ def stages(kind, weights, plan, **settings):
 
     def jax_net(kind, state):
         each = request(kind)
-        return jax_draw.Network.load(each.spec, each.spec.arguments(**each.arguments), state, "float32", mesh)
+        return Network.load(each.spec, each.spec.arguments(**each.arguments), state, "float32", mesh)
 
-    theirs = torch_draw.TorchStage(
+    theirs = TorchStage(
         spec, torch_net(kind, weights), plan, arguments=arguments, precision="float32", device=torch.device("cpu"),
         classifier=None if guide is None else torch_net("classifier", guide), **settings,
     )  # fmt: skip
-    mine = jax_draw.JaxStage(
+    mine = JaxStage(
         spec, jax_net(kind, weights), plan, arguments=arguments, precision="float32", mesh=mesh,
         classifier=None if guide is None else jax_net("classifier", guide), **settings,
     )  # fmt: skip
@@ -149,10 +150,10 @@ def test_area_means_are_torchs():
 def test_grey_levels_are_torchs():
     x = np.random.RandomState(0).uniform(-1.2, 1.2, (4, 3, 50, 50)).astype(np.float32)
     for rule in ("dit", "adm", "ldm", "biggan"):
-        np.testing.assert_array_equal(jax_draw.to_uint8(x, rule), torch_draw.to_uint8(torch.from_numpy(x), rule))
+        np.testing.assert_array_equal(to_uint8(x, rule), torch_to_uint8(torch.from_numpy(x), rule))
 
 
 def test_the_kinds_are_those_that_are_trained():
-    from harness.engines.terms import TERMS
+    from harness.engines.loss_terms import LOSS_TERMS
 
-    assert {request(kind).spec.kind for kind in KINDS} == set(TERMS)
+    assert {request(kind).spec.kind for kind in KINDS} == set(LOSS_TERMS)

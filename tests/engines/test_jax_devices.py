@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.samples import read_samples
+from harness.runs.samples import read_samples
 
 SCRIPT = Path(__file__).parent / "on_devices.py"
 

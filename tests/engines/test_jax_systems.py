@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from harness import registry
 from harness.engines.torch.trainer import build
 from harness.errors import Refusal
-from harness.evaluation import describe
-from harness.files import sha256_file
-from harness.samples import read_samples, read_sidecar
-from harness.systems import Guide, Stage, System
-from harness.systems.drawing import bind, draw_system
+from harness.io.files import sha256_file
+from harness.pipeline.sample_system import sample_system
+from harness.pipeline.sidecar_records import fields_from_sidecar
+from harness.runs.samples import read_samples, read_sidecar
+from harness.systems.binding import load_parts
+from harness.systems.spec import Component, GuidanceClassifier, System
 
 TASK = {"in_channels": 1, "num_classes": 10}
 
@@ -26,13 +27,13 @@ def arguments(kind, **more):
 
 GUIDED = System(
     name="guided", protocol="digits-4", uint8_rule="adm", label_policy="random",
-    base=Stage(backbone="dit-xs-2", arguments={**DIT, **TASK, "input_size": 4}, steps=4, clip_denoised=True),
-    classifier=Guide(backbone="adm-classifier-xs", arguments=arguments("classifier", input_size=4), scale=2.0),
+    base=Component(backbone="dit-xs-2", arguments={**DIT, **TASK, "input_size": 4}, steps=4, clip_denoised=True),
+    classifier=GuidanceClassifier(backbone="adm-classifier-xs", arguments=arguments("classifier", input_size=4), scale=2.0),
 )  # fmt: skip
 CASCADE = replace(
     GUIDED, name="cascade", protocol="digits",
     upsamplers=(
-        Stage(
+        Component(
             backbone="adm-u-xs", arguments=arguments("upsampler", input_size=8, low_res_size=4), steps=3,
             sampler="ddim", clip_denoised=True, conditioning_noise=0.1,
         ),
@@ -54,9 +55,9 @@ def files_of(system, folder):
 
 @pytest.mark.parametrize("system", [GUIDED, pytest.param(CASCADE, marks=pytest.mark.slow)], ids=lambda s: s.name)
 def test_images_are_torchs(system, tmp_path):
-    bound = bind(system, files_of(system, tmp_path))
+    bound = load_parts(system, files_of(system, tmp_path))
     settings = {"count": 30, "seed": 7, "precision": "float32", "batch": 12, "device": "cpu", "say": lambda text: None}
-    paths = {each: draw_system(bound, folder=tmp_path, framework=each, **settings) for each in ("torch", "jax")}
+    paths = {each: sample_system(bound, folder=tmp_path, framework=each, **settings) for each in ("torch", "jax")}
     theirs, mine = (read_samples(paths[each], classes=10) for each in ("torch", "jax"))
     assert paths["torch"] != paths["jax"]
     np.testing.assert_array_equal(mine.labels, theirs.labels)
@@ -65,7 +66,7 @@ def test_images_are_torchs(system, tmp_path):
     facts = read_sidecar(paths["jax"])
     assert facts["evaluations"] == read_sidecar(paths["torch"])["evaluations"]
     for each, path in paths.items():
-        assert describe(path, sha256_file(path), None)["framework"] == each
+        assert fields_from_sidecar(path, sha256_file(path), None)["framework"] == each
 
 
 def test_a_network_that_jax_lacks_is_named(tmp_path):
@@ -73,7 +74,7 @@ def test_a_network_that_jax_lacks_is_named(tmp_path):
     (tmp_path / "base.safetensors").touch()
     save_file({"x": torch.zeros(1)}, tmp_path / "base.safetensors")
     with pytest.raises(Refusal, match="biggan-deep-256 has no jax network"):
-        draw_system(
-            bind(system, {"base": tmp_path / "base.safetensors"}), folder=tmp_path, framework="jax", count=1, seed=0,
+        sample_system(
+            load_parts(system, {"base": tmp_path / "base.safetensors"}), folder=tmp_path, framework="jax", count=1, seed=0,
             precision="float32", batch=1, device=None, say=lambda text: None,
         )  # fmt: skip

@@ -16,10 +16,10 @@ from jax_runs import engine, losses, request, workshop
 
 from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
-from harness.engines import workbench
+from harness.engines.backend import get_backend
 from harness.engines.jax import mesh
 from harness.engines.jax.errors import one_line
-from harness.engines.torch.draw import load_weights
+from harness.engines.torch.sampling import load_weights
 from harness.errors import Failure, Refusal
 
 
@@ -74,7 +74,7 @@ def test_a_step_is_traced_once(whole):
     assert made._step._cache_size() == 1
     wanted = request(steps=8)
     plan = ddpm_plan(Schedule.named("linear", 1000), 9)
-    chain = workbench("jax").make_sampler(
+    chain = get_backend("jax").make_sampler(
         wanted, whole, whole.snapshot(8) / "ema.safetensors", plan, precision="float32", batch=4
     )
     seen = []

@@ -18,11 +18,11 @@ from evaluators.features.inception_v3 import InceptionFeatures
 from evaluators.inception_score import log_softmax
 from evaluators.statistics import statistics
 from evaluators.suites import ADM, METRICS
-from harness import evaluation
 from harness.cli import group
-from harness.cli.evaluate import judge_of
 from harness.data.images import ImageSet
 from harness.errors import Refusal
+from harness.pipeline.evaluate import EvaluationConfig, evaluate_samples_file
+from harness.pipeline.judges import evaluation_config
 from harness.protocols import get_protocol
 
 TASK = """
@@ -175,15 +175,17 @@ def test_the_record_says_that_jax_computed(folder, made_inception, tmp_path, mon
         return [jnp.resize(few, (len(x), width)) for width in (2048, 2023, 1008)]
 
     monkeypatch.setattr(inception_jax, "network", network)
-    suite = dataclasses.replace(judge_of(ADM, made_inception.graph, "jax", None).suite, metrics=(METRICS["precision"],))
+    suite = dataclasses.replace(
+        evaluation_config(ADM, made_inception.graph, "jax", None).suite, metrics=(METRICS["precision"],)
+    )
     with np.load(folder / "reference.npz") as data:
         images = ImageSet(name="pictures", images=data["arr_0"], labels=np.arange(M) % 10)
-    (record,) = evaluation.evaluate(
+    (record,) = evaluate_samples_file(
         folder / "samples.npz",
         get_protocol(str(folder / "task.toml")),
         images,
         cache=tmp_path,
-        judge=evaluation.Judge(suite=suite, weights=made_inception.graph, device="cpu:0"),
+        judge=EvaluationConfig(suite=suite, weights=made_inception.graph, device="cpu:0"),
     )
     judged, made = record.evaluation, record.environment
     assert judged.features == "inception-2015-12-05-jax"

@@ -12,7 +12,8 @@ from evaluators.guards import GUARDS, NEVER_ALLOWED, Task, check, enforce, surve
 from evaluators.jpeg_traces import COMBS, JpegTraces
 from evaluators.reference import images_sha256
 from harness.errors import Refusal
-from harness.image_sources import from_batches, open_images
+from harness.images.open import open_images
+from harness.images.source import from_batches
 
 LEAST = {"fd": 100, "copies": 20}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evaluators import adm, authenticity, copies, density_coverage, precision_recall
-from harness.progress import Bar
+from harness.io.progress import Bar
 
 RNG = np.random.default_rng(0)
 SAMPLES, REFERENCE = (RNG.standard_normal((n, 4)).astype(np.float32) for n in (1500, 2300))

@@ -40,10 +40,10 @@ def _main(words, folder, shortest_seconds):
         os.dup2(file.fileno(), 2)
     import torch
 
-    from harness import training
     from harness.cli import main
+    from harness.pipeline import training_loop
 
     torch.set_num_threads(1)
-    training.SHORTEST_SECONDS, training.CHECKPOINT_SHARE = shortest_seconds, 1.0
+    training_loop.SHORTEST_SECONDS, training_loop.CHECKPOINT_SHARE = shortest_seconds, 1.0
     sys.argv = ["harness", *words]
     main()

@@ -8,15 +8,16 @@ import tiny_suite
 import torch
 
 from evaluators import reference
-from harness import stages, training
 from harness.data.digits import load
-from harness.engines import join
+from harness.engines.backend import get_backend, join_processes
 from harness.engines.torch import parallel
-from harness.evaluation import Judge
-from harness.planning import make_request
+from harness.pipeline import training_loop
+from harness.pipeline.evaluate import EvaluationConfig, evaluate_and_record
+from harness.pipeline.sample import sample_run
+from harness.pipeline.train import RunSession
+from harness.planning.request import make_request
 from harness.protocols import get_protocol
-from harness.runs import Resolved
-from harness.stages import Workshop
+from harness.runs.run import Resolved
 
 NARROW = {"depth": 2, "width": 48, "heads": 4}
 RECIPE = {  # every item that changes the arithmetic of a step; half of the gradients are longer than clip_norm
@@ -35,23 +36,23 @@ def run(folder, steps, mesh, team):
     """Train on `mesh` and draw samples; gradients are accumulated over four micro-batches by one process. Returns bytes
     of weights, averages and moments that this process holds."""
     wanted = request(steps)
-    shop = Workshop(wanted, load(), folder, lambda text: None, team, mesh=mesh)
+    shop = RunSession(wanted, load(), folder, lambda text: None, team, mesh=mesh)
     if shop.run is None:
         plain = {"device": "cpu", "device_name": "test", "precision": "float32", "threads": 1}
         shop.create(Resolved(**plain, micro_batch=4, mesh=mesh))
     held = []
-    engine_of = stages.workbench(shop.run.framework).make_engine
+    engine_of = get_backend(shop.run.framework).make_engine
 
     def kept(*arguments):
         held[:] = [engine_of(*arguments)]
         return held[0]
 
-    stages.workbench(shop.run.framework).make_engine = kept
+    get_backend(shop.run.framework).make_engine = kept
     try:
         shop.train(steps)
     finally:
-        stages.workbench(shop.run.framework).make_engine = engine_of
-    stages.draw(shop.run, wanted, steps, 5, precision="float32", batch=16, team=team)
+        get_backend(shop.run.framework).make_engine = engine_of
+    sample_run(shop.run, wanted, steps, 5, precision="float32", batch=16, team=team)
     if not held:
         return 0
     moments = [state[key] for state in held[0]._optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -65,9 +66,9 @@ def measured(folder, out, team):
     suite = dataclasses.replace(suite, metrics=tuple(dataclasses.replace(each, minimum=20) for each in suite.metrics))
     (path,) = folder.glob("samples/*/samples.npz")
     task = get_protocol("digits")
-    by = Judge(suite=suite, say=lambda text: None)
+    by = EvaluationConfig(suite=suite, say=lambda text: None)
     try:
-        return stages.judge(path, task, load(), out / "records.jsonl", cache=out / "cache", by=by, team=team)
+        return evaluate_and_record(path, task, load(), out / "records.jsonl", cache=out / "cache", by=by, team=team)
     finally:
         reference.IMAGES_PER_CALL = calls
 
@@ -81,9 +82,9 @@ def main(folder, steps, meshes, environment):
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    training.SHORTEST_SECONDS = training.CHECKPOINT_SHARE = 1e-9
-    training.LOST_SECONDS = 0.2
-    team = join("torch")
+    training_loop.SHORTEST_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9
+    training_loop.MAX_LOST_SECONDS = 0.2
+    team = join_processes("torch")
     with team.together():
         for each in meshes:
             name, mesh = each.split("=") if "=" in each else (each, each)

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from harness.data.digits import load
-from harness.engines.team import Team
-from harness.planning import make_request
-from harness.runs import Resolved
-from harness.stages import Workshop
+from harness.distributed.group import ProcessGroup
+from harness.pipeline.train import RunSession
+from harness.planning.request import make_request
+from harness.runs.run import Resolved
 
 SETTINGS = {"batch": "24", "learning_rate": "1e-3", "ema_decay": "0.9"}
 
@@ -26,7 +26,7 @@ def request(backbone="dit-xs-4", steps=12, seed=0, settings=None, **options):
 
 def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", loggers=(), say=lambda text: None):
     """A run in `folder`, created if it is not there, with everything that would be measured fixed."""
-    shop = Workshop(wanted or request(), load(), folder, say, loggers=loggers)
+    shop = RunSession(wanted or request(), load(), folder, say, loggers=loggers)
     if shop.run is None:
         resolved = Resolved(
             device="cpu", device_name="test", precision=precision, micro_batch=micro_batch,
@@ -36,7 +36,7 @@ def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", 
     return shop
 
 
-class Led(Team):
+class Led(ProcessGroup):
     """A process that is not the first, which is told `told` whenever it asks."""
 
     size, index = 2, 1

@@ -13,7 +13,7 @@ from small_runs import request, workshop
 
 from harness.cli import main
 from harness.data.digits import load
-from harness.runs import locked
+from harness.runs.run import lock_folder
 
 TRAIN = [
     "train",
@@ -312,7 +312,7 @@ def test_broken_run_file(text, harness, run):
 
 def test_second_process_in_the_same_run(harness, run):
     before = contents(run)
-    with locked(run):
+    with lock_folder(run):
         for words in ([*TRAIN, "--steps", 6, "--out", run], ["sample", "--run", run, "--samples", 4]):
             assert not refused(harness(*words), "another process is at work in", run, "wait for it or stop it")
     assert contents(run) == before
@@ -406,7 +406,7 @@ def test_full_disk_while_samples_are_written(harness, run, monkeypatch):
     assert left == ["shard-00000000.npy"] and not done.exists()
     (shards / "shard-00000050.npy.partial").unlink()
     drawn = []
-    from harness.engines.torch.draw import TorchSampler
+    from harness.engines.torch.sampling import TorchSampler
 
     draw = TorchSampler.draw
     monkeypatch.setattr(

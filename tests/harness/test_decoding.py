@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from backbones.autoencoders.spec import BY_NAME, KL_DEFAULTS, KNOWN, diffusers_name
-from harness import decoding
-from harness.decoding import Decoder, decoder_compute, load, resolve
+from harness.autoencoders import load as load_module
+from harness.autoencoders.load import Decoder, decoder_compute, load_autoencoder, resolve
 from harness.errors import Failure, Refusal
 
 diffusers = pytest.importorskip("diffusers")
@@ -84,7 +84,7 @@ def refused(call, *words):
 
 
 def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder, monkeypatch):
-    decoder = load(str(folder))
+    decoder = load_autoencoder(str(folder))
     digest = hashlib.sha256((folder / SAFE).read_bytes()).hexdigest()
     assert (decoder.scale_factor, decoder.channels, decoder.factor) == (0.18215, 4, 2)
     assert (decoder.name, decoder.sha256, decoder.notes) == (f"vae-{digest[:12]}", digest, ())
@@ -94,16 +94,16 @@ def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder, monkeypatch):
     (folder / "config.json").write_text(
         json.dumps({**config, "act_fn": "relu"})
     )  # no weight shows it, every pixel does
-    other = load(str(folder)).identity
+    other = load_autoencoder(str(folder)).identity
     assert other != decoder.identity and {**other, "config_sha256": ""} == {**identity, "config_sha256": ""}
     (folder / "config.json").write_text(json.dumps({**config, "sample_size": 7, "force_upcast": False}))
-    assert load(str(folder)).identity == decoder.identity  # what decides no pixel
+    assert load_autoencoder(str(folder)).identity == decoder.identity  # what decides no pixel
     left = {name: value for name, value in config.items() if KL_DEFAULTS.get(name, 0) != value}
     (folder / "config.json").write_text(json.dumps(left))
-    assert left != config and load(str(folder)).identity == decoder.identity  # nor what is the default
+    assert left != config and load_autoencoder(str(folder)).identity == decoder.identity  # nor what is the default
     monkeypatch.chdir(folder.parent)
     for spelling in (f"./{folder.name}", f"{folder.name}/../{folder.name}/{SAFE}"):
-        assert load(spelling).identity == decoder.identity
+        assert load_autoencoder(spelling).identity == decoder.identity
     (folder / "config.json").write_text(json.dumps(config))
     z = latents() / 10
     images = decoder.decode(z)
@@ -130,7 +130,7 @@ def test_weights_that_are_no_numbers_are_refused(folder, tmp_path):
         net.decoder.conv_in.bias[3] = float("nan")
     net.save_pretrained(tmp_path / "vae")
     with pytest.raises(Refusal, match=r"decoder.conv_in.bias has values that are infinite or not a number"):
-        load(str(tmp_path / "vae"))
+        load_autoencoder(str(tmp_path / "vae"))
 
 
 def test_images_are_clipped_to_their_range(folder):
@@ -140,21 +140,21 @@ def test_images_are_clipped_to_their_range(folder):
     net.save_pretrained(folder)
     raw = by_diffusers(folder, latents())
     assert raw.max() > 1.5 and raw.min() < -1.5
-    assert torch.equal(load(str(folder)).decode(latents()), raw.clamp(-1, 1))
+    assert torch.equal(load_autoencoder(str(folder)).decode(latents()), raw.clamp(-1, 1))
 
 
 def test_the_configs_own_scale_is_used(folder):
-    decoder = load(str(edit_config(folder, scaling_factor=0.5)))
+    decoder = load_autoencoder(str(edit_config(folder, scaling_factor=0.5)))
     assert decoder.scale_factor == 0.5
     assert torch.equal(decoder.decode(latents()), by_diffusers(folder, latents(), scale=0.5).clamp(-1, 1))
 
 
 def test_a_pipelines_folder_a_file_and_half_precision(folder, tmp_path):
-    expected = load(str(folder)).decode(latents())
-    assert torch.equal(load(str(tmp_path)).decode(latents()), expected)  # its subfolder is called vae
-    assert torch.equal(load(str(folder / SAFE)).decode(latents()), expected)
+    expected = load_autoencoder(str(folder)).decode(latents())
+    assert torch.equal(load_autoencoder(str(tmp_path)).decode(latents()), expected)  # its subfolder is called vae
+    assert torch.equal(load_autoencoder(str(folder / SAFE)).decode(latents()), expected)
     as_bin(folder, {name: value.half() for name, value in small_kl().state_dict().items()})
-    half = load(str(folder))
+    half = load_autoencoder(str(folder))
     assert next(half.net.parameters()).dtype == torch.float32
     torch.testing.assert_close(half.decode(latents()), expected, rtol=0, atol=0.02)
 
@@ -168,7 +168,7 @@ def test_old_names_of_attention_are_read_as_diffusers_reads_them(folder):
         tensors[name] = value
     assert sum("proj_attn" in name for name in tensors) == 4
     expected = by_diffusers(as_bin(folder, tensors), latents())  # diffusers renames them too
-    assert torch.equal(load(str(folder)).decode(latents()), expected.clamp(-1, 1))
+    assert torch.equal(load_autoencoder(str(folder)).decode(latents()), expected.clamp(-1, 1))
 
 
 def test_the_layout_of_latent_diffusion(folder, monkeypatch):
@@ -184,8 +184,8 @@ def test_the_layout_of_latent_diffusion(folder, monkeypatch):
     assert len(tensors) == len(theirs) + 2
     file = folder / "model.ckpt"
     torch.save({"state_dict": tensors, "epoch": 3}, file)
-    monkeypatch.setattr(decoding, "KL_CONFIG", SIZES)  # what is assumed for a file without a config
-    decoder = load("original", weights=file)
+    monkeypatch.setattr(load_module, "KL_CONFIG", SIZES)  # what is assumed for a file without a config
+    decoder = load_autoencoder("original", weights=file)
     assert decoder.name == "ldm-f8" and decoder.source == str(file)
     assert "not used: 2" in decoder.notes[0] and "assumed" in decoder.notes[1]
     assert torch.equal(decoder.decode(latents()), expected)
@@ -212,15 +212,15 @@ def vq(request, tmp_path):
 
 def test_vq_decodes_as_its_network_does(vq):
     net, file = vq
-    decoder = load(str(file))
+    decoder = load_autoencoder(str(file))
     assert (decoder.kind, decoder.scale_factor, decoder.channels, decoder.factor) == ("vq", 1.0, 3, 4)
     assert decoder.name == f"vq-{decoder.sha256[:12]}" and "not used: 2" in decoder.notes[0]
     z = latents(channels=3)
     expected = torch.cat([net.decode(each[None]) for each in z]).clamp(-1, 1)
     assert torch.equal(decoder.decode(z), expected)
     assert decoder.gmacs(64) == BY_NAME["vq-f4"].count("decode", 64, width=32, blocks=1, codes=50).gmacs
-    refused(lambda: load("vq-f4", weights=file), "is not vq-f4: width is 32 instead of 128")
-    refused(lambda: load("ft-ema", weights=file), "a VQ auto-encoder, which ft-ema is not")
+    refused(lambda: load_autoencoder("vq-f4", weights=file), "is not vq-f4: width is 32 instead of 128")
+    refused(lambda: load_autoencoder("ft-ema", weights=file), "a VQ auto-encoder, which ft-ema is not")
 
 
 def test_a_named_vq_file(tmp_path, monkeypatch):
@@ -230,27 +230,27 @@ def test_a_named_vq_file(tmp_path, monkeypatch):
     file = tmp_path / "vq.ckpt"
     tensors = BY_NAME["vq-f4"].build().state_dict()
     torch.save(tensors, file)
-    decoder = load("vq-f4", weights=file)
+    decoder = load_autoencoder("vq-f4", weights=file)
     assert decoder.name == "vq-f4" and decoder.notes == ()
     assert not any(each.requires_grad for each in decoder.net.parameters())
     torch.save({"state_dict": {**tensors, "loss.discriminator.main.0.bias": torch.zeros(2)}}, file)  # as vq-f4.zip has
-    assert "not used: 1" in load("vq-f4", weights=file).notes[0]
-    refused(lambda: load("vq-f8", weights=file), "is not vq-f8: ", "it is vq-f4")
+    assert "not used: 1" in load_autoencoder("vq-f4", weights=file).notes[0]
+    refused(lambda: load_autoencoder("vq-f8", weights=file), "is not vq-f8: ", "it is vq-f4")
 
 
 def test_image_i_does_not_know_its_company(folder, vq):
     for path, channels in ((folder, 4), (vq[1], 3)):
-        decoder, z = load(str(path)), latents(5, channels)
+        decoder, z = load_autoencoder(str(path)), latents(5, channels)
         together = decoder.decode(z)
         for i in range(5):
             assert torch.equal(decoder.decode(z[i : i + 1])[0], together[i])
         assert torch.equal(decoder.decode(z.flip(0)).flip(0), together)
-        batched = load(str(path), batch=2).decode(z)
+        batched = load_autoencoder(str(path), batch=2).decode(z)
         torch.testing.assert_close(batched, together, rtol=0, atol=1e-5)
 
 
 def test_autocast_does_not_reach_the_decoder(folder):
-    decoder, z = load(str(folder)), latents()
+    decoder, z = load_autoencoder(str(folder)), latents()
     expected = decoder.decode(z)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(decoder.decode(z), expected)
@@ -260,13 +260,13 @@ def test_an_image_that_is_not_finite_is_a_failure(folder):
     z = latents()
     z[1, 0, 0, 0] = float("nan")
     with pytest.raises(Failure, match=r"image 1 of 3 is not finite"):
-        load(str(folder)).decode(z)
+        load_autoencoder(str(folder)).decode(z)
     with pytest.raises(Failure, match=r"image 1 of 3 is not finite"):
-        load(str(folder), batch=2).decode(z)
+        load_autoencoder(str(folder), batch=2).decode(z)
 
 
 def test_latents_of_another_shape_are_refused(folder):
-    decoder = load(str(folder))
+    decoder = load_autoencoder(str(folder))
     refused(lambda: decoder.decode(torch.zeros(1, 3, 4, 4)), "float32 (1, 3, 4, 4)", "(N, 4, h, w)")
     refused(lambda: decoder.decode(torch.zeros(4, 4, 4)), "(N, 4, h, w)")
     refused(lambda: decoder.decode(torch.zeros(1, 4, 4, 4, dtype=torch.uint8)), "uint8")
@@ -286,10 +286,15 @@ def test_code_in_a_torch_file_is_not_run(folder, tmp_path, zipped):
     (folder / SAFE).unlink()
     tensors = {**small_kl().state_dict(), "callbacks": Planted(target)}
     torch.save(tensors, folder / BIN, _use_new_zipfile_serialization=zipped)
-    refused(lambda: load(str(folder)), BIN, "posix.system" if os.name == "posix" else "system", "Nothing was run")
+    refused(
+        lambda: load_autoencoder(str(folder)),
+        BIN,
+        "posix.system" if os.name == "posix" else "system",
+        "Nothing was run",
+    )
     assert not target.exists()
     (folder / BIN).write_bytes(pickle.dumps(Planted(target)))
-    refused(lambda: load(str(folder)), BIN)
+    refused(lambda: load_autoencoder(str(folder)), BIN)
     assert not target.exists()
 
 
@@ -353,7 +358,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(folder, what):
     if words is None:
         shutil.copy(folder / "x" / SAFE, folder / SAFE)
         words = ["has the unexpected", "more"]
-    refused(lambda: load(str(folder)), *words)
+    refused(lambda: load_autoencoder(str(folder)), *words)
 
 
 def test_names(tmp_path, monkeypatch, folder):
@@ -362,12 +367,22 @@ def test_names(tmp_path, monkeypatch, folder):
     assert resolve("original") is resolve("CompVis/stable-diffusion-v1-4") is KNOWN["original"]
     refused(lambda: resolve("ft-emma"), "unknown decoder 'ft-emma'", "ft-ema", "path")
     refused(lambda: resolve("vaes/mine"), "decoder vaes/mine: no such file or folder", "vq-f8")
-    refused(lambda: load("ft-mse", weights="nowhere"), "nowhere: no such file or folder", "--weights decoder=PATH")
-    refused(lambda: load("vae", weights=folder), "is a path already")
-    refused(lambda: load("ft-ema", weights=folder), "is not ft-ema: its config.json has block_out_channels [32, 64]")
+    refused(
+        lambda: load_autoencoder("ft-mse", weights="nowhere"),
+        "nowhere: no such file or folder",
+        "--weights decoder=PATH",
+    )
+    refused(lambda: load_autoencoder("vae", weights=folder), "is a path already")
+    refused(
+        lambda: load_autoencoder("ft-ema", weights=folder),
+        "is not ft-ema: its config.json has block_out_channels [32, 64]",
+    )
     for name in ("vq-f4", "vq-f8"):
         refused(
-            lambda name=name: load(name), f"decoder {name} needs its weights", "model.ckpt", "--weights decoder=PATH"
+            lambda name=name: load_autoencoder(name),
+            f"decoder {name} needs its weights",
+            "model.ckpt",
+            "--weights decoder=PATH",
         )
 
 
@@ -379,7 +394,7 @@ def test_compute_needs_no_weights(folder):
     assert round(decoder_compute("ft-ema", direction="encode").gmacs, 2) == 136.36
     assert 4 < decoder_compute("ft-ema", 512).gmacs / decoder_compute("ft-ema").gmacs < 4.5
     refused(lambda: decoder_compute(str(folder)), "is a path")
-    decoder = load(str(folder))
+    decoder = load_autoencoder(str(folder))
     assert decoder.compute(64).source == "traced"
     assert decoder.compute(64).params == sum(each.numel() for each in small_kl().parameters())
     # attention grows 16 fold with twice the side, 2 * 256 ** 2 * 64 at 32 pixels, and all else 4 fold
@@ -435,7 +450,7 @@ def test_the_hub_without_a_network(folder, tmp_path):
 
 
 def test_naming_a_decoder_imports_no_framework():
-    code = "import sys, harness.decoding as d; d.decoder_compute('ft-ema'); print(*sys.modules)"
+    code = "import sys, harness.autoencoders.load as d; d.decoder_compute('ft-ema'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not {"torch", "diffusers", "jax", "huggingface_hub"} & set(done.stdout.split())
-    assert Decoder.__module__ == "harness.decoding"
+    assert Decoder.__module__ == "harness.autoencoders.load"

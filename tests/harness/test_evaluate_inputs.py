@@ -10,7 +10,7 @@ from PIL import Image
 from harness.cli import group
 from harness.data.digits import load
 from harness.errors import Refusal
-from harness.samples import write_samples
+from harness.runs.samples import write_samples
 
 
 def evaluate(*arguments):

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from harness.data.digits import load
-from harness.data.stream import Stream
+from harness.data.epoch_sampler import EpochSampler
 from harness.randomness import Purpose, uniform
 
 
@@ -16,7 +16,7 @@ def no_noise(shape):
 def test_images_are_mirrored_by_position_and_scaled_alike_in_both_frameworks():
     data = load()
     positions = np.arange(2 * len(data) - 3, 2 * len(data) + 9)  # over the end of an epoch
-    stream, plain = Stream(7, data, flip=True), Stream(7, data, flip=False)
+    stream, plain = EpochSampler(7, data, flip=True), EpochSampler(7, data, flip=False)
     (stored, labels), rows = stream.take(positions), plain.rows(positions)
     mirrored = uniform(7, Purpose.FLIP, positions, 0) < 0.5
     assert 0 < mirrored.sum() < len(positions)

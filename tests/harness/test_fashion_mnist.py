@@ -14,11 +14,13 @@ from file_server import serving
 
 from harness import registry
 from harness.cli import group
-from harness.data import fashion_mnist, places, public_files
+from harness.data import fashion_mnist, public_files
+from harness.data.cache_dir import downloads
 from harness.data.idx import read_idx
 from harness.data.public_files import DATASETS, PublicDataset, PublicFile
 from harness.errors import Refusal
-from harness.planning import make_request, missing
+from harness.planning.plan import missing
+from harness.planning.request import make_request
 
 NAMES = [name for name, *_ in fashion_mnist.FILES]
 
@@ -87,7 +89,7 @@ def test_it_is_found_where_a_fetch_or_the_package_puts_it(home, tmp_path, monkey
     assert "--data" in lack and refused(spec.load) in lack
     put(fashion_mnist.DEBIAN, home)
     assert missing(request()) == [] and len(spec.load()) == 10
-    fetched = put(places.downloads("fashion-mnist"), home)
+    fetched = put(downloads("fashion-mnist"), home)
     assert fetched.is_relative_to(tmp_path / "cache")
     (fetched / f"{NAMES[1]}.gz").unlink()  # begun there and not ended: named, never mixed with the package's
     assert f"no file {NAMES[1]}.gz" in refused(spec.load)
@@ -96,7 +98,7 @@ def test_it_is_found_where_a_fetch_or_the_package_puts_it(home, tmp_path, monkey
     (lack,) = missing(request(tmp_path))
     assert f"no file {NAMES[0]}.gz in it" in lack
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert places.downloads("x") == Path.home() / ".cache" / "backbone-harness" / "x"
+    assert downloads("x") == Path.home() / ".cache" / "backbone-harness" / "x"
 
 
 def test_files_of_another_data_set_are_not_taken_for_it(home, tmp_path):

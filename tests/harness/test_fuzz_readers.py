@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from harness.errors import Failure, Refusal
-from harness.image_sources import open_images
+from harness.images.open import open_images
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (6, 8, 8, 3)).astype(np.uint8)
 LABELS = np.arange(6) % 3

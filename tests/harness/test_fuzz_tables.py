@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from harness import registry, systems
+from harness import registry
 from harness.errors import Refusal
-from harness.planning import resolve_request
+from harness.planning.request import resolve_request
 from harness.protocols import from_dict, get_protocol
+from harness.systems.read import system_from_dict
 
 INF = float("inf")
 OTHERS = [
@@ -84,7 +85,7 @@ def attack(table, take):
 
 
 def take_system(table):
-    system = systems.from_dict(table, "mine.toml")
+    system = system_from_dict(table, "mine.toml")
     system.check()
     assert system.params() > 0 and system.gflops_image() > 0
     json.dumps(system.as_dict(), allow_nan=False)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from evaluators.reference import images_sha256
 from harness.errors import Refusal
-from harness.image_sources import from_batches, open_images
+from harness.images.open import open_images
+from harness.images.source import from_batches
 
 N = 23
 IMAGES = np.random.RandomState(0).randint(0, 256, (N, 9, 8, 3)).astype(np.uint8)

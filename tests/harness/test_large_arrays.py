@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from harness import large_arrays
-from harness.large_arrays import RowsInOrder, ask_for, chosen_rows, give_back, give_back_freed
+from harness.io import arrays
+from harness.io.arrays import RowsInOrder, chosen_rows, prefetch, release_freed_memory, release_pages, tempfile
 
 
 def full(*_):
@@ -19,9 +19,9 @@ def full(*_):
 
 @pytest.mark.parametrize("kept", ["in memory", "in a file", "in memory, for the disk is full"])
 def test_rows_are_those_added(kept, monkeypatch, tmp_path):
-    monkeypatch.setattr(large_arrays.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     if kept != "in memory":
-        monkeypatch.setattr(large_arrays, "HELD_BYTES", 0)
+        monkeypatch.setattr(arrays, "IN_MEMORY_BYTES", 0)
     if kept.endswith("full"):
         monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     rows = np.random.RandomState(0).randn(1000, 33).astype(np.float32)
@@ -33,8 +33,8 @@ def test_rows_are_those_added(kept, monkeypatch, tmp_path):
     assert made.dtype == np.float32 and not list(tmp_path.iterdir())
     for _ in range(2):
         np.testing.assert_array_equal(made, rows)
-        give_back(made)
-        give_back(made[10:20])
+        release_pages(made)
+        release_pages(made[10:20])
 
 
 def test_what_was_written_to_a_map_stays(tmp_path):
@@ -42,9 +42,9 @@ def test_what_was_written_to_a_map_stays(tmp_path):
     for mode in ("c", "r+"):
         array = np.memmap(tmp_path / "bytes", np.uint8, mode)
         array[5] = 77
-        give_back(array)
+        release_pages(array)
         assert array[5] == 77
-    give_back(np.zeros(3))  # nothing to give back
+    release_pages(np.zeros(3))  # nothing to give back
 
 
 @pytest.mark.parametrize("rows", [0, 1, 500, 1000])
@@ -52,8 +52,8 @@ def test_chosen_rows_are_read_a_part_at_a_time(monkeypatch, rows):
     r = np.random.RandomState(0)
     array, chosen = r.randn(1000, 7, 3).astype(np.float32), r.permutation(1000) < rows
     given = []
-    monkeypatch.setattr(large_arrays, "give_back", lambda x: given.append(x))
-    monkeypatch.setattr(large_arrays, "READ_BYTES", 130 * array[0].nbytes)
+    monkeypatch.setattr(arrays, "release_pages", lambda x: given.append(x))
+    monkeypatch.setattr(arrays, "READ_BYTES", 130 * array[0].nbytes)
     found = chosen_rows(array, chosen)
     np.testing.assert_array_equal(found, array[chosen])
     assert found.dtype == np.float32 and len(given) == 8 and all(each is array for each in given)
@@ -70,7 +70,7 @@ def test_what_was_freed_is_given_back():
     del pieces
     on_glibc = platform.libc_ver()[0] == "glibc"
     before = held_in_no_file() if on_glibc else 0
-    give_back_freed()  # elsewhere: nothing, and no error
+    release_freed_memory()  # elsewhere: nothing, and no error
     if on_glibc:
         assert before - held_in_no_file() > 50e6
     assert (last == 1).all()
@@ -86,11 +86,11 @@ def test_parts_of_a_map_are_asked_for_by_their_pages(tmp_path):
 
     page = mmap.PAGESIZE
     with Map(-1, 16 * page) as pages:
-        ask_for(SimpleNamespace(_mmap=pages, offset=128), np.array([0, 5 * page - 100, 12 * page - 128]), 300)
+        prefetch(SimpleNamespace(_mmap=pages, offset=128), np.array([0, 5 * page - 100, 12 * page - 128]), 300)
     assert {words[0] for words in asked} == {mmap.MADV_WILLNEED}
     assert [words[1:] for words in asked] == [(0, 428), (5 * page, 328), (12 * page, 300)]
-    ask_for(np.zeros(3), np.array([0]), 8)  # no map: nothing to ask
+    prefetch(np.zeros(3), np.array([0]), 8)  # no map: nothing to ask
     np.arange(3 * page, dtype=np.uint8).tofile(tmp_path / "bytes")
     real = np.memmap(tmp_path / "bytes", np.uint8, "r", offset=100)
-    ask_for(real, np.array([7, 2 * page]), 50)
+    prefetch(real, np.array([7, 2 * page]), 50)
     np.testing.assert_array_equal(real[7:57], np.arange(107, 157, dtype=np.uint8))

@@ -13,15 +13,17 @@ import torch
 from click.testing import CliRunner
 from small_vae import save_vae
 
-from harness import stages
 from harness.cli import group, plan
 from harness.data import latents
-from harness.engines import workbench
+from harness.data.load import training_data
+from harness.engines.backend import get_backend
 from harness.errors import Refusal
-from harness.planning import make_request, missing
+from harness.pipeline.train import RunSession
+from harness.planning.plan import missing
+from harness.planning.request import make_request
 from harness.randomness import Purpose, normal, uniform
-from harness.runs import Resolved, open_run
-from harness.samples import read_samples, read_sidecar, write_samples
+from harness.runs.run import Resolved, open_run
+from harness.runs.samples import read_samples, read_sidecar, write_samples
 
 TASK = """
 name = "latents-32"
@@ -126,7 +128,7 @@ def sampler_of(home, ran, framework="torch", decoder=None):
         Schedule.named("linear", 1000), 3, registry.objectives.get("epsilon-learned-range"), 0.0, False
     )
     snapshot = run.snapshot(4) / "ema.safetensors"
-    return workbench(framework).make_sampler(
+    return get_backend(framework).make_sampler(
         request, run, snapshot, plan, precision="float32", batch=100, decoder=decoder
     )
 
@@ -150,7 +152,7 @@ def test_the_images_are_diffusers_decodings_of_the_latents_in_both_frameworks(ho
     kept = read_samples(path)
     if framework == "jax":
         run = open_run(ran)
-        honoured = dataclasses.replace(run.resolved, threads=workbench("jax").devices.threads())
+        honoured = dataclasses.replace(run.resolved, threads=get_backend("jax").devices.threads())
         monkeypatch.setattr(f"{__name__}.open_run", lambda folder: dataclasses.replace(run, resolved=honoured))
     drawn = sampler_of(home, ran, framework, Theirs(home / "vae")).draw(np.arange(100), kept.labels, lambda: None)
     apart = np.abs(drawn.astype(int) - kept.images)
@@ -169,7 +171,7 @@ def shop_of(home, folder, framework):
         backbone="dit-xs-2", protocol=str(home / "task.toml"), data=home / "cache", framework=framework, steps=3
     )
     request = dataclasses.replace(request, arguments={**request.arguments, "depth": 1, "width": 32, "heads": 2})
-    shop = stages.Workshop(request, stages.training_data(request.protocol, request.data), folder, lambda text: None)
+    shop = RunSession(request, training_data(request.protocol, request.data), folder, lambda text: None)
     threads = torch.get_num_threads()
     if framework == "jax":
         from harness.engines.jax import mesh
@@ -193,8 +195,8 @@ def test_both_frameworks_learn_the_same_latents(home, tmp_path):
     state = {name: value.numpy().copy() for name, value in net.state_dict().items()}
     flax_net = nnx.eval_shape(lambda: one.request.spec.build("jax", **other.request.arguments))
     nnx.update(flax_net, jax.tree.map(jax.numpy.asarray, from_torch(flax_net, state)))
-    in_torch = workbench("torch").make_engine(one.request, one.run, one.data, net)
-    in_jax = workbench("jax").make_engine(other.request, other.run, other.data, flax_net)
+    in_torch = get_backend("torch").make_engine(one.request, one.run, one.data, net)
+    in_jax = get_backend("jax").make_engine(other.request, other.run, other.data, flax_net)
 
     x0, y = in_torch._batch(torch.from_numpy(positions))
     rows = in_torch._stream.rows(positions)
@@ -299,7 +301,7 @@ def test_the_decoder_is_the_auto_encoder_of_the_cache_unless_another_is_named(ho
 
 def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkeypatch):
     """The auto-encoder, then the images to judge by; `plan` says it, too, and names the same flag."""
-    monkeypatch.setattr(stages.Workshop, "measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(RunSession, "measure", lambda *_, **__: pytest.fail("measured"))
     monkeypatch.setattr(plan, "measured", lambda request, options: None)
     cache = shutil.copytree(home / "cache", tmp_path / "cache")
     meta = json.loads((cache / "meta.json").read_text())

@@ -7,12 +7,12 @@ from click.testing import CliRunner
 
 from backbones.autoencoders.vq_torch import VQAutoencoder
 from harness import registry
+from harness.autoencoders.load import load_autoencoder as load_decoder
 from harness.cli import group
-from harness.decoding import load as load_decoder
-from harness.engines.torch.draw import to_uint8
+from harness.engines.torch.sampling import to_uint8
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
-from harness.samples import read_samples, read_sidecar
+from harness.runs.samples import read_samples, read_sidecar
 
 TASK = """
 name = "latents-32"

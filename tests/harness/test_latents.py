@@ -11,13 +11,13 @@ import torch
 from click.testing import CliRunner
 from small_vae import save_vae
 
-from harness import decoding
+from harness.autoencoders.load import load_autoencoder
 from harness.cli import group
 from harness.data import encode, latents
 from harness.data.images import ImageSet
 from harness.data.prepared import CHUNK_IMAGES
 from harness.errors import Failure, Refusal
-from harness.samples import write_samples
+from harness.runs.samples import write_samples
 
 COUNT = 2 * CHUNK_IMAGES + 30  # three chunks
 
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(folder):
-    return decoding.load(str(folder), batch=64)
+    return load_autoencoder(str(folder), batch=64)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_a_meta_that_was_edited_is_refused(whole, tmp_path, change, says):
 
 
 def test_another_auto_encoder_other_images_and_other_folders_are_refused(vae, source, whole, tmp_path):
-    other = decoding.load(str(save_vae(tmp_path / "other", seed=1, scaling_factor=0.5, shift_factor=0.25)))
+    other = load_autoencoder(str(save_vae(tmp_path / "other", seed=1, scaling_factor=0.5, shift_factor=0.25)))
     with pytest.raises(Refusal, match=rf"vae.*is 'vae-{vae.sha256[:12]}' there and 'vae-{other.sha256[:12]}' here"):
         make(source, other, whole)
     images, labels = pictures(40)

@@ -16,7 +16,7 @@ from small_vae import save_vae
 
 from harness.cli import group
 from harness.data import latents
-from harness.samples import read_samples
+from harness.runs.samples import read_samples
 
 TASK = """
 name = "pictures-{side}"

@@ -11,12 +11,12 @@ import pytest
 import tiny_suite
 from PIL import Image
 
-from harness import held_images
 from harness.data.digits import load
 from harness.errors import Refusal
-from harness.evaluation import Judge, evaluate, evaluate_images
-from harness.held_images import held
-from harness.image_sources import open_images
+from harness.images import spool
+from harness.images.open import open_images
+from harness.images.spool import IN_MEMORY_BYTES, spooled
+from harness.pipeline.evaluate import EvaluationConfig, evaluate_images, evaluate_samples_file
 from harness.protocols import get_protocol
 
 
@@ -38,8 +38,10 @@ def samples():
 def from_file(tmp_path_factory, samples):
     folder = tmp_path_factory.mktemp("file")
     np.savez(folder / "samples.npz", arr_0=samples)
-    judge = Judge(suite=tiny_suite.made("tiny"), say=lambda text: None)
-    return evaluate(folder / "samples.npz", get_protocol("digits"), load(), cache=folder, judge=judge, name="mine")
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=lambda text: None)
+    return evaluate_samples_file(
+        folder / "samples.npz", get_protocol("digits"), load(), cache=folder, judge=judge, name="mine"
+    )
 
 
 def numbers(records):
@@ -50,8 +52,8 @@ def numbers(records):
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_generator_gives_what_the_file_gives(samples, from_file, step, on_disk, monkeypatch, tmp_path):
     if on_disk:
-        monkeypatch.setattr(held_images, "HELD_BYTES", 1000)
-    judge = Judge(suite=tiny_suite.made("tiny"), say=lambda text: None)
+        monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 1000)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=lambda text: None)
     records = evaluate_images(generated(samples, step), "digits", name="mine", judge=judge, cache=tmp_path)
     assert numbers(records) == numbers(from_file)
     assert all(path.name.startswith("features-") for path in tmp_path.iterdir())
@@ -64,7 +66,7 @@ def test_with_the_protocols_own_suite_and_an_endless_generator(samples):
             yield samples[60:]
 
     said = []
-    judge = Judge(suite=tiny_suite.made("tiny"), say=said.append)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=said.append)
     records = evaluate_images(endless(), "digits", name="mine", count=200, labels=np.arange(200) % 10, judge=judge)
     assert {each.n for each in records} == {200} and not any("labels-missing" in text for text in said)
     assert len({each.sampling.samples_sha256 for each in records}) == 1
@@ -84,7 +86,7 @@ def test_with_the_protocols_own_suite_and_an_endless_generator(samples):
     ],
 )
 def test_what_makes_no_sense_is_refused(images, more, message):
-    judge = Judge(suite=tiny_suite.made("tiny"), say=lambda text: None)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=lambda text: None)
     with pytest.raises(Refusal) as caught:
         evaluate_images(images, "digits", name="mine", judge=judge, **more)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -99,9 +101,9 @@ def test_images_that_are_held_are_the_images(kind, samples, tmp_path, monkeypatc
             Image.fromarray(image[..., 0]).save(path / f"{place}.png")
     else:
         (np.savez if kind == "stored.npz" else np.savez_compressed)(path, arr_0=samples, arr_1=np.arange(200))
-    monkeypatch.setattr(held_images, "HELD_BYTES", 5000)
+    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 5000)
     source = open_images(path)
-    with held(source, tmp_path / "room") as kept:
+    with spooled(source, tmp_path / "room") as kept:
         np.testing.assert_array_equal(kept.array(), samples)
         np.testing.assert_array_equal(np.concatenate(list(kept.batches(64))), samples)
         assert kept.sha256() == open_images(path).sha256() and kept.count == 200
@@ -211,4 +213,4 @@ def test_samples_are_streamed(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gigabytes_are_streamed(kind, tmp_path):
     """3.9 GB of images, with the limits as they are."""
-    assert growth_of(tmp_path, kind, 20_000, 256, held_images.HELD_BYTES)["growth"] < 900e6
+    assert growth_of(tmp_path, kind, 20_000, 256, IN_MEMORY_BYTES)["growth"] < 900e6

@@ -12,8 +12,10 @@ from command_process import start
 from small_runs import request, workshop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import checkpoints, loggers, training
+from harness import loggers
 from harness.errors import Refusal
+from harness.pipeline import training_loop
+from harness.runs import checkpoints
 
 TRAIN = ["train", "--backbone", "dit-xs-4", "--set", "batch=16", "--precision", "float32", "--micro-batch", "16"]
 
@@ -180,8 +182,8 @@ def test_what_a_checkpoint_leaves_behind_was_made_safe_before(tmp_path, monkeypa
         return write(root, step, parts, state)
 
     monkeypatch.setattr(checkpoints, "write", watched)
-    monkeypatch.setattr(training, "SHORTEST_SECONDS", 0)
-    monkeypatch.setattr(training, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(training_loop, "SHORTEST_SECONDS", 0)
+    monkeypatch.setattr(training_loop, "CHECKPOINT_SHARE", 1e9)
     workshop(tmp_path / "run", request(steps=4), loggers=["recorder"]).train(4)
     assert found == [(step, step) for step in (1, 2, 3, 4)]
 

@@ -16,10 +16,10 @@ from evaluators.suites import EMBEDDED
 from harness import registry
 from harness.data.digits import load
 from harness.diffusion.schedule import Schedule
-from harness.engines.torch.draw import TorchSampler
+from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import build
-from harness.planning import make_request
-from harness.sampling import labels_of
+from harness.planning.request import make_request
+from harness.runs.sample_set import labels_of
 
 N = 898  # half of the digits
 

@@ -16,10 +16,10 @@ import pytest
 from command_process import start, started
 from safetensors.numpy import load_file
 
-from harness.engines.processes import Rank, launched, rank_of, speaks
-from harness.engines.team import ALONE
+from harness.distributed.group import SINGLE_PROCESS
+from harness.distributed.launch import Rank, is_main_process, launched, rank_of
 from harness.errors import Refusal
-from harness.samples import read_samples
+from harness.runs.samples import read_samples
 from results.store import load
 
 MINUTE = 60
@@ -147,7 +147,10 @@ def test_four_processes(alone, tmp_path):
 
 def test_metrics_of_features_that_two_processes_extracted(two, tmp_path):
     """The numbers of one process to the last bit; each extracts half, and nothing is left lying about."""
-    found, expected = load([two / "records.jsonl"]).records, many_processes.measured(two / "2x1", tmp_path, ALONE)
+    found, expected = (
+        load([two / "records.jsonl"]).records,
+        many_processes.measured(two / "2x1", tmp_path, SINGLE_PROCESS),
+    )
     mine, theirs = (
         {each.metric: (each.value, each.low, each.high, each.n) for each in some} for some in (found, expected)
     )
@@ -285,8 +288,8 @@ def test_who_a_process_is():
     assert rank_of({**torchrun, **SLURM}).index == 9  # torchrun within a job of SLURM's
     assert rank_of(SLURM) == Rank(index=5, size=8, local=1, beside=4, address="n0", port=29500)
     assert launched(BY_HAND) and launched(SLURM)
-    assert not speaks(SECOND) and speaks({**SECOND, "RANK": "0"})
-    assert all(map(speaks, ({}, BY_HAND, SLURM)))  # no launcher ends these for the first: none is silent
+    assert not is_main_process(SECOND) and is_main_process({**SECOND, "RANK": "0"})
+    assert all(map(is_main_process, ({}, BY_HAND, SLURM)))  # no launcher ends these for the first: none is silent
     for alone in ({}, {"WORLD_SIZE": "1"}, {"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, {"MASTER_ADDR": "n0"}):
         assert not launched(alone)
 

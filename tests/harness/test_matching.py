@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from harness import matching, registry
+from harness import registry
 from harness.cli import plan, run, train
 from harness.errors import Refusal
-from harness.planning import make_request
+from harness.planning.matching import (
+    EPOCHS,
+    Reference,
+    matched,
+    nearest_count,
+    parse_budget,
+    parse_reference,
+    parse_sampling_reference,
+)
+from harness.planning.request import make_request
 from harness.protocols import get_protocol
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
@@ -65,7 +74,7 @@ def test_nearest_is_nearest_and_a_tie_goes_down():
     for each in (1, 2, 3, 4, 7, 10):
         for target in range(60):
             tried = min(range(70), key=lambda n: (abs(n * each - target), n))
-            assert matching.nearest(Fraction(target), each) == tried, (target, each)
+            assert nearest_count(Fraction(target), each) == tried, (target, each)
 
 
 @pytest.mark.parametrize(("name", "other", "steps"), [("dit-xs-4", "dit-xs-2", 800), ("dit-xs-2", "dit-xs-4", 3)])
@@ -167,11 +176,11 @@ def test_a_third_partys_traced_backbone_can_stand_on_either_side(planned, guests
 
 def test_from_python_a_tie_in_sampling_goes_down(guests):
     request = make_request(backbone="dit-xs-4", protocol="digits", sampling={"guidance_scale": 1.5})
-    reference = matching.parse_sampling_reference("dit-xs-4@25")  # guided here, not there: 12.5 steps
-    matched = matching.matched(request, sampling=reference)
-    assert matched.sampling.steps == (12,)
-    assert matched.match_sampling[0].relative_error == pytest.approx(-0.04)
-    assert matched.recipe == request.recipe and matched.match is None
+    reference = parse_sampling_reference("dit-xs-4@25")  # guided here, not there: 12.5 steps
+    solved = matched(request, sampling=reference)
+    assert solved.sampling.steps == (12,)
+    assert solved.match_sampling[0].relative_error == pytest.approx(-0.04)
+    assert solved.recipe == request.recipe and solved.match is None
 
 
 def test_the_table_of_a_budget_says_what_each_backbone_would_get(planned, guests, tmp_path):
@@ -208,7 +217,7 @@ def test_the_table_names_what_does_not_fit_the_protocol(planned, tmp_path):
 
 
 def test_the_digits_have_as_many_images_as_the_table_counts():
-    assert len(registry.datasets.get("digits").load().images) == matching.EPOCHS["digits"]
+    assert len(registry.datasets.get("digits").load().images) == EPOCHS["digits"]
 
 
 def test_the_table_and_the_plan_in_words():
@@ -273,7 +282,7 @@ def test_sampling_steps_that_cannot_be_had_are_refused_with_the_bounds():
 
     def solve(name, text):
         request = make_request(backbone=name, protocol="digits")
-        return matching.matched(request, sampling=matching.parse_sampling_reference(text))
+        return matched(request, sampling=parse_sampling_reference(text))
 
     most = next(n for n in range(DIFFUSION) if (n + 1) * many > DIFFUSION * few)
     with pytest.raises(Refusal, match=f"has 1000, which cost at most dit-xl-2@{most}$"):
@@ -289,7 +298,7 @@ def test_sampling_steps_that_cannot_be_had_are_refused_with_the_bounds():
     ("text", "gflops"), [("1e12", 1e12), ("3.2e9", 3.2e9), ("400k", 4e5), ("7M", 7e6), ("0.5", 0.5), ("12", 12)]
 )
 def test_budgets_are_read_as_numbers(text, gflops):
-    assert matching.parse_budget(text) == gflops
+    assert parse_budget(text) == gflops
 
 
 @pytest.mark.parametrize(
@@ -307,9 +316,9 @@ def test_what_cannot_be_read_is_said(flag, text):
 
 
 def test_references_are_read():
-    assert matching.parse_reference("dit-xl-2@400k") == matching.Reference(backbone="dit-xl-2", steps=(400_000,))
-    several = matching.parse_sampling_reference("dit-xl-2@64, 16,32@cfg1.5")
-    assert several == matching.Reference(backbone="dit-xl-2", steps=(16, 32, 64), guidance_scale=1.5)
+    assert parse_reference("dit-xl-2@400k") == Reference(backbone="dit-xl-2", steps=(400_000,))
+    several = parse_sampling_reference("dit-xl-2@64, 16,32@cfg1.5")
+    assert several == Reference(backbone="dit-xl-2", steps=(16, 32, 64), guidance_scale=1.5)
     assert several.name(16) == "dit-xl-2@16@cfg1.5"
 
 

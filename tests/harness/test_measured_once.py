@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from harness import stages
 from harness.data.digits import load
 from harness.data.images import ImageSet
 from harness.errors import Refusal
+from harness.pipeline.evaluate import evaluate_and_record
 from harness.protocols import get_protocol
-from harness.samples import write_samples
+from harness.runs.samples import write_samples
 from results.store import load as load_records
 
 
@@ -29,7 +29,7 @@ def samples(tmp_path, digits):
 
 
 def judge(samples, digits, tmp_path, protocol=None, name=None):
-    found = stages.judge(
+    found = evaluate_and_record(
         samples,
         protocol or get_protocol("digits"),
         digits,

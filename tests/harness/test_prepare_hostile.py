@@ -11,8 +11,9 @@ from PIL import Image
 from harness.data.photographs import Broken, decode
 from harness.data.sources import open_listing
 from harness.errors import Refusal
-from harness.image_sources import Damaged, open_images
-from harness.image_tars import tar_members
+from harness.images.open import open_images
+from harness.images.source import Damaged
+from harness.images.tars import tar_members
 
 
 @pytest.mark.parametrize("size", ["-1536", "+3", "1_0", "", "1" * 16])

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from harness import files, registry
+from harness import registry
 from harness.cli import group
 from harness.data import prepared
 from harness.errors import Refusal
-from harness.planning import make_request, missing
+from harness.io import files
+from harness.planning.plan import missing
+from harness.planning.request import make_request
 
 
 def make(folder, count=600, size=8, classes=3, name="mine", channels=3):

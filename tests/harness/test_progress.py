@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from harness import progress
-from harness.progress import Bar, Stages
+from harness.io import progress
+from harness.io.progress import Bar, Stages
 
 
 class Terminal(io.StringIO):

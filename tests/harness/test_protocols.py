@@ -4,7 +4,7 @@ import pytest
 
 from harness.errors import Refusal
 from harness.protocols import Protocol, Recipe, Sampling, built_in, count, from_dict, get_protocol, override
-from harness.systems import get_system
+from harness.systems.read import get_system
 
 MINIMAL = {
     "name": "mine", "dataset": "digits", "resolution": 8, "image_channels": 1, "num_classes": 10,

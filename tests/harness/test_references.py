@@ -345,7 +345,7 @@ def test_features_that_are_not_finite_end_it(tmp_path, source, monkeypatch):
 
 
 def test_two_at_once_do_not_get_in_each_others_way(tmp_path, source):
-    from harness import files
+    from harness.io import files
 
     with files.claimed(tmp_path / "r.npz"):
         assert "another process is making" in refused(reference(source, tmp_path / "r.npz"))

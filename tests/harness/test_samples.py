@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from harness.errors import Failure, Refusal
-from harness.samples import read_samples, read_sidecar, sidecar_path, write_samples
+from harness.runs.samples import read_samples, read_sidecar, sidecar_path, write_samples
 
 
 @pytest.fixture

@@ -9,18 +9,21 @@ import tiny_suite
 import torch
 from small_runs import Led, request, workshop
 
-from harness import registry, sampling, stages
+from harness import registry
 from harness.diffusion.schedule import Schedule
-from harness.engines.team import Team
-from harness.engines.torch import draw
-from harness.engines.torch.draw import TorchSampler
-from harness.environment import UNKNOWN, Spent, timing_of
+from harness.distributed.group import ProcessGroup
+from harness.engines.torch import sampling as sampling_module
+from harness.engines.torch.sampling import TorchSampler, load_weights, to_uint8
 from harness.errors import Refusal
-from harness.evaluation import Judge, evaluate
-from harness.files import sha256_file
+from harness.io.files import sha256_file
+from harness.pipeline import sampling_loop
+from harness.pipeline.evaluate import EvaluationConfig, evaluate_samples_file
+from harness.pipeline.sample import sample_run
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as noise
-from harness.samples import read_samples
+from harness.runs.provenance import UNKNOWN, TrainingTime, timing_of
+from harness.runs.sample_set import labels_of
+from harness.runs.samples import read_samples
 from results.records import Environment
 
 INDICES = 64
@@ -49,8 +52,7 @@ class PerElement(torch.nn.Module):
 def images(monkeypatch, net, wanted, batch, steps=10, **settings):
     """(float32 (64, C, H, W) before rounding, uint8 (64, H, W, C)) of indices 0 ... 63, drawn `batch` at a time."""
     floats = []
-    to_uint8 = draw.to_uint8
-    monkeypatch.setattr(draw, "to_uint8", lambda x, rule: (floats.append(x.clone()), to_uint8(x, rule))[1])
+    monkeypatch.setattr(sampling_module, "to_uint8", lambda x, rule: (floats.append(x.clone()), to_uint8(x, rule))[1])
     plan = registry.samplers.get("ddpm").make(
         Schedule.named("linear", 1000), steps, registry.objectives.get(wanted.recipe.objective), 0.0, True
     )
@@ -58,12 +60,12 @@ def images(monkeypatch, net, wanted, batch, steps=10, **settings):
         wanted.spec, net, plan, wanted.sampling, arguments=wanted.arguments, precision="float32",
         device=torch.device("cpu"), **settings,
     )  # fmt: skip
-    labels = sampling.labels_of("random", 0, INDICES, 10)
+    labels = labels_of("random", 0, INDICES, 10)
     rounded = [
         sampler.draw(index, labels[index], lambda: None)
         for index in np.split(np.arange(INDICES, dtype=np.int64), range(batch, INDICES, batch))
     ]
-    monkeypatch.setattr(draw, "to_uint8", to_uint8)
+    monkeypatch.setattr(sampling_module, "to_uint8", to_uint8)
     return torch.cat(floats), np.concatenate(rounded)
 
 
@@ -103,21 +105,21 @@ def test_a_batch_is_put_through_the_network_in_equal_parts(shop, monkeypatch):
     floats, _ = images(monkeypatch, Counting(), wanted, 64)
     assert calls == [128] * 10  # the network is small: all at once
     calls.clear()
-    monkeypatch.setattr(draw, "CALL_MACS", 20.5 * wanted.spec.count(**wanted.arguments).macs)
+    monkeypatch.setattr(sampling_module, "CALL_MACS", 20.5 * wanted.spec.count(**wanted.arguments).macs)
     parted, _ = images(monkeypatch, Counting(), wanted, 64)
     assert calls == [19, 19, 18, 18, 18, 18, 18] * 10
     assert torch.equal(parted, floats)
 
     calls.clear()
-    monkeypatch.setattr(draw, "compile_sampler", lambda net, device: net)
-    monkeypatch.setattr(draw, "check", lambda device: None)
+    monkeypatch.setattr(sampling_module, "compile_sampler", lambda net, device: net)
+    monkeypatch.setattr(sampling_module, "check", lambda device: None)
     images(monkeypatch, Counting(), wanted, 64, compile="on")
     assert calls == [16] * 80  # every size would be compiled by itself
 
 
 def test_with_a_network_the_batch_moves_last_bits_alone(shop, monkeypatch, record_property):
     """What is left is the order of sums in matrix products: in float64 it all but vanishes, as randomness would not."""
-    net = draw.load_weights(
+    net = load_weights(
         shop.request.spec.build("torch", **shop.request.arguments), shop.run.snapshot(30) / "ema.safetensors"
     )
     floats, rounded = images(monkeypatch, net, shop.request, 64)
@@ -156,19 +158,19 @@ def test_another_seed_or_index_is_another_image(shop, monkeypatch):
 
 
 def test_label_policies():
-    balanced = sampling.labels_of("balanced", 0, 25, 10)
+    balanced = labels_of("balanced", 0, 25, 10)
     assert balanced.dtype == np.int64 and balanced.tolist() == [*range(10), *range(10), *range(5)]
-    drawn = sampling.labels_of("random", 0, 10_000, 10)
+    drawn = labels_of("random", 0, 10_000, 10)
     assert drawn.dtype == np.int64 and drawn.shape == (10_000,) and drawn.min() == 0 and drawn.max() == 9
     share = np.bincount(drawn, minlength=10) / 10_000
     assert np.abs(share - 0.1).max() < 4 * np.sqrt(0.1 * 0.9 / 10_000)
-    assert np.array_equal(drawn[:100], sampling.labels_of("random", 0, 100, 10))  # label i does not know N
-    assert not np.array_equal(drawn, sampling.labels_of("random", 1, 10_000, 10))
+    assert np.array_equal(drawn[:100], labels_of("random", 0, 100, 10))  # label i does not know N
+    assert not np.array_equal(drawn, labels_of("random", 1, 10_000, 10))
 
 
 def draw_set(shop, *, batch=16, samples=40, **settings):
     wanted = request(steps=30, sampling=settings or None, samples=samples)
-    return stages.draw(shop.run, wanted, 30, 3, precision="float32", batch=batch)
+    return sample_run(shop.run, wanted, 30, 3, precision="float32", batch=batch)
 
 
 def test_sample_set_and_sidecar(shop):
@@ -194,8 +196,8 @@ def test_sample_set_and_sidecar(shop):
 
 def test_records_say_how_long_training_and_sampling_took(shop, tmp_path):
     path = draw_set(shop, samples=100, seed=5)
-    judge = Judge(suite=tiny_suite.made("tiny", metrics=("fd",)), say=lambda text: None)
-    (record,) = evaluate(path, shop.run.protocol, shop.data, cache=tmp_path, judge=judge)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny", metrics=("fd",)), say=lambda text: None)
+    (record,) = evaluate_samples_file(path, shop.run.protocol, shop.data, cache=tmp_path, judge=judge)
     found = record.environment
     state = json.loads((shop.run.snapshot(30) / "state.json").read_text())
     assert found.training_seconds == state["seconds"] > 0 and 0 < found.sampling_seconds_per_image < 1
@@ -222,14 +224,14 @@ def test_only_the_time_of_one_device_is_stated(shop):
 
 def test_time_goes_on_where_the_checkpoint_left_it(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("harness.environment.time.monotonic", lambda: now[0])
-    first = Spent(None, "a")
+    monkeypatch.setattr("harness.runs.provenance.time.monotonic", lambda: now[0])
+    first = TrainingTime(None, "a")
     now[0] += 7
     assert first.now() == {"a": 7.0}
-    again = Spent({"seconds": 7.0, "spent": first.now()}, "b")
+    again = TrainingTime({"seconds": 7.0, "spent": first.now()}, "b")
     now[0] += 2
     assert again.now() == {"a": 7.0, "b": 2.0}
-    assert Spent({"seconds": 7.0}, "a").now() == {UNKNOWN: 7.0, "a": 0.0}  # of a checkpoint that named no device
+    assert TrainingTime({"seconds": 7.0}, "a").now() == {UNKNOWN: 7.0, "a": 0.0}  # of a checkpoint that named no device
 
 
 def test_guidance_doubles_the_evaluations_and_has_its_own_folder(shop):
@@ -265,7 +267,7 @@ def test_a_damaged_shard_is_drawn_again(damage, shop, counted, monkeypatch):
     seed = 100 + sum(map(ord, damage))
     others = set(shop.run.folder.glob("samples/*"))
     with monkeypatch.context() as patch:  # as if killed before the shards are put together
-        patch.setattr(sampling, "write_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(sampling_loop, "write_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             draw_set(shop, seed=seed)
     (folder,) = set(shop.run.folder.glob("samples/*")) - others
@@ -295,7 +297,7 @@ def test_a_damaged_shard_is_drawn_again(damage, shop, counted, monkeypatch):
 
 def test_a_snapshot_that_is_not_there_is_refused(shop):
     with pytest.raises(Refusal, match=r"no snapshot of step 31 \(it has: 30\); train to it with --steps 31"):
-        stages.draw(shop.run, shop.request, 31, 3, precision="float32", batch=16)
+        sample_run(shop.run, shop.request, 31, 3, precision="float32", batch=16)
 
 
 def test_a_folder_with_other_samples_than_its_name_says_is_refused(shop):
@@ -314,10 +316,10 @@ def test_the_leader_says_whether_a_sample_set_is_there(shop):
     """See the same of snapshots: another process may not see it yet, or see it too soon."""
 
     def drawn(team):
-        return stages.draw(shop.run, request(steps=30, samples=4), 30, 2, precision="float32", batch=4, team=team)
+        return sample_run(shop.run, request(steps=30, samples=4), 30, 2, precision="float32", batch=4, team=team)
 
     assert not drawn(Led(told=1)).exists()
-    path = drawn(Team())
+    path = drawn(ProcessGroup())
     before, shards = path.read_bytes(), path.parent / "shards"
     assert drawn(Led(told=0)) == path and path.read_bytes() == before
     assert [each.name for each in shards.iterdir()] == []  # of its share, which is the leader's here

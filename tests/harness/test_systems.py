@@ -11,15 +11,18 @@ from small_runs import request, workshop
 
 from harness import registry
 from harness.cli import group
+from harness.data.load import load_data
 from harness.errors import Refusal
-from harness.evaluation import describe
-from harness.files import sha256_file
-from harness.planning import make_request
-from harness.runs import build_arguments
-from harness.samples import read_samples, read_sidecar
-from harness.stages import Workshop, load_data
-from harness.systems import Guide, Stage, System, from_dict, get_system, load
-from harness.systems.drawing import bind, draw_system
+from harness.io.files import sha256_file
+from harness.pipeline.sample_system import sample_system
+from harness.pipeline.sidecar_records import fields_from_sidecar
+from harness.pipeline.train import RunSession
+from harness.planning.request import make_request
+from harness.runs.run import build_arguments
+from harness.runs.samples import read_samples, read_sidecar
+from harness.systems.binding import load_parts
+from harness.systems.read import get_system, load_system, system_from_dict
+from harness.systems.spec import Component, GuidanceClassifier, System
 from reports import columns
 from reports.columns import guidance_text
 from reports.rows import Row, description
@@ -45,7 +48,7 @@ def parts(tmp_path_factory):
         return root / name
 
     low = make_request(backbone="adm-xs", protocol="digits-4", steps=4, settings={"batch": "24"})
-    shop = Workshop(low, load_data(low.protocol, None), root / "low", lambda text: None)
+    shop = RunSession(low, load_data(low.protocol, None), root / "low", lambda text: None)
     shop.create(workshop(root / "base", request("adm-xs", steps=4)).run.resolved)
     shop.train(4)
     return {
@@ -139,93 +142,105 @@ GOOD = {"name": "mine", "protocol": "digits", "base": {"backbone": "adm-xs", "st
 )
 def test_a_broken_file_is_refused_by_item(change, words):
     with pytest.raises(Refusal, match=words):
-        from_dict({**GOOD, **change}, "mine.toml")
+        system_from_dict({**GOOD, **change}, "mine.toml")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (
-            {"base": Stage(backbone="adm-u-xs")},
+            {"base": Component(backbone="adm-u-xs")},
             "base is 'adm-u-xs', of kind upsampler; it must be a denoiser or generator",
         ),
-        ({"classifier": Guide(backbone="adm-xs")}, "classifier is 'adm-xs', of kind denoiser"),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, guidance_scale=2.0)}, "has no null label"),
-        ({"base": Stage(backbone="adm-xs", arguments={**SMALL, "num_classes": 7})}, "7 classes and protocol 'digits'"),
-        ({"base": Stage(backbone="adm-xs", arguments={**SMALL, "input_size": 16})}, "makes images of 16x16x1"),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, steps=1001)}, "1001 sampling steps"),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, sampler="ddmp")}, "unknown sampler 'ddmp'"),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, eta=2.0)}, "base: eta 2 must lie in 0 to 1"),
+        ({"classifier": GuidanceClassifier(backbone="adm-xs")}, "classifier is 'adm-xs', of kind denoiser"),
+        ({"base": Component(backbone="adm-xs", arguments=SMALL, guidance_scale=2.0)}, "has no null label"),
         (
-            {"base": Stage(backbone="adm-xs", arguments=SMALL, guidance_scale=0.5)},
+            {"base": Component(backbone="adm-xs", arguments={**SMALL, "num_classes": 7})},
+            "7 classes and protocol 'digits'",
+        ),
+        ({"base": Component(backbone="adm-xs", arguments={**SMALL, "input_size": 16})}, "makes images of 16x16x1"),
+        ({"base": Component(backbone="adm-xs", arguments=SMALL, steps=1001)}, "1001 sampling steps"),
+        ({"base": Component(backbone="adm-xs", arguments=SMALL, sampler="ddmp")}, "unknown sampler 'ddmp'"),
+        ({"base": Component(backbone="adm-xs", arguments=SMALL, eta=2.0)}, "base: eta 2 must lie in 0 to 1"),
+        (
+            {"base": Component(backbone="adm-xs", arguments=SMALL, guidance_scale=0.5)},
             "guidance_scale 0.5 must be at least 1",
         ),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, conditioning_noise=0.1)}, "and 'adm-xs' is none"),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, sampler="ddim-ldm", steps=300)}, "250 steps fit"),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, guidance_channels="x")}, "unknown guidance_channels 'x'"),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, truncation=0.5)}, "truncation is a generator's"),
-        ({"base": Stage(backbone="adm-xs", arguments=SMALL, diffusion_steps=2**31)}, "give 1 to 100,000"),
-        ({"base": Stage(backbone="biggan-deep-256", truncation=2.0)}, "truncation 2 must lie above 0 and be at most 1"),
-        ({"base": Stage(backbone="biggan-deep-256", guidance_scale=2.0)}, "guidance_scale is a diffusion's"),
+        ({"base": Component(backbone="adm-xs", arguments=SMALL, conditioning_noise=0.1)}, "and 'adm-xs' is none"),
+        ({"base": Component(backbone="adm-xs", arguments=SMALL, sampler="ddim-ldm", steps=300)}, "250 steps fit"),
         (
-            {"base": Stage(backbone="ldm-xs", arguments={**SMALL, "null_class": False}, guidance_scale=1.5)},
+            {"base": Component(backbone="adm-xs", arguments=SMALL, guidance_channels="x")},
+            "unknown guidance_channels 'x'",
+        ),
+        ({"base": Component(backbone="adm-xs", arguments=SMALL, truncation=0.5)}, "truncation is a generator's"),
+        ({"base": Component(backbone="adm-xs", arguments=SMALL, diffusion_steps=2**31)}, "give 1 to 100,000"),
+        (
+            {"base": Component(backbone="biggan-deep-256", truncation=2.0)},
+            "truncation 2 must lie above 0 and be at most 1",
+        ),
+        ({"base": Component(backbone="biggan-deep-256", guidance_scale=2.0)}, "guidance_scale is a diffusion's"),
+        (
+            {"base": Component(backbone="ldm-xs", arguments={**SMALL, "null_class": False}, guidance_scale=1.5)},
             "has no null label",
         ),
         (
-            {"upsamplers": (Stage(backbone="adm-u-xs", arguments={**SMALL, "in_channels": 3, "low_res_size": 8}),)},
+            {"upsamplers": (Component(backbone="adm-u-xs", arguments={**SMALL, "in_channels": 3, "low_res_size": 8}),)},
             "upsampler takes 3 channels and base makes 1",
         ),
         (
-            {"classifier": Guide(backbone="adm-classifier-xs", arguments=SMALL, schedule="cosine")},
+            {"classifier": GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL, schedule="cosine")},
             "knows noise of schedule cosine, and the base that it guides has linear",
         ),
-        ({"classifier": Guide(backbone="adm-classifier-xs", arguments=SMALL, scale=0.0)}, "scale 0 must be positive"),
-        ({"decoder": "ft-ema", "upsamplers": (Stage(backbone="adm-u-xs", arguments=SMALL),)}, "after a decoder"),
         (
-            {"classifier": Guide(backbone="adm-classifier-xs", arguments={**SMALL, "input_size": 16})},
+            {"classifier": GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL, scale=0.0)},
+            "scale 0 must be positive",
+        ),
+        ({"decoder": "ft-ema", "upsamplers": (Component(backbone="adm-u-xs", arguments=SMALL),)}, "after a decoder"),
+        (
+            {"classifier": GuidanceClassifier(backbone="adm-classifier-xs", arguments={**SMALL, "input_size": 16})},
             "the classifier has input_size 16 and the base that it guides 8",
         ),
         (
-            {"upsamplers": (Stage(backbone="adm-u-xs", arguments={**SMALL, "input_size": 16, "low_res_size": 4}),)},
+            {"upsamplers": (Component(backbone="adm-u-xs", arguments={**SMALL, "input_size": 16, "low_res_size": 4}),)},
             "made for images of 4 pixels and base makes them of 8",
         ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, words):
     with pytest.raises(Refusal, match=words):
-        replace(from_dict(GOOD, "mine.toml"), **change).check()
+        replace(system_from_dict(GOOD, "mine.toml"), **change).check()
 
 
 def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
     system = get_system("digits-guided")
     with pytest.raises(Refusal, match="needs weights of classifier: give --weights classifier=FILE"):
-        bind(system, {"base": parts["base"]})
+        load_parts(system, {"base": parts["base"]})
     with pytest.raises(Refusal, match="has no part 'upsampler'; it has base, classifier"):
-        bind(system, {"base": parts["base"], "classifier": parts["classifier"], "upsampler": parts["upsampler"]})
+        load_parts(system, {"base": parts["base"], "classifier": parts["classifier"], "upsampler": parts["upsampler"]})
     with pytest.raises(Refusal, match="the run is of adm-classifier-xs"):
-        bind(system, {"base": parts["classifier"], "classifier": parts["classifier"]})
+        load_parts(system, {"base": parts["classifier"], "classifier": parts["classifier"]})
     with pytest.raises(Refusal, match="no such file or folder"):
-        bind(system, {"base": parts["base"], "classifier": tmp_path / "nothing"})
+        load_parts(system, {"base": parts["base"], "classifier": tmp_path / "nothing"})
     with pytest.raises(Refusal, match="the classifier has input_size 8 and the base that it guides 4"):
-        bind(system, {"base": parts["low"], "classifier": parts["classifier"]})
+        load_parts(system, {"base": parts["low"], "classifier": parts["classifier"]})
     cosine = workshop(tmp_path / "cosine", request("adm-classifier-xs", steps=1, settings={"schedule": "cosine"}))
     cosine.train(1)
     with pytest.raises(Refusal, match="knows noise of schedule cosine"):
-        bind(system, {"base": parts["base"], "classifier": tmp_path / "cosine"})
+        load_parts(system, {"base": parts["base"], "classifier": tmp_path / "cosine"})
     noisy = get_system("digits-cascade-augmented")
     noisy = replace(noisy, upsamplers=(replace(noisy.upsamplers[0], conditioning_noise=0.5),))
     with pytest.raises(Refusal, match="trained with conditioning_noise 0.2, and the system gives it 0.5"):
-        bind(noisy, {"base": parts["low"], "upsampler": parts["upsampler"]})
+        load_parts(noisy, {"base": parts["low"], "upsampler": parts["upsampler"]})
     with pytest.raises(Refusal, match="cannot be run: neither code nor weights"):
-        bind(get_system("cdm-256"), {})
+        load_parts(get_system("cdm-256"), {})
 
 
 def test_what_a_run_brings_otherwise_is_said(parts, tmp_path):
     """A base of another schedule than the system's (or its TOML's) is drawn with its own, and not without a word."""
     plain = replace(get_system("digits-guided"), name="plain", classifier=None)
-    assert bind(plain, {"base": parts["base"]}).notes == ()
+    assert load_parts(plain, {"base": parts["base"]}).notes == ()
     noisy = replace(plain, base=replace(plain.base, schedule="cosine", diffusion_steps=500))
-    bound = bind(noisy, {"base": parts["base"]})
+    bound = load_parts(noisy, {"base": parts["base"]})
     assert (bound.system.base.schedule, bound.system.base.diffusion_steps) == ("linear", 1000)
     assert bound.notes == (
         "base: schedule linear, as its run was trained; the system has cosine",
@@ -233,7 +248,7 @@ def test_what_a_run_brings_otherwise_is_said(parts, tmp_path):
     )
     said = []
     settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu", "say": said.append}
-    draw_system(bound, folder=tmp_path, **settings)
+    sample_system(bound, folder=tmp_path, **settings)
     assert said[:2] == list(bound.notes)
 
 
@@ -291,7 +306,7 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
     assert facts["evaluations"] == 8
     assert facts["identity"]["system"]["upsamplers"][0]["conditioning_noise"] == 0.1
     assert facts["identity"]["weights"]["upsampler"]["training_steps"] == 4
-    about = describe(path, sha256_file(path), None)
+    about = fields_from_sidecar(path, sha256_file(path), None)
     assert (about["sampling"].steps, about["sampling"].stage_steps) == (4, "4 + 4")
     assert about["sampling"].settings == "adm-u-xs by ddpm, conditioning noise 0.1"
     record = Record(
@@ -313,7 +328,7 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
 def test_what_a_record_says_of_a_system(parts, tmp_path):
     weights = ("--weights", f"base={parts['base']}", "--weights", f"classifier={parts['classifier']}")
     path = drawn(parts, tmp_path, "--system", "digits-guided", *weights, "--sampling-seed", 5)
-    about = describe(path, sha256_file(path), None)
+    about = fields_from_sidecar(path, sha256_file(path), None)
     assert about["system"] == "digits-guided" and about["backbone"] == "adm-xs+adm-classifier-xs"
     sizes = {"input_size": 8, "in_channels": 1, "num_classes": 10}
     base, classifier = (registry.backbones.get(name).count(**sizes) for name in about["backbone"].split("+"))
@@ -349,7 +364,7 @@ def load_file(folder, conditioning_noise):
         arguments = {{ input_size = 8, low_res_size = 4, in_channels = 1, num_classes = 10 }}
         """
     )
-    assert load(path).base.arguments["attention_resolutions"] == (4,)
+    assert load_system(path).base.arguments["attention_resolutions"] == (4,)
     return path
 
 
@@ -367,14 +382,14 @@ def test_a_classifier_guides(parts, tmp_path):
 def test_weights_that_change_after_they_were_named_are_not_drawn_with(parts, tmp_path):
     folder = tmp_path / "base.safetensors"
     folder.write_bytes(next(parts["base"].glob("snapshots/*/ema.safetensors")).read_bytes())
-    bound = bind(replace(get_system("digits-guided"), name="plain", classifier=None), {"base": folder})
+    bound = load_parts(replace(get_system("digits-guided"), name="plain", classifier=None), {"base": folder})
     folder.write_bytes(next(parts["base"].glob("checkpoints/*/model.safetensors")).read_bytes())
     settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu", "say": lambda text: None}
     with pytest.raises(Refusal, match="has changed since sampling began"):
-        draw_system(bound, folder=tmp_path / "out", **settings)
+        sample_system(bound, folder=tmp_path / "out", **settings)
 
 
 def test_a_run_of_another_family_takes_the_place_of_the_base(parts, tmp_path):
     base = replace(get_system("digits-guided"), name="plain", classifier=None)
-    bound = bind(base, {"base": parts["dit"]})
+    bound = load_parts(base, {"base": parts["dit"]})
     assert bound.system.backbone == "dit-xs-4" and bound.sources["base"].steps == 4

@@ -10,16 +10,16 @@ from harness.data.images import ImageSet
 from harness.diffusion.objectives import OBJECTIVES
 from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
-from harness.engines.torch import draw
-from harness.engines.torch.draw import TorchChain, TorchGenerator, TorchStage, to_uint8
+from harness.engines.torch import sampling
 from harness.engines.torch.loss import LossTables, training_losses
-from harness.engines.torch.tasks import TERMS, Task
+from harness.engines.torch.loss_functions import TERMS, LossFunction
+from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage, random, to_uint8
 from harness.engines.torch.trainer import TorchEngine
 from harness.errors import Failure, Refusal
 from harness.protocols import UINT8_RULES, Recipe
 from harness.randomness import Purpose
 from harness.registry import backbones
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 from harness.spec import BackboneSpec, Compute
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def images(count=24, side=8):
 
 def make_task(kind, low=2, null_label="num_classes", **recipe):
     arguments = {**SIZES, **({"low_res_size": low} if kind == "upsampler" else {})}
-    return Task(spec(kind, null_label), arguments, recipe=Recipe(**recipe), seed=SEED, device=CPU)
+    return LossFunction(spec(kind, null_label), arguments, recipe=Recipe(**recipe), seed=SEED, device=CPU)
 
 
 class Recorder:
@@ -249,7 +249,7 @@ LABELS = INDEX % 3
 
 def test_an_image_of_a_cascade_does_not_know_its_batch(monkeypatch):
     floats, steps = [], []
-    monkeypatch.setattr(draw, "to_uint8", lambda x, rule: (floats.append(x.clone()), to_uint8(x, rule))[1])
+    monkeypatch.setattr(sampling, "to_uint8", lambda x, rule: (floats.append(x.clone()), to_uint8(x, rule))[1])
     results = {}
     for batch in (64, 16, 1):
         floats.clear()
@@ -284,8 +284,8 @@ def test_an_upsampler_is_given_the_rounded_image_and_noise():
 def test_no_noise_is_used_twice(monkeypatch):
     """Every draw of a chain has a purpose and step of its own, so base and upsamplers share no noise."""
     asked = []
-    normal = draw.random.normal
-    monkeypatch.setattr(draw.random, "normal", lambda *key: (asked.append((int(key[1]), int(key[3]))), normal(*key))[1])
+    normal = random.normal
+    monkeypatch.setattr(random, "normal", lambda *key: (asked.append((int(key[1]), int(key[3]))), normal(*key))[1])
     cascade()[2].draw(INDEX, LABELS)
     assert len(asked) == 3 * 6 + 2 and len(set(asked)) == len(asked)  # x_T and five steps each, two conditionings
     nets = [PerElement() for _ in range(3)]

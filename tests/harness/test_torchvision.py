@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from harness import torchvision_torch
+from harness.frameworks.torchvision import importlib, make_importable
 
 
 def alone(code):
@@ -43,9 +43,9 @@ def test_nothing_is_done_where_it_imports_by_itself_or_is_absent(module, monkeyp
         module.__spec__ = types.SimpleNamespace(name="torchvision")
         monkeypatch.setitem(sys.modules, "torchvision", module)
     else:
-        monkeypatch.setattr(torchvision_torch.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.library, "Library", forbidden)
-    torchvision_torch.make_importable()
+    make_importable()
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("CUDA versions differ"), ImportError("libjpeg"), OSError("cut short")])
@@ -53,7 +53,7 @@ def test_another_fault_is_left_to_who_meets_it(fault, monkeypatch):
     def fail(name):
         raise fault
 
-    monkeypatch.setattr(torchvision_torch.importlib, "import_module", fail)
-    monkeypatch.setattr(torchvision_torch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", fail)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.library, "Library", forbidden)
-    torchvision_torch.make_importable()
+    make_importable()

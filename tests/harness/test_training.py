@@ -12,15 +12,17 @@ import torch
 from safetensors.numpy import load_file
 from small_runs import Led, request, workshop
 
-from harness import checkpoints, training
 from harness.cli import run
-from harness.engines.team import Stopped, Team
-from harness.engines.torch import team as torch_team
+from harness.distributed.group import ProcessGroup, Stopped
+from harness.engines.torch import process_group as torch_team
 from harness.engines.torch import trainer as torch_trainer
-from harness.environment import Spent
 from harness.errors import Failure, Refusal
-from harness.runs import find
-from harness.stages import Workshop
+from harness.pipeline import training_loop
+from harness.pipeline.train import RunSession
+from harness.pipeline.training_loop import AGREE_STEPS, STOP, CheckpointManager, Loggers, time, train
+from harness.runs import checkpoints
+from harness.runs.provenance import TrainingTime
+from harness.runs.run import find_run
 
 
 def losses(shop):
@@ -222,7 +224,7 @@ def test_a_folder_of_another_run_is_refused(whole):
         workshop(whole.folder, request(seed=5))
     with pytest.raises(Refusal, match=r"recipe.learning_rate is 0.001 there and 0.002 here"):
         workshop(whole.folder, request(settings={"learning_rate": "2e-3"}))
-    assert find(whole.folder, whole.spec).identity == whole.run.identity
+    assert find_run(whole.folder, whole.spec).identity == whole.run.identity
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
@@ -236,7 +238,7 @@ def test_a_fork_goes_on_from_the_newest_checkpoint(whole, tmp_path):
     parent = workshop(tmp_path / "parent", request(steps=12))
     parent.train(5)
     resolved = dataclasses.replace(parent.run.resolved, micro_batch=7)
-    fork = Workshop(request(steps=12), parent.data, tmp_path / "fork", lambda text: None)
+    fork = RunSession(request(steps=12), parent.data, tmp_path / "fork", lambda text: None)
     fork.fork(parent.folder, resolved)
     assert fork.run.resolved.micro_batch == 7 and fork.run.identity == parent.run.identity
     fork.train(12)
@@ -244,7 +246,7 @@ def test_a_fork_goes_on_from_the_newest_checkpoint(whole, tmp_path):
     for row, other in zip(losses(fork), losses(whole), strict=True):
         assert row["mse"] == pytest.approx(other["mse"], rel=2e-4)
     assert losses(parent) == losses(whole)[:5]  # the parent is left as it was
-    other = Workshop(request(steps=12, seed=3), parent.data, tmp_path / "other", lambda text: None)
+    other = RunSession(request(steps=12, seed=3), parent.data, tmp_path / "other", lambda text: None)
     with pytest.raises(Refusal, match="another experiment: seed is 0 there and 3 here"):
         other.fork(parent.folder, resolved)
 
@@ -278,11 +280,11 @@ def test_a_run_cannot_be_trained_backwards(whole):
 
 def unwatched(run):
     """No loggers."""
-    return training.Loggers((), run, 0, {}, lambda text: None)
+    return Loggers((), run, 0, {}, lambda text: None)
 
 
 def test_checkpoints_are_due_by_cost_and_by_loss(whole):
-    keeper = training._Keeper(whole.run, None, None, unwatched(whole.run), 0, Spent(None, ""), cost=0.0)
+    keeper = CheckpointManager(whole.run, None, None, unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0)
     now = keeper._saved_at
     for cost, age, due in (
         (0.0, 1, False),
@@ -301,11 +303,11 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     whoever is told to stop, all do."""
     told = {"stop": 0}
 
-    class Two(Team):
+    class Two(ProcessGroup):
         size, index = 2, 1
 
         def most(self, value):
-            assert value in (0, training.STOP)  # steps and checkpoints are the leader's matter
+            assert value in (0, STOP)  # steps and checkpoints are the leader's matter
             return max(value, 2 * 4 + 1 + told["stop"])  # the leader: again in 4 steps, and a checkpoint
 
     class Counted:
@@ -316,13 +318,13 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
             return []
 
     found = {}
-    for name, team in (("one", Team()), ("two", Two())):
+    for name, team in (("one", ProcessGroup()), ("two", Two())):
         found[name] = []
         for patience in (0.0, 1e9):
-            monkeypatch.setattr(training, "DRAIN_SECONDS", patience)
+            monkeypatch.setattr(training_loop, "DRAIN_SECONDS", patience)
             engine, log = Counted(), io.StringIO()
-            keeper = training._Keeper(
-                whole.run, engine, log, unwatched(whole.run), 0, Spent(None, ""), cost=0.0, team=team
+            keeper = CheckpointManager(
+                whole.run, engine, log, unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, team=team
             )
             keeper._drained -= 1
             at = []
@@ -336,16 +338,16 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     assert found["one"][0] and not found["one"][1]
     assert found["two"] == [[1, 5, 9]] * 2
     for interrupted in (False, True):
-        keeper = training._Keeper(
-            whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, Spent(None, ""), cost=0.0, team=Two()
+        keeper = CheckpointManager(
+            whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, team=Two()
         )
-        told["stop"] = 0 if interrupted else training.STOP
+        told["stop"] = 0 if interrupted else STOP
         keeper.stepped()
         assert keeper.decide(interrupted)[0]
 
 
 def test_a_team_agrees_on_an_interruption_before_the_first_step(tmp_path):
-    class Other(Team):
+    class Other(ProcessGroup):
         """Another process was told to stop."""
 
         size = 2
@@ -355,31 +357,31 @@ def test_a_team_agrees_on_an_interruption_before_the_first_step(tmp_path):
 
     shop = workshop(tmp_path / "run", request(steps=2))
     with pytest.raises(Stopped):
-        training.train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, device="", say=print, team=Other())  # fmt: skip
+        train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, device="", say=print, team=Other())  # fmt: skip
 
 
 def test_the_leader_says_whether_a_snapshot_is_there(whole, tmp_path, monkeypatch):
     """Each process would see for itself, on file systems that show a new file to one machine before another; and who
     then trains waits for ever for who does not."""
     begun = []
-    monkeypatch.setattr("harness.stages.workbench", lambda framework: begun.append(framework) or 1 / 0)
+    monkeypatch.setattr("harness.pipeline.train.get_backend", lambda framework: begun.append(framework) or 1 / 0)
     fresh = workshop(tmp_path / "run", request(steps=12))
     fresh.team = Led(told=1)
     fresh.train(12)
-    training.train(fresh.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, team=fresh.team)
+    train(fresh.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, team=fresh.team)
     assert not begun
     monkeypatch.setattr(whole, "team", Led(told=0))
     with pytest.raises(ZeroDivisionError):
         whole.train(12)
     with pytest.raises(Refusal, match="another newest checkpoint"):  # which is what it looks at next
-        training.train(whole.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, team=Led(told=0))
+        train(whole.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, team=Led(told=0))
     assert begun == ["torch"]
 
 
 @pytest.mark.parametrize(("error", "well"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])
 def test_only_a_stop_that_was_agreed_on_is_a_good_end(error, well):
     """A second Ctrl-C is one process's own: the others are told that it needs to be waited for no more."""
-    told, team = [], torch_team.TorchTeam.__new__(torch_team.TorchTeam)
+    told, team = [], torch_team.TorchProcessGroup.__new__(torch_team.TorchProcessGroup)
     team._watch = SimpleNamespace(end=lambda well: told.append(well))
     with pytest.raises(error), team.together():
         raise error
@@ -399,17 +401,17 @@ def test_a_process_takes_the_only_gpu_that_it_is_shown(monkeypatch):
 def test_a_leader_asks_sooner_where_steps_are_long(whole, monkeypatch):
     """So that Ctrl-C is heard within seconds."""
 
-    class Leader(Team):
+    class Leader(ProcessGroup):
         size = 2
 
         def most(self, value):
             return value
 
     now = [0.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-    for seconds, apart in ((0.001, training.AGREE_STEPS), (0.5, 4), (60.0, 1)):
-        keeper = training._Keeper(
-            whole.run, None, io.StringIO(), unwatched(whole.run), 0, Spent(None, ""), cost=0.0, team=Leader()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for seconds, apart in ((0.001, AGREE_STEPS), (0.5, 4), (60.0, 1)):
+        keeper = CheckpointManager(
+            whole.run, None, io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, team=Leader()
         )
         keeper.done, now[0] = 1, now[0] + seconds
         keeper.decide(False)
@@ -423,6 +425,6 @@ def test_items_that_came_later_change_no_identity_at_their_default(whole, tmp_pa
     data["identity"]["recipe"]["conditioning_noise"] = 0.0  # as some have it
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps(data))
-    assert find(tmp_path / "run", whole.spec).identity == whole.run.identity
+    assert find_run(tmp_path / "run", whole.spec).identity == whole.run.identity
     noisy = workshop(tmp_path / "noisy", request("adm-u-xs", steps=1, settings={"conditioning_noise": "0.1"}))
     assert noisy.run.identity["recipe"]["conditioning_noise"] == 0.1

@@ -7,9 +7,9 @@ import pytest
 
 from harness.cli import group
 from harness.cli.plan import request_of
-from harness.files import sha256_json
-from harness.planning import Request, evaluations
-from harness.runs import recipe_identity
+from harness.io.files import sha256_json
+from harness.planning.request import Request, evaluations
+from harness.runs.run import recipe_identity
 from reports.commands import OUT, reproduction
 from results import paper
 from results.records import Evaluation, Record, Sampling, Source, Training

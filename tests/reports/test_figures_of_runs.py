@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from harness.errors import Refusal
-from harness.files import sha256_json
-from harness.samples import read_first, write_samples
+from harness.io.files import sha256_json
+from harness.runs.samples import read_first, write_samples
 from reports import figures_loss, figures_samples
 from reports.charts import model_styles
 from reports.drawing import draw

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from harness.distributed.launch import mesh_sides
 from harness.engines.memory import host_free_bytes, processor_name, refuse_device
-from harness.engines.processes import mesh_sides
 from harness.errors import Refusal
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 
 AXES = ("data", "model")
 SMALLEST = 1024  # elements: smaller parameters are whole on every device

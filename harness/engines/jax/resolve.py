@@ -19,7 +19,7 @@ from harness.engines.jax.errors import one_line
 from harness.engines.jax.trainer import COMPUTE_DTYPES, exact
 from harness.engines.memory import Measured, fit_micro_batch, refuse_one_image, state_bytes
 from harness.errors import Refusal
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
 PROBE_IMAGES = 16  # the speed of two precisions is compared on at most so many images a device

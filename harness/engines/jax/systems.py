@@ -10,26 +10,26 @@ from collections.abc import Callable
 import numpy as np
 
 from harness import registry
-from harness.decoding import Decoder
-from harness.engines import Place, check_torch_only
+from harness.autoencoders.load import Decoder
+from harness.engines.backend import DeviceInfo, check_torch_only
 from harness.engines.jax import mesh as devices
-from harness.engines.jax.draw import JaxChain, JaxStage, Network
-from harness.systems import Guide, Stage
-from harness.systems.drawing import Bound, Source, read_network
+from harness.engines.jax.sampling import JaxChain, JaxStage, Network
+from harness.systems.binding import LoadedSystem, Source, read_network
+from harness.systems.spec import Component, GuidanceClassifier
 
 
-def find_place(device: str | None) -> Place:
+def find_place(device: str | None) -> DeviceInfo:
     """This process's devices of a platform, over which batches are divided, or the one of that name ("cuda:1")."""
     mesh = devices.own(devices.make_mesh(devices.pick_devices(device), None))
     platform = device or devices.platform_name(mesh)
     threads = f", {devices.threads()} threads" if platform.startswith("cpu") else ""
-    return Place(mesh, platform, devices.device_name(mesh) + threads)
+    return DeviceInfo(mesh, platform, devices.device_name(mesh) + threads)
 
 
 def make_chain(
-    bound: Bound,
+    bound: LoadedSystem,
     decoder: Decoder | None,
-    place: Place,
+    place: DeviceInfo,
     *,
     seed: int,
     precision: str,
@@ -41,7 +41,7 @@ def make_chain(
     check_torch_only(precision, compile)
     system, mesh = bound.system, place.target
 
-    def network(part: Stage | Guide, source: Source) -> Network:
+    def network(part: Component | GuidanceClassifier, source: Source) -> Network:
         state = {name: tensor.numpy() for name, tensor in read_network(part, source, say).state_dict().items()}
         return Network.load(part.spec, part.spec.arguments(**part.build_arguments()), state, precision, mesh)
 

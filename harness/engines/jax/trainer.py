@@ -22,13 +22,12 @@ from jax import Array
 
 from backbones.flax_layers import initial_rngs, set_compute_dtype
 from backbones.flax_weights import state_from_torch, state_to_torch
-from harness import checkpoints
+from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
-from harness.data.stream import Stream
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
-from harness.engines.jax.tasks import Task
+from harness.engines.jax.loss_functions import LossFunction
 from harness.errors import Refusal
 from harness.protocols import Recipe
 from harness.randomness import Purpose
@@ -36,7 +35,8 @@ from harness.randomness import bits as words
 from harness.randomness import threefry_jax as random
 from harness.randomness.threefry_jax import Words
 from harness.randomness.threefry_jax import words as as_words
-from harness.runs import Resolved
+from harness.runs import checkpoints
+from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
 EMA_RAMP_LAG = 10  # with ema_ramp the decay at step s is (1 + s) / (10 + s), as in TensorFlow's moving averages
@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 
 class JaxEngine:
-    """Training state of one run. Implements `harness.training.Engine`."""
+    """Training state of one run. Implements `harness.pipeline.training_loop.Engine`."""
 
     def __init__(
         self,
@@ -77,9 +77,9 @@ class JaxEngine:
     ):
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
         self._mesh = devices.honour(resolved)
-        self._task = Task(spec, arguments, recipe=recipe, seed=seed)
+        self._task = LossFunction(spec, arguments, recipe=recipe, seed=seed)
         self.terms = self._task.terms
-        self._x0, self._stream = data.x0, Stream(seed, data, recipe.flip)
+        self._x0, self._stream = data.x0, EpochSampler(seed, data, recipe.flip)
         self._losses: list[Array] = []  # (terms,) each, on the devices
 
         set_compute_dtype(net, COMPUTE_DTYPES[resolved.precision])

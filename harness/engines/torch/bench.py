@@ -24,13 +24,13 @@ from harness.data.images import ImageSet
 from harness.diffusion.schedule import Schedule
 from harness.engines.memory import check_room, fit_micro_batch, refuse_one_image
 from harness.engines.torch import compiling, resolve
-from harness.engines.torch.draw import TorchSampler
 from harness.engines.torch.roofline import RUNS, Roofline, measure_roofline, seconds_of, wait
+from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.errors import Refusal
-from harness.planning import TRAINING_FACTOR
+from harness.planning.request import TRAINING_FACTOR
 from harness.protocols import Recipe, Sampling
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
 CONVENTION = "a multiply-add is two operations, normalisations are none, training is three forward passes"

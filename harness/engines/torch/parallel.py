@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from harness.engines.processes import mesh_sides
-from harness.engines.torch import team
+from harness.distributed.launch import mesh_sides
+from harness.engines.torch import process_group
 from harness.errors import Refusal
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 
 
 def mesh_of(shape: str | None, created: str = "1x1") -> tuple[int, int]:
     """DATA and MODEL of these processes. None: MODEL as the run was created, DATA what that leaves."""
-    size = team.size()
+    size = process_group.size()
     if shape is None:
         model = mesh_sides(created)[1]
         if size % model:
@@ -58,12 +58,12 @@ def here(resolved: Resolved, mesh: str | None, batch: int) -> Resolved:
 def threads(resolved: Resolved) -> int:
     """Of each process, so that all have as many as when the run was created."""
     data, model = mesh_sides(resolved.mesh)
-    return max(1, resolved.threads * data * model // team.size())
+    return max(1, resolved.threads * data * model // process_group.size())
 
 
 def check_batch(batch: int) -> int:
     """Images of a batch for each process; what cannot be divided is refused."""
-    size = team.size()
+    size = process_group.size()
     if batch % size:
         raise Refusal(
             f"batches of {batch} cannot be divided over {size} processes; start a number of them that divides it, or "
@@ -86,7 +86,7 @@ def shard(net: torch.nn.Module, mesh: tuple[int, int], device: torch.device) -> 
         return net
     # Nothing writes into the network's output, of which FSDP2 warns at each pass.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    with team.heard():
+    with process_group.translate_dist_errors():
         if data == 1:
             over = init_device_mesh(device.type, (model,), mesh_dim_names=("model",))
         else:
@@ -115,7 +115,7 @@ class Spread:
     """A network over the processes of the team: what the trainer calls, and the sums over all of them."""
 
     def __init__(self, net: torch.nn.Module, mesh: tuple[int, int]):
-        self.size, self._index = team.size(), team.index()
+        self.size, self._index = process_group.size(), process_group.index()
         self._sharded = mesh[1] > 1
         self._net = net
         self.call: Callable[..., torch.Tensor] = net
@@ -124,7 +124,7 @@ class Spread:
             aside = (
                 "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
             )
-            with team.heard():
+            with process_group.translate_dist_errors():
                 self.call = ddp(net, gradient_as_bucket_view=True, **{aside: False})
 
     @property

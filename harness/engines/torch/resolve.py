@@ -16,9 +16,9 @@ from harness.engines.memory import (
     refuse_one_image,
     state_bytes,
 )
-from harness.engines.torch import compiling, parallel, team
+from harness.engines.torch import compiling, parallel, process_group
 from harness.errors import Refusal
-from harness.runs import Resolved
+from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # those that `auto` measures
@@ -36,13 +36,13 @@ def pick_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if team.size() > 1:
+    if process_group.size() > 1:
         platform, colon, _ = name.partition(":")
         if colon:
             raise Refusal(
-                f"--device {name} is one device, and {team.size()} processes work here; give --device {platform}"
+                f"--device {name} is one device, and {process_group.size()} processes work here; give --device {platform}"
             )
-        name = f"{platform}:{team.gpu(team.local())}" if platform == "cuda" else name
+        name = f"{platform}:{process_group.gpu(process_group.local())}" if platform == "cuda" else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -67,7 +67,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this process can take on `device` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return host_free_bytes() // team.beside()
+    return host_free_bytes() // process_group.beside()
 
 
 def inputs_of(kind: str, images: int, arguments: dict, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -88,7 +88,7 @@ def measure(
     net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser"
 ) -> float:
     """Seconds that forward and backward take for one image of each process: those of the slowest."""
-    return team.most(measure_here(net, images, arguments, device, precision, kind))
+    return process_group.most(measure_here(net, images, arguments, device, precision, kind))
 
 
 def far_slower(
@@ -98,7 +98,7 @@ def far_slower(
     slower `than` another's seconds (bfloat16 on a CPU without units for it); None: it is to be measured."""
     seconds = 0.0
     for _ in range(2):  # a first pass may take its time to prepare itself
-        seconds = team.most(measure_here(net, 1, arguments, device, precision, kind, repeats=0))
+        seconds = process_group.most(measure_here(net, 1, arguments, device, precision, kind, repeats=0))
         if seconds <= max(PATIENCE_SECONDS, FAR_SLOWER * than):
             return None
     return seconds
@@ -189,7 +189,7 @@ def resolve(
         parameters = parameters // mesh[1] + parallel.largest_unit(net)
     batch = parallel.check_batch(batch)
     free = free_bytes(device) + 4 * parameters  # the network is already there and was counted as used
-    fitting = -team.most(-fit_micro_batch(batch, parameters, activation_bytes, free))
+    fitting = -process_group.most(-fit_micro_batch(batch, parameters, activation_bytes, free))
     if fitting == 0:
         raise refuse_one_image(spec.name, parameters, activation_bytes, str(device), free)
     chosen = min(micro_batch or fitting, batch)
@@ -199,20 +199,22 @@ def resolve(
     speeds: dict[str, float] = {}
     for each in wanted:
         than = min(speeds.values(), default=None)
-        found = None if than is None else far_slower(net, arguments, device, each, spec.kind, than * team.size())
-        speeds[each] = (found or measure(net, images, arguments, device, each, spec.kind)) / team.size()
+        found = (
+            None if than is None else far_slower(net, arguments, device, each, spec.kind, than * process_group.size())
+        )
+        speeds[each] = (found or measure(net, images, arguments, device, each, spec.kind)) / process_group.size()
     fastest = min(speeds, key=lambda each: speeds[each])
     lacking = compiling.lacking(device)
-    if team.most(float(lacking is not None)) and lacking is None:  # they measure together or not at all
+    if process_group.most(float(lacking is not None)) and lacking is None:  # they measure together or not at all
         lacking = "torch.compile is not to be had in another process"
     choice = compiling.choose(
-        compile, net, lacking=lacking, seconds=speeds[fastest] * team.size(), images=batch * steps, say=say,
-        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), most=team.most,
+        compile, net, lacking=lacking, seconds=speeds[fastest] * process_group.size(), images=batch * steps, say=say,
+        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), most=process_group.most,
     )  # fmt: skip
     name = device_name(device)
     resolved = Resolved(
-        device=str(device) if team.size() == 1 else device.type,
-        device_name=name if team.size() == 1 else f"{team.size()} x {name}",
+        device=str(device) if process_group.size() == 1 else device.type,
+        device_name=name if process_group.size() == 1 else f"{process_group.size()} x {name}",
         precision=fastest,
         micro_batch=chosen,
         threads=torch.get_num_threads(),
@@ -223,14 +225,14 @@ def resolve(
     need = state_bytes(parameters, fastest) + chosen * activation_bytes
     return Measured(
         resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free,
-        compiled=f"{choice.mode} ({choice.reason})", compiled_seconds=None if choice.seconds is None else choice.seconds / team.size(),
+        compiled=f"{choice.mode} ({choice.reason})", compiled_seconds=None if choice.seconds is None else choice.seconds / process_group.size(),
     )  # fmt: skip
 
 
 def honour(resolved: Resolved) -> torch.device:
     """Set this process up as the run was created, or refuse with the flag that makes another run of it."""
     try:
-        device = pick_device(resolved.device if team.size() == 1 else resolved.device.partition(":")[0])
+        device = pick_device(resolved.device if process_group.size() == 1 else resolved.device.partition(":")[0])
     except Refusal as error:
         raise refuse_device(resolved) from error
     if resolved.compile == "on" and (reason := compiling.lacking(device)):

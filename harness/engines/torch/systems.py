@@ -7,25 +7,25 @@ from collections.abc import Callable
 import torch
 
 from harness import registry
-from harness.decoding import Decoder
-from harness.engines import Place
+from harness.autoencoders.load import Decoder
+from harness.engines.backend import DeviceInfo
 from harness.engines.torch import resolve
-from harness.engines.torch.draw import TorchChain, TorchGenerator, TorchStage
-from harness.systems import Stage
-from harness.systems.drawing import Bound, read_network
+from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage
+from harness.systems.binding import LoadedSystem, read_network
+from harness.systems.spec import Component
 
 
-def find_place(device: str | None) -> Place:
+def find_place(device: str | None) -> DeviceInfo:
     """The device of that name; None: an accelerator if there is one. One that is absent is refused."""
     target = resolve.pick_device(device)
     threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
-    return Place(target, str(target), resolve.device_name(target) + threads)
+    return DeviceInfo(target, str(target), resolve.device_name(target) + threads)
 
 
 def make_chain(
-    bound: Bound,
+    bound: LoadedSystem,
     decoder: Decoder | None,
-    place: Place,
+    place: DeviceInfo,
     *,
     seed: int,
     precision: str,
@@ -39,7 +39,7 @@ def make_chain(
     if system.classifier is not None:
         classifier = read_network(system.classifier, bound.sources["classifier"], say).to(device)
 
-    def stage_of(number: int, stage: Stage, net: torch.nn.Module) -> TorchStage | TorchGenerator:
+    def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchGenerator:
         arguments = stage.spec.arguments(**stage.build_arguments())
         if stage.spec.kind == "generator":
             return TorchGenerator(

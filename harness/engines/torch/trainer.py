@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness import checkpoints
+from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
-from harness.data.stream import Stream
-from harness.engines.processes import mesh_sides
-from harness.engines.torch import parallel, team
+from harness.distributed.launch import mesh_sides
+from harness.engines.torch import parallel, process_group
 from harness.engines.torch.compiling import compile_network
+from harness.engines.torch.loss_functions import LossFunction
 from harness.engines.torch.parallel import own, part_of, whole
 from harness.engines.torch.resolve import autocast, honour, place, set_arithmetic
-from harness.engines.torch.tasks import Task
 from harness.errors import Refusal
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import bits as words
 from harness.randomness import threefry_torch as random
-from harness.runs import Resolved
+from harness.runs import checkpoints
+from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
 EMA_RAMP_LAG = 10  # with ema_ramp the decay at step s is (1 + s) / (10 + s), as in TensorFlow's moving averages
@@ -38,7 +38,7 @@ def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.
 
 
 class TorchEngine:
-    """Training state of one run. Implements `harness.training.Engine`."""
+    """Training state of one run. Implements `harness.pipeline.training_loop.Engine`."""
 
     def __init__(
         self,
@@ -71,12 +71,12 @@ class TorchEngine:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self._task = Task(spec, arguments, recipe=recipe, seed=seed, device=self.device)
+        self._task = LossFunction(spec, arguments, recipe=recipe, seed=seed, device=self.device)
         self.terms = self._task.terms
         self._losses: list[torch.Tensor] = []
-        self._x0, self._stream = data.x0, Stream(seed, data, recipe.flip)
+        self._x0, self._stream = data.x0, EpochSampler(seed, data, recipe.flip)
 
-    @team.heard()
+    @process_group.translate_dist_errors()
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
@@ -149,7 +149,7 @@ class TorchEngine:
         x0 = self._x0(place(torch.from_numpy(stored), self.device), normal)
         return x0.contiguous(), place(torch.from_numpy(labels), self.device)
 
-    @team.heard()
+    @process_group.translate_dist_errors()
     def drain(self) -> list[tuple[float, ...]]:
         if not self._losses:
             return []
@@ -157,7 +157,7 @@ class TorchEngine:
         self._losses.clear()
         return [tuple(row) for row in rows]
 
-    @team.heard()
+    @process_group.translate_dist_errors()
     def finite(self) -> bool:
         norms = torch.stack(torch._foreach_norm(list(map(own, self._weights))))
         return self._spread.everywhere(torch.isfinite(norms).all())
@@ -221,7 +221,7 @@ class TorchEngine:
         }
 
 
-@team.heard()
+@process_group.translate_dist_errors()
 def _arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """CPU arrays; without a copy where the tensor is already on the CPU. Of a team the leader's alone, which all collect.
 
@@ -232,6 +232,6 @@ def _arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     arrays = {}
     for name, value in state.items():
         full = whole(value)
-        if team.index() == 0:
+        if process_group.index() == 0:
             arrays[name] = full.cpu().numpy()
     return arrays

@@ -1,0 +1,85 @@
+"""Names, sizes and arguments of the auto-encoders of latent diffusion.
+
+Source: arXiv:2112.10752, appendix G; CompVis/latent-diffusion a506df5, first_stage_config of
+configs/latent-diffusion/cin256-v2.yaml (VQ-f4) and of models/ldm/cin256/config.yaml (VQ-f8).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from harness.errors import Refusal
+
+GROUPS = 32  # of every group normalisation
+
+
+def factor(multipliers: tuple[int, ...]) -> int:
+    """Pixels a latent cell, along a side: each level but the last halves the side."""
+    return 2 ** (len(multipliers) - 1)
+
+
+def check_arguments(
+    *,
+    resolution: int,
+    image_channels: int,
+    width: int,
+    multipliers: tuple[int, ...],
+    blocks: int,
+    attention_resolutions: tuple[int, ...],
+    latent_channels: int,
+    code_channels: int,
+    codes: int | None,
+) -> None:
+    """Refuses arguments that no network can be built from, in one line."""
+    numbers = {
+        "resolution": resolution,
+        "image_channels": image_channels,
+        "width": width,
+        "blocks": blocks,
+        "latent_channels": latent_channels,
+        "code_channels": code_channels,
+        "codes": 1 if codes is None else codes,
+        **{f"multipliers[{i}]": value for i, value in enumerate(multipliers)},
+    }
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise Refusal(f"auto-encoder: {name} is {value!r}; it must be a whole number of at least 1")
+    if not multipliers:
+        raise Refusal("auto-encoder: multipliers are empty; give one for each level, such as (1, 2, 4)")
+    if width % GROUPS:
+        raise Refusal(f"auto-encoder: width {width} is not divisible by the {GROUPS} groups of its normalisation")
+    sides = [resolution >> level for level in range(len(multipliers))]
+    if resolution % factor(multipliers):
+        raise Refusal(f"auto-encoder: resolution {resolution} cannot be halved {len(multipliers) - 1} times")
+    for side in attention_resolutions:
+        if side not in sides:
+            raise Refusal(f"auto-encoder: no level has attention resolution {side}; the levels have {sides}")
+
+
+def infer_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The arguments of the VQ network whose parameters have these names and shapes, in the public layout.
+
+    Attention is given at sides of a nominal resolution of 256. Raises KeyError with the name of the parameter that is
+    missing; that the other parameters fit has still to be seen.
+    """
+    codes, code_channels = shapes["quantize.embedding.weight"]
+    width, image_channels = shapes["encoder.conv_in.weight"][:2]
+    levels = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.(\d+)\.", name))}
+    blocks = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
+    return {
+        "resolution": 256,
+        "image_channels": image_channels,
+        "width": width,
+        "multipliers": tuple(
+            shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // width for i in range(max(levels, default=0) + 1)
+        ),
+        "blocks": max(blocks, default=0) + 1,
+        "attention_resolutions": tuple(
+            256 >> i for i in sorted(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes
+        ),
+        "latent_channels": shapes["post_quant_conv.weight"][0],
+        "code_channels": code_channels,
+        "codes": codes,
+    }

@@ -1,0 +1,1 @@
+"""Autoencoders of latent diffusion: their files, loading, encoding, decoding and compute."""

@@ -1,0 +1,163 @@
+"""Where the files of an auto-encoder are, and what they say before a framework is loaded (see `harness.autoencoders.load`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from backbones.autoencoders.spec import KL_CONFIG, KNOWN, WEIGHTS, Known, kl_settings
+from harness.errors import Refusal
+from harness.io import files
+from harness.registry import unknown
+
+SCALE_KL = 0.18215  # of Stable Diffusion's latents where a config does not say: about 1 / their standard deviation
+
+
+def resolve(name: str) -> Known | Path:
+    """What `name` stands for: a known decoder (by short name or repository) or a path that is there. Else refused.
+
+    Short names win over files of the same name; write ./NAME for the file. Imports no framework.
+    """
+    if name in KNOWN:
+        return KNOWN[name]
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    by_repository = {each.repository: each for each in KNOWN.values() if each.repository}
+    if name in by_repository:
+        return by_repository[name]
+    if os.sep in name or path.suffix:
+        raise Refusal(f"decoder {name}: no such file or folder; give a path that is there or one of {', '.join(KNOWN)}")
+    raise Refusal(f"{unknown('decoder', name, KNOWN)} (or give a path; no file or folder has that name)")
+
+
+def find(name: str, weights: str | Path | None, flag: str) -> tuple[Known | None, Path, str]:
+    """Of the auto-encoder `name`: what is known by that name, the folder or file of its weights, and where that is from."""
+    found = resolve(name)
+    if isinstance(found, Path):
+        if weights is not None:
+            raise Refusal(f"decoder {name} is a path already; leave out {flag} or give one of {', '.join(KNOWN)}")
+        return None, found, str(found)
+    if weights is not None:
+        return found, Path(weights).expanduser(), str(weights)
+    if found.repository:
+        return found, *_from_hub(name, found, flag)
+    raise Refusal(f"decoder {name} needs its weights: get {found.place} and name the file with {flag}")
+
+
+def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
+    """The folder in the hub's cache with config and weights, fetched if they are not there yet, and its repository
+    and revision."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.utils import logging
+    except ImportError as error:
+        raise Refusal(f"decoder {name} needs diffusers; run: pip install 'backbone-harness[diffusers]'") from error
+
+    def folder(local: bool) -> Path:
+        def fetch(file: str) -> Path:
+            where = {"subfolder": known.subfolder or None, "local_files_only": local}
+            return Path(hf_hub_download(known.repository, file, **where))
+
+        config = fetch("config.json")
+        try:
+            fetch(WEIGHTS[0])
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and not local:  # not "there is none" but "no connection"
+                raise
+            fetch(WEIGHTS[1])
+        return config.parent
+
+    verbosity = logging.get_verbosity()
+    try:
+        found = folder(local=True)  # first, so that a connection is needed once
+    except LocalEntryNotFoundError:
+        try:
+            logging.set_verbosity_error()  # five retries would each say so
+            found = folder(local=False)
+        except Exception as error:  # the client's own, the network's, the disk's: all end here
+            reason = str(error).strip() or type(error).__name__
+            raise Refusal(
+                f"decoder {name}: {known.repository} is not in the cache and was not fetched"
+                f" ({reason.splitlines()[0].rstrip('.')}); get {known.place} into a folder and name it with {flag}"
+            ) from error
+        finally:
+            logging.set_verbosity(verbosity)
+    parts = found.parts
+    revision = f"@{parts[parts.index('snapshots') + 1]}" if "snapshots" in parts else ""
+    return found, f"{known.repository}{revision}"
+
+
+def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
+    """The config, where there is one, and the weight file of a folder or file. A pipeline's folder holds a vae."""
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+        file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+        if file is None:
+            raise Refusal(
+                f"{path} holds no {' or '.join(WEIGHTS)}; give the folder that save_pretrained wrote, or a file"
+            )
+        if not (folder / "config.json").is_file():
+            raise Refusal(
+                f"{folder} has no config.json; get the one that belongs to {file.name}, or name the file alone"
+            )
+    elif path.is_file():
+        folder, file = path.parent, path
+    else:
+        raise Refusal(f"{path}: no such file or folder; {flag} takes an auto-encoder's folder or weight file")
+    if file.name not in WEIGHTS or not (folder / "config.json").is_file():
+        return None, file
+    config = files.read_json(folder / "config.json", "auto-encoder config")
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != "AutoencoderKL":
+        raise Refusal(f"{folder / 'config.json'} describes {kind or 'no network'}; wanted diffusers' AutoencoderKL")
+    for key in ("latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise Refusal(
+                f"{folder / 'config.json'} has a {key}, which no sampler here takes; use another auto-encoder"
+            )
+    scale = config.get("scaling_factor", SCALE_KL)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise Refusal(f"{folder / 'config.json'}: scaling_factor is {scale!r}; it must be a number above 0")
+    shift = config.get("shift_factor") or 0.0
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not abs(shift) < float("inf"):
+        raise Refusal(f"{folder / 'config.json'}: shift_factor is {shift!r}; it must be a number")
+    if not isinstance(config.get("block_out_channels"), list):
+        raise Refusal(f"{folder / 'config.json'} has no list of block_out_channels; get it again")
+    # diffusers' own book-keeping decides nothing, and differs between copies of the same auto-encoder.
+    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
+
+
+def scale_and_shift(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Of an AutoencoderKL's latents: a sampler's are (z - shift) x scale."""
+    return float(config.get("scaling_factor", SCALE_KL)), float(config.get("shift_factor") or 0.0)
+
+
+def record_name(known: Known | None, kind: str, sha256: str) -> str:
+    """What records call the auto-encoder; kind: "kl" or "vq"."""
+    return known.record_name if known is not None else f"{'vae' if kind == 'kl' else 'vq'}-{sha256[:12]}"
+
+
+def identity(name: str, sha256: str, scale: float, shift: float, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the images, for records; not the place that the weights were read from."""
+    return {
+        "name": name,
+        "weights_sha256": sha256,
+        "scale_factor": scale,
+        **({"shift_factor": shift} if shift else {}),
+        "config_sha256": files.sha256_json(dict(settings)),  # activations and groups show in no weight
+    }
+
+
+def read_identity(name: str, flag: str) -> dict[str, Any]:
+    """`Decoder.identity` of the AutoencoderKL `name` from its files alone; of another kind it is nobody's identity."""
+    from harness.weights.files import sha256
+
+    known, path, _ = find(name, None, flag)
+    config, file = locate(path, flag)
+    config = KL_CONFIG if config is None else config
+    digest = sha256(file)
+    return identity(record_name(known, "kl", digest), digest, *scale_and_shift(config), kl_settings(config))

@@ -1,0 +1,311 @@
+"""Auto-encoders: loading one, from latents to images (the one door by which a sampler decodes), and what that costs.
+
+A decoder is named "ft-ema", "ft-mse" or "original" (Stable Diffusion's auto-encoder, which DiT samples through, by
+diffusers' AutoencoderKL), "vq-f4" or "vq-f8" (LDM's, whose decode re-quantises the latent), or by a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backbones.autoencoders.layout import factor, infer_arguments
+from backbones.autoencoders.spec import BY_NAME, KL_CONFIG, KNOWN, Known, diffusers_layout, kl_settings, own_tensors
+from harness.autoencoders.files import find, identity, locate, record_name, resolve, scale_and_shift
+from harness.errors import Failure, Refusal
+from harness.registry import unknown
+from harness.spec import Compute
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FLAG = "--weights decoder=PATH"
+BATCH = 8  # images a forward pass on an accelerator; a CPU is as quick with one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A loaded auto-encoder, float32, without gradients.
+
+    name: for records. kind: "kl" or "vq". scale_factor, shift_factor: a sampler's latents are (z - shift) x scale of the
+    auto-encoder's z. channels: of a latent. factor: pixels a latent cell, along a side. sha256: of the weight file. config: what the
+    network was built from. source: file, or repository and revision. notes: what was left out or assumed on loading.
+    batch: images a forward pass.
+    """
+
+    name: str
+    kind: str
+    scale_factor: float
+    channels: int
+    factor: int
+    sha256: str
+    config: Mapping[str, Any]
+    source: str
+    notes: tuple[str, ...]
+    net: nn.Module
+    batch: int
+    shift_factor: float = 0.0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the images, for records; not the place that the weights were read from."""
+        settings = self.config if self.kind == "vq" else kl_settings(self.config)
+        return identity(self.name, self.sha256, self.scale_factor, self.shift_factor, settings)
+
+    @property
+    def image_channels(self) -> int:
+        """Of the images that it takes and makes."""
+        return 3 if self.kind == "vq" else self.config.get("in_channels", 3)
+
+    def compute(self, image_size: int = 256, direction: str = "decode") -> Compute:
+        """Compute of one image of `image_size` pixels a side; its params are those of encoder and decoder."""
+        return traced_compute(self.kind, self.config, image_size=image_size, direction=direction)
+
+    def gmacs(self, image_size: int = 256) -> float:
+        """Billions of multiply-adds of one decode: the column of its own."""
+        return self.compute(image_size).gmacs
+
+    def decode(self, latents: Any) -> torch.Tensor:
+        """Latents float32 (N, C, h, w), a tensor or an array, to images float32 (N, 3, factor h, factor w) in [-1, 1].
+
+        The images are on the decoder's device and are inference tensors. Autocast and TF32 are off. They are decoded
+        `batch` at a time, one at a time on a CPU, where image i is therefore bit for bit the same in any company.
+        Raises `Failure` where an image is not finite.
+        """
+        import torch
+
+        from harness.frameworks.torch_float32 import exact_float32
+
+        z = torch.as_tensor(latents)
+        if z.dim() != 4 or z.shape[1] != self.channels or not z.is_floating_point():
+            raise Refusal(
+                f"decoder {self.name}: latents are {z.dtype} {tuple(z.shape)}; it takes float (N, {self.channels}, h, w)"
+            )
+        device = next(self.net.parameters()).device
+        images = []
+        with torch.inference_mode(), exact_float32(device.type):
+            for part in z.split(self.batch) if len(z) else ():
+                latent = part.to(device, torch.float32) / self.scale_factor + self.shift_factor  # (n, C, h, w)
+                x = _decode(self.kind, self.net, latent)  # (n, 3, H, W)
+                finite = torch.isfinite(x).flatten(1).all(dim=1)  # (n,)
+                if not finite.all():
+                    at = sum(map(len, images)) + int(finite.int().argmin())
+                    raise Failure(
+                        f"decoder {self.name}: image {at} of {len(z)} is not finite; check its latent and the weights"
+                    )
+                images.append(x.clamp(-1, 1))
+            size = [side * self.factor for side in z.shape[2:]]
+            return torch.cat(images) if images else torch.empty(0, 3, *size, device=device)  # (N, 3, H, W)
+
+    def posterior(self, images: torch.Tensor) -> torch.Tensor:
+        """Images float32 (N, 3, H, W) in [-1, 1] to mean and standard deviation of the latents, float32 (N, 2, C, h, w).
+
+        As diffusers has it: the log-variance clamped to [-30, 20]. `batch` at a time and finite, as in `decode`.
+        """
+        import torch
+
+        from harness.frameworks.torch_float32 import exact_float32
+
+        device, moments = next(self.net.parameters()).device, []
+        with torch.inference_mode(), exact_float32(device.type):
+            for part in images.split(self.batch):
+                found = self.net.encode(part.to(device, torch.float32), return_dict=False)[0]
+                each = torch.stack([found.mean, found.std], dim=1)  # (n, 2, C, h, w)
+                if not torch.isfinite(each).all():
+                    raise Failure(f"auto-encoder {self.name}: a latent is not finite; check the weights")
+                moments.append(each)
+        return torch.cat(moments)  # (N, 2, C, h, w)
+
+
+def load_autoencoder(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    batch: int | None = None,
+    flag: str = FLAG,
+) -> Decoder:
+    """The auto-encoder `name`, read from `weights` (a folder or file) where given, else from the path or the hub.
+
+    `weights` takes the name's word for what it is: records carry the file's hash beside the name. `flag`: the option that
+    refusals tell to name a path with. Nothing that is loaded is executed. Refused in one line: what is missing, cannot be read or does not fit.
+    """
+    known, path, source = find(name, weights, flag)
+    config, file = locate(path, flag)
+    tensors, notes, digest = read_tensors(file)
+    kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
+    if known is not None and kind != known.spec[:2]:
+        words = {"vq": "a VQ auto-encoder", "kl": "an auto-encoder without a code book"}
+        raise Refusal(f"{file} holds {words[kind]}, which {name} is not; choose the decoder that the latents are for")
+    if kind == "vq":
+        config = _vq_config(name, known, tensors, file)
+        scale, shift, channels, factor_ = 1.0, 0.0, config["code_channels"], factor(config["multipliers"])
+    else:
+        if config is None:
+            config = KL_CONFIG
+            notes = (*notes, "no config.json: the sizes of Stable Diffusion's auto-encoder were assumed")
+        for key in ("block_out_channels", "layers_per_block", "latent_channels") if known is not None else ():
+            if config.get(key) != KL_CONFIG[key]:
+                raise Refusal(
+                    f"{file} is not {name}: its config.json has {key} {config.get(key)} instead of {KL_CONFIG[key]};"
+                    " give it as a path, without a name"
+                )
+        scale, shift = scale_and_shift(config)
+        channels, factor_ = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
+        tensors = diffusers_layout(tensors, len(config["block_out_channels"]))
+    net = _build(kind, config, file)
+    _fill(net, tensors, device, file)
+    return Decoder(
+        name=record_name(known, kind, digest),
+        kind=kind,
+        scale_factor=scale,
+        shift_factor=shift,
+        channels=channels,
+        factor=factor_,
+        sha256=digest,
+        config=config,
+        source=source,
+        notes=notes,
+        net=net,
+        batch=batch or (1 if device.startswith("cpu") else BATCH),
+    )
+
+
+def decoder_compute(name: str, image_size: int = 256, direction: str = "decode") -> Compute:
+    """Compute of a known decoder in closed form, without its weights and without a framework.
+
+    direction: "decode" or "encode". A decoder that is a path is counted once it is loaded (`Decoder.compute`).
+    """
+    found = resolve(name)
+    if isinstance(found, Path):
+        raise Refusal(f"decoder {name} is a path; only {', '.join(KNOWN)} are counted without loading them")
+    return BY_NAME[found.spec].count(direction, image_size)
+
+
+def traced_compute(
+    kind: str, config: Mapping[str, Any], *, image_size: int = 256, direction: str = "decode"
+) -> Compute:
+    """Compute of one image, counted operator by operator on the meta device. Parts are the network's module paths."""
+    import torch
+
+    from harness.compute.meta_torch import FusedAttention, neutral_state
+    from harness.compute.trace_torch import _Counter, follow_modules
+
+    if kind == "vq":
+        step, channels, image_channels = (
+            factor(config["multipliers"]),
+            config["code_channels"],
+            config["image_channels"],
+        )
+    else:
+        step = 2 ** (len(config["block_out_channels"]) - 1)
+        channels, image_channels = config.get("latent_channels", 4), config.get("in_channels", 3)
+    if image_size < 1 or image_size % step:
+        raise Refusal(f"image size {image_size} is not a multiple of the auto-encoder's factor {step}")
+    calls: dict[str, tuple[Callable, tuple[int, int]]] = {
+        "decode": (_decode, (channels, image_size // step)),
+        "encode": (_encode, (image_channels, image_size)),
+    }
+    if direction not in calls:
+        raise Refusal(unknown("direction", direction, calls))
+    call, (inputs, side) = calls[direction]
+    with neutral_state():
+        net = _build(kind, config, Path("config"))
+        counter = _Counter(f"auto-encoder {kind}", ())
+        with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
+            call(kind, net, torch.zeros(1, inputs, side, side, device="meta"))
+    params = sum(each.numel() for each in net.parameters())
+    return Compute(params=params, rows=tuple(counter.rows), source="traced")
+
+
+def _decode(kind: str, net: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    return net.decode(z) if kind == "vq" else net.decode(z, return_dict=False)[0]  # (n, 3, H, W)
+
+
+def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return net.encode(x) if kind == "vq" else net.encode(x, return_dict=False)[0].mode()  # (n, C, h, w)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], str]:
+    """The auto-encoder's tensors by name, of an LDM's checkpoint the first stage alone; notes on what was left; and
+    the file's hash.
+
+    Nothing in the file is executed.
+    """
+    from harness.weights.files import open_weights, sha256, unchanged
+    from harness.weights.load import as_torch
+    from harness.weights.tensors import finite, refuse_not_finite
+
+    weights = open_weights(path)
+    weights.refuse_code()
+    own, notes = own_tensors(weights.tensors, path)
+    with unchanged(weights):
+        arrays = {name: stored.read() for name, stored in own.items()}
+        digest = sha256(weights.path)
+    for name, array in arrays.items():
+        if not finite(array, own[name].dtype):
+            refuse_not_finite(path, name)
+    return {name: as_torch(array, own[name].dtype) for name, array in arrays.items()}, notes, digest
+
+
+def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """The arguments of a VQ network by its shapes; refused where they are not those of the name."""
+    try:
+        config = infer_arguments({key: tuple(value.shape) for key, value in tensors.items()})
+    except (KeyError, ValueError) as error:
+        raise Refusal(f"{path} is not a whole VQ auto-encoder: {error} is missing or of another shape") from error
+    if known is not None and (wanted := BY_NAME[known.spec].defaults) != config:
+        key = next(key for key in wanted if wanted[key] != config[key])
+        fits = [each.name for each in BY_NAME.values() if each.defaults == config]
+        hint = f"it is {fits[0]}" if fits else "give it as a path, without a name"
+        raise Refusal(f"{path} is not {name}: {key} is {config[key]} instead of {wanted[key]}; {hint}")
+    return config
+
+
+def _build(kind: str, config: Mapping[str, Any], where: Path) -> nn.Module:
+    """The network on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        if kind == "vq":
+            from backbones.autoencoders.vq_torch import VQAutoencoder
+
+            return VQAutoencoder(**config).eval()
+        from harness.frameworks.torchvision import make_importable
+
+        make_importable()  # diffusers imports torchvision where it is installed
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise Refusal("Stable Diffusion's auto-encoder needs: pip install 'backbone-harness[diffusers]'") from error
+        except RuntimeError as error:  # of a package that diffusers imports where it finds it, such as torchvision
+            reason = str(error).splitlines()[-1]
+            raise Refusal(
+                f"diffusers is installed, but cannot be imported ({reason}); mend or remove what it stumbles over"
+            ) from error
+        try:
+            return AutoencoderKL.from_config(dict(config)).eval()
+        except Exception as error:  # of whatever kind: the config came from a file
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise Refusal(f"{where.parent / 'config.json'} gives no network ({reason}); get it again") from error
+
+
+def _fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], device: str, path: Path) -> None:
+    """Moves the network from the meta device to `device` with these weights, float32; all must be there and fit."""
+    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    for what, names in (
+        ("lacks", [name for name in wanted if name not in tensors]),
+        ("has the unexpected", [name for name in tensors if name not in wanted]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise Refusal(f"{path} {what} {names[0]}{more}; it is not the weights of this auto-encoder, or was cut")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise Refusal(f"{path}: {name} is {tuple(tensors[name].shape)} where the network has {shape}")
+    net.to_empty(device=device)
+    net.load_state_dict(tensors, strict=True)
+    net.requires_grad_(False)

@@ -1,0 +1,36 @@
+"""The endless stream of training examples: epoch after epoch, each in an order of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from harness.data.examples import Examples
+from harness.randomness import Purpose, permutation, uniform
+
+
+class EpochSampler:
+    """A data set by position in the stream: which example it is, and whether mirrored, are functions of seed and
+    position alone. flip: mirror with probability 1/2."""
+
+    def __init__(self, seed: int, data: Examples, flip: bool):
+        self._seed, self._data, self._flip, self._count = seed, data, flip, len(data.labels)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # epoch, and its order
+
+    def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (n,) -> what is stored of the examples there, (n, ...), and their labels, int64 (n,)."""
+        rows = self.rows(positions)
+        mirrored = np.zeros(len(rows), bool)
+        if self._flip:
+            mirrored = uniform(self._seed, Purpose.FLIP, positions, 0) < 0.5
+        return self._data.gather(rows, mirrored), self._data.labels[rows]
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """int64 (N,) -> int64 (N,)."""
+        rows = np.empty(len(positions), np.int64)
+        for epoch in np.unique(positions // self._count):
+            if self._order[0] != epoch:
+                order = permutation(self._seed, Purpose.DATA_ORDER, int(epoch), self._count)
+                self._order = (int(epoch), order)
+            here = positions // self._count == epoch
+            rows[here] = self._order[1][positions[here] % self._count]
+        return rows

@@ -1,0 +1,63 @@
+"""The processes that work on one run. Nearly always one; a cluster's launcher starts several of the same command.
+
+Of several, the first is the leader: it alone writes the run's files and speaks to the user. They share a file system, as
+the nodes of a cluster do. Training is one computation over all their devices; samples are divided among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from harness.runs.run import lock_folder
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after its checkpoint: every process of the team has agreed to stop here."""
+
+
+class ProcessGroup:
+    """One process, alone. Subclasses know others."""
+
+    size = 1
+    index = 0  # of this process; 0 leads
+
+    @property
+    def leads(self) -> bool:
+        return self.index == 0
+
+    def wait(self, where: str) -> None:
+        """Until every process is at the same place in the program."""
+
+    def leaders(self, value: int) -> int:
+        """The leader's value, in every process."""
+        return value
+
+    def most(self, value: int) -> int:
+        """The largest of all processes' values, in every process."""
+        return value
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around what all processes do."""
+        return nullcontext()
+
+    @contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Hold a run's folder for the team: `harness.runs.run.lock_folder`."""
+        if self.leads:
+            with lock_folder(folder):
+                yield
+        else:
+            yield
+
+    def share(self, things: range) -> list[int]:
+        """Those of `things` that this process does."""
+        return list(things[self.index :: self.size])
+
+    def says(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """`say` for the leader, silence for the others."""
+        return say if self.leads else lambda text: None
+
+
+SINGLE_PROCESS = ProcessGroup()

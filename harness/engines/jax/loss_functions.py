@@ -1,0 +1,76 @@
+"""What a network of each kind is trained on in jax: `harness.engines.torch.tasks`, function by function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from harness.diffusion.schedule import Schedule
+from harness.engines.jax.loss import LossTables, training_losses
+from harness.engines.loss_terms import LOSS_TERMS
+from harness.errors import Refusal
+from harness.protocols import Recipe
+from harness.randomness import Purpose
+from harness.randomness import threefry_jax as random
+from harness.randomness.threefry_jax import Words
+from harness.registry import objectives
+from harness.spec import BackboneSpec
+
+
+class LossFunction:
+    """The loss of one backbone under one recipe. Everything random is a function of seed and position alone."""
+
+    def __init__(self, spec: BackboneSpec, arguments: Mapping[str, Any], *, recipe: Recipe, seed: int):
+        if spec.kind not in LOSS_TERMS:
+            raise Refusal(f"backbone {spec.name!r} is a {spec.kind}, which the harness samples and does not train")
+        self.terms = LOSS_TERMS[spec.kind]
+        self._kind, self._recipe, self._seed = spec.kind, recipe, seed
+        self._low_side = arguments.get("low_res_size")
+        self._null = spec.null_index(arguments["num_classes"])
+        self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps))
+        self._objective = objectives.get(recipe.objective)
+
+    def losses(self, net: Callable[..., Array], x0: Array, y: Array, positions: Words) -> dict[str, Array]:
+        """Terms (N,) float32 of images x0 (N, C, H, W) in [-1, 1], labels y int32 (N,), at positions (N,) of the stream."""
+        recipe, seed = self._recipe, self._seed
+        t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)  # (N,)
+        noise = random.normal(seed, Purpose.TRAINING_NOISE, positions, 0, x0.shape[1:])  # (N, C, H, W)
+        xt = self._tables.q_sample(x0, t, noise)  # (N, C, H, W)
+        if self._kind == "classifier":
+            logits = net(xt, t).astype(jnp.float32)  # (N, num_classes)
+            likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]  # (N,)
+            return {"cross_entropy": -likelihood, "accuracy": (logits.argmax(axis=1) == y).astype(jnp.float32)}
+        if self._null is not None and recipe.label_dropout:
+            dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
+            y = jnp.where(dropped, self._null, y)
+        if self._kind == "upsampler":
+            output = net(xt, t, y, self._low_resolution(x0, positions))
+        else:
+            output = net(xt, t, y)
+        mse, vb = training_losses(self._objective, self._tables, output, x0, t, noise)
+        return {"mse": mse, "vb": vb}
+
+    def _low_resolution(self, x0: Array, positions: Words) -> Array:
+        """The images averaged over areas, with Gaussian noise of a level drawn for each up to the recipe's."""
+        low = area_means(x0, self._low_side)  # (N, C, s, s)
+        if self._recipe.conditioning_noise:
+            level = random.uniform(self._seed, Purpose.CONDITIONING_LEVEL, positions, 0)  # (N,) in [0, 1)
+            noise = random.normal(self._seed, Purpose.CONDITIONING_NOISE, positions, 0, low.shape[1:])
+            low = low + self._recipe.conditioning_noise * level[:, None, None, None] * noise
+        return low
+
+
+def area_means(x: Array, side: int) -> Array:
+    """(N, C, H, W) -> (N, C, side, side): the cells of torch's adaptive_avg_pool2d, which may overlap."""
+    for axis in (2, 3):
+        size = x.shape[axis]
+        cells = [
+            x.take(jnp.arange(cell * size // side, -(-(cell + 1) * size // side)), axis).mean(axis, keepdims=True)
+            for cell in range(side)
+        ]
+        x = jnp.concatenate(cells, axis)
+    return x

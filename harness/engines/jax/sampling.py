@@ -1,0 +1,237 @@
+"""Sampling in jax: weights, network and plan put together; images out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from backbones.flax_layers import set_compute_dtype
+from backbones.flax_weights import from_torch
+from harness.diffusion.plans import SamplerPlan
+from harness.engines.guidance import diverged
+from harness.engines.jax import mesh as devices
+from harness.engines.jax.compiling import jit
+from harness.engines.jax.errors import one_line
+from harness.engines.jax.sampler import classifier_guide, guided, sample_steps
+from harness.engines.jax.trainer import COMPUTE_DTYPES, exact
+from harness.errors import Failure
+from harness.protocols import UINT8_RULES, Sampling
+from harness.randomness import Purpose
+from harness.randomness import threefry_jax as random
+from harness.randomness.threefry_jax import Words, words
+from harness.runs import checkpoints
+from harness.spec import BackboneSpec
+
+STRETCH_SECONDS = 0.5  # that the device may be left alone
+LESS_MEMORY = "take smaller batches: --batch N of `harness sample`, --sampling-batch N of `harness run`"
+
+
+class Network(NamedTuple):
+    """A network taken apart: what it is, and its weights on the devices."""
+
+    graph: nnx.GraphDef
+    state: nnx.State
+
+    @classmethod
+    def load(
+        cls,
+        spec: BackboneSpec,
+        arguments: Mapping[str, Any],
+        weights: Mapping[str, np.ndarray],
+        precision: str,
+        mesh: Mesh,
+    ) -> Network:
+        """The network of `spec` with weights under torch's names; without storage until then: they are held once."""
+        net = nnx.eval_shape(lambda: spec.build("jax", **arguments))
+        set_compute_dtype(net, COMPUTE_DTYPES[precision])
+        state = from_torch(net, weights)
+        graph, _ = nnx.split(net)
+        with one_line(f"loading the weights of {spec.name}", "take a smaller backbone, or another --device"):
+            return cls(graph, devices.place(state, devices.layout(mesh, state)))
+
+
+def load_weights(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, by name."""
+    return dict(checkpoints.tensors(path))
+
+
+class JaxStage:
+    """A denoiser or an upsampler under one plan, with classifier-free guidance or by a classifier's gradient."""
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        net: Network,
+        plan: SamplerPlan,
+        *,
+        arguments: Mapping[str, Any],
+        precision: str,
+        mesh: Mesh,
+        guidance_scale: float = 1.0,
+        guidance_channels: str = "all",
+        classifier: Network | None = None,
+        classifier_scale: float = 1.0,
+        conditioning_noise: float = 0.0,
+        number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
+    ):
+        self._net, self._classifier, self._plan = net, classifier, plan
+        self._precision, self._mesh, self._number = precision, mesh, number
+        self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
+        self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
+        self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
+        self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
+        self._stretch = 1  # steps that the device is given at once
+        whole, divided = devices.everywhere(mesh), devices.on_batch(mesh)
+        platform = mesh.devices.flat[0].platform
+        self._begin = jit(self._prepare, platform, static_argnums=0, out_shardings=(divided, divided))
+        self._go = jit(self._steps, platform, static_argnums=0, out_shardings=(divided, whole))
+
+    def draw(
+        self,
+        seed: int,
+        rows: Words,  # (N,): sample indices
+        y: Array,  # int32 (N,): labels
+        low_res: Array | None,  # float32 (N, C, s, s): an upsampler's image
+        advance: Callable[[], None],  # called after each step of the plan
+    ) -> Array:
+        """Images or latents, float32 (N, C, H, W)."""
+        steps, done = self._plan.steps, 0
+        states = (self._net.state, None if self._classifier is None else self._classifier.state)
+        with one_line("sampling", LESS_MEMORY), exact(self._precision):
+            x, low_res = self._begin(seed, rows, low_res)
+            while done < steps:
+                end, began = min(done + self._stretch, steps), time.monotonic()
+                x, finite = self._go(seed, states, x, np.int32(done), np.int32(end), rows, y, low_res)
+                if not bool(finite):
+                    raise diverged(self._plan, end)
+                if done and time.monotonic() - began < STRETCH_SECONDS / 2:  # the first one may have compiled
+                    self._stretch *= 2
+                for _ in range(done, end):
+                    advance()
+                done = end
+        return x
+
+    def _prepare(self, seed: int, rows: Words, low_res: Array | None) -> tuple[Array, Array | None]:
+        """x_T, and the low-resolution image with its noise."""
+        if low_res is not None and self._conditioning_noise:
+            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, rows, self._number, low_res.shape[1:])
+            low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
+        if self._number:
+            return self._upsampler_noise(seed, rows, np.uint32(0)), low_res
+        return random.normal(seed, Purpose.INITIAL_NOISE, rows, 0, self._shape), low_res
+
+    def _upsampler_noise(self, seed: int, rows: Words, word: Array | np.uint32) -> Array:
+        """Of step number 2**32 + word: steps below 2**32 belong to one stage of a cascade."""
+        step = Words(np.uint32(self._number), word)
+        return random.normal(seed, Purpose.UPSAMPLER_NOISE, rows, step, self._shape)
+
+    def _steps(
+        self,
+        seed: int,
+        states: tuple[nnx.State, nnx.State | None],
+        x: Array,
+        first: Array,
+        end: Array,
+        rows: Words,
+        y: Array,
+        low_res: Array | None,
+    ) -> tuple[Array, Array]:
+        """x after a stretch of steps, and whether all of it is finite."""
+        net = nnx.merge(self._net.graph, states[0])
+
+        def noise_of(k: Array) -> Array:
+            word = k.astype(jnp.uint32)
+            if self._number:
+                return self._upsampler_noise(seed, rows, word + np.uint32(1))
+            return random.normal(seed, Purpose.STEP_NOISE, rows, Words(np.uint32(0), word), self._shape)
+
+        def call(x: Array, t: Array, y: Array) -> Array:
+            if low_res is None:
+                return net(x, t, y)
+            return net(x, t, y, jnp.tile(low_res, (len(x) // len(low_res), 1, 1, 1)))  # of guidance
+
+        guide = None
+        if self._classifier is not None:
+            classifier = nnx.merge(self._classifier.graph, states[1])
+            guide = classifier_guide(classifier, y, self._classifier_scale)
+        x = sample_steps(guided(call, y, *self._guidance), self._plan, x, first, end, noise_of, guide)
+        return x, jnp.isfinite(x).all()
+
+
+class JaxChain:
+    """Stages one after the other, and a decoder of latents. Implements `harness.pipeline.sampling_loop.Sampler`.
+
+    Every batch is filled up to the same size, so that each stage is compiled once. An upsampler is given what a file of
+    the stage before it would hold: its images as uint8.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[JaxStage],
+        decode: Callable[[np.ndarray], np.ndarray] | None,  # latents (N, C, h, w) -> images (N, 3, H, W)
+        *,
+        seed: int,
+        uint8_rule: str,
+        mesh: Mesh,
+        batch: int,
+    ):
+        self._stages, self._decode = tuple(stages), decode
+        self._seed, self._rule, self._mesh = seed, uint8_rule, mesh
+        self._size = -(-batch // mesh.devices.size) * mesh.devices.size
+        self.evaluations = sum(stage.evaluations for stage in stages)
+
+    def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
+        """Images (N, H, W, C) uint8 of sample indices (N,) with labels (N,)."""
+        divided = devices.on_batch(self._mesh)
+
+        def filled(values: np.ndarray) -> Array:
+            values = np.resize(values, (self._size, *values.shape[1:]))  # repeats
+            return devices.place(values, divided)
+
+        rows, y = Words(*map(filled, words(index))), filled(labels.astype(np.int32))
+        x: np.ndarray | None = None
+        for stage in self._stages:
+            low_res = None
+            if x is not None:
+                low_res = filled(to_uint8(x, self._rule).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+            x = devices.gather(stage.draw(self._seed, rows, y, low_res, advance))[: len(index)]  # (N, C, H, W)
+        assert x is not None
+        if self._decode is not None:
+            x = self._decode(np.array(x))  # (N, 3, H, W); a copy, for jax lets nobody write to its own
+        return to_uint8(x, self._rule)
+
+
+def make_run_sampler(
+    spec: BackboneSpec,
+    net: Network,
+    plan: SamplerPlan,
+    sampling: Sampling,
+    *,
+    arguments: Mapping[str, Any],
+    precision: str,
+    mesh: Mesh,
+    batch: int,
+    decode: Callable[[np.ndarray], np.ndarray] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
+) -> JaxChain:
+    """What draws samples of one network under one plan."""
+    stage = JaxStage(
+        spec, net, plan, arguments=arguments, precision=precision, mesh=mesh,
+        guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels,
+    )  # fmt: skip
+    return JaxChain([stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, mesh=mesh, batch=batch)
+
+
+def to_uint8(x: np.ndarray, rule: str) -> np.ndarray:
+    """(N, C, H, W) float32 about [-1, 1] -> (N, H, W, C) uint8 by a rule of `harness.protocols.UINT8_RULES`."""
+    if not np.isfinite(x).all():
+        raise Failure("sampling ended in values that are not finite; train longer or sample with float32")
+    shift, factor, offset = map(np.float32, UINT8_RULES[rule])
+    return np.ascontiguousarray(((x + shift) * factor + offset).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))

@@ -1,0 +1,94 @@
+"""What the stages of a run ask of torch: see `harness.engines`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from harness.autoencoders.load import Decoder
+from harness.compute.activations import activation_bytes
+from harness.data.examples import Examples
+from harness.diffusion.plans import SamplerPlan
+from harness.engines.memory import Measured, check_room
+from harness.engines.torch import parallel, resolve
+from harness.engines.torch.sampling import TorchSampler, load_weights
+from harness.engines.torch.systems import find_place, make_chain
+from harness.engines.torch.trainer import TorchEngine, build
+from harness.planning.request import Request
+from harness.runs.run import Run
+
+__all__ = ["find_place", "make_chain", "make_engine", "make_sampler", "measure"]
+
+
+def measure(
+    request: Request,
+    *,
+    device: str | None,
+    precision: str,
+    micro_batch: int | None,
+    mesh: str | None,
+    compile: str,
+    say: Callable[[str], None],
+) -> tuple[torch.nn.Module, Measured]:
+    """The network at its initialisation, and what was measured with it on this machine."""
+    over = parallel.mesh_of(mesh)
+    target = resolve.pick_device(device)
+    check_room(request.spec.name, request.compute.params // over[1], str(target), resolve.free_bytes(target))
+    say("measuring the speed of a training step ...")
+    net = parallel.shard(build(request.spec, request.arguments, request.seed), over, target).to(target)
+    measured = resolve.resolve(
+        request.spec,
+        net,
+        request.spec.arguments(**request.arguments),
+        batch=request.recipe.batch,
+        device=target,
+        mesh=over,
+        precision=precision,
+        micro_batch=micro_batch,
+        activation_bytes=activation_bytes(request.spec, **request.arguments),
+        gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
+        compile=compile,
+        steps=request.recipe.steps,
+        say=say,
+    )
+    return net, measured
+
+
+def make_engine(
+    request: Request, run: Run, data: Examples, net: torch.nn.Module | None, mesh: str | None = None
+) -> TorchEngine:
+    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine changes it.
+
+    mesh: of the processes of now; None: MODEL as the run was created.
+    """
+    return TorchEngine(
+        request.spec,
+        build(request.spec, request.arguments, request.seed) if net is None else net,
+        arguments=request.spec.arguments(**request.arguments),
+        recipe=run.recipe,
+        seed=run.seed,
+        resolved=parallel.here(run.resolved, mesh, run.recipe.batch),
+        data=data,
+    )
+
+
+def make_sampler(
+    request: Request,
+    run: Run,
+    snapshot: Path,
+    plan: SamplerPlan,
+    *,
+    precision: str,
+    batch: int,
+    compile: str = "off",
+    decoder: Decoder | None = None,  # of latents
+) -> TorchSampler:
+    """What draws images with the weights in `snapshot`, a safetensors file; batches may be of any size."""
+    device = resolve.honour(run.resolved)
+    net = load_weights(request.spec.build("torch", **request.arguments), snapshot)
+    return TorchSampler(
+        request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device,
+        compile=compile, batch=batch, decode=None if decoder is None else decoder.decode,
+    )  # fmt: skip

@@ -1,0 +1,236 @@
+"""Sampling in torch: weights, network and plan put together; images out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.diffusion.plans import SamplerPlan
+from harness.engines.torch.compiling import check, compile_sampler
+from harness.engines.torch.resolve import autocast, set_arithmetic
+from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
+from harness.errors import Failure, Refusal
+from harness.protocols import UINT8_RULES, Sampling
+from harness.randomness import Purpose
+from harness.randomness import threefry_torch as random
+from harness.runs import checkpoints
+from harness.spec import BackboneSpec
+
+# Multiply-adds of a network call on a CPU, 4 images of a DiT-S/2: what a layer leaves for the next is then small enough
+# for the cache, and little is lost by calling more often. A GPU wants all at once.
+CALL_MACS = 25e9
+STAGE_BITS = 32  # steps below 2**32 belong to one stage of a cascade
+
+
+def load_weights(net: torch.nn.Module, path: Path) -> torch.nn.Module:
+    """Copy a safetensors file into `net`, one tensor at a time; what does not fit is refused by name."""
+    state = net.state_dict()
+    seen = set()
+    for name, array in checkpoints.tensors(path):
+        if name not in state or tuple(state[name].shape) != array.shape:
+            raise Refusal(f"{path} does not fit the backbone: it holds {name} {array.shape}")
+        with torch.no_grad():
+            state[name].copy_(torch.from_numpy(array))
+        seen.add(name)
+    if missing := sorted(set(state) - seen):
+        raise Refusal(f"{path} does not fit the backbone: {missing[0]} is missing")
+    return net
+
+
+class TorchStage:
+    """A denoiser or an upsampler under one plan, with classifier-free guidance or by a classifier's gradient."""
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        net: torch.nn.Module,
+        plan: SamplerPlan,
+        *,
+        arguments: dict[str, Any],
+        precision: str,
+        device: torch.device,
+        guidance_scale: float = 1.0,
+        guidance_channels: str = "all",
+        classifier: torch.nn.Module | None = None,
+        classifier_scale: float = 1.0,
+        conditioning_noise: float = 0.0,
+        number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
+        compile: str = "off",  # or "on"
+    ):
+        self._net: Callable[..., torch.Tensor] = net.to(device).eval().requires_grad_(False)
+        if compile == "on":
+            check(device)
+            self._net = compile_sampler(net, device)
+        self._classifier = None if classifier is None else classifier.to(device).eval().requires_grad_(False)
+        self._plan, self._precision, self._device, self._number = plan, precision, device, number
+        self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
+        self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
+        self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
+        self._most = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
+        self._equal = compile == "on"  # every size is compiled by itself
+        self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
+
+    def _parts(self, count: int) -> int:
+        """Calls of the network for `count` images: of one size where it is compiled, else equal but for one image."""
+        if self._most is None:
+            return 1
+        parts = max(1, math.ceil(count / self._most))
+        while self._equal and count % parts:
+            parts += 1
+        return parts
+
+    def draw(
+        self,
+        seed: int,
+        rows: torch.Tensor,  # int64 (N,): sample indices
+        y: torch.Tensor,  # int64 (N,): labels
+        low_res: torch.Tensor | None,  # float32 (N, C, s, s): an upsampler's image
+        advance: Callable[[], None],  # called after each step of the plan
+    ) -> torch.Tensor:
+        """Images or latents, float32 (N, C, H, W)."""
+        set_arithmetic(self._device, self._precision)
+        if low_res is not None and self._conditioning_noise:
+            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, rows, self._number, tuple(low_res.shape[1:]))
+            low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
+        extra = () if low_res is None else (low_res,)
+
+        def noise_of(k: int) -> torch.Tensor:  # -1: x_T
+            if self._number:
+                step = (self._number << STAGE_BITS) + 1 + k
+                return random.normal(seed, Purpose.UPSAMPLER_NOISE, rows, step, self._shape)
+            purpose = Purpose.INITIAL_NOISE if k < 0 else Purpose.STEP_NOISE
+            return random.normal(seed, purpose, rows, max(k, 0), self._shape)  # (N, C, H, W)
+
+        def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)  # of guidance
+            parts = self._parts(len(x))
+            inputs = zip(*(each.tensor_split(parts) for each in (x, t, y, *doubled)), strict=True)
+            with autocast(self._device, self._precision):
+                return torch.cat([self._net(*each).float() for each in inputs])
+
+        def logits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            assert self._classifier is not None
+            with autocast(self._device, self._precision):
+                return self._classifier(x, t)
+
+        return sample_loop(
+            guided(call, y, *self._guidance),
+            self._plan,
+            noise_of(-1),
+            noise_of,
+            progress=lambda *_: advance(),
+            guide=None if self._classifier is None else classifier_guide(logits, y, self._classifier_scale),
+        )
+
+
+class TorchGenerator:
+    """A generator: one forward pass from a truncated normal latent."""
+
+    evaluations = 1
+
+    def __init__(
+        self, net: torch.nn.Module, *, latent_size: int, truncation: float, precision: str, device: torch.device
+    ):
+        self._net = net.to(device).eval().requires_grad_(False)
+        self._latent_size, self._truncation = latent_size, truncation
+        self._precision, self._device = precision, device
+
+    @torch.inference_mode()
+    def draw(
+        self, seed: int, rows: torch.Tensor, y: torch.Tensor, low_res: None, advance: Callable[[], None]
+    ) -> torch.Tensor:
+        """Images float32 (N, 3, H, W) from z = truncation x a standard normal cut off at -2 and 2 (BigGAN, sec. 3.1)."""
+        set_arithmetic(self._device, self._precision)
+        u = random.uniform(seed, Purpose.INITIAL_NOISE, rows, 0, (self._latent_size,)).double()  # (N, Z)
+        edge = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))
+        z = torch.special.ndtri(edge + u * (1 - 2 * edge)).clamp(-2, 2) * self._truncation  # (N, Z)
+        with autocast(self._device, self._precision):
+            images = self._net(z.float(), y, truncation=self._truncation).float()  # (N, 3, H, W)
+        advance()
+        return images
+
+
+class TorchSampler:
+    """Draws samples of one network under one plan. Implements `harness.pipeline.sampling_loop.Sampler`."""
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        net: torch.nn.Module,
+        plan: SamplerPlan,
+        sampling: Sampling,
+        *,
+        arguments: dict[str, Any],
+        precision: str,
+        device: torch.device,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
+        compile: str = "off",
+        batch: int | None = None,  # what a batch is filled up to, so that nothing is compiled for the last one
+    ):
+        stage = TorchStage(
+            spec, net, plan, arguments=arguments, precision=precision, device=device,
+            guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels, compile=compile,
+        )  # fmt: skip
+        self._chain = TorchChain(
+            [stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device,
+            fill=batch if compile == "on" else None,
+        )  # fmt: skip
+        self.evaluations = self._chain.evaluations
+
+    def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
+        """Images (N, H, W, C) uint8 of sample indices (N,) with labels (N,)."""
+        return self._chain.draw(index, labels, advance)
+
+
+class TorchChain:
+    """Stages one after the other, and a decoder of latents. Implements `harness.pipeline.sampling_loop.Sampler`.
+
+    An upsampler is given what a file of the stage before it would hold: its images as uint8 (guided-diffusion
+    scripts/super_res_sample.py).
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[TorchStage | TorchGenerator],
+        decode: Callable[[torch.Tensor], torch.Tensor] | None,  # latents (N, C, h, w) -> images (N, 3, H, W)
+        *,
+        seed: int,
+        uint8_rule: str,
+        device: torch.device,
+        fill: int | None = None,  # images that every batch is filled up to, by drawing its last one again
+    ):
+        self._stages, self._decode, self._fill = tuple(stages), decode, fill
+        self._seed, self._rule, self._device = seed, uint8_rule, device
+        self.evaluations = sum(stage.evaluations for stage in stages)
+
+    def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
+        """Images (N, H, W, C) uint8 of sample indices (N,) with labels (N,)."""
+        count = len(index)
+        if self._fill is not None and count < self._fill:
+            index, labels = (np.pad(each, (0, self._fill - count), mode="edge") for each in (index, labels))
+        rows = torch.from_numpy(index).to(self._device)
+        y = torch.from_numpy(labels).to(self._device)
+        x: torch.Tensor | None = None
+        for stage in self._stages:
+            low_res = None
+            if x is not None:
+                pixels = torch.from_numpy(to_uint8(x, self._rule)).permute(0, 3, 1, 2)
+                low_res = pixels.to(self._device, torch.float32) / 127.5 - 1  # (N, C, s, s)
+            x = stage.draw(self._seed, rows, y, low_res, advance)  # (N, C, H, W)
+        assert x is not None
+        if self._decode is not None:
+            x = self._decode(x[:count])  # (N, 3, H, W)
+        return to_uint8(x[:count], self._rule)
+
+
+def to_uint8(x: torch.Tensor, rule: str) -> np.ndarray:
+    """(N, C, H, W) about [-1, 1] -> (N, H, W, C) uint8 by a rule of `harness.protocols.UINT8_RULES`."""
+    shift, factor, offset = UINT8_RULES[rule]
+    if not torch.isfinite(x).all():
+        raise Failure("sampling ended in values that are not finite; train longer or sample with float32")
+    return ((x + shift) * factor + offset).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

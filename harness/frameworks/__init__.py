@@ -1,0 +1,1 @@
+"""Which frameworks are installed, and the settings that each needs."""

@@ -1,0 +1,1 @@
+"""Reading images of any storage format: npz, npy, image files, shards, tars, live generators."""

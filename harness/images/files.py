@@ -1,0 +1,170 @@
+"""PNG, JPEG and WebP files: strict decoding, and folders of them.
+
+Image files: 8-bit grey or RGB as stored; palettes and bilevel files are expanded without loss, an opaque alpha channel
+is dropped, both with a note; 16 bits, real transparency, CMYK and animations are refused by name. EXIF orientation and
+colour profiles are not applied (evaluators do not apply them either).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from harness.errors import Refusal
+from harness.images.source import Damaged, ImageSource, per_call, printable
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+FILE_BYTES = 1 << 28  # an image file larger than this is no image file
+
+
+PIXELS = 1 << 26  # a picture of more pixels (8192 x 8192) is refused before it is unpacked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """An image file: a file of its own, or a span of a tar."""
+
+    name: str
+    path: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self, most: int = FILE_BYTES) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(most + 1 if self.size is None else min(self.size, most + 1))
+
+
+def _sniffed(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]:
+    """(format, stored with loss, (H, W) where the first 32 bytes say it)."""
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":
+        width, height = struct.unpack(">II", head[16:24])
+        return "PNG", False, (height, width)
+    if head[:3] == b"\xff\xd8\xff":
+        return "JPEG", True, None
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP", head[12:16] != b"VP8L", None
+    raise Refusal(f"{name}: neither PNG, JPEG nor WebP inside; remove it, or make it again")
+
+
+def _check_png(data: bytes) -> None:
+    """Every chunk against its checksum, from the signature to IEND: Pillow does not compare those of the pixels."""
+    position, kind, first = 8, b"", True
+    while kind != b"IEND":
+        if position + 12 > len(data):
+            raise Damaged("it is cut off")
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        body = position + 8 + length
+        if body + 4 > len(data):
+            raise Damaged("it is cut off")
+        if zlib.crc32(memoryview(data)[position + 4 : body]) != int.from_bytes(data[body : body + 4], "big"):
+            raise Damaged("a checksum differs")
+        if first and (kind != b"IHDR" or length != 13):
+            raise Damaged("it does not start with its header")
+        if kind == b"IHDR" and data[position + 16] == 16:
+            raise Refusal("16 bits a channel; convert it to 8 bits")
+        if kind == b"acTL":
+            raise Refusal("an animation; keep one picture a file")
+        position, first = body + 4, False
+
+
+def _decoded(entry: Entry) -> tuple[np.ndarray, str | None]:
+    """uint8 (H, W, C) and what was done to it."""
+    from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+    plugins = {
+        "PNG": PngImagePlugin.PngImageFile,
+        "JPEG": JpegImagePlugin.JpegImageFile,
+        "WEBP": WebPImagePlugin.WebPImageFile,
+    }
+    try:
+        data = entry.read()
+    except OSError as error:
+        raise Refusal(
+            f"{entry.name} cannot be read: {error.strerror or error}; check that it is still there"
+        ) from error
+    kind, _, _ = _sniffed(data[:32], entry.name)
+    try:
+        if len(data) > FILE_BYTES:
+            raise Refusal(f"more than {FILE_BYTES >> 20} MiB; no image of this harness is that large")
+        if kind == "PNG":
+            _check_png(data)
+        with plugins[kind](io.BytesIO(data)) as image:  # the format is known; Image.open would try them all
+            if image.width * image.height > PIXELS:
+                raise Refusal(f"{image.width} x {image.height} pixels are more than {PIXELS}; resize it first")
+            if getattr(image, "n_frames", 1) > 1:
+                raise Refusal("an animation; keep one picture a file")
+            image.load()
+            array, note = _plain(image)
+    except Refusal as error:
+        raise Refusal(f"{entry.name}: {error}") from None
+    except Exception as error:  # Pillow's plug-ins raise anything on broken bytes
+        reason = printable(str(error) or type(error).__name__)
+        raise Refusal(f"{entry.name} cannot be read ({reason}): damaged; make it again") from error
+    return array, note
+
+
+def _plain(image) -> tuple[np.ndarray, str | None]:
+    mode, note = image.mode, None
+    if "transparency" in image.info and mode != "P":
+        raise Refusal("has a transparent colour; save it as plain RGB or grey")
+    if mode == "P":
+        if "transparency" in image.info:
+            raise Refusal("a palette with transparency; save it as plain RGB")
+        image, note = image.convert("RGB"), "palette images were expanded to RGB"
+    elif mode == "1":
+        image, note = image.convert("L"), "bilevel images were expanded to grey, 0 and 255"
+    elif mode in ("RGBA", "LA"):
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise Refusal("is partly transparent; put it on a background and save it as plain RGB")
+        image, note = image.convert(mode[:-1]), "an opaque alpha channel was dropped"
+    elif mode not in ("L", "RGB"):
+        raise Refusal(f"colour mode {mode}; save it as 8-bit RGB or grey")
+    array = np.asarray(image, np.uint8)
+    return (array[..., np.newaxis] if array.ndim == 2 else array), note
+
+
+def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, notes: list[str]) -> ImageSource:
+    """A source of image files in the order given; sizes are compared as early as the formats allow."""
+    sniffed = [_sniffed(entry.read(31), entry.name) for entry in entries]
+    first, _ = _decoded(entries[0])
+    for entry, (_, _, size) in zip(entries, sniffed, strict=True):
+        if size is not None and size != first.shape[:2]:
+            raise _mixed(entries[0], first.shape, entry, (*size, first.shape[2]))
+    lossy = [entry for entry, (_, loss, _) in zip(entries, sniffed, strict=True) if loss]
+    if lossy:
+        notes = [*notes, f"{len(lossy)} of {len(entries)} images were stored with loss (first: {lossy[0].name})"]
+
+    def chunks(size: int) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter's lock
+            step = per_call((1, *first.shape), size)
+            for start in range(0, len(entries), step):
+                part = entries[start : start + step]
+                images = []
+                for entry, (image, note) in zip(part, pool.map(_decoded, part), strict=True):
+                    if image.shape != first.shape:
+                        raise _mixed(entries[0], first.shape, entry, image.shape)
+                    if note is not None:
+                        source.note(note)
+                    images.append(image)
+                yield np.stack(images)
+
+    labels_array = None if labels is None else np.array(labels, np.int64)
+    source = ImageSource(
+        name, first.shape, chunks, count=len(entries), labels=labels_array, lossy=bool(lossy), notes=notes
+    )
+    return source
+
+
+def _mixed(one: Entry, shape: tuple[int, ...], other: Entry, found: tuple[int, ...]) -> Refusal:
+    return Refusal(f"{one.name} is {shape} and {other.name} {found} (H, W, C): bring all images to one size first")

@@ -1,0 +1,136 @@
+"""Image files in tars, as webdataset packs them: NAME.png beside NAME.cls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from harness.errors import Refusal
+from harness.images.files import SUFFIXES, Entry, source_of_files
+from harness.images.source import Damaged, ImageSource, printable
+
+
+def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, bytes) of each file of the tar that lies in `path`, or in its `span` bytes from `begin`. Stricter than `tarfile`, which takes a broken header for the archive's end:
+    the headers' checksums, the sizes and the closing zeros must all be right. POSIX.1-1988, pax and GNU long names."""
+    end, offset = path.stat().st_size if span is None else begin + span, begin
+    name, length = None, None  # from an extended header, for the next file
+    with path.open("rb") as file:
+        while True:
+            file.seek(offset)
+            block = file.read(512)
+            if len(block) < 512 or offset + 512 > end:
+                raise Damaged("it is cut off")
+            if not any(block):
+                if end - offset < 1024 or not _zeros(file, end - offset - 512):
+                    raise Damaged("it does not end as a tar does")
+                return
+            if sum(block[:148]) + 256 + sum(block[156:]) != _tar_number(block[148:156]):
+                raise Damaged(f"the header at byte {offset} differs from its checksum")
+            size = _tar_number(block[124:136]) if length is None else length
+            kind, start = block[156:157], offset + 512
+            if start + size > end:
+                raise Damaged("it is cut off")
+            offset = start + -(-size // 512) * 512
+            if kind in b"xgL":
+                data = file.read(size) if size <= 1 << 20 else b""
+                if kind == b"L":
+                    name = data.rstrip(b"\0").decode("utf-8", "replace")
+                elif kind == b"x":
+                    found = _pax(data)
+                    name, length = found.get("path", name), _pax_size(found["size"]) if "size" in found else None
+                continue
+            plain = _tar_name(block) if name is None else name
+            name, length = None, None
+            if kind == b"5" or (kind in b"0\0" and plain.endswith("/")):
+                continue
+            if kind not in (b"0", b"\0", b"7"):
+                raise Refusal(
+                    f"{path}: {printable(plain)} is a link or a device, which is never followed; pack files only"
+                )
+            if plain.startswith("/") or ".." in plain.split("/"):
+                raise Refusal(f"{path}: the name {printable(plain)} leads out of the archive; pack it with plain names")
+            yield plain.removeprefix("./"), start, size
+
+
+def _zeros(file: IO[bytes], count: int) -> bool:
+    """Whether the next `count` bytes are there and are all zero."""
+    while count:
+        part = file.read(min(count, 1 << 16))
+        if not part or part.count(0) != len(part):
+            return False
+        count -= len(part)
+    return True
+
+
+def _tar_number(field: bytes) -> int:
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    text = field.strip(b" \0")
+    if re.fullmatch(rb"[0-7]*", text) is None:
+        raise Damaged("a header holds no number where one belongs")
+    return int(text or b"0", 8)
+
+
+def _tar_name(block: bytes) -> str:
+    name, prefix = block[:100].split(b"\0")[0], block[345:500].split(b"\0")[0]
+    whole = prefix + b"/" + name if prefix and block[257:263] == b"ustar\0" else name
+    return whole.decode("utf-8", "replace")
+
+
+def _pax(data: bytes) -> dict[str, str]:
+    """Records "LENGTH KEY=VALUE\\n"."""
+    found = {}
+    while data:
+        match = re.match(rb"([0-9]{1,7}) ([^=]+)=", data)
+        length = int(match[1]) if match else 0
+        if match is None or length <= match.end() or data[length - 1 : length] != b"\n":
+            raise Damaged("an extended header is broken")
+        found[match[2].decode("utf-8", "replace")] = data[match.end() : length - 1].decode("utf-8", "replace")
+        data = data[length:]
+    return found
+
+
+def _pax_size(text: str) -> int:
+    if re.fullmatch("[0-9]{1,15}", text) is None:  # a negative one would lead back to members already read
+        raise Damaged("an extended header holds no size where one belongs")
+    return int(text)
+
+
+def open_tar(path: Path) -> ImageSource:
+    entries, keys, classes, ignored, names = [], [], {}, 0, set()
+    for name, offset, size in tar_members(path):
+        if name in names:
+            raise Damaged(f"it holds {name} twice")
+        names.add(name)
+        folder, _, base = name.rpartition("/")
+        key, _, kind = base.partition(".")  # webdataset: all before the first dot belongs together
+        entry = Entry(name=printable(f"{path}:{name}"), path=path, offset=offset, size=size)
+        if base.startswith("."):
+            ignored += 1
+        elif base.lower().endswith(SUFFIXES):
+            entries.append(entry)
+            keys.append((folder, key))
+        elif kind == "cls":
+            text = entry.read(20).strip()
+            if re.fullmatch(rb"-?[0-9]{1,18}", text) is None:
+                raise Refusal(f"{entry.name}: a label must be one whole number")
+            classes[folder, key] = int(text)
+        else:
+            ignored += 1
+    if not entries:
+        raise Refusal(f"{path}: no images in it; wanted .png members and, if there are labels, .cls beside them")
+    labels = None
+    if classes:
+        if len(set(keys)) != len(keys):
+            raise Refusal(f"{path}: two images share a name up to the first dot, so one .cls would label both")
+        bare = next((e.name for e, key in zip(entries, keys, strict=True) if key not in classes), None)
+        if bare is not None or len(classes) != len(keys):
+            raise Refusal(f"{path}: {bare or 'a .cls'} has no partner; every image needs one .cls, or none has any")
+        labels = [classes[key] for key in keys]
+    notes = ["a tar has no checksum for labels"] if labels else []
+    if ignored:
+        notes.append(f"{path.name}: {ignored} members that are no images were left out")
+    return source_of_files(str(path), entries, labels, notes)

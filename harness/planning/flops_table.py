@@ -1,0 +1,163 @@
+"""`harness flops`: parameters and theoretical Gflops, beside what the DiT paper prints."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from harness.errors import Refusal
+from harness.registry import systems
+from harness.spec import BackboneSpec, Compute
+from harness.systems.spec import System
+
+GFLOPS_COLUMNS = ("Flops (G)", "Total Flops (G)", "Base Flops (G)", "Upsampler Flops (G)")  # of Tables 4 and 6
+
+
+PARAMS_COLUMN = "Params (M)"
+
+
+PROTOCOL_ARGUMENTS = ("input_size", "in_channels", "num_classes")
+
+
+class Published(NamedTuple):
+    """What the paper prints for a network at one input size, as text: 19.70 stays 19.70. Empty where it does not."""
+
+    gflops: str
+    params: str  # millions
+
+
+def published(spec: BackboneSpec, input_size: int | None) -> Published:
+    """The paper's figures for `spec` at an input of `input_size` cells or pixels a side."""
+    from results import paper
+
+    cells = [cell for cell in paper.values() if cell.backbone == spec.name and cell.resolution is not None]
+    cells = [cell for cell in cells if cell.column in (*GFLOPS_COLUMNS, PARAMS_COLUMN)]
+    native = spec.defaults.get("input_size")
+    if not cells or not native or not input_size:
+        return Published("", "")
+    # The paper names image resolutions; the network's default input belongs to the smallest one (256 to 32 cells).
+    resolution = input_size * min(cell.resolution for cell in cells) // native
+    at_size = {cell.column: cell.value for cell in reversed(cells) if cell.resolution == resolution}
+    gflops = next((at_size[column] for column in GFLOPS_COLUMNS if column in at_size), "")
+    return Published(gflops, at_size.get(PARAMS_COLUMN, ""))
+
+
+def input_sizes(spec: BackboneSpec) -> list[int | None]:
+    """The native input size, and twice that where the paper prints the Gflops there too (None: no input size)."""
+    native = spec.defaults.get("input_size")
+    return [native, 2 * native] if native and published(spec, 2 * native).gflops else [native]
+
+
+def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, check: str | None) -> dict[str, Any]:
+    """One row of the document; `difference` is ours rounded as the paper's figure is, minus that figure."""
+    count = spec.count(**overrides)
+    arguments = spec.arguments(**overrides)
+    others = {name: value for name, value in arguments.items() if name != "input_size"}
+    as_published = all(spec.defaults[name] == value for name, value in others.items())
+    figures = published(spec, arguments.get("input_size")) if as_published else Published("", "")
+    row: dict[str, Any] = {
+        "name": spec.name,
+        **{name: arguments.get(name) for name in PROTOCOL_ARGUMENTS},
+        "params": count.params,
+        "flops": count.flops,
+        "gflops": count.gflops,
+        "gmacs": count.gmacs,
+        "published_gflops": float(figures.gflops) if figures.gflops else None,
+        "published_params_m": float(figures.params) if figures.params else None,
+        "difference": None,
+        "source": count.source,
+    }
+    if figures.gflops:
+        decimals = len(figures.gflops.partition(".")[2])
+        row["difference"] = round(round(count.gflops, decimals) - float(figures.gflops), decimals)
+        row["published_text"] = figures.gflops
+    if check == "fvcore":
+        from harness.compute.check_fvcore import count_fvcore
+
+        row["fvcore_gflops"] = count_fvcore(spec, **overrides) / 1e9
+    if breakdown:
+        row["breakdown"] = grouped(count)
+    return row
+
+
+def system_row(system: System) -> dict[str, Any]:
+    """The row of a system of several denoisers: one forward pass of each, as Table 6 counts; no classifier."""
+    from results import paper
+
+    computes = [stage.compute() for stage in system.stages]
+    total = sum(each.flops for each in computes) / 1e9
+    cells = [cell for cell in paper.values() if cell.system == system.name and cell.column == "Total Flops (G)"]
+    last = system.stages[-1].spec.arguments(**system.stages[-1].arguments)
+    row: dict[str, Any] = {
+        "name": system.name,
+        **{name: last.get(name) for name in PROTOCOL_ARGUMENTS},
+        "params": sum(each.params for each in computes),
+        "flops": sum(each.flops for each in computes),
+        "gflops": total,
+        "gmacs": sum(each.macs for each in computes) / 1e9,
+        "published_gflops": float(cells[0].value) if cells else None,
+        "published_params_m": None,
+        "difference": round(round(total) - float(cells[0].value)) if cells else None,
+        "source": "closed form",
+        "parts": [
+            {"name": stage.backbone, "gflops": each.gflops} for stage, each in zip(system.stages, computes, strict=True)
+        ],
+    }
+    if cells:
+        row["published_text"] = cells[0].value
+    return row
+
+
+def cascades() -> list[System]:
+    """The systems of several denoisers that Table 6 has a total of."""
+    from results import paper
+
+    printed = {cell.system for cell in paper.values() if cell.column == "Total Flops (G)"}
+    return [each for each in systems if each.name in printed and len(each.stages) > 1]
+
+
+def sampling_row(system: System) -> dict[str, Any]:
+    """What one image of a system costs: sampling with and without its guidance, and decoding apart."""
+    from harness.autoencoders.load import decoder_compute
+
+    if system.unavailable:
+        raise Refusal(f"system {system.name!r} cannot be counted: {system.unavailable}")
+    steps = [1 if stage.spec.kind == "generator" else stage.steps for stage in system.stages]
+    plain = sum(stage.compute().gflops * count for stage, count in zip(system.stages, steps, strict=True))
+    decode = decoder_compute(system.decoder, system.task.resolution).gflops if system.decoder else 0.0
+    total = system.gflops_image()
+    return {
+        "name": system.name,
+        "backbone": system.backbone,
+        "gflops": system.gflops_forward(),
+        "steps": steps,
+        "evaluations": system.evaluations,
+        "gflops_unguided": plain,
+        "gflops_guidance": total - plain,
+        "gflops_decode": decode,
+        "gflops_image": total + decode,
+    }
+
+
+def grouped(count: Compute) -> list[dict[str, Any]]:
+    """Flops by part and kind with the blocks of a network taken together: `blocks.*.mlp.fc1`, 28 times."""
+    table: dict[tuple[str, str], list[int]] = {}
+    for (part, kind), flops in count.breakdown.items():
+        stem = re.sub(r"\.\d+(?=\.)", ".*", part)
+        table.setdefault((stem, kind), []).append(flops)
+    return [{"part": p, "kind": k, "times": len(each), "flops": sum(each)} for (p, k), each in table.items()]
+
+
+def footnotes(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for every row that differs from the paper, and for traced counts."""
+    notes = []
+    for row in rows:
+        if row["difference"]:
+            why = "taken for a slip of the paper, as no natural convention gives it with the others"
+            why = why if row["name"] == "dit-b-4" else "the paper counts something else"
+            notes.append(
+                f"{row['name']}: {row['gflops']:.2f} by the convention, {row['published_text']} in the paper; {why}."
+            )
+    if any(row["source"] == "traced" for row in rows):
+        notes.append("traced: counted operator by operator in the torch network, which has no closed form.")
+    return notes

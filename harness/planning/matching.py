@@ -1,0 +1,241 @@
+"""Matched compute: how many steps of one backbone cost as much as steps of another, or as a budget.
+
+Training compute is Gflops x batch x steps x 3, sampling compute of an image Gflops x network evaluations, which guidance
+doubles (`harness.planning`). Both sides are counted at the input of the same protocol. The other backbone is taken to be
+trained with the recipe of this one, `--set` included, and so with the same batch: what it would cost here, not what its
+own paper spent. The arithmetic is in whole flops, so that only the rounding to whole steps is left to be told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from harness import registry
+from harness.errors import Refusal
+from harness.planning.request import TRAINING_FACTOR, Match, Request, check_plans, evaluations
+from harness.protocols import Protocol, Recipe, count
+from harness.runs.run import build_arguments
+from harness.spec import BackboneSpec, Compute
+
+MAX_STEPS = 2**63 - 1  # what a step's counter holds
+
+
+EPOCHS = {
+    "digits": 1_797,
+    "imagenet": 1_281_167,
+}  # training images of the data sets whose number is no matter of choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The other side of a comparison: `steps` of a backbone, in training or (then perhaps several) of the sampler."""
+
+    backbone: str
+    steps: tuple[int, ...]
+    guidance_scale: float = 1.0  # of sampling; 1 = none
+
+    def name(self, steps: int) -> str:
+        """As it is written on the command line, with the count in full: dit-xl-2@400000, dit-xl-2@250@cfg1.5."""
+        return f"{self.backbone}@{steps}" + (f"@cfg{self.guidance_scale:g}" if self.guidance_scale != 1 else "")
+
+
+def parse_reference(text: str) -> Reference:
+    """BACKBONE@STEPS, as in dit-xl-2@400k; ValueError for anything else."""
+    name, at, steps = text.rpartition("@")
+    if not (name and at and "@" not in name):
+        raise ValueError(f"{text!r} is not of the form BACKBONE@STEPS, as in dit-xl-2@400k")
+    return Reference(backbone=name, steps=(_steps(steps, text),))
+
+
+def parse_sampling_reference(text: str) -> Reference:
+    """BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5; ValueError for anything else."""
+    name, *rest = text.split("@")
+    form = ValueError(f"{text!r} is not of the form BACKBONE@STEPS[,STEPS][@cfgSCALE], as in dit-xl-2@250@cfg1.5")
+    if not name or len(rest) not in (1, 2) or len(rest) == 2 and not rest[1].startswith("cfg"):
+        raise form
+    try:
+        scale = float(rest[1].removeprefix("cfg")) if len(rest) == 2 else 1.0
+    except ValueError:
+        raise form from None
+    if not (math.isfinite(scale) and scale >= 1):
+        raise ValueError(f"{text!r}: a guidance scale is a finite number, 1 (none) or more")
+    steps = sorted({_steps(each.strip(), text) for each in rest[0].split(",")})
+    return Reference(backbone=name, steps=tuple(steps), guidance_scale=scale)
+
+
+def parse_budget(text: str) -> float:
+    """A number of Gflops such as 1e12, 3.2e9, 0.5 or 400k; ValueError for anything else."""
+    factor = {"k": 1e3, "m": 1e6}.get(text[-1:].lower(), 1)
+    try:
+        budget = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        budget = math.nan
+    if not (math.isfinite(budget) and budget > 0):
+        raise ValueError(f"{text!r} is not a number of Gflops above 0, such as 1e12, 3.2e9 or 400k")
+    return budget
+
+
+def _steps(text: str, whole: str) -> int:
+    try:
+        steps = count(text)
+    except (ValueError, IndexError):
+        raise ValueError(f"{whole!r}: {text!r} is not a count such as 250, 400k or 7M") from None
+    if steps < 1:
+        raise ValueError(f"{whole!r}: steps must be at least 1")
+    return steps
+
+
+def matched(
+    request: Request, *, match: Reference | None = None, budget: float | None = None, sampling: Reference | None = None
+) -> Request:
+    """`request` with the steps that cost as much as `match` or as `budget` Gflops, and the sampler's as `sampling`.
+
+    Refused: both `match` and `budget`; a backbone that does not exist or fit; sampler steps that cannot be had.
+    """
+    if match is not None or budget is not None:
+        to, target = training_target(request.protocol, request.recipe, match=match, budget=budget)
+        solved = solve_training(request.compute, request.recipe, to, target)
+        recipe = dataclasses.replace(request.recipe, steps=solved.steps)
+        request = dataclasses.replace(request, recipe=recipe, match=solved)
+    return request if sampling is None else match_sampling(request, sampling)
+
+
+def training_target(
+    task: Protocol, recipe: Recipe, *, match: Reference | None, budget: float | None
+) -> tuple[str | None, Fraction]:
+    """What is to be matched, by name (None for a budget), and its training compute in flops."""
+    if match is None or budget is not None:
+        if match is not None or budget is None:
+            raise Refusal("--match and --budget both set the training steps; give one of them")
+        return None, Fraction(budget) * 10**9
+    (steps,) = match.steps
+    text = match.name(steps)
+    compute = compute_of(_reference_spec(match, f"--match {text}"), task, recipe, f"--match {text}: ")
+    return text, Fraction(step_flops(compute, recipe) * steps)
+
+
+def solve_training(compute: Compute, recipe: Recipe, to: str | None, target: Fraction) -> Match:
+    """The whole number of steps, at least 1, whose training compute is nearest to `target` flops."""
+    step = step_flops(compute, recipe)
+    steps = max(1, nearest_count(target, step))
+    if steps > MAX_STEPS:
+        raise Refusal(f"--budget {float(target / 10**9):g} Gflops are {float(steps):.3g} steps; ask for less")
+    return Match.of(to, steps, target, step)
+
+
+def match_sampling(request: Request, reference: Reference) -> Request:
+    """`request` with the sampler steps, one for each of `reference`'s, that cost as much an image.
+
+    Steps that round to none, or to more than the diffusion has, are refused with the nearest ones that can be had.
+    """
+    name, recipe, flag = request.spec.name, request.recipe, f"--match-sampling {reference.backbone}"
+    other = _reference_spec(reference, flag)
+    if reference.guidance_scale != 1 and other.null_label is None:
+        raise Refusal(f"{flag}: it has no null label, so classifier-free guidance cannot be had; leave out @cfg")
+    if max(reference.steps) > recipe.diffusion_steps:
+        raise Refusal(
+            f"{flag}@{max(reference.steps)}: more sampling steps than the {recipe.diffusion_steps} of the diffusion"
+        )
+    own = image_flops(request.compute, request.sampling.guidance_scale)
+    compute = compute_of(other, request.protocol, recipe, f"{flag}: ")
+    others = image_flops(compute, reference.guidance_scale)
+    solved = []
+    for each in reference.steps:
+        steps, text = nearest_count(Fraction(others * each), own), reference.name(each)
+        if steps > recipe.diffusion_steps:
+            most = own * recipe.diffusion_steps // others
+            at_most = f"at most {reference.name(most)}" if most else "less than one of its steps"
+            raise Refusal(
+                f"--match-sampling {text} asks for {steps} sampling steps of {name!r}, but the diffusion has"
+                f" {recipe.diffusion_steps}, which cost {at_most}"
+            )
+        if steps < 1:
+            least = own // others + 1 if own % others else own // others
+            raise Refusal(
+                f"--match-sampling {text} costs less than half a sampling step of {name!r}; one step costs"
+                f" as much as {reference.name(least)}"
+            )
+        solved.append(Match.of(text, steps, Fraction(others * each), own))
+    drawing = dataclasses.replace(request.sampling, steps=tuple(sorted({each.steps for each in solved})))
+    check_plans(recipe, drawing)
+    return dataclasses.replace(request, sampling=drawing, match_sampling=tuple(solved))
+
+
+def nearest_count(target: Fraction, each: int) -> int:
+    """How many of `each` come nearest to `target`; half-way goes down, so that a tie does not overspend."""
+    return math.ceil(target / each - Fraction(1, 2))
+
+
+def step_flops(compute: Compute, recipe: Recipe) -> int:
+    """Training compute of one optimiser step, in flops."""
+    return compute.flops * recipe.batch * TRAINING_FACTOR
+
+
+def image_flops(compute: Compute, guidance_scale: float) -> int:
+    """Sampling compute of one step for one image, in flops."""
+    return compute.flops * evaluations(1, guidance_scale)
+
+
+def compute_of(spec: BackboneSpec, task: Protocol, recipe: Recipe, where: str = "") -> Compute:
+    """Compute of a denoiser at the protocol's input, with the output channels that the recipe's objective asks for."""
+    objective = registry.objectives.get(recipe.objective)
+    try:
+        compute = spec.count(**build_arguments(spec, task, objective.out_channels(task.in_channels)))
+    except Refusal as refusal:
+        raise Refusal(f"{where}{refusal}") from refusal
+    if compute.flops < 1:
+        raise Refusal(f"{where}backbone {spec.name!r} counts no compute, so nothing can be matched to it")
+    return compute
+
+
+def _reference_spec(reference: Reference, where: str) -> BackboneSpec:
+    try:
+        spec = registry.backbones.get(reference.backbone)
+    except Refusal as refusal:
+        raise Refusal(f"{where}: {refusal}") from refusal
+    if spec.kind != "denoiser":
+        raise Refusal(f"{where}: {spec.name!r} is not a denoiser but of kind {spec.kind}; match denoisers")
+    return spec
+
+
+def budget_table(task: Protocol, recipe: Recipe, *, match: Reference | None, budget: float | None) -> dict[str, Any]:
+    """What every registered denoiser would get from one training budget, JSON-ready; who does not fit is named."""
+    to, target = training_target(task, recipe, match=match, budget=budget)
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    for spec in registry.backbones:
+        if spec.kind != "denoiser":
+            continue
+        try:
+            compute = compute_of(spec, task, recipe)
+            solved = solve_training(compute, recipe, to, target)
+        except Refusal as refusal:
+            left_out.append({"name": spec.name, "reason": str(refusal)})
+            continue
+        images = solved.steps * recipe.batch
+        rows.append(
+            {
+                "name": spec.name,
+                "params": compute.params,
+                "gflops": compute.gflops,
+                "gflops_source": compute.source,
+                "steps": solved.steps,
+                "images": images,
+                "epochs": images / EPOCHS[task.dataset] if task.dataset in EPOCHS else None,
+                "training_gflops": solved.gflops,
+                "relative_error": solved.relative_error,
+            }
+        )
+    return {
+        "to": to,
+        "gflops_target": float(target / 10**9),
+        "protocol": task.name,
+        "input": f"{task.input_size}x{task.input_size}x{task.in_channels}",
+        "batch": recipe.batch,
+        "rows": rows,
+        "left_out": left_out,
+    }

@@ -1,0 +1,164 @@
+"""What is asked for, whether it can be had, and what it would cost: before anything expensive begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from harness import registry
+from harness.errors import Refusal
+from harness.frameworks.installed import check_installed
+from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
+from harness.runs.run import Run, build_arguments
+from harness.spec import BackboneSpec, Compute
+
+TRAINING_FACTOR = 3  # forward and backward: the backward pass taken as two forward passes (DiT sec. 5)
+CHECKPOINT_BYTES = 16  # a parameter: weight, EMA, two moments in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A run as it was asked for, all names resolved and every default filled in."""
+
+    spec: BackboneSpec
+    protocol: Protocol
+    recipe: Recipe
+    sampling: Sampling
+    samples: int
+    seed: int
+    framework: str
+    data: Path | None
+    arguments: dict[str, Any]  # of the builder
+    compute: Compute
+    match: Match | None = None  # where the training steps come from, if they were solved for
+    match_sampling: tuple[Match, ...] = ()  # the same for the sampler's steps
+
+    @property
+    def gflops_step(self) -> float:
+        """Training compute of one optimiser step."""
+        return self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+
+    def gflops_image(self, sampler_steps: int) -> float:
+        """Sampling compute of one image; guidance doubles it."""
+        return self.compute.gflops * evaluations(sampler_steps, self.sampling.guidance_scale)
+
+
+def evaluations(sampler_steps: int, guidance_scale: float) -> int:
+    """Network evaluations for one image; guidance asks twice."""
+    return sampler_steps * (2 if guidance_scale != 1 else 1)
+
+
+def make_request(
+    *,
+    backbone: str,
+    protocol: str,
+    steps: int | None = None,
+    seed: int = 0,
+    framework: str = "torch",
+    data: Path | None = None,
+    settings: dict[str, str] | None = None,
+    sampling: dict[str, Any] | None = None,
+    samples: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> Request:
+    """Resolve names and fill in defaults; whatever does not fit together is refused. Imports no framework."""
+    task = get_protocol(protocol)
+    recipe = override(task.recipe, {**(settings or {}), **({"steps": steps} if steps else {})})
+    return resolve_request(
+        backbone, task, recipe, seed=seed, framework=framework, data=data, sampling=sampling, samples=samples,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+
+
+def request_of_run(run: Run, *, sampling: dict[str, Any], samples: int | None = None) -> Request:
+    """The request behind an existing run, with sampling settings laid over its protocol's."""
+    return resolve_request(
+        run.backbone, run.protocol, run.recipe, seed=run.seed, framework=run.framework, data=None, sampling=sampling,
+        samples=samples, gradient_checkpointing=run.resolved.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def resolve_request(
+    backbone: str,
+    task: Protocol,
+    recipe: Recipe,
+    *,
+    seed: int,
+    framework: str,
+    data: Path | None,
+    sampling: dict[str, Any] | None,
+    samples: int | None,
+    gradient_checkpointing: bool,
+) -> Request:
+    """Hold backbone, task, recipe and sampling settings against each other."""
+    spec = registry.backbones.get(backbone)
+    if spec.kind == "generator":
+        raise Refusal(
+            f"backbone {backbone!r} is a generator, which the harness samples and does not train; "
+            "see `harness list systems` and `harness sample --system`"
+        )
+    if framework not in spec.builders:
+        raise Refusal(f"backbone {backbone!r} has no {framework} network; use --framework {next(iter(spec.builders))}")
+    check_installed(framework)
+    drawing = override(task.sampling, {name: value for name, value in (sampling or {}).items() if value is not None})
+    objective = registry.objectives.get(recipe.objective)
+    if max(drawing.steps) > recipe.diffusion_steps:
+        raise Refusal(
+            f"{max(drawing.steps)} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
+        )
+    if drawing.guidance_scale != 1 and spec.null_label is None:
+        raise Refusal(
+            f"backbone {backbone!r} has no null label, so classifier-free guidance cannot be had; leave out --cfg"
+        )
+    if drawing.guidance_scale != 1 and recipe.label_dropout == 0:
+        raise Refusal("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
+    check_plans(recipe, drawing)
+    arguments = build_arguments(spec, task, objective.out_channels(task.in_channels))
+    if gradient_checkpointing:
+        if "gradient_checkpointing" not in spec.defaults:
+            raise Refusal(f"backbone {backbone!r} has no gradient checkpointing; leave out --gradient-checkpointing")
+        arguments["gradient_checkpointing"] = True
+    return Request(
+        spec=spec, protocol=task, recipe=recipe, sampling=drawing, samples=samples or task.samples, seed=seed,
+        framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
+    )  # fmt: skip
+
+
+def check_plans(recipe: Recipe, sampling: Sampling) -> None:
+    """Try the schedule and the sampler's plans: what does not fit is refused before anything is trained."""
+    from harness.diffusion.schedule import Schedule
+
+    schedule = Schedule.named(recipe.schedule, recipe.diffusion_steps)
+    make, objective = registry.samplers.get(sampling.sampler).make, registry.objectives.get(recipe.objective)
+    for steps in sampling.steps:
+        make(schedule, steps, objective, sampling.eta, sampling.clip_denoised)
+
+
+def published_input_gflops(request: Request) -> float | None:
+    """Gflops at the backbone's own default input (the paper's), where that differs from the protocol's."""
+    defaults = request.spec.arguments()
+    here = {name: defaults.get(name) for name in ("input_size", "in_channels")}
+    if here == {name: request.arguments.get(name) for name in here}:
+        return None
+    return request.spec.count().gflops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Steps that were solved for. `to` is None for a budget; the Gflops are those of the training, or of an image."""
+
+    to: str | None
+    steps: int
+    gflops_target: float
+    gflops: float
+    relative_error: float  # gflops / gflops_target - 1: what the rounding to whole steps costs
+
+    @classmethod
+    def of(cls, to: str | None, steps: int, target: Fraction, step: int) -> Match:
+        """`steps` that cost `step` flops each, beside the flops that were wanted."""
+        return cls(
+            to=to, steps=steps, gflops_target=float(target / 10**9), gflops=float(Fraction(steps * step, 10**9)),
+            relative_error=float(steps * step / target - 1),
+        )  # fmt: skip

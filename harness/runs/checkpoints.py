@@ -1,0 +1,143 @@
+"""Checkpoints: safetensors parts and a JSON state, in a folder that is renamed when it is whole.
+
+    step-00000400/{model,ema,first_moment,second_moment}.safetensors, state.json (step, checksums, time spent)
+
+Nothing in them can execute code. Every part is checked against its SHA-256 before it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.errors import Refusal
+from harness.io import files
+
+SCHEMA = 1
+KEPT = 2  # the newest, and the one before it should the newest be damaged
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk whose checksums held when it was opened."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    def part(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def sha256(self, part: str) -> str:
+        return self.state["files"][f"{part}.safetensors"]["sha256"]
+
+
+def write(
+    root: Path, step: int, parts: Iterable[tuple[str, Callable[[], Tensors]]], state: dict[str, Any]
+) -> Checkpoint:
+    """Write the checkpoint of `step` below `root` and drop all but the newest two.
+
+    Parts are (name, function that gives its tensors), asked for one at a time: safetensors copies a part while it
+    writes it, and XL/2's four together would not fit beside the training state.
+    """
+    from safetensors.numpy import save_file
+
+    final = root / f"step-{step:08d}"
+    partial = root / f"{final.name}{files.PARTIAL}"
+    with files.explained(final):
+        root.mkdir(parents=True, exist_ok=True)
+        for stale in root.glob(f"*{files.PARTIAL}"):
+            files.remove(stale)
+        for old in _steps(root)[
+            : -(KEPT - 1)
+        ]:  # before writing: never more than two on the disk and a new one half made
+            files.remove(root / f"step-{old:08d}")
+        partial.mkdir()
+        entries = {}
+        try:
+            for name, tensors in parts:
+                path = partial / f"{name}.safetensors"
+                save_file(dict(tensors()), path)
+                path.chmod(0o644)  # the library writes for the owner alone; a group shares its runs
+                files.sync_file(path)
+                entries[path.name] = {"sha256": files.sha256_file(path), "bytes": path.stat().st_size}
+            files.write_json(partial / "state.json", {"schema": SCHEMA, "step": step, "files": entries, **state})
+            if final.exists():  # the same step again, after a resume from an older one: identical by promise
+                files.remove(final)
+            partial.replace(final)
+            files.sync_folder(root)
+        except BaseException as error:
+            files.remove(partial)
+            if _disk_full(error):
+                raise OSError(28, "No space left on device") from error
+            raise
+    return Checkpoint(folder=final, step=step, state=files.read_json(final / "state.json", "checkpoint"))
+
+
+def newest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest intact checkpoint below `root`; `report` is told of damaged ones. All damaged: refused."""
+    steps = _steps(root)
+    damage = ""
+    for step in reversed(steps):
+        try:
+            return verify(root / f"step-{step:08d}")
+        except Refusal as error:
+            damage = damage or str(error)
+            report(f"{error}; trying the one before it")
+    if steps:
+        raise Refusal(f"no intact checkpoint is left in {root} (newest: {damage}); begin again with another --out")
+    return None
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Open a checkpoint or a snapshot after comparing every part with its checksum; damage is refused by name."""
+    state = files.read_json(folder / "state.json", "checkpoint")
+    try:
+        for name, entry in state["files"].items():
+            if Path(name).name != name:
+                raise Refusal(f"checkpoint {folder} names a file outside itself ({name!r})")
+            path = folder / name
+            if not path.exists():
+                raise Refusal(f"checkpoint {folder} is incomplete: {name} is missing")
+            if path.stat().st_size != entry["bytes"] or files.sha256_file(path) != entry["sha256"]:
+                raise Refusal(f"checkpoint {folder} is corrupt: {name} does not match its checksum")
+        return Checkpoint(folder=folder, step=int(state["step"]), state=state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refusal(f"checkpoint {folder} has a state.json of another form ({error})") from error
+
+
+Part = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]  # of a tensor's name and shape, which part; None: all
+
+
+def tensors(path: Path, part: Part | None = None) -> Iterable[tuple[str, np.ndarray]]:
+    """The tensors of a safetensors file, one at a time; of each no more is read than `part` says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                wanted = part and part(name, tuple(file.get_slice(name).get_shape()))
+                if not wanted or any(each.start == each.stop is not None for each in wanted):
+                    array = file.get_tensor(name)
+                    yield name, array[wanted] if wanted else array
+                else:
+                    yield name, file.get_slice(name)[wanted]
+    except SafetensorError as error:
+        raise Refusal(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _steps(root: Path) -> list[int]:
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in root.glob("step-*"))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def _disk_full(error: BaseException) -> bool:
+    # safetensors reports the system's errors as text only
+    return "No space left on device" in str(error) or "os error 28" in str(error)

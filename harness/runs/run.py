@@ -1,0 +1,242 @@
+"""Runs: one backbone, one protocol, one seed, trained up to some number of steps, in a folder of its own.
+
+    RUN/run.json                what the run is (identity), what was measured to choose (resolved), where it began
+    RUN/log.jsonl               one line a step: step, mse, vb
+    RUN/checkpoints/            what training continues from: the newest two
+    RUN/snapshots/step-N/       EMA weights kept for sampling
+    RUN/samples/NAME/           samples.npz, samples.json, grid.png
+    RUN/records.jsonl           measurements
+
+A folder can be killed at any instant and continued by the same command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Refusal
+from harness.io import files
+from harness.protocols import Protocol, Recipe, from_dict
+from harness.spec import BackboneSpec
+
+SCHEMA = 1
+BEFORE_RUN_FILE = frozenset(  # what a run killed at its creation may leave
+    {"lock", "checkpoints", "log.jsonl", f"log.jsonl{files.PARTIAL}", f"run.json{files.PARTIAL}"}
+)
+LATER_ITEMS = {"conditioning_noise": 0.0}  # of the recipe, added after runs had been made, with their defaults
+RUNS = Path("runs")  # where runs go, below the working folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What a run is. Two runs are the same experiment exactly when their identities are equal."""
+
+    backbone: str
+    protocol: Protocol
+    recipe: Recipe
+    seed: int
+    framework: str
+    dataset_sha256: str
+    latents: dict[str, Any] | None = None  # of the images, if it is trained in latents: which auto-encoder's, and which
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Plain data. The number of steps is left out: more steps continue the run."""
+        protocol = self.protocol.as_dict()
+        for part in ("recipe", "sampling", "summary", "samples", "suite"):
+            del protocol[part]  # the recipe stands by itself; the rest does not touch the training
+        return {
+            "backbone": self.backbone,
+            "protocol": protocol,
+            "recipe": recipe_identity(self.recipe),
+            "seed": self.seed,
+            "framework": self.framework,
+            "dataset_sha256": self.dataset_sha256,
+            **({} if self.latents is None else {"latents": self.latents}),
+        }
+
+    @property
+    def name(self) -> str:
+        """Folder name: readable, and unique as far as the recipe differs from the protocol's."""
+        protocol = Path(self.protocol.name).name
+        base = f"{protocol}-{self.backbone}-seed{self.seed}"
+        if self.framework != "torch":
+            base += f"-{self.framework}"
+        if dataclasses.replace(self.recipe, steps=1) != dataclasses.replace(self.protocol.recipe, steps=1):
+            base += f"-{files.sha256_json(self.identity)[:8]}"
+        return base
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe makes another experiment. Items that came later are left out at their default, so that runs of
+    before keep their identity and hashes."""
+    settings = dataclasses.asdict(recipe)
+    del settings["steps"]
+    return {name: value for name, value in settings.items() if name not in LATER_ITEMS or value != LATER_ITEMS[name]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What was measured or found when the run was created. Frozen, for it decides bits."""
+
+    device: str
+    device_name: str
+    precision: str
+    micro_batch: int
+    threads: int
+    gradient_checkpointing: bool = False
+    mesh: str = "1x1"  # of devices, DATAxMODEL: jax's
+    compile: str = "off"  # or "on": torch.compile of the network, in training and sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's folder, opened. `identity` and `resolved` are what its run.json holds."""
+
+    folder: Path
+    identity: dict[str, Any]
+    resolved: Resolved
+    environment: dict[str, Any]
+    protocol: Protocol
+    recipe: Recipe
+    places: dict[str, str] = dataclasses.field(default_factory=dict)  # see `harness.data.examples`
+
+    @property
+    def backbone(self) -> str:
+        return self.identity["backbone"]
+
+    @property
+    def seed(self) -> int:
+        return self.identity["seed"]
+
+    @property
+    def framework(self) -> str:
+        return self.identity["framework"]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def records(self) -> Path:
+        return self.folder / "records.jsonl"
+
+    def snapshot(self, step: int) -> Path:
+        """Folder of the EMA weights after `step` steps."""
+        return self.folder / "snapshots" / f"step-{step:08d}"
+
+    def snapshots(self) -> list[int]:
+        """Steps with a snapshot, ascending."""
+        found = (self.folder / "snapshots").glob("step-*/state.json")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+
+def create_run(
+    folder: Path,
+    spec: RunSpec,
+    resolved: Resolved,
+    environment: dict[str, Any],
+    places: dict[str, str] | None = None,  # of what the run needs later, on this machine
+) -> Run:
+    """Make the folder and its run.json."""
+    files.write_json(
+        folder / "run.json",
+        {
+            "schema": SCHEMA,
+            "identity": spec.identity,
+            "protocol": spec.protocol.as_dict(),
+            "resolved": dataclasses.asdict(resolved),
+            "environment": environment,
+            **({"places": places} if places else {}),
+        },
+    )
+    return open_run(folder)
+
+
+def open_run(folder: Path) -> Run:
+    """Open an existing run; what is not one is refused."""
+    path = folder / "run.json"
+    if not path.exists():
+        raise Refusal(f"{folder} is not a run: it has no run.json; `harness run` or `harness train` makes one")
+    data = files.read_json(path, "run file")
+    try:
+        if data["schema"] > SCHEMA:
+            raise Refusal(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
+        protocol = from_dict(data["protocol"], str(path))
+        recipe = Recipe(**{"steps": protocol.recipe.steps, **data["identity"]["recipe"]})
+        resolved = Resolved(**data["resolved"])
+        return Run(
+            folder=folder, identity={**data["identity"], "recipe": recipe_identity(recipe)}, resolved=resolved, environment=data["environment"],
+            protocol=protocol, recipe=recipe, places=dict(data.get("places", {})),
+        )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise Refusal(f"{path} is not a run file of this harness: {error}") from error
+
+
+def find_run(folder: Path, spec: RunSpec) -> Run | None:
+    """The run in `folder` if there is one; a folder that holds another run, or something else, is refused."""
+    if not (folder / "run.json").exists():
+        if folder.is_file():
+            raise Refusal(f"--out {folder} is a file; name a folder")
+        if above := [parent for parent in folder.parents if parent.is_file()]:
+            raise Refusal(f"--out {folder} cannot be made, for {above[0]} is a file; name another folder")
+        if folder.is_dir() and not {each.name for each in folder.iterdir()} <= BEFORE_RUN_FILE:
+            raise Refusal(f"--out {folder} holds other files and no run; name a new or empty folder")
+        return None
+    run = open_run(folder)
+    if run.identity != spec.identity:
+        raise Refusal(
+            f"{folder} holds another run ({identity_difference(run.identity, spec.identity)}); name another --out"
+        )
+    return run
+
+
+def identity_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
+    """The first item in which two identities differ, in words."""
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            return identity_difference(before, after, f"{path}{key}.")
+        return f"{path}{key} is {before!r} there and {after!r} here"
+    return "no difference"
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the run for this process; a second process is refused at once. The kernel drops the lock on any death."""
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not files.lock(descriptor):
+            raise Refusal(f"another process is at work in {folder}; wait for it or stop it")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def build_arguments(spec: BackboneSpec, protocol: Protocol, out_channels: int | None = None) -> dict[str, Any]:
+    """The builder's arguments that the protocol sets: input size, channels, classes (and out_channels, the objective's)."""
+    wanted = {
+        "input_size": protocol.input_size,
+        "in_channels": protocol.in_channels,
+        "num_classes": protocol.num_classes,
+        "out_channels": out_channels,
+    }
+    arguments = {name: value for name, value in wanted.items() if name in spec.defaults and value is not None}
+    if "low_res_size" in spec.defaults:  # an upsampler keeps its factor
+        factor = spec.defaults["input_size"] / spec.defaults["low_res_size"]
+        arguments["low_res_size"] = max(1, round(protocol.input_size / factor))
+    return arguments

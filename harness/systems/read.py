@@ -1,0 +1,107 @@
+"""Systems: ways to make samples that a row of a table stands for.
+
+A system is one backbone or several, with the sampler, steps, guidance and decoder behind a number: a base; perhaps a
+classifier that guides it; perhaps upsamplers, each given the image before it; perhaps a decoder of latents. The ones
+of the DiT paper's Tables 2, 3 and 5 are in `paper.py`; a user's own is a TOML file:
+
+    name = "my-cascade"
+    protocol = "digits"
+    [base]
+    backbone = "adm-xs"
+    steps = 50
+    clip_denoised = true
+    arguments = { input_size = 4, in_channels = 1, num_classes = 10 }
+    [[upsamplers]]
+    backbone = "adm-u-xs"
+    conditioning_noise = 0.1
+
+Weights are given when it is sampled: as files, or as the folders of runs, whose arguments, schedule and objective then
+take the place of the system's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from harness import registry
+from harness.errors import Refusal, shown
+from harness.protocols import LONGEST_NAME, MOST
+from harness.registry import unknown
+from harness.systems.spec import Component, GuidanceClassifier, System
+
+
+def system_from_dict(data: dict[str, Any], where: str) -> System:
+    """A `System` from plain data; an unknown, missing or mistyped item is refused by name. `where` is the file."""
+    data = dict(data)
+    for name in ("row", "unavailable"):
+        if name in data:
+            raise Refusal(f"{where}: {name} is for the built-in systems; leave it out")
+    if "base" in data:
+        data["base"] = _fill(Component, data["base"], f"{where}: [base]")
+    if "classifier" in data:
+        data["classifier"] = _fill(GuidanceClassifier, data["classifier"], f"{where}: [classifier]")
+    upsamplers = data.get("upsamplers", [])
+    if not isinstance(upsamplers, list):
+        raise Refusal(f"{where}: upsamplers must be tables, written [[upsamplers]]")
+    if isinstance(data.get("name"), str) and data["name"] in registry.systems:
+        raise Refusal(f"{where}: the name {data['name']!r} is that of a built-in system; choose another")
+    data["upsamplers"] = tuple(_fill(Component, each, f"{where}: [[upsamplers]]") for each in upsamplers)
+    return _fill(System, data, where)
+
+
+def load_system(path: Path) -> System:
+    """Read a system from a TOML file."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal(f"system file {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
+        raise Refusal(f"system file {path} is not valid TOML: {error}") from error
+    return system_from_dict(data, str(path))
+
+
+def get_system(name: str) -> System:
+    """The system of that name, or in that file when the name ends in .toml."""
+    return load_system(Path(name)) if name.endswith(".toml") else registry.systems.get(name)
+
+
+def _fill(of: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise Refusal(f"{where} must be a table, not {type(data).__name__}")
+    fields = {each.name: each for each in dataclasses.fields(of)}
+    values = {}
+    for name, value in data.items():
+        if name not in fields:
+            raise Refusal(f"{where}: {unknown('item', name, fields)}")
+        wanted = str(fields[name].type)
+        if type(value) is int and abs(value) > MOST:
+            raise Refusal(f"{where}: {name} = {shown(value)} is out of range")
+        if wanted == "float" and type(value) is int:
+            value = float(value)
+        fits = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
+        if wanted in fits and type(value) is not fits[wanted]:
+            raise Refusal(f"{where}: {name} = {shown(value)} must be of type {wanted.partition('[')[0]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Refusal(f"{where}: {name} must be a finite number, not {value}")
+        if wanted.startswith("dict"):  # TOML has no tuples
+            if strange := [key for key, each in value.items() if not _is_argument(each)]:
+                raise Refusal(f"{where}: {name}: {strange[0]} = {shown(value[strange[0]])} is no argument of a network")
+            value = {key: tuple(each) if isinstance(each, list) else each for key, each in value.items()}
+        values[name] = value
+    for name, each in fields.items():
+        if name not in values and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
+            raise Refusal(f"{where}: {name} is missing")
+    return of(**values)
+
+
+def _is_argument(value: Any, depth: int = 2) -> bool:
+    """Whether the builder of a network may be given it: a number, true or false, a name, or a list of such."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_argument(each, depth - 1) for each in value)
+    if isinstance(value, str):
+        return value.isprintable() and len(value) <= LONGEST_NAME
+    return isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) <= MOST)
