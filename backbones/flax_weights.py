@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -57,7 +57,7 @@ def from_torch(net: nnx.Module, weights: Mapping[str, Any]) -> nnx.State:
     """The state for `nnx.update(net, state)` out of a state dict of the torch network, as float32 numpy arrays.
 
     `weights` holds arrays under torch's names, in torch's shapes; arrays are views of them where that can be. Raises
-    `Refusal` for a tensor that is missing, is of another shape or belongs to nothing. `net` may be abstract.
+    `UserError` for a tensor that is missing, is of another shape or belongs to nothing. `net` may be abstract.
     """
     return state_from_torch(variables(net), weights)
 
@@ -66,14 +66,14 @@ def state_from_torch(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State:
     """The same for any part of a network's state, whose values are not looked at."""
     names = torch_names(state)
     if strange := sorted(set(weights) - set(names)):
-        raise Refusal(f"weights hold {strange[0]!r}, which this network has not ({len(strange)} such tensors)")
+        raise UserError(f"weights hold {strange[0]!r}, which this network has not ({len(strange)} such tensors)")
     if missing := sorted(set(names) - set(weights)):
-        raise Refusal(f"weights lack {missing[0]!r} ({len(missing)} such tensors); is it the same network?")
+        raise UserError(f"weights lack {missing[0]!r} ({len(missing)} such tensors); is it the same network?")
     flat = []
     for name, (path, variable) in names.items():
         value, shape = np.asarray(weights[name]), _torch_shape(path, variable)
         if value.shape != shape:
-            raise Refusal(f"weights: {name!r} has shape {value.shape}, but this network's has {shape}")
+            raise UserError(f"weights: {name!r} has shape {value.shape}, but this network's has {shape}")
         value = value.astype(np.float32, copy=False).transpose(_axes(path, value.ndim, to_torch=False))
         flat.append((path, variable.replace(value)))
     return nnx.from_flat_state(flat)

@@ -104,7 +104,7 @@ class Bench:
         for _ in range(2):
             self._step[framework] += 1
             self.engines[framework].step(self._step[framework], lambda: False)
-        self.engines[framework].drain()
+        self.engines[framework].pop_losses()
 
     def sample(self, framework: str) -> None:
         """One batch in a few steps."""

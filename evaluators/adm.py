@@ -15,7 +15,7 @@ import numpy as np
 from evaluators import frechet, inception_score, precision_recall
 from evaluators.intervals import Estimate
 from evaluators.statistics import Moments, Statistics
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io.arrays import release_pages
 from harness.io.progress import Bar
 
@@ -253,7 +253,7 @@ def precision_and_recall(reference: np.ndarray, samples: np.ndarray, mode: str =
     Memory beyond the features: under 500 MB at any M and N.
     """
     if mode not in MODES:
-        raise Refusal(f"precision and recall have no mode {mode!r}; use one of: {', '.join(MODES)}")
+        raise UserError(f"precision and recall have no mode {mode!r}; use one of: {', '.join(MODES)}")
     if mode == "exact":
         return precision_recall.precision_recall(reference, samples)
     reference_radii, sample_radii = radii_half(reference), radii_half(samples)

@@ -3,14 +3,14 @@
 from evaluators import adm
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
-from harness.errors import Refusal
+from harness.errors import UserError
 
 
 def compute(evidence: Evidence) -> dict[str, Estimate]:
     """The metrics "fid", "sfid", "is", "precision" and "recall" in mode `adm`; rows in file order."""
     own, reference = evidence.features, evidence.reference
     if own.spatial is None or own.logits is None or reference.spatial_statistics is None:
-        raise Refusal("suite adm needs an Inception's spatial features and logits; its network alone gives them")
+        raise UserError("suite adm needs an Inception's spatial features and logits; its network alone gives them")
     return adm.estimates(
         own.pooled,
         own.spatial,

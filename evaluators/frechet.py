@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
 from evaluators.statistics import Statistics, statistics
-from harness.errors import Failure
+from harness.errors import RunError
 from harness.io.arrays import chosen_rows
 
 NEGATIVE_TOLERANCE = 1e-10  # of the largest eigenvalue: further below zero than this is not rounding
@@ -39,15 +39,15 @@ def _sum_of_roots(matrix: np.ndarray, rank: int, symmetric: bool = False) -> flo
     symmetric: to the bit, so that no other matrix of its size need be made.
     """
     if not np.isfinite(matrix).all():
-        raise Failure("Frechet distance: a covariance is not finite")
+        raise RunError("Frechet distance: a covariance is not finite")
     values = np.linalg.eigvalsh(matrix if symmetric else (matrix + matrix.T) / 2)
     if abs(values.sum() - np.trace(matrix)) > SUM_TOLERANCE * np.abs(values).sum():
-        raise Failure(
+        raise RunError(
             "Frechet distance: eigenvalues do not add up to the trace, so there are no two orders to compare: "
             "this LAPACK is broken"
         )
     if values[0] < -NEGATIVE_TOLERANCE * max(values[-1], 0.0):
-        raise Failure(
+        raise RunError(
             f"Frechet distance: eigenvalue {values[0]:.3e} beside a largest of {values[-1]:.3e}: "
             "a covariance is not positive semidefinite, or this LAPACK is broken"
         )
@@ -66,7 +66,7 @@ def _factor(s: Statistics) -> np.ndarray:
             return np.linalg.cholesky(s.covariance)
     values, vectors = np.linalg.eigh(s.covariance)
     if values[0] < -NEGATIVE_TOLERANCE * max(values[-1], 0.0):
-        raise Failure(f"Frechet distance: a covariance has eigenvalue {values[0]:.3e} beside {values[-1]:.3e}")
+        raise RunError(f"Frechet distance: a covariance has eigenvalue {values[0]:.3e} beside {values[-1]:.3e}")
     keep = slice(len(values) - _rank(s), None)
     return vectors[:, keep] * np.sqrt(np.clip(values[keep], 0.0, None))
 
@@ -125,7 +125,7 @@ def _root_trace_of_significant(a: Statistics, b: Statistics) -> float:
     rank = min(across.shape)
     one, other = _sum_of_roots(across @ across.T, rank), _sum_of_roots(across.T @ across, rank)
     if not _agree(one, other):
-        raise Failure(f"Frechet distance: the two orders give traces {one!r} and {other!r}; no number is reported")
+        raise RunError(f"Frechet distance: the two orders give traces {one!r} and {other!r}; no number is reported")
     return one
 
 
@@ -133,12 +133,12 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """The distance between two statistics of equal dimension. For equal sets it may be negative by rounding: up to
     1e-8 of the traces where the covariance is singular.
 
-    Raises Failure when an eigenvalue is below -1e-10 of the largest or the two orders differ by more than 1e-8.
+    Raises RunError when an eigenvalue is below -1e-10 of the largest or the two orders differ by more than 1e-8.
     """
     rank = min(_rank(a), _rank(b))
     for side in (a, b):
         if not (np.isfinite(side.covariance).all() and np.isfinite(side.mean).all()):
-            raise Failure("Frechet distance: a covariance or mean is not finite")
+            raise RunError("Frechet distance: a covariance or mean is not finite")
     trace = _one_order(a, b, rank)
     if trace is None:
         factor_a, factor_b = _factor(a), _factor(b)

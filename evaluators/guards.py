@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evaluators.jpeg_traces import JpegTraces
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import ImageSource, from_batches
 from harness.registry import unknown
 
@@ -90,9 +90,9 @@ class Task:
     def __post_init__(self):
         for name in self.allow:
             if name not in GUARDS:
-                raise Refusal(unknown("guard", name, GUARDS))
+                raise UserError(unknown("guard", name, GUARDS))
             if name in NEVER_ALLOWED:
-                raise Refusal(f"guard {name!r} cannot be waived: {GUARDS[name]}")
+                raise UserError(f"guard {name!r} cannot be waived: {GUARDS[name]}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,7 +140,7 @@ def survey(
     """Look at every image once, in batches: about 10 us an image of 64 x 64 x 3, and the content hash beside it."""
     if isinstance(images, np.ndarray):
         if len(images) == 0:
-            raise Refusal(f"{name or 'the images'}: there are none")
+            raise UserError(f"{name or 'the images'}: there are none")
         images = from_batches([images], len(images), labels=labels, name=name or "the images")
     name = name or images.name
     per_image = max(1, (images.shape[0] // 8) * (images.shape[1] // 8))
@@ -212,14 +212,14 @@ def check(
 
 
 def enforce(findings: list[Finding], say: Callable[[str], None]) -> None:
-    """Say the warnings, and raise one Refusal for the refusals: the first in words, others by name."""
+    """Say the warnings, and raise one UserError for the refusals: the first in words, others by name."""
     for each in findings:
         if each.level == "warn":
             say(f"warning ({each.name}): {each.text}")
     refusals = [each for each in findings if each.level == "refuse"]
     if refusals:
         others = ", ".join(dict.fromkeys(each.name for each in refusals[1:] if each.name != refusals[0].name))
-        raise Refusal(f"{refusals[0].text} ({refusals[0].name}{f'; also {others}' if others else ''})")
+        raise UserError(f"{refusals[0].text} ({refusals[0].name}{f'; also {others}' if others else ''})")
 
 
 def _refuse(name: str, text: str) -> Finding:

@@ -14,7 +14,7 @@ from evaluators.division import Division
 from evaluators.features import FeatureExtractor, Features
 from evaluators.reference_file import STATISTICS, check_content, check_network, read_about
 from evaluators.statistics import Statistics, statistics
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.images.source import readable
 from harness.io.arrays import RowsInOrder, release_freed_memory, release_pages
 
@@ -52,7 +52,7 @@ def images_sha256(images: np.ndarray) -> str:
 def check_images(images: np.ndarray, what: str) -> None:
     """Refuse what is not uint8 (N, H, W, 1 or 3) with N >= 1; `what` names it in the message."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise Refusal(f"{what} must be uint8 images (N, H, W, C) with C 1 or 3, got {images.dtype} {images.shape}")
+        raise UserError(f"{what} must be uint8 images (N, H, W, C) with C 1 or 3, got {images.dtype} {images.shape}")
 
 
 def extract(
@@ -62,7 +62,7 @@ def extract(
     progress: Progress | None = None,
     division: Division | None = None,  # among processes, of which this one collects
 ) -> Features:
-    """Features of all images, reporting progress. Failure when a feature is not finite or the extractor breaks its
+    """Features of all images, reporting progress. RunError when a feature is not finite or the extractor breaks its
     contract."""
     key = "" if division is None else cache_key(images_sha256(images), extractor.sha256)
     kept: dict[str, RowsInOrder] = {}
@@ -76,7 +76,7 @@ def extract(
         release_pages(images)
         count = min(IMAGES_PER_CALL, len(images) - start)
         if seen.pooled.shape != (count, extractor.dim):
-            raise Failure(f"features {extractor.name}: shape {seen.pooled.shape}, expected {(count, extractor.dim)}")
+            raise RunError(f"features {extractor.name}: shape {seen.pooled.shape}, expected {(count, extractor.dim)}")
         for name in ("pooled", "logits", "spatial"):
             rows = getattr(seen, name)
             if rows is None:
@@ -84,7 +84,7 @@ def extract(
             finite = np.isfinite(rows).all(axis=1)
             if not finite.all():
                 image = start + int(np.argmin(finite))
-                raise Failure(f"features {extractor.name} of image {image} are not finite ({stage})")
+                raise RunError(f"features {extractor.name} of image {image} are not finite ({stage})")
             if start == 0:
                 kept[name] = RowsInOrder(len(images), rows.shape[1])
             kept[name].add(rows)
@@ -120,7 +120,7 @@ def build_reference(
     again."""
     check_images(images, "the reference")
     if len(images) < MINIMUM_IMAGES:
-        raise Refusal(f"a reference of {len(images)} images is too small: give {MINIMUM_IMAGES}, better thousands")
+        raise UserError(f"a reference of {len(images)} images is too small: give {MINIMUM_IMAGES}, better thousands")
     digest = images_sha256(images)
     features = cached(images, digest, extractor, cache)
     if features is None:
@@ -161,12 +161,12 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
             mu, sigma = data[mean], np.asarray(data[covariance], np.float64)
             wanted = len(mu) if dim is None else dim
             if mu.shape != (wanted,) or sigma.shape != (wanted, wanted):
-                raise Refusal(
+                raise UserError(
                     f"{path}: {mean} {mu.shape} and {covariance} {sigma.shape} are not statistics of "
                     f"{reference.extractor.name}, which has {wanted} features"
                 )
             if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-                raise Refusal(f"{path}: {mean} or {covariance} is not finite; fetch the file again")
+                raise UserError(f"{path}: {mean} or {covariance} is not finite; fetch the file again")
             given[mean] = Statistics(n=None, mean=mu.astype(np.float64), covariance=(sigma + sigma.T) / 2)
     digest = hashlib.sha256(reference.sha256.encode())
     for each in given.values():
@@ -228,6 +228,6 @@ def _write_cache(path: Path, key: str, features: Features) -> None:
         Path(temporary).chmod(0o644)  # mkstemp makes it the owner's alone; a group shares its runs
         Path(temporary).replace(path)
     except OSError as error:
-        raise Failure(f"{path}: the reference's features could not be cached: {error.strerror}") from error
+        raise RunError(f"{path}: the reference's features could not be cached: {error.strerror}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 
 from evaluators.features import FeatureExtractor
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.io import files
 
 FORMAT = 1
@@ -91,7 +91,7 @@ def write(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray], fin
                 out.write(np.ascontiguousarray(batch).data)
                 written += len(batch)
         if written != shape[0]:
-            raise Failure(
+            raise RunError(
                 f"{path}: {written} images came where {shape[0]} were to be kept; were they changed meanwhile?"
             )
         arrays, about = finish()
@@ -128,7 +128,9 @@ def read_about(path: Path) -> About | None:
         return about
     except BROKEN as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path}: what it says of itself cannot be read ({reason}); make the reference again") from error
+        raise UserError(
+            f"{path}: what it says of itself cannot be read ({reason}); make the reference again"
+        ) from error
 
 
 def _check_type(name: str, wanted: object, value: object) -> None:
@@ -143,7 +145,7 @@ def check_network(path: Path, extractor: FeatureExtractor) -> None:
     if about is None or about.features_sha256 == extractor.sha256:
         return
     weights = " with other weights" if about.features == extractor.name else ""
-    raise Refusal(
+    raise UserError(
         f"{path} holds statistics of {about.features} ({about.features_sha256[:12]}), made for suite {about.suite}, but"
         f" samples are judged by {extractor.name}{weights} ({extractor.sha256[:12]}): give that network or suite, or make"
         f" the reference again with `harness data reference --suite`"
@@ -153,6 +155,6 @@ def check_network(path: Path, extractor: FeatureExtractor) -> None:
 def check_content(path: Path, about: About, arrays: Mapping[str, np.ndarray], kept_sha256: str) -> None:
     """Refuse a file whose images or statistics are not those that it describes."""
     if kept_sha256 != about.kept_sha256:
-        raise Refusal(f"{path}: its images are not those that it describes (their hash differs); make it again")
+        raise UserError(f"{path}: its images are not those that it describes (their hash differs); make it again")
     if statistics_sha256(arrays) != about.statistics_sha256:
-        raise Refusal(f"{path}: mu and sigma are not those that it describes (their hash differs); make it again")
+        raise UserError(f"{path}: mu and sigma are not those that it describes (their hash differs); make it again")

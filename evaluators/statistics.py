@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.errors import Failure
+from harness.errors import RunError
 from harness.io.arrays import release_pages
 
 BITS = 20
@@ -52,7 +52,7 @@ def _slices(x: np.ndarray, lowest: int) -> dict[int, np.ndarray]:
     while reach > 2.0 ** (BITS * (top - lowest + 1) - 1):
         top += 1
     if top > MAX_SLICE:
-        raise Failure(f"features reach {largest:.3g}, more than statistics hold (1e20)")
+        raise RunError(f"features reach {largest:.3g}, more than statistics hold (1e20)")
     parts = {}
     for b in range(top, lowest, -1):
         unit = 2.0 ** (BITS * (b - lowest))
@@ -88,7 +88,7 @@ class Moments:
 
     @classmethod
     def from_features(cls, features: np.ndarray) -> "Moments":
-        """Moments of (N, D) features, N >= 1, any float dtype; Failure when a value is not finite."""
+        """Moments of (N, D) features, N >= 1, any float dtype; RunError when a value is not finite."""
         assert features.ndim == 2 and len(features) > 0, features.shape
         return cls(features.shape[1]).update(features)
 
@@ -96,11 +96,11 @@ class Moments:
         """Take in rows (n, D), n >= 0, float16, float32 or float64; returns itself."""
         assert features.ndim == 2 and features.shape[1] == self.dim, (features.shape, self.dim)
         if self.n + len(features) > MAX_ROWS:
-            raise Failure(f"statistics of more than {MAX_ROWS} rows are not exact; make them of fewer images")
+            raise RunError(f"statistics of more than {MAX_ROWS} rows are not exact; make them of fewer images")
         for start in range(0, len(features), ROWS_PER_PRODUCT):
             rows = np.array(features[start : start + ROWS_PER_PRODUCT])  # a copy: the caller's buffer may be reused
             if not np.isfinite(rows).all():
-                raise Failure("features are not finite: no statistics were computed")
+                raise RunError("features are not finite: no statistics were computed")
             if rows.dtype not in (np.float16, np.float32):
                 rows = rows.astype(np.float64)
             held = sum(map(len, self._waiting))
@@ -137,7 +137,7 @@ class Moments:
         """Moments of the union of two disjoint sets of the same D; neither operand changes."""
         assert self.dim == other.dim, (self.dim, other.dim)
         if self.n + other.n > MAX_ROWS:
-            raise Failure(f"statistics of more than {MAX_ROWS} rows are not exact; make them of fewer images")
+            raise RunError(f"statistics of more than {MAX_ROWS} rows are not exact; make them of fewer images")
         self._flush()
         other._flush()
         union = Moments(self.dim)

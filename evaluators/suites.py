@@ -12,7 +12,7 @@ from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION
 from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
 from evaluators.metrics import METRICS, Metric
 from harness import registry
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,7 @@ class Suite:
         short = [metric for metric in self.metrics if n < metric.minimum]
         if short:
             needs = ", ".join(f"{metric.key} needs {metric.minimum}" for metric in short)
-            raise Refusal(
+            raise UserError(
                 f"{n} samples are too few for suite {self.name}: {needs}; draw at least {self.minimum} (too-few)"
             )
 
@@ -212,10 +212,10 @@ def get_suite(text: str) -> Suite:
     features = registry.features.get(name)
     metrics = tuple(registry.metrics.get(key.strip()) for key in keys.split(","))
     if len(set(metrics)) < len(metrics):
-        raise Refusal(f"{text!r} names a metric twice; give each once")
+        raise UserError(f"{text!r} names a metric twice; give each once")
     for metric in metrics:
         if metric.needs_logits and features.classes is None:
-            raise Refusal(f"{metric.key} scores classes, but {features.name} has no classifier; leave it out")
+            raise UserError(f"{metric.key} scores classes, but {features.name} has no classifier; leave it out")
     mine = "optional" if features == INCEPTION_2015 else "declared"
     return Suite(name=features.name, version=1, features=features, metrics=metrics, reference_statistics=mine)
 
@@ -251,7 +251,7 @@ def evaluate_samples(
     """Every metric of the suite for uint8 images (N, H, W, C), in the suite's order.
 
     The reference must have been built with the suite's features and have the same H, W and C.
-    Raises Refusal when the input does not fit, Failure when a numerical check fails; then no metric at all is returned.
+    Raises UserError when the input does not fit, RunError when a numerical check fails; then no metric at all is returned.
     """
     from evaluators.evidence import Evidence
     from evaluators.intervals import assign_blocks
@@ -261,15 +261,15 @@ def evaluate_samples(
     suite.check_count(len(images))
     training = reference.images if training is None else training
     if reference.extractor.name != suite.features.name:
-        raise Refusal(
+        raise UserError(
             f"suite {suite.name} judges by {suite.features.name}, but the reference was built with "
             f"{reference.extractor.name}: build it with {suite.features.name}"
         )
     for other, what in ((reference.images, "the reference"), (training, "the training images")):
         if images.shape[1:] != other.shape[1:]:
-            raise Refusal(f"samples are {images.shape[1:]} but {what} {other.shape[1:]} (height, width, channels)")
+            raise UserError(f"samples are {images.shape[1:]} but {what} {other.shape[1:]} (height, width, channels)")
     if any(metric.needs_logits for metric in suite.metrics) and suite.features.classes is None:
-        raise Refusal(f"suite {suite.name} scores classes, but {suite.features.name} has no classifier")
+        raise UserError(f"suite {suite.name} scores classes, but {suite.features.name} has no classifier")
 
     evidence = Evidence(
         images=images,
@@ -301,7 +301,7 @@ def _measure(evidence, suite: Suite, progress) -> list[Measurement]:
             computed[metric.compute] = getattr(importlib.import_module(module), attribute)(evidence)
         estimate = computed[metric.compute][metric.key]
         if not (np.isfinite(estimate.value) and np.isfinite(estimate.left_out).all()):
-            raise Failure(f"metric {metric.key} is not finite; no number of suite {suite.name} is reported")
+            raise RunError(f"metric {metric.key} is not finite; no number of suite {suite.name} is reported")
         bar = interval(estimate)
         low, high = bar.low, bar.high
         if low is not None and metric.bounds is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from evaluators import adm, frechet, inception_score, kernel_distance, precision_recall
 from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
-from harness.errors import Refusal
+from harness.errors import UserError
 
 SEED = 2020
 SPLITS = 10
@@ -45,10 +45,10 @@ def kid(
 ) -> float:
     """KID: the mean over random subsets of `rows` of each, drawn without replacement, samples first.
 
-    Kernels are float32, as the package has them, their sums float64. Refusal where a side has fewer rows.
+    Kernels are float32, as the package has them, their sums float64. UserError where a side has fewer rows.
     """
     if min(len(features), len(reference)) < rows:
-        raise Refusal(
+        raise UserError(
             f"KID of suite torch-fidelity takes subsets of {rows}, but there are {len(features)} samples and "
             f"{len(reference)} reference images; give as many, or use suite adm-exact or clean"
         )
@@ -76,7 +76,7 @@ def compute(evidence: Evidence) -> dict[str, Estimate]:
     on all samples, which splits and subsets do not change."""
     own, reference, block = evidence.features, evidence.reference, evidence.block
     if own.logits is None:
-        raise Refusal("suite torch-fidelity needs an Inception's logits; its network alone gives them")
+        raise UserError("suite torch-fidelity needs an Inception's logits; its network alone gives them")
     distance = kid(own.pooled, reference.features.pooled)  # first, for it may refuse
     precision, recall = precision_recall.estimate(own.pooled, reference.features.pooled, block)
     return {

@@ -19,8 +19,8 @@ __all__ = [
     "BackboneSpec",
     "Compute",
     "ComputeRow",
-    "Failure",
-    "Refusal",
+    "RunError",
+    "UserError",
     "get_backbone",
     "get_protocol",
     "list_backbones",
@@ -33,8 +33,8 @@ _HOMES = {
     "BackboneSpec": "harness.spec",
     "Compute": "harness.spec",
     "ComputeRow": "harness.spec",
-    "Failure": "harness.errors",
-    "Refusal": "harness.errors",
+    "RunError": "harness.errors",
+    "UserError": "harness.errors",
     "get_protocol": "harness.protocols",
 }
 

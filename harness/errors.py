@@ -4,11 +4,11 @@ Every message is one line that says what is wrong, where, and what to do about i
 """
 
 
-class Refusal(ValueError):
+class UserError(ValueError):
     """The request cannot be carried out as it was made: usage, input, or a missing piece. Exit code 2."""
 
 
-class Failure(RuntimeError):
+class RunError(RuntimeError):
     """The request was sound but carrying it out failed (a check, the disk, a number). Exit code 1."""
 
 

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from harness.errors import LONGEST_SHOWN, Refusal, shown
+from harness.errors import LONGEST_SHOWN, UserError, shown
 from harness.spec import BackboneSpec
 
 Item = TypeVar("Item")
 
-MOST_NAMES = 12  # that a message lists
+MAX_NAMES = 12  # that a message lists
 OWN_DISTRIBUTION = "backbone-harness"
 
 
@@ -51,12 +51,12 @@ class Registry(Generic[Item]):
         for each in _items(item, self._of):
             name = getattr(each, "name", None)
             if not isinstance(name, str) or not name:
-                raise Refusal(f"{owner}: {each!r} has no name; a {self.noun} needs one")
+                raise UserError(f"{owner}: {each!r} has no name; a {self.noun} needs one")
             if self._of is not None and not isinstance(each, self._of):
-                raise Refusal(f"{owner}: {name!r} is a {type(each).__name__}, not a {self._of.__name__}")
+                raise UserError(f"{owner}: {name!r} is a {type(each).__name__}, not a {self._of.__name__}")
             if name in self._items:
                 taken = self._owners[name]
-                raise Refusal(f"{owner}: the {self.noun} name {name!r} is taken by {taken}; choose another")
+                raise UserError(f"{owner}: the {self.noun} name {name!r} is taken by {taken}; choose another")
             self._items[name] = each
             self._owners[name] = owner
         return item
@@ -65,7 +65,7 @@ class Registry(Generic[Item]):
         """The item of that name; an unknown name is refused with the nearest ones."""
         self._load()
         if name not in self._items:
-            raise Refusal(unknown(self.noun, name, self._items))
+            raise UserError(unknown(self.noun, name, self._items))
         return self._items[name]
 
     def names(self) -> list[str]:
@@ -114,7 +114,7 @@ def unknown(noun: str, name: str, known: Iterable[str]) -> str:
     """One line for an unknown name, with the nearest known ones."""
     known = list(known)
     near = difflib.get_close_matches(name[:LONGEST_SHOWN].lower(), known, n=3, cutoff=0.5)
-    names = ", ".join(known[:MOST_NAMES]) + (f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else "")
+    names = ", ".join(known[:MAX_NAMES]) + (f" and {len(known) - MAX_NAMES} more" if len(known) > MAX_NAMES else "")
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {names or 'none'}"
     return f"unknown {noun} {shown(name)}; {hint}"
 

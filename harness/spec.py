@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 KINDS = ("denoiser", "upsampler", "classifier", "generator")
 """Calls by kind: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
@@ -75,7 +75,7 @@ class BackboneSpec:
     None means that the backbone has none: no label dropout, and classifier-free guidance is refused.
     `builders` maps a framework to "module:attribute", a callable that takes the arguments of `defaults` by keyword.
     `closed_form` is "module:attribute" of a function with the same arguments that returns a `Compute` (and raises
-    `Refusal` where the arguments do not fit the architecture); without it the traced count is used and marked.
+    `UserError` where the arguments do not fit the architecture); without it the traced count is used and marked.
     `uncounted_norms` are glob patterns of module paths whose normalisations the compute convention leaves out.
     """
 
@@ -91,11 +91,11 @@ class BackboneSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise Refusal(f"backbone {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
+            raise UserError(f"backbone {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if not self.builders:
-            raise Refusal(f"backbone {self.name!r} names no builder; give builders={{'torch': 'module:attribute'}}")
+            raise UserError(f"backbone {self.name!r} names no builder; give builders={{'torch': 'module:attribute'}}")
         if unknown := sorted(set(self.builders) - set(FRAMEWORKS)):
-            raise Refusal(
+            raise UserError(
                 f"backbone {self.name!r}: builders for {unknown[0]!r}, but only {', '.join(FRAMEWORKS)} exist"
             )
 
@@ -103,7 +103,7 @@ class BackboneSpec:
         """The builder's arguments: the defaults with `overrides` laid over them. An unknown name is refused."""
         if unknown := sorted(set(overrides) - set(self.defaults)):
             known = ", ".join(self.defaults)
-            raise Refusal(f"backbone {self.name!r} has no argument {unknown[0]!r}; it has {known}")
+            raise UserError(f"backbone {self.name!r} has no argument {unknown[0]!r}; it has {known}")
         return {**self.defaults, **overrides}
 
     def build(self, framework: str = "torch", **overrides: Any) -> Any:
@@ -114,7 +114,7 @@ class BackboneSpec:
         """What makes the network from all of the arguments; jax's takes `rngs` (flax.nnx.Rngs) of the weights as well."""
         if framework not in self.builders:
             have = ", ".join(self.builders)
-            raise Refusal(f"backbone {self.name!r} is not implemented for {framework!r}; it is for {have}")
+            raise UserError(f"backbone {self.name!r} is not implemented for {framework!r}; it is for {have}")
         return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")
 
     def count(self, **overrides: Any) -> Compute:
@@ -141,4 +141,4 @@ def load_attribute(address: str, what: str) -> Any:
     except (ImportError, AttributeError) as error:
         lacking = (getattr(error, "name", None) or "").partition(".")[0]
         remedy = "; run: pip install 'backbone-harness[jax]'" if lacking in ("jax", "jaxlib", "flax") else ""
-        raise Refusal(f"{what} cannot be loaded from {address!r}: {error}{remedy}") from error
+        raise UserError(f"{what} cannot be loaded from {address!r}: {error}{remedy}") from error

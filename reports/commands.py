@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from backbones.autoencoders.spec import KNOWN
 from harness import registry
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io.files import sha256_json
 from harness.protocols import Protocol, override
 from harness.runs.run import recipe_identity
@@ -130,7 +130,7 @@ def _overridden(task: Protocol, said: tuple[tuple[str, object], ...]) -> tuple[s
     """Hash and items of the protocol's recipe with what is said of it; "" where no recipe can have that."""
     try:
         found = recipe_identity(override(task.recipe, dict(said)))
-    except Refusal:
+    except UserError:
         return "", {}
     return sha256_json(found), found
 

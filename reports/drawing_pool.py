@@ -20,7 +20,7 @@ from typing import Self
 from reports.charts import Figure, Style
 from reports.drawing import draw, get_ready
 
-MOST_HELPERS = 7
+MAX_HELPERS = 7
 WORTH_A_HELPER = 12  # panels: about what a further helper draws in the time that it takes to begin
 _ROOT = Path(__file__).resolve().parent.parent
 _SCRIPT = (
@@ -83,7 +83,7 @@ class Painters:
 
     def _start(self, wanted: int) -> None:
         """As many helpers as wanted, as far as there are processors for them; none where they cannot be had."""
-        for _ in range(min(wanted, MOST_HELPERS, _processors() - 1) - len(self._helpers)):
+        for _ in range(min(wanted, MAX_HELPERS, _processors() - 1) - len(self._helpers)):
             try:
                 pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
                 self._helpers.append(subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=nowhere))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness import registry
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.run import build_arguments
 from reports import figures_frontier, figures_gflops, figures_loss, figures_samples, figures_sampling, figures_training
 from reports.charts import Figure
@@ -63,7 +63,7 @@ def unseen_dits(record: Record) -> dict[str, float]:
     found = {}
     for spec in registry.backbones:
         if spec.closed_form is not None and re.fullmatch(r"dit-[a-z]+-\d+", spec.name):
-            with contextlib.suppress(Refusal):  # a patch that does not divide the input
+            with contextlib.suppress(UserError):  # a patch that does not divide the input
                 found[spec.name] = spec.count(**build_arguments(spec, protocol)).gflops
     return found
 

@@ -23,7 +23,7 @@ from reports.points import (
 )
 from results.records import Record, Sampling
 
-MOST_POINTS = 400  # of a panel
+MAX_POINTS = 400  # of a panel
 BUDGETS = 5
 NOT_RECORDED = "energy is not in the records"
 
@@ -116,7 +116,7 @@ def _frontier_panel(
         return None
     places = [(_mean(list(map(cost, own))), sum(record.value for record in own) / len(own)) for own in settings]
     best = set(frontier(places, better(settings[0][0].metric)))
-    every = max(1, -(-len(settings) // MOST_POINTS))  # beyond the room of a panel every so many, and the frontier
+    every = max(1, -(-len(settings) // MAX_POINTS))  # beyond the room of a panel every so many, and the frontier
     marks: dict[tuple[str, str, bool], list[Mark]] = {}
     printed: dict[str, set[str]] = {}  # model -> what the paper calls it, with guidance and without
     found = []

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
-from reports.points import MOST_LINES
+from reports.points import MAX_LINES
 from reports.render import one_line
 from results.records import Record, canonical_json
 
-MOST_RUNS = 200  # whose logs are read
+MAX_RUNS = 200  # whose logs are read
 PLACES = 200  # of a curve
 WHOLE_BYTES = 4_000_000  # a longer log is read in places
 BLOCKS, BLOCK_BYTES = 400, 8192
 EARLY = 0.1  # share of the training that the panel of early training shows
-_MOST_BYTES = 1_000_000  # of a run file
+_MAX_BYTES = 1_000_000  # of a run file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +41,7 @@ def training_loss(folders: Sequence[Path], records: Iterable[Record]) -> Figure 
     folders: where record files lie; RUN/log.jsonl and RUN/run.json are looked for in each. A run without either has no
     curve, nor one of a protocol that no record is of. Seeds of one model are one line, their mean, in a band from the lowest to the highest.
     """
-    curves = [curve for folder in folders[:MOST_RUNS] if (curve := _read(folder)) is not None]
+    curves = [curve for folder in folders[:MAX_RUNS] if (curve := _read(folder)) is not None]
     if not curves:
         return None
     records = list(records)
@@ -68,7 +68,7 @@ def _panels(task: str, terms: Sequence[str], curves: Sequence[_Curve], cost: Map
     lines: dict[str, list[_Curve]] = {}
     for curve in sorted(curves, key=lambda curve: (curve.model, curve.key, curve.seed)):
         lines.setdefault(curve.key, []).append(curve)
-    kept = dict(list(lines.items())[:MOST_LINES])
+    kept = dict(list(lines.items())[:MAX_LINES])
     names = _names(kept)
     longest = max(float(own[0].steps[-1]) for own in kept.values())
     title = " + ".join(terms)
@@ -159,7 +159,7 @@ def _names(lines: Mapping[str, Sequence[_Curve]]) -> dict[str, str]:
 def _read(folder: Path) -> _Curve | None:
     path, run = folder / "log.jsonl", folder / "run.json"
     try:
-        if not path.is_file() or run.stat().st_size > _MOST_BYTES:
+        if not path.is_file() or run.stat().st_size > _MAX_BYTES:
             return None
         identity = json.loads(run.read_text(encoding="utf-8"))["identity"]
         recipe, seed = dict(identity["recipe"]), int(identity["seed"])

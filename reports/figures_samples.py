@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.samples import read_first
 from reports.charts import Figure, Grid, model_of
 from reports.columns import count_text
@@ -16,10 +16,10 @@ from reports.render import one_line
 from results.records import Record, canonical_json
 
 COLUMNS = 10  # samples a model
-MOST_ROWS = 16  # models
-MOST_SETS = 2000  # sidecars that are looked at
-MOST_GRIDS = 4
-_MOST_BYTES = 1_000_000  # of a sidecar
+MAX_ROWS = 16  # models
+MAX_SETS = 2000  # sidecars that are looked at
+MAX_GRIDS = 4
+_MAX_BYTES = 1_000_000  # of a sidecar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | N
     grids, rows, tasks = [], [], set()
     for _, members in candidates:
         task = canonical_json(members[0].run["protocol"])
-        if task in tasks or len(grids) == MOST_GRIDS:
+        if task in tasks or len(grids) == MAX_GRIDS:
             continue
         made = _grid(members, gflops)
         if made is not None:
@@ -81,7 +81,7 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
         members, key=lambda each: (each.steps != usual, -each.steps, each.run.get("seed", 0), each.sha256)
     ):
         chosen.setdefault(each.model, each)
-    order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))[-MOST_ROWS:]
+    order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))[-MAX_ROWS:]
     families = list(dict.fromkeys(_family(each.model) for each in order))
     order.sort(
         key=lambda each: (families.index(_family(each.model)), _patch(each.model))
@@ -90,7 +90,7 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
     for each in order:
         try:
             images, labels = read_first(each.path, COLUMNS)
-        except Refusal:
+        except UserError:
             continue
         if labels is not None:
             read.append((each, images, labels))
@@ -150,11 +150,11 @@ def _patch(model: str) -> int:
 
 
 def _sets(folders: Sequence[Path]) -> list[_Set]:
-    paths = sorted({path for folder in folders for path in folder.glob("samples/*/samples.json")})[:MOST_SETS]
+    paths = sorted({path for folder in folders for path in folder.glob("samples/*/samples.json")})[:MAX_SETS]
     found = []
     for path in paths:
         try:
-            if path.stat().st_size > _MOST_BYTES or not path.with_suffix(".npz").is_file():
+            if path.stat().st_size > _MAX_BYTES or not path.with_suffix(".npz").is_file():
                 continue
             facts = json.loads(path.read_text(encoding="utf-8"))
             identity = facts["identity"]

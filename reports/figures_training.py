@@ -40,7 +40,7 @@ from reports.points import (
 from results.records import Record
 
 _SIZE_ORDER = ("xs", "s", "b", "l", "xl")
-MOST_METRICS = 8  # rows of Figure 12
+MAX_METRICS = 8  # rows of Figure 12
 
 
 def conditioning_blocks(made: Sequence[Study]) -> Figure | None:
@@ -159,7 +159,7 @@ def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
     groups, more = comparable_groups(pool.every, printed)
     for group in groups:
         starts = True
-        for (metric, _), records in list(by_metric(group.records, wanted).items())[:MOST_METRICS]:
+        for (metric, _), records in list(by_metric(group.records, wanted).items())[:MAX_METRICS]:
             study = study_of(group, records, more)
             if study is None:
                 continue

@@ -4,11 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from harness.errors import Failure
+from harness.errors import RunError
 
 
 def write_whole(path: Path, data: bytes) -> Path:
-    """Writes `data` under a temporary name in the same folder, syncs and renames; Failure names what went wrong."""
+    """Writes `data` under a temporary name in the same folder, syncs and renames; RunError names what went wrong."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}-", dir=path.parent)
@@ -23,5 +23,5 @@ def write_whole(path: Path, data: bytes) -> Path:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror or error}") from error
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from reports.files import write_whole
 
 _BACKGROUND = 255
@@ -26,13 +26,13 @@ def write_grid(
 ) -> Path:
     """Writes a PNG with the first `columns` images of each class; pixels are repeated, never smoothed.
 
-    Raises Refusal for arrays that are no images (dtype, shape, lengths) and Failure where the file cannot be written.
+    Raises UserError for arrays that are no images (dtype, shape, lengths) and RunError where the file cannot be written.
     """
     from PIL import Image
 
     _check(images, labels, columns, scale)
     if classes is not None and not len(classes):
-        raise Refusal("a sample grid needs at least one class")
+        raise UserError("a sample grid needs at least one class")
     height, width = images.shape[1:3]
     scale = scale or max(1, -(-_SMALLEST_TILE // min(height, width)))
     rows = sorted({int(label) for label in labels})[:20] if classes is None else [int(label) for label in classes]
@@ -59,11 +59,13 @@ def write_grid(
 
 def _check(images: np.ndarray, labels: np.ndarray, columns: int, scale: int | None) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise Refusal(f"a sample grid needs uint8 images of shape (N, H, W, 1 or 3), not {images.dtype} {images.shape}")
+        raise UserError(
+            f"a sample grid needs uint8 images of shape (N, H, W, 1 or 3), not {images.dtype} {images.shape}"
+        )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise Refusal(f"a sample grid needs {len(images)} integer labels, not {labels.dtype} {labels.shape}")
+        raise UserError(f"a sample grid needs {len(images)} integer labels, not {labels.dtype} {labels.shape}")
     if columns < 1 or (scale is not None and scale < 1):
-        raise Refusal(f"a sample grid needs at least 1 column and scale 1, not {columns} and {scale}")
+        raise UserError(f"a sample grid needs at least 1 column and scale 1, not {columns} and {scale}")
 
 
 def _caption(text: str, size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 Label = tuple[float, float, str, str]  # x, y, text, colour
 
 _LINE_SAMPLES = 12  # places on each stretch of a line that a label should not cover
-MOST_LABELS = 40  # more would only cover one another
+MAX_LABELS = 40  # more would only cover one another
 CROWDED = 12  # labels from which on one is left out rather than written over another or out of the axes
 # Places to try around a point, as (x, y) offsets in font points and the side of the text that touches them.
 _PLACES = (
@@ -32,7 +32,7 @@ def place_labels(
             text, (x, y), xytext=(9, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
             fontweight="bold", parse_math=False, zorder=5,
         )
-        for x, y, text, colour in sorted(labels, key=lambda label: (-label[0], label[1], label[2]))[:MOST_LABELS]
+        for x, y, text, colour in sorted(labels, key=lambda label: (-label[0], label[1], label[2]))[:MAX_LABELS]
     ]  # fmt: skip
     if not texts:
         return

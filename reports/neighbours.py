@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from reports.files import write_whole
 
 _BACKGROUND = 255
@@ -27,7 +27,7 @@ def write_neighbours(
 ) -> Path:
     """Writes a PNG, a row a sample: the sample at the left, its neighbours after it; pixels are repeated, never smoothed.
 
-    Raises Refusal for arrays that are no such images and Failure where the file cannot be written.
+    Raises UserError for arrays that are no such images and RunError where the file cannot be written.
     """
     from PIL import Image
 
@@ -57,17 +57,17 @@ def write_neighbours(
 def _check(samples, neighbours, sample_captions, neighbour_captions) -> None:
     sound = samples.dtype == neighbours.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
     if not sound or 0 in (*samples.shape, *neighbours.shape):
-        raise Refusal(
+        raise UserError(
             f"a picture of neighbours needs uint8 images (N, H, W, 1 or 3), not {samples.dtype} {samples.shape}"
         )
     if neighbours.ndim != 5 or neighbours.shape[:1] + neighbours.shape[2:] != samples.shape:
-        raise Refusal(
+        raise UserError(
             f"samples {samples.shape} and their neighbours {neighbours.shape} do not fit: need (R, k, H, W, C)"
         )
     if len(sample_captions) != len(samples) or [len(row) for row in neighbour_captions] != [neighbours.shape[1]] * len(
         samples
     ):
-        raise Refusal(
+        raise UserError(
             f"a picture of {neighbours.shape[:2]} neighbours needs a caption for each of them and each sample"
         )
 

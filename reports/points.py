@@ -15,10 +15,10 @@ from reports.tables import may_share
 from results.records import Record, Sampling, Training, comparable_key
 
 QUALITY_METRICS = ("fid", "fd")
-MOST_LINES = 24  # in a panel; more cannot be told apart
+MAX_LINES = 24  # in a panel; more cannot be told apart
 WIDE_RANGE = 8.0  # largest over smallest value from which the axis of quality is logarithmic
 BEYOND = 1e60  # a number this far out is no measurement, and no axis reaches it
-MOST_GROUPS = 6  # of comparable records in a figure
+MAX_GROUPS = 6  # of comparable records in a figure
 # What a line's label may name where another line of the same system differs in it.
 _LABEL_FACTS = (
     *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
@@ -93,7 +93,7 @@ def comparable_groups(
         joined = [key for key, own in ours.items() if may_share(members[0], own[0])]
         own = ours.pop(joined[0]) if len(joined) == 1 else []
         made.append([*members, *own])
-    kept = sorted(ours, key=lambda key: (-len(ours[key]), str(key)))[:MOST_GROUPS]
+    kept = sorted(ours, key=lambda key: (-len(ours[key]), str(key)))[:MAX_GROUPS]
     order = [found[0] for found in groups(ours[key][0] for key in kept)]
     made += [ours[comparable_key(record)] for record in order]
     found = [Group(heading="", records=tuple(members)) for members in made]
@@ -231,10 +231,10 @@ def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tup
     """
     found = settings_of(records, along, part)
     kept = found
-    if len(kept) > MOST_LINES:
+    if len(kept) > MAX_LINES:
         sign = -1 if better(records[0].metric) == "higher" else 1
         order = [(own[0].provenance != "published", min(sign * r.value for r in own), own[0].system) for own in kept]
-        kept = [own for _, own in sorted(zip(order, kept, strict=True), key=lambda pair: pair[0])[:MOST_LINES]]
+        kept = [own for _, own in sorted(zip(order, kept, strict=True), key=lambda pair: pair[0])[:MAX_LINES]]
     kept = [sorted(own, key=lambda record: record.id) for own in kept]
     kept.sort(key=lambda own: (model_of(own[0]), own[0].system, own[0].provenance, own[0].id))
     labels = _labels([own[0] for own in kept], along, part)
@@ -320,9 +320,9 @@ def data_row(record: Record, panel: int, line: str, x: dict[str, object]) -> dic
 
 def left_out(lines: int, groups: int = 0) -> str:
     """What a note says of what was too much to draw; "" where nothing was."""
-    words = [f"{lines} more lines are not drawn (the best {MOST_LINES} are)"] if lines else []
+    words = [f"{lines} more lines are not drawn (the best {MAX_LINES} are)"] if lines else []
     words += (
-        [f"{groups} more sets of comparable records are not drawn (the {MOST_GROUPS} largest are)"] if groups else []
+        [f"{groups} more sets of comparable records are not drawn (the {MAX_GROUPS} largest are)"] if groups else []
     )
     return "; ".join(words)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from reports import charts
 from reports.drawing_pool import Painters
 from reports.figures import absent, figures, published_records
@@ -56,7 +56,7 @@ def write_report(
     record_paths: record files, or folders that are searched for `records.jsonl`. All files are built before the first
     is written, and each takes its name only when it is whole. Tables are a pure function of the set of records: order,
     splitting and duplication of the files change no byte.
-    Raises Refusal (no such path), Failure (cannot write).
+    Raises UserError (no such path), RunError (cannot write).
     """
     told = progress or (lambda stage, done, total: None)
     found = find_record_files(record_paths)
@@ -115,5 +115,5 @@ def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[li
 
 def _write_all(out: Path, contents: dict[str, bytes]) -> tuple[Path, ...]:
     if out.exists() and not out.is_dir():
-        raise Refusal(f"cannot write the report to {out}: it is a file; name a folder with --out")
+        raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
     return tuple(write_whole(out / name, data) for name, data in contents.items())

@@ -15,7 +15,7 @@ from results import paper
 from results.paper import PublishedValue
 from results.records import Record
 
-MOST_LINES = 1000  # printed of one section of a protocol's table, beside the best ones; the CSV file has all
+MAX_LINES = 1000  # printed of one section of a protocol's table, beside the best ones; the CSV file has all
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")
 COUNT_REMARK = (
     "Counted: by this harness, multiply-adds and one flop per element of the normalisations that the convention counts; "
@@ -73,7 +73,7 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
     printed = [
         (row, description(row), marked)
         for index, (row, marked) in enumerate(zip(rows, marks, strict=True))
-        if index < MOST_LINES or metrics[0] in marked
+        if index < MAX_LINES or metrics[0] in marked
     ]
     titles = [title for title in printed[0][1] if any(found[title].text != "-" for _, found, _ in printed)]
     head = rows[0].any

@@ -10,7 +10,7 @@ from results.matched import TOLERANCE, Match, Matches, compute, matches
 from results.records import Record
 
 NAME = "table-verdicts"
-MOST_LINES = 500  # of one section: more is read by nobody
+MAX_LINES = 500  # of one section: more is read by nobody
 COLUMNS = (
     *(
         "System",
@@ -36,7 +36,7 @@ RULE = (
 
 def verdict_table(records: Sequence[Record]) -> Table | None:
     """A section for each set of records that may share a table and has a match; None without any."""
-    found = [each for each in matches(records, MOST_LINES) if each.matches]
+    found = [each for each in matches(records, MAX_LINES) if each.matches]
     if not found:
         return None
     sections, data = [], []
@@ -52,10 +52,10 @@ def _section(found: Matches, judged: Sequence[tuple[Match, Verdict]]) -> Section
     remarks = [RULE]
     if found.alone:
         remarks.append(f"{found.alone} of {found.experiments} trained experiments have no rival of their compute.")
-    if len(judged) == MOST_LINES:
+    if len(judged) == MAX_LINES:
         words = f" and {found.skipped} further metrics and ways of sampling" if found.skipped else ""
         remarks.append(
-            f"Lines after the first {MOST_LINES}{words} are left out: `harness compare A B` judges any two runs."
+            f"Lines after the first {MAX_LINES}{words} are left out: `harness compare A B` judges any two runs."
         )
     return Section(
         heading=key_text(judged[0][0].own.records[0]),

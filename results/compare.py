@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from results import student
 from results.records import Record, Sampling, Training, comparable_key
 
@@ -141,7 +141,7 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
         return [judge(cell[0], cell[2], left[cell], right[cell]) for cell in common]
     pairs = _one_way_each(left, right, by_steps=True) or _one_way_each(left, right, by_steps=False)
     if not pairs:
-        raise Refusal(f"A and B have no measurement that may be compared: {_why(left, right)}")
+        raise UserError(f"A and B have no measurement that may be compared: {_why(left, right)}")
     return [judge(metric, text, x, y) for metric, text, x, y in pairs]
 
 
@@ -218,12 +218,12 @@ def _group(records: list[Record], side: str) -> Group:
             what, remedy = f"{first.system} and {other.system}", "name one run, or one record file"
             for name, values in differing(first, other).items():
                 what = f"{name} {values[0]} and {values[1]}"
-        raise Refusal(f"{side} holds two results for {first.metric} at {sampling_text(first)} ({what}); {remedy}")
+        raise UserError(f"{side} holds two results for {first.metric} at {sampling_text(first)} ({what}); {remedy}")
     checkpoints = _by_checkpoint(records)
     seeds = [record.sampling.seed if record.sampling else None for found in checkpoints.values() for record in found]
     pairs = list(zip((key for key, found in checkpoints.items() for _ in found), seeds, strict=True))
     if len(set(pairs)) != len(pairs):
-        raise Refusal(
+        raise UserError(
             f"{side} holds two results for {first.metric} at {sampling_text(first)} with the same seeds; name one run, or "
             "one record file"
         )

@@ -19,7 +19,7 @@ _OWN = re.compile(
 )
 _VALUE = re.compile(rf'"value":({_NUMBER})\}}')
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
-MOST_KNOWN = 10_000
+MAX_KNOWN = 10_000
 
 
 class _Known(NamedTuple):
@@ -70,7 +70,7 @@ class LineReader:
         return record
 
     def _remember(self, common: tuple[str, str, str], record: Record) -> None:
-        if len(self._known) >= MOST_KNOWN:
+        if len(self._known) >= MAX_KNOWN:
             self._known.clear()
         before, _, behind = record.identity_json.partition(f'"metric":"{record.metric}"')
         self._known[common] = _Known(

@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Mapping
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 SCHEMA_VERSION = 1
 PROVENANCES = ("measured", "published")
@@ -27,11 +27,11 @@ _METRIC_KEY = re.compile(r"[a-z][a-z0-9_]*")
 _NOT_IDENTITY = ("value", "low", "high", "interval", "environment")
 
 
-class BrokenRecord(Refusal):
+class BrokenRecord(UserError):
     """A line or object that is no record: a field is missing, unknown, mistyped or out of range (the text names it)."""
 
 
-class NewerSchema(Refusal):
+class NewerSchema(UserError):
     """A record written under a later schema than this version of the harness knows."""
 
 
@@ -373,7 +373,7 @@ def _refuse_constant(name: str):
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _SHARED: dict[tuple[type, bytes], _Checked] = {}
-_MOST_SHARED = 4096
+_MAX_SHARED = 4096
 
 
 def _part(cls: type, fields: dict):
@@ -381,7 +381,7 @@ def _part(cls: type, fields: dict):
     key = (cls, marshal.dumps(fields, 2))  # tells 1 from 1.0 and True; version 2 depends on the content alone
     part = _SHARED.get(key)
     if part is None:
-        if len(_SHARED) >= _MOST_SHARED:
+        if len(_SHARED) >= _MAX_SHARED:
             _SHARED.clear()
         part = _SHARED[key] = _from_dict(cls, fields)
     return part

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from results.lines import LineReader
 from results.records import BrokenRecord, NewerSchema, Record, to_json
 
@@ -24,7 +24,7 @@ RELATIVE_TOLERANCE = 1e-5  # what threads, processors and libraries may move a m
 ABSOLUTE_TOLERANCE = 1e-6  # for metrics about 0, such as KID
 
 
-class Conflict(Refusal):
+class Conflict(UserError):
     """Two records with one identity and different values."""
 
 
@@ -62,7 +62,7 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
     """Adds records to a file with one write, flushed to disk; returns how many were new.
 
     A line torn by a crash at the end of the file is cut off first; a record that is there already is not added again.
-    Raises Conflict, with nothing written, where a value differs from one of the same identity; Failure (disk full, no
+    Raises Conflict, with nothing written, where a value differs from one of the same identity; RunError (disk full, no
     permission) with the file as it was.
     """
     path = Path(path)
@@ -83,7 +83,7 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
         if created:
             _sync_folder(path.parent)
     except OSError as error:
-        raise Failure(f"cannot write records to {path}: {error.strerror or error}") from error
+        raise RunError(f"cannot write records to {path}: {error.strerror or error}") from error
     return len(new)
 
 
@@ -157,7 +157,7 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
     """The record files meant by `paths`: a file stands for itself, a folder for every `records.jsonl` below it. A file
     that is meant twice, by two names or through a link, is there once.
 
-    Raises Refusal for a path that does not exist.
+    Raises UserError for a path that does not exist.
     """
     files: set[Path] = set()
     for path in map(Path, paths):
@@ -166,7 +166,7 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
         elif path.exists():
             files.add(path)
         else:
-            raise Refusal(f"no record file or folder {path}: name a run, a folder of runs, or a records.jsonl")
+            raise UserError(f"no record file or folder {path}: name a run, a folder of runs, or a records.jsonl")
     once: dict[Path, Path] = {}
     for path in sorted(files):
         once.setdefault(path.resolve(), path)

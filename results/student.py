@@ -6,7 +6,7 @@ import functools
 import math
 
 ACCURACY = 1e-13
-MOST_TERMS = 10_000
+MAX_TERMS = 10_000
 
 
 @functools.lru_cache(maxsize=4096)
@@ -38,7 +38,7 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     tiny = 1e-300  # what stands for 0, which nothing may be divided by
     c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1) or tiny)
     value = d
-    for m in range(1, MOST_TERMS):
+    for m in range(1, MAX_TERMS):
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         for term in (even, odd):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backbones.unet.layout import Layout, check_arguments, heads_rule, unet_layout
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import BackboneSpec
 
 SHARED = {
@@ -56,9 +56,9 @@ def adm_layout(kind: str, arguments: Mapping[str, Any]) -> Layout:
     check_arguments("ADM", arguments)
     low = arguments.get("low_res_size")
     if kind == "upsampler" and not (type(low) is int and 1 <= low <= arguments["input_size"]):
-        raise Refusal(f"ADM: low_res_size {low!r} must lie between 1 and input_size {arguments['input_size']}")
+        raise UserError(f"ADM: low_res_size {low!r} must lie between 1 and input_size {arguments['input_size']}")
     if kind == "classifier" and arguments["num_classes"] < 1:
-        raise Refusal("ADM: a classifier needs num_classes of at least 1")
+        raise UserError("ADM: a classifier needs num_classes of at least 1")
     return unet_layout(
         input_size=arguments["input_size"],
         in_channels=arguments["in_channels"] * (2 if kind == "upsampler" else 1),

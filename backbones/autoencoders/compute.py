@@ -8,7 +8,7 @@ it is under 0.1 % of a decode.
 from __future__ import annotations
 
 from backbones.autoencoders.layout import check_arguments, factor
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import Compute, ComputeRow
 
 DIRECTIONS = ("decode", "encode")
@@ -31,7 +31,7 @@ def count(
     """Compute of one "decode" (nearest code included) or "encode" (up to the latent) of one square image, by part.
 
     image_size: pixels a side; the latent has image_size / factor. `params` counts encoder, decoder and code book.
-    Raises `Refusal` where the arguments do not fit.
+    Raises `UserError` where the arguments do not fit.
     """
     check_arguments(
         resolution=resolution,
@@ -45,9 +45,9 @@ def count(
         codes=codes,
     )
     if direction not in DIRECTIONS:
-        raise Refusal(f"auto-encoder: direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
+        raise UserError(f"auto-encoder: direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
     if image_size < 1 or image_size % factor(multipliers):
-        raise Refusal(f"auto-encoder: image size {image_size} is not a multiple of its factor {factor(multipliers)}")
+        raise UserError(f"auto-encoder: image size {image_size} is not a multiple of its factor {factor(multipliers)}")
     widths = [width * multiplier for multiplier in multipliers]
     attended = [resolution >> level in attention_resolutions for level in range(len(multipliers))]
     moments = 1 if codes is not None else 2  # a Gaussian posterior has a mean and a log-variance

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 GROUPS = 32  # of every group normalisation
 
@@ -45,17 +45,17 @@ def check_arguments(
     }
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise Refusal(f"auto-encoder: {name} is {value!r}; it must be a whole number of at least 1")
+            raise UserError(f"auto-encoder: {name} is {value!r}; it must be a whole number of at least 1")
     if not multipliers:
-        raise Refusal("auto-encoder: multipliers are empty; give one for each level, such as (1, 2, 4)")
+        raise UserError("auto-encoder: multipliers are empty; give one for each level, such as (1, 2, 4)")
     if width % GROUPS:
-        raise Refusal(f"auto-encoder: width {width} is not divisible by the {GROUPS} groups of its normalisation")
+        raise UserError(f"auto-encoder: width {width} is not divisible by the {GROUPS} groups of its normalisation")
     sides = [resolution >> level for level in range(len(multipliers))]
     if resolution % factor(multipliers):
-        raise Refusal(f"auto-encoder: resolution {resolution} cannot be halved {len(multipliers) - 1} times")
+        raise UserError(f"auto-encoder: resolution {resolution} cannot be halved {len(multipliers) - 1} times")
     for side in attention_resolutions:
         if side not in sides:
-            raise Refusal(f"auto-encoder: no level has attention resolution {side}; the levels have {sides}")
+            raise UserError(f"auto-encoder: no level has attention resolution {side}; the levels have {sides}")
 
 
 def infer_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

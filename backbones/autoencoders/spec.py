@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backbones.autoencoders.layout import factor
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import Compute, load_attribute
 
 
@@ -37,7 +37,7 @@ class AutoencoderSpec:
     def arguments(self, **overrides: Any) -> dict[str, Any]:
         """The defaults with `overrides` laid over them. An unknown name is refused."""
         if unknown := sorted(set(overrides) - set(self.defaults)):
-            raise Refusal(
+            raise UserError(
                 f"auto-encoder {self.name!r} has no argument {unknown[0]!r}; it has {', '.join(self.defaults)}"
             )
         return {**self.defaults, **overrides}
@@ -51,7 +51,9 @@ class AutoencoderSpec:
         """The network, initialised anew."""
         if framework not in self.builders:
             have = ", ".join(self.builders) or "none"
-            raise Refusal(f"auto-encoder {self.name!r} is not implemented for {framework!r} here (frameworks: {have})")
+            raise UserError(
+                f"auto-encoder {self.name!r} is not implemented for {framework!r} here (frameworks: {have})"
+            )
         what = f"builder of auto-encoder {self.name!r}"
         return load_attribute(self.builders[framework], what)(**self.arguments(**overrides))
 
@@ -113,7 +115,9 @@ def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], 
     own = {name: value for name, value in (own or tensors).items() if not name.startswith("loss.")}
     if not any(name.startswith("decoder.") for name in own):
         first = next(iter(tensors), "nothing at all")
-        raise Refusal(f"{path} holds no auto-encoder (no decoder.*; it begins with {first}); give one, or a model.ckpt")
+        raise UserError(
+            f"{path} holds no auto-encoder (no decoder.*; it begins with {first}); give one, or a model.ckpt"
+        )
     left = len(tensors) - len(own)
     return own, (f"tensors of other networks in the file, not used: {left}",) if left else ()
 

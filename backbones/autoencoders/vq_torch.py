@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones.autoencoders.layout import GROUPS, check_arguments, factor
-from harness.errors import Refusal
+from harness.errors import UserError
 
 EPS = 1e-6  # of every group norm
 CELLS = 1024  # latent cells whose distances to all codes are held at a time
@@ -224,7 +224,9 @@ class VQAutoencoder(nn.Module):
             codes=codes,
         )
         if codes is None:
-            raise Refusal("auto-encoder: codes is None, but a VQ auto-encoder has a code book; give a number of codes")
+            raise UserError(
+                "auto-encoder: codes is None, but a VQ auto-encoder has a code book; give a number of codes"
+            )
         super().__init__()
         self.factor = factor(multipliers)
         self.image_channels = image_channels
@@ -240,7 +242,7 @@ class VQAutoencoder(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """The latent before quantisation, which is what LDM diffuses (VQModelInterface)."""
         if x.dim() != 4 or x.shape[1] != self.image_channels or any(side % self.factor for side in x.shape[2:]):
-            raise Refusal(
+            raise UserError(
                 f"auto-encoder: images of shape {tuple(x.shape)}, but it takes (N, {self.image_channels}, H, W) with"
                 f" sides that are multiples of {self.factor}; crop or pad them"
             )
@@ -249,7 +251,7 @@ class VQAutoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The image of a latent, whose every cell is first replaced by its nearest code."""
         if z.dim() != 4 or z.shape[1] != self.code_channels:
-            raise Refusal(
+            raise UserError(
                 f"auto-encoder: latents of shape {tuple(z.shape)}, but it takes (N, {self.code_channels}, h, w)"
             )
         return self.decoder(self.post_quant_conv(self.quantize(z)))  # (N, image channels, factor h, factor w)

@@ -22,7 +22,7 @@ def count(
     blocks: Sequence[Sequence[int]] | None,
     attention: int | None,
 ) -> Compute:
-    """Compute of making one image, by part. Raises `Refusal` where the arguments do not fit."""
+    """Compute of making one image, by part. Raises `UserError` where the arguments do not fit."""
     found = layout(
         input_size=input_size,
         num_classes=num_classes,

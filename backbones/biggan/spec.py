@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import BackboneSpec
 
 START = 4  # cells a side of the map that the first block gets
 START_MULTIPLE = 16  # and its channels over the width
 BOTTLENECK = 4  # channels of a block over those between its two 1x1 convolutions
 IMAGE_CHANNELS = 3  # the read-out keeps the first three of its `width` channels
-MOST = 1 << 20  # of whole numbers: a slip of the hand is refused before its network is laid out
+MAX_INT = 1 << 20  # of whole numbers: a slip of the hand is refused before its network is laid out
 STATISTICS = 51  # rows of standing statistics: truncation 0, 0.02, ... 1
 
 
@@ -51,19 +51,19 @@ def layout(
     blocks: Sequence[Sequence[int]] | None,
     attention: int | None,
 ) -> tuple[Block, ...]:
-    """The blocks of the generator that the builder's arguments describe; `Refusal` where there is no such generator."""
+    """The blocks of the generator that the builder's arguments describe; `UserError` where there is no such generator."""
     numbers = {"input_size": input_size, "num_classes": num_classes, "width": width, "latent_size": latent_size}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise Refusal(f"BigGAN-deep: {name} is {value!r}; it must be a whole number of at least 1")
-        if value > MOST:
-            raise Refusal(f"BigGAN-deep: {name} is {value}; more than {MOST:,} cannot be built")
+            raise UserError(f"BigGAN-deep: {name} is {value!r}; it must be a whole number of at least 1")
+        if value > MAX_INT:
+            raise UserError(f"BigGAN-deep: {name} is {value}; more than {MAX_INT:,} cannot be built")
     if width % BOTTLENECK:
-        raise Refusal(f"BigGAN-deep: width {width} is not divisible by {BOTTLENECK}, as its bottleneck blocks need")
+        raise UserError(f"BigGAN-deep: width {width} is not divisible by {BOTTLENECK}, as its bottleneck blocks need")
     if blocks is None:
         if input_size not in BLOCKS:
             sizes = ", ".join(map(str, BLOCKS))
-            raise Refusal(
+            raise UserError(
                 f"BigGAN-deep: there is no generator of {input_size} pixels a side, only of {sizes};"
                 " choose one of these or give your own blocks"
             )
@@ -71,12 +71,12 @@ def layout(
     found = _checked(blocks, input_size)
     if attention is not None:
         if isinstance(attention, bool) or not isinstance(attention, int) or not 0 <= attention < len(found):
-            raise Refusal(
+            raise UserError(
                 f"BigGAN-deep: attention is {attention!r}; it must be the number of the block before which it stands,"
                 f" 0 to {len(found) - 1}, or None"
             )
         if (channels := found[attention].inputs * width) % 8:
-            raise Refusal(
+            raise UserError(
                 f"BigGAN-deep: self-attention on {channels} channels, which are not divisible by 8; choose another"
                 " width or an earlier block"
             )
@@ -87,21 +87,21 @@ def _checked(blocks: Sequence[Sequence[int]], input_size: int) -> tuple[Block, .
     try:
         found = tuple(Block(bool(up), int(inputs), int(outputs)) for up, inputs, outputs in blocks)
     except (TypeError, ValueError):
-        raise Refusal(
+        raise UserError(
             f"BigGAN-deep: blocks {blocks!r} is not a sequence of (doubles the map, input channels, output channels)"
         ) from None
     channels, size = START_MULTIPLE, START
     for number, block in enumerate(found):
         if block.inputs != channels:
-            raise Refusal(f"BigGAN-deep: block {number} takes {block.inputs} times the width, but gets {channels}")
+            raise UserError(f"BigGAN-deep: block {number} takes {block.inputs} times the width, but gets {channels}")
         if block.outputs < 1 or block.outputs not in (block.inputs, block.inputs / 2):
-            raise Refusal(
+            raise UserError(
                 f"BigGAN-deep: block {number} turns {block.inputs} times the width into {block.outputs}; its skip path"
                 " can only keep the channels or drop one half"
             )
         channels, size = block.outputs, size * (2 if block.up else 1)
     if channels != 1 or size != input_size:
-        raise Refusal(
+        raise UserError(
             f"BigGAN-deep: these blocks give {channels} times the width at {size} pixels a side; they must end with"
             f" 1 at input_size {input_size}"
         )

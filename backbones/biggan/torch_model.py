@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones.biggan.spec import BOTTLENECK, IMAGE_CHANNELS, START, START_MULTIPLE, STATISTICS, layout
-from harness.errors import Refusal
+from harness.errors import UserError
 
 EPS = 1e-4  # of every batch normalisation
 
@@ -266,13 +266,13 @@ class BigGAN(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor, truncation: float = 1.0) -> Tensor:
         if z.dim() != 2 or z.shape[1] != self.latent_size:
-            raise Refusal(f"BigGAN-deep: z of shape {tuple(z.shape)}, but this network takes (N, {self.latent_size})")
+            raise UserError(f"BigGAN-deep: z of shape {tuple(z.shape)}, but this network takes (N, {self.latent_size})")
         if y.shape != z.shape[:1] or y.is_floating_point():
-            raise Refusal(
+            raise UserError(
                 f"BigGAN-deep: labels of shape {tuple(y.shape)} and {y.dtype}; give one whole number for each of the"
                 f" {len(z)} rows of z, not one-hot vectors"
             )
         if not isinstance(truncation, Real) or not 0 < truncation <= 1:
-            raise Refusal(f"BigGAN-deep: truncation {truncation!r} is not one number above 0 and at most 1")
+            raise UserError(f"BigGAN-deep: truncation {truncation!r} is not one number above 0 and at most 1")
         condition = torch.cat([z, self.embeddings(y)], dim=1)  # (N, 2L)
         return self.generator(condition, truncation)  # (N, 3, input_size, input_size)

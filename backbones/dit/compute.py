@@ -23,7 +23,7 @@ def count(
     block: str,
     gradient_checkpointing: bool = False,
 ) -> Compute:
-    """Compute of one forward pass on one image, by part. Raises `Refusal` where the arguments do not fit.
+    """Compute of one forward pass on one image, by part. Raises `UserError` where the arguments do not fit.
 
     `heads` and `gradient_checkpointing` change neither figure.
     """

@@ -29,7 +29,7 @@ from backbones.flax_layers import (
     xavier,
     zeros,
 )
-from harness.errors import Refusal
+from harness.errors import UserError
 
 EPS = 1e-6  # of every layer norm
 
@@ -272,7 +272,7 @@ class DiT(nnx.Module):
     def __call__(self, x: Array, t: Array, y: Array, *, rngs: nnx.Rngs | None = None) -> Array:
         """`rngs` is what networks with dropout take; nothing in a DiT is random."""
         if x.shape[1:] != self.input_shape:
-            raise Refusal(
+            raise UserError(
                 f"DiT: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, self.input_shape))});"
                 " build it with the input_size and in_channels of the data"
             )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import BackboneSpec
 
 BLOCKS = ("adaln-zero", "in-context", "cross-attention", "adaln")
 """The paper's four block designs (Sec. 3.2). adaln-zero, the one that the paper settles on, has no name suffix."""
 
 TIME_FEATURES = 256  # sinusoidal features of the timestep (appendix A, "DiT model details")
-MOST, MOST_BLOCKS = 1 << 20, 1000  # of whole numbers: a slip of the hand is refused before its network is laid out
+MAX_INT, MAX_BLOCKS = 1 << 20, 1000  # of whole numbers: a slip of the hand is refused before its network is laid out
 MLP_RATIO = 4  # hidden width of a block's MLP over the width of the network, as in ViT
 
 
@@ -66,17 +66,17 @@ def check_arguments(
         numbers["out_channels"] = out_channels
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise Refusal(f"DiT: {name} is {value!r}; it must be a whole number of at least 1")
-        if value > (most := MOST_BLOCKS if name == "depth" else MOST):
-            raise Refusal(f"DiT: {name} is {value}; more than {most:,} cannot be built")
+            raise UserError(f"DiT: {name} is {value!r}; it must be a whole number of at least 1")
+        if value > (most := MAX_BLOCKS if name == "depth" else MAX_INT):
+            raise UserError(f"DiT: {name} is {value}; more than {most:,} cannot be built")
     if not isinstance(gradient_checkpointing, bool):
-        raise Refusal(f"DiT: gradient_checkpointing is {gradient_checkpointing!r}; it must be true or false")
+        raise UserError(f"DiT: gradient_checkpointing is {gradient_checkpointing!r}; it must be true or false")
     if block not in BLOCKS:
-        raise Refusal(f"DiT: block {block!r} is not one of {', '.join(BLOCKS)}")
+        raise UserError(f"DiT: block {block!r} is not one of {', '.join(BLOCKS)}")
     if width % heads:
-        raise Refusal(f"DiT: width {width} is not divisible by heads {heads}; choose heads that divide it")
+        raise UserError(f"DiT: width {width} is not divisible by heads {heads}; choose heads that divide it")
     if width % 4:
-        raise Refusal(f"DiT: width {width} is not divisible by 4, which the 2-D sine-cosine positions need")
+        raise UserError(f"DiT: width {width} is not divisible by 4, which the 2-D sine-cosine positions need")
     if input_size % patch:
         fitting = [p for p in (8, 4, 2) if input_size % p == 0]
         if fitting:
@@ -84,7 +84,7 @@ def check_arguments(
             remedy = f"patch {' or '.join(map(str, fitting))} fits: use {names}"
         else:
             remedy = "no DiT patch size (8, 4, 2) fits: crop or pad the images to an even size"
-        raise Refusal(f"DiT: input_size {input_size} is not divisible by patch {patch}; {remedy}")
+        raise UserError(f"DiT: input_size {input_size} is not divisible by patch {patch}; {remedy}")
 
 
 def _specs() -> tuple[BackboneSpec, ...]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from backbones.dit.position import sincos_table
 from backbones.dit.spec import MLP_RATIO, TIME_FEATURES, check_arguments
 from backbones.torch_layers import attend, full_precision, gelu, timestep_features
-from harness.errors import Refusal
+from harness.errors import UserError
 
 EPS = 1e-6  # of every layer norm
 
@@ -291,7 +291,7 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if x.shape[1:] != self.input_shape:
-            raise Refusal(
+            raise UserError(
                 f"DiT: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, self.input_shape))});"
                 " build it with the input_size and in_channels of the data"
             )

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backbones.dit.position import sincos_table
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import BackboneSpec
 from harness.weights.maps import Join, Layout, Made, Mismatch, Part, Recipes, Same, Shapes, Take, WeightMap, take_all
 
@@ -42,8 +42,8 @@ QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 KINDS = ("weight", "bias")
 STORED_POSITIONS = ("pos_embed.pos_embed", "pos_embed")  # some files hold the table all the same
 
-MOST_SAMPLE_SIZE = 1024  # latents a side: an image of 8192 pixels
-MOST_TOKENS = 1 << 16  # 2048 pixels a side at patch size 2; the position table of DiT-XL is then 300 MB
+MAX_SAMPLE_SIZE = 1024  # latents a side: an image of 8192 pixels
+MAX_TOKENS = 1 << 16  # 2048 pixels a side at patch size 2; the position table of DiT-XL is then 300 MB
 SAID = {  # of diffusers' config, what the weights do not show and the network takes for granted
     "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),  # its name before diffusers 0.29
     "activation_fn": ("gelu-approximate",),
@@ -106,7 +106,7 @@ def to_diffusers(shapes: Shapes) -> Recipes:
     """A diffusers transformer's tensors from ours; the three other block designs have no such transformer."""
     depth = blocks(shapes, "blocks")
     if block_design(shapes) != "adaln-zero":
-        raise Refusal(f"diffusers has no DiT with {block_design(shapes)} blocks; export this one with --format dit")
+        raise UserError(f"diffusers has no DiT with {block_design(shapes)} blocks; export this one with --format dit")
     recipes: Recipes = {f"{theirs}.{k}": Take(f"{ours}.{k}") for ours, theirs in SHARED.items() for k in KINDS}
     for n in range(depth):
         there = f"transformer_blocks.{n}"
@@ -170,10 +170,10 @@ def _grid(known: Mapping[str, Any], patch: int) -> int:
     """Tokens a side: by the config beside the file, else by the network that is loaded."""
     size = (known.get("config") or {}).get("sample_size")
     if size is not None:
-        if type(size) is not int or not 0 < size <= MOST_SAMPLE_SIZE or patch < 1 or size % patch:
+        if type(size) is not int or not 0 < size <= MAX_SAMPLE_SIZE or patch < 1 or size % patch:
             raise Mismatch(
                 f"config.json gives sample_size {_short(size)}, which is not the side of a latent: a multiple of the"
-                f" patch size {patch}, at most {MOST_SAMPLE_SIZE}"
+                f" patch size {patch}, at most {MAX_SAMPLE_SIZE}"
             )
         return math.isqrt(_tokens((size // patch) ** 2))
     if len(table := known.get("expected", {}).get("pos_embed", ())) == 3:
@@ -182,8 +182,8 @@ def _grid(known: Mapping[str, Any], patch: int) -> int:
 
 
 def _tokens(count: int) -> int:
-    if count > MOST_TOKENS:
-        raise Mismatch(f"it is for images of {count:,} tokens, and at most {MOST_TOKENS:,} are supported")
+    if count > MAX_TOKENS:
+        raise Mismatch(f"it is for images of {count:,} tokens, and at most {MAX_TOKENS:,} are supported")
     return count
 
 

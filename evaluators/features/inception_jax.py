@@ -18,7 +18,7 @@ from evaluators.features import Features
 from evaluators.features import inception_layers as table
 from evaluators.features.inception_graph import InceptionWeights, by_batches, missing, read_weights
 from evaluators.features.tf1_resize import axis_table
-from harness.errors import Refusal
+from harness.errors import UserError
 
 # Largest difference from torch's run of the same weights, over the root mean square of that stage.
 TOLERANCES = {"resize": 0.0, "pooled": 5e-4, "spatial": 5e-4, "logits": 5e-4}
@@ -175,7 +175,7 @@ def pick_device(name: str) -> jax.Device:
         return jax.devices(platform)[int(index or 0)]
     except (RuntimeError, IndexError, ValueError) as error:
         seen = sorted({each.platform for each in jax.devices()} | {"cpu"})
-        raise Refusal(
+        raise UserError(
             f"JAX {jax.__version__} has no device {name!r} here: give --device {' or '.join(seen)}, or install JAX for"
             " that device (pip install jax[cuda13] or jax[tpu])"
         ) from error

@@ -13,7 +13,7 @@ import numpy as np
 from evaluators.features import Features
 from evaluators.features.inception_graph import GRAPH_NAME, InceptionWeights, by_batches, missing, read_weights
 from evaluators.features.inception_layers import POOLED, SPATIAL, SPATIAL_CHANNELS
-from harness.errors import Refusal
+from harness.errors import UserError
 
 
 def _tensorflow():
@@ -21,7 +21,7 @@ def _tensorflow():
     try:
         import tensorflow
     except ImportError as error:
-        raise Refusal(
+        raise UserError(
             f"features inception-2015-12-05-tf need TensorFlow ({error}): pip install tensorflow-cpu, or use"
             " inception-2015-12-05, which needs none"
         ) from error
@@ -41,7 +41,7 @@ class InceptionGraphFeatures:
         self.description = f"{spec.description}; TensorFlow {tf.__version__}; {weights.found}"
         on_gpu = device.partition(":")[0] not in ("cpu", "")
         if on_gpu and not tf.config.list_physical_devices("GPU"):
-            raise Refusal(f"TensorFlow {tf.__version__} sees no GPU here: give --device cpu, or install tensorflow")
+            raise UserError(f"TensorFlow {tf.__version__} sees no GPU here: give --device cpu, or install tensorflow")
         v1 = tf.compat.v1
         definition = v1.GraphDef()
         definition.ParseFromString(weights.path.read_bytes())
@@ -57,7 +57,7 @@ class InceptionGraphFeatures:
                 )
             except ValueError as error:
                 reason = str(error).splitlines()[0]
-                raise Refusal(f"TensorFlow {tf.__version__} refuses the graph {weights.path}: {reason}") from error
+                raise UserError(f"TensorFlow {tf.__version__} refuses the graph {weights.path}: {reason}") from error
             pooled = tf.reshape(pool_3, [-1, POOLED])
             self.outputs = (
                 pooled,
@@ -100,5 +100,5 @@ def load(spec, device: str = "cpu", weights: Path | None = None) -> InceptionGra
         raise missing(spec.name)
     read = read_weights(weights)
     if not read.is_graph:
-        raise Refusal(f"{weights} is a torch port: {spec.name} runs {GRAPH_NAME} itself; use inception-2015-12-05")
+        raise UserError(f"{weights} is a torch port: {spec.name} runs {GRAPH_NAME} itself; use inception-2015-12-05")
     return InceptionGraphFeatures(spec, read, device)

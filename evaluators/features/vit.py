@@ -15,7 +15,7 @@ from torch.nn import functional
 from evaluators.features import Features
 from evaluators.features.vit_spec import SHAPES, VitShape
 from evaluators.features.vit_weights import find, read_state
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.frameworks.torch_float32 import exact_float32
 
 # facebookresearch/dinov2, vision_transformer.py, `interpolate_offset` of the models without registers: the position
@@ -177,14 +177,14 @@ class VitFeatures:
 
     def __call__(self, images: np.ndarray) -> Features:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise Refusal(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
+            raise UserError(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
         pooled = np.empty((len(images), self.dim), np.float32)
         with torch.inference_mode(), exact_float32(self.device.type):
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 pooled[rows] = self.net(preprocess(images[rows], self.shape, self.device)).cpu().numpy()
         if not np.isfinite(pooled).all():
-            raise Failure(f"features {self.name} are not finite: the weights or this device are broken")
+            raise RunError(f"features {self.name} are not finite: the weights or this device are broken")
         return Features(pooled=pooled)
 
 

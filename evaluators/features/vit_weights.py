@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from evaluators.features.vit_spec import FLAG, VitShape
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights.files import WeightFile, open_weights, sha256
 from harness.weights.load import as_torch
 from harness.weights.maps import compare
@@ -131,7 +131,7 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
         wanted |= dict.fromkeys(theirs, shape)
     problems = compare(found, wanted)
     if problems:
-        raise Refusal(f"{weights.path} does not hold the weights of {name} (read as {title}): {problems.first()}")
+        raise UserError(f"{weights.path} does not hold the weights of {name} (read as {title}): {problems.first()}")
     digest = sha256(weights.path)
     state = {ours: _read(weights, sources(ours, names), tuple(tensor.shape)) for ours, tensor in expected.items()}
     return ReadState(state=state, sha256=digest, found=f"{title} {weights.path.name}, sha256 {digest[:12]}")
@@ -168,7 +168,7 @@ def find(name: str, shape: VitShape, weights: Path | None) -> Path:
         if shape.file and cached.is_file():
             return cached
         where = f", for instance from {shape.url}" if shape.url else ""
-        raise Refusal(f"features {name} need weights that are not shipped: name them with {known}{where}")
+        raise UserError(f"features {name} need weights that are not shipped: name them with {known}{where}")
     weights = Path(weights)
     if weights.exists() or not HUB_NAME.fullmatch(weights.as_posix()):
         return weights
@@ -180,7 +180,7 @@ def _from_hub(name: str, repository: str, known: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
-        raise Refusal(
+        raise UserError(
             f"features {name}: {repository} is no file; to fetch it from the hub: pip install huggingface_hub"
         ) from error
 
@@ -194,4 +194,4 @@ def _from_hub(name: str, repository: str, known: str) -> Path:
                 reason = error
                 break
     text = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
-    raise Refusal(f"features {name}: {repository} is no file and was not fetched from the hub ({text}); name {known}")
+    raise UserError(f"features {name}: {repository} is no file and was not fetched from the hub ({text}); name {known}")

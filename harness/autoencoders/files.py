@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.autoencoders.spec import KL_CONFIG, KNOWN, WEIGHTS, Known, kl_settings
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.registry import unknown
 
@@ -29,8 +29,10 @@ def resolve(name: str) -> Known | Path:
     if name in by_repository:
         return by_repository[name]
     if os.sep in name or path.suffix:
-        raise Refusal(f"decoder {name}: no such file or folder; give a path that is there or one of {', '.join(KNOWN)}")
-    raise Refusal(f"{unknown('decoder', name, KNOWN)} (or give a path; no file or folder has that name)")
+        raise UserError(
+            f"decoder {name}: no such file or folder; give a path that is there or one of {', '.join(KNOWN)}"
+        )
+    raise UserError(f"{unknown('decoder', name, KNOWN)} (or give a path; no file or folder has that name)")
 
 
 def find(name: str, weights: str | Path | None, flag: str) -> tuple[Known | None, Path, str]:
@@ -38,13 +40,13 @@ def find(name: str, weights: str | Path | None, flag: str) -> tuple[Known | None
     found = resolve(name)
     if isinstance(found, Path):
         if weights is not None:
-            raise Refusal(f"decoder {name} is a path already; leave out {flag} or give one of {', '.join(KNOWN)}")
+            raise UserError(f"decoder {name} is a path already; leave out {flag} or give one of {', '.join(KNOWN)}")
         return None, found, str(found)
     if weights is not None:
         return found, Path(weights).expanduser(), str(weights)
     if found.repository:
         return found, *_from_hub(name, found, flag)
-    raise Refusal(f"decoder {name} needs its weights: get {found.place} and name the file with {flag}")
+    raise UserError(f"decoder {name} needs its weights: get {found.place} and name the file with {flag}")
 
 
 def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
@@ -55,7 +57,7 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         from huggingface_hub.utils import logging
     except ImportError as error:
-        raise Refusal(f"decoder {name} needs diffusers; run: pip install 'backbone-harness[diffusers]'") from error
+        raise UserError(f"decoder {name} needs diffusers; run: pip install 'backbone-harness[diffusers]'") from error
 
     def folder(local: bool) -> Path:
         def fetch(file: str) -> Path:
@@ -80,7 +82,7 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
             found = folder(local=False)
         except Exception as error:  # the client's own, the network's, the disk's: all end here
             reason = str(error).strip() or type(error).__name__
-            raise Refusal(
+            raise UserError(
                 f"decoder {name}: {known.repository} is not in the cache and was not fetched"
                 f" ({reason.splitlines()[0].rstrip('.')}); get {known.place} into a folder and name it with {flag}"
             ) from error
@@ -97,36 +99,36 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
         file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
         if file is None:
-            raise Refusal(
+            raise UserError(
                 f"{path} holds no {' or '.join(WEIGHTS)}; give the folder that save_pretrained wrote, or a file"
             )
         if not (folder / "config.json").is_file():
-            raise Refusal(
+            raise UserError(
                 f"{folder} has no config.json; get the one that belongs to {file.name}, or name the file alone"
             )
     elif path.is_file():
         folder, file = path.parent, path
     else:
-        raise Refusal(f"{path}: no such file or folder; {flag} takes an auto-encoder's folder or weight file")
+        raise UserError(f"{path}: no such file or folder; {flag} takes an auto-encoder's folder or weight file")
     if file.name not in WEIGHTS or not (folder / "config.json").is_file():
         return None, file
     config = files.read_json(folder / "config.json", "auto-encoder config")
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != "AutoencoderKL":
-        raise Refusal(f"{folder / 'config.json'} describes {kind or 'no network'}; wanted diffusers' AutoencoderKL")
+        raise UserError(f"{folder / 'config.json'} describes {kind or 'no network'}; wanted diffusers' AutoencoderKL")
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
-            raise Refusal(
+            raise UserError(
                 f"{folder / 'config.json'} has a {key}, which no sampler here takes; use another auto-encoder"
             )
     scale = config.get("scaling_factor", SCALE_KL)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-        raise Refusal(f"{folder / 'config.json'}: scaling_factor is {scale!r}; it must be a number above 0")
+        raise UserError(f"{folder / 'config.json'}: scaling_factor is {scale!r}; it must be a number above 0")
     shift = config.get("shift_factor") or 0.0
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not abs(shift) < float("inf"):
-        raise Refusal(f"{folder / 'config.json'}: shift_factor is {shift!r}; it must be a number")
+        raise UserError(f"{folder / 'config.json'}: shift_factor is {shift!r}; it must be a number")
     if not isinstance(config.get("block_out_channels"), list):
-        raise Refusal(f"{folder / 'config.json'} has no list of block_out_channels; get it again")
+        raise UserError(f"{folder / 'config.json'} has no list of block_out_channels; get it again")
     # diffusers' own book-keeping decides nothing, and differs between copies of the same auto-encoder.
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from backbones.autoencoders.layout import factor, infer_arguments
 from backbones.autoencoders.spec import BY_NAME, KL_CONFIG, KNOWN, Known, diffusers_layout, kl_settings, own_tensors
 from harness.autoencoders.files import find, identity, locate, record_name, resolve, scale_and_shift
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.registry import unknown
 from harness.spec import Compute
 
@@ -73,7 +73,7 @@ class Decoder:
 
         The images are on the decoder's device and are inference tensors. Autocast and TF32 are off. They are decoded
         `batch` at a time, one at a time on a CPU, where image i is therefore bit for bit the same in any company.
-        Raises `Failure` where an image is not finite.
+        Raises `RunError` where an image is not finite.
         """
         import torch
 
@@ -81,7 +81,7 @@ class Decoder:
 
         z = torch.as_tensor(latents)
         if z.dim() != 4 or z.shape[1] != self.channels or not z.is_floating_point():
-            raise Refusal(
+            raise UserError(
                 f"decoder {self.name}: latents are {z.dtype} {tuple(z.shape)}; it takes float (N, {self.channels}, h, w)"
             )
         device = next(self.net.parameters()).device
@@ -93,7 +93,7 @@ class Decoder:
                 finite = torch.isfinite(x).flatten(1).all(dim=1)  # (n,)
                 if not finite.all():
                     at = sum(map(len, images)) + int(finite.int().argmin())
-                    raise Failure(
+                    raise RunError(
                         f"decoder {self.name}: image {at} of {len(z)} is not finite; check its latent and the weights"
                     )
                 images.append(x.clamp(-1, 1))
@@ -115,7 +115,7 @@ class Decoder:
                 found = self.net.encode(part.to(device, torch.float32), return_dict=False)[0]
                 each = torch.stack([found.mean, found.std], dim=1)  # (n, 2, C, h, w)
                 if not torch.isfinite(each).all():
-                    raise Failure(f"auto-encoder {self.name}: a latent is not finite; check the weights")
+                    raise RunError(f"auto-encoder {self.name}: a latent is not finite; check the weights")
                 moments.append(each)
         return torch.cat(moments)  # (N, 2, C, h, w)
 
@@ -139,7 +139,7 @@ def load_autoencoder(
     kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
     if known is not None and kind != known.spec[:2]:
         words = {"vq": "a VQ auto-encoder", "kl": "an auto-encoder without a code book"}
-        raise Refusal(f"{file} holds {words[kind]}, which {name} is not; choose the decoder that the latents are for")
+        raise UserError(f"{file} holds {words[kind]}, which {name} is not; choose the decoder that the latents are for")
     if kind == "vq":
         config = _vq_config(name, known, tensors, file)
         scale, shift, channels, factor_ = 1.0, 0.0, config["code_channels"], factor(config["multipliers"])
@@ -149,7 +149,7 @@ def load_autoencoder(
             notes = (*notes, "no config.json: the sizes of Stable Diffusion's auto-encoder were assumed")
         for key in ("block_out_channels", "layers_per_block", "latent_channels") if known is not None else ():
             if config.get(key) != KL_CONFIG[key]:
-                raise Refusal(
+                raise UserError(
                     f"{file} is not {name}: its config.json has {key} {config.get(key)} instead of {KL_CONFIG[key]};"
                     " give it as a path, without a name"
                 )
@@ -181,7 +181,7 @@ def decoder_compute(name: str, image_size: int = 256, direction: str = "decode")
     """
     found = resolve(name)
     if isinstance(found, Path):
-        raise Refusal(f"decoder {name} is a path; only {', '.join(KNOWN)} are counted without loading them")
+        raise UserError(f"decoder {name} is a path; only {', '.join(KNOWN)} are counted without loading them")
     return BY_NAME[found.spec].count(direction, image_size)
 
 
@@ -204,13 +204,13 @@ def traced_compute(
         step = 2 ** (len(config["block_out_channels"]) - 1)
         channels, image_channels = config.get("latent_channels", 4), config.get("in_channels", 3)
     if image_size < 1 or image_size % step:
-        raise Refusal(f"image size {image_size} is not a multiple of the auto-encoder's factor {step}")
+        raise UserError(f"image size {image_size} is not a multiple of the auto-encoder's factor {step}")
     calls: dict[str, tuple[Callable, tuple[int, int]]] = {
         "decode": (_decode, (channels, image_size // step)),
         "encode": (_encode, (image_channels, image_size)),
     }
     if direction not in calls:
-        raise Refusal(unknown("direction", direction, calls))
+        raise UserError(unknown("direction", direction, calls))
     call, (inputs, side) = calls[direction]
     with neutral_state():
         net = _build(kind, config, Path("config"))
@@ -256,12 +256,12 @@ def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tenso
     try:
         config = infer_arguments({key: tuple(value.shape) for key, value in tensors.items()})
     except (KeyError, ValueError) as error:
-        raise Refusal(f"{path} is not a whole VQ auto-encoder: {error} is missing or of another shape") from error
+        raise UserError(f"{path} is not a whole VQ auto-encoder: {error} is missing or of another shape") from error
     if known is not None and (wanted := BY_NAME[known.spec].defaults) != config:
         key = next(key for key in wanted if wanted[key] != config[key])
         fits = [each.name for each in BY_NAME.values() if each.defaults == config]
         hint = f"it is {fits[0]}" if fits else "give it as a path, without a name"
-        raise Refusal(f"{path} is not {name}: {key} is {config[key]} instead of {wanted[key]}; {hint}")
+        raise UserError(f"{path} is not {name}: {key} is {config[key]} instead of {wanted[key]}; {hint}")
     return config
 
 
@@ -280,17 +280,19 @@ def _build(kind: str, config: Mapping[str, Any], where: Path) -> nn.Module:
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
-            raise Refusal("Stable Diffusion's auto-encoder needs: pip install 'backbone-harness[diffusers]'") from error
+            raise UserError(
+                "Stable Diffusion's auto-encoder needs: pip install 'backbone-harness[diffusers]'"
+            ) from error
         except RuntimeError as error:  # of a package that diffusers imports where it finds it, such as torchvision
             reason = str(error).splitlines()[-1]
-            raise Refusal(
+            raise UserError(
                 f"diffusers is installed, but cannot be imported ({reason}); mend or remove what it stumbles over"
             ) from error
         try:
             return AutoencoderKL.from_config(dict(config)).eval()
         except Exception as error:  # of whatever kind: the config came from a file
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise Refusal(f"{where.parent / 'config.json'} gives no network ({reason}); get it again") from error
+            raise UserError(f"{where.parent / 'config.json'} gives no network ({reason}); get it again") from error
 
 
 def _fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], device: str, path: Path) -> None:
@@ -302,10 +304,10 @@ def _fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], device: str, path
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise Refusal(f"{path} {what} {names[0]}{more}; it is not the weights of this auto-encoder, or was cut")
+            raise UserError(f"{path} {what} {names[0]}{more}; it is not the weights of this auto-encoder, or was cut")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
-            raise Refusal(f"{path}: {name} is {tuple(tensors[name].shape)} where the network has {shape}")
+            raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)} where the network has {shape}")
     net.to_empty(device=device)
     net.load_state_dict(tensors, strict=True)
     net.requires_grad_(False)

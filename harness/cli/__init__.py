@@ -75,7 +75,7 @@ def main() -> None:
     Of several processes that torchrun started the first says why all of them end; torchrun's own exit code is then 1.
     """
     from harness.distributed.launch import defer_to_rank_zero, is_main_process, report_elastic_error
-    from harness.errors import Failure, Refusal
+    from harness.errors import RunError, UserError
 
     def end(code: int, reason: str, say: Callable[[], object]) -> NoReturn:
         with contextlib.suppress(KeyboardInterrupt):  # torchrun ends this process, for the first has spoken
@@ -97,8 +97,10 @@ def main() -> None:
             sys.exit(130)
         except BrokenPipeError:
             sys.exit(1)
-        except (Refusal, Failure) as error:
-            end(2 if isinstance(error, Refusal) else 1, str(error), partial(click.echo, f"harness: {error}", err=True))
+        except (UserError, RunError) as error:
+            end(
+                2 if isinstance(error, UserError) else 1, str(error), partial(click.echo, f"harness: {error}", err=True)
+            )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from harness.cli.options import Count, Parsed, json_option
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 
 STAGES = ("training", "sampling", "evaluation")
@@ -63,7 +63,7 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
 
     check_installed("torch")
     if out is not None and out.exists():
-        raise Refusal(f"--out {out} is there already; name another file")
+        raise UserError(f"--out {out} is there already; name another file")
     found = measure(
         options["backbone"],
         device=options["device"],

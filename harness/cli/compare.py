@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from harness.cli.options import FOLDER, Count, json_option
-from harness.errors import Refusal
+from harness.errors import UserError
 from results.compare import RULE, SAMPLING_RULE, SEEDS_RULE, Group, Verdict, compare, differing
 from results.records import Record
 from results.store import find_record_files, load
@@ -96,7 +96,7 @@ def _records(path: Path, step: int | None) -> list[Record]:
         click.echo(f"harness: {conflict}", err=True)
     found = [each for each in loaded.records if step is None or (each.training and each.training.steps == step)]
     if not found:
-        raise Refusal(f"{path} has no records{f' of step {step}' if step else ''}; `harness evaluate` makes them")
+        raise UserError(f"{path} has no records{f' of step {step}' if step else ''}; `harness evaluate` makes them")
     return found
 
 

@@ -180,7 +180,7 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
     from harness.data.fetch import fetch as fetch_file
     from harness.data.fetch import fetch_dataset
     from harness.data.public_files import DATASETS, FILES
-    from harness.errors import Refusal
+    from harness.errors import UserError
     from harness.registry import unknown
 
     if name is None:
@@ -191,7 +191,7 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
             click.echo(f"{each.name:<{width}}  {each.summary}")
         return
     if name not in FILES and name not in DATASETS:
-        raise Refusal(unknown("public file", name, [*FILES, *DATASETS]))
+        raise UserError(unknown("public file", name, [*FILES, *DATASETS]))
     found = fetch_dataset(DATASETS[name], out, url) if name in DATASETS else [fetch_file(FILES[name], out, url)]
     if as_json:
         facts = [{**dataclasses.asdict(each), "path": str(each.path)} for each in found]

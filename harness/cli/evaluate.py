@@ -12,7 +12,7 @@ from evaluators.features import INCEPTION_BACKENDS
 from harness.cli.options import DEFAULT_PROTOCOL, FOLDER, json_option, protocol_option
 from harness.data.load import load_data, source_images
 from harness.engines.backend import join_processes
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.pipeline.evaluate import CACHE, evaluate_and_record
 from harness.pipeline.judges import SUITE_HELP, evaluation_config, open_reference, reference_images
 from harness.protocols import get_protocol
@@ -68,10 +68,10 @@ def command(
     """
     from evaluators.suites import get_suite
 
-    team = join_processes("torch")
+    group = join_processes("torch")
     path = samples / "samples.npz" if (samples / "samples.npz").is_file() else samples
     if not path.exists() and not any(sign in str(path) for sign in "*?["):
-        raise Refusal(f"no sample set at {path}; `harness sample` makes one")
+        raise UserError(f"no sample set at {path}; `harness sample` makes one")
     home = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
     run = open_run(home) if (home / "run.json").exists() else None
     if protocol is None and run is None and sidecar_path(path).exists():
@@ -80,7 +80,7 @@ def command(
     records = out or (run.records if run else path.with_name("records.jsonl"))
     cache = (home.parent if run else path.parent) / CACHE
     if reference is not None and data is not None:
-        raise Refusal("--data and --reference both name the images to judge by; give one of them")
+        raise UserError("--data and --reference both name the images to judge by; give one of them")
     source = open_reference(reference) if reference else None
     if source is not None:
         images = reference_images(source)
@@ -90,9 +90,9 @@ def command(
         images = load_data(task, data)
     by = evaluation_config(get_suite(suite or task.suite), weights, backend, reference, device)
     by = dataclasses.replace(by, reference=source, allow=allow, picture=neighbours)
-    with team.together():
-        found = evaluate_and_record(path, task, images, records, cache=cache, name=name, by=by, team=team)
-    if not team.leads:
+    with group.collective_scope():
+        found = evaluate_and_record(path, task, images, records, cache=cache, name=name, by=by, group=group)
+    if not group.is_main:
         return
     if as_json:
         click.echo(json.dumps({"records": [json.loads(to_json(each)) for each in found]}, indent=2))

@@ -9,7 +9,7 @@ import click
 
 from harness.cli.options import json_option
 from harness.compute import CONVENTION
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.planning.flops_table import (
     PROTOCOL_ARGUMENTS,
     cascades,
@@ -41,7 +41,7 @@ def command(
     """
     if sampling:
         if protocol or breakdown or check:
-            raise Refusal("--sampling counts systems as they are; leave out --protocol, --breakdown and --check")
+            raise UserError("--sampling counts systems as they are; leave out --protocol, --breakdown and --check")
         show_sampling(
             [get_system(name) for name in names] or [each for each in systems if not each.unavailable], as_json
         )
@@ -54,7 +54,7 @@ def command(
     for spec, overrides in requests:
         try:
             rows.append(make_row(spec, overrides, breakdown=breakdown, check=check))
-        except Refusal as refusal:
+        except UserError as refusal:
             if names or check:  # asked for by name: the user must hear of it
                 raise
             refused.append({"name": spec.name, "reason": str(refusal)})

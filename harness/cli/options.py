@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.loggers import LOGGERS
 from harness.planning.matching import parse_budget, parse_reference, parse_sampling_reference
 from harness.protocols import count
@@ -177,7 +177,7 @@ def settings_of(pairs: tuple[tuple[str, str], ...]) -> dict[str, str]:
     """--set pairs as a dictionary; the same name twice is refused."""
     settings = dict(pairs)
     if len(settings) != len(pairs):
-        raise Refusal("--set names the same item twice; give each once")
+        raise UserError("--set names the same item twice; give each once")
     return settings
 
 
@@ -185,4 +185,4 @@ def only_one(flags: dict[str, Any], what: str) -> None:
     """Flags (by name, with their values) that set the same thing: more than one given is refused."""
     given = [flag for flag, value in flags.items() if value is not None]
     if len(given) > 1:
-        raise Refusal(f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} set {what}; give one of them")
+        raise UserError(f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} set {what}; give one of them")

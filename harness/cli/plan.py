@@ -17,8 +17,8 @@ from harness.cli.options import (
     sampling_options,
     settings_of,
 )
-from harness.engines.memory import Measured, NoRoom
-from harness.errors import Refusal
+from harness.engines.memory import Measured, NotEnoughMemory
+from harness.errors import UserError
 from harness.io.progress import duration
 from harness.planning.matching import budget_table, matched
 from harness.planning.plan import make_plan, missing_decoder
@@ -104,7 +104,7 @@ def command(ctx: click.Context, as_json: bool, **options: Any) -> None:
     costs["measured"] = None
     try:
         costs["measured"] = measured(request, options)
-    except NoRoom as lack:
+    except NotEnoughMemory as lack:
         costs["missing"].append(str(lack))
         if not as_json:
             click.echo(f"missing  {lack}")
@@ -167,12 +167,12 @@ def error_text(relative: float) -> str:
 def show_table(ctx: click.Context, options: dict[str, Any], as_json: bool) -> None:
     """What every backbone would get from one budget."""
     if options["match"] is None and options["budget"] is None:
-        raise Refusal("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
+        raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
     _, settings = sources_of_steps(options)
     for parameter in ctx.command.params:
         name, flag = parameter.name or "", parameter.opts[0]
         if name not in TABLE_OPTIONS and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            raise Refusal(f"{flag} has no part in the table of a budget; name a --backbone with it")
+            raise UserError(f"{flag} has no part in the table of a budget; name a --backbone with it")
     task = get_protocol(options["protocol"] or DEFAULT_PROTOCOL)
     document = budget_table(task, override(task.recipe, settings), match=options["match"], budget=options["budget"])
     if as_json:

@@ -15,8 +15,8 @@ from harness.runs.run import RUNS
 from results.records import Record
 
 CELL_WIDTH = 19  # of one row's column on the terminal
-MOST_ROWS = 50  # of one table there
-MOST_NAMED = 5  # lines that could not be read, and conflicts
+MAX_ROWS = 50  # of one table there
+MAX_NAMED = 5  # lines that could not be read, and conflicts
 
 
 @click.command("report")
@@ -63,10 +63,10 @@ def show(paths: Sequence[Path], out: Path, *, protocol: str | None = None, only:
 
 def _name(problems: Sequence[object], what: str) -> None:
     """The first few, and how many there are where there are more than one."""
-    for problem in problems[:MOST_NAMED]:
+    for problem in problems[:MAX_NAMED]:
         click.echo(f"harness: {problem}" + ("; left out" if len(problems) == 1 else ""), err=True)
     if len(problems) > 1:
-        more = f", the first {MOST_NAMED} of them above" if len(problems) > MOST_NAMED else ""
+        more = f", the first {MAX_NAMED} of them above" if len(problems) > MAX_NAMED else ""
         click.echo(f"harness: {what}: {len(problems):,}{more}", err=True)
 
 
@@ -85,7 +85,7 @@ def print_records(records: Iterable[Record]) -> None:
         click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
     for members in tables:  # what may not share a table does not
         made = make_rows(members)
-        rows = console_table(made[:MOST_ROWS])
+        rows = console_table(made[:MAX_ROWS])
         shared = {
             title: rows[0][title]
             for title in rows[0]
@@ -107,7 +107,7 @@ def print_records(records: Iterable[Record]) -> None:
                     escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
                 )
             console.print(table)
-        if left_out := len(made[MOST_ROWS:]):
+        if left_out := len(made[MAX_ROWS:]):
             console.print(f"{left_out:,} more rows are in the table of the protocol.")
         judges = sorted({features for each in members if (features := features_of(each))})
         console.print(

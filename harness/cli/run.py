@@ -20,7 +20,7 @@ from harness.cli.options import (
 from harness.data.images import ImageSet
 from harness.data.load import source_images, training_data
 from harness.engines.backend import join_processes
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.loggers import check_installed
 from harness.pipeline.evaluate import CACHE, evaluate_and_record
 from harness.pipeline.judges import make_evaluator
@@ -63,7 +63,7 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
     """
     request = plan_command.request_of(options)
     if request.spec.kind != "denoiser":
-        raise Refusal(
+        raise UserError(
             f"backbone {request.spec.name!r} is one part of a system and makes no images by itself: train it with "
             "`harness train`, then sample the whole with `harness sample --system`"
         )
@@ -71,9 +71,9 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
     workshop = prepare(request, options)
     marks = sorted({*(evaluate_at or ()), request.recipe.steps})
     if marks[-1] > request.recipe.steps:
-        raise Refusal(f"--evaluate-at {marks[-1]} lies beyond the last step, {request.recipe.steps}; raise --steps")
-    team, drawn = workshop.team, []
-    with team.locked(workshop.folder):
+        raise UserError(f"--evaluate-at {marks[-1]} lies beyond the last step, {request.recipe.steps}; raise --steps")
+    group, drawn = workshop.group, []
+    with group.locked(workshop.folder):
         # First what may be missing, then what is measured.
         decoder = decoder_of(workshop, options["decoder"], options["device"])
         by, images = judge or (None, None)
@@ -86,15 +86,24 @@ def command(evaluate_at: tuple[int, ...] | None, sampling_batch: int | None, rep
                 precision = options["sampling_precision"]
                 drawn.append(
                     sample_run(
-                        run, request, step, steps, precision=precision, batch=sampling_batch, decoder=decoder, team=team
+                        run,
+                        request,
+                        step,
+                        steps,
+                        precision=precision,
+                        batch=sampling_batch,
+                        decoder=decoder,
+                        group=group,
                     )
                 )
             while drawn and by is not None:
                 cache = run.folder.parent / CACHE
-                evaluate_and_record(drawn.pop(0), request.protocol, images, run.records, cache=cache, by=by, team=team)
-    for path in drawn if team.leads and by is None else ():
+                evaluate_and_record(
+                    drawn.pop(0), request.protocol, images, run.records, cache=cache, by=by, group=group
+                )
+    for path in drawn if group.is_main and by is None else ():
         click.echo(f"samples: {path}; measure them with: {evaluate_command(request.protocol, path.parent)}")
-    if team.leads and reports and by is not None:
+    if group.is_main and reports and by is not None:
         finish(run, request)
 
 
@@ -108,7 +117,7 @@ def images_to_judge_by(workshop: RunSession) -> ImageSet:
 def prepare(request: Request, options: dict[str, Any]) -> RunSession:
     """Print the plan; refuse with what is missing; read the data and open the run's folder."""
     check_installed(options["loggers"])
-    team = join_processes(request.framework)
+    group = join_processes(request.framework)
     costs = make_plan(request)
     click.echo(plan_command.headline(request, options["protocol"] is None))
     click.echo(plan_command.arithmetic(costs))
@@ -123,11 +132,11 @@ def prepare(request: Request, options: dict[str, Any]) -> RunSession:
         ):  # whose every size fits the digits
             steps = request.recipe.steps
             text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
-        raise Refusal(text)
+        raise UserError(text)
     data = training_data(request.protocol, request.data)
     folder = options["out"] or RUNS / run_spec(request, data).name
     say = lambda text: click.echo(text, err=True)  # noqa: E731
-    return RunSession(request, data, folder, say, team, options["loggers"], options["mesh"])
+    return RunSession(request, data, folder, say, group, options["loggers"], options["mesh"])
 
 
 def begin(workshop: RunSession, options: dict[str, Any]) -> Run:
@@ -157,7 +166,7 @@ def begin(workshop: RunSession, options: dict[str, Any]) -> Run:
     }
     for name, value in asked.items():
         if value is not None and value != getattr(frozen, name):
-            raise Refusal(
+            raise UserError(
                 f"{run.folder} was created with {name} {getattr(frozen, name)}, which is frozen because it decides bits; "
                 f"leave out --{name.replace('_', '-')}, or make another run of it with --fork {run.folder} --out NEW"
             )

@@ -17,7 +17,7 @@ from harness.cli.options import (
     sampling_options,
 )
 from harness.engines.backend import join_processes
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.pipeline.sample import decoder_of, sample_run
 from harness.planning.matching import matched
 from harness.planning.request import request_of_run
@@ -57,7 +57,7 @@ def command(folder: Path | None, system: str | None, weights: tuple[tuple[str, s
                        --weights classifier=256x256_classifier.pt
     """
     if (folder is None) == (system is None):
-        raise Refusal("give either --run DIR or --system NAME (see `harness list systems`)")
+        raise UserError("give either --run DIR or --system NAME (see `harness list systems`)")
     if folder is not None:
         _sample_run(folder, weights, options)
     else:
@@ -67,10 +67,10 @@ def command(folder: Path | None, system: str | None, weights: tuple[tuple[str, s
 def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dict[str, Any]) -> None:
     for name, given in (("weights", weights), *((each, options[each]) for each in ("framework", "device", "out"))):
         if given:
-            raise Refusal(f"--{name} belongs to --system; a run has its own")
+            raise UserError(f"--{name} belongs to --system; a run has its own")
     run = open_run(folder)
-    if not (step := options["step"] or max(run.snapshots(), default=0)):
-        raise Refusal(f"{folder} has no snapshot yet; train it to the end with `harness train` first")
+    if not (step := options["step"] or max(run.ema_checkpoint_steps(), default=0)):
+        raise UserError(f"{folder} has no snapshot yet; train it to the end with `harness train` first")
     only_one(
         {"--sampling-steps": options["sampling_steps"], "--match-sampling": options["match_sampling"]},
         "the sampling steps",
@@ -82,19 +82,19 @@ def _sample_run(folder: Path, weights: tuple[tuple[str, str], ...], options: dic
     }
     request = request_of_run(run, sampling=drawing, samples=options["samples"])
     if request.spec.kind != "denoiser":
-        raise Refusal(
+        raise UserError(
             f"{folder} is a run of {request.spec.name}, a part of a system; give it as "
             f"--system NAME --weights {request.spec.kind}={folder}"
         )
     request = matched(request, sampling=options["match_sampling"])
-    team = join_processes(run.framework)
-    step = team.leaders(step)  # while the run is trained, others may find a newer one
+    group = join_processes(run.framework)
+    step = group.broadcast(step)  # while the run is trained, others may find a newer one
     decoder = decoder_of(run, options["decoder"])
-    with team.locked(folder):
+    with group.locked(folder):
         for steps in request.sampling.steps:
             path = sample_run(
                 run, request, step, steps, precision=options["sampling_precision"], batch=options["batch"],
-                compile=options["compile"], decoder=decoder, team=team,
+                compile=options["compile"], decoder=decoder, group=group,
             )  # fmt: skip
             click.echo(path)
 
@@ -105,18 +105,18 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
     from harness.systems.read import get_system
 
     if options["decoder"] is not None:
-        raise Refusal("--decoder belongs to --run; a system has its own, whose weights are --weights decoder=PATH")
+        raise UserError("--decoder belongs to --run; a system has its own, whose weights are --weights decoder=PATH")
     if options["step"] is not None:
-        raise Refusal("--step belongs to --run; of a run given as weights the newest snapshot is taken")
+        raise UserError("--step belongs to --run; of a run given as weights the newest snapshot is taken")
     system = get_system(name)
     if given := [each for each in OF_A_RUN if options[each] is not None]:
         flag = {"guidance_scale": "cfg", "label_policy": "labels"}.get(given[0], given[0]).replace("_", "-")
-        raise Refusal(
+        raise UserError(
             f"--{flag} is fixed by the system {system.name!r}; write a system of your own as a TOML file, and give that"
         )
     if len(dict(weights)) != len(weights):
-        raise Refusal("--weights names the same part twice; give each once")
-    team = join_processes(options["framework"] or "torch")
+        raise UserError("--weights names the same part twice; give each once")
+    group = join_processes(options["framework"] or "torch")
     bound = load_parts(system, {part: Path(path) for part, path in weights})
     # All of them first, so that steps that do not fit are refused before anything is drawn.
     wanted = [with_steps(bound, steps) for steps in options["sampling_steps"]] if options["sampling_steps"] else [bound]
@@ -132,6 +132,6 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
             batch=options["batch"],
             device=options["device"],
             say=lambda text: click.echo(text, err=True),
-            team=team,
+            group=group,
         )
         click.echo(path)

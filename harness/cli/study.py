@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli.options import Setting, json_option
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration
 from harness.studies import load, slurm
 from harness.studies.expand import Expansion, expand
@@ -65,13 +65,13 @@ def command(
     command goes on: what is done is not repeated, and what still runs is not started twice.
     """
     if status and only_report:
-        raise Refusal("--status and --report are two questions; ask one of them")
+        raise UserError("--status and --report are two questions; ask one of them")
     if as_json and not status:
-        raise Refusal("--json belongs to --status")
+        raise UserError("--json belongs to --status")
     if settings and launcher != "slurm":
-        raise Refusal("--slurm belongs to --launcher slurm")
+        raise UserError("--slurm belongs to --launcher slurm")
     if jobs and launcher != "local":
-        raise Refusal("--jobs belongs to --launcher local; of slurm each run is a job")
+        raise UserError("--jobs belongs to --launcher local; of slurm each run is a job")
     study = expand(load(file))
     if status:
         found = overview(study, slurm.queue(study))
@@ -94,7 +94,7 @@ def command(
     if failed := [row for row in found.rows if row.state == "failed"]:
         named = "; ".join(f"{row.run.name}: {row.reason}" + (f" (log {row.log})" if row.log else "") for row in failed)
         more = "" if retry_failed else "; --retry-failed tries again"
-        raise Failure(f"{len(failed)} of {len(found.rows)} runs failed: {named}{more}")
+        raise RunError(f"{len(failed)} of {len(found.rows)} runs failed: {named}{more}")
     if found.count("done") == len(found.rows):
         return
     click.echo(summary(found), err=True)

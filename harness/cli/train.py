@@ -38,7 +38,7 @@ def command(**options: Any) -> None:
     options = {**NO_SAMPLING, **options}
     request = request_of(options)
     workshop = prepare(request, options)
-    with workshop.team.locked(workshop.folder):
+    with workshop.group.locked(workshop.folder):
         run = begin(workshop, options)
         workshop.train(request.recipe.steps)
     part = f"--system NAME --weights {request.spec.kind}={run.folder}"

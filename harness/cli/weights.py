@@ -61,12 +61,12 @@ def import_(file: Path, backbone: str | None, out: Path | None) -> None:
 @out_option
 def export(file: Path, layout: str, backbone: str | None, out: Path | None) -> None:
     """Write FILE in a public layout: a .pt, a .ckpt, a .bin, or a folder of diffusers."""
-    from harness.errors import Refusal
+    from harness.errors import UserError
     from harness.registry import unknown
     from harness.weights.transfer import export_file, layout_names
 
     if layout not in (known := layout_names()):
-        raise Refusal(unknown("format", layout, known))
+        raise UserError(unknown("format", layout, known))
     click.echo(f"{export_file(file, layout, out, backbone)}: {layout}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from harness.compute.meta_torch import build_on_meta, example_inputs, neutral_state
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.spec import BackboneSpec
 
 NORMS = ("aten::layer_norm", "aten::group_norm", "aten::batch_norm")
@@ -28,14 +28,14 @@ FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split()) | {"prim::Pyth
 
 
 def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
-    """Flops of one forward pass on one image by fvcore. Raises `Refusal` where fvcore is not installed."""
+    """Flops of one forward pass on one image by fvcore. Raises `UserError` where fvcore is not installed."""
     with neutral_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which fvcore is built on
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes become constants, which is the purpose
         try:
             from fvcore.nn import FlopCountAnalysis
         except ImportError as error:
-            raise Refusal("--check fvcore needs fvcore; run: pip install 'backbone-harness[fvcore]'") from error
+            raise UserError("--check fvcore needs fvcore; run: pip install 'backbone-harness[fvcore]'") from error
         # fvcore's tracer does not take meta tensors: the arithmetic is done, on whatever lies in the memory.
         net = build_on_meta(spec, overrides).to_empty(device="cpu").eval().requires_grad_(False)
         inputs = tuple(torch.zeros_like(x, device="cpu") for x in example_inputs(spec, spec.arguments(**overrides)))
@@ -48,7 +48,7 @@ def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
             analysis.set_op_handle(name, _nothing)  # None would leave fvcore's own handle in place
         by_module = analysis.by_module_and_operator()
         if unknown := sorted(analysis.unsupported_ops()):
-            raise Failure(
+            raise RunError(
                 f"backbone {spec.name!r}: fvcore does not count {unknown[0]}; add it to FREE in"
                 " harness.compute.check_fvcore if it is free, or give fvcore a handler there"
             )

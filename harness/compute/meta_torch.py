@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import BackboneSpec
 
 
@@ -30,7 +30,7 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[Tenso
 
     def need(name: str) -> int:
         if name not in arguments:
-            raise Refusal(
+            raise UserError(
                 f"backbone {spec.name!r} ({spec.kind}) has no argument {name!r}, which its inputs are built from;"
                 " add it to the spec's defaults"
             )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
 NORMS = (nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm, nnx.RMSNorm)
@@ -116,8 +116,8 @@ class _Counter:
                 raise self.failure(f"primitive {name}", part)
         return found
 
-    def failure(self, what: str, part: str) -> Failure:
-        return Failure(
+    def failure(self, what: str, part: str) -> RunError:
+        return RunError(
             f"backbone {self.backbone!r}: {what} in module {part or 'at the top'!r} is neither counted nor named as"
             " free; add it to COUNTED or to FREE in harness.compute.trace_jax, or give the backbone's spec a"
             " closed_form"
@@ -137,7 +137,7 @@ def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
     """Compute of one forward pass of the Flax network on one image, counted primitive by primitive.
 
     `overrides` are arguments of the builder. Rows bear the path of the innermost module, which is its torch name.
-    `params` counts the `nnx.Param`s. Raises `Failure` on a primitive that is neither counted nor named as free.
+    `params` counts the `nnx.Param`s. Raises `RunError` on a primitive that is neither counted nor named as free.
     """
     jaxpr, net, _ = abstract_forward(spec, **overrides)
     params = sum(prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param)))
@@ -168,7 +168,7 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
 
     def need(name: str) -> int:
         if name not in arguments:
-            raise Refusal(
+            raise UserError(
                 f"backbone {spec.name!r} ({spec.kind}) has no argument {name!r}, which its inputs are built from;"
                 " add it to the spec's defaults"
             )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.compute.meta_torch import FusedAttention, build_on_meta, example_inputs, neutral_state
-from harness.errors import Failure
+from harness.errors import RunError
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
 
@@ -121,7 +121,7 @@ class _Counter(TorchDispatchMode):
                 self.rows.append(ComputeRow(part, kind, flops(args, out)))
         # An in-place operator is as free as its counterpart.
         elif name not in FREE and not (name.endswith("_") and name[:-1] in FREE) and not name.startswith("prim::"):
-            raise Failure(
+            raise RunError(
                 f"backbone {self.backbone!r}: operator {name} in module {part or 'at the top'!r} is neither counted nor"
                 " named as free; add it to COUNTED or to FREE in harness.compute.trace_torch, or give the backbone's"
                 " spec a closed_form"
@@ -133,7 +133,7 @@ def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
     """Compute of one forward pass of the torch network on one image, counted operator by operator.
 
     `overrides` are arguments of the builder. Rows bear the qualified name of the innermost module. `params` counts
-    what requires a gradient. Raises `Failure` on an operator that is neither counted nor named as free.
+    what requires a gradient. Raises `RunError` on an operator that is neither counted nor named as free.
     """
     arguments = spec.arguments(**overrides)
     with neutral_state():

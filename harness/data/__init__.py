@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import load_attribute
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class DatasetSpec:
     def load(self, folder: Path | None = None) -> ImageSet:
         """Read the images; what is missing is refused with the way to get it."""
         if self.needs_folder and folder is None:
-            raise Refusal(f"data set {self.name!r} is not on this machine: {self.missing()}")
+            raise UserError(f"data set {self.name!r} is not on this machine: {self.missing()}")
         return load_attribute(self.loader, f"loader of data set {self.name!r}")(folder)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.data.images import ImageSet
-from harness.errors import Refusal
+from harness.errors import UserError
 
 LEVELS = 16  # the files count inked pixels of 4x4 cells: 0..16
 
@@ -15,7 +15,7 @@ LEVELS = 16  # the files count inked pixels of 4x4 cells: 0..16
 def load(folder: Path | None = None) -> ImageSet:
     """1,797 images (8, 8, 1) uint8: the counts 0..16 scaled to 0..255 and rounded; labels 0..9."""
     if folder is not None:
-        raise Refusal(f"data set 'digits' comes with scikit-learn and takes no --data (given: {folder})")
+        raise UserError(f"data set 'digits' comes with scikit-learn and takes no --data (given: {folder})")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from harness._version import VERSION
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.io import files
 from harness.io.progress import Bar
 
@@ -26,11 +26,11 @@ CHUNK_BYTES = 1 << 18
 TIMEOUT_SECONDS = 30.0  # without a byte
 TRIES = 5  # in a row without a byte
 PAUSE_SECONDS = 1.0  # before the second try, doubled before each further one
-MOST_BYTES = 64 << 30
+MAX_BYTES = 64 << 30
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # what a server says when it may be better later
 
 
-class Unreachable(Refusal):
+class Unreachable(UserError):
     """Nothing could be had from this address."""
 
 
@@ -48,13 +48,13 @@ def download(
     partial: Path,  # what has come; continued if it is of this address
     *,
     title: str,
-    check: Callable[[bytes, int | None], object],  # (first bytes, whole length) -> Refusal where it is another file
-    most: int = MOST_BYTES,
+    check: Callable[[bytes, int | None], object],  # (first bytes, whole length) -> UserError where it is another file
+    most: int = MAX_BYTES,
 ) -> None:
-    """Fetch `url` into `partial`. Unreachable when nothing can be had, Failure when it breaks off and stays so: then the
+    """Fetch `url` into `partial`. Unreachable when nothing can be had, RunError when it breaks off and stays so: then the
     same call continues."""
     if re.match(r"https?://[^/\s]", url, re.IGNORECASE) is None:
-        raise Refusal(f"{url!r} is no address: give one that begins with https:// or http://")
+        raise UserError(f"{url!r} is no address: give one that begins with https:// or http://")
     job = _Job(url, partial, title, check, most)
     tries, pause = 0, PAUSE_SECONDS
     while True:
@@ -70,7 +70,7 @@ def download(
                 raise Unreachable(f"{url} cannot be reached ({error})") from error
             if tries >= TRIES:
                 whole = "" if job.total is None else f" of {job.total:,}"
-                raise Failure(
+                raise RunError(
                     f"{url} broke off at {job.have:,}{whole} bytes ({error}); the same command continues from there"
                 ) from error
         time.sleep(pause)
@@ -122,7 +122,7 @@ class _Job:
                 _origin_path(self.partial).unlink(missing_ok=True)
                 return self.attempt()
             if self.total is not None and self.total > self.most:
-                raise Refusal(f"{self.url} is {self.total:,} bytes, more than the {self.most:,} it may be")
+                raise UserError(f"{self.url} is {self.total:,} bytes, more than the {self.most:,} it may be")
             self._receive(response, start)
 
     def _said_no(self, error: urllib.error.HTTPError, have: int) -> None:
@@ -162,7 +162,7 @@ class _Job:
                 file.write(data)
                 done += len(data)
                 if done > self.most:
-                    raise Refusal(f"{self.url} is more than the {self.most:,} bytes it may be")
+                    raise UserError(f"{self.url} is more than the {self.most:,} bytes it may be")
                 bar.total = max(bar.total, _megabytes(done))  # where the server did not say
                 bar.advance(_megabytes(done) - bar.done)
                 if not data:
@@ -221,7 +221,7 @@ def _read_origin(partial: Path) -> _Origin | None:
     try:
         found = files.read_json(_origin_path(partial), "")
         return _Origin(url=str(found["url"]), validator=found["validator"], total=found["total"])
-    except (Refusal, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
 
 

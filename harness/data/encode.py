@@ -24,7 +24,7 @@ from harness.data import latents, npz, prepared
 from harness.data.images import ImageSet
 from harness.data.latents import DTYPE, LABELS, LATENTS, META, Meta
 from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.io import files
 from harness.io.progress import Bar
 from harness.runs.run import identity_difference
@@ -55,7 +55,7 @@ def open_images(source: str) -> Source:
         "is neither a prepared data set nor an .npz" if path.exists() else "is no folder, and no data set without one"
     )
     name = source if source in registry.datasets else "NAME"
-    raise Refusal(f"{source} {what}; give the folder that `harness data prepare {name} --from PATH --out DIR` makes")
+    raise UserError(f"{source} {what}; give the folder that `harness data prepare {name} --from PATH --out DIR` makes")
 
 
 def _images(source: Source) -> dict[str, Any]:
@@ -74,8 +74,10 @@ def made_before(source: Source, vae: str, out: Path) -> Meta | None:
         return None
     try:
         latents.load(out)
-    except Refusal as error:
-        raise Refusal(f"{out} was whole once and is damaged ({error}); delete it and give the command again") from error
+    except UserError as error:
+        raise UserError(
+            f"{out} was whole once and is damaged ({error}); delete it and give the command again"
+        ) from error
     return meta
 
 
@@ -90,11 +92,11 @@ def make_cache(
     count, height, width, channels = data.images.shape
     images = _images(source)
     if vae.kind != "kl":
-        raise Refusal(
+        raise UserError(
             f"{vae.name} has a code book and no posterior; latents are made by an AutoencoderKL, such as ft-ema"
         )
     if channels != vae.image_channels or height % vae.factor or width % vae.factor or height != width:
-        raise Refusal(
+        raise UserError(
             f"{data.name} has images {height}x{width}x{channels}; auto-encoder {vae.name} takes squares of "
             f"{vae.image_channels} channels whose side is a multiple of {vae.factor}"
         )
@@ -103,9 +105,9 @@ def make_cache(
     found = Path(vae.source)
     places = {"images": source.place, "vae": str(found.resolve()) if found.exists() else vae.source.partition("@")[0]}
     if out.is_file():
-        raise Refusal(f"--out {out} is a file; name a folder")
+        raise UserError(f"--out {out} is a file; name a folder")
     if out.is_dir() and not (out / META).exists() and (strange := {each.name for each in out.iterdir()} - OWN):
-        raise Refusal(
+        raise UserError(
             f"--out {out} holds other files ({sorted(strange)[0]}) and no latents; name a new or empty folder"
         )
     with files.claimed(out / "chunks") as journal:
@@ -130,7 +132,9 @@ def make_cache(
 
 def _same(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     if (there["images"], there["vae"], there["shape"]) != (here["images"], here["vae"], here["shape"]):
-        raise Refusal(f"{out} holds latents of something else ({identity_difference(there, here)}); name another --out")
+        raise UserError(
+            f"{out} holds latents of something else ({identity_difference(there, here)}); name another --out"
+        )
 
 
 def _file(out: Path) -> Path:
@@ -196,7 +200,7 @@ def _make_room(path: Path, total: int, say: Callable[[str], None]) -> None:
     free = shutil.disk_usage(path.parent).free
     say(f"latents: {total / 1e9:.2f} GB on the disk, {free / 1e9:.2f} GB free" + (", begun already" if there else ""))
     if total - there > free:
-        raise Failure(f"{path.parent}: latents take {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room")
+        raise RunError(f"{path.parent}: latents take {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room")
     with path.open("r+b" if path.exists() else "w+b") as file:
         file.truncate(total)
         if hasattr(os, "posix_fallocate"):

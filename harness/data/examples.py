@@ -39,5 +39,5 @@ class Examples(Protocol):
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """What is stored of examples `rows`, int64 (n,), mirrored left to right where bool (n,) says so: (n, ...)."""
 
-    def x0(self, stored: Any, normal: Normal) -> Any:
+    def to_model_input(self, stored: Any, normal: Normal) -> Any:
         """`stored` as a torch tensor or a jax array, (n, ...) -> float32 (n, C, H, W): what the network learns."""

@@ -15,7 +15,7 @@ import numpy as np
 from harness.data.cache_dir import downloads
 from harness.data.idx import read_idx
 from harness.data.images import ImageSet
-from harness.errors import Refusal
+from harness.errors import UserError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 PADDING = 2  # pixels a side, 28 -> 32, of the background's value
@@ -35,7 +35,7 @@ def missing(folder: Path | None, resolution: int | None = None) -> str | None:
     """What is lacking, with the ways to get it; None: nothing."""
     try:
         _folder(folder)
-    except Refusal as error:
+    except UserError as error:
         return str(error)
     return None
 
@@ -54,7 +54,7 @@ def _read(path: Path, dimensions: int, sha256: str) -> np.ndarray:
     values = read_idx(path, dimensions)
     found = hashlib.sha256(values).hexdigest()
     if found != sha256:
-        raise Refusal(
+        raise UserError(
             f"{path} is not Fashion-MNIST's: its values {values.shape} have sha256 {found[:12]}..., expected "
             f"{sha256[:12]}... (MNIST's files have the same names); `harness data fetch fashion-mnist` gets the right ones"
         )
@@ -70,8 +70,8 @@ def _folder(folder: Path | None) -> Path:
             return place
         if len(lacking) < len(FILES) or folder is not None:
             what = "no such folder" if not place.is_dir() else f"no file {lacking[0]}.gz in it"
-            raise Refusal(f"Fashion-MNIST in {place}: {what}; `harness data fetch fashion-mnist` gets all four files")
-    raise Refusal(
+            raise UserError(f"Fashion-MNIST in {place}: {what}; `harness data fetch fashion-mnist` gets all four files")
+    raise UserError(
         "Fashion-MNIST is not on this machine: `harness data fetch fashion-mnist` gets it (30 MB), or `apt-get install "
         "dataset-fashion-mnist`, or name a folder that holds its four .gz files with --data"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.data import download
 from harness.data.cache_dir import downloads
 from harness.data.public_files import PublicDataset, PublicFile
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import readable
 from harness.io import files
 
@@ -59,7 +59,7 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
                     partial,
                     title=public.file,
                     check=lambda head, total: _check_start(public, head, total),
-                    most=download.MOST_BYTES if public.bytes is None else 2 * public.bytes,
+                    most=download.MAX_BYTES if public.bytes is None else 2 * public.bytes,
                 )
                 return _finish(public, partial, out)
             except download.Unreachable as error:
@@ -67,7 +67,7 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
             except _Wrong as error:
                 download.forget(partial)
                 reasons.append(f"{address}: {error}")
-        raise Refusal(
+        raise UserError(
             f"{public.file} was not fetched: {'; '.join(reasons)}. Give another place with --url, or copy the file from a"
             f" machine that has it to {out}"
         )
@@ -78,12 +78,12 @@ def fetch_dataset(public: PublicDataset, out: Path | None = None, url: str | Non
     address `url` or from where they are published. Files that are there are checked and not fetched again."""
     folder = downloads(public.name) if out is None else out
     if folder.is_file():
-        raise Refusal(f"{folder} is a file; data set {public.name!r} is several: name a folder with --out")
+        raise UserError(f"{folder} is a file; data set {public.name!r} is several: name a folder with --out")
     base = None if url is None else url.rstrip("/")
     return [fetch(each, folder / each.file, base and f"{base}/{each.file}") for each in public.files]
 
 
-class _Wrong(Refusal):
+class _Wrong(UserError):
     """What an address holds is not the file."""
 
 
@@ -113,7 +113,7 @@ def _finish(public: PublicFile, partial: Path, out: Path) -> Fetched:
         if packed:
             _unpack(public, partial, ready)
         found = _known(public, ready, new=True)
-    except Refusal as error:
+    except UserError as error:
         ready.unlink(missing_ok=True)
         raise _Wrong(str(error)) from error
     with files.explained(out):
@@ -129,19 +129,19 @@ def _known(public: PublicFile, path: Path, *, new: bool) -> Fetched:
     what = f"what comes is not {public.file}" if new else f"{path} is there and is not {public.file}"
     advice = "" if new else "; move it away, or give another --out"
     if public.bytes is not None and size != public.bytes:
-        raise Refusal(f"{what}: {size:,} bytes instead of {public.bytes:,}{advice}")
+        raise UserError(f"{what}: {size:,} bytes instead of {public.bytes:,}{advice}")
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(1 << 20):
             md5.update(data)
             sha256.update(data)
     if public.md5 is not None and md5.hexdigest() != public.md5:
-        raise Refusal(f"{what}: its md5 is {md5.hexdigest()} instead of {public.md5}{advice}")
+        raise UserError(f"{what}: its md5 is {md5.hexdigest()} instead of {public.md5}{advice}")
     if public.md5 is None:
         try:
             _check_batch(path)
-        except Refusal as error:
-            raise Refusal(f"{what}: {error}{advice}") from error
+        except UserError as error:
+            raise UserError(f"{what}: {error}{advice}") from error
     return Fetched(
         path=path, bytes=size, md5=md5.hexdigest(), sha256=sha256.hexdigest(), verified=public.md5 is not None, new=new
     )
@@ -155,9 +155,9 @@ def _check_batch(path: Path) -> None:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         lacking = [name for name in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if name not in names]
         if lacking:
-            raise Refusal(f"it lacks {', '.join(lacking)}")
+            raise UserError(f"it lacks {', '.join(lacking)}")
         if (bad := archive.testzip()) is not None:
-            raise Refusal(f"{bad} differs from its checksum")
+            raise UserError(f"{bad} differs from its checksum")
 
 
 class _Limited(io.RawIOBase):
@@ -173,7 +173,7 @@ class _Limited(io.RawIOBase):
         data = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(data)
         if self._left < 0:
-            raise Refusal("the archive unpacks to more than it can hold")
+            raise UserError("the archive unpacks to more than it can hold")
         return data
 
 
@@ -191,5 +191,5 @@ def _unpack(public: PublicFile, archive: Path, into: Path) -> None:
                         files.sync_file(into)
                         return
         except tarfile.TarError as error:
-            raise Refusal(f"the archive cannot be read ({error}); it is damaged") from error
-    raise Refusal(f"the archive holds no {public.file}")
+            raise UserError(f"the archive cannot be read ({error}); it is damaged") from error
+    raise UserError(f"the archive holds no {public.file}")

@@ -12,21 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import Damaged, readable
 
 UNSIGNED_BYTES = 0x08  # the only type that images and labels come in
-MOST_BYTES = 1 << 30  # a header that promises more is not believed
+MAX_BYTES = 1 << 30  # a header that promises more is not believed
 GZIP = b"\x1f\x8b"
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The array in `path` as uint8 with so many dimensions. Refusal, naming the file, for what is cut off, longer than
+    """The array in `path` as uint8 with so many dimensions. UserError, naming the file, for what is cut off, longer than
     its header says, of another type or rank, or (gzipped) differs from its checksum. Never unpacks more than it says."""
     try:
         file = path.open("rb")
     except OSError as error:
-        raise Refusal(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     with file, readable(path):
         packed = file.read(2) == GZIP
         file.seek(0)
@@ -43,15 +43,15 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def _shape(path: Path, magic: bytes, stream, dimensions: int) -> tuple[int, ...]:
     if len(magic) < 4 or magic[:2] != b"\0\0":
-        raise Refusal(f"{path} is no IDX file: it begins with {magic.hex(' ') or 'nothing'}")
+        raise UserError(f"{path} is no IDX file: it begins with {magic.hex(' ') or 'nothing'}")
     if magic[2] != UNSIGNED_BYTES:
-        raise Refusal(f"{path} holds values of IDX type 0x{magic[2]:02x}; wanted unsigned bytes, 0x08")
+        raise UserError(f"{path} holds values of IDX type 0x{magic[2]:02x}; wanted unsigned bytes, 0x08")
     if magic[3] != dimensions:
-        raise Refusal(f"{path} has {magic[3]} dimensions where {dimensions} are wanted: images and labels swapped?")
+        raise UserError(f"{path} has {magic[3]} dimensions where {dimensions} are wanted: images and labels swapped?")
     sizes = stream.read(4 * dimensions)
     if len(sizes) < 4 * dimensions:
         raise Damaged("its header is cut off")
     shape = struct.unpack(f">{dimensions}I", sizes)
-    if 0 in shape or math.prod(shape) > MOST_BYTES:
+    if 0 in shape or math.prod(shape) > MAX_BYTES:
         raise Damaged(f"its header says {shape}")
     return shape

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import printable
 
 NAME = "imagenet"
@@ -59,7 +59,7 @@ def check_folders(where: str, names: Sequence[str]) -> None:
         return
     strange, lacking = sorted(found - known), sorted(known - found)
     if strange and all(re.fullmatch("[0-9]+", each) for each in names):
-        raise Refusal(
+        raise UserError(
             f"{where}: the class folders are numbers, of which nobody can say whether they are the devkit's order or "
             f"that of labels; rename each to its WordNet id ({classes()[0]}, ...)"
         )
@@ -68,7 +68,7 @@ def check_folders(where: str, names: Sequence[str]) -> None:
         parts.append(f"{len(lacking)} of the 1,000 classes are missing (first: {lacking[0]})")
     if strange:
         parts.append(f"{len(strange)} folders are no class of ImageNet (first: {printable(strange[0])})")
-    raise Refusal(
+    raise UserError(
         f"{where}: {' and '.join(parts)}; every label behind it would be shifted. Complete or remove them, or prepare a data "
         "set of your own under another name than imagenet"
     )
@@ -85,23 +85,23 @@ def check_labels(where: str, labels: np.ndarray, names: Sequence[str]) -> list[s
         devkit = np.array([number for _, number in _table()], np.int64)
         for shift, text in ((1, "the order of the devkit (ILSVRC2012_ID of meta.mat, from 0)"), (0, "ILSVRC2012_ID")):
             if np.array_equal(labels[told], devkit[said[told]] - shift):
-                raise Refusal(
+                raise UserError(
                     f"{where}: the labels are {text}, not places in the sorted list of WordNet ids: file "
                     f"{printable(names[wrong[0]])} has label {labels[wrong[0]]} and should have {said[wrong[0]]}; map them first"
                 )
         if np.array_equal(labels[told], said[told] + 1):
-            raise Refusal(f"{where}: the labels begin at 1, and ImageNet's at 0; subtract 1")
-        raise Refusal(
+            raise UserError(f"{where}: the labels begin at 1, and ImageNet's at 0; subtract 1")
+        raise UserError(
             f"{where}: {len(wrong):,} of {len(labels):,} labels contradict their file names (first: "
             f"{printable(names[wrong[0]])} has label {labels[wrong[0]]}, its name says {classes()[said[wrong[0]]]}, which is "
             f"{said[wrong[0]]}); ImageNet's labels are places in the sorted list of WordNet ids"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > 999:
-        raise Refusal(f"{where}: label {low if low < 0 else high} is outside ImageNet's 0 to 999")
+        raise UserError(f"{where}: label {low if low < 0 else high} is outside ImageNet's 0 to 999")
     empty = np.flatnonzero(np.bincount(labels, minlength=1000) == 0)
     if len(empty):
-        raise Refusal(
+        raise UserError(
             f"{where}: {len(empty)} of the 1,000 classes have no image (first: {classes()[empty[0]]}, label {empty[0]})"
         )
     notes = []

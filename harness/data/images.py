@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from harness.data.examples import Normal
-from harness.errors import Refusal
+from harness.errors import UserError
 
 if TYPE_CHECKING:
     from harness.protocols import Protocol
@@ -54,7 +54,7 @@ class ImageSet:
         """Images of another size than the protocol's are refused."""
         shape = (task.resolution, task.resolution, task.image_channels)
         if self.images.shape[1:] != shape:
-            raise Refusal(
+            raise UserError(
                 f"data set {self.name!r} has images {self.images.shape[1:]}, protocol {task.name!r} wants {shape} (H, W, C)"
                 + ("; prepare it at that resolution" if self.known_sha256 else "")
             )
@@ -65,11 +65,11 @@ class ImageSet:
         images[mirrored] = images[mirrored, :, ::-1]
         return images
 
-    def x0(self, stored: Any, normal: Normal) -> Any:
+    def to_model_input(self, stored: Any, normal: Normal) -> Any:
         """uint8 (n, H, W, C) -> float32 (n, C, H, W) in [-1, 1]."""
         return stored.swapaxes(1, 3).swapaxes(2, 3) / 127.5 - 1
 
-    def shrunk(self, side: int) -> ImageSet:
+    def downsampled(self, side: int) -> ImageSet:
         """The images averaged over areas down to `side` pixels, rounded; themselves where they are not a multiple of it,
         and where they are prepared: at another resolution such a set is another one."""
         if self.known_sha256 is not None:

@@ -26,7 +26,7 @@ import numpy as np
 from harness import registry
 from harness.data.examples import Normal
 from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256, is_prepared
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import readable
 from harness.io import files
 from harness.io.arrays import prefetch
@@ -113,7 +113,7 @@ class LatentSet:
     def check(self, task: Protocol) -> None:
         """Latents of another size than the protocol's network takes, or of other images, are refused."""
         if (lack := _unfit(self.meta, task)) is not None:
-            raise Refusal(lack)
+            raise UserError(lack)
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """float32 (n, 2, C, h, w): mean and standard deviation of the image or of its mirror image, a copy."""
@@ -122,7 +122,7 @@ class LatentSet:
         prefetch(self.latents, wanted * size, size)  # three times as fast from the disk
         return np.asarray(views[wanted])
 
-    def x0(self, stored: Any, normal: Normal) -> Any:
+    def to_model_input(self, stored: Any, normal: Normal) -> Any:
         """float32 (n, 2, C, h, w) -> float32 (n, C, h, w): a draw from each posterior, shifted and scaled."""
         mean, std = stored[:, 0], stored[:, 1]
         return (mean + std * normal(tuple(mean.shape[1:])) - self.meta.shift) * self.meta.scale
@@ -134,16 +134,18 @@ def is_cache(folder: Path) -> bool:
 
 
 def read_meta(folder: Path) -> Meta:
-    """The meta.json of a cache; Refusal for another folder, an unfinished cache and a document that contradicts itself."""
+    """The meta.json of a cache; UserError for another folder, an unfinished cache and a document that contradicts itself."""
     path = folder / META
     if is_cache(folder) and not path.exists():
-        raise Refusal(f"{folder} is not whole: give the `harness data latents` command that began it once more")
+        raise UserError(f"{folder} is not whole: give the `harness data latents` command that began it once more")
     if not (is_cache(folder) and (folder / LABELS).is_file()):
-        raise Refusal(f"{folder} is no cache of latents; `harness data latents IMAGES --vae NAME --out DIR` makes one")
+        raise UserError(
+            f"{folder} is no cache of latents; `harness data latents IMAGES --vae NAME --out DIR` makes one"
+        )
     data = files.read_json(path, "latents file")
     try:
         if data["schema"] > SCHEMA:
-            raise Refusal(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
+            raise UserError(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
         meta = Meta(
             images=dict(data["images"]), vae=dict(data["vae"]), shape=tuple(int(each) for each in data["shape"]),
             chunks=tuple(str(each) for each in data["chunks"]), places=dict(data["places"]),
@@ -160,11 +162,11 @@ def read_meta(folder: Path) -> Meta:
             and {"name", "sha256", "resolution"} <= set(meta.images)
         )
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, Refusal):
+        if isinstance(error, UserError):
             raise
-        raise Refusal(f"{path} is not a latents file of this harness ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is not a latents file of this harness ({type(error).__name__}: {error})") from error
     if not sound:
-        raise Refusal(f"{path} contradicts its own hash: edited or damaged; make the latents again")
+        raise UserError(f"{path} contradicts its own hash: edited or damaged; make the latents again")
     return meta
 
 
@@ -185,7 +187,7 @@ def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     with readable(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-        raise Refusal(
+        raise UserError(
             f"{path} is {array.dtype} {array.shape} where {META} says {dtype} {shape}; make the latents again"
         )
     return array
@@ -214,7 +216,7 @@ def missing(folder: Path | None, task: Protocol) -> str | None:
         return f"{folder} {'is no cache of latents' if folder.exists() else 'does not exist'}; {all_of_it}"
     try:
         return _unfit(read_meta(folder), task)
-    except Refusal as error:
+    except UserError as error:
         return str(error)
 
 
@@ -241,14 +243,14 @@ def _unfit(meta: Meta, task: Protocol) -> str | None:
 
 
 def verify(folder: Path) -> str:
-    """Compare every chunk with its hash; what the cache is, in one line. Refusal: the first chunk that differs."""
+    """Compare every chunk with its hash; what the cache is, in one line. UserError: the first chunk that differs."""
     found = load(folder)
     meta, count = found.meta, len(found)
     with Bar("verify", count, "images") as bar:
         for number, expected in enumerate(meta.chunks):
             part = slice(number * CHUNK_IMAGES, min((number + 1) * CHUNK_IMAGES, count))
             if chunk_sha256(found.latents[part], found.labels[part]) != expected:
-                raise Refusal(
+                raise UserError(
                     f"{folder}: the latents or labels of images {part.start} to {part.stop - 1} differ from their hash:"
                     " damaged; make the latents again"
                 )

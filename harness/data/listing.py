@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from harness.data.prepared import CHUNK_IMAGES, chunk_sizes
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.files import Entry
 from harness.images.open import class_labels
 
@@ -89,7 +89,7 @@ def named_classes(source: Path, names: Iterable[str]) -> tuple[list[str], dict[s
 def numbers(source: Path, last: int) -> list[str]:
     """Names of the classes 0 to `last`, which have none but their numbers."""
     if last >= MAX_CLASSES:
-        raise Refusal(f"--from {source}: label {last} is beyond {MAX_CLASSES:,} classes; number the classes from 0")
+        raise UserError(f"--from {source}: label {last} is beyond {MAX_CLASSES:,} classes; number the classes from 0")
     return [str(each) for each in range(last + 1)]
 
 

@@ -8,7 +8,7 @@ from harness import registry
 from harness.data import latents
 from harness.data.examples import Examples
 from harness.data.images import ImageSet
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.protocols import Protocol
 
 
@@ -16,7 +16,7 @@ def training_data(protocol: Protocol, data: Path | None) -> Examples:
     """What is trained on: the images of the protocol's data set, or the cache of their latents that `data` is."""
     if protocol.space == "latents":
         if (lack := latents.missing(data, protocol)) is not None:
-            raise Refusal(f"data set {protocol.dataset!r} in latents: {lack}")
+            raise UserError(f"data set {protocol.dataset!r} in latents: {lack}")
         assert data is not None
         return latents.load(data)
     return load_data(protocol, data)
@@ -28,7 +28,7 @@ def load_data(protocol: Protocol, data: Path | None) -> ImageSet:
     if data is not None and latents.is_cache(data):
         meta = latents.read_meta(data)
         return source_images(meta.places, meta.images["sha256"], str(data))
-    return registry.datasets.get(protocol.dataset).load(data).shrunk(protocol.resolution)
+    return registry.datasets.get(protocol.dataset).load(data).downsampled(protocol.resolution)
 
 
 def source_images(places: dict[str, str], sha256: str, whose: str) -> ImageSet:
@@ -39,10 +39,12 @@ def source_images(places: dict[str, str], sha256: str, whose: str) -> ImageSet:
     remedy = "name images to judge by with --reference PATH"
     try:
         images = open_images(place).data
-    except Refusal as error:
-        raise Refusal(f"the images behind {whose} are not where they were ({place}); {remedy}") from error
+    except UserError as error:
+        raise UserError(f"the images behind {whose} are not where they were ({place}); {remedy}") from error
     if images.sha256 != sha256:
-        raise Refusal(f"{place} holds other images ({images.sha256[:12]}) than {whose} is of ({sha256[:12]}); {remedy}")
+        raise UserError(
+            f"{place} holds other images ({images.sha256[:12]}) than {whose} is of ({sha256[:12]}); {remedy}"
+        )
     return images
 
 
@@ -51,4 +53,4 @@ def check_labels(data: Examples, num_classes: int) -> None:
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= num_classes:
         bad = low if low < 0 else high
-        raise Refusal(f"data set {data.name!r} has label {bad}, but the protocol has classes 0 to {num_classes - 1}")
+        raise UserError(f"data set {data.name!r} has label {bad}, but the protocol has classes 0 to {num_classes - 1}")

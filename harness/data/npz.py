@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.data.images import ImageSet
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.samples import read_samples
 
 
@@ -15,5 +15,5 @@ def load(path: Path) -> ImageSet:
     """Images and labels of the file; labels are needed, for the models are class-conditional."""
     samples = read_samples(path)
     if samples.labels is None:
-        raise Refusal(f"{path} has no labels (arr_1); a class-conditional model needs one for each image")
+        raise UserError(f"{path} has no labels (arr_1); a class-conditional model needs one for each image")
     return ImageSet(name="npz", images=np.array(samples.images), labels=np.array(samples.labels))

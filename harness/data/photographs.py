@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.files import FILE_BYTES, PIXELS
 from harness.images.source import printable
 
@@ -29,7 +29,7 @@ class Photograph(NamedTuple):
     note: str | None
 
 
-class Broken(Refusal):
+class Broken(UserError):
     """An image that cannot be used; the message says why, and not which."""
 
 

@@ -32,7 +32,7 @@ from harness.data.listing import ImageIndex, IndexEntry
 from harness.data.photographs import CROP, Broken, Photograph, decode
 from harness.data.prepared import CHUNK_IMAGES, Meta, chunk_count, chunk_sizes
 from harness.data.sources import open_listing
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import printable
 from harness.io import files
 from harness.io.progress import Bar
@@ -40,7 +40,7 @@ from harness.protocols import check_name
 
 JOURNAL = "journal.jsonl"
 CHANNELS = 3
-MOST_BROKEN = 100  # then a source is given up: this is not a few damaged files
+MAX_BROKEN = 100  # then a source is given up: this is not a few damaged files
 NAMED = 5  # files that a message names
 SPARE_BYTES = 1 << 20
 AHEAD = 4  # images a thread that are decoded before they are needed
@@ -61,7 +61,7 @@ def prepare(
 ) -> Prepared:
     """Make the prepared data set `out` of the images at `source`, each cropped to `resolution` pixels a side.
 
-    dataset: its name; of "imagenet" the classes are checked. threads: that decode; None: one a core. Refusal for a source
+    dataset: its name; of "imagenet" the classes are checked. threads: that decode; None: one a core. UserError for a source
     that cannot be used, with every damaged image named, for a folder that holds something else, and for a disk that is
     too small. Killed, the same call continues; a whole one is left as it is."""
     check_name("data set", dataset)
@@ -80,7 +80,7 @@ def prepare(
         f"{dataset}: {count} from {listing.kind}, to {resolution}x{resolution}; {size} more, {free / 1e9:,.1f} GB are free"
     )
     if need > free:
-        raise Refusal(
+        raise UserError(
             f"{out} needs {size} more, and {free / 1e9:,.1f} GB are free there; free some, or name another --out"
         )
     with _claimed(job.partial), files.explained(job.partial):
@@ -117,7 +117,7 @@ def _claimed(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(f"another process is making {folder}; wait for it or stop it") from None
+            raise UserError(f"another process is making {folder}; wait for it or stop it") from None
         yield
     finally:
         os.close(descriptor)
@@ -155,11 +155,11 @@ class _Job:
     def found(self) -> Meta:
         """The data set that is at `out` already, if it is this one."""
         if not self.out.is_dir() or not prepared.is_prepared(self.out):
-            raise Refusal(f"--out {self.out} holds something else; name a new or empty folder")
+            raise UserError(f"--out {self.out} holds something else; name a new or empty folder")
         meta = prepared.read_meta(self.out)
         wanted = (self.dataset, self.shape, CROP, self.listing.sha256)
         if (meta.name, meta.shape, meta.crop, meta.source.get("listing_sha256")) != wanted:
-            raise Refusal(
+            raise UserError(
                 f"--out {self.out} holds another data set ({meta.name}, {meta.images:,} images, {meta.resolution} pixels); "
                 "name another folder"
             )
@@ -182,7 +182,7 @@ class _Job:
             try:
                 entry = json.loads(line)
                 self._take(entry) if i else self._compare(entry, header)
-            except Refusal:
+            except UserError:
                 raise
             except (ValueError, TypeError, KeyError, IndexError):
                 break  # what a power cut left
@@ -192,7 +192,7 @@ class _Job:
     def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         for name, value in wanted.items():
             if found.get(name) != value:
-                raise Refusal(
+                raise UserError(
                     f"{self.partial} was begun with another {name}; finish it as it was begun, or remove it, or name another --out"
                 )
 
@@ -229,7 +229,7 @@ class _Job:
         return max(0, int(np.prod(self.shape, dtype=np.int64)) - taken) + 8 * self.shape[0] + SPARE_BYTES
 
     def read(self, threads: int, say: Say) -> None:
-        """Decode what is missing. Refusal, after all the rest is done, that names the images that cannot be used."""
+        """Decode what is missing. UserError, after all the rest is done, that names the images that cannot be used."""
         with _Writer(self, say) as writer, ThreadPoolExecutor(threads) as pool:
             waiting: deque[tuple[int, IndexEntry, Future[Photograph]]] = deque()
             for unit in range(len(self.listing.sizes)):
@@ -328,7 +328,7 @@ class _Writer:
             self._incomplete.add(unit)
             self._broken.append(f"{image.name}: {error}")
             self._say(f"cannot be used: {self._broken[-1]}")
-            if len(self._broken) == MOST_BROKEN:
+            if len(self._broken) == MAX_BROKEN:
                 self.check()
         else:
             _write_at(self._images.fileno(), np.ascontiguousarray(pixels).data, self._start + image.row * self._bytes)
@@ -359,8 +359,8 @@ class _Writer:
         """Refuse what was broken."""
         if not self._broken:
             return
-        more = f" (given up after {MOST_BROKEN})" if len(self._broken) >= MOST_BROKEN else ""
-        raise Refusal(
+        more = f" (given up after {MAX_BROKEN})" if len(self._broken) >= MAX_BROKEN else ""
+        raise UserError(
             f"{len(self._broken)} images cannot be used{more}: {_listed(self._broken, '; ')}. Put whole files in their place "
             f"and repeat the command, which makes only what is missing; or take them out of the source, remove {self._job.partial} and "
             "begin anew"

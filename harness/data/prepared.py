@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from harness.data.images import ImageSet
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import readable
 from harness.io import files
 
@@ -110,14 +110,14 @@ def is_prepared(folder: Path) -> bool:
 
 
 def read_meta(folder: Path) -> Meta:
-    """The meta.json of a prepared data set; Refusal for another folder, and for a document that contradicts itself."""
+    """The meta.json of a prepared data set; UserError for another folder, and for a document that contradicts itself."""
     if not is_prepared(folder):
-        raise Refusal(f"{folder} is no prepared data set (it lacks {IMAGES}, {LABELS} or {META}); {MAKES_IT}")
+        raise UserError(f"{folder} is no prepared data set (it lacks {IMAGES}, {LABELS} or {META}); {MAKES_IT}")
     path = folder / META
     data = files.read_json(path, "data set file")
     try:
         if data["schema"] > SCHEMA:
-            raise Refusal(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
+            raise UserError(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
         meta = Meta(
             name=str(data["name"]),
             shape=tuple(int(each) for each in data["shape"]),
@@ -136,11 +136,11 @@ def read_meta(folder: Path) -> Meta:
             and data["sha256"] == meta.sha256
         )
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, Refusal):
+        if isinstance(error, UserError):
             raise
-        raise Refusal(f"{path} is not a data set file of this harness ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is not a data set file of this harness ({type(error).__name__}: {error})") from error
     if not sound:
-        raise Refusal(f"{path} contradicts its own hash: edited or damaged; prepare the data set again")
+        raise UserError(f"{path} contradicts its own hash: edited or damaged; prepare the data set again")
     return meta
 
 
@@ -170,7 +170,7 @@ def open_arrays(folder: Path, meta: Meta) -> tuple[np.ndarray, np.ndarray]:
     outside = (labels < 0) | (labels >= len(meta.classes))
     if outside.any():
         row = int(np.argmax(outside))
-        raise Refusal(
+        raise UserError(
             f"{folder / LABELS}: image {row} has label {labels[row]}, and there are {len(meta.classes)} classes: damaged; "
             "prepare the data set again"
         )
@@ -181,7 +181,7 @@ def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     with readable(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-        raise Refusal(f"{path} is {array.dtype} {array.shape} where {META} says {dtype} {shape}; prepare it again")
+        raise UserError(f"{path} is {array.dtype} {array.shape} where {META} says {dtype} {shape}; prepare it again")
     return array
 
 
@@ -202,7 +202,7 @@ def missing(folder: Path | None, resolution: int | None = None) -> str | None:
 def load_imagenet(folder: Path) -> ImageSet:
     """ImageNet, prepared; another data set is refused."""
     if (lack := missing_imagenet(folder)) is not None:
-        raise Refusal(f"data set 'imagenet': {lack}")
+        raise UserError(f"data set 'imagenet': {lack}")
     return load(folder)
 
 
@@ -221,7 +221,7 @@ def _unfit(folder: Path, resolution: int | None, name: str) -> str | None:
         return f"{folder} is no prepared data set{_command(name, resolution)}"
     try:
         meta = read_meta(folder)
-    except Refusal as error:
+    except UserError as error:
         return str(error)
     if resolution is not None and meta.resolution != resolution:
         return f"{folder} was prepared at {meta.resolution} pixels, {resolution} are wanted{_command(name, resolution)}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from harness.data import imagenet
 from harness.data.listing import ImageIndex, IndexEntry, row_order
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import printable, readable
 
 ROWS_PER_READ = 256
@@ -33,7 +33,7 @@ def listing(source: Path, files: list[Path], dataset: str) -> ImageIndex:
                 table = file.read_row_group(group, columns=["image.path", "label"])
                 found = table.column("label").to_pylist()
                 if None in found:
-                    raise Refusal(f"{path}: image {found.index(None)} of row group {group} has no label")
+                    raise UserError(f"{path}: image {found.index(None)} of row group {group} has no label")
                 if found:
                     groups.append((path, group, len(labels)))
                     sizes.append(len(found))
@@ -41,9 +41,9 @@ def listing(source: Path, files: list[Path], dataset: str) -> ImageIndex:
                 paths = [each["path"] for each in table.column("image").to_pylist()]
                 names += [_name(each, len(names) + i) for i, each in enumerate(paths)]
     if not labels:
-        raise Refusal(f"--from {source}: there are no images in its {len(files)} parquet files")
+        raise UserError(f"--from {source}: there are no images in its {len(files)} parquet files")
     if min(labels) < 0:
-        raise Refusal(
+        raise UserError(
             f"{source}: image {labels.index(min(labels))} has label {min(labels)}, as sets without labels have: name the "
             "files of the training part"
         )
@@ -54,7 +54,9 @@ def listing(source: Path, files: list[Path], dataset: str) -> ImageIndex:
     else:
         classes = tuple(known or (str(each) for each in range(max(labels) + 1)))
         if max(labels) >= len(classes):
-            raise Refusal(f"{source}: label {max(labels)} is outside the {len(classes)} classes that its schema names")
+            raise UserError(
+                f"{source}: label {max(labels)} is outside the {len(classes)} classes that its schema names"
+            )
     order = row_order(labels, names)
     rows = np.empty(len(order), np.int64)  # of the images as they are found
     rows[order] = np.arange(len(order))
@@ -80,7 +82,7 @@ def _pyarrow() -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise Refusal(
+        raise UserError(
             f"parquet files are read by pyarrow, which cannot be imported ({error}); pip install pyarrow"
         ) from error
     return parquet
@@ -100,7 +102,7 @@ def _check_columns(path: Path, schema: Any) -> None:
     except (KeyError, AttributeError):
         sound = False
     if not sound:
-        raise Refusal(
+        raise UserError(
             f"{path} has columns {printable(', '.join(schema.names))}; wanted are image (a struct of bytes and path) and label (whole "
             "numbers), as the datasets library writes them"
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from harness.data import imagenet
 from harness.data.listing import ImageIndex, named_classes, numbers, ordered
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry
 from harness.images.source import printable, readable
 from harness.images.tars import tar_members
@@ -28,7 +28,7 @@ def listing(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
                 source, [(Path(name).stem, tars[0], begin, size) for name, begin, size in inner], dataset
             )
         if inner:
-            raise Refusal(f"{tars[0]}: tars and other files side by side; {OFFICIAL} holds tars alone")
+            raise UserError(f"{tars[0]}: tars and other files side by side; {OFFICIAL} holds tars alone")
     if all(re.fullmatch(imagenet.WORDNET_ID, each.stem) for each in tars):
         return _class_tars(source, [(each.stem, each, 0, None) for each in tars], dataset)
     return _shards(source, tars, dataset)
@@ -61,7 +61,7 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
     tars = sorted(tars)
     classes = [name for name, *_ in tars]
     if len(set(classes)) != len(classes):
-        raise Refusal(f"{source}: two tars of one class; remove one")
+        raise UserError(f"{source}: two tars of one class; remove one")
     if dataset == imagenet.NAME:
         imagenet.check_folders(str(source), classes)
     classes, by_name = named_classes(source, classes)
@@ -85,7 +85,7 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
             keys, classes, seen = [], {}, set()
             for name, offset, size in tar_members(path):
                 if name in seen:
-                    raise Refusal(f"{path}: it holds {printable(name)} twice; pack it again")
+                    raise UserError(f"{path}: it holds {printable(name)} twice; pack it again")
                 seen.add(name)
                 folder, _, base = name.rpartition("/")
                 key, _, kind = base.partition(".")  # webdataset: all before the first dot belongs together
@@ -97,10 +97,10 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
                 elif not base.startswith(".") and kind not in ("json", "txt", "__key__"):
                     others.append(base)
         if len(set(keys)) != len(keys):
-            raise Refusal(f"{path}: two images share a name up to the first dot, so one .cls would label both")
+            raise UserError(f"{path}: two images share a name up to the first dot, so one .cls would label both")
         bare = next((found.names[total + i] for i, key in enumerate(keys) if key not in classes), None)
         if bare is not None or len(classes) != len(keys):
-            raise Refusal(
+            raise UserError(
                 f"{path}: {printable(bare) if bare else 'a .cls'} has no partner; every image needs one KEY.cls"
             )
         labels += [classes[key] for key in keys]
@@ -111,7 +111,7 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
 def _label(path: Path, name: str, offset: int, size: int) -> int:
     text = Entry(name=name, path=path, offset=offset, size=size).read(20).strip()
     if re.fullmatch(rb"[0-9]{1,9}", text) is None:
-        raise Refusal(
+        raise UserError(
             f"{path}:{printable(name)}: a label must be one whole number, not {printable(text.decode('latin-1'))!r}"
         )
     return int(text)
@@ -127,7 +127,7 @@ def _listing(
     dataset: str,
 ) -> ImageIndex:
     if not labels:
-        raise Refusal(f"--from {source}: no images ({', '.join(SUFFIXES)}) in it")
+        raise UserError(f"--from {source}: no images ({', '.join(SUFFIXES)}) in it")
     notes = (
         [f"{len(others)} members that are no images were left out (first: {printable(others[0])})"] if others else []
     )

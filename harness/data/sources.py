@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.data import imagenet
 from harness.data.listing import ImageIndex, named_classes, ordered
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry
 from harness.images.source import natural, printable, readable
 
@@ -33,14 +33,14 @@ def open_listing(source: Path, dataset: str) -> ImageIndex:
     from harness.data import source_parquet, source_tars  # these know Listing, so they come second
 
     if not source.exists():
-        raise Refusal(f"--from {source}: no such file or folder; images are prepared from {KINDS}")
+        raise UserError(f"--from {source}: no such file or folder; images are prepared from {KINDS}")
     with readable(source):
         if source.is_file():
             if source.suffix.lower() == ".parquet":
                 return source_parquet.listing(source, [source], dataset)
             if source.suffix.lower() == ".tar":
                 return source_tars.listing(source, [source], dataset)
-            raise Refusal(f"--from {source}: this kind of file cannot be prepared; wanted are {KINDS}")
+            raise UserError(f"--from {source}: this kind of file cannot be prepared; wanted are {KINDS}")
         for place in (source, source / "data"):  # where the hub's data sets have them
             if parquet := _part(place.glob("*.parquet")):
                 return source_parquet.listing(source, parquet, dataset)
@@ -57,7 +57,7 @@ def _visible(folder: Path) -> list[Path]:
     try:
         return sorted(each for each in folder.iterdir() if not each.name.startswith("."))
     except OSError as error:
-        raise Refusal(f"{folder} cannot be listed: {error.strerror or error}; check its permissions") from error
+        raise UserError(f"{folder} cannot be listed: {error.strerror or error}; check its permissions") from error
 
 
 def _part(paths: Iterable[Path]) -> list[Path]:
@@ -72,7 +72,7 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
     if below is not None and not any(_is_image(each) for each in _visible(below)):
         return _class_folders(below, dataset)
     if not folders:
-        raise Refusal(f"--from {source}: no class folders in it; images are prepared from {KINDS}")
+        raise UserError(f"--from {source}: no class folders in it; images are prepared from {KINDS}")
     if dataset == imagenet.NAME:
         imagenet.check_folders(str(source), [each.name for each in folders])
     classes, by_name = named_classes(source, [each.name for each in folders])
@@ -83,7 +83,9 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
                 if each.name.startswith("."):
                     continue
                 if each.is_dir():
-                    raise Refusal(f"{printable(each.path)}: a folder inside a class folder; images belong in DIR/CLASS")
+                    raise UserError(
+                        f"{printable(each.path)}: a folder inside a class folder; images belong in DIR/CLASS"
+                    )
                 if each.name.lower().endswith(SUFFIXES):
                     labels.append(by_name[folder.name])
                     names.append(each.name)
@@ -91,7 +93,7 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
                 else:
                     others.append(each.name)
     if not names:
-        raise Refusal(f"--from {source}: no images ({', '.join(SUFFIXES)}) in its {len(folders)} folders")
+        raise UserError(f"--from {source}: no images ({', '.join(SUFFIXES)}) in its {len(folders)} folders")
     notes = []
     if others:
         notes.append(

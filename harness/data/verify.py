@@ -14,7 +14,7 @@ from harness.data import imagenet, latents
 from harness.data.prepare import usable_cores
 from harness.data.prepared import CHUNK_IMAGES, damaged_chunks, read_meta
 from harness.data.public_files import FILES
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.open import open_images
 from harness.images.source import readable
 from harness.io import files
@@ -37,7 +37,7 @@ def verify(path: Path) -> Verdict:
     if path.is_dir():
         return _prepared(path)
     if not path.is_file():
-        raise Refusal(
+        raise UserError(
             f"{path}: no such file; name a reference (.npz), {FILES['inception'].file} or a folder that was made here"
         )
     if path.suffix.lower() == ".npz":
@@ -46,7 +46,7 @@ def verify(path: Path) -> Verdict:
 
     weights = read_weights(path)
     if not weights.known:
-        raise Refusal(f"{path} holds {weights.found}")
+        raise UserError(f"{path} holds {weights.found}")
     return Verdict("weights", True, f"weights of ADM's evaluator: {weights.found}; features {weights.sha256[:12]}")
 
 
@@ -56,14 +56,14 @@ def _prepared(folder: Path) -> Verdict:
         place = next(
             (i for i, pair in enumerate(zip(meta.classes, imagenet.classes(), strict=False)) if len(set(pair)) > 1), 0
         )
-        raise Refusal(f"{folder}: its classes are not ImageNet's in their order (label {place}); prepare it again")
+        raise UserError(f"{folder}: its classes are not ImageNet's in their order (label {place}); prepare it again")
     with Bar("verify", meta.images, "images") as bar:
         damaged = damaged_chunks(folder, meta, bar.advance, usable_cores())
     if damaged:
         first = damaged[0] * CHUNK_IMAGES
         last = min(first + CHUNK_IMAGES, meta.images) - 1
         more = "" if len(damaged) == 1 else f"; so do {len(damaged) - 1:,} more of {len(meta.chunks):,} chunks"
-        raise Refusal(
+        raise UserError(
             f"{folder}: chunk {damaged[0]} (images {first:,} to {last:,}, or their labels) differs from its hash{more}: damaged; "
             "prepare the data set again"
         )
@@ -76,7 +76,7 @@ def _npz(path: Path) -> Verdict:
     source = open_images(path)
     with readable(path), zipfile.ZipFile(path) as archive:
         if (bad := archive.testzip()) is not None:
-            raise Refusal(f"{path}: {bad} differs from its checksum: damaged; make or fetch it again")
+            raise UserError(f"{path}: {bad} differs from its checksum: damaged; make or fetch it again")
     shape = "x".join(map(str, source.shape))
     about = read_about(path)
     if about is not None:
@@ -88,7 +88,7 @@ def _npz(path: Path) -> Verdict:
         )
         return Verdict("reference", True, text)
     if not {"mu", "sigma"} <= set(source.extra_arrays):
-        raise Refusal(f"{path} holds {source.count:,} images {shape} and no statistics: it is no reference")
+        raise UserError(f"{path} holds {source.count:,} images {shape} and no statistics: it is no reference")
     public = next((each for each in FILES.values() if each.file == path.name), None)
     text = f"reference batch in ADM's layout: {source.count:,} images {shape}, {', '.join(sorted(source.extra_arrays))}"
     if public is None or public.md5 is None:
@@ -98,7 +98,7 @@ def _npz(path: Path) -> Verdict:
     with path.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if md5 != public.md5:
-        raise Refusal(f"{path} has md5 {md5}, but the public {public.file} {public.md5}; fetch it again")
+        raise UserError(f"{path} has md5 {md5}, but the public {public.file} {public.md5}; fetch it again")
     return Verdict("reference batch", True, f"{text}; md5 {md5}, as published")
 
 
@@ -109,6 +109,6 @@ def _check_own(path: Path, about: About) -> None:
         arrays = {name: data[name] for name in data.files if name in (*STATISTICS, "label_counts")}
     check_content(path, about, arrays, source.sha256())
     if (source.count, tuple(source.shape)) != (about.kept, about.shape):
-        raise Refusal(f"{path}: it says {about.kept} images {about.shape}, there are {source.count} {source.shape}")
+        raise UserError(f"{path}: it says {about.kept} images {about.shape}, there are {source.count} {source.shape}")
     if "label_counts" in arrays and int(arrays["label_counts"].sum()) != about.images:
-        raise Refusal(f"{path}: its labels count {int(arrays['label_counts'].sum())} images of {about.images}")
+        raise UserError(f"{path}: its labels count {int(arrays['label_counts'].sum())} images of {about.images}")

@@ -20,7 +20,7 @@ import numpy as np
 
 from harness.diffusion.respacing import space_timesteps
 from harness.diffusion.schedule import Schedule
-from harness.errors import Refusal
+from harness.errors import UserError
 
 VARIANCES = ("learned-range", "fixed-small")
 
@@ -63,7 +63,7 @@ def ddpm_plan(
 ) -> SamplerPlan:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) over `steps` of the schedule's timesteps."""
     if variance not in VARIANCES:
-        raise Refusal(f"unknown sampling variance {variance!r}: known are {', '.join(VARIANCES)}")
+        raise UserError(f"unknown sampling variance {variance!r}: known are {', '.join(VARIANCES)}")
     spaced = schedule.respaced(space_timesteps(len(schedule), steps))
     adds_noise = np.arange(len(spaced)) > 0
     return _plan(
@@ -92,7 +92,7 @@ def ddim_plan(
     (x0_from_x x - x0) / x0_from_eps, from the clamped x0, which gives the common form in x0 and x.
     """
     if not (math.isfinite(eta) and 0 <= eta <= 1):
-        raise Refusal(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
+        raise UserError(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
     spaced = schedule.respaced(space_timesteps(len(schedule), steps))
     sigma = eta * np.sqrt(spaced.posterior_variance)  # eq. 16: the posterior's standard deviation times eta
     direction = np.sqrt(1.0 - spaced.abar_prev - sigma**2) / spaced.sqrt_recipm1_abar
@@ -122,13 +122,13 @@ def ldm_ddim_plan(
     make_ddim_sampling_parameters). So the last step still leaves the noise of timestep 0, and adds some where eta > 0.
     """
     if not (math.isfinite(eta) and 0 <= eta <= 1):
-        raise Refusal(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
+        raise UserError(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
     timesteps = np.arange(0, len(schedule), max(len(schedule) // max(int(steps), 1), 1)) + 1
     if len(timesteps) != int(steps) or timesteps[-1] >= len(schedule):
         fitting = [n for n in range(1, len(schedule) // 2 + 1) if len(schedule) % n == 0]
         near = min(fitting, key=lambda n: abs(n - int(steps)), default=None)
         remedy = "use the sampler ddim" if near is None else f"{near} steps fit"
-        raise Refusal(
+        raise UserError(
             f"ddim-ldm takes whole strides, and no stride takes {steps} of {len(schedule)} timesteps; {remedy}"
         )
     spaced = schedule.respaced(timesteps)  # gives sqrt_recip_abar and sqrt_recipm1_abar of these timesteps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 
 def space_timesteps(original_steps: int, spacing: int | str) -> np.ndarray:
@@ -23,7 +23,7 @@ def space_timesteps(original_steps: int, spacing: int | str) -> np.ndarray:
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if count > length:
-            raise Refusal(f"sampling steps {text!r} do not fit: {count} steps asked of {length} timesteps")
+            raise UserError(f"sampling steps {text!r} do not fit: {count} steps asked of {length} timesteps")
         stride = 1.0 if count == 1 else (length - 1) / (count - 1)
         position = 0.0
         for _ in range(count):
@@ -38,7 +38,7 @@ def _whole_stride(original_steps: int, count: int, text: str) -> np.ndarray:
         kept = np.arange(0, original_steps, stride, dtype=np.int64)
         if len(kept) == count:
             return kept
-    raise Refusal(
+    raise UserError(
         f"sampling steps {text!r} do not fit: no whole stride takes {count} of {original_steps} timesteps; "
         f"give {count} without 'ddim' for rounded strides"
     )
@@ -46,5 +46,5 @@ def _whole_stride(original_steps: int, count: int, text: str) -> np.ndarray:
 
 def _count(part: str, text: str) -> int:
     if not (part.isascii() and part.strip().isdigit() and int(part) > 0):
-        raise Refusal(f"sampling steps {text!r} are not understood: give a count (250), a list (10,10,20) or ddim50")
+        raise UserError(f"sampling steps {text!r} are not understood: give a count (250), a list (10,10,20) or ddim50")
     return int(part)

@@ -12,9 +12,9 @@ from difflib import get_close_matches
 
 import numpy as np
 
-from harness.errors import LONGEST_SHOWN, Refusal, shown
+from harness.errors import LONGEST_SHOWN, UserError, shown
 
-MOST_STEPS = 100_000  # of a schedule: a hundred times what anyone trains with
+MAX_STEPS = 100_000  # of a schedule: a hundred times what anyone trains with
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,12 +76,12 @@ class Schedule:
         if name not in SCHEDULES:
             close = get_close_matches(name[:LONGEST_SHOWN], SCHEDULES, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise Refusal(f"unknown noise schedule {shown(name)}: {hint}known are {', '.join(SCHEDULES)}")
-        if not 1 <= steps <= MOST_STEPS:
-            raise Refusal(f"a noise schedule of {steps} timesteps does not exist: give 1 to {MOST_STEPS:,}")
+            raise UserError(f"unknown noise schedule {shown(name)}: {hint}known are {', '.join(SCHEDULES)}")
+        if not 1 <= steps <= MAX_STEPS:
+            raise UserError(f"a noise schedule of {steps} timesteps does not exist: give 1 to {MAX_STEPS:,}")
         betas = SCHEDULES[name](steps)
         if not (betas < 1).all():
-            raise Refusal(f"noise schedule {name!r} is too steep at {steps} timesteps: give at least 21")
+            raise UserError(f"noise schedule {name!r} is too steep at {steps} timesteps: give at least 21")
         return cls(name=name, original_steps=steps, timesteps=np.arange(steps), betas=betas)
 
     def __len__(self) -> int:

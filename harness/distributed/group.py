@@ -14,7 +14,7 @@ from harness.runs.run import lock_folder
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after its checkpoint: every process of the team has agreed to stop here."""
+    """Ctrl-C or SIGTERM, after its checkpoint: every process of the process group has agreed to stop here."""
 
 
 class ProcessGroup:
@@ -24,40 +24,40 @@ class ProcessGroup:
     index = 0  # of this process; 0 leads
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.index == 0
 
-    def wait(self, where: str) -> None:
+    def barrier(self, where: str) -> None:
         """Until every process is at the same place in the program."""
 
-    def leaders(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         """The leader's value, in every process."""
         return value
 
-    def most(self, value: int) -> int:
+    def all_max(self, value: int) -> int:
         """The largest of all processes' values, in every process."""
         return value
 
-    def together(self) -> AbstractContextManager[None]:
+    def collective_scope(self) -> AbstractContextManager[None]:
         """Around what all processes do."""
         return nullcontext()
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        """Hold a run's folder for the team: `harness.runs.run.lock_folder`."""
-        if self.leads:
+        """Hold a run's folder for the process group: `harness.runs.run.lock_folder`."""
+        if self.is_main:
             with lock_folder(folder):
                 yield
         else:
             yield
 
-    def share(self, things: range) -> list[int]:
+    def local_part(self, things: range) -> list[int]:
         """Those of `things` that this process does."""
         return list(things[self.index :: self.size])
 
     def says(self, say: Callable[[str], None]) -> Callable[[str], None]:
         """`say` for the leader, silence for the others."""
-        return say if self.leads else lambda text: None
+        return say if self.is_main else lambda text: None
 
 
 SINGLE_PROCESS = ProcessGroup()

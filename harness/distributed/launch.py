@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 FIRST_PORT = "29500"  # torch's own
 ALONE_SECONDS = 2.0  # after which the first process would have ended; less than the watch gives (engines.torch.watch)
@@ -47,7 +47,7 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
     if by_hand and not environment.get("MASTER_PORT"):
         lacking.append("MASTER_PORT")
     if lacking:
-        raise Refusal(
+        raise UserError(
             f"{size}={environment.get(size)} asks for several processes, and {' and '.join(lacking)} "
             f"{'is' if len(lacking) == 1 else 'are'} not set; start them with torchrun, or unset {size} for one process"
         )
@@ -58,7 +58,7 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
             return default
         if text is None or not text.isdecimal() or int(text) < low or (high is not None and int(text) >= high):
             within = f"{low} or more" if high is None else f"a whole number from {low} to {high - 1}"
-            raise Refusal(f"{name}={text} should be {within}; start the processes with torchrun, which sets it")
+            raise UserError(f"{name}={text} should be {within}; start the processes with torchrun, which sets it")
         return int(text)
 
     count = number(size, low=1)
@@ -99,5 +99,5 @@ def mesh_sides(shape: str) -> tuple[int, int]:
     """ "DATAxMODEL" as numbers; another form is refused."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
     if match is None:
-        raise Refusal(f"--mesh {shape} is not of the form DATAxMODEL, as in 4x2")
+        raise UserError(f"--mesh {shape} is not of the form DATAxMODEL, as in 4x2")
     return int(match[1]), int(match[2])

@@ -6,7 +6,7 @@ import math
 from difflib import get_close_matches
 
 from harness.diffusion.plans import SamplerPlan
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 GUIDED_CHANNELS = {  # how many of the epsilon channels are guided; None: all
     "first-3": 3,  # as published (facebookresearch/DiT models.py, forward_with_cfg): latent channel 3 stays conditional
@@ -25,11 +25,11 @@ def check_guidance(scale: float, channels: str, null_label: int | None) -> None:
     if channels not in GUIDED_CHANNELS:
         close = get_close_matches(channels, GUIDED_CHANNELS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise Refusal(f"unknown guidance channels {channels!r}: {hint}known are {', '.join(GUIDED_CHANNELS)}")
+        raise UserError(f"unknown guidance channels {channels!r}: {hint}known are {', '.join(GUIDED_CHANNELS)}")
     if not math.isfinite(scale):
-        raise Refusal(f"guidance scale {scale} is not a finite number: give 1 for none, or for example 1.5")
+        raise UserError(f"guidance scale {scale} is not a finite number: give 1 for none, or for example 1.5")
     if scale != 1.0 and null_label is None:
-        raise Refusal(
+        raise UserError(
             f"guidance scale {scale:g} needs a network trained with label dropout, and this one has no null label: "
             "give scale 1"
         )
@@ -38,23 +38,23 @@ def check_guidance(scale: float, channels: str, null_label: int | None) -> None:
 def check_classifier_scale(scale: float) -> None:
     """Refuse a scale of a classifier's gradient that is not finite."""
     if not math.isfinite(scale):
-        raise Refusal(f"classifier scale {scale} is not a finite number: give 0 for none, or for example 1")
+        raise UserError(f"classifier scale {scale} is not a finite number: give 0 for none, or for example 1")
 
 
 def check_channels(plan: SamplerPlan, given: int, channels: int) -> None:
     """Refuse a network that gives another number of channels than `plan` needs for images of `channels`."""
     fitting = (2 * channels,) if plan.learned_variance else (channels, 2 * channels)
     if given not in fitting:
-        raise Refusal(
+        raise UserError(
             f"the network gives {given} channels for {channels}, and {plan.name} with "
             f"{'a learned' if plan.learned_variance else 'a fixed'} variance needs {' or '.join(map(str, fitting))}: "
             "choose the objective and the sampling variance alike"
         )
 
 
-def diverged(plan: SamplerPlan, done: int) -> Failure:
+def diverged(plan: SamplerPlan, done: int) -> RunError:
     """The failure of a sampling in which something is not finite by step `done`."""
-    return Failure(
+    return RunError(
         f"sampling diverged: values that are not finite by {plan.name} step {done} of {plan.steps} "
         f"(timestep {int(plan.timesteps[done - 1])}); check the checkpoint, or sample in float32"
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import psutil
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.run import Resolved
 
 SPARE = 0.85  # share of free memory that a run may plan with; the rest is for the allocator's fragments
@@ -17,7 +17,7 @@ STATE_BYTES = 16  # a parameter in float32: weight, gradient, two moments of Ada
 EMA_BYTES = 4
 
 
-class NoRoom(Refusal):
+class NotEnoughMemory(UserError):
     """What is asked for does not fit the memory of this machine."""
 
 
@@ -81,24 +81,24 @@ def check_room(name: str, parameters: int, device: str, free: int) -> None:
     """Refuse a network whose training state alone does not fit in `free` bytes, before it is built."""
     need = state_bytes(parameters, "bfloat16")
     if need > free * SPARE:
-        raise NoRoom(
+        raise NotEnoughMemory(
             f"{name} needs {need / 1e9:.1f} GB on {device} for weights, gradients and optimiser, and "
             f"{free * SPARE / 1e9:.1f} GB can be had; choose a smaller backbone or another --device"
         )
 
 
-def refuse_one_image(name: str, parameters: int, activation_bytes: int, device: str, free: int) -> Refusal:
+def refuse_one_image(name: str, parameters: int, activation_bytes: int, device: str, free: int) -> UserError:
     """The refusal of a network of which not one image fits."""
     need = state_bytes(parameters, "bfloat16") + activation_bytes
-    return NoRoom(
+    return NotEnoughMemory(
         f"{name} needs {need / 1e9:.1f} GB to train even one image at a time and {free * SPARE / 1e9:.1f} GB "
         f"can be had on {device}; choose a smaller backbone or --gradient-checkpointing"
     )
 
 
-def refuse_device(resolved: Resolved, reason: str = "which is not to be had here") -> Refusal:
+def refuse_device(resolved: Resolved, reason: str = "which is not to be had here") -> UserError:
     """The refusal of a machine that is not what the run was created on."""
-    return Refusal(
+    return UserError(
         f"the run was created on {resolved.device} ({resolved.device_name}), {reason}; "
         "continue it as another run with --fork RUN --out NEW"
     )

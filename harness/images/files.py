@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import Damaged, ImageSource, per_call, printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -54,7 +54,7 @@ def _sniffed(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]
         return "JPEG", True, None
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP", head[12:16] != b"VP8L", None
-    raise Refusal(f"{name}: neither PNG, JPEG nor WebP inside; remove it, or make it again")
+    raise UserError(f"{name}: neither PNG, JPEG nor WebP inside; remove it, or make it again")
 
 
 def _check_png(data: bytes) -> None:
@@ -72,9 +72,9 @@ def _check_png(data: bytes) -> None:
         if first and (kind != b"IHDR" or length != 13):
             raise Damaged("it does not start with its header")
         if kind == b"IHDR" and data[position + 16] == 16:
-            raise Refusal("16 bits a channel; convert it to 8 bits")
+            raise UserError("16 bits a channel; convert it to 8 bits")
         if kind == b"acTL":
-            raise Refusal("an animation; keep one picture a file")
+            raise UserError("an animation; keep one picture a file")
         position, first = body + 4, False
 
 
@@ -90,46 +90,46 @@ def _decoded(entry: Entry) -> tuple[np.ndarray, str | None]:
     try:
         data = entry.read()
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             f"{entry.name} cannot be read: {error.strerror or error}; check that it is still there"
         ) from error
     kind, _, _ = _sniffed(data[:32], entry.name)
     try:
         if len(data) > FILE_BYTES:
-            raise Refusal(f"more than {FILE_BYTES >> 20} MiB; no image of this harness is that large")
+            raise UserError(f"more than {FILE_BYTES >> 20} MiB; no image of this harness is that large")
         if kind == "PNG":
             _check_png(data)
         with plugins[kind](io.BytesIO(data)) as image:  # the format is known; Image.open would try them all
             if image.width * image.height > PIXELS:
-                raise Refusal(f"{image.width} x {image.height} pixels are more than {PIXELS}; resize it first")
+                raise UserError(f"{image.width} x {image.height} pixels are more than {PIXELS}; resize it first")
             if getattr(image, "n_frames", 1) > 1:
-                raise Refusal("an animation; keep one picture a file")
+                raise UserError("an animation; keep one picture a file")
             image.load()
             array, note = _plain(image)
-    except Refusal as error:
-        raise Refusal(f"{entry.name}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{entry.name}: {error}") from None
     except Exception as error:  # Pillow's plug-ins raise anything on broken bytes
         reason = printable(str(error) or type(error).__name__)
-        raise Refusal(f"{entry.name} cannot be read ({reason}): damaged; make it again") from error
+        raise UserError(f"{entry.name} cannot be read ({reason}): damaged; make it again") from error
     return array, note
 
 
 def _plain(image) -> tuple[np.ndarray, str | None]:
     mode, note = image.mode, None
     if "transparency" in image.info and mode != "P":
-        raise Refusal("has a transparent colour; save it as plain RGB or grey")
+        raise UserError("has a transparent colour; save it as plain RGB or grey")
     if mode == "P":
         if "transparency" in image.info:
-            raise Refusal("a palette with transparency; save it as plain RGB")
+            raise UserError("a palette with transparency; save it as plain RGB")
         image, note = image.convert("RGB"), "palette images were expanded to RGB"
     elif mode == "1":
         image, note = image.convert("L"), "bilevel images were expanded to grey, 0 and 255"
     elif mode in ("RGBA", "LA"):
         if image.getchannel("A").getextrema() != (255, 255):
-            raise Refusal("is partly transparent; put it on a background and save it as plain RGB")
+            raise UserError("is partly transparent; put it on a background and save it as plain RGB")
         image, note = image.convert(mode[:-1]), "an opaque alpha channel was dropped"
     elif mode not in ("L", "RGB"):
-        raise Refusal(f"colour mode {mode}; save it as 8-bit RGB or grey")
+        raise UserError(f"colour mode {mode}; save it as 8-bit RGB or grey")
     array = np.asarray(image, np.uint8)
     return (array[..., np.newaxis] if array.ndim == 2 else array), note
 
@@ -166,5 +166,5 @@ def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, n
     return source
 
 
-def _mixed(one: Entry, shape: tuple[int, ...], other: Entry, found: tuple[int, ...]) -> Refusal:
-    return Refusal(f"{one.name} is {shape} and {other.name} {found} (H, W, C): bring all images to one size first")
+def _mixed(one: Entry, shape: tuple[int, ...], other: Entry, found: tuple[int, ...]) -> UserError:
+    return UserError(f"{one.name} is {shape} and {other.name} {found} (H, W, C): bring all images to one size first")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.source import WANTED, WHOLE_BYTES, Damaged, ImageSource, hint, per_call, printable, readable
 from harness.io.arrays import release_pages
 
@@ -52,7 +52,7 @@ def _read_header(stream, where: str) -> _Header:
         raise Damaged(f"{where} is not a plain npy array")
     dtype = np.dtype(found["descr"])
     if dtype.hasobject:
-        raise Refusal(f"{where} holds Python objects, which would have to be executed; {WANTED}")
+        raise UserError(f"{where} holds Python objects, which would have to be executed; {WANTED}")
     sizes = tuple(int(each.rstrip("L")) for each in found["shape"].replace(" ", "").split(",") if each)
     return _Header(dtype, found["fortran"] == "True", sizes, len(raw), raw)
 
@@ -67,12 +67,12 @@ def _check_array(where: str, header: _Header, payload: int, stream) -> None:
         raise Damaged(f"{where} says {dtype} {shape} but holds {payload} bytes")
     if dtype == np.uint8 and len(shape) == 4 and 0 not in shape[1:] and shape[3] in (1, 3):
         if shape[0] == 0:
-            raise Refusal(f"{where}: there are no images")
+            raise UserError(f"{where}: there are no images")
         return
     head = None
     if dtype.kind in "iufb" and dtype.itemsize and count:
         head = np.frombuffer(stream.read(min(payload, 1 << 20) // dtype.itemsize * dtype.itemsize), dtype)
-    raise Refusal(f"{where} is {dtype} {shape}{hint(shape, head)}; {WANTED}")
+    raise UserError(f"{where} is {dtype} {shape}{hint(shape, head)}; {WANTED}")
 
 
 def _streamed(stream, shape: tuple[int, ...], size: int) -> Iterator[np.ndarray]:
@@ -90,7 +90,7 @@ def _streamed(stream, shape: tuple[int, ...], size: int) -> Iterator[np.ndarray]
 def _fortran(where: str, stream, header: _Header) -> np.ndarray:
     size = int(np.prod(header.shape, dtype=object))
     if size > WHOLE_BYTES:
-        raise Refusal(f"{where} is {size / 2**30:.1f} GiB in Fortran order; save np.ascontiguousarray of it")
+        raise UserError(f"{where} is {size / 2**30:.1f} GiB in Fortran order; save np.ascontiguousarray of it")
     data = np.frombuffer(stream.read(size), np.uint8)
     if stream.read(1):
         raise Damaged("there are more bytes than images")
@@ -120,15 +120,19 @@ def open_npz(path: Path) -> ImageSource:
             if info.filename in infos:
                 raise Damaged(f"it holds {info.filename} twice")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise Refusal(f"{path}: {printable(info.filename)} is neither stored nor deflated; save it with numpy")
+                raise UserError(
+                    f"{path}: {printable(info.filename)} is neither stored nor deflated; save it with numpy"
+                )
             with archive.open(info):  # compares the directory's name with the one beside the data
                 infos[info.filename] = info
         names = [printable(name.removesuffix(".npy")) for name in infos]
         if "arr_0.npy" not in infos:
             if "mu" in names and "sigma" in names:
-                raise Refusal(f"{path} holds statistics (mu, sigma) and no images (arr_0); it can only be a reference")
+                raise UserError(
+                    f"{path} holds statistics (mu, sigma) and no images (arr_0); it can only be a reference"
+                )
             found = ", ".join(sorted(names)[:5]) or "nothing"
-            raise Refusal(f"{path}: no array arr_0 (found {found}); {WANTED}")
+            raise UserError(f"{path}: no array arr_0 (found {found}); {WANTED}")
         info = infos["arr_0.npy"]
         where = f"{path}: arr_0"
         with archive.open(info) as member:
@@ -187,7 +191,7 @@ class _Stored:
             yield chunk
             release_pages(self.images)  # 50,000 images of 256x256 are 10 GB
         if not self._sound and crc != self._info.CRC:
-            raise Refusal(f"{self._path}: arr_0 differs from its checksum: damaged; make it again")
+            raise UserError(f"{self._path}: arr_0 differs from its checksum: damaged; make it again")
         self._sound = True
 
 
@@ -198,7 +202,7 @@ def _read_labels(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo | N
         header = _read_header(member, f"{path}: arr_1")
         dtype, shape = header.dtype, header.shape
         if dtype.kind not in "iu" or shape != (count,):
-            raise Refusal(f"{path}: arr_1 is {dtype} {shape}; wanted one integer label an image, ({count},)")
+            raise UserError(f"{path}: arr_1 is {dtype} {shape}; wanted one integer label an image, ({count},)")
         if count * dtype.itemsize != info.file_size - header.length:
             raise Damaged(f"arr_1 says {dtype} {shape} but holds {info.file_size - header.length} bytes")
         return np.frombuffer(member.read(), dtype).astype(np.int64)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry, source_of_files
 from harness.images.source import LAYOUTS, ImageSource, joined, natural, printable, readable
 
@@ -23,12 +23,12 @@ def open_folder(path: Path) -> ImageSource:
     try:
         inside = [each for each in path.iterdir() if not each.name.startswith(".")]
     except OSError as error:
-        raise Refusal(f"{path} cannot be listed: {error.strerror or error}; check its permissions") from error
+        raise UserError(f"{path} cannot be listed: {error.strerror or error}; check its permissions") from error
     named = {suffix: [p for p in inside if p.suffix.lower() == suffix and p.is_file()] for suffix in (".npz", ".tar")}
     images = [p for p in inside if p.suffix.lower() in SUFFIXES]
     folders = [p for p in inside if p.is_dir()]
     if sum(map(bool, (named[".npz"], named[".tar"], images))) > 1:
-        raise Refusal(f"{path} holds npz, tar or image files side by side; name the ones that are meant")
+        raise UserError(f"{path} holds npz, tar or image files side by side; name the ones that are meant")
     for suffix in (".npz", ".tar"):
         if named[suffix]:
             return joined(str(path), [open_file(each) for each in natural(named[suffix])])
@@ -38,15 +38,15 @@ def open_folder(path: Path) -> ImageSource:
     else:
         ignored = len(inside) - len(images) - len(folders)
         if any(_image_files(folder)[0] for folder in folders):
-            raise Refusal(f"{path} holds images and folders of images: are these classes? Keep one of the two")
+            raise UserError(f"{path} holds images and folders of images: are these classes? Keep one of the two")
         images = natural(images, lambda each: each.name)
     if not images:
-        raise Refusal(f"{path}: no images in it; images are read from {LAYOUTS}")
+        raise UserError(f"{path}: no images in it; images are read from {LAYOUTS}")
     if ignored:
         notes.append(f"{ignored} files that are no images were left out")
     odd = next((each for each in images if not each.is_file()), None)
     if odd is not None:
-        raise Refusal(f"{printable(str(odd))}: a broken link or no plain file; remove it, or put the image there")
+        raise UserError(f"{printable(str(odd))}: a broken link or no plain file; remove it, or put the image there")
     entries = [Entry(name=printable(str(each)), path=each) for each in images]
     with readable(path):
         return source_of_files(str(path), entries, labels, notes)
@@ -59,7 +59,7 @@ def _image_files(folder: Path) -> tuple[list[Path], int]:
     found = natural((p for p in inside if p.suffix.lower() in SUFFIXES), lambda each: each.name)
     deeper = next((p for p in inside if p.is_dir()), None)
     if deeper is not None:
-        raise Refusal(f"{printable(str(deeper))}: a folder inside a class folder; keep images in DIR or in DIR/CLASS")
+        raise UserError(f"{printable(str(deeper))}: a folder inside a class folder; keep images in DIR or in DIR/CLASS")
     return found, len(inside) - len(found)
 
 
@@ -103,12 +103,12 @@ def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
         found = natural(Path(each) for each in glob.glob(str(path)))  # noqa: PTH207 (the pattern has its own folder)
         source = joined(str(path), [open_file(each) for each in found])
     else:
-        raise Refusal(f"{path}: no such file or folder; images are read from {LAYOUTS}")
+        raise UserError(f"{path}: no such file or folder; images are read from {LAYOUTS}")
     if source.labels is not None and classes is not None:
         outside = (source.labels < 0) | (source.labels >= classes)
         if outside.any():
             i = int(np.argmax(outside))
-            raise Refusal(
+            raise UserError(
                 f"{path}: label {source.labels[i]} of image {i} is outside the {classes} classes (0 to {classes - 1}) (labels-outside)"
             )
     return source
@@ -127,5 +127,5 @@ def open_file(path: Path) -> ImageSource:
         if suffix == ".tar":
             return open_tar(path)
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        raise Refusal(f"{path}: a compressed tar cannot be read in places; unpack it to .tar first")
-    raise Refusal(f"{path}: unknown kind of file; images are read from {LAYOUTS}")
+        raise UserError(f"{path}: a compressed tar cannot be read in places; unpack it to .tar first")
+    raise UserError(f"{path}: unknown kind of file; images are read from {LAYOUTS}")

@@ -3,7 +3,7 @@
 `open_images` looks at what a path is and answers with an `ImageSource`, which hands out uint8 (n, H, W, C) batches in a
 fixed order and holds one batch at a time; a deflated npz is read through, never unpacked whole. Everything here reads
 strangers' bytes: nothing is executed, nothing is written, no link in an archive is followed, and what is broken ends in
-one Refusal. Zip and PNG carry checksums, which are always compared; npy, tar and JPEG have none for their pixels, so
+one UserError. Zip and PNG carry checksums, which are always compared; npy, tar and JPEG have none for their pixels, so
 there only what contradicts itself (sizes, structure) can be found.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 WANTED = "wanted uint8 (N, H, W, C) in [0, 255] with C 1 or 3"
 
@@ -31,7 +31,7 @@ LAYOUTS = "an .npz, an .npy, a folder of PNG files, shards (*.npz or *.tar, a fo
 WHOLE_BYTES = 2 << 30  # most that is ever held at once: Fortran-ordered arrays, `ImageSource.array`
 
 
-# what zipfile, zlib and numpy raise on broken bytes; Refusal and Failure are let through before it
+# what zipfile, zlib and numpy raise on broken bytes; UserError and RunError are let through before it
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 
 
@@ -85,12 +85,12 @@ class ImageSource:
         self._notes.setdefault(text)
 
     def batches(self, size: int = 256) -> Iterator[np.ndarray]:
-        """uint8 (n, H, W, C) with n = `size` but for the last; read-only where it can be. Refusal, at the latest after
+        """uint8 (n, H, W, C) with n = `size` but for the last; read-only where it can be. UserError, at the latest after
         the last batch, when anything is broken: a number may be formed only from a pass that came to its end."""
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         if self._once and self._started:
-            raise Refusal(f"{self.name}: its images can be read only once; write them to an npz, or give a list")
+            raise UserError(f"{self.name}: its images can be read only once; write them to an npz, or give a list")
         self._started = True
         digest = None if self._digest or self.count is None else self._hasher(self.count)
         seen = 0
@@ -100,9 +100,9 @@ class ImageSource:
                 digest.update(np.ascontiguousarray(batch))
             yield batch
         if self.count is not None and seen != self.count:
-            raise Refusal(f"{self.name}: {seen} images came where {self.count} were promised; correct the count")
+            raise UserError(f"{self.name}: {seen} images came where {self.count} were promised; correct the count")
         if seen == 0:
-            raise Refusal(f"{self.name}: there are no images")
+            raise UserError(f"{self.name}: there are no images")
         self.count = seen
         if digest is not None:
             self._digest = digest.hexdigest()
@@ -111,7 +111,7 @@ class ImageSource:
         """`evaluators.reference.images_sha256` of the images, whatever they are kept in. Free after a whole pass over
         `batches`, else it makes one; of one-time images without a count it cannot be had (N is hashed first)."""
         if self._digest is None and self.count is None and self._once:
-            raise Refusal(f"{self.name}: a hash needs the number of images beforehand; give count=N")
+            raise UserError(f"{self.name}: a hash needs the number of images beforehand; give count=N")
         while self._digest is None:  # twice where the first pass only finds N
             for _ in self.batches():
                 pass
@@ -119,18 +119,20 @@ class ImageSource:
 
     def array(self, limit: int = WHOLE_BYTES) -> np.ndarray:
         """All images as uint8 (N, H, W, C), checked to the end: a memory map where there is one, else in memory;
-        Refusal above `limit` bytes."""
+        UserError above `limit` bytes."""
         if self._mapped is not None:
             self.sha256()
             return self._mapped
         if self.count is not None and self.count * int(np.prod(self.shape)) > limit:
             size = self.count * int(np.prod(self.shape)) / 2**30
-            raise Refusal(f"{self.name}: {size:.1f} GiB would have to be held at once; store it as an uncompressed npz")
+            raise UserError(
+                f"{self.name}: {size:.1f} GiB would have to be held at once; store it as an uncompressed npz"
+            )
         parts, held = [], 0
         for batch in self.batches():
             held += batch.nbytes
             if held > limit:
-                raise Refusal(f"{self.name}: more than {limit / 2**30:.1f} GiB came; write it to an uncompressed npz")
+                raise UserError(f"{self.name}: more than {limit / 2**30:.1f} GiB came; write it to an uncompressed npz")
             parts.append(batch)
         return np.concatenate(parts)
 
@@ -171,12 +173,12 @@ def from_batches(
     count: how many are taken, so an endless generator is fine; fewer are refused. None: all that come.
     """
     if count is not None and count < 1:
-        raise Refusal(f"{name}: {count} images are none; give a count of 1 or more")
+        raise UserError(f"{name}: {count} images are none; give a count of 1 or more")
     iterator = iter(batches)
     once = iterator is batches
     first = next(iterator, None)
     if first is None:
-        raise Refusal(f"{name}: there are no images")
+        raise UserError(f"{name}: there are no images")
     shape = _checked(name, first).shape[1:]
 
     def chunks(_size: int) -> Iterator[np.ndarray]:
@@ -193,7 +195,7 @@ def from_batches(
     if labels is not None:
         labels = np.asarray(labels)
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or count not in (None, len(labels)):
-            raise Refusal(f"{name}: labels are {labels.dtype} {labels.shape}; wanted one integer an image")
+            raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}; wanted one integer an image")
         labels, count = labels.astype(np.int64), len(labels)
     return ImageSource(name, shape, chunks, count=count, labels=labels, once=once)
 
@@ -206,9 +208,9 @@ def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray
 def _checked(name: str, batch: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
     batch = np.asarray(batch)
     if batch.dtype != np.uint8 or batch.ndim != 4 or 0 in batch.shape[1:] or batch.shape[3] not in (1, 3):
-        raise Refusal(f"{name}: a batch is {batch.dtype} {batch.shape}{hint(batch.shape, batch)}; {WANTED}")
+        raise UserError(f"{name}: a batch is {batch.dtype} {batch.shape}{hint(batch.shape, batch)}; {WANTED}")
     if shape is not None and batch.shape[1:] != shape:
-        raise Refusal(f"{name}: images of {shape} are followed by {batch.shape[1:]} (H, W, C); make them one size")
+        raise UserError(f"{name}: images of {shape} are followed by {batch.shape[1:]} (H, W, C); make them one size")
     return batch
 
 
@@ -233,11 +235,11 @@ def readable(where: str | Path) -> Iterator[None]:
     """Turn what readers raise on broken bytes into one line."""
     try:
         yield
-    except (Refusal, Failure):
+    except (UserError, RunError):
         raise
     except BROKEN as error:
         reason = printable(str(error) or type(error).__name__)
-        raise Refusal(
+        raise UserError(
             f"{where} cannot be read ({reason}): damaged, or cut off while it was written; make it again"
         ) from error
 
@@ -268,16 +270,16 @@ def natural(items: Iterable, name: Callable = lambda each: str(each)) -> list:
 def joined(name: str, parts: list[ImageSource]) -> ImageSource:
     """Shards, one after the other."""
     if not parts:
-        raise Refusal(f"{name}: nothing matches; images are read from {LAYOUTS}")
+        raise UserError(f"{name}: nothing matches; images are read from {LAYOUTS}")
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
     for part in parts[1:]:
         if part.shape != first.shape:
-            raise Refusal(f"{first.name} has images {first.shape}, {part.name} {part.shape} (H, W, C); keep one size")
+            raise UserError(f"{first.name} has images {first.shape}, {part.name} {part.shape} (H, W, C); keep one size")
         if (part.labels is None) != (first.labels is None):
             bare = part if part.labels is None else first
-            raise Refusal(f"{bare.name} has no labels, other shards have; add them or leave them out everywhere")
+            raise UserError(f"{bare.name} has no labels, other shards have; add them or leave them out everywhere")
     joined = ImageSource(
         name,
         first.shape,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry, source_of_files
 from harness.images.source import Damaged, ImageSource, printable
 
@@ -47,11 +47,13 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
             if kind == b"5" or (kind in b"0\0" and plain.endswith("/")):
                 continue
             if kind not in (b"0", b"\0", b"7"):
-                raise Refusal(
+                raise UserError(
                     f"{path}: {printable(plain)} is a link or a device, which is never followed; pack files only"
                 )
             if plain.startswith("/") or ".." in plain.split("/"):
-                raise Refusal(f"{path}: the name {printable(plain)} leads out of the archive; pack it with plain names")
+                raise UserError(
+                    f"{path}: the name {printable(plain)} leads out of the archive; pack it with plain names"
+                )
             yield plain.removeprefix("./"), start, size
 
 
@@ -116,19 +118,19 @@ def open_tar(path: Path) -> ImageSource:
         elif kind == "cls":
             text = entry.read(20).strip()
             if re.fullmatch(rb"-?[0-9]{1,18}", text) is None:
-                raise Refusal(f"{entry.name}: a label must be one whole number")
+                raise UserError(f"{entry.name}: a label must be one whole number")
             classes[folder, key] = int(text)
         else:
             ignored += 1
     if not entries:
-        raise Refusal(f"{path}: no images in it; wanted .png members and, if there are labels, .cls beside them")
+        raise UserError(f"{path}: no images in it; wanted .png members and, if there are labels, .cls beside them")
     labels = None
     if classes:
         if len(set(keys)) != len(keys):
-            raise Refusal(f"{path}: two images share a name up to the first dot, so one .cls would label both")
+            raise UserError(f"{path}: two images share a name up to the first dot, so one .cls would label both")
         bare = next((e.name for e, key in zip(entries, keys, strict=True) if key not in classes), None)
         if bare is not None or len(classes) != len(keys):
-            raise Refusal(f"{path}: {bare or 'a .cls'} has no partner; every image needs one .cls, or none has any")
+            raise UserError(f"{path}: {bare or 'a .cls'} has no partner; every image needs one .cls, or none has any")
         labels = [classes[key] for key in keys]
     notes = ["a tar has no checksum for labels"] if labels else []
     if ignored:

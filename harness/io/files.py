@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 PARTIAL = ".partial"  # ending of a name that is not final yet
 LOCK_ATTEMPTS, LOCK_SECONDS = 5, 0.25  # until a lock is believed to be another's
@@ -64,7 +64,7 @@ def claimed(path: Path) -> Iterator[Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(f"another process is making {path}; wait for it or stop it") from None
+            raise UserError(f"another process is making {path}; wait for it or stop it") from None
         yield partial
     finally:
         if partial.exists() and partial.stat().st_size == 0:
@@ -104,9 +104,9 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Refusal(f"{what} {path}: {error.strerror or error}") from error
+        raise UserError(f"{what} {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise Refusal(f"{what} {path} is not valid JSON ({error}); it may have been edited or cut") from error
+        raise UserError(f"{what} {path} is not valid JSON ({error}); it may have been edited or cut") from error
 
 
 def sync_folder(path: Path) -> None:
@@ -149,7 +149,7 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Failure(
+            raise RunError(
                 f"the disk is full, {path} could not be written; free some space and repeat the command"
             ) from error
-        raise Failure(f"{path} could not be written: {error.strerror or error}") from error
+        raise RunError(f"{path} could not be written: {error.strerror or error}") from error

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.run import Run
 from harness.spec import load_attribute
 
@@ -44,7 +44,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         library, _ = LOGGERS[name]
         if importlib.util.find_spec(library) is None:
-            raise Refusal(f"--logger {name} needs {library}: pip install 'backbone-harness[{library}]'")
+            raise UserError(f"--logger {name} needs {library}: pip install 'backbone-harness[{library}]'")
 
 
 class Loggers:

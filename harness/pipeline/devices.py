@@ -7,15 +7,15 @@ from harness.engines.backend import DeviceInfo, get_backend
 from harness.runs.run import Run
 
 
-def device_of(run: Run, team: ProcessGroup) -> str:
+def device_of(run: Run, group: ProcessGroup) -> str:
     """What a person calls the devices that work on `run`, which this process is set up for: maybe others than those that
     it was created on."""
     device = run.resolved.device
     return device_names(
-        get_backend(run.framework).find_place(device if team.size == 1 else device.partition(":")[0]), team
+        get_backend(run.framework).resolve_device(device if group.size == 1 else device.partition(":")[0]), group
     )
 
 
-def device_names(place: DeviceInfo, team: ProcessGroup) -> str:
-    """What a person calls the devices of all processes of a team, taken to be like this one's."""
-    return place.name if team.size == 1 else f"{team.size} x {place.name}"
+def device_names(place: DeviceInfo, group: ProcessGroup) -> str:
+    """What a person calls the devices of all processes of a group, taken to be like this one's."""
+    return place.name if group.size == 1 else f"{group.size} x {place.name}"

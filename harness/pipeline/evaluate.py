@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.data.images import ImageSet
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.open import open_images
 from harness.images.source import ImageSource, from_batches
 from harness.images.spool import spooled
@@ -118,7 +118,7 @@ def _check_fit(source: ImageSource, protocol: Protocol, judge: EvaluationConfig)
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
     if source.shape != shape:
         text = f"{source.name}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)"
-        raise Refusal(f"{text}; sample at that size, or name the protocol of these (resolution)")
+        raise UserError(f"{text}; sample at that size, or name the protocol of these (resolution)")
     if source.count is not None:
         judge.suite.check_count(source.count)
 
@@ -222,7 +222,7 @@ def guard(
     enforce(check(survey(source), reference, task), judge.say)
 
 
-PARTS = "parts"  # below the cache: features that one process of a team leaves for another
+PARTS = "parts"  # below the cache: features that one process of a process group leaves for another
 
 
 CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
@@ -237,7 +237,7 @@ def evaluate_and_record(
     cache: Path,
     name: str | None = None,
     by: EvaluationConfig | None = None,  # None: the protocol's suite
-    team: ProcessGroup = SINGLE_PROCESS,  # among which extraction is divided; the leader has the records, the others none
+    group: ProcessGroup = SINGLE_PROCESS,  # among which extraction is divided; the leader has the records, the others none
 ) -> list[Record]:
     """Measure a sample set and append its records, or find them measured."""
     from evaluators.division import Division
@@ -249,15 +249,15 @@ def evaluate_and_record(
         by.weights is not None or by.statistics is not None or by.picture is not None
     )  # then it is known only when it is read, or has more to do
     found = None if brought else existing_records(records, about, protocol, by.suite, images_sha256(data.images))
-    if team.leaders(int(found is not None)):
+    if group.broadcast(int(found is not None)):
         return found or []
-    if team.size > 1:
-        by = dataclasses.replace(by, division=Division(index=team.index, size=team.size, folder=cache / PARTS))
+    if group.size > 1:
+        by = dataclasses.replace(by, division=Division(index=group.index, size=group.size, folder=cache / PARTS))
     made = evaluate_samples_file(path, protocol, data, cache=cache, judge=by, name=name)
-    if team.leads:
+    if group.is_main:
         append(records, made)
-    team.wait("all is measured")
-    if team.leads and team.size > 1:
+    group.barrier("all is measured")
+    if group.is_main and group.size > 1:
         files.remove(cache / PARTS)  # of an evaluation that was killed
     return made
 

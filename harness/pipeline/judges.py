@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluators.features import INCEPTION_BACKENDS
 from harness.data.images import ImageSet
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.open import open_images
 from harness.images.source import ImageSource
 from harness.pipeline.evaluate import EvaluationConfig
@@ -36,7 +36,7 @@ def make_evaluator(
     if weights is None and reference is None and suite.features.weights_option:
         return None
     if weights is not None and not weights.exists():
-        raise Refusal(f"{suite.features.weights_option or '--inception'} {weights}: no such file")
+        raise UserError(f"{suite.features.weights_option or '--inception'} {weights}: no such file")
     source = None if reference is None else open_reference(reference)
     by = dataclasses.replace(evaluation_config(suite, weights, "torch", reference), reference=source)
     return by, None if source is None else reference_images(source)
@@ -51,12 +51,14 @@ def evaluation_config(
     torch, chosen = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]
     flag = suite.features.weights_option
     if weights is not None and not flag:
-        raise Refusal(f"suite {suite.name!r} comes with its network's weights; leave out {weights}")
+        raise UserError(f"suite {suite.name!r} comes with its network's weights; leave out {weights}")
     if weights is None and flag == torch.weights_option:
-        raise Refusal(f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({WHERE})")
+        raise UserError(f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({WHERE})")
     if chosen != torch:
         if suite.features != torch:
-            raise Refusal(f"--backend {backend} belongs to suite adm and others on {torch.name}, not to {suite.name!r}")
+            raise UserError(
+                f"--backend {backend} belongs to suite adm and others on {torch.name}, not to {suite.name!r}"
+            )
         suite = dataclasses.replace(suite, features=chosen)
     elif device != "cpu":
         from harness.engines.torch.resolve import pick_device

@@ -17,7 +17,7 @@ import numpy as np
 from evaluators.reference_file import About, read_about, statistics_sha256, write
 from harness import registry
 from harness._version import VERSION
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.images.open import open_images
 from harness.images.source import ImageSource, from_batches
 from harness.io import files
@@ -45,11 +45,11 @@ def open_source(source: str, data: Path | None = None) -> ImageSource:
         images = registry.datasets.get(source).load(data)
         return from_batches([images.images], len(images), labels=images.labels, name=f"data set {source}")
     if data is not None:
-        raise Refusal(f"--data names the place of a data set, and {source!r} is none; leave it out")
+        raise UserError(f"--data names the place of a data set, and {source!r} is none; leave it out")
     path = Path(source)
     if not path.exists() and not any(sign in source for sign in "*?["):
         known = registry.unknown("data set", source, registry.datasets.names())
-        raise Refusal(f"{source}: no such file or folder, and {known}")
+        raise UserError(f"{source}: no such file or folder, and {known}")
     return open_images(path)
 
 
@@ -75,14 +75,14 @@ def make_reference(
     assert count is not None, source
     if count < MINIMUM_IMAGES or (images is not None and images < MINIMUM_IMAGES):
         few = count if count < MINIMUM_IMAGES else images
-        raise Refusal(f"a reference of {few} images is too small: give {MINIMUM_IMAGES}, better thousands")
+        raise UserError(f"a reference of {few} images is too small: give {MINIMUM_IMAGES}, better thousands")
     if images is not None and images > count:
-        raise Refusal(f"--images {images} is more than the {count} images of {source.name}; leave it out to keep all")
+        raise UserError(f"--images {images} is more than the {count} images of {source.name}; leave it out to keep all")
     if out.suffix != ".npz":
-        raise Refusal(f"--out {out}: a reference is an .npz; give it that ending")
+        raise UserError(f"--out {out}: a reference is an .npz; give it that ending")
     there = read_about(out)
     if out.exists() and there is None:
-        raise Refusal(f"{out} is there and is no reference of `harness data reference`; give another --out")
+        raise UserError(f"{out} is there and is no reference of `harness data reference`; give another --out")
     keeps_all = images is None or images == count
     with files.claimed(out), Stages() as progress:
         extractor = suite.features.load(device, weights=weights)
@@ -96,7 +96,7 @@ def make_reference(
         if there is not None:
             for field, value in wanted.items():
                 if getattr(there, field) != value:
-                    raise Refusal(
+                    raise UserError(
                         f"{out} is another reference ({field} {getattr(there, field)} there, {value} here); give another"
                         " --out, or move it away"
                     )
@@ -107,7 +107,7 @@ def make_reference(
 
         def finish() -> tuple[dict[str, np.ndarray], About]:
             if passing.all_sha256 != wanted["images_sha256"]:
-                raise Failure(f"{source.name} changed while it was read; repeat the command when it is at rest")
+                raise RunError(f"{source.name} changed while it was read; repeat the command when it is at rest")
             about = About(
                 source=Path(source.name).name,
                 images=count,

@@ -17,7 +17,7 @@ from harness.autoencoders.load import Decoder, load_autoencoder
 from harness.diffusion.schedule import Schedule
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.devices import device_of
 from harness.pipeline.sampling_loop import Job, Sampler, run_job, write_grid_beside
@@ -34,7 +34,7 @@ def sample_set(
     make_sampler: Callable[[], Sampler],
     sidecar: dict[str, Any],
     device: Callable[[], str],
-    team: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Draw the sample set of a run, or find it drawn; returns the path of its samples.npz."""
     task = run.protocol
@@ -47,7 +47,7 @@ def sample_set(
         steps=wanted.steps,
         title=f"sample {wanted.sampling.sampler}-{wanted.steps}",
     )
-    return run_job(job, make_sampler, sidecar, device, team)
+    return run_job(job, make_sampler, sidecar, device, group)
 
 
 def decoder_of(run: Run | RunSession, name: str | None, device: str | None = None) -> Decoder | None:
@@ -59,7 +59,7 @@ def decoder_of(run: Run | RunSession, name: str | None, device: str | None = Non
     task = run.protocol
     if task.space != "latents":
         if name is not None:
-            raise Refusal(f"--decoder belongs to runs in latents, and {run.folder} is in pixels; leave it out")
+            raise UserError(f"--decoder belongs to runs in latents, and {run.folder} is in pixels; leave it out")
         return None
     flag, made_by = "--decoder DIR", run.identity["latents"]
     if run.framework != "torch":  # decoders are torch's
@@ -67,17 +67,17 @@ def decoder_of(run: Run | RunSession, name: str | None, device: str | None = Non
     elif run.resolved is not None:
         device = run.resolved.device
     else:
-        device = get_backend("torch").find_place(device).platform
+        device = get_backend("torch").resolve_device(device).platform
     place = run.places.get("vae", "")
     try:
         decoder = load_autoencoder(name or place, device=device, flag=flag)
-    except Refusal as error:
+    except UserError as error:
         if name is not None:
             raise
         text = f"the auto-encoder behind {run.folder} ({made_by['vae_sha256'][:12]}) is not to be had from {place}"
-        raise Refusal(f"{text}; name it, or another decoder, with {flag} ({error})") from error
+        raise UserError(f"{text}; name it, or another decoder, with {flag} ({error})") from error
     if name is None and decoder.sha256 != made_by["vae_sha256"]:
-        raise Refusal(
+        raise UserError(
             f"{place} has other weights by now ({decoder.sha256[:12]}) than the auto-encoder behind {run.folder} "
             f"({made_by['vae_sha256'][:12]}); put the right ones back, or name a decoder with {flag}"
         )
@@ -89,7 +89,9 @@ def decoder_of(run: Run | RunSession, name: str | None, device: str | None = Non
         ("shift_factor", decoder.shift_factor, made_by["shift_factor"]),
     ):
         if found != wanted:
-            raise Refusal(f"decoder {decoder.name} has {what} {found}, and the run {run.folder} {wanted}; name another")
+            raise UserError(
+                f"decoder {decoder.name} has {what} {found}, and the run {run.folder} {wanted}; name another"
+            )
     return decoder
 
 
@@ -103,7 +105,7 @@ def sample_run(
     batch: int | None,
     compile: str | None = None,  # "on" or "off"; None: as the run was created
     decoder: Decoder | None = None,  # of latents
-    team: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Draw one sample set of the snapshot of `step`, with a grid beside it; returns its samples.npz."""
     gflops = request.gflops_image(steps)
@@ -122,7 +124,7 @@ def sample_run(
             request.sampling.eta,
             request.sampling.clip_denoised,
         )
-        snapshot = run.snapshot(step) / "ema.safetensors"
+        snapshot = run.ema_checkpoint(step) / "ema.safetensors"
         return get_backend(run.framework).make_sampler(
             request,
             run,
@@ -143,10 +145,10 @@ def sample_run(
         },
         "trained": dataclasses.asdict(run.resolved),
         "environment": environment(run.resolved.device_name),
-        "spent": files.read_json(run.snapshot(step) / "state.json", "snapshot").get("spent", {}),
+        "spent": files.read_json(run.ema_checkpoint(step) / "state.json", "snapshot").get("spent", {}),
     }
-    path = sample_set(run, wanted, make, sidecar, lambda: device_of(run, team), team)
-    if team.leads:
+    path = sample_set(run, wanted, make, sidecar, lambda: device_of(run, group), group)
+    if group.is_main:
         write_grid_beside(path)
     return path
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.autoencoders.load import Decoder, load_autoencoder
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import DeviceInfo, get_backend
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.devices import device_names
 from harness.pipeline.sampling_loop import Job, run_job, write_grid_beside
@@ -31,17 +31,17 @@ def sample_system(
     batch: int | None,
     device: str | None,
     say: Callable[[str], None],
-    team: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Draw one sample set below `folder`, with a grid beside it; returns its samples.npz."""
-    engine, say = get_backend(framework), team.says(say)
+    engine, say = get_backend(framework), group.says(say)
     system, task = bound.system, bound.system.task
     for note in bound.notes:
         say(note)
     for part in system.parts.values():
         if framework not in part.spec.builders:
-            raise Refusal(f"system {system.name!r}: {part.backbone} has no {framework} network")
-    place = engine.find_place(device)
+            raise UserError(f"system {system.name!r}: {part.backbone} has no {framework} network")
+    place = engine.resolve_device(device)
     gflops = system.gflops_image()
     batch = batch or default_batch(gflops, place.platform)
     decoder = None
@@ -82,17 +82,17 @@ def sample_system(
         "weights": {name: str(source.path) for name, source in bound.sources.items()},
         "environment": environment(place.name),
     }
-    with team.locked(job.folder):
+    with group.locked(job.folder):
         path = run_job(
             job,
             lambda: engine.make_chain(
                 bound, decoder, place, seed=seed, precision=precision, batch=batch, compile=compile, say=say
             ),
             sidecar,
-            lambda: device_names(place, team),
-            team,
+            lambda: device_names(place, group),
+            group,
         )
-        if team.leads:
+        if group.is_main:
             write_grid_beside(path)
     return path
 
@@ -109,7 +109,7 @@ def _check_decoder(system: System, decoder: Decoder) -> None:
     made = (latent["in_channels"], latent["input_size"] * decoder.factor)
     wanted = (decoder.channels, system.task.resolution)
     if made != wanted or system.task.image_channels != 3:
-        raise Refusal(
+        raise UserError(
             f"system {system.name!r}: {system.base.backbone} makes {made[0]} channels that decode to {made[1]} pixels; "
             f"decoder {decoder.name} takes {wanted[0]} and protocol {system.task.name!r} has {wanted[1]}"
         )

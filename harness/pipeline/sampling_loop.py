@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.io.progress import Bar
 from harness.runs.samples import read_sidecar, sidecar_path, write_samples
@@ -51,21 +51,21 @@ def run_job(
     make_sampler: Callable[[], Sampler],
     sidecar: dict[str, Any],
     device: Callable[[], str],
-    team: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Draw the sample set, or find it drawn; returns the path of its samples.npz.
 
     `sidecar` is what a later reader should know beside the identity: parameters, Gflops, environment. `device`: tells
-    what a person calls what they were drawn on, once they are. Each process of a team draws shards of its own; the leader puts them together.
+    what a person calls what they were drawn on, once they are. Each process of a process group draws shards of its own; the leader puts them together.
     """
     target = job.folder / "samples.npz"
-    if team.leaders(int(team.leads and _drawn(target, job))):  # a folder may look otherwise from another machine
+    if group.broadcast(int(group.is_main and _drawn(target, job))):  # a folder may look otherwise from another machine
         return target
     shards, count = job.folder / "shards", len(job.labels)
     with files.explained(job.folder):
         shards.mkdir(parents=True, exist_ok=True)
     starts = range(0, count, job.batch)
-    mine = team.share(starts)
+    mine = group.local_part(starts)
     missing = [
         start for start in mine if not _whole(_shard(shards, start), (min(job.batch, count - start), *job.image))
     ]
@@ -77,14 +77,16 @@ def run_job(
             note = f"image {start + len(index)} of {count}"
             images = sampler.draw(index, job.labels[index], lambda note=note: bar.advance(1, note))
             _save(_shard(shards, start), images)
-    team.wait("all shards are drawn")
-    seconds = time.monotonic() - begin if not team.most(int(len(missing) < len(mine))) else None  # of a part: unknown
-    if team.leads:
+    group.barrier("all shards are drawn")
+    seconds = (
+        time.monotonic() - begin if not group.all_max(int(len(missing) < len(mine))) else None
+    )  # of a part: unknown
+    if group.is_main:
         data = {"schema": SCHEMA, "identity": job.identity, "evaluations": sampler.evaluations, **sidecar}
         data["drawn"] = {"device": device(), "seconds": seconds}
         write_samples(target, _load(shards, starts), job.labels, data)
         files.remove(shards)
-    team.wait("the samples are written")
+    group.barrier("the samples are written")
     return target
 
 
@@ -94,7 +96,9 @@ def _drawn(target: Path, job: Job) -> bool:
         return False
     kept = read_sidecar(target)
     if kept.get("identity") != job.identity or kept.get("sha256") != files.sha256_file(target):
-        raise Refusal(f"{job.folder} holds other samples than its name and sidecar say; move it away and sample again")
+        raise UserError(
+            f"{job.folder} holds other samples than its name and sidecar say; move it away and sample again"
+        )
     return True
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import registry
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.open import open_images
 from harness.io import files
 from harness.planning.request import TRAINING_FACTOR
@@ -33,7 +33,7 @@ def fields_from_sidecar(path: Path, sha256: str, name: str | None) -> dict[str, 
         return {"system": name or path.stem, "sampling": sampling}
     data = read_sidecar(path)
     if data.get("sha256") != sha256:
-        raise Refusal(f"{path} is not the file that {sidecar} describes (its hash differs); put the right one back")
+        raise UserError(f"{path} is not the file that {sidecar} describes (its hash differs); put the right one back")
     try:
         if "system" in data["identity"]:
             return _describe_system(data, sha256, name)
@@ -81,7 +81,7 @@ def fields_from_sidecar(path: Path, sha256: str, name: str | None) -> dict[str, 
             ),
         }
     except (KeyError, TypeError) as error:
-        raise Refusal(
+        raise UserError(
             f"{sidecar} does not say how the samples were made ({error}); give --name and move it away"
         ) from error
 

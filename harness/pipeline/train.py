@@ -12,7 +12,7 @@ from harness.data.examples import Examples
 from harness.data.load import check_labels
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.devices import device_of
 from harness.pipeline.training_loop import train
@@ -49,20 +49,22 @@ class RunSession:
         data: Examples,
         folder: Path,
         say: Say,
-        team: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup = SINGLE_PROCESS,
         loggers: Sequence[str] = (),
         mesh: str | None = None,
     ):
-        self.request, self.data, self.folder, self.team = request, data, folder, team
+        self.request, self.data, self.folder, self.group = request, data, folder, group
         self.loggers, self.mesh = loggers, mesh
-        self.say = team.says(say)
+        self.say = group.says(say)
         self.spec = run_spec(request, data)
         data.check(request.protocol)
         check_labels(data, request.protocol.num_classes)
         self.run: Run | None = find_run(folder, self.spec)
-        if team.leaders(int(self.run is not None)) != (self.run is not None):  # before the leader goes on to create one
-            raise Refusal(
-                f"process {team.index} and the leader do not see the same in {folder}; they share a file system"
+        if group.broadcast(int(self.run is not None)) != (
+            self.run is not None
+        ):  # before the leader goes on to create one
+            raise UserError(
+                f"process {group.index} and the leader do not see the same in {folder}; they share a file system"
             )
         if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, for it decides memory
             frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
@@ -109,13 +111,13 @@ class RunSession:
 
     def create(self, resolved: Resolved) -> Run:
         """Make the run's folder, with `resolved` frozen in it."""
-        if self.team.leads:
+        if self.group.is_main:
             create_run(self.folder, self.spec, resolved, environment(resolved.device_name), self.data.places)
-        self.team.wait("the run is created")
+        self.group.barrier("the run is created")
         self.run = find_run(self.folder, self.spec)
         if self.run is None:
-            raise Refusal(
-                f"process {self.team.index} does not see {self.folder}; a run's processes share a file system"
+            raise UserError(
+                f"process {self.group.index} does not see {self.folder}; a run's processes share a file system"
             )
         return self.run
 
@@ -124,13 +126,13 @@ class RunSession:
         parent = open_run(source)
         checkpoint = checkpoints.newest(parent.checkpoints, self.say)
         if checkpoint is None:
-            raise Refusal(f"--fork {source} has no checkpoint yet")
+            raise UserError(f"--fork {source} has no checkpoint yet")
         if parent.identity != self.spec.identity:
-            raise Refusal(
+            raise UserError(
                 f"--fork {source} is another experiment: {identity_difference(parent.identity, self.spec.identity)}"
             )
         target = self.folder / "checkpoints" / checkpoint.folder.name
-        if self.team.leads:
+        if self.group.is_main:
             with files.explained(self.folder):
                 files.remove(target)  # of a fork that was killed
                 shutil.copytree(checkpoint.folder, target)
@@ -142,7 +144,9 @@ class RunSession:
     def train(self, until: int) -> None:
         """Train to `until` steps, or do nothing if their snapshot is there."""
         assert self.run is not None
-        if self.team.leaders(int(until in self.run.snapshots())):  # a folder may look otherwise from another machine
+        if self.group.broadcast(
+            int(until in self.run.ema_checkpoint_steps())
+        ):  # a folder may look otherwise from another machine
             return
         request, run = self.request, self.run
         net, self._net = self._net, None
@@ -153,8 +157,8 @@ class RunSession:
             until,
             gflops_step=request.gflops_step,
             state_bytes=CHECKPOINT_BYTES * request.compute.params,
-            device=device_of(run, self.team),
+            device=device_of(run, self.group),
             say=self.say,
-            team=self.team,
+            group=self.group,
             loggers=self.loggers,
         )

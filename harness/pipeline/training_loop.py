@@ -21,7 +21,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup, Stopped
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.io import files
 from harness.io.progress import Bar
 from harness.loggers import Loggers
@@ -35,7 +35,9 @@ CHECKPOINT_SHARE = 0.02  # of the time goes to checkpoints, while that does not 
 SHORTEST_SECONDS = 2.0
 DISK_BYTES_PER_SECOND = 1e9
 DRAIN_SECONDS = 0.5  # how long losses may stay on the device, unread
-AGREE_STEPS = 10  # after so many, or so many seconds, a team agrees on whether to stop or to write a checkpoint
+AGREE_STEPS = (
+    10  # after so many, or so many seconds, a process group agrees on whether to stop or to write a checkpoint
+)
 AGREE_SECONDS = 2.0
 STOP = 1 << 16  # in the number that is agreed on
 
@@ -48,13 +50,13 @@ class Engine(Protocol):
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Do optimiser step `step` (from 1). False: interrupted before the update, nothing has changed."""
 
-    def drain(self) -> list[tuple[float, ...]]:
+    def pop_losses(self) -> list[tuple[float, ...]]:
         """The terms of the steps since the last drain, in order."""
 
     def finite(self) -> bool:
         """Whether every weight is finite."""
 
-    def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
+    def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         """The state, as named parts; "ema" is one of them."""
 
     def load(self, part: str, path: Path) -> None:
@@ -70,46 +72,46 @@ def train(
     state_bytes: int,
     device: str,
     say: Callable[[str], None],
-    team: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
     loggers: Sequence[str] = (),
 ) -> None:
     """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
 
     `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint; `device` is
-    what the checkpoints call what the time was spent on. `team`: the processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises Stopped after Ctrl-C or SIGTERM and its checkpoint; Refusal for a step that was passed without keeping it; Failure when a loss or a weight is not finite.
+    what the checkpoints call what the time was spent on. `group`: the processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises Stopped after Ctrl-C or SIGTERM and its checkpoint; UserError for a step that was passed without keeping it; RunError when a loss or a weight is not finite.
     """
-    if team.leaders(int(until in run.snapshots())):
+    if group.broadcast(int(until in run.ema_checkpoint_steps())):
         return
     checkpoint = checkpoints.newest(run.checkpoints, say)
     done, state = 0, None
     found = 0 if checkpoint is None else checkpoint.step
-    if found != team.leaders(found):
-        raise Refusal(
-            f"process {team.index} finds another newest checkpoint in {run.checkpoints} than the leader; the processes of a "
+    if found != group.broadcast(found):
+        raise UserError(
+            f"process {group.index} finds another newest checkpoint in {run.checkpoints} than the leader; the processes of a "
             "run share a file system"
         )
     if checkpoint is not None:
         if checkpoint.step > until:
-            raise Refusal(
+            raise UserError(
                 f"{run.folder} has been trained to step {checkpoint.step} and kept no snapshot of step {until}; "
                 f"ask for --steps {checkpoint.step} or more, or train anew with another --out"
             )
-        for name, _ in engine.parts():
+        for name, _ in engine.state_dicts():
             engine.load(name, checkpoint.part(name))
         done, state = checkpoint.step, checkpoint.state
         say(f"continues from the checkpoint of step {done}")
     images = run.recipe.batch
     with (
-        _log(run.log, done, team) as log,
-        closing(Loggers(loggers if team.leads else (), run, done, engine.terms, say)) as watched,
-        _interrupt(team) as interrupted,
+        _log(run.log, done, group) as log,
+        closing(Loggers(loggers if group.is_main else (), run, done, engine.loss_terms, say)) as watched,
+        _interrupt(group) as interrupted,
         Bar("train", until, "it", done) as bar,
     ):
         spent, cost = TrainingTime(state, device), state_bytes / DISK_BYTES_PER_SECOND
-        keeper = CheckpointManager(run, engine, log, watched, done, spent, cost=cost, team=team)
-        stop = bool(team.most(int(interrupted())))
+        keeper = CheckpointManager(run, engine, log, watched, done, spent, cost=cost, group=group)
+        stop = bool(group.all_max(int(interrupted())))
         while keeper.done < until and not stop:
-            if engine.step(keeper.done + 1, interrupted if team.size == 1 else lambda: False):
+            if engine.step(keeper.done + 1, interrupted if group.size == 1 else lambda: False):
                 keeper.stepped()
                 note = ""
                 if keeper.loss is not None:
@@ -127,15 +129,15 @@ def train(
     if stop:
         say(f"stopped; checkpoint of step {keeper.done} is in {run.checkpoints}; the same command continues")
         raise Stopped
-    if team.leads:
+    if group.is_main:
         keep_ema_checkpoint(run, until)
-    team.wait("the snapshot is kept")
+    group.barrier("the snapshot is kept")
 
 
 def keep_ema_checkpoint(run: Run, step: int) -> None:
     """Keep the EMA weights of the checkpoint of `step` for sampling: a hard link, so it costs no disk."""
     checkpoint = checkpoints.verify(run.checkpoints / f"step-{step:08d}")
-    folder = run.snapshot(step)
+    folder = run.ema_checkpoint(step)
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / "ema.safetensors"
@@ -161,9 +163,9 @@ class CheckpointManager:
         done: int,
         spent: TrainingTime,
         cost: float,
-        team: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup = SINGLE_PROCESS,
     ):
-        self.run, self.engine, self.log, self.watched, self.team = run, engine, log, watched, team
+        self.run, self.engine, self.log, self.watched, self.group = run, engine, log, watched, group
         self.done = self.written = self.saved = done  # steps: trained, in the log, in a checkpoint
         self.loss: float | None = None
         self._spent = spent
@@ -174,19 +176,21 @@ class CheckpointManager:
 
     def stepped(self) -> None:
         self.done += 1
-        if self.team.size > 1:  # a loss that is not finite stops all of them at one step: nobody waits for who has gone
+        if (
+            self.group.size > 1
+        ):  # a loss that is not finite stops all of them at one step: nobody waits for who has gone
             due = self.done == self._agreed + self._apart
         else:
             due = time.monotonic() - self._drained > DRAIN_SECONDS
         if due:
-            self.drain()
+            self.pop_losses()
 
-    def drain(self) -> None:
+    def pop_losses(self) -> None:
         """Move losses from the device to the log; stop at one that is not finite."""
         before, self._drained = self._drained, time.monotonic()
         speed = (self.done - self.written) / max(self._drained - before, 1e-9)
-        weights = self.engine.terms
-        for values in self.engine.drain():
+        weights = self.engine.loss_terms
+        for values in self.engine.pop_losses():
             step, row = self.written + 1, dict(zip(weights, values, strict=True))
             if not all(map(math.isfinite, values)):
                 text = ", ".join(f"{name} {value}" for name, value in row.items())
@@ -199,11 +203,11 @@ class CheckpointManager:
             self.log.flush()  # for who watches it
 
     def decide(self, interrupted: bool) -> tuple[bool, bool]:
-        """Whether to stop, and whether to write a checkpoint: the same in every process of the team.
+        """Whether to stop, and whether to write a checkpoint: the same in every process of the process group.
 
         Any of them may be told to stop; the leader says the rest, and when to ask again.
         """
-        if self.team.size == 1:
+        if self.group.size == 1:
             return interrupted, self.due()
         if self.done != self._agreed + self._apart:
             return False, False
@@ -211,7 +215,7 @@ class CheckpointManager:
         seconds = (now - self._agreed_at) / self._apart
         self._agreed, self._agreed_at = self.done, now
         steps = min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(seconds, 1e-9))))
-        told = self.team.most(STOP * interrupted + (2 * steps + self.due()) * self.team.leads)
+        told = self.group.all_max(STOP * interrupted + (2 * steps + self.due()) * self.group.is_main)
         self._apart = told % STOP // 2 or 1
         return told >= STOP, bool(told & 1)
 
@@ -221,13 +225,13 @@ class CheckpointManager:
         return time.monotonic() - self._saved_at >= wait
 
     def checkpoint(self) -> None:
-        self.drain()
+        self.pop_losses()
         if self.saved == self.done:
             return
         if not self.engine.finite():
             self._fail(f"a weight is not finite after step {self.done}")
-        if not self.team.leads:
-            for _, tensors in self.engine.parts():  # what every process has a part of, the leader collects
+        if not self.group.is_main:
+            for _, tensors in self.engine.state_dicts():  # what every process has a part of, the leader collects
                 tensors()
             self.saved = self.done
             return
@@ -238,7 +242,7 @@ class CheckpointManager:
         self.watched.flush()  # nor do the others
         spent = self._spent.now()
         state = {"seconds": sum(spent.values()), "spent": spent}
-        checkpoints.write(self.run.checkpoints, self.done, self.engine.parts(), state)
+        checkpoints.write(self.run.checkpoints, self.done, self.engine.state_dicts(), state)
         self.saved = self.done
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - begin
@@ -246,16 +250,16 @@ class CheckpointManager:
     def _fail(self, what: str) -> None:
         self.log.flush()
         good = f"the last good checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
-        raise Failure(
+        raise RunError(
             f"{what}; {good} in {self.run.checkpoints}. Try a lower learning rate (--set learning_rate=...), "
             "--set clip_norm=1, or --precision float32, with another --out"
         )
 
 
 @contextmanager
-def _log(path: Path, done: int, team: ProcessGroup) -> Iterator[IO[str]]:
-    """The log, cut to the first `done` steps, open for appending; of a team the leader's alone."""
-    if not team.leads:
+def _log(path: Path, done: int, group: ProcessGroup) -> Iterator[IO[str]]:
+    """The log, cut to the first `done` steps, open for appending; of a process group the leader's alone."""
+    if not group.is_main:
         with Path(os.devnull).open("a", encoding="ascii") as file:
             yield file
         return
@@ -271,7 +275,7 @@ def _log(path: Path, done: int, team: ProcessGroup) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _interrupt(team: ProcessGroup = SINGLE_PROCESS) -> Iterator[Callable[[], bool]]:
+def _interrupt(group: ProcessGroup = SINGLE_PROCESS) -> Iterator[Callable[[], bool]]:
     """Turn Ctrl-C and SIGTERM into a question the loop asks; a second Ctrl-C stops at once.
 
     A second SIGTERM does not: who stops a job of several processes sends it to each, and some pass it on.
@@ -285,7 +289,7 @@ def _interrupt(team: ProcessGroup = SINGLE_PROCESS) -> Iterator[Callable[[], boo
         if asked:
             return
         asked = True
-        if team.leads:
+        if group.is_main:
             print("stopping: writing a checkpoint (Ctrl-C once more to stop at once)", file=sys.stderr, flush=True)  # noqa: T201
 
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread

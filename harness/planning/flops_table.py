@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.registry import systems
 from harness.spec import BackboneSpec, Compute
 from harness.systems.spec import System
@@ -121,7 +121,7 @@ def sampling_row(system: System) -> dict[str, Any]:
     from harness.autoencoders.load import decoder_compute
 
     if system.unavailable:
-        raise Refusal(f"system {system.name!r} cannot be counted: {system.unavailable}")
+        raise UserError(f"system {system.name!r} cannot be counted: {system.unavailable}")
     steps = [1 if stage.spec.kind == "generator" else stage.steps for stage in system.stages]
     plain = sum(stage.compute().gflops * count for stage, count in zip(system.stages, steps, strict=True))
     decode = decoder_compute(system.decoder, system.task.resolution).gflops if system.decoder else 0.0

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from harness import registry
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.planning.request import TRAINING_FACTOR, Match, Request, check_plans, evaluations
 from harness.protocols import Protocol, Recipe, count
 from harness.runs.run import build_arguments
@@ -110,7 +110,7 @@ def training_target(
     """What is to be matched, by name (None for a budget), and its training compute in flops."""
     if match is None or budget is not None:
         if match is not None or budget is None:
-            raise Refusal("--match and --budget both set the training steps; give one of them")
+            raise UserError("--match and --budget both set the training steps; give one of them")
         return None, Fraction(budget) * 10**9
     (steps,) = match.steps
     text = match.name(steps)
@@ -123,7 +123,7 @@ def solve_training(compute: Compute, recipe: Recipe, to: str | None, target: Fra
     step = step_flops(compute, recipe)
     steps = max(1, nearest_count(target, step))
     if steps > MAX_STEPS:
-        raise Refusal(f"--budget {float(target / 10**9):g} Gflops are {float(steps):.3g} steps; ask for less")
+        raise UserError(f"--budget {float(target / 10**9):g} Gflops are {float(steps):.3g} steps; ask for less")
     return Match.of(to, steps, target, step)
 
 
@@ -135,9 +135,9 @@ def match_sampling(request: Request, reference: Reference) -> Request:
     name, recipe, flag = request.spec.name, request.recipe, f"--match-sampling {reference.backbone}"
     other = _reference_spec(reference, flag)
     if reference.guidance_scale != 1 and other.null_label is None:
-        raise Refusal(f"{flag}: it has no null label, so classifier-free guidance cannot be had; leave out @cfg")
+        raise UserError(f"{flag}: it has no null label, so classifier-free guidance cannot be had; leave out @cfg")
     if max(reference.steps) > recipe.diffusion_steps:
-        raise Refusal(
+        raise UserError(
             f"{flag}@{max(reference.steps)}: more sampling steps than the {recipe.diffusion_steps} of the diffusion"
         )
     own = image_flops(request.compute, request.sampling.guidance_scale)
@@ -149,13 +149,13 @@ def match_sampling(request: Request, reference: Reference) -> Request:
         if steps > recipe.diffusion_steps:
             most = own * recipe.diffusion_steps // others
             at_most = f"at most {reference.name(most)}" if most else "less than one of its steps"
-            raise Refusal(
+            raise UserError(
                 f"--match-sampling {text} asks for {steps} sampling steps of {name!r}, but the diffusion has"
                 f" {recipe.diffusion_steps}, which cost {at_most}"
             )
         if steps < 1:
             least = own // others + 1 if own % others else own // others
-            raise Refusal(
+            raise UserError(
                 f"--match-sampling {text} costs less than half a sampling step of {name!r}; one step costs"
                 f" as much as {reference.name(least)}"
             )
@@ -185,20 +185,20 @@ def compute_of(spec: BackboneSpec, task: Protocol, recipe: Recipe, where: str = 
     objective = registry.objectives.get(recipe.objective)
     try:
         compute = spec.count(**build_arguments(spec, task, objective.out_channels(task.in_channels)))
-    except Refusal as refusal:
-        raise Refusal(f"{where}{refusal}") from refusal
+    except UserError as refusal:
+        raise UserError(f"{where}{refusal}") from refusal
     if compute.flops < 1:
-        raise Refusal(f"{where}backbone {spec.name!r} counts no compute, so nothing can be matched to it")
+        raise UserError(f"{where}backbone {spec.name!r} counts no compute, so nothing can be matched to it")
     return compute
 
 
 def _reference_spec(reference: Reference, where: str) -> BackboneSpec:
     try:
         spec = registry.backbones.get(reference.backbone)
-    except Refusal as refusal:
-        raise Refusal(f"{where}: {refusal}") from refusal
+    except UserError as refusal:
+        raise UserError(f"{where}: {refusal}") from refusal
     if spec.kind != "denoiser":
-        raise Refusal(f"{where}: {spec.name!r} is not a denoiser but of kind {spec.kind}; match denoisers")
+        raise UserError(f"{where}: {spec.name!r} is not a denoiser but of kind {spec.kind}; match denoisers")
     return spec
 
 
@@ -213,7 +213,7 @@ def budget_table(task: Protocol, recipe: Recipe, *, match: Reference | None, bud
         try:
             compute = compute_of(spec, task, recipe)
             solved = solve_training(compute, recipe, to, target)
-        except Refusal as refusal:
+        except UserError as refusal:
             left_out.append({"name": spec.name, "reason": str(refusal)})
             continue
         images = solved.steps * recipe.batch

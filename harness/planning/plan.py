@@ -8,7 +8,7 @@ from typing import Any
 
 from harness import registry
 from harness.data.public_files import FILES
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.planning.request import CHECKPOINT_BYTES, TRAINING_FACTOR, Request, published_input_gflops
 from harness.protocols import Protocol
 
@@ -29,7 +29,7 @@ def missing(request: Request) -> list[str]:
         lacks.append(f"data set {task.dataset!r}: {lack}")
     try:
         suite = get_suite(task.suite)
-    except Refusal as error:
+    except UserError as error:
         lacks.append(f"suite {task.suite!r}: {error} (see `harness list suites`)")
     else:
         short = [each for each in suite.metrics if request.samples < each.minimum]
@@ -76,7 +76,7 @@ def _weights_flag(task: Protocol) -> str:
 
     try:
         return getattr(get_suite(task.suite).features, "weights_option", "")
-    except Refusal:  # named as missing
+    except UserError:  # named as missing
         return ""
 
 

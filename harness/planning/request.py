@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import registry
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.frameworks.installed import check_installed
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
 from harness.runs.run import Run, build_arguments
@@ -95,30 +95,32 @@ def resolve_request(
     """Hold backbone, task, recipe and sampling settings against each other."""
     spec = registry.backbones.get(backbone)
     if spec.kind == "generator":
-        raise Refusal(
+        raise UserError(
             f"backbone {backbone!r} is a generator, which the harness samples and does not train; "
             "see `harness list systems` and `harness sample --system`"
         )
     if framework not in spec.builders:
-        raise Refusal(f"backbone {backbone!r} has no {framework} network; use --framework {next(iter(spec.builders))}")
+        raise UserError(
+            f"backbone {backbone!r} has no {framework} network; use --framework {next(iter(spec.builders))}"
+        )
     check_installed(framework)
     drawing = override(task.sampling, {name: value for name, value in (sampling or {}).items() if value is not None})
     objective = registry.objectives.get(recipe.objective)
     if max(drawing.steps) > recipe.diffusion_steps:
-        raise Refusal(
+        raise UserError(
             f"{max(drawing.steps)} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
         )
     if drawing.guidance_scale != 1 and spec.null_label is None:
-        raise Refusal(
+        raise UserError(
             f"backbone {backbone!r} has no null label, so classifier-free guidance cannot be had; leave out --cfg"
         )
     if drawing.guidance_scale != 1 and recipe.label_dropout == 0:
-        raise Refusal("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
+        raise UserError("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
     check_plans(recipe, drawing)
     arguments = build_arguments(spec, task, objective.out_channels(task.in_channels))
     if gradient_checkpointing:
         if "gradient_checkpointing" not in spec.defaults:
-            raise Refusal(f"backbone {backbone!r} has no gradient checkpointing; leave out --gradient-checkpointing")
+            raise UserError(f"backbone {backbone!r} has no gradient checkpointing; leave out --gradient-checkpointing")
         arguments["gradient_checkpointing"] = True
     return Request(
         spec=spec, protocol=task, recipe=recipe, sampling=drawing, samples=samples or task.samples, seed=seed,

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refusal, shown
+from harness.errors import UserError, shown
 from harness.registry import protocols, unknown
 
 GUIDANCE_CHANNELS = ("first-3", "all")
-MOST = 2**63 - 1  # of whole numbers
+MAX_INT = 2**63 - 1  # of whole numbers
 LONGEST_NAME = 100
 
 UINT8_RULES = {  # x about [-1, 1] to 0 ... 255 as (x + shift) factor + offset, clamped and truncated
@@ -54,16 +54,16 @@ class Recipe:
         _check_finite(self, "recipe")
         for name in ("steps", "batch", "learning_rate", "diffusion_steps"):
             if not getattr(self, name) > 0:
-                raise Refusal(f"recipe: {name} must be positive, not {getattr(self, name)}")
+                raise UserError(f"recipe: {name} must be positive, not {getattr(self, name)}")
         for name in ("ema_decay", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise Refusal(f"recipe: {name} must lie in [0, 1], not {getattr(self, name)}")
+                raise UserError(f"recipe: {name} must lie in [0, 1], not {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise Refusal(f"recipe: {name} must lie in [0, 1), not {getattr(self, name)}")
+                raise UserError(f"recipe: {name} must lie in [0, 1), not {getattr(self, name)}")
         for name in ("weight_decay", "warmup_steps", "clip_norm", "conditioning_noise"):
             if getattr(self, name) < 0:
-                raise Refusal(f"recipe: {name} must not be negative, but is {getattr(self, name)}")
+                raise UserError(f"recipe: {name} must not be negative, but is {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +88,17 @@ class Sampling:
             ("uint8_rule", UINT8_RULES),
         ):
             if getattr(self, name) not in known:
-                raise Refusal(f"sampling: {unknown(name, getattr(self, name), known)}")
+                raise UserError(f"sampling: {unknown(name, getattr(self, name), known)}")
         if not self.steps or min(self.steps) < 1:
-            raise Refusal(f"sampling: steps must be positive counts, not {list(self.steps)}")
+            raise UserError(f"sampling: steps must be positive counts, not {list(self.steps)}")
         if not 0 <= self.eta <= 1:
-            raise Refusal(f"sampling: eta must lie in [0, 1], not {self.eta:g}")
+            raise UserError(f"sampling: eta must lie in [0, 1], not {self.eta:g}")
         if self.seed < 0:
-            raise Refusal(f"sampling: seed must not be negative, but is {self.seed}")
+            raise UserError(f"sampling: seed must not be negative, but is {self.seed}")
         if self.guidance_scale < 1:
-            raise Refusal(f"sampling: guidance_scale {self.guidance_scale} is below 1, which means no guidance; use 1")
+            raise UserError(
+                f"sampling: guidance_scale {self.guidance_scale} is below 1, which means no guidance; use 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +124,12 @@ class Protocol:
         check_name("protocol", self.name)
         _check_finite(self, f"protocol {self.name!r}")
         if self.space not in ("pixels", "latents"):
-            raise Refusal(f"protocol {self.name!r}: space {shown(self.space)} is not one of pixels, latents")
+            raise UserError(f"protocol {self.name!r}: space {shown(self.space)} is not one of pixels, latents")
         for name in ("resolution", "image_channels", "num_classes", "input_size", "in_channels", "samples", "version"):
             if getattr(self, name) < 1:
-                raise Refusal(f"protocol {self.name!r}: {name} must be positive, not {getattr(self, name)}")
+                raise UserError(f"protocol {self.name!r}: {name} must be positive, not {getattr(self, name)}")
         if self.space == "pixels" and (self.input_size, self.in_channels) != (self.resolution, self.image_channels):
-            raise Refusal(
+            raise UserError(
                 f"protocol {self.name!r} is of pixels, so input_size and in_channels must equal "
                 f"resolution and image_channels ({self.resolution}, {self.image_channels}); for latents set "
                 'space = "latents"'
@@ -156,9 +158,9 @@ def load(path: Path) -> Protocol:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Refusal(f"protocol file {path}: {error.strerror or error}") from error
+        raise UserError(f"protocol file {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
-        raise Refusal(f"protocol file {path} is not valid TOML: {error}") from error
+        raise UserError(f"protocol file {path} is not valid TOML: {error}") from error
     return from_dict(data, str(path))
 
 
@@ -173,7 +175,7 @@ def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
     values = {}
     for name, value in settings.items():
         if name not in known:
-            raise Refusal(unknown(f"{type(item).__name__.lower()} item", name, known))
+            raise UserError(unknown(f"{type(item).__name__.lower()} item", name, known))
         values[name] = _parse(name, value, getattr(item, name)) if isinstance(value, str) else value
     return dataclasses.replace(item, **values)
 
@@ -186,22 +188,22 @@ def _parse(name: str, text: str, like: Any) -> Any:
             return count(text)
         return type(like)(text)
     except (KeyError, ValueError) as error:
-        raise Refusal(f"{name}={text!r} cannot be read as {type(like).__name__}, as in {name}={like}") from error
+        raise UserError(f"{name}={text!r} cannot be read as {type(like).__name__}, as in {name}={like}") from error
 
 
 def check_name(noun: str, name: str) -> None:
     """Refuse what cannot stand in a table or for a folder."""
     if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
-        raise Refusal(f"{noun} {shown(name)}: a name must be printable text of at most {LONGEST_NAME} characters")
+        raise UserError(f"{noun} {shown(name)}: a name must be printable text of at most {LONGEST_NAME} characters")
 
 
 def _check_finite(item: Recipe | Sampling | Protocol, what: str) -> None:
     for each in dataclasses.fields(item):
         value = getattr(item, each.name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise Refusal(f"{what}: {each.name} must be a finite number, not {value}")
-        if isinstance(value, int) and abs(value) > MOST:
-            raise Refusal(f"{what}: {each.name} = {shown(value)} is out of range; at most {MOST}")
+            raise UserError(f"{what}: {each.name} must be a finite number, not {value}")
+        if isinstance(value, int) and abs(value) > MAX_INT:
+            raise UserError(f"{what}: {each.name} = {shown(value)} is out of range; at most {MAX_INT}")
 
 
 def count(text: str) -> int:
@@ -217,11 +219,11 @@ def count(text: str) -> int:
 
 def _fill(of: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise Refusal(f"{where} must be a table, not {type(data).__name__}")
+        raise UserError(f"{where} must be a table, not {type(data).__name__}")
     fields = {each.name: each for each in dataclasses.fields(of)}
     for name, value in data.items():
         if name not in fields:
-            raise Refusal(f"{where}: {unknown('item', name, fields)}")
+            raise UserError(f"{where}: {unknown('item', name, fields)}")
         wanted = str(fields[name].type)
         fits = {
             "int": isinstance(value, int) and not isinstance(value, bool),
@@ -231,14 +233,14 @@ def _fill(of: type, data: Any, where: str) -> Any:
             "tuple[int, ...]": isinstance(value, tuple) and all(type(each) is int for each in value),
         }.get(wanted, True)
         if not fits:
-            raise Refusal(f"{where}: {name} = {shown(value)} must be of type {wanted}")
-        if wanted == "float" and abs(value) > MOST and isinstance(value, int):
-            raise Refusal(f"{where}: {name} = {shown(value)} is out of range")
+            raise UserError(f"{where}: {name} = {shown(value)} must be of type {wanted}")
+        if wanted == "float" and abs(value) > MAX_INT and isinstance(value, int):
+            raise UserError(f"{where}: {name} = {shown(value)} is out of range")
     # 0 and 0.0 are one setting and must have one hash
     data = {name: float(value) if fields[name].type == "float" else value for name, value in data.items()}
     for name, each in fields.items():
         if name not in data and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
-            raise Refusal(f"{where}: {name} is missing")
+            raise UserError(f"{where}: {name} is missing")
     return of(**data)
 
 

@@ -22,7 +22,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # Random123 threefry.h, R_32x2; alternate every 4 rounds
 PARITY = 0x1BD11BDA  # third key word is key0 ^ key1 ^ PARITY (SKEIN_KS_PARITY32)
@@ -85,7 +85,7 @@ def bits(seed: int, purpose: Purpose, index, step, count: int) -> np.ndarray:
     """Random words: uint32 (N, count).
 
     seed: 0 <= seed < 2**64. index: integers (N,). step: one int or integers (N,). Both 0 <= . < 2**63; the values
-    of arrays are not checked. Raises Refusal for a seed, step or count out of range, TypeError for arrays that are
+    of arrays are not checked. Raises UserError for a seed, step or count out of range, TypeError for arrays that are
     not integers.
     """
     x0, x1 = _blocks(seed, purpose, index, step, count)
@@ -171,21 +171,21 @@ def _split64(value) -> tuple[np.ndarray, np.ndarray]:
 
 def _checked_seed(seed: int) -> np.uint64:
     if not 0 <= seed < 2**64:
-        raise Refusal(f"seed {seed} is out of range: give an integer from 0 to 2**64 - 1")
+        raise UserError(f"seed {seed} is out of range: give an integer from 0 to 2**64 - 1")
     return np.uint64(seed)
 
 
 def _checked_step(step: int) -> int:
     if not 0 <= step < 2**63:
-        raise Refusal(f"random step {step} is out of range: give an integer from 0 to 2**63 - 1")
+        raise UserError(f"random step {step} is out of range: give an integer from 0 to 2**63 - 1")
     return step
 
 
 def _check_count(count: int) -> None:
     if not 0 <= count <= MAX_WORDS:
-        raise Refusal(f"{count} random words for each sample are out of range: at most 2**33 exist")
+        raise UserError(f"{count} random words for each sample are out of range: at most 2**33 exist")
 
 
 def _check_high(high: int) -> None:
     if not 1 <= high <= MAX_INTEGER:
-        raise Refusal(f"upper bound {high} of random integers is out of range: give an integer from 1 to 2**31")
+        raise UserError(f"upper bound {high} of random integers is out of range: give an integer from 1 to 2**31")

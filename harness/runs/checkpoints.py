@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 
 SCHEMA = 1
@@ -88,11 +88,11 @@ def newest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     for step in reversed(steps):
         try:
             return verify(root / f"step-{step:08d}")
-        except Refusal as error:
+        except UserError as error:
             damage = damage or str(error)
             report(f"{error}; trying the one before it")
     if steps:
-        raise Refusal(f"no intact checkpoint is left in {root} (newest: {damage}); begin again with another --out")
+        raise UserError(f"no intact checkpoint is left in {root} (newest: {damage}); begin again with another --out")
     return None
 
 
@@ -102,15 +102,15 @@ def verify(folder: Path) -> Checkpoint:
     try:
         for name, entry in state["files"].items():
             if Path(name).name != name:
-                raise Refusal(f"checkpoint {folder} names a file outside itself ({name!r})")
+                raise UserError(f"checkpoint {folder} names a file outside itself ({name!r})")
             path = folder / name
             if not path.exists():
-                raise Refusal(f"checkpoint {folder} is incomplete: {name} is missing")
+                raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
             if path.stat().st_size != entry["bytes"] or files.sha256_file(path) != entry["sha256"]:
-                raise Refusal(f"checkpoint {folder} is corrupt: {name} does not match its checksum")
+                raise UserError(f"checkpoint {folder} is corrupt: {name} does not match its checksum")
         return Checkpoint(folder=folder, step=int(state["step"]), state=state)
     except (KeyError, TypeError, AttributeError) as error:
-        raise Refusal(f"checkpoint {folder} has a state.json of another form ({error})") from error
+        raise UserError(f"checkpoint {folder} has a state.json of another form ({error})") from error
 
 
 Part = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]  # of a tensor's name and shape, which part; None: all
@@ -130,7 +130,7 @@ def tensors(path: Path, part: Part | None = None) -> Iterable[tuple[str, np.ndar
                 else:
                     yield name, file.get_slice(name)[wanted]
     except SafetensorError as error:
-        raise Refusal(f"{path} is not a readable safetensors file: {error}") from error
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _steps(root: Path) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness._version import VERSION
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.samples import read_sidecar
 
 LIBRARIES = (
@@ -71,7 +71,7 @@ def timing_of(samples: Path) -> dict[str, Any]:
         if drawn.get("seconds") is not None:
             found["sampling_device"] = drawn["device"]
             found["sampling_seconds_per_image"] = drawn["seconds"] / data["images"]
-    except (Refusal, KeyError, TypeError, AttributeError, ZeroDivisionError):
+    except (UserError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return {}  # no sidecar, or one of another kind
     return found
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.protocols import Protocol, Recipe, from_dict
 from harness.spec import BackboneSpec
@@ -131,11 +131,11 @@ class Run:
     def records(self) -> Path:
         return self.folder / "records.jsonl"
 
-    def snapshot(self, step: int) -> Path:
+    def ema_checkpoint(self, step: int) -> Path:
         """Folder of the EMA weights after `step` steps."""
         return self.folder / "snapshots" / f"step-{step:08d}"
 
-    def snapshots(self) -> list[int]:
+    def ema_checkpoint_steps(self) -> list[int]:
         """Steps with a snapshot, ascending."""
         found = (self.folder / "snapshots").glob("step-*/state.json")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
@@ -167,11 +167,11 @@ def open_run(folder: Path) -> Run:
     """Open an existing run; what is not one is refused."""
     path = folder / "run.json"
     if not path.exists():
-        raise Refusal(f"{folder} is not a run: it has no run.json; `harness run` or `harness train` makes one")
+        raise UserError(f"{folder} is not a run: it has no run.json; `harness run` or `harness train` makes one")
     data = files.read_json(path, "run file")
     try:
         if data["schema"] > SCHEMA:
-            raise Refusal(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
+            raise UserError(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
         protocol = from_dict(data["protocol"], str(path))
         recipe = Recipe(**{"steps": protocol.recipe.steps, **data["identity"]["recipe"]})
         resolved = Resolved(**data["resolved"])
@@ -180,22 +180,22 @@ def open_run(folder: Path) -> Run:
             protocol=protocol, recipe=recipe, places=dict(data.get("places", {})),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
-        raise Refusal(f"{path} is not a run file of this harness: {error}") from error
+        raise UserError(f"{path} is not a run file of this harness: {error}") from error
 
 
 def find_run(folder: Path, spec: RunSpec) -> Run | None:
     """The run in `folder` if there is one; a folder that holds another run, or something else, is refused."""
     if not (folder / "run.json").exists():
         if folder.is_file():
-            raise Refusal(f"--out {folder} is a file; name a folder")
+            raise UserError(f"--out {folder} is a file; name a folder")
         if above := [parent for parent in folder.parents if parent.is_file()]:
-            raise Refusal(f"--out {folder} cannot be made, for {above[0]} is a file; name another folder")
+            raise UserError(f"--out {folder} cannot be made, for {above[0]} is a file; name another folder")
         if folder.is_dir() and not {each.name for each in folder.iterdir()} <= BEFORE_RUN_FILE:
-            raise Refusal(f"--out {folder} holds other files and no run; name a new or empty folder")
+            raise UserError(f"--out {folder} holds other files and no run; name a new or empty folder")
         return None
     run = open_run(folder)
     if run.identity != spec.identity:
-        raise Refusal(
+        raise UserError(
             f"{folder} holds another run ({identity_difference(run.identity, spec.identity)}); name another --out"
         )
     return run
@@ -221,7 +221,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not files.lock(descriptor):
-            raise Refusal(f"another process is at work in {folder}; wait for it or stop it")
+            raise UserError(f"another process is at work in {folder}; wait for it or stop it")
         yield
     finally:
         os.close(descriptor)

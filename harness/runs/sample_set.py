@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.protocols import Sampling
 from harness.randomness import Purpose, integers
@@ -98,11 +98,13 @@ def make_sample_request(
     decoder: dict[str, Any] | None = None,
 ) -> SampleRequest:
     """A request for the snapshot of `step`, whose hash it carries; a missing snapshot is refused."""
-    snapshots = run.snapshots()
+    snapshots = run.ema_checkpoint_steps()
     if step not in snapshots:
         have = ", ".join(map(str, snapshots)) or "none yet"
-        raise Refusal(f"{run.folder} has no snapshot of step {step} (it has: {have}); train to it with --steps {step}")
-    snapshot = checkpoints.verify(run.snapshot(step))
+        raise UserError(
+            f"{run.folder} has no snapshot of step {step} (it has: {have}); train to it with --steps {step}"
+        )
+    snapshot = checkpoints.verify(run.ema_checkpoint(step))
     return SampleRequest(
         step=step, sampling=sampling, steps=steps, count=count, precision=precision, batch=batch,
         checkpoint_sha256=snapshot.sha256("ema"), compile=compile, decoder=decoder,

@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.io.files import sha256_file
 
 CHUNK_BYTES = 1 << 22
@@ -59,7 +59,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             finally:
                 os.close(folder)
     except OSError as error:
-        raise Failure(f"{path} could not be written: {error.strerror or error}; nothing was left behind") from error
+        raise RunError(f"{path} could not be written: {error.strerror or error}; nothing was left behind") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -110,16 +110,16 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
 
 
 def read_sidecar(path: Path) -> dict:
-    """The facts beside the npz at `path`; Refusal where there are none or they are not JSON."""
+    """The facts beside the npz at `path`; UserError where there are none or they are not JSON."""
     side = sidecar_path(path)
     try:
         facts = json.loads(side.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refusal(f"{side} is missing: it says how {Path(path).name} was made") from None
+        raise UserError(f"{side} is missing: it says how {Path(path).name} was made") from None
     except (OSError, ValueError) as error:
-        raise Refusal(f"{side} cannot be read as JSON: {error}") from error
+        raise UserError(f"{side} cannot be read as JSON: {error}") from error
     if not isinstance(facts, dict):
-        raise Refusal(f"{side} must hold one JSON object")
+        raise UserError(f"{side} must hold one JSON object")
     return facts
 
 
@@ -128,24 +128,26 @@ def read_samples(path: Path, classes: int | None = None, minimum: int = 1) -> Sa
     executed.
 
     classes: labels must lie in 0 .. classes - 1; None: not checked. minimum: fewest images accepted.
-    Raises Refusal, in one line, for whatever is wrong with the file.
+    Raises UserError, in one line, for whatever is wrong with the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise Refusal(f"{path}: no such file; samples are read from an npz with arr_0 and, if there are labels, arr_1")
+        raise UserError(
+            f"{path}: no such file; samples are read from an npz with arr_0 and, if there are labels, arr_1"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if "arr_0.npy" not in names:
                 found = ", ".join(sorted(names)[:5]) or "nothing"
-                raise Refusal(f"{path}: no array arr_0 (found {found}); {WANTED}")
+                raise UserError(f"{path}: no array arr_0 (found {found}); {WANTED}")
             images = _read_array(path, archive, "arr_0")
             labels = _read_array(path, archive, "arr_1") if "arr_1.npy" in names else None
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, _Damaged) as error:
-        if isinstance(error, Failure):
+        if isinstance(error, RunError):
             raise
         hint = "" if zipfile.is_zipfile(path) else ": not an npz, or one that was cut off while it was written"
-        raise Refusal(f"{path} cannot be read ({error}){hint}; make it again") from error
+        raise UserError(f"{path} cannot be read ({error}){hint}; make it again") from error
     _check_images(path, images, minimum)
     return SampleSet(
         images=images, labels=_check_labels(path, labels, len(images), classes), sha256=sha256_file(path), path=path
@@ -156,7 +158,7 @@ def read_first(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None]:
     """The first `count` images (uint8 (n, H, W, C)) and labels (int64 (n,), None without any) of a sample set, and no
     more of the file: 50,000 images are not read to show ten, and their checksum is not asked.
 
-    Raises Refusal, in one line, for whatever is wrong with what is read.
+    Raises UserError, in one line, for whatever is wrong with what is read.
     """
     path = Path(path)
     try:
@@ -164,9 +166,9 @@ def read_first(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None]:
             images = _read_head(path, archive, "arr_0", count)
             labels = _read_head(path, archive, "arr_1", count) if "arr_1.npy" in archive.namelist() else None
     except (zipfile.BadZipFile, EOFError, OSError, KeyError, NotImplementedError, RuntimeError, _Damaged) as error:
-        if isinstance(error, Failure):
+        if isinstance(error, RunError):
             raise
-        raise Refusal(f"{path} cannot be read ({error}); make it again") from error
+        raise UserError(f"{path} cannot be read ({error}); make it again") from error
     _check_images(path, images, 1)
     return images, _check_labels(path, labels, len(images), None)
 
@@ -186,7 +188,7 @@ def _read_header(path: Path, member: IO[bytes], name: str) -> tuple[tuple[int, .
     except ValueError as error:
         raise _Damaged(f"{name} is not an npy array: {str(error).splitlines()[0]}") from error
     if dtype.hasobject:
-        raise Refusal(f"{path}: {name} holds Python objects, which would have to be executed; {WANTED}")
+        raise UserError(f"{path}: {name} holds Python objects, which would have to be executed; {WANTED}")
     return shape, fortran, dtype
 
 
@@ -241,21 +243,21 @@ def _check_images(path: Path, images: np.ndarray, minimum: int) -> None:
         if images.ndim and images.size and images.dtype.kind in "iuf":
             head = np.asarray(images[:64])
             found += f" with values in [{head.min():.4g}, {head.max():.4g}]"
-        raise Refusal(f"{path}: {found}; {WANTED}")
+        raise UserError(f"{path}: {found}; {WANTED}")
     if images.ndim != 4 or 0 in images.shape[1:] or images.shape[3] not in (1, 3):
         first = images.ndim == 4 and images.shape[1] in (1, 3)
-        raise Refusal(f"{path}: {found}{', channels first' if first else ''}; {WANTED}")
+        raise UserError(f"{path}: {found}{', channels first' if first else ''}; {WANTED}")
     if len(images) < minimum:
-        raise Refusal(f"{path}: {len(images)} images are fewer than the {minimum} needed; draw more samples")
+        raise UserError(f"{path}: {len(images)} images are fewer than the {minimum} needed; draw more samples")
 
 
 def _check_labels(path: Path, labels: np.ndarray | None, n: int, classes: int | None) -> np.ndarray | None:
     if labels is None:
         return None
     if labels.dtype.kind not in "iu" or labels.shape != (n,):
-        raise Refusal(f"{path}: arr_1 is {labels.dtype} {labels.shape}; wanted one integer label an image, ({n},)")
+        raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; wanted one integer label an image, ({n},)")
     outside = np.zeros(n, dtype=bool) if classes is None else (labels < 0) | (labels >= classes)
     if outside.any():
         i = int(np.argmax(outside))
-        raise Refusal(f"{path}: label {labels[i]} of image {i} is outside the {classes} classes (0 to {classes - 1})")
+        raise UserError(f"{path}: label {labels[i]} of image {i} is outside the {classes} classes (0 to {classes - 1})")
     return np.array(labels, dtype=np.int64)

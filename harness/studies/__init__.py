@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refusal, shown
+from harness.errors import UserError, shown
 from harness.loggers import LOGGERS
 from harness.protocols import LONGEST_NAME, count
 from harness.registry import unknown
@@ -69,9 +69,9 @@ def load(path: Path) -> Study:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Refusal(f"study file {path}: {error.strerror or error}") from error
+        raise UserError(f"study file {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
-        raise Refusal(f"study file {path} is not valid TOML: {error}") from error
+        raise UserError(f"study file {path} is not valid TOML: {error}") from error
     return from_dict(data, path)
 
 
@@ -80,17 +80,17 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
     items = _read(data, ITEMS, str(path))
     for name in ("protocol", "backbones"):
         if name not in items:
-            raise Refusal(f"{path}: {name} is missing")
+            raise UserError(f"{path}: {name} is missing")
     for name in ("protocol", "data"):
         text = items.get(name)
         if text and (name == "data" or text.endswith(".toml")):
             items[name] = str(path.parent / text)
     for name in items.get("backbone", {}):
         if name not in items["backbones"]:
-            raise Refusal(f"{path}: [backbone]: {unknown('backbone of this study', name, items['backbones'])}")
+            raise UserError(f"{path}: [backbone]: {unknown('backbone of this study', name, items['backbones'])}")
     name = items.pop("name", None) or path.stem
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > LONGEST_NAME:
-        raise Refusal(f"{path}: name {shown(name)} must be letters, digits, '.', '_' or '-', for it names a folder")
+        raise UserError(f"{path}: name {shown(name)} must be letters, digits, '.', '_' or '-', for it names a folder")
     options = {option: items.pop(option) for option in OPTIONS if option in items}
     return Study(name=name, file=path, options=options, **items)
 
@@ -98,17 +98,17 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
 def _read(data: Any, known: dict[str, Callable[[Any, str], Any]], where: str) -> dict[str, Any]:
     """The items of a table, each read by what is known of it."""
     if not isinstance(data, dict):
-        raise Refusal(f"{where} must be a table, not {shown(data)}")
+        raise UserError(f"{where} must be a table, not {shown(data)}")
     items = {}
     for name, value in data.items():
         if name not in known:
-            raise Refusal(f"{where}: {unknown('item', name, known)}")
+            raise UserError(f"{where}: {unknown('item', name, known)}")
         try:
             items[name] = known[name](value, f"{where}: [{name}]")
-        except Refusal:
+        except UserError:
             raise
         except (ValueError, TypeError, IndexError) as error:
-            raise Refusal(f"{where}: {name} = {shown(value)}: {error}") from error
+            raise UserError(f"{where}: {name} = {shown(value)}: {error}") from error
     return items
 
 
@@ -170,7 +170,7 @@ def _recipe(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError("must be a table")
     if "steps" in value:
-        raise Refusal(f"{where}: steps are set by budgets = {{ steps = [...] }}")
+        raise UserError(f"{where}: steps are set by budgets = {{ steps = [...] }}")
     return {name: _setting(each) for name, each in value.items()}
 
 
@@ -192,7 +192,7 @@ def _budgets(value: Any, where: str) -> tuple[str, tuple[Any, ...]]:
     ways = {"steps": _list(_steps), "images": _list(_steps), "gflops": _list(gflops), "match": _list(reference)}
     items = _read(value, ways, where)
     if len(items) != 1:
-        raise Refusal(f"{where}: one of {', '.join(WAYS)} says how long to train, not {len(items)}")
+        raise UserError(f"{where}: one of {', '.join(WAYS)} says how long to train, not {len(items)}")
     return next(iter(items.items()))
 
 

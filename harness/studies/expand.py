@@ -13,7 +13,7 @@ from typing import Any
 from harness import registry
 from harness.data.examples import Examples
 from harness.data.load import training_data
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.pipeline.train import run_spec
 from harness.planning.matching import compute_of, nearest_count, solve_training, training_target
 from harness.planning.plan import missing, missing_evaluator_files
@@ -89,9 +89,9 @@ def expand(study: Study) -> Expansion:
     requests = [each for some in wanted.values() for each in some]
     for name, request in zip(study.backbones, requests[:: len(_scales(study, task))], strict=False):
         if request.spec.kind != "denoiser":
-            raise Refusal(f"{where}: backbone {name!r} is one part of a system and makes no images by itself")
+            raise UserError(f"{where}: backbone {name!r} is one part of a system and makes no images by itself")
     if lacks := [*missing(requests[0]), *missing_evaluator_files(task)]:
-        raise Refusal(f"{where}: protocol {task.name!r} cannot run here: {'; '.join(lacks)}")
+        raise UserError(f"{where}: protocol {task.name!r} cannot run here: {'; '.join(lacks)}")
     data = training_data(task, requests[0].data)
     return Expansion(
         study=study, protocol=task, data=data,
@@ -112,8 +112,8 @@ def _scales(study: Study, task: Protocol) -> tuple[float, ...]:
 def _recipe(study: Study, name: str, task: Protocol) -> Recipe:
     try:
         return override(task.recipe, study.settings(name))
-    except Refusal as refusal:
-        raise Refusal(f"{study.file}: recipe of {name}: {refusal}") from refusal
+    except UserError as refusal:
+        raise UserError(f"{study.file}: recipe of {name}: {refusal}") from refusal
 
 
 def _marks(study: Study, name: str, task: Protocol) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def _marks(study: Study, name: str, task: Protocol) -> tuple[int, ...]:
             target = training_target(task, own, **sought)
             solved.add(solve_training(compute, recipe, *target).steps)
     if study.evaluate_at and max(study.evaluate_at) > max(solved):
-        raise Refusal(
+        raise UserError(
             f"{study.file}: evaluate_at {max(study.evaluate_at)} lies beyond the {max(solved)} steps of {name}; lower it"
         )
     return tuple(sorted({*solved, *study.evaluate_at}))
@@ -151,8 +151,8 @@ def _request(study: Study, name: str, seed: int, steps: int, scale: float) -> Re
             settings=study.settings(name), sampling={**drawing, "guidance_scale": scale},
             samples=study.sampling.get("samples"),
         )  # fmt: skip
-    except Refusal as refusal:
-        raise Refusal(f"{study.file}: {refusal}") from refusal
+    except UserError as refusal:
+        raise UserError(f"{study.file}: {refusal}") from refusal
 
 
 FLAGS = {  # of [sampling], where they are not called the same

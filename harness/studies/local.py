@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.io.progress import duration
 from harness.runs.run import lock_folder
@@ -65,10 +65,10 @@ class Launcher:
                 self._rows = {run.name: look(self.study, run) for run in self.study.runs}
                 queue = [run for run in self.study.runs if self._wanted(run)]
                 self._loop(queue)
-        except Refusal as refusal:
+        except UserError as refusal:
             if "another process is at work" not in str(refusal):
                 raise
-            raise Refusal(
+            raise UserError(
                 f"another `harness study` is at work on {self.study.study.name!r}; `--status` shows how far it is"
             ) from None
         return self._overview()

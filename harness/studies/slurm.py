@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Failure, Refusal, shown
+from harness.errors import RunError, UserError, shown
 from harness.io import files
 from harness.registry import unknown
 from harness.runs.run import lock_folder
@@ -73,7 +73,7 @@ def minutes(value: Any) -> int:
     """A time limit as sbatch takes it (minutes, H:M:S, D-H, D-H:M:S and so on) in whole minutes, rounded up."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(value))
     if match is None:
-        raise Refusal(
+        raise UserError(
             f"[slurm]: time = {shown(value)} is no time limit: write minutes, or text such as '12:00:00', '2-00'"
         )
     days, first, second, third = (None if each is None else int(each) for each in match.groups())
@@ -84,7 +84,7 @@ def minutes(value: Any) -> int:
     else:  # minutes[:seconds]
         seconds = first * 60 + (second or 0)
     if seconds < 60:
-        raise Refusal(f"[slurm]: time = {shown(value)} is less than a minute")
+        raise UserError(f"[slurm]: time = {shown(value)} is less than a minute")
     return -(-seconds // 60)
 
 
@@ -92,16 +92,16 @@ def check_setting(name: str, value: Any) -> None:
     """Refuse what would not stand in its place in the script of a job: a second line there would be a command."""
     if name == "additional_parameters":
         if not isinstance(value, dict):
-            raise Refusal(f"[slurm]: {name} must be a table")
+            raise UserError(f"[slurm]: {name} must be a table")
         for inner, each in value.items():
             if re.fullmatch("[A-Za-z0-9_-]+", inner) is None:
-                raise Refusal(f"[slurm]: {name}: {shown(inner)} is no name of an option")
+                raise UserError(f"[slurm]: {name}: {shown(inner)} is no name of an option")
             check_setting(f"{name}.{inner}", each)
     elif name in LISTS:
         if not isinstance(value, list) or not all(isinstance(each, str) and each.isprintable() for each in value):
-            raise Refusal(f"[slurm]: {name} = {shown(value)} must be a list of printable text, one line an item")
+            raise UserError(f"[slurm]: {name} = {shown(value)} must be a list of printable text, one line an item")
     elif isinstance(value, (dict, list)) or not str(value).isprintable():
-        raise Refusal(f"[slurm]: {name} = {shown(value)} must be a number, true, false or printable text in one line")
+        raise UserError(f"[slurm]: {name} = {shown(value)} must be a number, true, false or printable text in one line")
 
 
 def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
@@ -110,7 +110,7 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
     try:
         from submitit import SlurmExecutor
     except ModuleNotFoundError as error:
-        raise Refusal("--launcher slurm needs submitit: pip install 'backbone-harness[slurm]'") from error
+        raise UserError("--launcher slurm needs submitit: pip install 'backbone-harness[slurm]'") from error
 
     class Executor(SlurmExecutor):
         @classmethod
@@ -122,15 +122,17 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
     known = SlurmExecutor._valid_parameters() - {"job_name"}
     for name in merged:
         if name not in known:
-            raise Refusal(f"{study.study.file}: [slurm]: {unknown('setting', name, sorted(known))}")
+            raise UserError(f"{study.study.file}: [slurm]: {unknown('setting', name, sorted(known))}")
         check_setting(name, merged[name])
     if "time" not in merged:
-        raise Refusal(
+        raise UserError(
             f"{study.study.file}: [slurm] has no time, the limit of a job; a run that takes longer is put back"
         )
     merged["time"] = minutes(merged["time"])
     if type(merged["signal_delay_s"]) is not int or merged["signal_delay_s"] <= SPARE_SECONDS:
-        raise Refusal(f"[slurm]: signal_delay_s must be more than {SPARE_SECONDS} seconds, for a checkpoint takes time")
+        raise UserError(
+            f"[slurm]: signal_delay_s must be more than {SPARE_SECONDS} seconds, for a checkpoint takes time"
+        )
     more = {"requeue": True, **merged.pop("additional_parameters", {})}
     if isinstance(merged.get("mem"), str):  # submitit takes a number of GB, sbatch any unit
         more["mem"] = merged.pop("mem")
@@ -165,7 +167,7 @@ def queue(study: Expansion) -> dict[str, str]:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise Failure(f"squeue does not answer ({said[-1] if said else error}); try again later") from error
+        raise RunError(f"squeue does not answer ({said[-1] if said else error}); try again later") from error
     jobs_by_name = dict(reversed(line.split(None, 1)) for line in done.stdout.splitlines() if " " in line.strip())
     names = {job_name(study, run): run.name for run in study.runs}
     return {
@@ -196,7 +198,7 @@ def submit(
                 job = made.submit(command_of(study, row, seconds))
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 said = str(error).strip().splitlines() or [type(error).__name__]
-                raise Failure(f"sbatch has refused the job of {row.run.name}: {said[-1]}") from error
+                raise RunError(f"sbatch has refused the job of {row.run.name}: {said[-1]}") from error
             say(f"submitted {row.run.name} as job {job.job_id}  (log {log_path(study, row.run)})")
     return overview(study, queue(study))
 
@@ -208,7 +210,7 @@ def _write_scripts(study: Expansion, made: Any, wanted: list[Progress]) -> Overv
         made.update_parameters(job_name=job_name(study, row.run))
         text = made._make_submission_file_text(made._submitit_command_str, "")
         files.write_bytes(folder / f"{row.run.name}.sh", text.encode())
-    raise Refusal(
+    raise UserError(
         f"sbatch is not on this machine; the {len(wanted)} scripts that it would get are in {folder}, to be read: give "
         "the same command where it is"
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.evaluate import existing_records
 from harness.pipeline.sidecar_records import fields_from_sidecar
@@ -74,7 +74,7 @@ def look(study: Expansion, run: StudyRun, in_queue: str | None = None) -> Progre
         if made is not None and made.identity != run.spec.identity:
             reason = f"{run.folder} holds another run ({identity_difference(made.identity, run.spec.identity)}); move it away"
             made = None
-    except Refusal as refusal:
+    except UserError as refusal:
         reason = str(refusal)
     left = list(_left(made, run, study))
     steps_done = _steps_done(made, run.steps)
@@ -118,7 +118,9 @@ def _complete(made: Run, request: Request, mark: int, steps: int) -> bool:
     from evaluators.suites import get_suite
 
     try:
-        weights = files.read_json(made.snapshot(mark) / "state.json", "snapshot")["files"]["ema.safetensors"]["sha256"]
+        weights = files.read_json(made.ema_checkpoint(mark) / "state.json", "snapshot")["files"]["ema.safetensors"][
+            "sha256"
+        ]
         batch = default_batch(request.gflops_image(steps), made.resolved.device)
         wanted = SampleRequest(
             step=mark, sampling=request.sampling, steps=steps, count=request.samples, precision="float32", batch=batch,
@@ -133,7 +135,7 @@ def _complete(made: Run, request: Request, mark: int, steps: int) -> bool:
         about = fields_from_sidecar(path, sidecar["sha256"], None)
         task = request.protocol
         return existing_records(made.records, about, task, get_suite(task.suite), None) is not None
-    except (Refusal, KeyError, TypeError):  # not there, or damaged: the command will say so
+    except (UserError, KeyError, TypeError):  # not there, or damaged: the command will say so
         return False
 
 
@@ -141,7 +143,7 @@ def _steps_done(made: Run | None, most: int) -> int:
     """Training steps: those in the log while it is written, else of what is kept."""
     if made is None:
         return 0
-    done = max([0, *made.snapshots()])
+    done = max([0, *made.ema_checkpoint_steps()])
     try:
         with made.log.open("rb") as file:
             file.seek(max(0, made.log.stat().st_size - TAIL_BYTES))
@@ -162,7 +164,7 @@ def _seconds_step(made: Run | None) -> float | None:
         try:
             state = files.read_json(path, "state")
             step, seconds = int(state["step"]), float(state["seconds"])
-        except (Refusal, KeyError, TypeError, ValueError):
+        except (UserError, KeyError, TypeError, ValueError):
             continue
         if step > best[0] and math.isfinite(seconds):
             best = (step, seconds / step)
@@ -172,7 +174,7 @@ def _seconds_step(made: Run | None) -> float | None:
 def _failure(path: Path) -> str | None:
     try:
         return str(files.read_json(path, "failure")["reason"])
-    except (Refusal, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs import checkpoints
 from harness.runs.run import build_arguments, open_run
 from harness.systems.spec import Component, GuidanceClassifier, System
@@ -63,10 +63,10 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
     system.check()
     wanted = [*system.parts, *([DECODER] if system.decoder else [])]
     if strange := [name for name in weights if name not in wanted]:
-        raise Refusal(f"system {system.name!r} has no part {strange[0]!r}; it has {', '.join(wanted)}")
+        raise UserError(f"system {system.name!r} has no part {strange[0]!r}; it has {', '.join(wanted)}")
     if lacking := [name for name in system.parts if name not in weights]:
         part = system.parts[lacking[0]]
-        raise Refusal(
+        raise UserError(
             f"system {system.name!r} needs weights of {', '.join(lacking)}: give --weights {lacking[0]}=FILE "
             f"(a checkpoint of {part.backbone}, or the folder of a run)"
         )
@@ -74,7 +74,7 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
     for name, part in system.parts.items():
         path = weights[name].expanduser()
         if not path.exists():
-            raise Refusal(f"--weights {name}={path}: no such file or folder")
+            raise UserError(f"--weights {name}={path}: no such file or folder")
         parts[name], sources[name] = _of_run(name, part, path) if (path / "run.json").exists() else (part, _file(path))
     upsamplers = tuple(part for name, part in parts.items() if name.startswith("upsampler"))
     bound = replace(system, base=parts["base"], classifier=parts.get("classifier"), upsamplers=upsamplers)
@@ -116,12 +116,12 @@ def _of_run(
 ) -> tuple[Component | GuidanceClassifier, Source]:
     """The part as the run in `folder` trained it, and its newest snapshot."""
     run = open_run(folder)
-    steps = max(run.snapshots(), default=0)
+    steps = max(run.ema_checkpoint_steps(), default=0)
     if not steps:
-        raise Refusal(f"--weights {name}={folder}: the run has no snapshot yet; train it with `harness train` first")
+        raise UserError(f"--weights {name}={folder}: the run has no snapshot yet; train it with `harness train` first")
     spec = registry.backbones.get(run.backbone)
     if spec.kind != part.spec.kind:
-        raise Refusal(
+        raise UserError(
             f"--weights {name}={folder}: the run is of {run.backbone} ({spec.kind}); wanted is one of kind {part.spec.kind}"
         )
     objective = registry.objectives.get(run.recipe.objective)
@@ -133,15 +133,15 @@ def _of_run(
     }  # fmt: skip
     if isinstance(part, Component):
         if part.conditioning_noise > recipe.conditioning_noise:
-            raise Refusal(
+            raise UserError(
                 f"--weights {name}={folder}: it was trained with conditioning_noise {recipe.conditioning_noise:g}, and the "
                 f"system gives it {part.conditioning_noise:g}; train it with --set conditioning_noise="
                 f"{part.conditioning_noise:g} or more"
             )
         changes["objective"] = recipe.objective
         if part.guidance_scale != 1 and recipe.label_dropout == 0:
-            raise Refusal(f"--weights {name}={folder}: trained without label dropout, so guidance cannot be had")
-    snapshot = checkpoints.verify(run.snapshot(steps))
+            raise UserError(f"--weights {name}={folder}: trained without label dropout, so guidance cannot be had")
+    snapshot = checkpoints.verify(run.ema_checkpoint(steps))
     source = Source(path=snapshot.part("ema"), sha256=snapshot.sha256("ema"), run=run.identity, steps=steps)
     return replace(part, **changes), source
 
@@ -158,7 +158,7 @@ def read_network(part: Component | GuidanceClassifier, source: Source, say: Call
         net = part.spec.build("torch", **arguments)
     provenance = load_into(net, source.path, part.spec)
     if provenance.sha256 != source.sha256:  # hashed when it was named, read when it is needed
-        raise Refusal(f"{source.path} has changed since sampling began; give the same command again")
+        raise UserError(f"{source.path} has changed since sampling began; give the same command again")
     for note in provenance.notes:
         say(f"  {note}")
     return net

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import registry
-from harness.errors import Refusal, shown
-from harness.protocols import LONGEST_NAME, MOST
+from harness.errors import UserError, shown
+from harness.protocols import LONGEST_NAME, MAX_INT
 from harness.registry import unknown
 from harness.systems.spec import Component, GuidanceClassifier, System
 
@@ -39,16 +39,16 @@ def system_from_dict(data: dict[str, Any], where: str) -> System:
     data = dict(data)
     for name in ("row", "unavailable"):
         if name in data:
-            raise Refusal(f"{where}: {name} is for the built-in systems; leave it out")
+            raise UserError(f"{where}: {name} is for the built-in systems; leave it out")
     if "base" in data:
         data["base"] = _fill(Component, data["base"], f"{where}: [base]")
     if "classifier" in data:
         data["classifier"] = _fill(GuidanceClassifier, data["classifier"], f"{where}: [classifier]")
     upsamplers = data.get("upsamplers", [])
     if not isinstance(upsamplers, list):
-        raise Refusal(f"{where}: upsamplers must be tables, written [[upsamplers]]")
+        raise UserError(f"{where}: upsamplers must be tables, written [[upsamplers]]")
     if isinstance(data.get("name"), str) and data["name"] in registry.systems:
-        raise Refusal(f"{where}: the name {data['name']!r} is that of a built-in system; choose another")
+        raise UserError(f"{where}: the name {data['name']!r} is that of a built-in system; choose another")
     data["upsamplers"] = tuple(_fill(Component, each, f"{where}: [[upsamplers]]") for each in upsamplers)
     return _fill(System, data, where)
 
@@ -58,9 +58,9 @@ def load_system(path: Path) -> System:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Refusal(f"system file {path}: {error.strerror or error}") from error
+        raise UserError(f"system file {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
-        raise Refusal(f"system file {path} is not valid TOML: {error}") from error
+        raise UserError(f"system file {path} is not valid TOML: {error}") from error
     return system_from_dict(data, str(path))
 
 
@@ -71,30 +71,32 @@ def get_system(name: str) -> System:
 
 def _fill(of: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise Refusal(f"{where} must be a table, not {type(data).__name__}")
+        raise UserError(f"{where} must be a table, not {type(data).__name__}")
     fields = {each.name: each for each in dataclasses.fields(of)}
     values = {}
     for name, value in data.items():
         if name not in fields:
-            raise Refusal(f"{where}: {unknown('item', name, fields)}")
+            raise UserError(f"{where}: {unknown('item', name, fields)}")
         wanted = str(fields[name].type)
-        if type(value) is int and abs(value) > MOST:
-            raise Refusal(f"{where}: {name} = {shown(value)} is out of range")
+        if type(value) is int and abs(value) > MAX_INT:
+            raise UserError(f"{where}: {name} = {shown(value)} is out of range")
         if wanted == "float" and type(value) is int:
             value = float(value)
         fits = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
         if wanted in fits and type(value) is not fits[wanted]:
-            raise Refusal(f"{where}: {name} = {shown(value)} must be of type {wanted.partition('[')[0]}")
+            raise UserError(f"{where}: {name} = {shown(value)} must be of type {wanted.partition('[')[0]}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise Refusal(f"{where}: {name} must be a finite number, not {value}")
+            raise UserError(f"{where}: {name} must be a finite number, not {value}")
         if wanted.startswith("dict"):  # TOML has no tuples
             if strange := [key for key, each in value.items() if not _is_argument(each)]:
-                raise Refusal(f"{where}: {name}: {strange[0]} = {shown(value[strange[0]])} is no argument of a network")
+                raise UserError(
+                    f"{where}: {name}: {strange[0]} = {shown(value[strange[0]])} is no argument of a network"
+                )
             value = {key: tuple(each) if isinstance(each, list) else each for key, each in value.items()}
         values[name] = value
     for name, each in fields.items():
         if name not in values and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
-            raise Refusal(f"{where}: {name} is missing")
+            raise UserError(f"{where}: {name} is missing")
     return of(**values)
 
 
@@ -104,4 +106,4 @@ def _is_argument(value: Any, depth: int = 2) -> bool:
         return depth > 0 and all(_is_argument(each, depth - 1) for each in value)
     if isinstance(value, str):
         return value.isprintable() and len(value) <= LONGEST_NAME
-    return isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) <= MOST)
+    return isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) <= MAX_INT)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
-from harness.errors import Refusal, shown
+from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, Protocol, check_name, get_protocol
 from harness.registry import unknown
 from harness.spec import BackboneSpec, Compute
@@ -134,11 +134,11 @@ class System:
         check_name("system", self.name)
         where = f"system {self.name!r}"
         if self.uint8_rule not in UINT8_RULES:
-            raise Refusal(f"{where}: {unknown('uint8_rule', self.uint8_rule, UINT8_RULES)}")
+            raise UserError(f"{where}: {unknown('uint8_rule', self.uint8_rule, UINT8_RULES)}")
         if self.label_policy not in ("random", "balanced"):
-            raise Refusal(f"{where}: label_policy {shown(self.label_policy)} is not one of random, balanced")
+            raise UserError(f"{where}: label_policy {shown(self.label_policy)} is not one of random, balanced")
         if self.base is None and not self.unavailable:
-            raise Refusal(f"{where}: [base] is missing")
+            raise UserError(f"{where}: [base] is missing")
 
     @property
     def task(self) -> Protocol:
@@ -195,13 +195,13 @@ class System:
         """Hold the parts against each other; the first that does not fit is refused."""
         where = f"system {self.name!r}"
         if self.unavailable:
-            raise Refusal(f"{where} cannot be run: {self.unavailable}")
+            raise UserError(f"{where} cannot be run: {self.unavailable}")
         assert self.base is not None
         kinds = {"base": ("denoiser", "generator"), "classifier": ("classifier",)}
         for name, part in self.parts.items():
             fitting = kinds.get(name, ("upsampler",))
             if part.spec.kind not in fitting:
-                raise Refusal(
+                raise UserError(
                     f"{where}: {name} is {part.backbone!r}, of kind {part.spec.kind}; it must be a {' or '.join(fitting)}"
                 )
         for name, stage in self.parts.items():
@@ -209,16 +209,16 @@ class System:
                 check = _check_generator if stage.spec.kind == "generator" else _check_sampling
                 check(f"{where}: {name}", stage)
         if self.classifier is not None and not self.classifier.scale > 0:
-            raise Refusal(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
+            raise UserError(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
         if self.classifier is not None and self.base.spec.kind == "generator":
-            raise Refusal(f"{where}: a generator cannot be guided by a classifier")
+            raise UserError(f"{where}: a generator cannot be guided by a classifier")
         if self.decoder and self.upsamplers:
-            raise Refusal(f"{where}: upsamplers after a decoder are not supported; leave out one of them")
+            raise UserError(f"{where}: upsamplers after a decoder are not supported; leave out one of them")
         if self.classifier is not None:
             for item in ("schedule", "diffusion_steps"):
                 seen, guided = getattr(self.classifier, item), getattr(self.base, item)
                 if seen != guided:
-                    raise Refusal(
+                    raise UserError(
                         f"{where}: the classifier knows noise of {item} {_plain(seen)}, and the base that it guides has {guided}"
                     )
         self._check_sizes(where)
@@ -229,7 +229,7 @@ class System:
         full = {name: part.spec.arguments(**part.arguments) for name, part in self.parts.items()}
         for name, arguments in full.items():
             if arguments.get("num_classes", task.num_classes) != task.num_classes:
-                raise Refusal(
+                raise UserError(
                     f"{where}: {name} has {arguments['num_classes']} classes and protocol {task.name!r} has "
                     f"{task.num_classes}; choose weights, or arguments, of {task.num_classes}"
                 )
@@ -237,7 +237,7 @@ class System:
             seen, guided = full["classifier"], full["base"]
             for name in ("input_size", "in_channels"):
                 if seen[name] != guided[name]:
-                    raise Refusal(
+                    raise UserError(
                         f"{where}: the classifier has {name} {seen[name]} and the base that it guides {guided[name]}"
                     )
         made = {name: arguments for name, arguments in full.items() if name != "classifier"}
@@ -245,13 +245,13 @@ class System:
         for name, arguments in made.items():
             low = arguments.get("low_res_size")
             if before is not None and low is not None and low != made[before]["input_size"]:
-                raise Refusal(
+                raise UserError(
                     f"{where}: {name} was made for images of {low} pixels and {before} makes them of "
                     f"{made[before]['input_size']}"
                 )
             channels = task.image_channels if before is None else made[before].get("in_channels", task.image_channels)
             if before is not None and arguments["in_channels"] != channels:
-                raise Refusal(
+                raise UserError(
                     f"{where}: {name} takes {arguments['in_channels']} channels and {before} makes {channels}"
                 )
             before = name
@@ -259,7 +259,7 @@ class System:
             last = list(made.values())[-1]
             size, channels = last["input_size"], last.get("in_channels", task.image_channels)
             if (size, channels) != (task.resolution, task.image_channels):
-                raise Refusal(
+                raise UserError(
                     f"{where}: {before} makes images of {size}x{size}x{channels} and protocol {task.name!r} has "
                     f"{task.resolution}x{task.resolution}x{task.image_channels}; choose arguments or protocol to fit"
                 )
@@ -268,11 +268,11 @@ class System:
 def _check_generator(where: str, stage: Component) -> None:
     """A generator has a truncation, and none of a diffusion's settings."""
     if not 0 < stage.truncation <= 1:
-        raise Refusal(f"{where}: truncation {stage.truncation:g} must lie above 0 and be at most 1")
+        raise UserError(f"{where}: truncation {stage.truncation:g} must lie above 0 and be at most 1")
     for name in ("eta", "guidance_scale", "conditioning_noise", "clip_denoised"):
         default = Component.__dataclass_fields__[name].default
         if getattr(stage, name) != default:
-            raise Refusal(f"{where}: {name} is a diffusion's, and {stage.backbone!r} is a generator; leave it out")
+            raise UserError(f"{where}: {name} is a diffusion's, and {stage.backbone!r} is a generator; leave it out")
 
 
 def _check_sampling(where: str, stage: Component) -> None:
@@ -286,17 +286,17 @@ def _check_sampling(where: str, stage: Component) -> None:
     ):
         if not least <= getattr(stage, name) <= most:
             limit = f"lie in {least:g} to {most:g}" if most < math.inf else f"be at least {least:g}"
-            raise Refusal(f"{where}: {name} {getattr(stage, name):g} must {limit}")
+            raise UserError(f"{where}: {name} {getattr(stage, name):g} must {limit}")
     if stage.guidance_channels not in GUIDANCE_CHANNELS:
-        raise Refusal(f"{where}: {unknown('guidance_channels', stage.guidance_channels, GUIDANCE_CHANNELS)}")
+        raise UserError(f"{where}: {unknown('guidance_channels', stage.guidance_channels, GUIDANCE_CHANNELS)}")
     if stage.truncation != 1:
-        raise Refusal(f"{where}: truncation is a generator's, and {stage.backbone!r} is none; leave it out")
+        raise UserError(f"{where}: truncation is a generator's, and {stage.backbone!r} is none; leave it out")
     if stage.conditioning_noise and stage.spec.kind != "upsampler":
-        raise Refusal(f"{where}: conditioning_noise is an upsampler's, and {stage.backbone!r} is none")
+        raise UserError(f"{where}: conditioning_noise is an upsampler's, and {stage.backbone!r} is none")
     if stage.guidance_scale != 1 and (stage.spec.null_label is None or arguments.get("null_class") is False):
-        raise Refusal(f"{where}: {stage.backbone!r} has no null label, so classifier-free guidance cannot be had")
+        raise UserError(f"{where}: {stage.backbone!r} has no null label, so classifier-free guidance cannot be had")
     if not 1 <= stage.steps <= stage.diffusion_steps:
-        raise Refusal(f"{where}: {stage.steps} sampling steps do not lie in 1 to {stage.diffusion_steps}")
+        raise UserError(f"{where}: {stage.steps} sampling steps do not lie in 1 to {stage.diffusion_steps}")
     stage.plan(objective)
 
 

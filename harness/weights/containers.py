@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights import pickles
 from harness.weights.objects import CONSTRUCTORS, StorageKey, foreign, printable, settled, storage_of
 from harness.weights.pickles import Malformed, Unsuitable
-from harness.weights.tensors import DTYPES, MOST_AXES, Storage, Stored, raw_dtype
+from harness.weights.tensors import DTYPES, MAX_AXES, Storage, Stored, raw_dtype
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # first pickle of torch's older format
 PROTOCOL_VERSION = 1001  # and the second
@@ -54,18 +54,18 @@ def open_file(path: Path) -> Opened:
             if head[:4] == b"PK\x03\x04":
                 return _open_zip(path, file)
             if head[257:262] == b"ustar":
-                raise Refusal(f"{path} is in torch's tar format of before 2017, which is not read; save it anew")
+                raise UserError(f"{path} is in torch's tar format of before 2017, which is not read; save it anew")
             if len(head) > 8 and head[8:9] == b"{":
                 return _open_safetensors(path, file)
             if head[:1] == b"\x80":
                 return _open_legacy(path, file)
-            raise Refusal(f"{path} {_nature(head)}")
+            raise UserError(f"{path} {_nature(head)}")
     except OSError as error:
-        raise Refusal(f"{path}: {error.strerror or error}") from error
+        raise UserError(f"{path}: {error.strerror or error}") from error
     except Unsuitable as error:
-        raise Refusal(f"{path} {printable(str(error))}") from error
+        raise UserError(f"{path} {printable(str(error))}") from error
     except (Malformed, RecursionError) as error:
-        raise Refusal(f"{path} is damaged or no weight file: {printable(str(error))}") from error
+        raise UserError(f"{path} is damaged or no weight file: {printable(str(error))}") from error
 
 
 def _nature(head: bytes) -> str:
@@ -104,18 +104,18 @@ def _open_zip(path: Path, file: IO[bytes]) -> Opened:
         zipfile.BadZipFile, struct.error, EOFError, ValueError, KeyError, IndexError, NotImplementedError,
         RuntimeError, OverflowError, MemoryError,
     ) as error:  # fmt: skip
-        raise Refusal(f"{path} is damaged or cut short ({printable(str(error))}); fetch it again") from error
+        raise UserError(f"{path} is damaged or cut short ({printable(str(error))}); fetch it again") from error
     pickled = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
-        raise Refusal(f"{path} is a TorchScript archive, which holds a program; use the state dict instead")
+        raise UserError(f"{path} is a TorchScript archive, which holds a program; use the state dict instead")
     if len(pickled) != 1:
-        raise Refusal(f"{path} is a zip file, but not one of torch.save; name the file inside it")
+        raise UserError(f"{path} is a zip file, but not one of torch.save; name the file inside it")
     if listed != len(members):
         raise Malformed("two of its members have one name")
     if any(
         info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in members.values()
     ):
-        raise Refusal(f"{path} was compressed after it was saved; unpack it and save it with torch.save again")
+        raise UserError(f"{path} was compressed after it was saved; unpack it and save it with torch.save again")
     places = _places(path, file, members)
     folder = pickled[0].removesuffix("data.pkl")
     swapped = f"{folder}byteorder" in places and _bytes(file, places[f"{folder}byteorder"], 16) != b"little"
@@ -188,7 +188,7 @@ def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
     except Malformed:
         magic = None
     if type(magic) is not int or magic != MAGIC_NUMBER:
-        raise Refusal(f"{path} is a pickle, but not one of torch.save; such files hold programs and are not read")
+        raise UserError(f"{path} is a pickle, but not one of torch.save; such files hold programs and are not read")
     if following({}).value != PROTOCOL_VERSION:
         raise Malformed("an unknown version of torch's older format")
     system = following({}).value
@@ -212,7 +212,7 @@ def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
         count = file.read(8)
         nbytes = storages[key].count * raw_dtype(storages[key].dtype).itemsize
         if len(count) < 8 or file.tell() + nbytes > size:
-            raise Refusal(f"{path} is cut short: it ends within its tensors; fetch it again")
+            raise UserError(f"{path} is cut short: it ends within its tensors; fetch it again")
         if struct.unpack("<q", count)[0] != storages[key].count:
             raise Malformed(f"storage {key} is not of the size that its tensors have")
         places[key] = Storage(file.tell(), nbytes)
@@ -227,15 +227,15 @@ def _open_safetensors(path: Path, file: IO[bytes]) -> Opened:
     if 8 + length <= size and length > LONGEST_HEADER:
         raise Unsuitable(f"asks for more than weights need (a header of {length:,} bytes) and is not read")
     if 8 + length > size:
-        raise Refusal(f"{path} is damaged or cut short: its header is longer than the file; fetch it again")
+        raise UserError(f"{path} is damaged or cut short: its header is longer than the file; fetch it again")
     try:
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         tensors, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
-            if len(entry["shape"]) > MOST_AXES:
-                raise Malformed(f"{name} has more than {MOST_AXES} axes")
+            if len(entry["shape"]) > MAX_AXES:
+                raise Malformed(f"{name} has more than {MAX_AXES} axes")
             shape = tuple(entry["shape"])
             if entry["dtype"] not in DTYPES:
                 raise Malformed(f"{name} is of the dtype {entry['dtype']}, which is not supported")
@@ -246,11 +246,11 @@ def _open_safetensors(path: Path, file: IO[bytes]) -> Opened:
                 raise Malformed(f"{name} is not of the size of its shape")
             tensors[name], end = tensor, stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Refusal(f"{path} is a damaged safetensors file: {printable(str(error))}") from error
+        raise UserError(f"{path} is a damaged safetensors file: {printable(str(error))}") from error
     if 8 + length + end != size:
         what = "cut short" if 8 + length + end > size else "longer than its header says"
-        raise Refusal(f"{path} is damaged: it is {what}; fetch it again")
+        raise UserError(f"{path} is damaged: it is {what}; fetch it again")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise Refusal(f"{path} is a damaged safetensors file: its metadata is not text")
+        raise UserError(f"{path} is a damaged safetensors file: its metadata is not text")
     ordered = {name: tensors[name] for name in header}
     return Opened(path=path, container="safetensors", value=ordered, metadata=metadata)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io.progress import Bar
 from harness.weights.containers import open_file, printable
 from harness.weights.maps import Shapes
@@ -27,7 +27,7 @@ IN_FOLDER = tuple(
 METADATA = "harness"  # key of safetensors' metadata under which an import says where it comes from
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and of torch.compile
 
-MOST_WRAPPERS = 8  # around one another
+MAX_WRAPPERS = 8  # around one another
 LONGEST_CONFIG = 1 << 20  # bytes
 
 # Names that have no business in a file of weights. Nothing is safe because it is not here: nothing is ever imported or
@@ -113,7 +113,7 @@ class WeightFile:
     def refuse_code(self) -> None:
         """Refuse a file that was made to run something when it is loaded carelessly."""
         if self.code:
-            raise Refusal(
+            raise UserError(
                 f"{self.path} is not weights alone: a careless reader would have run {self.code[0]} from it."
                 " Nothing was run; fetch the file from a source that you trust"
             )
@@ -126,7 +126,7 @@ def open_weights(path: Path) -> WeightFile:
     opened = open_file(path)
     value, wrapping, notes = opened.value, "state dict", []
     if not isinstance(value, dict):
-        raise Refusal(f"{path} holds no state dict, but {_described(value)}; save net.state_dict()")
+        raise UserError(f"{path} holds no state dict, but {_described(value)}; save net.state_dict()")
     also = [_name(name) for name, item in value.items() if not isinstance(item, Stored)]
     part = next((name for name in ("state_dict", "ema", "model") if _holds_tensors(value.get(name))), None)
     if part is not None:
@@ -140,7 +140,7 @@ def open_weights(path: Path) -> WeightFile:
             notes.append("it holds no moving average ('ema'): the weights are those that were being trained ('model')")
     tensors = {_name(name): item for name, item in value.items() if isinstance(item, Stored)}
     if not tensors:
-        raise Refusal(f"{path} holds no tensors by name; save net.state_dict()")
+        raise UserError(f"{path} holds no tensors by name; save net.state_dict()")
     if prefix := _wrapped(tensors):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         notes.append(f"every name began with {prefix!r}, which was dropped")
@@ -161,12 +161,12 @@ def open_weights(path: Path) -> WeightFile:
 @contextmanager
 def unchanged(weights: WeightFile) -> Iterator[None]:
     """Around the reading of its tensors: refuse a file that is not, or does not stay, the one that was opened."""
-    refusal = Refusal(f"{weights.path} was changed while it was read; give the same command again")
+    refusal = UserError(f"{weights.path} was changed while it was read; give the same command again")
     if _state(weights.path) != weights.state:
         raise refusal
     try:
         yield
-    except Refusal:  # of damage, perhaps, where there is none but two files in one
+    except UserError:  # of damage, perhaps, where there is none but two files in one
         if _state(weights.path) != weights.state:
             raise refusal from None
         raise
@@ -213,8 +213,8 @@ def _file_of(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
         if (path / f"{name}.index.json").is_file():
-            raise Refusal(f"{path / name} is split into several files, which is not read; save it as one")
-    raise Refusal(f"{path} is a folder without weights; it would hold {IN_FOLDER[0]} or {IN_FOLDER[3]}")
+            raise UserError(f"{path / name} is split into several files, which is not read; save it as one")
+    raise UserError(f"{path} is a folder without weights; it would hold {IN_FOLDER[0]} or {IN_FOLDER[3]}")
 
 
 def _name(key: Any) -> str:
@@ -224,7 +224,7 @@ def _name(key: Any) -> str:
 def _wrapped(names: Iterable[str]) -> str:
     """What the wrappers of a network put before every name: none, one or several, in any order."""
     found = ""
-    for _ in range(MOST_WRAPPERS):
+    for _ in range(MAX_WRAPPERS):
         more = next((each for each in WRAPPERS if all(name.startswith(found + each) for name in names)), None)
         if more is None:
             break

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile
 from harness.weights.maps import Differences, Layout, Mismatch, Recipes, Shapes, WeightMap, compare, take_all
@@ -115,7 +115,7 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
         recipes, ours, lacking = translate(weights, layout)
         facts = [(spec, chosen.facts(spec, ours)) for spec in candidates]
     except Mismatch as error:
-        raise Refusal(f"{weights.path} ({layout.title}): {error}") from error
+        raise UserError(f"{weights.path} ({layout.title}): {error}") from error
     ranked = sorted(facts, key=lambda each: _disagreements(*each))
     nearest = [each for each in ranked if _disagreements(*each) == _disagreements(*ranked[0])]
     best: Match | None = None
@@ -123,7 +123,7 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
         for arguments in _candidates(spec, told) if sizes else [next(_candidates(spec, told))]:
             try:
                 expected = expected_shapes(spec, arguments)
-            except Refusal:
+            except UserError:
                 continue  # these shapes fit no network of this name
             match = Match(
                 spec=spec,
@@ -142,7 +142,7 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
         and best.exact
         and (text := contradiction(weights, layout, ours, best.spec.defaults.get("heads")))
     ):
-        raise Refusal(f"{weights.path} ({layout.title}): {text}")
+        raise UserError(f"{weights.path} ({layout.title}): {text}")
     if best is not None and (share > 0 or best.exact or len(specs) == 1):
         return best
     return Match(
@@ -166,7 +166,7 @@ def misfit(weights: WeightFile, layout: Layout, name: str, problem: str) -> str:
 
     try:
         found = identify(weights, backbones, sizes=False)
-    except Refusal:
+    except UserError:
         found = None
     if found is not None and found.exact:
         settings = "".join(f", {key} {value}" for key, value in found.arguments.items())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile, open_weights, sha256, unchanged, watched
 from harness.weights.identify import OWN, choose_layout, contradiction, differences, misfit, translate, weight_map
@@ -48,17 +48,17 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
     try:
         recipes, ours, lacking = translate(weights, layout, expected)
     except Mismatch as error:
-        raise Refusal(misfit(weights, layout, name, str(error))) from error
+        raise UserError(misfit(weights, layout, name, str(error))) from error
     if prefix:  # one part, and nothing else of it
         ours = {key: shape for key, shape in ours.items() if key.startswith(prefix)}
         layout = replace(layout, beside=lambda key: False)
     problems = differences(ours, expected, lacking, layout)
     if problems and prefix:
-        raise Refusal(f"{weights.path}, {prefix}*, does not fit {name}: {problems.first()}")
+        raise UserError(f"{weights.path}, {prefix}*, does not fit {name}: {problems.first()}")
     if problems:
-        raise Refusal(misfit(weights, layout, name, problems.first()))
+        raise UserError(misfit(weights, layout, name, problems.first()))
     if not prefix and (against := contradiction(weights, layout, ours, _heads(net))):
-        raise Refusal(f"{weights.path} ({layout.title}) does not fit {name}: {against}")
+        raise UserError(f"{weights.path} ({layout.title}) does not fit {name}: {against}")
     with unchanged(weights):
         digest = sha256(weights.path)
         _fill(net, state, {key: recipes[prefix + key] for key in state}, weights)
@@ -117,7 +117,7 @@ def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Rec
         pass
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         if tensor.is_meta:  # a buffer that no file holds
-            raise Refusal(f"{name} is on the meta device and in no file; build the network on the CPU, then load it")
+            raise UserError(f"{name} is on the meta device and in no file; build the network on the CPU, then load it")
 
 
 def _read(name: str, recipe: Recipe, weights: WeightFile, target: torch.Tensor) -> None:

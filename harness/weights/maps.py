@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.spec import BackboneSpec
 
 Shape = tuple[int, ...]
@@ -108,7 +108,7 @@ class Same:
         bits = first.reshape(-1).view(np.uint8)  # so that NaN equals itself
         for name in self.names[1:]:
             if not np.array_equal(read(name).reshape(-1).view(np.uint8), bits):
-                raise Refusal(
+                raise UserError(
                     f"{name} differs from {self.names[0]}; the harness's network has this tensor once, so the copies"
                     " must be equal. These weights were trained apart and cannot be converted"
                 )

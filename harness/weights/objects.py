@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights import pickles
 from harness.weights.pickles import Call, Malformed, Symbol, Unsuitable
-from harness.weights.tensors import BY_TORCH_NAME, MOST_AXES, Storage, Stored, raw_dtype
+from harness.weights.tensors import BY_TORCH_NAME, MAX_AXES, Storage, Stored, raw_dtype
 
 _STORAGE_TYPES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -65,8 +65,8 @@ def _tensor(
 ) -> _Pending:
     if not isinstance(storage, StorageKey):
         raise Malformed("a tensor without a storage")
-    if not all(isinstance(each, (tuple, list)) and len(each) <= MOST_AXES for each in (shape, strides)):
-        raise Malformed(f"a tensor of more than {MOST_AXES} axes")
+    if not all(isinstance(each, (tuple, list)) and len(each) <= MAX_AXES for each in (shape, strides)):
+        raise Malformed(f"a tensor of more than {MAX_AXES} axes")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
         raise Malformed("a tensor of an impossible shape")
@@ -90,8 +90,8 @@ def _tensor_v3(
 
 
 def _size(*shape: Any) -> tuple:
-    if shape and not (isinstance(shape[0], (tuple, list)) and len(shape[0]) <= MOST_AXES):
-        raise Malformed(f"a shape of more than {MOST_AXES} axes")
+    if shape and not (isinstance(shape[0], (tuple, list)) and len(shape[0]) <= MAX_AXES):
+        raise Malformed(f"a shape of more than {MAX_AXES} axes")
     return tuple(shape[0]) if shape else ()
 
 
@@ -191,7 +191,7 @@ def _place(tensor: _Pending, path: Path, places: Mapping[str, Storage], swapped:
         raise Malformed(f"the bytes of storage {tensor.storage.key} are missing")
     width, own = raw_dtype(tensor.dtype).itemsize, raw_dtype(tensor.storage.dtype).itemsize
     if swapped and width > 1:
-        raise Refusal(f"{path} was written on a big-endian machine; load it there and save it as safetensors")
+        raise UserError(f"{path} was written on a big-endian machine; load it there and save it as safetensors")
     begin = tensor.storage.first * own + tensor.offset * width
     count = prod(tensor.shape)
     reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) if count else 0

@@ -28,7 +28,7 @@ Constructors = Mapping[str, Callable[..., Any]]
 # In units of about 64 bytes and a third of a microsecond; an opcode costs one, what it makes or copies more.
 UNITS = 1_200_000  # of a file as such: the state dict of 1000 tensors takes 50,000
 UNITS_A_STORAGE = 80  # that each storage of the file adds: a tensor takes about 60
-MOST_UNITS = 8_000_000  # however many storages there are: those of 100,000 tensors
+MAX_UNITS = 8_000_000  # however many storages there are: those of 100,000 tensors
 LONGEST_NAME = 1000  # characters of a class, function or storage
 SMALL_KEY = 1 << 53  # integers below it hash to themselves; a pickle's greater ones could be chosen to collide
 
@@ -56,8 +56,8 @@ class Budget:
             )
 
     def grant(self, units: int) -> None:
-        """Add to it, up to MOST_UNITS."""
-        self.limit = min(self.limit + units, MOST_UNITS)
+        """Add to it, up to MAX_UNITS."""
+        self.limit = min(self.limit + units, MAX_UNITS)
 
 
 @dataclass(frozen=True)

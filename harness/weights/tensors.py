@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 # fmt: off
 DTYPES = {  # safetensors' name: (numpy's dtype for the bytes, torch's name)
@@ -34,7 +34,7 @@ DTYPES = {  # safetensors' name: (numpy's dtype for the bytes, torch's name)
     "BOOL":    ("|u1", "bool"),
 }
 # fmt: on
-MOST_AXES = 64  # of a tensor, in torch as in numpy
+MAX_AXES = 64  # of a tensor, in torch as in numpy
 GLANCE = 1 << 16  # elements looked at together for what is no number
 BLOCK = 1 << 22  # bytes read at a time to check what is not used whole
 # Bits that are all set in infinities and NaN, of the floats that numpy lacks; float8_e4m3fn has no infinity.
@@ -115,7 +115,7 @@ class Stored:
         else:
             return
         if found != storage.crc:
-            raise Refusal(
+            raise UserError(
                 f"{self.file} is damaged: the bytes of one of its tensors (at {self.start}) do not match their"
                 " checksum; fetch the file again"
             )
@@ -130,10 +130,10 @@ class Stored:
                 while done < len(view):
                     count = file.readinto(view[done:])
                     if not count:
-                        raise Refusal(f"{self.file} is cut short: it ends within its tensors; fetch it again")
+                        raise UserError(f"{self.file} is cut short: it ends within its tensors; fetch it again")
                     done += count
         except OSError as error:
-            raise Refusal(f"{self.file}: {error.strerror or error}") from error
+            raise UserError(f"{self.file}: {error.strerror or error}") from error
 
 
 def finite(array: np.ndarray, dtype: str) -> bool:
@@ -153,7 +153,7 @@ def finite(array: np.ndarray, dtype: str) -> bool:
 
 def refuse_not_finite(path: Path, name: str) -> None:
     """Refuse weights with an infinity or NaN among them: what they would make is noise or nothing."""
-    raise Refusal(
+    raise UserError(
         f"{path}: {name} has values that are infinite or not a number; the file is of a training that went wrong, or"
         " damaged: use another"
     )

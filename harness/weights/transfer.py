@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from harness import registry
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.spec import BackboneSpec
 from harness.weights.files import METADATA, WeightFile, open_weights, sha256, unchanged, watched
@@ -102,7 +102,7 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
         for name in network:  # damage, copies that differ and values that are no numbers show in the content alone
             if match.exact or isinstance(match.recipes[name], Same):
                 ours.read(name)
-    except Refusal as error:
+    except UserError as error:
         document |= {"fits": False, "problem": str(error).removeprefix(str(weights.path)).lstrip(": ")}
         document["layout"] = document["layout"] or _likely_layout(weights, candidates(backbone))
     document.setdefault("values", sum(prod(tensor.shape) for tensor in weights.tensors.values()))
@@ -131,16 +131,16 @@ def opened(path: Path, backbone: str | None) -> Ours:
     weights.refuse_code()
     match = identify(weights, candidates(backbone))
     if match.spec is None:
-        raise Refusal(
+        raise UserError(
             f"{weights.path} is of no known backbone (its first tensor is {next(iter(weights.tensors))});"
             " if a plug-in has it, install the plug-in"
         )
     if not match.exact:
         problem = match.differences.first()
         if backbone:
-            raise Refusal(misfit(weights, match.layout, backbone, problem))
+            raise UserError(misfit(weights, match.layout, backbone, problem))
         nearest = f"any backbone; the nearest is {match.spec.name}: {problem}"
-        raise Refusal(f"{weights.path} ({match.layout.title}) does not fit {nearest}")
+        raise UserError(f"{weights.path} ({match.layout.title}) does not fit {nearest}")
     return Ours(file=weights, match=match)
 
 
@@ -188,7 +188,7 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
     try:
         shapes = {name: recipe.shape(ours.shapes) for name, recipe in recipes.items()}
     except (Mismatch, KeyError) as error:
-        raise Refusal(f"{ours.file.path} cannot be written as {layout}: {error}") from error
+        raise UserError(f"{ours.file.path} cannot be written as {layout}: {error}") from error
     entries = {name: (ours.dtype(recipe.sources[0]), shapes[name]) for name, recipe in recipes.items()}
 
     def read(name: str) -> np.ndarray:
@@ -210,7 +210,7 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
 def _target(spec: BackboneSpec, layout: str) -> Layout:
     known = {each.name: each for each in weight_map(spec).layouts}
     if layout not in known:
-        raise Refusal(f"{spec.name} has no public layout {layout!r}; it has {', '.join(known) or 'none'}")
+        raise UserError(f"{spec.name} has no public layout {layout!r}; it has {', '.join(known) or 'none'}")
     return known[layout]
 
 
@@ -221,7 +221,7 @@ def layout_names() -> list[str]:
 
 def refuse_existing(path: Path) -> None:
     if path.exists():
-        raise Refusal(f"{path} exists and is not overwritten; choose another name with --out")
+        raise UserError(f"{path} exists and is not overwritten; choose another name with --out")
 
 
 @contextmanager

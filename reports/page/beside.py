@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.io.files import sha256_json
 from harness.runs.run import open_run
 from reports.columns import count_text, guidance_text, metric_order
@@ -16,10 +16,10 @@ from reports.render import one_line
 from results.records import Record
 
 GRID = "grid.png"
-MOST_GRIDS = 36
-MOST_GRID_BYTES = 300_000  # of one picture; a larger one is shrunk
-MOST_PICTURE_BYTES = 6_000_000  # of all of them
-MOST_FILE_BYTES = 64_000_000  # a larger file is not opened
+MAX_GRIDS = 36
+MAX_GRID_BYTES = 300_000  # of one picture; a larger one is shrunk
+MAX_PICTURE_BYTES = 6_000_000  # of all of them
+MAX_FILE_BYTES = 64_000_000  # a larger file is not opened
 WIDEST = 900  # pixels of a shrunk picture
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -56,7 +56,10 @@ def run_recipes(record_files: Iterable[Path]) -> dict[str, dict[str, object]]:
         if (folder / "run.json").is_file():
             try:
                 recipe = open_run(folder).identity["recipe"]
-            except (Refusal, Failure):  # a run that cannot be opened tells no recipe; its records stand for themselves
+            except (
+                UserError,
+                RunError,
+            ):  # a run that cannot be opened tells no recipe; its records stand for themselves
                 continue
             found[sha256_json(recipe)] = recipe
     return found
@@ -86,13 +89,13 @@ def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]],
     """Grids as data URIs, in the order of their models, and what was left out, in words ("" if nothing)."""
     made: list[tuple[SampleGrid, str]] = []
     total = broken = shrunk = 0
-    for grid in grids[:MOST_GRIDS]:
+    for grid in grids[:MAX_GRIDS]:
         read = _picture(grid.path)
         if read is None:
             broken += 1
             continue
         uri, is_small = read
-        if total + len(uri) > MOST_PICTURE_BYTES:
+        if total + len(uri) > MAX_PICTURE_BYTES:
             break
         total += len(uri)
         shrunk += is_small
@@ -124,7 +127,7 @@ def _samples_sha256(sidecar: Path) -> str:
 
 def _picture(path: Path) -> tuple[str, bool] | None:
     try:
-        return _data_uri(path.read_bytes()) if path.stat().st_size <= MOST_FILE_BYTES else None
+        return _data_uri(path.read_bytes()) if path.stat().st_size <= MAX_FILE_BYTES else None
     except OSError:
         return None
 
@@ -145,7 +148,7 @@ def _data_uri(content: bytes) -> tuple[str, bool] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a picture that would fill the memory
             with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-                shrink = len(content) > MOST_GRID_BYTES
+                shrink = len(content) > MAX_GRID_BYTES
                 if shrink:
                     picture.thumbnail((WIDEST, 4 * WIDEST))
                     small = io.BytesIO()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from reports.charts import Figure, Mark, Panel, Series, Style, series_styles
 from reports.page.beside import picture_uri
 
-MOST_MARKS = 4000  # of one panel
+MAX_MARKS = 4000  # of one panel
 
 
 def figure_data(figure: Figure, styles: Mapping[str, Style]) -> dict[str, object]:
@@ -39,7 +39,7 @@ def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
         names = {int(mark.x): mark.text for series in panel.series for mark in series.marks}
         x["names"] = [names.get(index, "") for index in range(max(names, default=-1) + 1)]
     count = sum(len(series.marks) for series in panel.series)
-    every = -(-count // MOST_MARKS)  # of a long curve every so many marks, one is enough
+    every = -(-count // MAX_MARKS)  # of a long curve every so many marks, one is enough
     notes = [panel.note] if panel.note else []
     if every > 1:
         notes.append(f"one mark of {every} is drawn here")

@@ -9,12 +9,12 @@ from reports.sections import Line, Section, Table, note_mark
 from results import paper
 from results.records import Record
 
-MOST_ROWS = 1000  # of one section of a table
-MOST_RECORDS = 5000
+MAX_ROWS = 1000  # of one section of a table
+MAX_RECORDS = 5000
 _OWN = ("metric", "value", "low", "high", "interval", "n", "schema")
 _PARTS = ("source", "training", "sampling", "evaluation", "environment")
 _SHARED = tuple(field.name for field in dataclasses.fields(Record) if field.name not in (*_OWN, *_PARTS))
-MOST_PROBLEMS = 200  # lines and conflicts, of each
+MAX_PROBLEMS = 200  # lines and conflicts, of each
 
 
 def table_data(table: Table) -> dict[str, object]:
@@ -52,9 +52,9 @@ def _section_data(section: Section) -> dict[str, object]:
 
 
 def _kept(lines: Sequence[Line]) -> list[Line]:
-    """At most MOST_ROWS: what is published or marked as best first, then rows evenly spread over the others."""
-    chosen = [at for at, line in enumerate(lines) if line.published or any(line.marks)][:MOST_ROWS]
-    room = MOST_ROWS - len(chosen)
+    """At most MAX_ROWS: what is published or marked as best first, then rows evenly spread over the others."""
+    chosen = [at for at, line in enumerate(lines) if line.published or any(line.marks)][:MAX_ROWS]
+    room = MAX_ROWS - len(chosen)
     others = sorted(set(range(len(lines))) - set(chosen))
     if len(others) > room:
         others = [others[step * len(others) // room] for step in range(room)]

@@ -13,14 +13,14 @@ from harness._version import VERSION
 from reports.charts import Figure, Style
 from reports.page.beside import pictures, run_recipes, sample_grids
 from reports.page.curves import figure_data, figure_pictures, record_ids
-from reports.page.payload import MOST_PROBLEMS, MOST_RECORDS, Pool, record_data, shown_records, table_data
+from reports.page.payload import MAX_PROBLEMS, MAX_RECORDS, Pool, record_data, shown_records, table_data
 from reports.sections import Table
 from results.records import Record
 from results.store import Problem
 
 NAME = "report.html"
 SCRIPTS = ("dom.js", "records.js", "tables.js", "charts.js", "page.js")  # in the order in which they are needed
-MOST_FALLBACK_BYTES = 2_000_000  # of static figures for readers without scripts
+MAX_FALLBACK_BYTES = 2_000_000  # of static figures for readers without scripts
 _POLICY = (
     "default-src 'none'; img-src data:; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 )
@@ -55,7 +55,7 @@ def page_data(
     ]
     grids, grids_left_out = pictures(sample_grids(record_files, records))
     wanted = [*record_ids(figures), *(record.id for grid, _ in grids for record in grid.records), *wanted]
-    chosen, left_out = shown_records([*records, *published], wanted, MOST_RECORDS)
+    chosen, left_out = shown_records([*records, *published], wanted, MAX_RECORDS)
     names = {record.id for record in chosen}
     recipes, pool = run_recipes(record_files), Pool()
     return {
@@ -122,7 +122,7 @@ def _fallback(files: Mapping[str, bytes]) -> str:
     parts = ["<p>Without scripts this page shows figures alone; the tables lie beside it.</p>"]
     total = 0
     for name, content in files.items():
-        if name.endswith(".svg") and total + len(content) <= MOST_FALLBACK_BYTES:
+        if name.endswith(".svg") and total + len(content) <= MAX_FALLBACK_BYTES:
             total += len(content)
             uri = f"data:image/svg+xml;base64,{base64.b64encode(content).decode('ascii')}"
             parts.append(f'<p><img alt="{html.escape(Path(name).stem)}" src="{uri}"></p>')
@@ -139,7 +139,7 @@ def _protocols(records: Sequence[Record], published: Sequence[Record]) -> list[d
 
 
 def _capped(texts: list[str]) -> dict[str, object]:
-    return {"count": len(texts), "texts": texts[:MOST_PROBLEMS]}
+    return {"count": len(texts), "texts": texts[:MAX_PROBLEMS]}
 
 
 def _asset(name: str) -> str:

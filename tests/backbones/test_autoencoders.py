@@ -8,7 +8,7 @@ from backbones.autoencoders.layout import infer_arguments
 from backbones.autoencoders.spec import BY_NAME, SPECS, diffusers_name
 from backbones.autoencoders.vq_torch import VQAutoencoder
 from harness.autoencoders.load import KL_CONFIG, traced_compute
-from harness.errors import Refusal
+from harness.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -189,21 +189,21 @@ def test_closed_form_equals_torchs_own_counter(name):
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(overrides, words):
-    with pytest.raises(Refusal, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         BY_NAME["vq-f4"].build(**overrides)
     assert "\n" not in str(caught.value)
 
 
 def test_inputs_that_do_not_fit_are_refused():
     net = built("vq-f4")
-    with pytest.raises(Refusal, match=r"images of shape \(1, 3, 30, 32\).*multiples of 4"):
+    with pytest.raises(UserError, match=r"images of shape \(1, 3, 30, 32\).*multiples of 4"):
         net.encode(torch.zeros(1, 3, 30, 32))
-    with pytest.raises(Refusal, match=r"latents of shape \(1, 4, 8, 8\).*\(N, 3, h, w\)"):
+    with pytest.raises(UserError, match=r"latents of shape \(1, 4, 8, 8\).*\(N, 3, h, w\)"):
         net.decode(torch.zeros(1, 4, 8, 8))
-    with pytest.raises(Refusal, match="direction 'sideways'"):
+    with pytest.raises(UserError, match="direction 'sideways'"):
         BY_NAME["vq-f4"].count("sideways")
-    with pytest.raises(Refusal, match="image size 30 is not a multiple of its factor 4"):
+    with pytest.raises(UserError, match="image size 30 is not a multiple of its factor 4"):
         BY_NAME["vq-f4"].count("decode", 30)
-    with pytest.raises(Refusal, match="'kl-f8' is not implemented for 'torch'"):
+    with pytest.raises(UserError, match="'kl-f8' is not implemented for 'torch'"):
         BY_NAME["kl-f8"].build()
     assert len({spec.name for spec in SPECS}) == len(SPECS)

@@ -20,7 +20,7 @@ from torch.nn.utils import spectral_norm
 from backbones.biggan.spec import SPECS
 from backbones.biggan.torch_model import Spectral, SpectralConv2d, SpectralLinear, StandingNorm
 from harness.compute.trace_torch import trace
-from harness.errors import Refusal
+from harness.errors import UserError
 
 BY_SIZE = {spec.defaults["input_size"]: spec for spec in SPECS}
 SMALL = {"width": 8, "latent_size": 16, "num_classes": 10}
@@ -365,7 +365,7 @@ def test_closed_form_equals_trace(size, overrides):
 )
 @pytest.mark.parametrize("way", ["count", "build"])
 def test_arguments_that_do_not_fit_are_refused_in_one_line(overrides, culprit, remedy, way):
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         BY_SIZE[128].count(**overrides) if way == "count" else BY_SIZE[128].build(**overrides)
     message = str(refusal.value)
     assert culprit in message and remedy in message and "\n" not in message
@@ -384,7 +384,7 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(overrides, culprit, r
     ],
 )
 def test_a_call_that_does_not_fit_is_refused(z, y, truncation, culprit):
-    with pytest.raises(Refusal, match=culprit):
+    with pytest.raises(UserError, match=culprit):
         tiny()(z, y, truncation)
 
 

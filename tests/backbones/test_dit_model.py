@@ -12,7 +12,7 @@ from backbones.dit.spec import BLOCKS, SPECS
 from backbones.dit.torch_model import Mlp
 from backbones.torch_layers import attend
 from harness.engines.torch.sampler import guided
-from harness.errors import Refusal
+from harness.errors import UserError
 
 BY_NAME = {spec.name: spec for spec in SPECS}
 SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 7, "depth": 2, "width": 48, "heads": 4, "patch": 2}
@@ -358,5 +358,5 @@ def test_unpatchify_puts_token_vectors_where_the_patches_were():
 
 def test_an_input_of_another_shape_is_refused():
     x, t, y = batch(1, input_size=16)
-    with pytest.raises(Refusal, match=r"\(1, 3, 16, 16\).*\(N, 3, 8, 8\)"):
+    with pytest.raises(UserError, match=r"\(1, 3, 16, 16\).*\(N, 3, 8, 8\)"):
         small("adaln-zero")(x, t, y)

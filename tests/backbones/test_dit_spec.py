@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from backbones.dit.spec import BLOCKS, SIZES, SPECS
-from harness.errors import Refusal
+from harness.errors import UserError
 
 BY_NAME = {spec.name: spec for spec in SPECS}
 
@@ -48,7 +48,7 @@ def test_name_and_arguments_agree(spec):
 @pytest.mark.parametrize("way", ["count", "build"])
 def test_arguments_that_do_not_fit_are_refused_in_one_line(name, overrides, culprit, remedy, way):
     spec = BY_NAME[name]
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         spec.count(**overrides) if way == "count" else spec.build(**overrides)
     message = str(refusal.value)
     assert culprit in message and remedy in message and "\n" not in message

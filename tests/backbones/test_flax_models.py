@@ -25,7 +25,7 @@ from harness.diffusion.objectives import OBJECTIVES
 from harness.diffusion.schedule import Schedule
 from harness.engines.jax.resolve import inputs_of
 from harness.engines.torch.loss import LossTables, training_losses
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.randomness import Purpose, bits
 from harness.registry import backbones
 from harness.spec import load_attribute
@@ -276,7 +276,7 @@ def test_weights_that_do_not_fit_are_refused():
         ({**weights, "pos_embed": np.zeros((1, 4, 48))}, r"'pos_embed' has shape \(1, 4, 48\).*\(1, 16, 48\)"),
         ({**weights, "blocks.0.attn.qkv.weight": np.zeros((48, 144))}, r"has shape \(48, 144\).*\(144, 48\)"),
     ):
-        with pytest.raises(Refusal, match=match):
+        with pytest.raises(UserError, match=match):
             from_torch(net, wrong)
 
 
@@ -409,9 +409,9 @@ def test_arguments_and_inputs_that_do_not_fit_are_refused(case):
     name, overrides = CASES[case]
     if "multipliers" in overrides:
         overrides = {**overrides, "multipliers": (1,)}
-    with pytest.raises(Refusal, match="input_size 7"):
+    with pytest.raises(UserError, match="input_size 7"):
         backbones.get(name).build("jax", **{**CASES[case][1], "input_size": 7})
     net = abstract(name, overrides)
     _, t, _, _, more = batch(name, overrides)
-    with pytest.raises(Refusal, match=r"input of shape \(3, 3, 8, 16\).*\(N, 3, 8, 8\)"):
+    with pytest.raises(UserError, match=r"input of shape \(3, 3, 8, 16\).*\(N, 3, 8, 8\)"):
         net(jnp.zeros((3, 3, 8, 16)), t, *more)

@@ -21,7 +21,7 @@ from backbones.adm.spec import SPECS as ADM_SPECS
 from backbones.adm.torch_model import AttentionPool
 from backbones.ldm.spec import SPECS as LDM_SPECS
 from backbones.unet.torch_unet import AttentionBlock, GatedGelu, ResBlock, SpatialTransformer
-from harness.errors import Refusal
+from harness.errors import UserError
 
 BY_NAME = {spec.name: spec for spec in (*ADM_SPECS, *LDM_SPECS)}
 SMALL = {"num_classes": 10, "width": 32}
@@ -338,7 +338,7 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(name, overrides, culp
     given = {**SMALL, **TINY.get(name, {}), **overrides}
     if name not in TINY:
         given = {"width": 64, **overrides}
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         BY_NAME[name].count(**given) if way == "count" else BY_NAME[name].build(**given)
     message = str(refusal.value)
     assert culprit in message and remedy in message and "\n" not in message
@@ -348,7 +348,7 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(name, overrides, culp
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 8, 16), (2, 4, 8, 8)])
 def test_an_input_of_another_shape_is_refused(name, shape):
     _, *rest = arguments(name, torch.float32)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         build(name)(torch.zeros(shape), *rest)
     message = str(refusal.value)
     assert str(shape) in message and "(N, 3, 8, 8)" in message and "\n" not in message

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from harness.cli.flops import command
 from harness.compute import CONVENTION
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.registry import backbones
 
 
@@ -76,12 +76,12 @@ def test_fvcore_agrees():
 
 def test_fvcore_missing_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "fvcore.nn", None)
-    with pytest.raises(Refusal, match=r"pip install 'backbone-harness\[fvcore\]'"):
+    with pytest.raises(UserError, match=r"pip install 'backbone-harness\[fvcore\]'"):
         flops("dit-xs-4", "--check", "fvcore")
 
 
 def test_unknown_backbone_is_refused_with_the_nearest():
-    with pytest.raises(Refusal, match="dit-xl-2"):
+    with pytest.raises(UserError, match="dit-xl-2"):
         flops("dit-xl-22")
 
 

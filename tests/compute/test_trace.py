@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from backbones.dit.spec import SPECS
 from harness.compute.trace_torch import COUNTED, FREE, trace
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.spec import BackboneSpec
 
 
@@ -91,7 +91,7 @@ def test_frozen_parameters_are_not_counted():
 
 
 def test_unknown_operator_is_an_error_that_names_it():
-    with pytest.raises(Failure, match=r"'toy'.*aten::linalg_cholesky.*closed_form"):
+    with pytest.raises(RunError, match=r"'toy'.*aten::linalg_cholesky.*closed_form"):
         trace(toy("Strange"))
 
 
@@ -120,7 +120,7 @@ def test_every_kind_of_call(kind, defaults, shapes):
 
 
 def test_missing_argument_is_refused():
-    with pytest.raises(Refusal, match="input_size"):
+    with pytest.raises(UserError, match="input_size"):
         trace(toy("Shape", "denoiser", {"in_channels": 3}))
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from harness.compute.trace_jax import COUNTED, FREE, abstract_forward, trace
 from harness.compute.trace_torch import trace as trace_torch
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.registry import backbones
 from harness.spec import BackboneSpec
 
@@ -137,7 +137,7 @@ def test_what_is_run_inside_is_counted(how, times):
     [("cholesky", "primitive cholesky"), ("sort", "sort"), ("while", "while_loop"), ("cond", "branches")],
 )
 def test_unknown_arithmetic_is_an_error_that_names_it(how, what):
-    with pytest.raises(Failure, match=rf"'toy'.*{what}.*closed_form") as failure:
+    with pytest.raises(RunError, match=rf"'toy'.*{what}.*closed_form") as failure:
         trace(called(how))
     assert "\n" not in str(failure.value)
 
@@ -150,7 +150,7 @@ def test_tracing_leaves_no_mark():
     before = nnx.LayerNorm.__call__
     trace(toy())
     assert nnx.LayerNorm.__call__ is before
-    with pytest.raises(Failure):
+    with pytest.raises(RunError):
         trace(called("sort"))
     net = Derived()
     assert "harness" not in str(jax.make_jaxpr(lambda x: net(x, None, None))(jnp.zeros((1, 6))))
@@ -175,7 +175,7 @@ def test_every_kind_of_call(kind, defaults, shapes):
 
 
 def test_missing_argument_is_refused():
-    with pytest.raises(Refusal, match="input_size"):
+    with pytest.raises(UserError, match="input_size"):
         trace(toy(Shape, "denoiser", {"in_channels": 3}))
 
 
@@ -209,7 +209,7 @@ def test_the_paper():
 
 def test_a_backbone_without_a_flax_network_is_refused():
     spec = replace(backbones.get("dit-xs-2"), builders={"torch": "backbones.dit.torch_model:DiT"})
-    with pytest.raises(Refusal, match="not implemented for 'jax'"):
+    with pytest.raises(UserError, match="not implemented for 'jax'"):
         trace(spec)
 
 

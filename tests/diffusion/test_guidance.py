@@ -13,7 +13,7 @@ import torch
 from harness.diffusion.plans import ddim_plan, ddpm_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.sampler import classifier_guide, sample_loop
-from harness.errors import Refusal
+from harness.errors import UserError
 
 LINEAR = Schedule.named("linear")
 SHAPE = (2, 3, 8, 8)
@@ -233,5 +233,5 @@ def test_scale_multiplies_the_gradient_of_each_image_alone():
     half = classifier_guide(lambda x, t: toy_classifier(x, t).bfloat16(), LABELS, 1.0)(x, t)
     torch.testing.assert_close(half, one, rtol=0.1, atol=0.02)  # bfloat16 logits, float32 softmax
     for scale in (math.nan, math.inf):
-        with pytest.raises(Refusal, match="classifier scale .* is not a finite number"):
+        with pytest.raises(UserError, match="classifier scale .* is not a finite number"):
             classifier_guide(toy_classifier, LABELS, scale)

@@ -14,7 +14,7 @@ from harness.diffusion.objectives import OBJECTIVES
 from harness.diffusion.plans import ldm_ddim_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
-from harness.errors import Refusal
+from harness.errors import UserError
 
 SCHEDULE = Schedule.named("sqrt-linear")
 SHAPE = (2, 3, 8, 8)
@@ -139,11 +139,11 @@ def test_by_name_and_refused():
     plan = registry.samplers.get("ddim-ldm").make(SCHEDULE, 50, OBJECTIVES["epsilon-fixed"], 0.5, True)
     assert (plan.name, plan.eta, plan.clip_denoised, plan.learned_variance) == ("ddim-ldm", 0.5, True, False)
     for steps, near in ((300, 250), (7, 8), (51, 50), (999, 500), (1000, 500)):
-        with pytest.raises(Refusal, match=rf"no stride takes {steps} of 1000 timesteps; {near} steps fit"):
+        with pytest.raises(UserError, match=rf"no stride takes {steps} of 1000 timesteps; {near} steps fit"):
             ldm_ddim_plan(SCHEDULE, steps)
     for steps in (0, -5, 2000):
-        with pytest.raises(Refusal, match=f"no stride takes {steps} of 1000"):
+        with pytest.raises(UserError, match=f"no stride takes {steps} of 1000"):
             ldm_ddim_plan(SCHEDULE, steps)
     for eta in (-0.1, 1.1, float("nan")):
-        with pytest.raises(Refusal, match="eta"):
+        with pytest.raises(UserError, match="eta"):
             ldm_ddim_plan(SCHEDULE, 50, eta=eta)

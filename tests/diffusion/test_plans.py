@@ -6,7 +6,7 @@ import pytest
 from harness.diffusion.plans import ddim_plan, ddpm_plan
 from harness.diffusion.respacing import space_timesteps
 from harness.diffusion.schedule import Schedule
-from harness.errors import Refusal
+from harness.errors import UserError
 
 LINEAR = Schedule.named("linear")
 
@@ -77,9 +77,9 @@ def test_ddim_with_eta_1_is_ddpm():
 
 def test_refused():
     for eta in (-0.1, 1.1, float("nan")):
-        with pytest.raises(Refusal, match="eta"):
+        with pytest.raises(UserError, match="eta"):
             ddim_plan(LINEAR, 10, eta=eta)
-    with pytest.raises(Refusal, match="variance"):
+    with pytest.raises(UserError, match="variance"):
         ddpm_plan(LINEAR, 10, variance="learned")
-    with pytest.raises(Refusal, match="sampling steps"):
+    with pytest.raises(UserError, match="sampling steps"):
         ddpm_plan(LINEAR, 1001)

@@ -8,7 +8,7 @@ import pytest
 from harness.diffusion.objectives import OBJECTIVES
 from harness.diffusion.respacing import space_timesteps
 from harness.diffusion.schedule import Schedule
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.registry import objectives
 
 
@@ -109,15 +109,15 @@ def test_respacing_sections():
 
 @pytest.mark.parametrize("spacing", ["", "0", 0, -5, "fast", "10,", "1.5", "1001", 1001, "ddim", "ddim64", "ddim1001"])
 def test_respacing_refused(spacing):
-    with pytest.raises(Refusal, match="sampling steps"):
+    with pytest.raises(UserError, match="sampling steps"):
         space_timesteps(1000, spacing)
 
 
 def test_schedule_refused():
-    with pytest.raises(Refusal, match="did you mean 'cosine'"):
+    with pytest.raises(UserError, match="did you mean 'cosine'"):
         Schedule.named("cosin")
     for steps in (0, 20, 2**31, 10**30):
-        with pytest.raises(Refusal, match="timesteps"):
+        with pytest.raises(UserError, match="timesteps"):
             Schedule.named("linear", steps)
     assert len(Schedule.named("linear", 21)) == 21
 
@@ -127,5 +127,5 @@ def test_objectives():
     assert (learned.out_channels(4), fixed.out_channels(4)) == (8, 4)
     assert (learned.variance, fixed.variance) == ("learned-range", "fixed-small")
     assert all(objective.name == name for name, objective in OBJECTIVES.items())
-    with pytest.raises(Refusal, match="did you mean epsilon-fixed"):
+    with pytest.raises(UserError, match="did you mean epsilon-fixed"):
         objectives.get("epsilon-fix")

@@ -10,7 +10,7 @@ from harness.diffusion.plans import ddim_plan, ddpm_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.guidance import GUIDED_CHANNELS
 from harness.engines.torch.sampler import guided, sample_loop
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 LINEAR = Schedule.named("linear")
 
@@ -109,9 +109,9 @@ def test_divergence_is_a_failure_that_names_the_step():
         return torch.full_like(x, math.nan if t[0] < 500 else 0.0)
 
     plan = ddpm_plan(LINEAR, 200, variance="fixed-small")
-    with pytest.raises(Failure, match=r"ddpm step 150 of 200 \(timestep 251\)"):
+    with pytest.raises(RunError, match=r"ddpm step 150 of 200 \(timestep 251\)"):
         sample_loop(network, plan, torch.zeros(1, 1, 2, 2), lambda k: torch.zeros(1, 1, 2, 2))
-    with pytest.raises(Failure, match="step 10 of 10"):
+    with pytest.raises(RunError, match="step 10 of 10"):
         sample_loop(network, ddim_plan(LINEAR, 10), torch.zeros(1, 1, 2, 2), lambda k: torch.zeros(1, 1, 2, 2))
 
 
@@ -128,7 +128,7 @@ def test_channels_that_do_not_fit_are_refused():
         if fits:
             sample_loop(network, plan, z, lambda k: z)
         else:
-            with pytest.raises(Refusal, match=f"gives {channels} channels for 4"):
+            with pytest.raises(UserError, match=f"gives {channels} channels for 4"):
                 sample_loop(network, plan, z, lambda k: z)
 
 
@@ -169,9 +169,9 @@ def test_scale_1_is_no_guidance():
 
 def test_guidance_refused():
     y = torch.tensor([1])
-    with pytest.raises(Refusal, match="label dropout"):
+    with pytest.raises(UserError, match="label dropout"):
         guided(labelled_network([]), y, 1.5, "all", None)
-    with pytest.raises(Refusal, match="did you mean 'first-3'"):
+    with pytest.raises(UserError, match="did you mean 'first-3'"):
         guided(labelled_network([]), y, 1.5, "first-4", 10)
-    with pytest.raises(Refusal, match="finite"):
+    with pytest.raises(UserError, match="finite"):
         guided(labelled_network([]), y, math.nan, "all", 10)

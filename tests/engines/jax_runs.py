@@ -52,10 +52,10 @@ def resolved(framework="jax", **changes):
     return Resolved(**{**plain, **changes})
 
 
-def workshop(folder, wanted=None, team=SINGLE_PROCESS, **changes):
+def workshop(folder, wanted=None, group=SINGLE_PROCESS, **changes):
     """A run in `folder`, created if it is not there."""
     wanted = wanted or request()
-    shop = RunSession(wanted, load(), folder, lambda text: None, team)
+    shop = RunSession(wanted, load(), folder, lambda text: None, group)
     if shop.run is None:
         shop.create(resolved(wanted.framework, **changes))
     return shop

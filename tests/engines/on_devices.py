@@ -33,7 +33,7 @@ def state_bytes(state):
 
 
 def main(folder, kind, steps, pause, *meshes):
-    team, facts, steps = join_processes("jax"), {}, int(steps)
+    group, facts, steps = join_processes("jax"), {}, int(steps)
     step, last = JaxEngine.step, []
 
     def watched(engine, *arguments):
@@ -44,9 +44,9 @@ def main(folder, kind, steps, pause, *meshes):
     JaxEngine.step = watched
     for mesh in meshes:
         wanted = request(kind, steps=steps, settings={"batch": "16", "label_dropout": "0.2"}, samples=30)
-        shop = workshop(Path(folder) / mesh, wanted, team=team, mesh=mesh, micro_batch=16)
+        shop = workshop(Path(folder) / mesh, wanted, group=group, mesh=mesh, micro_batch=16)
         shop.train(steps)
-        sample_run(shop.run, wanted, steps, 5, precision="float32", batch=12, team=team)
+        sample_run(shop.run, wanted, steps, 5, precision="float32", batch=12, group=group)
         facts[mesh] = state_bytes(last[0]._state)
     print(json.dumps(facts))
 

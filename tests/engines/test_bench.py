@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from harness import registry
 from harness.cli import group
 from harness.engines.torch import bench, resolve, roofline
-from harness.errors import Refusal
+from harness.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -76,13 +76,13 @@ def test_a_table_is_what_a_person_gets(quick):
 def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, monkeypatch):
     monkeypatch.setattr(bench, "measure_roofline", lambda *_: pytest.fail("measured"))
     code, _, error = invoke(*words)
-    assert code and isinstance(error, Refusal) and message in str(error)
+    assert code and isinstance(error, UserError) and message in str(error)
 
 
 def test_what_was_kept_is_not_overwritten(tmp_path):
     (tmp_path / "kept.json").write_text("{}")
     _, _, error = invoke("--out", str(tmp_path / "kept.json"))
-    assert isinstance(error, Refusal) and "is there already" in str(error)
+    assert isinstance(error, UserError) and "is there already" in str(error)
     assert (tmp_path / "kept.json").read_text() == "{}"
 
 
@@ -164,7 +164,7 @@ def test_float32_is_float32_for_convolutions_too(monkeypatch):
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         monkeypatch.setattr(resolve, "device_name", lambda device: "Tesla T4")
-        with pytest.raises(Refusal, match="begins with NVIDIA's Ampere"):
+        with pytest.raises(UserError, match="begins with NVIDIA's Ampere"):
             resolve.set_arithmetic(torch.device("cuda"), "tf32")
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

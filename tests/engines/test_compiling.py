@@ -18,7 +18,7 @@ from harness.diffusion.schedule import Schedule
 from harness.engines.backend import check_torch_only
 from harness.engines.torch import compiling, sampling
 from harness.engines.torch.sampling import TorchSampler
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.protocols import Sampling
 from harness.runs.run import Resolved
 from harness.runs.sample_set import SampleRequest
@@ -71,10 +71,10 @@ def test_auto_does_not_try_where_it_cannot_repay(uncompiled):
 def test_a_compiler_that_fails_or_is_missing_is_no_users_problem_unless_asked_for(uncompiled):
     choice = choose("auto", compiled=RuntimeError("CppCompileError: no such header\nand more"))
     assert choice.mode == "off" and choice.reason.endswith("(CppCompileError: no such header)")
-    with pytest.raises(Refusal, match="--compile on: torch.compile failed here .*; leave it out"):
+    with pytest.raises(UserError, match="--compile on: torch.compile failed here .*; leave it out"):
         choose("on", compiled=RuntimeError("CppCompileError"))
     assert choose("auto", lacking="there is none") == ("off", "there is none", None)
-    with pytest.raises(Refusal, match="--compile on: there is none"):
+    with pytest.raises(UserError, match="--compile on: there is none"):
         choose("on", lacking="there is none")
     assert choose("off").mode == "off"
 
@@ -94,7 +94,7 @@ def several(processes, wanted):
 
         try:
             return choose(wanted, compiled=processes[number], most=most)
-        except Refusal as refusal:
+        except UserError as refusal:
             return str(refusal)
 
     with ThreadPoolExecutor(len(processes)) as pool:
@@ -173,7 +173,7 @@ def test_a_batch_that_is_filled_up_holds_the_same_images(monkeypatch):
 
 def test_what_is_torchs_is_refused_in_jax():
     for options in ({"precision": "tf32"}, {"compile": "on"}):
-        with pytest.raises(Refusal, match="belongs to --framework torch"):
+        with pytest.raises(UserError, match="belongs to --framework torch"):
             check_torch_only(**options)
     check_torch_only("bfloat16")
 

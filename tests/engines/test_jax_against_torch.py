@@ -40,16 +40,16 @@ def both(kind, folder, steps, settings=RECIPE):
 def test_a_hundred_steps_from_the_same_start(kind, tmp_path):
     """Losses within 1e-3 relative at each of 100 steps, weights and averages within 1e-3 of what they moved."""
     theirs, mine, _ = both(kind, tmp_path, 100)
-    before = {name: np.array(value) for name, value in dict(theirs.parts())["model"]().items()}
+    before = {name: np.array(value) for name, value in dict(theirs.state_dicts())["model"]().items()}
     for step in range(1, 101):
         assert theirs.step(step, lambda: False) and mine.step(step, lambda: False)
-    expected, found = np.array(theirs.drain()), np.array(mine.drain())
+    expected, found = np.array(theirs.pop_losses()), np.array(mine.pop_losses())
     assert expected.shape == found.shape == (100, 2) and np.isfinite(expected).all()
     assert expected[-10:, 0].mean() < 0.99 * expected[:10, 0].mean()  # it learns, so there is something to compare
     weights = np.array(list(theirs.terms.values()))
     np.testing.assert_allclose(found @ weights, expected @ weights, rtol=1e-3)
     for part in ("model", "ema", "first_moment", "second_moment"):
-        one, other = dict(theirs.parts())[part](), dict(mine.parts())[part]()
+        one, other = dict(theirs.state_dicts())[part](), dict(mine.state_dicts())[part]()
         assert one.keys() == other.keys()
         scale = np.sqrt(
             sum(np.square(one[n] - (before[n] if part in ("model", "ema") else 0)).sum() for n in one if n != "step")
@@ -73,7 +73,7 @@ def trained(tmp_path_factory):
             )
             shop = workshop(tmp_path_factory.mktemp(kind) / "run", wanted)
             shop.train(60)
-            kept[kind] = load_weights(shop.run.snapshot(60) / "ema.safetensors")
+            kept[kind] = load_weights(shop.run.ema_checkpoint(60) / "ema.safetensors")
         return kept[kind]
 
     return weights

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from harness import registry
 from harness.engines.torch.trainer import build
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io.files import sha256_file
 from harness.pipeline.sample_system import sample_system
 from harness.pipeline.sidecar_records import fields_from_sidecar
@@ -73,7 +73,7 @@ def test_a_network_that_jax_lacks_is_named(tmp_path):
     system = registry.systems.get("biggan-deep-256")
     (tmp_path / "base.safetensors").touch()
     save_file({"x": torch.zeros(1)}, tmp_path / "base.safetensors")
-    with pytest.raises(Refusal, match="biggan-deep-256 has no jax network"):
+    with pytest.raises(UserError, match="biggan-deep-256 has no jax network"):
         sample_system(
             load_parts(system, {"base": tmp_path / "base.safetensors"}), folder=tmp_path, framework="jax", count=1, seed=0,
             precision="float32", batch=1, device=None, say=lambda text: None,

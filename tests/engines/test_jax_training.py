@@ -20,11 +20,11 @@ from harness.engines.backend import get_backend
 from harness.engines.jax import mesh
 from harness.engines.jax.errors import one_line
 from harness.engines.torch.sampling import load_weights
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 
 def state_of(made):
-    return {part: tensors() for part, tensors in made.parts()}
+    return {part: tensors() for part, tensors in made.state_dicts()}
 
 
 def assert_equal(one, other):
@@ -75,7 +75,7 @@ def test_a_step_is_traced_once(whole):
     wanted = request(steps=8)
     plan = ddpm_plan(Schedule.named("linear", 1000), 9)
     chain = get_backend("jax").make_sampler(
-        wanted, whole, whole.snapshot(8) / "ema.safetensors", plan, precision="float32", batch=4
+        wanted, whole, whole.ema_checkpoint(8) / "ema.safetensors", plan, precision="float32", batch=4
     )
     seen = []
     for _ in range(2):
@@ -104,9 +104,11 @@ def test_the_average_takes_its_share_to_the_last_digits(tmp_path):
 
 def test_torch_reads_what_jax_wrote(whole):
     wanted = request(framework="torch")
-    net = load_weights(wanted.spec.build("torch", **wanted.arguments), whole.snapshot(8) / "ema.safetensors").eval()
+    net = load_weights(
+        wanted.spec.build("torch", **wanted.arguments), whole.ema_checkpoint(8) / "ema.safetensors"
+    ).eval()
     mine = engine(workshop(whole.folder, request(steps=8)))
-    mine.load("ema", whole.snapshot(8) / "ema.safetensors")
+    mine.load("ema", whole.ema_checkpoint(8) / "ema.safetensors")
     for name, value in state_of(mine)["ema"].items():
         np.testing.assert_array_equal(value, net.state_dict()[name].numpy())
     assert all(torch.isfinite(each).all() for each in net.parameters())
@@ -114,13 +116,13 @@ def test_torch_reads_what_jax_wrote(whole):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     shop = workshop(tmp_path / "run", request(settings={"learning_rate": "1e30"}))
-    with pytest.raises(Failure, match=r"not finite (at|after) step \d+.*--set learning_rate") as caught:
+    with pytest.raises(RunError, match=r"not finite (at|after) step \d+.*--set learning_rate") as caught:
         shop.train(12)
     assert "\n" not in str(caught.value)
 
 
 def test_lack_of_memory_is_one_line():
-    with pytest.raises(Failure, match="out of memory in training step 7: .*; take less") as caught:  # noqa: SIM117
+    with pytest.raises(RunError, match="out of memory in training step 7: .*; take less") as caught:  # noqa: SIM117
         with one_line("training step 7", "take less"):
             jax.jit(lambda: jnp.ones(1 << 46))().block_until_ready()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -136,7 +138,7 @@ def test_what_fails_after_a_step_has_returned_is_one_line(tmp_path, monkeypatch)
     monkeypatch.setattr(made, "_finite", fails)
     monkeypatch.setattr(mesh, "gather", fails)
     for look in (made.finite, lambda: state_of(made)):
-        with pytest.raises(Failure, match="^out of memory in .*RESOURCE_EXHAUSTED") as caught:
+        with pytest.raises(RunError, match="^out of memory in .*RESOURCE_EXHAUSTED") as caught:
             look()
         assert "\n" not in str(caught.value)
 
@@ -158,10 +160,10 @@ def test_what_fails_after_a_step_has_returned_is_one_line(tmp_path, monkeypatch)
 def test_devices_that_are_not_there_are_refused_in_one_line(device, environment, says):
     code = f"""
 from harness.engines.jax.mesh import pick_devices
-from harness.errors import Refusal
+from harness.errors import UserError
 try:
     pick_devices({device!r})
-except Refusal as error:
+except UserError as error:
     print(error)
 """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
@@ -175,7 +177,7 @@ except Refusal as error:
 
 def test_one_device_is_not_for_several_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(Refusal, match="--device cpu:0 is one device, and 2 processes work here; give --device cpu"):
+    with pytest.raises(UserError, match="--device cpu:0 is one device, and 2 processes work here; give --device cpu"):
         mesh.pick_devices("cpu:0")
 
 
@@ -183,9 +185,9 @@ def test_a_shape_that_does_not_fit_is_one_line(tmp_path):
     shop = workshop(tmp_path / "run")
     images = np.concatenate([shop.data.images] * 2, axis=3)  # (N, 8, 8, 2)
     shop.data = dataclasses.replace(shop.data, images=images)
-    with pytest.raises(Refusal, match=r"input of shape \(24, 2, 8, 8\), but this network takes \(N, 1, 8, 8\)"):
+    with pytest.raises(UserError, match=r"input of shape \(24, 2, 8, 8\), but this network takes \(N, 1, 8, 8\)"):
         engine(shop).step(1, lambda: False)
-    with pytest.raises(Failure, match="the network cannot be run in training step 7: TypeError: ") as caught:  # noqa: SIM117
+    with pytest.raises(RunError, match="the network cannot be run in training step 7: TypeError: ") as caught:  # noqa: SIM117
         with one_line("training step 7", ""):  # of a plug-in that does not look
             jax.jit(lambda x: x @ jnp.ones((3, 3)))(jnp.ones((4, 4)))
     assert "\n" not in str(caught.value)
@@ -193,5 +195,5 @@ def test_a_shape_that_does_not_fit_is_one_line(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_refused(whole, tmp_path):
     made = engine(workshop(tmp_path / "run", request("in-context")))
-    with pytest.raises(Refusal, match="does not fit this network: "):
+    with pytest.raises(UserError, match="does not fit this network: "):
         made.load("model", whole.folder / "checkpoints/step-00000008/model.safetensors")

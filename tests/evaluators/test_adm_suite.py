@@ -20,7 +20,7 @@ from evaluators.statistics import statistics
 from evaluators.suites import ADM, METRICS
 from harness.cli import group
 from harness.data.images import ImageSet
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.pipeline.evaluate import EvaluationConfig, evaluate_samples_file
 from harness.pipeline.judges import evaluation_config
 from harness.protocols import get_protocol
@@ -133,7 +133,7 @@ def test_statistics_of_a_file_decide_fid_and_sfid_and_nothing_else(folder, made_
 def test_what_is_lacking_or_of_no_use_is_refused(folder, made_inception, tmp_path):
     samples, task = folder / "samples.npz", folder / "task.toml"
     done = evaluate(samples, "--protocol", task, "--reference", folder / "reference.npz")
-    assert isinstance(done.exception, Refusal) and "give --inception FILE" in str(done.exception)
+    assert isinstance(done.exception, UserError) and "give --inception FILE" in str(done.exception)
     for backend in ("tensorflow", "jax"):
         done = evaluate(
             samples, "--suite", "embedded", "--protocol", task, "--reference", samples, "--backend", backend
@@ -197,4 +197,4 @@ def test_the_record_says_that_jax_computed(folder, made_inception, tmp_path, mon
 def test_a_device_that_is_absent_is_refused(folder, made_inception):
     for backend, says in (("torch", "--device abacus is not to be had"), ("jax", "has no device 'abacus'")):
         done = evaluate(*common(folder, made_inception), "--backend", backend, "--device", "abacus")
-        assert isinstance(done.exception, Refusal) and says in str(done.exception)
+        assert isinstance(done.exception, UserError) and says in str(done.exception)

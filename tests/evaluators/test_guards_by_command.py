@@ -16,7 +16,7 @@ from evaluators.suites import BUILT_IN
 from harness import registry
 from harness.cli import group
 from harness.data.digits import load
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 TASK = few_digits.task("few", suite="adm")
 SAMPLES, REFERENCE = slice(200), slice(200, 500)
@@ -214,13 +214,13 @@ def test_guard(place, case):
         assert done.exit_code == 0, done.exception
         assert f"warning ({name})" in done.stderr
         return
-    assert isinstance(done.exception, Refusal), done
+    assert isinstance(done.exception, UserError), done
     text = str(done.exception)
     assert f"({name}" in text and "\n" not in text
     assert not (place.folder / "out.jsonl").exists() and not done.stdout
     if name in NEVER_ALLOWED:
         place.arguments += ["--allow", name]
-        assert isinstance(place.evaluate().exception, Refusal)
+        assert isinstance(place.evaluate().exception, UserError)
 
 
 @pytest.mark.parametrize("where", ["samples", "reference"])
@@ -237,7 +237,7 @@ def test_features_that_are_not_finite(place, where, monkeypatch):
     monkeypatch.setattr(PixelFeatures, "__call__", spoilt)
     done = place.evaluate()
     print(done.exception)
-    assert isinstance(done.exception, Failure)
+    assert isinstance(done.exception, RunError)
     kind = "sample" if where == "samples" else "reference"
     assert str(done.exception).endswith(f"of image 3 are not finite ({kind} features)")
     assert not (place.folder / "out.jsonl").exists() and not done.stdout

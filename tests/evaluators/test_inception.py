@@ -19,7 +19,7 @@ from evaluators.features.inception_graph import by_batches, read_weights
 from evaluators.features.inception_layers import convolutions
 from evaluators.features.inception_structure import check_structure
 from evaluators.features.tf1_resize import resize_numpy
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 SIZES = (32, 64, 256, 299, 512)
 STAGES = ("pooled", "spatial", "logits")
@@ -91,7 +91,7 @@ def test_preprocessing_is_exact():
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 8, 8), np.uint8)])
 def test_wrong_images_are_refused(extractor, bad):
-    with pytest.raises(Refusal, match="uint8 images"):
+    with pytest.raises(UserError, match="uint8 images"):
         extractor(bad)
 
 
@@ -104,7 +104,7 @@ def test_features_that_are_not_finite_name_their_image():
     images = np.zeros((5, 2, 2, 3), np.uint8)
     assert by_batches("f", images, 2, forward).spatial.shape == (5, 2023)
     images[3] = 7
-    with pytest.raises(Failure, match="image 3 are not finite"):
+    with pytest.raises(RunError, match="image 3 are not finite"):
         by_batches("f", images, 2, forward)
 
 
@@ -226,7 +226,7 @@ def test_another_structure_under_the_same_constants_is_refused(what, nodes):
 def test_another_network_is_refused_in_one_line(made_inception, tmp_path):
     changed = made_inception.graph.read_bytes().replace(b"mixed_10/tower_2/pool", b"mixed_10/tower_2/poul", 1)
     (tmp_path / "other.pb").write_bytes(changed)
-    with pytest.raises(Refusal, match=r"other.pb is not the frozen graph of Inception-v3: .*md5 e6bb154e"):
+    with pytest.raises(UserError, match=r"other.pb is not the frozen graph of Inception-v3: .*md5 e6bb154e"):
         read_weights(tmp_path / "other.pb")
 
 
@@ -235,17 +235,17 @@ def test_another_network_is_refused_in_one_line(made_inception, tmp_path):
 
 @pytest.mark.parametrize("spec", [INCEPTION_2015, INCEPTION_2015_TF])
 def test_without_a_file_the_refusal_says_where_to_get_it(spec):
-    with pytest.raises(Refusal, match=r"--inception FILE.*95,673,916 bytes, md5 e6bb154e.*https://openaipublic"):
+    with pytest.raises(UserError, match=r"--inception FILE.*95,673,916 bytes, md5 e6bb154e.*https://openaipublic"):
         spec.load()
 
 
 def test_extractors_with_weights_of_their_own_take_no_file(tmp_path):
-    with pytest.raises(Refusal, match="take no weight file"):
+    with pytest.raises(UserError, match="take no weight file"):
         EFFICIENTNET_LITE0_96.load(weights=tmp_path)
 
 
 def test_tensorflow_runs_no_torch_port(made_inception):
-    with pytest.raises(Refusal, match="is a torch port"):
+    with pytest.raises(UserError, match="is a torch port"):
         INCEPTION_2015_TF.load(weights=made_inception.port)
 
 
@@ -262,26 +262,26 @@ def test_tensorflow_runs_no_torch_port(made_inception):
 )
 def test_files_that_are_something_else(content, says, tmp_path):
     (tmp_path / "f.pb").write_bytes(content)
-    with pytest.raises(Refusal, match=says) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         read_weights(tmp_path / "f.pb")
     assert "\n" not in str(caught.value)
 
 
 def test_missing_cut_short_damaged_and_folders(made_inception, tmp_path):
-    with pytest.raises(Refusal, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_weights(tmp_path / "none.pb")
-    with pytest.raises(Refusal, match="directory"):
+    with pytest.raises(UserError, match="directory"):
         read_weights(tmp_path)
     data = made_inception.graph.read_bytes()
     (tmp_path / "cut.pb").write_bytes(data[:-1000])
-    with pytest.raises(Refusal, match="cut short"):
+    with pytest.raises(UserError, match="cut short"):
         read_weights(tmp_path / "cut.pb")
     at = data.index(made_inception.writer.weights["conv/conv2d_params"].tobytes())
     (tmp_path / "nan.pb").write_bytes(data[:at] + np.float32(np.nan).tobytes() + data[at + 4 :])
-    with pytest.raises(Refusal, match="conv/conv2d_params is not finite"):
+    with pytest.raises(UserError, match="conv/conv2d_params is not finite"):
         read_weights(tmp_path / "nan.pb")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(Refusal, match="no torch port"):
+    with pytest.raises(UserError, match="no torch port"):
         read_weights(tmp_path / "other.pth")
 
 
@@ -315,7 +315,7 @@ def test_reading_weights_loads_no_framework():
 
 def test_a_tensorflow_that_is_missing_is_a_refusal_with_the_remedy(made_inception, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(Refusal, match="pip install tensorflow-cpu"):
+    with pytest.raises(UserError, match="pip install tensorflow-cpu"):
         INCEPTION_2015_TF.load(weights=made_inception.graph)
 
 

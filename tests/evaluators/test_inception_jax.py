@@ -19,7 +19,7 @@ from evaluators.features.inception_graph import read_weights
 from evaluators.frechet import frechet_distance
 from evaluators.statistics import statistics
 from evaluators.suites import ADM
-from harness.errors import Refusal
+from harness.errors import UserError
 
 STAGES = ("pooled", "spatial", "logits")
 BATCH = 4
@@ -183,13 +183,13 @@ def test_neither_torch_nor_tensorflow_nor_flax_is_loaded(made_inception):
 def test_a_jax_that_is_missing_is_a_refusal_with_the_remedy(made_inception, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)
     monkeypatch.delitem(sys.modules, "evaluators.features.inception_jax")
-    with pytest.raises(Refusal, match=r"inception-2015-12-05-jax cannot be loaded .*: pip install jax$"):
+    with pytest.raises(UserError, match=r"inception-2015-12-05-jax cannot be loaded .*: pip install jax$"):
         INCEPTION_2015_JAX.load(weights=made_inception.graph)
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:1", "cpu:99", "cpu:x", "abacus"])
 def test_a_device_that_is_absent_is_refused(name):
-    with pytest.raises(Refusal, match=rf"no device '{name}' here: give --device .*cpu") as caught:
+    with pytest.raises(UserError, match=rf"no device '{name}' here: give --device .*cpu") as caught:
         ours.pick_device(name)
     assert "\n" not in str(caught.value)
     assert ours.pick_device("cpu").platform == "cpu"

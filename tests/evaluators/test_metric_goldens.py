@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from evaluators import copies, frechet, inception_score, kernel_distance, precision_recall
 from evaluators.intervals import assign_blocks
 from evaluators.statistics import Moments, Statistics, statistics
-from harness.errors import Failure
+from harness.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,10 @@ def test_frechet_fails_loudly_on_what_is_no_covariance():
     bad = Statistics(n=None, mean=np.zeros(3), covariance=np.diag([1.0, 1.0, -1e-3]))
     good = Statistics(n=None, mean=np.zeros(3), covariance=np.eye(3))
     for pair in ((bad, good), (good, bad)):
-        with pytest.raises(Failure, match="eigenvalue"):
+        with pytest.raises(RunError, match="eigenvalue"):
             frechet.frechet_distance(*pair)
     nan = Statistics(n=None, mean=np.zeros(3), covariance=np.full((3, 3), np.nan))
-    with pytest.raises(Failure, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         frechet.frechet_distance(good, nan)
 
 
@@ -109,7 +109,7 @@ def test_frechet_fails_loudly_when_lapack_lies(monkeypatch):
 
     monkeypatch.setattr(np.linalg, "eigvalsh", sloppy)
     r = np.random.RandomState(0)
-    with pytest.raises(Failure, match="two orders"):
+    with pytest.raises(RunError, match="two orders"):
         frechet.frechet_distance(statistics(r.randn(50, 5)), statistics(r.randn(50, 5)))
 
 
@@ -235,5 +235,5 @@ def test_statistics_do_not_depend_on_blocks_or_their_order(cuts, order):
 
 
 def test_statistics_refuse_what_is_not_finite():
-    with pytest.raises(Failure, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         statistics(np.array([[1.0], [np.nan]]))

@@ -15,7 +15,7 @@ from evaluators.features import Features
 from evaluators.intervals import assign_blocks, interval
 from evaluators.reference import Reference
 from evaluators.statistics import statistics
-from harness.errors import Refusal
+from harness.errors import UserError
 from reports.neighbours import write_neighbours
 
 
@@ -362,7 +362,7 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path):
     captions = {"sample_captions": ["a", "b"], "neighbour_captions": [["x"] * 3] * 2}
     write_neighbours(images, near, tmp_path / "grey.png", **captions)
     for bad, match in (((images / 2, near), "uint8"), ((images, near[:1]), "do not fit")):
-        with pytest.raises(Refusal, match=match):
+        with pytest.raises(UserError, match=match):
             write_neighbours(*bad, tmp_path / "x.png", **captions)
-    with pytest.raises(Refusal, match="caption"):
+    with pytest.raises(UserError, match="caption"):
         write_neighbours(images, near, tmp_path / "x.png", **{**captions, "sample_captions": []})

@@ -20,7 +20,7 @@ from evaluators.suites import BUILT_IN, get_suite
 from harness import registry
 from harness.cli import group
 from harness.data.digits import load
-from harness.errors import Refusal
+from harness.errors import UserError
 from results.records import comparable_key, from_json
 
 TASK = few_digits.task("few", suite="adm")
@@ -175,7 +175,7 @@ def test_a_protocol_may_name_a_combination(place):
 )
 def test_what_cannot_be_combined_is_refused(place, text, message):
     done = evaluate(place, "--suite", text)
-    assert isinstance(done.exception, Refusal) and message in str(done.exception)
+    assert isinstance(done.exception, UserError) and message in str(done.exception)
 
 
 def test_every_pair_of_metric_and_features_is_a_suite_or_says_why_not():
@@ -241,7 +241,7 @@ def test_weights_of_dinov2_by_path_and_from_the_hub(name, place, small_dinov2):
     assert [each.id for each in by_path.values()] == [each.id for each in from_hub.values()]
     path.unlink()
     done = evaluate(place, *wanted, "--features-weights", repository)
-    assert isinstance(done.exception, Refusal)
+    assert isinstance(done.exception, UserError)
     assert f"{repository} is no file and was not fetched from the hub" in str(done.exception)
     with torch.device("meta"):
         assert len(vit.VisionTransformer(vit_spec.SHAPES[name]).blocks) == 1  # the small one was used

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from evaluators.features import Features, FeatureSpec
 from evaluators.reference import build_reference, images_sha256
 from evaluators.suites import BUILT_IN, EMBEDDED, METRICS, Suite, evaluate_samples
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 KEYS = ["fd", "kid", "is", "precision", "recall", "copies"]
 
@@ -77,7 +77,7 @@ def test_copies_are_looked_for_in_the_training_images(digits, reference):
 
 
 def test_too_few_samples_name_the_metrics(digits, reference):
-    with pytest.raises(Refusal, match=r"99 samples are too few for suite pixels: fd needs 100, .*draw at least 100"):
+    with pytest.raises(UserError, match=r"99 samples are too few for suite pixels: fd needs 100, .*draw at least 100"):
         evaluate_samples(digits[:99], reference, SUITE)
     only = dataclasses.replace(SUITE, metrics=(METRICS["copies"],))
     assert evaluate_samples(digits[:20], reference, only)[0].value == 1.0
@@ -92,13 +92,13 @@ def test_too_few_samples_name_the_metrics(digits, reference):
     ],
 )
 def test_images_that_do_not_fit_are_refused(images, words, reference):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         evaluate_samples(images, reference, SUITE)
     assert words in str(caught.value)
 
 
 def test_a_reference_of_other_features_is_refused(digits, reference):
-    with pytest.raises(Refusal, match="judges by efficientnet-lite0-96, but the reference was built with pixels"):
+    with pytest.raises(UserError, match="judges by efficientnet-lite0-96, but the reference was built with pixels"):
         evaluate_samples(digits[:200], reference, EMBEDDED)
 
 
@@ -109,9 +109,9 @@ def test_features_that_are_not_finite_fail(digits, reference):
             features.pooled[3, 2] = np.nan
             return features
 
-    with pytest.raises(Failure, match="image 3 are not finite"):
+    with pytest.raises(RunError, match="image 3 are not finite"):
         evaluate_samples(digits[:200], dataclasses.replace(reference, extractor=Broken()), SUITE)
-    with pytest.raises(Failure, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         build_reference(digits[:200], Broken())
 
 

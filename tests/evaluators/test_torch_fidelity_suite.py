@@ -14,7 +14,7 @@ from evaluators.intervals import assign_blocks
 from evaluators.reference import Reference
 from evaluators.statistics import statistics
 from evaluators.suites import BUILT_IN
-from harness.errors import Refusal
+from harness.errors import UserError
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc  # noqa: E402, below what skips
@@ -64,7 +64,7 @@ def test_kid_of_the_same_subsets(stored, computed):
     assert abs(suite.kid(samples, reference, 4, 50) - expected) < 1e-6 * scale
     for other in (suite.kid(reference, samples, 4, 50), suite.kid(samples, reference, 4, 50, seed=0)):
         assert abs(other - expected) > 1e-3 * scale  # so that the order of the draws and the seed are seen
-    with pytest.raises(Refusal, match="subsets of 1000, but there are 1203 samples and 999 reference images"):
+    with pytest.raises(UserError, match="subsets of 1000, but there are 1203 samples and 999 reference images"):
         suite.kid(samples, reference[:999])
 
 

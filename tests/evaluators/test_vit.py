@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from evaluators.features import vit, vit_spec, vit_weights
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 DINOV2 = replace(vit_spec.SHAPES["dinov2-vit-b-14"], width=32, depth=2, heads=2, grid=5, input_size=42)
 CLIP = replace(vit_spec.SHAPES["clip-vit-l-14-336"], width=32, depth=2, heads=2, grid=3, input_size=42, projection=24)
@@ -222,13 +222,13 @@ def test_images_to_features(files, layout):
     np.testing.assert_allclose(files[layout](images[::-1]).pooled[::-1], features, atol=1e-5)
     if "clip" in layout:
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-6)
-    with pytest.raises(Refusal, match="uint8 images"):
+    with pytest.raises(UserError, match="uint8 images"):
         files[layout](images / 255)
 
 
 def test_features_that_are_not_finite_fail(tmp_path):
     bad = extractor("facebook", tmp_path / "w.safetensors", **{"norm.bias": np.full(32, np.nan, np.float32)})
-    with pytest.raises(Failure, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         bad(np.zeros((1, 42, 42, 3), np.uint8))
 
 
@@ -277,23 +277,23 @@ def test_clips_text_tower_is_left_alone(files, tmp_path):
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, layout, change, message):
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         extractor(layout, tmp_path / "w.safetensors", **change)
 
 
 def test_weights_of_the_other_network_are_refused(tmp_path):
     save_file(filled("transformers clip"), tmp_path / "w.safetensors")
-    with pytest.raises(Refusal, match=r"does not hold the weights of dinov2-vit-b-14"):
+    with pytest.raises(UserError, match=r"does not hold the weights of dinov2-vit-b-14"):
         vit.VitFeatures(vit_spec.DINOV2_VIT_B_14, DINOV2, tmp_path / "w.safetensors")
 
 
 def test_weights_are_found_where_torch_hub_keeps_them(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(
-        Refusal, match=r"--features-weights FILE or --features-weights facebook/dinov2-base.*dinov2_vitb14_pretrain"
+        UserError, match=r"--features-weights FILE or --features-weights facebook/dinov2-base.*dinov2_vitb14_pretrain"
     ):
         vit_spec.DINOV2_VIT_B_14.load()
-    with pytest.raises(Refusal, match="openai/clip-vit-large-patch14-336"):
+    with pytest.raises(UserError, match="openai/clip-vit-large-patch14-336"):
         vit_spec.CLIP_VIT_L_14_336.load()
     (tmp_path / "checkpoints").mkdir()
     save_file(filled("facebook"), tmp_path / "checkpoints" / "dinov2_vitb14_pretrain.pth")
@@ -322,7 +322,7 @@ def test_a_hub_name_is_looked_up_in_the_cache_first(tmp_path, monkeypatch):
     assert vit_weights.find("x", shape, tmp_path) == tmp_path  # a folder that is there is never a hub name
     asked.clear()
     for mistyped in ("weights/dino.pth", "weights/model.safetensors", "/no/such/file"):
-        with pytest.raises(Refusal, match=mistyped):
+        with pytest.raises(UserError, match=mistyped):
             vit.load(vit_spec.DINOV2_VIT_L_14, "cpu", Path(mistyped))
     assert not asked
 
@@ -331,7 +331,7 @@ def test_a_hub_name_is_looked_up_in_the_cache_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
     with pytest.raises(
-        Refusal, match=r"was not fetched from the hub \(the disk is full\); name --features-weights FILE"
+        UserError, match=r"was not fetched from the hub \(the disk is full\); name --features-weights FILE"
     ):
         vit_weights.find("x", shape, "facebook/dinov2-large")
 

@@ -32,11 +32,11 @@ def request(steps):
     return dataclasses.replace(wanted, arguments={**wanted.arguments, **NARROW})
 
 
-def run(folder, steps, mesh, team):
+def run(folder, steps, mesh, group):
     """Train on `mesh` and draw samples; gradients are accumulated over four micro-batches by one process. Returns bytes
     of weights, averages and moments that this process holds."""
     wanted = request(steps)
-    shop = RunSession(wanted, load(), folder, lambda text: None, team, mesh=mesh)
+    shop = RunSession(wanted, load(), folder, lambda text: None, group, mesh=mesh)
     if shop.run is None:
         plain = {"device": "cpu", "device_name": "test", "precision": "float32", "threads": 1}
         shop.create(Resolved(**plain, micro_batch=4, mesh=mesh))
@@ -52,14 +52,14 @@ def run(folder, steps, mesh, team):
         shop.train(steps)
     finally:
         get_backend(shop.run.framework).make_engine = engine_of
-    sample_run(shop.run, wanted, steps, 5, precision="float32", batch=16, team=team)
+    sample_run(shop.run, wanted, steps, 5, precision="float32", batch=16, group=group)
     if not held:
         return 0
     moments = [state[key] for state in held[0]._optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    return sum(parallel.own(each).numel() * 4 for each in [*held[0]._weights, *held[0]._ema, *moments])
+    return sum(parallel.local_shard(each).numel() * 4 for each in [*held[0]._weights, *held[0]._ema, *moments])
 
 
-def measured(folder, out, team):
+def measured(folder, out, group):
     """Metrics of the samples of the run in `folder`, with features extracted ten images a call."""
     calls, reference.IMAGES_PER_CALL = reference.IMAGES_PER_CALL, 10
     suite = tiny_suite.made("tiny", metrics=("fd", "precision"))
@@ -68,7 +68,7 @@ def measured(folder, out, team):
     task = get_protocol("digits")
     by = EvaluationConfig(suite=suite, say=lambda text: None)
     try:
-        return evaluate_and_record(path, task, load(), out / "records.jsonl", cache=out / "cache", by=by, team=team)
+        return evaluate_and_record(path, task, load(), out / "records.jsonl", cache=out / "cache", by=by, group=group)
     finally:
         reference.IMAGES_PER_CALL = calls
 
@@ -84,12 +84,12 @@ def main(folder, steps, meshes, environment):
     torch.set_num_threads(1)
     training_loop.SHORTEST_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9
     training_loop.MAX_LOST_SECONDS = 0.2
-    team = join_processes("torch")
-    with team.together():
+    group = join_processes("torch")
+    with group.collective_scope():
         for each in meshes:
             name, mesh = each.split("=") if "=" in each else (each, each)
-            held = run(folder / name, steps, mesh, team)
-            (folder / name / f"held-{team.index}.txt").write_text(str(held))
+            held = run(folder / name, steps, mesh, group)
+            (folder / name / f"held-{group.index}.txt").write_text(str(held))
             if mesh == "2x1":
-                measured(folder / name, folder, team)
-                (folder / f"seen-{team.index}.txt").write_text(str(tiny_suite.Projection.seen))
+                measured(folder / name, folder, group)
+                (folder / f"seen-{group.index}.txt").write_text(str(tiny_suite.Projection.seen))

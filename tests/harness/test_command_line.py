@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from harness import cli
 from harness.cli import doctor, group, plan
-from harness.engines.memory import NoRoom
-from harness.errors import Refusal
+from harness.engines.memory import NotEnoughMemory
+from harness.errors import UserError
 
 FRAMEWORKS = ("torch", "jax", "flax", "tensorflow", "sklearn", "pandas", "matplotlib", "seaborn", "diffusers")
 
@@ -121,7 +121,7 @@ def test_a_plan_says_what_is_missing_before_it_measures_and_is_made_all_the_same
 
     def measured(request, options):
         click.echo("MEASURED")
-        raise NoRoom("dit-xl-2 needs 16.8 GB on cpu")
+        raise NotEnoughMemory("dit-xl-2 needs 16.8 GB on cpu")
 
     done = planned(monkeypatch, measured)
     assert done.exit_code == 0, done.exception
@@ -136,10 +136,10 @@ def test_a_plan_says_what_is_missing_before_it_measures_and_is_made_all_the_same
 
 def test_a_plan_for_a_device_that_is_not_there_is_refused_behind_its_arithmetic(monkeypatch):
     def measured(request, options):
-        raise Refusal("--device cuda:7 is not to be had here")
+        raise UserError("--device cuda:7 is not to be had here")
 
     done = planned(monkeypatch, measured)
-    assert isinstance(done.exception, Refusal) and "674.83 M" in done.stdout and "400,000 steps" in done.stdout
+    assert isinstance(done.exception, UserError) and "674.83 M" in done.stdout and "400,000 steps" in done.stdout
 
 
 def test_a_folder_named_like_a_package_does_not_get_in_the_way(tmp_path):

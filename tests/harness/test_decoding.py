@@ -15,7 +15,7 @@ import torch
 from backbones.autoencoders.spec import BY_NAME, KL_DEFAULTS, KNOWN, diffusers_name
 from harness.autoencoders import load as load_module
 from harness.autoencoders.load import Decoder, decoder_compute, load_autoencoder, resolve
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -74,7 +74,7 @@ def by_diffusers(folder, z, scale=0.18215):
 
 
 def refused(call, *words):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message
@@ -129,7 +129,7 @@ def test_weights_that_are_no_numbers_are_refused(folder, tmp_path):
     with torch.no_grad():
         net.decoder.conv_in.bias[3] = float("nan")
     net.save_pretrained(tmp_path / "vae")
-    with pytest.raises(Refusal, match=r"decoder.conv_in.bias has values that are infinite or not a number"):
+    with pytest.raises(UserError, match=r"decoder.conv_in.bias has values that are infinite or not a number"):
         load_autoencoder(str(tmp_path / "vae"))
 
 
@@ -259,9 +259,9 @@ def test_autocast_does_not_reach_the_decoder(folder):
 def test_an_image_that_is_not_finite_is_a_failure(folder):
     z = latents()
     z[1, 0, 0, 0] = float("nan")
-    with pytest.raises(Failure, match=r"image 1 of 3 is not finite"):
+    with pytest.raises(RunError, match=r"image 1 of 3 is not finite"):
         load_autoencoder(str(folder)).decode(z)
-    with pytest.raises(Failure, match=r"image 1 of 3 is not finite"):
+    with pytest.raises(RunError, match=r"image 1 of 3 is not finite"):
         load_autoencoder(str(folder), batch=2).decode(z)
 
 
@@ -407,7 +407,7 @@ CACHED = """
 import json, sys
 from harness import decoding
 from harness.decoding import load
-from harness.errors import Refusal
+from harness.errors import UserError
 
 decoding.KL_CONFIG = json.loads(sys.argv[1])  # the cached network is a small one
 
@@ -417,7 +417,7 @@ decoder = load("original")
 print(decoder.name, decoder.source, decoder.sha256)
 try:
     load("ft-mse")
-except Refusal as error:
+except UserError as error:
     print(error)
 """
 

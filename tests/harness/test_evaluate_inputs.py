@@ -9,7 +9,7 @@ from PIL import Image
 
 from harness.cli import group
 from harness.data.digits import load
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.samples import write_samples
 
 
@@ -52,7 +52,7 @@ def test_guards_refuse_and_can_be_waived(tmp_path, digits):
     (tmp_path / "unit.json").unlink()
     arguments = (tmp_path / "unit.npz", "--suite", "embedded-modern", "--json", "--out", tmp_path / "c.jsonl")
     done = evaluate(*arguments)
-    assert isinstance(done.exception, Refusal) and "(unit-range)" in str(done.exception)
+    assert isinstance(done.exception, UserError) and "(unit-range)" in str(done.exception)
     assert not (tmp_path / "c.jsonl").exists()
     done = evaluate(*arguments, "--allow", "unit-range", "--allow", "duplicates")
     assert len(values(done)) == 3 and "warning (unit-range)" in done.stderr

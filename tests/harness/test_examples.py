@@ -25,10 +25,10 @@ def test_images_are_mirrored_by_position_and_scaled_alike_in_both_frameworks():
     np.testing.assert_array_equal(labels, data.labels[rows])
     np.testing.assert_array_equal(plain.take(positions)[0], data.images[rows])
 
-    x0 = data.x0(torch.from_numpy(stored), no_noise)
+    x0 = data.to_model_input(torch.from_numpy(stored), no_noise)
     assert x0.shape == (12, 1, 8, 8) and x0.dtype == torch.float32
     by_hand = expected.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
     np.testing.assert_array_equal(x0.numpy(), by_hand)
-    in_jax = data.x0(jnp.asarray(stored), no_noise)
+    in_jax = data.to_model_input(jnp.asarray(stored), no_noise)
     assert in_jax.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(in_jax), by_hand, atol=1e-7)  # XLA divides by multiplying

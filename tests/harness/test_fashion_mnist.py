@@ -18,7 +18,7 @@ from harness.data import fashion_mnist, public_files
 from harness.data.cache_dir import downloads
 from harness.data.idx import read_idx
 from harness.data.public_files import DATASETS, PublicDataset, PublicFile
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.planning.plan import missing
 from harness.planning.request import make_request
 
@@ -62,7 +62,7 @@ def put(folder, arrays, packed=True):
 
 
 def refused(call):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -191,7 +191,7 @@ def test_fetching_puts_all_files_where_a_run_finds_them(home, tmp_path, monkeypa
         assert len(fashion_mnist.load(tmp_path / "mine")) == 10
         server.paths[f"/{NAMES[3]}.gz"] = contents[f"{NAMES[3]}.gz"][:-1] + b"\1"
         done = fetch("--out", tmp_path / "again")
-        assert isinstance(done.exception, Refusal) and f"{NAMES[3]}.gz was not fetched" in str(done.exception)
+        assert isinstance(done.exception, UserError) and f"{NAMES[3]}.gz was not fetched" in str(done.exception)
         assert "its md5 is" in str(done.exception)
         assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(f"{n}.gz" for n in NAMES[:3])
     (tmp_path / "file").touch()

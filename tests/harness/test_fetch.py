@@ -21,7 +21,7 @@ from harness.cli import group
 from harness.data import download
 from harness.data.fetch import fetch
 from harness.data.public_files import FILES, PublicFile
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 CONTENT = np.random.RandomState(0).bytes(1_500_000)
 OTHER = np.random.RandomState(1).bytes(1_500_000)
@@ -59,7 +59,7 @@ def files_here():
     return sorted(path.name for path in Path().iterdir())
 
 
-def refused(call, kind=Refusal):
+def refused(call, kind=UserError):
     with pytest.raises(kind) as caught:
         call()
     assert "\n" not in str(caught.value)
@@ -106,7 +106,7 @@ def test_without_ranges_it_begins_again():
 
 def test_a_server_that_keeps_breaking_off_ends_in_one_line_and_the_same_command_continues():
     with serving(CONTENT, break_after=[400_000] + [0] * 5) as server:
-        message = refused(lambda: fetch(published(server.url)), Failure)
+        message = refused(lambda: fetch(published(server.url)), RunError)
         assert "broke off at 400,000 of 1,500,000 bytes" in message and "same command continues" in message
         assert files_here() == [f"{NAME}.partial", f"{NAME}.partial.json"]
         server.break_after.clear()
@@ -118,7 +118,7 @@ def test_a_server_that_keeps_breaking_off_ends_in_one_line_and_the_same_command_
 def test_a_file_that_changed_meanwhile_is_fetched_anew():
     for behaviour in ({}, {"etag": None}):
         with serving(CONTENT, break_after=[400_000] + [0] * 5, **behaviour) as server:
-            refused(lambda: fetch(published(server.url)), Failure)
+            refused(lambda: fetch(published(server.url)), RunError)
             server.break_after.clear()
             server.content, server.etag = OTHER[:-7], server.etag and '"two"'
             fetch(published(server.url, content=OTHER[:-7]))

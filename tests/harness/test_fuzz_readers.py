@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.images.open import open_images
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (6, 8, 8, 3)).astype(np.uint8)
@@ -106,7 +106,7 @@ def attempt(path, truth, data):
     try:
         source = open_images(path)
         images = source.array()
-    except (Refusal, Failure) as error:
+    except (UserError, RunError) as error:
         assert "\n" not in str(error) and len(str(error)) < 1000, str(error)
         return "refused"
     finally:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from harness import registry
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.planning.request import resolve_request
 from harness.protocols import from_dict, get_protocol
 from harness.systems.read import system_from_dict
@@ -76,7 +76,7 @@ def attack(table, take):
             try:
                 take(changed(table, place, value))
                 taken += 1
-            except Refusal as refusal:
+            except UserError as refusal:
                 refused += 1
                 assert "\n" not in str(refusal) and len(str(refusal)) < LONGEST, (place, value)
             except Exception as error:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from evaluators.reference import images_sha256
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.open import open_images
 from harness.images.source import from_batches
 
@@ -113,7 +113,7 @@ def test_every_container_gives_the_same_images_labels_and_hash(tmp_path, kind):
     else:
         assert source.labels.dtype == np.int64
         np.testing.assert_array_equal(source.labels, labels)
-        with pytest.raises(Refusal, match="label 2 of image 16 is outside the 2 classes"):
+        with pytest.raises(UserError, match="label 2 of image 16 is outside the 2 classes"):
             open_images(path, classes=2)
 
 
@@ -127,7 +127,7 @@ def test_grey_images_and_what_is_said_of_a_container(tmp_path):
     np.savez(tmp_path / "r.npz", arr_0=IMAGES, mu=np.zeros(3), sigma=np.eye(3))
     assert open_images(tmp_path / "r.npz").extra_arrays == ("mu", "sigma")
     np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(Refusal, match="statistics .* and no images"):
+    with pytest.raises(UserError, match="statistics .* and no images"):
         open_images(tmp_path / "s.npz")
 
 
@@ -155,7 +155,7 @@ def test_a_stored_npz_is_mapped_and_a_deflated_one_streamed(tmp_path):
         tracemalloc.stop()
         assert first == [i % 256 for i in range(4096)]
         assert peak < 8 << 20, f"{name}: {peak} bytes"  # a batch is 1.5 MiB
-    with pytest.raises(Refusal, match="held at once"):
+    with pytest.raises(UserError, match="held at once"):
         open_images(tmp_path / "deflated.npz").array(limit=1 << 20)
 
 
@@ -163,11 +163,11 @@ def test_live_generators():
     made = lambda sizes: (IMAGES[:n] for n in sizes)  # noqa: E731
     source = from_batches(made([3, 4]))
     assert source.shape == (9, 8, 3) and source.count is None
-    with pytest.raises(Refusal, match="give count=N"):
+    with pytest.raises(UserError, match="give count=N"):
         source.sha256()
     assert [len(each) for each in source.batches(5)] == [5, 2]
     assert source.count == 7
-    with pytest.raises(Refusal, match="only once"):
+    with pytest.raises(UserError, match="only once"):
         next(source.batches(5))
     endless = from_batches((IMAGES for _ in iter(int, 1)), count=50)
     assert sum(len(each) for each in endless.batches(7)) == 50
@@ -175,20 +175,20 @@ def test_live_generators():
     again = from_batches([IMAGES[:10], IMAGES[10:]], labels=LABELS)
     assert again.sha256() == images_sha256(again.array()) == images_sha256(IMAGES)
     assert from_batches([IMAGES]).sha256() == images_sha256(IMAGES)  # N is found first
-    with pytest.raises(Refusal, match="7 images came where 9 were promised"):
+    with pytest.raises(UserError, match="7 images came where 9 were promised"):
         list(from_batches(made([3, 4]), count=9).batches())
-    with pytest.raises(Refusal, match=r"float64 .* with values in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"float64 .* with values in \[0, 1\]"):
         from_batches([np.stack([np.zeros((4, 4, 3)), np.ones((4, 4, 3))])])
-    with pytest.raises(Refusal, match="channels first"):
+    with pytest.raises(UserError, match="channels first"):
         from_batches([np.zeros((2, 3, 8, 8), np.uint8)])
-    with pytest.raises(Refusal, match="are followed by"):
+    with pytest.raises(UserError, match="are followed by"):
         list(from_batches([IMAGES, IMAGES[:, :8]]).batches())
-    with pytest.raises(Refusal, match="no images"):
+    with pytest.raises(UserError, match="no images"):
         from_batches([])
 
 
 def refused(path, read=True):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         source = open_images(path)
         if read:
             source.array()

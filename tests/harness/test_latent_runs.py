@@ -17,7 +17,7 @@ from harness.cli import group, plan
 from harness.data import latents
 from harness.data.load import training_data
 from harness.engines.backend import get_backend
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.pipeline.train import RunSession
 from harness.planning.plan import missing
 from harness.planning.request import make_request
@@ -66,7 +66,7 @@ def done(*words):
 
 def refused(*words):
     result = harness(*words)
-    assert isinstance(result.exception, Refusal), (result.exception, result.output)
+    assert isinstance(result.exception, UserError), (result.exception, result.output)
     text = str(result.exception)
     assert "\n" not in text
     return text + result.stderr
@@ -127,7 +127,7 @@ def sampler_of(home, ran, framework="torch", decoder=None):
     plan = registry.samplers.get("ddpm").make(
         Schedule.named("linear", 1000), 3, registry.objectives.get("epsilon-learned-range"), 0.0, False
     )
-    snapshot = run.snapshot(4) / "ema.safetensors"
+    snapshot = run.ema_checkpoint(4) / "ema.safetensors"
     return get_backend(framework).make_sampler(
         request, run, snapshot, plan, precision="float32", batch=100, decoder=decoder
     )
@@ -210,7 +210,7 @@ def test_both_frameworks_learn_the_same_latents(home, tmp_path):
     for step in (1, 2, 3):
         for engine in (in_torch, in_jax):
             assert engine.step(step, lambda: False)
-    np.testing.assert_allclose(in_torch.drain(), in_jax.drain(), rtol=2e-5)
+    np.testing.assert_allclose(in_torch.pop_losses(), in_jax.pop_losses(), rtol=2e-5)
 
 
 def test_a_cache_by_another_auto_encoder_is_refused_with_both_hashes(home, ran, tmp_path):

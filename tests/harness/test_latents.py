@@ -16,7 +16,7 @@ from harness.cli import group
 from harness.data import encode, latents
 from harness.data.images import ImageSet
 from harness.data.prepared import CHUNK_IMAGES
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.runs.samples import write_samples
 
 COUNT = 2 * CHUNK_IMAGES + 30  # three chunks
@@ -171,7 +171,7 @@ def test_work_that_was_cut_off_is_continued_to_the_same_bytes(vae, source, whole
         with pytest.raises(Killed):
             make(source, vae, out)
         assert not (out / "latents.npy").exists() and not (out / "meta.json").exists()
-        with pytest.raises(Refusal, match="is not whole: give the `harness data latents` command"):
+        with pytest.raises(UserError, match="is not whole: give the `harness data latents` command"):
             latents.load(out)
         with (out / "chunks.partial").open("ab") as file:  # a line that was being written
             file.write(b'[2, "ab')
@@ -229,12 +229,12 @@ def test_verify_reads_every_byte(whole, tmp_path):
     for file, at in (("latents.npy", -9), ("labels.npy", -8)):
         before = (out / file).read_bytes()
         (out / file).write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
-        with pytest.raises(Refusal, match=rf"images {2 * CHUNK_IMAGES} to {COUNT - 1} differ from their hash"):
+        with pytest.raises(UserError, match=rf"images {2 * CHUNK_IMAGES} to {COUNT - 1} differ from their hash"):
             latents.verify(out)
         (out / file).write_bytes(before)
     latents.verify(out)
     (out / "latents.npy").write_bytes((out / "latents.npy").read_bytes()[:-4])
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         latents.verify(out)
 
 
@@ -242,7 +242,7 @@ def test_a_finished_cache_that_was_damaged_is_not_taken_for_whole(folder, source
     out = copied(whole, tmp_path)
     assert encode.made_before(source, str(folder), out) == latents.read_meta(whole)
     os.truncate(out / "latents.npy", 2000)
-    with pytest.raises(Refusal, match=r"copy was whole once and is damaged \(.*latents.npy.*\); delete it"):
+    with pytest.raises(UserError, match=r"copy was whole once and is damaged \(.*latents.npy.*\); delete it"):
         encode.made_before(source, str(folder), out)
 
 
@@ -259,32 +259,32 @@ def test_a_meta_that_was_edited_is_refused(whole, tmp_path, change, says):
     out = copied(whole, tmp_path)
     data = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps({**data, **change}))
-    with pytest.raises(Refusal, match=says):
+    with pytest.raises(UserError, match=says):
         latents.load(out)
 
 
 def test_another_auto_encoder_other_images_and_other_folders_are_refused(vae, source, whole, tmp_path):
     other = load_autoencoder(str(save_vae(tmp_path / "other", seed=1, scaling_factor=0.5, shift_factor=0.25)))
-    with pytest.raises(Refusal, match=rf"vae.*is 'vae-{vae.sha256[:12]}' there and 'vae-{other.sha256[:12]}' here"):
+    with pytest.raises(UserError, match=rf"vae.*is 'vae-{vae.sha256[:12]}' there and 'vae-{other.sha256[:12]}' here"):
         make(source, other, whole)
     images, labels = pictures(40)
     few = encode.Source(data=ImageSet(name="noise", images=images, labels=labels), crop=None, place="")
-    with pytest.raises(Refusal, match="images.sha256 is"):
+    with pytest.raises(UserError, match="images.sha256 is"):
         make(few, vae, whole)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
-    with pytest.raises(Refusal, match="holds other files"):
+    with pytest.raises(UserError, match="holds other files"):
         make(few, vae, tmp_path / "full")
     grey = ImageSet(name="grey", images=images[..., :1], labels=labels)
     for data, words in ((grey, "16x16x1"), (ImageSet(name="x", images=images[:, :12, :12], labels=labels), "12x12x3")):
-        with pytest.raises(Refusal, match=f"{words}; auto-encoder vae-.* takes squares of 3 channels"):
+        with pytest.raises(UserError, match=f"{words}; auto-encoder vae-.* takes squares of 3 channels"):
             make(encode.Source(data=data, crop=None, place=""), vae, tmp_path / "new")
 
 
 def test_a_disk_without_room_is_said_before_the_work(vae, source, tmp_path, monkeypatch):
     monkeypatch.setattr(encode.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10_000))
     monkeypatch.setattr(encode, "encode", None)
-    with pytest.raises(Failure, match=r"latents take 0.00 GB and 0.00 GB are free; make room"):
+    with pytest.raises(RunError, match=r"latents take 0.00 GB and 0.00 GB are free; make room"):
         make(source, vae, tmp_path / "cache")
 
 
@@ -304,4 +304,4 @@ def test_the_command_takes_an_npz_and_says_what_it_made(folder, tmp_path):
         ("imagenet", "give the folder that `harness data prepare imagenet --from PATH --out DIR` makes"),
     ):
         done = CliRunner().invoke(group, ["data", "latents", bad, "--vae", str(folder), "--out", str(tmp_path / "x")])
-        assert isinstance(done.exception, Refusal) and says in str(done.exception)
+        assert isinstance(done.exception, UserError) and says in str(done.exception)

@@ -12,7 +12,7 @@ import tiny_suite
 from PIL import Image
 
 from harness.data.digits import load
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images import spool
 from harness.images.open import open_images
 from harness.images.spool import IN_MEMORY_BYTES, spooled
@@ -87,7 +87,7 @@ def test_with_the_protocols_own_suite_and_an_endless_generator(samples):
 )
 def test_what_makes_no_sense_is_refused(images, more, message):
     judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=lambda text: None)
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         evaluate_images(images, "digits", name="mine", judge=judge, **more)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 

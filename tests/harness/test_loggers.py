@@ -13,7 +13,7 @@ from small_runs import request, workshop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harness import loggers
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.pipeline import training_loop
 from harness.runs import checkpoints
 
@@ -233,6 +233,6 @@ def test_a_missing_library_is_refused_before_anything_is_trained(monkeypatch):
     loggers.check_installed(["tensorboard"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        Refusal, match=r"--logger tensorboard needs tensorboard: pip install 'backbone-harness\[tensorboard\]'"
+        UserError, match=r"--logger tensorboard needs tensorboard: pip install 'backbone-harness\[tensorboard\]'"
     ):
         loggers.check_installed(["tensorboard"])

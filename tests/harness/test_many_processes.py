@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from harness.distributed.group import SINGLE_PROCESS
 from harness.distributed.launch import Rank, is_main_process, launched, rank_of
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.samples import read_samples
 from results.store import load
 
@@ -308,6 +308,6 @@ def test_who_a_process_is():
 def test_badly_set_variables_are_refused_in_one_line(changes, words):
     told = {name: value for name, value in {**BY_HAND, **changes}.items() if value is not None}
     assert launched(told)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         rank_of(told)
     assert words in str(refused.value) and len(str(refused.value).splitlines()) == 1

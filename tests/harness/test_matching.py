@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from harness import registry
 from harness.cli import plan, run, train
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.planning.matching import (
     EPOCHS,
     Reference,
@@ -234,7 +234,7 @@ def test_the_table_and_the_plan_in_words():
 def test_run_and_train_take_the_same_options(tmp_path):
     words = ["--backbone", "dit-b-2", "--protocol", "imagenet-256", "--match", "dit-xl-2@400k"]
     done = CliRunner().invoke(run.command, [*words, "--match-sampling", "dit-xl-2@16,32@cfg1.5"])
-    assert isinstance(done.exception, Refusal) and "missing" in done.output  # no ImageNet here: the plan comes first
+    assert isinstance(done.exception, UserError) and "missing" in done.output  # no ImageNet here: the plan comes first
     steps = best(400_000 * flops("dit-xl-2", num_classes=1000), flops("dit-b-2", num_classes=1000))
     assert f"{steps:,} steps for the" in done.output and "dit-xl-2@32@cfg1.5" in done.output
 
@@ -272,7 +272,7 @@ def test_run_and_train_take_the_same_options(tmp_path):
     ],
 )
 def test_what_cannot_be_matched_is_refused_in_one_line(guests, words, message):
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         CliRunner().invoke(plan.command, words, catch_exceptions=False)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -285,11 +285,11 @@ def test_sampling_steps_that_cannot_be_had_are_refused_with_the_bounds():
         return matched(request, sampling=parse_sampling_reference(text))
 
     most = next(n for n in range(DIFFUSION) if (n + 1) * many > DIFFUSION * few)
-    with pytest.raises(Refusal, match=f"has 1000, which cost at most dit-xl-2@{most}$"):
+    with pytest.raises(UserError, match=f"has 1000, which cost at most dit-xl-2@{most}$"):
         solve("dit-xs-4", "dit-xl-2@250")
     assert solve("dit-xs-4", f"dit-xl-2@{most}").sampling.steps == (best(most * many, few),)
     least = next(n for n in range(1, DIFFUSION) if n * few >= many)
-    with pytest.raises(Refusal, match=f"less than half a sampling step of 'dit-xl-2'.*dit-xs-4@{least}$"):
+    with pytest.raises(UserError, match=f"less than half a sampling step of 'dit-xl-2'.*dit-xs-4@{least}$"):
         solve("dit-xl-2", "dit-xs-4@10")
     assert solve("dit-xl-2", f"dit-xs-4@{least}").sampling.steps == (1,)
 

@@ -8,7 +8,7 @@ import pytest
 
 from harness.data.digits import load
 from harness.data.images import ImageSet
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.pipeline.evaluate import evaluate_and_record
 from harness.protocols import get_protocol
 from harness.runs.samples import write_samples
@@ -66,7 +66,7 @@ def test_samples_that_are_not_the_sidecars_are_refused(tmp_path, digits):
     other = tmp_path / "other.npz"
     write_samples(other, [digits.images[120:240]], digits.labels[120:240], {})
     path.write_bytes(other.read_bytes())
-    with pytest.raises(Refusal, match=r"samples.npz is not the file that .*samples.json describes"):
+    with pytest.raises(UserError, match=r"samples.npz is not the file that .*samples.json describes"):
         judge(path, digits, tmp_path)
     assert json.loads(path.with_suffix(".json").read_text())["made"] == "here"
     assert not (tmp_path / "records.jsonl").exists()

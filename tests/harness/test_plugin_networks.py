@@ -8,7 +8,7 @@ from torch import nn
 
 from harness.engines.torch import resolve
 from harness.engines.torch.trainer import TorchEngine
-from harness.errors import Refusal
+from harness.errors import UserError
 
 
 class Net(nn.Module):
@@ -49,7 +49,7 @@ def test_a_shared_weight_is_averaged_under_both_names(tmp_path):
     made = engine(tmp_path, Net())
     for step in range(1, 4):
         made.step(step, lambda: False)
-    ema = dict(made.parts())["ema"]()
+    ema = dict(made.state_dicts())["ema"]()
     assert np.array_equal(ema["first.weight"], ema["second.weight"])
     assert not np.array_equal(ema["first.weight"], made.net.first.weight.detach().numpy())
 
@@ -74,5 +74,5 @@ def test_measuring_the_speed_leaves_the_network_as_it_was():
 
 
 def test_a_parameter_without_a_gradient_is_named(tmp_path):
-    with pytest.raises(Refusal, match="parameter idle of the network gets no gradient"):
+    with pytest.raises(UserError, match="parameter idle of the network gets no gradient"):
         engine(tmp_path, Net(idle=True)).step(1, lambda: False)

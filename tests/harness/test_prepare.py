@@ -20,7 +20,7 @@ from harness.data import imagenet, photographs, prepared
 from harness.data.photographs import center_crop, decode
 from harness.data.prepare import prepare
 from harness.data.verify import verify
-from harness.errors import Refusal
+from harness.errors import UserError
 
 SIZE = 16
 
@@ -30,7 +30,7 @@ def made(source, out, dataset="mine", resolution=SIZE, say=lambda text: None, th
 
 
 def refused(call):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -283,10 +283,10 @@ def png_of(image):
 
 def test_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(photographs, "PIXELS", 1000)
-    with pytest.raises(Refusal, match="pixels are more than"):
+    with pytest.raises(UserError, match="pixels are more than"):
         decode(png_of(Image.new("RGB", (40, 40))), SIZE, "x.png")
     monkeypatch.setattr(photographs, "FILE_BYTES", 100)
-    with pytest.raises(Refusal, match="no image of a data set"):
+    with pytest.raises(UserError, match="no image of a data set"):
         decode(bytes(101), SIZE, "x.png")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from harness.data.photographs import Broken, decode
 from harness.data.sources import open_listing
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.images.open import open_images
 from harness.images.source import Damaged
 from harness.images.tars import tar_members
@@ -70,5 +70,5 @@ def test_numbered_classes_are_their_labels_in_every_kind_of_source(tmp_path):
             assert decode(image.read(), 16, image.name).pixels[0, 0, 0] == wanted[image.row], found.kind
     assert len({found.sha256 for found in listings}) == 1
     (tmp_path / "tree" / "20261127").mkdir()
-    with pytest.raises(Refusal, match="label 20261127 is beyond 100,000 classes"):
+    with pytest.raises(UserError, match="label 20261127 is beyond 100,000 classes"):
         open_listing(tmp_path / "tree", "mine")

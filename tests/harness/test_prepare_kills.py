@@ -16,7 +16,7 @@ from PIL import Image
 from harness.data import imagenet, prepared
 from harness.data.prepare import prepare
 from harness.data.verify import verify
-from harness.errors import Failure
+from harness.errors import RunError
 
 
 def content(folder):
@@ -115,7 +115,7 @@ def test_a_full_disk_is_a_failure_in_one_line_and_the_command_continues(tmp_path
         return write(*words)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(Failure, match="the disk is full") as caught:
+    with pytest.raises(RunError, match="the disk is full") as caught:
         made("out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     monkeypatch.undo()

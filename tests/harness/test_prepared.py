@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from harness import registry
 from harness.cli import group
 from harness.data import prepared
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io import files
 from harness.planning.plan import missing
 from harness.planning.request import make_request
@@ -41,7 +41,7 @@ def make(folder, count=600, size=8, classes=3, name="mine", channels=3):
 
 
 def refused(call):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -69,7 +69,7 @@ def test_a_prepared_set_is_mapped_and_its_hash_is_not_computed_again(tmp_path, m
     assert np.array_equal(data.images, images) and np.array_equal(data.labels, labels)
     assert data.labels.dtype == np.int64 and data.name == "mine"
     assert data.sha256 == meta.sha256 == json.loads((tmp_path / "set" / "meta.json").read_text())["sha256"]
-    assert data.shrunk(4) is data
+    assert data.downsampled(4) is data
 
 
 def test_the_hash_is_of_images_labels_classes_and_nothing_else(tmp_path):

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.protocols import Protocol, Recipe, Sampling, built_in, count, from_dict, get_protocol, override
 from harness.systems.read import get_system
 
@@ -73,23 +73,23 @@ def test_a_users_file(tmp_path):
     ],
 )
 def test_mistakes_in_a_protocol_are_named(change, message):
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         from_dict({**MINIMAL, **change}, "mine.toml")
 
 
 def test_a_missing_item_is_named():
-    with pytest.raises(Refusal, match=r"mine.toml: samples is missing"):
+    with pytest.raises(UserError, match=r"mine.toml: samples is missing"):
         from_dict({name: value for name, value in MINIMAL.items() if name != "samples"}, "mine.toml")
 
 
 def test_files_that_are_no_toml(tmp_path):
-    with pytest.raises(Refusal, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         get_protocol(str(tmp_path / "absent.toml"))
     path = tmp_path / "broken.toml"
     for text in ("name = ", "a = " + "9" * 10_000, "a = " + "[" * 100_000):
         path.write_text(text)
         for load in (get_protocol, get_system):
-            with pytest.raises(Refusal, match="not valid TOML"):
+            with pytest.raises(UserError, match="not valid TOML"):
                 load(str(path))
 
 
@@ -100,7 +100,7 @@ def test_every_recipe_item_can_be_overridden_from_text():
         text = {bool: "false", int: "17", float: "0.5", str: "cosine"}[type(value)]
         changed = override(recipe, {item.name: text})
         assert getattr(changed, item.name) == {bool: False, int: 17, float: 0.5, str: "cosine"}[type(value)]
-    with pytest.raises(Refusal, match="did you mean learning_rate"):
+    with pytest.raises(UserError, match="did you mean learning_rate"):
         override(recipe, {"lerning_rate": "1"})
-    with pytest.raises(Refusal, match="cannot be read as float"):
+    with pytest.raises(UserError, match="cannot be read as float"):
         override(recipe, {"learning_rate": "fast"})

@@ -24,7 +24,7 @@ from evaluators.reference_file import read_about
 from evaluators.statistics import statistics
 from harness.cli import group
 from harness.data.digits import load
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 N = 700  # more than one call of the network
 
@@ -43,7 +43,7 @@ def facts(done):
 
 
 def refused(done):
-    assert isinstance(done.exception, Refusal), done.exception or done.output
+    assert isinstance(done.exception, UserError), done.exception or done.output
     assert "\n" not in str(done.exception)
     return str(done.exception)
 
@@ -340,7 +340,7 @@ def test_features_that_are_not_finite_end_it(tmp_path, source, monkeypatch):
 
     monkeypatch.setattr(tiny_suite.Projection, "__call__", broken)
     done = reference(source, tmp_path / "r.npz")
-    assert isinstance(done.exception, Failure) and "of image 511 are not finite" in str(done.exception)
+    assert isinstance(done.exception, RunError) and "of image 511 are not finite" in str(done.exception)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.npz"]
 
 

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.runs.samples import read_samples, read_sidecar, sidecar_path, write_samples
 
 
@@ -35,7 +35,7 @@ def path(tmp_path, images, labels):
 
 
 def refusal(path, **arguments):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         read_samples(path, **arguments)
     message = str(caught.value)
     assert "\n" not in message
@@ -83,10 +83,10 @@ def test_sidecar_says_how_it_was_made(path):
     assert facts["seed"] == 3 and facts["images"] == 25 and facts["shape"] == [8, 8, 3]
     assert facts["sha256"] == read_samples(path).sha256
     sidecar_path(path).write_text("{", encoding="utf-8")
-    with pytest.raises(Refusal, match="JSON"):
+    with pytest.raises(UserError, match="JSON"):
         read_sidecar(path)
     sidecar_path(path).unlink()
-    with pytest.raises(Refusal, match="missing"):
+    with pytest.raises(UserError, match="missing"):
         read_sidecar(path)
 
 
@@ -115,7 +115,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, images, labels, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Failure, match=r"s\.npz could not be written: No space left on device"):
+    with pytest.raises(RunError, match=r"s\.npz could not be written: No space left on device"):
         write_samples(tmp_path / "s.npz", shards(images), labels, {})
     assert not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ from harness.diffusion.schedule import Schedule
 from harness.distributed.group import ProcessGroup
 from harness.engines.torch import sampling as sampling_module
 from harness.engines.torch.sampling import TorchSampler, load_weights, to_uint8
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io.files import sha256_file
 from harness.pipeline import sampling_loop
 from harness.pipeline.evaluate import EvaluationConfig, evaluate_samples_file
@@ -120,7 +120,7 @@ def test_a_batch_is_put_through_the_network_in_equal_parts(shop, monkeypatch):
 def test_with_a_network_the_batch_moves_last_bits_alone(shop, monkeypatch, record_property):
     """What is left is the order of sums in matrix products: in float64 it all but vanishes, as randomness would not."""
     net = load_weights(
-        shop.request.spec.build("torch", **shop.request.arguments), shop.run.snapshot(30) / "ema.safetensors"
+        shop.request.spec.build("torch", **shop.request.arguments), shop.run.ema_checkpoint(30) / "ema.safetensors"
     )
     floats, rounded = images(monkeypatch, net, shop.request, 64)
     assert len(np.unique(rounded)) > 50
@@ -182,7 +182,7 @@ def test_sample_set_and_sidecar(shop):
     assert side["images"] == 40 and side["shape"] == [8, 8, 1] and side["sha256"] == sha256_file(path)
     identity = side["identity"]
     assert identity["run"] == shop.run.identity and identity["training_steps"] == 30
-    assert identity["checkpoint_sha256"] == sha256_file(shop.run.snapshot(30) / "ema.safetensors")
+    assert identity["checkpoint_sha256"] == sha256_file(shop.run.ema_checkpoint(30) / "ema.safetensors")
     drawn = identity["sampling"]
     assert (drawn["sampler"], drawn["steps"], drawn["precision"], drawn["seed"]) == ("ddpm", 3, "float32", 0)
     assert (drawn["label_policy"], drawn["uint8_rule"], drawn["guidance_scale"]) == ("balanced", "dit", 1.0)
@@ -199,7 +199,7 @@ def test_records_say_how_long_training_and_sampling_took(shop, tmp_path):
     judge = EvaluationConfig(suite=tiny_suite.made("tiny", metrics=("fd",)), say=lambda text: None)
     (record,) = evaluate_samples_file(path, shop.run.protocol, shop.data, cache=tmp_path, judge=judge)
     found = record.environment
-    state = json.loads((shop.run.snapshot(30) / "state.json").read_text())
+    state = json.loads((shop.run.ema_checkpoint(30) / "state.json").read_text())
     assert found.training_seconds == state["seconds"] > 0 and 0 < found.sampling_seconds_per_image < 1
     assert (
         found.training_device == found.sampling_device
@@ -296,7 +296,7 @@ def test_a_damaged_shard_is_drawn_again(damage, shop, counted, monkeypatch):
 
 
 def test_a_snapshot_that_is_not_there_is_refused(shop):
-    with pytest.raises(Refusal, match=r"no snapshot of step 31 \(it has: 30\); train to it with --steps 31"):
+    with pytest.raises(UserError, match=r"no snapshot of step 31 \(it has: 30\); train to it with --steps 31"):
         sample_run(shop.run, shop.request, 31, 3, precision="float32", batch=16)
 
 
@@ -307,7 +307,7 @@ def test_a_folder_with_other_samples_than_its_name_says_is_refused(shop):
     facts["identity"]["count"] = 41
     side.write_text(json.dumps(facts))
     before = path.read_bytes()
-    with pytest.raises(Refusal, match="holds other samples than its name and sidecar say"):
+    with pytest.raises(UserError, match="holds other samples than its name and sidecar say"):
         draw_set(shop, seed=21)
     assert path.read_bytes() == before
 
@@ -315,8 +315,8 @@ def test_a_folder_with_other_samples_than_its_name_says_is_refused(shop):
 def test_the_leader_says_whether_a_sample_set_is_there(shop):
     """See the same of snapshots: another process may not see it yet, or see it too soon."""
 
-    def drawn(team):
-        return sample_run(shop.run, request(steps=30, samples=4), 30, 2, precision="float32", batch=4, team=team)
+    def drawn(group):
+        return sample_run(shop.run, request(steps=30, samples=4), 30, 2, precision="float32", batch=4, group=group)
 
     assert not drawn(Led(told=1)).exists()
     path = drawn(ProcessGroup())

@@ -11,7 +11,7 @@ import pytest
 from harness.cli import plan
 from harness.cli.run import command as run_command
 from harness.cli.train import command as train_command
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.studies import from_dict, jobs, load
 from harness.studies.expand import expand
 from harness.studies.local import Launcher
@@ -145,7 +145,7 @@ def test_what_is_wrong_with_a_file_is_named(old, new, message, tmp_path):
     assert STUDY.count(old) >= 1
     path = tmp_path / "odd.toml"
     path.write_text(STUDY.replace(old, new, 1))
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         expand(load(path))
     text = str(refused.value)
     assert message in text and "\n" not in text
@@ -253,7 +253,7 @@ def test_two_launchers_of_a_study_do_not_work_at_once(launched, monkeypatch):
     refused = []
 
     def second():
-        with pytest.raises(Refusal, match="another `harness study` is at work on 'stub'"):
+        with pytest.raises(UserError, match="another `harness study` is at work on 'stub'"):
             launched(1)
         refused.append(True)
         os.kill(os.getpid(), signal.SIGTERM)

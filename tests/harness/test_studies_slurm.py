@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fake_slurm import FakeSlurm
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.studies import jobs, load, slurm
 from harness.studies.expand import expand
 from harness.studies.state import overview
@@ -77,7 +77,7 @@ def check_script(script, study, run):
 
 def test_without_slurm_the_scripts_are_written_and_nothing_is_run(study):
     assert shutil.which("sbatch") is None
-    with pytest.raises(Refusal, match="sbatch is not on this machine; the 2 scripts that it would get are in"):
+    with pytest.raises(UserError, match="sbatch is not on this machine; the 2 scripts that it would get are in"):
         slurm.submit(study, {}, retry_failed=False, say=print)
     for run in study.runs:
         check_script((study.folder / "slurm" / f"{run.name}.sh").read_text(), study, run)
@@ -85,7 +85,7 @@ def test_without_slurm_the_scripts_are_written_and_nothing_is_run(study):
 
 
 def test_settings_of_the_command_line_are_laid_over_the_files(study):
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         slurm.submit(study, {"time": 90, "partition": "cpu", "qos": "low"}, retry_failed=False, say=print)
     asked = settings((study.folder / "slurm" / f"{study.runs[0].name}.sh").read_text())
     assert (asked["time"], asked["partition"], asked["qos"], asked["mem"]) == ("90", "cpu", "low", "32G")
@@ -93,7 +93,7 @@ def test_settings_of_the_command_line_are_laid_over_the_files(study):
 
 def test_false_leaves_an_option_out(study):
     given = {"exclusive": False, "use_srun": False, "additional_parameters": {"requeue": False, "overcommit": True}}
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         slurm.submit(study, given, retry_failed=False, say=print)
     script = (study.folder / "slurm" / f"{study.runs[0].name}.sh").read_text()
     asked = settings(script)
@@ -120,7 +120,7 @@ def test_false_leaves_an_option_out(study):
     ],
 )
 def test_settings_that_make_no_sense_are_refused(study, given, message):
-    with pytest.raises(Refusal, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         slurm.submit(study, given, retry_failed=False, say=print)
     assert not study.folder.exists()
 
@@ -154,7 +154,7 @@ def test_each_run_is_a_job_that_carries_words_and_is_submitted_once(study, fake)
 
 def test_what_sbatch_says_is_passed_on(study, fake):
     fake.spool.joinpath("refusing").touch()
-    with pytest.raises(Failure, match=f"sbatch has refused the job of {study.runs[0].name}: .*Invalid partition"):
+    with pytest.raises(RunError, match=f"sbatch has refused the job of {study.runs[0].name}: .*Invalid partition"):
         slurm.submit(study, {}, retry_failed=False, say=print)
 
 

@@ -12,7 +12,7 @@ from small_runs import request, workshop
 from harness import registry
 from harness.cli import group
 from harness.data.load import load_data
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io.files import sha256_file
 from harness.pipeline.sample_system import sample_system
 from harness.pipeline.sidecar_records import fields_from_sidecar
@@ -141,7 +141,7 @@ GOOD = {"name": "mine", "protocol": "digits", "base": {"backbone": "adm-xs", "st
     ],
 )
 def test_a_broken_file_is_refused_by_item(change, words):
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         system_from_dict({**GOOD, **change}, "mine.toml")
 
 
@@ -207,31 +207,31 @@ def test_a_broken_file_is_refused_by_item(change, words):
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, words):
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         replace(system_from_dict(GOOD, "mine.toml"), **change).check()
 
 
 def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
     system = get_system("digits-guided")
-    with pytest.raises(Refusal, match="needs weights of classifier: give --weights classifier=FILE"):
+    with pytest.raises(UserError, match="needs weights of classifier: give --weights classifier=FILE"):
         load_parts(system, {"base": parts["base"]})
-    with pytest.raises(Refusal, match="has no part 'upsampler'; it has base, classifier"):
+    with pytest.raises(UserError, match="has no part 'upsampler'; it has base, classifier"):
         load_parts(system, {"base": parts["base"], "classifier": parts["classifier"], "upsampler": parts["upsampler"]})
-    with pytest.raises(Refusal, match="the run is of adm-classifier-xs"):
+    with pytest.raises(UserError, match="the run is of adm-classifier-xs"):
         load_parts(system, {"base": parts["classifier"], "classifier": parts["classifier"]})
-    with pytest.raises(Refusal, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         load_parts(system, {"base": parts["base"], "classifier": tmp_path / "nothing"})
-    with pytest.raises(Refusal, match="the classifier has input_size 8 and the base that it guides 4"):
+    with pytest.raises(UserError, match="the classifier has input_size 8 and the base that it guides 4"):
         load_parts(system, {"base": parts["low"], "classifier": parts["classifier"]})
     cosine = workshop(tmp_path / "cosine", request("adm-classifier-xs", steps=1, settings={"schedule": "cosine"}))
     cosine.train(1)
-    with pytest.raises(Refusal, match="knows noise of schedule cosine"):
+    with pytest.raises(UserError, match="knows noise of schedule cosine"):
         load_parts(system, {"base": parts["base"], "classifier": tmp_path / "cosine"})
     noisy = get_system("digits-cascade-augmented")
     noisy = replace(noisy, upsamplers=(replace(noisy.upsamplers[0], conditioning_noise=0.5),))
-    with pytest.raises(Refusal, match="trained with conditioning_noise 0.2, and the system gives it 0.5"):
+    with pytest.raises(UserError, match="trained with conditioning_noise 0.2, and the system gives it 0.5"):
         load_parts(noisy, {"base": parts["low"], "upsampler": parts["upsampler"]})
-    with pytest.raises(Refusal, match="cannot be run: neither code nor weights"):
+    with pytest.raises(UserError, match="cannot be run: neither code nor weights"):
         load_parts(get_system("cdm-256"), {})
 
 
@@ -385,7 +385,7 @@ def test_weights_that_change_after_they_were_named_are_not_drawn_with(parts, tmp
     bound = load_parts(replace(get_system("digits-guided"), name="plain", classifier=None), {"base": folder})
     folder.write_bytes(next(parts["base"].glob("checkpoints/*/model.safetensors")).read_bytes())
     settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu", "say": lambda text: None}
-    with pytest.raises(Refusal, match="has changed since sampling began"):
+    with pytest.raises(UserError, match="has changed since sampling began"):
         sample_system(bound, folder=tmp_path / "out", **settings)
 
 

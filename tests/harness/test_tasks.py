@@ -15,7 +15,7 @@ from harness.engines.torch.loss import LossTables, training_losses
 from harness.engines.torch.loss_functions import TERMS, LossFunction
 from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage, random, to_uint8
 from harness.engines.torch.trainer import TorchEngine
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.protocols import UINT8_RULES, Recipe
 from harness.randomness import Purpose
 from harness.registry import backbones
@@ -154,7 +154,7 @@ def test_labels_are_dropped_where_there_is_a_null_label(kind):
 
 
 def test_a_generator_is_not_trained():
-    with pytest.raises(Refusal, match="'toy-generator' is a generator, which the harness samples and does not train"):
+    with pytest.raises(UserError, match="'toy-generator' is a generator, which the harness samples and does not train"):
         make_task("generator")
 
 
@@ -192,7 +192,7 @@ def test_micro_batches_add_up(name):
         totals = sum(engine._accumulate(chunk) for chunk in torch.arange(24).split(size))
         found.append((totals, [each.grad.double().clone() for each in net.parameters()]))
     (terms, whole), (terms_split, split) = found
-    assert engine.terms == TERMS[backbones.get(name).kind] and torch.isfinite(terms).all() and terms[0] > 0.1
+    assert engine.loss_terms == TERMS[backbones.get(name).kind] and torch.isfinite(terms).all() and terms[0] > 0.1
     torch.testing.assert_close(terms_split, terms, rtol=1e-5, atol=1e-6)
     scale = max(each.abs().max() for each in whole)
     assert all(each.abs().max() > 0 for each in whole)
@@ -369,5 +369,5 @@ def test_rounding_is_that_of_the_public_code():
     }  # fmt: skip
     assert (public["dit"][4916 + 2048], public["biggan"][4916 + 2048]) == (191, 192)
     for bad in (np.nan, np.inf):
-        with pytest.raises(Failure, match="not finite"):
+        with pytest.raises(RunError, match="not finite"):
             to_uint8(torch.full((1, 1, 1, 1), bad), "dit")

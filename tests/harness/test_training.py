@@ -16,7 +16,7 @@ from harness.cli import run
 from harness.distributed.group import ProcessGroup, Stopped
 from harness.engines.torch import process_group as torch_team
 from harness.engines.torch import trainer as torch_trainer
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.pipeline import training_loop
 from harness.pipeline.train import RunSession
 from harness.pipeline.training_loop import AGREE_STEPS, STOP, CheckpointManager, Loggers, time, train
@@ -30,7 +30,7 @@ def losses(shop):
 
 
 def weights(shop, step):
-    return load_file(shop.run.snapshot(step) / "ema.safetensors")
+    return load_file(shop.run.ema_checkpoint(step) / "ema.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_stopping_and_resuming_changes_no_bit(whole, tmp_path):
     one, other = weights(whole, 12), weights(resumed, 12)
     assert one.keys() == other.keys() and len(one) > 50
     assert all(np.array_equal(one[name], other[name]) for name in one)
-    assert resumed.run.snapshots() == [3, 4, 9, 12]
+    assert resumed.run.ema_checkpoint_steps() == [3, 4, 9, 12]
 
 
 def test_a_log_longer_than_the_checkpoint_is_cut(whole, tmp_path):
@@ -108,7 +108,7 @@ def test_ema_follows_the_stated_average(tmp_path):
             decay = min(0.9, (1 + step) / (10 + step)) if ramp == "true" else 0.9
             for name, value in engine.net.state_dict().items():
                 expected[name] = decay * expected[name] + (1 - decay) * value
-        ema = dict(engine.parts())["ema"]()
+        ema = dict(engine.state_dicts())["ema"]()
         moved = 0
         for name, value in expected.items():
             assert ema[name].dtype == np.float32
@@ -165,9 +165,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_checkpoint(tmp_pa
     shop.train(3)
     # Rates this far off overflow within a few steps.
     broken = workshop(tmp_path / "broken", request(steps=40, settings={"learning_rate": "1e30"}))
-    with pytest.raises(Failure, match=r"not finite (at|after) step \d+.*checkpoint.*learning_rate"):
+    with pytest.raises(RunError, match=r"not finite (at|after) step \d+.*checkpoint.*learning_rate"):
         broken.train(40)
-    assert broken.run.snapshots() == []
+    assert broken.run.ema_checkpoint_steps() == []
 
 
 def test_interruption_leaves_weights_untouched(tmp_path):
@@ -180,7 +180,7 @@ def test_interruption_leaves_weights_untouched(tmp_path):
     before = {name: value.clone() for name, value in engine.net.state_dict().items()}
     asked = iter([False, False, True])
     assert engine.step(1, lambda: next(asked)) is False
-    assert engine.drain() == []
+    assert engine.pop_losses() == []
     assert all(torch.equal(before[name], value) for name, value in engine.net.state_dict().items())
 
 
@@ -192,7 +192,7 @@ def test_the_newest_intact_checkpoint_is_taken(whole, tmp_path):
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    (shop.run.snapshot(8) / "state.json").unlink()
+    (shop.run.ema_checkpoint(8) / "state.json").unlink()
     said = []
     again = workshop(tmp_path / "run", request(steps=12))
     again.say = said.append
@@ -206,7 +206,7 @@ def test_no_intact_checkpoint_is_refused(tmp_path):
     shop = workshop(tmp_path / "run", request(steps=12))
     shop.train(2)
     (shop.run.checkpoints / "step-00000002" / "ema.safetensors").unlink()
-    with pytest.raises(Refusal, match=r"no intact checkpoint.*ema.safetensors is missing"):
+    with pytest.raises(UserError, match=r"no intact checkpoint.*ema.safetensors is missing"):
         workshop(tmp_path / "run", request(steps=12)).train(12)
 
 
@@ -220,16 +220,16 @@ def test_checkpoints_keep_two_and_leave_nothing_half_made(tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused(whole):
-    with pytest.raises(Refusal, match=r"holds another run \(seed is 0 there and 5 here\)"):
+    with pytest.raises(UserError, match=r"holds another run \(seed is 0 there and 5 here\)"):
         workshop(whole.folder, request(seed=5))
-    with pytest.raises(Refusal, match=r"recipe.learning_rate is 0.001 there and 0.002 here"):
+    with pytest.raises(UserError, match=r"recipe.learning_rate is 0.001 there and 0.002 here"):
         workshop(whole.folder, request(settings={"learning_rate": "2e-3"}))
     assert find_run(whole.folder, whole.spec).identity == whole.run.identity
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(Refusal, match="other files and no run"):
+    with pytest.raises(UserError, match="other files and no run"):
         workshop(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
@@ -247,7 +247,7 @@ def test_a_fork_goes_on_from_the_newest_checkpoint(whole, tmp_path):
         assert row["mse"] == pytest.approx(other["mse"], rel=2e-4)
     assert losses(parent) == losses(whole)[:5]  # the parent is left as it was
     other = RunSession(request(steps=12, seed=3), parent.data, tmp_path / "other", lambda text: None)
-    with pytest.raises(Refusal, match="another experiment: seed is 0 there and 3 here"):
+    with pytest.raises(UserError, match="another experiment: seed is 0 there and 3 here"):
         other.fork(parent.folder, resolved)
 
 
@@ -269,12 +269,12 @@ def test_a_run_goes_on_compiled_or_not_as_it_was_created(tmp_path):
 
     for words in ((), ("--compile", "on"), ("--compile", "auto")):
         assert run.begin(shop, options(*words)) is shop.run
-    with pytest.raises(Refusal, match="created with compile on, which is frozen .*leave out --compile"):
+    with pytest.raises(UserError, match="created with compile on, which is frozen .*leave out --compile"):
         run.begin(shop, options("--compile", "off"))
 
 
 def test_a_run_cannot_be_trained_backwards(whole):
-    with pytest.raises(Refusal, match="kept no snapshot of step 7"):
+    with pytest.raises(UserError, match="kept no snapshot of step 7"):
         workshop(whole.folder, request(steps=12)).train(7)
 
 
@@ -313,18 +313,18 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     class Counted:
         terms, read = {"mse": 1.0}, 0
 
-        def drain(self):
+        def pop_losses(self):
             self.read += 1
             return []
 
     found = {}
-    for name, team in (("one", ProcessGroup()), ("two", Two())):
+    for name, group in (("one", ProcessGroup()), ("two", Two())):
         found[name] = []
         for patience in (0.0, 1e9):
             monkeypatch.setattr(training_loop, "DRAIN_SECONDS", patience)
             engine, log = Counted(), io.StringIO()
             keeper = CheckpointManager(
-                whole.run, engine, log, unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, team=team
+                whole.run, engine, log, unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, group=group
             )
             keeper._drained -= 1
             at = []
@@ -339,7 +339,7 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     assert found["two"] == [[1, 5, 9]] * 2
     for interrupted in (False, True):
         keeper = CheckpointManager(
-            whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, team=Two()
+            whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, group=Two()
         )
         told["stop"] = 0 if interrupted else STOP
         keeper.stepped()
@@ -357,7 +357,7 @@ def test_a_team_agrees_on_an_interruption_before_the_first_step(tmp_path):
 
     shop = workshop(tmp_path / "run", request(steps=2))
     with pytest.raises(Stopped):
-        train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, device="", say=print, team=Other())  # fmt: skip
+        train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, device="", say=print, group=Other())  # fmt: skip
 
 
 def test_the_leader_says_whether_a_snapshot_is_there(whole, tmp_path, monkeypatch):
@@ -366,24 +366,24 @@ def test_the_leader_says_whether_a_snapshot_is_there(whole, tmp_path, monkeypatc
     begun = []
     monkeypatch.setattr("harness.pipeline.train.get_backend", lambda framework: begun.append(framework) or 1 / 0)
     fresh = workshop(tmp_path / "run", request(steps=12))
-    fresh.team = Led(told=1)
+    fresh.group = Led(told=1)
     fresh.train(12)
-    train(fresh.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, team=fresh.team)
+    train(fresh.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, group=fresh.group)
     assert not begun
-    monkeypatch.setattr(whole, "team", Led(told=0))
+    monkeypatch.setattr(whole, "group", Led(told=0))
     with pytest.raises(ZeroDivisionError):
         whole.train(12)
-    with pytest.raises(Refusal, match="another newest checkpoint"):  # which is what it looks at next
-        train(whole.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, team=Led(told=0))
+    with pytest.raises(UserError, match="another newest checkpoint"):  # which is what it looks at next
+        train(whole.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, group=Led(told=0))
     assert begun == ["torch"]
 
 
 @pytest.mark.parametrize(("error", "well"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])
 def test_only_a_stop_that_was_agreed_on_is_a_good_end(error, well):
     """A second Ctrl-C is one process's own: the others are told that it needs to be waited for no more."""
-    told, team = [], torch_team.TorchProcessGroup.__new__(torch_team.TorchProcessGroup)
-    team._watch = SimpleNamespace(end=lambda well: told.append(well))
-    with pytest.raises(error), team.together():
+    told, group = [], torch_team.TorchProcessGroup.__new__(torch_team.TorchProcessGroup)
+    group._watch = SimpleNamespace(end=lambda well: told.append(well))
+    with pytest.raises(error), group.collective_scope():
         raise error
     assert told == [well]
 
@@ -411,7 +411,7 @@ def test_a_leader_asks_sooner_where_steps_are_long(whole, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for seconds, apart in ((0.001, AGREE_STEPS), (0.5, 4), (60.0, 1)):
         keeper = CheckpointManager(
-            whole.run, None, io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, team=Leader()
+            whole.run, None, io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, group=Leader()
         )
         keeper.done, now[0] = 1, now[0] + seconds
         keeper.decide(False)

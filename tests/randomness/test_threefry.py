@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.randomness import Purpose, threefry_numpy, threefry_torch
 
 # golden.json is part of every recorded experiment: a change of any number in it is a new generator, not a fix.
@@ -210,13 +210,13 @@ def test_bad_arguments(torch_engine):
     index = torch.arange(2)
     for engine, idx in ((threefry_numpy, index.numpy()), (torch_engine, index)):
         for seed in (-1, 2**64):
-            with pytest.raises(Refusal, match="seed"):
+            with pytest.raises(UserError, match="seed"):
                 engine.bits(seed, Purpose.FLIP, idx, 0, 1)
         for step in (-1, 2**63):
-            with pytest.raises(Refusal, match="step"):
+            with pytest.raises(UserError, match="step"):
                 engine.bits(0, Purpose.FLIP, idx, step, 1)
         for high in (0, 2**31 + 1):
-            with pytest.raises(Refusal, match="upper bound"):
+            with pytest.raises(UserError, match="upper bound"):
                 engine.integers(0, Purpose.FLIP, idx, 0, high)
         with pytest.raises(TypeError, match="integers"):
             engine.bits(0, Purpose.FLIP, idx * 1.0, 0, 1)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_threefry import GOLDEN, KNOWN_ANSWERS, SEED, compute
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.randomness import Purpose, threefry_jax, threefry_numpy
 from harness.randomness.threefry_jax import Words, words
 
@@ -71,13 +71,13 @@ def test_sample_does_not_know_its_batch():
 def test_bad_arguments():
     index = words(np.arange(2))
     for seed in (-1, 2**64):
-        with pytest.raises(Refusal, match="seed"):
+        with pytest.raises(UserError, match="seed"):
             threefry_jax.bits(seed, Purpose.FLIP, index, 0, 1)
     for step in (-1, 2**63):
-        with pytest.raises(Refusal, match="step"):
+        with pytest.raises(UserError, match="step"):
             threefry_jax.bits(0, Purpose.FLIP, index, step, 1)
     for high in (0, 2**31 + 1):
-        with pytest.raises(Refusal, match="upper bound"):
+        with pytest.raises(UserError, match="upper bound"):
             threefry_jax.integers(0, Purpose.FLIP, index, 0, high)
     with pytest.raises(TypeError, match="integers"):
         words(np.arange(2.0))

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.io.files import sha256_json
 from harness.runs.samples import read_first, write_samples
 from reports import figures_loss, figures_samples
@@ -113,7 +113,7 @@ def test_the_first_images_are_read_without_the_rest(tmp_path):
     np.savez(tmp_path / "other.npz", images=images)
     (tmp_path / "none.npz").write_bytes(b"nothing")
     for name in ("floats", "objects", "other", "none", "missing"):
-        with pytest.raises(Refusal, match=name):
+        with pytest.raises(UserError, match=name):
             read_first(tmp_path / f"{name}.npz", 3)
 
 

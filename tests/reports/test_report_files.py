@@ -17,7 +17,7 @@ from PIL import Image
 import reports
 import reports.report
 from harness.cli import group
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from reports.files import write_whole
 from reports.report import write_report
 from results.records import to_json
@@ -114,11 +114,11 @@ def test_figures_are_reproducible_to_the_byte(study, tmp_path, monkeypatch):
 
 
 def test_refusals_and_failures(tmp_path, undrawn):
-    with pytest.raises(Refusal, match="no record file or folder"):
+    with pytest.raises(UserError, match="no record file or folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal, match="it is a file"):
+    with pytest.raises(UserError, match="it is a file"):
         write_report([], tmp_path / "file")
 
 
@@ -135,7 +135,7 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("reports.files.os.fsync", full)
-    with pytest.raises(Failure, match=r"b\.txt: No space left on device"):
+    with pytest.raises(RunError, match=r"b\.txt: No space left on device"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old" and [entry.name for entry in path.parent.iterdir()] == ["b.txt"]
 

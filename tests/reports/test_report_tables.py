@@ -11,7 +11,7 @@ from reports.columns import count_text, measured_text, metric_title, quantity_te
 from reports.render import escape_latex, to_csv, to_latex, to_markdown
 from reports.rows import console_table, make_rows
 from reports.sections import note_mark
-from reports.tables import MOST_LINES, paper_tables, protocol_file_name, protocol_table
+from reports.tables import MAX_LINES, paper_tables, protocol_file_name, protocol_table
 from results import paper
 from results.records import Sampling
 
@@ -192,8 +192,8 @@ def test_number_texts():
 
 
 def test_very_many_rows_are_in_the_csv_file_and_the_first_and_best_are_printed(record):
-    records = [record(value=100.0 - 0.01 * index, half=None, seed=index) for index in range(MOST_LINES + 50)]
+    records = [record(value=100.0 - 0.01 * index, half=None, seed=index) for index in range(MAX_LINES + 50)]
     table = protocol_table("digits", records)
     (section,) = table.sections
-    assert len(table.data) == len(records) and len(section.lines) == MOST_LINES + 1
+    assert len(table.data) == len(records) and len(section.lines) == MAX_LINES + 1
     assert section.lines[-1].marks[-1] == "best" and section.remarks[0] == "49 more rows are in the CSV file."

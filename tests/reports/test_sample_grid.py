@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from reports.grid import write_grid
 
 
@@ -63,13 +63,13 @@ def test_bad_input_and_a_full_disk(tmp_path, monkeypatch):
         (images, labels, {"scale": 0}),
         (images, labels, {"classes": []}),
     ):
-        with pytest.raises(Refusal, match="a sample grid needs"):
+        with pytest.raises(UserError, match="a sample grid needs"):
             write_grid(bad_images, bad_labels, tmp_path / "g.png", **changes)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("reports.files.os.fsync", full)
-    with pytest.raises(Failure, match="No space left on device"):
+    with pytest.raises(RunError, match="No space left on device"):
         write_grid(images, labels, tmp_path / "g.png")
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import pytest
 
 from reports.render import to_csv, to_latex, to_markdown
 from reports.tables import protocol_file_name
-from reports.verdicts import MOST_LINES, verdict_table
+from reports.verdicts import MAX_LINES, verdict_table
 from results.compare import compare
 from results.matched import matches
 from results.records import Sampling, Source, Training
@@ -109,10 +109,10 @@ def test_what_was_measured_twice_counts_once(trained):
 
 
 def test_of_very_many_lines_the_rest_is_counted(trained):
-    records = [trained(f"s{index}", 100.0, 10.0 + index) for index in range(MOST_LINES + 11)]
+    records = [trained(f"s{index}", 100.0, 10.0 + index) for index in range(MAX_LINES + 11)]
     records += [trained(f"s{index}", 100.0, 10.0 + index, metric="kid") for index in range(2)]
     (section,) = verdict_table(records).sections
-    assert len(section.lines) == MOST_LINES
+    assert len(section.lines) == MAX_LINES
     assert "and 1 further metrics and ways of sampling are left out" in section.remarks[-1]
     (section,) = verdict_table(records[-2:]).sections
     assert len(section.lines) == 1 and "left out" not in " ".join(section.remarks)

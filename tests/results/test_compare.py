@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from results.compare import LOWER_IS_BETTER, RULE, compare
 from results.records import Evaluation, Record, Sampling, Training
 
@@ -66,11 +66,11 @@ def test_cells_are_matched_by_metric_and_sampling():
 
 
 def test_what_may_not_be_compared_is_refused():
-    with pytest.raises(Refusal, match="N is 1000 in A and 2000 in B"):
+    with pytest.raises(UserError, match="N is 1000 in A and 2000 in B"):
         compare([record()], [record(n=2000, system="b")])
-    with pytest.raises(Refusal, match="A holds two results for fd.*800 and 900"):
+    with pytest.raises(UserError, match="A holds two results for fd.*800 and 900"):
         compare([record(), record(training=900)], [record(system="b")])
-    with pytest.raises(Refusal, match="B holds no records"):
+    with pytest.raises(UserError, match="B holds no records"):
         compare([record()], [])
 
 

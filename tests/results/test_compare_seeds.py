@@ -7,7 +7,7 @@ import random
 import pytest
 from scipy.special import stdtrit
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from results import student
 from results.compare import RETRAINING, compare, differing, experiment
 from results.records import Evaluation, Record, Sampling, Training
@@ -69,13 +69,13 @@ def test_sampling_seeds_of_one_checkpoint_are_averaged_and_tell_their_own_noise(
 
 
 def test_what_differs_in_more_than_seeds_does_not_belong_together():
-    with pytest.raises(Refusal, match="a and c"):
+    with pytest.raises(UserError, match="a and c"):
         compare([seeded(1.0, 0), seeded(1.0, 1, system="c")], [seeded(2.0, 0, system="b")])
     other = dataclasses.replace(seeded(1.5, 1), training=Training(steps=800, seed=1, learning_rate=0.1))
-    with pytest.raises(Refusal, match="holds two results"):
+    with pytest.raises(UserError, match="holds two results"):
         compare([seeded(1.0, 0), other], [seeded(2.0, 0, system="b")])
     again = dataclasses.replace(seeded(1.0, 0), value=1.2, low=None, high=None)
-    with pytest.raises(Refusal, match="with the same seeds"):
+    with pytest.raises(UserError, match="with the same seeds"):
         compare([seeded(1.0, 0), again], [seeded(2.0, 0, system="b")])
 
 

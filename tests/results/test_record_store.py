@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from results import store
 from results.records import to_json
 from results.store import Conflict, append, find_record_files, load
@@ -99,7 +99,7 @@ def test_folders_are_searched(measured, tmp_path):
     found = find_record_files([tmp_path, tmp_path / "b" / "kept.jsonl", tmp_path / "a"])
     expected = ["a/records.jsonl", "b/c/records.jsonl", "b/kept.jsonl"]
     assert [path.relative_to(tmp_path).as_posix() for path in found] == expected
-    with pytest.raises(Refusal, match="no record file or folder"):
+    with pytest.raises(UserError, match="no record file or folder"):
         find_record_files([tmp_path / "nowhere"])
 
 
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(measured, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store.os, "fsync", full)
-    with pytest.raises(Failure, match=r"records\.jsonl: No space left on device"):
+    with pytest.raises(RunError, match=r"records\.jsonl: No space left on device"):
         append(path, [measured(metric="kid")])
     assert path.read_bytes() == before
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from harness.cli.weights import command
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights import known
 
 
@@ -55,7 +55,7 @@ def test_import_says_where_it_comes_from_and_nothing_is_overwritten(bare):
     assert about["source"]["name"] == "bare.pt" and len(about["source"]["sha256"]) == 64
     before = written.read_bytes()
     again = run("import", bare)
-    assert isinstance(again.exception, Refusal) and "exists and is not overwritten" in str(again.exception)
+    assert isinstance(again.exception, UserError) and "exists and is not overwritten" in str(again.exception)
     assert written.read_bytes() == before
     assert "bare.pt (dit)" in run("inspect", written).output
     assert run("export", written, "--format", "dit").exit_code == 0
@@ -66,7 +66,7 @@ def test_import_says_where_it_comes_from_and_nothing_is_overwritten(bare):
 
 
 def test_a_full_disk_leaves_nothing_half_written(bare, monkeypatch):
-    from harness.errors import Failure
+    from harness.errors import RunError
     from harness.weights import transfer
 
     def full(*_):
@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_nothing_half_written(bare, monkeypatch):
 
     monkeypatch.setattr(transfer.os, "fsync", full)
     done = run("import", bare)
-    assert isinstance(done.exception, Failure) and "the disk is full" in str(done.exception)
+    assert isinstance(done.exception, RunError) and "the disk is full" in str(done.exception)
     assert [path.name for path in bare.parent.iterdir()] == ["bare.pt"]
 
 

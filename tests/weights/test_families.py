@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import harness
 from backbones.ldm.weights import COUNTERS, averaged
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights.files import open_weights
 from harness.weights.identify import expected_shapes, identify
 from harness.weights.load import load_into
@@ -55,7 +55,7 @@ def test_every_family_goes_in_and_out_bit_for_bit(name, tmp_path):
     same(net.state_dict(), state)
     state.pop(next(iter(state)))
     torch.save(file, tmp_path / "b.pt")
-    with pytest.raises(Refusal, match="is missing"):
+    with pytest.raises(UserError, match="is missing"):
         import_file(tmp_path / "b.pt", backbone=name)
 
 
@@ -99,7 +99,7 @@ def test_an_ldm_checkpoint_keeps_what_lies_beside_the_network(tmp_path):
     load_into(first, tmp_path / "model.ckpt", prefix="first_stage_model.")
     assert torch.equal(first["quant_conv"].bias, checkpoint["state_dict"]["first_stage_model.quant_conv.bias"])
     first["quantize"].more = torch.nn.Linear(1, 1)
-    with pytest.raises(Refusal, match=r"first_stage_model.quantize.more.weight is missing"):
+    with pytest.raises(UserError, match=r"first_stage_model.quantize.more.weight is missing"):
         load_into(first, tmp_path / "model.ckpt", spec, prefix="first_stage_model.")
 
 
@@ -118,7 +118,7 @@ def test_an_ldm_checkpoint_with_a_moving_average_gives_that(tmp_path):
     assert not any(name.startswith("model_ema.") for name in imported)
     checkpoint["state_dict"]["model_ema.stranger"] = torch.zeros(1)
     torch.save(checkpoint, tmp_path / "b.ckpt")
-    with pytest.raises(Refusal, match="model_ema.stranger is unexpected"):
+    with pytest.raises(UserError, match="model_ema.stranger is unexpected"):
         load_into(net, tmp_path / "b.ckpt", spec)
 
 

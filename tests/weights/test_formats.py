@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import harness
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights.containers import open_file
 from harness.weights.files import open_weights
 from harness.weights.load import load_into
@@ -78,7 +78,7 @@ def test_the_four_block_designs_are_told_apart(block, tmp_path):
     assert document["arguments"] == {"num_classes": 3, "input_size": 16, "in_channels": 3, "out_channels": 3}
     assert document["values"] == sum(tensor.numel() for tensor in net.state_dict().values())
     if block:
-        with pytest.raises(Refusal, match="diffusers has no DiT with"):
+        with pytest.raises(UserError, match="diffusers has no DiT with"):
             export_file(tmp_path / "a.pt", "diffusers")
 
 
@@ -110,7 +110,7 @@ def test_a_file_cut_anywhere_is_refused_in_one_line(zipped, state, spec, tmp_pat
     data = path.read_bytes()
     for length in (3, 100, 5000, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(Refusal) as refusal:
+        with pytest.raises(UserError) as refusal:
             load_into(spec.build(num_classes=10), path, spec)
         assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -119,7 +119,7 @@ def test_a_flipped_bit_is_noticed(bare, spec):
     data = bytearray(bare.read_bytes())
     data[len(data) // 2] ^= 1
     bare.write_bytes(data)
-    with pytest.raises(Refusal, match="do not match their checksum"):
+    with pytest.raises(UserError, match="do not match their checksum"):
         load_into(spec.build(num_classes=10), bare, spec)
 
 
@@ -135,10 +135,10 @@ def test_safetensors_with_a_false_header_are_refused(state, tmp_path):
         (b"{", b"["),
     ):
         path.write_bytes(data.replace(old, new, 1))
-        with pytest.raises(Refusal):
+        with pytest.raises(UserError):
             open_file(path)
     path.write_bytes(data[:-1])
-    with pytest.raises(Refusal, match="cut short"):
+    with pytest.raises(UserError, match="cut short"):
         open_file(path)
 
 
@@ -174,7 +174,7 @@ def test_misfits_are_named(spoil, message, state, spec, tmp_path):
     net = spec.build(num_classes=10)
     before = net.blocks[1].mlp.fc1.weight.clone()
     for attempt in (lambda: load_into(net, tmp_path / "a.pt", spec), lambda: import_file(tmp_path / "a.pt")):
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             attempt()
     assert torch.equal(before, net.blocks[1].mlp.fc1.weight), "the network is as it was"
     document = inspect_file(tmp_path / "a.pt")
@@ -185,9 +185,9 @@ def test_misfits_are_named(spoil, message, state, spec, tmp_path):
 
 def test_another_architecture_is_refused(bare):
     other = harness.get_backbone("dit-xs-2")
-    with pytest.raises(Refusal, match=r"does not fit dit-xs-2"):
+    with pytest.raises(UserError, match=r"does not fit dit-xs-2"):
         load_into(other.build(num_classes=10), bare, other)
-    with pytest.raises(Refusal, match=r"does not fit dit-s-4"):
+    with pytest.raises(UserError, match=r"does not fit dit-s-4"):
         import_file(bare, backbone="dit-s-4")
 
 
@@ -195,7 +195,7 @@ def test_weights_of_no_backbone_are_said_to_be_unknown(tmp_path):
     torch.save({"layer.weight": torch.zeros(2, 2)}, tmp_path / "a.pt")
     document = inspect_file(tmp_path / "a.pt")
     assert document["backbone"] is None and document["known"] is None and "layer.weight" in document["problem"]
-    with pytest.raises(Refusal, match="of no known backbone"):
+    with pytest.raises(UserError, match="of no known backbone"):
         import_file(tmp_path / "a.pt")
     net = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2, bias=False)})
     assert load_into(net, tmp_path / "a.pt").sha256 == document["sha256"] and not net["layer"].weight.any()
@@ -275,9 +275,9 @@ def test_embedders_that_differ_are_refused_by_name(folder, spec, tmp_path):
     name = "transformer_blocks.4.norm1.emb.timestep_embedder.linear_2.bias"
     tensors[name] = tensors[name] + 1e-7
     save_file(tensors, file)
-    with pytest.raises(Refusal, match=name):
+    with pytest.raises(UserError, match=name):
         load_into(spec.build(num_classes=10), path, spec)
-    with pytest.raises(Refusal, match=name):
+    with pytest.raises(UserError, match=name):
         import_file(path, tmp_path / "a.safetensors")
     assert name in inspect_file(path)["problem"]
     assert [each.name for each in tmp_path.iterdir()] == ["transformer"]
@@ -286,13 +286,13 @@ def test_embedders_that_differ_are_refused_by_name(folder, spec, tmp_path):
 def test_without_its_config_a_diffusers_file_loads_by_the_network_alone(folder, spec, tmp_path):
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     shutil.copy(folder[1] / file.name, file)
-    with pytest.raises(Refusal, match=r"config.json \(sample_size\)"):
+    with pytest.raises(UserError, match=r"config.json \(sample_size\)"):
         import_file(file, tmp_path / "a.safetensors")
     net = spec.build(num_classes=10, input_size=16)
     load_into(net, file, spec)
     assert torch.equal(net.pos_embed, spec.build(input_size=16).pos_embed)
     (tmp_path / "config.json").write_text(json.dumps({"sample_size": 32}))
-    with pytest.raises(Refusal, match=r"pos_embed is \(1, 64, 192\), the network's is \(1, 16, 192\)"):
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 64, 192\), the network's is \(1, 16, 192\)"):
         load_into(net, file, spec)
 
 

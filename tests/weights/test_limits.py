@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights import pickles
 from harness.weights.containers import LONGEST_DIRECTORY, LONGEST_HEADER, LONGEST_PICKLE, open_file
 from harness.weights.files import open_weights
@@ -157,7 +157,7 @@ def test_what_asks_for_much_is_refused_at_once(name, outcomes):
     import re
 
     seconds, megabytes, said = outcomes[name]
-    assert said.startswith("Refusal: ") and re.search(EXPECTED[name], said) and "\n" not in said
+    assert said.startswith("UserError: ") and re.search(EXPECTED[name], said) and "\n" not in said
     assert seconds < SECONDS and megabytes < MEGABYTES
 
 
@@ -176,12 +176,12 @@ def test_each_storage_of_the_file_adds_to_the_budget(monkeypatch, tmp_path):
     torch.save({str(n): torch.zeros(1) for n in range(300)}, tmp_path / "a.pt")
     monkeypatch.setattr(pickles.Budget.__init__, "__defaults__", (100,))
     assert len(open_weights(tmp_path / "a.pt").tensors) == 300
-    monkeypatch.setattr("harness.weights.pickles.MOST_UNITS", 5000)
-    with pytest.raises(Refusal, match="asks for more than weights need"):
+    monkeypatch.setattr("harness.weights.pickles.MAX_UNITS", 5000)
+    with pytest.raises(UserError, match="asks for more than weights need"):
         open_weights(tmp_path / "a.pt")
     torch.save({str(n): torch.zeros(1) for n in range(3)}, tmp_path / "b.pt")
     monkeypatch.setattr("harness.weights.pickles.UNITS_A_STORAGE", 1)
-    with pytest.raises(Refusal, match=r"over 10[123] steps"):
+    with pytest.raises(UserError, match=r"over 10[123] steps"):
         open_weights(tmp_path / "b.pt")
 
 
@@ -222,7 +222,7 @@ def test_damage_is_noticed_however_the_tensor_lies(kind, tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(np.float32(1006).tobytes()) + 2] ^= 0x55
     path.write_bytes(data)
-    with pytest.raises(Refusal, match="do not match their checksum"):
+    with pytest.raises(UserError, match="do not match their checksum"):
         open_file(path).value["w"].read()
 
 
@@ -248,5 +248,5 @@ def test_the_description_of_the_tensors_is_checked_too(bare):
     damaged = data.replace(b"final_layer.linear.bias", b"final_layer.linear.bats", 1)
     assert damaged != data and zlib.crc32(damaged) != zlib.crc32(data)
     bare.write_bytes(damaged)
-    with pytest.raises(Refusal, match="does not match its checksum"):
+    with pytest.raises(UserError, match="does not match its checksum"):
         open_file(bare)

@@ -8,7 +8,7 @@ import torch
 
 import harness
 from backbones.ldm.weights import averaged
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights.files import open_weights
 from harness.weights.load import load_into
 from harness.weights.transfer import export_file, import_file, inspect_file
@@ -53,9 +53,9 @@ def test_a_config_against_the_weights_is_refused_by_item(item, value, wanted, fo
     path, before = configured(folder, **{item: value})
     message = re.escape(f"config.json gives {item} {json.dumps(value)}, and the network has {wanted}")
     try:
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             load_into(spec.build(num_classes=10), folder, spec)
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             import_file(folder, tmp_path / "out.safetensors")
         document = inspect_file(folder)
         assert not document["fits"] and re.search(message, document["problem"])
@@ -69,7 +69,7 @@ def test_a_size_that_no_latent_has_is_refused(size, folder, spec):
     path, before = configured(folder, sample_size=size)
     message = re.escape(f"config.json gives sample_size {json.dumps(size)}, which is not the side of a latent")
     try:
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             load_into(spec.build(num_classes=10), folder, spec)
         assert re.search(message, inspect_file(folder)["problem"])
     finally:
@@ -102,7 +102,7 @@ def test_values_that_are_not_the_bytes_are_refused(zipped, tmp_path):
     turned = torch.randn(4, dtype=torch.cfloat).conj().imag
     assert turned.is_neg()
     torch.save({"w": turned}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(Refusal, match=r"values are not its bytes \(marked neg\); save it with .resolve_neg"):
+    with pytest.raises(UserError, match=r"values are not its bytes \(marked neg\); save it with .resolve_neg"):
         open_weights(tmp_path / "a.pt")
     torch.save({"w": turned.resolve_neg().contiguous()}, tmp_path / "b.pt")
     assert torch.equal(torch.from_numpy(open_weights(tmp_path / "b.pt").tensors["w"].read()), turned.resolve_neg())
@@ -117,9 +117,9 @@ def test_a_moving_average_of_a_part_is_refused(tmp_path):
         some = {name: tensor for name, tensor in averages.items() if name != averaged(lacking)}
         torch.save({"state_dict": {**state, **some}}, tmp_path / "a.ckpt")
         message = re.escape(f"{lacking} has no moving average ({averaged(lacking)} is missing)")
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             load_into(spec.build(), tmp_path / "a.ckpt", spec)
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             import_file(tmp_path / "a.ckpt")
     counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(1)}
     torch.save({"state_dict": {**state, **counters}}, tmp_path / "b.ckpt")
@@ -146,13 +146,13 @@ def test_a_block_of_an_absurd_number_is_refused(stem, number, state, spec, folde
     tensors = dict(state) if stem == "blocks" else load_file(file)
     save_file({**tensors, f"{stem}.{number}.attn.proj.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(Refusal, match="is unexpected|is there, but not"):
+    with pytest.raises(UserError, match="is unexpected|is there, but not"):
         load_into(spec.build(num_classes=10), tmp_path / "a.safetensors", spec)
     assert not inspect_file(tmp_path / "a.safetensors")["fits"]
 
 
 def refused(action):
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         action()
     return str(refusal.value)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.weights import pickles
 from harness.weights.containers import open_file
 from harness.weights.files import open_weights
@@ -102,9 +102,9 @@ def test_a_hostile_pickle_does_not_run(kind, zipped, state, spec, net, tmp_path)
     for name, tensor in open_weights(path).tensors.items():
         assert tensor.read().tobytes() == state[name].numpy().tobytes()
     if document["code"]:
-        with pytest.raises(Refusal, match="Nothing was run"):
+        with pytest.raises(UserError, match="Nothing was run"):
             import_file(path, tmp_path / "out.safetensors")
-        with pytest.raises(Refusal, match="careless reader would have run"):
+        with pytest.raises(UserError, match="careless reader would have run"):
             load_into(net, path, spec)
         assert not (tmp_path / "out.safetensors").exists()
     assert not trace.exists()
@@ -180,27 +180,27 @@ def test_plain_pickles_and_programs_are_refused_by_what_they_are(tmp_path):
         (b"hello", "neither a torch file nor"),
     ):
         path.write_bytes(data)
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             open_file(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("m/data.pkl", b"")
         archive.writestr("m/constants.pkl", b"")
         archive.writestr("m/code/m.py", b"")
-    with pytest.raises(Refusal, match="TorchScript"):
+    with pytest.raises(UserError, match="TorchScript"):
         open_file(path)
-    with pytest.raises(Refusal, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         open_file(tmp_path / "nowhere.pt")
 
 
 def test_a_tensor_cannot_reach_beyond_its_bytes_nor_fill_the_memory(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"a": torch.zeros(1).expand(1 << 40)}, path)
-    with pytest.raises(Refusal, match="repeats its elements"):
+    with pytest.raises(UserError, match="repeats its elements"):
         open_file(path)
     torch.save({"a": torch.zeros(4)}, path)
     data = path.read_bytes().replace(b"K\x04\x85", b"K\x05\x85")  # the shape in data.pkl
     path.write_bytes(data)
-    with pytest.raises(Refusal, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         open_file(path)
 
 
@@ -237,7 +237,7 @@ def test_damage_anywhere_is_refused_or_harmless(write, tmp_path):
             for tensor in open_weights(path).tensors.values():
                 tensor.read()
             outcomes.append("read")
-        except Refusal as refusal:
+        except UserError as refusal:
             assert str(refusal).isprintable() and str(path) in str(refusal)
             outcomes.append("refused")
     assert {"read", "refused"} == set(outcomes)

@@ -14,13 +14,13 @@ from harness.engines.backend import check_torch_only
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
 from harness.engines.jax.sampling import JaxChain, Network, load_weights, make_run_sampler
-from harness.engines.jax.systems import find_place, make_chain
+from harness.engines.jax.systems import make_chain, resolve_device
 from harness.engines.jax.trainer import JaxEngine, build
 from harness.engines.memory import Measured, check_room
 from harness.planning.request import Request
 from harness.runs.run import Run
 
-__all__ = ["find_place", "make_chain", "make_engine", "make_sampler", "measure"]
+__all__ = ["resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
 
 
 def measure(
@@ -95,7 +95,7 @@ def make_sampler(
 ) -> JaxChain:
     """What draws images with the weights in `snapshot`, a safetensors file."""
     check_torch_only(precision, compile)
-    mesh = devices.own(devices.honour(run.resolved))
+    mesh = devices.own(devices.apply_resolved(run.resolved))
     arguments = request.spec.arguments(**request.arguments)
     net = Network.load(request.spec, arguments, load_weights(snapshot), precision, mesh)
     return make_run_sampler(

@@ -7,28 +7,28 @@ from contextlib import contextmanager
 
 import jax
 
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 
 LONGEST = 200  # characters of jax's own words
 
 
 @contextmanager
 def one_line(where: str, remedy: str) -> Iterator[None]:
-    """Turn what jax raises `where` (as in "training step 3") into a Failure; `remedy` is against lack of memory."""
+    """Turn what jax raises `where` (as in "training step 3") into a RunError; `remedy` is against lack of memory."""
     try:
         yield
-    except (Refusal, Failure):
+    except (UserError, RunError):
         raise
     except jax.errors.JaxRuntimeError as error:
         text = _first_line(error)
         if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text or "out of memory" in text:
-            raise Failure(f"out of memory in {where}: {text}; {remedy}") from error
-        raise Failure(f"jax failed in {where}: {text}") from error
+            raise RunError(f"out of memory in {where}: {text}; {remedy}") from error
+        raise RunError(f"jax failed in {where}: {text}") from error
     except MemoryError as error:
-        raise Failure(f"out of memory in {where}; {remedy}") from error
+        raise RunError(f"out of memory in {where}; {remedy}") from error
     except (TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError) as error:
         # Of tracing: shapes, types, what cannot be compiled.
-        raise Failure(f"the network cannot be run in {where}: {type(error).__name__}: {_first_line(error)}") from error
+        raise RunError(f"the network cannot be run in {where}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from jax import Array
 from harness.diffusion.schedule import Schedule
 from harness.engines.jax.loss import LossTables, training_losses
 from harness.engines.loss_terms import LOSS_TERMS
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import threefry_jax as random
@@ -26,8 +26,8 @@ class LossFunction:
 
     def __init__(self, spec: BackboneSpec, arguments: Mapping[str, Any], *, recipe: Recipe, seed: int):
         if spec.kind not in LOSS_TERMS:
-            raise Refusal(f"backbone {spec.name!r} is a {spec.kind}, which the harness samples and does not train")
-        self.terms = LOSS_TERMS[spec.kind]
+            raise UserError(f"backbone {spec.name!r} is a {spec.kind}, which the harness samples and does not train")
+        self.loss_terms = LOSS_TERMS[spec.kind]
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_side = arguments.get("low_res_size")
         self._null = spec.null_index(arguments["num_classes"])

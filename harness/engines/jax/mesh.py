@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from harness.distributed.launch import mesh_sides
 from harness.engines.memory import host_free_bytes, processor_name, refuse_device
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.run import Resolved
 
 AXES = ("data", "model")
@@ -35,7 +35,7 @@ def start() -> None:
     try:
         jax.distributed.initialize(num_processes=int(count), process_id=None if number is None else int(number))
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
-        raise Refusal(
+        raise UserError(
             f"the {count} processes of JAX_NUM_PROCESSES cannot be joined ({str(error).splitlines()[0]}); set "
             "JAX_COORDINATOR_ADDRESS=HOST:PORT and JAX_PROCESS_ID as well, or unset all three for one process"
         ) from error
@@ -51,15 +51,15 @@ def pick_devices(name: str | None) -> list[jax.Device]:
     try:
         devices = jax.devices(platform or None)
     except RuntimeError as error:
-        raise Refusal(_lacking(name, error)) from error
+        raise UserError(_lacking(name, error)) from error
     if not colon:
         return devices
     if jax.process_count() > 1:
-        raise Refusal(
+        raise UserError(
             f"--device {name} is one device, and {jax.process_count()} processes work here; give --device {platform}"
         )
     if not number.isdecimal() or int(number) >= len(devices):
-        raise Refusal(f"--device {name} is not to be had here: jax sees {len(devices)} of {platform}")
+        raise UserError(f"--device {name} is not to be had here: jax sees {len(devices)} of {platform}")
     return [devices[int(number)]]
 
 
@@ -83,7 +83,7 @@ def make_mesh(devices: list[jax.Device], shape: str | None) -> Mesh:
         shape = f"{len(devices)}x1"
     data, model = mesh_sides(shape)
     if data * model > len(devices) or (jax.process_count() > 1 and data * model != len(devices)):
-        raise Refusal(f"--mesh {shape} takes {data * model} devices, and jax sees {len(devices)}")
+        raise UserError(f"--mesh {shape} takes {data * model} devices, and jax sees {len(devices)}")
     return Mesh(np.asarray(devices[: data * model]).reshape(data, model), AXES)
 
 
@@ -121,11 +121,11 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def honour(resolved: Resolved) -> Mesh:
+def apply_resolved(resolved: Resolved) -> Mesh:
     """The mesh that the run was created with, or a refusal with the flag that makes another run of it."""
     try:
         mesh = make_mesh(pick_devices(resolved.device), resolved.mesh)
-    except Refusal as error:
+    except UserError as error:
         raise refuse_device(resolved, f"mesh {resolved.mesh}, which is not to be had here") from error
     if resolved.device == "cpu" and resolved.threads != threads():
         raise refuse_device(resolved, f"with {resolved.threads} threads, and jax takes {threads()} here")

@@ -21,15 +21,15 @@ class JaxProcessGroup(ProcessGroup):
     def __init__(self) -> None:
         start()
         self.size, self.index = jax.process_count(), jax.process_index()
-        if not self.leads:  # one of many voices is enough; errors are said on stderr all the same
+        if not self.is_main:  # one of many voices is enough; errors are said on stderr all the same
             progress.silence()
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
 
-    def wait(self, where: str) -> None:
+    def barrier(self, where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
-    def leaders(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
-    def most(self, value: int) -> int:
+    def all_max(self, value: int) -> int:
         return int(multihost_utils.process_allgather(np.int32(value)).max())

@@ -18,7 +18,7 @@ from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.trainer import COMPUTE_DTYPES, exact
 from harness.engines.memory import Measured, fit_micro_batch, refuse_one_image, state_bytes
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
@@ -93,7 +93,7 @@ def resolve(
         raise refuse_one_image(spec.name, parameters, activation_bytes, device, free)
     chosen = min(micro_batch or _divided(batch, fitting, count), batch)
     if batch % count or chosen % count or (batch % chosen) % count:
-        raise Refusal(
+        raise UserError(
             f"batches of {batch} in micro-batches of {chosen} cannot be divided over {count} devices; give a "
             "--micro-batch and a batch (--set batch=...) that are multiples of them, or a smaller --mesh"
         )

@@ -22,7 +22,7 @@ from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.sampler import classifier_guide, guided, sample_steps
 from harness.engines.jax.trainer import COMPUTE_DTYPES, exact
-from harness.errors import Failure
+from harness.errors import RunError
 from harness.protocols import UINT8_RULES, Sampling
 from harness.randomness import Purpose
 from harness.randomness import threefry_jax as random
@@ -232,6 +232,6 @@ def make_run_sampler(
 def to_uint8(x: np.ndarray, rule: str) -> np.ndarray:
     """(N, C, H, W) float32 about [-1, 1] -> (N, H, W, C) uint8 by a rule of `harness.protocols.UINT8_RULES`."""
     if not np.isfinite(x).all():
-        raise Failure("sampling ended in values that are not finite; train longer or sample with float32")
+        raise RunError("sampling ended in values that are not finite; train longer or sample with float32")
     shift, factor, offset = map(np.float32, UINT8_RULES[rule])
     return np.ascontiguousarray(((x + shift) * factor + offset).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))

@@ -18,7 +18,7 @@ from harness.systems.binding import LoadedSystem, Source, read_network
 from harness.systems.spec import Component, GuidanceClassifier
 
 
-def find_place(device: str | None) -> DeviceInfo:
+def resolve_device(device: str | None) -> DeviceInfo:
     """This process's devices of a platform, over which batches are divided, or the one of that name ("cuda:1")."""
     mesh = devices.own(devices.make_mesh(devices.pick_devices(device), None))
     platform = device or devices.platform_name(mesh)

@@ -28,7 +28,7 @@ from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.loss_functions import LossFunction
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import bits as words
@@ -76,10 +76,10 @@ class JaxEngine:
         data: Examples,
     ):
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
-        self._mesh = devices.honour(resolved)
-        self._task = LossFunction(spec, arguments, recipe=recipe, seed=seed)
-        self.terms = self._task.terms
-        self._x0, self._stream = data.x0, EpochSampler(seed, data, recipe.flip)
+        self._mesh = devices.apply_resolved(resolved)
+        self._loss = LossFunction(spec, arguments, recipe=recipe, seed=seed)
+        self.loss_terms = self._loss.loss_terms
+        self._to_model_input, self._stream = data.to_model_input, EpochSampler(seed, data, recipe.flip)
         self._losses: list[Array] = []  # (terms,) each, on the devices
 
         set_compute_dtype(net, COMPUTE_DTYPES[resolved.precision])
@@ -97,7 +97,7 @@ class JaxEngine:
 
     def _compile(self, graph: nnx.GraphDef) -> None:
         """The functions of a step; each is traced at its first call, once for a size of micro-batch."""
-        task, recipe, seed = self._task, self.recipe, self.seed
+        task, recipe, seed = self._loss, self.recipe, self.seed
         optimizer = self._adam
         whole, platform = devices.everywhere(self._mesh), self._mesh.devices.flat[0].platform
 
@@ -107,7 +107,9 @@ class JaxEngine:
             def loss(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
                 net = nnx.merge(graph, params, rest)
                 call = partial(net, **_random(net, batch.key))
-                x0 = self._x0(batch.stored, partial(random.normal, seed, Purpose.POSTERIOR, batch.positions, 0))
+                x0 = self._to_model_input(
+                    batch.stored, partial(random.normal, seed, Purpose.POSTERIOR, batch.positions, 0)
+                )
                 terms = task.losses(call, x0, batch.labels, batch.positions)  # (n,) each
                 sums = jnp.stack([terms[name].sum() for name in task.terms]) / recipe.batch  # (terms,)
                 weights = jnp.asarray(list(task.terms.values()), jnp.float32)
@@ -179,7 +181,7 @@ class JaxEngine:
         where = jax.tree.map(lambda _: sharding, values)._replace(key=devices.everywhere(self._mesh))
         return devices.place(values, where)
 
-    def drain(self) -> list[tuple[float, ...]]:
+    def pop_losses(self) -> list[tuple[float, ...]]:
         losses, self._losses = self._losses, []
         with one_line("training", LESS_MEMORY):
             return [tuple(map(float, np.asarray(each))) for each in losses]
@@ -188,7 +190,7 @@ class JaxEngine:
         with one_line("training", LESS_MEMORY):  # what a step ends with may fail after it has returned
             return bool(self._finite(self._state.params))
 
-    def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
+    def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         state = self._state
         with one_line("the reading of a checkpoint's part from the devices", LESS_MEMORY):
             count = {"step": np.asarray([devices.gather(state.adam.count)], np.float32)}
@@ -226,8 +228,8 @@ class JaxEngine:
                 placed = devices.place(moment, getattr(self._layout.adam, name))
                 adam = state.adam._replace(count=devices.place(count, self._layout.adam.count), **{name: placed})
                 self._state = state._replace(adam=adam)
-        except (Refusal, KeyError) as error:
-            raise Refusal(f"{path} does not fit this network: {error}") from error
+        except (UserError, KeyError) as error:
+            raise UserError(f"{path} does not fit this network: {error}") from error
 
 
 class Batch(NamedTuple):

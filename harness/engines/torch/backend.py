@@ -14,12 +14,12 @@ from harness.diffusion.plans import SamplerPlan
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import parallel, resolve
 from harness.engines.torch.sampling import TorchSampler, load_weights
-from harness.engines.torch.systems import find_place, make_chain
+from harness.engines.torch.systems import make_chain, resolve_device
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.planning.request import Request
 from harness.runs.run import Run
 
-__all__ = ["find_place", "make_chain", "make_engine", "make_sampler", "measure"]
+__all__ = ["resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
 
 
 def measure(
@@ -86,7 +86,7 @@ def make_sampler(
     decoder: Decoder | None = None,  # of latents
 ) -> TorchSampler:
     """What draws images with the weights in `snapshot`, a safetensors file; batches may be of any size."""
-    device = resolve.honour(run.resolved)
+    device = resolve.apply_resolved(run.resolved)
     net = load_weights(request.spec.build("torch", **request.arguments), snapshot)
     return TorchSampler(
         request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device,

@@ -27,7 +27,7 @@ from harness.engines.torch import compiling, resolve
 from harness.engines.torch.roofline import RUNS, Roofline, measure_roofline, seconds_of, wait
 from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import TorchEngine, build
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.planning.request import TRAINING_FACTOR
 from harness.protocols import Recipe, Sampling
 from harness.runs.run import Resolved
@@ -237,13 +237,13 @@ def measure(
     cuda = target.type == "cuda"
     spec = registry.backbones.get(name or ("dit-xl-2" if cuda else "dit-s-8"))
     if spec.kind == "generator":
-        raise Refusal(f"backbone {spec.name!r} is a generator, which is not trained here; name a denoiser")
+        raise UserError(f"backbone {spec.name!r} is a generator, which is not trained here; name a denoiser")
     if "torch" not in spec.builders:
-        raise Refusal(f"backbone {spec.name!r} has no torch network, and only torch's are measured")
+        raise UserError(f"backbone {spec.name!r} has no torch network, and only torch's are measured")
     if spec.kind != "denoiser":
         stages = tuple(stage for stage in stages if stage == "training")
         if not stages:
-            raise Refusal(f"backbone {spec.name!r} is a {spec.kind}, of which only training is measured")
+            raise UserError(f"backbone {spec.name!r} is a {spec.kind}, of which only training is measured")
     resolve.check_precision(target, precision)
     if compile == "on":
         compiling.check(target)

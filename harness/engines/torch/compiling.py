@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 CHOICES = ("auto", "on", "off")
 WORTH_SECONDS = 3600.0  # a run that is done sooner is not worth compiling for, nor worth measuring
@@ -112,7 +112,7 @@ def undo(net: nn.Module) -> None:
 def check(device: torch.device) -> None:
     """Refuse to compile where it cannot be had."""
     if reason := lacking(device):
-        raise Refusal(f"--compile on: {reason}, or leave it out")
+        raise UserError(f"--compile on: {reason}, or leave it out")
 
 
 def choose(
@@ -136,7 +136,7 @@ def choose(
         return Choice("off", "not asked for")
     if lacking is not None:
         if wanted == "on":
-            raise Refusal(f"--compile on: {lacking}, or leave it out")
+            raise UserError(f"--compile on: {lacking}, or leave it out")
         return Choice("off", lacking)
     if wanted == "auto" and seconds * images < WORTH_SECONDS:
         return Choice("off", f"a run of {seconds * images:.0f} s is over before it repays")
@@ -147,7 +147,7 @@ def choose(
         compile_network(net)
         measure()  # compiles, which may take longer than a measurement waits for
         compiled = measure()
-    except Refusal:
+    except UserError:
         raise
     except Exception as error:  # the compiler's are of many kinds
         text = str(error).strip().partition("\n")[0][:200] or type(error).__name__
@@ -157,7 +157,7 @@ def choose(
     cost = time.perf_counter() - begin
     if most(float(cause is not None)):
         if wanted == "on":
-            raise Refusal(f"--compile on: {reason}; leave it out") from cause
+            raise UserError(f"--compile on: {reason}; leave it out") from cause
         return Choice("off", reason)
     compiled, cost = most(compiled), most(cost)
     gain = f"{seconds / compiled:.2f} times as fast, {cost:.0f} s to compile"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from harness.diffusion.schedule import Schedule
 from harness.engines.loss_terms import LOSS_TERMS
 from harness.engines.torch.loss import LossTables, training_losses
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
@@ -31,8 +31,8 @@ class LossFunction:
         self, spec: BackboneSpec, arguments: Mapping[str, Any], *, recipe: Recipe, seed: int, device: torch.device
     ):
         if spec.kind not in LOSS_TERMS:
-            raise Refusal(f"backbone {spec.name!r} is a {spec.kind}, which the harness samples and does not train")
-        self.terms = LOSS_TERMS[spec.kind]
+            raise UserError(f"backbone {spec.name!r} is a {spec.kind}, which the harness samples and does not train")
+        self.loss_terms = LOSS_TERMS[spec.kind]
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_side = arguments.get("low_res_size")
         self._null = spec.null_index(arguments["num_classes"])

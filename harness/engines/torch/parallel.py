@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.distributed.launch import mesh_sides
 from harness.engines.torch import process_group
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.run import Resolved
 
 
@@ -30,14 +30,14 @@ def mesh_of(shape: str | None, created: str = "1x1") -> tuple[int, int]:
     if shape is None:
         model = mesh_sides(created)[1]
         if size % model:
-            raise Refusal(
+            raise UserError(
                 f"the run divides its weights over {model} processes, and {size} work here; give --mesh DATAxMODEL"
             )
         return size // model, model
     data, model = mesh_sides(shape)
     if data * model != size:
         start = f"torchrun --nproc-per-node {data * model} -m harness ..."
-        raise Refusal(f"--mesh {shape} takes {data * model} processes, and {size} work here; start them with {start}")
+        raise UserError(f"--mesh {shape} takes {data * model} processes, and {size} work here; start them with {start}")
     return data, model
 
 
@@ -65,7 +65,7 @@ def check_batch(batch: int) -> int:
     """Images of a batch for each process; what cannot be divided is refused."""
     size = process_group.size()
     if batch % size:
-        raise Refusal(
+        raise UserError(
             f"batches of {batch} cannot be divided over {size} processes; start a number of them that divides it, or "
             "give another --set batch=N"
         )
@@ -81,7 +81,7 @@ def shard(net: torch.nn.Module, mesh: tuple[int, int], device: torch.device) -> 
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
     except ImportError as error:
-        raise Refusal(f"--mesh {data}x{model} needs torch 2.6 or newer; give --mesh {data * model}x1") from error
+        raise UserError(f"--mesh {data}x{model} needs torch 2.6 or newer; give --mesh {data * model}x1") from error
     if isinstance(net, FSDPModule):
         return net
     # Nothing writes into the network's output, of which FSDP2 warns at each pass.
@@ -111,8 +111,8 @@ def largest_unit(net: torch.nn.Module) -> int:
     return max((sum(each.numel() for each in unit.parameters()) for unit in units(net)), default=0)
 
 
-class Spread:
-    """A network over the processes of the team: what the trainer calls, and the sums over all of them."""
+class DataParallelModel:
+    """A network over the processes of the process group: what the trainer calls, and the sums over all of them."""
 
     def __init__(self, net: torch.nn.Module, mesh: tuple[int, int]):
         self.size, self._index = process_group.size(), process_group.index()
@@ -128,7 +128,7 @@ class Spread:
                 self.call = ddp(net, gradient_as_bucket_view=True, **{aside: False})
 
     @property
-    def rehearses(self) -> bool:
+    def warmup(self) -> bool:
         """Whether a first pass is to be thrown away. DDP divides gradients into buckets anew after it; a run that
         continues would sum in another order than one that went on."""
         return self.call is not self._net
@@ -167,18 +167,18 @@ class Spread:
                 dist.broadcast(buffer, 0)
 
 
-def own(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor, as a plain one that shares its memory."""
     return tensor.detach()._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor; where it is divided every process must ask."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(tensor: torch.Tensor) -> tuple[slice, ...]:
+def shard_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
     """Which part of the whole this process holds."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(None) for _ in tensor.shape)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from harness.distributed.group import ProcessGroup, Stopped
 from harness.distributed.launch import Rank, rank_of
 from harness.engines.torch import watch
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.io import progress
 
 JOIN_SECONDS = 300  # for all processes to come
@@ -76,7 +76,7 @@ def beside() -> int:
     return 1 if _rank is None else _rank.beside
 
 
-def most(value: float) -> float:
+def all_max(value: float) -> float:
     """The largest of all processes' values, in every process."""
     if _rank is None:
         return value
@@ -96,7 +96,7 @@ def translate_dist_errors() -> Iterator[None]:
         if _rank is None or not any(word in str(error).lower() for word in WORDS):
             raise
         time.sleep(SETTLE_SECONDS)
-        raise Failure(f"the {_rank.size} processes have lost each other ({text[:160]}); {watch.CONTINUES}") from error
+        raise RunError(f"the {_rank.size} processes have lost each other ({text[:160]}); {watch.CONTINUES}") from error
 
 
 class TorchProcessGroup(ProcessGroup):
@@ -106,7 +106,7 @@ class TorchProcessGroup(ProcessGroup):
         global _rank, _together
         rank = rank_of(os.environ)
         self.size, self.index, self._well = rank.size, rank.index, False
-        if not self.leads:  # one of many voices is enough; errors are said on stderr all the same
+        if not self.is_main:  # one of many voices is enough; errors are said on stderr all the same
             progress.silence()
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
@@ -114,7 +114,7 @@ class TorchProcessGroup(ProcessGroup):
             torch.cuda.set_device(gpu(rank.local))  # what "cuda" means from here on
         try:
             store = _meet(rank)
-            if self.leads:
+            if self.is_main:
                 self._watch = watch.lead(rank.size, lambda text: store.set("watch", text))
             else:
                 speaks = rank.local == 0 or rank.index == 1
@@ -126,7 +126,7 @@ class TorchProcessGroup(ProcessGroup):
             _together = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().partition("\n")[0][:200]
-            raise Refusal(
+            raise UserError(
                 f"process {rank.index} of {rank.size} cannot join the others at {rank.address}:{rank.port} ({reason}); start "
                 "all of them with torchrun, or with the same MASTER_ADDR and MASTER_PORT"
             ) from error
@@ -139,7 +139,7 @@ class TorchProcessGroup(ProcessGroup):
             dist.destroy_process_group()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def collective_scope(self) -> Iterator[None]:
         """What all processes do; who leaves it by an error ends the others."""
         try:
             yield
@@ -157,18 +157,18 @@ class TorchProcessGroup(ProcessGroup):
         with self.together(), super().locked(folder):
             yield
 
-    def wait(self, where: str) -> None:
+    def barrier(self, where: str) -> None:
         with translate_dist_errors():
             dist.barrier(group=_together)
 
-    def leaders(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         tensor = torch.tensor([value])
         with translate_dist_errors():
             dist.broadcast(tensor, 0, group=_together)
         return int(tensor)
 
-    def most(self, value: int) -> int:
-        return int(most(value))
+    def all_max(self, value: int) -> int:
+        return int(all_max(value))
 
 
 def _meet(rank: Rank) -> dist.Store:

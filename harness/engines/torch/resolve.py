@@ -17,7 +17,7 @@ from harness.engines.memory import (
     state_bytes,
 )
 from harness.engines.torch import compiling, parallel, process_group
-from harness.errors import Refusal
+from harness.errors import UserError
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
@@ -39,7 +39,7 @@ def pick_device(name: str | None) -> torch.device:
     if process_group.size() > 1:
         platform, colon, _ = name.partition(":")
         if colon:
-            raise Refusal(
+            raise UserError(
                 f"--device {name} is one device, and {process_group.size()} processes work here; give --device {platform}"
             )
         name = f"{platform}:{process_group.gpu(process_group.local())}" if platform == "cuda" else name
@@ -48,11 +48,11 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise Refusal(
+        raise UserError(
             f"--device {name} is not to be had here ({reason}); try --device cpu, see `harness doctor`"
         ) from error
     if device.type == "meta":
-        raise Refusal("--device meta computes nothing; use cpu or cuda")
+        raise UserError("--device meta computes nothing; use cpu or cuda")
     return device
 
 
@@ -88,7 +88,7 @@ def measure(
     net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser"
 ) -> float:
     """Seconds that forward and backward take for one image of each process: those of the slowest."""
-    return process_group.most(measure_here(net, images, arguments, device, precision, kind))
+    return process_group.all_max(measure_here(net, images, arguments, device, precision, kind))
 
 
 def far_slower(
@@ -98,7 +98,7 @@ def far_slower(
     slower `than` another's seconds (bfloat16 on a CPU without units for it); None: it is to be measured."""
     seconds = 0.0
     for _ in range(2):  # a first pass may take its time to prepare itself
-        seconds = process_group.most(measure_here(net, 1, arguments, device, precision, kind, repeats=0))
+        seconds = process_group.all_max(measure_here(net, 1, arguments, device, precision, kind, repeats=0))
         if seconds <= max(PATIENCE_SECONDS, FAR_SLOWER * than):
             return None
     return seconds
@@ -140,7 +140,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor` on `device`, from pages that a GPU reads by itself: copying from others waits for all work before it."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -152,9 +152,11 @@ def check_precision(device: torch.device, precision: str) -> None:
     if precision != "tf32":
         return
     if device.type != "cuda":
-        raise Refusal(f"precision tf32 is that of NVIDIA's matrix units, and {device} has none; use float32")
+        raise UserError(f"precision tf32 is that of NVIDIA's matrix units, and {device} has none; use float32")
     if torch.cuda.get_device_capability(device) < (8, 0):
-        raise Refusal(f"precision tf32 begins with NVIDIA's Ampere, and {device} is {device_name(device)}; use float32")
+        raise UserError(
+            f"precision tf32 begins with NVIDIA's Ampere, and {device} is {device_name(device)}; use float32"
+        )
 
 
 def set_arithmetic(device: torch.device, precision: str) -> None:
@@ -189,7 +191,7 @@ def resolve(
         parameters = parameters // mesh[1] + parallel.largest_unit(net)
     batch = parallel.check_batch(batch)
     free = free_bytes(device) + 4 * parameters  # the network is already there and was counted as used
-    fitting = -process_group.most(-fit_micro_batch(batch, parameters, activation_bytes, free))
+    fitting = -process_group.all_max(-fit_micro_batch(batch, parameters, activation_bytes, free))
     if fitting == 0:
         raise refuse_one_image(spec.name, parameters, activation_bytes, str(device), free)
     chosen = min(micro_batch or fitting, batch)
@@ -205,11 +207,11 @@ def resolve(
         speeds[each] = (found or measure(net, images, arguments, device, each, spec.kind)) / process_group.size()
     fastest = min(speeds, key=lambda each: speeds[each])
     lacking = compiling.lacking(device)
-    if process_group.most(float(lacking is not None)) and lacking is None:  # they measure together or not at all
+    if process_group.all_max(float(lacking is not None)) and lacking is None:  # they measure together or not at all
         lacking = "torch.compile is not to be had in another process"
     choice = compiling.choose(
         compile, net, lacking=lacking, seconds=speeds[fastest] * process_group.size(), images=batch * steps, say=say,
-        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), most=process_group.most,
+        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), most=process_group.all_max,
     )  # fmt: skip
     name = device_name(device)
     resolved = Resolved(
@@ -229,14 +231,14 @@ def resolve(
     )  # fmt: skip
 
 
-def honour(resolved: Resolved) -> torch.device:
+def apply_resolved(resolved: Resolved) -> torch.device:
     """Set this process up as the run was created, or refuse with the flag that makes another run of it."""
     try:
         device = pick_device(resolved.device if process_group.size() == 1 else resolved.device.partition(":")[0])
-    except Refusal as error:
+    except UserError as error:
         raise refuse_device(resolved) from error
     if resolved.compile == "on" and (reason := compiling.lacking(device)):
-        raise Refusal(
+        raise UserError(
             f"the run was created with compiled code, and {reason}; or continue it as another run with "
             "--fork RUN --out NEW --compile off"
         )

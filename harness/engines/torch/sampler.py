@@ -36,7 +36,7 @@ def sample_loop(
     predicted image of a DDIM step is clamped before that, not after).
 
     Only the network may use another precision. Refuses a network whose channels do not fit the plan; raises
-    Failure with the step when x becomes infinite or NaN (looked at every 50 steps and at the end).
+    RunError with the step when x becomes infinite or NaN (looked at every 50 steps and at the end).
     """
     x = x.float()
     samples, channels = x.shape[:2]

@@ -14,7 +14,7 @@ from harness.diffusion.plans import SamplerPlan
 from harness.engines.torch.compiling import check, compile_sampler
 from harness.engines.torch.resolve import autocast, set_arithmetic
 from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
-from harness.errors import Failure, Refusal
+from harness.errors import RunError, UserError
 from harness.protocols import UINT8_RULES, Sampling
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
@@ -33,12 +33,12 @@ def load_weights(net: torch.nn.Module, path: Path) -> torch.nn.Module:
     seen = set()
     for name, array in checkpoints.tensors(path):
         if name not in state or tuple(state[name].shape) != array.shape:
-            raise Refusal(f"{path} does not fit the backbone: it holds {name} {array.shape}")
+            raise UserError(f"{path} does not fit the backbone: it holds {name} {array.shape}")
         with torch.no_grad():
             state[name].copy_(torch.from_numpy(array))
         seen.add(name)
     if missing := sorted(set(state) - seen):
-        raise Refusal(f"{path} does not fit the backbone: {missing[0]} is missing")
+        raise UserError(f"{path} does not fit the backbone: {missing[0]} is missing")
     return net
 
 
@@ -232,5 +232,5 @@ def to_uint8(x: torch.Tensor, rule: str) -> np.ndarray:
     """(N, C, H, W) about [-1, 1] -> (N, H, W, C) uint8 by a rule of `harness.protocols.UINT8_RULES`."""
     shift, factor, offset = UINT8_RULES[rule]
     if not torch.isfinite(x).all():
-        raise Failure("sampling ended in values that are not finite; train longer or sample with float32")
+        raise RunError("sampling ended in values that are not finite; train longer or sample with float32")
     return ((x + shift) * factor + offset).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

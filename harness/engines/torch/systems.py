@@ -15,7 +15,7 @@ from harness.systems.binding import LoadedSystem, read_network
 from harness.systems.spec import Component
 
 
-def find_place(device: str | None) -> DeviceInfo:
+def resolve_device(device: str | None) -> DeviceInfo:
     """The device of that name; None: an accelerator if there is one. One that is absent is refused."""
     target = resolve.pick_device(device)
     threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""

@@ -15,9 +15,9 @@ from harness.distributed.launch import mesh_sides
 from harness.engines.torch import parallel, process_group
 from harness.engines.torch.compiling import compile_network
 from harness.engines.torch.loss_functions import LossFunction
-from harness.engines.torch.parallel import own, part_of, whole
-from harness.engines.torch.resolve import autocast, honour, place, set_arithmetic
-from harness.errors import Refusal
+from harness.engines.torch.parallel import full_tensor, local_shard, shard_slice
+from harness.engines.torch.resolve import apply_resolved, autocast, set_arithmetic, to_device
+from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import bits as words
@@ -52,14 +52,14 @@ class TorchEngine:
         data: Examples,
     ):
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
-        self.device = honour(resolved)
+        self.device = apply_resolved(resolved)
         set_arithmetic(self.device, resolved.precision)
         mesh = mesh_sides(resolved.mesh)
         self.net = parallel.shard(net, mesh, self.device).to(self.device).train()
         if resolved.compile == "on":
             compile_network(self.net)
-        self._spread = parallel.Spread(self.net, mesh)
-        self._rehearse = self._spread.rehearses
+        self._parallel = parallel.DataParallelModel(self.net, mesh)
+        self._warmup = self._parallel.warmup
         self._named = dict(self.net.named_parameters())
         self._weights = [each for each in self._named.values() if each.requires_grad]
         self._names = [name for name, each in self._named.items() if each.requires_grad]
@@ -71,42 +71,42 @@ class TorchEngine:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self._task = LossFunction(spec, arguments, recipe=recipe, seed=seed, device=self.device)
-        self.terms = self._task.terms
+        self._loss = LossFunction(spec, arguments, recipe=recipe, seed=seed, device=self.device)
+        self.loss_terms = self._loss.loss_terms
         self._losses: list[torch.Tensor] = []
-        self._x0, self._stream = data.x0, EpochSampler(seed, data, recipe.flip)
+        self._to_model_input, self._stream = data.to_model_input, EpochSampler(seed, data, recipe.flip)
 
     @process_group.translate_dist_errors()
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
         positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the endless stream of images
-        total = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
+        total = torch.zeros(len(self.loss_terms), dtype=torch.float64, device=self.device)
         buffers = [buffer.clone() for buffer in self.net.buffers()]
-        chunks = self._spread.mine(positions).split(self.resolved.micro_batch)
-        if self._rehearse:
+        chunks = self._parallel.mine(positions).split(self.resolved.micro_batch)
+        if self._warmup:
             self._accumulate(chunks[0])
             self._check_gradients()
             self._forget(buffers)
-            self._rehearse = False
+            self._warmup = False
         for chunk in chunks:
             if interrupted():
                 self._forget(buffers)
                 return False
-            with self._spread.accumulating(last=chunk is chunks[-1]):
+            with self._parallel.accumulating(last=chunk is chunks[-1]):
                 total += self._accumulate(chunk)
         self._check_gradients()
-        self._spread.leaders_buffers()
+        self._parallel.leaders_buffers()
         rate = recipe.learning_rate * min(1.0, step / recipe.warmup_steps if recipe.warmup_steps else 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if recipe.clip_norm:
-            self._spread.clip(self._weights, recipe.clip_norm)
+            self._parallel.clip(self._weights, recipe.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         decay = min(recipe.ema_decay, (1 + step) / (EMA_RAMP_LAG + step)) if recipe.ema_ramp else recipe.ema_decay
         with torch.no_grad():
-            torch._foreach_lerp_(list(map(own, self._ema)), list(map(own, self._weights)), 1 - decay)
+            torch._foreach_lerp_(list(map(local_shard, self._ema)), list(map(local_shard, self._weights)), 1 - decay)
         self._losses.append(total)
         return True
 
@@ -118,7 +118,7 @@ class TorchEngine:
 
     def _check_gradients(self) -> None:
         if idle := [name for name, each in zip(self._names, self._weights, strict=True) if each.grad is None]:
-            raise Refusal(
+            raise UserError(
                 f"parameter {idle[0]} of the network gets no gradient; use it in forward, or set its requires_grad to False"
             )
 
@@ -131,38 +131,38 @@ class TorchEngine:
 
         def call(*inputs: torch.Tensor) -> torch.Tensor:
             with autocast(self.device, self.resolved.precision):
-                return self._spread.call(*inputs)
+                return self._parallel.call(*inputs)
 
-        terms = self._task.losses(call, x0, y, place(positions, self.device))  # (n,) each
-        loss = sum(weight * terms[name].sum() for name, weight in self.terms.items() if weight)
-        (loss / self.recipe.batch * self._spread.size).backward()  # of which the processes' mean is taken
-        return torch.stack([terms[name].detach().sum() for name in self.terms]).double() / self.recipe.batch
+        terms = self._loss.losses(call, x0, y, to_device(positions, self.device))  # (n,) each
+        loss = sum(weight * terms[name].sum() for name, weight in self.loss_terms.items() if weight)
+        (loss / self.recipe.batch * self._parallel.size).backward()  # of which the processes' mean is taken
+        return torch.stack([terms[name].detach().sum() for name in self.loss_terms]).double() / self.recipe.batch
 
     def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x0 and labels at `positions` of the stream."""
         stored, labels = self._stream.take(positions.numpy())
-        index = place(positions, self.device)
+        index = to_device(positions, self.device)
 
         def normal(shape: tuple[int, ...]) -> torch.Tensor:
             return random.normal(self.seed, Purpose.POSTERIOR, index, 0, shape)
 
-        x0 = self._x0(place(torch.from_numpy(stored), self.device), normal)
-        return x0.contiguous(), place(torch.from_numpy(labels), self.device)
+        x0 = self._to_model_input(to_device(torch.from_numpy(stored), self.device), normal)
+        return x0.contiguous(), to_device(torch.from_numpy(labels), self.device)
 
     @process_group.translate_dist_errors()
-    def drain(self) -> list[tuple[float, ...]]:
+    def pop_losses(self) -> list[tuple[float, ...]]:
         if not self._losses:
             return []
-        rows = self._spread.total(torch.stack(self._losses)).cpu().tolist()
+        rows = self._parallel.total(torch.stack(self._losses)).cpu().tolist()
         self._losses.clear()
         return [tuple(row) for row in rows]
 
     @process_group.translate_dist_errors()
     def finite(self) -> bool:
-        norms = torch.stack(torch._foreach_norm(list(map(own, self._weights))))
-        return self._spread.everywhere(torch.isfinite(norms).all())
+        norms = torch.stack(torch._foreach_norm(list(map(local_shard, self._weights))))
+        return self._parallel.everywhere(torch.isfinite(norms).all())
 
-    def parts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
+    def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         return [
             ("model", lambda: _arrays(self.net.state_dict())),
             ("ema", lambda: _arrays(self._averaged())),
@@ -189,7 +189,7 @@ class TorchEngine:
 
         def mine(name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
             fits = name in targets and tuple(targets[name].shape) == shape
-            return part_of(targets[name]) if fits else None
+            return shard_slice(targets[name]) if fits else None
 
         for name, array in checkpoints.tensors(path, mine):
             value = torch.from_numpy(array)
@@ -197,11 +197,11 @@ class TorchEngine:
                 step = value.reshape(())
                 continue
             seen.add(name)
-            if name not in targets or own(targets[name]).shape != value.shape:
-                raise Refusal(f"{path} does not fit this network: {name} {tuple(value.shape)} is not in it")
-            own(targets[name]).copy_(value)
+            if name not in targets or local_shard(targets[name]).shape != value.shape:
+                raise UserError(f"{path} does not fit this network: {name} {tuple(value.shape)} is not in it")
+            local_shard(targets[name]).copy_(value)
         if missing := sorted(set(targets) - seen):
-            raise Refusal(f"{path} does not fit this network: {missing[0]} is missing")
+            raise UserError(f"{path} does not fit this network: {missing[0]} is missing")
         if step is not None:
             for weight in self._weights:
                 self._optimizer.state[weight]["step"] = step.clone().to(self.device)
@@ -223,7 +223,7 @@ class TorchEngine:
 
 @process_group.translate_dist_errors()
 def _arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """CPU arrays; without a copy where the tensor is already on the CPU. Of a team the leader's alone, which all collect.
+    """CPU arrays; without a copy where the tensor is already on the CPU. Of a process group the leader's alone, which all collect.
 
     torch.distributed.checkpoint would let each process write its part, in two thirds of the time (dit-b-2 over two
     processes, one disk). But it writes pickles, of which this project reads none; and one set of files with checksums,
@@ -231,7 +231,7 @@ def _arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """
     arrays = {}
     for name, value in state.items():
-        full = whole(value)
+        full = full_tensor(value)
         if process_group.index() == 0:
             arrays[name] = full.cpu().numpy()
     return arrays

@@ -1,4 +1,4 @@
-"""Notices the death of a process of the team, whoever started it, and ends the others with one line.
+"""Notices the death of a process of the group, whoever started it, and ends the others with one line.
 
 A collective does not always: NCCL waits in a kernel, gloo for a peer of a peer. So each process holds a connection to the
 leader, which the system closes at any death; that of a machine shows in the connection's own probes. It is a matter of the

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.errors import Refusal
+from harness.errors import UserError
 
 TIME_FEATURES = 64  # sines and cosines of the timestep
 
@@ -69,7 +69,7 @@ class ConvMixer(nn.Module):
     ):
         super().__init__()
         if input_size % patch:
-            raise Refusal(
+            raise UserError(
                 f"ConvMixer: input_size {input_size} is not divisible by patch {patch}; crop or pad the images"
             )
         out_channels = 2 * in_channels if out_channels is None else out_channels
