@@ -67,6 +67,9 @@ def group() -> None:
 
     Start with:  harness run --backbone dit-xs-2
     """
+    from harness.io.logs import log_to_stderr
+
+    log_to_stderr()
 
 
 def main() -> None:

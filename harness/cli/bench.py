@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import Count, Parsed, json_option
+from harness.cli.options import COUNT, Value, json_option
 from harness.errors import UserError
 from harness.io import files
 
@@ -32,9 +32,9 @@ def _stages(text: str) -> tuple[str, ...]:
     help="auto: whose matrix products are faster here, float32 or bfloat16.",
 )  # fmt: skip
 @click.option(
-    "--batch", type=Count(), help="Images the network sees at once. [default: 256 on a GPU, about 1 s on a CPU]"
+    "--batch", type=COUNT, help="Images the network sees at once. [default: 256 on a GPU, about 1 s on a CPU]"
 )
-@click.option("--sampling-steps", type=Count(), help="Of a batch of samples. [default: 10 on a GPU, 2 on a CPU]")
+@click.option("--sampling-steps", type=COUNT, help="Of a batch of samples. [default: 10 on a GPU, 2 on a CPU]")
 @click.option(
     "--compile",
     type=click.Choice(["auto", "on", "off"]),
@@ -42,7 +42,7 @@ def _stages(text: str) -> tuple[str, ...]:
     show_default=True,
     help="torch.compile of the network. auto: on a GPU.",
 )
-@click.option("--stages", type=Parsed("stages", _stages), default=",".join(STAGES), show_default=True)
+@click.option("--stages", type=Value("stages", _stages), default=",".join(STAGES), show_default=True)
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Keep what was measured.")
 @json_option

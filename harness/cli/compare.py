@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import click
 
-from harness.cli.options import FOLDER, Count, json_option
-from harness.errors import UserError
-from results.compare import RULE, SAMPLING_RULE, SEEDS_RULE, Group, Verdict, compare, differing
-from results.records import Record
-from results.store import find_record_files, load
+from harness.cli.options import json_option, settings_options
+from harness.pipeline.compare import compare
+from harness.settings import CompareOptions
+from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict
 
 
 @click.command("compare")
-@click.argument("a", type=FOLDER)
-@click.argument("b", type=FOLDER)
-@click.option("--step", type=Count(), help="Training steps of the records to compare, where a side has several.")
+@settings_options(CompareOptions)
 @json_option
-def command(a: Path, b: Path, step: int | None, as_json: bool) -> None:
+def command(as_json: bool, **options: Any) -> None:
     """Compare two results (A and B: runs, folders of runs, or record files): win, loss or tie for A, and the rule.
 
     Several training seeds, or sampling seeds, of one experiment belong together: put their runs into one folder.
     """
-    verdicts = compare(_records(a, step), _records(b, step))
+    comparison = compare(**options)
+    verdicts, unlike = comparison.verdicts, comparison.differing
     first = verdicts[0]
-    unlike = differing(first.a.records[0], first.b.records[0])
     if as_json:
-        document = {"rule": RULE, "differing": unlike, "rows": [_row(each) for each in verdicts]}
+        document = {"rule": comparison.rule, "differing": unlike, "rows": [_row(each) for each in verdicts]}
         click.echo(json.dumps(document, indent=2))
         return
     from rich.console import Console
@@ -86,18 +82,6 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "a_ids": [each.id for each in verdict.a.records],
         "b_ids": [each.id for each in verdict.b.records],
     }
-
-
-def _records(path: Path, step: int | None) -> list[Record]:
-    loaded = load(find_record_files([path]))
-    for problem in loaded.problems:
-        click.echo(f"harness: {problem}", err=True)
-    for conflict in loaded.conflicts:
-        click.echo(f"harness: {conflict}", err=True)
-    found = [each for each in loaded.records if step is None or (each.training and each.training.steps == step)]
-    if not found:
-        raise UserError(f"{path} has no records{f' of step {step}' if step else ''}; `harness evaluate` makes them")
-    return found
 
 
 def _name(group: Group) -> str:

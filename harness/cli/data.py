@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from evaluators.features import INCEPTION_BACKENDS
-from harness.cli.options import FOLDER, Count, json_option
+from harness.cli.options import COUNT, FOLDER, json_option
 
 
 @click.group("data")
@@ -65,7 +65,7 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
 )
 @click.option("--backend", type=click.Choice(list(INCEPTION_BACKENDS)), default="torch", show_default=True)
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1; of JAX also tpu.")
-@click.option("--images", type=Count(), metavar="N", help="Keep N images for precision and recall. [default: all]")
+@click.option("--images", type=COUNT, metavar="N", help="Keep N images for precision and recall. [default: all]")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the choice of N.")
 @click.option("--data", type=FOLDER, metavar="PATH", help="Where the data set is, if SOURCE is one that needs a place.")
 @json_option

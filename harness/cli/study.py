@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.options import Setting, json_option
+from harness.cli.options import Value, json_option
+from harness.cli.tables import print_report
 from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration
+from harness.io.text import read_pair
 from harness.studies import load, slurm
 from harness.studies.expand import Expansion, expand
 from harness.studies.local import Launcher
@@ -41,7 +44,7 @@ STYLES = {"done": "green", "running": "bold", "failed": "red", "interrupted": "y
 @click.option(
     "--slurm",
     "settings",
-    type=Setting("KEY=VALUE", "partition=gpu"),
+    type=Value("key=value", partial(read_pair, form="KEY=VALUE", example="partition=gpu")),
     multiple=True,
     metavar="KEY=VALUE",
     help="Of slurm: a setting of the jobs, laid over the file's [slurm], as in --slurm time=12:00:00 (repeatable).",
@@ -129,13 +132,14 @@ def launch(study: Expansion, *, jobs: int, retry_failed: bool) -> tuple[Overview
 
 def report(study: Expansion) -> None:
     """Write the report of the study's runs to its folder, and print their rows."""
-    from harness.cli.report import show
+    from harness.pipeline.report import report as write_report
 
     measured = [run.folder for run in study.runs if (run.folder / "records.jsonl").exists()]
     if not measured:
         click.echo("nothing has been measured yet", err=True)
         return
-    show(measured, study.folder / "report", protocol=study.protocol.name)
+    out = study.folder / "report"
+    print_report(write_report(results=measured, out=out, protocol=study.protocol.name), out)
 
 
 def print_overview(found: Overview) -> None:

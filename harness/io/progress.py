@@ -90,6 +90,14 @@ def _begin_drawing():
     return _drawing
 
 
+def write_line(text: str) -> None:
+    """Write a line to stderr, above the bars that are drawn there."""
+    if _drawing is not None:
+        _drawing.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
 class Stages:
     """Bars of a job of several stages, one at a time: called as (stage, units done, units in all)."""
 

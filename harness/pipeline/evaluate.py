@@ -1,13 +1,13 @@
-"""The evaluation stage: from samples.npz to records.
+"""The third stage: from sample sets to records.
 
-A sample set that carries its sidecar says itself what it is; one from elsewhere is measured under the name it is given.
+A sample set with a sidecar says how it was made; one from elsewhere is measured under the name that it is given.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,47 +15,83 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.data.images import ImageSet
+from harness.data.load import load_data, source_images
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
+from harness.engines.backend import join_processes
 from harness.errors import UserError
 from harness.images.open import open_images
 from harness.images.source import ImageSource, from_batches
 from harness.images.spool import spooled
 from harness.io import files
 from harness.io.progress import Stages
+from harness.pipeline.evaluation_config import EvaluationConfig, make_config, open_reference, reference_images
 from harness.pipeline.sidecar_records import fields_from_sidecar, samples_sha256
 from harness.protocols import Protocol, get_protocol
 from harness.runs.provenance import environment, timing_of
+from harness.runs.run import open_run
+from harness.runs.samples import read_sidecar, sidecar_path
+from harness.settings import DEFAULT_PROTOCOL, EvaluateOptions, keyword_options
 from results.records import Environment, Evaluation, Record, Sampling
 from results.store import append, load
 
 if TYPE_CHECKING:
-    from evaluators.division import Division
     from evaluators.suites import Suite
+
+PARTS = "parts"  # below the cache: features that one process of a group leaves for the main one
+CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Who measures: a suite, the weights of its features where the user brings them, and where the reference's file
-    may hold statistics. device: where the features are computed, in the words of their framework. reference: that file
-    as a source, for the guards (statistics in it, stored with loss). allow: guards that the user waives. say: takes
-    warnings."""
+class EvaluateResult:
+    """Records of a sample set, the file that they are kept in, and what its suite has to say of them ("": nothing)."""
 
-    suite: Suite
-    weights: Path | None = None
-    statistics: Path | None = None
-    device: str = "cpu"
-    reference: ImageSource | None = None
-    allow: tuple[str, ...] = ()
-    division: Division | None = None  # of extraction among processes; all but the first return no records
-    picture: Path | None = None  # where the samples nearest to training images are drawn
-    say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n")
+    records: tuple[Record, ...]
+    records_file: Path
+    note: str
 
-    @classmethod
-    def of(cls, protocol: Protocol) -> EvaluationConfig:
-        """The protocol's suite, with nothing brought."""
-        from evaluators.suites import get_suite
 
-        return cls(suite=get_suite(protocol.suite))
+@keyword_options(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> EvaluateResult:
+    """Measure a sample set and keep the records, or find it measured.
+
+    The protocol is the named one, else that of the run or of the sidecar that belongs to the samples. UserError: too few
+    samples, other shapes or labels than the protocol's, what a guard refuses. Of several processes only the first returns
+    records.
+    """
+    from evaluators.suites import get_suite
+
+    group = join_processes("torch")
+    samples = options.samples
+    path = samples / "samples.npz" if (samples / "samples.npz").is_file() else samples
+    if not path.exists() and not any(sign in str(path) for sign in "*?["):
+        raise UserError(f"no sample set at {path}; `harness sample` makes one")
+    home = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
+    run = open_run(home) if (home / "run.json").exists() else None
+    name = options.protocol
+    if name is None and run is None and sidecar_path(path).exists():
+        name = read_sidecar(path).get("identity", {}).get("protocol")
+    protocol = get_protocol(name) if name else run.protocol if run else get_protocol(DEFAULT_PROTOCOL)
+    records = options.out or (run.records if run else path.with_name("records.jsonl"))
+    if options.reference is not None and options.data is not None:
+        raise UserError("--data and --reference both name the images to judge by; give one of them")
+    source = open_reference(options.reference) if options.reference else None
+    if source is not None:
+        images = reference_images(source)
+    elif options.data is None and run is not None and run.places:
+        images = source_images(run.places, run.identity["dataset_sha256"], str(run.folder))
+    else:
+        images = load_data(protocol, options.data)
+    suite = get_suite(options.suite or protocol.suite)
+    config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
+    config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
+    with group.collective_scope():
+        found = evaluate_and_record(
+            path, protocol, images, records, cache=(home.parent if run else path.parent) / CACHE, name=options.name,
+            config=config, group=group,
+        )  # fmt: skip
+    return EvaluateResult(records=tuple(found), records_file=records, note=config.suite.note)
 
 
 def evaluate_samples_file(
@@ -64,18 +100,18 @@ def evaluate_samples_file(
     data: ImageSet,
     *,
     cache: Path,
-    judge: EvaluationConfig,
+    config: EvaluationConfig,
     name: str | None = None,
 ) -> list[Record]:
-    """Measure the sample set at `path` with the suite of `judge` against the images of `data`.
+    """Measure the sample set at `path` with the suite of `config` against the images of `data`.
 
     `name` is the row's name for samples without a sidecar. Refused: too few samples, other shapes, other labels.
     """
     source = open_images(path, classes=protocol.num_classes)
-    _check_fit(source, protocol, judge)
+    _check_fit(source, protocol, config)
     with spooled(source, cache) as images:
         about = fields_from_sidecar(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
-        return _measure(images, about, protocol, data, cache=cache, judge=judge, timing=timing_of(path))
+        return _measure(images, about, protocol, data, cache=cache, config=config, timing=timing_of(path))
 
 
 def evaluate_images(
@@ -87,7 +123,7 @@ def evaluate_images(
     count: int | None = None,
     labels: np.ndarray | None = None,
     cache: Path | None = None,
-    judge: EvaluationConfig | None = None,
+    config: EvaluationConfig | None = None,
 ) -> list[Record]:
     """Measure images that a program makes: what `harness evaluate` says of the same images in a file.
 
@@ -95,69 +131,67 @@ def evaluate_images(
     taken once and copied, so a buffer may be used again. Above 512 MiB they are kept in a nameless file in `cache`.
     protocol: or its name. data: the images to judge by; None: the protocol's data set. name: of the row. count: how many
     images are taken, so that an endless generator is fine; None: all that come. labels: int64, one an image. cache: where
-    features of the reference are kept; None: nowhere. judge: None: the protocol's suite.
+    features of the reference are kept; None: nowhere. config: None: the protocol's suite.
 
         records = evaluate_images(my_sampler(batch=100), "digits", name="mine", count=1000)
 
     Refused as in a file: too few images, another shape or type, what the guards refuse.
     """
-    from harness.data.load import load_data  # which imports this module
-
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    judge = judge or EvaluationConfig.of(protocol)
+    config = config or EvaluationConfig.of(protocol)
     data = load_data(protocol, None) if data is None else data
     source = from_batches(images, count, labels=labels, name=name)
-    _check_fit(source, protocol, judge)
+    _check_fit(source, protocol, config)
     with spooled(source, cache) as kept:
         about = {"system": name, "sampling": Sampling(samples_sha256=kept.sha256())}
-        return _measure(kept, about, protocol, data, cache=cache, judge=judge)
+        return _measure(kept, about, protocol, data, cache=cache, config=config)
 
 
-def _check_fit(source: ImageSource, protocol: Protocol, judge: EvaluationConfig) -> None:
+def _check_fit(source: ImageSource, protocol: Protocol, config: EvaluationConfig) -> None:
     """Before anything is read: the shape, and the number where it is known."""
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
     if source.shape != shape:
         text = f"{source.name}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)"
         raise UserError(f"{text}; sample at that size, or name the protocol of these (resolution)")
     if source.count is not None:
-        judge.suite.check_count(source.count)
+        config.suite.check_count(source.count)
 
 
 def _measure(
     source: ImageSource,
-    about: dict[str, Any],
+    about: Mapping[str, Any],
     protocol: Protocol,
     data: ImageSet,
     *,
     cache: Path | None,
-    judge: EvaluationConfig,
+    config: EvaluationConfig,
     timing: Mapping[str, Any] | None = None,
 ) -> list[Record]:
     """Records of images that are held, by what is known `about` them, and of the time that they took."""
-    suite = judge.suite
+    suite = config.suite
     suite.check_count(source.count)
-    if judge.division is not None and judge.division.index:
-        _contribute(source, data, cache, judge)
+    if config.division is not None and config.division.index:
+        _contribute(source, data, cache, config)
         return []
-    guard(source, data, protocol, judge, about)
+    guard(source, data, protocol, config, about)
     samples = source.array()
     from evaluators.reference import build_reference, with_statistics
     from evaluators.reference_file import check_network
     from evaluators.suites import evaluate_samples
 
     with Stages({"metrics": "metrics"}) as progress:
-        extractor = suite.features.load(judge.device, weights=judge.weights)
-        if judge.statistics is not None:
-            check_network(judge.statistics, extractor)
-        reference = build_reference(data.images, extractor, cache=cache, progress=progress, division=judge.division)
-        if judge.statistics is not None:
-            reference = with_statistics(reference, judge.statistics)
+        extractor = suite.features.load(config.device, weights=config.weights)
+        if config.statistics is not None:
+            check_network(config.statistics, extractor)
+        reference = build_reference(data.images, extractor, cache=cache, progress=progress, division=config.division)
+        if config.statistics is not None:
+            reference = with_statistics(reference, config.statistics)
         measurements = evaluate_samples(
-            samples, reference, suite, progress=progress, picture=judge.picture, division=judge.division
+            samples, reference, suite, progress=progress, picture=config.picture, division=config.division
         )
     for each in measurements:
         if each.remark:
-            judge.say(f"warning ({each.metric}): {each.remark}")
+            logger.warning(f"{each.metric}: {each.remark}")
     judged = Evaluation(
         suite=suite.name,
         suite_version=str(suite.version),
@@ -180,52 +214,46 @@ def _measure(
             resolution=protocol.resolution,
             dataset=protocol.dataset,
             evaluation=judged,
-            environment=Environment(**environment(judge.device), **(timing or {})),
+            environment=Environment(**environment(config.device), **(timing or {})),
             **about,
         )
         for each in measurements
     ]
 
 
-def _contribute(source: ImageSource, data: ImageSet, cache: Path | None, judge: EvaluationConfig) -> None:
+def _contribute(source: ImageSource, data: ImageSet, cache: Path | None, config: EvaluationConfig) -> None:
     """The part of extraction that another process collects."""
     from evaluators.reference import cached, contribute, images_sha256
 
-    assert judge.division is not None
-    extractor = judge.suite.features.load(judge.device, weights=judge.weights)
+    assert config.division is not None
+    extractor = config.suite.features.load(config.device, weights=config.weights)
     if cached(data.images, images_sha256(data.images), extractor, cache) is None:
-        contribute(data.images, extractor, judge.division)
-    contribute(source.array(), extractor, judge.division)
+        contribute(data.images, extractor, config.division)
+    contribute(source.array(), extractor, config.division)
 
 
 def guard(
-    source: ImageSource, data: ImageSet, protocol: Protocol, judge: EvaluationConfig, about: dict[str, Any]
+    source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: Mapping[str, Any]
 ) -> None:
     """Say what is doubtful about samples and reference, and refuse what makes no sense."""
     from evaluators.guards import Task, check, enforce, survey
 
     task = Task(
-        minimum={metric.key: metric.minimum for metric in judge.suite.metrics},
-        names=(judge.suite.name, about["system"]),
+        minimum={metric.key: metric.minimum for metric in config.suite.metrics},
+        names=(config.suite.name, about["system"]),
         classes=protocol.num_classes,
         label_policy=about["sampling"].label_policy,
-        reference_statistics=judge.suite.reference_statistics == "expected" and judge.statistics is not None,
-        allow=judge.allow,
+        reference_statistics=config.suite.reference_statistics == "expected" and config.statistics is not None,
+        allow=config.allow,
     )
-    if judge.reference is not None:
-        reference = survey(judge.reference)
-        if reference.brings_statistics and judge.statistics is None:
-            text = f"{reference.name} brings mu and sigma, which suite {judge.suite.name} does not use"
-            judge.say(f"warning (reference-statistics): {text}: the distance is to its {reference.count} images")
+    if config.reference is not None:
+        reference = survey(config.reference)
+        if reference.brings_statistics and config.statistics is None:
+            text = f"{reference.name} brings mu and sigma, which suite {config.suite.name} does not use"
+            logger.warning(f"reference-statistics: {text}: the distance is to its {reference.count} images")
     else:
         reference = survey(data.images, name=f"data set {data.name}", labels=data.labels)
-    enforce(check(survey(source), reference, task), judge.say)
-
-
-PARTS = "parts"  # below the cache: features that one process of a process group leaves for another
-
-
-CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
+    enforce(check(survey(source), reference, task), logger.warning)
 
 
 def evaluate_and_record(
@@ -236,24 +264,24 @@ def evaluate_and_record(
     *,
     cache: Path,
     name: str | None = None,
-    by: EvaluationConfig | None = None,  # None: the protocol's suite
-    group: ProcessGroup = SINGLE_PROCESS,  # among which extraction is divided; the leader has the records, the others none
+    config: EvaluationConfig | None = None,  # None: the protocol's suite
+    group: ProcessGroup = SINGLE_PROCESS,  # extraction is divided among it; only the main process has the records
 ) -> list[Record]:
-    """Measure a sample set and append its records, or find them measured."""
+    """Measure a sample set and append its records to a file, or find them measured."""
     from evaluators.division import Division
     from evaluators.reference import images_sha256
 
-    by = by or EvaluationConfig.of(protocol)
+    config = config or EvaluationConfig.of(protocol)
     about = fields_from_sidecar(path, samples_sha256(path), name)
-    brought = (
-        by.weights is not None or by.statistics is not None or by.picture is not None
-    )  # then it is known only when it is read, or has more to do
-    found = None if brought else existing_records(records, about, protocol, by.suite, images_sha256(data.images))
+    # With files that were brought, what is measured is known only when they are read; a picture is to be drawn anyway.
+    unknown = config.weights is not None or config.statistics is not None or config.picture is not None
+    found = None if unknown else existing_records(records, about, protocol, config.suite, images_sha256(data.images))
     if group.broadcast(int(found is not None)):
         return found or []
     if group.size > 1:
-        by = dataclasses.replace(by, division=Division(index=group.index, size=group.size, folder=cache / PARTS))
-    made = evaluate_samples_file(path, protocol, data, cache=cache, judge=by, name=name)
+        division = Division(index=group.index, size=group.size, folder=cache / PARTS)
+        config = dataclasses.replace(config, division=division)
+    made = evaluate_samples_file(path, protocol, data, cache=cache, config=config, name=name)
     if group.is_main:
         append(records, made)
     group.barrier("all is measured")
@@ -263,21 +291,21 @@ def evaluate_and_record(
 
 
 def existing_records(
-    records: Path, about: dict[str, Any], protocol: Protocol, suite: Suite, reference_sha256: str | None
+    records: Path, about: Mapping[str, Any], protocol: Protocol, suite: Suite, reference_sha256: str | None
 ) -> list[Record] | None:
-    """The records of the samples that `about` describes (`evaluation.describe`), or None while a metric is missing.
+    """The records of the samples with the fields `about` (`fields_from_sidecar`); None while a metric is missing.
 
-    reference_sha256: of the images that they are to be judged by; None where that is known to be the run's data set.
+    reference_sha256: of the reference images; None where these are known to be the run's data set.
     """
-    task = (protocol.name, str(protocol.version), protocol.dataset)
-    evaluate_and_record = (suite.name, str(suite.version), suite.features.name)
+    measured_on = (protocol.name, str(protocol.version), protocol.dataset)
+    measured_by = (suite.name, str(suite.version), suite.features.name)
     found = [
-        each
-        for each in (load([records]).records if records.exists() else ())
-        if (each.protocol, each.protocol_version, each.dataset) == task
-        and all(getattr(each, field) == value for field, value in about.items())
-        and (by := each.evaluation) is not None
-        and (by.suite, by.suite_version, by.features) == evaluate_and_record
-        and reference_sha256 in (None, by.reference_sha256)
+        record
+        for record in (load([records]).records if records.exists() else ())
+        if (record.protocol, record.protocol_version, record.dataset) == measured_on
+        and all(getattr(record, field) == value for field, value in about.items())
+        and (evaluation := record.evaluation) is not None
+        and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
+        and reference_sha256 in (None, evaluation.reference_sha256)
     ]
-    return found if {each.metric for each in found} >= {metric.key for metric in suite.metrics} else None
+    return found if {record.metric for record in found} >= {metric.key for metric in suite.metrics} else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,108 @@ from harness import registry
 from harness.autoencoders.load import Decoder, load_autoencoder
 from harness.diffusion.schedule import Schedule
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
-from harness.engines.backend import get_backend
+from harness.engines.backend import get_backend, join_processes
 from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.devices import device_of
 from harness.pipeline.sampling_loop import Job, Sampler, run_job, write_grid_beside
 from harness.pipeline.train import RunSession
-from harness.planning.request import Request, published_input_gflops
+from harness.planning.matching import matched
+from harness.planning.request import Request, published_input_gflops, request_of_run
 from harness.runs.provenance import environment
-from harness.runs.run import Run
+from harness.runs.run import RUNS_FOLDER, Run, open_run
 from harness.runs.sample_set import SampleRequest, default_batch, labels_of, make_sample_request
+from harness.settings import SampleOptions, keyword_options, only_one
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleResult:
+    """The samples.npz files that were drawn, or found drawn."""
+
+    samples: tuple[Path, ...]
+
+
+@keyword_options(SampleOptions)
+def sample(options: SampleOptions) -> SampleResult:
+    """Draw sample sets: samples.npz in ADM's layout, a sidecar that says how it was made, and a grid to look at.
+
+    Of a trained run (`run`), or of a system (`system`) with weights of its parts from anywhere. What is drawn is not
+    repeated; a killed call continues shard by shard. UserError: settings that do not belong together, missing weights.
+    """
+    if (options.run is None) == (options.system is None):
+        raise UserError("give either --run DIR or --system NAME (see `harness list systems`)")
+    paths = _sample_run(options, options.run) if options.run is not None else _sample_system(options)
+    return SampleResult(samples=tuple(paths))
+
+
+def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
+    for name in ("weights", "framework", "device", "out"):
+        if getattr(options, name):
+            raise UserError(f"--{name} belongs to --system; a run has its own")
+    run = open_run(folder)
+    if not (step := options.step or max(run.ema_checkpoint_steps(), default=0)):
+        raise UserError(f"{folder} has no EMA checkpoint yet; train it to the end with `harness train` first")
+    ways = {"--sampling-steps": options.sampling_steps, "--match-sampling": options.match_sampling}
+    only_one(ways, "the sampling steps")
+    overrides = {**options.overrides(), "steps": options.sampling_steps}
+    request = request_of_run(run, sampling=overrides, samples=options.samples)
+    if request.spec.kind != "denoiser":
+        raise UserError(
+            f"{folder} is a run of {request.spec.name}, a part of a system; give it as "
+            f"--system NAME --weights {request.spec.kind}={folder}"
+        )
+    request = matched(request, sampling=options.match_sampling)
+    group = join_processes(run.framework)
+    step = group.broadcast(step)  # while the run is trained, other processes may find a newer one
+    decoder = decoder_of(run, options.decoder)
+    with group.locked(folder):
+        return [
+            sample_run(
+                run, request, step, steps, precision=options.sampling_precision, batch=options.batch,
+                compile=options.compile, decoder=decoder, group=group,
+            )
+            for steps in request.sampling.steps
+        ]  # fmt: skip
+
+
+FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "match_sampling")
+
+
+def _sample_system(options: SampleOptions) -> list[Path]:
+    from harness.pipeline.sample_system import sample_system
+    from harness.systems.binding import load_parts, with_steps
+    from harness.systems.read import get_system
+
+    if options.decoder is not None:
+        raise UserError("--decoder belongs to --run; a system has its own, whose weights are --weights decoder=PATH")
+    if options.step is not None:
+        raise UserError("--step belongs to --run; of a run given as weights the newest EMA checkpoint is taken")
+    system = get_system(options.system or "")
+    if given := [name for name in FIXED_BY_SYSTEM if getattr(options, name) is not None]:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} is fixed by the system {system.name!r}; write a system of your own as a TOML "
+            "file, and give that"
+        )
+    framework = options.framework or "torch"
+    group = join_processes(framework)
+    loaded = load_parts(system, {part: Path(path) for part, path in options.weights.items()})
+    # All of them first, so that steps that do not fit are refused before anything is drawn.
+    wanted = [with_steps(loaded, steps) for steps in options.sampling_steps] if options.sampling_steps else [loaded]
+    return [
+        sample_system(
+            each,
+            folder=options.out or RUNS_FOLDER / "systems",
+            framework=framework,
+            count=options.samples or system.task.samples,
+            seed=options.sampling_seed or 0,
+            precision=options.sampling_precision,
+            compile=options.compile or "off",
+            batch=options.batch,
+            device=options.device,
+            group=group,
+        )
+        for each in wanted
+    ]
 
 
 def sample_set(

@@ -1,75 +1,117 @@
-"""The stages of a run on this machine: create or open it, train, sample, evaluate. What is done is not repeated."""
+"""The first stage: create a run or open it, train it, keep its EMA weights. What is done is not repeated."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.data.examples import Examples
-from harness.data.load import check_labels
+from harness.data.load import check_labels, training_data
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
-from harness.engines.backend import get_backend
+from harness.engines.backend import get_backend, join_processes
+from harness.engines.memory import Measured
 from harness.errors import UserError
 from harness.io import files
+from harness.loggers import check_installed
 from harness.pipeline.devices import device_of
-from harness.pipeline.training_loop import train
+from harness.pipeline.plan import measured_cost
+from harness.pipeline.training_loop import train as train_loop
+from harness.planning.matching import request_from
+from harness.planning.plan import make_plan
+from harness.planning.plan_text import costs_text, headline, measured_text
 from harness.planning.request import CHECKPOINT_BYTES, Request
 from harness.protocols import Protocol
 from harness.runs import checkpoints
 from harness.runs.provenance import environment
-from harness.runs.run import Resolved, Run, RunSpec, create_run, find_run, identity_difference, open_run
+from harness.runs.run import RUNS_FOLDER, Resolved, Run, create_run, find_run, identity_difference, open_run
+from harness.settings import DEFAULT_PROTOCOL, RunOptions, TrainOptions, frozen_settings, keyword_options
 
-if TYPE_CHECKING:
-    from harness.engines.memory import Measured
-
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
-def run_spec(request: Request, data: Examples) -> RunSpec:
-    """The identity of the run that `request` asks for."""
-    return RunSpec(
-        backbone=request.spec.name,
-        protocol=request.protocol,
-        recipe=request.recipe,
-        seed=request.seed,
-        framework=request.framework,
-        **data.identity,
-    )
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A trained run: its folder, the step that it was trained to, the kind of its backbone, and the file of the EMA
+    weights of that step."""
+
+    folder: Path
+    step: int
+    kind: str
+    weights: Path
+
+
+@keyword_options(TrainOptions)
+def train(options: TrainOptions) -> TrainResult:
+    """Train a backbone and keep the EMA weights of the last step. The same call continues a killed run.
+
+    Denoisers, upsamplers (on pairs of resolutions) and classifiers of noised images alike. UserError: the request cannot
+    be carried out; RunError: a loss or a weight is not finite, the disk is full. Ctrl-C and SIGTERM write a checkpoint
+    and raise KeyboardInterrupt.
+    """
+    request = request_from(options)
+    session = open_session(request, options)
+    with session.group.locked(session.folder):
+        run = session.begin(options)
+        session.train(request.recipe.steps)
+    weights = run.ema_checkpoint(request.recipe.steps) / "ema.safetensors"
+    return TrainResult(folder=run.folder, step=request.recipe.steps, kind=request.spec.kind, weights=weights)
+
+
+def open_session(request: Request, options: TrainOptions) -> RunSession:
+    """Log the plan, refuse what is missing, read the data, and open the run's folder."""
+    check_installed(options.logger)
+    group = join_processes(request.framework)
+    plan = make_plan(request)
+    logger.info(headline(request, options.protocol is None))
+    logger.info(costs_text(plan))
+    if isinstance(options, RunOptions) and options.features_weights is None:
+        for sentence in plan.missing_evaluator_files:
+            logger.info(f"note     {sentence}; without them a run ends with samples")
+    if plan.missing:
+        for sentence in plan.missing:
+            logger.info(f"missing  {sentence}")
+        text = f"protocol {request.protocol.name!r} cannot run here, because what is listed above is missing"
+        if request.protocol.name != DEFAULT_PROTOCOL and request.spec.family == "dit":  # every size fits the digits
+            steps = request.recipe.steps
+            text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
+        raise UserError(text)
+    data = training_data(request.protocol, request.data)
+    folder = options.out or RUNS_FOLDER / request.run_spec(data).name
+    return RunSession(request, data, folder, group, options.logger, options.mesh)
 
 
 class RunSession:
-    """A run and the network it needs, made once and only when a stage needs them."""
+    """A run and the network it needs, built once and only when a stage needs it."""
 
     def __init__(
         self,
         request: Request,
         data: Examples,
         folder: Path,
-        say: Say,
         group: ProcessGroup = SINGLE_PROCESS,
         loggers: Sequence[str] = (),
         mesh: str | None = None,
     ):
         self.request, self.data, self.folder, self.group = request, data, folder, group
         self.loggers, self.mesh = loggers, mesh
-        self.say = group.says(say)
-        self.spec = run_spec(request, data)
+        self.spec = request.run_spec(data)
         data.check(request.protocol)
         check_labels(data, request.protocol.num_classes)
         self.run: Run | None = find_run(folder, self.spec)
-        if group.broadcast(int(self.run is not None)) != (
-            self.run is not None
-        ):  # before the leader goes on to create one
+        exists = self.run is not None
+        if group.broadcast(int(exists)) != exists:  # before the main process goes on to create the run
             raise UserError(
-                f"process {group.index} and the leader do not see the same in {folder}; they share a file system"
+                f"process {group.index} and the main process do not see the same in {folder}; they need one file system"
             )
-        if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, for it decides memory
+        if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, because it decides memory
             frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
-        self._net: Any = None  # at its initialisation; handed over once, for an engine changes it
+        self._net: Any = None  # at its initialisation; handed over once, because an engine changes it
 
     @property
     def protocol(self) -> Protocol:
@@ -81,33 +123,59 @@ class RunSession:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of the run, whether it is there or not."""
+        """Identity of the run, whether it exists or not."""
         return self.spec.identity
 
     @property
     def places(self) -> dict[str, str]:
-        """As the run was created, or would be."""
+        """Where the data lie: as the run was created, or would be."""
         return self.data.places if self.run is None else self.run.places
 
     @property
     def resolved(self) -> Resolved | None:
-        """What the run has frozen; None: it is not there yet."""
+        """What the run has frozen; None: the run does not exist yet."""
         return None if self.run is None else self.run.resolved
+
+    def begin(self, options: TrainOptions) -> Run:
+        """The run, created if it does not exist. UserError where a frozen setting was asked to be another."""
+        if self.run is None:
+            measured = self.measure(
+                device=options.device,
+                precision=options.precision,
+                micro_batch=options.micro_batch,
+                compile=options.compile or "off",
+            )
+            if options.fork:
+                self.fork(options.fork, measured.resolved)
+            else:
+                self.create(measured.resolved)
+            logger.info(measured_text(measured_cost(self.request, measured)))
+        run = self.run
+        assert run is not None
+        asked = frozen_settings(options)
+        if run.framework == "jax":  # torch's mesh may change with the number of processes
+            asked["mesh"] = options.mesh
+        for name, value in asked.items():
+            frozen = getattr(run.resolved, name)
+            if value is not None and value != frozen:
+                raise UserError(
+                    f"{run.folder} was created with {name} {frozen}, which is frozen because it decides bits; leave out "
+                    f"--{name.replace('_', '-')}, or make another run of it with --fork {run.folder} --out NEW"
+                )
+        resolved = run.resolved
+        logger.info(
+            f"  run         {run.folder}  ({resolved.precision}, micro-batches of {resolved.micro_batch}, {resolved.device})"
+        )
+        return run
 
     def measure(
         self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
     ) -> Measured:
         """What `create` would freeze. Builds the network."""
-        self._net, existing_records = get_backend(self.request.framework).measure(
-            self.request,
-            device=device,
-            precision=precision,
-            micro_batch=micro_batch,
-            mesh=self.mesh,
-            compile=compile,
-            say=self.say,
+        self._net, measured = get_backend(self.request.framework).measure(
+            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=compile
         )
-        return existing_records
+        return measured
 
     def create(self, resolved: Resolved) -> Run:
         """Make the run's folder, with `resolved` frozen in it."""
@@ -117,14 +185,14 @@ class RunSession:
         self.run = find_run(self.folder, self.spec)
         if self.run is None:
             raise UserError(
-                f"process {self.group.index} does not see {self.folder}; a run's processes share a file system"
+                f"process {self.group.index} does not see {self.folder}; the processes of a run need one file system"
             )
         return self.run
 
     def fork(self, source: Path, resolved: Resolved) -> Run:
-        """Make the run from the newest checkpoint of the run in `source`, whose log it takes over."""
+        """Make the run from the newest checkpoint of the run in `source`, with the log up to there."""
         parent = open_run(source)
-        checkpoint = checkpoints.newest(parent.checkpoints, self.say)
+        checkpoint = checkpoints.newest(parent.checkpoints)
         if checkpoint is None:
             raise UserError(f"--fork {source} has no checkpoint yet")
         if parent.identity != self.spec.identity:
@@ -138,27 +206,25 @@ class RunSession:
                 shutil.copytree(checkpoint.folder, target)
                 lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]
                 files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
-        self.say(f"forked from step {checkpoint.step} of {source}")
+        logger.info(f"forked from step {checkpoint.step} of {source}")
         return self.create(resolved)
 
     def train(self, until: int) -> None:
-        """Train to `until` steps, or do nothing if their snapshot is there."""
+        """Train to `until` steps, or do nothing if the EMA weights of that step are there."""
         assert self.run is not None
-        if self.group.broadcast(
-            int(until in self.run.ema_checkpoint_steps())
-        ):  # a folder may look otherwise from another machine
+        done = until in self.run.ema_checkpoint_steps()
+        if self.group.broadcast(int(done)):  # a folder may look otherwise from another machine
             return
         request, run = self.request, self.run
         net, self._net = self._net, None
         engine = get_backend(run.framework).make_engine(request, run, self.data, net, self.mesh)
-        train(
+        train_loop(
             run,
             engine,
             until,
             gflops_step=request.gflops_step,
             state_bytes=CHECKPOINT_BYTES * request.compute.params,
             device=device_of(run, self.group),
-            say=self.say,
             group=self.group,
             loggers=self.loggers,
         )

@@ -10,83 +10,60 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from harness import registry
 from harness.errors import UserError
-from harness.planning.request import TRAINING_FACTOR, Match, Request, check_plans, evaluations
-from harness.protocols import Protocol, Recipe, count
+from harness.planning.reference import Reference
+from harness.planning.request import TRAINING_FACTOR, Match, Request, check_plans, evaluations, make_request
+from harness.protocols import Protocol, Recipe
 from harness.runs.run import build_arguments
+from harness.settings import DEFAULT_PROTOCOL, PlanOptions, RunOptions, SamplingSettings, TrainOptions, only_one
 from harness.spec import BackboneSpec, Compute
 
 MAX_STEPS = 2**63 - 1  # what a step's counter holds
-
-
 EPOCHS = {
     "digits": 1_797,
     "imagenet": 1_281_167,
 }  # training images of the data sets whose number is no matter of choice
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """The other side of a comparison: `steps` of a backbone, in training or (then perhaps several) of the sampler."""
-
-    backbone: str
-    steps: tuple[int, ...]
-    guidance_scale: float = 1.0  # of sampling; 1 = none
-
-    def name(self, steps: int) -> str:
-        """As it is written on the command line, with the count in full: dit-xl-2@400000, dit-xl-2@250@cfg1.5."""
-        return f"{self.backbone}@{steps}" + (f"@cfg{self.guidance_scale:g}" if self.guidance_scale != 1 else "")
-
-
-def parse_reference(text: str) -> Reference:
-    """BACKBONE@STEPS, as in dit-xl-2@400k; ValueError for anything else."""
-    name, at, steps = text.rpartition("@")
-    if not (name and at and "@" not in name):
-        raise ValueError(f"{text!r} is not of the form BACKBONE@STEPS, as in dit-xl-2@400k")
-    return Reference(backbone=name, steps=(_steps(steps, text),))
-
-
-def parse_sampling_reference(text: str) -> Reference:
-    """BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5; ValueError for anything else."""
-    name, *rest = text.split("@")
-    form = ValueError(f"{text!r} is not of the form BACKBONE@STEPS[,STEPS][@cfgSCALE], as in dit-xl-2@250@cfg1.5")
-    if not name or len(rest) not in (1, 2) or len(rest) == 2 and not rest[1].startswith("cfg"):
-        raise form
-    try:
-        scale = float(rest[1].removeprefix("cfg")) if len(rest) == 2 else 1.0
-    except ValueError:
-        raise form from None
-    if not (math.isfinite(scale) and scale >= 1):
-        raise ValueError(f"{text!r}: a guidance scale is a finite number, 1 (none) or more")
-    steps = sorted({_steps(each.strip(), text) for each in rest[0].split(",")})
-    return Reference(backbone=name, steps=tuple(steps), guidance_scale=scale)
+def request_from(options: TrainOptions | RunOptions | PlanOptions) -> Request:
+    """The request that the options describe, with steps solved for where they are matched."""
+    sampling: dict[str, Any] = {}
+    samples, match_sampling_to = None, None
+    if isinstance(options, SamplingSettings):
+        ways = {"--sampling-steps": options.sampling_steps, "--match-sampling": options.match_sampling}
+        only_one(ways, "the sampling steps")
+        # Steps that are solved for below take the place of the protocol's, which need not fit then.
+        steps = (1,) if options.match_sampling else options.sampling_steps
+        sampling, samples = {**options.overrides(), "steps": steps}, options.samples
+        match_sampling_to = options.match_sampling
+    assert options.backbone is not None
+    request = make_request(
+        backbone=options.backbone,
+        protocol=options.protocol or DEFAULT_PROTOCOL,
+        steps=checked_steps(options),
+        seed=options.seed,
+        framework=options.framework,
+        data=options.data,
+        settings=options.set,
+        sampling=sampling,
+        samples=samples,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    return matched(request, match=options.match, budget=options.budget, sampling=match_sampling_to)
 
 
-def parse_budget(text: str) -> float:
-    """A number of Gflops such as 1e12, 3.2e9, 0.5 or 400k; ValueError for anything else."""
-    factor = {"k": 1e3, "m": 1e6}.get(text[-1:].lower(), 1)
-    try:
-        budget = float(text[:-1] if factor > 1 else text) * factor
-    except ValueError:
-        budget = math.nan
-    if not (math.isfinite(budget) and budget > 0):
-        raise ValueError(f"{text!r} is not a number of Gflops above 0, such as 1e12, 3.2e9 or 400k")
-    return budget
-
-
-def _steps(text: str, whole: str) -> int:
-    try:
-        steps = count(text)
-    except (ValueError, IndexError):
-        raise ValueError(f"{whole!r}: {text!r} is not a count such as 250, 400k or 7M") from None
-    if steps < 1:
-        raise ValueError(f"{whole!r}: steps must be at least 1")
-    return steps
+def checked_steps(options: TrainOptions | RunOptions | PlanOptions) -> int | None:
+    """--steps; refused where more than one setting says how long to train."""
+    solved = {"--match": options.match, "--budget": options.budget}
+    ways: dict[str, Any] = {"--steps": options.steps, **solved}
+    if any(value is not None for value in solved.values()):
+        ways["--set steps"] = options.set.get("steps")
+    only_one(ways, "the training steps")
+    return options.steps
 
 
 def matched(

@@ -1,120 +1,197 @@
-"""What is asked for, whether it can be had, and what it would cost: before anything expensive begins."""
+"""What a run would cost and what is missing for it: arithmetic alone, before anything expensive begins."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness import registry
 from harness.data.public_files import FILES
 from harness.errors import UserError
-from harness.planning.request import CHECKPOINT_BYTES, TRAINING_FACTOR, Request, published_input_gflops
+from harness.planning.request import CHECKPOINT_BYTES, TRAINING_FACTOR, Match, Request, published_input_gflops
 from harness.protocols import Protocol
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingCost:
+    """Training: optimiser steps, images in a batch, images in all, Gflops in all."""
+
+    steps: int
+    batch: int
+    images: int
+    gflops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingCost:
+    """One sample set: its sampler settings, Gflops of one image and of all."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    gflops_per_image: float
+    gflops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCost:
+    """What was measured on this machine: speed, memory, time.
+
+    compile: what became of --compile, in words; None: nothing to say. images_per_second: of training, by precision.
+    """
+
+    device: str
+    precision: str
+    micro_batch: int
+    compile: str | None
+    memory_bytes: int
+    free_bytes: int
+    images_per_second: dict[str, float]
+    steps_per_second: float
+    training_seconds: float
+    sampling_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would cost.
+
+    gflops: of one forward pass at the protocol's input; gflops_published_input: at the paper's input where that differs.
+    missing: what stops the run here, one sentence each. missing_evaluator_files: files without which a run ends with
+    samples. measured: None where nothing was measured.
+    """
+
+    backbone: str
+    protocol: str
+    input: str
+    params: int
+    gflops: float
+    gflops_source: str
+    gflops_published_input: float | None
+    training: TrainingCost
+    sampling: tuple[SamplingCost, ...]
+    match: Match | None
+    match_sampling: tuple[Match, ...]
+    samples: int
+    disk_bytes: int
+    recipe: dict[str, Any]
+    missing: tuple[str, ...]
+    missing_evaluator_files: tuple[str, ...]
+    measured: MeasuredCost | None = field(default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data, JSON-ready."""
+        return dataclasses.asdict(self)
+
+
+def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
+    """The plan of a request, without measurements.
+
+    decoder_given: whether the autoencoder of a run in latents need not be looked for where its latents were made.
+    """
+    compute, recipe, sampling, protocol = request.compute, request.recipe, request.sampling, request.protocol
+    images = recipe.steps * recipe.batch
+    sampled = sampling.steps if request.spec.kind == "denoiser" else ()  # a part of a system makes no images by itself
+    return Plan(
+        backbone=request.spec.name,
+        protocol=protocol.name,
+        input=f"{protocol.input_size}x{protocol.input_size}x{protocol.in_channels}",
+        params=compute.params,
+        gflops=compute.gflops,
+        gflops_source=compute.source,
+        gflops_published_input=published_input_gflops(request),
+        training=TrainingCost(
+            steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.gflops * images * TRAINING_FACTOR
+        ),
+        sampling=tuple(
+            SamplingCost(
+                sampler=sampling.sampler,
+                steps=steps,
+                guidance_scale=sampling.guidance_scale,
+                gflops_per_image=request.gflops_image(steps),
+                gflops=request.gflops_image(steps) * request.samples,
+            )
+            for steps in sampled
+        ),
+        match=request.match,
+        match_sampling=request.match_sampling,
+        samples=request.samples,
+        disk_bytes=2 * CHECKPOINT_BYTES * compute.params
+        + len(sampled) * request.samples * protocol.resolution**2 * protocol.image_channels,
+        recipe=dataclasses.asdict(recipe),
+        missing=(*missing(request), *(() if decoder_given else missing_decoder(request))),
+        missing_evaluator_files=tuple(missing_evaluator_files(protocol)),
+    )
+
+
 def missing(request: Request) -> list[str]:
-    """What this machine lacks for the whole of the request, each with its fix, before any work is done."""
+    """What is missing on this machine for the whole of the request, each with its fix."""
     from evaluators.suites import get_suite
 
-    task, lacks = request.protocol, []
-    if task.dataset not in registry.datasets:
-        lacks.append(f"data set {task.dataset!r}: no reader of that name is installed (see `harness list datasets`)")
-    elif task.space == "latents":
+    protocol, found = request.protocol, []
+    if protocol.dataset not in registry.datasets:
+        found.append(
+            f"data set {protocol.dataset!r}: no reader of that name is installed (see `harness list datasets`)"
+        )
+    elif protocol.space == "latents":
         from harness.data import latents
 
-        if (lack := latents.missing(request.data, task)) is not None:
-            lacks.append(f"data set {task.dataset!r} in latents: {lack}")
-    elif (lack := registry.datasets.get(task.dataset).missing(request.data, task.resolution)) is not None:
-        lacks.append(f"data set {task.dataset!r}: {lack}")
+        if (reason := latents.missing(request.data, protocol)) is not None:
+            found.append(f"data set {protocol.dataset!r} in latents: {reason}")
+    elif (reason := registry.datasets.get(protocol.dataset).missing(request.data, protocol.resolution)) is not None:
+        found.append(f"data set {protocol.dataset!r}: {reason}")
     try:
-        suite = get_suite(task.suite)
+        suite = get_suite(protocol.suite)
     except UserError as error:
-        lacks.append(f"suite {task.suite!r}: {error} (see `harness list suites`)")
+        found.append(f"suite {protocol.suite!r}: {error} (see `harness list suites`)")
     else:
         short = [each for each in suite.metrics if request.samples < each.minimum]
         if short:
-            lacks.append(
+            found.append(
                 f"samples: {short[0].key} needs at least {short[0].minimum}, and {request.samples} are asked for"
             )
-    return lacks
+    return found
 
 
 def missing_decoder(request: Request) -> list[str]:
-    """The auto-encoder that a run in latents would decode by, where it is a path and is not there any more."""
+    """The autoencoder that would decode a run in latents, where it is a path and is not there any more."""
     from harness.data import latents
 
-    if request.protocol.space != "latents" or latents.missing(request.data, request.protocol) is not None:
+    if request.data is None or request.protocol.space != "latents":
         return []
-    place = latents.read_meta(request.data).places.get("vae", "")
-    if not Path(place).is_absolute() or Path(place).exists():  # else a name, whose files the hub has
+    if latents.missing(request.data, request.protocol) is not None:
         return []
-    return [f"the auto-encoder behind {request.data} is not at {place}; name it, or another, with --decoder DIR"]
+    path = latents.read_meta(request.data).places.get("vae", "")
+    if not Path(path).is_absolute() or Path(path).exists():  # else a name, whose files the hub has
+        return []
+    return [f"the autoencoder behind {request.data} is not at {path}; name it, or another one, with --decoder DIR"]
 
 
-def missing_evaluator_files(task: Protocol) -> list[str]:
-    """What the measurement at the end needs to be given, for want of which a run ends with samples."""
-    flag = _weights_flag(task)
+def missing_evaluator_files(protocol: Protocol) -> list[str]:
+    """Files that the protocol's suite must be given; without them a run ends with samples."""
+    flag = _weights_flag(protocol)
     if not flag:
         return []
-    known = [name for name in ("inception", task.name) if name in FILES] if flag == "--inception" else []
+    known = [name for name in ("inception", protocol.name) if name in FILES] if flag == "--inception" else []
     fetch = f" ({', '.join(f'`harness data fetch {name}`' for name in known)})" if known else ""
-    return [f"suite {task.suite!r} measures with {flag} FILE and --reference FILE{fetch}"]
+    return [f"suite {protocol.suite!r} measures with {flag} FILE and --reference FILE{fetch}"]
 
 
-def evaluate_command(task: Protocol, samples: Path) -> str:
-    """The command that measures a sample set whose suite lacked its files."""
-    flag = _weights_flag(task)
-    reference = FILES[task.name].file if task.name in FILES else "REFERENCE.npz"
+def evaluate_command(protocol: Protocol, samples: Path) -> str:
+    """The command that measures a sample set whose suite was not given its files."""
+    flag = _weights_flag(protocol)
+    reference = FILES[protocol.name].file if protocol.name in FILES else "REFERENCE.npz"
     weights = FILES["inception"].file if flag == "--inception" else "FILE"
     return f"harness evaluate {samples} {flag} {weights} --reference {reference}"
 
 
-def _weights_flag(task: Protocol) -> str:
-    """The flag that names the weights of the suite's network; empty where it brings them, or is not known."""
+def _weights_flag(protocol: Protocol) -> str:
+    """The flag that names the weights of the suite's network; empty where the suite brings them or is not known."""
     from evaluators.suites import get_suite
 
     try:
-        return getattr(get_suite(task.suite).features, "weights_option", "")
+        return getattr(get_suite(protocol.suite).features, "weights_option", "")
     except UserError:  # named as missing
         return ""
-
-
-def make_plan(request: Request) -> dict[str, Any]:
-    """The costs that follow from arithmetic alone, JSON-ready. Speeds and memory are added by who measures them."""
-    compute, recipe, sampling = request.compute, request.recipe, request.sampling
-    images = recipe.steps * recipe.batch
-    drawn = sampling.steps if request.spec.kind == "denoiser" else ()  # a part of a system makes no images by itself
-    return {
-        "backbone": request.spec.name,
-        "protocol": request.protocol.name,
-        "input": f"{request.protocol.input_size}x{request.protocol.input_size}x{request.protocol.in_channels}",
-        "params": compute.params,
-        "gflops": compute.gflops,
-        "gflops_source": compute.source,
-        "gflops_published_input": published_input_gflops(request),
-        "training": {
-            "steps": recipe.steps,
-            "batch": recipe.batch,
-            "images": images,
-            "gflops": compute.gflops * images * TRAINING_FACTOR,
-        },
-        "sampling": [
-            {
-                "sampler": sampling.sampler,
-                "steps": steps,
-                "guidance_scale": sampling.guidance_scale,
-                "gflops_per_image": request.gflops_image(steps),
-                "gflops": request.gflops_image(steps) * request.samples,
-            }
-            for steps in drawn
-        ],
-        "match": None if request.match is None else dataclasses.asdict(request.match),
-        "match_sampling": [dataclasses.asdict(each) for each in request.match_sampling],
-        "samples": request.samples,
-        "disk_bytes": 2 * CHECKPOINT_BYTES * compute.params
-        + len(drawn) * request.samples * request.protocol.resolution**2 * request.protocol.image_channels,
-        "recipe": dataclasses.asdict(recipe),
-        "missing": missing(request),
-        "lacking_judge": missing_evaluator_files(request.protocol),
-    }

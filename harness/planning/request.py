@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from harness import registry
+from harness.data.examples import Examples
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
-from harness.runs.run import Run, build_arguments
+from harness.runs.run import Run, RunSpec, build_arguments
 from harness.spec import BackboneSpec, Compute
 
 TRAINING_FACTOR = 3  # forward and backward: the backward pass taken as two forward passes (DiT sec. 5)
@@ -39,6 +40,17 @@ class Request:
     def gflops_step(self) -> float:
         """Training compute of one optimiser step."""
         return self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+
+    def run_spec(self, data: Examples) -> RunSpec:
+        """The identity of the run that trains on `data`."""
+        return RunSpec(
+            backbone=self.spec.name,
+            protocol=self.protocol,
+            recipe=self.recipe,
+            seed=self.seed,
+            framework=self.framework,
+            **data.identity,
+        )
 
     def gflops_image(self, sampler_steps: int) -> float:
         """Sampling compute of one image; guidance doubles it."""

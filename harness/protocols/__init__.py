@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, shown
+from harness.io.text import MAX_INT, count
 from harness.registry import protocols, unknown
 
 GUIDANCE_CHANNELS = ("first-3", "all")
-MAX_INT = 2**63 - 1  # of whole numbers
 LONGEST_NAME = 100
+# Of an item that was added after runs had been made: at its default it is no part of a run's identity, so that runs of
+# before keep theirs.
+ADDED_LATER = {"added_later": True}
 
 UINT8_RULES = {  # x about [-1, 1] to 0 ... 255 as (x + shift) factor + offset, clamped and truncated
     "dit": (0.0, 127.5, 128.0),  # facebookresearch/DiT sample_ddp.py; StyleGAN's too
@@ -48,7 +51,8 @@ class Recipe:
     objective: str = "epsilon-learned-range"
     schedule: str = "linear"
     diffusion_steps: int = 1000
-    conditioning_noise: float = 0.0  # an upsampler's low-resolution image gets noise of std U[0, this); 0 = none
+    # An upsampler's low-resolution image gets noise of std U[0, this); 0 = none.
+    conditioning_noise: float = field(default=0.0, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         _check_finite(self, "recipe")
@@ -204,17 +208,6 @@ def _check_finite(item: Recipe | Sampling | Protocol, what: str) -> None:
             raise UserError(f"{what}: {each.name} must be a finite number, not {value}")
         if isinstance(value, int) and abs(value) > MAX_INT:
             raise UserError(f"{what}: {each.name} = {shown(value)} is out of range; at most {MAX_INT}")
-
-
-def count(text: str) -> int:
-    """A count such as 250, 400k or 7M; ValueError for anything else."""
-    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
-    number = float(text[:-1] if factor > 1 else text.replace("_", ""))
-    if not math.isfinite(number):
-        raise ValueError(f"{text!r} is not a whole number")
-    if not number * factor == int(number * factor) or number < 0:
-        raise ValueError(f"{text!r} is not a whole number")
-    return int(number * factor)
 
 
 def _fill(of: type, data: Any, where: str) -> Any:

@@ -29,8 +29,7 @@ SCHEMA = 1
 BEFORE_RUN_FILE = frozenset(  # what a run killed at its creation may leave
     {"lock", "checkpoints", "log.jsonl", f"log.jsonl{files.PARTIAL}", f"run.json{files.PARTIAL}"}
 )
-LATER_ITEMS = {"conditioning_noise": 0.0}  # of the recipe, added after runs had been made, with their defaults
-RUNS = Path("runs")  # where runs go, below the working folder
+RUNS_FOLDER = Path("runs")  # where runs go, below the working folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +73,14 @@ class RunSpec:
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe makes another experiment. Items that came later are left out at their default, so that runs of
-    before keep their identity and hashes."""
-    settings = dataclasses.asdict(recipe)
-    del settings["steps"]
-    return {name: value for name, value in settings.items() if name not in LATER_ITEMS or value != LATER_ITEMS[name]}
+    """The items of a recipe that make another experiment: all but `steps`, and but items that were added later and stand
+    at their default (`harness.protocols.ADDED_LATER`)."""
+    return {
+        item.name: value
+        for item in dataclasses.fields(recipe)
+        if (value := getattr(recipe, item.name)) != item.default or not item.metadata.get("added_later")
+        if item.name != "steps"
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

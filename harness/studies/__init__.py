@@ -34,9 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, shown
-from harness.loggers import LOGGERS
-from harness.protocols import LONGEST_NAME, count
+from harness.io.text import count, read_switch
+from harness.protocols import LONGEST_NAME
 from harness.registry import unknown
+from harness.settings import RunOptions, settings_of, study_settings
 
 WAYS = ("steps", "images", "gflops", "match")  # in which a budget may be given
 
@@ -51,15 +52,15 @@ class Study:
     backbones: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     budgets: tuple[str, tuple[Any, ...]] | None = None  # way and values; None: the protocol's steps
-    evaluate_at: tuple[int, ...] = ()  # steps after which samples are drawn, too
-    sampling: dict[str, Any] = field(default_factory=dict)
+    evaluate_at: tuple[int, ...] = ()  # further training steps at which samples are drawn
+    guidance_scales: tuple[float, ...] | None = None  # None: the protocol's
+    settings: dict[str, Any] = field(default_factory=dict)  # of `harness.settings.RunOptions`, the same for every run
     recipe: dict[str, str] = field(default_factory=dict)
     backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # recipes by backbone
     processes: int = 1  # of a run, by torchrun
-    options: dict[str, Any] = field(default_factory=dict)  # of `harness run`, passed on; a tuple: repeated
     slurm: dict[str, Any] = field(default_factory=dict)
 
-    def settings(self, backbone: str) -> dict[str, str]:
+    def recipe_of(self, backbone: str) -> dict[str, str]:
         """What of the recipe is overridden for that backbone, as `--set` takes it."""
         return {**self.recipe, **self.backbone.get(backbone, {})}
 
@@ -81,18 +82,22 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
     for name in ("protocol", "backbones"):
         if name not in items:
             raise UserError(f"{path}: {name} is missing")
-    for name in ("protocol", "data"):
-        text = items.get(name)
-        if text and (name == "data" or text.endswith(".toml")):
-            items[name] = str(path.parent / text)
+    if items["protocol"].endswith(".toml"):
+        items["protocol"] = str(path.parent / items["protocol"])
     for name in items.get("backbone", {}):
         if name not in items["backbones"]:
             raise UserError(f"{path}: [backbone]: {unknown('backbone of this study', name, items['backbones'])}")
     name = items.pop("name", None) or path.stem
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > LONGEST_NAME:
         raise UserError(f"{path}: name {shown(name)} must be letters, digits, '.', '_' or '-', for it names a folder")
-    options = {option: items.pop(option) for option in OPTIONS if option in items}
-    return Study(name=name, file=path, options=options, **items)
+    sampling = items.pop("sampling", {})
+    scales = sampling.pop(SCALES, None)
+    settings = {RUN_KEYS[key]: items.pop(key) for key in RUN_KEYS if key in items}
+    settings |= {SAMPLING_KEYS[key]: value for key, value in sampling.items()}
+    for setting, known in settings_of(RunOptions).items():
+        if setting in settings and known.type_name == "path":
+            settings[setting] = str(path.parent / settings[setting])
+    return Study(name=name, file=path, guidance_scales=scales, settings=settings, **items)
 
 
 def _read(data: Any, known: dict[str, Callable[[Any, str], Any]], where: str) -> dict[str, Any]:
@@ -124,12 +129,6 @@ def _whole(value: Any, where: str, least: int = 0) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or not least <= number < 2**63:
         raise ValueError(f"must be a whole number, {least} or more")
     return number
-
-
-def _logger(value: Any, where: str) -> str:
-    if (text := _text(value, where)) not in LOGGERS:
-        raise ValueError(f"no logger has that name; there are {' and '.join(LOGGERS)}")
-    return text
 
 
 def _steps(value: Any, where: str) -> int:
@@ -181,7 +180,7 @@ def _recipes(value: Any, where: str) -> dict[str, dict[str, str]]:
 
 
 def _budgets(value: Any, where: str) -> tuple[str, tuple[Any, ...]]:
-    from harness.planning.matching import parse_budget, parse_reference
+    from harness.planning.reference import parse_budget, parse_reference
 
     def gflops(each: Any, where: str) -> float:
         return parse_budget(str(each))
@@ -197,20 +196,35 @@ def _budgets(value: Any, where: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def _sampling(value: Any, where: str) -> dict[str, Any]:
-    known = {
-        "steps": _list(_steps),
-        "guidance_scales": _list(_number),
-        "samples": _steps,
-        "sampler": _text,
-        "eta": _number,
-        "guidance_channels": _text,
-        "label_policy": _text,
+    known = {key: _reader(name) for key, name in SAMPLING_KEYS.items()}
+    return _read(value, {**known, SCALES: _list(_number)}, where)
+
+
+def _reader(name: str) -> Callable[[Any, str], Any]:
+    """What reads a setting of a run from TOML, stricter than a flag: a number is no text."""
+    known = settings_of(RunOptions)[name]
+
+    def word(value: Any, where: str) -> str:
+        text = _text(value, where)
+        if known.choices and text not in known.choices:
+            raise ValueError(f"choose one of {', '.join(known.choices)}")
+        return text
+
+    readers: dict[str, Callable[[Any, str], Any]] = {
+        "count": _steps,
+        "counts": lambda value, where: tuple(sorted(_list(_steps)(value, where))),
         "seed": _whole,
+        "float range": _number,
     }
-    items = _read(value, known, where)
-    if "steps" in items:
-        items["steps"] = tuple(sorted(items["steps"]))
-    return items
+    if known.read is read_switch:
+        return _switch
+    return _list(word) if known.repeat else readers.get(known.type_name, word)
+
+
+def _switch(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
 
 
 def _table(value: Any, where: str) -> dict[str, Any]:
@@ -219,15 +233,9 @@ def _table(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-OPTIONS: dict[str, Callable[[Any, str], Any]] = {  # passed on to `harness run` under the same names
-    "data": _text,
-    "framework": _text,
-    "precision": _text,
-    "micro_batch": _steps,
-    "device": _text,
-    "mesh": _text,
-    "logger": _list(_logger),
-}
+SCALES = "guidance_scales"  # of [sampling]: a list, of which each scale has sample sets of its own
+RUN_KEYS = study_settings(RunOptions, "")  # keys of the top level -> settings of a run
+SAMPLING_KEYS = {key: name for key, name in study_settings(RunOptions, "sampling").items() if key != SCALES}
 ITEMS: dict[str, Callable[[Any, str], Any]] = {
     "name": _text,
     "protocol": _text,
@@ -240,5 +248,5 @@ ITEMS: dict[str, Callable[[Any, str], Any]] = {
     "backbone": _recipes,
     "processes": _steps,
     "slurm": _table,
-    **OPTIONS,
+    **{key: _reader(name) for key, name in RUN_KEYS.items()},
 }

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness import registry
 from harness.data.examples import Examples
 from harness.data.load import training_data
 from harness.errors import UserError
-from harness.pipeline.train import run_spec
-from harness.planning.matching import compute_of, nearest_count, solve_training, training_target
+from harness.planning.matching import compute_of, nearest_count, request_from, solve_training, training_target
 from harness.planning.plan import missing, missing_evaluator_files
-from harness.planning.request import CHECKPOINT_BYTES, Request, make_request
+from harness.planning.request import CHECKPOINT_BYTES, Request
 from harness.protocols import Protocol, Recipe, get_protocol, override
-from harness.runs.run import RUNS, RunSpec
+from harness.runs.run import RUNS_FOLDER, RunSpec
+from harness.settings import RunOptions, command_words
 from harness.studies import Study
 
 WEIGHT_BYTES = 4  # a parameter: the snapshot's float32
@@ -31,6 +30,7 @@ class StudyRun:
 
     spec: RunSpec
     marks: tuple[int, ...]  # steps at which samples are drawn, ascending; the last one ends the training
+    options: tuple[RunOptions, ...]  # one for each guidance scale
     requests: tuple[Request, ...]
     commands: tuple[tuple[str, ...], ...]  # as they are typed
 
@@ -40,7 +40,7 @@ class StudyRun:
 
     @property
     def folder(self) -> Path:
-        return RUNS / self.name
+        return RUNS_FOLDER / self.name
 
     @property
     def steps(self) -> int:
@@ -73,7 +73,7 @@ class Expansion:
     @property
     def folder(self) -> Path:
         """Logs, reasons of failures and the report."""
-        return RUNS / "studies" / self.study.name
+        return RUNS_FOLDER / "studies" / self.study.name
 
 
 def expand(study: Study) -> Expansion:
@@ -81,37 +81,36 @@ def expand(study: Study) -> Expansion:
     where = str(study.file)
     task = get_protocol(study.protocol)
     steps = {name: _marks(study, name, task) for name in study.backbones}
+    scales: tuple[float | None, ...] = study.guidance_scales or (None,)
     wanted = {
-        (name, seed): [_request(study, name, seed, steps[name][-1], scale) for scale in _scales(study, task)]
+        (name, seed): [_options(study, name, seed, steps[name], scale) for scale in scales]
         for seed in study.seeds
         for name in study.backbones
     }
-    requests = [each for some in wanted.values() for each in some]
-    for name, request in zip(study.backbones, requests[:: len(_scales(study, task))], strict=False):
+    requests = {run: [_request(study, options) for options in of_run] for run, of_run in wanted.items()}
+    for (name, _), (request, *_) in requests.items():
         if request.spec.kind != "denoiser":
             raise UserError(f"{where}: backbone {name!r} is one part of a system and makes no images by itself")
-    if lacks := [*missing(requests[0]), *missing_evaluator_files(task)]:
-        raise UserError(f"{where}: protocol {task.name!r} cannot run here: {'; '.join(lacks)}")
-    data = training_data(task, requests[0].data)
+    first = next(iter(requests.values()))[0]
+    if reasons := [*missing(first), *missing_evaluator_files(task)]:
+        raise UserError(f"{where}: protocol {task.name!r} cannot run here: {'; '.join(reasons)}")
+    data = training_data(task, first.data)
     return Expansion(
         study=study, protocol=task, data=data,
         runs=tuple(
             StudyRun(
-                spec=run_spec(some[0], data), marks=steps[name], requests=tuple(some),
-                commands=tuple(_words(study, name, seed, steps[name], each) for each in some),
+                spec=requests[name, seed][0].run_spec(data), marks=steps[name], options=tuple(of_run),
+                requests=tuple(requests[name, seed]),
+                commands=tuple(_words(study, options) for options in of_run),
             )
-            for (name, seed), some in wanted.items()
+            for (name, seed), of_run in wanted.items()
         ),
     )  # fmt: skip
 
 
-def _scales(study: Study, task: Protocol) -> tuple[float, ...]:
-    return study.sampling.get("guidance_scales", (task.sampling.guidance_scale,))
-
-
 def _recipe(study: Study, name: str, task: Protocol) -> Recipe:
     try:
-        return override(task.recipe, study.settings(name))
+        return override(task.recipe, study.recipe_of(name))
     except UserError as refusal:
         raise UserError(f"{study.file}: recipe of {name}: {refusal}") from refusal
 
@@ -141,59 +140,27 @@ def _marks(study: Study, name: str, task: Protocol) -> tuple[int, ...]:
     return tuple(sorted({*solved, *study.evaluate_at}))
 
 
-def _request(study: Study, name: str, seed: int, steps: int, scale: float) -> Request:
-    drawing = {key: value for key, value in study.sampling.items() if key not in ("guidance_scales", "samples")}
-    data = study.options.get("data")
+def _options(study: Study, name: str, seed: int, marks: tuple[int, ...], scale: float | None) -> RunOptions:
+    """The settings of a run at one guidance scale: what the study sets, and nothing else. scale None: the protocol's."""
     try:
-        return make_request(
-            backbone=name, protocol=study.protocol, steps=steps, seed=seed,
-            framework=study.options.get("framework", "torch"), data=None if data is None else Path(data),
-            settings=study.settings(name), sampling={**drawing, "guidance_scale": scale},
-            samples=study.sampling.get("samples"),
+        return RunOptions(
+            backbone=name, protocol=study.protocol, seed=seed, steps=marks[-1], evaluate_at=marks[:-1] or None,
+            set=study.recipe_of(name), cfg=scale, report=False, **study.settings,
         )  # fmt: skip
     except UserError as refusal:
         raise UserError(f"{study.file}: {refusal}") from refusal
 
 
-FLAGS = {  # of [sampling], where they are not called the same
-    "sampler": "--sampler",
-    "eta": "--eta",
-    "guidance_channels": "--guidance-channels",
-    "label_policy": "--labels",
-    "seed": "--sampling-seed",
-    "samples": "--samples",
-}
+def _request(study: Study, options: RunOptions) -> Request:
+    try:
+        return request_from(options)
+    except UserError as refusal:
+        raise UserError(f"{study.file}: {refusal}") from refusal
 
 
-def _words(study: Study, name: str, seed: int, marks: tuple[int, ...], request: Request) -> tuple[str, ...]:
-    """The command of a run at one guidance scale: every item that the study sets, and nothing else."""
-    processes = study.processes
-    torchrun = ["torchrun", "--standalone", "--nproc-per-node", processes, "-m"] if processes > 1 else []
-    words: list[Any] = [
-        *torchrun,
-        "harness",
-        "run",
-        "--backbone",
-        name,
-        "--protocol",
-        study.protocol,
-        "--seed",
-        seed,
-        "--steps",
-        marks[-1],
-    ]
-    if marks[:-1]:
-        words += ["--evaluate-at", ",".join(map(str, marks[:-1]))]
-    for item, value in study.settings(name).items():
-        words += ["--set", f"{item}={value}"]
-    if "steps" in study.sampling:
-        words += ["--sampling-steps", ",".join(map(str, study.sampling["steps"]))]
-    if "guidance_scales" in study.sampling:
-        words += ["--cfg", repr(float(request.sampling.guidance_scale))]
-    for item, flag in FLAGS.items():
-        if item in study.sampling:
-            words += [flag, study.sampling[item]]
-    for item, value in study.options.items():
-        for each in value if isinstance(value, tuple) else (value,):
-            words += [f"--{item.replace('_', '-')}", each]
-    return tuple(map(str, [*words, "--no-report"]))
+def _words(study: Study, options: RunOptions) -> tuple[str, ...]:
+    """The command of a run at one guidance scale."""
+    words = command_words("run", options)
+    if study.processes == 1:
+        return words
+    return ("torchrun", "--standalone", "--nproc-per-node", str(study.processes), "-m", *words)

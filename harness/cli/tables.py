@@ -1,0 +1,93 @@
+"""Tables and summaries that several commands print."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from results.records import Record
+
+if TYPE_CHECKING:
+    from reports.report import ReportSummary
+
+CELL_WIDTH = 19  # of one row's column on the terminal
+MAX_ROWS = 50  # of one table there
+MAX_NAMED = 5  # unreadable lines, and conflicts, that are shown
+
+
+def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None) -> None:
+    """What a report holds: unusable lines, measured rows, pictures, the page. only: rows and grids of that run alone."""
+    from reports.page.writer import NAME as PAGE
+    from results.store import find_record_files, load
+
+    _print_problems(summary.problems, "lines of record files that could not be used")
+    _print_problems(summary.conflicts, "disputed measurements, which are in no table")
+    print_records(load(find_record_files([only])).records if only else summary.records)
+    for path in summary.files:
+        if path.suffix == ".png" or re.fullmatch(r"table-\D.*\.md", path.name):  # the paper's tables have numbers
+            click.echo(f"  {path}")
+    click.echo(f"{len(summary.files):,} file{'s' if len(summary.files) != 1 else ''} in {out}")
+    for note in summary.notes:
+        click.echo(note)
+    if only is not None:
+        for grid in sorted(only.glob("samples/*/grid.png")):
+            click.echo(f"  {grid}")
+    click.echo(f"page: {out / PAGE}")
+
+
+def _print_problems(problems: Sequence[object], what: str) -> None:
+    """The first few, and their number where there are more than one."""
+    for problem in problems[:MAX_NAMED]:
+        click.echo(f"harness: {problem}" + ("; left out" if len(problems) == 1 else ""), err=True)
+    if len(problems) > 1:
+        more = f", the first {MAX_NAMED} of them above" if len(problems) > MAX_NAMED else ""
+        click.echo(f"harness: {what}: {len(problems):,}{more}", err=True)
+
+
+def print_records(records: Iterable[Record]) -> None:
+    """The records as tables on the terminal: what all rows share above, a column for each row below."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from reports.columns import features_of
+    from reports.rows import console_table, groups, make_rows
+
+    console = Console()
+    tables = groups(records)
+    if not tables:
+        click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
+    for members in tables:  # what may not share a table does not
+        made = make_rows(members)
+        rows = console_table(made[:MAX_ROWS])
+        shared = {
+            title: rows[0][title]
+            for title in rows[0]
+            if len({row[title] for row in rows}) == 1 and "\u2191" not in title and "\u2193" not in title
+        }
+        varying = [title for title in rows[0] if title not in shared]
+        console.print(
+            "  ".join(
+                f"[bold]{escape(text)}[/]" if title == "System" else f"{title} {escape(text)}"
+                for title, text in shared.items()
+            )
+        )
+        columns = max(1, (console.width - 20) // CELL_WIDTH)
+        for start in range(0, len(rows), columns):
+            table = Table(show_header=False)
+            for title in varying:
+                # An interval goes under its value, so that the columns stay narrow.
+                table.add_row(
+                    escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
+                )
+            console.print(table)
+        if left_out := len(made[MAX_ROWS:]):
+            console.print(f"{left_out:,} more rows are in the table of the protocol.")
+        judges = sorted({features for each in members if (features := features_of(each))})
+        console.print(
+            f"Features: {escape(', '.join(judges))}. In brackets: 95 % intervals over the draw of the samples."
+        )

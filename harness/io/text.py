@@ -1,0 +1,124 @@
+"""Values from text: counts, seeds, numbers, paths and pairs, as flags, study files and Python calls give them.
+
+Each reader takes text or a Python value and returns the value; a ValueError says what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_INT = 2**63 - 1  # of seeds and counts
+COUNT_EXAMPLES = "250, 400k or 7M"
+
+
+def read_count(value: Any) -> int:
+    """A whole number of at least 1: a number, or text such as 250, 400k or 7M."""
+    try:
+        number = value if isinstance(value, int) and not isinstance(value, bool) else count(value)
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"{value!r} is not a count such as {COUNT_EXAMPLES}") from None
+    if number < 1:
+        raise ValueError("must be at least 1")
+    return number
+
+
+def read_counts(value: Any) -> tuple[int, ...]:
+    """Counts in ascending order, without repetition: a number, a sequence of numbers, or text such as 16,32,64."""
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    return tuple(sorted({read_count(part.strip() if isinstance(part, str) else part) for part in parts}))
+
+
+def read_seed(value: Any) -> int:
+    """A whole number from 0 to 2**63 - 1."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is not a valid integer.") from None
+    if isinstance(value, bool) or number != (float(value) if not isinstance(value, str | int) else number):
+        raise ValueError(f"{value!r} is not a valid integer.")
+    if not 0 <= number <= MAX_INT:
+        raise ValueError(f"{number} is not in the range 0<=x<={MAX_INT}.")
+    return number
+
+
+def read_number(value: Any) -> float:
+    """A number; NaN and infinity are left for the owner of the setting to judge."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is not a valid float.") from None
+
+
+def read_fraction(value: Any) -> float:
+    """A number from 0 to 1."""
+    number = read_number(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{number} is not in the range 0<=x<=1.")
+    return number
+
+
+def read_path(value: Any) -> Path:
+    """A path."""
+    return Path(value)
+
+
+def read_text(value: Any) -> str:
+    """Text as it is."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value
+
+
+def read_switch(value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither True nor False")
+    return value
+
+
+def read_pairs(form: str, example: str) -> Callable[[Any], dict[str, Any]]:
+    """A reader of NAME=VALUE pairs: a mapping, or pairs as the command line gives them."""
+
+    def read(value: Any) -> dict[str, Any]:
+        pairs = (
+            list(value.items()) if isinstance(value, Mapping) else [read_pair(each, form, example) for each in value]
+        )
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("names the same item twice; give each once")
+        return {str(name): each for name, each in pairs}
+
+    return read
+
+
+def read_pair(value: Any, form: str, example: str) -> tuple[str, Any]:
+    """One pair of the form NAME=VALUE."""
+    if isinstance(value, tuple):
+        return value
+    name, equals, text = str(value).partition("=")
+    if not equals or not name or not text:
+        raise ValueError(f"{value!r} is not of the form {form}, as in {example}")
+    return name, text
+
+
+def read_texts(value: Any) -> tuple[str, ...]:
+    """Texts, each once: one text, or a sequence of them."""
+    return tuple(dict.fromkeys([value] if isinstance(value, str) else map(read_text, value)))
+
+
+def read_paths(value: Any) -> tuple[Path, ...]:
+    """Paths: one, or a sequence of them."""
+    return tuple(Path(each) for each in ([value] if isinstance(value, str | Path) else value))
+
+
+def count(text: str) -> int:
+    """A count such as 250, 400k or 7M; ValueError for anything else."""
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    number = float(text[:-1] if factor > 1 else text.replace("_", ""))
+    if not math.isfinite(number):
+        raise ValueError(f"{text!r} is not a whole number")
+    if not number * factor == int(number * factor) or number < 0:
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number * factor)

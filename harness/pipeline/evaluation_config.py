@@ -1,0 +1,119 @@
+"""How samples are evaluated: suite, weights of its network, reference, guards."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evaluators.features import INCEPTION_BACKENDS
+from harness.data.images import ImageSet
+from harness.errors import UserError
+from harness.images.open import open_images
+from harness.images.source import ImageSource
+from harness.protocols import Protocol
+
+if TYPE_CHECKING:
+    from evaluators.division import Division
+    from evaluators.suites import Suite
+
+INCEPTION_FILE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 bytes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """A suite with what it needs.
+
+    weights: of its network, where the user brings them. statistics: the reference's file, where its mu and sigma are used.
+    device: where features are computed, in the words of their framework. reference: the reference's file as a source, for
+    the guards. allow: guards that the user waives. picture: where the samples nearest to training images are drawn.
+    division: of extraction among processes; only the first returns records.
+    """
+
+    suite: Suite
+    weights: Path | None = None
+    statistics: Path | None = None
+    device: str = "cpu"
+    reference: ImageSource | None = None
+    allow: tuple[str, ...] = ()
+    division: Division | None = None
+    picture: Path | None = None
+
+    @classmethod
+    def of(cls, protocol: Protocol) -> EvaluationConfig:
+        """The protocol's suite, with nothing brought."""
+        from evaluators.suites import get_suite
+
+        return cls(suite=get_suite(protocol.suite))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """A configuration and the images of its reference; images None: those of the run's data set."""
+
+    config: EvaluationConfig
+    images: ImageSet | None
+
+
+def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | None) -> Evaluator | None:
+    """The evaluator of a run's samples; None: the suite's network needs weights, and neither weights nor a reference were
+    given. UserError before anything is trained: files that are not there or have no use."""
+    from evaluators.suites import get_suite
+
+    suite = get_suite(protocol.suite)
+    if weights is None and reference is None and suite.features.weights_option:
+        return None
+    if weights is not None and not weights.exists():
+        raise UserError(f"{suite.features.weights_option or '--inception'} {weights}: no such file")
+    source = None if reference is None else open_reference(reference)
+    config = dataclasses.replace(make_config(suite, weights, "torch", reference), reference=source)
+    return Evaluator(config=config, images=None if source is None else reference_images(source))
+
+
+def make_config(
+    suite: Suite, weights: Path | None, backend: str, reference: Path | None, device: str = "cpu"
+) -> EvaluationConfig:
+    """The suite on the chosen backend with the files that were given; UserError for one that has no use."""
+    from evaluators.reference_file import read_about
+
+    torch, chosen = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]
+    flag = suite.features.weights_option
+    if weights is not None and not flag:
+        raise UserError(f"suite {suite.name!r} comes with its network's weights; leave out {weights}")
+    if weights is None and flag == torch.weights_option:
+        raise UserError(
+            f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({INCEPTION_FILE})"
+        )
+    if chosen != torch:
+        if suite.features != torch:
+            raise UserError(
+                f"--backend {backend} belongs to suite adm and others on {torch.name}, not to {suite.name!r}"
+            )
+        suite = dataclasses.replace(suite, features=chosen)
+    elif device != "cpu":
+        from harness.engines.torch.resolve import pick_device
+
+        device = str(pick_device(device))  # refuses an absent one; the other backends do so themselves
+    statistics = reference if reference is not None and reference.suffix == ".npz" and reference.is_file() else None
+    if statistics is not None and not suite.takes_statistics(declared=read_about(statistics) is not None):
+        statistics = None
+    return EvaluationConfig(suite=suite, weights=weights, statistics=statistics, device=device)
+
+
+def open_reference(path: Path) -> ImageSource:
+    """The images of a reference; one that was made of JPEG files still says so."""
+    from evaluators.reference_file import read_about
+
+    source, about = open_images(path), read_about(path)
+    source.lossy = source.lossy or (about is not None and about.lossy)
+    return source
+
+
+def reference_images(source: ImageSource) -> ImageSet:
+    """The images of a source; labels are all 0 where there are none."""
+    images = source.array()
+    labels = np.zeros(len(images), np.int64) if source.labels is None else source.labels
+    return ImageSet(name=Path(source.name).stem, images=images, labels=labels)

@@ -1,0 +1,33 @@
+"""`harness.report`: tables and figures from published and measured records."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from harness import registry
+from harness.io.progress import Stages
+from harness.runs.run import RUNS_FOLDER
+from harness.settings import ReportOptions, keyword_options
+
+if TYPE_CHECKING:
+    from reports.report import ReportSummary
+
+logger = logging.getLogger(__name__)
+
+
+@keyword_options(ReportOptions)
+def report(options: ReportOptions) -> ReportSummary:
+    """Write the paper's tables and figures, with your own models in them, from published and measured records.
+
+    report.html has all of them on one page that loads nothing. UserError: a path that does not exist; RunError: the
+    folder cannot be written.
+    """
+    from reports.report import TABLES, write_report
+
+    name = options.protocol
+    if name is not None and name not in registry.protocols and not name.endswith(".toml"):
+        logger.warning(registry.unknown("protocol", name, registry.protocols.names()))
+    paths = options.results or ((RUNS_FOLDER,) if RUNS_FOLDER.exists() else ())
+    with Stages({"records": "files", TABLES: "parts", "figures": "figures"}) as progress:
+        return write_report(paths, options.out or RUNS_FOLDER / "report", protocol=name, progress=progress)

@@ -1,0 +1,119 @@
+"""The main job: train, sample, evaluate and report, from one set of options."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.data.images import ImageSet
+from harness.data.load import source_images
+from harness.errors import UserError
+from harness.pipeline.evaluate import CACHE, evaluate_and_record
+from harness.pipeline.evaluation_config import make_evaluator
+from harness.pipeline.report import report
+from harness.pipeline.sample import decoder_of, sample_run
+from harness.pipeline.train import RunSession, open_session
+from harness.planning.matching import request_from
+from harness.planning.plan import evaluate_command
+from harness.runs.run import RUNS_FOLDER, Run
+from harness.settings import RunOptions, keyword_options
+from results.records import Record
+
+if TYPE_CHECKING:
+    from reports.report import ReportSummary
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run has made.
+
+    folder: the run. records: all of its sample sets, evaluated. samples: the samples.npz files. report: what was written;
+    None: no report. evaluate_commands: commands that measure the samples where the suite was not given its files. Of
+    several processes only the main one has records, report and commands.
+    """
+
+    folder: Path
+    records: tuple[Record, ...]
+    samples: tuple[Path, ...]
+    report: ReportSummary | None
+    evaluate_commands: tuple[str, ...] = ()
+
+
+@keyword_options(RunOptions)
+def run(options: RunOptions) -> RunResult:
+    """Train a backbone, sample it, evaluate the samples and write the report: the main job.
+
+        result = harness.run(backbone="dit-xs-2", steps=800)
+        result.records[0].value, result.folder
+
+    Killed at any instant, the same call continues; with more steps it goes on from where it was. What is done is not
+    repeated. UserError: the request cannot be carried out as it was made; RunError: it failed underway (a loss that is
+    not finite, a full disk). Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
+    """
+    request = request_from(options)
+    if request.spec.kind != "denoiser":
+        raise UserError(
+            f"backbone {request.spec.name!r} is one part of a system and makes no images by itself: train it with "
+            "`harness train`, then sample the whole with `harness sample --system`"
+        )
+    evaluator = make_evaluator(request.protocol, options.reference, options.features_weights)
+    session = open_session(request, options)
+    milestones = sorted({*(options.evaluate_at or ()), request.recipe.steps})
+    if milestones[-1] > request.recipe.steps:
+        raise UserError(
+            f"--evaluate-at {milestones[-1]} lies beyond the last step, {request.recipe.steps}; raise --steps"
+        )
+    group, samples, records = session.group, [], []
+    with group.locked(session.folder):
+        # What may be missing comes before what takes time.
+        decoder = decoder_of(session, options.decoder, options.device)
+        images = None if evaluator is None else evaluator.images or training_images(session)
+        run = session.begin(options)
+        for step in milestones:
+            session.train(step)
+            made = [
+                sample_run(
+                    run, request, step, steps, precision=options.sampling_precision, batch=options.sampling_batch,
+                    decoder=decoder, group=group,
+                )
+                for steps in request.sampling.steps
+            ]  # fmt: skip
+            samples += made
+            for path in made if evaluator is not None else ():
+                assert images is not None
+                records += evaluate_and_record(
+                    path, request.protocol, images, run.records, cache=run.folder.parent / CACHE,
+                    config=evaluator.config, group=group,
+                )  # fmt: skip
+    commands = tuple(evaluate_command(request.protocol, path.parent) for path in samples if group.is_main)
+    written = None
+    if group.is_main and options.report and evaluator is not None:
+        written = write_run_report(run, request.protocol.name)
+    return RunResult(
+        folder=run.folder,
+        records=tuple(records),
+        samples=tuple(samples),
+        report=written,
+        evaluate_commands=commands if evaluator is None else (),
+    )
+
+
+def training_images(session: RunSession) -> ImageSet:
+    """The images that are trained on, or those behind the latents that are trained on."""
+    if isinstance(session.data, ImageSet):
+        return session.data
+    return source_images(session.places, session.identity["dataset_sha256"], str(session.folder))
+
+
+def write_run_report(run: Run, protocol: str) -> ReportSummary:
+    """The report of a run and of the runs beside it; of a run elsewhere than in runs/, of that run alone."""
+    beside = run.folder.parent == RUNS_FOLDER
+    return report(
+        results=[run.folder.parent if beside else run.folder],
+        out=(run.folder.parent if beside else run.folder) / "report",
+        protocol=protocol,
+    )

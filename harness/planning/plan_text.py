@@ -1,0 +1,77 @@
+"""A plan in words: what `harness plan` prints and `harness run` says first."""
+
+from __future__ import annotations
+
+from harness.io.progress import duration
+from harness.planning.plan import MeasuredCost, Plan
+from harness.planning.request import Match, Request
+
+
+def headline(request: Request, by_default: bool) -> str:
+    """What is asked for, in one line. by_default: no protocol was named."""
+    text = f"{request.spec.name} on protocol {request.protocol.name} v{request.protocol.version}, seed {request.seed}"
+    return text + ("  (the default protocol; the paper's: --protocol imagenet-256)" if by_default else "")
+
+
+def costs_text(plan: Plan) -> str:
+    """The costs that follow from arithmetic."""
+    training, gflops = plan.training, f"{gflops_text(plan.gflops)} a forward pass at {plan.input}"
+    if plan.gflops_published_input is not None:
+        gflops += f"; {plan.gflops_published_input:.2f} at the paper's input"
+    lines = [
+        f"  parameters  {plan.params / 1e6:,.2f} M",
+        f"  Gflops      {gflops}  ({plan.gflops_source})",
+        f"  training    {training.steps:,} steps x {training.batch} images x 3 x {gflops_text(plan.gflops)} Gflops"
+        f" = {training.gflops:.4g} Gflops",
+    ]
+    for row in plan.sampling:
+        guidance = f", guidance {row.guidance_scale:g}" if row.guidance_scale != 1 else ""
+        lines.append(
+            f"  sampling    {plan.samples:,} images x {row.steps} {row.sampler} steps{guidance} = {row.gflops:.4g} Gflops"
+        )
+    if plan.match is not None:
+        lines.append(f"  matched     training: {match_text(plan.match)}")
+    lines += [f"  matched     an image: {match_text(each)}" for each in plan.match_sampling]
+    lines.append(f"  disk        {plan.disk_bytes / 1e9:.2f} GB for two checkpoints and the samples")
+    return "\n".join(lines)
+
+
+def match_text(match: Match) -> str:
+    """What was matched, and what rounding to whole steps costs."""
+    aim = f"the {match.gflops_target:.6g} Gflops of {match.to or '--budget'}"
+    steps = "1 step" if match.steps == 1 else f"{match.steps:,} steps"
+    text = f"{steps} for {aim}; rounding to whole steps: {error_text(match.relative_error)}"
+    return text + (" (one step costs more than that)" if one_is_too_much(match.steps, match.relative_error) else "")
+
+
+def one_is_too_much(steps: int, relative_error: float) -> bool:
+    """Whether a single step already overspends."""
+    return steps == 1 and relative_error > 0
+
+
+def error_text(relative: float) -> str:
+    """A relative difference in per cent, with its sign."""
+    return f"{100 * relative:+.2g} %" if relative else "exact"
+
+
+def gflops_text(gflops: float) -> str:
+    """Gflops as the paper prints them, two decimals; small ones with four digits."""
+    return f"{gflops:.2f}" if gflops >= 10 else f"{gflops:.4g}"
+
+
+def measured_text(measured: MeasuredCost) -> str:
+    """What was measured: device, memory, speed, time."""
+    speeds = ", ".join(f"{name} {speed:.3g}" for name, speed in measured.images_per_second.items())
+    compiled = [f"  compile     {measured.compile}"] if measured.compile else []
+    return "\n".join(
+        [
+            f"  device      {measured.device}",
+            f"  memory      needs {measured.memory_bytes / 1e9:.1f} GB, {measured.free_bytes / 1e9:.1f} GB are free; "
+            f"micro-batches of {measured.micro_batch}",
+            f"  speed       {measured.steps_per_second:.3g} it/s in {measured.precision} "
+            f"(measured, images/s in training: {speeds})",
+            *compiled,
+            f"  time        training {duration(measured.training_seconds)}"
+            + (f", sampling about {duration(measured.sampling_seconds)}" if measured.sampling_seconds else ""),
+        ]
+    )

@@ -1,0 +1,78 @@
+"""The other side of a comparison at matched compute: a backbone with a number of steps, and a budget, from text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from harness.io.text import COUNT_EXAMPLES, count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The other side of a matched comparison: a backbone with `steps`, of training, or (then perhaps several) of the
+    sampler."""
+
+    backbone: str
+    steps: tuple[int, ...]
+    guidance_scale: float = 1.0  # of sampling; 1 = no guidance
+
+    def name(self, steps: int) -> str:
+        """The reference as the command line writes it, with the count in full: dit-xl-2@400000, dit-xl-2@250@cfg1.5."""
+        return f"{self.backbone}@{steps}" + (f"@cfg{self.guidance_scale:g}" if self.guidance_scale != 1 else "")
+
+    def __str__(self) -> str:
+        guidance = f"@cfg{self.guidance_scale:g}" if self.guidance_scale != 1 else ""
+        return f"{self.backbone}@{','.join(map(str, self.steps))}{guidance}"
+
+
+def parse_reference(text: Any) -> Reference:
+    """BACKBONE@STEPS, as in dit-xl-2@400k; ValueError for anything else."""
+    if isinstance(text, Reference):
+        return text
+    name, at, steps = str(text).rpartition("@")
+    if not (name and at and "@" not in name):
+        raise ValueError(f"{text!r} is not of the form BACKBONE@STEPS, as in dit-xl-2@400k")
+    return Reference(backbone=name, steps=(_steps(steps, text),))
+
+
+def parse_sampling_reference(text: Any) -> Reference:
+    """BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5; ValueError for anything else."""
+    if isinstance(text, Reference):
+        return text
+    name, *rest = str(text).split("@")
+    form = ValueError(f"{text!r} is not of the form BACKBONE@STEPS[,STEPS][@cfgSCALE], as in dit-xl-2@250@cfg1.5")
+    if not name or len(rest) not in (1, 2) or len(rest) == 2 and not rest[1].startswith("cfg"):
+        raise form
+    try:
+        scale = float(rest[1].removeprefix("cfg")) if len(rest) == 2 else 1.0
+    except ValueError:
+        raise form from None
+    if not (math.isfinite(scale) and scale >= 1):
+        raise ValueError(f"{text!r}: a guidance scale is a finite number of at least 1 (1: no guidance)")
+    steps = sorted({_steps(each.strip(), text) for each in rest[0].split(",")})
+    return Reference(backbone=name, steps=tuple(steps), guidance_scale=scale)
+
+
+def parse_budget(text: Any) -> float:
+    """A number of Gflops such as 1e12, 3.2e9, 0.5 or 400k; ValueError for anything else."""
+    words = str(text)
+    factor = {"k": 1e3, "m": 1e6}.get(words[-1:].lower(), 1)
+    try:
+        budget = float(words[:-1] if factor > 1 else words) * factor
+    except ValueError:
+        budget = math.nan
+    if not (math.isfinite(budget) and budget > 0):
+        raise ValueError(f"{words!r} is not a number of Gflops above 0, such as 1e12, 3.2e9 or 400k")
+    return budget
+
+
+def _steps(text: str, whole: object) -> int:
+    try:
+        steps = count(text)
+    except (ValueError, IndexError):
+        raise ValueError(f"{whole!r}: {text!r} is not a count such as {COUNT_EXAMPLES}") from None
+    if steps < 1:
+        raise ValueError(f"{whole!r}: steps must be at least 1")
+    return steps

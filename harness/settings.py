@@ -1,0 +1,522 @@
+"""The settings of every stage: one table, from which every other list of settings is made.
+
+Each stage (run, train, sample, evaluate, plan, report, compare) has a frozen dataclass of options. A field is a setting:
+its name is the keyword of the Python call (`harness.run(sampling_steps=...)`) and, with dashes, the flag of the command
+line (`--sampling-steps`). The rest of what is known of a setting stands in the field's metadata (`Setting`): help,
+accepted values, key in a study file, whether it is frozen when a run is created, where a record states it. From this
+table come the options of the command line, the keys of study files, the commands of a study, the commands that reproduce
+a record, and the names in footnotes.
+
+Values may be given as text, as on the command line ("400k", "16,32,64"), or as Python values (400_000, [16, 32, 64]).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from harness.errors import UserError, shown
+from harness.io.text import (
+    read_count,
+    read_counts,
+    read_fraction,
+    read_number,
+    read_pairs,
+    read_path,
+    read_paths,
+    read_seed,
+    read_switch,
+    read_text,
+    read_texts,
+)  # fmt: skip
+from harness.planning.reference import Reference, parse_budget, parse_reference, parse_sampling_reference
+
+DEFAULT_PROTOCOL = "digits"
+PRECISIONS = ("float32", "tf32", "bfloat16")
+FRAMEWORKS = ("torch", "jax")
+EVALUATOR_BACKENDS = ("torch", "jax", "tensorflow")
+LOGGERS = ("tensorboard", "wandb")  # names of harness.loggers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is known of a setting beside its name, type and default.
+
+    flags: of the command line where they are not `--name`; of a switch perhaps "--x/--no-x". choices: the accepted words.
+    repeat: the flag may be given several times. default_text: the default in words, for the help. study: its key in a study
+    file, "key" or "section.key"; empty: not there. frozen: decided when a run is created, because it decides bits; the
+    word stands for "not given". recorded: the field of `results.records.Record` that states it, such as "sampling.eta".
+    footnote: its name in footnotes. argument: a positional argument of the command line.
+    """
+
+    help: str
+    read: Callable[[Any], Any]
+    metavar: str | None = None
+    flags: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    repeat: bool = False
+    default_text: str = ""
+    show_default: bool = False
+    study: str = ""
+    frozen: str | None = None
+    recorded: str = ""
+    footnote: str = ""
+    argument: bool = False
+    type_name: str = ""  # of the value, in usage messages and help
+
+    def flag(self, name: str) -> str:
+        """The flag by which messages and commands call the setting."""
+        return self.flags[0].partition("/")[0] if self.flags else f"--{name.replace('_', '-')}"
+
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+def setting(help: str, read: Callable[[Any], Any], default: Any = None, **known: Any) -> Any:
+    """A dataclass field that is a setting."""
+    metadata = {"setting": Setting(help=help, read=read, **known)}
+    if default is REQUIRED:
+        return dataclasses.field(metadata=metadata, kw_only=not known.get("argument", False))
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(options: type | Options) -> dict[str, Setting]:
+    """The settings of an options class by name, in the order of the help."""
+    return {field.name: field.metadata["setting"] for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+
+
+class Options:
+    """Base of the options classes: values are read and checked at construction; UserError names the setting."""
+
+    def __post_init__(self) -> None:
+        for name, known in settings_of(self).items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            try:
+                read = known.read(value)
+            except ValueError as error:
+                raise UserError(f"{known.flag(name)}: {error}") from None
+            words = read if isinstance(read, tuple) else (read,)
+            for word in words if known.choices else ():
+                if word not in known.choices:
+                    raise UserError(f"{known.flag(name)} {shown(word)}: choose one of {', '.join(known.choices)}")
+            object.__setattr__(self, name, read)
+
+    def given(self) -> dict[str, Any]:
+        """The settings that differ from their defaults."""
+        found = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            factory = field.default_factory
+            default = factory() if factory is not dataclasses.MISSING else field.default
+            if (value := getattr(self, field.name)) != default:
+                found[field.name] = value
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Backbone(Options):
+    backbone: str = setting("A name of `harness list backbones`.", read_text, REQUIRED, metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OptionalBackbone(Options):
+    backbone: str | None = setting(
+        "A name of `harness list backbones`; without it --budget or --match gives a table of all backbones.", read_text,
+        metavar="NAME",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Options):
+    """What defines a run: the experiment, how long, and how this machine trains it."""
+
+    protocol: str | None = setting(
+        "The protocol: what is generated, how it is judged, the default recipe.", read_text, metavar="NAME|FILE.toml",
+        default_text=f"{DEFAULT_PROTOCOL}; the paper's: imagenet-256",
+    )  # fmt: skip
+    steps: int | None = setting(
+        "Training steps, as in 800 or 400k.", read_count, default_text="the protocol's", type_name="count",
+        recorded="training.steps", footnote="training steps",
+    )  # fmt: skip
+    match: Reference | None = setting(
+        "Instead of --steps: train for the compute of that backbone with that many steps of the same recipe, both counted "
+        "at the protocol's input, as in dit-xl-2@400k.", parse_reference, metavar="BACKBONE@STEPS", type_name="reference",
+    )  # fmt: skip
+    budget: float | None = setting(
+        "Instead of --steps: train for so many Gflops (Gflops of the network x batch x steps x 3), as in 1e12.",
+        parse_budget, metavar="GFLOPS", type_name="gflops",
+    )  # fmt: skip
+    seed: int = setting(
+        "Seed of the training.", read_seed, 0, show_default=True, type_name="seed", recorded="training.seed",
+        footnote="training seed",
+    )  # fmt: skip
+    data: Path | None = setting(
+        "Where the data set is, if the protocol needs one.", read_path, metavar="PATH", study="data", type_name="path"
+    )
+    framework: str = setting(
+        "Framework of network and engine.", read_text, "torch", choices=FRAMEWORKS, show_default=True, study="framework",
+        recorded="framework", footnote="framework",
+    )  # fmt: skip
+    set: dict[str, Any] = setting(
+        "Override an item of the training recipe, as in --set learning_rate=3e-4 (repeatable; see `harness plan`).",
+        read_pairs("NAME=VALUE", "learning_rate=1e-3"), {}, metavar="NAME=VALUE", repeat=True, type_name="name=value",
+    )  # fmt: skip
+    precision: str = setting(
+        "Arithmetic of the network in training. auto: float32 or bfloat16, whichever is measured to be faster when the run "
+        "is created. tf32: NVIDIA GPUs.", read_text, "auto", choices=("auto", *PRECISIONS), show_default=True,
+        study="precision", frozen="auto", recorded="training.precision", footnote="training precision",
+    )  # fmt: skip
+    compile: str | None = setting(
+        "torch.compile, for training and sampling. auto: compiles where it measures that a run of an hour or more ends "
+        "sooner, compilation included.", read_text, choices=("auto", "on", "off"), study="compile", frozen="auto",
+        default_text="off, or as the run was created",
+    )  # fmt: skip
+    micro_batch: int | None = setting(
+        "Batch size of one forward pass in training.", read_count, default_text="what fits free memory", type_name="count",
+        study="micro_batch", frozen="", recorded="training.micro_batch", footnote="micro-batch",
+    )  # fmt: skip
+    device: str | None = setting(
+        "cpu, cuda, cuda:1, tpu.", read_text, metavar="NAME", default_text="an accelerator if there is one", study="device",
+        frozen="",
+    )  # fmt: skip
+    mesh: str | None = setting(
+        "Device mesh DATAxMODEL: batch is sharded over DATA, weights over MODEL (FSDP). In torch the devices are processes "
+        "started by torchrun.", read_text, metavar="DATAxMODEL", default_text="all x 1", study="mesh",
+    )  # fmt: skip
+    gradient_checkpointing: bool = setting(
+        "Activation checkpointing: less memory, more compute.", read_switch, False, study="gradient_checkpointing",
+        frozen="",
+    )  # fmt: skip
+    out: Path | None = setting(
+        "Folder of the run.", read_path, metavar="DIR", default_text="runs/NAME", type_name="path"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(Options):
+    """What defines sample sets."""
+
+    sampling_steps: tuple[int, ...] | None = setting(
+        "Sampler steps; each number gives one sample set.", read_counts, metavar="N,N,...", default_text="the protocol's",
+        study="sampling.steps", type_name="counts", recorded="sampling.steps", footnote="sampling steps",
+    )  # fmt: skip
+    samples: int | None = setting(
+        "Number of samples N of each sample set.", read_count, default_text="the protocol's", study="sampling.samples",
+        type_name="count", recorded="n",
+    )  # fmt: skip
+    sampler: str | None = setting(
+        "A name of `harness list samplers`.", read_text, metavar="NAME", default_text="the protocol's",
+        study="sampling.sampler", recorded="sampling.sampler", footnote="sampler",
+    )  # fmt: skip
+    eta: float | None = setting(
+        "DDIM's share of fresh noise, from 0 to 1.", read_fraction, study="sampling.eta", type_name="float range",
+        recorded="sampling.eta", footnote="eta",
+    )  # fmt: skip
+    cfg: float | None = setting(
+        "Scale of classifier-free guidance; 1 = no guidance.", read_number, metavar="SCALE",
+        study="sampling.guidance_scales", recorded="sampling.guidance_scale", footnote="guidance",
+    )  # fmt: skip
+    guidance_channels: str | None = setting(
+        "Which channels are guided.", read_text, metavar="first-3|all", study="sampling.guidance_channels",
+        recorded="sampling.guidance_channels",
+    )  # fmt: skip
+    labels: str | None = setting(
+        "Label policy: how the labels of samples are chosen.", read_text, metavar="random|balanced",
+        study="sampling.label_policy", recorded="sampling.label_policy", footnote="label policy",
+    )  # fmt: skip
+    sampling_seed: int | None = setting(
+        "Seed of the samples.", read_seed, default_text="0", study="sampling.seed", type_name="seed",
+        recorded="sampling.seed", footnote="sampling seed",
+    )  # fmt: skip
+    sampling_precision: str = setting(
+        "Arithmetic of the network in sampling.", read_text, "float32", choices=PRECISIONS, show_default=True,
+        study="sampling.precision", recorded="sampling.precision", footnote="sampling precision",
+    )  # fmt: skip
+    match_sampling: Reference | None = setting(
+        "Instead of --sampling-steps: as many steps as cost what an image of that backbone does with N steps each, guidance "
+        "counted twice, as in dit-xl-2@250@cfg1.5.", parse_sampling_reference, metavar="BACKBONE@N,N,...[@cfgSCALE]",
+        type_name="reference",
+    )  # fmt: skip
+
+    def overrides(self) -> dict[str, Any]:
+        """The items of a protocol's sampling section (but steps) that these settings override; None: not given."""
+        return {
+            "sampler": self.sampler,
+            "eta": self.eta,
+            "guidance_scale": self.cfg,
+            "guidance_channels": self.guidance_channels,
+            "label_policy": self.labels,
+            "seed": self.sampling_seed,
+        }
+
+
+_LOGGER = {"choices": LOGGERS, "repeat": True, "study": "logger"}
+_LOGGER_HELP = (
+    "Also write the losses for this viewer, below the folder of the run (repeatable; extra of the same name)."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainingSettings, _Backbone):
+    """Options of `harness train`."""
+
+    logger: tuple[str, ...] = setting(_LOGGER_HELP, read_texts, (), **_LOGGER)
+    fork: Path | None = setting(
+        "Start from the newest checkpoint of that run.", read_path, metavar="RUN", type_name="path"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SamplingSettings, TrainOptions):
+    """Options of `harness run`."""
+
+    decoder: str | None = setting(
+        "What decodes the latents of a run: a folder, or ft-ema, ft-mse.", read_text, metavar="DIR|NAME",
+        default_text="the autoencoder that made them", study="decoder", recorded="sampling.decoder", footnote="decoder",
+    )  # fmt: skip
+    reference: Path | None = setting(
+        "Images to judge by, as in `harness evaluate`.", read_path, metavar="PATH", default_text="the data set's",
+        study="reference", type_name="path",
+    )  # fmt: skip
+    features_weights: Path | None = setting(
+        "Weights of the suite's network, if it needs them.", read_path, metavar="FILE", study="features_weights",
+        flags=("--inception", "--features-weights"), type_name="path",
+    )  # fmt: skip
+    evaluate_at: tuple[int, ...] | None = setting(
+        "Also sample and evaluate after these training steps.", read_counts, metavar="N,N,...", type_name="counts"
+    )
+    sampling_batch: int | None = setting(
+        "Batch size of one forward pass in sampling.", read_count, default_text="by device and compute",
+        study="sampling.batch", type_name="count", recorded="sampling.batch", footnote="sampling batch",
+    )  # fmt: skip
+    report: bool = setting(
+        "Write the report at the end.", read_switch, True, flags=("--report/--no-report",), default_text="yes"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(SamplingSettings, TrainingSettings, _OptionalBackbone):
+    """Options of `harness plan`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(SamplingSettings):
+    """Options of `harness sample`: of a trained run, or of a system with weights from anywhere."""
+
+    run: Path | None = setting("A trained run.", read_path, metavar="DIR", type_name="path")
+    step: int | None = setting(
+        "The training step whose checkpoint is sampled.", read_count, default_text="the last one", type_name="count"
+    )
+    system: str | None = setting(
+        "Instead of --run: a name of `harness list systems`.", read_text, metavar="NAME|FILE.toml"
+    )
+    weights: dict[str, Path] = setting(
+        "Weights of a part of the system (base, classifier, upsampler, upsampler-2, decoder): a checkpoint or a run "
+        "(repeatable).", read_pairs("PART=PATH", "base=FILE"), {}, metavar="PART=PATH", repeat=True, type_name="part=path",
+    )  # fmt: skip
+    decoder: str | None = setting(
+        "What decodes the latents of a run: a folder, or ft-ema, ft-mse.", read_text, metavar="DIR|NAME",
+        default_text="the autoencoder that made them",
+    )  # fmt: skip
+    batch: int | None = setting("Batch size of one forward pass.", read_count, type_name="count")
+    compile: str | None = setting(
+        "torch.compile, recorded with the samples.", read_text, choices=("on", "off"),
+        default_text="as the run was created; off for a system",
+    )  # fmt: skip
+    framework: str | None = setting("Framework of a system.", read_text, choices=FRAMEWORKS, default_text="torch")
+    device: str | None = setting(
+        "Device for a system: cpu, cuda.", read_text, metavar="NAME", default_text="an accelerator if there is one"
+    )
+    out: Path | None = setting(
+        "Folder of a system's sample sets.", read_path, metavar="DIR", default_text="runs/systems", type_name="path"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """Options of `harness evaluate`."""
+
+    samples: Path = setting(
+        "An .npz of ADM's layout or the folder that holds samples.npz, an .npy, a folder of PNG files, shards (.npz, .tar), or "
+        "a pattern of these.", read_path, REQUIRED, argument=True, type_name="path",
+    )  # fmt: skip
+    protocol: str | None = setting(
+        "The protocol of the samples.", read_text, metavar="NAME|FILE.toml",
+        default_text="that of the run or the sidecar, else " + DEFAULT_PROTOCOL,
+    )  # fmt: skip
+    data: Path | None = setting(
+        "Where the protocol's data set is, if it needs one.", read_path, metavar="PATH", type_name="path"
+    )
+    suite: str | None = setting(
+        "A name of `harness list suites`, or metrics on features of your choice, as in dinov2-vit-b-14:fd,kid (see `harness "
+        "list features` and `metrics`).", read_text, metavar="NAME|FEATURES:METRIC,..", default_text="the protocol's",
+    )  # fmt: skip
+    reference: Path | None = setting(
+        "Images to judge by, with mu and sigma if the file has them.", read_path, metavar="PATH", type_name="path"
+    )
+    features_weights: Path | None = setting(
+        "Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.", read_path,
+        metavar="FILE", flags=("--inception", "--features-weights"), type_name="path",
+    )  # fmt: skip
+    backend: str = setting(
+        "Framework of ADM's Inception network.", read_text, "torch", choices=EVALUATOR_BACKENDS, show_default=True
+    )
+    device: str = setting(
+        "cpu, cuda, cuda:1; with --backend jax also tpu.", read_text, "cpu", metavar="NAME", show_default=True
+    )
+    name: str | None = setting("Row name for samples without a sidecar.", read_text, metavar="TEXT")
+    out: Path | None = setting(
+        "Record file.", read_path, metavar="FILE", default_text="the run's, or records.jsonl beside the samples",
+        type_name="path",
+    )  # fmt: skip
+    neighbours: Path | None = setting(
+        "Draw the samples nearest to training images.", read_path, metavar="FILE.png", type_name="path"
+    )
+    allow: tuple[str, ...] = setting(
+        "Warn where this guard refuses (repeatable).", read_texts, (), metavar="GUARD", repeat=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """Options of `harness report`."""
+
+    results: tuple[Path, ...] = setting(
+        "Runs, folders of runs, or record files (repeatable).", read_paths, (), metavar="DIR", repeat=True,
+        default_text="runs/", type_name="path",
+    )  # fmt: skip
+    out: Path | None = setting(
+        "Where to write.", read_path, metavar="DIR", default_text="runs/report/", type_name="path"
+    )
+    protocol: str | None = setting(
+        "Only this protocol's own table and curve.", read_text, metavar="NAME", default_text="every protocol"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options):
+    """Options of `harness compare`."""
+
+    a: Path = setting(
+        "A run, a folder of runs, or a record file.", read_path, REQUIRED, argument=True, type_name="path"
+    )
+    b: Path = setting("The same for the other side.", read_path, REQUIRED, argument=True, type_name="path")
+    step: int | None = setting(
+        "Training steps of the records to compare, where a side has several.", read_count, type_name="count"
+    )
+
+
+P = ParamSpec("P")
+Chosen = TypeVar("Chosen", bound=Options)
+Result = TypeVar("Result")
+
+
+def keyword_options(options: Callable[P, Chosen]) -> Callable[[Callable[[Chosen], Result]], Callable[P, Result]]:
+    """Decorator: the function of one options object is called with the fields as keyword arguments.
+
+    The docstring gets a line for each setting, from the table.
+    """
+
+    def decorate(function: Callable[[Chosen], Result]) -> Callable[P, Result]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+            return function(options(*args, **kwargs))
+
+        assert isinstance(options, type)
+        parameters = inspect.signature(options).parameters.values()
+        returns = inspect.signature(function).return_annotation
+        call.__signature__ = inspect.Signature(list(parameters), return_annotation=returns)  # type: ignore[attr-defined]
+        lines = [f"    {name}: {_described(known)}" for name, known in settings_of(options).items()]
+        call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nKeyword arguments:\n" + "\n".join(lines) + "\n"
+        return call
+
+    return decorate
+
+
+def _described(known: Setting) -> str:
+    choices = f" One of {', '.join(known.choices)}." if known.choices else ""
+    default = f" Default: {known.default_text}." if known.default_text else ""
+    return f"{known.help}{choices}{default}"
+
+
+def command_words(command: str, options: Options) -> tuple[str, ...]:
+    """The command line that gives `options`: every setting that differs from its default, in the order of the table."""
+    arguments: list[str] = []
+    words = ["harness", command]
+    known = settings_of(options)
+    for name, value in options.given().items():
+        if known[name].argument:
+            arguments.append(str(value))
+        else:
+            words += flag_words(name, known[name], value)
+    return (*words, *arguments)
+
+
+def flag_words(name: str, known: Setting, value: Any) -> list[str]:
+    """The flag of one setting with its value, as words of a command line."""
+    flag = known.flag(name)
+    if isinstance(value, bool):
+        both = known.flags[0].split("/") if known.flags and "/" in known.flags[0] else [flag]
+        return [both[0]] if value else both[1:]
+    if isinstance(value, Mapping):
+        return [word for item, each in value.items() for word in (flag, f"{item}={value_text(each)}")]
+    if known.repeat:
+        return [word for each in value for word in (flag, value_text(each))]
+    return [flag, ",".join(map(str, value)) if isinstance(value, tuple) else value_text(value)]
+
+
+def value_text(value: object) -> str:
+    """Text that a flag and --set read back as the same value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def command_line(words: Iterable[str]) -> str:
+    """The words as one line for a shell."""
+    return shlex.join(words)
+
+
+def frozen_settings(options: Options) -> dict[str, Any]:
+    """What was asked for of the settings that are frozen when a run is created; None: not asked for."""
+    found: dict[str, Any] = {}
+    for name, known in settings_of(options).items():
+        if known.frozen is not None:
+            value = getattr(options, name)
+            found[name] = None if value in (None, False, known.frozen) else value
+    return found
+
+
+def study_settings(options: type[Options], section: str) -> dict[str, str]:
+    """Keys of a study file's section ("" for the top level) with the names of the settings that they give."""
+    found = {}
+    for name, known in settings_of(options).items():
+        place, _, key = known.study.rpartition(".")
+        if key and place == section:
+            found[key] = name
+    return found
+
+
+def only_one(flags: Mapping[str, Any], what: str) -> None:
+    """Refuse more than one of the flags (by name, with their values) that set the same thing."""
+    given = [flag for flag, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} set {what}; give one of them")
+
+
+def recorded_value(record: Any, known: Setting) -> Any:
+    """What a record states of a setting; None: nothing."""
+    for part in known.recorded.split(".") if known.recorded else ():
+        record = getattr(record, part, None)
+        if record is None:
+            return None
+    return record if known.recorded else None
