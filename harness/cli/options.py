@@ -59,11 +59,9 @@ def _parameter(name: str, known: Setting, default: Any) -> Callable[[Function], 
     elif known.repeat:
         attributes |= {"multiple": True, "type": _type(known)}
     else:
-        attributes |= {
-            "type": _type(known),
-            "default": None if required else default,
-            "show_default": known.show_default,
-        }
+        attributes["type"] = _type(known)
+        if not required and default is not None:
+            attributes |= {"default": default, "show_default": known.show_default}
     if known.metavar:
         attributes["metavar"] = known.metavar
     return click.option(*flags, name, **attributes)

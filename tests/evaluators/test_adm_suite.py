@@ -21,8 +21,8 @@ from evaluators.suites import ADM, METRICS
 from harness.cli import group
 from harness.data.images import ImageSet
 from harness.errors import UserError
-from harness.pipeline.evaluate import EvaluationConfig, evaluate_samples_file
-from harness.pipeline.judges import evaluation_config
+from harness.pipeline.evaluate import evaluate_samples_file
+from harness.pipeline.evaluation_config import EvaluationConfig, make_config
 from harness.protocols import get_protocol
 
 TASK = """
@@ -176,7 +176,7 @@ def test_the_record_says_that_jax_computed(folder, made_inception, tmp_path, mon
 
     monkeypatch.setattr(inception_jax, "network", network)
     suite = dataclasses.replace(
-        evaluation_config(ADM, made_inception.graph, "jax", None).suite, metrics=(METRICS["precision"],)
+        make_config(ADM, made_inception.graph, "jax", None).suite, metrics=(METRICS["precision"],)
     )
     with np.load(folder / "reference.npz") as data:
         images = ImageSet(name="pictures", images=data["arr_0"], labels=np.arange(M) % 10)
@@ -185,7 +185,7 @@ def test_the_record_says_that_jax_computed(folder, made_inception, tmp_path, mon
         get_protocol(str(folder / "task.toml")),
         images,
         cache=tmp_path,
-        judge=EvaluationConfig(suite=suite, weights=made_inception.graph, device="cpu:0"),
+        config=EvaluationConfig(suite=suite, weights=made_inception.graph, device="cpu:0"),
     )
     judged, made = record.evaluation, record.environment
     assert judged.features == "inception-2015-12-05-jax"

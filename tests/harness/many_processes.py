@@ -12,7 +12,8 @@ from harness.data.digits import load
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.torch import parallel
 from harness.pipeline import training_loop
-from harness.pipeline.evaluate import EvaluationConfig, evaluate_and_record
+from harness.pipeline.evaluate import evaluate_and_record
+from harness.pipeline.evaluation_config import EvaluationConfig
 from harness.pipeline.sample import sample_run
 from harness.pipeline.train import RunSession
 from harness.planning.request import make_request
@@ -36,7 +37,7 @@ def run(folder, steps, mesh, group):
     """Train on `mesh` and draw samples; gradients are accumulated over four micro-batches by one process. Returns bytes
     of weights, averages and moments that this process holds."""
     wanted = request(steps)
-    shop = RunSession(wanted, load(), folder, lambda text: None, group, mesh=mesh)
+    shop = RunSession(wanted, load(), folder, group, mesh=mesh)
     if shop.run is None:
         plain = {"device": "cpu", "device_name": "test", "precision": "float32", "threads": 1}
         shop.create(Resolved(**plain, micro_batch=4, mesh=mesh))
@@ -66,9 +67,11 @@ def measured(folder, out, group):
     suite = dataclasses.replace(suite, metrics=tuple(dataclasses.replace(each, minimum=20) for each in suite.metrics))
     (path,) = folder.glob("samples/*/samples.npz")
     task = get_protocol("digits")
-    by = EvaluationConfig(suite=suite, say=lambda text: None)
+    config = EvaluationConfig(suite=suite)
     try:
-        return evaluate_and_record(path, task, load(), out / "records.jsonl", cache=out / "cache", by=by, group=group)
+        return evaluate_and_record(
+            path, task, load(), out / "records.jsonl", cache=out / "cache", config=config, group=group
+        )
     finally:
         reference.IMAGES_PER_CALL = calls
 

@@ -24,9 +24,9 @@ def request(backbone="dit-xs-4", steps=12, seed=0, settings=None, **options):
     )
 
 
-def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", loggers=(), say=lambda text: None):
+def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", loggers=()):
     """A run in `folder`, created if it is not there, with everything that would be measured fixed."""
-    shop = RunSession(wanted or request(), load(), folder, say, loggers=loggers)
+    shop = RunSession(wanted or request(), load(), folder, loggers=loggers)
     if shop.run is None:
         resolved = Resolved(
             device="cpu", device_name="test", precision=precision, micro_batch=micro_batch,

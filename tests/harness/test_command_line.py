@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from harness import cli
-from harness.cli import doctor, group, plan
+from harness.cli import doctor, group
 from harness.engines.memory import NotEnoughMemory
 from harness.errors import UserError
 
@@ -105,21 +106,21 @@ def test_refusals_are_one_line_and_exit_with_2(words, message, tmp_path):
 def test_a_protocol_without_its_data_prints_the_plan_and_the_missing_pieces(tmp_path):
     done = harness("run", "--backbone", "dit-xl-2", "--protocol", "imagenet-256", cwd=tmp_path)
     assert done.returncode == 2
-    assert "674.83 M" in done.stdout and "118.64 a forward pass" in done.stdout and "400,000 steps" in done.stdout
+    assert "674.83 M" in done.stderr and "118.64 a forward pass" in done.stderr and "400,000 steps" in done.stderr
     assert "data set 'imagenet'" in done.stderr and "suite 'adm'" in done.stderr
     assert "harness run --backbone dit-xl-2 --protocol digits --steps 400000" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def planned(monkeypatch, measured, *words):
-    monkeypatch.setattr(plan, "measured", measured)
+    monkeypatch.setattr("harness.pipeline.plan.get_backend", lambda framework: SimpleNamespace(measure=measured))
     return CliRunner().invoke(group, ["plan", "--backbone", "dit-xl-2", "--protocol", "imagenet-256", *words])
 
 
 def test_a_plan_says_what_is_missing_before_it_measures_and_is_made_all_the_same(monkeypatch):
     """Data that are not there, then memory: whatever would stop the run has a line, and none of it stops the plan."""
 
-    def measured(request, options):
+    def measured(request, **options):
         click.echo("MEASURED")
         raise NotEnoughMemory("dit-xl-2 needs 16.8 GB on cpu")
 
@@ -135,7 +136,7 @@ def test_a_plan_says_what_is_missing_before_it_measures_and_is_made_all_the_same
 
 
 def test_a_plan_for_a_device_that_is_not_there_is_refused_behind_its_arithmetic(monkeypatch):
-    def measured(request, options):
+    def measured(request, **options):
         raise UserError("--device cuda:7 is not to be had here")
 
     done = planned(monkeypatch, measured)

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from small_vae import save_vae
 
-from harness.cli import group, plan
+from harness.cli import group
 from harness.data import latents
 from harness.data.load import training_data
 from harness.engines.backend import get_backend
@@ -171,7 +171,7 @@ def shop_of(home, folder, framework):
         backbone="dit-xs-2", protocol=str(home / "task.toml"), data=home / "cache", framework=framework, steps=3
     )
     request = dataclasses.replace(request, arguments={**request.arguments, "depth": 1, "width": 32, "heads": 2})
-    shop = RunSession(request, training_data(request.protocol, request.data), folder, lambda text: None)
+    shop = RunSession(request, training_data(request.protocol, request.data), folder)
     threads = torch.get_num_threads()
     if framework == "jax":
         from harness.engines.jax import mesh
@@ -302,7 +302,7 @@ def test_the_decoder_is_the_auto_encoder_of_the_cache_unless_another_is_named(ho
 def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkeypatch):
     """The auto-encoder, then the images to judge by; `plan` says it, too, and names the same flag."""
     monkeypatch.setattr(RunSession, "measure", lambda *_, **__: pytest.fail("measured"))
-    monkeypatch.setattr(plan, "measured", lambda request, options: None)
+    monkeypatch.setattr("harness.pipeline.plan.with_measurement", lambda plan, request, options: plan)
     cache = shutil.copytree(home / "cache", tmp_path / "cache")
     meta = json.loads((cache / "meta.json").read_text())
     task = ("--backbone", "dit-xs-2", "--protocol", home / "task.toml", "--data", cache, *FIXED)

@@ -16,7 +16,8 @@ from harness.errors import UserError
 from harness.images import spool
 from harness.images.open import open_images
 from harness.images.spool import IN_MEMORY_BYTES, spooled
-from harness.pipeline.evaluate import EvaluationConfig, evaluate_images, evaluate_samples_file
+from harness.pipeline.evaluate import evaluate_images, evaluate_samples_file
+from harness.pipeline.evaluation_config import EvaluationConfig
 from harness.protocols import get_protocol
 
 
@@ -38,9 +39,9 @@ def samples():
 def from_file(tmp_path_factory, samples):
     folder = tmp_path_factory.mktemp("file")
     np.savez(folder / "samples.npz", arr_0=samples)
-    judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=lambda text: None)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"))
     return evaluate_samples_file(
-        folder / "samples.npz", get_protocol("digits"), load(), cache=folder, judge=judge, name="mine"
+        folder / "samples.npz", get_protocol("digits"), load(), cache=folder, config=judge, name="mine"
     )
 
 
@@ -53,22 +54,21 @@ def numbers(records):
 def test_a_generator_gives_what_the_file_gives(samples, from_file, step, on_disk, monkeypatch, tmp_path):
     if on_disk:
         monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 1000)
-    judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=lambda text: None)
-    records = evaluate_images(generated(samples, step), "digits", name="mine", judge=judge, cache=tmp_path)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"))
+    records = evaluate_images(generated(samples, step), "digits", name="mine", config=judge, cache=tmp_path)
     assert numbers(records) == numbers(from_file)
     assert all(path.name.startswith("features-") for path in tmp_path.iterdir())
 
 
-def test_with_the_protocols_own_suite_and_an_endless_generator(samples):
+def test_with_the_protocols_own_suite_and_an_endless_generator(samples, caplog):
     def endless():
         while True:
             yield samples[:60]
             yield samples[60:]
 
-    said = []
-    judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=said.append)
-    records = evaluate_images(endless(), "digits", name="mine", count=200, labels=np.arange(200) % 10, judge=judge)
-    assert {each.n for each in records} == {200} and not any("labels-missing" in text for text in said)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"))
+    records = evaluate_images(endless(), "digits", name="mine", count=200, labels=np.arange(200) % 10, config=judge)
+    assert {each.n for each in records} == {200} and "labels-missing" not in caplog.text
     assert len({each.sampling.samples_sha256 for each in records}) == 1
 
 
@@ -86,9 +86,9 @@ def test_with_the_protocols_own_suite_and_an_endless_generator(samples):
     ],
 )
 def test_what_makes_no_sense_is_refused(images, more, message):
-    judge = EvaluationConfig(suite=tiny_suite.made("tiny"), say=lambda text: None)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"))
     with pytest.raises(UserError) as caught:
-        evaluate_images(images, "digits", name="mine", judge=judge, **more)
+        evaluate_images(images, "digits", name="mine", config=judge, **more)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -116,14 +116,15 @@ import json, sys, threading, time
 sys.path.insert(0, {tests!r})
 import numpy as np, tiny_suite
 from pathlib import Path
-from harness import held_images
+from harness.images import spool
 from harness.data.images import ImageSet
-from harness.evaluation import Judge, evaluate, evaluate_images
+from harness.pipeline.evaluate import evaluate_images, evaluate_samples_file
+from harness.pipeline.evaluation_config import EvaluationConfig
 from harness.protocols import load
 from test_live_images import made_images
 
 folder, kind, count, side, limit = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-held_images.HELD_BYTES = limit
+spool.IN_MEMORY_BYTES = limit
 
 
 def anonymous():
@@ -133,11 +134,11 @@ def anonymous():
 
 reference = next(iter(made_images(200, side, step=200, first=10**7)))
 data = ImageSet(name="npz", images=reference, labels=np.zeros(200, np.int64))
-judge = Judge(suite=tiny_suite.made("tiny", metrics=("fd",)), say=lambda text: None)
+judge = EvaluationConfig(suite=tiny_suite.made("tiny", metrics=("fd",)))
 protocol = load(folder / "task.toml")
 run = lambda what, **more: (
-    evaluate_images(what, protocol, data, name="x", judge=judge, cache=folder / "cache") if kind == "generator"
-    else evaluate(what, protocol, data, judge=judge, cache=folder / "cache", name="x")
+    evaluate_images(what, protocol, data, name="x", config=judge, cache=folder / "cache") if kind == "generator"
+    else evaluate_samples_file(what, protocol, data, config=judge, cache=folder / "cache", name="x")
 )
 run(made_images(200, side, step=50) if kind == "generator" else folder / ("small-" + kind))  # everything is loaded
 before, peak, done = anonymous(), [0], threading.Event()

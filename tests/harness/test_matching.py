@@ -9,17 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from harness import registry
-from harness.cli import plan, run, train
+from harness.cli import group, plan, run, train
 from harness.errors import UserError
-from harness.planning.matching import (
-    EPOCHS,
-    Reference,
-    matched,
-    nearest_count,
-    parse_budget,
-    parse_reference,
-    parse_sampling_reference,
-)
+from harness.planning.matching import EPOCHS, matched, nearest_count
+from harness.planning.reference import Reference, parse_budget, parse_reference, parse_sampling_reference
 from harness.planning.request import make_request
 from harness.protocols import get_protocol
 from harness.spec import BackboneSpec, Compute, ComputeRow
@@ -41,7 +34,7 @@ def best(target, each, around=3):
 @pytest.fixture
 def planned(monkeypatch):
     """`harness plan --json` without its measurement."""
-    monkeypatch.setattr(plan, "measured", lambda request, options: {})
+    monkeypatch.setattr("harness.pipeline.plan.with_measurement", lambda plan, request, options: plan)
 
     def call(*words):
         done = CliRunner().invoke(plan.command, [*words, "--json"], catch_exceptions=False)
@@ -233,7 +226,7 @@ def test_the_table_and_the_plan_in_words():
 
 def test_run_and_train_take_the_same_options(tmp_path):
     words = ["--backbone", "dit-b-2", "--protocol", "imagenet-256", "--match", "dit-xl-2@400k"]
-    done = CliRunner().invoke(run.command, [*words, "--match-sampling", "dit-xl-2@16,32@cfg1.5"])
+    done = CliRunner().invoke(group, ["run", *words, "--match-sampling", "dit-xl-2@16,32@cfg1.5"])
     assert isinstance(done.exception, UserError) and "missing" in done.output  # no ImageNet here: the plan comes first
     steps = best(400_000 * flops("dit-xl-2", num_classes=1000), flops("dit-b-2", num_classes=1000))
     assert f"{steps:,} steps for the" in done.output and "dit-xl-2@32@cfg1.5" in done.output

@@ -150,14 +150,15 @@ LARGE = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from harness import stages
-from harness.planning import make_request, missing
+from harness.data.load import check_labels, training_data
+from harness.planning.plan import missing
+from harness.planning.request import make_request
 request = make_request(backbone="dit-xs-2", protocol="tiny.toml", steps=1, data=Path("set"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert missing(request) == []
-data = stages.training_data(request.protocol, request.data)
-stages.check_labels(data, 3)
-print(stages.run_spec(request, data).dataset_sha256)
+data = training_data(request.protocol, request.data)
+check_labels(data, 3)
+print(request.run_spec(data).dataset_sha256)
 batch = data.images[np.arange(0, len(data), len(data) // 256)]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

@@ -17,7 +17,8 @@ from harness.engines.torch.sampling import TorchSampler, load_weights, to_uint8
 from harness.errors import UserError
 from harness.io.files import sha256_file
 from harness.pipeline import sampling_loop
-from harness.pipeline.evaluate import EvaluationConfig, evaluate_samples_file
+from harness.pipeline.evaluate import evaluate_samples_file
+from harness.pipeline.evaluation_config import EvaluationConfig
 from harness.pipeline.sample import sample_run
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as noise
@@ -196,8 +197,8 @@ def test_sample_set_and_sidecar(shop):
 
 def test_records_say_how_long_training_and_sampling_took(shop, tmp_path):
     path = draw_set(shop, samples=100, seed=5)
-    judge = EvaluationConfig(suite=tiny_suite.made("tiny", metrics=("fd",)), say=lambda text: None)
-    (record,) = evaluate_samples_file(path, shop.run.protocol, shop.data, cache=tmp_path, judge=judge)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny", metrics=("fd",)))
+    (record,) = evaluate_samples_file(path, shop.run.protocol, shop.data, cache=tmp_path, config=judge)
     found = record.environment
     state = json.loads((shop.run.ema_checkpoint(30) / "state.json").read_text())
     assert found.training_seconds == state["seconds"] > 0 and 0 < found.sampling_seconds_per_image < 1

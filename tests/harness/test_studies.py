@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import plan
 from harness.cli.run import command as run_command
 from harness.cli.train import command as train_command
 from harness.errors import UserError
+from harness.planning.matching import request_from
+from harness.settings import RunOptions
 from harness.studies import from_dict, jobs, load
 from harness.studies.expand import expand
 from harness.studies.local import Launcher
@@ -59,10 +60,10 @@ def test_runs_are_seeds_by_backbones_and_each_command_asks_for_what_was_expanded
         for request, (program, verb, *words) in zip(run.requests, run.commands, strict=True):
             assert (program, verb) == ("harness", "run")
             options = run_command.make_context("run", list(words)).params  # as the command line would read it
-            asked = plan.request_of(options)
+            asked = request_from(RunOptions(**options))
             assert asked == request
-            assert sorted({*options["evaluate_at"], asked.recipe.steps}) == list(run.marks)
-            assert options["precision"] == "float32" and options["reports"] is False and options["out"] is None
+            assert sorted({*(options["evaluate_at"] or ()), asked.recipe.steps}) == list(run.marks)
+            assert options["precision"] == "float32" and options["report"] is False and options["out"] is None
             assert (asked.samples, asked.sampling.steps, asked.recipe.ema_ramp) == (200, (2, 5), False)
             assert asked.recipe.learning_rate == (3e-4 if run.spec.backbone == "dit-xs-2" else 2e-3)
 
@@ -137,7 +138,7 @@ def test_budgets_spend_the_same(study):
         (
             "evaluate_at",
             'logger = "tensorbord"\nevaluate_at',
-            "no logger has that name; there are tensorboard and wandb",
+            "choose one of tensorboard, wandb",
         ),
     ],
 )

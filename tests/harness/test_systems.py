@@ -48,7 +48,7 @@ def parts(tmp_path_factory):
         return root / name
 
     low = make_request(backbone="adm-xs", protocol="digits-4", steps=4, settings={"batch": "24"})
-    shop = RunSession(low, load_data(low.protocol, None), root / "low", lambda text: None)
+    shop = RunSession(low, load_data(low.protocol, None), root / "low")
     shop.create(workshop(root / "base", request("adm-xs", steps=4)).run.resolved)
     shop.train(4)
     return {

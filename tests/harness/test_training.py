@@ -238,7 +238,7 @@ def test_a_fork_goes_on_from_the_newest_checkpoint(whole, tmp_path):
     parent = workshop(tmp_path / "parent", request(steps=12))
     parent.train(5)
     resolved = dataclasses.replace(parent.run.resolved, micro_batch=7)
-    fork = RunSession(request(steps=12), parent.data, tmp_path / "fork", lambda text: None)
+    fork = RunSession(request(steps=12), parent.data, tmp_path / "fork")
     fork.fork(parent.folder, resolved)
     assert fork.run.resolved.micro_batch == 7 and fork.run.identity == parent.run.identity
     fork.train(12)
@@ -246,7 +246,7 @@ def test_a_fork_goes_on_from_the_newest_checkpoint(whole, tmp_path):
     for row, other in zip(losses(fork), losses(whole), strict=True):
         assert row["mse"] == pytest.approx(other["mse"], rel=2e-4)
     assert losses(parent) == losses(whole)[:5]  # the parent is left as it was
-    other = RunSession(request(steps=12, seed=3), parent.data, tmp_path / "other", lambda text: None)
+    other = RunSession(request(steps=12, seed=3), parent.data, tmp_path / "other")
     with pytest.raises(UserError, match="another experiment: seed is 0 there and 3 here"):
         other.fork(parent.folder, resolved)
 

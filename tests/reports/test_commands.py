@@ -6,10 +6,11 @@ import shlex
 import pytest
 
 from harness.cli import group
-from harness.cli.plan import request_of
 from harness.io.files import sha256_json
+from harness.planning.matching import request_from
 from harness.planning.request import Request, evaluations
 from harness.runs.run import recipe_identity
+from harness.settings import RunOptions, SampleOptions
 from reports.commands import OUT, reproduction
 from results import paper
 from results.records import Evaluation, Record, Sampling, Source, Training
@@ -27,7 +28,7 @@ def _parsed(command: str):
 def _request(command: str) -> Request:
     name, options = _parsed(command)
     assert name == "run"
-    return request_of(options)
+    return request_from(RunOptions(**options))
 
 
 def _record(request: Request, *, sampling_precision="float32", batch=64, suite=None, **changes) -> Record:
@@ -141,7 +142,7 @@ def test_another_protocol_version_plugin_and_protocol_file_are_said():
     found = reproduction(of_file, _recipes(before))
     name, options = _parsed(found.commands[0])
     assert options["protocol"] == "PROTOCOL_FILE.toml" and "my-task" in found.notes[0]
-    assert dict(options["settings"])["batch"] == "128"  # every item: nobody knows here what the file says
+    assert RunOptions(**options).set["batch"] == "128"  # every item: nobody knows here what the file says
 
 
 def test_another_suite_is_a_second_command_on_the_samples_of_the_first():
@@ -156,7 +157,7 @@ def test_another_suite_is_a_second_command_on_the_samples_of_the_first():
         name, options = _parsed(evaluate)
         assert name == "evaluate" and options["suite"] == expected
         assert str(options["samples"]) == f"{OUT}/samples/step9-ddpm5-*/samples.npz"
-        assert (options["weights"] is not None) == (suite == "adm")
+        assert (options["features_weights"] is not None) == (suite == "adm")
     renamed = reproduction(_record(before, system="a b;c"))
     assert _parsed(renamed.commands[1])[1]["name"] == "a b;c"
 
@@ -180,7 +181,7 @@ def test_a_system_is_sampled_and_evaluated():
     found = reproduction(record)
     sample, evaluate = found.commands
     _, options = _parsed(sample)
-    assert options["system"] == "digits-cascade" and {part for part, _ in options["weights"]} == {"base", "upsampler"}
+    assert options["system"] == "digits-cascade" and SampleOptions(**options).weights.keys() == {"base", "upsampler"}
     assert options["sampling_steps"] == (20,) and options["sampling_seed"] == 3 and options["batch"] == 50
     assert options["samples"] == record.n and "cdcdcdcdcdcd" in found.notes[0]
     _, options = _parsed(evaluate)
@@ -202,7 +203,9 @@ def test_a_run_in_latents_names_its_decoder_and_what_judges_it():
             and "harness data latents" in note
             and ("DECODER_FOLDER" in note) == (word != "ft-mse")
         )
-        assert options["reference"].name == "VIRTUAL_imagenet256_labeled.npz" and options["weights"] is not None
+        assert (
+            options["reference"].name == "VIRTUAL_imagenet256_labeled.npz" and options["features_weights"] is not None
+        )
         assert dataclasses.replace(_request(command), data=None) == before
 
 
@@ -241,11 +244,11 @@ def test_every_published_number_has_its_source_and_commands_that_parse():
             assert options["system"] == system and options["samples"] == n
         if name == "run":
             assert options["samples"] == n and options["protocol"].startswith("imagenet-") and options["data"]
-            assert request_of(options).recipe.steps == 400_000
+            assert request_from(RunOptions(**options)).recipe.steps == 400_000
         if name == "evaluate":
             assert options["suite"] == "adm"
         if name != "sample":
-            assert options["reference"].name.startswith("VIRTUAL_imagenet") and options["weights"] is not None
+            assert options["reference"].name.startswith("VIRTUAL_imagenet") and options["features_weights"] is not None
     assert {"dit-xl-2-256-cfg1.5", "adm-g-256", "ldm-4", "biggan-deep-512"} <= kinds["sample"]
     assert "dit-s-8-256" in kinds["run"] and kinds["evaluate"] == kinds["sample"]
     cdm = next(record for record in paper.records() if record.system == "cdm-256")

@@ -56,7 +56,7 @@ def test_a_file_that_cannot_be_read_is_named_without_a_line_number(report, tmp_p
 
 def test_files_and_figures_are_counted_while_the_report_is_made(record, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("harness.cli.report.Stages.__call__", lambda _, *told: seen.append(told))
+    monkeypatch.setattr("harness.io.progress.Stages.__call__", lambda _, *told: seen.append(told))
     monkeypatch.setattr(
         "reports.report.figures", lambda *_: [SimpleNamespace(name=f"f{n}", panels=()) for n in range(3)]
     )
