@@ -34,7 +34,9 @@ def _stages(text: str) -> tuple[str, ...]:
 @click.option(
     "--batch", type=COUNT, help="Batch size. [default: 256 on a GPU; on a CPU so that a step takes about 1 s]"
 )
-@click.option("--sampling-steps", type=COUNT, help="Sampler steps for a batch of samples. [default: 10 on a GPU, 2 on a CPU]")
+@click.option(
+    "--sampling-steps", type=COUNT, help="Sampler steps for a batch of samples. [default: 10 on a GPU, 2 on a CPU]"
+)
 @click.option(
     "--compile",
     type=click.Choice(["auto", "on", "off"]),
@@ -44,7 +46,9 @@ def _stages(text: str) -> tuple[str, ...]:
 )
 @click.option("--stages", type=Value("stages", _stages), default=",".join(STAGES), show_default=True)
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the measurements to this file.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the measurements to this file."
+)
 @json_option
 def command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Speed of this device: images/s, TFLOP/s, utilisation and memory of a backbone, beside the device's roofline.

@@ -122,7 +122,8 @@ def verify(folder: Path) -> Checkpoint:
         raise UserError(f"checkpoint {folder} has a state.json of another form ({error})") from error
 
 
-Slices = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]  # (name, shape of a tensor) -> a slice for each axis
+# (name and shape of a tensor) -> a slice for each axis; None: all of it
+Slices = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]
 
 
 def tensors(path: Path, slices: Slices | None = None) -> Iterable[tuple[str, np.ndarray]]:

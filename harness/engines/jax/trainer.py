@@ -162,7 +162,9 @@ class JaxEngine:
         """Do optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
         rate = np.float32(learning_rate(recipe, step))
-        share = np.float32(1 - ema_decay(recipe, step))  # subtracted in float64: 1 - 0.9999 in float32 loses four digits
+        share = np.float32(
+            1 - ema_decay(recipe, step)
+        )  # subtracted in float64: 1 - 0.9999 in float32 loses four digits
         positions = (step - 1) * recipe.batch + np.arange(recipe.batch)  # in the stream of examples
         chunks = np.split(positions, range(self.resolved.micro_batch, recipe.batch, self.resolved.micro_batch))
         with one_line(f"training step {step}", LESS_MEMORY), exact(self.resolved.precision):
@@ -189,10 +191,13 @@ class JaxEngine:
         stored, labels = self._stream.take(positions)
         # A network's own dropout uses jax's generator, which the first image of the micro-batch keys.
         key = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1], 0, 2)[0]  # (2,) uint32
-        values = Batch(stored, labels.astype(np.int32), as_words(positions), key)
-        sharding = devices.batch_sharding(self._mesh)
-        shardings = jax.tree.map(lambda _: sharding, values)._replace(key=devices.replicated(self._mesh))
-        return devices.to_device(values, shardings)
+        put = partial(devices.to_device, shardings=devices.batch_sharding(self._mesh))
+        return Batch(
+            stored=put(stored),
+            labels=put(labels.astype(np.int32)),
+            positions=Words(*map(put, as_words(positions))),
+            key=devices.to_device(key, devices.replicated(self._mesh)),
+        )
 
     def pop_losses(self) -> list[tuple[float, ...]]:
         losses, self._losses = self._losses, []
@@ -248,12 +253,12 @@ class JaxEngine:
 
 
 class Batch(NamedTuple):
-    """One micro-batch, on the host or on the devices."""
+    """One micro-batch on the devices."""
 
-    stored: np.ndarray | Array  # (n, ...), from `Examples.gather`
-    labels: np.ndarray | Array  # int32 (n,)
+    stored: Array  # (n, ...), from `Examples.gather`
+    labels: Array  # int32 (n,)
     positions: Words  # (n,), in the stream
-    key: np.ndarray | Array  # uint32 (2,), of the network's dropout
+    key: Array  # uint32 (2,), of the network's dropout
 
 
 def exact(precision: str) -> AbstractContextManager[Any]:

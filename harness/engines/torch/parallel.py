@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,11 +124,10 @@ class DataParallelModel:
         if self.size > 1 and not self._sharded:
             ddp = torch.nn.parallel.DistributedDataParallel
             with process_group.translate_dist_errors():
-                if "forward_sync_buffers" in signature(ddp).parameters:  # the name of broadcast_buffers in newer versions
-                    options = {"forward_sync_buffers": False}
-                    self._ddp = ddp(net, gradient_as_bucket_view=True, **options)  # type: ignore[arg-type]  # one name per version
-                else:
-                    self._ddp = ddp(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+                # Newer versions of torch have another name for broadcast_buffers.
+                new = "forward_sync_buffers" in signature(ddp).parameters
+                options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+                self._ddp = ddp(net, gradient_as_bucket_view=True, **options)
         self.call: Callable[..., torch.Tensor] = net if self._ddp is None else self._ddp
 
     @property

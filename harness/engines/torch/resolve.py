@@ -26,8 +26,10 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `--pre
 NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
 PROBE_IMAGES = 16  # at most: the speeds of two precisions are compared on so many images
 PROBE_REPEATS = 3
-FAR_SLOWER = 4  # a precision that takes so many times as long as another, and more than PATIENCE_SECONDS for an image, is
-PATIENCE_SECONDS = 1.0  # not measured on more images
+# A precision that takes FAR_SLOWER times as long as another, and more than PATIENCE_SECONDS for an image, is not measured on
+# more images.
+FAR_SLOWER = 4
+PATIENCE_SECONDS = 1.0
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
 
 

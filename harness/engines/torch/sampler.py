@@ -115,7 +115,9 @@ def classifier_guide(
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_(True)  # (N, C, H, W), an ordinary tensor
             likelihood = classifier(x, t.clone()).float().log_softmax(dim=-1)  # (N, num_classes)
-            chosen = likelihood.gather(1, y.clone()[:, None]).sum()  # images are independent, so each gets its own gradient
+            chosen = likelihood.gather(
+                1, y.clone()[:, None]
+            ).sum()  # images are independent, so each gets its own gradient
             (gradient,) = torch.autograd.grad(chosen, x)
         return gradient.float() * scale  # (N, C, H, W)
 

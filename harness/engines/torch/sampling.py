@@ -71,7 +71,9 @@ class TorchStage:
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self._max_images = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
+        self._max_images = (
+            max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
+        )
         self._equal_sizes = compile == "on"  # every other size would be compiled anew
         self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
 
@@ -107,7 +109,9 @@ class TorchStage:
             return random.normal(seed, purpose, rows, max(k, 0), self._shape)  # (N, C, H, W)
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)  # for the two halves of guidance
+            doubled = tuple(
+                each.repeat(len(x) // len(each), 1, 1, 1) for each in extra
+            )  # for the two halves of guidance
             parts = self._parts(len(x))
             inputs = zip(*(each.tensor_split(parts) for each in (x, t, y, *doubled)), strict=True)
             with autocast(self._device, self._precision):
