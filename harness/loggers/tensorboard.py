@@ -13,9 +13,8 @@ from collections.abc import Mapping
 
 from harness.runs.run import Run
 
-sys.modules.setdefault(
-    "tensorboard.compat.notf", types.ModuleType("notf")
-)  # or it imports TensorFlow where that is installed
+# Without this, tensorboard imports TensorFlow where that is installed.
+sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: E402
 from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: E402

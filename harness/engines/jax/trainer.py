@@ -162,9 +162,7 @@ class JaxEngine:
         """Do optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
         rate = np.float32(learning_rate(recipe, step))
-        share = np.float32(
-            1 - ema_decay(recipe, step)
-        )  # subtracted in float64: 1 - 0.9999 in float32 loses four digits
+        share = np.float32(1 - ema_decay(recipe, step))  # 1 - 0.9999 in float32 would lose four digits
         positions = (step - 1) * recipe.batch + np.arange(recipe.batch)  # in the stream of examples
         chunks = np.split(positions, range(self.resolved.micro_batch, recipe.batch, self.resolved.micro_batch))
         with one_line(f"training step {step}", LESS_MEMORY), exact(self.resolved.precision):

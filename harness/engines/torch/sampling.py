@@ -109,9 +109,8 @@ class TorchStage:
             return random.normal(seed, purpose, rows, max(k, 0), self._shape)  # (N, C, H, W)
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            doubled = tuple(
-                each.repeat(len(x) // len(each), 1, 1, 1) for each in extra
-            )  # for the two halves of guidance
+            # Guidance doubles the batch.
+            doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)
             parts = self._parts(len(x))
             inputs = zip(*(each.tensor_split(parts) for each in (x, t, y, *doubled)), strict=True)
             with autocast(self._device, self._precision):
