@@ -55,7 +55,7 @@ def resolved(framework="jax", **changes):
 def workshop(folder, wanted=None, group=SINGLE_PROCESS, **changes):
     """A run in `folder`, created if it is not there."""
     wanted = wanted or request()
-    shop = RunSession(wanted, load(), folder, lambda text: None, group)
+    shop = RunSession(wanted, load(), folder, group)
     if shop.run is None:
         shop.create(resolved(wanted.framework, **changes))
     return shop

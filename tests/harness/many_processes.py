@@ -36,7 +36,7 @@ def run(folder, steps, mesh, group):
     """Train on `mesh` and draw samples; gradients are accumulated over four micro-batches by one process. Returns bytes
     of weights, averages and moments that this process holds."""
     wanted = request(steps)
-    shop = RunSession(wanted, load(), folder, lambda text: None, group, mesh=mesh)
+    shop = RunSession(wanted, load(), folder, group, mesh=mesh)
     if shop.run is None:
         plain = {"device": "cpu", "device_name": "test", "precision": "float32", "threads": 1}
         shop.create(Resolved(**plain, micro_batch=4, mesh=mesh))
@@ -82,7 +82,7 @@ def main(folder, steps, meshes, environment):
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    training_loop.SHORTEST_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9
+    training_loop.MIN_CHECKPOINT_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9
     training_loop.MAX_LOST_SECONDS = 0.2
     group = join_processes("torch")
     with group.collective_scope():

@@ -24,9 +24,9 @@ def request(backbone="dit-xs-4", steps=12, seed=0, settings=None, **options):
     )
 
 
-def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", loggers=(), say=lambda text: None):
+def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", loggers=()):
     """A run in `folder`, created if it is not there, with everything that would be measured fixed."""
-    shop = RunSession(wanted or request(), load(), folder, say, loggers=loggers)
+    shop = RunSession(wanted or request(), load(), folder, loggers=loggers)
     if shop.run is None:
         resolved = Resolved(
             device="cpu", device_name="test", precision=precision, micro_batch=micro_batch,
@@ -36,13 +36,13 @@ def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", 
     return shop
 
 
-class Led(ProcessGroup):
-    """A process that is not the first, which is told `told` whenever it asks."""
+class SecondProcess(ProcessGroup):
+    """A process that is not the main process, which broadcasts `value` whatever this one has."""
 
     size, index = 2, 1
 
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, value):
+        self.value = value
 
-    def leaders(self, value):
-        return self.told
+    def broadcast(self, value):
+        return self.value

@@ -171,7 +171,7 @@ def shop_of(home, folder, framework):
         backbone="dit-xs-2", protocol=str(home / "task.toml"), data=home / "cache", framework=framework, steps=3
     )
     request = dataclasses.replace(request, arguments={**request.arguments, "depth": 1, "width": 32, "heads": 2})
-    shop = RunSession(request, training_data(request.protocol, request.data), folder, lambda text: None)
+    shop = RunSession(request, training_data(request.protocol, request.data), folder)
     threads = torch.get_num_threads()
     if framework == "jax":
         from harness.engines.jax import mesh
