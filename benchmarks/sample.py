@@ -28,7 +28,7 @@ from peers import CPU, INPUT, PublicDiffusion, PublicNetwork, ceiling, compare, 
 
 from harness import registry
 from harness.diffusion.schedule import Schedule
-from harness.engines.torch.compiling import lacking
+from harness.engines.torch.compiling import unavailable_reason
 from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import build
 from harness.protocols import Sampling
@@ -93,7 +93,7 @@ def main() -> None:
         recipe = recipe_draw(spec, batch, steps)
         against("the public recipe, both float32", harness_draw(spec, "ddpm", batch, steps, "float32"), recipe)
         fastest = faster(spec, batch, options.precision)
-        compiled = "off" if lacking(CPU) else "on"
+        compiled = "off" if unavailable_reason(CPU) else "on"
         ours = harness_draw(spec, "ddpm", batch, steps, fastest, compiled)
         against(f"the public recipe (ours: {fastest}, compile {compiled})", ours, recipe)
         rows[-1] |= ceiling(rows[-1], 2 * spec.count(**INPUT).macs * 2 * batch * steps)

@@ -27,7 +27,7 @@ import peers
 from peers import CPU, INPUT, ceiling, compare, diffusers_dit, faster, noise_images, recipe_step, show
 
 from harness import registry
-from harness.engines.torch.compiling import lacking
+from harness.engines.torch.compiling import unavailable_reason
 from harness.engines.torch.resolve import PRECISIONS, autocast
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.planning.request import TRAINING_FACTOR
@@ -114,7 +114,7 @@ def main() -> None:
             rows[-1] |= compare(*both, 2 * batch, options.runs)
             show(rows[-1])
         auto = faster(spec, batch, options.precision)
-        compiled = "off" if lacking(CPU) else "on"
+        compiled = "off" if unavailable_reason(CPU) else "on"
         rows.append(
             {"backbone": name, "batch": batch, "against": f"the public recipe (ours: {auto}, compile {compiled})"}
         )

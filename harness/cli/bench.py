@@ -29,30 +29,35 @@ def _stages(text: str) -> tuple[str, ...]:
 @click.option("--backbone", metavar="NAME", help="[default: dit-xl-2 on a GPU, dit-s-8 on a CPU]")
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "tf32", "bfloat16"]), default="auto", show_default=True,
-    help="auto: whose matrix products are faster here, float32 or bfloat16.",
+    help="auto: float32 or bfloat16, whichever has the faster matrix products here.",
 )  # fmt: skip
 @click.option(
-    "--batch", type=COUNT, help="Images the network sees at once. [default: 256 on a GPU, about 1 s on a CPU]"
+    "--batch", type=COUNT, help="Batch size. [default: 256 on a GPU; on a CPU so that a step takes about 1 s]"
 )
-@click.option("--sampling-steps", type=COUNT, help="Of a batch of samples. [default: 10 on a GPU, 2 on a CPU]")
+@click.option(
+    "--sampling-steps", type=COUNT, help="Sampler steps for a batch of samples. [default: 10 on a GPU, 2 on a CPU]"
+)
 @click.option(
     "--compile",
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="torch.compile of the network. auto: on a GPU.",
+    help="torch.compile of the network. auto: on a GPU only.",
 )
 @click.option("--stages", type=Value("stages", _stages), default=",".join(STAGES), show_default=True)
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Keep what was measured.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the measurements to this file."
+)
 @json_option
 def command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Speed of this device: images/s, TFLOP/s, utilisation and memory of a backbone, beside the device's roofline.
 
-    Utilisation (MFU) is what the network's multiply-adds, as two operations each, come to, three times for training, over
-    the peak: the data sheet's where the device is known by its whole name, else that of the matrix products measured
-    here. Sampling is guided, so an image is two to the network. On an H100 or H200 the first of these gives the figures
-    of the paper's DiT-XL/2 at 256 pixels in latents, batch 256, which should come to 45 % or more:
+    Utilisation (MFU) is the network's operations per second over the peak of the device. A multiply-add is two operations,
+    and a training step is three forward passes. The peak comes from the data sheet if the device is known by its full name,
+    and from the matrix products measured here if not. Sampling is guided: the network computes two images for each sample.
+    On an H100 or H200 the first of these commands measures the paper's DiT-XL/2 at 256 pixels in latents, batch 256, where
+    MFU should be 45 % or more:
 
     \b
         harness bench --out h100.json
@@ -63,8 +68,8 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
 
     check_installed("torch")
     if out is not None and out.exists():
-        raise UserError(f"--out {out} is there already; name another file")
-    found = measure(
+        raise UserError(f"--out {out} exists already; name another file")
+    measured = measure(
         options["backbone"],
         device=options["device"],
         precision=options["precision"],
@@ -72,36 +77,36 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
         sampler_steps=options["sampling_steps"],
         compile=options["compile"],
         stages=options["stages"],
-        say=lambda text: click.echo(text, err=True),
     )
     if out is not None:
-        files.write_json(out, found)
+        files.write_json(out, measured)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(measured, indent=2))
         return
-    _show(found)
+    _show(measured)
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(measured: dict[str, Any]) -> None:
+    """Print the table."""
     from rich.console import Console
     from rich.table import Table
 
-    roofline = found["roofline"]
+    roofline = measured["roofline"]
     products = ", ".join(f"{name} {value:.3g}" for name, value in roofline["tflops"].items())
-    click.echo(f"{roofline['device_name']}, {found['threads']} threads, torch {found['torch']}")
+    click.echo(f"{roofline['device_name']}, {measured['threads']} threads, torch {measured['torch']}")
     click.echo(f"  matrix products, TFLOP/s  {products}")
     click.echo(f"  memory, GB/s              {roofline['gbytes_per_second']:.3g}")
-    compiled = ", compiled" if found["compile"] == "on" else ""
+    compiled = ", compiled" if measured["compile"] == "on" else ""
     click.echo(
-        f"{found['backbone']}{compiled} at {found['input']}: {found['params'] / 1e6:,.2f} M parameters, "
-        f"{found['gmacs']:.4g} G multiply-adds a forward pass on an image"
+        f"{measured['backbone']}{compiled} at {measured['input']}: {measured['params'] / 1e6:,.2f} M parameters, "
+        f"{measured['gmacs']:.4g} G multiply-adds in a forward pass on an image"
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in ("precision", "batch", "images/s", "of the timings", "TFLOP/s", "MFU", "of matmul", "memory"):
+    for heading in ("precision", "batch", "images/s", "slowest-fastest", "TFLOP/s", "MFU", "of matmul", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for row in found["rows"]:
+    for row in measured["rows"]:
         batch = f"{row['batch']}" + (f" ({row['micro_batch']})" if row["micro_batch"] != row["batch"] else "")
         shares = ["-" if row[key] is None else f"{row[key]:.1%}" for key in ("utilisation", "of_measured")]
         table.add_row(
@@ -117,8 +122,8 @@ def _show(found: dict[str, Any]) -> None:
         )
     Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
     click.echo(
-        f"MFU over {found['peak_tflops']:.3g} TFLOP/s ({found['peak_from']}); {found['convention']}. "
-        "In brackets: images that the network sees at once."
+        f"MFU over {measured['peak_tflops']:.3g} TFLOP/s ({measured['peak_from']}); {measured['convention']}. "
+        "In brackets: images in one call of the network."
     )
-    for remark in found["remarks"]:
-        click.echo(f"over 100 %: {remark}.")
+    for warning in measured["remarks"]:
+        click.echo(f"over 100 %: {warning}.")

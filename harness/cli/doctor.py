@@ -1,4 +1,4 @@
-"""`harness doctor`: what this machine has and lacks, each with the fix."""
+"""`harness doctor`: what this machine has and what is missing, with the fixes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import click
 from harness.cli.options import json_option
 from harness.io.progress import Bar
 
-SIDE = 512  # of the matrices whose product is timed; the best of so many products counts
-PRODUCTS = 5
-PATIENCE_SECONDS = 0.5
+SIDE = 512  # of the matrices whose product is timed
+PRODUCTS = 5  # that are timed; the fastest counts
+MAX_SECONDS = 0.5  # of all of them, as long as one is timed
 
-# What is optional: import name, distribution, what it is for, how to get it.
 OPTIONAL = (
+    # import name, distribution, purpose, extra that installs it
     ("optax", "jax", "networks in JAX (--framework jax, --backend jax)", "jax"),
     ("cleanfid", "clean-fid", "suite clean (clean-fid's resize)", "clean-fid"),
     ("pyarrow", "pyarrow", "data sets in parquet files (harness data prepare)", "parquet"),
@@ -33,9 +33,9 @@ OPTIONAL = (
 
 
 class Finding(NamedTuple):
-    """One line of the report. status: ok, note (works, but read this), lacks (something will not work)."""
+    """One line of the report."""
 
-    status: str
+    status: str  # "ok", "note" (works, but read this) or "lacks" (something will not work)
     what: str
     fix: str = ""
 
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> None:
-    """What this machine has and lacks, each with the fix. Exit code 1 if something the main job needs is missing."""
+    """What this machine has and what is missing, with the fixes. Exit code 1 if the main job cannot run."""
     parts = {
         "the machine": _system,
         "torch": _torch,
@@ -93,15 +93,15 @@ def _torch() -> list[Finding]:
     try:
         import torch
 
-        from harness.engines.torch.compiling import lacking
+        from harness.engines.torch.compiling import unavailable_reason
     except ImportError as error:
         return [Finding("lacks", f"torch does not import: {error}", "pip install torch")]
     found = [Finding("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")]
-    joins = [name for name, there in _collectives(torch) if there]
+    joins = [name for name, available in _collectives() if available]
     found.append(
-        Finding("ok", f"many processes by {' and '.join(joins)} (torchrun --nproc-per-node N -m harness ...)")
+        Finding("ok", f"several processes by {' and '.join(joins)} (torchrun --nproc-per-node N -m harness ...)")
         if joins
-        else Finding("note", "this torch joins no processes", "install a torch with torch.distributed for torchrun")
+        else Finding("note", "this torch cannot join processes", "for torchrun, install a torch with torch.distributed")
     )
     if torch.cuda.is_available():
         found += [
@@ -112,11 +112,11 @@ def _torch() -> list[Finding]:
         found.append(
             Finding("note", "no CUDA device: runs use the CPU", "small backbones such as dit-xs-2 train in minutes")
         )
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if reason := lacking(place):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := unavailable_reason(device):
         found.append(Finding("note", "--compile auto leaves networks uncompiled here", reason))
     else:
-        found.append(Finding("ok", f"torch.compile on {place.type} (--compile)"))
+        found.append(Finding("ok", f"torch.compile on {device.type} (--compile)"))
     return found
 
 
@@ -132,15 +132,17 @@ def _processor() -> list[Finding]:
 
 
 def beside_float32(ratio: float) -> str:
-    """A speed relative to float32's, in words."""
+    """A speed in words, from its ratio to the speed of float32."""
     times = max(ratio, 1 / ratio)
     if times < 1.05:
         return "as fast as in float32"
     return f"{times:.{1 if times < 10 else 0}f} times {'as fast as' if ratio > 1 else 'slower than'} in float32"
 
 
-def _collectives(torch) -> list[tuple[str, bool]]:
-    """What can join processes, and whether this torch has it."""
+def _collectives() -> list[tuple[str, bool]]:
+    """The libraries that join processes, and whether this torch has them."""
+    import torch
+
     if not torch.distributed.is_available():
         return []
     return [
@@ -150,8 +152,7 @@ def _collectives(torch) -> list[tuple[str, bool]]:
 
 
 def _bfloat16() -> float:
-    """Speed of a bfloat16 matrix product relative to float32 on this CPU, measured; one product is enough to see that it
-    is many times slower."""
+    """The speed of a bfloat16 matrix product on this CPU, as a ratio to float32. Slow products are timed once."""
     import time
 
     import torch
@@ -159,8 +160,8 @@ def _bfloat16() -> float:
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(SIDE, SIDE, dtype=dtype)
-        times = []
-        while len(times) < PRODUCTS and sum(times) < PATIENCE_SECONDS:
+        times: list[float] = []
+        while len(times) < PRODUCTS and sum(times) < MAX_SECONDS:
             begin = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - begin)
@@ -173,7 +174,7 @@ def _features() -> list[Finding]:
 
     found = []
     for spec in registry.features:
-        if flag := getattr(spec, "weights_option", ""):  # a file of the user's, named when it is used
+        if flag := getattr(spec, "weights_option", ""):  # a file that the user names
             found.append(Finding("note", f"features {spec.name} need their weights", f"name them with {flag} FILE"))
             continue
         try:
@@ -209,7 +210,7 @@ def _plugins() -> list[Finding]:
             Finding(
                 "lacks",
                 f"plug-in {each.distribution} ({each.entry_point}): {each.reason}",
-                f"mend or uninstall {each.distribution}",
+                f"fix or uninstall {each.distribution}",
             )
             for each in items.problems
         ]

@@ -1,1 +1,1 @@
-"""Several processes at work on one run: who launched them, and what they agree on."""
+"""Several processes that work on one run: how they were launched, and what they agree on."""

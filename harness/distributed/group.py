@@ -1,63 +1,68 @@
-"""The processes that work on one run. Nearly always one; a cluster's launcher starts several of the same command.
+"""The processes that work on one run. Usually there is one; a cluster's launcher starts the same command several times.
 
-Of several, the first is the leader: it alone writes the run's files and speaks to the user. They share a file system, as
-the nodes of a cluster do. Training is one computation over all their devices; samples are divided among them.
+Process 0 is the main process: it alone writes the run's files and prints. All processes share a file system, as the nodes
+of a cluster do. Training is one computation over all their devices; the batches of a sample set are divided among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from harness.io import progress
 from harness.runs.run import lock_folder
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after its checkpoint: every process of the process group has agreed to stop here."""
+    """Ctrl-C or SIGTERM, after its checkpoint. Every process of the group has agreed to stop at this step."""
 
 
 class ProcessGroup:
-    """One process, alone. Subclasses know others."""
+    """The processes of one run: a single one. Subclasses join several."""
 
     size = 1
-    index = 0  # of this process; 0 leads
+    index = 0  # of this process
 
     @property
     def is_main(self) -> bool:
         return self.index == 0
 
     def barrier(self, where: str) -> None:
-        """Until every process is at the same place in the program."""
+        """Wait until all processes are here. where: the name of this place in the program."""
 
     def broadcast(self, value: int) -> int:
-        """The leader's value, in every process."""
+        """The main process's value, in every process."""
         return value
 
     def all_max(self, value: int) -> int:
-        """The largest of all processes' values, in every process."""
+        """The largest value of all processes, in every process."""
         return value
 
     def collective_scope(self) -> AbstractContextManager[None]:
-        """Around what all processes do."""
+        """The context of work that all processes do: an error in one of them ends the others."""
         return nullcontext()
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        """Hold a run's folder for the process group: `harness.runs.run.lock_folder`."""
+        """Hold the lock of a run's folder for the whole group: `harness.runs.run.lock_folder`."""
         if self.is_main:
             with lock_folder(folder):
                 yield
         else:
             yield
 
-    def local_part(self, things: range) -> list[int]:
-        """Those of `things` that this process does."""
-        return list(things[self.index :: self.size])
-
-    def says(self, say: Callable[[str], None]) -> Callable[[str], None]:
-        """`say` for the leader, silence for the others."""
-        return say if self.is_main else lambda text: None
+    def local_part(self, items: range) -> list[int]:
+        """The items that this process works on: every `size`-th."""
+        return list(items[self.index :: self.size])
 
 
 SINGLE_PROCESS = ProcessGroup()
+
+
+def silence_output() -> None:
+    """Print nothing from here on but errors on stderr: the main process prints for the whole group."""
+    progress.silence()
+    sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives

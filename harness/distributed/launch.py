@@ -1,10 +1,9 @@
-"""Which process of how many this is, from what a launcher says in the environment; and the shape of a mesh."""
+"""How this process was launched: its rank among the processes of a run, from the launcher's environment variables."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,44 +11,45 @@ from typing import NamedTuple
 
 from harness.errors import UserError
 
-FIRST_PORT = "29500"  # torch's own
-ALONE_SECONDS = 2.0  # after which the first process would have ended; less than the watch gives (engines.torch.watch)
-# What torchrun sets, or a user who starts each process by hand; and what srun does. Both need MASTER_ADDR.
+DEFAULT_PORT = 29500  # torch's
+RANK_ZERO_SECONDS = 2.0  # rank 0 meets the same error and ends within these; less than the grace of engines.torch.watch
+# Variables for rank, world size, local rank and local world size: those of torchrun, which a user who starts each process
+# by hand sets as well, and those of srun. Both need MASTER_ADDR.
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
 
 
-class Rank(NamedTuple):
-    """A process among `size`, and among `beside` on its machine."""
+class LaunchInfo(NamedTuple):
+    """What the launcher says of this process: its rank on all machines and on its own, and where to meet the others."""
 
-    index: int
-    size: int
-    local: int
-    beside: int
+    rank: int  # 0 ... world_size - 1
+    world_size: int
+    local_rank: int
+    local_world_size: int
     address: str
     port: int
 
 
-def launched(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher of torch's started several processes, of which this is one."""
+def is_distributed(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun, srun or the user started this process as one of several."""
     if "MASTER_ADDR" not in environment and "WORLD_SIZE" not in environment:
-        return False  # a job of SLURM's whose tasks are each for themselves
-    return any(environment.get(size, "1") != "1" for _, size, _, _ in LAUNCHERS)
+        return False  # tasks of a SLURM job that do not work together
+    return any(environment.get(world_size, "1") != "1" for _, world_size, _, _ in LAUNCHERS)
 
 
-def rank_of(environment: Mapping[str, str]) -> Rank:
-    """This process of those that were `launched`; what does not fit together is refused."""
-    index, size, local, beside = LAUNCHERS[0 if "WORLD_SIZE" in environment else 1]
-    lacking = [name for name in (index, size, "MASTER_ADDR") if not environment.get(name)]
-    by_hand = index == LAUNCHERS[0][0]
-    if by_hand and not environment.get("MASTER_PORT"):
-        lacking.append("MASTER_PORT")
-    if lacking:
+def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
+    """The launch of this process, one of several. Raises UserError where a variable is missing or out of range."""
+    rank, world_size, local_rank, local_world_size = LAUNCHERS[0 if "WORLD_SIZE" in environment else 1]
+    missing = [name for name in (rank, world_size, "MASTER_ADDR") if not environment.get(name)]
+    if rank == LAUNCHERS[0][0] and not environment.get("MASTER_PORT"):
+        missing.append("MASTER_PORT")
+    if missing:
         raise UserError(
-            f"{size}={environment.get(size)} asks for several processes, and {' and '.join(lacking)} "
-            f"{'is' if len(lacking) == 1 else 'are'} not set; start them with torchrun, or unset {size} for one process"
+            f"{world_size}={environment.get(world_size)} asks for several processes, and {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set; start them with torchrun, or unset {world_size} for one "
+            "process"
         )
 
     def number(name: str, default: int | None = None, low: int = 0, high: int | None = None) -> int:
@@ -61,43 +61,38 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
             raise UserError(f"{name}={text} should be {within}; start the processes with torchrun, which sets it")
         return int(text)
 
-    count = number(size, low=1)
-    return Rank(
-        index=number(index, high=count),
-        size=count,
-        local=number(local, default=number(index)),
-        beside=number(beside, default=count, low=1),
+    count = number(world_size, low=1)
+    return LaunchInfo(
+        rank=number(rank, high=count),
+        world_size=count,
+        local_rank=number(local_rank, default=number(rank)),
+        local_world_size=number(local_world_size, default=count, low=1),
         address=environment["MASTER_ADDR"],
-        port=int(number("MASTER_PORT", default=int(FIRST_PORT), low=1, high=1 << 16)),
+        port=number("MASTER_PORT", default=DEFAULT_PORT, low=1, high=1 << 16),
     )
 
 
 def is_main_process(environment: Mapping[str, str]) -> bool:
-    """Whether this process says what all have to say: of torchrun's, who write to one terminal, the first."""
+    """Whether this process prints what all processes would print: under torchrun, where all write to one terminal, rank 0."""
     return "TORCHELASTIC_RUN_ID" not in environment or environment.get(LAUNCHERS[0][0], "0") == "0"
 
 
 def defer_to_rank_zero(environment: Mapping[str, str]) -> None:
-    """Wait, in another process of torchrun's than the first, so long that the first has met with the same refusal and has
-    said it; at its end torchrun ends this one. Who is still here has a reason of its own, and must say it."""
+    """Wait in the other processes under torchrun until rank 0, should it meet the same error, has printed it and ended.
+
+    torchrun then ends this process as well. If this process is still there after the wait, the error is its own, and it
+    has to print it.
+    """
     if not is_main_process(environment):
-        time.sleep(ALONE_SECONDS)
+        time.sleep(RANK_ZERO_SECONDS)
 
 
 def report_elastic_error(environment: Mapping[str, str], reason: str) -> None:
-    """Give torchrun the reason for its report of a failed process, which else has a link to its own documentation there.
+    """Give torchrun the reason for its report of a failed process, which otherwise links to torch's documentation.
 
-    The form is that of torch.distributed.elastic's ErrorHandler.
+    The file has the form of torch.distributed.elastic's ErrorHandler.
     """
     if path := environment.get("TORCHELASTIC_ERROR_FILE"):
         data = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps(data), encoding="ascii")
-
-
-def mesh_sides(shape: str) -> tuple[int, int]:
-    """ "DATAxMODEL" as numbers; another form is refused."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
-    if match is None:
-        raise UserError(f"--mesh {shape} is not of the form DATAxMODEL, as in 4x2")
-    return int(match[1]), int(match[2])

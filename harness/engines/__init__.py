@@ -1,1 +1,1 @@
-"""Engines: what trains and samples a network, one folder for each framework (see `harness.engines.backend`)."""
+"""Engines: what trains and samples a network, one folder for each framework (see `harness.engines.interfaces`)."""

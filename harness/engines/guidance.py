@@ -1,4 +1,4 @@
-"""What every engine checks of guidance and of a network under a plan, in the same words."""
+"""The checks of guidance, and of a network under a sampler plan, that all engines share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GUIDED_CHANNELS = {  # how many of the epsilon channels are guided; None: all
 
 
 def guided_channels(rule: str, channels: int) -> int:
-    """How many of `channels` epsilon channels are guided under a key of GUIDED_CHANNELS."""
+    """The number of `channels` epsilon channels that are guided by a rule, a key of GUIDED_CHANNELS."""
     count = GUIDED_CHANNELS[rule]
     return channels if count is None else min(count, channels)
 
 
 def check_guidance(scale: float, channels: str, null_label: int | None) -> None:
-    """Refuse an unknown channel rule, a scale that is not finite, and guidance without a null label."""
+    """Raise UserError for an unknown channel rule, a scale that is not finite, and guidance without a null label."""
     if channels not in GUIDED_CHANNELS:
         close = get_close_matches(channels, GUIDED_CHANNELS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -36,13 +36,16 @@ def check_guidance(scale: float, channels: str, null_label: int | None) -> None:
 
 
 def check_classifier_scale(scale: float) -> None:
-    """Refuse a scale of a classifier's gradient that is not finite."""
+    """Raise UserError for a scale that is not finite."""
     if not math.isfinite(scale):
         raise UserError(f"classifier scale {scale} is not a finite number: give 0 for none, or for example 1")
 
 
 def check_channels(plan: SamplerPlan, given: int, channels: int) -> None:
-    """Refuse a network that gives another number of channels than `plan` needs for images of `channels`."""
+    """Raise UserError where a network's output does not have the channels that `plan` needs.
+
+    given: channels of the output. channels: of the images.
+    """
     fitting = (2 * channels,) if plan.learned_variance else (channels, 2 * channels)
     if given not in fitting:
         raise UserError(
@@ -53,7 +56,7 @@ def check_channels(plan: SamplerPlan, given: int, channels: int) -> None:
 
 
 def diverged(plan: SamplerPlan, done: int) -> RunError:
-    """The failure of a sampling in which something is not finite by step `done`."""
+    """The error of a sampler whose images are not finite after step `done` of the plan."""
     return RunError(
         f"sampling diverged: values that are not finite by {plan.name} step {done} of {plan.steps} "
         f"(timestep {int(plan.timesteps[done - 1])}); check the checkpoint, or sample in float32"

@@ -1,7 +1,8 @@
-"""Memory of a run, for every framework: what a machine has free, what training needs, which micro-batch fits."""
+"""Memory: what is free on a machine, what training needs, and which micro-batch fits. The same for every framework."""
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from pathlib import Path
 from typing import NamedTuple
@@ -11,32 +12,29 @@ import psutil
 from harness.errors import UserError
 from harness.runs.run import Resolved
 
-SPARE = 0.85  # share of free memory that a run may plan with; the rest is for the allocator's fragments
+USABLE_SHARE = 0.85  # of free memory that a run may plan with; the rest is for fragmentation
 RUNTIME_BYTES = 600_000_000  # interpreter, libraries, buffers
 STATE_BYTES = 16  # a parameter in float32: weight, gradient, two moments of AdamW
 EMA_BYTES = 4
 
 
 class NotEnoughMemory(UserError):
-    """What is asked for does not fit the memory of this machine."""
+    """The memory of this machine is too small for the request."""
 
 
 class Measured(NamedTuple):
-    """What this machine offers a run: what to freeze, seconds an image by precision, memory needed and free (bytes).
+    """The speed and memory of a new run on this machine, and the choices that follow from them."""
 
-    compiled: what became of `--compile`, in words, where the framework has it; its seconds an image, where measured.
-    """
-
-    resolved: Resolved
-    seconds: dict[str, float]
-    memory_bytes: int
+    resolved: Resolved  # the choices, which are frozen in the run
+    seconds: dict[str, float]  # of training on one image, by precision
+    memory_bytes: int  # needed
     free_bytes: int
-    compiled: str = ""
-    compiled_seconds: float | None = None
+    compiled: str = ""  # "on" or "off" and the reason, in words; empty where the framework has no choice
+    compiled_seconds: float | None = None  # of training on one image, compiled; None: not measured
 
 
 def processor_name() -> str:
-    """The model of the processor, as a person calls it."""
+    """The model of the processor, for people."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -45,18 +43,17 @@ def processor_name() -> str:
 
 
 def host_free_bytes() -> int:
-    """Memory of the host that a process can take now."""
+    """Memory of the host that a process can allocate now, in bytes."""
     free = psutil.virtual_memory().available
-    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),):
-        try:  # a container may be allowed less than the machine has
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
+    cgroup = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # a container may be allowed less than the machine has
+        limit, used = ((cgroup / name).read_text() for name in ("memory.max", "memory.current"))
+        free = min(free, int(limit) - int(used))
     return max(free, 0)
 
 
 def state_bytes(parameters: int, precision: str) -> int:
-    """Memory that does not depend on the batch: weights, gradients, moments, EMA, and the copy in bfloat16.
+    """Memory that does not depend on the batch, in bytes: weights, gradients, moments, EMA, and a copy in bfloat16.
 
     Writing a checkpoint copies one of its parts, so one more set of weights is counted.
     """
@@ -65,11 +62,11 @@ def state_bytes(parameters: int, precision: str) -> int:
 
 
 def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: int) -> int:
-    """The largest micro-batch that fits `free` bytes, evened out over the batch; 0 if not one image fits.
+    """The largest micro-batch that fits in `free` bytes, evened out over the batch; 0 if not even one image fits.
 
-    activation_bytes is what one image keeps for the backward pass in float32; bfloat16 takes less, so the plan is safe.
+    activation_bytes: what one image keeps for the backward pass in float32; bfloat16 needs less, so the plan is safe.
     """
-    room = int(free * SPARE) - state_bytes(parameters, "bfloat16")
+    room = int(free * USABLE_SHARE) - state_bytes(parameters, "bfloat16")
     fitting = min(batch, room // max(activation_bytes, 1))
     if fitting < 1:
         return 0
@@ -78,26 +75,26 @@ def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: in
 
 
 def check_room(name: str, parameters: int, device: str, free: int) -> None:
-    """Refuse a network whose training state alone does not fit in `free` bytes, before it is built."""
+    """Raise NotEnoughMemory where the training state alone does not fit in `free` bytes, before the network is built."""
     need = state_bytes(parameters, "bfloat16")
-    if need > free * SPARE:
+    if need > free * USABLE_SHARE:
         raise NotEnoughMemory(
             f"{name} needs {need / 1e9:.1f} GB on {device} for weights, gradients and optimiser, and "
-            f"{free * SPARE / 1e9:.1f} GB can be had; choose a smaller backbone or another --device"
+            f"{free * USABLE_SHARE / 1e9:.1f} GB are available; choose a smaller backbone or another --device"
         )
 
 
 def refuse_one_image(name: str, parameters: int, activation_bytes: int, device: str, free: int) -> UserError:
-    """The refusal of a network of which not one image fits."""
+    """The error for a network of which not even one image fits in memory."""
     need = state_bytes(parameters, "bfloat16") + activation_bytes
     return NotEnoughMemory(
-        f"{name} needs {need / 1e9:.1f} GB to train even one image at a time and {free * SPARE / 1e9:.1f} GB "
-        f"can be had on {device}; choose a smaller backbone or --gradient-checkpointing"
+        f"{name} needs {need / 1e9:.1f} GB to train even one image at a time and {free * USABLE_SHARE / 1e9:.1f} GB "
+        f"are available on {device}; choose a smaller backbone or --gradient-checkpointing"
     )
 
 
-def refuse_device(resolved: Resolved, reason: str = "which is not to be had here") -> UserError:
-    """The refusal of a machine that is not what the run was created on."""
+def refuse_device(resolved: Resolved, reason: str = "which is not available here") -> UserError:
+    """The error where a run was created on another kind of device than this machine has."""
     return UserError(
         f"the run was created on {resolved.device} ({resolved.device_name}), {reason}; "
         "continue it as another run with --fork RUN --out NEW"

@@ -1,13 +1,4 @@
-"""Engines: what trains and samples a network, one folder a framework.
-
-Each has a module `workbench` with the same functions, which is all that the stages know of it:
-
-    measure(request, device=, precision=, micro_batch=, mesh=, compile=, say=) -> (network at its initialisation, Measured)
-    make_engine(request, run, data, network or None, mesh) -> harness.pipeline.training_loop.Engine
-    make_sampler(request, run, snapshot, plan, precision=, batch=, compile=, decoder=) -> harness.pipeline.sampling_loop.Sampler
-    resolve_device(device) -> Place
-    make_chain(bound, decoder, place, seed=, precision=, batch=, compile=, say=) -> harness.pipeline.sampling_loop.Sampler, of a system
-"""
+"""Whether the packages of a framework are installed."""
 
 from importlib.util import find_spec
 

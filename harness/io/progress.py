@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
@@ -16,9 +17,10 @@ _drawing = None  # rich's, while there are bars: one within another is a line be
 
 
 def silence() -> None:
-    """No bars from here on: another process of the same job draws them."""
+    """No bars, and no log messages below errors, from here on: another process of the same job shows them."""
     global _silent
     _silent = True
+    logging.getLogger("harness").setLevel(logging.ERROR)
 
 
 class Bar:

@@ -1,6 +1,6 @@
-"""Where the losses of a training can be watched, beside RUN/log.jsonl, which is always written and alone decides anything.
+"""Loggers: services that show the losses of a training, beside RUN/log.jsonl, which is always written.
 
-A logger is a convenience: when it fails it is left out with one warning, and the training goes on.
+Nothing is ever read back from a logger. One that fails is left out with a warning, and the training goes on.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -15,32 +16,32 @@ from harness.errors import UserError
 from harness.runs.run import Run
 from harness.spec import load_attribute
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 
 LOGGERS = {
-    # name: (library, which is the extra's name, too; "module:attribute" of (Run, steps done) -> Logger)
+    # name: (library, which is also the name of the extra; "module:attribute" of (Run, steps done) -> Logger)
     "tensorboard": ("tensorboard", "harness.loggers.tensorboard:TensorBoard"),
     "wandb": ("wandb", "harness.loggers.weights_and_biases:WeightsAndBiases"),
 }
 
 
 class Logger(Protocol):
-    """One place. Steps come in order; after a kill, again from the one behind the last checkpoint."""
+    """One service. Steps come in order; after a kill they are repeated from the last checkpoint on."""
 
-    empty: bool  # whether it wants the steps that are done, too
+    needs_past_steps: bool  # whether the steps that are already done should be written first
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of a step, by name: "train/loss", "train/mse" and so on."""
+        """Write the values of a step, by name: "train/loss", "train/mse" and so on."""
 
     def flush(self) -> None:
-        """What was written survives the death of this process from here on."""
+        """Make sure that all values written so far survive the death of this process."""
 
     def close(self) -> None:
-        """The end of this stretch of training."""
+        """End this stretch of training."""
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Refuse a logger whose library is missing, before anything is trained."""
+    """Raise UserError for a logger whose library is missing, before anything is trained."""
     for name in names:
         library, _ = LOGGERS[name]
         if importlib.util.find_spec(library) is None:
@@ -48,54 +49,57 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """Several loggers as one that cannot fail."""
+    """All loggers of a run, which raise no errors.
 
-    def __init__(self, names: Sequence[str], run: Run, done: int, weights: Mapping[str, float], say: Say):
-        self._say, self._weights = say, weights
+    names: of LOGGERS. done: steps that are trained. loss_terms: of the engine, with their weights in the loss.
+    """
+
+    def __init__(self, names: Sequence[str], run: Run, done: int, loss_terms: Mapping[str, float]):
+        self._loss_terms = loss_terms
         self._open: dict[str, Logger] = {}
         for name in names:
             with self._guarded(name):
-                logger = load_attribute(LOGGERS[name][1], f"logger {name!r}")(run, done)
-                self._open[name] = logger
-                if logger.empty:  # the steps before are in the log
+                opened: Logger = load_attribute(LOGGERS[name][1], f"logger {name!r}")(run, done)
+                self._open[name] = opened
+                if opened.needs_past_steps:
                     for step, row in _logged(run, done):
-                        logger.write(step, self._values(row))
+                        opened.write(step, self._values(row))
 
     def _values(self, row: Mapping[str, float]) -> dict[str, float]:
-        loss = sum(weight * row[name] for name, weight in self._weights.items())
-        return {"train/loss": loss, **{f"train/{name}": row[name] for name in self._weights}}
+        loss = sum(weight * row[name] for name, weight in self._loss_terms.items())
+        return {"train/loss": loss, **{f"train/{name}": row[name] for name in self._loss_terms}}
 
     def write(self, step: int, row: Mapping[str, float], steps_per_second: float | None = None) -> None:
-        """The terms of a step's loss; the speed where it was just measured."""
+        """Write the loss terms of a step, by name, and the speed if it was just measured."""
         speed = {} if steps_per_second is None else {"train/steps_per_second": steps_per_second}
-        self._each(lambda logger: logger.write(step, {**self._values(row), **speed}))
+        self._each(lambda opened: opened.write(step, {**self._values(row), **speed}))
 
     def flush(self) -> None:
-        self._each(lambda logger: logger.flush())
+        self._each(lambda opened: opened.flush())
 
     def close(self) -> None:
-        self._each(lambda logger: logger.close())
+        self._each(lambda opened: opened.close())
         self._open.clear()
 
     def _each(self, do: Callable[[Logger], None]) -> None:
-        for name, logger in list(self._open.items()):
+        for name, opened in list(self._open.items()):
             with self._guarded(name):
-                do(logger)
+                do(opened)
 
     @contextlib.contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a library's, the disk's, the network's: none is worth a training
+        except Exception as error:  # of the library, the disk or the network: none is worth a training
             self._open.pop(name, None)
-            said = str(error).strip().splitlines() or [""]
-            self._say(
-                f"warning: {name} is left out from here on ({type(error).__name__}: {said[0]}); log.jsonl has everything"
+            lines = str(error).strip().splitlines() or [""]
+            logger.warning(
+                f"{name} is left out from here on ({type(error).__name__}: {lines[0]}); log.jsonl has everything"
             )
 
 
 def _logged(run: Run, done: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """The first `done` steps of the run's log."""
+    """The first `done` steps of the run's log: (step, its row)."""
     if not done:
         return
     with run.log.open(encoding="ascii") as file:

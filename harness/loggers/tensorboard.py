@@ -1,7 +1,7 @@
 """Event files for TensorBoard, in RUN/tensorboard: `tensorboard --logdir runs` shows every run.
 
-Each stretch of training is a file. It begins with the mark by which TensorBoard drops what an earlier file has of the same
-steps (tensorboard/backend/event_processing/event_accumulator.py, `_CheckForRestartAndMaybePurge`).
+Each stretch of training writes a file. A file after the first begins with a session start, on which TensorBoard drops the
+same steps of earlier files (tensorboard/backend/event_processing/event_accumulator.py, `_CheckForRestartAndMaybePurge`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 from harness.runs.run import Run
 
-sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # else it imports TensorFlow where that is
+# Without this, tensorboard imports TensorFlow where that is installed.
+sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: E402
 from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: E402
@@ -25,9 +26,9 @@ class TensorBoard:
 
     def __init__(self, run: Run, done: int):
         folder = run.folder / "tensorboard"
-        self.empty = not any(folder.glob("events.out.tfevents.*"))
+        self.needs_past_steps = not any(folder.glob("events.out.tfevents.*"))
         self._writer = EventFileWriter(str(folder))
-        if not self.empty:
+        if not self.needs_past_steps:
             start = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
 

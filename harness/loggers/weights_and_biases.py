@@ -1,9 +1,9 @@
-"""Weights & Biases, in RUN/wandb: without a network (`wandb sync RUN/wandb/offline-run-*` sends it), or, with
-WANDB_MODE=online, as it happens. Its own variables hold, such as WANDB_PROJECT.
+"""Weights & Biases, in RUN/wandb: offline (`wandb sync RUN/wandb/offline-run-*` uploads it), or online with
+WANDB_MODE=online. Other variables of wandb, such as WANDB_PROJECT, are obeyed.
 
-Its file is written in blocks that die with the process, and a step can be given once. So every stretch of training gives
-all steps again, from the log: without a network into a file that takes the place of the one before, with one only those
-that the server has not had.
+wandb writes its file in blocks, which are lost when the process dies, and accepts a step only once. So every stretch of
+training writes all steps again, from the log: offline into a new file that replaces the old one, and online only the steps
+that the server does not have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.runs.run import Run
 class WeightsAndBiases:
     """Implements `harness.loggers.Logger`."""
 
-    empty = True
+    needs_past_steps = True
 
     def __init__(self, run: Run, done: int):
         mode = os.environ.get("WANDB_MODE", "offline")
@@ -34,7 +34,7 @@ class WeightsAndBiases:
             tags=[run.backbone],
             config=run.identity,
             dir=folder,
-            mode=mode,
+            mode=None if "WANDB_MODE" in os.environ else "offline",  # None: as the variable says
             resume="allow",
             settings=wandb.Settings(
                 silent=True,
@@ -47,9 +47,9 @@ class WeightsAndBiases:
         )
         self._next = self._run.step if mode == "online" else 0
         if mode == "offline":
-            own = Path(self._run.dir).parent
+            mine = Path(self._run.dir).parent
             for old in folder.glob("wandb/offline-run-*"):
-                if old != own and not any(old.glob("*.synced")):
+                if old != mine and not any(old.glob("*.synced")):
                     files.remove(old)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -57,7 +57,7 @@ class WeightsAndBiases:
             self._run.log(dict(values), step=step)
 
     def flush(self) -> None:
-        """Nothing: what a kill loses is given again."""
+        """Nothing: steps that a kill loses are written again."""
 
     def close(self) -> None:
         self._run.finish()

@@ -18,10 +18,11 @@ from harness.autoencoders.load import Decoder, load_autoencoder
 from harness.diffusion.schedule import Schedule
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
+from harness.engines.interfaces import Sampler
 from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.devices import device_of
-from harness.pipeline.sampling_loop import Job, Sampler, run_job, write_grid_beside
+from harness.pipeline.sampling_loop import Job, run_job, write_grid_beside
 from harness.pipeline.train import RunSession
 from harness.planning.matching import matched
 from harness.planning.request import Request, published_input_gflops, request_of_run

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from harness.autoencoders.load import Decoder, load_autoencoder
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
-from harness.engines.backend import DeviceInfo, get_backend
+from harness.engines.backend import get_backend
+from harness.engines.interfaces import DeviceInfo
 from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.devices import device_names
@@ -17,6 +18,8 @@ from harness.runs.provenance import environment
 from harness.runs.sample_set import default_batch, labels_of
 from harness.systems.binding import LoadedSystem
 from harness.systems.spec import System
+
+logger = logging.getLogger(__name__)
 
 
 def sample_system(
@@ -30,14 +33,13 @@ def sample_system(
     compile: str = "off",
     batch: int | None,
     device: str | None,
-    say: Callable[[str], None],
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Draw one sample set below `folder`, with a grid beside it; returns its samples.npz."""
-    engine, say = get_backend(framework), group.says(say)
+    engine = get_backend(framework)
     system, task = bound.system, bound.system.task
     for note in bound.notes:
-        say(note)
+        logger.info(note)
     for part in system.parts.values():
         if framework not in part.spec.builders:
             raise UserError(f"system {system.name!r}: {part.backbone} has no {framework} network")
@@ -46,7 +48,7 @@ def sample_system(
     batch = batch or default_batch(gflops, place.platform)
     decoder = None
     if system.decoder:
-        say(f"reading decoder {system.decoder} ...")
+        logger.info(f"reading decoder {system.decoder} ...")
         decoder = load_autoencoder(system.decoder, weights=bound.decoder, device=_decoder_device(framework, place))
         _check_decoder(system, decoder)
     settings = {
@@ -86,7 +88,7 @@ def sample_system(
         path = run_job(
             job,
             lambda: engine.make_chain(
-                bound, decoder, place, seed=seed, precision=precision, batch=batch, compile=compile, say=say
+                bound, decoder, place, seed=seed, precision=precision, batch=batch, compile=compile
             ),
             sidecar,
             lambda: device_names(place, group),

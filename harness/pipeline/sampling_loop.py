@@ -11,26 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
+from harness.engines.interfaces import Sampler
 from harness.errors import UserError
 from harness.io import files
 from harness.io.progress import Bar
 from harness.runs.samples import read_sidecar, sidecar_path, write_samples
 
 SCHEMA = 1
-
-
-class Sampler(Protocol):
-    """What a framework provides."""
-
-    evaluations: int  # true network evaluations an image
-
-    def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None]) -> np.ndarray:
-        """Images (N, H, W, C) uint8 of the indices; `advance` is called after each sampler step."""
 
 
 @dataclass(frozen=True, kw_only=True)

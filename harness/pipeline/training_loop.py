@@ -1,26 +1,24 @@
-"""The training loop's book-keeping, the same for every framework.
+"""The training loop, the same for every framework: log, checkpoints and Ctrl-C around the steps of an engine.
 
-The engine does the arithmetic; here are the log, the checkpoints, Ctrl-C, and the promise that a run killed at any
-instant continues to the bit-identical sequence of losses.
+A run that is killed at any instant and started again has bit for bit the losses of a run that was never interrupted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Protocol
-
-import numpy as np
+from typing import IO
 
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup, Stopped
+from harness.engines.interfaces import Engine
 from harness.errors import RunError, UserError
 from harness.io import files
 from harness.io.progress import Bar
@@ -29,38 +27,18 @@ from harness.runs import checkpoints
 from harness.runs.provenance import TrainingTime
 from harness.runs.run import Run
 
-MAX_LOST_SECONDS = 300.0  # at most this much work, or one step, is lost to a kill
-CHECKPOINT_SHARE = 0.02  # of the time goes to checkpoints, while that does not mean losing more than the above: a
-# checkpoint that takes longer than 9 s, as XL/2's 11 GB do on a slow disk, costs more than 3 %
-SHORTEST_SECONDS = 2.0
-DISK_BYTES_PER_SECOND = 1e9
-DRAIN_SECONDS = 0.5  # how long losses may stay on the device, unread
-AGREE_STEPS = (
-    10  # after so many, or so many seconds, a process group agrees on whether to stop or to write a checkpoint
-)
+logger = logging.getLogger(__name__)
+
+MAX_LOST_SECONDS = 300.0  # a kill loses at most so much work, or one step
+# Checkpoints take this share of the time, unless more than MAX_LOST_SECONDS would then be lost: a checkpoint that takes
+# longer than 9 s, as the 11 GB of XL/2 do on a slow disk, takes more than 3 %.
+CHECKPOINT_SHARE = 0.02
+MIN_CHECKPOINT_SECONDS = 2.0  # between two checkpoints
+DISK_BYTES_PER_SECOND = 1e9  # a guess, until a checkpoint has been written
+LOG_SECONDS = 0.5  # between two transfers of losses from the device to the log
+AGREE_STEPS = 10  # after so many steps, or AGREE_SECONDS, a process group agrees on stopping and on a checkpoint
 AGREE_SECONDS = 2.0
-STOP = 1 << 16  # in the number that is agreed on
-
-
-class Engine(Protocol):
-    """What a framework provides to the loop."""
-
-    terms: Mapping[str, float]  # what the log holds of a step, with its weight in the loss: {"mse": 1, "vb": 1}
-
-    def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
-        """Do optimiser step `step` (from 1). False: interrupted before the update, nothing has changed."""
-
-    def pop_losses(self) -> list[tuple[float, ...]]:
-        """The terms of the steps since the last drain, in order."""
-
-    def finite(self) -> bool:
-        """Whether every weight is finite."""
-
-    def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
-        """The state, as named parts; "ema" is one of them."""
-
-    def load(self, part: str, path: Path) -> None:
-        """Take a part back from a safetensors file."""
+STOP = 1 << 16  # added to the number that a group agrees on: a process was interrupted
 
 
 def train(
@@ -71,71 +49,74 @@ def train(
     gflops_step: float,
     state_bytes: int,
     device: str,
-    say: Callable[[str], None],
     group: ProcessGroup = SINGLE_PROCESS,
     loggers: Sequence[str] = (),
 ) -> None:
-    """Train `run` until `until` steps are done and keep the EMA weights of that step as a snapshot.
+    """Train `run` from its newest checkpoint until `until` steps are done, and keep the EMA weights of that step.
 
-    `gflops_step` is the training compute of one step, for the bar; `state_bytes` is the size of a checkpoint; `device` is
-    what the checkpoints call what the time was spent on. `group`: the processes that train together. `loggers`: names of harness.loggers.LOGGERS. Raises Stopped after Ctrl-C or SIGTERM and its checkpoint; UserError for a step that was passed without keeping it; RunError when a loss or a weight is not finite.
+    gflops_step: training compute of a step, for the progress bar. state_bytes: size of a checkpoint. device: the name under
+    which checkpoints count the training time. group: the processes that train together. loggers: names of
+    `harness.loggers.LOGGERS`.
+
+    Raises Stopped after Ctrl-C or SIGTERM and its checkpoint, UserError where training is past step `until` and its weights
+    were not kept, and RunError where a loss or a weight is not finite.
     """
     if group.broadcast(int(until in run.ema_checkpoint_steps())):
         return
-    checkpoint = checkpoints.newest(run.checkpoints, say)
-    done, state = 0, None
-    found = 0 if checkpoint is None else checkpoint.step
-    if found != group.broadcast(found):
+    checkpoint = checkpoints.newest(run.checkpoints)
+    done = 0 if checkpoint is None else checkpoint.step
+    if done != group.broadcast(done):
         raise UserError(
-            f"process {group.index} finds another newest checkpoint in {run.checkpoints} than the leader; the processes of a "
-            "run share a file system"
+            f"process {group.index} finds another newest checkpoint in {run.checkpoints} than the main process; the "
+            "processes of a run share a file system"
         )
     if checkpoint is not None:
-        if checkpoint.step > until:
+        if done > until:
             raise UserError(
-                f"{run.folder} has been trained to step {checkpoint.step} and kept no snapshot of step {until}; "
-                f"ask for --steps {checkpoint.step} or more, or train anew with another --out"
+                f"{run.folder} has been trained to step {done} and kept no EMA checkpoint of step {until}; "
+                f"ask for --steps {done} or more, or train anew with another --out"
             )
         for name, _ in engine.state_dicts():
             engine.load(name, checkpoint.part(name))
-        done, state = checkpoint.step, checkpoint.state
-        say(f"continues from the checkpoint of step {done}")
+        logger.info(f"continues from the checkpoint of step {done}")
+    training_time = TrainingTime(None if checkpoint is None else checkpoint.state, device)
     images = run.recipe.batch
     with (
         _log(run.log, done, group) as log,
-        closing(Loggers(loggers if group.is_main else (), run, done, engine.loss_terms, say)) as watched,
+        closing(Loggers(loggers if group.is_main else (), run, done, engine.loss_terms)) as opened,
         _interrupt(group) as interrupted,
         Bar("train", until, "it", done) as bar,
     ):
-        spent, cost = TrainingTime(state, device), state_bytes / DISK_BYTES_PER_SECOND
-        keeper = CheckpointManager(run, engine, log, watched, done, spent, cost=cost, group=group)
+        manager = CheckpointManager(
+            run, engine, log, opened, done, training_time, cost=state_bytes / DISK_BYTES_PER_SECOND, group=group
+        )
         stop = bool(group.all_max(int(interrupted())))
-        while keeper.done < until and not stop:
-            if engine.step(keeper.done + 1, interrupted if group.size == 1 else lambda: False):
-                keeper.stepped()
+        while manager.done < until and not stop:
+            if engine.step(manager.done + 1, interrupted if group.size == 1 else lambda: False):
+                manager.stepped()
                 note = ""
-                if keeper.loss is not None:
+                if manager.loss is not None:
                     speed = (
                         f"{bar.rate:.2f} it/s  {bar.rate * images:.0f} images/s  {bar.rate * gflops_step:.0f} Gflop/s"
                     )
-                    note = f"loss {keeper.loss:.4f}  {speed}"
+                    note = f"loss {manager.loss:.4f}  {speed}"
                 bar.advance(1, note)
-                stop, due = keeper.decide(interrupted())
+                stop, due = manager.decide(interrupted())
                 if due:
-                    keeper.checkpoint()
+                    manager.checkpoint()
             else:
                 stop = True
-        keeper.checkpoint()
+        manager.checkpoint()
     if stop:
-        say(f"stopped; checkpoint of step {keeper.done} is in {run.checkpoints}; the same command continues")
+        logger.info(f"stopped; checkpoint of step {manager.done} is in {run.checkpoints}; the same command continues")
         raise Stopped
     if group.is_main:
         keep_ema_checkpoint(run, until)
-    group.barrier("the snapshot is kept")
+    group.barrier("the EMA checkpoint is kept")
 
 
 def keep_ema_checkpoint(run: Run, step: int) -> None:
-    """Keep the EMA weights of the checkpoint of `step` for sampling: a hard link, so it costs no disk."""
+    """Keep the EMA weights of the checkpoint of `step` for sampling. A hard link, which takes no space on the disk."""
     checkpoint = checkpoints.verify(run.checkpoints / f"step-{step:08d}")
     folder = run.ema_checkpoint(step)
     with files.explained(folder):
@@ -152,95 +133,100 @@ def keep_ema_checkpoint(run: Run, step: int) -> None:
 
 
 class CheckpointManager:
-    """Log and checkpoints of one stretch of training."""
+    """The log and the checkpoints of one stretch of training.
+
+    done: steps that are trained. cost: seconds that writing a checkpoint takes, a guess until one has been written.
+    """
 
     def __init__(
         self,
         run: Run,
         engine: Engine,
         log: IO[str],
-        watched: Loggers,
+        loggers: Loggers,
         done: int,
-        spent: TrainingTime,
+        training_time: TrainingTime,
         cost: float,
         group: ProcessGroup = SINGLE_PROCESS,
     ):
-        self.run, self.engine, self.log, self.watched, self.group = run, engine, log, watched, group
-        self.done = self.written = self.saved = done  # steps: trained, in the log, in a checkpoint
-        self.loss: float | None = None
-        self._spent = spent
-        self._cost = cost  # of a checkpoint, in seconds: a guess until one has been written
-        self._drained = self._saved_at = self._agreed_at = time.monotonic()
-        self._agreed = done  # the step of the last agreement
-        self._apart = 1  # steps from there to the next
+        self.run, self.engine, self.log, self.loggers, self.group = run, engine, log, loggers, group
+        self.done = self.logged = self.saved = done  # steps: trained, in the log, in a checkpoint
+        self.loss: float | None = None  # of the newest step in the log
+        self._training_time = training_time
+        self._cost = cost
+        self._logged_at = self._saved_at = self._agreed_at = time.monotonic()
+        self._agreed = done  # the step of the last agreement of the group
+        self._agree_steps = 1  # from there to the next
 
     def stepped(self) -> None:
+        """Count a step, and log the losses where that is due."""
         self.done += 1
-        if (
-            self.group.size > 1
-        ):  # a loss that is not finite stops all of them at one step: nobody waits for who has gone
-            due = self.done == self._agreed + self._apart
+        if self.group.size > 1:
+            # All processes at the same step: one that stopped alone, for a loss that is not finite, would leave the others
+            # waiting in a collective.
+            due = self.done == self._agreed + self._agree_steps
         else:
-            due = time.monotonic() - self._drained > DRAIN_SECONDS
+            due = time.monotonic() - self._logged_at > LOG_SECONDS
         if due:
-            self.pop_losses()
+            self.log_losses()
 
-    def pop_losses(self) -> None:
-        """Move losses from the device to the log; stop at one that is not finite."""
-        before, self._drained = self._drained, time.monotonic()
-        speed = (self.done - self.written) / max(self._drained - before, 1e-9)
-        weights = self.engine.loss_terms
+    def log_losses(self) -> None:
+        """Move the losses from the device to the log and the loggers. Raises RunError for one that is not finite."""
+        before, self._logged_at = self._logged_at, time.monotonic()
+        speed = (self.done - self.logged) / max(self._logged_at - before, 1e-9)
+        loss_terms = self.engine.loss_terms
         for values in self.engine.pop_losses():
-            step, row = self.written + 1, dict(zip(weights, values, strict=True))
+            step, row = self.logged + 1, dict(zip(loss_terms, values, strict=True))
             if not all(map(math.isfinite, values)):
                 text = ", ".join(f"{name} {value}" for name, value in row.items())
                 self._fail(f"the loss is not finite at step {step} ({text})")
             self.log.write(json.dumps({"step": step, **row}) + "\n")
-            self.watched.write(step, row, speed if step == self.done else None)
-            self.written = step
-            self.loss = sum(weight * row[name] for name, weight in weights.items())
+            self.loggers.write(step, row, speed if step == self.done else None)
+            self.logged = step
+            self.loss = sum(weight * row[name] for name, weight in loss_terms.items())
         with files.explained(self.run.log):
-            self.log.flush()  # for who watches it
+            self.log.flush()  # for people who watch the file
 
     def decide(self, interrupted: bool) -> tuple[bool, bool]:
-        """Whether to stop, and whether to write a checkpoint: the same in every process of the process group.
+        """(whether to stop, whether to write a checkpoint): the same in every process of the group.
 
-        Any of them may be told to stop; the leader says the rest, and when to ask again.
+        Any process may be interrupted. The main process decides on checkpoints, and after how many steps to agree again.
         """
         if self.group.size == 1:
             return interrupted, self.due()
-        if self.done != self._agreed + self._apart:
+        if self.done != self._agreed + self._agree_steps:
             return False, False
         now = time.monotonic()
-        seconds = (now - self._agreed_at) / self._apart
+        seconds = (now - self._agreed_at) / self._agree_steps
         self._agreed, self._agreed_at = self.done, now
         steps = min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(seconds, 1e-9))))
-        told = self.group.all_max(STOP * interrupted + (2 * steps + self.due()) * self.group.is_main)
-        self._apart = told % STOP // 2 or 1
-        return told >= STOP, bool(told & 1)
+        agreed = self.group.all_max(STOP * interrupted + (2 * steps + self.due()) * self.group.is_main)
+        self._agree_steps = agreed % STOP // 2 or 1
+        return agreed >= STOP, bool(agreed & 1)
 
     def due(self) -> bool:
-        """Whether work since the last checkpoint is worth its cost by now, or too much to lose."""
-        wait = min(MAX_LOST_SECONDS, max(SHORTEST_SECONDS, self._cost / CHECKPOINT_SHARE))
+        """Whether the work since the last checkpoint is worth the cost of the next, or too much to lose."""
+        wait = min(MAX_LOST_SECONDS, max(MIN_CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE))
         return time.monotonic() - self._saved_at >= wait
 
     def checkpoint(self) -> None:
-        self.pop_losses()
+        """Log the losses, and write a checkpoint unless this step has one. Raises RunError where a weight is not finite."""
+        self.log_losses()
         if self.saved == self.done:
             return
         if not self.engine.finite():
             self._fail(f"a weight is not finite after step {self.done}")
         if not self.group.is_main:
-            for _, tensors in self.engine.state_dicts():  # what every process has a part of, the leader collects
+            for _, tensors in self.engine.state_dicts():  # all processes take part in collecting sharded tensors
                 tensors()
             self.saved = self.done
             return
         begin = time.monotonic()
         with files.explained(self.run.log):
             self.log.flush()
-            os.fsync(self.log.fileno())  # the log never lags behind a checkpoint
-        self.watched.flush()  # nor do the others
-        spent = self._spent.now()
+            os.fsync(self.log.fileno())  # the log is never behind a checkpoint
+        self.loggers.flush()  # and neither are the loggers
+        spent = self._training_time.now()
         state = {"seconds": sum(spent.values()), "spent": spent}
         checkpoints.write(self.run.checkpoints, self.done, self.engine.state_dicts(), state)
         self.saved = self.done
@@ -258,7 +244,7 @@ class CheckpointManager:
 
 @contextmanager
 def _log(path: Path, done: int, group: ProcessGroup) -> Iterator[IO[str]]:
-    """The log, cut to the first `done` steps, open for appending; of a process group the leader's alone."""
+    """The log, cut to its first `done` steps and open for appending. Only the main process of a group writes it."""
     if not group.is_main:
         with Path(os.devnull).open("a", encoding="ascii") as file:
             yield file
@@ -276,9 +262,9 @@ def _log(path: Path, done: int, group: ProcessGroup) -> Iterator[IO[str]]:
 
 @contextmanager
 def _interrupt(group: ProcessGroup = SINGLE_PROCESS) -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a question the loop asks; a second Ctrl-C stops at once.
+    """Ctrl-C and SIGTERM set a flag, which the function that this yields returns. A second Ctrl-C stops at once.
 
-    A second SIGTERM does not: who stops a job of several processes sends it to each, and some pass it on.
+    A second SIGTERM does not: a scheduler that stops a job sends it to every process, and some launchers pass it on.
     """
     asked = False
 
@@ -289,10 +275,9 @@ def _interrupt(group: ProcessGroup = SINGLE_PROCESS) -> Iterator[Callable[[], bo
         if asked:
             return
         asked = True
-        if group.is_main:
-            print("stopping: writing a checkpoint (Ctrl-C once more to stop at once)", file=sys.stderr, flush=True)  # noqa: T201
+        logger.info("stopping: writing a checkpoint (Ctrl-C once more to stop at once)")
 
-    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield lambda: False
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,12 +1,13 @@
-"""Checkpoints: safetensors parts and a JSON state, in a folder that is renamed when it is whole.
+"""Checkpoints: safetensors parts and a JSON state, in a folder that is renamed when it is complete.
 
-    step-00000400/{model,ema,first_moment,second_moment}.safetensors, state.json (step, checksums, time spent)
+    step-00000400/{model,ema,first_moment,second_moment}.safetensors, state.json (step, checksums, training time)
 
 Nothing in them can execute code. Every part is checked against its SHA-256 before it is used.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,21 +19,24 @@ import numpy as np
 from harness.errors import UserError
 from harness.io import files
 
+logger = logging.getLogger(__name__)
+
 SCHEMA = 1
-KEPT = 2  # the newest, and the one before it should the newest be damaged
+KEPT = 2  # the newest, and the one before in case the newest is damaged
 
 Tensors = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint on disk whose checksums held when it was opened."""
+    """A checkpoint on disk whose checksums were correct when it was opened."""
 
     folder: Path
     step: int
-    state: dict[str, Any]
+    state: dict[str, Any]  # of state.json
 
     def part(self, name: str) -> Path:
+        """The file of a part: "model", "ema", "first_moment" or "second_moment"."""
         return self.folder / f"{name}.safetensors"
 
     def sha256(self, part: str) -> str:
@@ -42,10 +46,11 @@ class Checkpoint:
 def write(
     root: Path, step: int, parts: Iterable[tuple[str, Callable[[], Tensors]]], state: dict[str, Any]
 ) -> Checkpoint:
-    """Write the checkpoint of `step` below `root` and drop all but the newest two.
+    """Write the checkpoint of `step` below `root`, and remove all but the newest two.
 
-    Parts are (name, function that gives its tensors), asked for one at a time: safetensors copies a part while it
-    writes it, and XL/2's four together would not fit beside the training state.
+    parts: (name, function that returns its tensors), called one at a time: safetensors copies a part while it writes it,
+    and the four parts of XL/2 would not fit in memory beside the training state. state: what state.json holds beside the
+    checksums. Raises OSError where the disk is full; the folder is then as before.
     """
     from safetensors.numpy import save_file
 
@@ -55,9 +60,7 @@ def write(
         root.mkdir(parents=True, exist_ok=True)
         for stale in root.glob(f"*{files.PARTIAL}"):
             files.remove(stale)
-        for old in _steps(root)[
-            : -(KEPT - 1)
-        ]:  # before writing: never more than two on the disk and a new one half made
+        for old in _steps(root)[: -(KEPT - 1)]:  # before writing, so that the disk holds at most two and a partial one
             files.remove(root / f"step-{old:08d}")
         partial.mkdir()
         entries = {}
@@ -65,11 +68,11 @@ def write(
             for name, tensors in parts:
                 path = partial / f"{name}.safetensors"
                 save_file(dict(tensors()), path)
-                path.chmod(0o644)  # the library writes for the owner alone; a group shares its runs
+                path.chmod(0o644)  # safetensors lets only the owner read it, but people share runs
                 files.sync_file(path)
                 entries[path.name] = {"sha256": files.sha256_file(path), "bytes": path.stat().st_size}
             files.write_json(partial / "state.json", {"schema": SCHEMA, "step": step, "files": entries, **state})
-            if final.exists():  # the same step again, after a resume from an older one: identical by promise
+            if final.exists():  # the same step again, after a resume from an older checkpoint; it has the same bytes
                 files.remove(final)
             partial.replace(final)
             files.sync_folder(root)
@@ -81,8 +84,11 @@ def write(
     return Checkpoint(folder=final, step=step, state=files.read_json(final / "state.json", "checkpoint"))
 
 
-def newest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint below `root`; `report` is told of damaged ones. All damaged: refused."""
+def newest(root: Path) -> Checkpoint | None:
+    """The newest intact checkpoint below `root`; None: there is none. Warns of damaged ones.
+
+    Raises UserError where all are damaged.
+    """
     steps = _steps(root)
     damage = ""
     for step in reversed(steps):
@@ -90,14 +96,17 @@ def newest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
             return verify(root / f"step-{step:08d}")
         except UserError as error:
             damage = damage or str(error)
-            report(f"{error}; trying the one before it")
+            logger.warning(f"{error}; trying the one before it")
     if steps:
         raise UserError(f"no intact checkpoint is left in {root} (newest: {damage}); begin again with another --out")
     return None
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Open a checkpoint or a snapshot after comparing every part with its checksum; damage is refused by name."""
+    """Open the checkpoint in `folder`, or the EMA checkpoint of a run's `snapshots`, once all its checksums are compared.
+
+    Raises UserError that names the missing or damaged part.
+    """
     state = files.read_json(folder / "state.json", "checkpoint")
     try:
         for name, entry in state["files"].items():
@@ -113,17 +122,21 @@ def verify(folder: Path) -> Checkpoint:
         raise UserError(f"checkpoint {folder} has a state.json of another form ({error})") from error
 
 
-Part = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]  # of a tensor's name and shape, which part; None: all
+# (name and shape of a tensor) -> a slice for each axis; None: all of it
+Slices = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]
 
 
-def tensors(path: Path, part: Part | None = None) -> Iterable[tuple[str, np.ndarray]]:
-    """The tensors of a safetensors file, one at a time; of each no more is read than `part` says."""
+def tensors(path: Path, slices: Slices | None = None) -> Iterable[tuple[str, np.ndarray]]:
+    """The tensors of a safetensors file by name, one at a time.
+
+    slices: the part of each tensor that is read and returned; None: all of it. Raises UserError for an unreadable file.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                wanted = part and part(name, tuple(file.get_slice(name).get_shape()))
+                wanted = slices and slices(name, tuple(file.get_slice(name).get_shape()))
                 if not wanted or any(each.start == each.stop is not None for each in wanted):
                     array = file.get_tensor(name)
                     yield name, array[wanted] if wanted else array
@@ -139,5 +152,5 @@ def _steps(root: Path) -> list[int]:
 
 
 def _disk_full(error: BaseException) -> bool:
-    # safetensors reports the system's errors as text only
+    # safetensors reports errors of the system as text only
     return "No space left on device" in str(error) or "os error 28" in str(error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from harness.systems.spec import Component, GuidanceClassifier, System
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 DECODER = "decoder"  # the name of the decoder's weights beside those of the parts
 
@@ -146,12 +149,12 @@ def _of_run(
     return replace(part, **changes), source
 
 
-def read_network(part: Component | GuidanceClassifier, source: Source, say: Callable[[str], None]) -> torch.nn.Module:
+def read_network(part: Component | GuidanceClassifier, source: Source) -> torch.nn.Module:
     """The torch network of a part without storage, then filled tensor by tensor: the weights are held once."""
     from harness.compute.meta_torch import build_on_meta
     from harness.weights.load import load_into
 
-    say(f"reading {part.backbone} from {source.path} ...")
+    logger.info(f"reading {part.backbone} from {source.path} ...")
     arguments = part.build_arguments()
     net = build_on_meta(part.spec, arguments)
     if set(dict(net.named_buffers())) - set(net.state_dict()):  # computed when it is built, and in no file
@@ -160,5 +163,5 @@ def read_network(part: Component | GuidanceClassifier, source: Source, say: Call
     if provenance.sha256 != source.sha256:  # hashed when it was named, read when it is needed
         raise UserError(f"{source.path} has changed since sampling began; give the same command again")
     for note in provenance.notes:
-        say(f"  {note}")
+        logger.info(f"  {note}")
     return net

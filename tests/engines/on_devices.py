@@ -20,7 +20,7 @@ from harness.engines.jax.trainer import JaxEngine
 from harness.pipeline import training_loop
 from harness.pipeline.sample import sample_run
 
-training_loop.SHORTEST_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9  # a checkpoint whenever it may be
+training_loop.MIN_CHECKPOINT_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9  # a checkpoint whenever it may be
 training_loop.MAX_LOST_SECONDS = 0.0
 
 

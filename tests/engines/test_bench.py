@@ -74,7 +74,7 @@ def test_a_table_is_what_a_person_gets(quick):
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, monkeypatch):
-    monkeypatch.setattr(bench, "measure_roofline", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "measure_roofline", lambda _: pytest.fail("measured"))
     code, _, error = invoke(*words)
     assert code and isinstance(error, UserError) and message in str(error)
 
@@ -82,7 +82,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, m
 def test_what_was_kept_is_not_overwritten(tmp_path):
     (tmp_path / "kept.json").write_text("{}")
     _, _, error = invoke("--out", str(tmp_path / "kept.json"))
-    assert isinstance(error, UserError) and "is there already" in str(error)
+    assert isinstance(error, UserError) and "exists already" in str(error)
     assert (tmp_path / "kept.json").read_text() == "{}"
 
 
@@ -104,9 +104,9 @@ def test_an_unknown_stage_is_named():
     ],
 )
 def test_the_peak_is_the_data_sheets_where_the_device_is_in_the_table(name, peak, quick, monkeypatch):
-    """By its whole name: what resembles a card is another, or a part of it."""
+    """By its full name: a similar one belongs to another card, or to a part of one."""
     monkeypatch.setattr(roofline, "device_name", lambda device: name)
-    found = roofline.measure_roofline(CPU, lambda text: None)
+    found = roofline.measure_roofline(CPU)
     assert found.tflops["bfloat16"] >= found.tflops_median["bfloat16"] > 0
     measured = (found.tflops["bfloat16"], "measured matrix product")
     assert found.peak("bfloat16") == (measured if peak is None else (peak, "data sheet"))
@@ -119,16 +119,16 @@ def roofline_of(tflops, data_sheet):
     )  # fmt: skip
 
 
-def test_more_than_the_roofline_is_remarked_upon():
-    assert roofline_of(10.0, None).remark("training", "bfloat16", 10.0) == ""
-    said = roofline_of(10.0, None).remark("training", "bfloat16", 12.0)
+def test_more_than_the_roofline_is_warned_of():
+    assert roofline_of(10.0, None).warning("training", "bfloat16", 10.0) == ""
+    said = roofline_of(10.0, None).warning("training", "bfloat16", 12.0)
     assert said.startswith("training came to 12 TFLOP/s, more than the 10 of the matrix products measured here")
-    assert roofline_of(10.0, 20.0).remark("training", "bfloat16", 9.0) == ""
-    assert "measured here" in roofline_of(10.0, 20.0).remark("training", "bfloat16", 12.0)
-    assert "more than the 8 of the data sheet" in roofline_of(10.0, 8.0).remark("training", "bfloat16", 9.0)
+    assert roofline_of(10.0, 20.0).warning("training", "bfloat16", 9.0) == ""
+    assert "measured here" in roofline_of(10.0, 20.0).warning("training", "bfloat16", 12.0)
+    assert "more than the 8 of the data sheet" in roofline_of(10.0, 8.0).warning("training", "bfloat16", 9.0)
 
 
-def test_the_remark_stands_below_the_table(quick, monkeypatch):
+def test_the_warning_stands_below_the_table(quick, monkeypatch):
     monkeypatch.setattr(roofline, "matrix_tflops", lambda *_: [1e-9])
     code, stdout, error = invoke("--backbone", "adm-classifier-xs", "--precision", "float32", "--batch", "1")
     assert code == 0, error
@@ -184,7 +184,7 @@ def test_a_gpu_is_given_pinned_memory_and_not_waited_for():
             calls.append((device.type, non_blocking))
             return self
 
-    resolve.place(Host(), torch.device("cuda"))
+    resolve.to_device(Host(), torch.device("cuda"))
     assert calls == ["pinned", ("cuda", True)]
     held = torch.ones(3)
-    assert resolve.place(held, CPU) is held
+    assert resolve.to_device(held, CPU) is held

@@ -15,7 +15,7 @@ import torch
 from harness import registry
 from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
-from harness.engines.backend import check_torch_only
+from harness.engines.jax.resolve import refuse_torch_options
 from harness.engines.torch import compiling, sampling
 from harness.engines.torch.sampling import TorchSampler
 from harness.errors import UserError
@@ -39,7 +39,7 @@ def uncompiled(monkeypatch):
     return calls
 
 
-def choose(wanted, *, seconds=1.0, images=10_000, compiled=0.5, lacking=None, most=float):
+def choose(wanted, *, seconds=1.0, images=10_000, compiled=0.5, unavailable=None, all_max=float):
     passes = iter([100.0, compiled])  # the first of them compiles
 
     def measure():
@@ -49,7 +49,7 @@ def choose(wanted, *, seconds=1.0, images=10_000, compiled=0.5, lacking=None, mo
 
     net = SimpleNamespace(modules=list, parameters=list)
     return compiling.choose(
-        wanted, net, lacking=lacking, seconds=seconds, images=images, measure=measure, say=print, most=most
+        wanted, net, unavailable=unavailable, seconds=seconds, images=images, measure=measure, all_max=all_max
     )
 
 
@@ -63,9 +63,9 @@ def test_auto_compiles_what_is_faster_over_the_whole_run(uncompiled, monkeypatch
     assert choose("auto").mode == "off"
 
 
-def test_auto_does_not_try_where_it_cannot_repay(uncompiled):
+def test_auto_does_not_try_where_it_cannot_pay_off(uncompiled):
     choice = choose("auto", images=60)
-    assert choice.mode == "off" and "60 s is over before it repays" in choice.reason and uncompiled == []
+    assert choice.mode == "off" and "60 s is over before compiling pays off" in choice.reason and uncompiled == []
 
 
 def test_a_compiler_that_fails_or_is_missing_is_no_users_problem_unless_asked_for(uncompiled):
@@ -73,27 +73,27 @@ def test_a_compiler_that_fails_or_is_missing_is_no_users_problem_unless_asked_fo
     assert choice.mode == "off" and choice.reason.endswith("(CppCompileError: no such header)")
     with pytest.raises(UserError, match="--compile on: torch.compile failed here .*; leave it out"):
         choose("on", compiled=RuntimeError("CppCompileError"))
-    assert choose("auto", lacking="there is none") == ("off", "there is none", None)
+    assert choose("auto", unavailable="there is none") == ("off", "there is none", None)
     with pytest.raises(UserError, match="--compile on: there is none"):
-        choose("on", lacking="there is none")
+        choose("on", unavailable="there is none")
     assert choose("off").mode == "off"
 
 
 def several(processes, wanted):
-    """What each of several processes chooses; one that the others wait for in vain fails in ten seconds."""
+    """What each of several processes chooses. If one waits for the others in vain, it fails after ten seconds."""
     meeting = threading.Barrier(len(processes))
-    told = [0.0] * len(processes)
+    values = [0.0] * len(processes)
 
     def one(number):
-        def most(value):
-            told[number] = value
+        def all_max(value):
+            values[number] = value
             meeting.wait(10)
-            largest = max(told)
+            largest = max(values)
             meeting.wait(10)
             return largest
 
         try:
-            return choose(wanted, compiled=processes[number], most=most)
+            return choose(wanted, compiled=processes[number], all_max=all_max)
         except UserError as refusal:
             return str(refusal)
 
@@ -120,16 +120,16 @@ def test_on_compiles_whatever_it_gains(uncompiled):
 def test_the_compiler_is_looked_for_where_torch_will(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert "needs a C++ compiler and there is no g++" in compiling.lacking(CPU)
+    assert "needs a C++ compiler and there is no g++" in compiling.unavailable_reason(CPU)
     named = tmp_path / "mine++"
     named.write_text("#!/bin/sh\n")
     named.chmod(0o755)
     monkeypatch.setenv("CXX", "mine++")
-    assert compiling.lacking(CPU) is None
+    assert compiling.unavailable_reason(CPU) is None
     monkeypatch.setattr(compiling, "find_spec", lambda name: None)
     monkeypatch.setenv("CC", "mine++")
-    assert "needs triton" in compiling.lacking(torch.device("cuda"))
-    assert "not used on xpu" in compiling.lacking(torch.device("xpu"))
+    assert "needs triton" in compiling.unavailable_reason(torch.device("cuda"))
+    assert "not used on xpu" in compiling.unavailable_reason(torch.device("xpu"))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # what torch imports of itself
@@ -157,7 +157,7 @@ def test_runs_and_samples_of_before_are_what_they_were():
 
 def test_a_batch_that_is_filled_up_holds_the_same_images(monkeypatch):
     seen = []
-    monkeypatch.setattr(sampling, "check", lambda device: None)
+    monkeypatch.setattr(sampling, "check_available", lambda device: None)
     monkeypatch.setattr(
         sampling, "compile_sampler", lambda net, device: lambda x, t, y: seen.append(len(x)) or net(x, t, y)
     )
@@ -174,8 +174,8 @@ def test_a_batch_that_is_filled_up_holds_the_same_images(monkeypatch):
 def test_what_is_torchs_is_refused_in_jax():
     for options in ({"precision": "tf32"}, {"compile": "on"}):
         with pytest.raises(UserError, match="belongs to --framework torch"):
-            check_torch_only(**options)
-    check_torch_only("bfloat16")
+            refuse_torch_options(**options)
+    refuse_torch_options("bfloat16")
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_a_hundred_steps_from_the_same_start(kind, tmp_path):
     expected, found = np.array(theirs.pop_losses()), np.array(mine.pop_losses())
     assert expected.shape == found.shape == (100, 2) and np.isfinite(expected).all()
     assert expected[-10:, 0].mean() < 0.99 * expected[:10, 0].mean()  # it learns, so there is something to compare
-    weights = np.array(list(theirs.terms.values()))
+    weights = np.array(list(theirs.loss_terms.values()))
     np.testing.assert_allclose(found @ weights, expected @ weights, rtol=1e-3)
     for part in ("model", "ema", "first_moment", "second_moment"):
         one, other = dict(theirs.state_dicts())[part](), dict(mine.state_dicts())[part]()

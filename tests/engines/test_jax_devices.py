@@ -53,7 +53,7 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize("kind", ["dit", pytest.param("adm", marks=pytest.mark.slow)])
 def test_eight_devices_make_the_run_of_one(kind, tmp_path):
-    """And weights, averages and moments are really divided."""
+    """And weights, averages and moments are really sharded."""
     meshes = ("1x1", "8x1", "2x4")
     held = facts(start(8, tmp_path, kind, 6, 0, *meshes))
     assert len(np.unique(losses(tmp_path / "1x1"))) == 12
@@ -93,8 +93,8 @@ def test_two_processes_train_one_run(tmp_path):
     before = (tmp_path / "two/2x1/log.jsonl").read_bytes()
     assert not (tmp_path / "two/2x1/snapshots").exists()
 
-    lead, other = two(tmp_path / "two", 30, 0)
-    assert facts(lead) and facts(other) is None  # one of them speaks
+    main, other = two(tmp_path / "two", 30, 0)
+    assert facts(main) and facts(other) is None  # only the main process prints
     log = (tmp_path / "two/2x1/log.jsonl").read_bytes()
     assert len(log.splitlines()) == 30 and before and log.splitlines()[0] == before.splitlines()[0]
     facts(start(1, tmp_path / "one", "dit", 30, 0, "1x1"))

@@ -56,7 +56,7 @@ def files_of(system, folder):
 @pytest.mark.parametrize("system", [GUIDED, pytest.param(CASCADE, marks=pytest.mark.slow)], ids=lambda s: s.name)
 def test_images_are_torchs(system, tmp_path):
     bound = load_parts(system, files_of(system, tmp_path))
-    settings = {"count": 30, "seed": 7, "precision": "float32", "batch": 12, "device": "cpu", "say": lambda text: None}
+    settings = {"count": 30, "seed": 7, "precision": "float32", "batch": 12, "device": "cpu"}
     paths = {each: sample_system(bound, folder=tmp_path, framework=each, **settings) for each in ("torch", "jax")}
     theirs, mine = (read_samples(paths[each], classes=10) for each in ("torch", "jax"))
     assert paths["torch"] != paths["jax"]
@@ -69,12 +69,12 @@ def test_images_are_torchs(system, tmp_path):
         assert fields_from_sidecar(path, sha256_file(path), None)["framework"] == each
 
 
-def test_a_network_that_jax_lacks_is_named(tmp_path):
+def test_a_network_that_is_missing_in_jax_is_named(tmp_path):
     system = registry.systems.get("biggan-deep-256")
     (tmp_path / "base.safetensors").touch()
     save_file({"x": torch.zeros(1)}, tmp_path / "base.safetensors")
     with pytest.raises(UserError, match="biggan-deep-256 has no jax network"):
         sample_system(
             load_parts(system, {"base": tmp_path / "base.safetensors"}), folder=tmp_path, framework="jax", count=1, seed=0,
-            precision="float32", batch=1, device=None, say=lambda text: None,
+            precision="float32", batch=1, device=None,
         )  # fmt: skip

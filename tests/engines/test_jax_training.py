@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_lack_of_memory_is_one_line():
+def test_missing_memory_is_one_line():
     with pytest.raises(RunError, match="out of memory in training step 7: .*; take less") as caught:  # noqa: SIM117
         with one_line("training step 7", "take less"):
             jax.jit(lambda: jnp.ones(1 << 46))().block_until_ready()
@@ -129,7 +129,7 @@ def test_lack_of_memory_is_one_line():
 
 
 def test_what_fails_after_a_step_has_returned_is_one_line(tmp_path, monkeypatch):
-    """A device computes behind the program's back, so the next to look at the weights may hear of it."""
+    """A device computes asynchronously, so its error may come up where the weights are read next."""
     made = engine(workshop(tmp_path / "run"))
 
     def fails(*_):
@@ -146,9 +146,9 @@ def test_what_fails_after_a_step_has_returned_is_one_line(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("device", "environment", "says"),
     [
-        ("cpu:", {}, "--device cpu: is not to be had here: jax sees 1 of cpu"),
-        ("cpu:x", {}, "--device cpu:x is not to be had here: jax sees 1 of cpu"),
-        ("tpu", {}, r"--device tpu is not to be had by jax here \(it has: "),
+        ("cpu:", {}, "--device cpu: is not available here: jax sees 1 of cpu"),
+        ("cpu:x", {}, "--device cpu:x is not available here: jax sees 1 of cpu"),
+        ("tpu", {}, r"--device tpu is not available to jax here \(it has: "),
         (None, {"JAX_PLATFORMS": "tpu"}, r"jax finds no devices here \(Unable to initialize backend 'tpu'"),
         (
             None,

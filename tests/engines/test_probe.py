@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from harness import registry
+from harness.distributed.mesh import MeshShape
 from harness.engines.torch import resolve
 
 SPEC = registry.backbones.get("dit-xs-4")
@@ -26,8 +27,8 @@ def chosen(monkeypatch):
         monkeypatch.setattr(resolve, "measure_here", measure_here)
         found = resolve.resolve(
             SPEC, SPEC.build("torch", **ARGUMENTS), SPEC.arguments(**ARGUMENTS), batch=16, device=torch.device("cpu"),
-            mesh=(1, 1), precision="auto", micro_batch=16, activation_bytes=1, gradient_checkpointing=False,
-            compile="off", steps=1, say=print,
+            mesh=MeshShape(1, 1), precision="auto", micro_batch=16, activation_bytes=1, gradient_checkpointing=False,
+            compile="off", steps=1,
         )  # fmt: skip
         assert passes[0] == ("float32", 16, resolve.PROBE_REPEATS)
         return passes[1:], found

@@ -14,7 +14,7 @@ PRELOAD = [
     "harness.cli.train",
     "harness.cli.sample",
     "harness.engines.torch.trainer",
-    "harness.engines.torch.team",
+    "harness.engines.torch.process_group",
     "reports.grid",
     __name__,
 ]
@@ -44,6 +44,6 @@ def _main(words, folder, shortest_seconds):
     from harness.pipeline import training_loop
 
     torch.set_num_threads(1)
-    training_loop.SHORTEST_SECONDS, training_loop.CHECKPOINT_SHARE = shortest_seconds, 1.0
+    training_loop.MIN_CHECKPOINT_SECONDS, training_loop.CHECKPOINT_SHARE = shortest_seconds, 1.0
     sys.argv = ["harness", *words]
     main()

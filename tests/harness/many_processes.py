@@ -85,7 +85,7 @@ def main(folder, steps, meshes, environment):
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    training_loop.SHORTEST_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9
+    training_loop.MIN_CHECKPOINT_SECONDS = training_loop.CHECKPOINT_SHARE = 1e-9
     training_loop.MAX_LOST_SECONDS = 0.2
     group = join_processes("torch")
     with group.collective_scope():

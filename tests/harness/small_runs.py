@@ -36,13 +36,13 @@ def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", 
     return shop
 
 
-class Led(ProcessGroup):
-    """A process that is not the first, which is told `told` whenever it asks."""
+class SecondProcess(ProcessGroup):
+    """A process that is not the main process, which broadcasts `value` whatever this one has."""
 
     size, index = 2, 1
 
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, value):
+        self.value = value
 
-    def leaders(self, value):
-        return self.told
+    def broadcast(self, value):
+        return self.value

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import struct
@@ -64,7 +65,7 @@ def test_tensorboard_shows_every_step_and_the_log_is_the_same(plain, tmp_path):
     check_against_the_log(tmp_path / "run", 8)
 
 
-def test_asked_for_late_it_has_the_steps_before(plain, tmp_path):
+def test_a_logger_that_is_added_later_has_the_steps_before(plain, tmp_path):
     workshop(tmp_path / "run", request(steps=8)).train(3)
     workshop(tmp_path / "run", request(steps=8), loggers=["tensorboard"]).train(8)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == plain
@@ -154,35 +155,35 @@ def test_weights_and_biases_has_each_step_once_after_a_kill(tmp_path, monkeypatc
 
 
 class Recorder:
-    """A logger that remembers the last step that it was told to make safe."""
+    """A logger that remembers the last step that it flushed."""
 
-    empty, written, safe = False, 0, 0
+    needs_past_steps, written, flushed = False, 0, 0
 
     def __init__(self, run, done):
-        Recorder.written = Recorder.safe = done
+        Recorder.written = Recorder.flushed = done
 
     def write(self, step, values):
         assert step == Recorder.written + 1 and "train/loss" in values
         Recorder.written = step
 
     def flush(self):
-        Recorder.safe = Recorder.written
+        Recorder.flushed = Recorder.written
 
     def close(self):
         pass
 
 
-def test_what_a_checkpoint_leaves_behind_was_made_safe_before(tmp_path, monkeypatch):
+def test_loggers_are_flushed_before_a_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(loggers.LOGGERS, "recorder", ("json", "test_loggers:Recorder"))
     monkeypatch.setattr(loggers, "load_attribute", lambda address, what: Recorder)
     write, found = checkpoints.write, []
 
     def watched(root, step, parts, state):
-        found.append((step, Recorder.safe))
+        found.append((step, Recorder.flushed))
         return write(root, step, parts, state)
 
     monkeypatch.setattr(checkpoints, "write", watched)
-    monkeypatch.setattr(training_loop, "SHORTEST_SECONDS", 0)
+    monkeypatch.setattr(training_loop, "MIN_CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(training_loop, "CHECKPOINT_SHARE", 1e9)
     workshop(tmp_path / "run", request(steps=4), loggers=["recorder"]).train(4)
     assert found == [(step, step) for step in (1, 2, 3, 4)]
@@ -191,7 +192,7 @@ def test_what_a_checkpoint_leaves_behind_was_made_safe_before(tmp_path, monkeypa
 class Broken:
     """A logger that fails at its fifth step."""
 
-    empty = False
+    needs_past_steps = False
     closed = 0
 
     def __init__(self, run, done):
@@ -209,24 +210,22 @@ class Broken:
         raise AssertionError("left out before")
 
 
-def test_a_logger_that_fails_is_left_out_with_one_warning(plain, tmp_path, monkeypatch):
+def test_a_logger_that_fails_is_left_out_with_one_warning(plain, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(loggers.LOGGERS, "broken", ("json", "test_loggers:Broken"))
     monkeypatch.setattr(loggers, "load_attribute", lambda address, what: Broken)
-    said = []
-    workshop(tmp_path / "run", request(steps=8), loggers=["broken"], say=said.append).train(8)
+    workshop(tmp_path / "run", request(steps=8), loggers=["broken"]).train(8)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == plain
-    assert [text for text in said if "warning" in text] == [
-        "warning: broken is left out from here on (OSError: no space); log.jsonl has everything"
+    assert [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING] == [
+        "broken is left out from here on (OSError: no space); log.jsonl has everything"
     ]
 
 
-def test_one_that_cannot_be_opened_is_left_out_too(plain, tmp_path):
-    said = []
-    shop = workshop(tmp_path / "run", request(steps=8), loggers=["tensorboard"], say=said.append)
+def test_one_that_cannot_be_opened_is_left_out_too(plain, tmp_path, caplog):
+    shop = workshop(tmp_path / "run", request(steps=8), loggers=["tensorboard"])
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     shop.train(8)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == plain
-    assert sum("warning: tensorboard is left out" in text for text in said) == 1
+    assert sum("tensorboard is left out" in text for text in caplog.messages) == 1
 
 
 def test_a_missing_library_is_refused_before_anything_is_trained(monkeypatch):

@@ -17,7 +17,7 @@ from command_process import start, started
 from safetensors.numpy import load_file
 
 from harness.distributed.group import SINGLE_PROCESS
-from harness.distributed.launch import Rank, is_main_process, launched, rank_of
+from harness.distributed.launch import LaunchInfo, is_distributed, is_main_process, read_launch
 from harness.errors import UserError
 from harness.runs.samples import read_samples
 from results.store import load
@@ -26,7 +26,7 @@ MINUTE = 60
 
 
 def environments(count):
-    """What each of `count` processes is told by who starts them by hand."""
+    """The environment variables of `count` processes that are started by hand."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -140,7 +140,7 @@ def test_four_processes(alone, tmp_path):
     processes[2].kill()
     assert ended(processes, MINUTE) == [1, 1, -signal.SIGKILL, 1]
     said = [(killed / f"output-{index}.txt").read_text() for index in range(4)]
-    assert [text.count("process 2 of 4 is gone") for text in said] == [1, 0, 0, 0]  # one of them speaks
+    assert [text.count("process 2 of 4 is gone") for text in said] == [1, 0, 0, 0]  # only the main process prints
     complete(begin(killed, 4, STEPS, ["4x1"]), killed)
     assert (killed / "4x1/log.jsonl").read_bytes() == (tmp_path / "4x1/log.jsonl").read_bytes()
 
@@ -212,7 +212,7 @@ def test_the_command_line_under_torchrun(tmp_path):
             torchrun.terminate()
     said = (tmp_path / "output.txt").read_text()
     assert said.count("process 1 of 2 is gone") == 1 and "Traceback" not in said
-    assert said.count("trained to step 30") == 1  # one of them speaks
+    assert said.count("trained to step 30") == 1  # only the main process prints
     resolved = json.loads((tmp_path / "run/run.json").read_text())["resolved"]
     assert (resolved["mesh"], resolved["device"], resolved["micro_batch"]) == ("2x1", "cpu", 2)
 
@@ -244,9 +244,9 @@ SECOND = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "MASTER
 WAITING = """
 import sys, time
 from harness.cli import main
-from harness.engines import processes
+from harness.distributed import launch
 sleep, seconds, sys.argv = time.sleep, float(sys.argv[1]), ["harness", *sys.argv[2:]]
-processes.time.sleep = lambda _: (print("waits", flush=True), sleep(seconds))
+launch.time.sleep = lambda _: (print("waits", flush=True), sleep(seconds))
 main()
 """
 
@@ -282,16 +282,22 @@ SLURM = {
 
 
 def test_who_a_process_is():
-    assert rank_of(BY_HAND) == Rank(index=1, size=2, local=1, beside=2, address="127.0.0.1", port=2345)
+    assert read_launch(BY_HAND) == LaunchInfo(
+        rank=1, world_size=2, local_rank=1, local_world_size=2, address="127.0.0.1", port=2345
+    )
     torchrun = {**BY_HAND, "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
-    assert rank_of(torchrun) == Rank(index=9, size=16, local=1, beside=8, address="127.0.0.1", port=2345)
-    assert rank_of({**torchrun, **SLURM}).index == 9  # torchrun within a job of SLURM's
-    assert rank_of(SLURM) == Rank(index=5, size=8, local=1, beside=4, address="n0", port=29500)
-    assert launched(BY_HAND) and launched(SLURM)
+    assert read_launch(torchrun) == LaunchInfo(
+        rank=9, world_size=16, local_rank=1, local_world_size=8, address="127.0.0.1", port=2345
+    )
+    assert read_launch({**torchrun, **SLURM}).rank == 9  # torchrun within a job of SLURM's
+    assert read_launch(SLURM) == LaunchInfo(
+        rank=5, world_size=8, local_rank=1, local_world_size=4, address="n0", port=29500
+    )
+    assert is_distributed(BY_HAND) and is_distributed(SLURM)
     assert not is_main_process(SECOND) and is_main_process({**SECOND, "RANK": "0"})
     assert all(map(is_main_process, ({}, BY_HAND, SLURM)))  # no launcher ends these for the first: none is silent
     for alone in ({}, {"WORLD_SIZE": "1"}, {"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, {"MASTER_ADDR": "n0"}):
-        assert not launched(alone)
+        assert not is_distributed(alone)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +313,7 @@ def test_who_a_process_is():
 )
 def test_badly_set_variables_are_refused_in_one_line(changes, words):
     told = {name: value for name, value in {**BY_HAND, **changes}.items() if value is not None}
-    assert launched(told)
+    assert is_distributed(told)
     with pytest.raises(UserError) as refused:
-        rank_of(told)
+        read_launch(told)
     assert words in str(refused.value) and len(str(refused.value).splitlines()) == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_suite
 import torch
-from small_runs import Led, request, workshop
+from small_runs import SecondProcess, request, workshop
 
 from harness import registry
 from harness.diffusion.schedule import Schedule
@@ -319,8 +319,8 @@ def test_the_leader_says_whether_a_sample_set_is_there(shop):
     def drawn(group):
         return sample_run(shop.run, request(steps=30, samples=4), 30, 2, precision="float32", batch=4, group=group)
 
-    assert not drawn(Led(told=1)).exists()
+    assert not drawn(SecondProcess(value=1)).exists()
     path = drawn(ProcessGroup())
     before, shards = path.read_bytes(), path.parent / "shards"
-    assert drawn(Led(told=0)) == path and path.read_bytes() == before
+    assert drawn(SecondProcess(value=0)) == path and path.read_bytes() == before
     assert [each.name for each in shards.iterdir()] == []  # of its share, which is the leader's here

@@ -1,6 +1,7 @@
 """Systems: what is registered, what is refused, and small ones drawn from runs that the tests train."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,7 +236,7 @@ def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
         load_parts(get_system("cdm-256"), {})
 
 
-def test_what_a_run_brings_otherwise_is_said(parts, tmp_path):
+def test_what_a_run_brings_otherwise_is_said(parts, tmp_path, caplog):
     """A base of another schedule than the system's (or its TOML's) is drawn with its own, and not without a word."""
     plain = replace(get_system("digits-guided"), name="plain", classifier=None)
     assert load_parts(plain, {"base": parts["base"]}).notes == ()
@@ -246,10 +247,10 @@ def test_what_a_run_brings_otherwise_is_said(parts, tmp_path):
         "base: schedule linear, as its run was trained; the system has cosine",
         "base: diffusion_steps 1000, as its run was trained; the system has 500",
     )
-    said = []
-    settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu", "say": said.append}
-    sample_system(bound, folder=tmp_path, **settings)
-    assert said[:2] == list(bound.notes)
+    settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu"}
+    with caplog.at_level(logging.INFO, "harness"):
+        sample_system(bound, folder=tmp_path, **settings)
+    assert caplog.messages[:2] == list(bound.notes)
 
 
 OURS = [each.name for each in registry.systems if not each.row and not each.unavailable]
@@ -384,7 +385,7 @@ def test_weights_that_change_after_they_were_named_are_not_drawn_with(parts, tmp
     folder.write_bytes(next(parts["base"].glob("snapshots/*/ema.safetensors")).read_bytes())
     bound = load_parts(replace(get_system("digits-guided"), name="plain", classifier=None), {"base": folder})
     folder.write_bytes(next(parts["base"].glob("checkpoints/*/model.safetensors")).read_bytes())
-    settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu", "say": lambda text: None}
+    settings = {"count": 4, "seed": 0, "precision": "float32", "batch": None, "device": "cpu"}
     with pytest.raises(UserError, match="has changed since sampling began"):
         sample_system(bound, folder=tmp_path / "out", **settings)
 

@@ -10,9 +10,10 @@ from harness.data.images import ImageSet
 from harness.diffusion.objectives import OBJECTIVES
 from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
+from harness.engines.loss_terms import LOSS_TERMS
 from harness.engines.torch import sampling
 from harness.engines.torch.loss import LossTables, training_losses
-from harness.engines.torch.loss_functions import TERMS, LossFunction
+from harness.engines.torch.loss_functions import LossFunction
 from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage, random, to_uint8
 from harness.engines.torch.trainer import TorchEngine
 from harness.errors import RunError, UserError
@@ -90,7 +91,7 @@ def test_an_upsampler_learns_to_denoise_given_the_averaged_image(low):
     output = Recorder("upsampler")(seen_x, t, y, torch.from_numpy(area).float())
     tables = LossTables(Schedule.named("linear"))
     expected = training_losses(OBJECTIVES["epsilon-learned-range"], tables, output, x0, t, noise)
-    assert terms.keys() == TERMS["upsampler"].keys() == {"mse", "vb"}
+    assert terms.keys() == LOSS_TERMS["upsampler"].keys() == {"mse", "vb"}
     for name in ("mse", "vb"):
         assert terms[name].shape == (24,) and terms[name].dtype == torch.float32
         torch.testing.assert_close(terms[name], getattr(expected, name), rtol=1e-5, atol=1e-6)
@@ -138,7 +139,7 @@ def test_a_classifier_learns_the_label_of_the_noised_image():
     expected = top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - right
     np.testing.assert_allclose(terms["cross_entropy"], expected, rtol=1e-5, atol=1e-6)
     assert terms["accuracy"].tolist() == (right == top).astype(float).tolist()
-    assert 0 < terms["accuracy"].mean() < 1 and TERMS["classifier"] == {"cross_entropy": 1.0, "accuracy": 0.0}
+    assert 0 < terms["accuracy"].mean() < 1 and LOSS_TERMS["classifier"] == {"cross_entropy": 1.0, "accuracy": 0.0}
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "upsampler"])
@@ -192,7 +193,7 @@ def test_micro_batches_add_up(name):
         totals = sum(engine._accumulate(chunk) for chunk in torch.arange(24).split(size))
         found.append((totals, [each.grad.double().clone() for each in net.parameters()]))
     (terms, whole), (terms_split, split) = found
-    assert engine.loss_terms == TERMS[backbones.get(name).kind] and torch.isfinite(terms).all() and terms[0] > 0.1
+    assert engine.loss_terms == LOSS_TERMS[backbones.get(name).kind] and torch.isfinite(terms).all() and terms[0] > 0.1
     torch.testing.assert_close(terms_split, terms, rtol=1e-5, atol=1e-6)
     scale = max(each.abs().max() for each in whole)
     assert all(each.abs().max() > 0 for each in whole)

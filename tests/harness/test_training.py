@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import math
 from types import SimpleNamespace
 
@@ -10,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from small_runs import Led, request, workshop
+from small_runs import SecondProcess, request, workshop
 
-from harness.cli import run
 from harness.distributed.group import ProcessGroup, Stopped
-from harness.engines.torch import process_group as torch_team
+from harness.engines.torch import process_group
 from harness.engines.torch import trainer as torch_trainer
 from harness.errors import RunError, UserError
 from harness.pipeline import training_loop
@@ -23,6 +23,7 @@ from harness.pipeline.training_loop import AGREE_STEPS, STOP, CheckpointManager,
 from harness.runs import checkpoints
 from harness.runs.provenance import TrainingTime
 from harness.runs.run import find_run
+from harness.settings import TrainOptions
 
 
 def losses(shop):
@@ -184,7 +185,7 @@ def test_interruption_leaves_weights_untouched(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in engine.net.state_dict().items())
 
 
-def test_the_newest_intact_checkpoint_is_taken(whole, tmp_path):
+def test_the_newest_intact_checkpoint_is_taken(whole, tmp_path, caplog):
     shop = workshop(tmp_path / "run", request(steps=12))
     shop.train(4)
     shop.train(8)
@@ -193,12 +194,12 @@ def test_the_newest_intact_checkpoint_is_taken(whole, tmp_path):
     data[-5] ^= 1
     path.write_bytes(data)
     (shop.run.ema_checkpoint(8) / "state.json").unlink()
-    said = []
     again = workshop(tmp_path / "run", request(steps=12))
-    again.say = said.append
-    again.train(12)
-    assert any("model.safetensors does not match its checksum" in line for line in said)
-    assert any("step 4" in line for line in said)
+    with caplog.at_level(logging.INFO, "harness"):
+        again.train(12)
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert "model.safetensors does not match its checksum; trying the one before it" in warning
+    assert "continues from the checkpoint of step 4" in caplog.messages
     assert again.run.log.read_bytes() == whole.run.log.read_bytes()
 
 
@@ -216,7 +217,7 @@ def test_checkpoints_keep_two_and_leave_nothing_half_made(tmp_path):
         (tmp_path / f"step-{step:08d}.partial").mkdir(parents=True)
         checkpoints.write(tmp_path, step, [("model", lambda: tensors)], {"seconds": 0.0})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
-    assert checkpoints.newest(tmp_path, print).step == 4
+    assert checkpoints.newest(tmp_path).step == 4
 
 
 def test_a_folder_of_another_run_is_refused(whole):
@@ -264,28 +265,25 @@ def test_a_run_goes_on_compiled_or_not_as_it_was_created(tmp_path):
     shop = workshop(tmp_path / "run")
     shop.run = dataclasses.replace(shop.run, resolved=dataclasses.replace(shop.run.resolved, compile="on"))
 
-    def options(*words):
-        return run.command.make_context("run", ["--backbone", "dit-xs-4", *words]).params
-
-    for words in ((), ("--compile", "on"), ("--compile", "auto")):
-        assert run.begin(shop, options(*words)) is shop.run
+    for asked in ({}, {"compile": "on"}, {"compile": "auto"}):
+        assert shop.begin(TrainOptions(backbone="dit-xs-4", **asked)) is shop.run
     with pytest.raises(UserError, match="created with compile on, which is frozen .*leave out --compile"):
-        run.begin(shop, options("--compile", "off"))
+        shop.begin(TrainOptions(backbone="dit-xs-4", compile="off"))
 
 
 def test_a_run_cannot_be_trained_backwards(whole):
-    with pytest.raises(UserError, match="kept no snapshot of step 7"):
+    with pytest.raises(UserError, match="kept no EMA checkpoint of step 7"):
         workshop(whole.folder, request(steps=12)).train(7)
 
 
 def unwatched(run):
     """No loggers."""
-    return Loggers((), run, 0, {}, lambda text: None)
+    return Loggers((), run, 0, {})
 
 
 def test_checkpoints_are_due_by_cost_and_by_loss(whole):
-    keeper = CheckpointManager(whole.run, None, None, unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0)
-    now = keeper._saved_at
+    manager = CheckpointManager(whole.run, None, None, unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0)
+    now = manager._saved_at
     for cost, age, due in (
         (0.0, 1, False),
         (0.0, 3, True),
@@ -294,24 +292,24 @@ def test_checkpoints_are_due_by_cost_and_by_loss(whole):
         (60.0, 299, False),
         (60.0, 301, True),
     ):
-        keeper._cost, keeper._saved_at = cost, now - age
-        assert keeper.due() is due, (cost, age)
+        manager._cost, manager._saved_at = cost, now - age
+        assert manager.due() is due, (cost, age)
 
 
-def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
-    """However long a process takes: one that stopped alone would leave the others waiting for it. The leader says when;
-    whoever is told to stop, all do."""
+def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):
+    """However long a process takes: one that stopped alone would leave the others waiting for it. The main process decides
+    when; if any process is interrupted, all stop."""
     told = {"stop": 0}
 
     class Two(ProcessGroup):
         size, index = 2, 1
 
-        def most(self, value):
-            assert value in (0, STOP)  # steps and checkpoints are the leader's matter
-            return max(value, 2 * 4 + 1 + told["stop"])  # the leader: again in 4 steps, and a checkpoint
+        def all_max(self, value):
+            assert value in (0, STOP)  # the main process decides on steps and checkpoints
+            return max(value, 2 * 4 + 1 + told["stop"])  # by the main process: again in 4 steps, and a checkpoint
 
     class Counted:
-        terms, read = {"mse": 1.0}, 0
+        loss_terms, read = {"mse": 1.0}, 0
 
         def pop_losses(self):
             self.read += 1
@@ -321,101 +319,111 @@ def test_a_team_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     for name, group in (("one", ProcessGroup()), ("two", Two())):
         found[name] = []
         for patience in (0.0, 1e9):
-            monkeypatch.setattr(training_loop, "DRAIN_SECONDS", patience)
+            monkeypatch.setattr(training_loop, "LOG_SECONDS", patience)
             engine, log = Counted(), io.StringIO()
-            keeper = CheckpointManager(
+            manager = CheckpointManager(
                 whole.run, engine, log, unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, group=group
             )
-            keeper._drained -= 1
+            manager._logged_at -= 1
             at = []
             for step in range(1, 11):
                 before = engine.read
-                keeper.stepped()
+                manager.stepped()
                 at += [step] * (engine.read - before)
-                stop, due = keeper.decide(False)
+                stop, due = manager.decide(False)
                 assert not stop and due == (name == "two" and step in (1, 5, 9))
             found[name].append(at)
     assert found["one"][0] and not found["one"][1]
     assert found["two"] == [[1, 5, 9]] * 2
     for interrupted in (False, True):
-        keeper = CheckpointManager(
+        manager = CheckpointManager(
             whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, group=Two()
         )
         told["stop"] = 0 if interrupted else STOP
-        keeper.stepped()
-        assert keeper.decide(interrupted)[0]
+        manager.stepped()
+        assert manager.decide(interrupted)[0]
 
 
-def test_a_team_agrees_on_an_interruption_before_the_first_step(tmp_path):
+def test_a_group_agrees_on_an_interruption_before_the_first_step(tmp_path):
     class Other(ProcessGroup):
-        """Another process was told to stop."""
+        """Another process was interrupted."""
 
         size = 2
 
-        def most(self, value):
+        def all_max(self, value):
             return max(value, 1)
 
     shop = workshop(tmp_path / "run", request(steps=2))
     with pytest.raises(Stopped):
-        train(shop.run, SimpleNamespace(terms={"mse": 1.0}, drain=list), 2, gflops_step=1.0, state_bytes=1, device="", say=print, group=Other())  # fmt: skip
+        train(
+            shop.run, SimpleNamespace(loss_terms={"mse": 1.0}, pop_losses=list), 2, gflops_step=1.0, state_bytes=1, device="",
+            group=Other(),
+        )  # fmt: skip
 
 
-def test_the_leader_says_whether_a_snapshot_is_there(whole, tmp_path, monkeypatch):
-    """Each process would see for itself, on file systems that show a new file to one machine before another; and who
-    then trains waits for ever for who does not."""
+def test_the_main_process_decides_whether_an_ema_checkpoint_is_there(whole, tmp_path, monkeypatch):
+    """A file system may show a new file to one machine before another. If each process looked for itself, one that trains
+    would wait for ever for one that does not."""
     begun = []
     monkeypatch.setattr("harness.pipeline.train.get_backend", lambda framework: begun.append(framework) or 1 / 0)
     fresh = workshop(tmp_path / "run", request(steps=12))
-    fresh.group = Led(told=1)
+    fresh.group = SecondProcess(value=1)
     fresh.train(12)
-    train(fresh.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, group=fresh.group)
+    train(fresh.run, None, 12, gflops_step=1.0, state_bytes=1, device="", group=fresh.group)
     assert not begun
-    monkeypatch.setattr(whole, "group", Led(told=0))
+    monkeypatch.setattr(whole, "group", SecondProcess(value=0))
     with pytest.raises(ZeroDivisionError):
         whole.train(12)
     with pytest.raises(UserError, match="another newest checkpoint"):  # which is what it looks at next
-        train(whole.run, None, 12, gflops_step=1.0, state_bytes=1, device="", say=print, group=Led(told=0))
+        train(whole.run, None, 12, gflops_step=1.0, state_bytes=1, device="", group=SecondProcess(value=0))
     assert begun == ["torch"]
 
 
-@pytest.mark.parametrize(("error", "well"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])
-def test_only_a_stop_that_was_agreed_on_is_a_good_end(error, well):
-    """A second Ctrl-C is one process's own: the others are told that it needs to be waited for no more."""
-    told, group = [], torch_team.TorchProcessGroup.__new__(torch_team.TorchProcessGroup)
-    group._watch = SimpleNamespace(end=lambda well: told.append(well))
+@pytest.mark.parametrize(("error", "done"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])
+def test_only_a_stop_that_was_agreed_on_is_a_good_end(error, done):
+    """A second Ctrl-C interrupts one process alone, and the others learn that it has failed."""
+    told, group = [], process_group.TorchProcessGroup.__new__(process_group.TorchProcessGroup)
+    group._watch = SimpleNamespace(end=lambda done: told.append(done))
     with pytest.raises(error), group.collective_scope():
         raise error
-    assert told == [well]
+    assert told == [done]
 
 
-def test_a_process_takes_the_only_gpu_that_it_is_shown(monkeypatch):
+def test_a_process_takes_the_only_gpu_that_is_visible_to_it(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert torch_team.gpu(1) == 1  # two processes and one GPU: refused
+    assert process_group.gpu(1) == 1  # two processes and one GPU: refused
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert torch_team.gpu(1) == 0  # as srun --gpus-per-task=1 starts it
+    assert process_group.gpu(1) == 0  # as srun --gpus-per-task=1 starts it
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert torch_team.gpu(1) == 1
+    assert process_group.gpu(1) == 1
 
 
-def test_a_leader_asks_sooner_where_steps_are_long(whole, monkeypatch):
-    """So that Ctrl-C is heard within seconds."""
+def test_a_group_agrees_sooner_where_steps_are_long(whole, monkeypatch):
+    """So that Ctrl-C acts within seconds."""
 
-    class Leader(ProcessGroup):
+    class MainProcess(ProcessGroup):
         size = 2
 
-        def most(self, value):
+        def all_max(self, value):
             return value
 
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for seconds, apart in ((0.001, AGREE_STEPS), (0.5, 4), (60.0, 1)):
-        keeper = CheckpointManager(
-            whole.run, None, io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, group=Leader()
+        manager = CheckpointManager(
+            whole.run,
+            None,
+            io.StringIO(),
+            unwatched(whole.run),
+            0,
+            TrainingTime(None, ""),
+            cost=0.0,
+            group=MainProcess(),
         )
-        keeper.done, now[0] = 1, now[0] + seconds
-        keeper.decide(False)
-        assert keeper._apart == apart
+        manager.done, now[0] = 1, now[0] + seconds
+        manager.decide(False)
+        assert manager._agree_steps == apart
 
 
 def test_items_that_came_later_change_no_identity_at_their_default(whole, tmp_path):

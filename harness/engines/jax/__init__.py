@@ -1,1 +1,1 @@
-"""The JAX engine: the same experiment as torch's, on one device or over a mesh of them."""
+"""The JAX engine: the same experiments as torch's, on one device or over a mesh of devices."""

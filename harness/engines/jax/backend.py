@@ -1,8 +1,8 @@
-"""What the stages of a run ask of jax: see `harness.engines`."""
+"""The jax backend. This module implements `harness.engines.interfaces.Backend`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from flax import nnx
@@ -10,7 +10,6 @@ from flax import nnx
 from harness.autoencoders.load import Decoder
 from harness.data.examples import Examples
 from harness.diffusion.plans import SamplerPlan
-from harness.engines.backend import check_torch_only
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
 from harness.engines.jax.sampling import JaxChain, Network, load_weights, make_run_sampler
@@ -22,6 +21,8 @@ from harness.runs.run import Run
 
 __all__ = ["resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
 
+logger = logging.getLogger(__name__)
+
 
 def measure(
     request: Request,
@@ -31,14 +32,13 @@ def measure(
     micro_batch: int | None,
     mesh: str | None,
     compile: str,
-    say: Callable[[str], None],
 ) -> tuple[nnx.Module, Measured]:
-    """The network at its initialisation, and what was measured with it on this machine."""
-    check_torch_only(precision, compile)
-    over = devices.make_mesh(devices.pick_devices(device), mesh)
-    device = device or devices.platform_name(over)
-    check_room(request.spec.name, request.compute.params, device, devices.free_bytes(over))
-    say("compiling and measuring the speed of a training step ...")
+    """The network of a new run at its initialisation, and the speed and memory that were measured with it."""
+    resolve.refuse_torch_options(precision, compile)
+    device_mesh = devices.make_mesh(devices.pick_devices(device), mesh)
+    device = device or devices.platform_name(device_mesh)
+    check_room(request.spec.name, request.compute.params, device, devices.free_bytes(device_mesh))
+    logger.info("compiling and measuring the speed of a training step ...")
     net = build(request.spec, request.arguments, request.seed)
     measured = resolve.resolve(
         request.spec,
@@ -46,7 +46,7 @@ def measure(
         request.spec.arguments(**request.arguments),
         batch=request.recipe.batch,
         device=device,
-        mesh=over,
+        mesh=device_mesh,
         precision=precision,
         micro_batch=micro_batch,
         activation_bytes=_activation_bytes(request),
@@ -56,7 +56,7 @@ def measure(
 
 
 def _activation_bytes(request: Request) -> int:
-    """Of one image in float32: torch's count of the same network, where there is one; else 0, which fits anything."""
+    """Of one image in float32, counted on the torch network of that name; 0 where there is none, so that any batch fits."""
     if "torch" not in request.spec.builders:
         return 0
     from harness.compute.activations import activation_bytes
@@ -67,9 +67,9 @@ def _activation_bytes(request: Request) -> int:
 def make_engine(
     request: Request, run: Run, data: Examples, net: nnx.Module | None, mesh: str | None = None
 ) -> JaxEngine:
-    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine takes it.
+    """The training state of `run` before step 1.
 
-    mesh: the run's own, which is frozen.
+    net: at its initialisation, which the engine takes over; None builds it. mesh: not used, a run in jax keeps its mesh.
     """
     return JaxEngine(
         request.spec,
@@ -85,7 +85,7 @@ def make_engine(
 def make_sampler(
     request: Request,
     run: Run,
-    snapshot: Path,
+    weights: Path,  # a safetensors file
     plan: SamplerPlan,
     *,
     precision: str,
@@ -93,11 +93,11 @@ def make_sampler(
     compile: str = "off",
     decoder: Decoder | None = None,  # of latents
 ) -> JaxChain:
-    """What draws images with the weights in `snapshot`, a safetensors file."""
-    check_torch_only(precision, compile)
-    mesh = devices.own(devices.apply_resolved(run.resolved))
+    """The sampler of a run's network with these weights, under the request's guidance."""
+    resolve.refuse_torch_options(precision, compile)
+    mesh = devices.local_mesh(devices.apply_resolved(run.resolved))
     arguments = request.spec.arguments(**request.arguments)
-    net = Network.load(request.spec, arguments, load_weights(snapshot), precision, mesh)
+    net = Network.load(request.spec, arguments, load_weights(weights), precision, mesh)
     return make_run_sampler(
         request.spec, net, plan, request.sampling, arguments=arguments, precision=precision, mesh=mesh, batch=batch,
         decode=None if decoder is None else lambda latents: decoder.decode(latents).numpy(),

@@ -1,4 +1,4 @@
-"""How the engine compiles: jax.jit, with what XLA should be told."""
+"""`jax.jit` with the options of XLA that the engine needs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-# On CPUs the XLA of jaxlib 0.10 hands products and convolutions to the library YNNPACK, one thread each. Its own Eigen
-# routines train a U-Net faster: adm-xs at 0.98 of torch's speed instead of 0.63, by benchmarks/frameworks.py.
+# On a CPU, the XLA of jaxlib 0.10 runs matrix products and convolutions in the library YNNPACK, with one thread for each. Its
+# own Eigen routines train a U-Net faster: adm-xs at 0.98 of torch's speed instead of 0.63, by benchmarks/frameworks.py.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -20,7 +20,7 @@ def jit(function: Callable[..., Any], platform: str, **settings: Any) -> Any:
 
 @cache
 def _options(platform: str) -> dict[str, str] | None:
-    """The options that this version of XLA knows."""
+    """The options for a platform; None where this version of XLA does not know them."""
     if platform != "cpu":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Errors of jax as one clear line: what happened, in which step, what to do. No page of tracing reaches the user."""
+"""Errors of jax in one line: what happened, in which step, and what to do. Users see no traceback of a traced function."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import jax
 
 from harness.errors import RunError, UserError
 
-LONGEST = 200  # characters of jax's own words
+MAX_LENGTH = 200  # characters that are quoted from jax
 
 
 @contextmanager
 def one_line(where: str, remedy: str) -> Iterator[None]:
-    """Turn what jax raises `where` (as in "training step 3") into a RunError; `remedy` is against lack of memory."""
+    """Turn the errors of jax in this context into a RunError of one line.
+
+    where: the place, as in "training step 3". remedy: what to do when memory runs out.
+    """
     try:
         yield
     except (UserError, RunError):
@@ -27,10 +30,10 @@ def one_line(where: str, remedy: str) -> Iterator[None]:
     except MemoryError as error:
         raise RunError(f"out of memory in {where}; {remedy}") from error
     except (TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError) as error:
-        # Of tracing: shapes, types, what cannot be compiled.
+        # From tracing: shapes, types, code that cannot be compiled.
         raise RunError(f"the network cannot be run in {where}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0][:LONGEST].rstrip(".")
+    return lines[0][:MAX_LENGTH].rstrip(".")

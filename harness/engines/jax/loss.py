@@ -28,7 +28,7 @@ class LossTerms(NamedTuple):
 
 
 class LossTables:
-    """The tables that training needs: float32 (T,), indexed by timestep; constants of a traced function.
+    """The tables that training needs: float32 (T,), indexed by timestep; constants in a traced function.
 
     They are those of `schedule.respaced()`: the public code trains on a respaced schedule with all steps kept.
     """
@@ -79,7 +79,7 @@ def hybrid_loss(
 ) -> LossTerms:
     """L_simple + L_vlb with the paper's weight of 1 for the mean-reduced bound in bits (DiT's loss; its code's MSE).
 
-    L_vlb sees epsilon detached, so only the variance channels learn from it. The derivation stands beside torch's.
+    L_vlb sees epsilon detached, so only the variance channels learn from it. For the derivation see torch's.
     """
     eps, v = jnp.split(output.astype(jnp.float32), 2, axis=1)  # (N, C, H, W) each
     frac = (v + 1) / 2
@@ -113,7 +113,7 @@ def _discretised_gaussian_log_likelihood(
 
 
 def _log(probability: Array) -> Array:
-    """Its gradient is zero below the floor, as torch's clamp has it."""
+    """log(max(probability, 1e-12)); its gradient is zero below the floor, as that of torch's clamp."""
     return jnp.log(jnp.where(probability >= 1e-12, probability, 1e-12))
 
 

@@ -1,4 +1,4 @@
-"""What a network of each kind is trained on in jax: `harness.engines.torch.tasks`, function by function."""
+"""The loss of a backbone of each kind in jax: `harness.engines.torch.loss_functions`, function by function."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from jax import Array
 
 from harness.diffusion.schedule import Schedule
 from harness.engines.jax.loss import LossTables, training_losses
-from harness.engines.loss_terms import LOSS_TERMS
-from harness.errors import UserError
+from harness.engines.loss_terms import loss_terms_of
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import threefry_jax as random
@@ -22,20 +21,21 @@ from harness.spec import BackboneSpec
 
 
 class LossFunction:
-    """The loss of one backbone under one recipe. Everything random is a function of seed and position alone."""
+    """The loss of one backbone under one recipe. Everything random depends on the seed and the position alone."""
 
     def __init__(self, spec: BackboneSpec, arguments: Mapping[str, Any], *, recipe: Recipe, seed: int):
-        if spec.kind not in LOSS_TERMS:
-            raise UserError(f"backbone {spec.name!r} is a {spec.kind}, which the harness samples and does not train")
-        self.loss_terms = LOSS_TERMS[spec.kind]
+        self.loss_terms = loss_terms_of(spec)
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
-        self._low_side = arguments.get("low_res_size")
+        self._low_side: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null = spec.null_index(arguments["num_classes"])
         self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps))
         self._objective = objectives.get(recipe.objective)
 
     def losses(self, net: Callable[..., Array], x0: Array, y: Array, positions: Words) -> dict[str, Array]:
-        """Terms (N,) float32 of images x0 (N, C, H, W) in [-1, 1], labels y int32 (N,), at positions (N,) of the stream."""
+        """The loss terms by name, float32 (N,) each.
+
+        x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int32 (N,). positions: (N,), in the stream of examples.
+        """
         recipe, seed = self._recipe, self._seed
         t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)  # (N,)
         noise = random.normal(seed, Purpose.TRAINING_NOISE, positions, 0, x0.shape[1:])  # (N, C, H, W)
@@ -55,7 +55,7 @@ class LossFunction:
         return {"mse": mse, "vb": vb}
 
     def _low_resolution(self, x0: Array, positions: Words) -> Array:
-        """The images averaged over areas, with Gaussian noise of a level drawn for each up to the recipe's."""
+        """x0 (N, C, H, W) averaged over areas to (N, C, s, s), plus Gaussian noise of a random level for each image."""
         low = area_means(x0, self._low_side)  # (N, C, s, s)
         if self._recipe.conditioning_noise:
             level = random.uniform(self._seed, Purpose.CONDITIONING_LEVEL, positions, 0)  # (N,) in [0, 1)

@@ -1,11 +1,11 @@
-"""Devices: one, or a mesh of them over which batches and weights are laid out; one process, or several.
+"""Devices in jax: a single one, or a mesh that batches and weights are sharded over; in one process or in several.
 
-The mesh has two axes. A batch is divided over both; weights, averages and moments over "model" alone (as in ZeRO and
-FSDP: every device holds its part, the compiler gathers a layer where it is computed). Nothing else changes with the
-mesh: what is random belongs to images, so one device and eight make the same run up to the order of sums.
+The mesh has the axes "data" and "model". A batch is sharded over both. Weights, averages and moments are sharded over
+"model" alone, as in ZeRO and FSDP: every device holds its part, and the compiler gathers a layer where it is computed. The
+mesh changes nothing else: randomness belongs to images, so one device and eight make the same run up to the order of sums.
 
-Several processes are started by the user's own launcher. Each gets the same command; JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES and JAX_PROCESS_ID say who it is, or the cluster does (SLURM, Cloud TPU: JAX_NUM_PROCESSES alone).
+The user's launcher starts several processes with the same command. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID identify a process; on SLURM and Cloud TPU the cluster does, and JAX_NUM_PROCESSES is enough.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from harness.distributed.launch import mesh_sides
+from harness.distributed.mesh import MeshShape
 from harness.engines.memory import host_free_bytes, processor_name, refuse_device
 from harness.errors import UserError
 from harness.runs.run import Resolved
 
 AXES = ("data", "model")
-SMALLEST = 1024  # elements: smaller parameters are whole on every device
+MIN_SHARDED = 1024  # elements: smaller parameters are replicated
 
 
-def start() -> None:
-    """Join the other processes, if there are any. To be called before anything else is asked of jax."""
+def initialize() -> None:
+    """Join the other processes, if there are any. Must be called before jax is asked for anything else."""
     count = os.environ.get("JAX_NUM_PROCESSES")
     if count is None or jax.distributed.is_initialized():
         return
@@ -42,16 +42,16 @@ def start() -> None:
 
 
 def pick_devices(name: str | None) -> list[jax.Device]:
-    """All devices of a platform (cpu, cuda, tpu; None: the best there is), or one of them ("cuda:1").
+    """All devices of a platform ("cpu", "cuda", "tpu"; None: jax's default), or one of them ("cuda:1").
 
-    Of several processes the devices of all.
+    In a group of processes, the devices of all of them. Raises UserError where they are not available.
     """
-    start()
+    initialize()
     platform, colon, number = (name or "").partition(":")
     try:
         devices = jax.devices(platform or None)
     except RuntimeError as error:
-        raise UserError(_lacking(name, error)) from error
+        raise UserError(_unavailable(name, error)) from error
     if not colon:
         return devices
     if jax.process_count() > 1:
@@ -59,81 +59,79 @@ def pick_devices(name: str | None) -> list[jax.Device]:
             f"--device {name} is one device, and {jax.process_count()} processes work here; give --device {platform}"
         )
     if not number.isdecimal() or int(number) >= len(devices):
-        raise UserError(f"--device {name} is not to be had here: jax sees {len(devices)} of {platform}")
+        raise UserError(f"--device {name} is not available here: jax sees {len(devices)} of {platform}")
     return [devices[int(number)]]
 
 
-def _lacking(name: str | None, error: RuntimeError) -> str:
+def _unavailable(name: str | None, error: RuntimeError) -> str:
     try:
-        have = ", ".join(sorted({each.platform for each in jax.devices()}))
-    except RuntimeError:  # of JAX_PLATFORMS, whatever --device says
+        platforms = ", ".join(sorted({each.platform for each in jax.devices()}))
+    except RuntimeError:  # JAX_PLATFORMS names an absent one, whatever --device says
         return f"jax finds no devices here ({str(error).splitlines()[0]})"
-    return f"--device {name} is not to be had by jax here (it has: {have}); see `harness doctor`"
+    return f"--device {name} is not available to jax here (it has: {platforms}); see `harness doctor`"
 
 
 def platform_name(mesh: Mesh) -> str:
-    """What `pick_devices` calls the devices of the mesh."""
+    """The name by which `pick_devices` finds the devices of the mesh."""
     platform = mesh.devices.flat[0].platform
     return "cuda" if platform == "gpu" and "cuda" in mesh.devices.flat[0].client.platform_version.lower() else platform
 
 
 def make_mesh(devices: list[jax.Device], shape: str | None) -> Mesh:
-    """The mesh of `shape`, "DATAxMODEL"; None lays all devices along "data"."""
-    if shape is None:
-        shape = f"{len(devices)}x1"
-    data, model = mesh_sides(shape)
-    if data * model > len(devices) or (jax.process_count() > 1 and data * model != len(devices)):
-        raise UserError(f"--mesh {shape} takes {data * model} devices, and jax sees {len(devices)}")
-    return Mesh(np.asarray(devices[: data * model]).reshape(data, model), AXES)
+    """The mesh of `shape`, "DATAxMODEL"; None puts all devices along "data". Raises UserError where they do not suffice."""
+    sides = MeshShape(len(devices), 1) if shape is None else MeshShape.parse(shape)
+    if sides.size > len(devices) or (jax.process_count() > 1 and sides.size != len(devices)):
+        raise UserError(f"--mesh {sides} takes {sides.size} devices, and jax sees {len(devices)}")
+    return Mesh(np.asarray(devices[: sides.size]).reshape(sides), AXES)
 
 
-def own(mesh: Mesh) -> Mesh:
-    """The mesh for what a process does by itself: of several, its own devices, all along "data"."""
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The mesh for work that a process does alone: in a group of processes, its own devices along "data"."""
     if jax.process_count() == 1:
         return mesh
     devices = jax.local_devices(backend=mesh.devices.flat[0].platform)
     return Mesh(np.asarray(devices).reshape(-1, 1), AXES)
 
 
-def shape_of(mesh: Mesh) -> str:
-    return "x".join(str(side) for side in mesh.devices.shape)
+def shape_of(mesh: Mesh) -> MeshShape:
+    return MeshShape(*mesh.devices.shape)
 
 
 def device_name(mesh: Mesh) -> str:
-    """What a person calls the devices."""
+    """The model of the devices, with their number where there are several; for people."""
     first, count = mesh.devices.flat[0], mesh.devices.size
     name = processor_name() if first.platform == "cpu" else first.device_kind
     return name if count == 1 else f"{count} x {name}"
 
 
 def free_bytes(mesh: Mesh) -> int:
-    """Memory that a run can take now on all devices of the mesh together."""
+    """Memory that a run can allocate now, in bytes, on all devices of the mesh together."""
     devices = list(mesh.devices.flat)
     if devices[0].platform == "cpu":
         return host_free_bytes()
-    each = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
-    free = min(one.get("bytes_limit", 0) - one.get("bytes_in_use", 0) for one in each)
+    stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
+    free = min(each.get("bytes_limit", 0) - each.get("bytes_in_use", 0) for each in stats)
     return free * len(devices)
 
 
 def threads() -> int:
-    """Threads that XLA computes with on a CPU: it takes one for each processor that the process may use."""
+    """Threads that XLA computes with on a CPU: one for each processor that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def apply_resolved(resolved: Resolved) -> Mesh:
-    """The mesh that the run was created with, or a refusal with the flag that makes another run of it."""
+    """The mesh that the run was created with. Raises UserError, with the flag that forks the run, if it is not available."""
     try:
         mesh = make_mesh(pick_devices(resolved.device), resolved.mesh)
     except UserError as error:
-        raise refuse_device(resolved, f"mesh {resolved.mesh}, which is not to be had here") from error
+        raise refuse_device(resolved, f"mesh {resolved.mesh}, which is not available here") from error
     if resolved.device == "cpu" and resolved.threads != threads():
         raise refuse_device(resolved, f"with {resolved.threads} threads, and jax takes {threads()} here")
     return mesh
 
 
-def agreed(number: int) -> int:
-    """The leader's number, in every process: what is measured differs between them."""
+def broadcast(number: int) -> int:
+    """The main process's number, in every process: measurements differ between processes."""
     if jax.process_count() == 1:
         return number
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -141,32 +139,32 @@ def agreed(number: int) -> int:
     return int(broadcast_one_to_all(np.int32(number)))
 
 
-def on_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis divided over all devices."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis is divided over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def layout(mesh: Mesh, tree: Any) -> Any:
-    """Shardings for a tree of arrays: the longest axis that "model" divides, where there is one."""
+def weight_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Shardings for a tree of arrays: over "model" along the longest axis that it divides, if there is one."""
     parts = mesh.shape["model"]
 
     def one(array: Any) -> NamedSharding:
         fitting = [axis for axis, side in enumerate(array.shape) if side % parts == 0]
-        if parts == 1 or not fitting or np.prod(array.shape) < SMALLEST:
-            return everywhere(mesh)
+        if parts == 1 or not fitting or np.prod(array.shape) < MIN_SHARDED:
+            return replicated(mesh)
         axis = max(fitting, key=lambda each: array.shape[each])
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "model"))
 
     return jax.tree.map(one, tree)
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Host arrays, the same in every process, as arrays laid out over the mesh."""
+def to_device(tree: Any, shardings: Any) -> Any:
+    """A tree of host arrays, the same in every process, as jax arrays with these shardings."""
 
     def one(value: Any, sharding: NamedSharding) -> jax.Array:
         value = np.asarray(value)
@@ -176,7 +174,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """The whole array on the host, in every process; all of them must ask."""
+    """The whole array on the host, in every process. All processes must call this."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     from jax.experimental.multihost_utils import process_allgather

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from harness.distributed.group import ProcessGroup
-from harness.engines.jax.mesh import start
-from harness.io import progress
+from harness.distributed.group import ProcessGroup, silence_output
+from harness.engines.jax.mesh import initialize
 
 
 class JaxProcessGroup(ProcessGroup):
-    """The processes that JAX_NUM_PROCESSES counts; see `harness.engines.jax.mesh`."""
+    """The JAX_NUM_PROCESSES processes of this run: see `harness.engines.jax.mesh`."""
 
     def __init__(self) -> None:
-        start()
+        initialize()
         self.size, self.index = jax.process_count(), jax.process_index()
-        if not self.is_main:  # one of many voices is enough; errors are said on stderr all the same
-            progress.silence()
-            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
+        if not self.is_main:
+            silence_output()
 
     def barrier(self, where: str) -> None:
         multihost_utils.sync_global_devices(where)

@@ -1,7 +1,7 @@
-"""The jax application of a sampler plan, and guidance: `harness.engines.torch.sampler` as one loop on the device.
+"""A sampler plan applied in jax, and guidance: `harness.engines.torch.sampler` as one loop on the device.
 
-The loop is compiled once for a plan and a batch. It is entered for a stretch of steps at a time, long enough to keep the
-device at work and short enough for a progress bar and Ctrl-C; the stretches change nothing in the numbers.
+The loop is compiled once for a plan and a batch size. Each call runs a stretch of steps, long enough to keep the device
+busy and short enough for a progress bar and Ctrl-C. The lengths of the stretches do not change the numbers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def sample_steps(
     noise: Callable[[Array], Array],  # plan step k -> float32 (N, C, H, W)
     guide: Guide | None = None,  # scale x gradient of a classifier's log-likelihood
 ) -> Array:
-    """Steps first ... end - 1 of `plan`, in float32 but for the network: float32 (N, C, H, W). May be traced.
+    """x after steps first ... end - 1 of `plan`, float32 (N, C, H, W). May be traced.
 
     A guide shifts the mean of a DDPM step and the score of a DDIM step (Dhariwal and Nichol 2021, algorithms 1 and 2),
-    as in torch's `sample_loop`, where each step is explained. Refuses a network whose channels do not fit the plan.
+    as in torch's `sample_loop`, which explains each step. Everything but the network is float32. Raises UserError where
+    the network's channels do not fit the plan.
     """
     samples, channels = x.shape[:2]
     table = {
@@ -71,18 +72,19 @@ def sample_steps(
 
 def guided(
     net: Callable[[Array, Array, Array], Array],  # (x, t, y) -> (N, C or 2 C, H, W)
-    y: Array,  # int32 (N,): the labels asked for
+    y: Array,  # int32 (N,): labels
     scale: float,  # 1 is no guidance: one evaluation, no doubled batch
     channels: str,  # a key of `harness.engines.guidance.GUIDED_CHANNELS`
     null_label: int | None,  # label index of "no class"; None: the network was trained without label dropout
 ) -> Predict:
     """A `predict` with classifier-free guidance: eps = eps_uncond + scale (eps_cond - eps_uncond).
 
-    One network call a step on the doubled batch [conditional; unconditional]; errors as torch's.
+    Each step calls the network once, on the doubled batch [conditional; unconditional]. Errors as in torch's.
     """
     check_guidance(scale, channels, null_label)
     if scale == 1.0:
         return lambda x, t: net(x, t, y)
+    assert null_label is not None  # or check_guidance had raised
     labels = jnp.concatenate([y, jnp.full_like(y, null_label)])  # (2 N,)
 
     def predict(x: Array, t: Array) -> Array:
@@ -105,6 +107,6 @@ def classifier_guide(
 
     def likelihood(x: Array, t: Array) -> Array:
         logits = classifier(x, t).astype(jnp.float32)  # (N, num_classes)
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).sum()  # images do not meet
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).sum()  # images are independent
 
     return lambda x, t: jax.grad(likelihood)(x, t).astype(jnp.float32) * scale

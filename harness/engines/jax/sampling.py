@@ -30,12 +30,12 @@ from harness.randomness.threefry_jax import Words, words
 from harness.runs import checkpoints
 from harness.spec import BackboneSpec
 
-STRETCH_SECONDS = 0.5  # that the device may be left alone
+STRETCH_SECONDS = 0.5  # of steps in one call of the device
 LESS_MEMORY = "take smaller batches: --batch N of `harness sample`, --sampling-batch N of `harness run`"
 
 
 class Network(NamedTuple):
-    """A network taken apart: what it is, and its weights on the devices."""
+    """A network in two parts: its structure, and its weights on the devices."""
 
     graph: nnx.GraphDef
     state: nnx.State
@@ -49,13 +49,13 @@ class Network(NamedTuple):
         precision: str,
         mesh: Mesh,
     ) -> Network:
-        """The network of `spec` with weights under torch's names; without storage until then: they are held once."""
+        """The network of `spec` with these weights, under torch's names. Memory holds them once: the network is built without."""
         net = nnx.eval_shape(lambda: spec.build("jax", **arguments))
         set_compute_dtype(net, COMPUTE_DTYPES[precision])
         state = from_torch(net, weights)
         graph, _ = nnx.split(net)
         with one_line(f"loading the weights of {spec.name}", "take a smaller backbone, or another --device"):
-            return cls(graph, devices.place(state, devices.layout(mesh, state)))
+            return cls(graph, devices.to_device(state, devices.weight_shardings(mesh, state)))
 
 
 def load_weights(path: Path) -> dict[str, np.ndarray]:
@@ -64,7 +64,7 @@ def load_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 class JaxStage:
-    """A denoiser or an upsampler under one plan, with classifier-free guidance or by a classifier's gradient."""
+    """A denoiser or an upsampler under one plan, with classifier-free guidance or guided by a classifier."""
 
     def __init__(
         self,
@@ -88,18 +88,18 @@ class JaxStage:
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
         self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
-        self._stretch = 1  # steps that the device is given at once
-        whole, divided = devices.everywhere(mesh), devices.on_batch(mesh)
+        self._stretch = 1  # steps in one call of the device
+        replicated, divided = devices.replicated(mesh), devices.batch_sharding(mesh)
         platform = mesh.devices.flat[0].platform
         self._begin = jit(self._prepare, platform, static_argnums=0, out_shardings=(divided, divided))
-        self._go = jit(self._steps, platform, static_argnums=0, out_shardings=(divided, whole))
+        self._go = jit(self._steps, platform, static_argnums=0, out_shardings=(divided, replicated))
 
     def draw(
         self,
         seed: int,
         rows: Words,  # (N,): sample indices
         y: Array,  # int32 (N,): labels
-        low_res: Array | None,  # float32 (N, C, s, s): an upsampler's image
+        low_res: Array | None,  # float32 (N, C, s, s): the input of an upsampler
         advance: Callable[[], None],  # called after each step of the plan
     ) -> Array:
         """Images or latents, float32 (N, C, H, W)."""
@@ -112,7 +112,7 @@ class JaxStage:
                 x, finite = self._go(seed, states, x, np.int32(done), np.int32(end), rows, y, low_res)
                 if not bool(finite):
                     raise diverged(self._plan, end)
-                if done and time.monotonic() - began < STRETCH_SECONDS / 2:  # the first one may have compiled
+                if done and time.monotonic() - began < STRETCH_SECONDS / 2:  # the first call may have compiled
                     self._stretch *= 2
                 for _ in range(done, end):
                     advance()
@@ -120,17 +120,17 @@ class JaxStage:
         return x
 
     def _prepare(self, seed: int, rows: Words, low_res: Array | None) -> tuple[Array, Array | None]:
-        """x_T, and the low-resolution image with its noise."""
+        """x_T, and the low-resolution images with their conditioning noise."""
         if low_res is not None and self._conditioning_noise:
             noise = random.normal(seed, Purpose.CONDITIONING_NOISE, rows, self._number, low_res.shape[1:])
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
         if self._number:
-            return self._upsampler_noise(seed, rows, np.uint32(0)), low_res
+            return self._upsampler_noise(seed, rows, np.asarray(0, np.uint32)), low_res
         return random.normal(seed, Purpose.INITIAL_NOISE, rows, 0, self._shape), low_res
 
-    def _upsampler_noise(self, seed: int, rows: Words, word: Array | np.uint32) -> Array:
-        """Of step number 2**32 + word: steps below 2**32 belong to one stage of a cascade."""
-        step = Words(np.uint32(self._number), word)
+    def _upsampler_noise(self, seed: int, rows: Words, word: Array | np.ndarray) -> Array:
+        """Noise of step (stage number) x 2**32 + word: each stage of a cascade has its own steps."""
+        step = Words(np.asarray(self._number, np.uint32), word)
         return random.normal(seed, Purpose.UPSAMPLER_NOISE, rows, step, self._shape)
 
     def _steps(
@@ -151,12 +151,12 @@ class JaxStage:
             word = k.astype(jnp.uint32)
             if self._number:
                 return self._upsampler_noise(seed, rows, word + np.uint32(1))
-            return random.normal(seed, Purpose.STEP_NOISE, rows, Words(np.uint32(0), word), self._shape)
+            return random.normal(seed, Purpose.STEP_NOISE, rows, Words(np.asarray(0, np.uint32), word), self._shape)
 
         def call(x: Array, t: Array, y: Array) -> Array:
             if low_res is None:
                 return net(x, t, y)
-            return net(x, t, y, jnp.tile(low_res, (len(x) // len(low_res), 1, 1, 1)))  # of guidance
+            return net(x, t, y, jnp.tile(low_res, (len(x) // len(low_res), 1, 1, 1)))  # for the two halves of guidance
 
         guide = None
         if self._classifier is not None:
@@ -167,10 +167,10 @@ class JaxStage:
 
 
 class JaxChain:
-    """Stages one after the other, and a decoder of latents. Implements `harness.pipeline.sampling_loop.Sampler`.
+    """The networks of a system one after the other, then a decoder of latents. Implements `harness.engines.interfaces.Sampler`.
 
-    Every batch is filled up to the same size, so that each stage is compiled once. An upsampler is given what a file of
-    the stage before it would hold: its images as uint8.
+    Every batch is filled up to the same size, so that each stage is compiled once. An upsampler gets the images of the
+    network before it as uint8, as if read from a file.
     """
 
     def __init__(
@@ -189,12 +189,12 @@ class JaxChain:
         self.evaluations = sum(stage.evaluations for stage in stages)
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
-        """Images (N, H, W, C) uint8 of sample indices (N,) with labels (N,)."""
-        divided = devices.on_batch(self._mesh)
+        """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
+        divided = devices.batch_sharding(self._mesh)
 
-        def filled(values: np.ndarray) -> Array:
-            values = np.resize(values, (self._size, *values.shape[1:]))  # repeats
-            return devices.place(values, divided)
+        def filled(values: Array | np.ndarray) -> Array:
+            values = np.resize(values, (self._size, *values.shape[1:]))  # repeats them
+            return devices.to_device(values, divided)
 
         rows, y = Words(*map(filled, words(index))), filled(labels.astype(np.int32))
         x: np.ndarray | None = None
@@ -205,7 +205,7 @@ class JaxChain:
             x = devices.gather(stage.draw(self._seed, rows, y, low_res, advance))[: len(index)]  # (N, C, H, W)
         assert x is not None
         if self._decode is not None:
-            x = self._decode(np.array(x))  # (N, 3, H, W); a copy, for jax lets nobody write to its own
+            x = self._decode(np.array(x))  # (N, 3, H, W); a copy, because arrays of jax are read-only
         return to_uint8(x, self._rule)
 
 
@@ -221,7 +221,7 @@ def make_run_sampler(
     batch: int,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
 ) -> JaxChain:
-    """What draws samples of one network under one plan."""
+    """The sampler of one network under one plan."""
     stage = JaxStage(
         spec, net, plan, arguments=arguments, precision=precision, mesh=mesh,
         guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels,
@@ -230,7 +230,10 @@ def make_run_sampler(
 
 
 def to_uint8(x: np.ndarray, rule: str) -> np.ndarray:
-    """(N, C, H, W) float32 about [-1, 1] -> (N, H, W, C) uint8 by a rule of `harness.protocols.UINT8_RULES`."""
+    """Images float32 (N, C, H, W) of about [-1, 1] as uint8 (N, H, W, C), by a rule of `harness.protocols.UINT8_RULES`.
+
+    Raises RunError where a value is not finite.
+    """
     if not np.isfinite(x).all():
         raise RunError("sampling ended in values that are not finite; train longer or sample with float32")
     shift, factor, offset = map(np.float32, UINT8_RULES[rule])

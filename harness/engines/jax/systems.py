@@ -1,53 +1,56 @@
 """Sampling a system in jax: `harness.engines.torch.systems`, function by function.
 
-Weight files are read into the torch network's shapes, which they have. Decoders stay in torch, on the host.
+Weight files have the shapes of the torch networks and are read into those first. Decoders run in torch, on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
+from jax.sharding import Mesh
 
 from harness import registry
 from harness.autoencoders.load import Decoder
-from harness.engines.backend import DeviceInfo, check_torch_only
+from harness.engines.interfaces import DeviceInfo
 from harness.engines.jax import mesh as devices
+from harness.engines.jax.resolve import refuse_torch_options
 from harness.engines.jax.sampling import JaxChain, JaxStage, Network
 from harness.systems.binding import LoadedSystem, Source, read_network
 from harness.systems.spec import Component, GuidanceClassifier
 
 
 def resolve_device(device: str | None) -> DeviceInfo:
-    """This process's devices of a platform, over which batches are divided, or the one of that name ("cuda:1")."""
-    mesh = devices.own(devices.make_mesh(devices.pick_devices(device), None))
+    """The devices of this process of a platform ("cpu", "cuda"), over which batches are divided, or a single one ("cuda:1").
+
+    None: jax's default platform. Raises UserError where they are not available.
+    """
+    mesh = devices.local_mesh(devices.make_mesh(devices.pick_devices(device), None))
     platform = device or devices.platform_name(mesh)
     threads = f", {devices.threads()} threads" if platform.startswith("cpu") else ""
     return DeviceInfo(mesh, platform, devices.device_name(mesh) + threads)
 
 
 def make_chain(
-    bound: LoadedSystem,
+    loaded: LoadedSystem,
     decoder: Decoder | None,
-    place: DeviceInfo,
+    device: DeviceInfo,
     *,
     seed: int,
     precision: str,
-    batch: int,  # what every batch is filled up to
+    batch: int,  # every batch is filled up to this size
     compile: str,
-    say: Callable[[str], None],
 ) -> JaxChain:
-    """What draws images of a system."""
-    check_torch_only(precision, compile)
-    system, mesh = bound.system, place.target
+    """The sampler of a system."""
+    refuse_torch_options(precision, compile)
+    system = loaded.system
+    mesh: Mesh = device.target
 
     def network(part: Component | GuidanceClassifier, source: Source) -> Network:
-        state = {name: tensor.numpy() for name, tensor in read_network(part, source, say).state_dict().items()}
+        state = {name: tensor.numpy() for name, tensor in read_network(part, source).state_dict().items()}
         return Network.load(part.spec, part.spec.arguments(**part.build_arguments()), state, precision, mesh)
 
     classifier = None
     if system.classifier is not None:
-        classifier = network(system.classifier, bound.sources["classifier"])
+        classifier = network(system.classifier, loaded.sources["classifier"])
     stages = [
         JaxStage(
             stage.spec,
@@ -63,7 +66,7 @@ def make_chain(
             conditioning_noise=stage.conditioning_noise,
             number=number,
         )
-        for number, (stage, source) in enumerate(bound.stages)
+        for number, (stage, source) in enumerate(loaded.stages)
     ]
 
     def decode(latents: np.ndarray) -> np.ndarray:

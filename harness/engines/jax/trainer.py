@@ -1,14 +1,14 @@
 """The training step in jax: AdamW, EMA, micro-batches, a compute dtype. Everything random comes from `harness.randomness`.
 
-Weights are float32 and stay on the devices, in buffers that each step gives to the next. Checkpoints hold them under
-torch's names and in torch's shapes, so a snapshot is sampled, exported or read by either framework.
+Weights are float32 and stay on the devices, in buffers that each step donates to the next. Checkpoints hold them under
+torch's names and in torch's shapes, so that either framework can sample from them, export them and load them.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,12 @@ from backbones.flax_layers import initial_rngs, set_compute_dtype
 from backbones.flax_weights import state_from_torch, state_to_torch
 from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
+from harness.engines.ema import ema_decay
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.loss_functions import LossFunction
+from harness.engines.learning_rate import learning_rate
 from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.randomness import Purpose
@@ -39,7 +41,6 @@ from harness.runs import checkpoints
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
-EMA_RAMP_LAG = 10  # with ema_ramp the decay at step s is (1 + s) / (10 + s), as in TensorFlow's moving averages
 COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 LESS_MEMORY = (
     "continue it in smaller micro-batches with --fork RUN --out NEW --micro-batch N, or --gradient-checkpointing"
@@ -47,22 +48,29 @@ LESS_MEMORY = (
 
 
 def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> nnx.Module:
-    """The network as it stands before step 1: its own initialisation, from jax's generator keyed by ours."""
+    """The network before step 1, initialised by its own rule from jax's generator; `seed` keys that generator."""
     with one_line(f"the initialisation of {spec.name}", "choose a smaller backbone"):
         return spec.builder("jax")(**spec.arguments(**arguments), rngs=initial_rngs(seed))
 
 
+def split(net: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """A network as (structure, trained parameters, the rest of its state)."""
+    graph, params, *others = nnx.split(net, nnx.Param, ...)
+    (rest,) = others
+    return graph, params, rest
+
+
 class State(NamedTuple):
-    """What training changes, all of it on the devices."""
+    """What training changes. All of it is on the devices."""
 
     params: nnx.State
-    rest: nnx.State  # what is not trained by gradients: positions, running statistics
+    rest: nnx.State  # not trained by gradients: position tables, running statistics
     ema: nnx.State  # of params
     adam: optax.ScaleByAdamState
 
 
 class JaxEngine:
-    """Training state of one run. Implements `harness.pipeline.training_loop.Engine`."""
+    """The training state of one run. Implements `harness.engines.interfaces.Engine`."""
 
     def __init__(
         self,
@@ -80,29 +88,31 @@ class JaxEngine:
         self._loss = LossFunction(spec, arguments, recipe=recipe, seed=seed)
         self.loss_terms = self._loss.loss_terms
         self._to_model_input, self._stream = data.to_model_input, EpochSampler(seed, data, recipe.flip)
-        self._losses: list[Array] = []  # (terms,) each, on the devices
+        self._losses: list[Array] = []  # (terms,) each, of the steps since the last pop_losses
 
         set_compute_dtype(net, COMPUTE_DTYPES[resolved.precision])
-        graph, params, rest = nnx.split(net, nnx.Param, ...)
+        graph, params, rest = split(net)
         self._adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
-        state = State(params, rest, params, jax.eval_shape(self._adam.init, params))
-        self._layout = devices.layout(self._mesh, state)
+        shapes = State(params, rest, params, jax.eval_shape(self._adam.init, params))
+        self._shardings: State = devices.weight_shardings(self._mesh, shapes)  # a sharding in place of each array
         with one_line("the set-up of training", LESS_MEMORY):
             self._state = State(
-                *(devices.place(part, where) for part, where in zip(state[:3], self._layout[:3], strict=True)),
-                jax.jit(self._adam.init, out_shardings=self._layout.adam)(params),
+                params=devices.to_device(params, self._shardings.params),
+                rest=devices.to_device(rest, self._shardings.rest),
+                ema=devices.to_device(params, self._shardings.ema),
+                adam=jax.jit(self._adam.init, out_shardings=self._shardings.adam)(params),
             )
-        del net, params, rest, state
+        del net, params, rest, shapes
         self._compile(graph)
 
     def _compile(self, graph: nnx.GraphDef) -> None:
-        """The functions of a step; each is traced at its first call, once for a size of micro-batch."""
-        task, recipe, seed = self._loss, self.recipe, self.seed
+        """Make the functions of a step. Each is traced at its first call with a size of micro-batch."""
+        loss_function, recipe, seed = self._loss, self.recipe, self.seed
         optimizer = self._adam
-        whole, platform = devices.everywhere(self._mesh), self._mesh.devices.flat[0].platform
+        replicated, platform = devices.replicated(self._mesh), self._mesh.devices.flat[0].platform
 
         def gradients(params: nnx.State, rest: nnx.State, batch: Batch) -> tuple[nnx.State, nnx.State, Array]:
-            """Gradients of one micro-batch, scaled by the global batch; the new `rest`; its share of the terms."""
+            """Gradients of one micro-batch, scaled by the global batch; the new `rest`; its share of the loss terms."""
 
             def loss(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
                 net = nnx.merge(graph, params, rest)
@@ -110,16 +120,16 @@ class JaxEngine:
                 x0 = self._to_model_input(
                     batch.stored, partial(random.normal, seed, Purpose.POSTERIOR, batch.positions, 0)
                 )
-                terms = task.losses(call, x0, batch.labels, batch.positions)  # (n,) each
-                sums = jnp.stack([terms[name].sum() for name in task.terms]) / recipe.batch  # (terms,)
-                weights = jnp.asarray(list(task.terms.values()), jnp.float32)
+                terms = loss_function.losses(call, x0, batch.labels, batch.positions)  # (n,) each
+                sums = jnp.stack([terms[name].sum() for name in loss_function.loss_terms]) / recipe.batch  # (terms,)
+                weights = jnp.asarray(list(loss_function.loss_terms.values()), jnp.float32)
                 return (sums * weights).sum(), (sums, nnx.state(net, nnx.Not(nnx.Param)))
 
             found, (sums, rest_after) = jax.grad(loss, has_aux=True)(params)
             return found, rest_after, sums
 
         def update(state: State, found: nnx.State, rest: nnx.State, rate: Array, share: Array) -> State:
-            """AdamW (Loshchilov and Hutter 2019) with torch's order of terms, then the average."""
+            """A step of AdamW (Loshchilov and Hutter 2019), its terms in torch's order, then of the average."""
             if recipe.clip_norm:
                 found, _ = optax.clip_by_global_norm(recipe.clip_norm).update(found, optax.EmptyState())
             moves, adam = optimizer.update(found, state.adam)
@@ -131,26 +141,29 @@ class JaxEngine:
             found, rest, sums = gradients(state.params, state.rest, batch)
             return update(state, found, rest, rate, share), sums
 
-        def more(found: nnx.State, sums: Array, params: nnx.State, rest: nnx.State, batch: Batch):
+        def more(
+            found: nnx.State, sums: Array, params: nnx.State, rest: nnx.State, batch: Batch
+        ) -> tuple[nnx.State, nnx.State, Array]:
+            """`found` and `sums` with those of another micro-batch added."""
             added, rest, more_sums = gradients(params, rest, batch)
             return jax.tree.map(jnp.add, found, added), rest, sums + more_sums
 
-        layout = self._layout
-        self._step = jit(step, platform, donate_argnums=0, out_shardings=(layout, whole))
-        self._first = jit(gradients, platform, out_shardings=(layout.params, layout.rest, whole))
-        self._more = jit(more, platform, donate_argnums=(0, 1), out_shardings=(layout.params, layout.rest, whole))
-        self._update = jit(update, platform, donate_argnums=0, out_shardings=layout)
+        shardings = self._shardings
+        of_gradients = (shardings.params, shardings.rest, replicated)
+        self._step = jit(step, platform, donate_argnums=0, out_shardings=(shardings, replicated))
+        self._first = jit(gradients, platform, out_shardings=of_gradients)
+        self._more = jit(more, platform, donate_argnums=(0, 1), out_shardings=of_gradients)
+        self._update = jit(update, platform, donate_argnums=0, out_shardings=shardings)
         self._finite = jax.jit(
             lambda tree: jnp.stack([jnp.isfinite(each).all() for each in jax.tree.leaves(tree)]).all()
         )
 
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
-        """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
+        """Do optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
-        rate = np.float32(recipe.learning_rate * min(1.0, step / recipe.warmup_steps if recipe.warmup_steps else 1.0))
-        keep = min(recipe.ema_decay, (1 + step) / (EMA_RAMP_LAG + step)) if recipe.ema_ramp else recipe.ema_decay
-        share = np.float32(1 - keep)  # of the new weights: in float32, 1 - 0.9999 would lose four digits
-        positions = (step - 1) * recipe.batch + np.arange(recipe.batch)  # in the endless stream of images
+        rate = np.float32(learning_rate(recipe, step))
+        share = np.float32(1 - ema_decay(recipe, step))  # 1 - 0.9999 in float32 would lose four digits
+        positions = (step - 1) * recipe.batch + np.arange(recipe.batch)  # in the stream of examples
         chunks = np.split(positions, range(self.resolved.micro_batch, recipe.batch, self.resolved.micro_batch))
         with one_line(f"training step {step}", LESS_MEMORY), exact(self.resolved.precision):
             if len(chunks) == 1:
@@ -164,22 +177,25 @@ class JaxEngine:
                         found, rest, sums = self._first(state.params, rest, self._batch(chunk))
                     else:
                         found, rest, sums = self._more(found, sums, state.params, rest, self._batch(chunk))
-                    jax.block_until_ready(sums)  # so that Ctrl-C waits for one micro-batch, not for all of them
+                    jax.block_until_ready(sums)  # so that Ctrl-C waits for a single micro-batch
                 self._state = self._update(state, found, rest, rate, share)
-            if self._losses:  # one step is prepared while another computes, and no more: a step is soon interrupted
+            if self._losses:  # at most one step is prepared while another computes, so that Ctrl-C acts soon
                 self._losses[-1].block_until_ready()
         self._losses.append(sums)
         return True
 
     def _batch(self, positions: np.ndarray) -> Batch:
-        """What is stored of the examples at `positions` of the stream, divided over the devices."""
+        """The examples at `positions` of the stream, as they are stored, divided over the devices."""
         stored, labels = self._stream.take(positions)
-        # A network's own dropout draws from jax's generator, keyed by the first image of the micro-batch.
+        # A network's own dropout uses jax's generator, which the first image of the micro-batch keys.
         key = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1], 0, 2)[0]  # (2,) uint32
-        sharding = devices.on_batch(self._mesh)
-        values = Batch(stored, labels.astype(np.int32), as_words(positions), key)
-        where = jax.tree.map(lambda _: sharding, values)._replace(key=devices.everywhere(self._mesh))
-        return devices.place(values, where)
+        put = partial(devices.to_device, shardings=devices.batch_sharding(self._mesh))
+        return Batch(
+            stored=put(stored),
+            labels=put(labels.astype(np.int32)),
+            positions=Words(*map(put, as_words(positions))),
+            key=devices.to_device(key, devices.replicated(self._mesh)),
+        )
 
     def pop_losses(self) -> list[tuple[float, ...]]:
         losses, self._losses = self._losses, []
@@ -187,7 +203,7 @@ class JaxEngine:
             return [tuple(map(float, np.asarray(each))) for each in losses]
 
     def finite(self) -> bool:
-        with one_line("training", LESS_MEMORY):  # what a step ends with may fail after it has returned
+        with one_line("training", LESS_MEMORY):  # the devices may fail after a step has returned
             return bool(self._finite(self._state.params))
 
     def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
@@ -213,46 +229,48 @@ class JaxEngine:
             if part == "model":
                 both = state_from_torch(_saved(nnx.merge_state(state.params, state.rest)), weights)
                 params, rest = nnx.split_state(both, nnx.Param, ...)
-                rest = nnx.merge_state(state.rest, rest)  # keys of generators are in no file
+                rest = nnx.merge_state(state.rest, rest)  # the keys of generators are not in the file
                 self._state = state._replace(
-                    params=devices.place(params, self._layout.params), rest=devices.place(rest, self._layout.rest)
+                    params=devices.to_device(params, self._shardings.params),
+                    rest=devices.to_device(rest, self._shardings.rest),
                 )
             elif part == "ema":
                 both = state_from_torch(_saved(nnx.merge_state(state.ema, state.rest)), weights)
-                params, _ = nnx.split_state(both, nnx.Param, ...)  # what is not averaged comes with "model"
-                self._state = state._replace(ema=devices.place(params, self._layout.ema))
+                params, _ = nnx.split_state(both, nnx.Param, ...)  # what is not averaged is loaded with "model"
+                self._state = state._replace(ema=devices.to_device(params, self._shardings.ema))
             else:
                 name = {"first_moment": "mu", "second_moment": "nu"}[part]
                 count = np.asarray(weights.pop("step")[0], np.int32)
                 moment = state_from_torch(getattr(state.adam, name), weights)
-                placed = devices.place(moment, getattr(self._layout.adam, name))
-                adam = state.adam._replace(count=devices.place(count, self._layout.adam.count), **{name: placed})
+                shardings = self._shardings.adam
+                moment = devices.to_device(moment, getattr(shardings, name))
+                adam = state.adam._replace(count=devices.to_device(count, shardings.count), **{name: moment})
                 self._state = state._replace(adam=adam)
         except (UserError, KeyError) as error:
             raise UserError(f"{path} does not fit this network: {error}") from error
 
 
 class Batch(NamedTuple):
-    """One micro-batch as it goes to the devices."""
+    """One micro-batch on the devices."""
 
-    stored: Array  # (n, ...), as `Examples.gather` has it
+    stored: Array  # (n, ...), from `Examples.gather`
     labels: Array  # int32 (n,)
     positions: Words  # (n,), in the stream
     key: Array  # uint32 (2,), of the network's dropout
 
 
-def exact(precision: str) -> Any:
-    """The context in which float32 means float32: TPUs and GPUs multiply in less by default."""
+def exact(precision: str) -> AbstractContextManager[Any]:
+    """The context in which float32 products are float32: TPUs and GPUs use fewer bits by default."""
     return jax.default_matmul_precision("highest") if precision == "float32" else nullcontext()
 
 
 def _random(net: nnx.Module, key: Array) -> dict[str, Any]:
-    """The generator of dropout, for networks that take one."""
+    """The keyword argument with the generator of dropout, for a network that takes one."""
     if "rngs" not in inspect.signature(type(net).__call__).parameters:
         return {}
     return {"rngs": nnx.Rngs(dropout=jax.random.wrap_key_data(key, impl="threefry2x32"))}
 
 
 def _saved(state: nnx.State) -> nnx.State:
-    """What of a state goes to a file: all but generators."""
+    """The part of a state that is saved: all but generators."""
     return nnx.filter_state(state, nnx.Not(nnx.RngState))

@@ -1,1 +1,1 @@
-"""The torch engine."""
+"""The torch engine: training and sampling on one device, or over several processes."""

@@ -1,8 +1,8 @@
-"""What the stages of a run ask of torch: see `harness.engines`."""
+"""The torch backend. This module implements `harness.engines.interfaces.Backend`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from harness.runs.run import Run
 
 __all__ = ["resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
 
+logger = logging.getLogger(__name__)
+
 
 def measure(
     request: Request,
@@ -30,28 +32,26 @@ def measure(
     micro_batch: int | None,
     mesh: str | None,
     compile: str,
-    say: Callable[[str], None],
 ) -> tuple[torch.nn.Module, Measured]:
-    """The network at its initialisation, and what was measured with it on this machine."""
-    over = parallel.mesh_of(mesh)
+    """The network of a new run at its initialisation, and the speed and memory that were measured with it."""
+    shape = parallel.mesh_of(mesh)
     target = resolve.pick_device(device)
-    check_room(request.spec.name, request.compute.params // over[1], str(target), resolve.free_bytes(target))
-    say("measuring the speed of a training step ...")
-    net = parallel.shard(build(request.spec, request.arguments, request.seed), over, target).to(target)
+    check_room(request.spec.name, request.compute.params // shape.model, str(target), resolve.free_bytes(target))
+    logger.info("measuring the speed of a training step ...")
+    net = parallel.shard(build(request.spec, request.arguments, request.seed), shape, target).to(target)
     measured = resolve.resolve(
         request.spec,
         net,
         request.spec.arguments(**request.arguments),
         batch=request.recipe.batch,
         device=target,
-        mesh=over,
+        mesh=shape,
         precision=precision,
         micro_batch=micro_batch,
         activation_bytes=activation_bytes(request.spec, **request.arguments),
         gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
         compile=compile,
         steps=request.recipe.steps,
-        say=say,
     )
     return net, measured
 
@@ -59,9 +59,10 @@ def measure(
 def make_engine(
     request: Request, run: Run, data: Examples, net: torch.nn.Module | None, mesh: str | None = None
 ) -> TorchEngine:
-    """The training state of `run` before step 1. `net`: at its initialisation, None builds it; the engine changes it.
+    """The training state of `run` before step 1.
 
-    mesh: of the processes of now; None: MODEL as the run was created.
+    net: at its initialisation, which the engine changes; None builds it. mesh: of the processes at work now; None keeps
+    MODEL of the mesh that the run was created with.
     """
     return TorchEngine(
         request.spec,
@@ -69,7 +70,7 @@ def make_engine(
         arguments=request.spec.arguments(**request.arguments),
         recipe=run.recipe,
         seed=run.seed,
-        resolved=parallel.here(run.resolved, mesh, run.recipe.batch),
+        resolved=parallel.for_these_processes(run.resolved, mesh, run.recipe.batch),
         data=data,
     )
 
@@ -77,7 +78,7 @@ def make_engine(
 def make_sampler(
     request: Request,
     run: Run,
-    snapshot: Path,
+    weights: Path,  # a safetensors file
     plan: SamplerPlan,
     *,
     precision: str,
@@ -85,9 +86,9 @@ def make_sampler(
     compile: str = "off",
     decoder: Decoder | None = None,  # of latents
 ) -> TorchSampler:
-    """What draws images with the weights in `snapshot`, a safetensors file; batches may be of any size."""
+    """The sampler of a run's network with these weights, under the request's guidance. Batches may have any size."""
     device = resolve.apply_resolved(run.resolved)
-    net = load_weights(request.spec.build("torch", **request.arguments), snapshot)
+    net = load_weights(request.spec.build("torch", **request.arguments), weights)
     return TorchSampler(
         request.spec, net, plan, request.sampling, arguments=request.arguments, precision=precision, device=device,
         compile=compile, batch=batch, decode=None if decoder is None else decoder.decode,

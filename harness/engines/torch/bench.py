@@ -1,12 +1,13 @@
 """Speed of one backbone on one device: training, sampling and evaluation, beside the roofline of the device.
 
-Everything timed is what a run does: the trainer with its optimiser, average and randomness; the sampler with guidance
-from noise to uint8; the feature extractor from uint8 to features.
+The timed code is that of a run: the trainer with optimiser, average and randomness; the sampler with guidance, from noise
+to uint8; the feature extractor, from uint8 to features.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -33,37 +34,39 @@ from harness.protocols import Recipe, Sampling
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
+logger = logging.getLogger(__name__)
+
 CONVENTION = "a multiply-add is two operations, normalisations are none, training is three forward passes"
-GUIDANCE = 4.0  # of sampling: each image is two to the network, as in the paper's best figures
-LATENT_CHANNELS, LATENT_FACTOR = 4, 8  # of a network in latents: its images are so much larger
+GUIDANCE = 4.0  # as in the paper's sample figures: the network then computes two images for each sample
+LATENT_CHANNELS, LATENT_FACTOR = 4, 8  # a network with 4 channels works in latents of images 8 times as large
 FEATURES = "efficientnet-lite0-96"  # suite embedded
-TIMED_SECONDS = 0.5  # at least, of each timing
-CUDA_BATCH, CPU_BATCH = 256, 64  # the paper's; the most that a CPU is given unasked
+TIMED_SECONDS = 0.5  # of each timing, at least
+CUDA_BATCH, CPU_BATCH = 256, 64  # default batch: the paper's on a GPU, at most 64 on a CPU
 CPU_STEP_SECONDS = 1.0
-EVALUATED = 64  # images
+EVALUATED = 64  # images whose features are extracted
 STAGES = ("training", "sampling", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One stage. `low` and `high` are of the timings."""
+    """The speed of one stage."""
 
     stage: str
-    batch: int  # images at once: of a step, of a batch of samples, of an evaluation
-    micro_batch: int  # images that the network sees at once
+    batch: int  # images of a training step, a batch of samples, or a batch of features
+    micro_batch: int  # images in one call of the network
     precision: str
-    images_per_second: float
-    low: float
-    high: float
-    tflops: float | None  # achieved TFLOP/s by the convention; None where nobody counted
-    utilisation: float | None  # tflops over the peak: model FLOPs utilisation
-    of_measured: float | None  # tflops over the measured matrix product of that precision
+    images_per_second: float  # the median of the timings
+    low: float  # images a second of the slowest timing
+    high: float  # and of the fastest
+    tflops: float | None  # TFLOP/s by CONVENTION; None: not counted
+    utilisation: float | None  # tflops over the peak: model FLOPs utilisation (MFU)
+    of_measured: float | None  # tflops over those of the measured matrix product in this precision
     peak_memory_bytes: int | None
     note: str = ""
 
 
 class PeakMemory:
-    """The most memory that a part of the program took: of the process on a CPU, of torch on a GPU."""
+    """The peak memory of a part of the program: of the process on a CPU, of torch's allocator on a GPU."""
 
     def __init__(self, device: torch.device):
         self._device, self._known = device, True
@@ -71,11 +74,12 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of before
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         except OSError:
             self._known = False
 
     def bytes(self) -> int | None:
+        """The peak since this object was made; None where the system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if not self._known:
@@ -86,10 +90,10 @@ class PeakMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What is measured, all of it resolved."""
+    """One benchmark, with every choice resolved."""
 
     spec: BackboneSpec
-    arguments: dict[str, Any]  # of the builder, every one
+    arguments: dict[str, Any]  # of the builder, complete
     device: torch.device
     roofline: Roofline
     precision: str
@@ -107,11 +111,11 @@ class Bench:
         self, stage: str, work: Callable[[], object], operations: float | None, *, images: int, micro_batch: int,
         precision: str = "", note: str = "",
     ) -> Row:  # fmt: skip
-        """Time `work`, which handles `images` images with so many operations each."""
+        """Time `work`, which handles `images` images. operations: for one image; None: not counted."""
         precision = precision or self.precision
         peak = PeakMemory(self.device)
         begin = time.perf_counter()
-        work()  # what is prepared or compiled once
+        work()  # includes set-up and compilation
         wait(self.device)
         first = time.perf_counter() - begin
         seconds = seconds_of(work, self.device, TIMED_SECONDS, self.runs)
@@ -134,7 +138,7 @@ class Bench:
         )
 
     def training(self) -> Row:
-        """Optimiser steps of the trainer."""
+        """The row of the trainer's optimiser steps."""
         parameters = self.spec.count(**self.arguments).params
         free = resolve.free_bytes(self.device)
         check_room(self.spec.name, parameters, str(self.device), free)
@@ -169,7 +173,7 @@ class Bench:
         return self.row("training", step, operations, images=self.batch, micro_batch=micro_batch)
 
     def sampling(self) -> Row:
-        """Batches of guided samples; a network without a null label is not guided."""
+        """The row of batches of samples, guided where the network has a null label."""
         null = self.spec.null_index(self.arguments["num_classes"])
         scale, doubled = (1.0, 1) if null is None else (GUIDANCE, 2)
         images = max(1, self.batch // doubled)
@@ -199,7 +203,7 @@ class Bench:
         )  # fmt: skip
 
     def evaluation(self) -> Row:
-        """Features of images of the size that the network's samples have."""
+        """The row of feature extraction, from images of the size of the network's samples."""
         side, channels = self.arguments["input_size"], self.arguments["in_channels"]
         if channels == LATENT_CHANNELS:
             side, channels = side * LATENT_FACTOR, 3
@@ -215,7 +219,7 @@ class Bench:
 
 
 def noise_images(arguments: dict[str, Any], count: int = 512) -> ImageSet:
-    """Stand-ins of the network's input: the speed of a step does not depend on what is on them."""
+    """Random images of the network's input size: the content does not change the speed of a step."""
     side, rng = arguments["input_size"], np.random.default_rng(0)
     images = rng.integers(0, 256, (count, side, side, arguments["in_channels"]), dtype=np.uint8)
     return ImageSet(name="noise", images=images, labels=rng.integers(0, max(arguments["num_classes"], 1), count))
@@ -229,10 +233,12 @@ def measure(
     batch: int | None,
     sampler_steps: int | None,
     compile: str,
-    stages: tuple[str, ...],
-    say: Callable[[str], None],
+    stages: tuple[str, ...],  # of STAGES
 ) -> dict[str, Any]:
-    """The roofline of the device and the stages of a backbone on it, as plain data. What cannot be had is refused."""
+    """The roofline of the device and the speed of a backbone's stages on it, as plain data for JSON.
+
+    None takes a default for the device. Raises UserError for a backbone, precision or device that cannot be measured.
+    """
     target = resolve.pick_device(device)
     cuda = target.type == "cuda"
     spec = registry.backbones.get(name or ("dit-xl-2" if cuda else "dit-s-8"))
@@ -246,13 +252,13 @@ def measure(
             raise UserError(f"backbone {spec.name!r} is a {spec.kind}, of which only training is measured")
     resolve.check_precision(target, precision)
     if compile == "on":
-        compiling.check(target)
-    compiled = "on" if compile == "auto" and cuda and compiling.lacking(target) is None else compile
+        compiling.check_available(target)
+    compiled = "on" if compile == "auto" and cuda and compiling.unavailable_reason(target) is None else compile
     compiled = "off" if compiled == "auto" else compiled
     arguments = spec.arguments()
     if spec.kind in ("denoiser", "upsampler") and arguments.get("out_channels") is None:
         arguments["out_channels"] = 2 * arguments["in_channels"]
-    roofline = measure_roofline(target, say)
+    roofline = measure_roofline(target)
     chosen = roofline.fastest if precision == "auto" else precision
     macs = spec.count(**arguments).macs
     if batch is None:
@@ -264,14 +270,14 @@ def measure(
     )  # fmt: skip
     rows = []
     for stage in stages:
-        say(f"measuring {stage} ...")
+        logger.info(f"measuring {stage} ...")
         resolve.set_arithmetic(target, chosen)
         rows.append(dataclasses.asdict(getattr(bench, stage)()))
         if cuda:
             torch.cuda.empty_cache()
     peak, source = roofline.peak(chosen)
     counted = [row for row in rows if row["tflops"] is not None]
-    remarks = [roofline.remark(row["stage"], row["precision"], row["tflops"]) for row in counted]
+    warnings = [roofline.warning(row["stage"], row["precision"], row["tflops"]) for row in counted]
     return {
         "backbone": spec.name,
         "input": f"{arguments['input_size']}x{arguments['input_size']}x{arguments['in_channels']}",
@@ -286,5 +292,5 @@ def measure(
         "peak_from": source,
         "roofline": dataclasses.asdict(roofline),
         "rows": rows,
-        "remarks": [each for each in remarks if each],
+        "remarks": [each for each in warnings if each],
     }

@@ -1,7 +1,8 @@
-"""torch.compile: whether it can be had on a machine, what of a network is compiled, and whether it repays."""
+"""torch.compile: whether it is available on a machine, which modules are compiled, and whether it saves time."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -15,21 +16,23 @@ from torch import nn
 
 from harness.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 CHOICES = ("auto", "on", "off")
-WORTH_SECONDS = 3600.0  # a run that is done sooner is not worth compiling for, nor worth measuring
-MARGIN = 0.97  # of the time without: by so much less it must be done, compiling included
+WORTH_SECONDS = 3600.0  # a shorter run is neither compiled nor measured compiled
+MARGIN = 0.97  # a compiled run must take at most this share of the time uncompiled, its compilation included
 
 
 class Choice(NamedTuple):
-    """What became of `--compile`: "on" or "off", why, and seconds an image when it was measured."""
+    """What `--compile` comes to."""
 
-    mode: str
+    mode: str  # "on" or "off"
     reason: str
-    seconds: float | None = None
+    seconds: float | None = None  # of training on one image, compiled; None: not measured
 
 
-def lacking(device: torch.device) -> str | None:
-    """What torch.compile misses on this machine, with the remedy; None: nothing."""
+def unavailable_reason(device: torch.device) -> str | None:
+    """What torch.compile needs and is missing on this machine, with the fix. None: nothing is missing."""
     if device.type not in ("cpu", "cuda"):
         return f"torch.compile is not used on {device.type}; leave out --compile"
     compilers = ["g++", "clang++"] if device.type == "cpu" else ["gcc", "cc", "clang"]
@@ -47,8 +50,8 @@ def lacking(device: torch.device) -> str | None:
 
 
 def units(net: nn.Module) -> list[nn.Module]:
-    """What is compiled by itself: the equal blocks that hold most of a network, which share one code, or all of it."""
-    everything = sum(each.numel() for each in net.parameters())
+    """The modules that are compiled: the equal blocks that hold most of the weights and share one code, or all of `net`."""
+    total = sum(each.numel() for each in net.parameters())
     for module in net.modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
             continue
@@ -56,34 +59,35 @@ def units(net: nn.Module) -> list[nn.Module]:
             (type(each), [tuple(weight.shape) for weight in each.parameters()]) for each in module.children()
         )
         held = sum(each.numel() for each in module.parameters())
-        if all(each == first for each in others) and 2 * held > everything:
+        if all(each == first for each in others) and 2 * held > total:
             return list(module)
     return [net]
 
 
-def _same_masks() -> None:
+def _keep_dropout_masks() -> None:
+    """Let compiled dropout draw the masks that it draws uncompiled."""
     from torch._inductor import config
 
-    config.fallback_random = True  # dropout draws what it draws uncompiled
+    config.fallback_random = True
 
 
 def compile_network(net: nn.Module) -> None:
-    """Compile `net` in place, at its first call for each shape; weights keep their names and masks of dropout their bits."""
-    _same_masks()
+    """Compile `net` in place, at its first call with each shape. Names of weights and masks of dropout stay the same."""
+    _keep_dropout_masks()
     for unit in units(net):
         unit.compile(dynamic=False)
 
 
 def compile_sampler(net: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
-    """The compiled network for sampling, where the same shapes come again and again.
+    """The compiled network for sampling, where every call has the same shapes.
 
-    On a GPU all of it becomes one CUDA graph, so that small networks do not wait for Python. Where that cannot be had the
-    kernels are launched one by one; they are the same.
+    On a GPU the network becomes one CUDA graph, so that a small one does not wait for Python. If the graph fails, the same
+    kernels are launched one by one.
     """
     if device.type != "cuda":
         compile_network(net)
         return net
-    _same_masks()
+    _keep_dropout_masks()
     graph = torch.compile(net, mode="reduce-overhead", dynamic=False)
     plain = torch.compile(net, dynamic=False)
     usable = True
@@ -92,7 +96,7 @@ def compile_sampler(net: nn.Module, device: torch.device) -> Callable[..., torch
         nonlocal usable
         if usable:
             try:
-                torch.compiler.cudagraph_mark_step_begin()  # what the call before returned has been used
+                torch.compiler.cudagraph_mark_step_begin()  # the output of the previous call has been used
                 return graph(*inputs).clone()
             except torch.cuda.OutOfMemoryError:
                 raise
@@ -104,14 +108,14 @@ def compile_sampler(net: nn.Module, device: torch.device) -> Callable[..., torch
 
 
 def undo(net: nn.Module) -> None:
-    """Back to the network as it was."""
+    """Take back `compile_network`."""
     for unit in units(net):
         unit._compiled_call_impl = None
 
 
-def check(device: torch.device) -> None:
-    """Refuse to compile where it cannot be had."""
-    if reason := lacking(device):
+def check_available(device: torch.device) -> None:
+    """Raise UserError where torch.compile is not available."""
+    if reason := unavailable_reason(device):
         raise UserError(f"--compile on: {reason}, or leave it out")
 
 
@@ -119,33 +123,32 @@ def choose(
     wanted: str,  # of CHOICES
     net: nn.Module,
     *,
-    lacking: str | None,  # what `lacking` found
-    seconds: float,  # of training on one image, without
+    unavailable: str | None,  # from `unavailable_reason`
+    seconds: float,  # of training on one image, uncompiled
     images: int,  # of the whole run
     measure: Callable[[], float],  # seconds of training on one image with `net` as it is, in this process
-    say: Callable[[str], None],
-    most: Callable[[float], float] = lambda value: value,  # the largest of all processes' values
+    all_max: Callable[[float], float] = lambda value: value,  # the largest value of all processes
 ) -> Choice:
-    """What to freeze. auto compiles where it was measured to be faster over the whole run, compiling included.
+    """Whether to compile. "auto" compiles where the whole run is measured to be faster, its compilation included.
 
-    `net` is left uncompiled. Whatever goes wrong in the compiler leaves `auto` without it; under `on` it is a refusal.
-    Processes measure each by itself, as any of them may fail, and then agree: one that failed decides for all, else the
-    slowest. `measure` waits for no other process.
+    `net` is left uncompiled. An error of the compiler means "off" under "auto", and a UserError under "on". Each process
+    measures alone, since any of them may fail: `measure` must not wait for other processes. Then all agree: if one has
+    failed none compiles, and otherwise the slowest decides.
     """
     if wanted == "off":
         return Choice("off", "not asked for")
-    if lacking is not None:
+    if unavailable is not None:
         if wanted == "on":
-            raise UserError(f"--compile on: {lacking}, or leave it out")
-        return Choice("off", lacking)
+            raise UserError(f"--compile on: {unavailable}, or leave it out")
+        return Choice("off", unavailable)
     if wanted == "auto" and seconds * images < WORTH_SECONDS:
-        return Choice("off", f"a run of {seconds * images:.0f} s is over before it repays")
-    say("compiling, and measuring what it gains ...")
+        return Choice("off", f"a run of {seconds * images:.0f} s is over before compiling pays off")
+    logger.info("compiling, and measuring what it gains ...")
     begin = time.perf_counter()
     compiled, reason, cause = 0.0, "torch.compile failed in another process", None
     try:
         compile_network(net)
-        measure()  # compiles, which may take longer than a measurement waits for
+        measure()  # compiles, which may take longer than a measurement allows
         compiled = measure()
     except UserError:
         raise
@@ -155,12 +158,12 @@ def choose(
     finally:
         undo(net)
     cost = time.perf_counter() - begin
-    if most(float(cause is not None)):
+    if all_max(float(cause is not None)):
         if wanted == "on":
             raise UserError(f"--compile on: {reason}; leave it out") from cause
         return Choice("off", reason)
-    compiled, cost = most(compiled), most(cost)
+    compiled, cost = all_max(compiled), all_max(cost)
     gain = f"{seconds / compiled:.2f} times as fast, {cost:.0f} s to compile"
     if wanted == "on" or cost + compiled * images < MARGIN * seconds * images:
         return Choice("on", gain, compiled)
-    return Choice("off", f"it does not repay: {gain}", compiled)
+    return Choice("off", f"it does not pay off: {gain}", compiled)

@@ -86,8 +86,8 @@ def hybrid_loss(
     high, low = _at(tables.log_variance_high, t), _at(tables.log_variance_low, t)  # (N, 1, 1, 1)
     log_variance = frac * high + (1 - frac) * low  # (N, C, H, W)
     error = eps - noise
-    # Posterior and reverse step have the same mean but for x_0, and x_0 - x_0^ = sqrt(1/abar - 1) (eps^ - eps): so the
-    # difference of the means comes without the cancellation of two numbers of size sqrt(1/abar) (157 at t = 999).
+    # The means of posterior and reverse step differ only in x_0, and x_0 - x_0^ = sqrt(1/abar - 1) (eps^ - eps). Computed so,
+    # their difference avoids the cancellation of two numbers of size sqrt(1/abar) (157 at t = 999).
     mean_error = _at(tables.mean_error, t) * error.detach()  # true mean - predicted mean
     kl = 0.5 * (-1.0 + log_variance - low + torch.exp(low - log_variance) + mean_error**2 * torch.exp(-log_variance))
     # At t = 0 the mean is x_0^ itself (its coefficients are 1 and 0), so mean_error is x_0 - x_0^.

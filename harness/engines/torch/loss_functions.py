@@ -1,7 +1,8 @@
-"""What a network of each kind is trained on in torch: how its loss comes from one micro-batch of images.
+"""The loss of a backbone of each kind in torch, from one micro-batch of images.
 
-Denoisers: noise and, where it is learned, variance. Upsamplers: the same, given the image at low resolution.
-Classifiers: the label of a noised image (Dhariwal and Nichol 2021, sec. 4.1; guided-diffusion classifier_train.py).
+Denoisers predict the noise and, where it is learned, the variance. Upsamplers do the same and are given the image at low
+resolution. Classifiers predict the label of a noised image (Dhariwal and Nichol 2021, sec. 4.1; guided-diffusion
+classifier_train.py).
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.diffusion.schedule import Schedule
-from harness.engines.loss_terms import LOSS_TERMS
+from harness.engines.loss_terms import loss_terms_of
 from harness.engines.torch.loss import LossTables, training_losses
-from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
@@ -25,24 +25,23 @@ from harness.spec import BackboneSpec
 
 
 class LossFunction:
-    """The loss of one backbone under one recipe. Everything random is a function of seed and position alone."""
+    """The loss of one backbone under one recipe. Everything random depends on the seed and the position alone."""
 
     def __init__(
         self, spec: BackboneSpec, arguments: Mapping[str, Any], *, recipe: Recipe, seed: int, device: torch.device
     ):
-        if spec.kind not in LOSS_TERMS:
-            raise UserError(f"backbone {spec.name!r} is a {spec.kind}, which the harness samples and does not train")
-        self.loss_terms = LOSS_TERMS[spec.kind]
+        self.loss_terms = loss_terms_of(spec)
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
-        self._low_side = arguments.get("low_res_size")
+        self._low_side: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null = spec.null_index(arguments["num_classes"])
         self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps), device)
         self._objective = objectives.get(recipe.objective)
 
     def losses(self, net: Callable[..., Tensor], x0: Tensor, y: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """Terms (N,) float32 of images x0 (N, C, H, W) in [-1, 1], labels y (N,), at positions (N,) of the stream.
+        """The loss terms by name, float32 (N,) each.
 
-        `net` brings its own autocast; all else is float32.
+        x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int64 (N,). positions: int64 (N,), in the stream of examples.
+        `net` sets its own autocast; everything else is float32.
         """
         recipe, seed = self._recipe, self._seed
         t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)  # (N,)
@@ -63,10 +62,10 @@ class LossFunction:
         return {"mse": mse, "vb": vb}
 
     def _low_resolution(self, x0: Tensor, positions: Tensor) -> Tensor:
-        """The images averaged over areas, with Gaussian noise of a level drawn for each up to the recipe's.
+        """x0 (N, C, H, W) averaged over areas to (N, C, s, s), plus Gaussian noise of a random level for each image.
 
-        The noise is the conditioning augmentation of Ho et al., "Cascaded Diffusion Models" (arXiv:2106.15282), sec.
-        4.2, in its simplest form: the network is not told the level.
+        The level is uniform from 0 to the recipe's conditioning_noise. This is the conditioning augmentation of Ho et al.,
+        "Cascaded Diffusion Models" (arXiv:2106.15282), sec. 4.2, in its simplest form: the level is no input of the network.
         """
         low = F.adaptive_avg_pool2d(x0, self._low_side)  # (N, C, s, s)
         if self._recipe.conditioning_noise:

@@ -1,68 +1,71 @@
-"""How a run lies over its processes: every batch divided among them, and weights, averages and moments where asked.
+"""The layout of a run over its processes: batches are divided among all of them, weights where --mesh asks for it.
 
-`--mesh DATAxMODEL` names both: with MODEL 1 each process holds all weights (DistributedDataParallel), else each holds
-its part of them over MODEL processes (fully_shard, FSDP2). What is random belongs to images, so any mesh makes the same
-run up to the order of sums; the same mesh makes the same bits. Not so the masks of a network's own dropout: the first image
-of a micro-batch seeds them, and another division into micro-batches draws others, of the same distribution.
+`--mesh DATAxMODEL`: with MODEL 1 every process holds all weights (DistributedDataParallel). Otherwise weights, averages
+and moments are sharded over MODEL processes (fully_shard, FSDP2). Noise, timesteps and flips belong to images, so any mesh
+makes the same run up to the order of sums, and the same mesh makes the same bits. The masks of a network's own dropout are
+the exception: the first image of a micro-batch seeds them, so another division into micro-batches draws other masks of the
+same distribution.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from harness.distributed.launch import mesh_sides
+from harness.distributed.mesh import MeshShape
 from harness.engines.torch import process_group
 from harness.errors import UserError
 from harness.runs.run import Resolved
 
 
-def mesh_of(shape: str | None, created: str = "1x1") -> tuple[int, int]:
-    """DATA and MODEL of these processes. None: MODEL as the run was created, DATA what that leaves."""
+def mesh_of(shape: str | None, created: str = "1x1") -> MeshShape:
+    """The mesh of the processes at work now. shape: `--mesh`; None keeps MODEL of the mesh `created` with the run.
+
+    Raises UserError where the number of processes does not fit.
+    """
     size = process_group.size()
     if shape is None:
-        model = mesh_sides(created)[1]
+        model = MeshShape.parse(created).model
         if size % model:
             raise UserError(
                 f"the run divides its weights over {model} processes, and {size} work here; give --mesh DATAxMODEL"
             )
-        return size // model, model
-    data, model = mesh_sides(shape)
-    if data * model != size:
-        start = f"torchrun --nproc-per-node {data * model} -m harness ..."
-        raise UserError(f"--mesh {shape} takes {data * model} processes, and {size} work here; start them with {start}")
-    return data, model
+        return MeshShape(size // model, model)
+    mesh = MeshShape.parse(shape)
+    if mesh.size != size:
+        start = f"torchrun --nproc-per-node {mesh.size} -m harness ..."
+        raise UserError(f"--mesh {shape} takes {mesh.size} processes, and {size} work here; start them with {start}")
+    return mesh
 
 
-def here(resolved: Resolved, mesh: str | None, batch: int) -> Resolved:
-    """What was frozen, as it holds for the processes of now, which may be more or fewer than when the run was created.
+def for_these_processes(resolved: Resolved, mesh: str | None, batch: int) -> Resolved:
+    """`resolved`, adapted to the processes at work now, which may be more or fewer than when the run was created.
 
-    An equal number gives an equal result. Micro-batches grow no larger, and threads no more in all.
+    The same number of processes gives the same bits. Micro-batches do not grow, and neither does the sum of all threads.
     """
-    data, model = mesh_of(mesh, resolved.mesh)
     return dataclasses.replace(
         resolved,
-        mesh=f"{data}x{model}",
-        micro_batch=min(resolved.micro_batch, check_batch(batch)),
+        mesh=str(mesh_of(mesh, resolved.mesh)),
+        micro_batch=min(resolved.micro_batch, local_batch(batch)),
         threads=threads(resolved),
     )
 
 
 def threads(resolved: Resolved) -> int:
-    """Of each process, so that all have as many as when the run was created."""
-    data, model = mesh_sides(resolved.mesh)
-    return max(1, resolved.threads * data * model // process_group.size())
+    """Threads of each process, so that the sum is what it was when the run was created."""
+    return max(1, resolved.threads * MeshShape.parse(resolved.mesh).size // process_group.size())
 
 
-def check_batch(batch: int) -> int:
-    """Images of a batch for each process; what cannot be divided is refused."""
+def local_batch(batch: int) -> int:
+    """Images of a global batch for each process. Raises UserError where the batch cannot be divided."""
     size = process_group.size()
     if batch % size:
         raise UserError(
@@ -72,114 +75,121 @@ def check_batch(batch: int) -> int:
     return batch // size
 
 
-def shard(net: torch.nn.Module, mesh: tuple[int, int], device: torch.device) -> torch.nn.Module:
-    """Divide the weights of `net` over MODEL processes, in place, unless they are; MODEL 1 leaves them."""
-    data, model = mesh
-    if model == 1:
+def shard(net: torch.nn.Module, mesh: MeshShape, device: torch.device) -> torch.nn.Module:
+    """Shard the weights of `net` over MODEL processes, in place. MODEL 1, and a network that is sharded, stay as they are."""
+    if mesh.model == 1:
         return net
     try:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
     except ImportError as error:
-        raise UserError(f"--mesh {data}x{model} needs torch 2.6 or newer; give --mesh {data * model}x1") from error
+        raise UserError(f"--mesh {mesh} needs torch 2.6 or newer; give --mesh {mesh.size}x1") from error
     if isinstance(net, FSDPModule):
         return net
-    # Nothing writes into the network's output, of which FSDP2 warns at each pass.
+    # FSDP2 warns at each pass that the network's output must not be written to. Nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     with process_group.translate_dist_errors():
-        if data == 1:
-            over = init_device_mesh(device.type, (model,), mesh_dim_names=("model",))
+        if mesh.data == 1:
+            devices = init_device_mesh(device.type, (mesh.model,), mesh_dim_names=("model",))
         else:
-            over = init_device_mesh(device.type, (data, model), mesh_dim_names=("data", "model"))
-        for unit in units(net):
-            fully_shard(unit, mesh=over)
-        fully_shard(net, mesh=over)
+            devices = init_device_mesh(device.type, (mesh.data, mesh.model), mesh_dim_names=("data", "model"))
+        for block in blocks(net):
+            fully_shard(block, mesh=devices)
+        fully_shard(net, mesh=devices)
     return net
 
 
-def units(net: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """What is gathered as one while it computes: the blocks of a network, which it keeps in lists."""
+def blocks(net: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules whose weights are gathered together while they compute: the items of the network's ModuleLists."""
     for child in net.children():
         if isinstance(net, torch.nn.ModuleList) and not isinstance(child, torch.nn.ModuleList):
             yield child
         else:
-            yield from units(child)
+            yield from blocks(child)
 
 
-def largest_unit(net: torch.nn.Module) -> int:
+def largest_block(net: torch.nn.Module) -> int:
     """Parameters of the largest block of `net`."""
-    return max((sum(each.numel() for each in unit.parameters()) for unit in units(net)), default=0)
+    return max((sum(each.numel() for each in block.parameters()) for block in blocks(net)), default=0)
 
 
 class DataParallelModel:
-    """A network over the processes of the process group: what the trainer calls, and the sums over all of them."""
+    """A network over the processes of the group: the forward pass that the trainer calls, and sums over all processes."""
 
-    def __init__(self, net: torch.nn.Module, mesh: tuple[int, int]):
+    def __init__(self, net: torch.nn.Module, mesh: MeshShape):
         self.size, self._index = process_group.size(), process_group.index()
-        self._sharded = mesh[1] > 1
+        self._sharded = mesh.model > 1
         self._net = net
-        self.call: Callable[..., torch.Tensor] = net
+        self._ddp: torch.nn.parallel.DistributedDataParallel | None = None
         if self.size > 1 and not self._sharded:
             ddp = torch.nn.parallel.DistributedDataParallel
-            aside = (
-                "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
-            )
             with process_group.translate_dist_errors():
-                self.call = ddp(net, gradient_as_bucket_view=True, **{aside: False})
+                # Newer versions of torch have another name for broadcast_buffers.
+                new = "forward_sync_buffers" in signature(ddp).parameters
+                options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+                self._ddp = ddp(net, gradient_as_bucket_view=True, **options)
+        self.call: Callable[..., torch.Tensor] = net if self._ddp is None else self._ddp
 
     @property
     def warmup(self) -> bool:
-        """Whether a first pass is to be thrown away. DDP divides gradients into buckets anew after it; a run that
-        continues would sum in another order than one that went on."""
-        return self.call is not self._net
+        """Whether a first pass has to be thrown away.
 
-    def mine(self, positions: torch.Tensor) -> torch.Tensor:
-        """Of a global batch (N,) the images of this process, (N / size,)."""
+        DDP assigns gradients to new buckets after its first pass. A continued run would therefore sum in another order
+        than one that was never interrupted.
+        """
+        return self._ddp is not None
+
+    def local_part(self, positions: torch.Tensor) -> torch.Tensor:
+        """The images of a global batch (N,) that this process computes, (N / size,)."""
         return positions.tensor_split(self.size)[self._index]
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Around the passes of a micro-batch. Gradients are averaged over processes with the last one, and where weights
-        are divided with each, so that nobody holds all of them."""
-        return nullcontext() if last or self._sharded or self.size == 1 else self.call.no_sync()
+        """The context of one micro-batch. Gradients are averaged over processes with the last one.
 
-    def clip(self, weights: list[torch.Tensor], norm: float) -> None:
-        """Scale gradients down to `norm` over all of them."""
+        Sharded weights average them with each micro-batch, so that no process holds all gradients.
+        """
+        return nullcontext() if last or self._ddp is None else self._ddp.no_sync()
+
+    def clip(self, weights: Sequence[torch.Tensor], norm: float) -> None:
+        """Scale all gradients down to a total norm of at most `norm`."""
         if not self._sharded:
             torch.nn.utils.clip_grad_norm_(weights, norm, foreach=True)
             return
-        total = torch.nn.utils.get_total_norm([each.grad for each in weights], foreach=True)
-        torch.nn.utils.clip_grads_with_norm_(weights, norm, total.full_tensor(), foreach=True)
+        gradients = [each.grad for each in weights if each.grad is not None]
+        total = full_tensor(torch.nn.utils.get_total_norm(gradients, foreach=True))
+        torch.nn.utils.clip_grads_with_norm_(weights, norm, total, foreach=True)
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over processes."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of all processes' `values`, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def everywhere(self, holds: torch.Tensor) -> bool:
-        """Whether it holds in every process."""
-        return bool(self.total((~holds).int()) == 0)
+    def all(self, condition: torch.Tensor) -> bool:
+        """Whether the bool scalar `condition` holds in every process."""
+        return bool(self.sum((~condition).int()) == 0)
 
-    def leaders_buffers(self) -> None:
-        """Running statistics of a network that keeps some are the leader's."""
+    def broadcast_buffers(self) -> None:
+        """Copy the main process's buffers, such as running statistics, to all processes."""
         if self.size > 1:
             for buffer in self._net.buffers():
                 dist.broadcast(buffer, 0)
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor, as a plain one that shares its memory."""
-    return tensor.detach()._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    """The part of a tensor that this process holds, as a plain tensor that shares its memory."""
+    tensor = tensor.detach()
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor; where it is divided every process must ask."""
+    """The whole tensor. All processes must call this where it is sharded."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Which part of the whole this process holds."""
+    """The part of the whole tensor that this process holds, a slice for each axis."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(None) for _ in tensor.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -1,14 +1,13 @@
 """Several processes of one run, joined by torch.distributed: gloo between CPUs, NCCL between GPUs.
 
 torchrun starts them, or SLURM's srun with MASTER_ADDR set, or a user who sets RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT for each. Process k of a machine takes the GPU k, or the only one it is shown.
+MASTER_PORT for every process. Process k of a machine uses GPU k, or the only GPU that is visible to it.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,19 +17,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness.distributed.group import ProcessGroup, Stopped
-from harness.distributed.launch import Rank, rank_of
+from harness.distributed.group import ProcessGroup, Stopped, silence_output
+from harness.distributed.launch import LaunchInfo, read_launch
 from harness.engines.torch import watch
 from harness.errors import RunError, UserError
-from harness.io import progress
 
-JOIN_SECONDS = 300  # for all processes to come
-STEP_SECONDS = 1800  # a collective of a training step, which may wait for the leader to write a checkpoint
-WAIT_SECONDS = (
-    7 * 24 * 3600
-)  # for processes that draw or measure what is left of their share; deaths are seen by the watch
-SETTLE_SECONDS = 5.0  # for the watch to say who is gone, where a collective only says that something is
-WORDS = (
+JOIN_SECONDS = 300  # for all processes to connect
+STEP_SECONDS = 1800  # for a collective of a training step, which may wait while the main process writes a checkpoint
+WAIT_SECONDS = 7 * 24 * 3600  # for processes that still draw or measure their share; the watch notices deaths
+SETTLE_SECONDS = 5.0  # for the watch to name the process that died, of which a collective only reports an error
+DIST_WORDS = (  # one of them is in every error of torch.distributed about a lost process
     "gloo",
     "nccl",
     "connection",
@@ -43,144 +39,145 @@ WORDS = (
     "process group",
 )
 
-_rank: Rank | None = None
-_together: dist.ProcessGroup | None = None  # gloo, for what is no part of a step
+_launch: LaunchInfo | None = None  # None: this process works alone
+_gloo: dist.ProcessGroup | None = None  # for what is not part of a training step
 
 
 def size() -> int:
-    """Processes that work on this run."""
-    return 1 if _rank is None else _rank.size
+    """The number of processes that work on this run."""
+    return 1 if _launch is None else _launch.world_size
 
 
 def index() -> int:
-    """Of this process; 0 leads."""
-    return 0 if _rank is None else _rank.index
+    """The index of this process; 0 is the main process."""
+    return 0 if _launch is None else _launch.rank
 
 
-def local() -> int | None:
-    """Of this process on its machine; None: it is alone."""
-    return None if _rank is None else _rank.local
+def local_rank() -> int:
+    """The index of this process on its machine."""
+    return 0 if _launch is None else _launch.local_rank
 
 
-def gpu(local: int) -> int:
-    """The GPU of process `local` of a machine: that of its number, or the one that its launcher lets it see.
+def local_size() -> int:
+    """The number of processes on this machine."""
+    return 1 if _launch is None else _launch.local_world_size
 
-    srun --gpus-per-task=1 names one in each task's CUDA_VISIBLE_DEVICES, and there it is number 0.
+
+def gpu(local_rank: int) -> int:
+    """The GPU of a process: the one with its local rank, or the only one that its launcher makes visible.
+
+    srun --gpus-per-task=1 sets CUDA_VISIBLE_DEVICES to another GPU in each task, where it has number 0.
     """
-    alone = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-    return 0 if alone else local
-
-
-def beside() -> int:
-    """Processes on this machine."""
-    return 1 if _rank is None else _rank.beside
+    single = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    return 0 if single else local_rank
 
 
 def all_max(value: float) -> float:
-    """The largest of all processes' values, in every process."""
-    if _rank is None:
+    """The largest value of all processes, in every process; float32."""
+    if _launch is None:
         return value
     tensor = torch.tensor([value])
     with translate_dist_errors():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_together)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_gloo)
     return tensor.item()
 
 
 @contextmanager
 def translate_dist_errors() -> Iterator[None]:
-    """Turn what torch says of a lost or silent process into one line. Alone, or of anything else, errors pass."""
+    """Turn torch's errors about a lost process into a RunError of one line. Other errors pass, and all in one process."""
     try:
         yield
     except RuntimeError as error:
         text = str(error).strip().partition("\n")[0]
-        if _rank is None or not any(word in str(error).lower() for word in WORDS):
+        if _launch is None or not any(word in str(error).lower() for word in DIST_WORDS):
             raise
         time.sleep(SETTLE_SECONDS)
-        raise RunError(f"the {_rank.size} processes have lost each other ({text[:160]}); {watch.CONTINUES}") from error
+        raise RunError(
+            f"the {_launch.world_size} processes have lost each other ({text[:160]}); {watch.CONTINUES}"
+        ) from error
 
 
 class TorchProcessGroup(ProcessGroup):
-    """The processes that the environment tells of: see `harness.distributed.launch`."""
+    """The processes that the environment variables describe: see `harness.distributed.launch`."""
 
     def __init__(self) -> None:
-        global _rank, _together
-        rank = rank_of(os.environ)
-        self.size, self.index, self._well = rank.size, rank.index, False
-        if not self.is_main:  # one of many voices is enough; errors are said on stderr all the same
-            progress.silence()
-            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
+        global _launch, _gloo
+        launch = read_launch(os.environ)
+        self.size, self.index, self._done = launch.world_size, launch.rank, False
+        if not self.is_main:
+            silence_output()
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        if torch.cuda.is_available() and gpu(rank.local) < torch.cuda.device_count():
-            torch.cuda.set_device(gpu(rank.local))  # what "cuda" means from here on
+        if torch.cuda.is_available() and gpu(launch.local_rank) < torch.cuda.device_count():
+            torch.cuda.set_device(gpu(launch.local_rank))  # what "cuda" means from here on
         try:
-            store = _meet(rank)
+            store = _rendezvous(launch)
             if self.is_main:
-                self._watch = watch.lead(rank.size, lambda text: store.set("watch", text))
+                self._watch = watch.accept_others(self.size, lambda text: store.set("watch", text))
             else:
-                speaks = rank.local == 0 or rank.index == 1
-                self._watch = watch.follow(rank.index, rank.size, rank.address, store.get("watch").decode(), speaks)
+                prints = launch.local_rank == 0 or launch.rank == 1
+                published = store.get("watch").decode()
+                self._watch = watch.connect_to_main(self.index, self.size, launch.address, published, prints)
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if nccl else "gloo", store=dist.PrefixStore("torch", store), rank=rank.index,
-                world_size=rank.size, timeout=timedelta(seconds=STEP_SECONDS),
+                "cpu:gloo,cuda:nccl" if nccl else "gloo", store=dist.PrefixStore("torch", store), rank=self.index,
+                world_size=self.size, timeout=timedelta(seconds=STEP_SECONDS),
             )  # fmt: skip
-            _together = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
+            _gloo = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().partition("\n")[0][:200]
             raise UserError(
-                f"process {rank.index} of {rank.size} cannot join the others at {rank.address}:{rank.port} ({reason}); start "
-                "all of them with torchrun, or with the same MASTER_ADDR and MASTER_PORT"
+                f"process {self.index} of {self.size} cannot join the others at {launch.address}:{launch.port} ({reason}); "
+                "start all of them with torchrun, or with the same MASTER_ADDR and MASTER_PORT"
             ) from error
-        _rank = rank
+        _launch = launch
         atexit.register(self._leave)
 
     def _leave(self) -> None:
-        self._watch.end(well=False)  # unless it has said so
-        if self._well:  # else a collective may be under way
+        self._watch.end(done=False)  # unless its end was sent before
+        if self._done:  # otherwise a collective may be under way
             dist.destroy_process_group()
 
     @contextmanager
     def collective_scope(self) -> Iterator[None]:
-        """What all processes do; who leaves it by an error ends the others."""
         try:
             yield
-        except Stopped:  # all of them leave; any other interruption is this process's alone
-            self._watch.end(well=True)
+        except Stopped:  # all processes stop; any other interruption is this process's alone
+            self._watch.end(done=True)
             raise
         except BaseException:
-            self._watch.end(well=False)
+            self._watch.end(done=False)
             raise
-        self._well = True
-        self._watch.end(well=True)
+        self._done = True
+        self._watch.end(done=True)
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        with self.together(), super().locked(folder):
+        with self.collective_scope(), super().locked(folder):
             yield
 
     def barrier(self, where: str) -> None:
         with translate_dist_errors():
-            dist.barrier(group=_together)
+            dist.barrier(group=_gloo)
 
     def broadcast(self, value: int) -> int:
         tensor = torch.tensor([value])
         with translate_dist_errors():
-            dist.broadcast(tensor, 0, group=_together)
+            dist.broadcast(tensor, 0, group=_gloo)
         return int(tensor)
 
     def all_max(self, value: int) -> int:
         return int(all_max(value))
 
 
-def _meet(rank: Rank) -> dist.Store:
-    """The store that all processes have found, once all are there."""
-    os.environ.setdefault("MASTER_PORT", str(rank.port))
+def _rendezvous(launch: LaunchInfo) -> dist.Store:
+    """The store that all processes share, once all of them have connected to it."""
+    os.environ.setdefault("MASTER_PORT", str(launch.port))
     wait = timedelta(seconds=JOIN_SECONDS)
-    store, _, _ = next(dist.rendezvous("env://", rank=rank.index, world_size=rank.size, timeout=wait))
+    store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.world_size, timeout=wait))
     store.set_timeout(wait)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store remembers what was said before
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store keeps the values of earlier attempts
     store = dist.PrefixStore(f"harness/{attempt}", store)
-    store.set(f"here/{rank.index}", "")
-    for other in range(rank.size):
+    store.set(f"here/{launch.rank}", "")
+    for other in range(launch.world_size):
         try:
             store.wait([f"here/{other}"], wait)
         except RuntimeError as error:

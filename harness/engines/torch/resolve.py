@@ -1,12 +1,13 @@
-"""What is measured or found once, when a run is created: device, precision, micro-batch, threads."""
+"""Device, precision, micro-batch and threads of a run: chosen once, when it is created, and applied at every start."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from harness.distributed.mesh import MeshShape
 from harness.engines.memory import (
     Measured,
     fit_micro_batch,
@@ -21,18 +22,21 @@ from harness.errors import UserError
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # those that `auto` measures
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `--precision auto`
 NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
-PROBE_IMAGES = 16  # the speed of two precisions is compared on at most so many images
+PROBE_IMAGES = 16  # at most: the speeds of two precisions are compared on so many images
 PROBE_REPEATS = 3
-FAR_SLOWER = 4  # times as slow as another precision, and PATIENCE_SECONDS for one image: its passes are not repeated
+# A precision that takes FAR_SLOWER times as long as another, and more than PATIENCE_SECONDS for an image, is not measured on
+# more images.
+FAR_SLOWER = 4
 PATIENCE_SECONDS = 1.0
+LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or cuda if there is one, else cpu; one that is absent is refused.
+    """The device of that name; None: cuda if there is one, else cpu. Raises UserError where it is not available.
 
-    Of several processes each takes the GPU of its number on its machine, or the only one it is shown.
+    Of several processes each takes the GPU of its local rank: `harness.engines.torch.process_group.gpu`.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,14 +46,14 @@ def pick_device(name: str | None) -> torch.device:
             raise UserError(
                 f"--device {name} is one device, and {process_group.size()} processes work here; give --device {platform}"
             )
-        name = f"{platform}:{process_group.gpu(process_group.local())}" if platform == "cuda" else name
+        name = f"{platform}:{process_group.gpu(process_group.local_rank())}" if platform == "cuda" else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--device {name} is not to be had here ({reason}); try --device cpu, see `harness doctor`"
+            f"--device {name} is not available here ({reason}); try --device cpu, see `harness doctor`"
         ) from error
     if device.type == "meta":
         raise UserError("--device meta computes nothing; use cpu or cuda")
@@ -57,21 +61,21 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device: the model of the processor or of the accelerator."""
+    """The model of the processor or of the accelerator, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process can take on `device` now."""
+    """Memory on `device` that this process can allocate now, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return host_free_bytes() // process_group.beside()
+    return host_free_bytes() // process_group.local_size()
 
 
-def inputs_of(kind: str, images: int, arguments: dict, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Random inputs in the order of the call of a network of `kind`."""
+def inputs_of(kind: str, images: int, arguments: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Random inputs of a network of `kind`, in the order of its call."""
     generator = torch.Generator().manual_seed(0)
     channels, size = arguments["in_channels"], arguments["input_size"]
     x = torch.randn((images, channels, size, size), generator=generator)
@@ -85,19 +89,23 @@ def inputs_of(kind: str, images: int, arguments: dict, device: torch.device) -> 
 
 
 def measure(
-    net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser"
-) -> float:
-    """Seconds that forward and backward take for one image of each process: those of the slowest."""
+    net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precision: str,
+    kind: str = "denoiser",
+) -> float:  # fmt: skip
+    """Seconds of forward and backward for one image in each process; the slowest process counts."""
     return process_group.all_max(measure_here(net, images, arguments, device, precision, kind))
 
 
 def far_slower(
-    net: torch.nn.Module, arguments: dict, device: torch.device, precision: str, kind: str, than: float
+    net: torch.nn.Module, arguments: dict[str, Any], device: torch.device, precision: str, kind: str, than: float
 ) -> float | None:
-    """Seconds that forward and backward take for one image of each process, where that one shows that this precision is far
-    slower `than` another's seconds (bfloat16 on a CPU without units for it); None: it is to be measured."""
+    """Seconds of forward and backward for one image, if they already show that this precision is not worth measuring.
+
+    That is the case where they are more than FAR_SLOWER times `than`, the seconds of another precision: bfloat16 on a CPU
+    without units for it. None: the precision has to be measured.
+    """
     seconds = 0.0
-    for _ in range(2):  # a first pass may take its time to prepare itself
+    for _ in range(2):  # the first pass may include set-up
         seconds = process_group.all_max(measure_here(net, 1, arguments, device, precision, kind, repeats=0))
         if seconds <= max(PATIENCE_SECONDS, FAR_SLOWER * than):
             return None
@@ -105,12 +113,12 @@ def far_slower(
 
 
 def measure_here(
-    net: torch.nn.Module, images: int, arguments: dict, device: torch.device, precision: str, kind: str = "denoiser",
-    repeats: int = PROBE_REPEATS,
+    net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precision: str,
+    kind: str = "denoiser", repeats: int = PROBE_REPEATS,
 ) -> float:  # fmt: skip
-    """Seconds that forward and backward take for one image in this process, the best of `repeats` passes after a first one.
+    """Seconds of forward and backward for one image in this process: the best of `repeats` passes after a first one.
 
-    Waits for no other process. Weights are left as they are.
+    repeats: 0 takes the first pass. Does not wait for other processes, and leaves weights and buffers as they are.
     """
     set_arithmetic(device, precision)
     inputs = inputs_of(kind, images, arguments, device)
@@ -126,29 +134,29 @@ def measure_here(
         seconds = time.perf_counter() - begin
         if repeat or not repeats:  # the first pass warms up
             best = min(best, seconds)
-        if seconds > 20:  # a network this slow has shown enough
+        if seconds > LONG_SECONDS:
             best = min(best, seconds)
             break
     net.zero_grad(set_to_none=True)
-    for buffer, before in zip(net.buffers(), buffers, strict=True):  # running statistics of a network that keeps some
+    for buffer, before in zip(net.buffers(), buffers, strict=True):  # such as running statistics
         buffer.copy_(before)
     return best / images
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which the network runs: float32 as it is, or bfloat16 for what autocast trusts to it."""
+    """The context of the network: float32, or bfloat16 for the operations that torch.autocast runs in it."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`, from pages that a GPU reads by itself: copying from others waits for all work before it."""
+    """`tensor` on `device`. A GPU copies it from pinned memory, without waiting for the work before it."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def check_precision(device: torch.device, precision: str) -> None:
-    """Refuse TF32 where there are no units for it: float32 would be computed under its name."""
+    """Raise UserError for TF32 on a device without it, where float32 would be computed under its name."""
     if precision != "tf32":
         return
     if device.type != "cuda":
@@ -160,9 +168,9 @@ def check_precision(device: torch.device, precision: str) -> None:
 
 
 def set_arithmetic(device: torch.device, precision: str) -> None:
-    """Let products and convolutions of float32 take 10 bits of mantissa under tf32, and all 23 otherwise.
+    """Let matrix products and convolutions of float32 use TF32 (10 bits of mantissa) under "tf32", and all 23 bits otherwise.
 
-    Unasked, torch lets convolutions take TF32 on a GPU. Backward passes follow, so it is set for the process.
+    By default, torch lets convolutions use TF32 on a GPU. It is set for the whole process: backward passes run later.
     """
     check_precision(device, precision)
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -172,26 +180,25 @@ def set_arithmetic(device: torch.device, precision: str) -> None:
 def resolve(
     spec: BackboneSpec,
     net: torch.nn.Module,
-    arguments: dict,
+    arguments: dict[str, Any],
     *,
-    batch: int,
+    batch: int,  # of all processes together
     device: torch.device,
-    mesh: tuple[int, int],
-    precision: str,
-    micro_batch: int | None,
-    activation_bytes: int,
+    mesh: MeshShape,
+    precision: str,  # "auto", or one of NAMED_PRECISIONS
+    micro_batch: int | None,  # None: the largest that fits
+    activation_bytes: int,  # of one image in float32
     gradient_checkpointing: bool,
     compile: str,  # of compiling.CHOICES
     steps: int,  # of the run
-    say: Callable[[str], None],
 ) -> Measured:
-    """Choose what is left open. The weights of `net` are left as they were."""
+    """Choose precision, micro-batch and compilation where they are left open. The weights of `net` stay as they are."""
     parameters = sum(each.numel() for each in net.parameters())
-    if mesh[1] > 1:  # of each process, with the block that is gathered
-        parameters = parameters // mesh[1] + parallel.largest_unit(net)
-    batch = parallel.check_batch(batch)
-    free = free_bytes(device) + 4 * parameters  # the network is already there and was counted as used
-    fitting = -process_group.all_max(-fit_micro_batch(batch, parameters, activation_bytes, free))
+    if mesh.model > 1:  # of each process, with the block that is gathered
+        parameters = parameters // mesh.model + parallel.largest_block(net)
+    batch = parallel.local_batch(batch)
+    free = free_bytes(device) + 4 * parameters  # the network is already in memory and was counted as used
+    fitting = -int(process_group.all_max(-fit_micro_batch(batch, parameters, activation_bytes, free)))
     if fitting == 0:
         raise refuse_one_image(spec.name, parameters, activation_bytes, str(device), free)
     chosen = min(micro_batch or fitting, batch)
@@ -206,12 +213,12 @@ def resolve(
         )
         speeds[each] = (found or measure(net, images, arguments, device, each, spec.kind)) / process_group.size()
     fastest = min(speeds, key=lambda each: speeds[each])
-    lacking = compiling.lacking(device)
-    if process_group.all_max(float(lacking is not None)) and lacking is None:  # they measure together or not at all
-        lacking = "torch.compile is not to be had in another process"
+    unavailable = compiling.unavailable_reason(device)
+    if process_group.all_max(float(unavailable is not None)) and unavailable is None:  # all processes measure, or none
+        unavailable = "torch.compile is not available in another process"
     choice = compiling.choose(
-        compile, net, lacking=lacking, seconds=speeds[fastest] * process_group.size(), images=batch * steps, say=say,
-        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), most=process_group.all_max,
+        compile, net, unavailable=unavailable, seconds=speeds[fastest] * process_group.size(), images=batch * steps,
+        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), all_max=process_group.all_max,
     )  # fmt: skip
     name = device_name(device)
     resolved = Resolved(
@@ -221,23 +228,26 @@ def resolve(
         micro_batch=chosen,
         threads=torch.get_num_threads(),
         gradient_checkpointing=gradient_checkpointing,
-        mesh="x".join(map(str, mesh)),
+        mesh=str(mesh),
         compile=choice.mode,
     )
     need = state_bytes(parameters, fastest) + chosen * activation_bytes
     return Measured(
-        resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free,
-        compiled=f"{choice.mode} ({choice.reason})", compiled_seconds=None if choice.seconds is None else choice.seconds / process_group.size(),
+        resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free, compiled=f"{choice.mode} ({choice.reason})",
+        compiled_seconds=None if choice.seconds is None else choice.seconds / process_group.size(),
     )  # fmt: skip
 
 
 def apply_resolved(resolved: Resolved) -> torch.device:
-    """Set this process up as the run was created, or refuse with the flag that makes another run of it."""
+    """Set up this process as the run was created, and return its device.
+
+    Raises UserError, with the flag that forks the run, where this machine cannot do so.
+    """
     try:
         device = pick_device(resolved.device if process_group.size() == 1 else resolved.device.partition(":")[0])
     except UserError as error:
         raise refuse_device(resolved) from error
-    if resolved.compile == "on" and (reason := compiling.lacking(device)):
+    if resolved.compile == "on" and (reason := compiling.unavailable_reason(device)):
         raise UserError(
             f"the run was created with compiled code, and {reason}; or continue it as another run with "
             "--fork RUN --out NEW --compile off"

@@ -1,25 +1,29 @@
-"""What a device can do at most: matrix products in each precision and memory, measured, beside its data sheet."""
+"""The roofline of a device: its matrix products in each precision and its memory, measured, beside its data sheet."""
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from harness.engines.torch.resolve import NAMED_PRECISIONS, device_name, set_arithmetic
 
+logger = logging.getLogger(__name__)
+
 RUNS = 5
 SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices; smaller where that would take too long
-SECONDS = {"cpu": 0.05, "cuda": 0.02}  # that one timing should take at least, so that the clock does not count
-SLOW_SECONDS = 0.2  # a product this slow is not made larger
+SECONDS = {"cpu": 0.05, "cuda": 0.02}  # of one timing, at least: the clock is too coarse for less
+SLOW_SECONDS = 0.2  # larger products than one this slow are not timed
 BANDWIDTH_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}  # of each of three arrays: far more than caches hold
 
-# Dense peak TFLOP/s by NVIDIA's data sheets (H100 and H200, 2024; A100, 2021; without sparsity), by the whole name that
-# the driver gives a card. A name that only resembles one is another card (H200 NVL), or a slice of one (MIG), with other
-# peaks. float32 is that of the ordinary units.
+# Dense peak TFLOP/s from NVIDIA's data sheets (H100 and H200, 2024; A100, 2021; without sparsity), by the full name that the
+# driver reports. A similar name belongs to another card (H200 NVL) or to a slice of one (MIG), with other peaks. float32 is
+# the peak outside the tensor cores.
 _HOPPER_SXM = {"bfloat16": 989.4, "tf32": 494.7, "float32": 66.9}
 _AMPERE = {"bfloat16": 312.0, "tf32": 156.0, "float32": 19.5}
 DATA_SHEETS = {
@@ -38,24 +42,24 @@ DATA_SHEETS = {
 class Roofline:
     """Peaks of one device. A multiply-add is two operations.
 
-    A peak is the best of a few timings, for what else runs on a machine only takes from it; the medians stand beside it.
+    A peak is the best of a few timings, because other programs on the machine can only slow them. Medians are given too.
     """
 
     device_name: str
-    tflops: dict[str, float]  # measured, of matrix products, by precision
+    tflops: dict[str, float]  # of matrix products, measured, by precision
     tflops_median: dict[str, float]
-    gbytes_per_second: float  # measured: reading two arrays and writing a third
+    gbytes_per_second: float  # of reading two arrays and writing a third, measured
     gbytes_per_second_median: float
     data_sheet_tflops: dict[str, float]  # empty where the device is not in the table
 
     def peak(self, precision: str) -> tuple[float, str]:
-        """TFLOP/s that utilisation is counted over, and where they come from."""
+        """The TFLOP/s that utilisation is a share of, and their source."""
         if precision in self.data_sheet_tflops:
             return self.data_sheet_tflops[precision], "data sheet"
         return self.tflops[precision], "measured matrix product"
 
-    def remark(self, stage: str, precision: str, tflops: float) -> str:
-        """What to say of a stage that was faster than the device can be by the figures beside it; else empty."""
+    def warning(self, stage: str, precision: str, tflops: float) -> str:
+        """Why a stage may have been faster than the peaks; empty where it was not."""
         peak, source = self.peak(precision)
         measured = self.tflops[precision]
         if tflops <= min(peak, measured):
@@ -63,8 +67,8 @@ class Roofline:
         if tflops > measured:
             return (
                 f"{stage} came to {tflops:.3g} TFLOP/s, more than the {measured:.3g} of the matrix products measured here: "
-                "these are no bound but a timing, low where other programs or a lower clock slowed it, and the network's "
-                "smaller operands may lie in a cache"
+                "that is a timing and not a bound; other programs or a lower clock may have slowed it, and the network's "
+                "smaller operands may fit in a cache"
             )
         return (
             f"{stage} came to {tflops:.3g} TFLOP/s, more than the {peak:.3g} of the {source}: the clock is higher here"
@@ -72,23 +76,23 @@ class Roofline:
 
     @property
     def fastest(self) -> str:
-        """The precision with the fastest matrix products; of tf32, which must be asked for, never."""
+        """The precision with the fastest matrix products. Never tf32, which has to be asked for."""
         return max((each for each in self.tflops if each != "tf32"), key=lambda each: self.tflops[each])
 
 
 def precisions_of(device: torch.device) -> tuple[str, ...]:
-    """Those that differ on this kind of device."""
+    """The precisions that this kind of device has."""
     return tuple(each for each in NAMED_PRECISIONS if each != "tf32" or device.type == "cuda")
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, least: float, runs: int = RUNS) -> list[float]:
-    """Seconds of one call in each of `runs` timings, each over as many calls as take `least` seconds."""
+    """Seconds of one call, in each of `runs` timings. A timing is a loop of calls that takes `least` seconds or more."""
     call()
     wait(device)
     begin = time.perf_counter()
@@ -107,9 +111,9 @@ def seconds_of(call: Callable[[], object], device: torch.device, least: float, r
 
 @torch.inference_mode()
 def matrix_tflops(device: torch.device, precision: str) -> list[float]:
-    """TFLOP/s of a square matrix product, one of each timing.
+    """TFLOP/s of a square matrix product, one for each timing.
 
-    Of normal numbers: a GPU that multiplies ones draws less power, and so keeps a higher clock than a network's.
+    The matrices hold normal random numbers: with ones a GPU draws less power, and so keeps a higher clock than in training.
     """
     set_arithmetic(device, precision)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -117,7 +121,7 @@ def matrix_tflops(device: torch.device, precision: str) -> list[float]:
     while True:
         generator = torch.Generator(device).manual_seed(0)
         a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
-        seconds = seconds_of(lambda a=a, b=b: a @ b, device, SECONDS.get(device.type, 0.05))
+        seconds = seconds_of(partial(torch.matmul, a, b), device, SECONDS.get(device.type, 0.05))
         if side >= most or min(seconds) * 8 > SLOW_SECONDS:
             return [2 * side**3 / each / 1e12 for each in seconds]
         side = min(2 * side, most) if device.type == "cpu" else most
@@ -125,20 +129,20 @@ def matrix_tflops(device: torch.device, precision: str) -> list[float]:
 
 @torch.inference_mode()
 def memory_gbytes(device: torch.device) -> list[float]:
-    """GB/s of a + 2 b -> c on arrays larger than any cache, one of each timing."""
+    """GB/s of c = a + 2 b on arrays larger than any cache, one for each timing."""
     count = BANDWIDTH_BYTES.get(device.type, 1 << 26) // 4
     a, b, c = (torch.ones(count, device=device) for _ in range(3))
     seconds = seconds_of(lambda: torch.add(a, b, alpha=2.0, out=c), device, SECONDS.get(device.type, 0.05))
     return [3 * 4 * count / each / 1e9 for each in seconds]
 
 
-def measure_roofline(device: torch.device, say: Callable[[str], None]) -> Roofline:
-    """Measure `device`; takes seconds."""
+def measure_roofline(device: torch.device) -> Roofline:
+    """The roofline of `device`, measured in a few seconds."""
     name, tflops = device_name(device), {}
     for precision in precisions_of(device):
-        say(f"measuring matrix products in {precision} ...")
+        logger.info(f"measuring matrix products in {precision} ...")
         tflops[precision] = matrix_tflops(device, precision)
-    say("measuring memory ...")
+    logger.info("measuring memory ...")
     memory = memory_gbytes(device)
     return Roofline(
         device_name=name,

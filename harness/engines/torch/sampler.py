@@ -1,4 +1,4 @@
-"""The torch application of a sampler plan, and guidance: classifier-free, and by a classifier of noised images."""
+"""A sampler plan applied in torch, with classifier-free guidance or guidance by a classifier of noised images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.engines.guidance import (
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C or 2 C, H, W)
 Guide = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
-CHECK_EVERY_STEPS = 50  # finiteness of x; each check makes an accelerator wait
+CHECK_EVERY_STEPS = 50  # whether x is finite: a check waits for the accelerator
 
 
 @torch.inference_mode()
@@ -25,18 +25,18 @@ def sample_loop(
     predict: Predict,
     plan: SamplerPlan,
     x: torch.Tensor,  # float32 (N, C, H, W): the initial noise
-    noise: Callable[[int], torch.Tensor],  # plan step k -> float32 (N, C, H, W); asked only where the plan adds noise
+    noise: Callable[[int], torch.Tensor],  # plan step k -> float32 (N, C, H, W); called where the plan adds noise
     progress: Callable[[int, int], None] | None = None,  # called with (steps done, steps)
     guide: Guide | None = None,  # the scaled gradient of a log likelihood with respect to x
 ) -> torch.Tensor:
-    """Runs the plan and returns x_0, float32 (N, C, H, W), an inference tensor. `x` is left as it was.
+    """Run the plan and return x_0, an inference tensor float32 (N, C, H, W). `x` is not changed.
 
     A guide shifts the mean of a DDPM step by its variance times the gradient, and epsilon of a DDIM step by
-    -sqrt(1 - abar) times the gradient (Dhariwal and Nichol 2021, algorithms 1 and 2; as in the public code the
-    predicted image of a DDIM step is clamped before that, not after).
+    -sqrt(1 - abar) times the gradient (Dhariwal and Nichol 2021, algorithms 1 and 2). As in the public code, the predicted
+    image of a DDIM step is clamped before that and not after.
 
-    Only the network may use another precision. Refuses a network whose channels do not fit the plan; raises
-    RunError with the step when x becomes infinite or NaN (looked at every 50 steps and at the end).
+    Everything but the network is float32. Raises UserError where the network's channels do not fit the plan, and RunError
+    with the step where x is infinite or NaN (checked every 50 steps and at the end).
     """
     x = x.float()
     samples, channels = x.shape[:2]
@@ -53,15 +53,16 @@ def sample_loop(
             # -x0_from_eps x -sqrt(1 - abar), where abar = 1 / x0_from_x ** 2 and 1 / abar - 1 = x0_from_eps ** 2
             x0 = x0 + float(plan.x0_from_eps[k] ** 2 / plan.x0_from_x[k]) * gradient
         x = float(plan.mean_from_x0[k]) * x0 + float(plan.mean_from_x[k]) * x
-        shifted = gradient is not None and plan.eta is None
-        if plan.learned_variance and (plan.adds_noise[k] or shifted):
+        shift = gradient if plan.eta is None else None
+        std: torch.Tensor | float
+        if plan.learned_variance and (plan.adds_noise[k] or shift is not None):
             frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
             log_variance = frac * float(plan.log_variance_high[k]) + (1 - frac) * float(plan.log_variance_low[k])
             std = torch.exp(0.5 * log_variance)  # (N, C, H, W)
         else:
             std = float(plan.noise_std[k])
-        if shifted:
-            x = x + std**2 * gradient
+        if shift is not None:
+            x = x + std**2 * shift
         if plan.adds_noise[k]:
             x = x + std * noise(k)
         done = k + 1
@@ -74,20 +75,21 @@ def sample_loop(
 
 def guided(
     net: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],  # (x, t, y) -> (N, C or 2 C, H, W)
-    y: torch.Tensor,  # int64 (N,): the labels asked for
+    y: torch.Tensor,  # int64 (N,): labels
     scale: float,  # 1 is no guidance: one evaluation, no doubled batch
     channels: str,  # a key of `harness.engines.guidance.GUIDED_CHANNELS`
     null_label: int | None,  # label index of "no class"; None: the network was trained without label dropout
 ) -> Predict:
     """A `predict` for `sample_loop` with classifier-free guidance: eps = eps_uncond + scale (eps_cond - eps_uncond).
 
-    One network call a step on the doubled batch [conditional; unconditional]. Epsilon channels outside the rule and
-    all variance channels stay conditional. Images of fewer than 3 channels are guided in all of them. Refuses
-    guidance without a null label, an unknown channel rule and a scale that is not finite.
+    Each step calls the network once, on the doubled batch [conditional; unconditional]. Epsilon channels outside the rule
+    and all variance channels stay conditional. Images of fewer than 3 channels are guided in all of them. Raises UserError
+    for guidance without a null label, an unknown channel rule and a scale that is not finite.
     """
     check_guidance(scale, channels, null_label)
     if scale == 1.0:
         return lambda x, t: net(x, t, y)
+    assert null_label is not None  # or check_guidance had raised
     labels = torch.cat([y, torch.full_like(y, null_label)])  # (2 N,)
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -111,9 +113,11 @@ def classifier_guide(
 
     def guide(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.clone().requires_grad_(True)  # (N, C, H, W), no inference tensor any more
+            x = x.clone().requires_grad_(True)  # (N, C, H, W), an ordinary tensor
             likelihood = classifier(x, t.clone()).float().log_softmax(dim=-1)  # (N, num_classes)
-            chosen = likelihood.gather(1, y.clone()[:, None]).sum()  # images do not meet, so each has its own gradient
+            chosen = likelihood.gather(
+                1, y.clone()[:, None]
+            ).sum()  # images are independent, so each gets its own gradient
             (gradient,) = torch.autograd.grad(chosen, x)
         return gradient.float() * scale  # (N, C, H, W)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from harness.diffusion.plans import SamplerPlan
-from harness.engines.torch.compiling import check, compile_sampler
+from harness.engines.torch.compiling import check_available, compile_sampler
 from harness.engines.torch.resolve import autocast, set_arithmetic
 from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
 from harness.errors import RunError, UserError
@@ -21,14 +21,14 @@ from harness.randomness import threefry_torch as random
 from harness.runs import checkpoints
 from harness.spec import BackboneSpec
 
-# Multiply-adds of a network call on a CPU, 4 images of a DiT-S/2: what a layer leaves for the next is then small enough
-# for the cache, and little is lost by calling more often. A GPU wants all at once.
+# Multiply-adds of a network call on a CPU, as of 4 images of a DiT-S/2: activations then fit in the cache, and the overhead
+# of more calls is small. A GPU gets the whole batch at once.
 CALL_MACS = 25e9
 STAGE_BITS = 32  # steps below 2**32 belong to one stage of a cascade
 
 
 def load_weights(net: torch.nn.Module, path: Path) -> torch.nn.Module:
-    """Copy a safetensors file into `net`, one tensor at a time; what does not fit is refused by name."""
+    """`net` with the tensors of a safetensors file, copied one at a time. Raises UserError with the first that does not fit."""
     state = net.state_dict()
     seen = set()
     for name, array in checkpoints.tensors(path):
@@ -43,7 +43,7 @@ def load_weights(net: torch.nn.Module, path: Path) -> torch.nn.Module:
 
 
 class TorchStage:
-    """A denoiser or an upsampler under one plan, with classifier-free guidance or by a classifier's gradient."""
+    """A denoiser or an upsampler under one plan, with classifier-free guidance or guided by a classifier."""
 
     def __init__(
         self,
@@ -64,23 +64,25 @@ class TorchStage:
     ):
         self._net: Callable[..., torch.Tensor] = net.to(device).eval().requires_grad_(False)
         if compile == "on":
-            check(device)
+            check_available(device)
             self._net = compile_sampler(net, device)
         self._classifier = None if classifier is None else classifier.to(device).eval().requires_grad_(False)
         self._plan, self._precision, self._device, self._number = plan, precision, device, number
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self._most = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
-        self._equal = compile == "on"  # every size is compiled by itself
+        self._max_images = (
+            max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
+        )
+        self._equal_sizes = compile == "on"  # every other size would be compiled anew
         self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
 
     def _parts(self, count: int) -> int:
-        """Calls of the network for `count` images: of one size where it is compiled, else equal but for one image."""
-        if self._most is None:
+        """The number of network calls for `count` images. Their sizes differ by one image, or not at all if compiled."""
+        if self._max_images is None:
             return 1
-        parts = max(1, math.ceil(count / self._most))
-        while self._equal and count % parts:
+        parts = max(1, math.ceil(count / self._max_images))
+        while self._equal_sizes and count % parts:
             parts += 1
         return parts
 
@@ -89,7 +91,7 @@ class TorchStage:
         seed: int,
         rows: torch.Tensor,  # int64 (N,): sample indices
         y: torch.Tensor,  # int64 (N,): labels
-        low_res: torch.Tensor | None,  # float32 (N, C, s, s): an upsampler's image
+        low_res: torch.Tensor | None,  # float32 (N, C, s, s): the input of an upsampler
         advance: Callable[[], None],  # called after each step of the plan
     ) -> torch.Tensor:
         """Images or latents, float32 (N, C, H, W)."""
@@ -107,7 +109,8 @@ class TorchStage:
             return random.normal(seed, purpose, rows, max(k, 0), self._shape)  # (N, C, H, W)
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)  # of guidance
+            # Guidance doubles the batch.
+            doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)
             parts = self._parts(len(x))
             inputs = zip(*(each.tensor_split(parts) for each in (x, t, y, *doubled)), strict=True)
             with autocast(self._device, self._precision):
@@ -129,7 +132,7 @@ class TorchStage:
 
 
 class TorchGenerator:
-    """A generator: one forward pass from a truncated normal latent."""
+    """A generator (a GAN): one forward pass from a truncated normal latent."""
 
     evaluations = 1
 
@@ -142,9 +145,13 @@ class TorchGenerator:
 
     @torch.inference_mode()
     def draw(
-        self, seed: int, rows: torch.Tensor, y: torch.Tensor, low_res: None, advance: Callable[[], None]
+        self, seed: int, rows: torch.Tensor, y: torch.Tensor, low_res: torch.Tensor | None, advance: Callable[[], None]
     ) -> torch.Tensor:
-        """Images float32 (N, 3, H, W) from z = truncation x a standard normal cut off at -2 and 2 (BigGAN, sec. 3.1)."""
+        """Images float32 (N, 3, H, W) from z = truncation x a standard normal cut off at -2 and 2 (BigGAN, sec. 3.1).
+
+        rows: sample indices int64 (N,). y: labels int64 (N,). low_res: None, a generator is the only network of its system.
+        """
+        assert low_res is None
         set_arithmetic(self._device, self._precision)
         u = random.uniform(seed, Purpose.INITIAL_NOISE, rows, 0, (self._latent_size,)).double()  # (N, Z)
         edge = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))
@@ -156,7 +163,7 @@ class TorchGenerator:
 
 
 class TorchSampler:
-    """Draws samples of one network under one plan. Implements `harness.pipeline.sampling_loop.Sampler`."""
+    """Draws images of one network under one plan. Implements `harness.engines.interfaces.Sampler`."""
 
     def __init__(
         self,
@@ -170,7 +177,7 @@ class TorchSampler:
         device: torch.device,
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
         compile: str = "off",
-        batch: int | None = None,  # what a batch is filled up to, so that nothing is compiled for the last one
+        batch: int | None = None,  # a smaller batch is filled up to this size if compiled, which it would be anew
     ):
         stage = TorchStage(
             spec, net, plan, arguments=arguments, precision=precision, device=device,
@@ -183,14 +190,14 @@ class TorchSampler:
         self.evaluations = self._chain.evaluations
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
-        """Images (N, H, W, C) uint8 of sample indices (N,) with labels (N,)."""
+        """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
         return self._chain.draw(index, labels, advance)
 
 
 class TorchChain:
-    """Stages one after the other, and a decoder of latents. Implements `harness.pipeline.sampling_loop.Sampler`.
+    """The networks of a system one after the other, then a decoder of latents. Implements `harness.engines.interfaces.Sampler`.
 
-    An upsampler is given what a file of the stage before it would hold: its images as uint8 (guided-diffusion
+    An upsampler gets the images of the network before it as uint8, as if read from a file (guided-diffusion
     scripts/super_res_sample.py).
     """
 
@@ -202,14 +209,14 @@ class TorchChain:
         seed: int,
         uint8_rule: str,
         device: torch.device,
-        fill: int | None = None,  # images that every batch is filled up to, by drawing its last one again
+        fill: int | None = None,  # every batch is filled up to so many images by repeating its last one
     ):
         self._stages, self._decode, self._fill = tuple(stages), decode, fill
         self._seed, self._rule, self._device = seed, uint8_rule, device
         self.evaluations = sum(stage.evaluations for stage in stages)
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
-        """Images (N, H, W, C) uint8 of sample indices (N,) with labels (N,)."""
+        """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
         count = len(index)
         if self._fill is not None and count < self._fill:
             index, labels = (np.pad(each, (0, self._fill - count), mode="edge") for each in (index, labels))
@@ -229,7 +236,10 @@ class TorchChain:
 
 
 def to_uint8(x: torch.Tensor, rule: str) -> np.ndarray:
-    """(N, C, H, W) about [-1, 1] -> (N, H, W, C) uint8 by a rule of `harness.protocols.UINT8_RULES`."""
+    """Images (N, C, H, W) of about [-1, 1] as uint8 (N, H, W, C), by a rule of `harness.protocols.UINT8_RULES`.
+
+    Raises RunError where a value is not finite.
+    """
     shift, factor, offset = UINT8_RULES[rule]
     if not torch.isfinite(x).all():
         raise RunError("sampling ended in values that are not finite; train longer or sample with float32")

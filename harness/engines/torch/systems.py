@@ -1,14 +1,12 @@
-"""Sampling a system in torch: networks built and filled one after the other, and chained."""
+"""Sampling a system in torch: its networks built, filled with weights and chained."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
 from harness import registry
 from harness.autoencoders.load import Decoder
-from harness.engines.backend import DeviceInfo
+from harness.engines.interfaces import DeviceInfo
 from harness.engines.torch import resolve
 from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage
 from harness.systems.binding import LoadedSystem, read_network
@@ -16,28 +14,28 @@ from harness.systems.spec import Component
 
 
 def resolve_device(device: str | None) -> DeviceInfo:
-    """The device of that name; None: an accelerator if there is one. One that is absent is refused."""
+    """The device of that name; None: an accelerator if there is one. Raises UserError where it is not available."""
     target = resolve.pick_device(device)
     threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
     return DeviceInfo(target, str(target), resolve.device_name(target) + threads)
 
 
 def make_chain(
-    bound: LoadedSystem,
+    loaded: LoadedSystem,
     decoder: Decoder | None,
-    place: DeviceInfo,
+    device: DeviceInfo,
     *,
     seed: int,
     precision: str,
-    batch: int,  # batches may be of any size
+    batch: int,  # batches are filled up to this size if compiled, and may have any size otherwise
     compile: str,
-    say: Callable[[str], None],
 ) -> TorchChain:
-    """What draws images of a system."""
-    system, device = bound.system, place.target
+    """The sampler of a system."""
+    system = loaded.system
+    target: torch.device = device.target
     classifier = None
     if system.classifier is not None:
-        classifier = read_network(system.classifier, bound.sources["classifier"], say).to(device)
+        classifier = read_network(system.classifier, loaded.sources["classifier"]).to(target)
 
     def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchGenerator:
         arguments = stage.spec.arguments(**stage.build_arguments())
@@ -47,7 +45,7 @@ def make_chain(
                 latent_size=arguments["latent_size"],
                 truncation=stage.truncation,
                 precision=precision,
-                device=device,
+                device=target,
             )
         return TorchStage(
             stage.spec,
@@ -55,7 +53,7 @@ def make_chain(
             stage.plan(registry.objectives.get(stage.objective)),
             arguments=arguments,
             precision=precision,
-            device=device,
+            device=target,
             guidance_scale=stage.guidance_scale,
             guidance_channels=stage.guidance_channels,
             classifier=classifier if number == 0 else None,
@@ -66,11 +64,11 @@ def make_chain(
         )
 
     stages = [
-        stage_of(number, stage, read_network(stage, source, say).to(device))
-        for number, (stage, source) in enumerate(bound.stages)
+        stage_of(number, stage, read_network(stage, source).to(target))
+        for number, (stage, source) in enumerate(loaded.stages)
     ]
     decode = None if decoder is None else decoder.decode
     return TorchChain(
-        stages, decode, seed=seed, uint8_rule=system.uint8_rule, device=device,
+        stages, decode, seed=seed, uint8_rule=system.uint8_rule, device=target,
         fill=batch if compile == "on" else None,
     )  # fmt: skip

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
-from harness.distributed.launch import mesh_sides
+from harness.distributed.mesh import MeshShape
+from harness.engines.ema import ema_decay
+from harness.engines.learning_rate import learning_rate
 from harness.engines.torch import parallel, process_group
 from harness.engines.torch.compiling import compile_network
 from harness.engines.torch.loss_functions import LossFunction
@@ -26,11 +30,9 @@ from harness.runs import checkpoints
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
-EMA_RAMP_LAG = 10  # with ema_ramp the decay at step s is (1 + s) / (10 + s), as in TensorFlow's moving averages
-
 
 def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.Module:
-    """The network as it stands before step 1: its own initialisation, from torch's generator seeded by ours."""
+    """The network before step 1, initialised by its own rule from torch's generator; `seed` seeds that generator."""
     high, low = (int(word) for word in words(seed, Purpose.INITIALISATION, np.zeros(1, np.int64), 0, 2)[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((high << 31 | low >> 1) & (2**63 - 1))
@@ -38,7 +40,7 @@ def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.
 
 
 class TorchEngine:
-    """Training state of one run. Implements `harness.pipeline.training_loop.Engine`."""
+    """The training state of one run. Implements `harness.engines.interfaces.Engine`."""
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class TorchEngine:
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
         self.device = apply_resolved(resolved)
         set_arithmetic(self.device, resolved.precision)
-        mesh = mesh_sides(resolved.mesh)
+        mesh = MeshShape.parse(resolved.mesh)
         self.net = parallel.shard(net, mesh, self.device).to(self.device).train()
         if resolved.compile == "on":
             compile_network(self.net)
@@ -73,45 +75,44 @@ class TorchEngine:
         )
         self._loss = LossFunction(spec, arguments, recipe=recipe, seed=seed, device=self.device)
         self.loss_terms = self._loss.loss_terms
-        self._losses: list[torch.Tensor] = []
+        self._losses: list[Tensor] = []  # (terms,) each, of the steps since the last pop_losses
         self._to_model_input, self._stream = data.to_model_input, EpochSampler(seed, data, recipe.flip)
 
     @process_group.translate_dist_errors()
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
-        """Optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
+        """Do optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
-        positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the endless stream of images
+        positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the stream of examples
         total = torch.zeros(len(self.loss_terms), dtype=torch.float64, device=self.device)
         buffers = [buffer.clone() for buffer in self.net.buffers()]
-        chunks = self._parallel.mine(positions).split(self.resolved.micro_batch)
+        chunks = self._parallel.local_part(positions).split(self.resolved.micro_batch)
         if self._warmup:
             self._accumulate(chunks[0])
             self._check_gradients()
-            self._forget(buffers)
+            self._undo_passes(buffers)
             self._warmup = False
         for chunk in chunks:
             if interrupted():
-                self._forget(buffers)
+                self._undo_passes(buffers)
                 return False
             with self._parallel.accumulating(last=chunk is chunks[-1]):
                 total += self._accumulate(chunk)
         self._check_gradients()
-        self._parallel.leaders_buffers()
-        rate = recipe.learning_rate * min(1.0, step / recipe.warmup_steps if recipe.warmup_steps else 1.0)
+        self._parallel.broadcast_buffers()
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(recipe, step)
         if recipe.clip_norm:
             self._parallel.clip(self._weights, recipe.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        decay = min(recipe.ema_decay, (1 + step) / (EMA_RAMP_LAG + step)) if recipe.ema_ramp else recipe.ema_decay
+        average, weights = list(map(local_shard, self._ema)), list(map(local_shard, self._weights))
         with torch.no_grad():
-            torch._foreach_lerp_(list(map(local_shard, self._ema)), list(map(local_shard, self._weights)), 1 - decay)
+            torch._foreach_lerp_(average, weights, 1 - ema_decay(recipe, step))
         self._losses.append(total)
         return True
 
-    def _forget(self, buffers: list[torch.Tensor]) -> None:
-        """Undo what passes without an update have changed."""
+    def _undo_passes(self, buffers: list[Tensor]) -> None:
+        """Undo passes that no update follows: drop the gradients and restore the buffers."""
         self._optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.net.buffers(), buffers, strict=True):
             buffer.copy_(before)
@@ -122,28 +123,28 @@ class TorchEngine:
                 f"parameter {idle[0]} of the network gets no gradient; use it in forward, or set its requires_grad to False"
             )
 
-    def _accumulate(self, positions: torch.Tensor) -> torch.Tensor:
-        """Gradients of one micro-batch, scaled by the global batch; its share of the terms, float64."""
+    def _accumulate(self, positions: Tensor) -> Tensor:
+        """Add the gradients of one micro-batch, scaled by the global batch. Returns its share of the loss terms, float64."""
         x0, y = self._batch(positions)  # (n, C, H, W) in [-1, 1], (n,)
-        # A network's own dropout draws from torch's generator, seeded by the first image of the micro-batch.
+        # A network's own dropout uses torch's generator, which the first image of the micro-batch seeds.
         word = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1].numpy(), 0, 1)[0, 0]
         torch.manual_seed(int(word))
 
-        def call(*inputs: torch.Tensor) -> torch.Tensor:
+        def call(*inputs: Tensor) -> Tensor:
             with autocast(self.device, self.resolved.precision):
                 return self._parallel.call(*inputs)
 
         terms = self._loss.losses(call, x0, y, to_device(positions, self.device))  # (n,) each
-        loss = sum(weight * terms[name].sum() for name, weight in self.loss_terms.items() if weight)
-        (loss / self.recipe.batch * self._parallel.size).backward()  # of which the processes' mean is taken
+        loss = reduce(torch.add, [weight * terms[name].sum() for name, weight in self.loss_terms.items() if weight])
+        (loss / self.recipe.batch * self._parallel.size).backward()  # times size, because gradients become the mean
         return torch.stack([terms[name].detach().sum() for name in self.loss_terms]).double() / self.recipe.batch
 
-    def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x0 and labels at `positions` of the stream."""
+    def _batch(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 float32 (n, C, H, W) and labels int64 (n,) at `positions` (n,) of the stream."""
         stored, labels = self._stream.take(positions.numpy())
         index = to_device(positions, self.device)
 
-        def normal(shape: tuple[int, ...]) -> torch.Tensor:
+        def normal(shape: tuple[int, ...]) -> Tensor:
             return random.normal(self.seed, Purpose.POSTERIOR, index, 0, shape)
 
         x0 = self._to_model_input(to_device(torch.from_numpy(stored), self.device), normal)
@@ -153,14 +154,14 @@ class TorchEngine:
     def pop_losses(self) -> list[tuple[float, ...]]:
         if not self._losses:
             return []
-        rows = self._parallel.total(torch.stack(self._losses)).cpu().tolist()
+        rows = self._parallel.sum(torch.stack(self._losses)).cpu().tolist()
         self._losses.clear()
         return [tuple(row) for row in rows]
 
     @process_group.translate_dist_errors()
     def finite(self) -> bool:
         norms = torch.stack(torch._foreach_norm(list(map(local_shard, self._weights))))
-        return self._parallel.everywhere(torch.isfinite(norms).all())
+        return self._parallel.all(torch.isfinite(norms).all())
 
     def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         return [
@@ -170,8 +171,8 @@ class TorchEngine:
             ("second_moment", lambda: self._moments("exp_avg_sq")),
         ]
 
-    def _averaged(self) -> dict[str, torch.Tensor]:
-        """The state dict with each weight replaced by its average, under all of its names if it is shared."""
+    def _averaged(self) -> dict[str, Tensor]:
+        """The state dict with the average in place of each weight, under all names of a shared weight."""
         average = dict(zip(map(id, self._weights), self._ema, strict=True))
         state = self.net.state_dict(keep_vars=True)
         return {name: average.get(id(value), value) for name, value in state.items()}
@@ -187,11 +188,11 @@ class TorchEngine:
         step = None
         seen = set()
 
-        def mine(name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+        def local_slice(name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
             fits = name in targets and tuple(targets[name].shape) == shape
             return shard_slice(targets[name]) if fits else None
 
-        for name, array in checkpoints.tensors(path, mine):
+        for name, array in checkpoints.tensors(path, local_slice):
             value = torch.from_numpy(array)
             if name == "step" and part.endswith("moment"):
                 step = value.reshape(())
@@ -206,13 +207,14 @@ class TorchEngine:
             for weight in self._weights:
                 self._optimizer.state[weight]["step"] = step.clone().to(self.device)
 
-    def _targets(self, part: str) -> dict[str, torch.Tensor]:
+    def _targets(self, part: str) -> dict[str, Tensor]:
+        """The tensors that `load` fills with a part of a checkpoint, by name."""
         if part == "model":
             return self.net.state_dict()
-        if part == "ema":  # what is not averaged comes with "model"
-            own = set(map(id, self._ema))
-            averaged = self._averaged()
-            return {name: value if id(value) in own else torch.empty_like(value) for name, value in averaged.items()}
+        if part == "ema":  # its tensors that are not averaged, such as buffers, are loaded with "model"
+            averages = set(map(id, self._ema))
+            state = self._averaged()
+            return {name: value if id(value) in averages else torch.empty_like(value) for name, value in state.items()}
         key = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}[part]
         for weight in self._weights:
             self._optimizer.state[weight].setdefault(key, torch.zeros_like(weight))
@@ -222,12 +224,14 @@ class TorchEngine:
 
 
 @process_group.translate_dist_errors()
-def _arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """CPU arrays; without a copy where the tensor is already on the CPU. Of a process group the leader's alone, which all collect.
+def _arrays(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The whole tensors as arrays in the main process, and an empty dict in the others, which all must call this.
 
-    torch.distributed.checkpoint would let each process write its part, in two thirds of the time (dit-b-2 over two
-    processes, one disk). But it writes pickles, of which this project reads none; and one set of files with checksums,
-    whole or not there, serves any number of processes, both frameworks and sampling.
+    A tensor on the CPU is not copied.
+
+    torch.distributed.checkpoint would let every process write its shards, in two thirds of the time (dit-b-2 over two
+    processes, one disk). But it writes pickles, which this project never reads; and one complete set of files with checksums
+    serves any number of processes, both frameworks, and sampling.
     """
     arrays = {}
     for name, value in state.items():

@@ -1,8 +1,8 @@
-"""Notices the death of a process of the group, whoever started it, and ends the others with one line.
+"""Notices when a process of the group dies, whatever launched it, and ends the others with one line on stderr.
 
-A collective does not always: NCCL waits in a kernel, gloo for a peer of a peer. So each process holds a connection to the
-leader, which the system closes at any death; that of a machine shows in the connection's own probes. It is a matter of the
-kernel alone: a process that computes or writes for minutes is not taken for dead.
+A collective may never notice: NCCL waits in a kernel, gloo waits for a process that waits for the dead one. So every
+process keeps a connection to the main process open. The kernel closes it when a process dies, and its keepalive probes
+fail when a machine is lost. A process that is busy for minutes, computing or writing, is not taken for dead.
 """
 
 from __future__ import annotations
@@ -16,67 +16,76 @@ import threading
 import time
 from collections.abc import Callable
 
-FRAME = struct.Struct("!cI")  # what happened, to which process
-WELL, BADLY, GONE = b"w", b"b", b"g"  # it ended well, it stopped on an error and said so, it died
-GRACE_SECONDS = 3.0  # for a process to end by itself after another stopped on an error: often it is the same error
-PROBE_SECONDS = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a lost machine shows in 30 s
-HELLO = struct.Struct("!I16s")  # which process connects, and what the store told it
+FRAME = struct.Struct("!cI")  # what happened, and to which process
+DONE, FAILED, GONE = b"w", b"b", b"g"  # finished its work; stopped on an error that it printed; died
+GRACE_SECONDS = 3.0  # for a process to end by itself after another has failed: often on the same error
+PROBE_SECONDS = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a lost machine is noticed in 30 s
+HELLO = struct.Struct("!I16s")  # the index of the process that connects, and the token
 CONTINUES = "the same command continues from the last checkpoint"
 
 
 class Watch:
-    """One end of the connections between the leader and the others; a thread listens until the process ends."""
+    """The connections of one process: the main process has one to each of the others, which have one to it.
 
-    def __init__(self, index: int, size: int, connections: dict[int, socket.socket], speaks: bool = True):
-        self._index, self._size, self._connections, self._speaks = index, size, connections, speaks
-        self._ending = False
+    A daemon thread listens until this process ends. prints: whether this process prints the loss of the main process.
+    """
+
+    def __init__(self, index: int, size: int, connections: dict[int, socket.socket], prints: bool = True):
+        self._index, self._size, self._connections, self._prints = index, size, connections, prints
+        self._ended = False
         self._selector = selectors.DefaultSelector()
         for number, connection in connections.items():
             self._selector.register(connection, selectors.EVENT_READ, number)
         threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
-    def end(self, well: bool) -> None:
-        """Tell the others that this process needs them no more, or that it failed. What was told first holds."""
-        if self._ending:
+    def end(self, done: bool) -> None:
+        """Send to the others that this process has finished, or that it failed. Only the first call counts."""
+        if self._ended:
             return
-        self._ending = True
-        self._tell(WELL if well else BADLY, self._index)
+        self._ended = True
+        self._send(DONE if done else FAILED, self._index)
 
     def _listen(self) -> None:
         while self._selector.get_map():
             for key, _ in self._selector.select():
-                kind, number = _read(key.fileobj) or (GONE, key.data)
-                if kind == WELL:
-                    self._selector.unregister(key.fileobj)
-                elif not self._ending:
-                    self._lost(kind, number)
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                event, number = _read(connection) or (GONE, key.data)
+                if event == DONE:
+                    self._selector.unregister(connection)
+                elif not self._ended:
+                    self._end_process(event, number)
                 else:
                     return
 
-    def _lost(self, kind: bytes, number: int) -> None:
+    def _end_process(self, event: bytes, number: int) -> None:
+        """End this process, because process `number` has failed or died."""
         if self._index == 0:
-            self._tell(kind, number)
+            self._send(event, number)
         what = "is gone (killed, or its machine was lost)"
-        if kind == BADLY:
+        if event == FAILED:
             time.sleep(GRACE_SECONDS)
-            what = "stopped on an error (see what it said)"
-        if self._ending:
+            what = "stopped on an error (see its message)"
+        if self._ended:
             return
-        if self._index == 0 or (number == 0 and self._speaks):
+        if self._index == 0 or (number == 0 and self._prints):
             sys.stderr.write(f"harness: process {number} of {self._size} {what}; {CONTINUES}\n")
             sys.stderr.flush()
         os._exit(1)  # the main thread may wait in a collective for ever
 
-    def _tell(self, kind: bytes, number: int) -> None:
+    def _send(self, event: bytes, number: int) -> None:
         for connection in self._connections.values():
             try:
-                connection.sendall(FRAME.pack(kind, number))
-            except OSError:  # it is gone, which it is told of or will be
+                connection.sendall(FRAME.pack(event, number))
+            except OSError:  # that process is gone, and its connection will show it
                 continue
 
 
-def lead(size: int, publish: Callable[[str], None]) -> Watch:
-    """The leader's end. `publish` brings the others what they give to `follow`."""
+def accept_others(size: int, publish: Callable[[str], None]) -> Watch:
+    """The watch of the main process, once all others have connected.
+
+    publish: makes a text known to the other processes, which call `connect_to_main` with it.
+    """
     token = os.urandom(16)
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
@@ -89,21 +98,22 @@ def lead(size: int, publish: Callable[[str], None]) -> Watch:
             connection.settimeout(10)
             hello = connection.recv(HELLO.size, socket.MSG_WAITALL)
             if len(hello) != HELLO.size or HELLO.unpack(hello)[1] != token:
-                connection.close()  # a stranger
+                connection.close()  # not a process of this group
                 continue
-            connections[HELLO.unpack(hello)[0]] = _kept_alive(connection)
+            connections[HELLO.unpack(hello)[0]] = _keep_alive(connection)
     return Watch(0, size, connections)
 
 
-def follow(index: int, size: int, address: str, published: str, speaks: bool) -> Watch:
-    """The end of any other process. speaks: whether it says that the leader is gone, which one of a machine does."""
+def connect_to_main(index: int, size: int, address: str, published: str, prints: bool) -> Watch:
+    """The watch of any other process. prints: see `Watch`; one process of each machine does."""
     port, token = published.split()
     connection = socket.create_connection((address, int(port)), timeout=60)
     connection.sendall(HELLO.pack(index, bytes.fromhex(token)))
-    return Watch(index, size, {0: _kept_alive(connection)}, speaks)
+    return Watch(index, size, {0: _keep_alive(connection)}, prints)
 
 
-def _kept_alive(connection: socket.socket) -> socket.socket:
+def _keep_alive(connection: socket.socket) -> socket.socket:
+    """`connection` without a timeout, with probes that close it when the other machine is lost."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, seconds in PROBE_SECONDS:
@@ -113,7 +123,7 @@ def _kept_alive(connection: socket.socket) -> socket.socket:
 
 
 def _read(connection: socket.socket) -> tuple[bytes, int] | None:
-    """A frame, or None when the other end is closed."""
+    """The next (event, process), or None where the other end is closed."""
     try:
         frame = connection.recv(FRAME.size, socket.MSG_WAITALL)
     except OSError:

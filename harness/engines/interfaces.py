@@ -1,0 +1,122 @@
+"""What a framework provides to the pipeline, as types: `Backend`, and the `Engine` and `Sampler` that it makes.
+
+Two modules implement `Backend`: `harness.engines.torch.backend` and `harness.engines.jax.backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from harness.autoencoders.load import Decoder
+    from harness.data.examples import Examples
+    from harness.diffusion.plans import SamplerPlan
+    from harness.engines.memory import Measured
+    from harness.planning.request import Request
+    from harness.runs.run import Run
+    from harness.systems.binding import LoadedSystem
+
+Network: TypeAlias = Any  # a torch.nn.Module or a flax.nnx.Module, which a backend takes back as it gave it
+
+
+class DeviceInfo(NamedTuple):
+    """The device, or the devices of this process, that samples are drawn on."""
+
+    target: Any  # the framework's own object: a torch.device, or a jax.sharding.Mesh
+    platform: str  # as --device takes it: "cpu", "cuda:1"
+    name: str  # for people: the model of processor or accelerator; with the number of threads on a CPU
+
+
+class Engine(Protocol):
+    """The training state of one run, and the arithmetic of a step."""
+
+    @property
+    def loss_terms(self) -> Mapping[str, float]:
+        """The terms that are logged, in their order, with their weights in the loss: {"mse": 1, "vb": 1}."""
+
+    def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
+        """Do optimiser step `step` (from 1). False: interrupted before the update, and nothing has changed."""
+
+    def pop_losses(self) -> list[tuple[float, ...]]:
+        """The terms of each step since the last call, in order, in the order of `loss_terms`."""
+
+    def finite(self) -> bool:
+        """Whether every weight is finite."""
+
+    def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
+        """The parts of a checkpoint: (name, function that returns its tensors by name). One of them is "ema"."""
+
+    def load(self, part: str, path: Path) -> None:
+        """Restore a part of the state from a safetensors file. Raises UserError where the file does not fit."""
+
+
+class Sampler(Protocol):
+    """Draws images of one network, or of the chain of networks of a system."""
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for an image; guidance counts twice."""
+
+    def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None]) -> np.ndarray:
+        """Images uint8 (N, H, W, C) of the sample indices int64 (N,) with labels int64 (N,).
+
+        `advance` is called after each sampler step.
+        """
+
+
+class Backend(Protocol):
+    """A framework. All functions raise UserError for a device, precision or mesh that is not available."""
+
+    def measure(
+        self,
+        request: Request,
+        *,
+        device: str | None,  # None: an accelerator if there is one
+        precision: str,  # "auto" measures which is fastest
+        micro_batch: int | None,  # None: the largest that fits the memory
+        mesh: str | None,  # "DATAxMODEL"; None: all devices along DATA
+        compile: str,  # "auto", "on" or "off"
+    ) -> tuple[Network, Measured]:
+        """The network of a new run at its initialisation, and the speed and memory that were measured with it."""
+
+    def make_engine(
+        self, request: Request, run: Run, data: Examples, net: Network | None, mesh: str | None = None
+    ) -> Engine:
+        """The training state of `run` before step 1.
+
+        net: at its initialisation, which the engine changes; None builds it. mesh: None takes that of the run.
+        """
+
+    def make_sampler(
+        self,
+        request: Request,
+        run: Run,
+        weights: Path,  # a safetensors file
+        plan: SamplerPlan,
+        *,
+        precision: str,
+        batch: int,  # images of a full batch; the last one may be smaller
+        compile: str = "off",
+        decoder: Decoder | None = None,  # of latents
+    ) -> Sampler:
+        """The sampler of a run's network with these weights, under the request's guidance."""
+
+    def resolve_device(self, device: str | None) -> DeviceInfo:
+        """The device of that name; None: an accelerator if there is one."""
+
+    def make_chain(
+        self,
+        loaded: LoadedSystem,
+        decoder: Decoder | None,  # of latents
+        device: DeviceInfo,
+        *,
+        seed: int,
+        precision: str,
+        batch: int,
+        compile: str,
+    ) -> Sampler:
+        """The sampler of a system: its networks, one after the other."""
