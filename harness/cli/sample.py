@@ -21,6 +21,7 @@ from harness.errors import UserError
 from harness.pipeline.sample import decoder_of, sample_run
 from harness.planning.matching import matched
 from harness.planning.request import request_of_run
+from harness.protocols import get_protocol
 from harness.runs.run import RUNS, open_run
 
 OF_A_RUN = (  # what a system fixes by being one
@@ -117,21 +118,21 @@ def _sample_system(name: str, weights: tuple[tuple[str, str], ...], options: dic
     if len(dict(weights)) != len(weights):
         raise UserError("--weights names the same part twice; give each once")
     group = join_processes(options["framework"] or "torch")
-    bound = load_parts(system, {part: Path(path) for part, path in weights})
+    loaded = load_parts(system, {part: Path(path) for part, path in weights})
     # All of them first, so that steps that do not fit are refused before anything is drawn.
-    wanted = [with_steps(bound, steps) for steps in options["sampling_steps"]] if options["sampling_steps"] else [bound]
+    sampling_steps = options["sampling_steps"]
+    wanted = [with_steps(loaded, steps) for steps in sampling_steps] if sampling_steps else [loaded]
     for each in wanted:
         path = sample_system(
             each,
             folder=options["out"] or RUNS / "systems",
             framework=options["framework"] or "torch",
-            count=options["samples"] or system.task.samples,
+            count=options["samples"] or get_protocol(system.protocol).samples,
             seed=options["sampling_seed"] or 0,
             precision=options["sampling_precision"],
             compile=options["compile"] or "off",
             batch=options["batch"],
             device=options["device"],
-            say=lambda text: click.echo(text, err=True),
             group=group,
         )
         click.echo(path)

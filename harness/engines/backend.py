@@ -6,7 +6,7 @@ Each has a module `workbench` with the same functions, which is all that the sta
     make_engine(request, run, data, network or None, mesh) -> harness.pipeline.training_loop.Engine
     make_sampler(request, run, snapshot, plan, precision=, batch=, compile=, decoder=) -> harness.pipeline.sampling_loop.Sampler
     resolve_device(device) -> Place
-    make_chain(bound, decoder, place, seed=, precision=, batch=, compile=, say=) -> harness.pipeline.sampling_loop.Sampler, of a system
+    make_chain(bound, decoder, place, seed=, precision=, batch=, compile=) -> harness.pipeline.sampling_loop.Sampler, of a system
 """
 
 import os

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +22,9 @@ from harness.images.source import ImageSource, from_batches
 from harness.images.spool import spooled
 from harness.io import files
 from harness.io.progress import Stages
-from harness.pipeline.sidecar_records import fields_from_sidecar, samples_sha256
+from harness.pipeline.sidecar import RecordFields, read_fields, samples_sha256
 from harness.protocols import Protocol, get_protocol
-from harness.runs.provenance import environment, timing_of
+from harness.runs.provenance import Timing, environment, timing_of
 from results.records import Environment, Evaluation, Record, Sampling
 from results.store import append, load
 
@@ -74,7 +74,7 @@ def evaluate_samples_file(
     source = open_images(path, classes=protocol.num_classes)
     _check_fit(source, protocol, judge)
     with spooled(source, cache) as images:
-        about = fields_from_sidecar(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
+        about = read_fields(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
         return _measure(images, about, protocol, data, cache=cache, judge=judge, timing=timing_of(path))
 
 
@@ -109,7 +109,7 @@ def evaluate_images(
     source = from_batches(images, count, labels=labels, name=name)
     _check_fit(source, protocol, judge)
     with spooled(source, cache) as kept:
-        about = {"system": name, "sampling": Sampling(samples_sha256=kept.sha256())}
+        about = RecordFields(system=name, sampling=Sampling(samples_sha256=kept.sha256()))
         return _measure(kept, about, protocol, data, cache=cache, judge=judge)
 
 
@@ -125,13 +125,13 @@ def _check_fit(source: ImageSource, protocol: Protocol, judge: EvaluationConfig)
 
 def _measure(
     source: ImageSource,
-    about: dict[str, Any],
+    about: RecordFields,
     protocol: Protocol,
     data: ImageSet,
     *,
     cache: Path | None,
     judge: EvaluationConfig,
-    timing: Mapping[str, Any] | None = None,
+    timing: Timing | None = None,
 ) -> list[Record]:
     """Records of images that are held, by what is known `about` them, and of the time that they took."""
     suite = judge.suite
@@ -181,7 +181,7 @@ def _measure(
             dataset=protocol.dataset,
             evaluation=judged,
             environment=Environment(**environment(judge.device), **(timing or {})),
-            **about,
+            **about.arguments(),
         )
         for each in measurements
     ]
@@ -199,16 +199,16 @@ def _contribute(source: ImageSource, data: ImageSet, cache: Path | None, judge: 
 
 
 def guard(
-    source: ImageSource, data: ImageSet, protocol: Protocol, judge: EvaluationConfig, about: dict[str, Any]
+    source: ImageSource, data: ImageSet, protocol: Protocol, judge: EvaluationConfig, about: RecordFields
 ) -> None:
     """Say what is doubtful about samples and reference, and refuse what makes no sense."""
     from evaluators.guards import Task, check, enforce, survey
 
     task = Task(
         minimum={metric.key: metric.minimum for metric in judge.suite.metrics},
-        names=(judge.suite.name, about["system"]),
+        names=(judge.suite.name, about.system),
         classes=protocol.num_classes,
-        label_policy=about["sampling"].label_policy,
+        label_policy=about.sampling.label_policy,
         reference_statistics=judge.suite.reference_statistics == "expected" and judge.statistics is not None,
         allow=judge.allow,
     )
@@ -244,7 +244,7 @@ def evaluate_and_record(
     from evaluators.reference import images_sha256
 
     by = by or EvaluationConfig.of(protocol)
-    about = fields_from_sidecar(path, samples_sha256(path), name)
+    about = read_fields(path, samples_sha256(path), name)
     brought = (
         by.weights is not None or by.statistics is not None or by.picture is not None
     )  # then it is known only when it is read, or has more to do
@@ -263,7 +263,7 @@ def evaluate_and_record(
 
 
 def existing_records(
-    records: Path, about: dict[str, Any], protocol: Protocol, suite: Suite, reference_sha256: str | None
+    records: Path, about: RecordFields, protocol: Protocol, suite: Suite, reference_sha256: str | None
 ) -> list[Record] | None:
     """The records of the samples that `about` describes (`evaluation.describe`), or None while a metric is missing.
 
@@ -275,7 +275,7 @@ def existing_records(
         each
         for each in (load([records]).records if records.exists() else ())
         if (each.protocol, each.protocol_version, each.dataset) == task
-        and all(getattr(each, field) == value for field, value in about.items())
+        and all(getattr(each, field) == value for field, value in about.arguments().items())
         and (by := each.evaluation) is not None
         and (by.suite, by.suite_version, by.features) == evaluate_and_record
         and reference_sha256 in (None, by.reference_sha256)

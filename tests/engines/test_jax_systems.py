@@ -13,7 +13,7 @@ from harness.engines.torch.trainer import build
 from harness.errors import UserError
 from harness.io.files import sha256_file
 from harness.pipeline.sample_system import sample_system
-from harness.pipeline.sidecar_records import fields_from_sidecar
+from harness.pipeline.sidecar import read_fields
 from harness.runs.samples import read_samples, read_sidecar
 from harness.systems.binding import load_parts
 from harness.systems.spec import Component, GuidanceClassifier, System
@@ -56,7 +56,7 @@ def files_of(system, folder):
 @pytest.mark.parametrize("system", [GUIDED, pytest.param(CASCADE, marks=pytest.mark.slow)], ids=lambda s: s.name)
 def test_images_are_torchs(system, tmp_path):
     bound = load_parts(system, files_of(system, tmp_path))
-    settings = {"count": 30, "seed": 7, "precision": "float32", "batch": 12, "device": "cpu", "say": lambda text: None}
+    settings = {"count": 30, "seed": 7, "precision": "float32", "batch": 12, "device": "cpu"}
     paths = {each: sample_system(bound, folder=tmp_path, framework=each, **settings) for each in ("torch", "jax")}
     theirs, mine = (read_samples(paths[each], classes=10) for each in ("torch", "jax"))
     assert paths["torch"] != paths["jax"]
@@ -66,7 +66,7 @@ def test_images_are_torchs(system, tmp_path):
     facts = read_sidecar(paths["jax"])
     assert facts["evaluations"] == read_sidecar(paths["torch"])["evaluations"]
     for each, path in paths.items():
-        assert fields_from_sidecar(path, sha256_file(path), None)["framework"] == each
+        assert read_fields(path, sha256_file(path)).framework == each
 
 
 def test_a_network_that_jax_lacks_is_named(tmp_path):
@@ -76,5 +76,5 @@ def test_a_network_that_jax_lacks_is_named(tmp_path):
     with pytest.raises(UserError, match="biggan-deep-256 has no jax network"):
         sample_system(
             load_parts(system, {"base": tmp_path / "base.safetensors"}), folder=tmp_path, framework="jax", count=1, seed=0,
-            precision="float32", batch=1, device=None, say=lambda text: None,
+            precision="float32", batch=1, device=None,
         )  # fmt: skip

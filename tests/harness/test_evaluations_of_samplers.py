@@ -12,7 +12,7 @@ from harness import registry
 from harness.cli import group
 from harness.data.digits import load
 from harness.diffusion.samplers import SamplerSpec
-from harness.samples import write_samples
+from harness.runs.samples import write_samples
 
 PROTOCOL = """
 name = "few-digits"

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from harness.cli import group
 from harness.data.digits import load
-from harness.errors import Refusal
-from harness.samples import write_samples
+from harness.errors import UserError
+from harness.runs.samples import write_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # what torch imports of itself
 
@@ -132,6 +132,6 @@ def test_samples_without_compile_are_no_samples_of_a_run_with_it(home):
 def test_a_way_of_compiling_that_there_is_not_is_refused_before_anything_runs(home):
     (home / "odd.toml").write_text(f'compile = "sometimes"\n{STUDY}')
     result = invoke("study", "odd.toml", "--status")
-    assert isinstance(result.exception, Refusal)
+    assert isinstance(result.exception, UserError)
     text = str(result.exception)
     assert "compile = 'sometimes'" in text and "auto, on" in text and "\n" not in text

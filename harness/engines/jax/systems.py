@@ -5,11 +5,8 @@ Weight files are read into the torch network's shapes, which they have. Decoders
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from harness import registry
 from harness.autoencoders.load import Decoder
 from harness.engines.backend import DeviceInfo, check_torch_only
 from harness.engines.jax import mesh as devices
@@ -35,14 +32,13 @@ def make_chain(
     precision: str,
     batch: int,  # what every batch is filled up to
     compile: str,
-    say: Callable[[str], None],
 ) -> JaxChain:
     """What draws images of a system."""
     check_torch_only(precision, compile)
     system, mesh = bound.system, place.target
 
     def network(part: Component | GuidanceClassifier, source: Source) -> Network:
-        state = {name: tensor.numpy() for name, tensor in read_network(part, source, say).state_dict().items()}
+        state = {name: tensor.numpy() for name, tensor in read_network(part, source).state_dict().items()}
         return Network.load(part.spec, part.spec.arguments(**part.build_arguments()), state, precision, mesh)
 
     classifier = None
@@ -52,7 +48,7 @@ def make_chain(
         JaxStage(
             stage.spec,
             network(stage, source),
-            stage.plan(registry.objectives.get(stage.objective)),
+            stage.plan(),
             arguments=stage.spec.arguments(**stage.build_arguments()),
             precision=precision,
             mesh=mesh,
@@ -63,7 +59,7 @@ def make_chain(
             conditioning_noise=stage.conditioning_noise,
             number=number,
         )
-        for number, (stage, source) in enumerate(bound.stages)
+        for number, (stage, source) in enumerate(bound.components)
     ]
 
     def decode(latents: np.ndarray) -> np.ndarray:

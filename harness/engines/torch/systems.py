@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from harness import registry
 from harness.autoencoders.load import Decoder
 from harness.engines.backend import DeviceInfo
 from harness.engines.torch import resolve
@@ -31,13 +28,12 @@ def make_chain(
     precision: str,
     batch: int,  # batches may be of any size
     compile: str,
-    say: Callable[[str], None],
 ) -> TorchChain:
     """What draws images of a system."""
     system, device = bound.system, place.target
     classifier = None
     if system.classifier is not None:
-        classifier = read_network(system.classifier, bound.sources["classifier"], say).to(device)
+        classifier = read_network(system.classifier, bound.sources["classifier"]).to(device)
 
     def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchGenerator:
         arguments = stage.spec.arguments(**stage.build_arguments())
@@ -52,7 +48,7 @@ def make_chain(
         return TorchStage(
             stage.spec,
             net,
-            stage.plan(registry.objectives.get(stage.objective)),
+            stage.plan(),
             arguments=arguments,
             precision=precision,
             device=device,
@@ -66,8 +62,8 @@ def make_chain(
         )
 
     stages = [
-        stage_of(number, stage, read_network(stage, source, say).to(device))
-        for number, (stage, source) in enumerate(bound.stages)
+        stage_of(number, stage, read_network(stage, source).to(device))
+        for number, (stage, source) in enumerate(bound.components)
     ]
     decode = None if decoder is None else decoder.decode
     return TorchChain(
