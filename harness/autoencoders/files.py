@@ -145,12 +145,31 @@ def record_name(known: Known | None, kind: str, sha256: str) -> str:
 
 def identity(name: str, sha256: str, scale: float, shift: float, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the images, for records; not the place that the weights were read from."""
+    config_sha256 = files.sha256_json(dict(settings))  # activations and groups show in no weight
+    return _identity(name, sha256, scale, shift, config_sha256)
+
+
+def identity_behind_latents(latents: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """`Decoder.identity` of the AutoencoderKL that made `latents`, which need not be there any more.
+
+    latents: `harness.data.latents.Meta.identity`, as a run's identity holds it. place: what the autoencoder is loaded by.
+    """
+    try:
+        found = resolve(place)
+    except UserError:  # a path that is gone
+        found = Path(place)
+    sha256 = str(latents["vae_sha256"])
+    name = record_name(found if isinstance(found, Known) else None, "kl", sha256)
+    return _identity(name, sha256, latents["scale_factor"], latents["shift_factor"], str(latents["vae_config_sha256"]))
+
+
+def _identity(name: str, sha256: str, scale: float, shift: float, config_sha256: str) -> dict[str, Any]:
     return {
         "name": name,
         "weights_sha256": sha256,
         "scale_factor": scale,
         **({"shift_factor": shift} if shift else {}),
-        "config_sha256": files.sha256_json(dict(settings)),  # activations and groups show in no weight
+        "config_sha256": config_sha256,
     }
 
 

@@ -58,7 +58,7 @@ def command(
             if names or check:  # asked for by name: the user must hear of it
                 raise
             refused.append({"name": spec.name, "reason": str(refusal)})
-    rows += [system_row(each) for each in wanted_systems if each.stages]
+    rows += [system_row(each) for each in wanted_systems if each.components]
     notes = footnotes(rows)
     if as_json:
         document = {"convention": CONVENTION, "rows": rows, "footnotes": notes, "refused": refused}

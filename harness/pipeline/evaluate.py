@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,9 +25,9 @@ from harness.images.spool import spooled
 from harness.io import files
 from harness.io.progress import Stages
 from harness.pipeline.evaluation_config import EvaluationConfig, make_config, open_reference, reference_images
-from harness.pipeline.sidecar_records import fields_from_sidecar, samples_sha256
+from harness.pipeline.sidecar import RecordFields, read_fields, samples_sha256
 from harness.protocols import Protocol, get_protocol
-from harness.runs.provenance import environment, timing_of
+from harness.runs.provenance import Timing, environment, timing_of
 from harness.runs.run import open_run
 from harness.runs.samples import read_sidecar, sidecar_path
 from harness.settings import DEFAULT_PROTOCOL, EvaluateOptions, keyword_options
@@ -110,7 +110,7 @@ def evaluate_samples_file(
     source = open_images(path, classes=protocol.num_classes)
     _check_fit(source, protocol, config)
     with spooled(source, cache) as images:
-        about = fields_from_sidecar(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
+        about = read_fields(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
         return _measure(images, about, protocol, data, cache=cache, config=config, timing=timing_of(path))
 
 
@@ -143,7 +143,7 @@ def evaluate_images(
     source = from_batches(images, count, labels=labels, name=name)
     _check_fit(source, protocol, config)
     with spooled(source, cache) as kept:
-        about = {"system": name, "sampling": Sampling(samples_sha256=kept.sha256())}
+        about = RecordFields(system=name, sampling=Sampling(samples_sha256=kept.sha256()))
         return _measure(kept, about, protocol, data, cache=cache, config=config)
 
 
@@ -159,13 +159,13 @@ def _check_fit(source: ImageSource, protocol: Protocol, config: EvaluationConfig
 
 def _measure(
     source: ImageSource,
-    about: Mapping[str, Any],
+    about: RecordFields,
     protocol: Protocol,
     data: ImageSet,
     *,
     cache: Path | None,
     config: EvaluationConfig,
-    timing: Mapping[str, Any] | None = None,
+    timing: Timing | None = None,
 ) -> list[Record]:
     """Records of images that are held, by what is known `about` them, and of the time that they took."""
     suite = config.suite
@@ -215,7 +215,7 @@ def _measure(
             dataset=protocol.dataset,
             evaluation=judged,
             environment=Environment(**environment(config.device), **(timing or {})),
-            **about,
+            **about.arguments(),
         )
         for each in measurements
     ]
@@ -233,16 +233,16 @@ def _contribute(source: ImageSource, data: ImageSet, cache: Path | None, config:
 
 
 def guard(
-    source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: Mapping[str, Any]
+    source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: RecordFields
 ) -> None:
     """Say what is doubtful about samples and reference, and refuse what makes no sense."""
     from evaluators.guards import Task, check, enforce, survey
 
     task = Task(
         minimum={metric.key: metric.minimum for metric in config.suite.metrics},
-        names=(config.suite.name, about["system"]),
+        names=(config.suite.name, about.system),
         classes=protocol.num_classes,
-        label_policy=about["sampling"].label_policy,
+        label_policy=about.sampling.label_policy,
         reference_statistics=config.suite.reference_statistics == "expected" and config.statistics is not None,
         allow=config.allow,
     )
@@ -272,7 +272,7 @@ def evaluate_and_record(
     from evaluators.reference import images_sha256
 
     config = config or EvaluationConfig.of(protocol)
-    about = fields_from_sidecar(path, samples_sha256(path), name)
+    about = read_fields(path, samples_sha256(path), name)
     # With files that were brought, what is measured is known only when they are read; a picture is to be drawn anyway.
     unknown = config.weights is not None or config.statistics is not None or config.picture is not None
     found = None if unknown else existing_records(records, about, protocol, config.suite, images_sha256(data.images))
@@ -291,9 +291,9 @@ def evaluate_and_record(
 
 
 def existing_records(
-    records: Path, about: Mapping[str, Any], protocol: Protocol, suite: Suite, reference_sha256: str | None
+    records: Path, about: RecordFields, protocol: Protocol, suite: Suite, reference_sha256: str | None
 ) -> list[Record] | None:
-    """The records of the samples with the fields `about` (`fields_from_sidecar`); None while a metric is missing.
+    """The records of the samples with the fields `about` (`read_fields`); None while a metric is missing.
 
     reference_sha256: of the reference images; None where these are known to be the run's data set.
     """
@@ -303,7 +303,7 @@ def existing_records(
         record
         for record in (load([records]).records if records.exists() else ())
         if (record.protocol, record.protocol_version, record.dataset) == measured_on
-        and all(getattr(record, field) == value for field, value in about.items())
+        and all(getattr(record, field) == value for field, value in about.arguments().items())
         and (evaluation := record.evaluation) is not None
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
         and reference_sha256 in (None, evaluation.reference_sha256)

@@ -1,34 +1,26 @@
-"""The sampling stage: from a snapshot of a run to samples.npz with its sidecar.
-
-Work is kept shard by shard, so a killed process repeats at most one shard, and the same command ends with the same
-bytes. Image i depends on checkpoint, settings, seed and i alone; the batch it is drawn in is recorded because it can
-move the last bits of float32 arithmetic.
-"""
+"""Sampling a run: from an EMA checkpoint to a sample set, its sidecar and a grid to look at."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from harness import registry
 from harness.autoencoders.load import Decoder, load_autoencoder
-from harness.diffusion.schedule import Schedule
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.interfaces import Sampler
 from harness.errors import UserError
-from harness.io import files
 from harness.pipeline.devices import device_of
 from harness.pipeline.sampling_loop import Job, run_job, write_grid_beside
+from harness.pipeline.sidecar import fields_of_run
 from harness.pipeline.train import RunSession
 from harness.planning.matching import matched
-from harness.planning.request import Request, published_input_gflops, request_of_run
+from harness.planning.request import Request, plan_of, published_input_gflops, request_of_run
+from harness.protocols import get_protocol
+from harness.runs import checkpoints
 from harness.runs.provenance import environment
 from harness.runs.run import RUNS_FOLDER, Run, open_run
-from harness.runs.sample_set import SampleRequest, default_batch, labels_of, make_sample_request
+from harness.runs.sample_set import labels_of, sample_request
 from harness.settings import SampleOptions, keyword_options, only_one
 
 
@@ -110,7 +102,7 @@ def _sample_system(options: SampleOptions) -> list[Path]:
             each,
             folder=options.out or RUNS_FOLDER / "systems",
             framework=framework,
-            count=options.samples or system.task.samples,
+            count=options.samples or get_protocol(system.protocol).samples,
             seed=options.sampling_seed or 0,
             precision=options.sampling_precision,
             compile=options.compile or "off",
@@ -122,36 +114,15 @@ def _sample_system(options: SampleOptions) -> list[Path]:
     ]
 
 
-def sample_set(
-    run: Run,
-    wanted: SampleRequest,
-    make_sampler: Callable[[], Sampler],
-    sidecar: dict[str, Any],
-    device: Callable[[], str],
-    group: ProcessGroup = SINGLE_PROCESS,
-) -> Path:
-    """Draw the sample set of a run, or find it drawn; returns the path of its samples.npz."""
-    task = run.protocol
-    job = Job(
-        folder=run.folder / "samples" / wanted.name(run),
-        identity=wanted.identity(run),
-        labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, task.num_classes),
-        image=(task.resolution, task.resolution, task.image_channels),
-        batch=wanted.batch,
-        steps=wanted.steps,
-        title=f"sample {wanted.sampling.sampler}-{wanted.steps}",
-    )
-    return run_job(job, make_sampler, sidecar, device, group)
-
-
 def decoder_of(run: Run | RunSession, name: str | None, device: str | None = None) -> Decoder | None:
-    """What decodes the latents of a run, which need not exist yet: `name`, or the auto-encoder that made them, where it was
-    then; None: pixels. device: of a run that does not exist yet, as --device has it.
+    """The decoder of a run's samples; None: the run is in pixels.
 
-    Refused: one that is gone or has other weights by now, and one that takes other latents or makes other images.
+    run: may be one that does not exist yet, for which device is what --device says. name: of the decoder; None: the
+    autoencoder that made the latents, loaded from where it was then. Raises `UserError` where that is gone or has
+    other weights by now, and for a decoder that takes other latents or makes other images.
     """
-    task = run.protocol
-    if task.space != "latents":
+    protocol = run.protocol
+    if protocol.space != "latents":
         if name is not None:
             raise UserError(f"--decoder belongs to runs in latents, and {run.folder} is in pixels; leave it out")
         return None
@@ -168,17 +139,22 @@ def decoder_of(run: Run | RunSession, name: str | None, device: str | None = Non
     except UserError as error:
         if name is not None:
             raise
-        text = f"the auto-encoder behind {run.folder} ({made_by['vae_sha256'][:12]}) is not to be had from {place}"
+        text = f"the autoencoder behind {run.folder} ({made_by['vae_sha256'][:12]}) is not available from {place}"
         raise UserError(f"{text}; name it, or another decoder, with {flag} ({error})") from error
-    if name is None and decoder.sha256 != made_by["vae_sha256"]:
-        raise UserError(
-            f"{place} has other weights by now ({decoder.sha256[:12]}) than the auto-encoder behind {run.folder} "
-            f"({made_by['vae_sha256'][:12]}); put the right ones back, or name a decoder with {flag}"
-        )
+    if name is None:
+        for what, now, before in (
+            ("weights", decoder.sha256, made_by["vae_sha256"]),
+            ("settings", decoder.identity["config_sha256"], made_by["vae_config_sha256"]),
+        ):
+            if now != before:
+                raise UserError(
+                    f"{place} has other {what} by now ({now[:12]}) than the autoencoder behind {run.folder} "
+                    f"({before[:12]}); put the right ones back, or name a decoder with {flag}"
+                )
     for what, found, wanted in (
-        ("channels of latents", decoder.channels, task.in_channels),
-        ("pixels a side", decoder.factor * task.input_size, task.resolution),
-        ("channels of images", decoder.image_channels, task.image_channels),
+        ("channels of latents", decoder.channels, protocol.in_channels),
+        ("pixels a side", decoder.factor * protocol.input_size, protocol.resolution),
+        ("channels of images", decoder.image_channels, protocol.image_channels),
         ("scale_factor", decoder.scale_factor, made_by["scale_factor"]),
         ("shift_factor", decoder.shift_factor, made_by["shift_factor"]),
     ):
@@ -201,52 +177,58 @@ def sample_run(
     decoder: Decoder | None = None,  # of latents
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Draw one sample set of the snapshot of `step`, with a grid beside it; returns its samples.npz."""
-    gflops = request.gflops_image(steps)
-    wanted = make_sample_request(
-        run, step, request.sampling, steps, request.samples, precision,
-        batch or default_batch(gflops, run.resolved.device),
-        compile=compile or run.resolved.compile,
-        decoder=None if decoder is None else decoder.identity,
+    """Make one sample set of a run, with a grid beside it, or find it; returns the path of its samples.npz.
+
+    step: of training, whose EMA checkpoint is sampled. steps: of the sampler. batch: None: by the cost of an image.
+    Raises `UserError` where the checkpoint is missing or damaged.
+    """
+    assert (decoder is None) == (run.protocol.space != "latents")
+    wanted = sample_request(
+        run, step, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
+        precision=precision, batch=batch, compile=compile, decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
+    checkpoint = checkpoints.verify(run.ema_checkpoint(step))
+    protocol = run.protocol
+    job = Job(
+        folder=run.folder / "samples" / wanted.name(run),
+        identity=wanted.identity(run),
+        record=fields_of_run(
+            wanted,
+            backbone=run.backbone,
+            framework=run.framework,
+            seed=run.seed,
+            recipe=run.recipe,
+            resolved=run.resolved,
+            params=request.compute.params,
+            gflops=request.compute.gflops,
+            gflops_published_input=published_input_gflops(request),
+            evaluations=request.evaluations(steps),
+            decoder_gflops=None if decoder is None else decoder.compute(protocol.resolution).gflops,
+        ),
+        labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, protocol.num_classes),
+        image=(protocol.resolution, protocol.resolution, protocol.image_channels),
+        batch=wanted.batch,
+        steps=steps,
+        title=f"sample {wanted.sampling.sampler}-{steps}",
+    )
 
     def make() -> Sampler:
-        plan = registry.samplers.get(request.sampling.sampler).make(
-            Schedule.named(run.recipe.schedule, run.recipe.diffusion_steps),
-            steps,
-            registry.objectives.get(run.recipe.objective),
-            request.sampling.eta,
-            request.sampling.clip_denoised,
-        )
-        snapshot = run.ema_checkpoint(step) / "ema.safetensors"
         return get_backend(run.framework).make_sampler(
             request,
             run,
-            snapshot,
-            plan,
+            checkpoint.part("ema"),
+            plan_of(run.recipe, request.sampling, steps),
             precision=precision,
             batch=wanted.batch,
             compile=wanted.compile,
             decoder=decoder,
         )
 
-    sidecar = {
-        "compute": {
-            "params": request.compute.params,
-            "gflops": request.compute.gflops,
-            "gflops_published_input": published_input_gflops(request),
-            **decoding_compute(decoder, request.protocol.resolution),
-        },
-        "trained": dataclasses.asdict(run.resolved),
+    description = {
         "environment": environment(run.resolved.device_name),
-        "spent": files.read_json(run.ema_checkpoint(step) / "state.json", "snapshot").get("spent", {}),
+        "spent": checkpoint.state.get("spent", {}),
     }
-    path = sample_set(run, wanted, make, sidecar, lambda: device_of(run, group), group)
+    path = run_job(job, make, description, lambda: device_of(run, group), group)
     if group.is_main:
         write_grid_beside(path)
     return path
-
-
-def decoding_compute(decoder: Decoder | None, side: int) -> dict[str, float]:
-    """What a sidecar says of decoding an image of `side` pixels."""
-    return {} if decoder is None else {"decoder_gflops": decoder.compute(side).gflops}

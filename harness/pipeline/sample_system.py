@@ -1,4 +1,4 @@
-"""Sampling a system: its weights, its identity, and the sample set that comes of it."""
+"""Sampling a system: from weights of its parts to a sample set, its sidecar and a grid to look at."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.devices import device_names
 from harness.pipeline.sampling_loop import Job, run_job, write_grid_beside
+from harness.pipeline.sidecar import fields_of_system
+from harness.protocols import get_protocol
 from harness.runs.provenance import environment
 from harness.runs.sample_set import default_batch, labels_of
 from harness.systems.binding import LoadedSystem
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def sample_system(
-    bound: LoadedSystem,
+    loaded: LoadedSystem,
     *,
     folder: Path,
     framework: str = "torch",
@@ -35,21 +37,28 @@ def sample_system(
     device: str | None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Draw one sample set below `folder`, with a grid beside it; returns its samples.npz."""
+    """Make one sample set below `folder`, with a grid beside it, or find it; returns the path of its samples.npz.
+
+    batch: None: by the cost of an image. device: None: an accelerator if there is one. Raises `UserError` for a
+    backbone without a network of the framework, and for a decoder that takes other latents or makes other images.
+    """
     engine = get_backend(framework)
-    system, task = bound.system, bound.system.task
-    for note in bound.notes:
-        logger.info(note)
+    system = loaded.system
+    protocol = get_protocol(system.protocol)
+    for note in loaded.notes:
+        logger.info("%s", note)
     for part in system.parts.values():
         if framework not in part.spec.builders:
             raise UserError(f"system {system.name!r}: {part.backbone} has no {framework} network")
-    place = engine.resolve_device(device)
-    gflops = system.gflops_image()
-    batch = batch or default_batch(gflops, place.platform)
+    device_info = engine.resolve_device(device)
+    gflops_image = system.gflops_image()
+    batch = batch or default_batch(gflops_image, device_info.platform)
     decoder = None
     if system.decoder:
-        logger.info(f"reading decoder {system.decoder} ...")
-        decoder = load_autoencoder(system.decoder, weights=bound.decoder, device=_decoder_device(framework, place))
+        logger.info("reading decoder %s ...", system.decoder)
+        decoder = load_autoencoder(
+            system.decoder, weights=loaded.decoder, device=_decoder_device(framework, device_info)
+        )
         _check_decoder(system, decoder)
     settings = {
         "seed": seed, "precision": precision, "uint8_rule": system.uint8_rule, "label_policy": system.label_policy,
@@ -57,8 +66,8 @@ def sample_system(
         **({} if compile == "off" else {"compile": compile}),
     }  # fmt: skip
     identity = {
-        **bound.identity,
-        "protocol": task.name,
+        **loaded.identity,
+        "protocol": protocol.name,
         "decoder": None if decoder is None else decoder.identity,
         "sampling": settings,
         "count": count,
@@ -68,30 +77,38 @@ def sample_system(
     job = Job(
         folder=folder / f"{Path(system.name).name}-n{count}-{files.sha256_json(identity)[:8]}",
         identity=identity,
-        labels=labels_of(system.label_policy, seed, count, task.num_classes),
-        image=(task.resolution, task.resolution, task.image_channels),
+        record=fields_of_system(
+            system,
+            loaded.sources,
+            framework=framework,
+            seed=seed,
+            precision=precision,
+            batch=batch,
+            params=system.params(),
+            gflops=system.gflops_forward(),
+            gflops_image=gflops_image,
+            evaluations=system.evaluations,
+            decoder=None if decoder is None else decoder.identity,
+            decoder_gflops=None if decoder is None else decoder.compute(protocol.resolution).gflops,
+        ),
+        labels=labels_of(system.label_policy, seed, count, protocol.num_classes),
+        image=(protocol.resolution, protocol.resolution, protocol.image_channels),
         batch=batch,
-        steps=sum(stage.steps if stage.spec.kind != "generator" else 1 for stage in system.stages),
+        steps=sum(part.advances for part in system.components),
         title=f"sample {system.name}",
     )
-    sidecar = {
-        "compute": {
-            "params": system.params(),
-            "gflops": system.gflops_forward(),
-            "gflops_per_image": gflops,
-            "decoder_gflops": None if decoder is None else decoder.compute(task.resolution).gflops,
-        },
-        "weights": {name: str(source.path) for name, source in bound.sources.items()},
-        "environment": environment(place.name),
+    description = {
+        "weights": {name: str(source.path) for name, source in loaded.sources.items()},
+        "environment": environment(device_info.name),
     }
     with group.locked(job.folder):
         path = run_job(
             job,
             lambda: engine.make_chain(
-                bound, decoder, place, seed=seed, precision=precision, batch=batch, compile=compile
+                loaded, decoder, device_info, seed=seed, precision=precision, batch=batch, compile=compile
             ),
-            sidecar,
-            lambda: device_names(place, group),
+            description,
+            lambda: device_names(device_info, group),
             group,
         )
         if group.is_main:
@@ -99,19 +116,20 @@ def sample_system(
     return path
 
 
-def _decoder_device(framework: str, place: DeviceInfo) -> str:
-    """Decoders are torch's, also of a system that is sampled in jax, whose accelerator torch may not see."""
-    return place.platform if framework == "torch" else "cpu"
+def _decoder_device(framework: str, device_info: DeviceInfo) -> str:
+    """The decoder's device: decoders are torch's, which may not see the accelerator of jax."""
+    return device_info.platform if framework == "torch" else "cpu"
 
 
 def _check_decoder(system: System, decoder: Decoder) -> None:
-    """The latents that the base makes must be those that the decoder takes, and its images the protocol's."""
+    """Refuse a decoder that does not take the base's latents, or whose images are not the protocol's."""
     assert system.base is not None
+    protocol = get_protocol(system.protocol)
     latent = system.base.spec.arguments(**system.base.arguments)
     made = (latent["in_channels"], latent["input_size"] * decoder.factor)
-    wanted = (decoder.channels, system.task.resolution)
-    if made != wanted or system.task.image_channels != 3:
+    wanted = (decoder.channels, protocol.resolution)
+    if made != wanted or protocol.image_channels != 3:
         raise UserError(
             f"system {system.name!r}: {system.base.backbone} makes {made[0]} channels that decode to {made[1]} pixels; "
-            f"decoder {decoder.name} takes {wanted[0]} and protocol {system.task.name!r} has {wanted[1]}"
+            f"decoder {decoder.name} takes {wanted[0]} and protocol {protocol.name!r} has {wanted[1]}"
         )

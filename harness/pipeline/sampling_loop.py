@@ -1,14 +1,15 @@
-"""The sampling stage: from a snapshot of a run to samples.npz with its sidecar.
+"""The loop of sampling: shard by shard into one samples.npz with its sidecar.
 
-Work is kept shard by shard, so a killed process repeats at most one shard, and the same command ends with the same
-bytes. Image i depends on checkpoint, settings, seed and i alone; the batch it is drawn in is recorded because it can
-move the last bits of float32 arithmetic.
+A killed process repeats at most one shard, and the same command ends with the same bytes. Image i depends on checkpoint,
+settings, seed and i alone; the batch that it is sampled in is recorded because it can move the last bits of float32
+arithmetic.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,38 +21,39 @@ from harness.engines.interfaces import Sampler
 from harness.errors import UserError
 from harness.io import files
 from harness.io.progress import Bar
+from harness.pipeline.sidecar import SCHEMA, RecordFields
 from harness.runs.samples import read_sidecar, sidecar_path, write_samples
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A sample set to be drawn: where it goes, everything that decides its bytes, and the shape of the work."""
+    """A sample set to make: its folder, what decides its bytes, what records say of it, and the shape of the work."""
 
     folder: Path
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # everything that decides the bytes, as JSON reads it back
+    record: RecordFields  # all but the hash of the samples
     labels: np.ndarray  # int64 (N,)
     image: tuple[int, int, int]  # (H, W, C)
     batch: int
     steps: int  # calls of `advance` for each batch
-    title: str  # of the bar
+    title: str  # of the progress bar
 
 
 def run_job(
     job: Job,
     make_sampler: Callable[[], Sampler],
-    sidecar: dict[str, Any],
+    description: Mapping[str, Any],
     device: Callable[[], str],
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Draw the sample set, or find it drawn; returns the path of its samples.npz.
+    """Make the sample set, or find it complete; returns the path of its samples.npz.
 
-    `sidecar` is what a later reader should know beside the identity: parameters, Gflops, environment. `device`: tells
-    what a person calls what they were drawn on, once they are. Each process of a process group draws shards of its own; the leader puts them together.
+    description: what the sidecar says beside identity and record, such as the environment. device: gives the display
+    name of the devices, once they are in use. Every process of a group makes shards of its own, and the main one joins
+    them. Raises `UserError` where the folder holds other samples.
     """
     target = job.folder / "samples.npz"
-    if group.broadcast(int(group.is_main and _drawn(target, job))):  # a folder may look otherwise from another machine
+    if group.broadcast(int(group.is_main and _complete(target, job))):  # another machine may see the folder differently
         return target
     shards, count = job.folder / "shards", len(job.labels)
     with files.explained(job.folder):
@@ -62,32 +64,37 @@ def run_job(
         start for start in mine if not _whole(_shard(shards, start), (min(job.batch, count - start), *job.image))
     ]
     sampler, begin = make_sampler(), time.monotonic()
+    assert sampler.evaluations == job.record.sampling.evaluations  # the sampler's count and the plan's
     total, done = len(mine) * job.steps, (len(mine) - len(missing)) * job.steps
     with Bar(job.title, total, "steps", done) as bar:
         for start in missing:
             index = np.arange(start, min(start + job.batch, count), dtype=np.int64)
-            note = f"image {start + len(index)} of {count}"
-            images = sampler.draw(index, job.labels[index], lambda note=note: bar.advance(1, note))
-            _save(_shard(shards, start), images)
-    group.barrier("all shards are drawn")
-    seconds = (
-        time.monotonic() - begin if not group.all_max(int(len(missing) < len(mine))) else None
-    )  # of a part: unknown
+            advance = functools.partial(bar.advance, 1, f"image {start + len(index)} of {count}")
+            _save(_shard(shards, start), sampler.draw(index, job.labels[index], advance))
+    group.barrier("all shards are sampled")
+    in_part = group.all_max(int(len(missing) < len(mine)))
+    seconds = None if in_part else time.monotonic() - begin  # of a part of the images it would say nothing
     if group.is_main:
-        data = {"schema": SCHEMA, "identity": job.identity, "evaluations": sampler.evaluations, **sidecar}
-        data["drawn"] = {"device": device(), "seconds": seconds}
+        data = {
+            "schema": SCHEMA,
+            "identity": job.identity,
+            "record": job.record.as_dict(),
+            "evaluations": sampler.evaluations,
+            **description,
+            "drawn": {"device": device(), "seconds": seconds},
+        }
         write_samples(target, _load(shards, starts), job.labels, data)
         files.remove(shards)
     group.barrier("the samples are written")
     return target
 
 
-def _drawn(target: Path, job: Job) -> bool:
-    """Whether the sample set is there; another in its place is refused."""
+def _complete(target: Path, job: Job) -> bool:
+    """Whether the sample set is there; another one in its place is refused."""
     if not (sidecar_path(target).exists() and target.exists()):
         return False
-    kept = read_sidecar(target)
-    if kept.get("identity") != job.identity or kept.get("sha256") != files.sha256_file(target):
+    found = read_sidecar(target)
+    if found.get("identity") != job.identity or found.get("sha256") != files.sha256_file(target):
         raise UserError(
             f"{job.folder} holds other samples than its name and sidecar say; move it away and sample again"
         )
@@ -95,13 +102,14 @@ def _drawn(target: Path, job: Job) -> bool:
 
 
 def write_grid_beside(path: Path) -> None:
-    """A picture of the first samples, beside their npz, if it is not there."""
+    """Draw a picture of the first samples beside their npz, if it is not there."""
     grid = path.with_name("grid.png")
     if not grid.exists():
         from harness.runs.samples import read_samples
         from reports.grid import write_grid
 
         samples = read_samples(path)
+        assert samples.labels is not None  # of a sample set that the harness made
         write_grid(samples.images, samples.labels, grid)
 
 
@@ -119,7 +127,7 @@ def _save(path: Path, images: np.ndarray) -> None:
 
 
 def _whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the shard is there and complete; a damaged one is drawn again."""
+    """Whether the shard is there and intact; a damaged one is sampled again."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # EOFError: an empty file

@@ -6,6 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from harness.errors import UserError
+from harness.protocols import get_protocol
 from harness.registry import systems
 from harness.spec import BackboneSpec, Compute
 from harness.systems.spec import System
@@ -84,10 +85,10 @@ def system_row(system: System) -> dict[str, Any]:
     """The row of a system of several denoisers: one forward pass of each, as Table 6 counts; no classifier."""
     from results import paper
 
-    computes = [stage.compute() for stage in system.stages]
+    computes = [part.compute() for part in system.components]
     total = sum(each.flops for each in computes) / 1e9
     cells = [cell for cell in paper.values() if cell.system == system.name and cell.column == "Total Flops (G)"]
-    last = system.stages[-1].spec.arguments(**system.stages[-1].arguments)
+    last = system.components[-1].spec.arguments(**system.components[-1].arguments)
     row: dict[str, Any] = {
         "name": system.name,
         **{name: last.get(name) for name in PROTOCOL_ARGUMENTS},
@@ -100,7 +101,8 @@ def system_row(system: System) -> dict[str, Any]:
         "difference": round(round(total) - float(cells[0].value)) if cells else None,
         "source": "closed form",
         "parts": [
-            {"name": stage.backbone, "gflops": each.gflops} for stage, each in zip(system.stages, computes, strict=True)
+            {"name": part.backbone, "gflops": each.gflops}
+            for part, each in zip(system.components, computes, strict=True)
         ],
     }
     if cells:
@@ -113,7 +115,7 @@ def cascades() -> list[System]:
     from results import paper
 
     printed = {cell.system for cell in paper.values() if cell.column == "Total Flops (G)"}
-    return [each for each in systems if each.name in printed and len(each.stages) > 1]
+    return [each for each in systems if each.name in printed and len(each.components) > 1]
 
 
 def sampling_row(system: System) -> dict[str, Any]:
@@ -122,9 +124,10 @@ def sampling_row(system: System) -> dict[str, Any]:
 
     if system.unavailable:
         raise UserError(f"system {system.name!r} cannot be counted: {system.unavailable}")
-    steps = [1 if stage.spec.kind == "generator" else stage.steps for stage in system.stages]
-    plain = sum(stage.compute().gflops * count for stage, count in zip(system.stages, steps, strict=True))
-    decode = decoder_compute(system.decoder, system.task.resolution).gflops if system.decoder else 0.0
+    steps = [part.advances for part in system.components]
+    plain = sum(part.compute().gflops * part.evaluations for part in system.components)
+    resolution = get_protocol(system.protocol).resolution
+    decode = decoder_compute(system.decoder, resolution).gflops if system.decoder else 0.0
     total = system.gflops_image()
     return {
         "name": system.name,

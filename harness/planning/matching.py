@@ -1,23 +1,27 @@
 """Matched compute: how many steps of one backbone cost as much as steps of another, or as a budget.
 
-Training compute is Gflops x batch x steps x 3, sampling compute of an image Gflops x network evaluations, which guidance
-doubles (`harness.planning`). Both sides are counted at the input of the same protocol. The other backbone is taken to be
+Training compute is Gflops x batch x steps x 3. Sampling compute of an image is Gflops x network evaluations: those of the
+sampler's plan, doubled by guidance. Both sides are counted at the input of the same protocol. The other backbone is taken to be
 trained with the recipe of this one, `--set` included, and so with the same batch: what it would cost here, not what its
 own paper spent. The arithmetic is in whole flops, so that only the rounding to whole steps is left to be told.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 from harness import registry
+from harness.diffusion.sampler_plan import guided_evaluations
 from harness.errors import UserError
 from harness.planning.reference import Reference
-from harness.planning.request import TRAINING_FACTOR, Match, Request, check_plans, evaluations, make_request
-from harness.protocols import Protocol, Recipe
+from harness.planning.request import TRAINING_FACTOR, Match, Request, check_plans, make_request, plan_of
+from harness.protocols import Protocol, Recipe, Sampling
 from harness.runs.run import build_arguments
 from harness.settings import DEFAULT_PROTOCOL, PlanOptions, RunOptions, SamplingSettings, TrainOptions, only_one
 from harness.spec import BackboneSpec, Compute
@@ -101,7 +105,7 @@ def solve_training(compute: Compute, recipe: Recipe, to: str | None, target: Fra
     steps = max(1, nearest_count(target, step))
     if steps > MAX_STEPS:
         raise UserError(f"--budget {float(target / 10**9):g} Gflops are {float(steps):.3g} steps; ask for less")
-    return Match.of(to, steps, target, step)
+    return Match.of(to, steps, target, steps * step)
 
 
 def match_sampling(request: Request, reference: Reference) -> Request:
@@ -117,26 +121,31 @@ def match_sampling(request: Request, reference: Reference) -> Request:
         raise UserError(
             f"{flag}@{max(reference.steps)}: more sampling steps than the {recipe.diffusion_steps} of the diffusion"
         )
-    own = image_flops(request.compute, request.sampling.guidance_scale)
+    own = evaluation_flops(request.compute, request.sampling.guidance_scale)
     compute = compute_of(other, request.protocol, recipe, f"{flag}: ")
-    others = image_flops(compute, reference.guidance_scale)
+    others = evaluation_flops(compute, reference.guidance_scale)
+    evaluations = evaluation_counts(recipe, request.sampling)
+    all_steps = range(1, MAX_STEPS)
     solved = []
     for each in reference.steps:
-        steps, text = nearest_count(Fraction(others * each), own), reference.name(each)
+        target, text = Fraction(others * evaluations(each)), reference.name(each)
+        steps = nearest_steps(target / own, evaluations)
         if steps > recipe.diffusion_steps:
-            most = own * recipe.diffusion_steps // others
+            spent = own * evaluations(recipe.diffusion_steps)
+            most = bisect.bisect_right(all_steps, spent, key=lambda steps: others * evaluations(steps))
             at_most = f"at most {reference.name(most)}" if most else "less than one of its steps"
             raise UserError(
                 f"--match-sampling {text} asks for {steps} sampling steps of {name!r}, but the diffusion has"
                 f" {recipe.diffusion_steps}, which cost {at_most}"
             )
-        if steps < 1:
-            least = own // others + 1 if own % others else own // others
+        one = own * evaluations(1)
+        if 2 * target <= one:
+            least = bisect.bisect_left(all_steps, one, key=lambda steps: others * evaluations(steps)) + 1
             raise UserError(
                 f"--match-sampling {text} costs less than half a sampling step of {name!r}; one step costs"
                 f" as much as {reference.name(least)}"
             )
-        solved.append(Match.of(text, steps, Fraction(others * each), own))
+        solved.append(Match.of(text, steps, target, own * evaluations(steps)))
     drawing = dataclasses.replace(request.sampling, steps=tuple(sorted({each.steps for each in solved})))
     check_plans(recipe, drawing)
     return dataclasses.replace(request, sampling=drawing, match_sampling=tuple(solved))
@@ -147,14 +156,47 @@ def nearest_count(target: Fraction, each: int) -> int:
     return math.ceil(target / each - Fraction(1, 2))
 
 
+def nearest_steps(target: Fraction, evaluations: Callable[[int], int]) -> int:
+    """The sampler steps, at least 1, whose network evaluations come nearest to `target`; half-way goes down.
+
+    evaluations: by number of steps; must not fall with them.
+    """
+    above = bisect.bisect_left(range(1, MAX_STEPS), target, key=evaluations) + 1
+    return min(range(max(1, above - 1), above + 1), key=lambda steps: (abs(evaluations(steps) - target), steps))
+
+
+def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int]:
+    """The function from a number of sampler steps to its network evaluations for one image, without guidance.
+
+    It has a value for every number: steps that the sampler refuses count one each (`check_plans` refuses them in the
+    sampler's words), and beyond the steps of the diffusion each costs what the last one of them does.
+    """
+    most = recipe.diffusion_steps
+
+    @functools.cache
+    def within(steps: int) -> int:
+        try:
+            return plan_of(recipe, sampling, steps).evaluations
+        except UserError:
+            return steps
+
+    def counted(steps: int) -> int:
+        if steps <= most:
+            return within(steps)
+        last = within(most) - within(most - 1) if most > 1 else within(most)
+        return within(most) + (steps - most) * max(1, last)
+
+    return counted
+
+
 def step_flops(compute: Compute, recipe: Recipe) -> int:
     """Training compute of one optimiser step, in flops."""
     return compute.flops * recipe.batch * TRAINING_FACTOR
 
 
-def image_flops(compute: Compute, guidance_scale: float) -> int:
-    """Sampling compute of one step for one image, in flops."""
-    return compute.flops * evaluations(1, guidance_scale)
+def evaluation_flops(compute: Compute, guidance_scale: float) -> int:
+    """Sampling compute of one evaluation for one image, in flops; guidance doubles it."""
+    return compute.flops * guided_evaluations(1, guidance_scale)
 
 
 def compute_of(spec: BackboneSpec, task: Protocol, recipe: Recipe, where: str = "") -> Compute:

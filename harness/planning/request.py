@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import registry
 from harness.data.examples import Examples
+from harness.diffusion.sampler_plan import guided_evaluations, sampler_plan
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
 from harness.runs.run import Run, RunSpec, build_arguments
 from harness.spec import BackboneSpec, Compute
+
+if TYPE_CHECKING:
+    from harness.diffusion.plans import SamplerPlan
 
 TRAINING_FACTOR = 3  # forward and backward: the backward pass taken as two forward passes (DiT sec. 5)
 CHECKPOINT_BYTES = 16  # a parameter: weight, EMA, two moments in float32
@@ -52,14 +56,14 @@ class Request:
             **data.identity,
         )
 
+    def evaluations(self, sampler_steps: int) -> int:
+        """Network evaluations for one image: those of the sampler's plan, doubled by guidance."""
+        plan = plan_of(self.recipe, self.sampling, sampler_steps)
+        return guided_evaluations(plan.evaluations, self.sampling.guidance_scale)
+
     def gflops_image(self, sampler_steps: int) -> float:
-        """Sampling compute of one image; guidance doubles it."""
-        return self.compute.gflops * evaluations(sampler_steps, self.sampling.guidance_scale)
-
-
-def evaluations(sampler_steps: int, guidance_scale: float) -> int:
-    """Network evaluations for one image; guidance asks twice."""
-    return sampler_steps * (2 if guidance_scale != 1 else 1)
+        """Sampling compute of one image, guidance included."""
+        return self.compute.gflops * self.evaluations(sampler_steps)
 
 
 def make_request(
@@ -142,12 +146,19 @@ def resolve_request(
 
 def check_plans(recipe: Recipe, sampling: Sampling) -> None:
     """Try the schedule and the sampler's plans: what does not fit is refused before anything is trained."""
-    from harness.diffusion.schedule import Schedule
-
-    schedule = Schedule.named(recipe.schedule, recipe.diffusion_steps)
-    make, objective = registry.samplers.get(sampling.sampler).make, registry.objectives.get(recipe.objective)
     for steps in sampling.steps:
-        make(schedule, steps, objective, sampling.eta, sampling.clip_denoised)
+        plan_of(recipe, sampling, steps)
+
+
+def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> SamplerPlan:
+    """The sampler's plan for a network trained with `recipe`, with `steps` of the sampler in place of `sampling.steps`.
+
+    Raises `UserError` where sampler, schedule and steps do not fit each other.
+    """
+    return sampler_plan(
+        sampling.sampler, steps, schedule=recipe.schedule, diffusion_steps=recipe.diffusion_steps,
+        objective=recipe.objective, eta=sampling.eta, clip_denoised=sampling.clip_denoised,
+    )  # fmt: skip
 
 
 def published_input_gflops(request: Request) -> float | None:
@@ -170,9 +181,9 @@ class Match:
     relative_error: float  # gflops / gflops_target - 1: what the rounding to whole steps costs
 
     @classmethod
-    def of(cls, to: str | None, steps: int, target: Fraction, step: int) -> Match:
-        """`steps` that cost `step` flops each, beside the flops that were wanted."""
+    def of(cls, to: str | None, steps: int, target: Fraction, spent: int) -> Match:
+        """`steps` that cost `spent` flops in all, beside the `target` flops."""
         return cls(
-            to=to, steps=steps, gflops_target=float(target / 10**9), gflops=float(Fraction(steps * step, 10**9)),
-            relative_error=float(steps * step / target - 1),
+            to=to, steps=steps, gflops_target=float(target / 10**9), gflops=float(Fraction(spent, 10**9)),
+            relative_error=float(spent / target - 1),
         )  # fmt: skip

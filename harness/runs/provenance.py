@@ -1,4 +1,4 @@
-"""Where, with what and how long: the description that a number carries. No part of what a run or a record is."""
+"""The environment of a number: where it was made, with what, and how long it took. Description, never identity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from harness._version import VERSION
 from harness.errors import UserError
@@ -30,11 +30,30 @@ LIBRARIES = (
 )
 
 
-UNKNOWN = "not recorded"  # the device of checkpoints that knew seconds alone
+UNKNOWN = "not recorded"  # the device of old checkpoints, whose state has seconds alone
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What made a number, as plain data: device, versions, commit of the working folder's code, time."""
+class EnvironmentFields(TypedDict):
+    """Fields of `results.records.Environment` that `environment` fills in."""
+
+    device: str
+    versions: dict[str, str]
+    git_commit: str | None
+    time: str
+    harness_version: str
+
+
+class Timing(TypedDict, total=False):
+    """Fields of `results.records.Environment` that `timing_of` fills in, where they are known."""
+
+    training_seconds: float
+    training_device: str
+    sampling_seconds_per_image: float
+    sampling_device: str
+
+
+def environment(device: str) -> EnvironmentFields:
+    """The environment of a number that is made now, as plain data. time: ISO 8601, UTC."""
     return {
         "device": device,
         "versions": {"python": platform.python_version(), **_versions()},
@@ -45,24 +64,24 @@ def environment(device: str) -> dict[str, Any]:
 
 
 class TrainingTime:
-    """Seconds of a run's training by device, counted on from those of a checkpoint's state (None: from nothing)."""
+    """Seconds of a run's training by device, added to those in the state of a checkpoint (None: to nothing)."""
 
     def __init__(self, state: Mapping[str, Any] | None, device: str):
         self._before = {} if state is None else dict(state.get("spent", {UNKNOWN: state["seconds"]}))
         self._device, self._began = device, time.monotonic()
 
     def now(self) -> dict[str, float]:
-        """What has been spent up to now; pauses, and work that a kill has lost, are not in it."""
+        """The seconds up to now, without pauses and without work that a kill has lost."""
         here = self._before.get(self._device, 0.0) + time.monotonic() - self._began
         return self._before | {self._device: here}
 
 
-def timing_of(samples: Path) -> dict[str, Any]:
-    """What the sidecar of a sample set says of time, as fields of `results.records.Environment`.
+def timing_of(samples: Path) -> Timing:
+    """The times in the sidecar of a sample set.
 
-    Only what the same devices did from beginning to end: other seconds compare with nothing.
+    Seconds are left out where several devices shared the work: they compare with nothing. Without a sidecar all are.
     """
-    found: dict[str, Any] = {}
+    found: Timing = {}
     try:
         data = read_sidecar(samples)
         spent, drawn = data.get("spent", {}), data.get("drawn", {})
@@ -72,12 +91,12 @@ def timing_of(samples: Path) -> dict[str, Any]:
             found["sampling_device"] = drawn["device"]
             found["sampling_seconds_per_image"] = drawn["seconds"] / data["images"]
     except (UserError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        return {}  # no sidecar, or one of another kind
+        return {}  # no sidecar, or one of another program
     return found
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for library in LIBRARIES:
         try:
             found[library] = metadata.version(library)
@@ -88,13 +107,15 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The commit of the checkout that this code runs from, "+" behind it if files differ; None when installed."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        run = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -92,7 +92,8 @@ def expand(study: Study) -> Expansion:
         if request.spec.kind != "denoiser":
             raise UserError(f"{where}: backbone {name!r} is one part of a system and makes no images by itself")
     first = next(iter(requests.values()))[0]
-    if reasons := [*missing(first), *missing_evaluator_files(task)]:
+    brought = {"features_weights", "reference"} & study.settings.keys()
+    if reasons := [*missing(first), *([] if brought else missing_evaluator_files(task))]:
         raise UserError(f"{where}: protocol {task.name!r} cannot run here: {'; '.join(reasons)}")
     data = training_data(task, first.data)
     return Expansion(

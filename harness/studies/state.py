@@ -1,7 +1,7 @@
-"""How far the runs of a study are: found in the runs' own folders, so that no file can say otherwise.
+"""How far the runs of a study are, read from the runs' folders alone: no second file can contradict them.
 
-A study's folder adds two things that a run does not tell: `logs/RUN.log`, what its commands have said, whose lock is held
-while one is at work, and `failures/RUN.json`, why the last one failed.
+The study's folder adds what a run's does not hold: `logs/RUN.log`, the output of its commands, which is locked while one
+is at work, and `failures/RUN.json`, the reason of the last failure.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.autoencoders.files import read_identity
 from harness.errors import UserError
 from harness.io import files
 from harness.pipeline.evaluate import existing_records
-from harness.pipeline.sidecar_records import fields_from_sidecar
+from harness.pipeline.sidecar import read_fields
 from harness.planning.request import Request
 from harness.runs.run import Run, identity_difference, open_run
-from harness.runs.sample_set import SampleRequest, default_batch
+from harness.runs.sample_set import sample_request
 from harness.runs.samples import read_sidecar, sidecar_path
+from harness.settings import RunOptions
 from harness.studies.expand import Expansion, StudyRun
 
 STATES = ("done", "running", "queued", "failed", "interrupted", "to do")
@@ -30,59 +32,59 @@ TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One run of a study as it stands."""
+    """The state of one run of a study."""
 
     run: StudyRun
     state: str  # one of STATES
     steps_done: int  # of run.steps
-    sets_done: int  # sample sets drawn and measured
+    sets_done: int  # sample sets that are sampled and measured
     sets: int
     gflops_left: float
-    seconds_step: float | None  # of training, measured in this run; None: it has not been
+    seconds_step: float | None  # of a training step, measured in this run; None: not yet
     reason: str | None = None  # of the last failure
-    pending: tuple[tuple[str, ...], ...] = ()  # commands that have something left to do
+    pending: tuple[tuple[str, ...], ...] = ()  # commands that still have work to do
     log: Path | None = None
 
     @property
-    def evaluations_left(self) -> float:
-        """What is left, in training steps: a forward pass is a third of what an image costs in training."""
+    def training_steps_left(self) -> float:
+        """The remaining work in training steps, sampling included."""
         return self.gflops_left / self.run.gflops_step
 
 
 def log_path(study: Expansion, run: StudyRun) -> Path:
-    """What the run's commands have said; locked while one is at work."""
+    """The output of the run's commands; locked while one is at work."""
     return study.folder / "logs" / f"{run.name}.log"
 
 
 def failure_path(study: Expansion, run: StudyRun) -> Path:
-    """Why the last command failed; not there if it did not."""
+    """The reason of the last command's failure; missing if it did not fail."""
     return study.folder / "failures" / f"{run.name}.json"
 
 
 def at_work(study: Expansion, run: StudyRun) -> bool:
-    """Whether a process works on the run, whoever has started it."""
+    """Whether a process works on the run, started by the study or by hand."""
     return files.is_locked(log_path(study, run)) or files.is_locked(run.folder / "lock")
 
 
 def look(study: Expansion, run: StudyRun, in_queue: str | None = None) -> Progress:
-    """Find out how far the run is. `in_queue`: "running" or "queued" where a cluster has a job of it."""
+    """The progress of a run. in_queue: "running" or "queued" where a cluster has a job of it."""
     log = log_path(study, run)
     reason, made = None, None
-    working = at_work(study, run)  # before anything else is read: what ends meanwhile is seen as running
+    working = at_work(study, run)  # before anything else is read: a process that ends meanwhile counts as running
     try:
         made = open_run(run.folder) if (run.folder / "run.json").exists() else None
         if made is not None and made.identity != run.spec.identity:
-            reason = f"{run.folder} holds another run ({identity_difference(made.identity, run.spec.identity)}); move it away"
-            made = None
-    except UserError as refusal:
-        reason = str(refusal)
+            difference = identity_difference(made.identity, run.spec.identity)
+            reason, made = f"{run.folder} holds another run ({difference}); move it away", None
+    except UserError as error:
+        reason = str(error)
     left = list(_left(made, run, study))
     steps_done = _steps_done(made, run.steps)
     sets = len(run.marks) * sum(len(request.sampling.steps) for request in run.requests)
     failure = _failure(failure_path(study, run))
     if not left:
         state, failure = "done", None
-    elif working or in_queue == "running":  # locks need not be seen from another machine
+    elif working or in_queue == "running":  # another machine's locks may be invisible here
         state, failure = "running", None
     elif in_queue is not None:
         state, failure = in_queue, None
@@ -105,26 +107,26 @@ def _requests(left: list[tuple[Request, int]]) -> list[Request]:
 
 
 def _left(made: Run | None, run: StudyRun, study: Expansion) -> Iterator[tuple[Request, int]]:
-    """The sample sets that are not drawn or not measured: request and sampler steps."""
-    for request in run.requests:
+    """The sample sets that are not sampled or not measured: request and sampler steps."""
+    for request, options in zip(run.requests, run.options, strict=True):
         for mark in run.marks:
             for steps in request.sampling.steps:
-                if made is None or not _complete(made, request, mark, steps):
+                if made is None or not _complete(made, request, options, mark, steps):
                     yield request, steps
 
 
-def _complete(made: Run, request: Request, mark: int, steps: int) -> bool:
-    """Whether the sample set of `mark` with so many steps is there and measured. Hashes are believed as they are written."""
+def _complete(made: Run, request: Request, options: RunOptions, mark: int, steps: int) -> bool:
+    """Whether the sample set of training step `mark` with `steps` sampler steps is there and measured.
+
+    Hashes are taken as the files state them: comparing them with the contents would take minutes at every status.
+    """
     from evaluators.suites import get_suite
 
     try:
-        weights = files.read_json(made.ema_checkpoint(mark) / "state.json", "snapshot")["files"]["ema.safetensors"][
-            "sha256"
-        ]
-        batch = default_batch(request.gflops_image(steps), made.resolved.device)
-        wanted = SampleRequest(
-            step=mark, sampling=request.sampling, steps=steps, count=request.samples, precision="float32", batch=batch,
-            checkpoint_sha256=weights,
+        wanted = sample_request(
+            made, mark, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
+            precision=options.sampling_precision, batch=options.sampling_batch,
+            decoder=None if options.decoder is None else read_identity(options.decoder, "decoder"),
         )  # fmt: skip
         path = made.folder / "samples" / wanted.name(made) / "samples.npz"
         if not (path.exists() and sidecar_path(path).exists()):
@@ -132,15 +134,14 @@ def _complete(made: Run, request: Request, mark: int, steps: int) -> bool:
         sidecar = read_sidecar(path)
         if sidecar["identity"] != wanted.identity(made):
             return False
-        about = fields_from_sidecar(path, sidecar["sha256"], None)
-        task = request.protocol
-        return existing_records(made.records, about, task, get_suite(task.suite), None) is not None
-    except (UserError, KeyError, TypeError):  # not there, or damaged: the command will say so
+        fields, protocol = read_fields(path, sidecar["sha256"]), request.protocol
+        return existing_records(made.records, fields, protocol, get_suite(protocol.suite), None) is not None
+    except (UserError, KeyError, TypeError):  # missing or damaged: the command will say which
         return False
 
 
 def _steps_done(made: Run | None, most: int) -> int:
-    """Training steps: those in the log while it is written, else of what is kept."""
+    """Training steps: by the last line of the log, or by the newest EMA checkpoint where that is further."""
     if made is None:
         return 0
     done = max([0, *made.ema_checkpoint_steps()])
@@ -150,16 +151,16 @@ def _steps_done(made: Run | None, most: int) -> int:
             whole = file.read().rpartition(b"\n")[0]
         done = max(done, int(json.loads(whole.rpartition(b"\n")[2])["step"]))
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no line is whole yet
+        pass  # no complete line yet
     return min(done, most)
 
 
 def _seconds_step(made: Run | None) -> float | None:
-    """Seconds of a training step, from the newest checkpoint or snapshot."""
+    """Seconds of a training step, from the newest checkpoint of either kind; None: there is none."""
     if made is None:
         return None
     found = [*made.checkpoints.glob("step-*/state.json"), *(made.folder / "snapshots").glob("step-*/state.json")]
-    best = (0, None)
+    best: tuple[int, float | None] = (0, None)
     for path in found:
         try:
             state = files.read_json(path, "state")
@@ -180,20 +181,22 @@ def _failure(path: Path) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """All runs of a study, and what is left to do."""
+    """The progress of all runs of a study."""
 
     study: Expansion
     rows: tuple[Progress, ...]
 
     def count(self, state: str) -> int:
+        """The number of runs in `state`, one of STATES."""
         return sum(row.state == state for row in self.rows)
 
     @property
     def gflops_left(self) -> float:
+        """The remaining compute of all runs."""
         return sum(row.gflops_left for row in self.rows)
 
     def seconds_step(self, row: Progress) -> float | None:
-        """Of the run itself, or the median of the runs of its backbone; None where none has been measured."""
+        """Seconds of a training step: the run's, or the median of its backbone's runs; None: not measured yet."""
         if row.seconds_step is not None:
             return row.seconds_step
         of_same = [each for each in self.rows if each.run.spec.backbone == row.run.spec.backbone]
@@ -201,9 +204,11 @@ class Overview:
         return known[len(known) // 2] if known else None
 
     def seconds_left(self, row: Progress) -> float | None:
-        """At the speed of training; None where it is not known."""
-        each = self.seconds_step(row)
-        return 0.0 if not row.gflops_left else None if each is None else each * row.evaluations_left
+        """Seconds of the remaining work at the speed of training; None where that is not known."""
+        if not row.gflops_left:
+            return 0.0
+        seconds_step = self.seconds_step(row)
+        return None if seconds_step is None else seconds_step * row.training_steps_left
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, JSON-ready."""
@@ -240,5 +245,5 @@ class Overview:
 
 
 def overview(study: Expansion, queue: Mapping[str, str] | None = None) -> Overview:
-    """Look at every run of the study. queue: what a cluster has of it, by name."""
+    """The progress of every run of the study. queue: "running" or "queued" by the name of a run, from a cluster."""
     return Overview(study=study, rows=tuple(look(study, run, (queue or {}).get(run.name)) for run in study.runs))

@@ -1,8 +1,8 @@
 """Systems: ways to make samples that a row of a table stands for.
 
-A system is one backbone or several, with the sampler, steps, guidance and decoder behind a number: a base; perhaps a
-classifier that guides it; perhaps upsamplers, each given the image before it; perhaps a decoder of latents. The ones
-of the DiT paper's Tables 2, 3 and 5 are in `paper.py`; a user's own is a TOML file:
+A system is one backbone or several, with the sampler, steps, guidance and decoder behind a number: a base; optionally a
+classifier that guides it, upsamplers that each take the image before them, and a decoder of latents. The systems of the
+DiT paper's Tables 2, 3 and 5 are in `paper.py`; a user writes a TOML file:
 
     name = "my-cascade"
     protocol = "digits"
@@ -15,33 +15,34 @@ of the DiT paper's Tables 2, 3 and 5 are in `paper.py`; a user's own is a TOML f
     backbone = "adm-u-xs"
     conditioning_noise = 0.1
 
-Weights are given when it is sampled: as files, or as the folders of runs, whose arguments, schedule and objective then
-take the place of the system's.
+Weights are given when the system is sampled (`binding.py`): as files, or as the folders of runs, whose arguments, schedule
+and objective replace the system's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
+from harness.diffusion.sampler_plan import guided_evaluations, sampler_plan
 from harness.errors import UserError, shown
-from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, Protocol, check_name, get_protocol
+from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
 from harness.registry import unknown
 from harness.spec import BackboneSpec, Compute
 
 if TYPE_CHECKING:
-    from harness.diffusion.objectives import Objective
     from harness.diffusion.plans import SamplerPlan
 
-CLASSIFIER_PASSES = 2  # of a guiding classifier: forward, and backward to the image alone, taken as one more
+CLASSIFIER_PASSES = 2  # of a guiding classifier: forward, and backward to the image alone, counted as one more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """A network that makes images: a denoiser or a generator as base, an upsampler after it, and how it is sampled."""
+    """A network that makes images, and how it is sampled: the base (a denoiser or generator), or an upsampler."""
 
     backbone: str
     arguments: dict[str, Any] = field(default_factory=dict)  # of the builder, where they differ from its defaults
@@ -59,26 +60,34 @@ class Component:
 
     @property
     def spec(self) -> BackboneSpec:
+        """The backbone."""
         return registry.backbones.get(self.backbone)
 
     @property
+    def evaluations(self) -> int:
+        """Network evaluations for one image before guidance doubles them: the sampler plan's; 1 for a generator."""
+        return 1 if self.spec.kind == "generator" else self.plan().evaluations
+
+    @property
+    def advances(self) -> int:
+        """Steps that a progress bar counts: the sampler's, or 1 for a generator."""
+        return 1 if self.spec.kind == "generator" else self.steps
+
+    @property
     def passes(self) -> int:
-        """Forward passes for one image."""
-        if self.spec.kind == "generator":
-            return 1
-        return self.steps * (2 if self.guidance_scale != 1 else 1)
+        """Forward passes for one image, classifier-free guidance included."""
+        return guided_evaluations(self.evaluations, self.guidance_scale)
 
     def compute(self) -> Compute:
-        """Of one forward pass on one image."""
+        """Compute of one forward pass on one image."""
         return self.spec.count(**self.build_arguments())
 
-    def plan(self, objective: Objective) -> SamplerPlan:
-        """The plan of its sampler; refused where sampler, schedule and steps do not fit each other."""
-        from harness.diffusion.schedule import Schedule
-
-        schedule = Schedule.named(self.schedule, self.diffusion_steps)
-        make = registry.samplers.get(self.sampler).make
-        return make(schedule, self.steps, objective, self.eta, self.clip_denoised)
+    def plan(self) -> SamplerPlan:
+        """The plan of the sampler. Raises `UserError` where sampler, schedule and steps do not fit each other."""
+        return sampler_plan(
+            self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
+            objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised,
+        )  # fmt: skip
 
     def build_arguments(self) -> dict[str, Any]:
         """Arguments of the builder, the output channels set by the objective."""
@@ -96,26 +105,30 @@ class GuidanceClassifier:
 
     backbone: str
     arguments: dict[str, Any] = field(default_factory=dict)
-    schedule: str = "linear"  # of the noise that it was trained on: the base's
+    schedule: str = "linear"  # of the noise that it was trained on, which must be the base's
     diffusion_steps: int = 1000
     scale: float = 1.0
 
     @property
     def spec(self) -> BackboneSpec:
+        """The backbone."""
         return registry.backbones.get(self.backbone)
 
     def build_arguments(self) -> dict[str, Any]:
+        """Arguments of the builder."""
         return dict(self.arguments)
 
     def compute(self) -> Compute:
+        """Compute of one forward pass on one image."""
         return self.spec.count(**self.arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A way to make samples. `decoder` names what turns latents into images; "" where there is nothing to decode.
+    """A way to make samples.
 
-    `unavailable` says why the harness cannot run it: then it is there as published rows and as evaluated samples.
+    decoder: name of what turns latents into images; "" in pixels. unavailable: why the harness cannot run the system,
+    which then exists as published rows and as samples to evaluate; "" where it can.
     """
 
     name: str
@@ -141,43 +154,43 @@ class System:
             raise UserError(f"{where}: [base] is missing")
 
     @property
-    def task(self) -> Protocol:
-        return get_protocol(self.protocol)
-
-    @property
     def parts(self) -> dict[str, Component | GuidanceClassifier]:
-        """The networks by the name that --weights gives them: base, classifier, upsampler (upsampler-2, ...)."""
+        """The networks by the name that --weights gives them: base, classifier, upsampler, upsampler-2, ..."""
         parts: dict[str, Component | GuidanceClassifier] = {} if self.base is None else {"base": self.base}
         if self.classifier is not None:
             parts["classifier"] = self.classifier
-        for number, stage in enumerate(self.upsamplers, start=1):
-            parts["upsampler" if number == 1 else f"upsampler-{number}"] = stage
-        return parts
+        return parts | self.named_upsamplers
+
+    @property
+    def named_upsamplers(self) -> dict[str, Component]:
+        """The upsamplers among `parts`."""
+        numbered = enumerate(self.upsamplers, start=1)
+        return {"upsampler" if number == 1 else f"upsampler-{number}": part for number, part in numbered}
 
     @property
     def backbone(self) -> str:
-        """Its networks joined by "+", as records name them."""
+        """The networks' names joined by "+", as records have them."""
         return "+".join(part.backbone for part in self.parts.values())
 
     @property
-    def stages(self) -> tuple[Component, ...]:
-        """What makes images, in order."""
+    def components(self) -> tuple[Component, ...]:
+        """The base and the upsamplers, in the order in which they make images."""
         return () if self.base is None else (self.base, *self.upsamplers)
 
     @property
     def evaluations(self) -> int:
-        """Forward passes of denoisers and generators for one image; a guiding classifier's are not among them."""
-        return sum(stage.passes for stage in self.stages)
+        """Forward passes of the components for one image; those of a guiding classifier are not included."""
+        return sum(part.passes for part in self.components)
 
     def gflops_forward(self) -> float:
-        """One forward pass of each network but the classifier, as the paper's Table 6 counts."""
-        return sum(stage.compute().gflops for stage in self.stages)
+        """Gflops of one forward pass of every component, as the paper's Table 6 counts."""
+        return sum(part.compute().gflops for part in self.components)
 
     def gflops_image(self) -> float:
-        """Sampling compute of one image, guidance of either sort included, decoding not."""
-        total = sum(stage.compute().gflops * stage.passes for stage in self.stages)
+        """Sampling compute of one image, with guidance of either kind and without decoding."""
+        total = sum(part.compute().gflops * part.passes for part in self.components)
         if self.classifier is not None and self.base is not None:
-            total += self.classifier.compute().gflops * CLASSIFIER_PASSES * self.base.steps
+            total += self.classifier.compute().gflops * CLASSIFIER_PASSES * self.base.evaluations
         return total
 
     def params(self) -> int:
@@ -185,14 +198,25 @@ class System:
         return sum(part.compute().params for part in self.parts.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, JSON-ready: what decides the images, without what describes them. The decoder speaks for itself."""
+        """What decides the images, as plain data, JSON-ready. The decoder is not in it: it has an identity by itself."""
         data = dataclasses.asdict(self)
         for name in ("summary", "row", "unavailable", "decoder"):
             del data[name]
         return data
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> System:
+        """The system of what `as_dict` gives, read back from JSON. Raises KeyError or TypeError for other data."""
+        classifier = data["classifier"]
+        parts = {
+            "base": Component(**_with_tuples(data["base"])),
+            "classifier": None if classifier is None else GuidanceClassifier(**_with_tuples(classifier)),
+            "upsamplers": tuple(Component(**_with_tuples(each)) for each in data["upsamplers"]),
+        }
+        return cls(**{**data, **parts})
+
     def check(self) -> None:
-        """Hold the parts against each other; the first that does not fit is refused."""
+        """Compare the parts with each other. Raises `UserError` for the first that does not fit."""
         where = f"system {self.name!r}"
         if self.unavailable:
             raise UserError(f"{where} cannot be run: {self.unavailable}")
@@ -204,10 +228,10 @@ class System:
                 raise UserError(
                     f"{where}: {name} is {part.backbone!r}, of kind {part.spec.kind}; it must be a {' or '.join(fitting)}"
                 )
-        for name, stage in self.parts.items():
-            if isinstance(stage, Component):
-                check = _check_generator if stage.spec.kind == "generator" else _check_sampling
-                check(f"{where}: {name}", stage)
+        for name, part in self.parts.items():
+            if isinstance(part, Component):
+                check = _check_generator if part.spec.kind == "generator" else _check_sampling
+                check(f"{where}: {name}", part)
         if self.classifier is not None and not self.classifier.scale > 0:
             raise UserError(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
         if self.classifier is not None and self.base.spec.kind == "generator":
@@ -219,19 +243,20 @@ class System:
                 seen, guided = getattr(self.classifier, item), getattr(self.base, item)
                 if seen != guided:
                     raise UserError(
-                        f"{where}: the classifier knows noise of {item} {_plain(seen)}, and the base that it guides has {guided}"
+                        f"{where}: the classifier was trained on noise of {item} {_plain(seen)}, and the base that it "
+                        f"guides has {guided}"
                     )
         self._check_sizes(where)
 
     def _check_sizes(self, where: str) -> None:
-        """Classes, channels and sides of parts that meet must agree."""
-        task = self.task
+        """Compare classes, channels and sides of the parts with each other and with the protocol."""
+        protocol = get_protocol(self.protocol)
         full = {name: part.spec.arguments(**part.arguments) for name, part in self.parts.items()}
         for name, arguments in full.items():
-            if arguments.get("num_classes", task.num_classes) != task.num_classes:
+            if arguments.get("num_classes", protocol.num_classes) != protocol.num_classes:
                 raise UserError(
-                    f"{where}: {name} has {arguments['num_classes']} classes and protocol {task.name!r} has "
-                    f"{task.num_classes}; choose weights, or arguments, of {task.num_classes}"
+                    f"{where}: {name} has {arguments['num_classes']} classes and protocol {protocol.name!r} has "
+                    f"{protocol.num_classes}; choose weights, or arguments, of {protocol.num_classes}"
                 )
         if self.classifier is not None:
             seen, guided = full["classifier"], full["base"]
@@ -249,7 +274,9 @@ class System:
                     f"{where}: {name} was made for images of {low} pixels and {before} makes them of "
                     f"{made[before]['input_size']}"
                 )
-            channels = task.image_channels if before is None else made[before].get("in_channels", task.image_channels)
+            channels = protocol.image_channels
+            if before is not None:
+                channels = made[before].get("in_channels", channels)
             if before is not None and arguments["in_channels"] != channels:
                 raise UserError(
                     f"{where}: {name} takes {arguments['in_channels']} channels and {before} makes {channels}"
@@ -257,47 +284,53 @@ class System:
             before = name
         if not self.decoder:
             last = list(made.values())[-1]
-            size, channels = last["input_size"], last.get("in_channels", task.image_channels)
-            if (size, channels) != (task.resolution, task.image_channels):
+            size, channels = last["input_size"], last.get("in_channels", protocol.image_channels)
+            if (size, channels) != (protocol.resolution, protocol.image_channels):
                 raise UserError(
-                    f"{where}: {before} makes images of {size}x{size}x{channels} and protocol {task.name!r} has "
-                    f"{task.resolution}x{task.resolution}x{task.image_channels}; choose arguments or protocol to fit"
+                    f"{where}: {before} makes images of {size}x{size}x{channels} and protocol {protocol.name!r} has "
+                    f"{protocol.resolution}x{protocol.resolution}x{protocol.image_channels}; choose arguments or "
+                    "protocol to fit"
                 )
 
 
-def _check_generator(where: str, stage: Component) -> None:
-    """A generator has a truncation, and none of a diffusion's settings."""
-    if not 0 < stage.truncation <= 1:
-        raise UserError(f"{where}: truncation {stage.truncation:g} must lie above 0 and be at most 1")
+def _check_generator(where: str, part: Component) -> None:
+    """Refuse a truncation out of range, and the settings of a diffusion."""
+    if not 0 < part.truncation <= 1:
+        raise UserError(f"{where}: truncation {part.truncation:g} must lie above 0 and be at most 1")
     for name in ("eta", "guidance_scale", "conditioning_noise", "clip_denoised"):
         default = Component.__dataclass_fields__[name].default
-        if getattr(stage, name) != default:
-            raise UserError(f"{where}: {name} is a diffusion's, and {stage.backbone!r} is a generator; leave it out")
+        if getattr(part, name) != default:
+            raise UserError(f"{where}: {name} is a diffusion's, and {part.backbone!r} is a generator; leave it out")
 
 
-def _check_sampling(where: str, stage: Component) -> None:
-    """Settings that no sampler can be made from; the plan itself is tried, so that it is not found out late."""
-    objective = registry.objectives.get(stage.objective)
-    arguments = stage.spec.arguments(**stage.arguments)
+def _check_sampling(where: str, part: Component) -> None:
+    """Refuse settings that no sampler can be made from. The plan is made here, before anything expensive begins."""
+    arguments = part.spec.arguments(**part.arguments)
     for name, least, most in (
         ("eta", 0.0, 1.0),
         ("guidance_scale", 1.0, math.inf),
         ("conditioning_noise", 0.0, math.inf),
     ):
-        if not least <= getattr(stage, name) <= most:
+        if not least <= getattr(part, name) <= most:
             limit = f"lie in {least:g} to {most:g}" if most < math.inf else f"be at least {least:g}"
-            raise UserError(f"{where}: {name} {getattr(stage, name):g} must {limit}")
-    if stage.guidance_channels not in GUIDANCE_CHANNELS:
-        raise UserError(f"{where}: {unknown('guidance_channels', stage.guidance_channels, GUIDANCE_CHANNELS)}")
-    if stage.truncation != 1:
-        raise UserError(f"{where}: truncation is a generator's, and {stage.backbone!r} is none; leave it out")
-    if stage.conditioning_noise and stage.spec.kind != "upsampler":
-        raise UserError(f"{where}: conditioning_noise is an upsampler's, and {stage.backbone!r} is none")
-    if stage.guidance_scale != 1 and (stage.spec.null_label is None or arguments.get("null_class") is False):
-        raise UserError(f"{where}: {stage.backbone!r} has no null label, so classifier-free guidance cannot be had")
-    if not 1 <= stage.steps <= stage.diffusion_steps:
-        raise UserError(f"{where}: {stage.steps} sampling steps do not lie in 1 to {stage.diffusion_steps}")
-    stage.plan(objective)
+            raise UserError(f"{where}: {name} {getattr(part, name):g} must {limit}")
+    if part.guidance_channels not in GUIDANCE_CHANNELS:
+        raise UserError(f"{where}: {unknown('guidance_channels', part.guidance_channels, GUIDANCE_CHANNELS)}")
+    if part.truncation != 1:
+        raise UserError(f"{where}: truncation is a generator's, and {part.backbone!r} is none; leave it out")
+    if part.conditioning_noise and part.spec.kind != "upsampler":
+        raise UserError(f"{where}: conditioning_noise is an upsampler's, and {part.backbone!r} is none")
+    if part.guidance_scale != 1 and (part.spec.null_label is None or arguments.get("null_class") is False):
+        raise UserError(f"{where}: {part.backbone!r} has no null label, which classifier-free guidance needs")
+    if not 1 <= part.steps <= part.diffusion_steps:
+        raise UserError(f"{where}: {part.steps} sampling steps do not lie in 1 to {part.diffusion_steps}")
+    part.plan()
+
+
+def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a part from JSON, which has lists where the arguments of networks are tuples."""
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in part["arguments"].items()}
+    return {**part, "arguments": arguments}
 
 
 def _plain(value: Any) -> str:

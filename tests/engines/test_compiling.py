@@ -149,7 +149,15 @@ def test_runs_and_samples_of_before_are_what_they_were():
     old = {"device": "cpu", "device_name": "x", "precision": "float32", "micro_batch": 4, "threads": 2}
     assert Resolved(**old).compile == "off"
     wanted = SampleRequest(
-        step=1, sampling=Sampling(), steps=10, count=8, precision="float32", batch=4, checkpoint_sha256="0"
+        step=1,
+        sampling=Sampling(),
+        steps=10,
+        count=8,
+        precision="float32",
+        batch=4,
+        compile="off",
+        checkpoint_sha256="0",
+        decoder=None,
     )
     assert "compile" not in wanted.settings
     assert dataclasses.replace(wanted, compile="on").settings["compile"] == "on"

@@ -13,7 +13,7 @@ from harness.engines.torch.trainer import build
 from harness.errors import UserError
 from harness.io.files import sha256_file
 from harness.pipeline.sample_system import sample_system
-from harness.pipeline.sidecar_records import fields_from_sidecar
+from harness.pipeline.sidecar import read_fields
 from harness.runs.samples import read_samples, read_sidecar
 from harness.systems.binding import load_parts
 from harness.systems.spec import Component, GuidanceClassifier, System
@@ -66,7 +66,7 @@ def test_images_are_torchs(system, tmp_path):
     facts = read_sidecar(paths["jax"])
     assert facts["evaluations"] == read_sidecar(paths["torch"])["evaluations"]
     for each, path in paths.items():
-        assert fields_from_sidecar(path, sha256_file(path), None)["framework"] == each
+        assert read_fields(path, sha256_file(path)).framework == each
 
 
 def test_a_network_that_is_missing_in_jax_is_named(tmp_path):

@@ -115,7 +115,7 @@ def test_a_run_ends_in_decoded_and_measured_samples(home, ran):
         drawn = each["sampling"]
         assert drawn["decoder"] == f"vae-{meta.vae['weights_sha256'][:12]}" and drawn["decoder_gflops"] > 0
         assert str(home) not in json.dumps(each)  # a record names no place
-    assert drawn["gflops_per_image"] == pytest.approx(facts["compute"]["gflops"] * 3)
+    assert drawn["gflops_per_image"] == pytest.approx(facts["record"]["gflops"] * 3)
 
 
 def sampler_of(home, ran, framework="torch", decoder=None):
@@ -275,7 +275,7 @@ def test_the_decoder_is_the_auto_encoder_of_the_cache_unless_another_is_named(ho
     (run / "run.json").write_text(json.dumps(gone))
     sample = ("sample", "--run", run, "--samples", "4", "--sampling-steps", "3")
     text = refused(*sample)
-    assert "is not to be had from" in text and "--decoder DIR" in text
+    assert "is not available from" in text and "--decoder DIR" in text
     done(*sample, "--decoder", home / "vae")
     other = save_vae(tmp_path / "other", seed=2, scaling_factor=0.8, shift_factor=0.1)
     shutil.copytree(other, tmp_path / "gone")

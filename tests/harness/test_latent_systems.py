@@ -118,7 +118,7 @@ def test_an_ldm_and_its_first_stage_come_from_one_checkpoint(tmp_path):
     images, labels = reference(net.eval(), load_decoder(str(tmp_path / "vq.pt")).decode, 8, 3)
     assert_same(samples, images, labels)
     facts = read_sidecar(samples.path)
-    assert facts["evaluations"] == 8 and facts["compute"]["decoder_gflops"] > 0
+    assert facts["evaluations"] == 8 and facts["record"]["sampling"]["decoder_gflops"] > 0
     assert facts["identity"]["decoder"]["weights_sha256"] == facts["identity"]["weights"]["base"]["sha256"]
 
 

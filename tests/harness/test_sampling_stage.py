@@ -188,8 +188,9 @@ def test_sample_set_and_sidecar(shop):
     assert (drawn["sampler"], drawn["steps"], drawn["precision"], drawn["seed"]) == ("ddpm", 3, "float32", 0)
     assert (drawn["label_policy"], drawn["uint8_rule"], drawn["guidance_scale"]) == ("balanced", "dit", 1.0)
     assert (identity["count"], identity["batch"], side["evaluations"]) == (40, 16, 3)
-    assert side["compute"]["params"] == shop.request.compute.params
-    assert side["compute"]["gflops"] == shop.request.compute.gflops
+    record = side["record"]
+    assert side["schema"] == 2 and not {"compute", "trained"} & side.keys()
+    assert (record["params"], record["gflops"]) == (shop.request.compute.params, shop.request.compute.gflops)
     assert {"device", "versions", "time", "harness_version"} <= side["environment"].keys()
     assert path.with_name("grid.png").stat().st_size > 0
     assert sorted(each.name for each in path.parent.iterdir()) == ["grid.png", "samples.json", "samples.npz"]
@@ -297,7 +298,7 @@ def test_a_damaged_shard_is_drawn_again(damage, shop, counted, monkeypatch):
 
 
 def test_a_snapshot_that_is_not_there_is_refused(shop):
-    with pytest.raises(UserError, match=r"no snapshot of step 31 \(it has: 30\); train to it with --steps 31"):
+    with pytest.raises(UserError, match=r"no EMA checkpoint of step 31 \(it has: 30\); train to it with --steps 31"):
         sample_run(shop.run, shop.request, 31, 3, precision="float32", batch=16)
 
 

@@ -16,9 +16,10 @@ from harness.data.load import load_data
 from harness.errors import UserError
 from harness.io.files import sha256_file
 from harness.pipeline.sample_system import sample_system
-from harness.pipeline.sidecar_records import fields_from_sidecar
+from harness.pipeline.sidecar import read_fields
 from harness.pipeline.train import RunSession
 from harness.planning.request import make_request
+from harness.protocols import get_protocol
 from harness.runs.run import build_arguments
 from harness.runs.samples import read_samples, read_sidecar
 from harness.systems.binding import load_parts
@@ -71,7 +72,7 @@ def test_every_row_of_tables_2_3_and_5_is_a_system_that_runs_or_says_why_not():
         system = names[f"{table}: {row}"]
         if table != "Table 5":
             assert system.name == cell.system
-        assert system.task.resolution == cell.resolution
+        assert get_protocol(system.protocol).resolution == cell.resolution
         if system.unavailable:
             continue
         system.check()
@@ -190,7 +191,7 @@ def test_a_broken_file_is_refused_by_item(change, words):
         ),
         (
             {"classifier": GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL, schedule="cosine")},
-            "knows noise of schedule cosine, and the base that it guides has linear",
+            "was trained on noise of schedule cosine, and the base that it guides has linear",
         ),
         (
             {"classifier": GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL, scale=0.0)},
@@ -226,7 +227,7 @@ def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
         load_parts(system, {"base": parts["low"], "classifier": parts["classifier"]})
     cosine = workshop(tmp_path / "cosine", request("adm-classifier-xs", steps=1, settings={"schedule": "cosine"}))
     cosine.train(1)
-    with pytest.raises(UserError, match="knows noise of schedule cosine"):
+    with pytest.raises(UserError, match="was trained on noise of schedule cosine"):
         load_parts(system, {"base": parts["base"], "classifier": tmp_path / "cosine"})
     noisy = get_system("digits-cascade-augmented")
     noisy = replace(noisy, upsamplers=(replace(noisy.upsamplers[0], conditioning_noise=0.5),))
@@ -263,8 +264,8 @@ def test_the_parts_of_our_own_systems_are_what_training_makes(name):
     for part in system.parts.values():
         wanted = part.spec.arguments(**part.arguments)
         side = wanted["input_size"]
-        pixels = {"input_size": side, "resolution": side, "in_channels": system.task.image_channels}
-        task = replace(system.task, space="pixels", **pixels)
+        pixels = {"input_size": side, "resolution": side, "in_channels": get_protocol(system.protocol).image_channels}
+        task = replace(get_protocol(system.protocol), space="pixels", **pixels)
         trained = part.spec.arguments(**build_arguments(part.spec, task))
         assert trained == wanted, part.backbone
 
@@ -307,11 +308,18 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
     assert facts["evaluations"] == 8
     assert facts["identity"]["system"]["upsamplers"][0]["conditioning_noise"] == 0.1
     assert facts["identity"]["weights"]["upsampler"]["training_steps"] == 4
-    about = fields_from_sidecar(path, sha256_file(path), None)
-    assert (about["sampling"].steps, about["sampling"].stage_steps) == (4, "4 + 4")
-    assert about["sampling"].settings == "adm-u-xs by ddpm, conditioning noise 0.1"
+    about = read_fields(path, sha256_file(path))
+    assert (about.sampling.steps, about.sampling.stage_steps) == (4, "4 + 4")
+    assert about.sampling.settings == "adm-u-xs by ddpm, conditioning noise 0.1"
     record = Record(
-        provenance="measured", metric="fd", value=1.0, n=40, protocol="digits", resolution=8, dataset="digits", **about
+        provenance="measured",
+        metric="fd",
+        value=1.0,
+        n=40,
+        protocol="digits",
+        resolution=8,
+        dataset="digits",
+        **about.arguments(),
     )
     assert description(Row(records={("fd", ""): record}))["Sampling steps"].text == "4 + 4"
     assert columns.facts(record)["system settings"].startswith("adm-u-xs by ddpm, conditioning noise 0.1 (")
@@ -329,19 +337,26 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
 def test_what_a_record_says_of_a_system(parts, tmp_path):
     weights = ("--weights", f"base={parts['base']}", "--weights", f"classifier={parts['classifier']}")
     path = drawn(parts, tmp_path, "--system", "digits-guided", *weights, "--sampling-seed", 5)
-    about = fields_from_sidecar(path, sha256_file(path), None)
-    assert about["system"] == "digits-guided" and about["backbone"] == "adm-xs+adm-classifier-xs"
+    about = read_fields(path, sha256_file(path))
+    assert about.system == "digits-guided" and about.backbone == "adm-xs+adm-classifier-xs"
     sizes = {"input_size": 8, "in_channels": 1, "num_classes": 10}
-    base, classifier = (registry.backbones.get(name).count(**sizes) for name in about["backbone"].split("+"))
-    sampling, training = about["sampling"], about["training"]
-    assert about["params"] == base.params + classifier.params and about["gflops"] == base.gflops
+    base, classifier = (registry.backbones.get(name).count(**sizes) for name in about.backbone.split("+"))
+    sampling, training = about.sampling, about.training
+    assert about.params == base.params + classifier.params and about.gflops == base.gflops
     assert (sampling.steps, sampling.evaluations, sampling.seed, sampling.uint8_rule) == (4, 4, 5, "adm")
     assert (sampling.guidance_scale, sampling.guidance_channels) == (1.0, "classifier")
     assert sampling.gflops_per_image == pytest.approx(4 * base.gflops + 4 * 2 * classifier.gflops)
     assert (training.steps, training.images) == (4, 96) and (sampling.stage_steps, sampling.settings) == (None, None)
     assert training.gflops == pytest.approx(3 * 96 * (base.gflops + classifier.gflops))
     record = Record(
-        provenance="measured", metric="fd", value=1.0, n=40, protocol="digits", resolution=8, dataset="digits", **about
+        provenance="measured",
+        metric="fd",
+        value=1.0,
+        n=40,
+        protocol="digits",
+        resolution=8,
+        dataset="digits",
+        **about.arguments(),
     )
     assert guidance_text(record) == "1 (classifier)"
 
@@ -376,7 +391,8 @@ def test_a_classifier_guides(parts, tmp_path):
     strong = replace(strong, classifier=replace(strong.classifier, scale=50.0))
     registry.systems.register(strong) if "strong" not in registry.systems else None
     other = drawn(parts, tmp_path, "--system", "strong", *weights)
-    assert read_sidecar(path)["compute"]["gflops_per_image"] > 4 * read_sidecar(path)["compute"]["gflops"]
+    record = read_sidecar(path)["record"]
+    assert record["sampling"]["gflops_per_image"] > 4 * record["gflops"]
     assert not np.array_equal(read_samples(path).images, read_samples(other).images)
 
 

@@ -8,7 +8,7 @@ import pytest
 from harness.cli import group
 from harness.io.files import sha256_json
 from harness.planning.matching import request_from
-from harness.planning.request import Request, evaluations
+from harness.planning.request import Request
 from harness.runs.run import recipe_identity
 from harness.settings import RunOptions, SampleOptions
 from reports.commands import OUT, reproduction
@@ -64,7 +64,7 @@ def _record(request: Request, *, sampling_precision="float32", batch=64, suite=N
         "sampling": Sampling(
             sampler=drawn.sampler,
             steps=drawn.steps[0],
-            evaluations=evaluations(drawn.steps[0], drawn.guidance_scale),
+            evaluations=request.evaluations(drawn.steps[0]),
             eta=drawn.eta,
             guidance_scale=drawn.guidance_scale,
             guidance_channels=drawn.guidance_channels if guided else None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 from jax.sharding import Mesh
 
-from harness import registry
 from harness.autoencoders.load import Decoder
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.jax import mesh as devices
@@ -55,7 +54,7 @@ def make_chain(
         JaxStage(
             stage.spec,
             network(stage, source),
-            stage.plan(registry.objectives.get(stage.objective)),
+            stage.plan(),
             arguments=stage.spec.arguments(**stage.build_arguments()),
             precision=precision,
             mesh=mesh,
@@ -66,7 +65,7 @@ def make_chain(
             conditioning_noise=stage.conditioning_noise,
             number=number,
         )
-        for number, (stage, source) in enumerate(loaded.stages)
+        for number, (stage, source) in enumerate(loaded.components)
     ]
 
     def decode(latents: np.ndarray) -> np.ndarray:

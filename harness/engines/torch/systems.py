@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from harness import registry
 from harness.autoencoders.load import Decoder
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.torch import resolve
@@ -50,7 +49,7 @@ def make_chain(
         return TorchStage(
             stage.spec,
             net,
-            stage.plan(registry.objectives.get(stage.objective)),
+            stage.plan(),
             arguments=arguments,
             precision=precision,
             device=target,
@@ -65,7 +64,7 @@ def make_chain(
 
     stages = [
         stage_of(number, stage, read_network(stage, source).to(target))
-        for number, (stage, source) in enumerate(loaded.stages)
+        for number, (stage, source) in enumerate(loaded.components)
     ]
     decode = None if decoder is None else decoder.decode
     return TorchChain(
