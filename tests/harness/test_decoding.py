@@ -406,7 +406,7 @@ def test_compute_needs_no_weights(folder):
 CACHED = """
 import json, sys
 from harness import decoding
-from harness.decoding import load
+from harness.autoencoders.load import load_autoencoder
 from harness.errors import UserError
 
 decoding.KL_CONFIG = json.loads(sys.argv[1])  # the cached network is a small one

@@ -18,7 +18,7 @@ def alone(code):
 def test_torchvision_and_what_imports_it_can_be_imported():
     pytest.importorskip("torchvision")
     code, text = alone(
-        "from harness.torchvision_torch import make_importable; make_importable(); make_importable();"
+        "from harness.frameworks.torchvision import make_importable; make_importable(); make_importable();"
         "import torchvision, cleanfid.fid, torch_fidelity, torchvision.transforms; print(torchvision.__version__)"
     )
     assert code == 0, text
@@ -27,7 +27,7 @@ def test_torchvision_and_what_imports_it_can_be_imported():
 def test_diffusers_decoder_is_built_where_torchvision_is_installed():
     """In a process of its own: this one was helped when the tests began."""
     code, text = alone(
-        "from pathlib import Path; from harness.decoding import _build;"
+        "from pathlib import Path; from harness.autoencoders.load import _build;"
         "print(type(_build('kl', {'block_out_channels': [32]}, Path('x/y'))).__name__)"
     )
     assert (code, text) == (0, "AutoencoderKL")
