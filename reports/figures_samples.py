@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import UserError
-from harness.runs.samples import read_first
+from harness.images.npz import read_npz_head
 from reports.charts import Figure, Grid, model_of
 from reports.columns import count_text
 from reports.figures_study import DIT
@@ -89,7 +89,7 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
     read = []
     for each in order:
         try:
-            images, labels = read_first(each.path, COLUMNS)
+            images, labels = read_npz_head(each.path, COLUMNS)
         except UserError:
             continue
         if labels is not None:

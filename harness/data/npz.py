@@ -1,4 +1,4 @@
-"""Images from an .npz file of ADM's layout."""
+"""The data set "npz": images and labels of an .npz in the layout of ADM's evaluator."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from harness.data.images import ImageSet
 from harness.errors import UserError
-from harness.runs.samples import read_samples
+from harness.images.npz import read_npz
 
 
 def load(path: Path) -> ImageSet:
-    """Images and labels of the file; labels are needed, for the models are class-conditional."""
-    samples = read_samples(path)
-    if samples.labels is None:
+    """The images and labels of the file, in memory; UserError where there are no labels: training is class-conditional."""
+    images, labels = read_npz(Path(path))
+    if labels is None:
         raise UserError(f"{path} has no labels (arr_1); a class-conditional model needs one for each image")
-    return ImageSet(name="npz", images=np.array(samples.images), labels=np.array(samples.labels))
+    return ImageSet(name="npz", images=np.array(images), labels=labels)

@@ -1,1 +1,1 @@
-"""Which frameworks are installed, and the settings that each needs."""
+"""The optional frameworks: which are installed, and settings and repairs that they need."""

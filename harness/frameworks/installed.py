@@ -1,16 +1,18 @@
-"""Whether the packages of a framework are installed."""
+"""Which frameworks are installed, found without importing them."""
 
 from importlib.util import find_spec
 
 from harness.errors import UserError
 
-OPTIONAL = {"jax": ("jax", "flax", "optax")}  # packages of the extra of that name; torch is always there
+OPTIONAL = {
+    "jax": ("jax", "flax", "optax")
+}  # framework: the packages that its extra installs; torch is required anyway
 
 
 def check_installed(framework: str) -> None:
-    """Refuse a framework that is not installed, with the command that installs it. Imports nothing."""
-    if lacking := [name for name in OPTIONAL.get(framework, ()) if find_spec(name) is None]:
+    """UserError, with the command that installs it, where `framework` is not installed. Imports no framework."""
+    if missing := [name for name in OPTIONAL.get(framework, ()) if find_spec(name) is None]:
         raise UserError(
-            f"--framework {framework} needs {' and '.join(lacking)}, not installed here; "
+            f"--framework {framework} needs {' and '.join(missing)}, not installed here; "
             f"run: pip install 'backbone-harness[{framework}]'"
         )

@@ -1,4 +1,4 @@
-"""Products in float32 whatever surrounds them: for networks whose numbers are published or recorded."""
+"""Exact float32 arithmetic in torch, for networks whose outputs are published or recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 @contextlib.contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
-    """No autocast, and no TF32, which keeps 10 bits of each factor and which torch allows convolutions by default."""
+    """Switch off autocast and TF32 within the block.
+
+    TF32 rounds each factor of a product to 10 bits; torch allows it in convolutions by default.
+    """
     before = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device_type):

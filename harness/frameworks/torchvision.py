@@ -1,9 +1,9 @@
-"""torchvision beside a torch that it was not built for.
+"""Makes torchvision importable beside a torch build that it was not compiled for.
 
 The torchvision of the package index is built for the CUDA torch of the same version. Beside a CPU build its compiled
-operators do not load, and `import torchvision` fails with "operator torchvision::nms does not exist", for it registers
-shapes of operators that nobody declared; with it fails whatever imports it when it is there, as diffusers and clean-fid
-do. Declaring those operators' signatures is enough: the operators themselves, which find boxes, are not used here.
+operators do not load, and `import torchvision` fails with "operator torchvision::nms does not exist": it registers
+shapes for operators that are not declared. diffusers and clean-fid, which import torchvision if it is installed, fail
+with it. Declaring the operators' signatures is enough; the operators (box detection) are not used here.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ import importlib.util
 ABSENT = "operator torchvision::nms does not exist"
 OPERATORS = ("nms", "qnms")
 
-_declared: list[object] = []  # a declaration lives as long as its object
+_declared: list[object] = []  # torch keeps a declaration as long as its Library object lives
 
 
 def make_importable() -> None:
-    """Call before importing what may import torchvision. Does nothing where it is absent, or imports by itself."""
+    """Call this before importing a package that may import torchvision.
+
+    Does nothing where torchvision is not installed or can be imported already.
+    """
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:
         if ABSENT not in str(error) or _declared:
-            return  # some other fault, which its user will meet and name
+            return  # another fault: the package that imports torchvision reports it
         import torch
 
         _declared.append(library := torch.library.Library("torchvision", "DEF"))
         for name in OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        with contextlib.suppress(Exception):  # likewise
+        with contextlib.suppress(Exception):  # a fault that remains is reported likewise
             importlib.import_module("torchvision")
     except (ImportError, OSError):
         return

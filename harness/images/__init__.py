@@ -1,1 +1,1 @@
-"""Reading images of any storage format: npz, npy, image files, shards, tars, live generators."""
+"""Reading images from any storage format: npz, npy, image files, shards, tars, live generators."""

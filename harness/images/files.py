@@ -1,7 +1,7 @@
-"""PNG, JPEG and WebP files: strict decoding, and folders of them.
+"""PNG, JPEG and WebP files, decoded strictly.
 
-Image files: 8-bit grey or RGB as stored; palettes and bilevel files are expanded without loss, an opaque alpha channel
-is dropped, both with a note; 16 bits, real transparency, CMYK and animations are refused by name. EXIF orientation and
+8-bit grey and RGB are read as stored; palettes and bilevel images are expanded without loss and an opaque alpha channel
+is dropped, each with a note; 16 bits, transparency, CMYK and animations are refused by name. EXIF orientation and
 colour profiles are not applied (evaluators do not apply them either).
 """
 
@@ -11,42 +11,44 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from harness.errors import UserError
-from harness.images.source import Damaged, ImageSource, per_call, printable
+from harness.images.source import Damaged, ImageSource, images_per_chunk, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-FILE_BYTES = 1 << 28  # an image file larger than this is no image file
-
-
-PIXELS = 1 << 26  # a picture of more pixels (8192 x 8192) is refused before it is unpacked
+FILE_BYTES = 1 << 28  # largest image file
+PIXELS = 1 << 26  # most pixels of an image (8192 x 8192); it is refused before it is decoded
+HEAD_BYTES = 32  # enough of a file to know its format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """An image file: a file of its own, or a span of a tar."""
+    """The bytes of an image file: a whole file, or `size` bytes of a tar from `offset`. name: used in messages."""
 
     name: str
     path: Path
     offset: int = 0
-    size: int | None = None
+    size: int | None = None  # None: up to the end of the file
 
-    def read(self, most: int = FILE_BYTES) -> bytes:
+    def read(self, limit: int = FILE_BYTES) -> bytes:
+        """Its bytes, or the first `limit` + 1 of them, so that a caller sees that there are more."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            return file.read(most + 1 if self.size is None else min(self.size, most + 1))
+            return file.read(limit + 1 if self.size is None else min(self.size, limit + 1))
 
 
-def _sniffed(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]:
-    """(format, stored with loss, (H, W) where the first 32 bytes say it)."""
+def _sniff(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]:
+    """(format, whether it stores with loss, (H, W)) by the first HEAD_BYTES of a file; no size where they do not say it."""
     if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":
         width, height = struct.unpack(">II", head[16:24])
         return "PNG", False, (height, width)
@@ -58,7 +60,7 @@ def _sniffed(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]
 
 
 def _check_png(data: bytes) -> None:
-    """Every chunk against its checksum, from the signature to IEND: Pillow does not compare those of the pixels."""
+    """Compare every chunk with its checksum, from the signature to IEND: Pillow skips those of the pixels."""
     position, kind, first = 8, b"", True
     while kind != b"IEND":
         if position + 12 > len(data):
@@ -78,11 +80,11 @@ def _check_png(data: bytes) -> None:
         position, first = body + 4, False
 
 
-def _decoded(entry: Entry) -> tuple[np.ndarray, str | None]:
-    """uint8 (H, W, C) and what was done to it."""
+def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
+    """The image, uint8 (H, W, C), and a note on how it was converted; None: it was not."""
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-    plugins = {
+    plugins: dict[str, Callable[[io.BytesIO], Image]] = {
         "PNG": PngImagePlugin.PngImageFile,
         "JPEG": JpegImagePlugin.JpegImageFile,
         "WEBP": WebPImagePlugin.WebPImageFile,
@@ -93,13 +95,13 @@ def _decoded(entry: Entry) -> tuple[np.ndarray, str | None]:
         raise UserError(
             f"{entry.name} cannot be read: {error.strerror or error}; check that it is still there"
         ) from error
-    kind, _, _ = _sniffed(data[:32], entry.name)
+    kind, _, _ = _sniff(data[:HEAD_BYTES], entry.name)
     try:
         if len(data) > FILE_BYTES:
             raise UserError(f"more than {FILE_BYTES >> 20} MiB; no image of this harness is that large")
         if kind == "PNG":
             _check_png(data)
-        with plugins[kind](io.BytesIO(data)) as image:  # the format is known; Image.open would try them all
+        with plugins[kind](io.BytesIO(data)) as image:  # the format is known; Image.open would try all of them
             if image.width * image.height > PIXELS:
                 raise UserError(f"{image.width} x {image.height} pixels are more than {PIXELS}; resize it first")
             if getattr(image, "n_frames", 1) > 1:
@@ -114,7 +116,8 @@ def _decoded(entry: Entry) -> tuple[np.ndarray, str | None]:
     return array, note
 
 
-def _plain(image) -> tuple[np.ndarray, str | None]:
+def _plain(image: Image) -> tuple[np.ndarray, str | None]:
+    """An image of Pillow as grey or RGB, uint8 (H, W, C), and a note on the conversion; what would lose is refused."""
     mode, note = image.mode, None
     if "transparency" in image.info and mode != "P":
         raise UserError("has a transparent colour; save it as plain RGB or grey")
@@ -135,23 +138,27 @@ def _plain(image) -> tuple[np.ndarray, str | None]:
 
 
 def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, notes: list[str]) -> ImageSource:
-    """A source of image files in the order given; sizes are compared as early as the formats allow."""
-    sniffed = [_sniffed(entry.read(31), entry.name) for entry in entries]
-    first, _ = _decoded(entries[0])
+    """The source of image files in the order given. Sizes are compared as early as the formats allow.
+
+    labels: one per entry, or None.
+    """
+    sniffed = [_sniff(entry.read(HEAD_BYTES - 1), entry.name) for entry in entries]
+    first, _ = _decode(entries[0])
+    height, width, channels = first.shape
     for entry, (_, _, size) in zip(entries, sniffed, strict=True):
-        if size is not None and size != first.shape[:2]:
-            raise _mixed(entries[0], first.shape, entry, (*size, first.shape[2]))
+        if size is not None and size != (height, width):
+            raise _mixed(entries[0], first.shape, entry, (*size, channels))
     lossy = [entry for entry, (_, loss, _) in zip(entries, sniffed, strict=True) if loss]
     if lossy:
         notes = [*notes, f"{len(lossy)} of {len(entries)} images were stored with loss (first: {lossy[0].name})"]
 
     def chunks(size: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter's lock
-            step = per_call((1, *first.shape), size)
+            step = images_per_chunk(first.shape, size)
             for start in range(0, len(entries), step):
                 part = entries[start : start + step]
                 images = []
-                for entry, (image, note) in zip(part, pool.map(_decoded, part), strict=True):
+                for entry, (image, note) in zip(part, pool.map(_decode, part), strict=True):
                     if image.shape != first.shape:
                         raise _mixed(entries[0], first.shape, entry, image.shape)
                     if note is not None:
@@ -161,7 +168,13 @@ def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, n
 
     labels_array = None if labels is None else np.array(labels, np.int64)
     source = ImageSource(
-        name, first.shape, chunks, count=len(entries), labels=labels_array, lossy=bool(lossy), notes=notes
+        name,
+        (height, width, channels),
+        chunks,
+        count=len(entries),
+        labels=labels_array,
+        lossy=bool(lossy),
+        notes=notes,
     )
     return source
 

@@ -1,9 +1,4 @@
-"""PNG, JPEG and WebP files: strict decoding, and folders of them.
-
-Image files: 8-bit grey or RGB as stored; palettes and bilevel files are expanded without loss, an opaque alpha channel
-is dropped, both with a note; 16 bits, real transparency, CMYK and animations are refused by name. EXIF orientation and
-colour profiles are not applied (evaluators do not apply them either).
-"""
+"""Opening images by path: which reader a file, a folder or a pattern needs, and the labels that folders stand for."""
 
 from __future__ import annotations
 
@@ -12,34 +7,85 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry, source_of_files
-from harness.images.source import LAYOUTS, ImageSource, joined, natural, printable, readable
+from harness.images.npz import open_npy, open_npz
+from harness.images.source import (
+    LAYOUTS,
+    ImageSource,
+    concatenated,
+    label_outside,
+    natural_sorted,
+    printable,
+    readable,
+)  # fmt: skip
+from harness.images.tars import open_tar
+
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
+    """The images at `path`: a file, a folder, or a pattern such as `out/shard-*.npz`.
+
+    Order: that of the array in npz and npy; image files and shards sorted naturally by name (2 before 10); tar members
+    as they are stored. Labels: arr_1 of an npz; class folders (see `class_labels`); .cls members of a tar.
+    classes: labels must lie in 0 .. classes - 1; None: not checked. UserError for whatever cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        source = open_folder(path)
+    elif path.is_file():
+        source = open_file(path)
+    elif any(sign in str(path) for sign in "*?["):
+        found = natural_sorted(Path(each) for each in glob.glob(str(path)))  # noqa: PTH207 (the pattern has a folder)
+        source = concatenated(str(path), [open_file(each) for each in found])
+    else:
+        raise UserError(f"{path}: no such file or folder; images are read from {LAYOUTS}")
+    if source.labels is not None and classes is not None and (text := label_outside(source.labels, classes)):
+        raise UserError(f"{path}: {text} (labels-outside)")
+    return source
+
+
+def open_file(path: Path) -> ImageSource:
+    """The images in an npz, an npy or a tar."""
+    suffix = path.suffix.lower()
+    with readable(path):
+        if suffix == ".npz":
+            return open_npz(path)
+        if suffix == ".npy":
+            return open_npy(path)
+        if suffix == ".tar":
+            return open_tar(path)
+    if path.name.lower().endswith(COMPRESSED_TARS):
+        raise UserError(
+            f"{path}: the members of a compressed tar cannot be reached one by one; unpack it to .tar first"
+        )
+    raise UserError(f"{path}: unknown kind of file; images are read from {LAYOUTS}")
 
 
 def open_folder(path: Path) -> ImageSource:
+    """The images in a folder: image files, class folders of them, or shards (npz or tar)."""
     try:
         inside = [each for each in path.iterdir() if not each.name.startswith(".")]
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error.strerror or error}; check its permissions") from error
-    named = {suffix: [p for p in inside if p.suffix.lower() == suffix and p.is_file()] for suffix in (".npz", ".tar")}
+    shards = {suffix: [p for p in inside if p.suffix.lower() == suffix and p.is_file()] for suffix in (".npz", ".tar")}
     images = [p for p in inside if p.suffix.lower() in SUFFIXES]
     folders = [p for p in inside if p.is_dir()]
-    if sum(map(bool, (named[".npz"], named[".tar"], images))) > 1:
-        raise UserError(f"{path} holds npz, tar or image files side by side; name the ones that are meant")
-    for suffix in (".npz", ".tar"):
-        if named[suffix]:
-            return joined(str(path), [open_file(each) for each in natural(named[suffix])])
-    notes, labels = [], None
+    if sum(map(bool, (shards[".npz"], shards[".tar"], images))) > 1:
+        raise UserError(f"{path} holds npz, tar or image files side by side; name the ones to read")
+    for found in shards.values():
+        if found:
+            return concatenated(str(path), [open_file(each) for each in natural_sorted(found)])
+    notes: list[str] = []
+    labels: list[int] | None = None
     if not images and folders:
         images, labels, ignored = _class_folders(path, folders, notes)
     else:
         ignored = len(inside) - len(images) - len(folders)
         if any(_image_files(folder)[0] for folder in folders):
             raise UserError(f"{path} holds images and folders of images: are these classes? Keep one of the two")
-        images = natural(images, lambda each: each.name)
+        images = natural_sorted(images, lambda each: each.name)
     if not images:
         raise UserError(f"{path}: no images in it; images are read from {LAYOUTS}")
     if ignored:
@@ -52,31 +98,25 @@ def open_folder(path: Path) -> ImageSource:
         return source_of_files(str(path), entries, labels, notes)
 
 
-def _image_files(folder: Path) -> tuple[list[Path], int]:
-    """Image files of one folder in natural order, and the number of others; a folder inside it is refused."""
-    with readable(folder):
-        inside = [each for each in folder.iterdir() if not each.name.startswith(".")]
-    found = natural((p for p in inside if p.suffix.lower() in SUFFIXES), lambda each: each.name)
-    deeper = next((p for p in inside if p.is_dir()), None)
-    if deeper is not None:
-        raise UserError(f"{printable(str(deeper))}: a folder inside a class folder; keep images in DIR or in DIR/CLASS")
-    return found, len(inside) - len(found)
-
-
 def class_labels(names: Iterable[str]) -> tuple[dict[str, int], bool]:
-    """The label of each class by its name, in their order, and whether the names are the labels: they are where all are
-    whole numbers; otherwise a label is the place in sorted order."""
+    """The label of each class by its name, in the order of labels, and whether the names are the labels.
+
+    They are where all names are whole numbers. Otherwise the label is the position in sorted order, as in torchvision.
+    """
     names = sorted(names)
-    if all(re.fullmatch(r"[0-9]{1,9}", each) for each in names):
-        return {each: int(each) for each in sorted(names, key=int)}, True
-    return {each: place for place, each in enumerate(names)}, False
+    if all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
+        return {name: int(name) for name in sorted(names, key=int)}, True
+    return {name: position for position, name in enumerate(names)}, False
 
 
 def _class_folders(path: Path, folders: list[Path], notes: list[str]) -> tuple[list[Path], list[int], int]:
+    """Image files of all class folders, their labels, and the number of other files."""
     by_name, numbered = class_labels(each.name for each in folders)
-    where = "names of the folders" if numbered else "places of the folders in sorted order"
-    notes.append(f"labels are the {where}")
-    images, labels, ignored = [], [], 0
+    meaning = "names of the folders" if numbered else "positions of the folders in sorted order"
+    notes.append(f"labels are the {meaning}")
+    images: list[Path] = []
+    labels: list[int] = []
+    ignored = 0
     for name, label in by_name.items():
         found, others = _image_files(path / name)
         images += found
@@ -85,47 +125,12 @@ def _class_folders(path: Path, folders: list[Path], notes: list[str]) -> tuple[l
     return images, labels, ignored
 
 
-def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
-    """The images at `path`: a file, a folder, or a pattern such as `out/shard-*.npz`.
-
-    Order: an npz's or npy's own; image files and shards naturally by name (2 before 10), tar members as they lie.
-    Labels: arr_1 of an npz; subfolders of a folder (their number where all are called by one, else their place in
-    sorted order, as torchvision does); .cls members of a tar. classes: labels must lie in 0 .. classes - 1.
-    """
-    from harness.images.open import open_folder  # these know ImageSource, so they come second
-
-    path = Path(path)
-    if path.is_dir():
-        source = open_folder(path)
-    elif path.is_file():
-        source = open_file(path)
-    elif any(sign in str(path) for sign in "*?["):
-        found = natural(Path(each) for each in glob.glob(str(path)))  # noqa: PTH207 (the pattern has its own folder)
-        source = joined(str(path), [open_file(each) for each in found])
-    else:
-        raise UserError(f"{path}: no such file or folder; images are read from {LAYOUTS}")
-    if source.labels is not None and classes is not None:
-        outside = (source.labels < 0) | (source.labels >= classes)
-        if outside.any():
-            i = int(np.argmax(outside))
-            raise UserError(
-                f"{path}: label {source.labels[i]} of image {i} is outside the {classes} classes (0 to {classes - 1}) (labels-outside)"
-            )
-    return source
-
-
-def open_file(path: Path) -> ImageSource:
-    from harness.images.npz import open_npy, open_npz
-    from harness.images.tars import open_tar
-
-    suffix = path.suffix.lower()
-    with readable(path):
-        if suffix == ".npz":
-            return open_npz(path)
-        if suffix == ".npy":
-            return open_npy(path)
-        if suffix == ".tar":
-            return open_tar(path)
-    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        raise UserError(f"{path}: a compressed tar cannot be read in places; unpack it to .tar first")
-    raise UserError(f"{path}: unknown kind of file; images are read from {LAYOUTS}")
+def _image_files(folder: Path) -> tuple[list[Path], int]:
+    """Image files of one folder in natural order, and the number of other files; a folder inside it is refused."""
+    with readable(folder):
+        inside = [each for each in folder.iterdir() if not each.name.startswith(".")]
+    found = natural_sorted((p for p in inside if p.suffix.lower() in SUFFIXES), lambda each: each.name)
+    deeper = next((p for p in inside if p.is_dir()), None)
+    if deeper is not None:
+        raise UserError(f"{printable(str(deeper))}: a folder inside a class folder; keep images in DIR or in DIR/CLASS")
+    return found, len(inside) - len(found)

@@ -1,15 +1,15 @@
-"""One door to images, however they are kept: npz, npy, shards, folders of image files, tar files, a live generator.
+"""`ImageSource`: uint8 images in batches, whatever they are stored in, and what its readers share.
 
-`open_images` looks at what a path is and answers with an `ImageSource`, which hands out uint8 (n, H, W, C) batches in a
-fixed order and holds one batch at a time; a deflated npz is read through, never unpacked whole. Everything here reads
-strangers' bytes: nothing is executed, nothing is written, no link in an archive is followed, and what is broken ends in
-one UserError. Zip and PNG carry checksums, which are always compared; npy, tar and JPEG have none for their pixels, so
-there only what contradicts itself (sizes, structure) can be found.
+A source yields uint8 (n, H, W, C) batches in a fixed order and holds one batch at a time. The readers (`npz`, `files`,
+`tars`; `harness.images.open` chooses one) get files from strangers: nothing is executed, nothing is written, no link in
+an archive is followed, and a damaged file ends in one UserError. The checksums of zip and PNG are always compared; npy,
+tar and JPEG have none for their pixels, so there only contradictions (sizes, structure) are found.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import struct
 import zipfile
@@ -17,34 +17,42 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from harness.errors import RunError, UserError
 
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+T = TypeVar("T")
+
 WANTED = "wanted uint8 (N, H, W, C) in [0, 255] with C 1 or 3"
-
-
 LAYOUTS = "an .npz, an .npy, a folder of PNG files, shards (*.npz or *.tar, a folder or a pattern of them)"
+WHOLE_BYTES = 2 << 30  # limit of `ImageSource.array`, and of arrays in Fortran order
+CHUNK_BYTES = 1 << 26  # most that a reader decodes at once
 
 
-WHOLE_BYTES = 2 << 30  # most that is ever held at once: Fortran-ordered arrays, `ImageSource.array`
+class Damaged(Exception):
+    """Bytes of a file that contradict each other; `readable` turns it into a UserError that names the file."""
 
 
-# what zipfile, zlib and numpy raise on broken bytes; UserError and RunError are let through before it
-BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
-
-
-BROKEN += (OverflowError, struct.error, LookupError, TypeError, MemoryError)
+# what zipfile, zlib, numpy and the readers raise on damaged bytes
+BROKEN = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, OverflowError,
+    struct.error, LookupError, TypeError, MemoryError, Damaged,
+)  # fmt: skip
 
 
 class ImageSource:
     """Images in a fixed order, read in batches.
 
-    name: what messages call it. count: N; None for a generator that has not been read to its end. shape: (H, W, C).
-    labels: int64 (N,) or None. extra_arrays: names of an npz's other arrays (mu, sigma, ...). lossy: an image was
-    stored with loss (JPEG, lossy WebP). notes: what a reader of the numbers should know; conversions are added while
-    images are read. `chunks(size)` yields uint8 (n, H, W, C) arrays of any n; once: it works a single time.
+    name: used in messages. shape: (H, W, C). chunks: chunks(size) yields uint8 (n, H, W, C) arrays of any n. count: N;
+    None for a generator that has not been read to its end. labels: int64 (N,), or None. lossy: whether an image was
+    stored with loss (JPEG, lossy WebP). notes: lines that belong beside any number computed from the images; readers
+    add to them. extra_arrays: names of the other arrays of an npz (mu, sigma, ...). mapped: the same images as one
+    array, if they are in memory or mapped anyway. once: whether `chunks` works only once.
     """
 
     def __init__(
@@ -58,49 +66,52 @@ class ImageSource:
         lossy: bool = False,
         notes: Iterable[str] = (),
         extra_arrays: Iterable[str] = (),
-        mapped: np.ndarray | None = None,  # the same images as a read-only memory map
+        mapped: np.ndarray | None = None,
         once: bool = False,
     ):
         self.name, self.shape, self.count, self.labels, self.lossy = name, shape, count, labels, lossy
         self.extra_arrays = tuple(extra_arrays)
         self.chunks, self._mapped, self._once = chunks, mapped, once
         self._notes = dict.fromkeys(notes)
-        self._started, self._digest = False, None
+        self._started = False
+        self._digest: str | None = None
 
     def __repr__(self) -> str:
         return f"ImageSource({self.name!r}, count={self.count}, shape={self.shape})"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One line each, in the order in which they were found."""
+        """The notes, one line each, in the order in which they were added."""
         return tuple(self._notes)
 
     @property
     def content_known(self) -> bool:
-        """Whether `sha256` is to be had without another pass."""
+        """Whether `sha256` needs no further pass over the images."""
         return self._digest is not None
 
     def note(self, text: str) -> None:
-        """Add a note; one that is there already is not repeated."""
+        """Add a note, unless it is there already."""
         self._notes.setdefault(text)
 
     def batches(self, size: int = 256) -> Iterator[np.ndarray]:
-        """uint8 (n, H, W, C) with n = `size` but for the last; read-only where it can be. UserError, at the latest after
-        the last batch, when anything is broken: a number may be formed only from a pass that came to its end."""
+        """Yields uint8 (n, H, W, C), n = `size` in all but the last batch; read-only where possible.
+
+        Damage raises UserError, at the latest after the last batch: only a pass that ended without it is valid.
+        """
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         if self._once and self._started:
             raise UserError(f"{self.name}: its images can be read only once; write them to an npz, or give a list")
         self._started = True
-        digest = None if self._digest or self.count is None else self._hasher(self.count)
+        digest = None if self._digest or self.count is None else pixel_hash((self.count, *self.shape))
         seen = 0
         for batch in _rebatched(self.chunks(size), size):
             seen += len(batch)
             if digest is not None:
-                digest.update(np.ascontiguousarray(batch))
+                digest.update(np.ascontiguousarray(batch).data)
             yield batch
         if self.count is not None and seen != self.count:
-            raise UserError(f"{self.name}: {seen} images came where {self.count} were promised; correct the count")
+            raise UserError(f"{self.name}: {seen} images came, {self.count} were expected; correct the count")
         if seen == 0:
             raise UserError(f"{self.name}: there are no images")
         self.count = seen
@@ -108,18 +119,23 @@ class ImageSource:
             self._digest = digest.hexdigest()
 
     def sha256(self) -> str:
-        """`evaluators.reference.images_sha256` of the images, whatever they are kept in. Free after a whole pass over
-        `batches`, else it makes one; of one-time images without a count it cannot be had (N is hashed first)."""
+        """`evaluators.reference.images_sha256` of the images: it depends on pixels and order, not on the storage.
+
+        Known after a complete pass over `batches`, otherwise this makes one. UserError for images that can be read only
+        once and have no count, because N is hashed first.
+        """
         if self._digest is None and self.count is None and self._once:
             raise UserError(f"{self.name}: a hash needs the number of images beforehand; give count=N")
-        while self._digest is None:  # twice where the first pass only finds N
+        while self._digest is None:  # two passes where the first one only finds N
             for _ in self.batches():
                 pass
         return self._digest
 
     def array(self, limit: int = WHOLE_BYTES) -> np.ndarray:
-        """All images as uint8 (N, H, W, C), checked to the end: a memory map where there is one, else in memory;
-        UserError above `limit` bytes."""
+        """All images as one array uint8 (N, H, W, C), read and checked to the end.
+
+        A memory map where the storage allows it, otherwise in memory; there UserError above `limit` bytes.
+        """
         if self._mapped is not None:
             self.sha256()
             return self._mapped
@@ -128,25 +144,25 @@ class ImageSource:
             raise UserError(
                 f"{self.name}: {size:.1f} GiB would have to be held at once; store it as an uncompressed npz"
             )
-        parts, held = [], 0
+        parts, nbytes = [], 0
         for batch in self.batches():
-            held += batch.nbytes
-            if held > limit:
+            nbytes += batch.nbytes
+            if nbytes > limit:
                 raise UserError(f"{self.name}: more than {limit / 2**30:.1f} GiB came; write it to an uncompressed npz")
             parts.append(batch)
         return np.concatenate(parts)
 
     @property
     def mapped(self) -> bool:
-        """Whether `array` is had without reading: a memory map, or an array that was there before."""
+        """Whether the images are one array already, mapped or in memory."""
         return self._mapped is not None
 
     def over(self, images: np.ndarray) -> ImageSource:
-        """The same images, held in `images` uint8 (N, H, W, C) after a whole pass; what is known of them goes along."""
+        """The same source backed by `images`, uint8 (N, H, W, C), which a complete pass has filled."""
         copy = ImageSource(
             self.name,
             self.shape,
-            lambda size: (images[i : i + size] for i in range(0, len(images), size)),
+            slices(images),
             count=len(images),
             labels=self.labels,
             lossy=self.lossy,
@@ -157,8 +173,15 @@ class ImageSource:
         copy._digest = self._digest
         return copy
 
-    def _hasher(self, count: int):
-        return hashlib.sha256(f"uint8 {(count, *self.shape)}\n".encode())
+
+def slices(images: np.ndarray) -> Callable[[int], Iterator[np.ndarray]]:
+    """The `chunks` of a source whose images are the array `images`."""
+    return lambda size: (images[i : i + size] for i in range(0, len(images), size))
+
+
+def pixel_hash(shape: tuple[int, ...]) -> _Hash:
+    """A SHA-256 that has taken the header of uint8 images of `shape` (N, H, W, C); the pixels follow, in order."""
+    return hashlib.sha256(f"uint8 {shape}\n".encode())
 
 
 def from_batches(
@@ -168,12 +191,13 @@ def from_batches(
     labels: np.ndarray | None = None,
     name: str = "the generator",
 ) -> ImageSource:
-    """Images that a program makes: uint8 (n, H, W, C) arrays from a list (read again at will) or an iterator (once).
+    """The source of images that a program makes: uint8 (n, H, W, C) arrays.
 
-    count: how many are taken, so an endless generator is fine; fewer are refused. None: all that come.
+    batches: a list can be read again, an iterator once. count: number of images to take, also from an endless
+    generator; fewer are a UserError. None: all. labels: integers (N,).
     """
     if count is not None and count < 1:
-        raise UserError(f"{name}: {count} images are none; give a count of 1 or more")
+        raise UserError(f"{name}: count is {count}; give 1 or more")
     iterator = iter(batches)
     once = iterator is batches
     first = next(iterator, None)
@@ -183,56 +207,51 @@ def from_batches(
 
     def chunks(_size: int) -> Iterator[np.ndarray]:
         left = count
-        for batch in _chain(first, iterator) if once else batches:
+        for batch in itertools.chain([first], iterator) if once else batches:
             batch = _checked(name, batch, shape)
             if left is not None:
                 batch = batch[:left]
                 left -= len(batch)
-            yield np.array(batch) if once else batch  # a program may use its buffer again
+            yield np.array(batch) if once else batch  # a generator may reuse its buffer
             if left == 0:
                 return
 
     if labels is not None:
         labels = np.asarray(labels)
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or count not in (None, len(labels)):
-            raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}; wanted one integer an image")
+            raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}; wanted one integer per image")
         labels, count = labels.astype(np.int64), len(labels)
     return ImageSource(name, shape, chunks, count=count, labels=labels, once=once)
-
-
-def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest
 
 
 def _checked(name: str, batch: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
     batch = np.asarray(batch)
     if batch.dtype != np.uint8 or batch.ndim != 4 or 0 in batch.shape[1:] or batch.shape[3] not in (1, 3):
-        raise UserError(f"{name}: a batch is {batch.dtype} {batch.shape}{hint(batch.shape, batch)}; {WANTED}")
+        raise UserError(f"{name}: a batch is {batch.dtype} {batch.shape}{mistake_hint(batch.shape, batch)}; {WANTED}")
     if shape is not None and batch.shape[1:] != shape:
         raise UserError(f"{name}: images of {shape} are followed by {batch.shape[1:]} (H, W, C); make them one size")
     return batch
 
 
 def _rebatched(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same images in batches of `size`, copied only where a batch spans two chunks."""
-    held: list[np.ndarray] = []
+    """The images of `chunks` in batches of `size`; copied only where a batch spans two chunks."""
+    parts: list[np.ndarray] = []
     missing = size
     for chunk in chunks:
         while len(chunk):
             part, chunk = chunk[:missing], chunk[missing:]
-            held.append(part)
+            parts.append(part)
             missing -= len(part)
             if not missing:
-                yield held[0] if len(held) == 1 else np.concatenate(held)
-                held, missing = [], size
-    if held:
-        yield held[0] if len(held) == 1 else np.concatenate(held)
+                yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+                parts, missing = [], size
+    if parts:
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @contextmanager
-def readable(where: str | Path) -> Iterator[None]:
-    """Turn what readers raise on broken bytes into one line."""
+def readable(name: str | Path) -> Iterator[None]:
+    """Turn the exceptions of readers on damaged bytes (`BROKEN`) into a UserError of one line that begins with `name`."""
     try:
         yield
     except (UserError, RunError):
@@ -240,35 +259,37 @@ def readable(where: str | Path) -> Iterator[None]:
     except BROKEN as error:
         reason = printable(str(error) or type(error).__name__)
         raise UserError(
-            f"{where} cannot be read ({reason}): damaged, or cut off while it was written; make it again"
+            f"{name} cannot be read ({reason}): damaged, or cut off while it was written; make it again"
         ) from error
 
 
-class Damaged(Exception):
-    """An image whose bytes contradict each other."""
-
-
-BROKEN += (Damaged,)
-
-
 def printable(text: str) -> str:
-    """A stranger's text on one line, of bearable length."""
+    """Text from a file, for a message: on one line, without control characters, at most 200 characters."""
     text = "".join(each if each.isprintable() else "?" for each in text)
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def natural(items: Iterable, name: Callable = lambda each: str(each)) -> list:
-    """Sorted by name, runs of digits as numbers: 2 before 10."""
+def natural_sorted(items: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
+    """The items sorted by name, with runs of digits compared as numbers: 2 before 10."""
 
-    def key(item):
-        parts = re.split(r"([0-9]+)", name(item))  # text and digits in turns
+    def key(item: T) -> tuple[list[str | tuple[int, str]], str]:
+        parts = re.split(r"([0-9]+)", name(item))  # text and digits alternate
         return [(len(p.lstrip("0")), p.lstrip("0")) if i % 2 else p for i, p in enumerate(parts)], name(item)
 
     return sorted(items, key=key)
 
 
-def joined(name: str, parts: list[ImageSource]) -> ImageSource:
-    """Shards, one after the other."""
+def label_outside(labels: np.ndarray, classes: int) -> str | None:
+    """The first label outside 0 .. classes - 1, in words; None where there is none. labels: int64 (N,)."""
+    outside = (labels < 0) | (labels >= classes)
+    if not outside.any():
+        return None
+    i = int(np.argmax(outside))
+    return f"label {labels[i]} of image {i} is outside the {classes} classes (0 to {classes - 1})"
+
+
+def concatenated(name: str, parts: list[ImageSource]) -> ImageSource:
+    """One source of the images of `parts` (shards), in their order; they must agree in shape and in having labels."""
     if not parts:
         raise UserError(f"{name}: nothing matches; images are read from {LAYOUTS}")
     if len(parts) == 1:
@@ -280,22 +301,28 @@ def joined(name: str, parts: list[ImageSource]) -> ImageSource:
         if (part.labels is None) != (first.labels is None):
             bare = part if part.labels is None else first
             raise UserError(f"{bare.name} has no labels, other shards have; add them or leave them out everywhere")
-    joined = ImageSource(
+    counts = [part.count for part in parts if part.count is not None]
+    labels = [part.labels for part in parts if part.labels is not None]
+    whole = ImageSource(
         name,
         first.shape,
         lambda size: (chunk for part in parts for chunk in part.chunks(size)),
-        count=sum(part.count for part in parts),
-        labels=None if first.labels is None else np.concatenate([part.labels for part in parts]),
+        count=sum(counts) if len(counts) == len(parts) else None,
+        labels=np.concatenate(labels) if labels else None,
         lossy=any(part.lossy for part in parts),
         notes=(f"{len(parts)} shards", *(note for part in parts for note in part.notes)),
         extra_arrays=dict.fromkeys(each for part in parts for each in part.extra_arrays),
     )
     for part in parts:
-        part.note = joined.note
-    return joined
+        part._notes = whole._notes  # what a shard notes while it is read is a note of the whole
+    return whole
 
 
-def hint(shape: tuple[int, ...], head: np.ndarray | None) -> str:
+def mistake_hint(shape: tuple[int, ...], head: np.ndarray | None) -> str:
+    """What is probably wrong with an array that is no uint8 (N, H, W, C): its range of values, channels first.
+
+    head: some of its values. Empty where nothing can be said.
+    """
     text = ""
     if head is not None and head.dtype.kind in "iuf" and head.dtype != np.uint8 and head.size:
         text = f" with values in [{head.min():.4g}, {head.max():.4g}]"
@@ -304,6 +331,6 @@ def hint(shape: tuple[int, ...], head: np.ndarray | None) -> str:
     return text
 
 
-def per_call(shape: tuple[int, ...], size: int) -> int:
-    """Images a call: `size`, but no more than 64 MiB of them (and at least one)."""
-    return max(1, min(size, (1 << 26) // (shape[1] * shape[2] * shape[3])))
+def images_per_chunk(shape: tuple[int, ...], size: int) -> int:
+    """Images of `shape` (H, W, C) to decode at once: `size`, at most CHUNK_BYTES of them, and at least one."""
+    return max(1, min(size, CHUNK_BYTES // (shape[0] * shape[1] * shape[2])))

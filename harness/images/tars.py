@@ -1,4 +1,4 @@
-"""Image files in tars, as webdataset packs them: NAME.png beside NAME.cls."""
+"""Image files in tars, as webdataset packs them: KEY.png beside KEY.cls, its label."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from harness.images.source import Damaged, ImageSource, printable
 
 
 def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, bytes) of each file of the tar that lies in `path`, or in its `span` bytes from `begin`. Stricter than `tarfile`, which takes a broken header for the archive's end:
-    the headers' checksums, the sizes and the closing zeros must all be right. POSIX.1-1988, pax and GNU long names."""
+    """Yields (name, offset, bytes) of each file of the tar in `path`, or of the tar in its `span` bytes from `begin`.
+
+    Formats: POSIX.1-1988, pax and GNU long names. Stricter than `tarfile`, which takes a broken header for the end of
+    the archive: checksums of headers, sizes and closing zeros must all be right, otherwise `Damaged`. Links, devices and
+    names that lead out of the archive are a UserError.
+    """
     end, offset = path.stat().st_size if span is None else begin + span, begin
-    name, length = None, None  # from an extended header, for the next file
+    name: str | None = None  # name and length from an extended header, for the next file
+    length: int | None = None
     with path.open("rb") as file:
         while True:
             file.seek(offset)
@@ -58,7 +63,7 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
 
 
 def _zeros(file: IO[bytes], count: int) -> bool:
-    """Whether the next `count` bytes are there and are all zero."""
+    """Whether the next `count` bytes exist and are all zero."""
     while count:
         part = file.read(min(count, 1 << 16))
         if not part or part.count(0) != len(part):
@@ -68,6 +73,7 @@ def _zeros(file: IO[bytes], count: int) -> bool:
 
 
 def _tar_number(field: bytes) -> int:
+    """A number of a header: octal digits, or binary after the byte 0x80 (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.strip(b" \0")
@@ -77,13 +83,14 @@ def _tar_number(field: bytes) -> int:
 
 
 def _tar_name(block: bytes) -> str:
+    """The name in a header, with ustar's prefix."""
     name, prefix = block[:100].split(b"\0")[0], block[345:500].split(b"\0")[0]
     whole = prefix + b"/" + name if prefix and block[257:263] == b"ustar\0" else name
     return whole.decode("utf-8", "replace")
 
 
 def _pax(data: bytes) -> dict[str, str]:
-    """Records "LENGTH KEY=VALUE\\n"."""
+    """The records of a pax header, "LENGTH KEY=VALUE\\n", by key."""
     found = {}
     while data:
         match = re.match(rb"([0-9]{1,7}) ([^=]+)=", data)
@@ -102,13 +109,17 @@ def _pax_size(text: str) -> int:
 
 
 def open_tar(path: Path) -> ImageSource:
-    entries, keys, classes, ignored, names = [], [], {}, 0, set()
+    """The images of a tar in stored order, and their labels from .cls members, if there are any."""
+    entries: list[Entry] = []
+    keys: list[tuple[str, str]] = []  # of the entries: folder, and name up to the first dot
+    classes: dict[tuple[str, str], int] = {}
+    ignored, names = 0, set()
     for name, offset, size in tar_members(path):
         if name in names:
             raise Damaged(f"it holds {name} twice")
         names.add(name)
         folder, _, base = name.rpartition("/")
-        key, _, kind = base.partition(".")  # webdataset: all before the first dot belongs together
+        key, _, kind = base.partition(".")  # webdataset: members that agree up to the first dot are one example
         entry = Entry(name=printable(f"{path}:{name}"), path=path, offset=offset, size=size)
         if base.startswith("."):
             ignored += 1

@@ -1,1 +1,1 @@
-"""Files that are whole or absent, arrays larger than memory, and progress bars."""
+"""Files that are complete or absent, arrays larger than memory, and progress bars."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under another name, synced, then renamed."""
+"""Files that are complete or absent: written under another name, synced, then renamed; locks, JSON and content hashes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from harness.errors import RunError, UserError
 
-PARTIAL = ".partial"  # ending of a name that is not final yet
-LOCK_ATTEMPTS, LOCK_SECONDS = 5, 0.25  # until a lock is believed to be another's
+PARTIAL = ".partial"  # suffix of a file or folder that is not complete yet
+LOCK_ATTEMPTS, LOCK_SECONDS = 5, 0.25  # attempts, and the seconds they take together, before a lock counts as taken
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -33,7 +33,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which appears as `path` when it is complete and on the disk; after an error nothing is left."""
+    """A binary file to write to; it replaces `path` when it is complete and on the disk.
+
+    After an error `path` is as it was before, and nothing else is left. RunError where the system cannot write.
+    """
     partial = path.with_name(path.name + PARTIAL)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,20 +54,17 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[Path]:
-    """The name under which `path` is made, for this process alone: another one that wants it is refused at once.
+    """The name `path`.partial, locked for this process: a second process that makes `path` is refused (UserError).
 
-    What a killed process left is found there. The kernel drops the claim on any death; the caller renames the file, or
-    leaves it to be continued.
+    The file may hold what a killed process wrote. The caller renames it when it is complete, or leaves it to be
+    continued; an empty one is removed. The kernel releases the lock when the process ends, however it ends.
     """
     partial = path.with_name(path.name + PARTIAL)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is making {path}; wait for it or stop it") from None
+        _lock_or_refuse(descriptor, path)
         yield partial
     finally:
         if partial.exists() and partial.stat().st_size == 0:
@@ -72,20 +72,42 @@ def claimed(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+@contextmanager
+def claimed_folder(folder: Path) -> Iterator[None]:
+    """`folder`, made if it is missing and locked for this process, as `claimed` locks a file."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock_or_refuse(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_or_refuse(descriptor: int, path: Path) -> None:
+    if not lock(descriptor):
+        raise UserError(f"another process is making {path}; wait for it or stop it")
+
+
 def lock(descriptor: int) -> bool:
-    """Take the lock of an open file, until the last copy of its descriptor is closed; False where another has it."""
+    """Lock an open file or folder exclusively until the last copy of its descriptor is closed.
+
+    False where another process holds the lock. It is tried for LOCK_SECONDS, because `is_locked` of another process
+    holds it for an instant.
+    """
     for attempt in range(LOCK_ATTEMPTS):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except BlockingIOError:  # perhaps only somebody who looks
+        except BlockingIOError:
             if attempt + 1 < LOCK_ATTEMPTS:
                 time.sleep(LOCK_SECONDS / LOCK_ATTEMPTS)
     return False
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of the file at `path`. Takes it for an instant, which `lock` allows for."""
+    """Whether a process holds the exclusive lock of the file at `path`; False where there is no such file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -100,7 +122,7 @@ def is_locked(path: Path) -> bool:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The JSON document at `path`; `what` names it in the refusal when it is missing or broken."""
+    """The JSON document at `path`. UserError where it is missing or broken; `what` names it in the message."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -110,7 +132,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def sync_folder(path: Path) -> None:
-    """Make a rename in `path` last through a power cut."""
+    """Flush the entries of the folder `path` to the disk, so that a rename survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -119,23 +141,23 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make the content of `path` last through a power cut."""
-    sync_folder(path)  # the same two calls serve a file
+    """Flush the content of the file `path` to the disk, so that it survives a power cut."""
+    sync_folder(path)  # the system calls are the same
 
 
 def sha256_file(path: Path) -> str:
-    """Content hash of a file, streamed."""
+    """SHA-256 of a file's content, streamed; hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(data: Any) -> str:
-    """Hash of plain data, independent of the order of keys."""
+    """SHA-256 of `data` as JSON with sorted keys; hexadecimal."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder that is ours, if it is there."""
+    """Remove the file, link or folder `path`, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -144,7 +166,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn what the system says about writing `path` into one line: disk full, no permission, and the like."""
+    """Turn an OSError of writing `path` (disk full, no permission, ...) into a RunError of one line."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes more than two seconds: share done, speed, time left."""
+"""Progress bars on stderr for everything that takes more than two seconds: share done, speed, time left."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-WINDOW_SECONDS = 120.0  # speeds are those of the last two minutes
-QUIET_SECONDS = 30.0  # between lines where there is no terminal to draw on
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+WINDOW_SECONDS = 120.0  # a speed is the mean over the last two minutes
+QUIET_SECONDS = 30.0  # between two lines, where stderr is no terminal
 _silent = False
-_drawing = None  # rich's, while there are bars: one within another is a line below it, and goes with its end
+_drawing: Progress | None = None  # shared by all bars: a bar within another is a line below it
 
 
 def silence() -> None:
@@ -24,33 +27,37 @@ def silence() -> None:
 
 
 class Bar:
-    """A bar on stderr; without a terminal, a line every 30 seconds. `unit` is what `advance` counts."""
+    """A progress bar on stderr; where stderr is no terminal, a line every 30 seconds.
+
+    total: units in all. unit: their name. done: units done before.
+    """
 
     def __init__(self, title: str, total: int, unit: str = "", done: int = 0):
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self._note = ""
-        self._bar = None
-        self._said = time.monotonic()
-        self._marks = deque([(self._said, done)])  # (time, units done) of the last while
+        self._bar: tuple[Progress, TaskID] | None = None
+        self._last_line = time.monotonic()
+        self._marks = deque([(self._last_line, done)])  # (time, units done) within the window
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty() and not _silent:
-            self._bar = _begin_drawing()
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="", left="")
+            drawing = _begin_drawing()
+            self._bar = drawing, drawing.add_task(self.title, total=self.total, completed=self.done, note="", left="")
         return self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """`count` more units are done; `note` stands beside the bar until the next one."""
+        """Count `count` more units as done; `note` is shown beside the bar until the next one."""
         self.done += count
         self._mark()
         self._note = self._note if note is None else note
         seconds = (self.total - self.done) / self.rate if self.rate else float("inf")
         left = f"{duration(seconds)} left"
         if self._bar is not None:
+            drawing, task = self._bar
             note = self._note or f"{self.rate:.1f} {self.unit}/s"
-            self._bar.update(self._task, completed=self.done, note=note, left=left if self.done < self.total else "")
-        elif time.monotonic() - self._said > QUIET_SECONDS and not _silent:
-            self._said = time.monotonic()
+            drawing.update(task, completed=self.done, note=note, left=left if self.done < self.total else "")
+        elif time.monotonic() - self._last_line > QUIET_SECONDS and not _silent:
+            self._last_line = time.monotonic()
             text = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._note}  {left}"
             print(" ".join(text.split()), file=sys.stderr, flush=True)  # noqa: T201
 
@@ -62,22 +69,25 @@ class Bar:
 
     @property
     def rate(self) -> float:
-        """Units a second over the last minutes, or since the bar began."""
+        """Units per second over the last two minutes, or since the bar began."""
         (begin, first), (end, last) = self._marks[0], self._marks[-1]
         return (last - first) / max(end - begin, 1e-9)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         global _drawing
-        if self._bar is not None and len(self._bar.tasks) > 1:
-            self._bar.remove_task(self._task)
-        elif self._bar is not None:
-            self._bar.stop()
+        if self._bar is None:
+            return
+        drawing, task = self._bar
+        if len(drawing.tasks) > 1:
+            drawing.remove_task(task)
+        else:
+            drawing.stop()
             _drawing = None
         self._bar = None
 
 
-def _begin_drawing():
-    """What draws the bars, rich's Progress; that of the bars that are there, or a new one."""
+def _begin_drawing() -> Progress:
+    """The display of the bars that are drawn already, or a new one."""
     global _drawing
     if _drawing is None:
         from rich.console import Console
@@ -101,10 +111,14 @@ def write_line(text: str) -> None:
 
 
 class Stages:
-    """Bars of a job of several stages, one at a time: called as (stage, units done, units in all)."""
+    """The bars of a job with several stages, one at a time: call it with (stage, units done, units in all).
+
+    units: name of the unit by stage; of other stages "images".
+    """
 
     def __init__(self, units: Mapping[str, str] | None = None):
-        self._units, self._bars = units or {}, {}  # what a stage counts, where that is not images
+        self._units = units or {}
+        self._bars: dict[str, Bar] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +130,7 @@ class Stages:
         self._bars[stage].advance(done - self._bars[stage].done)
 
     def close(self) -> None:
-        """End the bars that are drawn."""
+        """Remove the bars that are drawn."""
         for bar in self._bars.values():
             bar.__exit__(None, None, None)
 
@@ -125,7 +139,7 @@ class Stages:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 20 s, 5 h 10 min, 12 days, 3.4 years."""
+    """Seconds as text: 42 s, 3 min 20 s, 5 h 10 min, 12 days, 3.4 years."""
     if seconds != seconds or seconds == float("inf"):
         return "unknown time"
     if seconds < 60:

@@ -175,7 +175,7 @@ def test_live_generators():
     again = from_batches([IMAGES[:10], IMAGES[10:]], labels=LABELS)
     assert again.sha256() == images_sha256(again.array()) == images_sha256(IMAGES)
     assert from_batches([IMAGES]).sha256() == images_sha256(IMAGES)  # N is found first
-    with pytest.raises(UserError, match="7 images came where 9 were promised"):
+    with pytest.raises(UserError, match="7 images came, 9 were expected"):
         list(from_batches(made([3, 4]), count=9).batches())
     with pytest.raises(UserError, match=r"float64 .* with values in \[0, 1\]"):
         from_batches([np.stack([np.zeros((4, 4, 3)), np.ones((4, 4, 3))])])

@@ -115,7 +115,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, images, labels, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"s\.npz could not be written: No space left on device"):
+    with pytest.raises(RunError, match=r"the disk is full, .*s\.npz could not be written"):
         write_samples(tmp_path / "s.npz", shards(images), labels, {})
     assert not list(tmp_path.iterdir())
 
@@ -140,7 +140,7 @@ def test_one_flipped_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
-    assert "CRC" in refusal(path)
+    assert "checksum" in refusal(path)
 
 
 def test_objects_are_never_unpickled(tmp_path):
@@ -155,7 +155,7 @@ def test_objects_are_never_unpickled(tmp_path):
 
 def test_no_arr_0(tmp_path, images):
     np.savez(tmp_path / "x.npz", pictures=images)
-    assert "no array arr_0 (found pictures.npy)" in refusal(tmp_path / "x.npz")
+    assert "no array arr_0 (found pictures)" in refusal(tmp_path / "x.npz")
 
 
 def test_float_images(tmp_path):
@@ -181,7 +181,7 @@ def test_label_outside_the_classes(path):
 @pytest.mark.parametrize("labels", [np.zeros(24, np.int64), np.zeros((25, 1), np.int64), np.zeros(25)])
 def test_labels_of_wrong_length_or_type(tmp_path, images, labels):
     np.savez(tmp_path / "x.npz", images, labels)
-    assert "one integer label an image, (25,)" in refusal(tmp_path / "x.npz")
+    assert "one integer label per image, (25,)" in refusal(tmp_path / "x.npz")
 
 
 def test_fewer_than_needed(path):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from harness.errors import UserError
+from harness.images.npz import read_npz_head
 from harness.io.files import sha256_json
-from harness.runs.samples import read_first, write_samples
+from harness.runs.samples import write_samples
 from reports import figures_loss, figures_samples
 from reports.charts import model_styles
 from reports.drawing import draw
@@ -102,11 +103,11 @@ def test_the_first_images_are_read_without_the_rest(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3), np.uint8)
     path = tmp_path / "samples.npz"
     write_samples(path, [images], np.arange(50), {})
-    first, labels = read_first(path, 7)
+    first, labels = read_npz_head(path, 7)
     assert np.array_equal(first, images[:7]) and labels.tolist() == list(range(7))
-    assert len(read_first(path, 99)[0]) == 50
+    assert len(read_npz_head(path, 99)[0]) == 50
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
-    first, labels = read_first(tmp_path / "packed.npz", 3)
+    first, labels = read_npz_head(tmp_path / "packed.npz", 3)
     assert np.array_equal(first, images[:3]) and labels is None
     np.savez(tmp_path / "floats.npz", arr_0=images / 255)
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
@@ -114,7 +115,7 @@ def test_the_first_images_are_read_without_the_rest(tmp_path):
     (tmp_path / "none.npz").write_bytes(b"nothing")
     for name in ("floats", "objects", "other", "none", "missing"):
         with pytest.raises(UserError, match=name):
-            read_first(tmp_path / f"{name}.npz", 3)
+            read_npz_head(tmp_path / f"{name}.npz", 3)
 
 
 def test_losses_of_seeds_are_one_line_with_a_band(tmp_path, records):
