@@ -181,8 +181,8 @@ def _parse(line: bytes, reader: LineReader) -> Record:
 
 
 def _preference(record: Record) -> tuple:
-    """Which of two copies of one measurement to keep: one with an interval, then the same one in every order."""
-    return (record.low is None, to_json(record))
+    """Which of two copies of one measurement to keep: one with interval and direction, then the same in every order."""
+    return (record.low is None, record.higher_is_better is None, to_json(record))
 
 
 def _conflict_text(pairs: list[tuple[Record, str]]) -> str:
