@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 from harness.errors import UserError
-from results import student
 from results.metrics import rank, shared_direction
 from results.records import Record, Sampling, Training, comparable_key
 
@@ -93,7 +92,7 @@ def _half_width(records: Sequence[Record], *, upward: bool) -> float | None:
     """`Group.sampling_half_width` of one checkpoint."""
     if len(records) > 1:
         spread = math.sqrt(variance([record.value for record in records]) / len(records))
-        return student.quantile(CONFIDENCE, len(records) - 1) * spread
+        return student_t(len(records) - 1) * spread
     (record,) = records
     if record.low is None or record.high is None:
         return None
@@ -313,6 +312,14 @@ def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=4096)
+def student_t(degrees: float) -> float:
+    """The 97.5 % quantile of Student's t for `degrees` > 0 of freedom, not only whole ones."""
+    from scipy.special import stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
+
+    return float(stdtrit(degrees, CONFIDENCE))
+
+
 def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
     """95 % half-width of the difference of two means of unequal variances, and its degrees of freedom (Welch 1947)."""
     parts = [(variance(each) / len(each), len(each)) for each in (a, b)]
@@ -320,7 +327,7 @@ def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
     if total == 0:  # seeds that change nothing
         return 0.0, math.inf
     degrees = total**2 / sum(part**2 / (count - 1) for part, count in parts)
-    return student.quantile(CONFIDENCE, degrees) * math.sqrt(total), degrees
+    return student_t(degrees) * math.sqrt(total), degrees
 
 
 def _why(left: dict[tuple, Group], right: dict[tuple, Group]) -> str:

@@ -39,7 +39,7 @@ class _Checked:
     """Type checks at construction, driven by the annotations, so that Python and JSON callers meet the same rules."""
 
     def __post_init__(self):
-        hints, required = _hints(type(self)), _required(type(self))
+        hints, required = field_types(type(self)), _required(type(self))
         for name, value in tuple(vars(self).items()):
             if value is None and name not in required:
                 continue
@@ -291,7 +291,7 @@ def _canonical_part(value) -> str:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, type]:
+def field_types(cls: type) -> dict[str, type]:
     """The type of each field of a record class, without "or None"."""
     hints = {}
     for name, hint in typing.get_type_hints(cls).items():
@@ -334,7 +334,7 @@ def _coerce(value, kind: type):
 
 
 def _to_dict(node: _Checked) -> dict:
-    hints = _hints(type(node))
+    hints = field_types(type(node))
     return {
         name: _to_dict(value) if isinstance(value, _Checked) else value
         for name, value in vars(node).items()
@@ -343,7 +343,7 @@ def _to_dict(node: _Checked) -> dict:
 
 
 def _from_dict(cls: type, fields: dict):
-    hints = _hints(cls)
+    hints = field_types(cls)
     if not fields.keys() <= hints.keys():
         unknown = next(name for name in fields if name not in hints)
         raise BrokenRecord(f"record field {cls.__name__}.{unknown}: unknown to schema {SCHEMA_VERSION}")
@@ -365,7 +365,7 @@ def _from_dict(cls: type, fields: dict):
 
 @functools.cache
 def _part_names(cls: type) -> frozenset[str]:
-    return frozenset(name for name, hint in _hints(cls).items() if hint in _PARTS)
+    return frozenset(name for name, hint in field_types(cls).items() if hint in _PARTS)
 
 
 def _refuse_constant(name: str):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import registry
+from harness.compute import TRAINING_FACTOR
 from harness.errors import UserError
 from harness.images.open import open_images
 from harness.io import files
-from harness.planning.request import TRAINING_FACTOR
 from harness.runs.samples import read_sidecar, sidecar_path
 from results.records import Sampling, Training
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import registry
+from harness.compute import TRAINING_FACTOR
 from harness.data.examples import Examples
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
@@ -15,7 +16,6 @@ from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
 from harness.runs.run import Run, RunSpec, build_arguments
 from harness.spec import BackboneSpec, Compute
 
-TRAINING_FACTOR = 3  # forward and backward: the backward pass taken as two forward passes (DiT sec. 5)
 CHECKPOINT_BYTES = 16  # a parameter: weight, EMA, two moments in float32
 
 
