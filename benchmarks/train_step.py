@@ -27,10 +27,10 @@ import peers
 from peers import CPU, INPUT, ceiling, compare, diffusers_dit, faster, noise_images, recipe_step, show
 
 from harness import registry
+from harness.compute import TRAINING_FACTOR
 from harness.engines.torch.compiling import unavailable_reason
 from harness.engines.torch.resolve import PRECISIONS, autocast
 from harness.engines.torch.trainer import TorchEngine, build
-from harness.planning.request import TRAINING_FACTOR
 from harness.protocols import Recipe
 from harness.runs.run import Resolved
 

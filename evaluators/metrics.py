@@ -1,8 +1,9 @@
-"""Metrics: numbers that judge a sample set by what an extractor saw in it, each with paper, direction and minimum.
+"""Metrics: numbers that judge a sample set by its features, and all that is known of each by its key.
 
 Those of METRICS take any features. Importing this module loads none of the metrics' code.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -10,16 +11,22 @@ from dataclasses import dataclass
 class Metric:
     """A number that judges a sample set. The object behind entry points of `harness.metrics`.
 
-    compute: "module:attribute" of a function Evidence -> {key: Estimate}; metrics that share one are computed together.
+    Raises ValueError for a direction that is neither "lower" nor "higher".
     """
 
     key: str
     direction: str  # "lower" or "higher" is better
     minimum: int  # fewest samples that it accepts
     paper: str
-    compute: str
+    compute: (
+        str  # "module:attribute" of a function Evidence -> {key: Estimate}; called once for all metrics that name it
+    )
     needs_logits: bool = False
     bounds: tuple[float, float] | None = None  # what the value cannot leave: its interval is cut there
+    title: str = ""  # in tables and figures; "": the key
+    title_elsewhere: str = ""  # on features other than Inception's, where `title` would mislead; "": `title`
+    names_n: bool = False  # the estimate depends on N, so N belongs to its title: FID-50K
+    rank: float = math.inf  # its place in tables, ascending; metrics without one stand last, by key
 
     @property
     def name(self) -> str:
@@ -27,12 +34,18 @@ class Metric:
         return self.key
 
     @property
+    def higher_is_better(self) -> bool:
+        """The direction, as records state it."""
+        return self.direction == "higher"
+
+    @property
     def summary(self) -> str:
         """One line for lists."""
         return f"{self.direction} is better, from {self.minimum} samples; {self.paper}"
 
-    def __post_init__(self):
-        assert self.direction in ("lower", "higher"), self.direction
+    def __post_init__(self) -> None:
+        if self.direction not in ("lower", "higher"):
+            raise ValueError(f"metric {self.key}: direction {self.direction!r} is neither 'lower' nor 'higher'")
 
 
 # 100 samples are 5 for each block of the jackknife; far more are needed for a number worth publishing.
@@ -41,6 +54,9 @@ METRICS = {
     for metric in (
         Metric(
             key="fd",
+            title="FD",
+            names_n=True,
+            rank=20,
             direction="lower",
             minimum=100,
             paper="Heusel et al. 2017, arXiv:1706.08500",
@@ -48,6 +64,9 @@ METRICS = {
         ),
         Metric(
             key="kid",
+            title="KID",
+            title_elsewhere="KD",
+            rank=50,
             direction="lower",
             minimum=100,
             paper="Binkowski et al. 2018, arXiv:1801.01401",
@@ -55,6 +74,9 @@ METRICS = {
         ),
         Metric(
             key="is",
+            title="IS",
+            title_elsewhere="IS-style",
+            rank=60,
             direction="higher",
             minimum=100,
             paper="Salimans et al. 2016, arXiv:1606.03498",
@@ -63,6 +85,8 @@ METRICS = {
         ),
         Metric(
             key="precision",
+            title="Precision",
+            rank=70,
             direction="higher",
             minimum=100,
             paper="Kynkaanniemi et al. 2019, arXiv:1904.06991",
@@ -71,6 +95,8 @@ METRICS = {
         ),
         Metric(
             key="recall",
+            title="Recall",
+            rank=80,
             direction="higher",
             minimum=100,
             paper="Kynkaanniemi et al. 2019, arXiv:1904.06991",
@@ -79,6 +105,8 @@ METRICS = {
         ),
         Metric(
             key="copies",
+            title="Copies",
+            rank=140,
             direction="lower",
             minimum=20,
             paper="nearest training image in pixels; fresh real images score about 0.01",
@@ -87,6 +115,8 @@ METRICS = {
         ),
         Metric(
             key="density",
+            title="Density",
+            rank=90,
             direction="higher",
             minimum=100,
             paper="Naeem et al. 2020, arXiv:2002.09797",
@@ -94,6 +124,8 @@ METRICS = {
         ),
         Metric(
             key="coverage",
+            title="Coverage",
+            rank=100,
             direction="higher",
             minimum=100,
             paper="Naeem et al. 2020, arXiv:2002.09797",
@@ -102,6 +134,8 @@ METRICS = {
         ),
         Metric(
             key="cmmd",
+            title="CMMD",
+            rank=110,
             direction="lower",
             minimum=100,
             paper="Jayasumana et al. 2024, arXiv:2401.09603",
@@ -109,6 +143,8 @@ METRICS = {
         ),
         Metric(
             key="mind",
+            title="MIND",
+            rank=120,
             direction="lower",
             minimum=5000,
             paper="Berthet et al. 2026, arXiv:2605.06797",
@@ -116,6 +152,8 @@ METRICS = {
         ),
         Metric(
             key="fd_infinity",
+            title="FD-inf",
+            rank=30,
             direction="lower",
             minimum=5000,
             paper="Chong and Forsyth 2020, arXiv:1911.07023",
@@ -123,6 +161,8 @@ METRICS = {
         ),
         Metric(
             key="authenticity",
+            title="Authenticity",
+            rank=130,
             direction="higher",
             minimum=100,
             paper="Alaa et al. 2022, arXiv:2102.08921",
@@ -131,3 +171,25 @@ METRICS = {
         ),
     )
 }
+
+# FID and sFID are named so on Inception's features alone: suites measure them, some by their own definition.
+FID = Metric(
+    key="fid",
+    title="FID",
+    names_n=True,
+    rank=10,
+    direction="lower",
+    minimum=100,
+    paper=METRICS["fd"].paper,
+    compute=METRICS["fd"].compute,
+)
+SFID = Metric(
+    key="sfid",
+    title="sFID",
+    names_n=True,
+    rank=40,
+    direction="lower",
+    minimum=100,
+    paper="Nash et al. 2021, arXiv:2103.03841",
+    compute=METRICS["fd"].compute,
+)

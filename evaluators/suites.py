@@ -5,12 +5,12 @@ Importing this module loads no framework and none of the metrics' code.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_CLEAN, FeatureSpec
 from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
-from evaluators.metrics import METRICS, Metric
+from evaluators.metrics import FID, METRICS, SFID, Metric
 from harness import registry
 from harness.errors import RunError, UserError
 
@@ -82,35 +82,19 @@ EMBEDDED = Suite(
 )
 
 _ADM_EVALUATOR = "Dhariwal and Nichol 2021, arXiv:2105.05233; openai/guided-diffusion evaluations/evaluator.py"
-_SFID = "Nash et al. 2021, arXiv:2103.03841"
 _TORCH_FIDELITY = "Obukhov et al. 2020, doi:10.5281/zenodo.4957738; torch-fidelity 0.4.0"
 
 
-def _on_inception(
-    key: str, direction: str, paper: str, compute: str, *, minimum: int = 100, bounds: tuple[float, float] | None = None
-) -> Metric:
-    """A metric whose name belongs to Inception's features, or whose definition to one program."""
-    return Metric(
-        key=key, direction=direction, minimum=minimum, paper=paper, compute=compute, needs_logits=key == "is",
-        bounds=bounds,
-    )  # fmt: skip
-
-
-def _adm(key: str, direction: str, bounds: tuple[float, float] | None = None) -> Metric:
-    return _on_inception(key, direction, _ADM_EVALUATOR, "evaluators.adm_suite:compute", bounds=bounds)
+def _adm(metric: Metric) -> Metric:
+    """The metric by the definition of ADM's evaluator."""
+    return replace(metric, paper=_ADM_EVALUATOR, compute="evaluators.adm_suite:compute")
 
 
 ADM = Suite(
     name="adm",
     version=1,
     features=INCEPTION_2015,
-    metrics=(
-        _adm("fid", "lower"),
-        _adm("sfid", "lower"),
-        _adm("is", "higher"),
-        _adm("precision", "higher", (0.0, 1.0)),
-        _adm("recall", "higher", (0.0, 1.0)),
-    ),
+    metrics=tuple(_adm(metric) for metric in (FID, SFID, METRICS["is"], METRICS["precision"], METRICS["recall"])),
     mode="adm",
     note="as ADM's evaluator: IS of splits of 5,000 in file order, precision and recall on float16 distances, k = 3",
     reference_statistics="expected",
@@ -121,11 +105,7 @@ ADM_EXACT = Suite(
     name="adm-exact",
     version=1,
     features=INCEPTION_2015,
-    metrics=(
-        _on_inception("fid", "lower", METRICS["fd"].paper, METRICS["fd"].compute),
-        _on_inception("sfid", "lower", _SFID, METRICS["fd"].compute),
-        *(METRICS[key] for key in ("is", "precision", "recall")),
-    ),
+    metrics=(FID, SFID, METRICS["is"], METRICS["precision"], METRICS["recall"]),
     mode="exact",
     note="ADM's metrics without its roundings: no number knows the order of the images; IS of all samples at once, "
     "precision and recall on float64 distances, k = 3",
@@ -137,10 +117,7 @@ CLEAN = Suite(
     name="clean",
     version=1,
     features=INCEPTION_2015_CLEAN,
-    metrics=(
-        _on_inception("fid", "lower", "Parmar et al. 2022, arXiv:2104.11222", METRICS["fd"].compute),
-        METRICS["kid"],
-    ),
+    metrics=(replace(FID, paper="Parmar et al. 2022, arXiv:2104.11222"), METRICS["kid"]),
     mode="clean",
     note="clean-fid's mode clean (not legacy_pytorch, not legacy_tensorflow): its package resizes; the 2015 Inception is "
     "ours with the same weights, where it runs a TorchScript of them; FID by our Frechet distance, KID over all pairs, "
@@ -150,9 +127,9 @@ CLEAN = Suite(
 """Resized by the clean-fid package, which must be installed."""
 
 
-def _fidelity(key: str, direction: str, minimum: int = 100, bounds: tuple[float, float] | None = None) -> Metric:
-    compute = "evaluators.torch_fidelity_suite:compute"
-    return _on_inception(key, direction, _TORCH_FIDELITY, compute, minimum=minimum, bounds=bounds)
+def _fidelity(metric: Metric, minimum: int = 100) -> Metric:
+    """The metric by torch-fidelity's definition."""
+    return replace(metric, paper=_TORCH_FIDELITY, compute="evaluators.torch_fidelity_suite:compute", minimum=minimum)
 
 
 TORCH_FIDELITY = Suite(
@@ -160,11 +137,9 @@ TORCH_FIDELITY = Suite(
     version=1,
     features=INCEPTION_2015,
     metrics=(
-        _fidelity("fid", "lower"),
-        _fidelity("kid", "lower", minimum=1000),
-        _fidelity("is", "higher"),
-        _fidelity("precision", "higher", bounds=(0.0, 1.0)),
-        _fidelity("recall", "higher", bounds=(0.0, 1.0)),
+        _fidelity(FID),
+        _fidelity(METRICS["kid"], minimum=1000),
+        *(_fidelity(METRICS[key]) for key in ("is", "precision", "recall")),
     ),
     mode="torch-fidelity",
     note="as torch-fidelity 0.4.0 by default, samples as its input 1: IS of 10 splits after RandomState(2020) has shuffled "
@@ -230,6 +205,7 @@ class Measurement:
     """
 
     metric: str
+    higher_is_better: bool
     value: float
     low: float | None
     high: float | None
@@ -309,6 +285,7 @@ def _measure(evidence, suite: Suite, progress) -> list[Measurement]:
         measurements.append(
             Measurement(
                 metric=metric.key,
+                higher_is_better=metric.higher_is_better,
                 value=float(estimate.value),
                 low=low,
                 high=high,

@@ -24,6 +24,7 @@ __all__ = [
     "get_backbone",
     "get_protocol",
     "list_backbones",
+    "load_records",
     "register_backbone",
 ]
 
@@ -36,6 +37,7 @@ _HOMES = {
     "RunError": "harness.errors",
     "UserError": "harness.errors",
     "get_protocol": "harness.protocols",
+    "load_records": "results.frame",
 }
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from reports.columns import METRICS
 from reports.rows import Row
 from results.compare import within_noise
+from results.metrics import shared_direction
 
 BEST, TIE = "best", "tie"
 PUBLISHED_RULE = "of the published values the best as printed (they have no interval)"
@@ -17,23 +17,25 @@ MEASURED_RULE = (
 def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[dict[tuple[str, str], str]]:
     """For each row: metric -> "best", or "tie" for each of several that lead together.
 
-    Of two values or more in a column alone, and of metrics of which it is known which way is better. Published values
-    compete as they are printed, measured ones with their intervals, and neither with the other: nobody knows the noise
-    of a published number.
+    Only columns of two values or more have marks, and only where the direction of the metric is known. Published values
+    compete as they are printed, measured ones with their intervals, and neither with the other: the noise of a published
+    number is not known.
     """
     marks: list[dict[tuple[str, str], str]] = [{} for _ in rows]
     for metric in metrics:
-        better = METRICS[metric[0]].better if metric[0] in METRICS else ""
+        higher_is_better = shared_direction(row.records[metric] for row in rows if metric in row.records)
+        if higher_is_better is None:
+            continue
         for is_published in (True, False):
             found = [
                 (index, row.records[metric])
                 for index, row in enumerate(rows)
                 if row.is_published == is_published and metric in row.records
             ]
-            if len(found) < 2 or not better:
+            if len(found) < 2:
                 continue
             values = [record.value for _, record in found]
-            leader = found[values.index(min(values) if better == "lower" else max(values))][1]
+            leader = found[values.index(max(values) if higher_is_better else min(values))][1]
             leading = [
                 index
                 for index, record in found

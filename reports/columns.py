@@ -1,44 +1,12 @@
 """How names and numbers are written: metric titles, intervals, counts, and the facts that a footnote may state."""
 
-import dataclasses
 import math
+from collections.abc import Sequence
 
+from results.metrics import known, shared_direction
 from results.records import Record, Sampling
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How a metric key is shown."""
-
-    title: str
-    better: str  # "lower", "higher", or "" where neither is
-    names_n: bool = False  # the estimate depends on N, so N belongs to its name: FID-50K
-    elsewhere: str = ""  # its name on features that are not Inception's, where the usual one would mislead
-
-    @property
-    def arrow(self) -> str:
-        return {"lower": "\u2193", "higher": "\u2191", "": ""}[self.better]
-
-
-# In the order of the columns. "FID" and "sFID" mean Inception features; "FD" is the same distance on others.
-METRICS = {
-    "fid": Metric(title="FID", better="lower", names_n=True),
-    "fd": Metric(title="FD", better="lower", names_n=True),
-    "fd_infinity": Metric(title="FD-inf", better="lower"),
-    "sfid": Metric(title="sFID", better="lower", names_n=True),
-    "kid": Metric(title="KID", better="lower", elsewhere="KD"),
-    "is": Metric(title="IS", better="higher", elsewhere="IS-style"),
-    "precision": Metric(title="Precision", better="higher"),
-    "recall": Metric(title="Recall", better="higher"),
-    "density": Metric(title="Density", better="higher"),
-    "coverage": Metric(title="Coverage", better="higher"),
-    "cmmd": Metric(title="CMMD", better="lower"),
-    "mind": Metric(title="MIND", better="lower"),
-    "authenticity": Metric(title="Authenticity", better="higher"),
-    "copies": Metric(title="Copies", better="lower"),
-    "loss_mse": Metric(title="Loss, MSE", better="lower"),
-    "loss_vb": Metric(title="Loss, VB", better="lower"),
-}
+UP, DOWN = "\u2191", "\u2193"  # which way is better
 
 
 # What `facts` may name, in the order in which notes state it.
@@ -66,22 +34,38 @@ LAST_FACTS = (
 )
 
 
-def metric_order(key: str) -> tuple:
-    """Known metrics first, in the order of the table above; a plug-in's metrics after them by name."""
-    known = list(METRICS)
-    return (known.index(key), "") if key in METRICS else (len(known), key)
-
-
-def metric_title(key: str, n: int | None, mode: str = "", features: str | None = None) -> str:
-    """`FID-50K`, with the arrow that says which way is better; "-50K" only where N is 50,000. n None: not named.
+def metric_name(key: str, n: int | None = None, mode: str = "", features: str | None = None) -> str:
+    """`FID-50K`, `Precision (adm)`; "-50K" only where N is 50,000, and no N where it is None.
 
     features: name of the feature network; KID and IS are called so only on Inception's (or where none is named).
     """
-    metric = METRICS.get(key, Metric(title=key, better=""))
-    name = metric.title if features is None or features.startswith("inception") else metric.elsewhere or metric.title
-    if metric.names_n and n is not None:
-        name = f"{name}-{count_text(n)}"
-    return f"{name}{f' ({mode})' if mode else ''}{metric.arrow}"
+    metric = known(key)
+    name = key
+    if metric is not None:
+        is_usual = features is None or features.startswith("inception")
+        name = (not is_usual and metric.title_elsewhere) or metric.title or key
+        if metric.names_n and n is not None:
+            name = f"{name}-{count_text(n)}"
+    return f"{name} ({mode})" if mode else name
+
+
+def metric_title(key: str, n: int | None, mode: str = "", features: str | None = None) -> str:
+    """The name of a metric with the arrow that says which way is better, as the registry has it."""
+    metric = known(key)
+    return metric_name(key, n, mode, features) + _arrow(None if metric is None else metric.higher_is_better)
+
+
+def title_of(records: Sequence[Record], *, names_n: bool = True) -> str:
+    """The title of the metric that these comparable records are of; no arrow where its direction is not known."""
+    first = records[0]
+    evaluation = first.evaluation
+    mode, features = (evaluation.mode, evaluation.features) if evaluation is not None else (None, None)
+    name = metric_name(first.metric, first.n if names_n else None, mode or "", features)
+    return name + _arrow(shared_direction(records))
+
+
+def _arrow(higher_is_better: bool | None) -> str:
+    return "" if higher_is_better is None else UP if higher_is_better else DOWN
 
 
 def features_of(record: Record) -> str | None:

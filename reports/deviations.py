@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from reports.columns import FACTS, count_text, facts, guidance_text, key_text, metric_title
 from reports.rows import Cell, Row
-from reports.sections import Section, make_line
+from reports.sections import DEVIATION_PARTS, Section, make_line
 from results.records import Record, comparable_key
 
 REMARK = (
@@ -118,8 +118,8 @@ def deviation_data(pair: Pair) -> dict[str, object]:
     entry: dict[str, object] = {"paper_row": pair.published.any.source.row}
     for theirs, ours in pair.metrics:
         name = f"{ours[0]}_{ours[1]}" if ours[1] else ours[0]
-        entry[f"{name}_paper"] = pair.published.text(theirs)
-        entry[f"{name}_deviation_percent"] = pair.deviation(theirs, ours)
+        values = (pair.published.text(theirs), pair.deviation(theirs, ours))
+        entry |= {f"{name}_{part}": value for part, value in zip(DEVIATION_PARTS, values, strict=True)}
     return entry
 
 

@@ -9,6 +9,7 @@ from reports.columns import count_text, guidance_text
 from reports.figures_study import Study, above_zero, block_of, name_of, places_of, pretty, steps_of, training_gflops
 from reports.fits import between, frontier
 from reports.points import (
+    SIGNS,
     Pool,
     bars_note,
     better,
@@ -112,10 +113,11 @@ def _frontier_panel(
     One mark is one setting, or several where they are equal in cost and value.
     """
     settings = [own for own in settings if cost(own[0])]
-    if len({model_of(own[0]) for own in settings}) < 2:
+    direction = better(record for own in settings for record in own)
+    if len({model_of(own[0]) for own in settings}) < 2 or not direction:
         return None
     places = [(_mean(list(map(cost, own))), sum(record.value for record in own) / len(own)) for own in settings]
-    best = set(frontier(places, better(settings[0][0].metric)))
+    best = set(frontier(places, direction))
     every = max(1, -(-len(settings) // MAX_POINTS))  # beyond the room of a panel every so many, and the frontier
     marks: dict[tuple[str, str, bool], list[Mark]] = {}
     printed: dict[str, set[str]] = {}  # model -> what the paper calls it, with guidance and without
@@ -216,9 +218,9 @@ def best_size(made: Sequence[Study]) -> Figure | None:
             if len(marks) > 1 and gflops:
                 curves.append((line, gflops, [mark.x for mark in marks], [mark.y for mark in marks]))
         budgets = _budgets([(xs[0], xs[-1]) for _, _, xs, _ in curves])
-        if not budgets:
+        sign = SIGNS[better(study.records)]
+        if not budgets or not sign:
             continue
-        sign = -1 if better(study.records[0].metric) == "higher" else 1
         series = []
         for budget in budgets:
             read = [(line, gflops, between(xs, ys, budget)) for line, gflops, xs, ys in curves]

@@ -25,6 +25,7 @@ from reports.figures_study import (
 from reports.fits import PowerLaw, correlation, power_law
 from reports.points import (
     BEYOND,
+    SIGNS,
     Line,
     Pool,
     bars_note,
@@ -83,7 +84,8 @@ def _best_systems(pool: Pool, published: Sequence[Record]):
         records = [
             record for record in quality(group.records) if above_zero(record.gflops) and abs(record.value) < BEYOND
         ]
-        sign = -1 if records and better(records[0].metric) == "higher" else 1
+        if not (sign := SIGNS[better(records)]):
+            continue
         for record in records:
             key = (record.provenance, record.source.row if record.source else record.system)
             if key not in best or (sign * record.value, record.id) < (sign * best[key].value, best[key].id):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from harness import registry
+from harness.engines.loss_terms import LOSS_TERMS
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
 from reports.points import MAX_LINES
 from reports.render import one_line
@@ -20,6 +22,8 @@ BLOCKS, BLOCK_BYTES = 400, 8192
 EARLY = 0.1  # share of the training that the panel of early training shows
 _MAX_BYTES = 1_000_000  # of a run file
 
+Terms = tuple[tuple[str, float], ...]  # (name, weight) of the logged terms that a loss is made of
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Curve:
@@ -29,8 +33,8 @@ class _Curve:
     seed: int
     task: str  # name of the protocol
     key: str  # what runs of one curve agree in
-    recipe: Mapping
-    terms: tuple[str, ...]
+    recipe: Mapping[str, object]
+    terms: Terms
     steps: np.ndarray  # float64 (N,) ascending
     loss: np.ndarray  # float64 (N,), smoothed
 
@@ -64,14 +68,14 @@ def training_loss(folders: Sequence[Path], records: Iterable[Record]) -> Figure 
     return Figure(name="figure-13", title="Training loss", panels=tuple(panels), rows=tuple(rows), columns=3)
 
 
-def _panels(task: str, terms: Sequence[str], curves: Sequence[_Curve], cost: Mapping, panels, rows) -> None:
+def _panels(task: str, terms: Terms, curves: Sequence[_Curve], cost: Mapping, panels, rows) -> None:
     lines: dict[str, list[_Curve]] = {}
     for curve in sorted(curves, key=lambda curve: (curve.model, curve.key, curve.seed)):
         lines.setdefault(curve.key, []).append(curve)
     kept = dict(list(lines.items())[:MAX_LINES])
     names = _names(kept)
     longest = max(float(own[0].steps[-1]) for own in kept.values())
-    title = " + ".join(terms)
+    title = _sum_text(terms)
     notes = ["mean over about 2 % of the steps drawn"]
     notes += ["lines: means over seeds, bands: lowest to highest"] if any(len(own) > 1 for own in kept.values()) else []
     notes += [f"{len(lines) - len(kept)} more lines are not drawn"] if len(lines) > len(kept) else []
@@ -134,7 +138,7 @@ def series_rows(name: str, own: Sequence[_Curve], task: str) -> list[dict[str, o
         places = np.unique(np.linspace(0, len(curve.steps) - 1, PLACES).round().astype(int))
         rows += [
             {"protocol": task, "line": name, "model": curve.model, "training_seed": curve.seed}
-            | {"terms": " + ".join(curve.terms), "step": float(curve.steps[place]), "loss": float(curve.loss[place])}
+            | {"terms": _sum_text(curve.terms), "step": float(curve.steps[place]), "loss": float(curve.loss[place])}
             for place in places
         ]
     return rows
@@ -165,7 +169,7 @@ def _read(folder: Path) -> _Curve | None:
         recipe, seed = dict(identity["recipe"]), int(identity["seed"])
         model, task = str(identity["backbone"]), str(identity["protocol"]["name"])
         key = canonical_json([identity["backbone"], identity["protocol"], recipe, identity.get("framework")])
-        terms, steps, loss = _losses(path)
+        terms, steps, loss = _losses(path, _weights(model))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # no run of this harness: it has no curve
     if len(steps) < 2:
@@ -176,20 +180,35 @@ def _read(folder: Path) -> _Curve | None:
     )  # fmt: skip
 
 
-def _losses(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """(names of the terms, steps (N,), sums of the terms (N,)); of a long log the means over blocks of lines."""
+def _weights(model: str) -> Mapping[str, float]:
+    """The weights of the terms in the loss of a backbone of that name; empty where it is not installed."""
+    if model not in registry.backbones:
+        return {}
+    return LOSS_TERMS.get(registry.backbones.get(model).kind, {})
+
+
+def _sum_text(terms: Terms) -> str:
+    """`mse + 0.5 vb`."""
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in terms)
+
+
+def _losses(path: Path, weights: Mapping[str, float]) -> tuple[Terms, np.ndarray, np.ndarray]:
+    """(terms of the loss, steps (N,), losses (N,)) of a log; of a long one the means over blocks of lines.
+
+    weights: of the terms in the loss; one of weight 0 is no part of it, and one without a weight counts whole.
+    """
     size = path.stat().st_size
     blocks = [(0, size)]
     if size > WHOLE_BYTES:
         blocks = [(round(start), BLOCK_BYTES) for start in np.linspace(0, size - BLOCK_BYTES, BLOCKS)]
-    terms: tuple[str, ...] = ()
-    steps, loss = [], []
+    names: tuple[str, ...] = ()
+    points: list[tuple[float, float]] = []
     with path.open("rb") as file:
         for start, length in blocks:
             file.seek(start)
             lines = file.read(length).split(b"\n")
-            whole = lines[1 if start else 0 : -1]  # of the first and last line of a block only a part may be there
-            found = []
+            whole = lines[1 if start else 0 : -1]  # the first and the last line of a block may be torn
+            found: list[tuple[float, float]] = []
             for line in whole:
                 try:
                     row = json.loads(line)
@@ -197,16 +216,17 @@ def _losses(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
                     step = float(row["step"])
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue  # a torn or foreign line
-                terms = terms or tuple(values)
-                total = sum(values.values())
-                if tuple(values) == terms and math.isfinite(total) and math.isfinite(step):
-                    found.append((step, total))
+                names = names or tuple(values)
+                loss = sum(weights.get(name, 1.0) * value for name, value in values.items() if weights.get(name, 1.0))
+                if tuple(values) == names and math.isfinite(loss) and math.isfinite(step):
+                    found.append((step, loss))
             if len(blocks) > 1 and found:
-                found = [tuple(np.mean(found, axis=0))]
-            steps += [step for step, _ in found]
-            loss += [total for _, total in found]
-    order = np.argsort(np.array(steps), kind="stable")
-    return terms, np.array(steps)[order], np.array(loss)[order]
+                step, loss = np.mean(found, axis=0)
+                found = [(float(step), float(loss))]
+            points += found
+    points.sort(key=lambda point: point[0])
+    terms = tuple((name, weights.get(name, 1.0)) for name in names if weights.get(name, 1.0))
+    return terms, np.array([step for step, _ in points]), np.array([loss for _, loss in points])
 
 
 def _smoothed(values: np.ndarray, window: float) -> np.ndarray:

@@ -9,6 +9,7 @@ from reports.columns import count_text
 from reports.points import (
     ALONG_TRAINING,
     BEYOND,
+    SIGNS,
     Group,
     Line,
     Pool,
@@ -107,7 +108,7 @@ def _by_model(marked: Sequence[tuple[Line, Mark]]) -> dict[str, list[tuple[Line,
 
 def _how_bad(pair: tuple[Line, Mark]) -> tuple[bool, float]:
     line, mark = pair
-    return line.provenance != "measured", -mark.y if better(line.records[0].metric) == "higher" else mark.y
+    return line.provenance != "measured", SIGNS[better(line.records)] * mark.y
 
 
 def records_of(marked: Sequence[tuple[Line, Mark]]) -> list[Record]:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from reports.charts import Axis, Figure, Panel, Series, model_of
-from reports.columns import METRICS
 from reports.figures_study import (
     DETAILS,
     DIT,
@@ -37,6 +36,7 @@ from reports.points import (
     marks_of,
     quality_axis,
 )
+from results.metrics import LOSS, higher_is_better, rank
 from results.records import Record
 
 _SIZE_ORDER = ("xs", "s", "b", "l", "xl")
@@ -145,7 +145,6 @@ def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
     """Figure 12: every metric against training compute (left) and against Gflops at one training length (right)."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    wanted = [name for name in METRICS if not name.startswith("loss_")]
     printed = [
         record
         for record in published
@@ -159,6 +158,7 @@ def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
     groups, more = comparable_groups(pool.every, printed)
     for group in groups:
         starts = True
+        wanted = sorted(_directed(group.records), key=rank)
         for (metric, _), records in list(by_metric(group.records, wanted).items())[:MAX_METRICS]:
             study = study_of(group, records, more)
             if study is None:
@@ -196,6 +196,13 @@ def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
                 rows += mark_rows(len(panels), marked, {})
             starts = starts and len(panels) == first
     return figure_of("figure-12", "Scale and every metric", panels, rows, columns=4)
+
+
+def _directed(records: Iterable[Record]) -> set[str]:
+    """The metrics, other than losses, of which it is known which way is better."""
+    examples = {(record.metric, record.higher_is_better): record for record in records}
+    found = {metric for (metric, _), record in examples.items() if higher_is_better(record) is not None}
+    return {metric for metric in found if not metric.startswith(LOSS)}
 
 
 def _compute_panel(

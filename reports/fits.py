@@ -6,12 +6,11 @@ independently about the line. What a law says outside the range of its points is
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
-from results.student import quantile
+from results.compare import student_t
 
 FEWEST = 4  # points of a power law: two degrees of freedom are left for its scatter
 CONFIDENCE = 0.95
@@ -50,7 +49,7 @@ class PowerLaw:
 
     def _around(self, x: float, own: float) -> tuple[float, float]:
         error = self.scatter * math.sqrt(own + 1 / self.n + (math.log(x) - self.mean) ** 2 / self.spread)
-        factor = math.exp(_student(self.n) * error)
+        factor = math.exp(student_t(self.n - 2) * error)
         return self.at(x) / factor, self.at(x) * factor
 
 
@@ -67,7 +66,7 @@ def power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
     exponent = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / spread
     offset = mean_y - exponent * mean_x
     scatter = math.sqrt(math.fsum((y - offset - exponent * x) ** 2 for x, y in points) / (n - 2))
-    half = _student(n) * scatter / math.sqrt(spread)
+    half = student_t(n - 2) * scatter / math.sqrt(spread)
     return PowerLaw(
         exponent=exponent,
         low=exponent - half,
@@ -140,8 +139,3 @@ def between(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
             height = heights[left] + share * (heights[left + 1] - heights[left])
             return math.exp(height) if is_log else height
     return ys[-1]
-
-
-@functools.cache
-def _student(n: int) -> float:
-    return quantile((1 + CONFIDENCE) / 2, n - 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import UserError
-from reports.files import write_whole
+from harness.io import files
 
 _BACKGROUND = 255
 _SMALLEST_TILE = 48  # pixels a side below which an image is hard to judge on a screen
@@ -54,7 +54,8 @@ def write_grid(
     picture = Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
-    return write_whole(Path(path), encoded.getvalue())
+    files.write_bytes(Path(path), encoded.getvalue(), shared=True)
+    return Path(path)
 
 
 def _check(images: np.ndarray, labels: np.ndarray, columns: int, scale: int | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import UserError
-from reports.files import write_whole
+from harness.io import files
 
 _BACKGROUND = 255
 _INK = 60
@@ -51,7 +51,8 @@ def write_neighbours(
     picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
-    return write_whole(Path(path), encoded.getvalue())
+    files.write_bytes(Path(path), encoded.getvalue(), shared=True)
+    return Path(path)
 
 
 def _check(samples, neighbours, sample_captions, neighbour_captions) -> None:

@@ -9,15 +9,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reports.charts import Axis, Mark, Series, model_of
-from reports.columns import METRICS, count_text, facts, guidance_text, measured_text, metric_title
+from reports.columns import count_text, facts, guidance_text, measured_text, metric_name
 from reports.rows import groups
 from reports.tables import may_share
+from results.metrics import shared_direction
 from results.records import Record, Sampling, Training, comparable_key
 
 QUALITY_METRICS = ("fid", "fd")
 MAX_LINES = 24  # in a panel; more cannot be told apart
 WIDE_RANGE = 8.0  # largest over smallest value from which the axis of quality is logarithmic
 BEYOND = 1e60  # a number this far out is no measurement, and no axis reaches it
+SIGNS = {"lower": 1, "higher": -1, "": 0}  # what a value is multiplied by so that the best comes first
 MAX_GROUPS = 6  # of comparable records in a figure
 # What a line's label may name where another line of the same system differs in it.
 _LABEL_FACTS = (
@@ -190,10 +192,10 @@ def quality_axis(records: Sequence[Record]) -> Axis:
     first = records[0]
     mode = (first.evaluation.mode if first.evaluation else None) or ""
     features = first.evaluation.features if first.evaluation else None
-    title = metric_title(first.metric, first.n, mode, features).rstrip("\u2191\u2193")
+    title = metric_name(first.metric, first.n, mode, features)
     values = [record.value for record in records]
     wide = min(values) > 0 and max(values) > WIDE_RANGE * min(values)
-    return Axis(title=title, scale="log" if wide else "linear", better=better(first.metric))
+    return Axis(title=title, scale="log" if wide else "linear", better=better(records))
 
 
 def bars_note(series: Iterable[Series]) -> list[str]:
@@ -232,7 +234,7 @@ def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tup
     found = settings_of(records, along, part)
     kept = found
     if len(kept) > MAX_LINES:
-        sign = -1 if better(records[0].metric) == "higher" else 1
+        sign = SIGNS[better(records)]
         order = [(own[0].provenance != "published", min(sign * r.value for r in own), own[0].system) for own in kept]
         kept = [own for _, own in sorted(zip(order, kept, strict=True), key=lambda pair: pair[0])[:MAX_LINES]]
     kept = [sorted(own, key=lambda record: record.id) for own in kept]
@@ -275,7 +277,7 @@ def _mark(x: float, records: list[Record], text: str) -> Mark:
 
 def mark_facts(record: Record, runs: int, value: str) -> tuple[tuple[str, str], ...]:
     """What is said of a mark when it is asked about."""
-    title = metric_title(record.metric, record.n).rstrip("\u2191\u2193")
+    title = metric_name(record.metric, record.n)
     told = {"system": record.system, title: value}
     if runs > 1:
         told["runs"] = f"{runs}: mean [lowest, highest]"
@@ -287,8 +289,10 @@ def mark_facts(record: Record, runs: int, value: str) -> tuple[tuple[str, str], 
     return tuple(told.items())
 
 
-def better(metric: str) -> str:
-    return METRICS[metric].better if metric in METRICS else ""
+def better(records: Iterable[Record]) -> str:
+    """Which way is better for records of one metric: "higher" or "lower", or "" where that is not known."""
+    direction = shared_direction(records)
+    return "" if direction is None else "higher" if direction else "lower"
 
 
 def data_row(record: Record, panel: int, line: str, x: dict[str, object]) -> dict[str, object]:

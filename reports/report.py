@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.io.files import write_bytes
 from reports import charts
 from reports.drawing_pool import Painters
 from reports.figures import absent, figures, published_records
-from reports.files import write_whole
 from reports.html_tables import to_html_page
 from reports.page.writer import NAME, page_data, write_page
 from reports.render import to_csv, to_latex, to_markdown
@@ -116,4 +116,6 @@ def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[li
 def _write_all(out: Path, contents: dict[str, bytes]) -> tuple[Path, ...]:
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
-    return tuple(write_whole(out / name, data) for name, data in contents.items())
+    for name, data in contents.items():
+        write_bytes(out / name, data, shared=True)
+    return tuple(out / name for name in contents)

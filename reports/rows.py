@@ -8,15 +8,14 @@ from typing import NamedTuple
 from reports.columns import (
     count_text,
     facts,
-    features_of,
     guidance_text,
     measured_text,
-    metric_order,
-    metric_title,
     params_text,
     quantity_text,
+    title_of,
 )
 from results import paper
+from results.metrics import rank
 from results.records import Record, comparable_key
 
 
@@ -74,9 +73,12 @@ def make_rows(records: Iterable[Record]) -> list[Row]:
 
 def metrics_of(rows: Iterable[Row]) -> list[tuple[str, str]]:
     """The (metric, mode) columns that the rows fill, in order."""
-    return sorted(
-        {metric for row in rows for metric in row.records}, key=lambda pair: (*metric_order(pair[0]), pair[1])
-    )
+    return sorted({metric for row in rows for metric in row.records}, key=lambda pair: (rank(pair[0]), pair[1]))
+
+
+def column_title(metric: tuple[str, str], rows: Iterable[Row], *, names_n: bool = True) -> str:
+    """The title of a (metric, mode) column of these rows, of which at least one fills it."""
+    return title_of([row.records[metric] for row in rows if metric in row.records], names_n=names_n)
 
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:
@@ -107,6 +109,7 @@ def console_table(rows: Sequence[Row]) -> list[dict[str, str]]:
     """
     metrics = metrics_of(rows)
     sizes = {row.any.n for row in rows}
+    titles = {metric: column_title(metric, rows, names_n=len(sizes) == 1) for metric in metrics}
     found = [facts(row.any) for row in rows]
     differing = {name: len({known.get(name) for known in found}) for name in _TOLD_IF_DIFFERENT}
     tables = []
@@ -116,8 +119,7 @@ def console_table(rows: Sequence[Row]) -> list[dict[str, str]]:
         if len(sizes) > 1:
             cells["N"] = str(row.any.n)
         for metric in metrics:
-            title = metric_title(metric[0], row.any.n if len(sizes) == 1 else None, metric[1], features_of(row.any))
-            cells[title] = row.text(metric)
+            cells[titles[metric]] = row.text(metric)
         tables.append(cells)
     empty = [title for title in (tables[0] if tables else ()) if all(cells[title] == "-" for cells in tables)]
     return [{title: text for title, text in cells.items() if title not in empty} for cells in tables]

@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import operator
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from reports.columns import FACTS, LAST_FACTS, METRICS, facts, last_facts, metric_order
+from reports.columns import FACTS, LAST_FACTS, facts, last_facts
 from reports.rows import Cell, Row
+from results.metrics import rank
+
+DEVIATION_PARTS = ("paper", "deviation_percent")  # columns of a metric that compare it with the paper
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +161,7 @@ def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> di
 
 @functools.lru_cache(maxsize=1024)
 def _in_order(metrics: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(metrics, key=lambda metric: (*metric_order(metric[0]), metric[1])))
+    return tuple(sorted(metrics, key=lambda metric: (rank(metric[0]), metric[1])))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -174,14 +177,19 @@ def _columns(prefix: str, part: type) -> tuple[tuple[str, ...], operator.attrget
     return tuple(f"{prefix}_{name}" for name in names), operator.attrgetter(*names)
 
 
-def aligned(data: Sequence[dict[str, object]]) -> tuple[dict[str, object], ...]:
-    """The same columns in every row; columns that are empty throughout are dropped, metrics stand last."""
+def metric_columns(rows: Iterable[Row]) -> frozenset[str]:
+    """The names of the columns of data that belong to the metrics of these rows."""
+    metrics = {metric for row in rows for metric in row.records}
+    names = {name for metric in metrics for name in _metric_columns(*metric)}
+    return frozenset(
+        names | {f"{_metric_columns(*metric)[0]}_{part}" for metric in metrics for part in DEVIATION_PARTS}
+    )
+
+
+def aligned(data: Sequence[dict[str, object]], last: Collection[str] = frozenset()) -> tuple[dict[str, object], ...]:
+    """The same columns in every row; columns that are empty throughout are dropped. last: columns that stand last."""
     layouts = dict.fromkeys(tuple(entry) for entry in data)
     names = dict.fromkeys(name for layout in layouts for name in layout)
     kept = [name for name in names if any(entry.get(name) not in (None, "") for entry in data)]
-    kept.sort(key=_is_metric_column)
+    kept.sort(key=last.__contains__)
     return tuple(dict(zip(kept, map(entry.get, kept), strict=True)) for entry in data)
-
-
-def _is_metric_column(name: str) -> bool:
-    return name.split("_")[0] in METRICS or name.startswith("loss_")

@@ -2,15 +2,16 @@
 
 import dataclasses
 import hashlib
+import itertools
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 
 from reports.best import best_marks, remark
-from reports.columns import features_of, key_text, metric_title
+from reports.columns import key_text, metric_title
 from reports.counts import GFLOPS_COLUMNS, PARAMS_COLUMN, Counted, counted
 from reports.deviations import deviation_data, deviation_section, guidance_scale, may_share, model_text, pairs
-from reports.rows import Cell, Row, description, groups, make_rows, metrics_of
-from reports.sections import Section, Table, aligned, build_section, data_row, make_line
+from reports.rows import Cell, Row, column_title, description, groups, make_rows, metrics_of
+from reports.sections import Section, Table, aligned, build_section, data_row, make_line, metric_columns
 from results import paper
 from results.paper import PublishedValue
 from results.records import Record
@@ -50,12 +51,13 @@ def protocol_table(protocol: str, records: Iterable[Record]) -> Table | None:
     members = [record for record in records if record.protocol == protocol]
     if not members:
         return None
-    made = [_protocol_section(make_rows(group), number) for number, group in enumerate(groups(members), start=1)]
+    rows = [make_rows(group) for group in groups(members)]
+    made = [_protocol_section(each, number) for number, each in enumerate(rows, start=1)]
     return Table(
         name=protocol_file_name(protocol),
         title=f"Protocol {protocol}",
         sections=tuple(section for section, _ in made),
-        data=aligned([entry for _, data in made for entry in data]),
+        data=aligned([entry for _, data in made for entry in data], metric_columns(itertools.chain(*rows))),
     )
 
 
@@ -86,7 +88,7 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
         for row, found, marked in printed
     ]
     shown = ("training steps", "training seed", "sampler", "sampling steps", "guidance", "protocol", "metric mode")
-    columns = ("System", *titles, *(metric_title(key, head.n, mode, features_of(head)) for key, mode in metrics))
+    columns = ("System", *titles, *(column_title(metric, rows) for metric in metrics))
     section = build_section(key_text(head), columns, [row for row, _, _ in printed], cells, shown)
     remarks = _with(section.remarks, remark(rows, marks))
     if left_out := len(rows) - len(printed):
@@ -179,7 +181,8 @@ def _with_pairs(
         entry | (deviation_data(by_row[id(row)]) if id(row) in by_row else {})
         for row, entry in zip(rows, data, strict=True)
     ]
-    return Table(name=_file_name(table), title=f"{table}. {title}", sections=tuple(sections), data=aligned(data))
+    data = aligned(data, metric_columns(rows))
+    return Table(name=_file_name(table), title=f"{table}. {title}", sections=tuple(sections), data=data)
 
 
 def _details_cells(row: Row) -> tuple[Cell, ...]:

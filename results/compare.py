@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 from harness.errors import UserError
-from results import student
+from results.metrics import rank, shared_direction
 from results.records import Record, Sampling, Training, comparable_key
 
 CONFIDENCE = 0.975  # two-sided 95 %
@@ -31,13 +31,6 @@ SAMPLING_RULE = (
 )
 RULE = f"{SEEDS_RULE}. {SAMPLING_RULE}. Each line stands by itself: of twenty ties one shows a win or a loss by chance."
 RETRAINING = 3.2  # noise of training again over that of sampling again (arXiv:2606.20536)
-ORDER = (  # as in the tables
-    "fid", "fd", "fd_infinity", "sfid", "kid", "cmmd", "mind", "is", "precision", "recall", "density", "coverage",
-    "authenticity", "copies",
-)  # fmt: skip
-LOWER_IS_BETTER = frozenset(
-    {"fd", "fd_infinity", "fid", "sfid", "kid", "cmmd", "mind", "copies", "loss_mse", "loss_vb"}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +74,25 @@ class Group:
         return self.records[0].n
 
     def sampling_half_width(self, *, upward: bool) -> float | None:
-        """95 % half-width of the value over the draw of the samples; None where no record tells one.
+        """95 % half-width of the value over the draw of the samples; None where a record has no interval.
 
-        Of a checkpoint with several sampling seeds from their spread, else from the record's own interval, on the
-        side that faces the other value: intervals of shares are not symmetric.
+        A checkpoint with several sampling seeds has it from their spread, any other from its record's interval, on the
+        side that faces the other value (`upward`: the other value is higher): intervals of shares are not symmetric.
         """
         halves = []
-        for own in self.seeds:
-            found = [_half_width(records, upward=upward) for records in own]
-            if None in found:
+        for checkpoints in self.seeds:
+            found = [half for records in checkpoints if (half := _half_width(records, upward=upward)) is not None]
+            if len(found) < len(checkpoints):
                 return None
             halves.append(math.hypot(*found) / len(found))
         return math.hypot(*halves) / len(halves)
 
 
 def _half_width(records: Sequence[Record], *, upward: bool) -> float | None:
-    """Of one checkpoint, as `Group.sampling_half_width` tells."""
+    """`Group.sampling_half_width` of one checkpoint."""
     if len(records) > 1:
         spread = math.sqrt(variance([record.value for record in records]) / len(records))
-        return student.quantile(CONFIDENCE, len(records) - 1) * spread
+        return student_t(len(records) - 1) * spread
     (record,) = records
     if record.low is None or record.high is None:
         return None
@@ -108,10 +101,11 @@ def _half_width(records: Sequence[Record], *, upward: bool) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`verdict` is A's: win, loss, tie, or unknown where an interval is missing. `noise` is the tie's limit.
+    """Win, loss or tie of A in one metric; unknown where an interval is missing, or where nobody knows the direction.
 
-    scope: "training seeds" or "these checkpoints". `again` is the verdict left if both sides were trained again, by
-    the rule of thumb; None where the training seeds themselves tell. degrees: of freedom, of the training seeds' test.
+    noise: the largest difference that is a tie. degrees: degrees of freedom of the test over training seeds.
+    scope: "training seeds" or "these checkpoints". again: the verdict that would be left if both sides were trained
+    again, by the rule of thumb; None where several training seeds were compared, or where the verdict is unknown.
     """
 
     metric: str
@@ -130,19 +124,19 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     """Verdicts for every metric and sampling setting that both sides have, in a fixed order.
 
     Records are compared only where data set, resolution, N, suite, features and reference agree. Where the two sides
-    share no way of sampling but each has one alone (with the same steps, or at all), those are compared, and the
-    verdict's `sampling` names both. A side with records of
-    one cell that differ in more than seeds (say, of two training lengths) is ambiguous and refused, as is having
-    nothing in common.
+    share no way of sampling, but each has a single one (with the same steps, or at all), those are compared, and the
+    verdict's `sampling` names both.
+    Raises UserError where a side is ambiguous (records of one metric and one way of sampling differ in more than seeds,
+    say in training length), and where the sides have nothing in common.
     """
     left, right = _cells(a, "A"), _cells(b, "B")
-    common = sorted(set(left) & set(right), key=lambda cell: (_rank(cell[0]), str(cell)))
+    common = sorted(set(left) & set(right), key=lambda cell: (rank(cell[0]), str(cell)))
     if common:
-        return [judge(cell[0], cell[2], left[cell], right[cell]) for cell in common]
+        return [verdict_of(cell[0], cell[2], left[cell], right[cell]) for cell in common]
     pairs = _one_way_each(left, right, by_steps=True) or _one_way_each(left, right, by_steps=False)
     if not pairs:
         raise UserError(f"A and B have no measurement that may be compared: {_why(left, right)}")
-    return [judge(metric, text, x, y) for metric, text, x, y in pairs]
+    return [verdict_of(metric, text, x, y) for metric, text, x, y in pairs]
 
 
 def within_noise(a: Record, b: Record) -> bool | None:
@@ -150,10 +144,11 @@ def within_noise(a: Record, b: Record) -> bool | None:
 
     The rule of one training seed: the gap is at most the root of the sum of the squared half-widths that face the other.
     """
-    if None in (a.low, b.low):
-        return None
     lower, upper = (a, b) if a.value <= b.value else (b, a)
-    return upper.value - lower.value <= math.hypot(lower.high - lower.value, upper.value - upper.low)
+    halves = (_half_width([lower], upward=True), _half_width([upper], upward=False))
+    if halves[0] is None or halves[1] is None:
+        return None
+    return upper.value - lower.value <= math.hypot(*halves)
 
 
 def differing(a: Record, b: Record) -> dict[str, tuple]:
@@ -185,15 +180,11 @@ def _one_way_each(left: dict, right: dict, *, by_steps: bool) -> list[tuple[str,
             found.setdefault((metric, mode, key, steps), []).append((sampling, group))
         sides.append(found)
     pairs = []
-    for cell in sorted(set(sides[0]) & set(sides[1]), key=lambda cell: (_rank(cell[0]), str(cell))):
+    for cell in sorted(set(sides[0]) & set(sides[1]), key=lambda cell: (rank(cell[0]), str(cell))):
         if len(sides[0][cell]) == len(sides[1][cell]) == 1:
             ((one, x),), ((other, y),) = sides[0][cell], sides[1][cell]
             pairs.append((cell[0], f"{one} against {other}", x, y))
     return pairs
-
-
-def _rank(metric: str) -> int:
-    return ORDER.index(metric) if metric in ORDER else len(ORDER)
 
 
 def _cells(records: Iterable[Record], side: str) -> dict[tuple, Group]:
@@ -291,29 +282,42 @@ def sampling_text(record: Record) -> str:
     return ", ".join(words)
 
 
-def judge(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
+def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
     """The verdict on two groups of one metric, by the rule of training seeds where both have several."""
     difference = a.value - b.value
-    better = difference < 0 if metric in LOWER_IS_BETTER else difference > 0
+    higher_is_better = shared_direction((*a.records, *b.records))
 
-    def judged(noise: float) -> str:
-        return "tie" if abs(difference) <= noise else "win" if better else "loss"
+    def within(noise: float) -> str:
+        if higher_is_better is None:
+            return "unknown"
+        if abs(difference) <= noise:
+            return "tie"
+        return "win" if (difference > 0) == higher_is_better else "loss"
 
     noise = degrees = again = None
     verdict, scope = "unknown", "these checkpoints"
     if min(len(a.seeds), len(b.seeds)) > 1:
         scope = "training seeds"
         noise, degrees = _welch(a.means, b.means)
-        verdict = judged(noise)
+        verdict = within(noise)
     else:
         halves = (a.sampling_half_width(upward=difference < 0), b.sampling_half_width(upward=difference > 0))
-        if None not in halves:
+        if halves[0] is not None and halves[1] is not None:
             noise = math.hypot(*halves)
-            verdict, again = judged(noise), judged(RETRAINING * noise)
+            verdict = within(noise)
+            again = None if higher_is_better is None else within(RETRAINING * noise)
     return Verdict(
         metric=metric, sampling=sampling, a=a, b=b, difference=difference, noise=noise, degrees=degrees, scope=scope,
         verdict=verdict, again=again,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def student_t(degrees: float) -> float:
+    """The 97.5 % quantile of Student's t for `degrees` > 0 of freedom, not only whole ones."""
+    from scipy.special import stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
+
+    return float(stdtrit(degrees, CONFIDENCE))
 
 
 def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
@@ -323,7 +327,7 @@ def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
     if total == 0:  # seeds that change nothing
         return 0.0, math.inf
     degrees = total**2 / sum(part**2 / (count - 1) for part, count in parts)
-    return student.quantile(CONFIDENCE, degrees) * math.sqrt(total), degrees
+    return student_t(degrees) * math.sqrt(total), degrees
 
 
 def _why(left: dict[tuple, Group], right: dict[tuple, Group]) -> str:

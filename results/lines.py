@@ -1,6 +1,6 @@
 """Reading many lines of records: what those of one sample set have in common is read once.
 
-The metrics of a sample set differ in six fields; everything else stands in each of their lines to the byte, and is most
+The metrics of a sample set differ in seven fields; everything else stands in each of their lines to the byte, and is most
 of what there is to parse, check and hash. A line of a form that is not recognised is read as any other.
 """
 
@@ -14,10 +14,12 @@ from results.records import Record, from_json
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _OWN = re.compile(
-    rf'"high":({_NUMBER}),"id":"([0-9a-f]{{64}})","interval":"([ -!#-\[\]-~]*)",((?:"kind":"[^"\\]*",)?)'
-    rf'"low":({_NUMBER}),"metric":"([a-z][a-z0-9_]*)",'
+    rf'"high":(?P<high>{_NUMBER}),(?:"higher_is_better":(?P<direction>true|false),)?"id":"(?P<id>[0-9a-f]{{64}})",'
+    rf'"interval":"(?P<interval>[ -!#-\[\]-~]*)",(?P<kind>(?:"kind":"[^"\\]*",)?)"low":(?P<low>{_NUMBER}),'
+    r'"metric":"(?P<metric>[a-z][a-z0-9_]*)",'
 )
 _VALUE = re.compile(rf'"value":({_NUMBER})\}}')
+_DIRECTIONS = {None: None, "true": True, "false": False}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 MAX_KNOWN = 10_000
 
@@ -42,31 +44,24 @@ class LineReader:
         own, last = _OWN.match(text, start), _VALUE.fullmatch(text, end)
         if start < 0 or end < 0 or own is None or last is None:
             return from_json(text)
-        common = (text[:start], own[4], text[own.end() : end])
-        metric, value, low, high = own[6], float(last[1]) or 0.0, float(own[5]) or 0.0, float(own[1]) or 0.0
+        common = (text[:start], own["kind"], text[own.end() : end])
+        value, low, high = float(last[1]) or 0.0, float(own["low"]) or 0.0, float(own["high"]) or 0.0
+        line = {"metric": own["metric"], "value": value, "low": low, "high": high, "interval": own["interval"]}
+        line["higher_is_better"] = _DIRECTIONS[own["direction"]]
         known = self._known.get(common)
         if known is None:
             record = from_json(text)
-            if (record.metric, record.value, record.low, record.high, record.interval) == (
-                metric,
-                value,
-                low,
-                high,
-                own[3],
-            ):
+            if all(getattr(record, name) == stated for name, stated in line.items()):
                 self._remember(common, record)
             return record
         identity = known.before.copy()
-        identity.update(metric.encode("ascii") + known.behind)
+        identity.update(own["metric"].encode("ascii") + known.behind)
         whole = identity.copy()
         whole.update(float.__repr__(value).encode("ascii"))
-        if whole.hexdigest() != own[2] or not -math.inf < low <= high < math.inf:
+        if whole.hexdigest() != own["id"] or not -math.inf < low <= high < math.inf:
             return from_json(text)  # which says what is wrong with it
         record = object.__new__(Record)
-        hashes = (identity.hexdigest(), own[2])
-        vars(record).update(
-            known.fields, metric=metric, value=value, low=low, high=high, interval=own[3], _hashes=hashes
-        )
+        vars(record).update(known.fields, **line, _hashes=(identity.hexdigest(), own["id"]))
         return record
 
     def _remember(self, common: tuple[str, str, str], record: Record) -> None:

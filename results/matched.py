@@ -1,4 +1,4 @@
-"""Who is best at the same training compute: every experiment against the best rival that cost as much."""
+"""Who is best at the same training compute: every experiment against its best opponent of about the same compute."""
 
 from __future__ import annotations
 
@@ -7,92 +7,102 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from results.compare import LOWER_IS_BETTER, ORDER, Group, Verdict, experiment, group_of, judge, sampling_text
+from results.compare import Group, Verdict, experiment, group_of, sampling_text, verdict_of
+from results.metrics import rank, shared_direction
 from results.records import Record, comparable_key
 
-TOLERANCE = 0.02  # the larger training compute is at most so much above the smaller
+TOLERANCE = 0.02  # by which the larger training compute of two may exceed the smaller one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match:
-    """An experiment and the best of the others of its training compute: same metric, sampling and comparable key.
+class Matchup:
+    """An experiment and its opponent: of the others with the same compute, metric, sampling and comparable key the best.
 
-    Of two that are each other's best rival only the better one has a match.
+    Where two experiments are each other's opponent, only the better one has a matchup.
     """
 
     metric: str
     mode: str
     sampling: str
-    own: Group
-    rival: Group
+    group: Group
+    opponent: Group
 
     @property
     def gflops(self) -> tuple[float, float]:
         """Training compute of both."""
-        return compute(self.own), compute(self.rival)
+        return compute(self.group), compute(self.opponent)
 
     def verdict(self) -> Verdict:
         """Win, tie or loss of the experiment, by the rule of `compare`."""
-        return judge(self.metric, self.sampling, self.own, self.rival)
+        return verdict_of(self.metric, self.sampling, self.group, self.opponent)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matches:
-    """Those of records that may share a table.
+class Matchups:
+    """The matchups of records that may share a table.
 
-    experiments: what was trained, however sampled, of the metrics and ways of sampling looked at. alone: those of them
-    without a rival. skipped: metrics and ways of sampling, a count of pairs, that were not looked at.
+    experiments: number of trained experiments, however sampled, among the metrics and ways of sampling that were looked
+    at. alone: number of those without an opponent. skipped: number of pairs of metric and way of sampling that were not
+    looked at.
     """
 
     key: tuple
-    matches: tuple[Match, ...]  # by metric, sampling, compute and name
+    matchups: tuple[Matchup, ...]  # by metric, sampling, compute and name
     experiments: int
     alone: int
     skipped: int
 
 
-def matches(records: Iterable[Record], most: int = sys.maxsize) -> list[Matches]:
-    """The matches of measured records that know their training compute, for each comparable key.
+def matchups(records: Iterable[Record], most: int = sys.maxsize) -> list[Matchups]:
+    """The matchups of measured records whose training compute is known, for each comparable key.
 
-    Metrics of which nobody knows which way is better are left out. Once `most` matches of a key are found, the rest of
-    its metrics and ways of sampling is skipped.
+    Metrics of unknown direction are left out. Once `most` matchups of a key are found, its remaining metrics and ways of
+    sampling are skipped.
     """
-    records = list(records)  # kept, so that an object's id stays its own
+    records = list(records)  # held, so that the ids of their parts stay unique
     cells: dict[tuple, dict[tuple, dict[tuple, list[Record]]]] = {}
-    known = LOWER_IS_BETTER.union(ORDER)
-    told: dict[tuple, tuple[tuple, tuple, str, str]] = {}  # the metrics of one sample set have their parts in common
+    known: dict[tuple, tuple[tuple, tuple, str, str]] = {}  # the metrics of one sample set share their parts
     for record in records:
-        if record.metric in known and record.provenance == "measured" and record.training and record.training.gflops:
+        if record.provenance == "measured" and record.training and record.training.gflops:
             parts = (
                 id(record.training), id(record.sampling), id(record.evaluation), record.system, record.backbone,
                 record.framework, record.protocol, record.protocol_version, record.dataset, record.resolution, record.n,
             )  # fmt: skip
-            if parts not in told:
+            if parts not in known:
                 mode = (record.evaluation.mode if record.evaluation else None) or ""
-                told[parts] = (comparable_key(record), experiment(record), mode, sampling_text(record))
-            key, trained, mode, sampling = told[parts]
+                known[parts] = (comparable_key(record), experiment(record), mode, sampling_text(record))
+            key, trained, mode, sampling = known[parts]
             cell = cells.setdefault(key, {}).setdefault((record.metric, mode, sampling), {})
             cell.setdefault(trained, []).append(record)
     result = []
     for key, found in cells.items():
-        made: list[Match] = []
+        directions = {
+            cell: shared_direction(record for members in experiments.values() for record in members)
+            for cell, experiments in found.items()
+        }
+        ordered = sorted((cell for cell in found if directions[cell] is not None), key=lambda cell: _order(*cell))
+        if not ordered:
+            continue
+        made: list[Matchup] = []
         everyone: set[tuple] = set()
-        ordered = sorted(found.items(), key=lambda item: _order(*item[0]))
         looked_at = 0
-        for (metric, mode, sampling), experiments in ordered:
+        for cell in ordered:
             if len(made) >= most:
                 break
             looked_at += 1
-            everyone |= {_run(records[0]) for records in experiments.values()}
+            everyone |= {_run(members[0]) for members in found[cell].values()}
+            metric, mode, sampling = cell
             made += [
-                Match(metric=metric, mode=mode, sampling=sampling, own=own, rival=rival)
-                for own, rival in _rivals(metric, [group_of(members) for members in experiments.values()])
+                Matchup(metric=metric, mode=mode, sampling=sampling, group=group, opponent=opponent)
+                for group, opponent in _pairs(
+                    [group_of(members) for members in found[cell].values()], sign=-1 if directions[cell] else 1
+                )
             ]
-        matched = {_run(group.records[0]) for match in made for group in (match.own, match.rival)}
+        matched = {_run(group.records[0]) for each in made for group in (each.group, each.opponent)}
         result.append(
-            Matches(
+            Matchups(
                 key=key,
-                matches=tuple(made[:most]),
+                matchups=tuple(made[:most]),
                 experiments=len(everyone),
                 alone=len(everyone - matched),
                 skipped=len(ordered) - looked_at,
@@ -102,18 +112,20 @@ def matches(records: Iterable[Record], most: int = sys.maxsize) -> list[Matches]
 
 
 def compute(group: Group) -> float:
-    """Gflops of the whole training of one checkpoint."""
-    return group.checkpoints[0][0].training.gflops
+    """Gflops of the whole training of one checkpoint of the group. Raises ValueError where a record does not state it."""
+    training = group.records[0].training
+    if training is None or training.gflops is None:
+        raise ValueError(f"the training compute of {group.records[0].system} is not known")
+    return training.gflops
 
 
-def _rivals(metric: str, groups: list[Group]) -> list[tuple[Group, Group]]:
-    """Each group that has others within the tolerance, with the best of them."""
-    sign = 1 if metric in LOWER_IS_BETTER else -1
+def _pairs(groups: list[Group], sign: int) -> list[tuple[Group, Group]]:
+    """Each group that has others within the tolerance, with the best of them. sign: 1 where lower is better, else -1."""
     groups = sorted(groups, key=lambda group: (compute(group), group.records[0].system, group.records[0].id))
     costs = [compute(group) for group in groups]
     window: list[tuple[float, int]] = []  # (how bad, index), best first
     first = last = 0
-    rivals: dict[int, int] = {}
+    opponents: dict[int, int] = {}
     for index in range(len(groups)):
         while last < len(groups) and costs[last] <= costs[index] * (1 + TOLERANCE):
             bisect.insort(window, (sign * groups[last].value, last))
@@ -123,11 +135,11 @@ def _rivals(metric: str, groups: list[Group]) -> list[tuple[Group, Group]]:
             first += 1
         best = next((other for _, other in window[:2] if other != index), None)
         if best is not None:
-            rivals[index] = best
+            opponents[index] = best
     return [
         (groups[index], groups[other])
-        for index, other in rivals.items()
-        if rivals.get(other) != index or (sign * groups[index].value, index) < (sign * groups[other].value, other)
+        for index, other in opponents.items()
+        if opponents.get(other) != index or (sign * groups[index].value, index) < (sign * groups[other].value, other)
     ]
 
 
@@ -135,8 +147,7 @@ def _order(metric: str, mode: str, sampling: str) -> tuple:
     """Metrics as in the tables; ways of sampling by name and number of steps."""
     sampler, _, rest = sampling.partition("-")
     steps = rest.partition(",")[0]
-    rank = ORDER.index(metric) if metric in ORDER else len(ORDER)
-    return (rank, metric, mode, sampler, int(steps) if steps.isdigit() else 0, sampling)
+    return (rank(metric), mode, sampler, int(steps) if steps.isdigit() else 0, sampling)
 
 
 def _run(record: Record) -> tuple:

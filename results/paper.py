@@ -5,12 +5,12 @@ import dataclasses
 import functools
 from importlib import resources
 
+from harness.compute import TRAINING_FACTOR
 from results.records import Evaluation, Record, Sampling, Source, Training
 
 FILES = (*(f"table-{number}.csv" for number in range(1, 7)), "section-5.2.csv")
 DATASET = "imagenet"
 SUITE = "adm"  # "all values reported in this paper are obtained ... using ADM's TensorFlow evaluation suite" (sec. 4)
-TRAINING_FACTOR = 3  # a backward pass counts as two forward passes (Figure 9)
 EMA_DECAY = 0.9999  # sec. 4
 _COUNTS = ("resolution", "n", "training_steps", "batch", "sampling_steps")
 _SCALES = ("learning_rate", "guidance_scale")

@@ -1,8 +1,8 @@
 """The record: one immutable measurement with its whole identity.
 
 A record is what tables and curves are made of. Its *identity* is everything that could change the number and is not
-luck or description: all fields but value, interval and environment. Its *id* is the identity together with the value,
-so the same measurement made twice has one id, and two different values under one identity are a conflict.
+luck or description: all fields but value, interval, direction and environment. Its *id* is the identity together with
+the value, so the same measurement made twice has one id, and two different values under one identity are a conflict.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ PROVENANCES = ("measured", "published")
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 _METRIC_KEY = re.compile(r"[a-z][a-z0-9_]*")
-_NOT_IDENTITY = ("value", "low", "high", "interval", "environment")
+_NOT_IDENTITY = ("value", "low", "high", "interval", "higher_is_better", "environment")
 
 
 class BrokenRecord(UserError):
@@ -39,7 +39,7 @@ class _Checked:
     """Type checks at construction, driven by the annotations, so that Python and JSON callers meet the same rules."""
 
     def __post_init__(self):
-        hints, required = _hints(type(self)), _required(type(self))
+        hints, required = field_types(type(self)), _required(type(self))
         for name, value in tuple(vars(self).items()):
             if value is None and name not in required:
                 continue
@@ -160,6 +160,7 @@ class Record(_Checked):
     low: float | None = None  # ends of the interval
     high: float | None = None
     interval: str | None = None  # how the interval was made, e.g. "95 % delete-block jackknife, 10 blocks"
+    higher_is_better: bool | None = None  # None: not stated (`results.metrics` asks the registry then)
     n: int  # images judged
     protocol: str
     protocol_version: str | None = None
@@ -198,7 +199,7 @@ class Record(_Checked):
 
     @property
     def identity_sha256(self) -> str:
-        """Hash of everything but value, low, high, interval, environment (and the schema number)."""
+        """Hash of everything but value, low, high, interval, higher_is_better, environment and the schema number."""
         return self._hashes[0]
 
     @property
@@ -235,7 +236,7 @@ _BLANK = {
     field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(Record)
 }
 _PARTS = frozenset((Training, Sampling, Evaluation, Environment, Source))
-_AS_IT_IS = frozenset((str, int)) | _PARTS  # types whose values need no further check
+_AS_IT_IS = frozenset((str, int, bool)) | _PARTS  # types whose values need no further check
 # What canonical_json writes for each; the texts of other types are its own.
 _WRITERS = {str: json.encoder.encode_basestring_ascii, int: int.__repr__, float: float.__repr__}
 
@@ -290,7 +291,7 @@ def _canonical_part(value) -> str:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, type]:
+def field_types(cls: type) -> dict[str, type]:
     """The type of each field of a record class, without "or None"."""
     hints = {}
     for name, hint in typing.get_type_hints(cls).items():
@@ -333,7 +334,7 @@ def _coerce(value, kind: type):
 
 
 def _to_dict(node: _Checked) -> dict:
-    hints = _hints(type(node))
+    hints = field_types(type(node))
     return {
         name: _to_dict(value) if isinstance(value, _Checked) else value
         for name, value in vars(node).items()
@@ -342,7 +343,7 @@ def _to_dict(node: _Checked) -> dict:
 
 
 def _from_dict(cls: type, fields: dict):
-    hints = _hints(cls)
+    hints = field_types(cls)
     if not fields.keys() <= hints.keys():
         unknown = next(name for name in fields if name not in hints)
         raise BrokenRecord(f"record field {cls.__name__}.{unknown}: unknown to schema {SCHEMA_VERSION}")
@@ -364,7 +365,7 @@ def _from_dict(cls: type, fields: dict):
 
 @functools.cache
 def _part_names(cls: type) -> frozenset[str]:
-    return frozenset(name for name, hint in _hints(cls).items() if hint in _PARTS)
+    return frozenset(name for name, hint in field_types(cls).items() if hint in _PARTS)
 
 
 def _refuse_constant(name: str):

@@ -6,16 +6,13 @@ import gc
 import math
 import os
 from collections.abc import Callable, Iterable
+from io import FileIO
 from pathlib import Path
 
-from harness.errors import RunError, UserError
+from harness.errors import UserError
+from harness.io import files
 from results.lines import LineReader
 from results.records import BrokenRecord, NewerSchema, Record, to_json
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: one writer at a time is then the caller's business
-    fcntl = None
 
 RECORDS_FILE = "records.jsonl"
 
@@ -66,24 +63,17 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
     permission) with the file as it was.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        created = not path.exists()
-        with path.open("a+b", buffering=0) as file, _locked(file):
-            known = _mend(file)
-            new: list[str] = []
-            for record in records:
-                other = known.setdefault(record.identity_sha256, record)
-                if not same_value(other.value, record.value):
-                    raise Conflict(_conflict_text([(other, str(path)), (record, "the new measurement")]))
-                if other is record:  # else measured before, perhaps with other low bits
-                    new.append(to_json(record) + "\n")
-            if new:
-                _write(file, "".join(new).encode("ascii"))
-        if created:
-            _sync_folder(path.parent)
-    except OSError as error:
-        raise RunError(f"cannot write records to {path}: {error.strerror or error}") from error
+    with files.appending(path) as file:
+        known = _repaired(file)
+        new: list[str] = []
+        for record in records:
+            other = known.setdefault(record.identity_sha256, record)
+            if not same_value(other.value, record.value):
+                raise Conflict(_conflict_text([(other, str(path)), (record, "the new measurement")]))
+            if other is record:  # else measured before, perhaps with other low bits
+                new.append(to_json(record) + "\n")
+        if new:
+            files.append(file, "".join(new).encode("ascii"))
     return len(new)
 
 
@@ -159,16 +149,16 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
 
     Raises UserError for a path that does not exist.
     """
-    files: set[Path] = set()
+    found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            files.update(path.rglob(RECORDS_FILE))
+            found.update(path.rglob(RECORDS_FILE))
         elif path.exists():
-            files.add(path)
+            found.add(path)
         else:
             raise UserError(f"no record file or folder {path}: name a run, a folder of runs, or a records.jsonl")
     once: dict[Path, Path] = {}
-    for path in sorted(files):
+    for path in sorted(found):
         once.setdefault(path.resolve(), path)
     return tuple(once.values())
 
@@ -181,8 +171,8 @@ def _parse(line: bytes, reader: LineReader) -> Record:
 
 
 def _preference(record: Record) -> tuple:
-    """Which of two copies of one measurement to keep: one with an interval, then the same one in every order."""
-    return (record.low is None, to_json(record))
+    """Which of two copies of one measurement to keep: one with interval and direction, then the same in every order."""
+    return (record.low is None, record.higher_is_better is None, to_json(record))
 
 
 def _conflict_text(pairs: list[tuple[Record, str]]) -> str:
@@ -194,8 +184,8 @@ def _conflict_text(pairs: list[tuple[Record, str]]) -> str:
     )
 
 
-def _mend(file) -> dict[str, Record]:
-    """The records of an open file by identity, after its end has been made whole."""
+def _repaired(file: FileIO) -> dict[str, Record]:
+    """The records of an open file by identity, after a line torn at its end has been cut off or completed."""
     file.seek(0)
     content = file.read()
     *lines, tail = content.split(b"\n")
@@ -212,42 +202,5 @@ def _mend(file) -> dict[str, Record]:
             file.truncate(len(content) - len(tail))
         else:  # only the newline is missing
             known.setdefault(record.identity_sha256, record)
-            _write(file, b"\n")
+            files.append(file, b"\n")
     return known
-
-
-def _write(file, data: bytes) -> None:
-    """Appends all of `data` and syncs, or leaves the file as it was."""
-    size = file.seek(0, os.SEEK_END)
-    try:
-        written = 0
-        while written < len(data):  # one write in practice; a nearly full disk may take only a part
-            written += file.write(data[written:])
-        os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(file.fileno(), size)
-        raise
-
-
-@contextlib.contextmanager
-def _locked(file):
-    """Exclusive use of the file among processes that append to it."""
-    if fcntl is None:
-        yield
-        return
-    fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file.fileno(), fcntl.LOCK_UN)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is on disk only once its folder is."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

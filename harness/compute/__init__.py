@@ -16,3 +16,6 @@ CONVENTION = (
     "Fitted to Tables 1, 4 and 6 of arXiv:2212.09748; Gmacs are the multiply-adds alone."
 )
 """The convention in the words that are printed with the numbers."""
+
+TRAINING_FACTOR = 3
+"""Forward passes that a training step costs: a backward pass counts as two (DiT, sec. 5 and Figure 9)."""

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -171,7 +172,7 @@ def open_npz(path: Path) -> ImageSource:
         info, labels = file.info("arr_0"), _read_labels(file, shape[0])
         extra = [printable(name) for name in file.names if name not in ("arr_0", "arr_1")]
         images: np.ndarray | None = None
-        chunks: Callable[[int], Iterator[np.ndarray]] = lambda size: _deflated(path, header, shape, size)
+        chunks: Callable[[int], Iterator[np.ndarray]] = partial(_deflated, path, header, shape)
         if header.fortran:
             with file.stream("arr_0", header) as member:
                 images = _from_fortran(f"{path}: arr_0", member, header)

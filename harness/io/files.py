@@ -7,10 +7,12 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,19 +27,50 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` under `path`, atomically."""
-    with replacing(path) as file:
+def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
+    """Write `data` under `path`, atomically; `shared` as in `replacing`."""
+    with replacing(path, shared=shared) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def appending(path: Path) -> Iterator[FileIO]:
+    """The file at `path`, open to be read and appended to, for this process alone; another one waits until it is closed.
+
+    It is created where it is missing. RunError for what the system refuses.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        created = not path.exists()
+        with FileIO(path, "a+") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # the kernel drops it when the file is closed
+            yield file
+        if created:
+            sync_folder(path.parent)
+
+
+def append(file: FileIO, data: bytes) -> None:
+    """Append all of `data` to an open file and sync it, or leave the file as it was."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        written = 0
+        while written < len(data):  # one write in practice; a nearly full disk may take only a part
+            written += file.write(data[written:])
+        os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), size)
+        raise
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
     """A binary file to write to; it replaces `path` when it is complete and on the disk.
 
-    After an error `path` is as it was before, and nothing else is left. RunError where the system cannot write.
+    After an error `path` is as it was before, and nothing else is left. RunError where the system cannot write. shared: other processes may write the same path at the same time, so the incomplete file gets a name of its own.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    ending = f".{secrets.token_hex(4)}{PARTIAL}" if shared else PARTIAL
+    partial = path.with_name(path.name + ending)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -205,6 +205,7 @@ def _measure(
             provenance="measured",
             metric=each.metric,
             value=each.value,
+            higher_is_better=each.higher_is_better,
             low=each.low,
             high=each.high,
             interval=each.interval,

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness import protocols
+from harness.compute import TRAINING_FACTOR
 from harness.errors import UserError
 from harness.images.open import open_images
 from harness.io import files
-from harness.planning.request import TRAINING_FACTOR
 from harness.runs.run import Resolved, recipe_identity
 from harness.runs.sample_set import SampleRequest
 from harness.runs.samples import read_sidecar, sidecar_path

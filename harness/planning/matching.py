@@ -17,10 +17,11 @@ from fractions import Fraction
 from typing import Any
 
 from harness import registry
+from harness.compute import TRAINING_FACTOR
 from harness.diffusion.sampler_plan import guided_evaluations
 from harness.errors import UserError
 from harness.planning.reference import Reference
-from harness.planning.request import TRAINING_FACTOR, Match, Request, check_plans, make_request, plan_of
+from harness.planning.request import Match, Request, check_plans, make_request, plan_of
 from harness.protocols import Protocol, Recipe, Sampling
 from harness.runs.run import build_arguments
 from harness.settings import DEFAULT_PROTOCOL, PlanOptions, RunOptions, SamplingSettings, TrainOptions, only_one

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import registry
+from harness.compute import TRAINING_FACTOR
 from harness.data.public_files import FILES
 from harness.errors import UserError
-from harness.planning.request import CHECKPOINT_BYTES, TRAINING_FACTOR, Match, Request, published_input_gflops
+from harness.planning.request import CHECKPOINT_BYTES, Match, Request, published_input_gflops
 from harness.protocols import Protocol
 
 

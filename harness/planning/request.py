@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
+from harness.compute import TRAINING_FACTOR
 from harness.data.examples import Examples
 from harness.diffusion.sampler_plan import guided_evaluations, sampler_plan
 from harness.errors import UserError
@@ -19,7 +20,6 @@ from harness.spec import BackboneSpec, Compute
 if TYPE_CHECKING:
     from harness.diffusion.plans import SamplerPlan
 
-TRAINING_FACTOR = 3  # forward and backward: the backward pass taken as two forward passes (DiT sec. 5)
 CHECKPOINT_BYTES = 16  # a parameter: weight, EMA, two moments in float32
 
 

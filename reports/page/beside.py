@@ -11,8 +11,9 @@ from pathlib import Path
 from harness.errors import RunError, UserError
 from harness.io.files import sha256_json
 from harness.runs.run import open_run
-from reports.columns import count_text, guidance_text, metric_order
+from reports.columns import count_text, guidance_text
 from reports.render import one_line
+from results.metrics import rank
 from results.records import Record
 
 GRID = "grid.png"
@@ -80,7 +81,7 @@ def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> lis
         if record.sampling is not None and record.sampling.samples_sha256 in found:
             found[record.sampling.samples_sha256].append(record)
     for members in found.values():
-        members.sort(key=lambda record: metric_order(record.metric))
+        members.sort(key=lambda record: rank(record.metric))
     grids = [SampleGrid(path=path, records=tuple(found.get(digest, ()))) for path, digest in samples.items()]
     return sorted((grid for grid in grids if grid.records), key=_order)
 

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from reports.columns import count_text, guidance_text, measured_text, metric_order, metric_title
+from reports.columns import count_text, guidance_text, measured_text, title_of
 from reports.commands import reproduction
 from reports.sections import Line, Section, Table, note_mark
 from results import paper
+from results.metrics import rank
 from results.records import Record
 
 MAX_ROWS = 1000  # of one section of a table
@@ -78,7 +79,7 @@ def _order(record: Record) -> tuple:
     return (
         *(record.provenance != "measured", record.protocol, source.table if source else "", record.system),
         *((training.steps if training else None) or 0, (training.seed if training else None) or 0),
-        *((sampling.steps if sampling else None) or 0, metric_order(record.metric), record.id),
+        *((sampling.steps if sampling else None) or 0, rank(record.metric), record.id),
     )
 
 
@@ -103,12 +104,11 @@ def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], poo
     `groups` and `again` are numbers of what is in the pool.
     """
     again = reproduction(record, recipes)
-    training, sampling, evaluation, source = record.training, record.sampling, record.evaluation, record.source
-    mode = (evaluation.mode if evaluation else None) or ""
+    training, sampling, source = record.training, record.sampling, record.source
     printed = paper.printed().get(source) if source else None
     return {
         "id": record.id,
-        "metric": metric_title(record.metric, record.n, mode, evaluation.features if evaluation else None),
+        "metric": title_of([record]),
         "text": printed or measured_text(record.value, record.low, record.high),
         "value": record.value,
         "system": record.system,

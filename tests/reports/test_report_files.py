@@ -18,7 +18,7 @@ import reports
 import reports.report
 from harness.cli import group
 from harness.errors import RunError, UserError
-from reports.files import write_whole
+from harness.io.files import write_bytes
 from reports.report import write_report
 from results.records import to_json
 from results.store import append
@@ -129,14 +129,15 @@ def test_the_command_names_the_page_last(study, tmp_path):
 
 
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
-    path = write_whole(tmp_path / "a" / "b.txt", b"old")
+    path = tmp_path / "a" / "b.txt"
+    write_bytes(path, b"old", shared=True)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reports.files.os.fsync", full)
-    with pytest.raises(RunError, match=r"b\.txt: No space left on device"):
-        write_whole(path, b"new")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"the disk is full, .*b\.txt could not be written"):
+        write_bytes(path, b"new", shared=True)
     assert path.read_bytes() == b"old" and [entry.name for entry in path.parent.iterdir()] == ["b.txt"]
 
 

@@ -25,10 +25,13 @@ ENDINGS = ("csv", "md", "tex", "html")
 
 @pytest.fixture
 def records(study, record, imagenet):
-    """A study; rivals at one compute; rows of the paper's tables; copies from other machines; a conflict; two protocols."""
-    rivals = [
+    """A study; opponents at one compute; rows of the paper's tables; copies from other machines; a conflict; two protocols."""
+    opponents = [
         record(
-            "fd", 10.0 + index + 0.1 * seed, system=f"rival-{index}", training=Training(steps=9, gflops=7.0, seed=seed)
+            "fd",
+            10.0 + index + 0.1 * seed,
+            system=f"opponent-{index}",
+            training=Training(steps=9, gflops=7.0, seed=seed),
         )
         for index in range(3)
         for seed in range(2)
@@ -41,7 +44,7 @@ def records(study, record, imagenet):
     disputed = [record("fd", value, system="disputed") for value in (1.0, 2.0)]
     other = [record("fd", 5.0, protocol="other", dataset="other", n=n) for n in (10, 20)]
     paper = [imagenet("fid", 2.3 + 0.1 * seed, training=Training(steps=9, seed=seed)) for seed in range(3)]
-    return [*study, *rivals, *copies, *disputed, *other, *paper]
+    return [*study, *opponents, *copies, *disputed, *other, *paper]
 
 
 def _write(folder: Path, parts):

@@ -38,7 +38,7 @@ def test_the_best_is_marked_and_a_gap_inside_the_noise_is_a_tie(record):
     assert _marks([record(value=12.0, system="a"), record(value=12.72, system="b")]) == {"a": "best", "b": None}
     assert _marks([record(value=12.0, system="a"), record(value=12.70, system="b")]) == {"a": "tie", "b": "tie"}
     three = [record(value=value, system=name) for name, value in (("a", 12.0), ("b", 12.6), ("c", 13.0))]
-    assert _marks(three) == {"a": "tie", "b": "tie", "c": None}  # tied is who ties with the best, not with its rivals
+    assert _marks(three) == {"a": "tie", "b": "tie", "c": None}  # tied is who ties with the best, not with the others
     higher = [record("precision", value, half=0.01, system=name) for name, value in (("a", 0.7), ("b", 0.8))]
     assert _marks(higher, ("precision", "")) == {"a": None, "b": "best"}
 

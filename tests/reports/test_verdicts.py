@@ -1,4 +1,4 @@
-"""Who wins at the same training compute: which rivals meet, by which rule, and what the table says of it."""
+"""Who wins at the same training compute: which opponents meet, by which rule, and what the table says of it."""
 
 import csv
 import dataclasses
@@ -10,7 +10,7 @@ from reports.render import to_csv, to_latex, to_markdown
 from reports.tables import protocol_file_name
 from reports.verdicts import MAX_LINES, verdict_table
 from results.compare import compare
-from results.matched import matches
+from results.matched import matchups
 from results.records import Sampling, Source, Training
 
 
@@ -24,18 +24,19 @@ def trained(record):
 
 
 def _pairs(records):
-    """(own, rival, verdict) of each match."""
-    (found,) = matches(records)
+    """(system, opponent, verdict) of each matchup."""
+    (found,) = matchups(records)
     return [
-        (match.own.records[0].system, match.rival.records[0].system, match.verdict().verdict) for match in found.matches
+        (each.group.records[0].system, each.opponent.records[0].system, each.verdict().verdict)
+        for each in found.matchups
     ]
 
 
-def test_rivals_are_those_of_the_same_compute(trained):
+def test_opponents_are_those_of_the_same_compute(trained):
     records = [trained("a", 100.0, 12.0), trained("b", 102.0, 15.0), trained("c", 102.1, 9.0), trained("d", 200.0, 1.0)]
     # b is within 2 % of a and of c; c is not within 2 % of a; nobody is near d
     assert _pairs(records) == [("a", "b", "win"), ("c", "b", "win")]  # b's own line would say the second again
-    (found,) = matches(records)
+    (found,) = matchups(records)
     assert (found.experiments, found.alone) == (4, 1)
 
 
@@ -51,8 +52,8 @@ def test_the_rule_is_that_of_compare(trained):
     records = [
         trained(name, 100.0, value, seed=seed) for name, values in sides.items() for seed, value in enumerate(values)
     ]
-    (found,) = matches(records)
-    (match,) = found.matches
+    (found,) = matchups(records)
+    (match,) = found.matchups
     (expected,) = compare([r for r in records if r.system == "a"], [r for r in records if r.system == "b"])
     verdict = match.verdict()
     assert (verdict.verdict, verdict.scope, verdict.noise, verdict.degrees, verdict.difference) == (
@@ -85,10 +86,10 @@ def test_the_table_says_by_how_much_and_by_which_rule(trained):
     (section,) = table.sections
     (line,) = section.lines
     cells = dict(zip(section.columns, line.cells, strict=True))
-    assert (cells["System"], cells["Best rival"]) == ("a (800 steps, seed 0)", "b (800 steps, seed 0)")
+    assert (cells["System"], cells["Best opponent"]) == ("a (800 steps, seed 0)", "b (800 steps, seed 0)")
     assert (cells["Difference"], cells["Verdict"], cells["If trained again"]) == ("-8 \u00b1 0.71", "win", "win")
-    assert cells["Value"] == "12.0 [11.5, 12.5]" and cells["Rival differs in"] == "framework jax (here torch)"
-    assert "within 2 % of its own" in section.remarks[0] and "1 of 3 trained experiments" in section.remarks[1]
+    assert cells["Value"] == "12.0 [11.5, 12.5]" and cells["Opponent differs in"] == "framework jax (here torch)"
+    assert "differs by at most 2 %" in section.remarks[0] and "1 of 3 trained experiments" in section.remarks[1]
     (row,) = csv.DictReader(io.StringIO(to_csv(table)))
     assert (row["verdict"], float(row["difference"]), row["records"]) == ("win", -8.0, records[0].id)
     assert r"-8 $\pm$ 0.71" in to_latex(table) and "| win |" in to_markdown(table)
@@ -102,10 +103,10 @@ def test_without_intervals_nothing_is_claimed(trained):
 def test_what_was_measured_twice_counts_once(trained):
     twice = trained("a", 100.0, 12.3, sampling=Sampling(sampler="ddpm", steps=25, batch=7))
     once = trained("a", 100.0, 12.0, sampling=Sampling(sampler="ddpm", steps=25, batch=8))
-    rival = trained("b", 100.0, 15.0, sampling=Sampling(sampler="ddpm", steps=25))
-    for records in ([twice, once, rival], [rival, once, twice]):
-        ((match,),) = [each.matches for each in matches(records)]
-        assert [record.id for record in match.own.records] == [min(twice.id, once.id)]
+    opponent = trained("b", 100.0, 15.0, sampling=Sampling(sampler="ddpm", steps=25))
+    for records in ([twice, once, opponent], [opponent, once, twice]):
+        ((match,),) = [each.matchups for each in matchups(records)]
+        assert [record.id for record in match.group.records] == [min(twice.id, once.id)]
 
 
 def test_of_very_many_lines_the_rest_is_counted(trained):

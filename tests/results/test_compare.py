@@ -2,8 +2,10 @@ import dataclasses
 
 import pytest
 
+from harness import registry
 from harness.errors import UserError
-from results.compare import LOWER_IS_BETTER, RULE, compare
+from results.compare import RULE, compare
+from results.metrics import higher_is_better
 from results.records import Evaluation, Record, Sampling, Training
 
 
@@ -75,8 +77,11 @@ def test_what_may_not_be_compared_is_refused():
 
 
 def test_the_direction_of_every_built_in_metric_is_known():
-    from evaluators.suites import METRICS
-
-    assert {key for key, metric in METRICS.items() if metric.direction == "lower"} <= LOWER_IS_BETTER
-    assert not {key for key, metric in METRICS.items() if metric.direction == "higher"} & LOWER_IS_BETTER
+    for metric in (*registry.metrics, *(metric for suite in registry.suites for metric in suite.metrics)):
+        assert higher_is_better(record(metric.key)) == (metric.direction == "higher"), metric.key
+    assert not any(
+        higher_is_better(record(key)) for key in ("fid", "sfid", "fd", "kid", "copies", "loss_mse", "loss_vb")
+    )
+    assert all(higher_is_better(record(key)) for key in ("is", "precision", "recall", "density", "authenticity"))
+    assert higher_is_better(record("my_metric")) is None
     assert "Training again" in RULE and "training seeds" in RULE

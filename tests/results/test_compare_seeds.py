@@ -6,23 +6,11 @@ import random
 
 import pytest
 from scipy.special import stdtrit
+from scipy.stats import ttest_ind
 
 from harness.errors import UserError
-from results import student
 from results.compare import RETRAINING, compare, differing, experiment
 from results.records import Evaluation, Record, Sampling, Training
-
-
-@pytest.mark.parametrize("degrees", [1, 1.5, 2, 3, 4.7, 10, 19, 30, 200, 5000])
-@pytest.mark.parametrize("probability", [0.5, 0.6, 0.9, 0.975, 0.995, 0.9999])
-def test_quantiles_are_scipys(degrees, probability):
-    assert student.quantile(probability, degrees) == pytest.approx(stdtrit(degrees, probability), rel=1e-6, abs=1e-6)
-
-
-def test_quantiles_out_of_range():
-    for probability, degrees in ((0.4, 3), (1.0, 3), (0.9, 0)):
-        with pytest.raises(ValueError):
-            student.quantile(probability, degrees)
 
 
 def seeded(value, seed, drawn=0, system="a", half=0.5, steps=50):
@@ -42,6 +30,21 @@ def seeded(value, seed, drawn=0, system="a", half=0.5, steps=50):
         sampling=Sampling(sampler="ddpm", steps=steps, seed=drawn, samples_sha256=f"{system}{seed}-{drawn}"),
         evaluation=Evaluation(suite="embedded", features_sha256="f", reference_sha256="r"),
     )
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (2, 5), (3, 40), (30, 30)])
+def test_the_interval_over_seeds_is_welchs(counts):
+    rng = random.Random(1)
+    values = [[rng.gauss(10.0, scale) for _ in range(count)] for scale, count in zip((1.0, 3.0), counts, strict=True)]
+    sides = [
+        [seeded(value, seed, system=name) for seed, value in enumerate(own)]
+        for name, own in zip("ab", values, strict=True)
+    ]
+    (found,) = compare(*sides)
+    expected = ttest_ind(*values, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert found.degrees == pytest.approx(expected.df)
+    assert (found.difference - found.noise, found.difference + found.noise) == pytest.approx(tuple(interval))
 
 
 def test_training_seeds_are_welchs_test():

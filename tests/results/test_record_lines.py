@@ -44,14 +44,19 @@ def vars_of(record):
 
 def test_metrics_of_one_sample_set_are_read_by_what_they_share(line, monkeypatch):
     lines = [
-        line(metric=metric, value=value, low=value, high=value + 1.0)
-        for metric, value in (("fd", 0.5), ("kid", 0.0), ("is", 3.25))
+        line(metric=metric, value=value, low=value, high=value + 1.0) for metric, value in (("fd", 0.5), ("kid", 0.0))
+    ]
+    directions = (("is", True), ("fid", False), ("mine", None))
+    lines += [
+        line(metric=metric, value=3.25, low=3.0, high=4.0, higher_is_better=direction)
+        for metric, direction in directions
     ]
     expected = [from_json(text) for text in lines]
     reader = LineReader()
     read = [reader.read(lines[0])]
     monkeypatch.setattr("results.lines.from_json", None)  # the others need it no more
     read += [reader.read(text) for text in lines[1:]]
+    assert [record.higher_is_better for record in read] == [None, None, True, False, None]
     assert read == expected and [record.id for record in read] == [record.id for record in expected]
     assert read[1].training is read[0].training
 
@@ -65,6 +70,7 @@ def test_any_values_and_texts_are_read_alike(line, data):
         low, value, high = sorted(data.draw(st.tuples(NUMBERS, NUMBERS, NUMBERS)))
         changes = {
             "value": value, "metric": data.draw(st.sampled_from(["fd", "kid", "is"])), "system": data.draw(systems),
+            "higher_is_better": data.draw(st.sampled_from([None, True, False])),
             "interval": data.draw(st.sampled_from(["jackknife-20", "x,y", 'a "quoted" one', "\u00e9", None])),
             "environment": Environment(versions=data.draw(st.dictionaries(systems, systems, max_size=2))),
         }  # fmt: skip
@@ -87,6 +93,7 @@ EDITS = {
     "field": ('"n":1000', '"n":1001'),
     "unknown": ('"n":1000', '"n":1000,"o":1'),
     "torn": ('"value":0.33333333', ""),
+    "direction": ('"id":"', '"higher_is_better":1,"id":"'),
     "text": ('"system":"dit-xs-2"', '"system":3'),
 }
 

@@ -42,12 +42,14 @@ def test_any_float_and_text_round_trip_exactly(value, system):
     assert record.training.gflops == value
 
 
-def test_identity_is_everything_but_value_interval_and_environment(measured):
+def test_identity_is_everything_but_value_interval_direction_and_environment(measured):
     record = measured()
-    other = measured(value=9.0, low=8.0, high=10.0, interval="x", environment=Environment(device="gpu"))
+    other = measured(
+        value=9.0, low=8.0, high=10.0, interval="x", environment=Environment(device="gpu"), higher_is_better=False
+    )
     assert other.identity_sha256 == record.identity_sha256 and other.id != record.id
     assert measured(low=None, high=None).id == record.id
-    free = {"schema", "value", "low", "high", "interval", "environment", "source", "provenance"}
+    free = {"schema", "value", "low", "high", "interval", "higher_is_better", "environment", "source", "provenance"}
     changed = {
         "metric": "kid", "n": 999, "protocol": "x", "protocol_version": "2", "resolution": 16, "dataset": "x",
         "system": "x", "backbone": "x", "kind": "x", "framework": "jax", "params": 1, "gflops": 1.0,

@@ -20,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import registry
+from harness.compute import TRAINING_FACTOR
 from harness.compute.activations import activation_bytes
 from harness.data.images import ImageSet
 from harness.diffusion.schedule import Schedule
@@ -29,7 +30,6 @@ from harness.engines.torch.roofline import RUNS, Roofline, measure_roofline, sec
 from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.errors import UserError
-from harness.planning.request import TRAINING_FACTOR
 from harness.protocols import Recipe, Sampling
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec

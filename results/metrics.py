@@ -1,0 +1,87 @@
+"""What is known of a metric by its key, and which way it is better: the record's word first, then the registry's."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from harness import registry
+from results.records import Record
+
+LOSS = "loss_"  # what the keys of losses begin with: loss_mse, loss_vb
+
+
+class KnownMetric(Protocol):
+    """What tables need of `evaluators.metrics.Metric`."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def title_elsewhere(self) -> str: ...
+    @property
+    def names_n(self) -> bool: ...
+    @property
+    def rank(self) -> float: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A term of a training loss, which no evaluator measures: lower is better by definition."""
+
+    key: str
+    title_elsewhere: str = ""
+    names_n: bool = False
+    rank: float = 500  # behind the metrics that are built in, before those of plug-ins
+    higher_is_better: bool = False
+
+    @property
+    def title(self) -> str:
+        """`Loss, MSE`."""
+        return f"Loss, {self.key.removeprefix(LOSS).upper()}"
+
+
+def known(key: str) -> KnownMetric | None:
+    """The registered metric of that key, or the one that a suite measures under it, or a loss; None for any other."""
+    if key in registry.metrics:
+        return registry.metrics.get(key)
+    found = _of_suites(tuple(registry.suites.names())).get(key)
+    if found is None and key.startswith(LOSS):
+        return Loss(key=key)
+    return found
+
+
+def higher_is_better(record: Record) -> bool | None:
+    """Whether a higher value is better; None where neither the record nor the registry states it."""
+    if record.higher_is_better is not None:
+        return record.higher_is_better
+    metric = known(record.metric)
+    return None if metric is None else metric.higher_is_better
+
+
+def shared_direction(records: Iterable[Record]) -> bool | None:
+    """Whether higher is better for records of one metric; None where none of them states it or two contradict."""
+    stated = {higher_is_better(record) for record in records} - {None}
+    return stated.pop() if len(stated) == 1 else None
+
+
+def rank(key: str) -> tuple[float, str]:
+    """The place of a metric in tables, to sort by: known metrics by their rank, all others behind them by key."""
+    metric = known(key)
+    return (math.inf if metric is None else metric.rank, key)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_suites(names: tuple[str, ...]) -> dict[str, KnownMetric]:
+    """The metrics of these suites by key; of several with one key the first suite's."""
+    found: dict[str, KnownMetric] = {}
+    for name in names:
+        for metric in registry.suites.get(name).metrics:
+            found.setdefault(metric.key, metric)
+    return found
