@@ -1,6 +1,6 @@
-"""Metrics: numbers that judge a sample set by what an extractor saw in it, each with paper, direction and minimum.
+"""Metrics: numbers computed from the features of a sample set, each with paper, direction and minimum number of samples.
 
-Those of METRICS take any features. Importing this module loads none of the metrics' code.
+The metrics in METRICS work on the features of any extractor. Importing this module loads none of the metrics' code.
 """
 
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number that judges a sample set. The object behind entry points of `harness.metrics`.
+    """A metric of a sample set. The object behind entry points of `harness.metrics`.
 
-    compute: "module:attribute" of a function Evidence -> {key: Estimate}; metrics that share one are computed together.
+    compute: "module:attribute" of a function MetricInputs -> {key: Estimate}; metrics with the same one are computed
+    together.
     """
 
     key: str
@@ -23,7 +24,7 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """The key, under the attribute by which registries know their items."""
+        """The key; registries find their items by the attribute `name`."""
         return self.key
 
     @property
@@ -31,7 +32,7 @@ class Metric:
         """One line for lists."""
         return f"{self.direction} is better, from {self.minimum} samples; {self.paper}"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.direction in ("lower", "higher"), self.direction
 
 

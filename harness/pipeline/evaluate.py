@@ -29,7 +29,7 @@ from results.records import Environment, Evaluation, Record, Sampling
 from results.store import append, load
 
 if TYPE_CHECKING:
-    from evaluators.division import Division
+    from evaluators.sharded_extraction import ShardedExtraction
     from evaluators.suites import Suite
 
 
@@ -46,7 +46,7 @@ class EvaluationConfig:
     device: str = "cpu"
     reference: ImageSource | None = None
     allow: tuple[str, ...] = ()
-    division: Division | None = None  # of extraction among processes; all but the first return no records
+    division: ShardedExtraction | None = None  # of extraction among processes; all but the first return no records
     picture: Path | None = None  # where the samples nearest to training images are drawn
     say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n")
 
@@ -149,15 +149,15 @@ def _measure(
         extractor = suite.features.load(judge.device, weights=judge.weights)
         if judge.statistics is not None:
             check_network(judge.statistics, extractor)
-        reference = build_reference(data.images, extractor, cache=cache, progress=progress, division=judge.division)
+        reference = build_reference(data.images, extractor, cache=cache, progress=progress, sharding=judge.division)
         if judge.statistics is not None:
             reference = with_statistics(reference, judge.statistics)
         measurements = evaluate_samples(
-            samples, reference, suite, progress=progress, picture=judge.picture, division=judge.division
+            samples, reference, suite, progress=progress, picture=judge.picture, sharding=judge.division
         )
     for each in measurements:
-        if each.remark:
-            judge.say(f"warning ({each.metric}): {each.remark}")
+        if each.warning:
+            judge.say(f"warning ({each.metric}): {each.warning}")
     judged = Evaluation(
         suite=suite.name,
         suite_version=str(suite.version),
@@ -189,22 +189,22 @@ def _measure(
 
 def _contribute(source: ImageSource, data: ImageSet, cache: Path | None, judge: EvaluationConfig) -> None:
     """The part of extraction that another process collects."""
-    from evaluators.reference import cached, contribute, images_sha256
+    from evaluators.reference import cached_features, compute_shard, images_sha256
 
     assert judge.division is not None
     extractor = judge.suite.features.load(judge.device, weights=judge.weights)
-    if cached(data.images, images_sha256(data.images), extractor, cache) is None:
-        contribute(data.images, extractor, judge.division)
-    contribute(source.array(), extractor, judge.division)
+    if cached_features(data.images, images_sha256(data.images), extractor, cache) is None:
+        compute_shard(data.images, extractor, judge.division)
+    compute_shard(source.array(), extractor, judge.division)
 
 
 def guard(
     source: ImageSource, data: ImageSet, protocol: Protocol, judge: EvaluationConfig, about: dict[str, Any]
 ) -> None:
     """Say what is doubtful about samples and reference, and refuse what makes no sense."""
-    from evaluators.guards import Task, check, enforce, survey
+    from evaluators.guards import GuardContext, check, collect_image_stats, enforce
 
-    task = Task(
+    context = GuardContext(
         minimum={metric.key: metric.minimum for metric in judge.suite.metrics},
         names=(judge.suite.name, about["system"]),
         classes=protocol.num_classes,
@@ -213,13 +213,13 @@ def guard(
         allow=judge.allow,
     )
     if judge.reference is not None:
-        reference = survey(judge.reference)
-        if reference.brings_statistics and judge.statistics is None:
+        reference = collect_image_stats(judge.reference)
+        if reference.has_statistics and judge.statistics is None:
             text = f"{reference.name} brings mu and sigma, which suite {judge.suite.name} does not use"
             judge.say(f"warning (reference-statistics): {text}: the distance is to its {reference.count} images")
     else:
-        reference = survey(data.images, name=f"data set {data.name}", labels=data.labels)
-    enforce(check(survey(source), reference, task), judge.say)
+        reference = collect_image_stats(data.images, name=f"data set {data.name}", labels=data.labels)
+    enforce(check(collect_image_stats(source), reference, context))
 
 
 PARTS = "parts"  # below the cache: features that one process of a process group leaves for another
@@ -240,8 +240,8 @@ def evaluate_and_record(
     group: ProcessGroup = SINGLE_PROCESS,  # among which extraction is divided; the leader has the records, the others none
 ) -> list[Record]:
     """Measure a sample set and append its records, or find them measured."""
-    from evaluators.division import Division
     from evaluators.reference import images_sha256
+    from evaluators.sharded_extraction import ShardedExtraction
 
     by = by or EvaluationConfig.of(protocol)
     about = fields_from_sidecar(path, samples_sha256(path), name)
@@ -252,7 +252,9 @@ def evaluate_and_record(
     if group.broadcast(int(found is not None)):
         return found or []
     if group.size > 1:
-        by = dataclasses.replace(by, division=Division(index=group.index, size=group.size, folder=cache / PARTS))
+        by = dataclasses.replace(
+            by, division=ShardedExtraction(index=group.index, size=group.size, folder=cache / PARTS)
+        )
     made = evaluate_samples_file(path, protocol, data, cache=cache, judge=by, name=name)
     if group.is_main:
         append(records, made)
