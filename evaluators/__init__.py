@@ -1,1 +1,1 @@
-"""How samples are judged: feature extractors, statistics, metrics with intervals, and the suites that bundle them."""
+"""Evaluation of samples: feature extractors, statistics, metrics with intervals, and the suites that bundle them."""

@@ -1,22 +1,22 @@
-"""The metrics of suite `adm` from evidence: ADM's functions (evaluators/adm.py) given what was seen in the images."""
+"""The metrics of suite `adm`: ADM's functions (evaluators/adm.py) applied to a sample set's features."""
 
 from evaluators import adm
-from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
+from evaluators.metric_inputs import MetricInputs
 from harness.errors import UserError
 
 
-def compute(evidence: Evidence) -> dict[str, Estimate]:
+def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metrics "fid", "sfid", "is", "precision" and "recall" in mode `adm`; rows in file order."""
-    own, reference = evidence.features, evidence.reference
-    if own.spatial is None or own.logits is None or reference.spatial_statistics is None:
-        raise UserError("suite adm needs an Inception's spatial features and logits; its network alone gives them")
+    features, reference = inputs.features, inputs.reference
+    if features.spatial is None or features.logits is None or reference.spatial_statistics is None:
+        raise UserError("suite adm needs spatial features and logits, which only the 2015 Inception network gives")
     return adm.estimates(
-        own.pooled,
-        own.spatial,
-        own.logits,
+        features.pooled,
+        features.spatial,
+        features.logits,
         reference_pooled=reference.features.pooled,
         reference_statistics=reference.statistics,
         reference_spatial_statistics=reference.spatial_statistics,
-        block=evidence.block,
+        block=inputs.block,
     )

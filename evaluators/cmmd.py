@@ -4,33 +4,37 @@
 
 The means run over all pairs, a row with itself included: the biased, minimum-variance estimator of Gretton et al.
 (JMLR 13, 2012, eq. 5), which google-research/google-research 4c42994, cmmd/distance.py computes in float32; here it is
-float64. It lies above the unbiased one (eq. 3 there) by about 1000 * (1 / N + 1 / M) * (1 - mean k), which for vectors
+float64. It is larger than the unbiased estimator (eq. 3 there) by about 1000 * (1 / N + 1 / M) * (1 - mean k), which for vectors
 of length 1 is at most 10 * (1 / N + 1 / M): 0.002 for 10,000 images on each side.
 
-The bandwidth of 10 is for the features of that paper, CLIP ViT-L/14-336 embeddings of length 1. On any other features
-this is still a distance, but not CMMD, and where distances are far above 10 the kernel sees nothing but equal rows.
+The bandwidth of 10 is for the features of that paper, CLIP ViT-L/14-336 embeddings of length 1. On other features the
+result is still a distance, but not CMMD; if feature distances are far above 10, only equal rows contribute.
 """
+
+from typing import TypeVar
 
 import numpy as np
 
 from evaluators.distances import centred, squared_distances
-from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
+from evaluators.metric_inputs import MetricInputs
 
 SIGMA = 10.0
 SCALE = 1000.0
 
+Value = TypeVar("Value", float, np.ndarray)  # of one set, or of many at once
+
 
 def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, unbiased: bool = False) -> Estimate:
-    """CMMD of features (N, D) from reference (M, D), and without each block int64 (N,).
+    """CMMD between features (N, D) and reference (M, D); block int64 (N,).
 
-    unbiased: leave pairs of a row with itself out, so that the value may be negative; N and M at least 3 then.
+    unbiased: leave out pairs of a row with itself; the value may then be negative, and N and M must be at least 3.
     """
     x, y = centred(features, reference)
     n, m = len(x), len(y)
     member = np.eye(int(block.max()) + 1)[block]  # (N, B) one-hot
     sizes = member.sum(axis=0)
-    # 1 - k in place of k: near each other the kernel is 1 minus very little, and sums of ones would drown it.
+    # Sums are of 1 - k instead of k: for near rows k is 1 minus very little, which would be lost in sums of ones.
     within, across, reference_sum = np.zeros((len(sizes),) * 2), np.zeros(len(sizes)), 0.0
     for rows, d in squared_distances(x, x):
         within += member[rows].T @ (_one_less_kernel(_without_self(rows, d)) @ member)
@@ -40,7 +44,7 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, 
         reference_sum += float(_one_less_kernel(_without_self(rows, d)).sum())
     less = 1.0 if unbiased else 0.0
 
-    def distance(count, pairs, cross):
+    def distance(count: Value, pairs: Value, cross: Value) -> Value:
         return SCALE * (2.0 * cross / (count * m) - pairs / (count * (count - less)) - reference_sum / (m * (m - less)))
 
     kept_pairs = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)
@@ -49,7 +53,7 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, 
 
 
 def _without_self(rows: slice, d: np.ndarray) -> np.ndarray:
-    d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = 0.0  # and not what rounding leaves
+    d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = 0.0  # exactly 0, instead of the rounding error
     return d
 
 
@@ -60,6 +64,6 @@ def _one_less_kernel(d: np.ndarray) -> np.ndarray:
     return np.negative(d, out=d)
 
 
-def compute(evidence: Evidence) -> dict[str, Estimate]:
+def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metric "cmmd"."""
-    return {"cmmd": estimate(evidence.features.pooled, evidence.reference.features.pooled, evidence.block)}
+    return {"cmmd": estimate(inputs.features.pooled, inputs.reference.features.pooled, inputs.block)}

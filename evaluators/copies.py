@@ -1,33 +1,33 @@
-"""The share of samples that are copies of training images: the cheapest witness against a network that learnt its data
-by heart.
+"""The share of samples that are copies of training images: a cheap test of memorisation.
 
-Nearest neighbours in pixels, Euclidean. What counts as a copy is read off the training images themselves: closer to a
-training image than all but 1 % of the training images are to their own nearest neighbour. So fresh real images score
-about 1 % by construction (`EXPECTED_SHARE`), the threshold moves with data set and resolution, and an exact copy
+Nearest neighbours in pixels, Euclidean. A sample counts as a copy if its distance to the nearest training image is at
+most the 1 % quantile of the distances between training images and their nearest neighbours. So held-out real images
+score about 1 % by construction (`EXPECTED_SHARE`), the threshold follows data set and resolution, and an exact copy
 always counts.
-Pixels see copies, not retouched ones: a shifted or recoloured training image is not found.
+Pixel distances find exact or nearly exact copies only: a shifted or recoloured training image is not found.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate, block_sums
+from evaluators.metric_inputs import MetricInputs
 from harness.io.progress import Bar
 
 EXPECTED_SHARE = 0.01
 MAX_SIDE = 32  # larger images are compared after summing boxes of pixels
-THRESHOLD_IMAGES = 2000  # so many training images, evenly spaced, are enough to place a 1 % quantile
+THRESHOLD_IMAGES = 2000  # evenly spaced training images from which the 1 % quantile is estimated
 ROWS_PER_BLOCK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """share: of N samples at or below the threshold. is_copy: bool (N,). nearest: int64 (N,), index of the nearest
-    training image.
-    distance: float64 (N,), to that image, root mean square over the compared pixels in grey levels (0 to 255);
-    threshold: same unit.
+    """Copies of training images among N samples.
+
+    share: of samples with distance <= threshold. is_copy: bool (N,). nearest: int64 (N,), index of the nearest training
+    image. distance: float64 (N,), to that image: root mean square over the compared pixels, in grey levels (0 to 255).
+    threshold: in the same unit.
     """
 
     share: float
@@ -38,7 +38,7 @@ class Copies:
 
 
 def _rows(images: np.ndarray) -> tuple[np.ndarray, float]:
-    """Images as integer rows (N, P), and what a distance between rows must be divided by to be RMS grey levels."""
+    """Images as integer rows (N, P), and the divisor that turns a distance between rows into RMS grey levels."""
     n, height, width, channels = images.shape
     f = -(-max(height, width) // MAX_SIDE)
     h, w = height // f, width // f
@@ -50,9 +50,11 @@ def _rows(images: np.ndarray) -> tuple[np.ndarray, float]:
     return sums, f * f * float(np.sqrt(sums.shape[1]))
 
 
-def _nearest(x: np.ndarray, y: np.ndarray, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Index (N,) of and squared distance (N,) to the nearest row of y; own (N,): the row of y that x[i] itself is,
-    left out."""
+def _nearest(x: np.ndarray, y: np.ndarray, itself: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Index (N,) of the nearest row of y to each row of x, and the squared distance (N,) to it.
+
+    itself: int64 (N,), where x[i] is row itself[i] of y; that row is left out.
+    """
     index, best = np.zeros(len(x), dtype=np.int64), np.full(len(x), np.inf)
     with Bar("distances", len(y), "images") as bar:
         for j in range(0, len(y), ROWS_PER_BLOCK):
@@ -62,10 +64,10 @@ def _nearest(x: np.ndarray, y: np.ndarray, own: np.ndarray | None = None) -> tup
                 rows = slice(i, i + ROWS_PER_BLOCK)
                 u = x[rows].astype(np.float64)
                 d = np.einsum("np,np->n", u, u)[:, None] + v_norm - 2.0 * (u @ v.T)  # exact: integers below 2^53
-                if own is not None:
-                    mine = own[rows] - j
-                    here = np.flatnonzero((mine >= 0) & (mine < len(v)))
-                    d[here, mine[here]] = np.inf
+                if itself is not None:
+                    column = itself[rows] - j
+                    here = np.flatnonzero((column >= 0) & (column < len(v)))
+                    d[here, column[here]] = np.inf
                 k = d.argmin(axis=1)
                 closest = d[np.arange(len(d)), k]
                 better = closest < best[rows]
@@ -76,12 +78,12 @@ def _nearest(x: np.ndarray, y: np.ndarray, own: np.ndarray | None = None) -> tup
 
 
 def find_copies(images: np.ndarray, training: np.ndarray) -> Copies:
-    """Look for copies among images uint8 (N, H, W, C) of training uint8 (T, H, W, C), T >= 2."""
+    """Find the images uint8 (N, H, W, C) that are copies of training images uint8 (T, H, W, C), T >= 2."""
     x, unit = _rows(images)
     y, _ = _rows(training)
     probe = np.unique(np.linspace(0, len(y) - 1, min(len(y), THRESHOLD_IMAGES)).astype(np.int64))
-    own_distance = np.sqrt(_nearest(y[probe], y, own=probe)[1])
-    threshold = float(np.quantile(own_distance, EXPECTED_SHARE))
+    training_distance = np.sqrt(_nearest(y[probe], y, itself=probe)[1])
+    threshold = float(np.quantile(training_distance, EXPECTED_SHARE))
     nearest, squared = _nearest(x, y)
     distance = np.sqrt(squared)
     is_copy = distance <= threshold
@@ -94,9 +96,9 @@ def find_copies(images: np.ndarray, training: np.ndarray) -> Copies:
     )
 
 
-def compute(evidence: Evidence) -> dict[str, Estimate]:
+def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metric "copies"."""
-    found = find_copies(evidence.images, evidence.training)
-    hits = block_sums(found.is_copy.astype(np.float64), evidence.block)
-    left_out = (hits.sum() - hits) / (len(found.is_copy) - np.bincount(evidence.block))
+    found = find_copies(inputs.images, inputs.training)
+    hits = block_sums(found.is_copy.astype(np.float64), inputs.block)
+    left_out = (hits.sum() - hits) / (len(found.is_copy) - np.bincount(inputs.block))
     return {"copies": Estimate(value=found.share, left_out=left_out, trials=len(found.is_copy))}

@@ -11,15 +11,16 @@ PAIRS_AT_ONCE = 4096
 
 
 def centred(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both sets as float64, moved so that y (M, D) has mean 0: distances stay, and what cancels in them is smallest."""
+    """x and y as float64, minus the mean of y (M, D): distances stay equal, and their cancellation error is smallest."""
     centre = y.mean(axis=0, dtype=np.float64)
     return x - centre, y - centre
 
 
 def squared_distances(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Row ranges of u float64 (N, D) and their squared distances to all of v (M, D): float64 (rows, M), ours to change.
+    """Yields (rows, d): ranges of rows of u float64 (N, D) and their squared distances d float64 (rows, M) to v (M, D).
 
-    They are wrong by at most `rounding(u, v)`, which is much where two rows are nearly equal: see `exact`.
+    The caller may overwrite d. Its error is at most `rounding_bound(u, v)`, which is large relative to the distance of
+    two nearly equal rows; `exact_squared_distances` has no such error.
     """
     u_norm, v_norm = np.einsum("nd,nd->n", u, u), np.einsum("nd,nd->n", v, v)
     with Bar("distances", len(u), "images") as bar:
@@ -33,14 +34,14 @@ def squared_distances(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, np.
             bar.advance(rows.stop - rows.start)
 
 
-def rounding(u: np.ndarray, v: np.ndarray) -> float:
+def rounding_bound(u: np.ndarray, v: np.ndarray) -> float:
     """Upper bound on the error of `squared_distances` (Higham, Accuracy and Stability, 2002, sec. 3.1)."""
     largest = sum(float(np.einsum("nd,nd->n", x, x).max()) for x in (u, v))
     return (u.shape[1] + 8) * np.finfo(np.float64).eps * largest
 
 
-def exact(u: np.ndarray, v: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Squared distances float64 (P,) of the rows u[i] and v[j] from their difference: equal rows are at exactly 0."""
+def exact_squared_distances(u: np.ndarray, v: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Squared distances float64 (P,) of the rows u[i] and v[j], from their differences: exactly 0 for equal rows."""
     out = np.empty(len(i))
     for start in range(0, len(i), PAIRS_AT_ONCE):
         part = slice(start, start + PAIRS_AT_ONCE)
@@ -49,9 +50,9 @@ def exact(u: np.ndarray, v: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndar
 
 
 def radii(x: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance float64 (N,) of every row of x float64 (N, D) to its k-th nearest other row, N > k; exact."""
+    """Squared distance float64 (N,) from every row of x float64 (N, D) to its k-th nearest other row, N > k; exact."""
     index = np.empty(len(x), dtype=np.int64)
     for rows, d in squared_distances(x, x):
         d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = np.inf  # a row is not its own neighbour
         index[rows] = d.argmin(axis=1) if k == 1 else np.argpartition(d, k - 1, axis=1)[:, k - 1]
-    return exact(x, x, np.arange(len(x)), index)
+    return exact_squared_distances(x, x, np.arange(len(x)), index)

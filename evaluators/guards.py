@@ -1,14 +1,15 @@
-"""Guards: what makes no sense is refused before a number is formed, what is doubtful is said beside it.
+"""Guards: checks of samples and reference that refuse meaningless evaluations and warn about doubtful ones.
 
-`survey` looks once at every image; `check` compares two surveys and what the suite expects, and answers with findings.
-Refused is what makes the number wrong or meaningless for certain, and can be mended; a warning is what may be the truth
-about a bad model or a strange data set. GUARDS holds each name with its rule and reason. Not here, because they are
-refused elsewhere: arrays that are not uint8 or have channels first (`harness.images.source`), features that are not
-finite (`evaluators.reference.extract`).
+`collect_image_stats` reads every image once; `check` compares the statistics of two sets with what the suite expects,
+and returns findings. An input is refused if it certainly makes the number wrong or meaningless and the user can fix it.
+A warning is about an input that may be the true output of a bad model, or an unusual data set. GUARDS has the rule and
+the reason of each guard by name. Other checks are elsewhere: arrays that are not uint8 or have channels first
+(`harness.images.source`), features that are not finite (`evaluators.reference.extract`).
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,14 @@ from harness.errors import UserError
 from harness.images.source import ImageSource, from_batches
 from harness.registry import unknown
 
+logger = logging.getLogger(__name__)
+
 BATCH = 256
-TRACE_BLOCKS = 1024  # 8 x 8 blocks of each batch that are searched for traces of JPEG and counted into the histogram
-DUPLICATES = 0.01  # Fashion-MNIST's 60,000 and the 1,797 digits have none at all
-CONSTANT = 0.5
-COPIES = 0.01
-SWAPPED = 0.5
+TRACE_BLOCKS = 1024  # 8 x 8 blocks of each batch that enter the JPEG test and the histogram
+MAX_DUPLICATES = 0.01  # Fashion-MNIST (60,000 images) and the digits (1,797) have no duplicates
+MAX_CONSTANT = 0.5
+MAX_COPIES = 0.01
+MIN_SWAPPED = 0.5
 UNEVEN_P = 1e-6
 ADM_IMAGES = 10_000  # images in ADM's reference batches of ImageNet 64, 128 and 256 (512 has 1,000)
 
@@ -34,50 +37,57 @@ GUARDS = {
     "name-of-count": "refused: fewer images than a name promises (FID-50K: 50,000); FID falls with N, so the name misleads",
     "duplicates": "refused when fewer distinct images are left than a metric needs, or only one; else a warning above 1 %"
     " (and twice the reference's share): a generator may collapse, but equal noise in every process looks the same",
-    "constant": "refused when more than half are one flat colour (a failed decoding); else a warning, for a single black"
-    " image is how a NaN is often written",
+    "constant": "refused when more than half are one flat colour (a failed decoding); else a warning, because a single"
+    " black image is often a NaN",
     "unit-range": "refused: no value above 1; pixels in [0, 1] were cast to uint8",
-    "signed-range": "refused: only 0, 1 and 255; pixels in [-1, 1] were cast to uint8. Only 0 and 255 is a warning unless"
-    " the reference is so too, as bilevel images are",
-    "half-range": "a warning: all but 0.1 % of the values lie in one half of 0..255, and the reference's do not; a forgotten"
-    " scaling, or a dark model",
-    "jpeg": "refused: samples kept as JPEG against a lossless reference, for they can be saved again. A warning: traces of"
-    " JPEG in the pixels, or a JPEG reference, which may be all there is",
+    "signed-range": "refused: only 0, 1 and 255; pixels in [-1, 1] were cast to uint8. Only 0 and 255 is a warning, unless"
+    " the reference has only these values as well, as bilevel images have",
+    "half-range": "a warning: all but 0.1 % of the values lie in one half of 0..255, and the reference's do not; a missing"
+    " scaling, or a model whose images are too dark",
+    "jpeg": "refused: samples stored as JPEG against a lossless reference; save them without loss. A warning: traces of"
+    " JPEG in the pixels, or a reference stored as JPEG, which may be the only one",
     "same-images": "refused: samples and reference are the same images; the distance is 0 by construction",
-    "swapped": "refused: half of the reference is among the samples, or only the samples bring mu and sigma",
+    "swapped": "refused: half of the reference is among the samples, or only the samples have mu and sigma",
     "copies": "a warning: more than 1 % of the samples are images of the reference",
-    "statistics-in-samples": "a warning: the samples bring mu and sigma, which ADM's evaluator would use instead of pixels",
+    "statistics-in-samples": "a warning: the samples have mu and sigma, which ADM's evaluator would use instead of pixels",
     "resolution": "refused: samples and reference differ in height, width or channels; resizing one changes the number",
-    "reference-statistics": "refused for 10,000 images without mu and sigma where the suite takes these from the file:"
-    " ADM's images, meant for precision and recall. A warning for another number of images, or another suite",
-    "labels-missing": "a warning: the task has classes and the samples no labels, so their balance cannot be checked",
-    "labels-outside": "refused: a label that the task does not have",
-    "labels-uneven": "a warning: class counts differ by more than 1 where they were meant to be balanced, or are less even"
+    "reference-statistics": "refused: 10,000 images without mu and sigma where the suite takes these from the file: ADM's"
+    " images for precision and recall. A warning for another number of images, or another suite",
+    "labels-missing": "a warning: the protocol has classes and the samples have no labels, so their balance is unknown",
+    "labels-outside": "refused: a label outside the protocol's classes",
+    "labels-uneven": "a warning: class counts of balanced labels differ by more than 1, or random labels are less even"
     " than chance makes them once in a million draws (chi-square); FID compares class shares as well",
 }
-NEVER_ALLOWED = ("too-few", "resolution", "labels-outside")  # no number could be formed, or it would have no meaning
+NEVER_ALLOWED = (
+    "too-few",
+    "resolution",
+    "labels-outside",
+)  # without them no number can be computed, or it has no meaning
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """name: a key of GUARDS. level: "refuse" or "warn". text: one line, what and what to do."""
+    """The result of a guard that fired.
+
+    name: a key of GUARDS. level: "refuse" or "warn". text: one line that says what is wrong and what to do.
+    """
 
     name: str
     level: str
     text: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.name in GUARDS and self.level in ("refuse", "warn"), self
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """What the suite and the protocol expect.
+class GuardContext:
+    """What the suite and the protocol expect of the samples.
 
-    minimum: fewest images by metric. names: of metrics, suite, protocol and row, searched for such as FID-50K. classes:
-    how many there are; None: unconditional. label_policy: "random", "balanced" or None (not known).
-    reference_statistics: the suite takes mu and sigma from the reference's file. allow: names of GUARDS whose refusal
-    the user has waived; it becomes a warning.
+    minimum: fewest images, by metric. names: of metrics, suite, protocol and row, which are searched for counts such as
+    FID-50K. classes: number of classes; None: unconditional. label_policy: "random", "balanced" or None (unknown).
+    reference_statistics: whether the suite takes mu and sigma from the reference's file. allow: names of GUARDS that the
+    user waives; their refusals become warnings. Raises UserError for a name that does not exist or cannot be waived.
     """
 
     minimum: Mapping[str, int] = field(default_factory=dict)
@@ -87,7 +97,7 @@ class Task:
     reference_statistics: bool = False
     allow: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in self.allow:
             if name not in GUARDS:
                 raise UserError(unknown("guard", name, GUARDS))
@@ -96,130 +106,133 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Survey:
-    """What one pass over a set of images finds.
-
-    sha256: of shape and pixels. hashes: int64 (N,), equal for equal images (within one process). constant, distinct:
-    numbers of images. lowest, highest: of all values. wrapped: no value but 0, 1 and 255. ones: 1 is among them.
-    histogram: int64 (256,) of first-channel values of some images, spread over the set. jpeg: traces of JPEG in the
-    pixels.
-    """
+class ImageStats:
+    """Statistics of the pixels of a set of images, collected in one pass."""
 
     name: str
     count: int
-    shape: tuple[int, int, int]
-    labels: np.ndarray | None
-    lossy: bool
-    extra_arrays: tuple[str, ...]
+    shape: tuple[int, int, int]  # H, W, C
+    labels: np.ndarray | None  # int64 (N,)
+    lossy: bool  # some images were stored with loss (JPEG)
+    extra_arrays: tuple[str, ...]  # names of other arrays in the file
     notes: tuple[str, ...]
-    sha256: str | None
-    hashes: np.ndarray
-    distinct: int
-    constant: int
-    first_constant: int | None
-    lowest: int
-    highest: int
-    wrapped: bool
-    ones: bool
-    histogram: np.ndarray
-    jpeg: bool
+    sha256: str | None  # of shape and pixels; None: not known
+    hashes: np.ndarray  # int64 (N,), equal for equal images; comparable within one process only
+    distinct: int  # number of distinct images
+    constant: int  # number of images of one flat colour
+    first_constant: int | None  # index of the first of them
+    lowest: int  # smallest pixel value
+    highest: int  # largest pixel value
+    only_0_1_255: bool  # no other values than these, as after a cast of [-1, 1] to uint8
+    has_ones: bool  # then: 1 is one of the values
+    histogram: np.ndarray  # int64 (256,): first-channel values of some images, spread over the set
+    jpeg_traces: bool  # the pixels show traces of JPEG
 
     @property
-    def brings_statistics(self) -> bool:
+    def has_statistics(self) -> bool:
         """Whether the file holds mu and sigma."""
         return {"mu", "sigma"} <= set(self.extra_arrays)
 
 
-def survey(
+def collect_image_stats(
     images: ImageSource | np.ndarray,
     *,
     name: str | None = None,
     labels: np.ndarray | None = None,  # of an array; a source has its own
-    progress: Callable[[str, int, int | None], None] | None = None,  # (stage, images done, images in all)
-) -> Survey:
-    """Look at every image once, in batches: about 10 us an image of 64 x 64 x 3, and the content hash beside it."""
+    progress: Callable[[str, int, int | None], None] | None = None,  # (stage, images done, total)
+) -> ImageStats:
+    """Statistics of all images, read once in batches: about 10 us for an image of 64 x 64 x 3, plus the content hash."""
     if isinstance(images, np.ndarray):
         if len(images) == 0:
-            raise UserError(f"{name or 'the images'}: there are none")
+            raise UserError(f"{name or 'the images'}: there are no images")
         images = from_batches([images], len(images), labels=labels, name=name or "the images")
     name = name or images.name
     per_image = max(1, (images.shape[0] // 8) * (images.shape[1] // 8))
-    traces, histogram, hashes, searched = JpegTraces(), np.zeros(256, np.int64), [], set()
-    constant, first_constant, lowest, highest, wrapped, ones = 0, None, 255, 0, True, False
+    traces, histogram = JpegTraces(), np.zeros(256, np.int64)
+    hashes: list[int] = []
+    traced: set[int] = set()  # hashes of the images that are in `traces`
+    constant, lowest, highest, only_0_1_255, has_ones = 0, 255, 0, True, False
+    first_constant: int | None = None
     for batch in images.batches(BATCH):
         flat = np.ascontiguousarray(batch).reshape(len(batch), -1)  # (n, H*W*C)
         lowest, highest = min(lowest, int(flat.min())), max(highest, int(flat.max()))
-        wrapped = wrapped and int((flat + np.uint8(1)).max()) <= 2  # 255 becomes 0
-        ones = ones or (wrapped and bool((flat == 1).any()))
-        # one flat colour: equal to itself shifted by a pixel; a short look first spares most images the long one
+        only_0_1_255 = only_0_1_255 and int((flat + np.uint8(1)).max()) <= 2  # 255 becomes 0
+        has_ones = has_ones or (only_0_1_255 and bool((flat == 1).any()))
+        # One flat colour: the image equals itself shifted by a pixel. Testing 64 pixels first rules most images out.
         channels = batch.shape[3]
         head = flat[:, : 64 * channels]
-        maybe = np.flatnonzero((head[:, channels:] == head[:, :-channels]).all(axis=1))
-        flats = maybe[(flat[maybe, channels:] == flat[maybe, :-channels]).all(axis=1)]
+        candidates = np.flatnonzero((head[:, channels:] == head[:, :-channels]).all(axis=1))
+        flats = candidates[(flat[candidates, channels:] == flat[candidates, :-channels]).all(axis=1)]
         if len(flats) and first_constant is None:
             first_constant = len(hashes) + int(flats[0])
         constant += len(flats)
-        here = [hash(row.tobytes()) for row in flat]  # SipHash of 64 bits: equal pixels, equal hash
-        hashes += here
+        batch_hashes = [hash(row.tobytes()) for row in flat]  # SipHash of 64 bits: equal pixels have equal hashes
+        hashes += batch_hashes
         some = range(0, len(batch), -(-len(batch) * per_image // TRACE_BLOCKS))
         histogram += np.bincount(batch[some][..., 0].ravel(), minlength=256)
-        fresh = {here[i]: i for i in some if here[i] not in searched}  # copies of one image would pass for a comb
-        searched.update(fresh)
+        fresh = {batch_hashes[i]: i for i in some if batch_hashes[i] not in traced}  # copies would look like a comb
+        traced.update(fresh)
         traces.add(batch[sorted(fresh.values())])
         if progress is not None:
-            progress(f"survey of {name}", len(hashes), images.count)
-    known = np.array(hashes, np.int64)
-    return Survey(
+            progress(f"pixel statistics of {name}", len(hashes), images.count)
+    all_hashes = np.array(hashes, np.int64)
+    height, width, channels = images.shape
+    return ImageStats(
         name=name,
-        count=len(known),
-        shape=tuple(images.shape),
+        count=len(all_hashes),
+        shape=(height, width, channels),
         labels=images.labels,
         lossy=images.lossy,
         extra_arrays=tuple(images.extra_arrays),
         notes=tuple(images.notes),
         sha256=images.sha256() if images.content_known else None,
-        hashes=known,
-        distinct=len(np.unique(known)),
+        hashes=all_hashes,
+        distinct=len(np.unique(all_hashes)),
         constant=constant,
         first_constant=first_constant,
         lowest=lowest,
         highest=highest,
-        wrapped=wrapped,
-        ones=ones,
+        only_0_1_255=only_0_1_255,
+        has_ones=has_ones,
         histogram=histogram,
-        jpeg=traces.jpeg,
+        jpeg_traces=traces.jpeg,
     )
 
 
 def check(
-    samples: Survey | ImageSource | np.ndarray, reference: Survey | ImageSource | np.ndarray | None, task: Task
+    samples: ImageStats | ImageSource | np.ndarray,
+    reference: ImageStats | ImageSource | np.ndarray | None,
+    context: GuardContext,
 ) -> list[Finding]:
-    """Every finding, refusals first; none means that nothing speaks against the number. None: there is no reference."""
-    if not isinstance(samples, Survey):
-        samples = survey(samples, name=None if isinstance(samples, ImageSource) else "the samples")
-    if reference is not None and not isinstance(reference, Survey):
-        reference = survey(reference, name=None if isinstance(reference, ImageSource) else "the reference")
-    found = [each for guard in (_counts, _content, _range, _labels) for each in guard(samples, reference, task)]
+    """All findings, refusals first. reference: None if there is none; its guards are then skipped."""
+    if not isinstance(samples, ImageStats):
+        samples = collect_image_stats(samples, name=None if isinstance(samples, ImageSource) else "the samples")
+    if reference is not None and not isinstance(reference, ImageStats):
+        reference = collect_image_stats(reference, name=None if isinstance(reference, ImageSource) else "the reference")
+    findings = [*_counts(samples, context), *_content(samples, reference, context)]
+    findings += [*_range(samples, reference), *_labels(samples, reference, context)]
     if reference is not None:
-        found += [each for guard in (_pair, _jpeg, _reference) for each in guard(samples, reference, task)]
+        findings += [*_pair(samples, reference), *_jpeg(samples, reference)]
+        findings += _reference(samples, reference, context)
     elif samples.lossy:
-        found.append(_warn("jpeg", f"{samples.name} was stored with loss (JPEG); save PNG files or an npz"))
-    waived = [
-        Finding(name=each.name, level="warn", text=f"{each.text} (allowed)") if each.name in task.allow else each
-        for each in found
+        findings.append(_warn("jpeg", f"{samples.name} was stored with loss (JPEG); save PNG files or an npz"))
+    findings = [
+        _warn(finding.name, f"{finding.text} (allowed)") if finding.name in context.allow else finding
+        for finding in findings
     ]
-    return sorted(waived, key=lambda each: each.level != "refuse")
+    return sorted(findings, key=lambda finding: finding.level != "refuse")
 
 
-def enforce(findings: list[Finding], say: Callable[[str], None]) -> None:
-    """Say the warnings, and raise one UserError for the refusals: the first in words, others by name."""
-    for each in findings:
-        if each.level == "warn":
-            say(f"warning ({each.name}): {each.text}")
-    refusals = [each for each in findings if each.level == "refuse"]
+def enforce(findings: list[Finding]) -> None:
+    """Log the warnings, and raise one UserError for the refusals: text of the first, names of the others."""
+    for finding in findings:
+        if finding.level == "warn":
+            logger.warning("%s (%s)", finding.text, finding.name)
+    refusals = [finding for finding in findings if finding.level == "refuse"]
     if refusals:
-        others = ", ".join(dict.fromkeys(each.name for each in refusals[1:] if each.name != refusals[0].name))
-        raise UserError(f"{refusals[0].text} ({refusals[0].name}{f'; also {others}' if others else ''})")
+        first = refusals[0]
+        others = ", ".join(dict.fromkeys(finding.name for finding in refusals[1:] if finding.name != first.name))
+        raise UserError(f"{first.text} ({first.name}{f'; also {others}' if others else ''})")
 
 
 def _refuse(name: str, text: str) -> Finding:
@@ -230,33 +243,34 @@ def _warn(name: str, text: str) -> Finding:
     return Finding(name=name, level="warn", text=text)
 
 
-def _counts(samples: Survey, reference: Survey | None, task: Task) -> Iterator[Finding]:
-    short = [f"{metric} needs {least}" for metric, least in task.minimum.items() if samples.count < least]
+def _counts(samples: ImageStats, context: GuardContext) -> Iterator[Finding]:
+    short = [f"{metric} needs {least}" for metric, least in context.minimum.items() if samples.count < least]
     if short:
         yield _refuse("too-few", f"{samples.name}: {samples.count} images are too few: {', '.join(short)}; draw more")
-    for name in task.names:
+    for name in context.names:
         promised = re.search(r"(?i)(?<![a-z])s?(?:fid|fd|kid|is|inception)[-_ ]?([0-9]+)k(?![a-z0-9])", name)
         if promised and samples.count < int(promised[1]) * 1000:
             text = f"{samples.name}: {name!r} promises {promised[1]},000 images, there are {samples.count}"
-            yield _refuse("name-of-count", f"{text}; draw more, or call it by what it is")
+            yield _refuse("name-of-count", f"{text}; draw more, or choose another name")
 
 
-def _content(samples: Survey, reference: Survey | None, task: Task) -> Iterator[Finding]:
-    least = max(task.minimum.values(), default=0)
+def _content(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
+    least = max(context.minimum.values(), default=0)
     natural = 0.0 if reference is None else 1 - reference.distinct / reference.count
     for images in (samples, reference) if reference is not None else (samples,):
         share = 1 - images.distinct / images.count
         text = f"{images.name}: only {images.distinct} of {images.count} images are distinct"
-        hint = (
-            "was the same noise drawn in every process or batch?" if images is samples else "make the reference again"
-        )
+        if images is samples:
+            hint = "was the same noise drawn in every process or batch?"
+        else:
+            hint = "make the reference again"
         if images.count > 1 and (
             images.distinct == 1 or (images is samples and images.distinct < least <= images.count)
         ):
             yield _refuse("duplicates", f"{text}; {hint}")
-        elif share > DUPLICATES and (images is reference or share > 2 * natural):
+        elif share > MAX_DUPLICATES and (images is reference or share > 2 * natural):
             yield _warn("duplicates", f"{text}; {hint}")
-        if images.constant > CONSTANT * images.count:
+        if images.constant > MAX_CONSTANT * images.count:
             text = f"{images.name}: {images.constant} of {images.count} images are one flat colour"
             yield _refuse("constant", f"{text}; look at image {images.first_constant}: its decoding failed")
         elif images.constant and (
@@ -268,116 +282,114 @@ def _content(samples: Survey, reference: Survey | None, task: Task) -> Iterator[
             yield _warn("constant", f"{text} (first: image {images.first_constant}); black is often a NaN")
 
 
-def _range(samples: Survey, reference: Survey | None, task: Task) -> Iterator[Finding]:
+def _range(samples: ImageStats, reference: ImageStats | None) -> Iterator[Finding]:
     for images in (samples, reference) if reference is not None else (samples,):
         if images.lowest == images.highest:
-            continue  # said as constant or as duplicates
+            continue  # a finding of constant or duplicates
         if images.highest <= 1:
             yield _refuse(
                 "unit-range", f"{images.name}: values are 0 and 1 only; multiply by 255 before the cast to uint8"
             )
-        elif images.wrapped and images.ones:
+        elif images.only_0_1_255 and images.has_ones:
             text = f"{images.name}: values are 0, 1 and 255 only, as when [-1, 1] is cast to uint8"
             yield _refuse("signed-range", f"{text}; scale to 0..255 first")
     if reference is None:
         return
-    bilevel = samples.wrapped and not samples.ones and (samples.lowest, samples.highest) == (0, 255)
-    if bilevel and not reference.wrapped:
+    bilevel = samples.only_0_1_255 and not samples.has_ones and (samples.lowest, samples.highest) == (0, 255)
+    if bilevel and not reference.only_0_1_255:
         yield _warn("signed-range", f"{samples.name}: values are 0 and 255 only, the reference's are not")
-    halves = [_half(each) for each in (samples, reference)]
-    if halves[0] and halves[0] != halves[1] and samples.highest > 1 and samples.lowest < samples.highest:
-        yield _warn(
-            "half-range", f"{samples.name}: values lie {halves[0]} only, the reference's do not; was it scaled?"
-        )
+    half = _half_range(samples)
+    if half and half != _half_range(reference) and samples.highest > 1 and samples.lowest < samples.highest:
+        yield _warn("half-range", f"{samples.name}: values lie {half} only, the reference's do not; were they scaled?")
 
 
-def _half(images: Survey) -> str | None:
-    """The half of 0..255 that holds all but 0.1 % of the values."""
+def _half_range(images: ImageStats) -> str | None:
+    """The half of 0..255 with all but 0.1 % of the values; None: there is no such half."""
     total = images.histogram.sum()
     if images.histogram[129:].sum() <= 0.001 * total:
         return "in 0..128"
     return "in 127..255" if images.histogram[:127].sum() <= 0.001 * total else None
 
 
-def _pair(samples: Survey, reference: Survey, task: Task) -> Iterator[Finding]:
+def _pair(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
     if samples.shape != reference.shape:
         text = f"{samples.name} has images {samples.shape}, {reference.name} {reference.shape} (H, W, C)"
-        yield _refuse("resolution", f"{text}; take the reference of that resolution")
+        yield _refuse("resolution", f"{text}; use a reference of the samples' resolution")
         return
     if samples.sha256 is not None and samples.sha256 == reference.sha256:
         yield _refuse("same-images", f"{samples.name} and {reference.name} are the same images; name the samples first")
         return
     among = float(np.isin(reference.hashes, samples.hashes).mean())
     copied = float(np.isin(samples.hashes, reference.hashes).mean())
-    if among >= SWAPPED:
-        text = f"{samples.name} holds {among:.0%} of the images of {reference.name}"
+    if among >= MIN_SWAPPED:
+        text = f"{samples.name} contains {among:.0%} of the images of {reference.name}"
         yield _refuse("swapped", f"{text}; are the arguments swapped, or is it training data?")
-    elif copied > COPIES:
+    elif copied > MAX_COPIES:
         yield _warn("copies", f"{copied:.1%} of {samples.name} are images of {reference.name}, pixel by pixel")
 
 
-def _jpeg(samples: Survey, reference: Survey, task: Task) -> Iterator[Finding]:
-    ours, theirs = samples.lossy or samples.jpeg, reference.lossy or reference.jpeg
-    if ours == theirs:
+def _jpeg(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
+    samples_lossy, reference_lossy = samples.lossy or samples.jpeg_traces, reference.lossy or reference.jpeg_traces
+    if samples_lossy == reference_lossy:
         return
     if samples.lossy:
         text = f"{samples.name} is stored as JPEG, {reference.name} is lossless: the distance would measure the JPEG"
         yield _refuse("jpeg", f"{text}; save the samples as PNG files or npz")
         return
-    lossy, clean = (samples, reference) if ours else (reference, samples)
+    lossy, clean = (samples, reference) if samples_lossy else (reference, samples)
     how = "is stored as JPEG" if lossy.lossy else "shows JPEG's quantisation in its pixels"
     yield _warn("jpeg", f"{lossy.name} {how}, {clean.name} does not: the distance measures that too")
 
 
-def _reference(samples: Survey, reference: Survey, task: Task) -> Iterator[Finding]:
-    if samples.brings_statistics and not reference.brings_statistics:
-        text = f"{samples.name} brings mu and sigma, as references do, and {reference.name} does not"
+def _reference(samples: ImageStats, reference: ImageStats, context: GuardContext) -> Iterator[Finding]:
+    if samples.has_statistics and not reference.has_statistics:
+        text = f"{samples.name} has mu and sigma, as references do, and {reference.name} does not"
         yield _refuse("swapped", f"{text}; swap the arguments")
-    elif samples.brings_statistics:
-        yield _warn("statistics-in-samples", f"{samples.name} brings mu and sigma; they are ignored, its images count")
-    if reference.brings_statistics:
+    elif samples.has_statistics:
+        yield _warn("statistics-in-samples", f"{samples.name} has mu and sigma; they are ignored, its images are used")
+    if reference.has_statistics:
         return
-    ten = reference.count == ADM_IMAGES
-    what = " (ADM's 10,000 images serve precision and recall; its FID uses the whole training set)" if ten else ""
+    is_adm = reference.count == ADM_IMAGES
+    what = " (ADM's 10,000 images are for precision and recall; its FID uses the whole training set)" if is_adm else ""
     text = f"{reference.name} has no mu and sigma{what}"
-    if task.reference_statistics and ten:
-        advice = "take the file that has them, or make one of all training images"
+    if context.reference_statistics and is_adm:
+        advice = "use the file that has them, or make one from all training images"
         yield _refuse("reference-statistics", f"{text}; {advice}")
-    elif task.reference_statistics or ten:
+    elif context.reference_statistics or is_adm:
         yield _warn("reference-statistics", f"{text}: the distance is to its {reference.count} images")
 
 
-def _labels(samples: Survey, reference: Survey | None, task: Task) -> Iterator[Finding]:
-    if task.classes is None or task.classes < 2:
+def _labels(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
+    if context.classes is None or context.classes < 2:
         return
     if samples.labels is None:
-        yield _warn("labels-missing", f"{samples.name} has no labels; whether its classes are balanced is not known")
+        yield _warn("labels-missing", f"{samples.name} has no labels, so the balance of its classes is not known")
         return
-    outside = (samples.labels < 0) | (samples.labels >= task.classes)
+    outside = (samples.labels < 0) | (samples.labels >= context.classes)
     if outside.any():
         i = int(np.argmax(outside))
-        text = f"{samples.name}: label {samples.labels[i]} of image {i} is outside the {task.classes} classes"
+        text = f"{samples.name}: label {samples.labels[i]} of image {i} is outside the {context.classes} classes"
         yield _refuse("labels-outside", f"{text}; are they labels of another data set?")
         return
-    counts = np.bincount(samples.labels, minlength=task.classes)
+    counts = np.bincount(samples.labels, minlength=context.classes)
     low, high = int(counts.min()), int(counts.max())
-    span = f"{samples.name}: {low} to {high} images a class ({task.classes} classes)"
-    if task.label_policy == "balanced":
+    span = f"{samples.name}: {low} to {high} images a class ({context.classes} classes)"
+    if context.label_policy == "balanced":
         if high - low > 1:
-            yield _warn("labels-uneven", f"{span}, though the labels were to be balanced")
+            yield _warn("labels-uneven", f"{span}, but the label policy is balanced")
         return
-    chance = _chance(counts, np.full(task.classes, 1 / task.classes))
-    if chance < UNEVEN_P and reference is not None and reference.labels is not None:  # its own shares may be uneven
-        inside = reference.labels[(reference.labels >= 0) & (reference.labels < task.classes)]
-        real = np.bincount(inside, minlength=task.classes)
+    p = _chi_square_p(counts, np.full(context.classes, 1 / context.classes))
+    if p < UNEVEN_P and reference is not None and reference.labels is not None:  # the reference may be uneven as well
+        inside = reference.labels[(reference.labels >= 0) & (reference.labels < context.classes)]
+        real = np.bincount(inside, minlength=context.classes)
         if not (counts[real == 0].any() or not real.any()):
-            chance = _chance(counts[real > 0], real[real > 0] / real.sum())
-    if chance < UNEVEN_P:
-        yield _warn("labels-uneven", f"{span}: chance makes them so uneven once in {1 / max(chance, 1e-300):.0e} draws")
+            p = _chi_square_p(counts[real > 0], real[real > 0] / real.sum())
+    if p < UNEVEN_P:
+        yield _warn("labels-uneven", f"{span}: random labels are so uneven once in {1 / max(p, 1e-300):.0e} draws")
 
 
-def _chance(counts: np.ndarray, shares: np.ndarray) -> float:
-    """p-value of Pearson's chi-square test of class counts (K,) against shares (K,); 1 below 1 expected a class."""
+def _chi_square_p(counts: np.ndarray, shares: np.ndarray) -> float:
+    """p-value of Pearson's chi-square test of class counts (K,) against shares (K,); 1.0 if a class expects under 1."""
     from scipy.special import chdtrc
 
     expected = counts.sum() * shares

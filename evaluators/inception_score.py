@@ -1,18 +1,19 @@
 """The Inception Score of Salimans et al. (arXiv:1606.03498, sec. 4): exp of the mutual information between image and
 class.
 
-The default takes all samples at once and does not know their order. ADM's evaluator (openai/guided-diffusion,
-evaluations/evaluator.py, `compute_inception_score`) averages over splits of 5,000 consecutive rows in file order,
-which makes the score depend on that order; it is kept as a function of its own.
+By default the score is of all samples at once and does not depend on their order. ADM's evaluator
+(openai/guided-diffusion, evaluations/evaluator.py, `compute_inception_score`) averages over splits of 5,000 consecutive
+rows, which makes the score depend on the order of the file: see `inception_score_by_splits`.
 """
 
 import numpy as np
 
-from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
+from evaluators.metric_inputs import MetricInputs
+from harness.errors import UserError
 from harness.io.arrays import release_pages
 
-ROWS_AT_ONCE = 4096  # bounds the memory: some arrays float64 (rows, K)
+ROWS_AT_ONCE = 4096  # bounds the memory of a few float64 arrays (rows, K)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -23,35 +24,35 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _negative_entropy(p: np.ndarray) -> np.ndarray:
-    """Sum of p log p over the last axis; a class that nobody chose adds 0."""
+    """Sum of p log p over the last axis; a class with p = 0 adds 0."""
     return np.sum(p * np.log(np.where(p > 0.0, p, 1.0)), axis=-1)
 
 
 def estimate(logits: np.ndarray, block: np.ndarray) -> Estimate:
-    """Score of logits (N, K), at least 1 and at most K, and without each block int64 (N,)."""
+    """Inception Score of logits (N, K), from 1 to K; block int64 (N,)."""
     sizes = np.bincount(block)
-    sums, owns = np.zeros((len(sizes), logits.shape[1])), np.zeros(len(sizes))  # (B, K), (B,)
+    sums, p_log_p = np.zeros((len(sizes), logits.shape[1])), np.zeros(len(sizes))  # (B, K), (B,)
     for start in range(0, len(logits), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_p = log_softmax(logits[rows])
         p = np.exp(log_p)  # (n, K)
         member = np.eye(len(sizes))[block[rows]]  # (n, B) one-hot
         sums += member.T @ p
-        owns += member.T @ np.sum(p * log_p, axis=1)
+        p_log_p += member.T @ np.sum(p * log_p, axis=1)
         release_pages(logits)
 
-    def score(p_sum, own_sum, count):
-        return np.exp(own_sum / count - _negative_entropy(p_sum / np.expand_dims(count, -1)))
+    def score(p_sum: np.ndarray, p_log_p_sum: np.ndarray, count: np.ndarray) -> np.ndarray:
+        return np.exp(p_log_p_sum / count - _negative_entropy(p_sum / np.expand_dims(count, -1)))
 
-    left_out = score(sums.sum(axis=0) - sums, owns.sum() - owns, len(logits) - sizes)
-    return Estimate(value=float(score(sums.sum(axis=0), owns.sum(), np.float64(len(logits)))), left_out=left_out)
+    left_out = score(sums.sum(axis=0) - sums, p_log_p.sum() - p_log_p, len(logits) - sizes)
+    total = score(sums.sum(axis=0), np.asarray(p_log_p.sum()), np.asarray(len(logits), np.float64))
+    return Estimate(value=float(total), left_out=left_out)
 
 
 def inception_score_by_splits(probabilities: np.ndarray, split_size: int = 5000) -> float:
-    """ADM's order-dependent score of probabilities (N, K): mean over splits of consecutive rows, a ragged last one
-    included.
+    """ADM's order-dependent score of probabilities (N, K): mean over splits of consecutive rows, the last one shorter.
 
-    Computed in the dtype given: ADM's own numbers are float32.
+    Computed in the dtype of the probabilities; ADM's are float32.
     """
     scores = []
     for start in range(0, len(probabilities), split_size):
@@ -61,6 +62,8 @@ def inception_score_by_splits(probabilities: np.ndarray, split_size: int = 5000)
     return float(np.mean(scores))
 
 
-def compute(evidence: Evidence) -> dict[str, Estimate]:
-    """The metric "is"."""
-    return {"is": estimate(evidence.features.logits, evidence.block)}
+def compute(inputs: MetricInputs) -> dict[str, Estimate]:
+    """The metric "is". Raises UserError for features without logits."""
+    if inputs.features.logits is None:
+        raise UserError(f"metric is needs logits, but {inputs.reference.extractor.name} has no classifier")
+    return {"is": estimate(inputs.features.logits, inputs.block)}

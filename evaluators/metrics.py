@@ -1,6 +1,6 @@
 """Metrics: numbers that judge a sample set by its features, and all that is known of each by its key.
 
-Those of METRICS take any features. Importing this module loads none of the metrics' code.
+The metrics in METRICS work on the features of any extractor. Importing this module loads none of the metrics' code.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number that judges a sample set. The object behind entry points of `harness.metrics`.
+    """A metric of a sample set. The object behind entry points of `harness.metrics`.
 
     Raises ValueError for a direction that is neither "lower" nor "higher".
     """
@@ -30,7 +30,7 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """The key, under the attribute by which registries know their items."""
+        """The key; registries find their items by the attribute `name`."""
         return self.key
 
     @property

@@ -1,6 +1,6 @@
-"""The most suspicious samples beside the training images nearest to them in feature space, as one PNG.
+"""A PNG of the most suspicious samples beside their nearest training images in feature space.
 
-What is near is what `authenticity` sees: the picture shows whether a low share means copies or just a small data set.
+Distances are those of the metric `authenticity`: the picture shows whether a low share means copies or a small data set.
 """
 
 import os
@@ -9,33 +9,41 @@ from pathlib import Path
 import numpy as np
 
 from evaluators.authenticity import find_neighbours, training_features
-from evaluators.evidence import Evidence
+from evaluators.metric_inputs import MetricInputs
 
 ROWS = 12
 NEIGHBOURS = 5
 
 
-def draw(evidence: Evidence, path: str | os.PathLike, rows: int = ROWS, neighbours: int = NEIGHBOURS) -> Path:
-    """Writes the picture: below a sample its index, and whether it is authentic; below a training image its index and
-    its distance over that from the first training image to its own nearest, so that below 1 is suspicious."""
+def write_picture(
+    inputs: MetricInputs, path: str | os.PathLike[str], rows: int = ROWS, neighbours: int = NEIGHBOURS
+) -> Path:
+    """Write the picture to `path` and return it: one row per sample, the most suspicious first.
+
+    The caption of a sample is its index, with "copy?" if it is not authentic. The caption of a training image is its
+    index and its distance from the sample, divided by `Neighbours.training_distance`: below 1 is suspicious.
+    """
     from reports.neighbours import write_neighbours
 
-    count = min(neighbours, len(evidence.training) - 1)
-    found = find_neighbours(evidence.features.pooled, training_features(evidence), count)
-    shown = found.most_suspicious[:rows]
+    count = min(neighbours, len(inputs.training) - 1)
+    nearest = find_neighbours(inputs.features.pooled, training_features(inputs), count)
+    shown = nearest.most_suspicious[:rows]
     return write_neighbours(
-        evidence.images[shown],
-        np.asarray(evidence.training)[found.index[shown]],
+        inputs.images[shown],
+        np.asarray(inputs.training)[nearest.index[shown]],
         path,
-        sample_captions=[f"{i}{'' if found.authentic[i] else ' copy?'}" for i in shown],
+        sample_captions=[f"{i}{'' if nearest.authentic[i] else ' copy?'}" for i in shown],
         neighbour_captions=[
-            [f"{j}: {_ratio(d, found.own[i])}" for j, d in zip(found.index[i], found.distance[i], strict=True)]
+            [
+                f"{j}: {_ratio(d, nearest.training_distance[i])}"
+                for j, d in zip(nearest.index[i], nearest.distance[i], strict=True)
+            ]
             for i in shown
         ],
     )
 
 
-def _ratio(distance: float, own: float) -> str:
+def _ratio(distance: float, training_distance: float) -> str:
     if distance == 0.0:
         return "equal"
-    return f"{distance / own:.2f}" if own > 0.0 else "apart"
+    return f"{distance / training_distance:.2f}" if training_distance > 0.0 else "apart"

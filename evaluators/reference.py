@@ -1,4 +1,4 @@
-"""References: the real images that samples are judged by, with their features, kept on disk by content."""
+"""References: the real images that samples are compared with, and their features, which are cached by content hash."""
 
 import hashlib
 import os
@@ -7,30 +7,32 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from evaluators.division import Division
 from evaluators.features import FeatureExtractor, Features
 from evaluators.reference_file import STATISTICS, check_content, check_network, read_about
+from evaluators.sharded_extraction import ShardedExtraction
 from evaluators.statistics import Statistics, statistics
 from harness.errors import RunError, UserError
 from harness.images.source import readable
 from harness.io.arrays import RowsInOrder, release_freed_memory, release_pages
 
-Progress = Callable[[str, int, int], None]  # (stage, images done, images in all)
+Progress = Callable[[str, int, int], None]  # (stage, images done, total)
 
 CACHE_FORMAT = 2
 IMAGES_PER_CALL = 512
-MINIMUM_IMAGES = 20  # the third nearest neighbour and a covariance must at least exist
+MINIMUM_IMAGES = 20  # enough for a third nearest neighbour and a covariance
+KINDS = ("pooled", "logits", "spatial")  # of features
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """M real images as one feature extractor sees them.
+    """M real images, and their features by one extractor.
 
-    images: uint8 (M, H, W, C). sha256: of their shape and pixels. statistics: of the pooled features.
-    extractor: the one that samples must go through as well.
+    images: uint8 (M, H, W, C). statistics: of the pooled features, or those of the reference's file (`with_statistics`).
+    sha256: of the images' shape and pixels, or of the file. extractor: samples must use the same one.
     """
 
     images: np.ndarray
@@ -38,11 +40,11 @@ class Reference:
     statistics: Statistics
     sha256: str
     extractor: FeatureExtractor
-    spatial_statistics: Statistics | None = None  # of the spatial features, where the extractor has them
+    spatial_statistics: Statistics | None = None  # of the spatial features; None: the extractor has none
 
 
 def images_sha256(images: np.ndarray) -> str:
-    """Hash of shape and pixels of uint8 (N, H, W, C), the same however the images are stored or batched."""
+    """Hash of shape and pixels of uint8 (N, H, W, C); it does not depend on how the images are stored or batched."""
     digest = hashlib.sha256(f"uint8 {images.shape}\n".encode())
     for start in range(0, len(images), IMAGES_PER_CALL):
         digest.update(np.ascontiguousarray(images[start : start + IMAGES_PER_CALL]).tobytes())
@@ -50,7 +52,7 @@ def images_sha256(images: np.ndarray) -> str:
 
 
 def check_images(images: np.ndarray, what: str) -> None:
-    """Refuse what is not uint8 (N, H, W, 1 or 3) with N >= 1; `what` names it in the message."""
+    """Raise UserError unless images are uint8 (N, H, W, 1 or 3) with N >= 1; `what` names them in the message."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         raise UserError(f"{what} must be uint8 images (N, H, W, C) with C 1 or 3, got {images.dtype} {images.shape}")
 
@@ -60,25 +62,28 @@ def extract(
     extractor: FeatureExtractor,
     stage: str,
     progress: Progress | None = None,
-    division: Division | None = None,  # among processes, of which this one collects
+    sharding: ShardedExtraction | None = None,  # among processes, of which this one collects the features
 ) -> Features:
-    """Features of all images, reporting progress. RunError when a feature is not finite or the extractor breaks its
-    contract."""
-    key = "" if division is None else cache_key(images_sha256(images), extractor.sha256)
+    """Features of all images. stage: a description for progress and errors.
+
+    Raises RunError when a feature is not finite or the extractor breaks its contract.
+    """
+    key = "" if sharding is None else cache_key(images_sha256(images), extractor.sha256)
     kept: dict[str, RowsInOrder] = {}
     if progress is not None:
         progress(stage, 0, len(images))
     for call, start in enumerate(range(0, len(images), IMAGES_PER_CALL)):
-        if division is None or division.mine(call):
-            seen = extractor(images[start : start + IMAGES_PER_CALL])
+        if sharding is None or sharding.is_local(call):
+            features = extractor(images[start : start + IMAGES_PER_CALL])
         else:
-            seen = division.take(key, call)
+            features = sharding.wait_for(key, call)
         release_pages(images)
         count = min(IMAGES_PER_CALL, len(images) - start)
-        if seen.pooled.shape != (count, extractor.dim):
-            raise RunError(f"features {extractor.name}: shape {seen.pooled.shape}, expected {(count, extractor.dim)}")
-        for name in ("pooled", "logits", "spatial"):
-            rows = getattr(seen, name)
+        if features.pooled.shape != (count, extractor.dim):
+            shape, expected = features.pooled.shape, (count, extractor.dim)
+            raise RunError(f"features {extractor.name}: shape {shape}, expected {expected}")
+        for name in KINDS:
+            rows: np.ndarray | None = getattr(features, name)
             if rows is None:
                 continue
             finite = np.isfinite(rows).all(axis=1)
@@ -94,17 +99,17 @@ def extract(
     return Features(**{name: rows.done() for name, rows in kept.items()})
 
 
-def contribute(images: np.ndarray, extractor: FeatureExtractor, division: Division) -> None:
-    """Compute what `extract` of the same images in the collecting process leaves to this one."""
+def compute_shard(images: np.ndarray, extractor: FeatureExtractor, sharding: ShardedExtraction) -> None:
+    """Compute and save this process's share of the features that `extract` collects in process 0."""
     key = cache_key(images_sha256(images), extractor.sha256)
     for call, start in enumerate(range(0, len(images), IMAGES_PER_CALL)):
-        if division.mine(call) and not division.has(key, call):
-            division.put(key, call, extractor(images[start : start + IMAGES_PER_CALL]))
+        if sharding.is_local(call) and not sharding.is_saved(key, call):
+            sharding.save(key, call, extractor(images[start : start + IMAGES_PER_CALL]))
             release_pages(images)
 
 
 def cache_key(images_sha256: str, features_sha256: str) -> str:
-    """What is kept of these images as this network sees them is filed under this."""
+    """Key of cached features, from the hashes of the images and of the feature extractor."""
     return hashlib.sha256(f"{CACHE_FORMAT} {images_sha256} {features_sha256}".encode()).hexdigest()
 
 
@@ -112,19 +117,23 @@ def build_reference(
     images: np.ndarray,
     extractor: FeatureExtractor,
     *,
-    cache: Path | None = None,  # folder of feature files; None: nothing is read or written
+    cache: Path | None = None,  # folder of feature files; None: no cache
     progress: Progress | None = None,
-    division: Division | None = None,  # among processes, of which this one collects
+    sharding: ShardedExtraction | None = None,  # among processes, of which this one collects the features
 ) -> Reference:
-    """Features and statistics of uint8 (M, H, W, C), M >= 20. A cached file is used only if it is intact, else made
-    again."""
+    """The reference of images uint8 (M, H, W, C), M >= 20. A damaged cache file is replaced.
+
+    Raises UserError for unsuitable images, RunError as `extract` or when the cache cannot be written.
+    """
     check_images(images, "the reference")
     if len(images) < MINIMUM_IMAGES:
-        raise UserError(f"a reference of {len(images)} images is too small: give {MINIMUM_IMAGES}, better thousands")
+        raise UserError(
+            f"a reference of {len(images)} images is too small: give at least {MINIMUM_IMAGES}, better thousands"
+        )
     digest = images_sha256(images)
-    features = cached(images, digest, extractor, cache)
+    features = cached_features(images, digest, extractor, cache)
     if features is None:
-        features = extract(images, extractor, "reference features", progress, division)
+        features = extract(images, extractor, "reference features", progress, sharding)
         if cache is not None:
             key = cache_key(digest, extractor.sha256)
             _write_cache(_cache_path(cache, key), key, features)
@@ -139,11 +148,12 @@ def build_reference(
 
 
 def with_statistics(reference: Reference, path: Path) -> Reference:
-    """The reference with the statistics that its file brings, as ADM's reference batches do: mu, sigma, mu_s, sigma_s.
+    """The reference with the statistics in its file, mu, sigma, mu_s and sigma_s, as in ADM's reference batches.
 
-    Those are of a whole training set, while the images in the file serve precision and recall alone. The hash is then of
-    images and statistics, or the one that a file of `harness data reference` has. A file without mu is returned as it
-    is; statistics that do not fit the features, or the file's own account of them, are refused.
+    They are of a whole training set, while the images in the file are used for precision and recall only. sha256 is then
+    the hash of images and statistics, or that of the metadata in a file of `harness data reference`. Without mu in the
+    file, the reference is returned unchanged.
+    Raises UserError for statistics of another network, of a wrong shape, not finite, or not those of the metadata.
     """
     check_network(path, reference.extractor)
     about = read_about(path)
@@ -169,9 +179,9 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
                 raise UserError(f"{path}: {mean} or {covariance} is not finite; fetch the file again")
             given[mean] = Statistics(n=None, mean=mu.astype(np.float64), covariance=(sigma + sigma.T) / 2)
     digest = hashlib.sha256(reference.sha256.encode())
-    for each in given.values():
-        digest.update(each.mean.tobytes())
-        digest.update(each.covariance.tobytes())
+    for moments in given.values():
+        digest.update(moments.mean.tobytes())
+        digest.update(moments.covariance.tobytes())
     return replace(
         reference,
         statistics=given["mu"],
@@ -182,15 +192,16 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
 
 def _checksum(key: str, features: Features) -> str:
     digest = hashlib.sha256(key.encode())
-    digest.update(np.ascontiguousarray(features.pooled).tobytes())
-    for more in (features.logits, features.spatial):
-        if more is not None:
-            digest.update(np.ascontiguousarray(more).tobytes())
+    for rows in (features.pooled, features.logits, features.spatial):
+        if rows is not None:
+            digest.update(np.ascontiguousarray(rows).tobytes())
     return digest.hexdigest()
 
 
-def cached(images: np.ndarray, digest: str, extractor: FeatureExtractor, cache: Path | None) -> Features | None:
-    """What the cache has of images with the hash `digest`; None: nothing, or nothing intact."""
+def cached_features(
+    images: np.ndarray, digest: str, extractor: FeatureExtractor, cache: Path | None
+) -> Features | None:
+    """Cached features of images with the hash `digest`; None: not in the cache, or damaged."""
     key = cache_key(digest, extractor.sha256)
     return None if cache is None else read_cache(_cache_path(cache, key), key, len(images), extractor.dim)
 
@@ -200,9 +211,9 @@ def _cache_path(cache: Path, key: str) -> Path:
 
 
 def read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:
-    """The features, or None where the file is absent, damaged or not what its name says."""
+    """The n features in a cache file; None: the file is missing, damaged, or of another key."""
     try:
-        # numpy leaves the file open when it refuses the content, so it is opened here
+        # opened here, because numpy does not close the file when it refuses the content
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             more = {name: data[name] for name in ("logits", "spatial") if name in data.files}
             features = Features(pooled=data["pooled"], **more)
@@ -218,14 +229,15 @@ def _write_cache(path: Path, key: str, features: Features) -> None:
     for name in ("logits", "spatial"):
         if getattr(features, name) is not None:
             arrays[name] = getattr(features, name)
+    named: dict[str, Any] = arrays  # numpy's stub takes keywords for savez's other parameters
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **named)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes it the owner's alone; a group shares its runs
+        Path(temporary).chmod(0o644)  # mkstemp lets only the owner read it, but groups share their runs
         Path(temporary).replace(path)
     except OSError as error:
         raise RunError(f"{path}: the reference's features could not be cached: {error.strerror}") from error

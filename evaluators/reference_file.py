@@ -1,17 +1,15 @@
-"""Reference files: real images and the statistics of their features, in the layout of ADM's evaluator, with what they
-are in the file itself.
+"""Reference files: real images, the statistics of their features, and metadata, in the layout of ADM's evaluator.
 
-An uncompressed .npz with arr_0 uint8 (M, H, W, C), the images for precision and recall; arr_1 int64 (M,), their labels
-where they are known; mu, sigma and, where the network has spatial features, mu_s, sigma_s, float64, of all N >= M
-images; label_values and label_counts int64 (K,), the labels of all N; and `about`, a JSON text (see `About`).
-Nothing in it needs pickle.
+An uncompressed .npz without pickled objects: arr_0 uint8 (M, H, W, C), the images for precision and recall; arr_1 int64
+(M,), their labels if known; mu, sigma and, if the network has spatial features, mu_s, sigma_s, float64, of all N >= M
+images; label_values and label_counts int64 (K,), the labels of all N images; and `about`, a JSON text (see `About`).
 """
 
 import dataclasses
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,17 +24,23 @@ from harness.io import files
 FORMAT = 1
 ABOUT_CHARACTERS = 1 << 16
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-BROKEN = (ValueError, KeyError, TypeError, RuntimeError)  # `open_npz_file` turns others into UserError, a ValueError
+READ_ERRORS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+)  # `open_npz_file` turns others into UserError, a ValueError
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a reference file says of itself.
+    """Metadata of a reference file.
 
-    source: what the images were called. images, images_sha256: number of all and their hash, in their order
-    (`evaluators.reference.images_sha256`). kept, kept_sha256: the same of arr_0. seed: of the choice; None: all were
-    kept. lossy: some were stored with loss. suite, suite_version: what it was made for; any suite on the same network
-    may use it. features_sha256: of that network. statistics_sha256: of mu, sigma, mu_s and sigma_s.
+    source: name of the images. images, images_sha256: number of all N images and their hash, in their order
+    (`evaluators.reference.images_sha256`). kept, kept_sha256: the same of arr_0. seed: of the random choice of arr_0;
+    None: all images were kept. lossy: some images were stored with loss. suite, suite_version: what the file was made
+    for; any suite on the same network may use it. features, features_sha256: that network. statistics_sha256: of mu,
+    sigma, mu_s and sigma_s.
     """
 
     format: int = FORMAT
@@ -57,28 +61,35 @@ class About:
 
     @property
     def sha256(self) -> str:
-        """The reference's name in records: of the images, whatever machine took the statistics of them. It is that of
-        the images alone where all were kept, as if they had been given without a file of statistics."""
+        """The reference's hash in records. It depends on the images, not on the machine that computed the statistics.
+
+        If all images were kept, it is their hash, as for images that are used without a reference file.
+        """
         if self.kept_sha256 == self.images_sha256:
             return self.images_sha256
         return hashlib.sha256(f"reference {self.images_sha256} {self.kept_sha256}\n".encode()).hexdigest()
 
 
 def statistics_sha256(arrays: Mapping[str, np.ndarray]) -> str:
-    """Of those of mu, sigma, mu_s and sigma_s that are there."""
+    """Hash of the arrays mu, sigma, mu_s and sigma_s, or those of them that are in `arrays`."""
     digest = hashlib.sha256()
     for name in STATISTICS:
         if name in arrays:
             digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}\n".encode())
-            digest.update(np.ascontiguousarray(arrays[name]))
+            digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
 
-def write(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray], finish) -> About:
-    """Write a reference file; the same content gives the same bytes.
+def write(
+    path: Path,
+    shape: tuple[int, ...],
+    batches: Iterable[np.ndarray],
+    finish: Callable[[], tuple[Mapping[str, np.ndarray], About]],
+) -> About:
+    """Write a reference file atomically and return its metadata; the same content gives the same bytes.
 
-    shape: of arr_0, (M, H, W, C). batches: its images, uint8, held one at a time. finish() is called when they are
-    written, and gives the other arrays and the `About`. The file is there when it is whole.
+    shape: of arr_0, (M, H, W, C). batches: its images, uint8; one batch is in memory at a time. finish: called after the
+    images are written; returns the other arrays and the metadata. Raises RunError if the batches do not have M images.
     """
     with (
         files.replacing(path) as file,
@@ -92,9 +103,7 @@ def write(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray], fin
                 out.write(np.ascontiguousarray(batch).data)
                 written += len(batch)
         if written != shape[0]:
-            raise RunError(
-                f"{path}: {written} images came where {shape[0]} were to be kept; were they changed meanwhile?"
-            )
+            raise RunError(f"{path}: {written} images were read instead of {shape[0]}; did they change during the run?")
         arrays, about = finish()
         text = json.dumps({"reference": dataclasses.asdict(about)}, indent=1)
         for name, array in {**arrays, "about": np.array(text)}.items():
@@ -104,12 +113,12 @@ def write(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray], fin
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    # a fixed date, or the same reference would hash differently tomorrow
+    # a fixed date, so that the file's hash does not depend on the time
     return archive.open(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
 
 def read_about(path: Path) -> About | None:
-    """What the .npz at `path` says of itself; None where it says nothing, as ADM's own reference batches do."""
+    """Metadata of the .npz at `path`; None: it has none, as ADM's reference batches. Raises UserError if it is damaged."""
     path = Path(path)
     if not path.is_file() or not zipfile.is_zipfile(path):
         return None
@@ -128,35 +137,43 @@ def read_about(path: Path) -> About | None:
         for field in dataclasses.fields(About):
             _check_type(field.name, field.type, getattr(about, field.name))
         return about
-    except BROKEN as error:
+    except READ_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: what it says of itself cannot be read ({reason}); make the reference again"
+            f"{path}: its metadata (array about) cannot be read ({reason}); make the reference again"
         ) from error
 
 
-def _check_type(name: str, wanted: object, value: object) -> None:
-    plain = {str: str, int: int, bool: bool, int | None: (int, type(None)), tuple[int, int, int]: tuple}[wanted]
-    if not isinstance(value, plain) or (isinstance(value, bool) and wanted is not bool):
+_RUNTIME_TYPES: dict[object, tuple[type, ...]] = {  # of the fields of About
+    str: (str,),
+    int: (int,),
+    bool: (bool,),
+    int | None: (int, type(None)),
+    tuple[int, int, int]: (tuple,),
+}
+
+
+def _check_type(name: str, declared: object, value: object) -> None:
+    if not isinstance(value, _RUNTIME_TYPES[declared]) or (isinstance(value, bool) and declared is not bool):
         raise ValueError(f"{name} is {value!r}")
 
 
 def check_network(path: Path, extractor: FeatureExtractor) -> None:
-    """Refuse a reference file whose statistics another network saw; before anything is computed."""
+    """Raise UserError if the file's statistics are of another network than `extractor`. Call it before extraction."""
     about = read_about(path)
     if about is None or about.features_sha256 == extractor.sha256:
         return
     weights = " with other weights" if about.features == extractor.name else ""
     raise UserError(
         f"{path} holds statistics of {about.features} ({about.features_sha256[:12]}), made for suite {about.suite}, but"
-        f" samples are judged by {extractor.name}{weights} ({extractor.sha256[:12]}): give that network or suite, or make"
-        f" the reference again with `harness data reference --suite`"
+        f" the samples' features are from {extractor.name}{weights} ({extractor.sha256[:12]}): use that network or suite,"
+        f" or make the reference again with `harness data reference --suite`"
     )
 
 
 def check_content(path: Path, about: About, arrays: Mapping[str, np.ndarray], kept_sha256: str) -> None:
-    """Refuse a file whose images or statistics are not those that it describes."""
+    """Raise UserError if the file's images or statistics do not match the hashes in its metadata."""
     if kept_sha256 != about.kept_sha256:
-        raise UserError(f"{path}: its images are not those that it describes (their hash differs); make it again")
+        raise UserError(f"{path}: its images do not match the hash in its metadata; make the reference again")
     if statistics_sha256(arrays) != about.statistics_sha256:
-        raise UserError(f"{path}: mu and sigma are not those that it describes (their hash differs); make it again")
+        raise UserError(f"{path}: mu and sigma do not match the hash in its metadata; make the reference again")

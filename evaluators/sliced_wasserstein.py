@@ -3,13 +3,13 @@
     3 D / L * sum over L directions u of W2^2(u . X, u . Y),  u uniform on the unit sphere of the D feature dimensions
 
 where W2^2 of two sets of n numbers is the mean squared difference of the sorted numbers (after toshas/torch-fidelity
-a51aa64, torch_fidelity/metric_mind.py, which computes in float32; here it is float64). The factor 3 D makes two sets
+a51aa64, torch_fidelity/metric_mind.py, which computes in float32; here it is float64). With the factor 3 D, two sets
 that differ by a shift s score 3 |s|^2.
 
-Here n is 5,000, or the size of the smaller set: of a larger set a fixed random choice is taken, for the value falls as
-n grows and only equal n compare. There are 1,000 directions, torch-fidelity's number. Choice and directions come from numpy's RandomState(0),
-whose stream is frozen, so everybody's are the same: another 1,000 directions move the value by some tenths of a percent
-of itself, which is in no difference of two values that were taken with these, and in no interval.
+The value falls as n grows, so only values at equal n compare: n is 5,000, or the size of the smaller set, and a larger
+set is reduced by a fixed random choice. There are 1,000 directions, as in torch-fidelity. Choice and directions come
+from numpy's RandomState(0), whose stream is frozen, so they are the same for everyone. Another 1,000 directions change
+the value by a few tenths of a percent; the interval does not cover this, and a difference of two values is free of it.
 """
 
 from math import gcd
@@ -17,8 +17,8 @@ from math import gcd
 import numpy as np
 
 from evaluators.distances import centred
-from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate, assign_blocks
+from evaluators.metric_inputs import MetricInputs
 
 SAMPLES = 5000
 DIRECTIONS = 1000
@@ -27,20 +27,20 @@ SEED = 0
 
 
 def directions(dim: int, count: int = DIRECTIONS, seed: int = SEED) -> np.ndarray:
-    """float64 (count, dim), of length 1."""
+    """Random directions: float64 (count, dim), rows of length 1."""
     u = np.random.RandomState(seed).standard_normal((count, dim))
     return u / np.linalg.norm(u, axis=1, keepdims=True)
 
 
 def choose(count: int, n: int, seed: int = SEED) -> np.ndarray:
-    """Which n of `count` rows are used: ascending int64 (n,), all of them where n = count."""
+    """A fixed random choice of n of `count` rows: ascending int64 (n,)."""
     return np.sort(np.random.RandomState(seed).permutation(count)[:n])
 
 
-def _matching(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The optimal transport between n and m sorted numbers: which goes to which int64 (P,), (P,), and how much (P,)."""
+def _transport(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Optimal transport between n and m sorted numbers: source int64 (P,), target int64 (P,) and mass float64 (P,)."""
     common = n // gcd(n, m) * m
-    ends = np.union1d(np.arange(1, n + 1) * (common // n), np.arange(1, m + 1) * (common // m))  # of the shares
+    ends = np.union1d(np.arange(1, n + 1) * (common // n), np.arange(1, m + 1) * (common // m))  # of the moved masses
     starts = np.concatenate([[0], ends[:-1]])
     return starts // (common // n), starts // (common // m), (ends - starts) / common
 
@@ -51,14 +51,14 @@ def estimate(
     block: np.ndarray,
     u: np.ndarray,
 ) -> Estimate:
-    """MIND of features (n, D) and reference (m, D) along u (L, D), and without each block int64 (n,).
+    """MIND of features (n, D) and reference (m, D) along directions u (L, D); block int64 (n,).
 
-    Sets of unequal size, as without a block, are compared by their optimal transport, which splits numbers.
+    Sets of unequal size, as without a block, are compared by their optimal transport, which splits the mass of a number.
     """
     x, y = centred(features, reference)
     sizes = np.bincount(block)
-    whole = _matching(len(x), len(y))
-    parts = [_matching(len(x) - size, len(y)) for size in sizes]
+    full_plan = _transport(len(x), len(y))
+    block_plans = [_transport(len(x) - size, len(y)) for size in sizes]
     value, left_out = 0.0, np.zeros(len(sizes))
     for start in range(0, len(u), DIRECTIONS_AT_ONCE):
         some = u[start : start + DIRECTIONS_AT_ONCE]
@@ -66,24 +66,24 @@ def estimate(
         p = some @ x.T  # (l, n)
         order = np.argsort(p, axis=1)
         p, owner = np.take_along_axis(p, order, axis=1), block[order]
-        value += _cost(p, q, whole)
-        for b, matching in enumerate(parts):
-            left_out[b] += _cost(p[owner != b].reshape(len(p), -1), q, matching)
+        value += _cost(p, q, full_plan)
+        for b, plan in enumerate(block_plans):
+            left_out[b] += _cost(p[owner != b].reshape(len(p), -1), q, plan)
     scale = 3.0 * x.shape[1] / len(u)
     return Estimate(value=scale * value, left_out=scale * left_out)
 
 
-def _cost(p: np.ndarray, q: np.ndarray, matching: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
+def _cost(p: np.ndarray, q: np.ndarray, plan: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
     """Sum over directions of W2^2 between the sorted rows of p (l, n) and q (l, m)."""
-    source, target, mass = matching
+    source, target, mass = plan
     move = np.take(p, source, axis=1) - np.take(q, target, axis=1)  # (l, P)
     return float(np.einsum("lp,lp,p->", move, move, mass, optimize=False))
 
 
-def compute(evidence: Evidence) -> dict[str, Estimate]:
+def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metric "mind"."""
-    features, reference = evidence.features.pooled, evidence.reference.features.pooled
+    features, reference = inputs.features.pooled, inputs.reference.features.pooled
     n = min(len(features), len(reference), SAMPLES)
-    block = evidence.block if n == len(features) else assign_blocks(n)
+    block = inputs.block if n == len(features) else assign_blocks(n)
     features, reference = features[choose(len(features), n)], reference[choose(len(reference), n)]
     return {"mind": estimate(features, reference, block, directions(features.shape[1]))}

@@ -1,11 +1,10 @@
-"""Mean and covariance of features: streaming, mergeable, and exact, so that neither order nor batch, worker or machine
-shows in a single bit.
+"""Mean and covariance of features: streaming, mergeable and exact.
 
-Every feature is cut into slices of 20 bits at fixed places of the binary point. Products of slices are integers small
-enough for float64 matrix multiplication to add without rounding, whatever order the BLAS chooses (the error-free
-transformation of Ozaki et al., Numerical Algorithms 59, 2012); the sums are kept as int64. The only roundings are of a
-feature to the grid, 2^-32 for float32 and float16 and 2^-52 for float64, and of the finished numbers to float64.
-It takes three symmetric products where a plain covariance takes one.
+The result has the same bits for any order, batch size, number of workers and machine. Every feature is cut into slices
+of 20 bits at fixed positions. Products of slices are integers, small enough that float64 matrix multiplication adds them
+without rounding in whatever order the BLAS chooses (error-free transformation, Ozaki et al., Numerical Algorithms 59,
+2012), and the sums are kept as int64. Only two things are rounded: a feature, to a grid of 2^-32 (float32 and float16)
+or 2^-52 (float64), and the finished numbers, to float64. The cost is three symmetric matrix products instead of one.
 """
 
 from collections.abc import Mapping
@@ -17,8 +16,8 @@ from harness.errors import RunError
 from harness.io.arrays import release_pages
 
 BITS = 20
-UNIT = 52  # slice b counts in 2^(20 b - 52); float32 begins at slice 1
-ROWS_PER_PRODUCT = 1024  # of products below 2^40: sums stay below 2^53; 2048 were no faster and held more
+UNIT = 52  # the unit of slice b is 2^(20 b - 52); float32 starts at slice 1
+ROWS_PER_PRODUCT = 1024  # sums of 1024 products below 2^40 stay below 2^53; 2048 were no faster and need more memory
 MAX_ROWS = 2**22  # int64 sums of at most five products below 2^38 each
 MAX_SLICE = 5  # |feature| <= 2^67
 ROWS_PER_FINISH = 256
@@ -26,11 +25,11 @@ ROWS_PER_FINISH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What a Frechet distance needs to know of a set.
+    """Mean and covariance of a set of features, the input of a Frechet distance.
 
-    n: number of rows; None when the statistics came from a file that does not say.
-    mean: float64 (D,), float32 where ADM's evaluator has it so. covariance: float64 (D, D), symmetric, normalised by
-    n - 1 where made here.
+    n: number of rows; None: unknown, for statistics from a file without it.
+    mean: float64 (D,), or float32 (D,) as in ADM's evaluator. covariance: float64 (D, D), symmetric, normalised by n - 1
+    if computed here.
     """
 
     n: int | None
@@ -39,20 +38,19 @@ class Statistics:
 
 
 def _slices(x: np.ndarray, lowest: int) -> dict[int, np.ndarray]:
-    """Integers float64 (rows, D) by slice, |.| <= 2^19, that add up to x float64 on the grid of the lowest slice; x is
-    used up.
+    """The slices of x float64 (rows, D), rounded to the grid of the lowest slice: float64 integers up to 2^19, by slice.
 
-    A slice is a function of its element alone: an element's share of slices above its size is 0.
+    Overwrites x. The slices of an element depend on that element alone; slices above its magnitude are 0.
     """
     largest = float(max(x.max(initial=0.0), -x.min(initial=0.0)))
     x *= 2.0 ** (UNIT - BITS * lowest)  # in units of the lowest slice
     rest = np.rint(x, out=x)
-    reach = float(max(rest.max(initial=0.0), -rest.min(initial=0.0)))
+    magnitude = float(max(rest.max(initial=0.0), -rest.min(initial=0.0)))
     top = lowest
-    while reach > 2.0 ** (BITS * (top - lowest + 1) - 1):
+    while magnitude > 2.0 ** (BITS * (top - lowest + 1) - 1):
         top += 1
     if top > MAX_SLICE:
-        raise RunError(f"features reach {largest:.3g}, more than statistics hold (1e20)")
+        raise RunError(f"a feature is {largest:.3g}; exact statistics are limited to 1e20")
     parts = {}
     for b in range(top, lowest, -1):
         unit = 2.0 ** (BITS * (b - lowest))
@@ -67,16 +65,16 @@ def _slices(x: np.ndarray, lowest: int) -> dict[int, np.ndarray]:
 def _add(into: dict[int, np.ndarray], key: int, product: np.ndarray) -> None:
     if key not in into:
         into[key] = np.zeros(product.shape, np.int64)
-    for start in range(0, len(product), ROWS_PER_FINISH):  # no second array of this size is made
+    for start in range(0, len(product), ROWS_PER_FINISH):  # a few rows at a time, to save memory
         rows = slice(start, start + ROWS_PER_FINISH)
         into[key][rows] += product[rows].astype(np.int64)
 
 
 class Moments:
-    """A set of rows (N, D) under accumulation: how many, their exact sum, their exact sum of outer products.
+    """Accumulated rows (N, D): their number, their exact sum, and the exact sum of their outer products.
 
-    `update` adds rows in place; `merge` gives the union of two disjoint sets. Any order and any grouping of either ends
-    in the same bits. Pickles, so a worker can send its own.
+    `update` adds rows in place; `merge` returns the union of two disjoint sets. The result has the same bits for any
+    order and grouping of both. Instances can be pickled, to be sent by worker processes.
     """
 
     def __init__(self, dim: int) -> None:
@@ -84,7 +82,7 @@ class Moments:
         self.dim = dim
         self._sums: dict[int, np.ndarray] = {}  # slice -> int64 (D,)
         self._products: dict[int, np.ndarray] = {}  # slice + slice -> int64 (D, D)
-        self._waiting: list[np.ndarray] = []  # rows below ROWS_PER_PRODUCT, all of one lowest slice
+        self._waiting: list[np.ndarray] = []  # up to ROWS_PER_PRODUCT rows of one dtype, not yet added
 
     @classmethod
     def from_features(cls, features: np.ndarray) -> "Moments":
@@ -93,10 +91,10 @@ class Moments:
         return cls(features.shape[1]).update(features)
 
     def update(self, features: np.ndarray) -> "Moments":
-        """Take in rows (n, D), n >= 0, float16, float32 or float64; returns itself."""
+        """Add rows (n, D), n >= 0, float16, float32 or float64; returns self. RunError when a value is not finite."""
         assert features.ndim == 2 and features.shape[1] == self.dim, (features.shape, self.dim)
         if self.n + len(features) > MAX_ROWS:
-            raise RunError(f"statistics of more than {MAX_ROWS} rows are not exact; make them of fewer images")
+            raise RunError(f"statistics of more than {MAX_ROWS} rows are not exact; use fewer images")
         for start in range(0, len(features), ROWS_PER_PRODUCT):
             rows = np.array(features[start : start + ROWS_PER_PRODUCT])  # a copy: the caller's buffer may be reused
             if not np.isfinite(rows).all():
@@ -127,7 +125,7 @@ class Moments:
         for i, b in enumerate(order):
             for c in order[i + 1 :]:
                 both = parts[b] + parts[c]
-                cross = both.T @ both  # b'b + c'c + b'c + c'b: a symmetric product costs half a general one
+                cross = both.T @ both  # b'b + c'c + b'c + c'b: a symmetric product has half the cost of a general one
                 del both
                 cross -= squares[b]
                 cross -= squares[c]
@@ -137,7 +135,7 @@ class Moments:
         """Moments of the union of two disjoint sets of the same D; neither operand changes."""
         assert self.dim == other.dim, (self.dim, other.dim)
         if self.n + other.n > MAX_ROWS:
-            raise RunError(f"statistics of more than {MAX_ROWS} rows are not exact; make them of fewer images")
+            raise RunError(f"statistics of more than {MAX_ROWS} rows are not exact; use fewer images")
         self._flush()
         other._flush()
         union = Moments(self.dim)
@@ -149,7 +147,7 @@ class Moments:
         return union
 
     def state(self) -> dict[str, np.ndarray]:
-        """All of it as arrays, for a file; from it `from_state` continues to the same bits."""
+        """The whole state as arrays, for a file; `from_state` restores it to the same bits."""
         self._flush()
         arrays = {"n": np.array(self.n, np.int64), "dim": np.array(self.dim, np.int64)}
         for name in ("_sums", "_products"):
@@ -158,7 +156,7 @@ class Moments:
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
-        """What `state` gave; KeyError or ValueError for anything else."""
+        """Moments restored from the arrays of `state`. Raises KeyError or ValueError for other arrays."""
         self = cls(int(arrays["dim"]))
         self.n = int(arrays["n"])
         for name, level in arrays.items():
@@ -172,58 +170,59 @@ class Moments:
         return self
 
     def finish(self, ddof: int = 1) -> Statistics:
-        """Mean and covariance float64, normalised by n - ddof as np.cov does; n > ddof. Accumulation may go on after."""
+        """Mean and covariance, float64, normalised by n - ddof as in np.cov; n > ddof. More rows may be added later."""
         assert self.n > ddof, (self.n, ddof)
         self._flush()
         n = float(self.n)
-        total, rest = _pair(self._sums, slice(None), -UNIT)  # (D,), (D,)
+        total, rest = _double_double(self._sums, slice(None), -UNIT)  # (D,), (D,)
         covariance = np.empty((self.dim, self.dim))
         for start in range(0, self.dim, ROWS_PER_FINISH):
             rows = slice(start, start + ROWS_PER_FINISH)
-            high, low = _pair(self._products, rows, -2 * UNIT)  # sum of x x^T
-            high, error = _product(np.array(n), high)  # n * sum of x x^T
+            high, low = _double_double(self._products, rows, -2 * UNIT)  # sum of x x^T
+            high, error = _two_product(np.array(n), high)  # n * sum of x x^T
             low = error + n * low
-            outer, error = _product(total[rows, None], total[None, :])
+            outer, error = _two_product(total[rows, None], total[None, :])
             error += total[rows, None] * rest[None, :] + rest[rows, None] * total[None, :]
-            difference, rounding = _sum(high, -outer)
+            difference, rounding = _two_sum(high, -outer)
             covariance[rows] = (difference + (rounding + (low - error))) / (n * (n - ddof))
         return Statistics(n=self.n, mean=total / n, covariance=covariance)
 
 
-def _sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """a + b rounded, and what the rounding lost (Knuth)."""
+def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a + b rounded, and its rounding error (Knuth's TwoSum)."""
     s = a + b
     v = s - a
     return s, (a - (s - v)) + (b - v)
 
 
-def _halves(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _split(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Upper and lower half of the bits of a (Veltkamp)."""
     t = a * 134217729.0  # 2^27 + 1
     high = t - (t - a)
     return high, a - high
 
 
-def _product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """a * b rounded, and what the rounding lost (Dekker, Veltkamp)."""
+def _two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a * b rounded, and its rounding error (Dekker's TwoProduct)."""
     p = a * b
-    ah, al = _halves(a)
-    bh, bl = _halves(b)
+    ah, al = _split(a)
+    bh, bl = _split(b)
     return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
 
 
-def _pair(levels: dict[int, np.ndarray], rows: slice, exponent: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of int64 levels, level k in units of 2^(20 k + exponent), as two float64 arrays: 106 bits."""
+def _double_double(levels: dict[int, np.ndarray], rows: slice, exponent: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of int64 levels, level k in units of 2^(20 k + exponent), as two float64 arrays with 106 bits together."""
     high = low = np.zeros(1)
     for key in sorted(levels, reverse=True):
         level, unit = levels[key][rows], 2.0 ** (BITS * key + exponent)
-        for part, scale in ((level >> 32, unit * 2.0**32), (level & 0xFFFFFFFF, unit)):  # each fits a float64
-            high, error = _sum(high, part.astype(np.float64) * scale)
-            high, low = _sum(high, low + error)
+        for part, scale in ((level >> 32, unit * 2.0**32), (level & 0xFFFFFFFF, unit)):  # each is exact in float64
+            high, error = _two_sum(high, part.astype(np.float64) * scale)
+            high, low = _two_sum(high, low + error)
     return high, low
 
 
 def statistics(features: np.ndarray, rows_per_block: int = ROWS_PER_PRODUCT) -> Statistics:
-    """Statistics of (N, D) features, N >= 2, read a block of rows at a time: a file map is never loaded whole."""
+    """Statistics of features (N, D), N >= 2, read a block of rows at a time: a memory map is never loaded as a whole."""
     total = Moments(features.shape[1])
     for start in range(0, len(features), rows_per_block):
         total.update(features[start : start + rows_per_block])

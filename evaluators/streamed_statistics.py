@@ -1,9 +1,9 @@
-"""Statistics of image sets of any size: one batch is held at a time, and what is done is kept on disk.
+"""Feature statistics of image sets of any size, one batch at a time, with saved progress.
 
-The accumulated sums are saved while they grow, in the folder and under the kind of key that features of references have
-(`evaluators.reference`), so a killed process continues where it was and a second one finds everything done. The sums
-are exact: where the work was cut, and in what order the images came, shows only as far as the network's own float32
-rounding depends on an image's neighbours in its batch (1e-5 of the largest element is allowed; on CPUs it was 0).
+The accumulated sums are saved periodically in the cache of reference features, under the same kind of key
+(`evaluators.reference`): a killed process continues from the last save, and a second run reads the finished sums. The
+sums are exact. So interruptions and the order of images change the result only as far as the network's float32 rounding
+depends on the other images of a batch (tolerance 1e-5 of the largest element; 0 was measured on CPUs).
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,34 +21,38 @@ from evaluators.statistics import Moments, Statistics
 from harness.images.source import ImageSource
 from harness.io import files
 
-SAVE_SECONDS = 60.0  # at least, between two saves
-SAVE_SHARE = 0.03  # of the time, at most, goes into saving
+MIN_SAVE_INTERVAL_SECONDS = 60.0
+MAX_SAVE_SHARE = 0.03  # of the time
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageStatistics:
-    """Statistics of the features of all images of a source; spatial: where the network has such features."""
+class FeatureStatistics:
+    """Statistics of the features of all images of a source. spatial: None if the network has no spatial features."""
 
     pooled: Statistics
     spatial: Statistics | None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Under the names of ADM's reference batches: mu, sigma, mu_s, sigma_s, float64."""
+        """The statistics by their names in ADM's reference batches: mu, sigma, mu_s, sigma_s, float64."""
         named = {"mu": self.pooled.mean, "sigma": self.pooled.covariance}
         if self.spatial is not None:
             named |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
         return named
 
 
-def image_statistics(
+def feature_statistics(
     source: ImageSource,
     extractor: FeatureExtractor,
     *,
-    cache: Path | None = None,  # folder of features and statistics by content; None: nothing is read or written
+    cache: Path | None = None,  # folder of features and statistics by content hash; None: no cache
     progress: Progress | None = None,
-) -> ImageStatistics:
-    """Statistics of N >= 2 images. Those that are in the cache, as statistics or as features, are not seen again."""
+) -> FeatureStatistics:
+    """Feature statistics of N >= 2 images. Statistics and features in the cache are used and not computed again.
+
+    Raises UserError for images that cannot be read, RunError as `evaluators.reference.extract`.
+    """
     key = cache_key(source.sha256(), extractor.sha256)
+    assert source.count is not None  # `sha256` has counted the images
     path = None if cache is None else Path(cache) / f"statistics-{key[:32]}.npz"
     stage = "reference features"
     done: dict[str, Moments] = {} if path is None else _read(path, key)
@@ -59,22 +64,22 @@ def image_statistics(
     if n < source.count:
         if progress is not None:
             progress(stage, n, source.count)
-        saved, pause, passed = time.monotonic(), SAVE_SECONDS, 0
+        saved, interval, passed = time.monotonic(), MIN_SAVE_INTERVAL_SECONDS, 0
         for batch in source.batches(IMAGES_PER_CALL):
             passed += len(batch)
             if passed <= n:
-                continue  # read again, for the order is the source's, but not seen again by the network
+                continue  # in the sums already; a source can only be read from its start
             at = f"{stage}, the batch that begins at image {passed - len(batch)}"
             done = _updated(done, extract(batch, extractor, at))
             if progress is not None:
                 progress(stage, passed, source.count)
-            if path is not None and (passed == source.count or time.monotonic() - saved > pause):
+            if path is not None and (passed == source.count or time.monotonic() - saved > interval):
                 begin = time.monotonic()
                 _write(path, key, done)
                 saved = time.monotonic()
-                pause = max(SAVE_SECONDS, (saved - begin) / SAVE_SHARE)
+                interval = max(MIN_SAVE_INTERVAL_SECONDS, (saved - begin) / MAX_SAVE_SHARE)
     spatial = done.get("spatial")
-    return ImageStatistics(pooled=done["pooled"].finish(), spatial=None if spatial is None else spatial.finish())
+    return FeatureStatistics(pooled=done["pooled"].finish(), spatial=None if spatial is None else spatial.finish())
 
 
 def _updated(done: dict[str, Moments], features: Features) -> dict[str, Moments]:
@@ -86,25 +91,26 @@ def _updated(done: dict[str, Moments], features: Features) -> dict[str, Moments]
 
 
 def _arrays(done: dict[str, Moments]) -> dict[str, np.ndarray]:
-    return {f"{kind}/{name}": array for kind, each in done.items() for name, array in each.state().items()}
+    return {f"{kind}/{name}": array for kind, moments in done.items() for name, array in moments.state().items()}
 
 
 def _checksum(key: str, arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(key.encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
 
 def _write(path: Path, key: str, done: dict[str, Moments]) -> None:
     arrays = _arrays(done)
+    named: dict[str, Any] = arrays  # numpy's stub takes keywords for savez's other parameters
     with files.replacing(path) as file:
-        np.savez(file, **arrays, checksum=np.array(_checksum(key, arrays)))
+        np.savez(file, **named, checksum=np.array(_checksum(key, arrays)))
 
 
 def _read(path: Path, key: str) -> dict[str, Moments]:
-    """What `_write` wrote; nothing where the file is absent, damaged, or of another key."""
+    """The saved sums; empty if the file is missing, damaged, or of another key."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}

@@ -1,5 +1,4 @@
-"""Suites: which features and which metrics, under a name and a version. Numbers of different suites do not share a
-table.
+"""Suites: named and versioned choices of features and metrics. Numbers of different suites do not share a table.
 
 Importing this module loads no framework and none of the metrics' code.
 """
@@ -19,18 +18,21 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from evaluators.division import Division
+    from evaluators.intervals import Estimate
+    from evaluators.metric_inputs import MetricInputs
     from evaluators.reference import Progress, Reference
+    from evaluators.sharded_extraction import ShardedExtraction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
     """A named, versioned choice of features and metrics; the version rises whenever a number would change.
 
-    mode: what records call this variant of its metrics; None: the metrics' own definitions. note: one line on what is
-    not to be seen in a number's name, printed beside it. reference_statistics: whether mu and sigma in a reference's
-    file stand for all its images: "optional", "expected" (10,000 images without them are refused), "declared" (only of a
-    file that says of which network they are, for those of public files are of another) or "never".
+    mode: name of this variant of the metrics in records; None: the metrics' default definitions. note: one line that
+    explains what the names of the numbers do not say; printed with them. reference_statistics: whether mu and sigma in
+    the reference's file are used instead of the statistics of its images: "optional" (if there are any), "expected"
+    (10,000 images without them are refused), "declared" (only from a file whose metadata names their network: public
+    files have those of another one) or "never".
     """
 
     name: str
@@ -41,31 +43,31 @@ class Suite:
     note: str = ""
     reference_statistics: str = "optional"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = ("optional", "expected", "declared", "never")
         assert self.reference_statistics in known, self.reference_statistics
 
     def takes_statistics(self, *, declared: bool) -> bool:
-        """Whether those in a reference's file are used. declared: it says of which network they are."""
+        """Whether statistics in the reference's file are used. declared: its metadata names their network."""
         return self.reference_statistics != "never" and (declared or self.reference_statistics != "declared")
 
     @property
     def summary(self) -> str:
         """One line for lists."""
-        ways = [
-            f"{', '.join(each.key for each in self.metrics if each.direction == way)} ({way} is better)"
-            for way in ("lower", "higher")
-            if any(each.direction == way for each in self.metrics)
-        ]
-        return f"{'; '.join(ways)} on {self.features.name}, from {self.minimum} samples"
+        groups = []
+        for direction in ("lower", "higher"):
+            keys = [metric.key for metric in self.metrics if metric.direction == direction]
+            if keys:
+                groups.append(f"{', '.join(keys)} ({direction} is better)")
+        return f"{'; '.join(groups)} on {self.features.name}, from {self.minimum} samples"
 
     @property
     def minimum(self) -> int:
-        """The fewest samples that every metric of the suite accepts."""
+        """The smallest number of samples that all metrics of the suite accept."""
         return max(metric.minimum for metric in self.metrics)
 
     def check_count(self, n: int) -> None:
-        """Refuse n samples if a metric needs more; call it before sampling as well as before judging."""
+        """Raise UserError if a metric needs more than n samples; call it before sampling and before evaluation."""
         short = [metric for metric in self.metrics if n < metric.minimum]
         if short:
             needs = ", ".join(f"{metric.key} needs {metric.minimum}" for metric in short)
@@ -99,7 +101,7 @@ ADM = Suite(
     note="as ADM's evaluator: IS of splits of 5,000 in file order, precision and recall on float16 distances, k = 3",
     reference_statistics="expected",
 )
-"""What the DiT paper's numbers were measured with. FID and its like are named so only on this network's features."""
+"""The evaluation of the DiT paper. Only on this network's features are the metrics called FID and sFID."""
 
 ADM_EXACT = Suite(
     name="adm-exact",
@@ -111,7 +113,7 @@ ADM_EXACT = Suite(
     "precision and recall on float64 distances, k = 3",
     reference_statistics="expected",
 )
-"""Its numbers are not the paper's and share no table with them."""
+"""Its numbers are not comparable with the paper's and share no table with them."""
 
 CLEAN = Suite(
     name="clean",
@@ -124,7 +126,7 @@ CLEAN = Suite(
     "which is the mean of its random subsets",
     reference_statistics="declared",
 )
-"""Resized by the clean-fid package, which must be installed."""
+"""Images are resized by the clean-fid package, which must be installed."""
 
 
 def _fidelity(metric: Metric, minimum: int = 100) -> Metric:
@@ -147,7 +149,7 @@ TORCH_FIDELITY = Suite(
     "without that package",
     reference_statistics="never",
 )
-"""For numbers that stand beside that package's; IS and KID know the order of the images through its random draws."""
+"""For comparison with that package's numbers. IS and KID depend on the order of the images through its random draws."""
 
 EMBEDDED_MODERN = Suite(
     name="embedded-modern",
@@ -155,7 +157,7 @@ EMBEDDED_MODERN = Suite(
     features=EFFICIENTNET_LITE0_96,
     metrics=tuple(METRICS[key] for key in ("density", "coverage", "authenticity")),
 )
-"""What can be had without a download of the newer metrics."""
+"""Those of the newer metrics that need no download."""
 
 DINOV2 = Suite(
     name="dinov2",
@@ -166,7 +168,7 @@ DINOV2 = Suite(
         for key in ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "mind", "authenticity")
     ),
 )
-"""FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675) and its like; from 5,000 samples."""
+"""FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675) and other metrics on DINOv2 features; from 5,000 samples."""
 
 CLIP = Suite(name="clip", version=1, features=CLIP_VIT_L_14_336, metrics=(METRICS["cmmd"],))
 """CMMD on the features that it was published for."""
@@ -177,9 +179,10 @@ BUILT_IN = {
 
 
 def get_suite(text: str) -> Suite:
-    """The suite of that name, or any registered metrics on any registered features, as FEATURES:METRIC,METRIC.
+    """The suite of that name, or a suite of registered metrics on registered features, as FEATURES:METRIC,METRIC.
 
-    The latter is named after its features alone: what else was measured does not change a number.
+    The latter is named after its features alone, because a number does not depend on the other metrics.
+    Raises UserError for unknown names, a repeated metric, and a metric of class scores on features without a classifier.
     """
     name, colon, keys = text.partition(":")
     if not colon:
@@ -187,21 +190,21 @@ def get_suite(text: str) -> Suite:
     features = registry.features.get(name)
     metrics = tuple(registry.metrics.get(key.strip()) for key in keys.split(","))
     if len(set(metrics)) < len(metrics):
-        raise UserError(f"{text!r} names a metric twice; give each once")
+        raise UserError(f"{text!r} names a metric twice; give every metric once")
     for metric in metrics:
         if metric.needs_logits and features.classes is None:
-            raise UserError(f"{metric.key} scores classes, but {features.name} has no classifier; leave it out")
-    mine = "optional" if features == INCEPTION_2015 else "declared"
-    return Suite(name=features.name, version=1, features=features, metrics=metrics, reference_statistics=mine)
+            raise UserError(f"{metric.key} needs class logits, but {features.name} has no classifier; leave it out")
+    use = "optional" if features == INCEPTION_2015 else "declared"
+    return Suite(name=features.name, version=1, features=features, metrics=metrics, reference_statistics=use)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One metric of one sample set: value, 95 % interval (low and high, None where none can be given), and how it was
-    made.
+    """One metric of one sample set.
 
-    n: number of samples. interval: "jackknife-20", "jackknife-20+halves" (recall), "clopper-pearson" (a share of 0 or
-    1) or "none". remark: what is doubtful about the value, to be said beside it; empty: nothing.
+    low, high: 95 % interval; None: no interval. n: number of samples. interval: method, "jackknife-20",
+    "jackknife-20+halves" (recall), "clopper-pearson" (a share of 0 or 1) or "none". warning: one line on why the value is
+    doubtful; empty: no doubt.
     """
 
     metric: str
@@ -211,7 +214,7 @@ class Measurement:
     high: float | None
     n: int
     interval: str
-    remark: str = ""
+    warning: str = ""
 
 
 def evaluate_samples(
@@ -219,18 +222,19 @@ def evaluate_samples(
     reference: "Reference",
     suite: Suite,
     *,
-    training: "np.ndarray | None" = None,  # images that may have been learnt by heart; None: the reference's
+    training: "np.ndarray | None" = None,  # images that may have been memorised; None: the reference's
     progress: "Progress | None" = None,
-    picture: "Path | None" = None,  # of the samples nearest to training images, written beside the numbers
-    division: "Division | None" = None,  # of extraction among processes, of which this one collects
+    picture: "Path | None" = None,  # file for a picture of the samples nearest to training images; None: no picture
+    sharding: "ShardedExtraction | None" = None,  # of extraction among processes; this one collects the features
 ) -> list[Measurement]:
-    """Every metric of the suite for uint8 images (N, H, W, C), in the suite's order.
+    """All metrics of the suite for images uint8 (N, H, W, C), in the suite's order.
 
     The reference must have been built with the suite's features and have the same H, W and C.
-    Raises UserError when the input does not fit, RunError when a numerical check fails; then no metric at all is returned.
+    Raises UserError when the inputs do not fit together, RunError when a numerical check fails; then no metric is
+    returned.
     """
-    from evaluators.evidence import Evidence
     from evaluators.intervals import assign_blocks
+    from evaluators.metric_inputs import MetricInputs
     from evaluators.reference import check_images, extract
 
     check_images(images, "the samples")
@@ -238,49 +242,49 @@ def evaluate_samples(
     training = reference.images if training is None else training
     if reference.extractor.name != suite.features.name:
         raise UserError(
-            f"suite {suite.name} judges by {suite.features.name}, but the reference was built with "
+            f"suite {suite.name} uses features {suite.features.name}, but the reference was built with "
             f"{reference.extractor.name}: build it with {suite.features.name}"
         )
     for other, what in ((reference.images, "the reference"), (training, "the training images")):
         if images.shape[1:] != other.shape[1:]:
             raise UserError(f"samples are {images.shape[1:]} but {what} {other.shape[1:]} (height, width, channels)")
     if any(metric.needs_logits for metric in suite.metrics) and suite.features.classes is None:
-        raise UserError(f"suite {suite.name} scores classes, but {suite.features.name} has no classifier")
+        raise UserError(f"suite {suite.name} needs class logits, but {suite.features.name} has no classifier")
 
-    evidence = Evidence(
+    inputs = MetricInputs(
         images=images,
-        features=extract(images, reference.extractor, "sample features", progress, division),
+        features=extract(images, reference.extractor, "sample features", progress, sharding),
         reference=reference,
         training=training,
         block=assign_blocks(len(images)),
     )
-    measurements = _measure(evidence, suite, progress)
+    measurements = _measure(inputs, suite, progress)
     if picture is not None:
-        from evaluators.neighbours_picture import draw
+        from evaluators.neighbours_picture import write_picture
 
-        draw(evidence, picture)
+        write_picture(inputs, picture)
     return measurements
 
 
-def _measure(evidence, suite: Suite, progress) -> list[Measurement]:
+def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") -> list[Measurement]:
     import numpy as np
 
     from evaluators.intervals import interval
 
-    computed: dict[str, dict] = {}  # by compute function: precision and recall come from one
+    computed: dict[str, dict[str, Estimate]] = {}  # by compute function: precision and recall have the same one
     measurements = []
     if progress is not None:
         progress("metrics", 0, len(suite.metrics))
     for done, metric in enumerate(suite.metrics):
         if metric.compute not in computed:
             module, _, attribute = metric.compute.partition(":")
-            computed[metric.compute] = getattr(importlib.import_module(module), attribute)(evidence)
+            computed[metric.compute] = getattr(importlib.import_module(module), attribute)(inputs)
         estimate = computed[metric.compute][metric.key]
         if not (np.isfinite(estimate.value) and np.isfinite(estimate.left_out).all()):
             raise RunError(f"metric {metric.key} is not finite; no number of suite {suite.name} is reported")
         bar = interval(estimate)
         low, high = bar.low, bar.high
-        if low is not None and metric.bounds is not None:
+        if metric.bounds is not None and low is not None and high is not None:
             low, high = max(low, metric.bounds[0]), min(high, metric.bounds[1])
         measurements.append(
             Measurement(
@@ -289,9 +293,9 @@ def _measure(evidence, suite: Suite, progress) -> list[Measurement]:
                 value=float(estimate.value),
                 low=low,
                 high=high,
-                n=len(evidence.images),
+                n=len(inputs.images),
                 interval=bar.method,
-                remark=estimate.remark,
+                warning=estimate.warning,
             )
         )
         if progress is not None:

@@ -1,9 +1,9 @@
-"""The metrics of suite `torch-fidelity`: what toshas/torch-fidelity 0.4.0 gives by default, from features.
+"""The metrics of suite `torch-fidelity`: the default numbers of toshas/torch-fidelity 0.4.0, computed from features.
 
-Its definitions (metric_fid.py, metric_isc.py, metric_kid.py, metric_prc.py), with the samples as its input 1 and the
-reference as input 2. The package itself is not needed; the tests hold each number against it. Differences are of
-float32 rounding alone, for it forms kernels and distances in float32: 1e-6 relative in FID, 1e-12 in IS, 1e-6 of the
-mean kernel in KID, and in precision and recall an image whose nearest ball it is on the edge of.
+The definitions are those of its metric_fid.py, metric_isc.py, metric_kid.py and metric_prc.py, with the samples as its
+input 1 and the reference as its input 2. The package is not needed; tests compare every number with it. The differences
+come from float32 rounding, because the package computes kernels and distances in float32: 1e-6 relative in FID, 1e-12
+in IS, 1e-6 of the mean kernel in KID, and in precision and recall images on the surface of their nearest ball.
 """
 
 from dataclasses import replace
@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from evaluators import adm, frechet, inception_score, kernel_distance, precision_recall
-from evaluators.evidence import Evidence
 from evaluators.intervals import Estimate
+from evaluators.metric_inputs import MetricInputs
 from harness.errors import UserError
 
 SEED = 2020
@@ -21,13 +21,15 @@ SUBSETS, SUBSET_ROWS = 100, 1000
 
 
 def fid(features: np.ndarray, reference: np.ndarray) -> float:
-    """FID of features (N, D) from reference features (M, D): means in float32, covariances in float64."""
+    """FID between features (N, D) and reference features (M, D): means in float32, covariances in float64."""
     return frechet.frechet_distance(adm.statistics(features), adm.statistics(reference))
 
 
 def score(logits: np.ndarray, splits: int = SPLITS, seed: int = SEED) -> float:
-    """Inception Score of logits (N, K) without bias: the rows are shuffled, cut into splits of nearly equal size, and
-    the splits' scores averaged, in float64."""
+    """Inception Score of logits (N, K) without bias, in float64: the mean over splits of the shuffled rows.
+
+    The sizes of the splits differ by at most 1.
+    """
     n = len(logits)
     log_p = inception_score.log_softmax(logits)[np.random.RandomState(seed).permutation(n)]
     p = np.exp(log_p)
@@ -35,22 +37,22 @@ def score(logits: np.ndarray, splits: int = SPLITS, seed: int = SEED) -> float:
     scores = []
     for start, stop in zip(edges, edges[1:], strict=False):
         mean = p[start:stop].mean(axis=0)
-        own = np.sum(p[start:stop] * log_p[start:stop], axis=1).mean()
-        scores.append(np.exp(own - np.sum(mean * np.log(np.where(mean > 0.0, mean, 1.0)))))
+        p_log_p = np.sum(p[start:stop] * log_p[start:stop], axis=1).mean()
+        scores.append(np.exp(p_log_p - np.sum(mean * np.log(np.where(mean > 0.0, mean, 1.0)))))
     return float(np.mean(scores))
 
 
 def kid(
     features: np.ndarray, reference: np.ndarray, subsets: int = SUBSETS, rows: int = SUBSET_ROWS, seed: int = SEED
 ) -> float:
-    """KID: the mean over random subsets of `rows` of each, drawn without replacement, samples first.
+    """KID: the mean over random subsets of `rows` samples and `rows` reference images, drawn without replacement.
 
-    Kernels are float32, as the package has them, their sums float64. UserError where a side has fewer rows.
+    Kernels are float32, as in the package; their sums are float64. Raises UserError if either set has fewer rows.
     """
     if min(len(features), len(reference)) < rows:
         raise UserError(
             f"KID of suite torch-fidelity takes subsets of {rows}, but there are {len(features)} samples and "
-            f"{len(reference)} reference images; give as many, or use suite adm-exact or clean"
+            f"{len(reference)} reference images; use larger sets, or suite adm-exact or clean"
         )
     random = np.random.RandomState(seed)
     total = 0.0
@@ -71,20 +73,21 @@ def _off_diagonal_sum(kernel: np.ndarray) -> float:
     return float(kernel.sum(dtype=np.float64) - np.trace(kernel, dtype=np.float64))
 
 
-def compute(evidence: Evidence) -> dict[str, Estimate]:
-    """The metrics "fid", "kid", "is", "precision" and "recall". The spread without each block is that of the metrics
-    on all samples, which splits and subsets do not change."""
-    own, reference, block = evidence.features, evidence.reference, evidence.block
-    if own.logits is None:
-        raise UserError("suite torch-fidelity needs an Inception's logits; its network alone gives them")
-    distance = kid(own.pooled, reference.features.pooled)  # first, for it may refuse
-    precision, recall = precision_recall.estimate(own.pooled, reference.features.pooled, block)
+def compute(inputs: MetricInputs) -> dict[str, Estimate]:
+    """The metrics "fid", "kid", "is", "precision" and "recall".
+
+    The leave-one-block-out values are those of the metrics on all samples, without splits and subsets.
+    """
+    features, reference, block = inputs.features, inputs.reference, inputs.block
+    if features.logits is None:
+        raise UserError("suite torch-fidelity needs logits, which only the 2015 Inception network gives")
+    pooled, reference_pooled = features.pooled, reference.features.pooled
+    distance = kid(pooled, reference_pooled)  # first, because it raises for small sets
+    precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
     return {
-        "fid": replace(
-            frechet.estimate(own.pooled, reference.statistics, block), value=fid(own.pooled, reference.features.pooled)
-        ),
-        "kid": replace(kernel_distance.estimate(own.pooled, reference.features.pooled, block), value=distance),
-        "is": replace(inception_score.estimate(own.logits, block), value=score(own.logits)),
+        "fid": replace(frechet.estimate(pooled, reference.statistics, block), value=fid(pooled, reference_pooled)),
+        "kid": replace(kernel_distance.estimate(pooled, reference_pooled, block), value=distance),
+        "is": replace(inception_score.estimate(features.logits, block), value=score(features.logits)),
         "precision": precision,
         "recall": recall,
     }

@@ -1,6 +1,6 @@
-"""Feature extractors: uint8 images in, the activations that metrics compare out.
+"""Feature extractors: from uint8 images to the activations that metrics compare.
 
-Importing this module loads no framework: an extractor is named by a `FeatureSpec` and imported when it is loaded.
+Importing this module loads no framework: a `FeatureSpec` names an extractor, which is imported when it is loaded.
 """
 
 import importlib
@@ -15,11 +15,11 @@ from harness.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a network saw in N images.
+    """Activations of a network for N images.
 
-    pooled: float32 (N, D), the activations before the classifier.
-    logits: float32 (N, K), the classifier's outputs before the softmax; None where the network has no classifier.
-    spatial: float32 (N, S), activations that still know where in the image they are, for sFID; None where there are none.
+    pooled: float32 (N, D), before the classifier.
+    logits: float32 (N, K), the classifier's outputs before the softmax; None: the network has no classifier.
+    spatial: float32 (N, S), activations before spatial pooling, for sFID; None: the extractor does not give them.
     """
 
     pooled: np.ndarray
@@ -30,7 +30,7 @@ class Features:
 class FeatureExtractor(Protocol):
     """A loaded network with its preprocessing. Row i of the result depends on image i alone, up to float32 rounding."""
 
-    name: str  # the FeatureSpec's name
+    name: str  # of the FeatureSpec
     sha256: str  # of the weights and the preprocessing: two extractors with equal hashes give comparable numbers
     dim: int  # D, the width of the pooled features
     description: str  # one line: network, weights, input size, resizing, normalisation
@@ -42,26 +42,27 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """An extractor by name, light enough to list without loading it. The object behind entry points of
-    `harness.features`.
+    """Description of an extractor, which can be listed without loading it. The object of `harness.features` entry points.
 
-    loader: "module:attribute" of a callable (spec, device) -> FeatureExtractor, where device is a torch-style name; one
-    that reads its weights from the user's file, (spec, device, path or None).
+    loader: "module:attribute" of a callable (spec, device) -> FeatureExtractor, where device is a torch-style name. With
+    weights_option it is called as (spec, device, path of the weights or None).
     """
 
     name: str
     dim: int  # D of the pooled features
-    classes: int | None  # K of the logits; None: no logits, so no Inception-style score
-    input_size: int  # pixels a side after resizing
+    classes: int | None  # K of the logits; None: no logits, so no Inception Score
+    input_size: int  # height and width in pixels after resizing
     loader: str
     description: str
-    requires: str = ""  # what to install if the loader's imports are missing, as in `pip install ...`
-    weights_option: str = ""  # the flag by which a user names the weight file; empty: the loader takes none
+    requires: str = ""  # arguments of `pip install` if the loader's imports are missing
+    weights_option: str = ""  # flag with which users name the weight file; empty: the loader takes none
 
     def load(self, device: str = "cpu", weights: Path | None = None) -> FeatureExtractor:
-        """Import the loader and build the extractor; a missing package or file is a UserError that names the remedy."""
+        """Import the loader and build the extractor. Raises UserError with the fix if a package or file is missing."""
         if weights is not None and not self.weights_option:
-            raise UserError(f"features {self.name} take no weight file, they come with theirs: leave {weights} out")
+            raise UserError(
+                f"features {self.name} take no weight file, because theirs is packaged: leave {weights} out"
+            )
         module, _, attribute = self.loader.partition(":")
         try:
             loader = getattr(importlib.import_module(module), attribute)
@@ -74,8 +75,8 @@ EFFICIENTNET_LITE0_96 = FeatureSpec(
     name="efficientnet-lite0-96",
     dim=1280,
     classes=1000,
-    # Of 64, 96, 128, 160 and 224 pixels, 96 is the smallest whose features tell the handwritten digits apart as well as
-    # any larger (linear probe), at a fifth of the cost of the native 224.
+    # Of 64, 96, 128, 160 and 224 pixels, 96 is the smallest at which a linear probe classifies the handwritten digits as
+    # well as at any larger size. It has a fifth of the cost of the native 224.
     input_size=96,
     loader="evaluators.features.efficientnet_lite0:load",
     description="EfficientNet-Lite0 trained on ImageNet; bilinear antialiased resize to 96x96; (p - 127) / 128; float32",
@@ -117,7 +118,7 @@ INCEPTION_2015_JAX = FeatureSpec(
     weights_option="--inception",
 )
 INCEPTION_BACKENDS = {"torch": INCEPTION_2015, "tensorflow": INCEPTION_2015_TF, "jax": INCEPTION_2015_JAX}
-"""One network under one hash: what it may be computed with."""
+"""Implementations of the same network, by framework; their extractors have the same hash."""
 
 INCEPTION_2015_CLEAN = FeatureSpec(
     name="inception-2015-12-05-clean",

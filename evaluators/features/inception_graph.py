@@ -1,8 +1,8 @@
 """The weights of the 2015-12-05 Inception-v3, from the frozen graph that ADM's evaluator runs or from its torch port.
 
-Neither TensorFlow nor torch is needed to read them. The two public files hold the same numbers; their
-names, sizes and hashes are below. Another file is used only when it holds the same network, layer by layer, and
-says of itself that it is unknown.
+Neither TensorFlow nor torch is needed to read them. The two public files hold the same numbers; their names, sizes and
+hashes are below. Another file is accepted only if it holds the same network, layer by layer; it is then described as
+unknown weights.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ GRAPH_NAME, GRAPH_SIZE, GRAPH_MD5 = "classify_image_graph_def.pb", 95_673_916, "
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
 PORT_NAME, PORT_SIZE = "pt_inception-2015-12-05-6726825d.pth", 95_628_359
 PORT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-# What every number rests on beside the weights; it goes into the hash of the feature network.
+# Preprocessing and precision, which are part of the hash of the feature network.
 RECIPE = "TF1 bilinear resize to 299x299; (x - 128) / 128; float32; logits without bias"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One convolution and its normalisation. kernel float32 (height, width, in, out); the others float32 (out,)."""
+    """One convolution and its batch normalisation. kernel: float32 (height, width, in, out); the others: float32 (out,)."""
 
     kernel: np.ndarray
     gamma: np.ndarray
@@ -39,20 +39,22 @@ class Layer:
     variance: np.ndarray
 
     def folded(self) -> tuple[np.ndarray, np.ndarray]:
-        """Both as one convolution: kernel * s (height, width, in, out) and bias beta - mean * s (out,), where
-        s = gamma / sqrt(variance + eps); in float64 and rounded to float32 once."""
+        """Kernel and bias of one equivalent convolution: kernel * s (height, width, in, out), beta - mean * s (out,).
+
+        s = gamma / sqrt(variance + eps). Computed in float64 and rounded to float32 once.
+        """
         scale = self.gamma.astype(np.float64) / np.sqrt(self.variance.astype(np.float64) + float(np.float32(EPSILON)))
         return (self.kernel * scale).astype(np.float32), (self.beta - self.mean * scale).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InceptionWeights:
-    """The network's numbers: arrays are views of the mapped file where that is possible.
+    """The weights of the network, as views of the mapped file where possible.
 
     layers: by scope, in the order of `convolutions()`. classifier: float32 (2048, 1008), without its bias.
-    sha256: of these numbers and the preprocessing, whatever file and backend they come through: equal hash, same
-    features. found: one line that says which file this is. known: whether it is one of the two public files.
-    is_graph: whether TensorFlow can run it.
+    sha256: of the weights and the preprocessing; it does not depend on file format and backend, and equal hashes mean
+    equal features. found: one line that describes the file. known: whether it is one of the two public files. is_graph:
+    whether TensorFlow can run it.
     """
 
     path: Path
@@ -64,8 +66,8 @@ class InceptionWeights:
     is_graph: bool
 
 
-def missing(name: str) -> UserError:
-    """The refusal for an extractor of this kind without a file."""
+def missing_weights(name: str) -> UserError:
+    """The error for an Inception extractor without a weight file."""
     return UserError(
         f"features {name} need their weights: give --inception FILE, where FILE is {GRAPH_NAME}"
         f" ({GRAPH_SIZE:,} bytes, md5 {GRAPH_MD5}; {GRAPH_URL}) or, for torch, {PORT_NAME} of pytorch-fid"
@@ -73,7 +75,7 @@ def missing(name: str) -> UserError:
 
 
 def read_weights(path: Path) -> InceptionWeights:
-    """The weights in a frozen graph or a torch port of it. What does not fit the network is refused."""
+    """The weights in a frozen graph or a torch port of it. Raises UserError for a file without this network."""
     path = Path(path)
     try:
         data = map_file(path)
@@ -107,12 +109,12 @@ def _sha256(layers: dict[str, Layer], classifier: np.ndarray) -> str:
     for scope, layer in layers.items():
         digest.update(f"{scope} {layer.kernel.shape}\n".encode())
         for array in (layer.kernel, layer.gamma, layer.beta, layer.mean, layer.variance):
-            digest.update(np.ascontiguousarray(array, "<f4"))
-    digest.update(np.ascontiguousarray(classifier, "<f4"))
+            digest.update(np.ascontiguousarray(array, "<f4").data)
+    digest.update(np.ascontiguousarray(classifier, "<f4").data)
     return digest.hexdigest()
 
 
-def _sound(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _checked(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.dtype != np.float32 or array.shape != shape:
         raise UserError(
             f"{path} holds another network: {name} is {array.dtype} {array.shape}, not float32 {shape}; {_remedy()}"
@@ -135,7 +137,7 @@ def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
         layers = {}
         for conv in convolutions():
             layers[conv.scope] = _graph_layer(path, nodes, conv)
-        classifier = _sound(path, "softmax/weights", _constant(nodes, "softmax/weights"), (POOLED, CLASSES))
+        classifier = _checked(path, "softmax/weights", _constant(nodes, "softmax/weights"), (POOLED, CLASSES))
     except Malformed as error:
         size = "" if len(data) == GRAPH_SIZE else f" It has {len(data):,} bytes, the public file {GRAPH_SIZE:,}."
         raise UserError(
@@ -154,7 +156,7 @@ def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
 
 def _node(nodes: dict[str, Node], name: str) -> Node:
     if name not in nodes:
-        raise Malformed(f"it has no node {name}")
+        raise Malformed(f"node {name} is missing")
     return nodes[name]
 
 
@@ -165,13 +167,13 @@ def _constant(nodes: dict[str, Node], name: str) -> np.ndarray:
 def _graph_layer(path: Path, nodes: dict[str, Node], conv: Conv) -> Layer:
     def vector(name: str) -> np.ndarray:
         full = f"{conv.scope}/batchnorm/{name}"
-        return _sound(path, full, _constant(nodes, full), (conv.width,))
+        return _checked(path, full, _constant(nodes, full), (conv.width,))
 
     kernel = f"{conv.scope}/conv2d_params"
     norm = nodes.get(f"{conv.scope}/batchnorm")
     unscaled = norm is not None and norm.flag("scale_after_normalization") is False
     return Layer(
-        kernel=_sound(path, kernel, _constant(nodes, kernel), (*conv.kernel, conv.width_in, conv.width)),
+        kernel=_checked(path, kernel, _constant(nodes, kernel), (*conv.kernel, conv.width_in, conv.width)),
         gamma=np.ones(conv.width, np.float32) if unscaled else vector("gamma"),
         beta=vector("beta"),
         mean=vector("moving_mean"),
@@ -191,28 +193,28 @@ def _from_port(path: Path, data: memoryview) -> InceptionWeights:
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict):
-        raise UserError(f"{path} holds no weights by name; {_remedy()}")
+        raise UserError(f"{path} is not a state dict; {_remedy()}")
 
     @cache
     def read(name: str) -> np.ndarray:
         if not hasattr(tensors.get(name), "read"):
-            raise UserError(f"{path} is no torch port of this Inception-v3: it has no {name}; {_remedy()}")
+            raise UserError(f"{path} is not a torch port of this Inception-v3: {name} is missing; {_remedy()}")
         return tensors[name].read()
 
     def vector(conv: Conv, name: str) -> np.ndarray:
-        return _sound(path, f"{conv.port}.bn.{name}", read(f"{conv.port}.bn.{name}"), (conv.width,))
+        return _checked(path, f"{conv.port}.bn.{name}", read(f"{conv.port}.bn.{name}"), (conv.width,))
 
     layers = {}
     for conv in convolutions():
         name = f"{conv.port}.conv.weight"
         layers[conv.scope] = Layer(
-            kernel=_sound(path, name, read(name), (conv.width, conv.width_in, *conv.kernel)).transpose(2, 3, 1, 0),
+            kernel=_checked(path, name, read(name), (conv.width, conv.width_in, *conv.kernel)).transpose(2, 3, 1, 0),
             gamma=vector(conv, "weight"),
             beta=vector(conv, "bias"),
             mean=vector(conv, "running_mean"),
             variance=vector(conv, "running_var"),
         )
-    classifier = _sound(path, "fc.weight", read("fc.weight"), (CLASSES, POOLED)).T
+    classifier = _checked(path, "fc.weight", read("fc.weight"), (CLASSES, POOLED)).T
     return InceptionWeights(
         path=path,
         layers=layers,
@@ -227,19 +229,22 @@ def _from_port(path: Path, data: memoryview) -> InceptionWeights:
 # All backends -------------------------------------------------------------------------------------------------------
 
 
-def by_batches(
+def extract_in_batches(
     name: str,
     images: np.ndarray,
     size: int,
     forward: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> Features:
-    """Features of uint8 (N, H, W, 1 or 3) from `forward`: a contiguous batch uint8 of at most `size` images to pooled,
-    spatial and logits. Features that are not finite are a RunError that names the image."""
-    check_images(images, "what the features are of")
+    """Features of images uint8 (N, H, W, 1 or 3), computed in batches.
+
+    forward: from a contiguous batch uint8 of at most `size` images to pooled, spatial and logits.
+    Raises UserError for other arrays, RunError with the image's index for features that are not finite.
+    """
+    check_images(images, "the images for feature extraction")
     pooled, spatial, logits = (np.empty((len(images), width), np.float32) for width in (POOLED, SPATIAL, CLASSES))
     for start in range(0, len(images), size):
         rows = slice(start, start + size)
-        # a copy: the source may be a map of a file, or turned around
+        # copied: the source may be a memory map, or not contiguous
         pooled[rows], spatial[rows], logits[rows] = forward(np.array(images[rows], order="C"))
     for array in (pooled, spatial, logits):
         finite = np.isfinite(array).all(axis=1)

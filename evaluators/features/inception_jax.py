@@ -1,8 +1,8 @@
-"""The 2015-12-05 Inception-v3 in JAX: the features of ADM's evaluator on whatever JAX runs on, TPUs among it.
+"""The 2015-12-05 Inception-v3 in JAX: the features of ADM's evaluator on every device that JAX supports, such as TPUs.
 
-Layers: `inception_layers`; weights: `inception_graph`, folded as for torch; resize: the recipe of `tf1_resize`. Needed
-are jax and numpy alone. Every product asks for full float32 (`Precision.HIGHEST`): left to themselves, TPUs multiply
-in bfloat16 and GPUs in TF32.
+Layers: `inception_layers`; weights: `inception_graph`, folded as for torch; resize: as in `tf1_resize`. Only jax and
+numpy are needed. Every product requests full float32 (`Precision.HIGHEST`): by default, TPUs multiply in bfloat16 and
+GPUs in TF32.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from evaluators.features import Features
+from evaluators.features import Features, FeatureSpec
 from evaluators.features import inception_layers as table
-from evaluators.features.inception_graph import InceptionWeights, by_batches, missing, read_weights
+from evaluators.features.inception_graph import InceptionWeights, extract_in_batches, missing_weights, read_weights
 from evaluators.features.tf1_resize import axis_table
 from harness.errors import UserError
 
-# Largest difference from torch's run of the same weights, over the root mean square of that stage.
+# Largest difference from torch with the same weights, relative to the root mean square of each stage.
 TOLERANCES = {"resize": 0.0, "pooled": 5e-4, "spatial": 5e-4, "logits": 5e-4}
-# The same of suite adm's metrics; of precision and recall with 100 samples, of which two may change sides.
+# Largest difference of suite adm's metrics; precision and recall with 100 samples, of which two may change sides.
 METRIC_TOLERANCES = {
     "fid": {"rel": 1e-4},
     "sfid": {"rel": 1e-4},
@@ -38,10 +38,10 @@ _EXACT = lax.Precision.HIGHEST
 
 # Preprocessing --------------------------------------------------------------------------------------------------------
 #
-# first + (last - first) * weight must round its product before it adds, as TensorFlow did. Inside one compiled function
-# XLA fuses the two into one multiply-add on a CPU, which changes the last bit of every eighth pixel, and it looks through
-# `optimization_barrier` and `reduce_precision`. Nothing is fused across the border of two compiled functions: each of
-# the two sums below is in another function than its product.
+# first + (last - first) * weight must round its product before the sum, as TensorFlow does. Within one compiled function
+# XLA fuses both into one multiply-add on a CPU, which changes the last bit of every eighth pixel, even with
+# `optimization_barrier` or `reduce_precision` between them. XLA never fuses across two compiled functions, so each of
+# the two sums below is in a different function than its product.
 
 
 @jax.jit
@@ -70,8 +70,12 @@ def _normalise(pixels: Array) -> Array:
 
 @lru_cache(maxsize=64)
 def _axis(size: int, device: jax.Device) -> tuple[Array, Array, Array]:
-    lo, hi, f = axis_table(size)
-    return tuple(jax.device_put(each, device) for each in (lo.astype(np.int32), hi.astype(np.int32), f))
+    low, high, fraction = axis_table(size)
+    return (
+        jax.device_put(low.astype(np.int32), device),
+        jax.device_put(high.astype(np.int32), device),
+        jax.device_put(fraction, device),
+    )
 
 
 def resize(images: Array) -> Array:
@@ -91,7 +95,7 @@ def preprocess(images: Array) -> Array:
 
 def _convolve(x: Array, conv: table.Conv, parameters: Parameters) -> Array:
     kernel, bias = parameters[conv.scope]
-    # Without padding and stride, XLA's CPU library takes four times as long as with: then the edge is cut off again.
+    # XLA's CPU convolution takes four times as long without padding and stride: pad, then crop the border again.
     cropped = conv.stride == 1 and not conv.same and conv.kernel != (1, 1)
     y = lax.conv_general_dilated(
         x, kernel, (conv.stride, conv.stride), "SAME" if conv.same or cropped else "VALID",
@@ -103,15 +107,13 @@ def _convolve(x: Array, conv: table.Conv, parameters: Parameters) -> Array:
 
 
 def _pool(x: Array, pool: table.Pool) -> Array:
-    window = {
-        "window_dimensions": (1, pool.kernel, pool.kernel, 1),
-        "window_strides": (1, pool.stride, pool.stride, 1),
-        "padding": "SAME" if pool.same else "VALID",
-    }
+    size, strides = (1, pool.kernel, pool.kernel, 1), (1, pool.stride, pool.stride, 1)
+    padding = "SAME" if pool.same else "VALID"
     if not pool.average:
-        return lax.reduce_window(x, -np.inf, lax.max, **window)  # (N, H / stride, W / stride, C)
-    seen = lax.reduce_window(np.ones((1, *x.shape[1:3], 1), np.float32), np.float32(0), lax.add, **window)
-    return lax.reduce_window(x, np.float32(0), lax.add, **window) / seen  # (N, H, W, C), without the padding
+        return lax.reduce_window(x, -np.inf, lax.max, size, strides, padding)  # (N, H / stride, W / stride, C)
+    ones = np.ones((1, *x.shape[1:3], 1), np.float32)
+    count = lax.reduce_window(ones, np.float32(0), lax.add, size, strides, padding)  # pixels without the padding
+    return lax.reduce_window(x, np.float32(0), lax.add, size, strides, padding) / count  # (N, H, W, C)
 
 
 def _run(x: Array, layers: Sequence[table.Conv | table.Pool | table.Join], parameters: Parameters) -> Array:
@@ -127,14 +129,14 @@ def _run(x: Array, layers: Sequence[table.Conv | table.Pool | table.Join], param
 
 @jax.jit
 def network(x: Array, parameters: Parameters, classifier: Array) -> tuple[Array, Array, Array]:
-    """float32 (N, 299, 299, 3), normalised, to pooled (N, 2048), spatial (N, 2023) and logits (N, 1008).
+    """Pooled (N, 2048), spatial (N, 2023) and logits (N, 1008) of normalised images float32 (N, 299, 299, 3).
 
     classifier: float32 (2048, 1008).
     """
     h = _run(x, table.STEM, parameters)  # (N, 35, 35, 192)
     for scope, block in table.BLOCKS.items():
-        h = _run(h, (block,), parameters)  # (N, 35, 35, C), from mixed_3 17 a side, from mixed_8 8
-        if scope == "mixed_6":  # mixed_6/conv is the block's first branch; channels are the fastest already
+        h = _run(h, (block,), parameters)  # (N, 35, 35, C), from mixed_3 on 17 x 17, from mixed_8 on 8 x 8
+        if scope == "mixed_6":  # mixed_6/conv is the block's first branch; channels are the last axis already
             spatial = h[..., : table.SPATIAL_CHANNELS].reshape(-1, table.SPATIAL)  # (N, 17 * 17 * 7)
     pooled = h.mean(axis=(1, 2))  # (N, 2048)
     return pooled, spatial, jnp.dot(pooled, classifier, precision=_EXACT)
@@ -143,46 +145,51 @@ def network(x: Array, parameters: Parameters, classifier: Array) -> tuple[Array,
 class InceptionFeatures:
     """The extractor; see `evaluators.features.FeatureExtractor` for the contract.
 
-    Batches all have `batch_size` images, the last one filled up, so that the network is compiled once and an image's
-    features do not depend on how many there are. `found` says which weights these are, `known` whether the public ones.
+    All batches have `batch_size` images, the last one padded, so that the network is compiled once and an image's
+    features do not depend on the number of images. found, known: as in `InceptionWeights`.
     """
 
-    def __init__(self, spec, weights: InceptionWeights, device: str = "cpu", batch_size: int | None = None):
+    def __init__(
+        self, spec: FeatureSpec, weights: InceptionWeights, device: str = "cpu", batch_size: int | None = None
+    ):
         self.name, self.dim = spec.name, spec.dim
         self.sha256, self.found, self.known = weights.sha256, weights.found, weights.known
         self.description = f"{spec.description}; JAX {jax.__version__}; {weights.found}"
         self.device = pick_device(device)
         self.batch_size = batch_size or (16 if self.device.platform == "cpu" else 128)
         self.put = partial(jax.device_put, device=self.device)
-        self.parameters = {scope: tuple(map(self.put, layer.folded())) for scope, layer in weights.layers.items()}
+        self.parameters: Parameters = {}
+        for scope, layer in weights.layers.items():
+            kernel, bias = layer.folded()
+            self.parameters[scope] = self.put(kernel), self.put(bias)
         self.classifier = self.put(np.ascontiguousarray(weights.classifier))
 
     def _forward(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         count = len(batch)
         if count < self.batch_size:
             batch = np.concatenate([batch, np.zeros((self.batch_size - count, *batch.shape[1:]), batch.dtype)])
-        outputs = network(preprocess(self.put(batch)), self.parameters, self.classifier)
-        return tuple(np.asarray(each)[:count] for each in outputs)
+        pooled, spatial, logits = network(preprocess(self.put(batch)), self.parameters, self.classifier)
+        return np.asarray(pooled)[:count], np.asarray(spatial)[:count], np.asarray(logits)[:count]
 
     def __call__(self, images: np.ndarray) -> Features:
-        return by_batches(self.name, images, self.batch_size, self._forward)
+        return extract_in_batches(self.name, images, self.batch_size, self._forward)
 
 
 def pick_device(name: str) -> jax.Device:
-    """The device of a name such as cpu, cuda, cuda:1 or tpu; one that JAX does not see is refused."""
+    """The device of a name such as cpu, cuda, cuda:1 or tpu. Raises UserError if JAX does not have it."""
     platform, _, index = name.partition(":")
     try:
         return jax.devices(platform)[int(index or 0)]
     except (RuntimeError, IndexError, ValueError) as error:
-        seen = sorted({each.platform for each in jax.devices()} | {"cpu"})
+        platforms = sorted({available.platform for available in jax.devices()} | {"cpu"})
         raise UserError(
-            f"JAX {jax.__version__} has no device {name!r} here: give --device {' or '.join(seen)}, or install JAX for"
-            " that device (pip install jax[cuda13] or jax[tpu])"
+            f"JAX {jax.__version__} has no device {name!r} here: give --device {' or '.join(platforms)}, or install JAX"
+            " for that device (pip install jax[cuda13] or jax[tpu])"
         ) from error
 
 
-def load(spec, device: str = "cpu", weights: Path | None = None) -> InceptionFeatures:
-    """The loader named by the FeatureSpec. weights: the frozen graph or its torch port."""
+def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None) -> InceptionFeatures:
+    """The loader of the FeatureSpec. weights: the frozen graph or its torch port."""
     if weights is None:
-        raise missing(spec.name)
+        raise missing_weights(spec.name)
     return InceptionFeatures(spec, read_weights(weights), device)

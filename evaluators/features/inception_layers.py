@@ -1,12 +1,14 @@
 """The layers of the Inception-v3 of 2015-12-05 (Szegedy et al., arXiv:1512.00567), under the names of its public graph.
 
-The names beside them are those of the public torch ports of the same weights. Every
-convolution is without bias, followed by batch normalisation (eps 1e-3, scale and shift) and ReLU. Padding is
-TensorFlow's SAME, which is symmetric for these kernels and strides, or VALID. Average pools divide by the pixels that
-they see, without the padding. The last block's pool branch takes the maximum, the one before it the average.
+The second names are those of the public torch ports of the same weights. Every convolution is without bias and followed
+by batch normalisation (eps 1e-3, scale and shift) and ReLU. Padding is TensorFlow's SAME, which is symmetric for these
+kernels and strides, or VALID. Average pools divide by the number of pixels without the padding. The pool branch of the
+last block takes the maximum, that of the block before it the average.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 SIDE = 299
 EPSILON = 0.001  # of every batch normalisation; a float32 in the graph
@@ -18,7 +20,7 @@ SPATIAL = SPATIAL_SIDE * SPATIAL_SIDE * SPATIAL_CHANNELS  # 2023
 
 @dataclass(frozen=True)
 class Conv:
-    """Convolution, normalisation, ReLU. `scope` in the graph, `port` in the torch ports; kernel (height, width)."""
+    """Convolution, normalisation, ReLU. scope: name in the graph. port: name in the torch ports. kernel: (height, width)."""
 
     scope: str
     port: str
@@ -31,7 +33,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Pool:
-    """A square window; `average` or the maximum."""
+    """Average or maximum pooling over a square window."""
 
     average: bool
     kernel: int
@@ -43,7 +45,10 @@ class Pool:
 class Join:
     """Branches from one input, concatenated along the channels in this order. A branch is a sequence of layers."""
 
-    branches: tuple[tuple["Conv | Pool | Join", ...], ...]
+    branches: tuple[tuple["Layer", ...], ...]
+
+
+Layer = Conv | Pool | Join
 
 
 MAX_HALVE = Pool(average=False, kernel=3, stride=2, same=False)
@@ -52,9 +57,8 @@ AVERAGE_KEEP = Pool(average=True, kernel=3, stride=1, same=True)
 POOL_3 = Pool(average=True, kernel=8, stride=1, same=False)
 
 
-def _chain(scope: str, port: str, width_in: int, *links: tuple) -> tuple[Conv, ...]:
-    """Convolutions one after the other: scope/conv, scope/conv_1, ...; a link is (port's suffix, width, kernel[, stride,
-    same])."""
+def _chain(scope: str, port: str, width_in: int, *links: tuple[Any, ...]) -> tuple[Conv, ...]:
+    """Consecutive convolutions scope/conv, scope/conv_1, ...; a link is (suffix of port, width, kernel[, stride, same])."""
     chain = []
     for i, (suffix, width, kernel, *rest) in enumerate(links):
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
@@ -120,7 +124,7 @@ def _block_e(scope: str, port: str, width_in: int, pool: Pool) -> Join:
     ))  # fmt: skip
 
 
-STEM = (
+STEM: tuple[Layer, ...] = (
     Conv("conv", "Conv2d_1a_3x3", 3, 32, (3, 3), 2, False),
     Conv("conv_1", "Conv2d_2a_3x3", 32, 32, (3, 3), 1, False),
     Conv("conv_2", "Conv2d_2b_3x3", 32, 64, (3, 3)),
@@ -129,7 +133,7 @@ STEM = (
     Conv("conv_4", "Conv2d_4a_3x3", 80, 192, (3, 3), 1, False),
     MAX_HALVE,
 )
-BLOCKS = {  # the graph's scope: its layers
+BLOCKS = {  # by scope in the graph
     "mixed": _block_a("mixed", "Mixed_5b", 192, 32),
     "mixed_1": _block_a("mixed_1", "Mixed_5c", 256, 64),
     "mixed_2": _block_a("mixed_2", "Mixed_5d", 288, 64),
@@ -144,9 +148,9 @@ BLOCKS = {  # the graph's scope: its layers
 }
 
 
-def convolutions(layers: tuple | None = None) -> tuple[Conv, ...]:
-    """The convolutions among some layers, in their order; of the whole network: 94 of them."""
-    found = []
+def convolutions(layers: Sequence[Layer] | None = None) -> tuple[Conv, ...]:
+    """The convolutions in `layers`, in order. None: the 94 of the whole network."""
+    found: list[Conv] = []
     for layer in (*STEM, *BLOCKS.values()) if layers is None else layers:
         if isinstance(layer, Conv):
             found.append(layer)

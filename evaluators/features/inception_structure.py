@@ -1,7 +1,7 @@
-"""Whether a frozen graph of unknown origin computes the Inception-v3 of `inception_layers`, operation by operation.
+"""Check that a frozen graph of unknown origin computes the Inception-v3 of `inception_layers`, operation by operation.
 
-Constants of the right names and shapes are not enough: another pool, epsilon or resize gives other features under the
-same weights. The graph is walked from its outputs to its input beside the table of layers.
+Constants of the right names and shapes are not enough: another pool, epsilon or resize gives other features with the
+same weights. The graph is walked from its outputs to its input and compared with the table of layers.
 """
 
 from collections.abc import Sequence
@@ -9,32 +9,33 @@ from collections.abc import Sequence
 import numpy as np
 
 from evaluators.features.graphdef import Malformed, Node
-from evaluators.features.inception_layers import BLOCKS, EPSILON, POOL_3, SIDE, STEM, Conv, Join, Pool
+from evaluators.features.inception_layers import BLOCKS, EPSILON, POOL_3, SIDE, STEM, Conv, Join, Layer, Pool
 
 _POOL = {True: "AvgPool", False: "MaxPool"}
-_TRANSPARENT = ("Identity", "CheckNumerics")  # the graph checks every convolution for infinities; values pass through
+_PASS_THROUGH = ("Identity", "CheckNumerics")  # operations that return their input unchanged
 
 
 def check_structure(nodes: dict[str, Node]) -> None:
-    """Malformed unless the graph computes exactly this network from ExpandDims to pool_3 and the logits."""
+    """Raise Malformed unless the graph computes exactly this network from ExpandDims to pool_3 and the logits."""
     _Structure(nodes).check()
 
 
 class _Structure:
-    """The graph walked from its outputs to its input beside the table of layers; where they part is `Malformed`."""
+    """A walk through the graph, from its outputs to its input, that raises Malformed where the table of layers differs."""
 
     def __init__(self, nodes: dict[str, Node]):
         self.nodes = nodes
-        self.outputs: dict[str, str] = {}  # scope of a convolution: the node that ends it
+        self.outputs: dict[str, str] = {}  # name of the last node of each convolution, by scope
 
     def check(self) -> None:
-        self.image = self._image()
-        at = self._resolve("pool_3")
-        at = self._pool(at, POOL_3)
-        for layer in reversed((*STEM, *BLOCKS.values())):
-            at = self._layer(at, layer)
-        if at.name != self.image:
-            raise Malformed(f"its first convolution sees {at.name}, not the normalised image")
+        image = self._image()
+        node = self._resolve("pool_3")
+        node = self._pool(node, POOL_3)
+        layers: tuple[Layer, ...] = (*STEM, *BLOCKS.values())
+        for layer in reversed(layers):
+            node = self._layer(node, layer)
+        if node.name != image:
+            raise Malformed(f"the input of its first convolution is {node.name}, not the normalised image")
         matmul = self._resolve("softmax/logits/MatMul")
         if matmul.op != "MatMul" or self._input(matmul, 1).name != "softmax/weights":
             raise Malformed("its classifier does not multiply by softmax/weights")
@@ -43,13 +44,13 @@ class _Structure:
 
     def _node(self, name: str) -> Node:
         if name not in self.nodes:
-            raise Malformed(f"it has no node {name}")
+            raise Malformed(f"node {name} is missing")
         return self.nodes[name]
 
     def _resolve(self, name: str) -> Node:
         for _ in range(16):
             node = self._node(name)
-            if node.op not in _TRANSPARENT:
+            if node.op not in _PASS_THROUGH:
                 return node
             name = self._name(node, 0)
         raise Malformed(f"{name} passes through too many identities")
@@ -65,7 +66,7 @@ class _Structure:
 
     def _expect(self, node: Node, *ops: str) -> None:
         if node.op not in ops:
-            raise Malformed(f"{node.name} is {node.op}, where {ops[0]} is due")
+            raise Malformed(f"{node.name} is {node.op}, expected {ops[0]}")
 
     def _image(self) -> str:
         scaled = self._resolve("Mul")
@@ -74,7 +75,9 @@ class _Structure:
         for node, op in ((scaled, "Mul"), (shifted, "Sub"), (resized, "ResizeBilinear")):
             self._expect(node, op)
         if resized.flag("align_corners") or resized.flag("half_pixel_centers"):
-            raise Malformed("it resizes by another rule than TensorFlow 1's bilinear one")
+            raise Malformed(
+                "it does not resize as TensorFlow 1 does (bilinear, no aligned corners or half-pixel centers)"
+            )
         numbers = [self._input(node, 1).array().ravel().tolist() for node in (resized, shifted, scaled)]
         if numbers != [[SIDE, SIDE], [128.0], [1 / 128]]:
             raise Malformed(f"it resizes and normalises by {numbers}")
@@ -82,7 +85,7 @@ class _Structure:
             raise Malformed("it does not resize ExpandDims")
         return scaled.name
 
-    def _layer(self, node: Node, layer: Conv | Pool | Join) -> Node:
+    def _layer(self, node: Node, layer: Layer) -> Node:
         if isinstance(layer, Pool):
             return self._pool(node, layer)
         if isinstance(layer, Conv):
@@ -91,17 +94,17 @@ class _Structure:
 
     def _window(self, node: Node, key: str, expected: Sequence[int]) -> None:
         if node.text("data_format") not in ("", "NHWC") or node.integers(key) != [1, *expected, 1]:
-            raise Malformed(f"{node.name} has {key} {node.integers(key)}, where {[1, *expected, 1]} is due")
+            raise Malformed(f"{node.name} has {key} {node.integers(key)}, expected {[1, *expected, 1]}")
 
-    def _padding(self, node: Node, same: bool, free: bool = False) -> None:
-        due = "SAME" if same else "VALID"
-        if node.text("padding") != due and not free:
-            raise Malformed(f"{node.name} pads {node.text('padding')}, where {due} is due")
+    def _padding(self, node: Node, same: bool, any_padding: bool = False) -> None:
+        expected = "SAME" if same else "VALID"
+        if node.text("padding") != expected and not any_padding:
+            raise Malformed(f"{node.name} has padding {node.text('padding')}, expected {expected}")
 
     def _pool(self, node: Node, pool: Pool) -> Node:
         self._expect(node, _POOL[pool.average])
         self._window(node, "ksize", (pool.kernel,) * 2)
-        if pool is not POOL_3:  # one window over everything: its stride is free
+        if pool is not POOL_3:  # its window covers everything, so any stride gives the same
             self._window(node, "strides", (pool.stride,) * 2)
         self._padding(node, pool.same)
         return self._input(node, 0)
@@ -111,11 +114,11 @@ class _Structure:
         norm = self._input(node, 0)
         self._expect(norm, "BatchNormWithGlobalNormalization")
         names = [self._input(norm, i).name for i in range(1, 5)]
-        due = [f"{conv.scope}/batchnorm/{each}" for each in ("moving_mean", "moving_variance", "beta", "gamma")]
-        if names != due:
-            raise Malformed(f"{norm.name} is given {names}, where {due} is due")
+        expected = [f"{conv.scope}/batchnorm/{name}" for name in ("moving_mean", "moving_variance", "beta", "gamma")]
+        if names != expected:
+            raise Malformed(f"{norm.name} has inputs {names}, expected {expected}")
         if norm.real("variance_epsilon") != float(np.float32(EPSILON)):
-            raise Malformed(f"{norm.name} has an epsilon of {norm.real('variance_epsilon')}, not {EPSILON}")
+            raise Malformed(f"{norm.name} has an epsilon of {norm.real('variance_epsilon')}, expected {EPSILON}")
         product = self._input(norm, 0)
         self._expect(product, "Conv2D")
         if self._input(product, 1).name != f"{conv.scope}/conv2d_params":
@@ -123,24 +126,24 @@ class _Structure:
         self._window(product, "strides", (conv.stride,) * 2)
         if set(product.integers("dilations")) - {1}:
             raise Malformed(f"{product.name} is dilated")
-        self._padding(product, conv.same, free=conv.kernel == (1, 1))
+        self._padding(product, conv.same, any_padding=conv.kernel == (1, 1))
         self.outputs[conv.scope] = node.name
         return self._input(product, 0)
 
     def _join(self, node: Node, join: Join) -> Node:
         self._expect(node, "Concat", "ConcatV2")
         count = len(join.branches)
-        first = 1 if node.op == "Concat" else 0  # the axis comes first in the older operation, else last
+        first = 1 if node.op == "Concat" else 0  # the axis is the first input of Concat and the last of ConcatV2
         axis = self._input(node, 0 if first else count).array().ravel().tolist()
         inputs = [each for each in node.inputs if not each.startswith("^")]
         if axis not in ([3], [-1]) or len(inputs) != count + 1:
             raise Malformed(f"{node.name} joins {len(inputs) - 1} branches on axis {axis}, not {count} on 3")
-        sources = set()
+        sources: set[str] = set()
         for index, branch in enumerate(join.branches):
-            at = self._input(node, first + index)
+            source = self._input(node, first + index)
             for layer in reversed(branch):
-                at = self._layer(at, layer)
-            sources.add(at.name)
+                source = self._layer(source, layer)
+            sources.add(source.name)
         if len(sources) != 1:
             raise Malformed(f"the branches of {node.name} start from {sorted(sources)}")
         return self._resolve(sources.pop())

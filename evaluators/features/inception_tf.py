@@ -1,40 +1,48 @@
 """The 2015-12-05 Inception-v3 as ADM's evaluator runs it: the original frozen graph in a TensorFlow session.
 
-TensorFlow is imported when the extractor is loaded. The graph is imported with the batch in the place of `ExpandDims`,
-so that it resizes and normalises by itself; fetched are pool_3 and the first 7 channels of mixed_6/conv, and the logits
-are pool_3 times the second input of softmax/logits/MatMul.
+TensorFlow is imported when the extractor is loaded. The batch replaces the node `ExpandDims`, so the graph itself resizes
+and normalises. Outputs are pool_3, the first 7 channels of mixed_6/conv, and, as logits, pool_3 times the second input of
+softmax/logits/MatMul.
 """
 
 import os
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from evaluators.features import Features
-from evaluators.features.inception_graph import GRAPH_NAME, InceptionWeights, by_batches, missing, read_weights
+from evaluators.features import Features, FeatureSpec
+from evaluators.features.inception_graph import (
+    GRAPH_NAME,
+    InceptionWeights,
+    extract_in_batches,
+    missing_weights,
+    read_weights,
+)
 from evaluators.features.inception_layers import POOLED, SPATIAL, SPATIAL_CHANNELS
 from harness.errors import UserError
 
 
-def _tensorflow():
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it greets on stderr otherwise, where progress is drawn
+def _tensorflow() -> ModuleType:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no start-up messages on stderr, where progress bars are drawn
     try:
         import tensorflow
     except ImportError as error:
         raise UserError(
             f"features inception-2015-12-05-tf need TensorFlow ({error}): pip install tensorflow-cpu, or use"
-            " inception-2015-12-05, which needs none"
+            " inception-2015-12-05, which does not need it"
         ) from error
     return tensorflow
 
 
 class InceptionGraphFeatures:
-    """The extractor; see `evaluators.features.FeatureExtractor` for the contract. Close it, or let it be collected.
+    """The extractor; see `evaluators.features.FeatureExtractor` for the contract. `close` releases its session.
 
-    `stages` gives any tensors of the graph; `found` says which weights these are, `known` whether the public ones.
+    found, known: as in `InceptionWeights`.
     """
 
-    def __init__(self, spec, weights: InceptionWeights, device: str = "cpu", batch_size: int = 64):
+    def __init__(self, spec: FeatureSpec, weights: InceptionWeights, device: str = "cpu", batch_size: int = 64):
         tf = _tensorflow()
         self.name, self.dim, self.batch_size = spec.name, spec.dim, batch_size
         self.sha256, self.found, self.known = weights.sha256, weights.found, weights.known
@@ -66,38 +74,37 @@ class InceptionGraphFeatures:
             )
         config = v1.ConfigProto(device_count={} if on_gpu else {"GPU": 0})
         config.gpu_options.allow_growth = True
-        threads = os.environ.get("OMP_NUM_THREADS", "")  # what limits every other library here limits this one
+        threads = os.environ.get("OMP_NUM_THREADS", "")  # TensorFlow ignores it, unlike the other libraries
         config.intra_op_parallelism_threads = config.inter_op_parallelism_threads = (
             int(threads) if threads.isdigit() else 0
         )
         self.session = v1.Session(graph=self.graph, config=config)
 
-    def _feed(self, batch: np.ndarray) -> dict:
-        # Grey is repeated; float32 and unscaled, as ADM's evaluator feeds it
+    def _feed(self, batch: np.ndarray) -> dict[Any, np.ndarray]:
+        # Grey is repeated; values are float32 and not scaled, as in ADM's evaluator
         return {self.batch: np.broadcast_to(batch, (*batch.shape[:3], 3)).astype(np.float32)}
 
     def stages(self, images: np.ndarray, *names: str) -> list[np.ndarray]:
-        """Tensors of the graph by name, as "Mul:0", for uint8 (N, H, W, 1 or 3) in one batch."""
+        """Values of graph tensors, named as "Mul:0", for one batch of images uint8 (N, H, W, 1 or 3)."""
         tensors = [self.graph.get_tensor_by_name(f"inception/{name}") for name in names]
         return self.session.run(tensors, self._feed(images))
 
+    def _forward(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pooled, spatial, logits = self.session.run(self.outputs, self._feed(batch))
+        return pooled, spatial, logits
+
     def __call__(self, images: np.ndarray) -> Features:
-        return by_batches(
-            self.name,
-            images,
-            self.batch_size,
-            lambda batch: tuple(self.session.run(self.outputs, self._feed(batch))),
-        )
+        return extract_in_batches(self.name, images, self.batch_size, self._forward)
 
     def close(self) -> None:
         """Release the session."""
         self.session.close()
 
 
-def load(spec, device: str = "cpu", weights: Path | None = None) -> InceptionGraphFeatures:
-    """The loader named by the FeatureSpec. weights: the frozen graph; a torch port cannot be run by TensorFlow."""
+def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None) -> InceptionGraphFeatures:
+    """The loader of the FeatureSpec. weights: the frozen graph; TensorFlow cannot run a torch port."""
     if weights is None:
-        raise missing(spec.name)
+        raise missing_weights(spec.name)
     read = read_weights(weights)
     if not read.is_graph:
         raise UserError(f"{weights} is a torch port: {spec.name} runs {GRAPH_NAME} itself; use inception-2015-12-05")

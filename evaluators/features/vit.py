@@ -1,7 +1,7 @@
-"""A Vision Transformer in torch (Dosovitskiy et al., arXiv:2010.11929), as DINOv2 and as CLIP's image tower.
+"""A Vision Transformer in torch (Dosovitskiy et al., arXiv:2010.11929), for DINOv2 and CLIP's image tower.
 
-Parameter names are those of facebookresearch/dinov2's files; what CLIP has besides is `norm_pre` and `proj`. Weights:
-`vit_weights`; shapes and sources: `vit_spec`. The attention is torch's own: xformers is not needed.
+Parameter names are those of facebookresearch/dinov2's files; `norm_pre` and `proj` are CLIP's. Weights: `vit_weights`;
+shapes and sources: `vit_spec`. The attention is torch's: xformers is not needed.
 """
 
 import hashlib
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from evaluators.features import Features
+from evaluators.features import Features, FeatureSpec
 from evaluators.features.vit_spec import SHAPES, VitShape
-from evaluators.features.vit_weights import find, read_state
+from evaluators.features.vit_weights import find_weights, read_state
 from harness.errors import RunError, UserError
 from harness.frameworks.torch_float32 import exact_float32
 
 # facebookresearch/dinov2, vision_transformer.py, `interpolate_offset` of the models without registers: the position
-# table is stretched a little further than the grid, which moves every patch's position. The weights are used so.
+# table is scaled slightly more than the grid, which shifts every position. The published features include this.
 POSITION_OFFSET = 0.1
 
 
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         n, tokens, width = x.shape
         qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)  # (N, T, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, H, T, D/H) each
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers, four times as wide between them."""
+    """Two linear layers with a hidden width of four times the width."""
 
     def __init__(self, width: int, quick_gelu: bool):
         super().__init__()
@@ -49,25 +49,25 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
         self.quick_gelu = quick_gelu
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)  # (N, T, 4D)
         h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else functional.gelu(h)  # (N, T, 4D)
         return self.fc2(h)  # (N, T, D)
 
 
 class LayerScale(nn.Module):
-    """A factor for every channel."""
+    """A learned factor for every channel."""
 
     def __init__(self, width: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma  # (N, T, D)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a norm and around a skip."""
+    """Attention and MLP, both with a layer norm before and a skip connection around them."""
 
     def __init__(self, shape: VitShape):
         super().__init__()
@@ -78,7 +78,7 @@ class Block(nn.Module):
         self.mlp = Mlp(shape.width, shape.quick_gelu)
         self.ls2 = LayerScale(shape.width) if shape.layer_scale else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))  # (N, T, D)
         return x + self.ls2(self.mlp(self.norm2(x)))  # (N, T, D)
 
@@ -90,12 +90,12 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch, patch, bias=bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)  # (N, (S / p)^2, D)
 
 
 class VisionTransformer(nn.Module):
-    """float32 (N, 3, S, S), normalised, S a multiple of the patch size, to the features (N, dim)."""
+    """From normalised images float32 (N, 3, S, S), S a multiple of the patch size, to features (N, dim)."""
 
     def __init__(self, shape: VitShape):
         super().__init__()
@@ -108,8 +108,8 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(shape.width, eps=shape.eps)
         self.proj = nn.Linear(shape.width, shape.projection, bias=False) if shape.projection else None
 
-    def positions(self, side: int) -> torch.Tensor:
-        """The position table for side x side patches, the class token's first: (1, 1 + side^2, D)."""
+    def positions(self, side: int) -> Tensor:
+        """The position table for side x side patches, that of the class token first: (1, 1 + side^2, D)."""
         if side == self.grid:
             return self.pos_embed
         table = self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)  # (1, D, G, G)
@@ -118,7 +118,7 @@ class VisionTransformer(nn.Module):
         assert table.shape[2:] == (side, side), (table.shape, side)
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         side = x.shape[-1] // self.patch
         x = self.patch_embed(x)  # (N, side^2, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + side^2, D)
@@ -131,8 +131,8 @@ class VisionTransformer(nn.Module):
         return functional.normalize(self.proj(x), dim=1, eps=0.0)  # (N, projection)
 
 
-def _by_pillow(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (N, H, W, C) -> uint8 (N, size, size, C): the square in the middle, bicubic, rounded to 8 bits."""
+def _resize_by_pillow(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (N, H, W, C) -> uint8 (N, size, size, C): centre crop to a square, bicubic resize, rounded to 8 bits."""
     from PIL import Image
 
     height, width, channels = images.shape[1:]
@@ -145,31 +145,39 @@ def _by_pillow(images: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def preprocess(images: np.ndarray, shape: VitShape, device: str | torch.device = "cpu") -> torch.Tensor:
+def preprocess(images: np.ndarray, shape: VitShape, device: str | torch.device = "cpu") -> Tensor:
     """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 3, S, S), normalised; grey is repeated over the three channels."""
     if shape.resize == "pillow":
-        images = _by_pillow(images, shape.input_size)
-    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()  # a copy: it may be a file map
+        images = _resize_by_pillow(images, shape.input_size)
+    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()  # copied: it may be a memory map
     if shape.resize == "float32":
         size = (shape.input_size, shape.input_size)
         x = functional.interpolate(x, size=size, mode="bicubic", antialias=True)  # (N, C, S, S)
-    mean, std = (torch.tensor(each, device=device).reshape(1, 3, 1, 1) for each in (shape.mean, shape.std))
+    mean = torch.tensor(shape.mean, device=device).reshape(1, 3, 1, 1)
+    std = torch.tensor(shape.std, device=device).reshape(1, 3, 1, 1)
     return (x / 255 - mean) / std  # (N, 3, S, S)
 
 
 class VitFeatures:
     """The extractor; see `evaluators.features.FeatureExtractor` for the contract.
 
-    weights: a file, or a repository on the Hugging Face hub; None: the file that torch.hub has fetched before.
+    weights: a file, or a repository on the Hugging Face hub; None: the file in torch.hub's cache.
     """
 
-    def __init__(self, spec, shape: VitShape, weights: Path | None, device: str = "cpu", batch_size: int | None = None):
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        shape: VitShape,
+        weights: Path | None,
+        device: str = "cpu",
+        batch_size: int | None = None,
+    ):
         self.name, self.dim, self.shape = spec.name, spec.dim, shape
         self.device = torch.device(device)
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 64)
-        with torch.device("meta"):  # the weights are then held once
+        with torch.device("meta"):  # so that the weights are in memory once, not twice
             net = VisionTransformer(shape)
-        read = read_state(find(spec.name, shape, weights), net.state_dict(), spec.name)
+        read = read_state(find_weights(spec.name, shape, weights), net.state_dict(), spec.name)
         net.load_state_dict(read.state, strict=True, assign=True)
         self.net = net.eval().requires_grad_(False).to(self.device)
         self.sha256 = hashlib.sha256(f"{read.sha256}\n{spec.description}".encode()).hexdigest()
@@ -188,6 +196,6 @@ class VitFeatures:
         return Features(pooled=pooled)
 
 
-def load(spec, device: str = "cpu", weights: Path | None = None) -> VitFeatures:
-    """The loader named by the FeatureSpec."""
+def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None) -> VitFeatures:
+    """The loader of the FeatureSpec."""
     return VitFeatures(spec, SHAPES[spec.name], weights, device)

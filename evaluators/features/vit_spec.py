@@ -1,7 +1,7 @@
-"""The Vision Transformers by which images are compared: DINOv2 for Frechet distances, CLIP's image tower for CMMD.
+"""Vision Transformers as feature extractors: DINOv2 for Frechet distances, CLIP's image tower for CMMD.
 
 Shapes of DINOv2 after facebookresearch/dinov2, dinov2/hub/backbones.py and dinov2/models/vision_transformer.py; of CLIP
-after openai/CLIP, clip/model.py, and the published ViT-L/14@336px. No framework is loaded here.
+after openai/CLIP, clip/model.py, and the published ViT-L/14@336px. This module loads no framework.
 """
 
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ FLAG = "--features-weights"
 
 @dataclass(frozen=True, kw_only=True)
 class VitShape:
-    """What distinguishes one Vision Transformer from another, its preprocessing, and where its weights are found.
+    """Sizes of a Vision Transformer, its preprocessing, and the source of its weights.
 
-    The features are the class token after the final norm; with a projection, that projected and scaled to length 1.
+    The features are the class token after the final norm; with a projection, they are projected and scaled to length 1.
     """
 
-    input_size: int  # pixels a side
+    input_size: int  # height and width of the images in pixels
     width: int
     depth: int
     heads: int
     patch: int = 14
-    grid: int  # patches a side of the stored position table
+    grid: int  # rows and columns of patches in the stored position table
     eps: float  # of every layer norm
-    layer_scale: bool  # a learnt factor for every channel of every branch
-    pre_norm: bool  # a layer norm before the first block, and then no bias of the patch embedding
-    quick_gelu: bool  # x * sigmoid(1.702 x) in place of the exact GELU
-    projection: int | None  # width of a linear map of the class token; None: there is none
-    resize: str  # "float32": bicubic, antialiased, not rounded; "pillow": the square in the middle, by Pillow
+    layer_scale: bool  # a learned factor for every channel of every branch
+    pre_norm: bool  # a layer norm before the first block; the patch embedding then has no bias
+    quick_gelu: bool  # x * sigmoid(1.702 x) instead of the exact GELU
+    projection: int | None  # output width of the linear projection of the class token; None: no projection
+    resize: str  # "float32": bicubic, antialiased, not rounded; "pillow": centre crop and bicubic, by Pillow
     mean: tuple[float, float, float]  # of each channel, in [0, 1]
     std: tuple[float, float, float]
     repository: str  # on the Hugging Face hub
@@ -49,7 +49,7 @@ def _dinov2(width: int, depth: int, heads: int, letter: str, size: str) -> VitSh
         width=width,
         depth=depth,
         heads=heads,
-        grid=37,  # it was trained at 518 pixels last
+        grid=37,  # of the last training stage, at 518 pixels
         eps=1e-6,
         layer_scale=True,
         pre_norm=False,
@@ -85,8 +85,8 @@ SHAPES = {
     ),
 }
 
-# dgm-eval (Stein et al., arXiv:2306.04675) resizes by Pillow, which rounds to 8 bits in between; EDM2's default, by
-# which most FD-DINOv2 are published, is the float32 resize, and runs on the device.
+# dgm-eval (Stein et al., arXiv:2306.04675) resizes with Pillow, which rounds to 8 bits. Most published FD-DINOv2 numbers
+# use EDM2's default, a float32 resize on the device.
 _DINOV2 = (
     "class token after the final norm; bicubic antialiased resize to 224x224 in float32 as EDM2 does;"
     " ImageNet's mean and standard deviation; float32"

@@ -1,7 +1,7 @@
-"""Weights of the Vision Transformers: where they are found and how public files name them.
+"""Weights of the Vision Transformers: their location, and the tensor names of public files.
 
-Four layouts are read: facebookresearch/dinov2's, which is ours; transformers' Dinov2Model and CLIPModel or
-CLIPVisionModelWithProjection; and openai/CLIP's as a state dict. Nothing in a file is ever executed.
+Four layouts are read: facebookresearch/dinov2's, whose names are ours; transformers' Dinov2Model; its CLIPModel or
+CLIPVisionModelWithProjection; and openai/CLIP's state dict. Nothing in a file is ever executed.
 """
 
 import re
@@ -18,11 +18,13 @@ from harness.weights.files import WeightFile, open_weights, sha256
 from harness.weights.load import as_torch
 from harness.weights.maps import compare
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)")  # and no file's
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)")  # not a file's
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
+Names = Mapping[str, str | tuple[str, ...]]  # our name: the file's, or several that are concatenated
+
 # fmt: off
-DINOV2 = {  # ours: transformers' Dinov2Model's
+DINOV2: Names = {  # ours: transformers' Dinov2Model's
     "cls_token":            "embeddings.cls_token",
     "pos_embed":            "embeddings.position_embeddings",
     "patch_embed.proj":     "embeddings.patch_embeddings.projection",
@@ -37,7 +39,7 @@ DINOV2 = {  # ours: transformers' Dinov2Model's
     "mlp.fc2":              "mlp.fc2",
     "ls2.gamma":            "layer_scale2.lambda1",
 }
-CLIP = {  # ours: transformers' CLIPModel's
+CLIP: Names = {  # ours: transformers' CLIPModel's
     "cls_token":            "vision_model.embeddings.class_embedding",
     "pos_embed":            "vision_model.embeddings.position_embedding.weight",
     "patch_embed.proj":     "vision_model.embeddings.patch_embedding",
@@ -52,7 +54,7 @@ CLIP = {  # ours: transformers' CLIPModel's
     "mlp.fc1":              "mlp.fc1",
     "mlp.fc2":              "mlp.fc2",
 }
-OPENAI = {  # ours: openai/CLIP's
+OPENAI: Names = {  # ours: openai/CLIP's
     "cls_token":            "visual.class_embedding",
     "pos_embed":            "visual.positional_embedding",
     "patch_embed.proj":     "visual.conv1",
@@ -68,7 +70,7 @@ OPENAI = {  # ours: openai/CLIP's
     "mlp.fc1":              "mlp.c_fc",
     "mlp.fc2":              "mlp.c_proj",
 }
-LAYOUTS = (  # title, names, prefixes of what such a file holds besides
+LAYOUTS: tuple[tuple[str, Names, tuple[str, ...]], ...] = (  # title, names, prefixes of tensors that are not used
     ("facebookresearch/dinov2", {},     ("mask_token",)),
     ("transformers' DINOv2",    DINOV2, ("embeddings.mask_token", "classifier.")),
     ("transformers' CLIP",      CLIP,   ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")),
@@ -81,15 +83,18 @@ PREFIX = "dinov2."  # of the backbone in transformers' classifiers
 
 @dataclass(frozen=True, kw_only=True)
 class ReadState:
-    """state: our names, float32. sha256: of the file. found: one line on where the weights come from."""
+    """Weights read from a file.
+
+    state: float32, under our names. sha256: of the file. found: one line that describes the file.
+    """
 
     state: dict[str, torch.Tensor]
     sha256: str
     found: str
 
 
-def sources(ours: str, names: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
-    """What the file calls our tensor: one name, or three whose tensors are joined."""
+def sources(ours: str, names: Names) -> tuple[str, ...]:
+    """Names in the file of the tensor that we call `ours`: one name, or three whose tensors are concatenated."""
     if not names:
         return (ours,)
     stem, number, inner = "", "", ours
@@ -103,56 +108,61 @@ def sources(ours: str, names: Mapping[str, str | tuple[str, ...]]) -> tuple[str,
         if inner not in names:
             return (f"({ours})",)  # this layout has no such tensor
         found, kind = names[inner], f".{kind}"
-    return tuple(f"{stem}{each}{kind}" for each in ((found,) if isinstance(found, str) else found))
+    return tuple(f"{stem}{name}{kind}" for name in ((found,) if isinstance(found, str) else found))
 
 
-def _layout(weights: WeightFile, expected: Mapping[str, torch.Tensor]):
-    """The layout that has most of our tensors in the file; its names are then ours to be compared."""
+def _layout(weights: WeightFile, expected: Mapping[str, torch.Tensor]) -> tuple[str, Names, tuple[str, ...]]:
+    """The layout under which most of the expected tensors are in the file."""
 
-    def share(layout) -> int:
+    def present(layout: tuple[str, Names, tuple[str, ...]]) -> int:
         return sum(all(name in weights.tensors for name in sources(ours, layout[1])) for ours in expected)
 
-    return max(LAYOUTS, key=share)
+    return max(LAYOUTS, key=present)
 
 
 def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> ReadState:
-    """The weights at `path` under our names, every one of `expected` (on the meta device, for instance) and no other."""
+    """The weights at `path` under our names, exactly those of `expected`, whose tensors may be on the meta device.
+
+    Raises UserError if the file has other tensors or shapes.
+    """
     weights = open_weights(path)
     weights.refuse_code()
     if all(key.startswith((PREFIX, "classifier.")) for key in weights.tensors):
         kept = {key.removeprefix(PREFIX): tensor for key, tensor in weights.tensors.items()}
         weights = replace(weights, tensors=kept)
-    title, names, beside = _layout(weights, expected)
-    found = {each: tensor.shape for each, tensor in weights.tensors.items() if not each.startswith(beside)}
-    wanted = {}
-    for ours, tensor in expected.items():
+    title, names, unused = _layout(weights, expected)
+    found = {key: tensor.shape for key, tensor in weights.tensors.items() if not key.startswith(unused)}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for ours, meta in expected.items():
         theirs = sources(ours, names)
-        shape = _stored_shape(tuple(tensor.shape), theirs, found)
+        shape = _stored_shape(tuple(meta.shape), theirs, found)
         wanted |= dict.fromkeys(theirs, shape)
     problems = compare(found, wanted)
     if problems:
         raise UserError(f"{weights.path} does not hold the weights of {name} (read as {title}): {problems.first()}")
     digest = sha256(weights.path)
-    state = {ours: _read(weights, sources(ours, names), tuple(tensor.shape)) for ours, tensor in expected.items()}
+    state = {ours: _read(weights, sources(ours, names), tuple(meta.shape)) for ours, meta in expected.items()}
     return ReadState(state=state, sha256=digest, found=f"{title} {weights.path.name}, sha256 {digest[:12]}")
 
 
-def _stored_shape(shape: tuple[int, ...], theirs: tuple[str, ...], found: Mapping[str, tuple[int, ...]]):
-    """The shape that a file's tensor must have: ours but for what `_read` undoes."""
+def _stored_shape(
+    shape: tuple[int, ...], theirs: tuple[str, ...], found: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Shape that the file's tensor must have, so that `_read` gives our shape."""
     if len(theirs) > 1:
         return (shape[0] // len(theirs), *shape[1:])
     if theirs == ("visual.proj",):
         return shape[::-1]
     stored = found.get(theirs[0])
     if stored is not None and len(stored) < len(shape) and (1,) * (len(shape) - len(stored)) + tuple(stored) == shape:
-        return stored  # the class token and the positions without the axis of one image
+        return stored  # class token and positions without the batch axis of size 1
     return shape
 
 
 def _read(weights: WeightFile, theirs: tuple[str, ...], shape: tuple[int, ...]) -> torch.Tensor:
     parts = []
-    for each in theirs:
-        stored = weights.tensors[each]
+    for name in theirs:
+        stored = weights.tensors[name]
         parts.append(as_torch(np.ascontiguousarray(stored.read()), stored.dtype).float())
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     if theirs == ("visual.proj",):
@@ -160,8 +170,11 @@ def _read(weights: WeightFile, theirs: tuple[str, ...], shape: tuple[int, ...]) 
     return tensor.reshape(shape)
 
 
-def find(name: str, shape: VitShape, weights: Path | None) -> Path:
-    """The file or folder that holds the weights; a repository on the hub is fetched unless it is in the cache."""
+def find_weights(name: str, shape: VitShape, weights: Path | None) -> Path:
+    """The file or folder with the weights. A repository on the hub is downloaded unless it is in the hub's cache.
+
+    weights: as the user named them; None: the file in torch.hub's cache. Raises UserError if there are none.
+    """
     known = f"{FLAG} FILE or {FLAG} {shape.repository}"
     if weights is None:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / shape.file
@@ -181,17 +194,20 @@ def _from_hub(name: str, repository: str, known: str) -> Path:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise UserError(
-            f"features {name}: {repository} is no file; to fetch it from the hub: pip install huggingface_hub"
+            f"features {name}: {repository} is not a file; to fetch it from the hub: pip install huggingface_hub"
         ) from error
 
-    for local in (True, False):  # what is there already first, so that a connection is needed once
+    reason: Exception | None = None
+    for local in (True, False):  # the local cache first, so that a connection is needed only once
         for file in HUB_FILES:
             try:
                 return Path(hf_hub_download(repository, file, local_files_only=local))
             except (EntryNotFoundError, LocalEntryNotFoundError) as error:
                 reason = error
-            except Exception as error:  # the client's own, the network's, the disk's: all end here
+            except Exception as error:  # of the hub's client, the network or the disk
                 reason = error
                 break
     text = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
-    raise UserError(f"features {name}: {repository} is no file and was not fetched from the hub ({text}); name {known}")
+    raise UserError(
+        f"features {name}: {repository} is not a file and was not fetched from the hub ({text}); name {known}"
+    )

@@ -17,7 +17,7 @@ from harness.data import imagenet
 from harness.data.listing import ImageIndex, named_classes, ordered
 from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry
-from harness.images.source import natural, printable, readable
+from harness.images.source import natural_sorted, printable, readable
 
 KINDS = (
     "class folders (DIR/CLASS/*.JPEG), ILSVRC2012_img_train.tar (or the folder of its class tars), webdataset shards "
@@ -62,7 +62,7 @@ def _visible(folder: Path) -> list[Path]:
 
 def _part(paths: Iterable[Path]) -> list[Path]:
     """Shards in natural order; where names tell training from other parts, those for training."""
-    found = natural(each for each in paths if not each.name.startswith("."))
+    found = natural_sorted(each for each in paths if not each.name.startswith("."))
     return [each for each in found if re.search(rf"(^|[^a-z]){TRAINING}", each.name.lower())] or found
 
 

@@ -170,8 +170,8 @@ def _measure(
     """Records of images that are held, by what is known `about` them, and of the time that they took."""
     suite = config.suite
     suite.check_count(source.count)
-    if config.division is not None and config.division.index:
-        _contribute(source, data, cache, config)
+    if config.sharding is not None and config.sharding.index:
+        _compute_shard(source, data, cache, config)
         return []
     guard(source, data, protocol, config, about)
     samples = source.array()
@@ -183,15 +183,15 @@ def _measure(
         extractor = suite.features.load(config.device, weights=config.weights)
         if config.statistics is not None:
             check_network(config.statistics, extractor)
-        reference = build_reference(data.images, extractor, cache=cache, progress=progress, division=config.division)
+        reference = build_reference(data.images, extractor, cache=cache, progress=progress, sharding=config.sharding)
         if config.statistics is not None:
             reference = with_statistics(reference, config.statistics)
         measurements = evaluate_samples(
-            samples, reference, suite, progress=progress, picture=config.picture, division=config.division
+            samples, reference, suite, progress=progress, picture=config.picture, sharding=config.sharding
         )
     for each in measurements:
-        if each.remark:
-            logger.warning(f"{each.metric}: {each.remark}")
+        if each.warning:
+            logger.warning(f"{each.metric}: {each.warning}")
     judged = Evaluation(
         suite=suite.name,
         suite_version=str(suite.version),
@@ -222,24 +222,24 @@ def _measure(
     ]
 
 
-def _contribute(source: ImageSource, data: ImageSet, cache: Path | None, config: EvaluationConfig) -> None:
+def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, config: EvaluationConfig) -> None:
     """The part of extraction that another process collects."""
-    from evaluators.reference import cached, contribute, images_sha256
+    from evaluators.reference import cached_features, compute_shard, images_sha256
 
-    assert config.division is not None
+    assert config.sharding is not None
     extractor = config.suite.features.load(config.device, weights=config.weights)
-    if cached(data.images, images_sha256(data.images), extractor, cache) is None:
-        contribute(data.images, extractor, config.division)
-    contribute(source.array(), extractor, config.division)
+    if cached_features(data.images, images_sha256(data.images), extractor, cache) is None:
+        compute_shard(data.images, extractor, config.sharding)
+    compute_shard(source.array(), extractor, config.sharding)
 
 
 def guard(
     source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: RecordFields
 ) -> None:
     """Say what is doubtful about samples and reference, and refuse what makes no sense."""
-    from evaluators.guards import Task, check, enforce, survey
+    from evaluators.guards import GuardContext, check, collect_image_stats, enforce
 
-    task = Task(
+    context = GuardContext(
         minimum={metric.key: metric.minimum for metric in config.suite.metrics},
         names=(config.suite.name, about.system),
         classes=protocol.num_classes,
@@ -248,13 +248,13 @@ def guard(
         allow=config.allow,
     )
     if config.reference is not None:
-        reference = survey(config.reference)
-        if reference.brings_statistics and config.statistics is None:
+        reference = collect_image_stats(config.reference)
+        if reference.has_statistics and config.statistics is None:
             text = f"{reference.name} brings mu and sigma, which suite {config.suite.name} does not use"
             logger.warning(f"reference-statistics: {text}: the distance is to its {reference.count} images")
     else:
-        reference = survey(data.images, name=f"data set {data.name}", labels=data.labels)
-    enforce(check(survey(source), reference, task), logger.warning)
+        reference = collect_image_stats(data.images, name=f"data set {data.name}", labels=data.labels)
+    enforce(check(collect_image_stats(source), reference, context))
 
 
 def evaluate_and_record(
@@ -269,8 +269,8 @@ def evaluate_and_record(
     group: ProcessGroup = SINGLE_PROCESS,  # extraction is divided among it; only the main process has the records
 ) -> list[Record]:
     """Measure a sample set and append its records to a file, or find them measured."""
-    from evaluators.division import Division
     from evaluators.reference import images_sha256
+    from evaluators.sharded_extraction import ShardedExtraction
 
     config = config or EvaluationConfig.of(protocol)
     about = read_fields(path, samples_sha256(path), name)
@@ -280,8 +280,8 @@ def evaluate_and_record(
     if group.broadcast(int(found is not None)):
         return found or []
     if group.size > 1:
-        division = Division(index=group.index, size=group.size, folder=cache / PARTS)
-        config = dataclasses.replace(config, division=division)
+        sharding = ShardedExtraction(index=group.index, size=group.size, folder=cache / PARTS)
+        config = dataclasses.replace(config, sharding=sharding)
     made = evaluate_samples_file(path, protocol, data, cache=cache, config=config, name=name)
     if group.is_main:
         append(records, made)

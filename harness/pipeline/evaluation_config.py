@@ -17,7 +17,7 @@ from harness.images.source import ImageSource
 from harness.protocols import Protocol
 
 if TYPE_CHECKING:
-    from evaluators.division import Division
+    from evaluators.sharded_extraction import ShardedExtraction
     from evaluators.suites import Suite
 
 INCEPTION_FILE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 bytes"
@@ -30,7 +30,7 @@ class EvaluationConfig:
     weights: of its network, where the user brings them. statistics: the reference's file, where its mu and sigma are used.
     device: where features are computed, in the words of their framework. reference: the reference's file as a source, for
     the guards. allow: guards that the user waives. picture: where the samples nearest to training images are drawn.
-    division: of extraction among processes; only the first returns records.
+    sharding: of extraction among processes; only the first returns records.
     """
 
     suite: Suite
@@ -39,7 +39,7 @@ class EvaluationConfig:
     device: str = "cpu"
     reference: ImageSource | None = None
     allow: tuple[str, ...] = ()
-    division: Division | None = None
+    sharding: ShardedExtraction | None = None
     picture: Path | None = None
 
     @classmethod

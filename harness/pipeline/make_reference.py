@@ -69,7 +69,7 @@ def make_reference(
     Refused: fewer than 20 images, more to be kept than there are, another file at `out`.
     """
     from evaluators.reference import MINIMUM_IMAGES
-    from evaluators.streamed_statistics import image_statistics
+    from evaluators.streamed_statistics import feature_statistics
 
     count = source.count
     assert count is not None, source
@@ -101,7 +101,7 @@ def make_reference(
                         " --out, or move it away"
                     )
             return Made(about=there, written=False)
-        seen = image_statistics(source, extractor, cache=cache, progress=progress)
+        seen = feature_statistics(source, extractor, cache=cache, progress=progress)
         statistics = seen.arrays()
         passing = _Passing(source, kept, progress)
 

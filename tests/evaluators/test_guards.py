@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from evaluators.guards import GUARDS, NEVER_ALLOWED, Task, check, enforce, survey
-from evaluators.jpeg_traces import COMBS, JpegTraces
+from evaluators.guards import GUARDS, NEVER_ALLOWED, GuardContext, check, collect_image_stats, enforce
+from evaluators.jpeg_traces import MIN_COMBS, JpegTraces
 from evaluators.reference import images_sha256
 from harness.errors import UserError
 from harness.images.open import open_images
@@ -56,7 +56,7 @@ def jpeg(images, quality):
 
 
 def levels(samples, reference=None, **task):
-    task = Task(**{"minimum": LEAST, **task})
+    task = GuardContext(**{"minimum": LEAST, **task})
     found = check(samples, reference, task)
     assert all("\n" not in each.text and len(each.text) > 20 for each in found)
     return {each.name: each.level for each in found}
@@ -101,7 +101,7 @@ def test_duplicates(halves):
     assert levels(samples, np.repeat(reference[:150], 4, axis=0)) == {"duplicates": "warn"}
     many = np.repeat(samples[7:8], 40 * 256, axis=0)  # whose few coefficients must not pass for a comb of JPEG
     assert levels(many, reference, minimum={}) == {"duplicates": "refuse"}
-    assert survey(twice).distinct == 590
+    assert collect_image_stats(twice).distinct == 590
 
 
 def test_constant_images(halves):
@@ -109,7 +109,7 @@ def test_constant_images(halves):
     one = samples.copy()
     one[123] = 0
     assert levels(one, reference) == {"constant": "warn"}
-    assert "image 123" in check(one, reference, Task())[0].text
+    assert "image 123" in check(one, reference, GuardContext())[0].text
     most = samples.copy()
     most[200:] = np.arange(400, dtype=np.uint8).reshape(-1, 1, 1, 1)
     assert levels(most, reference)["constant"] == "refuse"
@@ -121,7 +121,7 @@ def test_a_flat_colour_is_constant_and_a_flat_row_is_not(photographs):
     images[5] = (10, 20, 30)
     images[6] = images[6, :1, :1]
     images[7, :63] = images[7, :1, :1]
-    found = survey(images)
+    found = collect_image_stats(images)
     assert (found.constant, found.first_constant) == (2, 5)
 
 
@@ -166,11 +166,11 @@ def test_no_false_alarm_of_jpeg(digits, photographs):
             assert combs(images[random.permutation(len(images))[:n]]) <= 2
             assert combs(photographs[random.permutation(len(photographs))[: n // 4]]) <= 2
     for factor in (2, 4, 8):
-        assert combs(images[:400].repeat(factor, 1).repeat(factor, 2)) < COMBS / 2
-        assert combs(photographs[:, ::factor, ::factor].repeat(factor, 1).repeat(factor, 2)) < COMBS / 2
+        assert combs(images[:400].repeat(factor, 1).repeat(factor, 2)) < MIN_COMBS / 2
+        assert combs(photographs[:, ::factor, ::factor].repeat(factor, 1).repeat(factor, 2)) < MIN_COMBS / 2
     blocks = np.clip(photographs + random.randint(-9, 10, (400, 8, 8, 1)).repeat(8, 1).repeat(8, 2), 0, 255)
     assert combs(blocks.astype(np.uint8)) <= 2  # edges along the grid, as patches leave them, and no quantisation
-    assert combs((images[:400].repeat(4, 1).repeat(4, 2) > 128).astype(np.uint8) * 255) < COMBS
+    assert combs((images[:400].repeat(4, 1).repeat(4, 2) > 128).astype(np.uint8) * 255) < MIN_COMBS
     assert combs(images[:, :7]) == 0  # no whole block
 
 
@@ -207,7 +207,7 @@ def test_adms_images_are_no_statistics(halves):
     ten = np.random.RandomState(0).randint(0, 256, (10_000, 8, 8, 1)).astype(np.uint8)
     assert levels(samples, ten) == {"reference-statistics": "warn"}
     assert levels(samples, ten, reference_statistics=True) == {"reference-statistics": "refuse"}
-    assert "precision and recall" in check(samples, ten, Task(reference_statistics=True))[0].text
+    assert "precision and recall" in check(samples, ten, GuardContext(reference_statistics=True))[0].text
 
 
 def test_resolution(halves):
@@ -254,12 +254,14 @@ def test_the_chance_of_uneven_labels_is_that_of_scipy():
     assert _chance(counts, np.full(4, 0.25)) == pytest.approx(chisquare(counts).pvalue, rel=1e-12)
 
 
-def test_a_survey_is_one_pass_and_does_not_depend_on_the_container(tmp_path, digits):
+def test_image_stats_take_one_pass_and_does_not_depend_on_the_container(tmp_path, digits):
     images = digits[0]
     np.savez_compressed(tmp_path / "s.npz", images)
     passes = []
-    one = survey(from_batches((passes.append(1) or images[i : i + 100] for i in range(0, 1797, 100)), 1797))
-    other = survey(open_images(tmp_path / "s.npz"))
+    one = collect_image_stats(
+        from_batches((passes.append(1) or images[i : i + 100] for i in range(0, 1797, 100)), 1797)
+    )
+    other = collect_image_stats(open_images(tmp_path / "s.npz"))
     assert len(passes) == 18
     assert one.sha256 == other.sha256 == images_sha256(images)
     np.testing.assert_array_equal(one.hashes, other.hashes)
@@ -267,35 +269,35 @@ def test_a_survey_is_one_pass_and_does_not_depend_on_the_container(tmp_path, dig
     assert one.histogram.sum() == other.histogram.sum() == images.size
     np.testing.assert_array_equal(one.histogram, np.bincount(images.ravel(), minlength=256))
     stages = []
-    survey(images, name="digits", progress=lambda *each: stages.append(each))
-    assert stages[-1] == ("survey of digits", 1797, 1797)
+    collect_image_stats(images, name="digits", progress=lambda *each: stages.append(each))
+    assert stages[-1] == ("pixel statistics of digits", 1797, 1797)
 
 
-def test_enforcing(halves):
+def test_enforcing(halves, caplog):
     samples, reference = halves
-    said = []
-    enforce(check(samples // 2, reference, Task()), said.append)
-    assert len(said) == 1 and said[0].startswith("warning (half-range): ")
+    enforce(check(samples // 2, reference, GuardContext()))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage().endswith(" (half-range)")
     bad = np.repeat(samples[:1] // 255, 20, axis=0)
     with pytest.raises(UserError) as caught:
-        enforce(check(bad, reference, Task(minimum=LEAST)), said.append)
+        enforce(check(bad, reference, GuardContext(minimum=LEAST)))
     assert str(caught.value).endswith("(too-few; also duplicates, unit-range)")
     with pytest.raises(UserError, match="did you mean swapped"):
-        Task(allow=("swaped",))
+        GuardContext(allow=("swaped",))
     with pytest.raises(UserError, match="cannot be waived"):
-        Task(allow=("resolution",))
-    enforce(check(samples, samples, Task(allow=("same-images",))), said.append)
-    assert said[-1].endswith("(allowed)")
+        GuardContext(allow=("resolution",))
+    enforce(check(samples, samples, GuardContext(allow=("same-images",))))
+    assert caplog.records[-1].getMessage().endswith("(allowed) (same-images)")
 
 
-def test_a_survey_costs_little(photographs):
+def test_image_stats_cost_little(photographs):
     images = np.tile(photographs, (6, 1, 1, 1))[:2048]
     source = from_batches([images])
     source.count, source._digest = len(images), "known"  # the content's hash is the record's own cost
     took = []
     for _ in range(3):
         start = time.process_time()
-        survey(source)
+        collect_image_stats(source)
         took.append((time.process_time() - start) / len(images))
     print(f"{min(took) * 1e6:.1f} us an image of 64 x 64 x 3")
     assert min(took) < 60e-6  # measured 10 to 20 us; a loaded machine is given three times that

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_TF, inception_graph, inception_v3
 from evaluators.features.graphdef import Malformed, map_file, read_graph
-from evaluators.features.inception_graph import by_batches, read_weights
+from evaluators.features.inception_graph import extract_in_batches, read_weights
 from evaluators.features.inception_layers import convolutions
 from evaluators.features.inception_structure import check_structure
 from evaluators.features.tf1_resize import resize_numpy
@@ -102,10 +102,10 @@ def test_features_that_are_not_finite_name_their_image():
         return arrays
 
     images = np.zeros((5, 2, 2, 3), np.uint8)
-    assert by_batches("f", images, 2, forward).spatial.shape == (5, 2023)
+    assert extract_in_batches("f", images, 2, forward).spatial.shape == (5, 2023)
     images[3] = 7
     with pytest.raises(RunError, match="image 3 are not finite"):
-        by_batches("f", images, 2, forward)
+        extract_in_batches("f", images, 2, forward)
 
 
 # The files ------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_missing_cut_short_damaged_and_folders(made_inception, tmp_path):
     with pytest.raises(UserError, match="conv/conv2d_params is not finite"):
         read_weights(tmp_path / "nan.pb")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="no torch port"):
+    with pytest.raises(UserError, match="not a torch port"):
         read_weights(tmp_path / "other.pth")
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from evaluators import authenticity, cmmd, density_coverage, distances, extrapolation, frechet, neighbours_picture
 from evaluators import sliced_wasserstein as sliced
-from evaluators.evidence import Evidence
 from evaluators.features import Features
 from evaluators.intervals import assign_blocks, interval
+from evaluators.metric_inputs import MetricInputs
 from evaluators.reference import Reference
 from evaluators.statistics import statistics
 from harness.errors import UserError
@@ -217,7 +217,7 @@ def test_authenticity_by_hand():
     np.testing.assert_array_equal(found.authentic, [False, True, False, False, True])
     np.testing.assert_array_equal(found.index[:3], [[0, 1], [0, 1], [1, 2]])
     np.testing.assert_allclose(found.distance[0], [0.5, 1.5], atol=1e-12)
-    assert found.distance[3, 0] == 0.0 and found.own[3] == 0.0
+    assert found.distance[3, 0] == 0.0 and found.training_distance[3] == 0.0
     np.testing.assert_array_equal(found.most_suspicious, [3, 0, 2, 1, 4])
     estimate = authenticity.estimate(samples, training, np.arange(5))
     assert estimate.value == 0.4 and estimate.trials == 5
@@ -283,11 +283,11 @@ def test_interval_covers_the_expectation_in_90_to_99_percent(case):
     assert 0.90 <= covered <= 0.99, covered
 
 
-# --- from evidence to numbers and a picture
+# --- from inputs to numbers and a picture
 
 
 @pytest.fixture(scope="module")
-def evidence():
+def inputs():
     r = np.random.RandomState(0)
     training = r.randint(0, 256, (60, 8, 8, 3)).astype(np.uint8)
     images = np.concatenate([training[10:20], r.randint(0, 256, (90, 8, 8, 3)).astype(np.uint8)])
@@ -302,7 +302,7 @@ def evidence():
     reference = Reference(
         images=training, features=pooled, statistics=statistics(pooled.pooled), sha256="0" * 64, extractor=Pixels()
     )
-    return Evidence(
+    return MetricInputs(
         images=images, features=Pixels()(images), reference=reference, training=training, block=assign_blocks(100)
     )
 
@@ -317,32 +317,32 @@ def evidence():
         (authenticity, ["authenticity"]),
     ],
 )
-def test_every_metric_computes_from_evidence(evidence, module, keys):
-    computed = module.compute(evidence)
+def test_every_metric_computes_from_evidence(inputs, module, keys):
+    computed = module.compute(inputs)
     assert list(computed) == keys
     for estimate in computed.values():
         assert isinstance(estimate.value, float) and np.isfinite(estimate.value)
         assert estimate.left_out.dtype == np.float64 and np.isfinite(estimate.left_out).all()
 
 
-def test_mind_takes_equal_numbers_of_a_larger_set(evidence):
-    images = evidence.features.pooled
+def test_mind_takes_equal_numbers_of_a_larger_set(inputs):
+    images = inputs.features.pooled
     chosen = sliced.choose(100, 60)
     direct = sliced.estimate(
-        images[chosen], evidence.reference.features.pooled, assign_blocks(60), sliced.directions(192)
+        images[chosen], inputs.reference.features.pooled, assign_blocks(60), sliced.directions(192)
     )
-    assert sliced.compute(evidence)["mind"].value == pytest.approx(direct.value, rel=1e-12)
+    assert sliced.compute(inputs)["mind"].value == pytest.approx(direct.value, rel=1e-12)
 
 
-def test_other_training_images_go_through_the_extractor(evidence):
-    other = Evidence(**{**evidence.__dict__, "training": evidence.training[30:]})
-    assert authenticity.compute(evidence)["authenticity"].value <= 0.9
-    copies = authenticity.find_neighbours(evidence.features.pooled, authenticity.training_features(other))
+def test_other_training_images_go_through_the_extractor(inputs):
+    other = MetricInputs(**{**inputs.__dict__, "training": inputs.training[30:]})
+    assert authenticity.compute(inputs)["authenticity"].value <= 0.9
+    copies = authenticity.find_neighbours(inputs.features.pooled, authenticity.training_features(other))
     assert (copies.distance[:, 0] > 0).all()
 
 
-def test_picture_shows_the_copies_first(evidence, tmp_path):
-    path = neighbours_picture.draw(evidence, tmp_path / "n.png", rows=10, neighbours=3)
+def test_picture_shows_the_copies_first(inputs, tmp_path):
+    path = neighbours_picture.write_picture(inputs, tmp_path / "n.png", rows=10, neighbours=3)
     with Image.open(path) as picture:
         canvas = np.asarray(picture)
     tile, step = 64, 64 + 14 + 4
@@ -350,7 +350,7 @@ def test_picture_shows_the_copies_first(evidence, tmp_path):
     for row in range(10):
         top = 4 + row * step
         sample = canvas[top : top + tile : 8, 4 : 4 + tile : 8]
-        np.testing.assert_array_equal(sample, evidence.training[10 + row])
+        np.testing.assert_array_equal(sample, inputs.training[10 + row])
         np.testing.assert_array_equal(canvas[top : top + tile : 8, 84 : 84 + tile : 8], sample)  # its nearest
         assert (canvas[top + tile : top + tile + 14, 4 : 4 + tile] < 128).any()  # a caption
     assert [path.name] == [p.name for p in tmp_path.iterdir()]

@@ -99,19 +99,19 @@ def logits(n, spread=3.0):
 
 def test_a_file_sorted_by_class_is_told_apart_from_chance():
     rows = logits(600)
-    remark = adm.order_remark(rows, 60)
+    warning = adm.sample_order_warning(rows, 60)
     here, shuffled = adm.score(rows, 60), adm.score(rows[np.random.RandomState(9).permutation(600)], 60)
-    assert f"{here:.4g} in file order" in remark and "use suite adm-exact" in remark and "\n" not in remark
-    assert float(remark.split("order, ")[1].split(" +-")[0]) == pytest.approx(shuffled, rel=0.02)
+    assert f"{here:.4g} in file order" in warning and "use suite adm-exact" in warning and "\n" not in warning
+    assert float(warning.split("order, ")[1].split(" +-")[0]) == pytest.approx(shuffled, rel=0.02)
     assert here < 0.6 * shuffled
     for seed in range(30):
         order = np.random.RandomState(seed).permutation(600)
-        assert adm.order_remark(rows[order], 60) == ""
-    assert adm.order_remark(rows, 600) == ""  # one split: there is no order
+        assert adm.sample_order_warning(rows[order], 60) == ""
+    assert adm.sample_order_warning(rows, 600) == ""  # one split: there is no order
 
 
 def test_the_remark_is_said_as_a_warning(place, monkeypatch):
-    monkeypatch.setattr(adm, "order_remark", lambda logits: "the order decides")
+    monkeypatch.setattr(adm, "sample_order_warning", lambda logits: "the order decides")
     assert "warning (is): the order decides\n" in evaluate(place).stderr
     assert "the order decides" not in evaluate(place, "--suite", "adm-exact").stderr
 
@@ -242,6 +242,6 @@ def test_weights_of_dinov2_by_path_and_from_the_hub(name, place, small_dinov2):
     path.unlink()
     done = evaluate(place, *wanted, "--features-weights", repository)
     assert isinstance(done.exception, UserError)
-    assert f"{repository} is no file and was not fetched from the hub" in str(done.exception)
+    assert f"{repository} is not a file and was not fetched from the hub" in str(done.exception)
     with torch.device("meta"):
         assert len(vit.VisionTransformer(vit_spec.SHAPES[name]).blocks) == 1  # the small one was used

@@ -7,10 +7,10 @@ import torch
 
 from evaluators import precision_recall
 from evaluators import torch_fidelity_suite as suite
-from evaluators.evidence import Evidence
 from evaluators.features import INCEPTION_2015, Features, inception_v3
 from evaluators.features.tf1_resize import resize_torch
 from evaluators.intervals import assign_blocks
+from evaluators.metric_inputs import MetricInputs
 from evaluators.reference import Reference
 from evaluators.statistics import statistics
 from evaluators.suites import BUILT_IN
@@ -86,7 +86,7 @@ def computed(stored):
         images=images, features=Features(pooled=reference), statistics=statistics(reference), sha256="", extractor=None
     )
     return suite.compute(
-        Evidence(
+        MetricInputs(
             images=np.zeros((N, 2, 2, 1), np.uint8), features=Features(pooled=samples, logits=logits), reference=seen,
             training=images, block=assign_blocks(N),
         )

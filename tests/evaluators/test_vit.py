@@ -312,14 +312,14 @@ def test_a_hub_name_is_looked_up_in_the_cache_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
     shape = vit_spec.SHAPES["dinov2-vit-l-14"]
-    assert vit_weights.find("x", shape, "facebook/dinov2-large") == tmp_path / "pytorch_model.bin"
+    assert vit_weights.find_weights("x", shape, "facebook/dinov2-large") == tmp_path / "pytorch_model.bin"
     assert [each[1:] for each in asked] == [
         ("model.safetensors", True),
         ("pytorch_model.bin", True),
         ("model.safetensors", False),
         ("pytorch_model.bin", False),
     ]
-    assert vit_weights.find("x", shape, tmp_path) == tmp_path  # a folder that is there is never a hub name
+    assert vit_weights.find_weights("x", shape, tmp_path) == tmp_path  # a folder that is there is never a hub name
     asked.clear()
     for mistyped in ("weights/dino.pth", "weights/model.safetensors", "/no/such/file"):
         with pytest.raises(UserError, match=mistyped):
@@ -333,7 +333,7 @@ def test_a_hub_name_is_looked_up_in_the_cache_first(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"was not fetched from the hub \(the disk is full\); name --features-weights FILE"
     ):
-        vit_weights.find("x", shape, "facebook/dinov2-large")
+        vit_weights.find_weights("x", shape, "facebook/dinov2-large")
 
 
 def test_specs_fit_their_shapes():

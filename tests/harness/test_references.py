@@ -259,12 +259,12 @@ def edited(path, out, **changed):
 def test_an_edited_file_is_refused(tmp_path, source, pictures, judged):
     facts(reference(source, tmp_path / "r.npz", "--images", 100, "--json"))
     moved = edited(tmp_path / "r.npz", tmp_path / "moved.npz", mu=np.zeros(6))
-    assert "mu and sigma are not those that it describes" in refused(judged("--reference", moved))
+    assert "mu and sigma do not match the hash" in refused(judged("--reference", moved))
     other = edited(tmp_path / "r.npz", tmp_path / "other.npz", arr_0=pictures[0][:100])
     assert "its images are not those" in refused(judged("--reference", other))
     for text in ("no JSON", "{}", '{"reference": {"format": 2}}', '{"reference": {"format": 1}}'):
         broken = edited(tmp_path / "r.npz", tmp_path / "broken.npz", about=np.array(text))
-        assert "what it says of itself cannot be read" in refused(judged("--reference", broken))
+        assert "its metadata (array about) cannot be read" in refused(judged("--reference", broken))
     damaged = bytearray((tmp_path / "r.npz").read_bytes())
     with zipfile.ZipFile(tmp_path / "r.npz") as archive:
         place = archive.getinfo("sigma.npy").header_offset

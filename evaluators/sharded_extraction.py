@@ -1,6 +1,7 @@
-"""Extraction divided among processes that share a file system: each computes calls of the extractor, the first collects.
+"""Feature extraction divided among processes that share a file system.
 
-The calls are those of one process, so their features are the same bits.
+Process i computes every size-th call of the extractor; process 0 collects all features. The calls are the same as those
+of a single process, so the features have the same bits.
 """
 
 import time
@@ -16,32 +17,32 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
-    """Process `index` of `size`; 0 collects what the others leave in `folder`.
+class ShardedExtraction:
+    """The share of process `index` of `size`; process 0 collects the features that the others save in `folder`.
 
-    Who starts the processes ends them all when one dies: nobody here waits for it with a limit.
+    Waiting has no timeout: the launcher ends all processes when one dies.
     """
 
     index: int
     size: int
     folder: Path
 
-    def mine(self, call: int) -> bool:
+    def is_local(self, call: int) -> bool:
         """Whether this process computes call number `call` (from 0)."""
         return call % self.size == self.index
 
-    def put(self, key: str, call: int, features: Features) -> None:
-        """Leave the features of a call for the first process. key: of images and extractor."""
+    def save(self, key: str, call: int, features: Features) -> None:
+        """Save the features of a call for process 0. key: hash of images and extractor."""
         arrays = {name: getattr(features, name) for name in ("pooled", "logits", "spatial")}
         with files.replacing(self._path(key, call)) as file:
             np.savez(file, **{name: rows for name, rows in arrays.items() if rows is not None})
 
-    def has(self, key: str, call: int) -> bool:
-        """Whether they have been left: a killed evaluation computes nothing twice."""
+    def is_saved(self, key: str, call: int) -> bool:
+        """Whether the features of a call are saved, so that a restarted evaluation does not compute them again."""
         return self._path(key, call).exists()
 
-    def take(self, key: str, call: int) -> Features:
-        """What another process has left, or will."""
+    def wait_for(self, key: str, call: int) -> Features:
+        """The features of a call from another process, as soon as they are saved; removes their file."""
         path = self._path(key, call)
         while not path.exists():
             time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""What a metric is given to look at. A metric's `compute` is a function Evidence -> {key: Estimate}."""
+"""The inputs of metrics. A metric's `compute` is a function MetricInputs -> {key: Estimate}."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """Samples beside the reference they are judged by.
+class MetricInputs:
+    """A sample set, its features, and the reference that it is compared with.
 
-    images: uint8 (N, H, W, C). features: of those images, N rows.
-    training: uint8 (T, H, W, C), the images that the generator may have learnt by heart.
+    images: uint8 (N, H, W, C), the samples. features: of the samples, N rows.
+    training: uint8 (T, H, W, C), images that the generator may have memorised.
     block: int64 (N,), the jackknife block of every sample (evaluators/intervals.py).
     """
 
