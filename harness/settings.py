@@ -218,7 +218,7 @@ class SamplingSettings(Options):
         study="sampling.sampler", recorded="sampling.sampler", footnote="sampler",
     )  # fmt: skip
     eta: float | None = setting(
-        "DDIM's share of fresh noise, from 0 to 1.", read_fraction, study="sampling.eta", type_name="float range",
+        "DDIM's share of fresh noise, from 0 to 1.", read_fraction, study="sampling.eta", type_name="float",
         recorded="sampling.eta", footnote="eta",
     )  # fmt: skip
     cfg: float | None = setting(
@@ -309,9 +309,7 @@ class PlanOptions(SamplingSettings, TrainingSettings, _OptionalBackbone):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(SamplingSettings):
-    """Options of `harness sample`: of a trained run, or of a system with weights from anywhere."""
-
+class _SampleSource(Options):
     run: Path | None = setting("A trained run.", read_path, metavar="DIR", type_name="path")
     step: int | None = setting(
         "The training step whose checkpoint is sampled.", read_count, default_text="the last one", type_name="count"
@@ -323,6 +321,12 @@ class SampleOptions(SamplingSettings):
         "Weights of a part of the system (base, classifier, upsampler, upsampler-2, decoder): a checkpoint or a run "
         "(repeatable).", read_pairs("PART=PATH", "base=FILE"), {}, metavar="PART=PATH", repeat=True, type_name="part=path",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(SamplingSettings, _SampleSource):
+    """Options of `harness sample`: of a trained run, or of a system with weights from anywhere."""
+
     decoder: str | None = setting(
         "What decodes the latents of a run: a folder, or ft-ema, ft-mse.", read_text, metavar="DIR|NAME",
         default_text="the autoencoder that made them",

@@ -120,9 +120,8 @@ class BackboneSpec:
     def count(self, **overrides: Any) -> Compute:
         """Compute and parameters: the closed form where there is one, else the traced count (imports torch)."""
         if self.closed_form is None:
-            from harness.compute.trace_torch import trace
-
-            return trace(self, **overrides)
+            assert _tracer is not None, "importing harness sets the tracer"
+            return _tracer(self, **overrides)
         function = self.closed_form
         if isinstance(function, str):
             function = load_attribute(function, f"closed form of backbone {self.name!r}")
@@ -131,6 +130,18 @@ class BackboneSpec:
     def null_index(self, num_classes: int) -> int | None:
         """The label that means "no class" in a network of `num_classes` classes, or None."""
         return num_classes if self.null_label == "num_classes" else self.null_label
+
+
+_tracer: Callable[..., Compute] | None = None
+
+
+def set_tracer(trace: Callable[..., Compute]) -> None:
+    """Set what counts a network without a closed form: (spec, **build arguments) -> Compute.
+
+    It needs torch and knows specs, so specs cannot import it; `harness` sets it.
+    """
+    global _tracer
+    _tracer = trace
 
 
 def load_attribute(address: str, what: str) -> Any:

@@ -19,8 +19,8 @@ ONE_WISH_SECONDS = 1.0  # within which several SIGTERMs are one
 COMMANDS = {
     # name: (module in this folder, what `harness --help` says)
     "run": ("run", "Train, sample, evaluate and report: the main job."),
-    "plan": ("plan", "Say what a run would cost, and do nothing."),
-    "study": ("study", "Many runs of one protocol, from a file: launch, continue, look, report."),
+    "plan": ("plan", "Say what a run would cost, and write nothing."),
+    "study": ("study", "Many runs of one protocol, from a file: launch, continue, show the status, report."),
     "train": ("train", "The first stage of run: train a backbone."),
     "sample": ("sample", "The second stage of run: draw samples from a run, or from a system and its weights."),
     "evaluate": ("evaluate", "The third stage of run: measure a sample set."),
@@ -28,10 +28,10 @@ COMMANDS = {
     "report": ("report", "Write the tables and figures from published and measured records."),
     "list": ("list", "Backbones, protocols, data sets and the rest, by name."),
     "weights": ("weights", "Public checkpoints in and out; nothing in them is executed."),
-    "data": ("data", "References that samples are judged by, and the public files that evaluation needs."),
+    "data": ("data", "Data sets, latents and references, made or fetched, and checked."),
     "flops": ("flops", "Parameters and theoretical Gflops, beside the published values."),
     "bench": ("bench", "Speed, utilisation and memory of a backbone on this device, beside its roofline."),
-    "doctor": ("doctor", "What this machine has and lacks, each with the fix."),
+    "doctor": ("doctor", "Check this machine: what is installed, what is missing, each with the fix."),
 }
 
 

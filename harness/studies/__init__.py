@@ -214,7 +214,7 @@ def _reader(name: str) -> Callable[[Any, str], Any]:
         "count": _steps,
         "counts": lambda value, where: tuple(sorted(_list(_steps)(value, where))),
         "seed": _whole,
-        "float range": _number,
+        "float": _number,
     }
     if known.read is read_switch:
         return _switch
