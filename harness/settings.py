@@ -51,7 +51,7 @@ class Setting:
     flags: of the command line where they are not `--name`; of a switch perhaps "--x/--no-x". choices: the accepted words.
     repeat: the flag may be given several times. default_text: the default in words, for the help. study: its key in a study
     file, "key" or "section.key"; empty: not there. frozen: decided when a run is created, because it decides bits; the
-    word stands for "not given". recorded: the field of `results.records.Record` that states it, such as "sampling.eta".
+    word stands for "not given". item: of the protocol's section [sampling] that it overrides. recorded: the field of `results.records.Record` that states it, such as "sampling.eta".
     footnote: its name in footnotes. argument: a positional argument of the command line.
     """
 
@@ -65,6 +65,7 @@ class Setting:
     show_default: bool = False
     study: str = ""
     frozen: str | None = None
+    item: str = ""
     recorded: str = ""
     footnote: str = ""
     argument: bool = False
@@ -215,26 +216,26 @@ class SamplingSettings(Options):
     )  # fmt: skip
     sampler: str | None = setting(
         "A name of `harness list samplers`.", read_text, metavar="NAME", default_text="the protocol's",
-        study="sampling.sampler", recorded="sampling.sampler", footnote="sampler",
+        study="sampling.sampler", item="sampler", recorded="sampling.sampler", footnote="sampler",
     )  # fmt: skip
     eta: float | None = setting(
-        "DDIM's share of fresh noise, from 0 to 1.", read_fraction, study="sampling.eta", type_name="float",
+        "DDIM's share of fresh noise, from 0 to 1.", read_fraction, study="sampling.eta", item="eta", type_name="float",
         recorded="sampling.eta", footnote="eta",
     )  # fmt: skip
     cfg: float | None = setting(
         "Scale of classifier-free guidance; 1 = no guidance.", read_number, metavar="SCALE",
-        study="sampling.guidance_scales", recorded="sampling.guidance_scale", footnote="guidance",
+        study="sampling.guidance_scales", item="guidance_scale", recorded="sampling.guidance_scale", footnote="guidance",
     )  # fmt: skip
     guidance_channels: str | None = setting(
-        "Which channels are guided.", read_text, metavar="first-3|all", study="sampling.guidance_channels",
+        "Which channels are guided.", read_text, metavar="first-3|all", study="sampling.guidance_channels", item="guidance_channels",
         recorded="sampling.guidance_channels",
     )  # fmt: skip
     labels: str | None = setting(
         "Label policy: how the labels of samples are chosen.", read_text, metavar="random|balanced",
-        study="sampling.label_policy", recorded="sampling.label_policy", footnote="label policy",
+        study="sampling.label_policy", item="label_policy", recorded="sampling.label_policy", footnote="label policy",
     )  # fmt: skip
     sampling_seed: int | None = setting(
-        "Seed of the samples.", read_seed, default_text="0", study="sampling.seed", type_name="seed",
+        "Seed of the samples.", read_seed, default_text="0", study="sampling.seed", item="seed", type_name="seed",
         recorded="sampling.seed", footnote="sampling seed",
     )  # fmt: skip
     sampling_precision: str = setting(
@@ -248,15 +249,8 @@ class SamplingSettings(Options):
     )  # fmt: skip
 
     def overrides(self) -> dict[str, Any]:
-        """The items of a protocol's sampling section (but steps) that these settings override; None: not given."""
-        return {
-            "sampler": self.sampler,
-            "eta": self.eta,
-            "guidance_scale": self.cfg,
-            "guidance_channels": self.guidance_channels,
-            "label_policy": self.labels,
-            "seed": self.sampling_seed,
-        }
+        """The items of a protocol's [sampling] (but steps) that these settings override; None: not given."""
+        return {known.item: getattr(self, name) for name, known in settings_of(self).items() if known.item}
 
 
 _LOGGER = {"choices": LOGGERS, "repeat": True, "study": "logger"}
@@ -289,7 +283,7 @@ class RunOptions(SamplingSettings, TrainOptions):
     )  # fmt: skip
     features_weights: Path | None = setting(
         "Weights of the suite's network, if it needs them.", read_path, metavar="FILE", study="features_weights",
-        flags=("--inception", "--features-weights"), type_name="path",
+        flags=("--features-weights", "--inception"), type_name="path",
     )  # fmt: skip
     evaluate_at: tuple[int, ...] | None = setting(
         "Also sample and evaluate after these training steps.", read_counts, metavar="N,N,...", type_name="counts"
@@ -369,7 +363,7 @@ class EvaluateOptions(Options):
     )
     features_weights: Path | None = setting(
         "Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.", read_path,
-        metavar="FILE", flags=("--inception", "--features-weights"), type_name="path",
+        metavar="FILE", flags=("--features-weights", "--inception"), type_name="path",
     )  # fmt: skip
     backend: str = setting(
         "Framework of ADM's Inception network.", read_text, "torch", choices=EVALUATOR_BACKENDS, show_default=True
@@ -517,10 +511,13 @@ def only_one(flags: Mapping[str, Any], what: str) -> None:
         raise UserError(f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} set {what}; give one of them")
 
 
-def recorded_value(record: Any, known: Setting) -> Any:
-    """What a record states of a setting; None: nothing."""
-    for part in known.recorded.split(".") if known.recorded else ():
-        record = getattr(record, part, None)
-        if record is None:
-            return None
-    return record if known.recorded else None
+def recorded_settings(options: type[Options], record: Any) -> dict[str, Any]:
+    """The settings that a record states, by name; what it leaves open is left out."""
+    found = {}
+    for name, known in settings_of(options).items():
+        value = record if known.recorded else None
+        for part in known.recorded.split("."):
+            value = None if value is None else getattr(value, part)
+        if value is not None:
+            found[name] = value
+    return found

@@ -8,6 +8,7 @@ import functools
 import re
 import shlex
 from collections.abc import Mapping
+from typing import Any
 
 from backbones.autoencoders.spec import KNOWN
 from harness import registry
@@ -15,10 +16,20 @@ from harness.errors import UserError
 from harness.io.files import sha256_json
 from harness.protocols import Protocol, override
 from harness.runs.run import recipe_identity
-from results.records import Record
+from harness.settings import (
+    EvaluateOptions,
+    RunOptions,
+    SampleOptions,
+    command_line,
+    command_words,
+    recorded_settings,
+    settings_of,
+)  # fmt: skip
+from results.records import Record, Training
 
 OUT = "runs/again"  # where the run of a command goes, if a second command has to find its samples
 ORIGIN = "arXiv:2212.09748"
+RECIPE_ITEMS = ("batch", "learning_rate", "ema_decay", "objective", "schedule")  # those that a record states
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,14 +49,10 @@ def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | N
     them nor the protocol's with what the record itself names is known by its hash alone, and then there is no command.
     Never raises for what a record says.
     """
-    if record.provenance == "published":
-        made = _published(record)
-    elif record.sampling is not None and record.sampling.settings_hash is not None and not _is_of_a_run(record):
-        made = _system(record)
-    elif record.training is not None and record.training.steps is not None and record.sampling is not None:
-        made = _run(record, recipes or {})
-    else:
-        made = _samples(record)
+    try:
+        made = _reproduction(record, recipes or {})
+    except UserError as error:
+        return Reproduction(notes=(f"No command can ask for what this record says: {error}.",))
     if not all(command.isprintable() for command in made.commands):
         return Reproduction(notes=("A name in this record holds control characters, so no command is given.",))
     brought = sorted(
@@ -59,6 +66,16 @@ def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | N
     return made
 
 
+def _reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
+    if record.provenance == "published":
+        return _published(record)
+    if record.sampling is not None and record.sampling.settings_hash is not None and not _is_of_a_run(record):
+        return _system(record)
+    if record.training is not None and record.training.steps is not None and record.sampling is not None:
+        return _run(record, recipes)
+    return _samples(record)
+
+
 def _is_of_a_run(record: Record) -> bool:
     """Rather than of a system, whose records do not say how the arithmetic of each part's training was."""
     training = record.training
@@ -66,59 +83,75 @@ def _is_of_a_run(record: Record) -> bool:
 
 
 def _run(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
-    """`harness run`, and `harness evaluate` after it where the protocol would not judge so."""
+    """`harness run`, and `harness evaluate` after it where the protocol would not evaluate so."""
     training, sampling = record.training, record.sampling
-    task, notes = _task(record)
+    assert training is not None and sampling is not None
+    protocol, notes = _protocol(record)
     if training.recipe_hash is None or sampling.steps is None or sampling.sampler is None or record.backbone is None:
         return Reproduction(notes=("The record does not say in full how it was trained and sampled.",))
-    recipe, lack = _recipe(record, task, recipes)
-    if lack:
-        return Reproduction(notes=(lack,))
-    words = ["harness", "run", "--backbone", record.backbone, "--protocol", _protocol_word(record, task)]
-    words += ["--steps", str(training.steps), "--seed", str(training.seed or 0)]
-    if record.framework not in (None, "torch"):
-        words += ["--framework", record.framework]
-    usual = dataclasses.asdict(task.recipe) if task else {}
-    for name, value in recipe.items():
-        if name not in usual or value != usual[name]:
-            words += ["--set", f"{name}={_setting(value)}"]
-    for flag, value in (("--precision", training.precision), ("--micro-batch", training.micro_batch)):
-        words += [flag, str(value)] if value is not None else []
-    words += _sampling_words(record, task)
-    if task is not None:
+    recipe, reason = _recipe(training, protocol, recipes)
+    if reason:
+        return Reproduction(notes=(reason,))
+    if protocol is not None:
         for name in ("clip_denoised", "uint8_rule"):
-            drawn, ours = getattr(sampling, name), getattr(task.sampling, name)
-            if drawn is not None and drawn != ours:
-                text = f"It was sampled with {name} {drawn}, which protocol {task.name} fixes to {ours}"
+            used, ours = getattr(sampling, name), getattr(protocol.sampling, name)
+            if used is not None and used != ours:
+                text = f"It was sampled with {name} {used}, which protocol {protocol.name} fixes to {ours}"
                 return Reproduction(notes=(f"{text}: a protocol file of your own can have it.",))
-    if sampling.decoder is not None:
-        words += ["--decoder", _decoder_word(sampling.decoder)]
-    words += _data_words(record)
     if record.backbone not in registry.backbones:
         notes.append(f"Backbone {record.backbone!r} is not installed here: it needs the plug-in that brings it.")
-    if _judges_alike(record, task) and record.system == record.backbone:
-        return Reproduction(commands=(shlex.join([*words, *_judge_words(record)]),), notes=tuple(notes))
+    usual = dataclasses.asdict(protocol.recipe) if protocol else {}
+    settings = _recorded(record, protocol)
+    settings["set"] = {name: value for name, value in recipe.items() if name not in usual or value != usual[name]}
+    if _evaluates_alike(record, protocol) and record.system == record.backbone:
+        return Reproduction(commands=(_run_command(record, settings | _evaluator_files(record)),), notes=tuple(notes))
     name = f"step{training.steps}-{sampling.sampler}{sampling.steps}-*/samples.npz"
     return Reproduction(
-        commands=(shlex.join([*words, "--out", OUT]), _evaluate(record, f"{OUT}/samples/{_glob(name)}", named=False)),
+        commands=(
+            _run_command(record, settings | {"out": OUT}),
+            _evaluate(record, f"{OUT}/samples/{_glob(name)}", named=False),
+        ),
         notes=tuple(notes),
     )
 
 
+def _run_command(record: Record, settings: Mapping[str, Any]) -> str:
+    """`harness run` with these settings."""
+    options = RunOptions(**{"backbone": record.backbone, **settings, **_data(record)})
+    return command_line(command_words("run", options))
+
+
+def _recorded(record: Record, protocol: Protocol | None) -> dict[str, Any]:
+    """The settings of a run that the record states, without those that the protocol has anyway."""
+    stated = recorded_settings(RunOptions, record)
+    usual = protocol.sampling if protocol is not None else None
+    known = settings_of(RunOptions)
+    neutral = {"cfg": 1.0, "sampling_seed": 0}  # where the protocol is not known
+    settings = {
+        name: value
+        for name, value in stated.items()
+        if not known[name].item or value != (getattr(usual, known[name].item) if usual else neutral.get(name))
+    }
+    if stated.get("cfg") in (None, 1.0):
+        settings.pop("guidance_channels", None)
+    if "decoder" in settings:
+        settings["decoder"] = _decoder_word(settings["decoder"])
+    return {**settings, "protocol": _protocol_word(record, protocol)}
+
+
 def _recipe(
-    record: Record, task: Protocol | None, recipes: Mapping[str, Mapping[str, object]]
+    training: Training, protocol: Protocol | None, recipes: Mapping[str, Mapping[str, object]]
 ) -> tuple[dict[str, object], str]:
     """The items of the recipe but `steps`, or why they are not known."""
-    training = record.training
-    if training.recipe_hash in recipes:
-        return dict(recipes[training.recipe_hash]), ""
-    if task is not None:
-        named = ("batch", "learning_rate", "ema_decay", "objective", "schedule")
-        said = tuple((name, getattr(training, name)) for name in named if getattr(training, name) is not None)
-        digest, found = _overridden(task, said)
-        if digest == training.recipe_hash:
+    digest = training.recipe_hash or ""
+    if digest in recipes:
+        return dict(recipes[digest]), ""
+    if protocol is not None:
+        stated = tuple((name, getattr(training, name)) for name in RECIPE_ITEMS if getattr(training, name) is not None)
+        hash_with_them, found = _overridden(protocol, stated)
+        if hash_with_them == digest:
             return found, ""
-    short = training.recipe_hash[:12]
+    short = digest[:12]
     return {}, (
         f"The recipe is known here by its hash alone ({short}): it is not the protocol's with what the record names. The "
         "run.json of the run has it; a report of that folder gives the command."
@@ -126,33 +159,13 @@ def _recipe(
 
 
 @functools.lru_cache(maxsize=1024)
-def _overridden(task: Protocol, said: tuple[tuple[str, object], ...]) -> tuple[str, dict[str, object]]:
-    """Hash and items of the protocol's recipe with what is said of it; "" where no recipe can have that."""
+def _overridden(protocol: Protocol, stated: tuple[tuple[str, object], ...]) -> tuple[str, dict[str, object]]:
+    """Hash and items of the protocol's recipe with these items; "" where no recipe can have them."""
     try:
-        found = recipe_identity(override(task.recipe, dict(said)))
+        found = recipe_identity(override(protocol.recipe, dict(stated)))
     except UserError:
         return "", {}
     return sha256_json(found), found
-
-
-def _sampling_words(record: Record, task: Protocol | None) -> list[str]:
-    """Flags of the sampling; what the protocol says anyway is left out."""
-    sampling, usual = record.sampling, task.sampling if task else None
-    words = ["--sampling-steps", str(sampling.steps), "--samples", str(record.n)]
-    guided = sampling.guidance_scale not in (None, 1.0)
-    for flag, value, default in (
-        ("--sampler", sampling.sampler, usual and usual.sampler),
-        ("--eta", sampling.eta, usual and usual.eta),
-        ("--cfg", sampling.guidance_scale, usual.guidance_scale if usual else 1.0),
-        ("--guidance-channels", sampling.guidance_channels if guided else None, usual and usual.guidance_channels),
-        ("--labels", sampling.label_policy, usual and usual.label_policy),
-        ("--sampling-seed", sampling.seed, usual.seed if usual else 0),
-        ("--sampling-precision", sampling.precision, "float32"),
-        ("--sampling-batch", sampling.batch, None),
-    ):
-        if value is not None and value != default:
-            words += [flag, _setting(value)]
-    return words
 
 
 def _system(record: Record) -> Reproduction:
@@ -174,24 +187,22 @@ def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
     system, sampling = registry.systems.get(record.system), record.sampling
     if system.unavailable:
         return (), (f"{record.system} cannot be run here: {system.unavailable}.",)
-    words = ["harness", "sample", "--system", record.system]
-    for part in system.parts:
-        words += ["--weights", f"{part}={part.replace('-', '_').upper()}_FILE"]
-    if system.decoder:
-        words += ["--weights", "decoder=DECODER_FILE"]
-    words += ["--samples", str(record.n)]
-    if sampling is not None and sampling.steps not in (None, system.base.steps):
-        words += ["--sampling-steps", str(sampling.steps)]
+    settings: dict[str, Any] = {}
     if sampling is not None and record.provenance == "measured":
-        for flag, value, usual in (
-            ("--sampling-seed", sampling.seed, 0),
-            ("--sampling-precision", sampling.precision, "float32"),
-            ("--batch", sampling.batch, None),
-            ("--framework", record.framework, "torch"),
-        ):
-            words += [flag, str(value)] if value not in (None, usual) else []
+        names = {"sampling_seed": sampling.seed, "sampling_precision": sampling.precision, "batch": sampling.batch}
+        settings = {name: value for name, value in names.items() if value is not None}
+        settings["framework"] = None if record.framework == "torch" else record.framework
+    steps = sampling.steps if sampling is not None else None
+    weights = {part: f"{part.replace('-', '_').upper()}_FILE" for part in system.parts}
+    options = SampleOptions(
+        system=record.system,
+        weights=weights | ({"decoder": "DECODER_FILE"} if system.decoder else {}),
+        samples=record.n,
+        sampling_steps=None if steps in (None, system.base.steps) else steps,
+        **(settings if settings.get("sampling_seed") else {**settings, "sampling_seed": None}),
+    )
     folder = f"runs/systems/{_glob(f'{record.system}-n{record.n}-*/samples.npz')}"
-    return (shlex.join(words), _evaluate(record, folder, named=False)), ()
+    return (command_line(command_words("sample", options)), _evaluate(record, folder, named=False)), ()
 
 
 def _samples(record: Record) -> Reproduction:
@@ -209,47 +220,44 @@ def _published(record: Record) -> Reproduction:
     source = record.source
     printed = f"Printed in {ORIGIN}, {source.table}, row {source.row!r}, column {source.column!r}."
     commands, notes = _system_commands(record)
-    training, sampling = record.training, record.sampling
+    training = record.training
     trainable = training is not None and training.steps is not None and record.backbone in registry.backbones
     if not commands and not notes and trainable:
-        task, _ = _task(record)
-        if _judges_alike(record, task):
-            words = ["harness", "run", "--backbone", record.backbone, "--protocol", task.name]
-            words += ["--steps", str(training.steps)]
-            for name in ("batch", "learning_rate", "ema_decay"):
-                value = getattr(training, name)
-                if value not in (None, getattr(task.recipe, name)):
-                    words += ["--set", f"{name}={_setting(value)}"]
-            drawn = sampling is not None and sampling.steps is not None
-            words += _sampling_words(record, task) if drawn else ["--samples", str(record.n)]
-            decoder = ["--decoder", _decoder_word(sampling.decoder)] if drawn and sampling.decoder else []
-            commands = (shlex.join([*words, *decoder, *_data_words(record), *_judge_words(record)]),)
+        assert training is not None
+        protocol, _ = _protocol(record)
+        if protocol is not None and _evaluates_alike(record, protocol):
+            stated = {name: getattr(training, name) for name in RECIPE_ITEMS}
+            recipe = {
+                name: value for name, value in stated.items() if value not in (None, getattr(protocol.recipe, name))
+            }
+            settings = {**_recorded(record, protocol), "set": recipe}
+            commands = (_run_command(record, settings | _evaluator_files(record)),)
     if commands:
         notes = ("The same would be measured by:",)
     return Reproduction(commands=commands, notes=(printed, *notes))
 
 
 def _evaluate(record: Record, samples: str, *, named: bool) -> str:
-    """`harness evaluate`; `samples` is shell text, already quoted where it needs to be."""
-    words = []
+    """`harness evaluate`. samples: shell text, already quoted where it needs to be. named: the samples do not say what
+    they are."""
+    settings = {"suite": _suite_word(record), **_evaluator_files(record)}
     if named:
-        task, _ = _task(record)
-        words += ["--protocol", _protocol_word(record, task), *_data_words(record)]
-    words += ["--suite", _suite_word(record), *_judge_words(record)]
+        settings |= {"protocol": _protocol_word(record, _protocol(record)[0]), **_data(record)}
     if named or record.system not in (record.backbone, None) and record.system not in registry.systems:
-        words += ["--name", record.system]
-    return f"harness evaluate {samples} {shlex.join(words)}"
+        settings["name"] = record.system
+    words = command_words("evaluate", EvaluateOptions("SAMPLES", **settings))
+    return f"harness evaluate {samples} {command_line(words[2:-1])}"
 
 
-def _judges_alike(record: Record, task: Protocol | None) -> bool:
+def _evaluates_alike(record: Record, protocol: Protocol | None) -> bool:
     """Whether `harness run` itself measures what the record says."""
-    return task is not None and record.evaluation is not None and record.evaluation.suite == task.suite
+    return protocol is not None and record.evaluation is not None and record.evaluation.suite == protocol.suite
 
 
-def _judge_words(record: Record) -> list[str]:
-    """The files that the suite needs."""
-    reference = _reference(record)
-    return [*_weights_words(record), *(["--reference", reference] if reference else [])]
+def _evaluator_files(record: Record) -> dict[str, Any]:
+    """The settings that name the files which the suite needs."""
+    weights, reference = _weights_file(record), _reference(record)
+    return {"features_weights": weights or None, "reference": reference or None}
 
 
 def _suite_word(record: Record) -> str:
@@ -259,24 +267,23 @@ def _suite_word(record: Record) -> str:
     return suite
 
 
-def _weights_words(record: Record) -> list[str]:
-    """The file of a feature network that does not come with the harness."""
-    suite = record.evaluation.suite if record.evaluation else None
+def _weights_file(record: Record) -> str:
+    """The file of a feature network that does not come with the harness; "": the network needs none."""
+    suite = record.evaluation.suite if record.evaluation else ""
     features = registry.suites.get(suite).features if suite in registry.suites else None
     if features is None and suite in registry.features:
         features = registry.features.get(suite)
     if features is None or not features.weights_option:
-        return []
-    inception = features.weights_option == "--inception"
-    return [features.weights_option, "classify_image_graph_def.pb" if inception else "WEIGHTS_FILE"]
+        return ""
+    return "classify_image_graph_def.pb" if features.weights_option == "--inception" else "WEIGHTS_FILE"
 
 
 def _reference(record: Record) -> str:
-    """The file that ADM's evaluator judges ImageNet by, whose name `harness data fetch` knows."""
+    """The reference batch of ADM's evaluator for ImageNet, by the name that `harness data fetch` knows; "": none."""
     from harness.data.public_files import FILES
 
     known = FILES.get(f"{record.dataset}-{record.resolution}")
-    return known.file if known is not None and _weights_words(record) else ""
+    return known.file if known is not None and _weights_file(record) else ""
 
 
 def _decoder_word(name: str) -> str:
@@ -285,30 +292,24 @@ def _decoder_word(name: str) -> str:
     return short or "DECODER_FOLDER"
 
 
-def _data_words(record: Record) -> list[str]:
+def _data(record: Record) -> dict[str, Any]:
     needs = record.dataset in registry.datasets and registry.datasets.get(record.dataset).needs_folder
-    return ["--data", "DATA_FOLDER"] if needs else []
+    return {"data": "DATA_FOLDER"} if needs else {}
 
 
-def _task(record: Record) -> tuple[Protocol | None, list[str]]:
+def _protocol(record: Record) -> tuple[Protocol | None, list[str]]:
     """The protocol, None where it is not built in, and what is to be said of it."""
     if record.protocol not in registry.protocols:
         return None, [f"Protocol {record.protocol!r} is not built in."]
-    task, version = registry.protocols.get(record.protocol), record.protocol_version
-    if version not in (None, str(task.version)):
-        return task, [f"Measured under version {version} of protocol {task.name}; here is version {task.version}."]
-    return task, []
+    protocol, version = registry.protocols.get(record.protocol), record.protocol_version
+    if version not in (None, str(protocol.version)):
+        text = f"Measured under version {version} of protocol {protocol.name}; here is version {protocol.version}."
+        return protocol, [text]
+    return protocol, []
 
 
-def _protocol_word(record: Record, task: Protocol | None) -> str:
-    return record.protocol if task is not None else "PROTOCOL_FILE.toml"
-
-
-def _setting(value: object) -> str:
-    """Text that --set and the flags read back as the same value."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, float) else str(value)
+def _protocol_word(record: Record, protocol: Protocol | None) -> str:
+    return record.protocol if protocol is not None else "PROTOCOL_FILE.toml"
 
 
 def _glob(pattern: str) -> str:
