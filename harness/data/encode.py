@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -53,7 +54,7 @@ def existing_cache(source: NamedImages, vae: str, out: Path) -> Meta | None:
     return meta
 
 
-def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: dict[str, Any]) -> bool:
+def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: Mapping[str, object]) -> bool:
     """Make the cache of `source` in the folder `out`. Returns False if it existed already.
 
     environment: written to meta.json. UserError for images that the autoencoder does not take and for another cache in

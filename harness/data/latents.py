@@ -16,6 +16,7 @@ complete. Chunks and their hashes are those of prepared data sets (`harness.data
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ class Meta:
     shape: tuple[int, int, int, int, int, int]
     chunks: tuple[str, ...]
     source_paths: dict[str, str] = dataclasses.field(default_factory=dict)
-    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
