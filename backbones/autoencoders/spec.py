@@ -183,7 +183,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """Files of an auto-encoder in diffusers' layout, the better one first: it cannot hold code."""
 
 
-KL_CONFIG = {  # stabilityai/sd-vae-ft-ema, config.json; used for a file that comes without one
+KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; used for a file that comes without one
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],

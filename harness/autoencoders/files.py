@@ -1,4 +1,4 @@
-"""Where the files of an auto-encoder are, and what they say before a framework is loaded (see `harness.autoencoders.load`)."""
+"""The files of an autoencoder: which name means which file, and what config and weights say without a framework."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from backbones.autoencoders.spec import KL_CONFIG, KNOWN, WEIGHTS, Known, kl_set
 from harness.errors import UserError
 from harness.io import files
 from harness.registry import unknown
+from harness.weights.files import sha256
 
-SCALE_KL = 0.18215  # of Stable Diffusion's latents where a config does not say: about 1 / their standard deviation
+SCALE_KL = (
+    0.18215  # scaling_factor of Stable Diffusion's latents, about 1 / their standard deviation; where a config has none
+)
 
 
 def resolve(name: str) -> Known | Path:
-    """What `name` stands for: a known decoder (by short name or repository) or a path that is there. Else refused.
+    """The known autoencoder (by short name or repository) or the existing path that `name` means; UserError for others.
 
-    Short names win over files of the same name; write ./NAME for the file. Imports no framework.
+    A short name has precedence over a file of that name; write ./NAME for the file. Imports no framework.
     """
     if name in KNOWN:
         return KNOWN[name]
@@ -29,14 +32,16 @@ def resolve(name: str) -> Known | Path:
     if name in by_repository:
         return by_repository[name]
     if os.sep in name or path.suffix:
-        raise UserError(
-            f"decoder {name}: no such file or folder; give a path that is there or one of {', '.join(KNOWN)}"
-        )
+        raise UserError(f"decoder {name}: no such file or folder; give an existing path or one of {', '.join(KNOWN)}")
     raise UserError(f"{unknown('decoder', name, KNOWN)} (or give a path; no file or folder has that name)")
 
 
 def find(name: str, weights: str | Path | None, flag: str) -> tuple[Known | None, Path, str]:
-    """Of the auto-encoder `name`: what is known by that name, the folder or file of its weights, and where that is from."""
+    """(known autoencoder or None for a path, folder or file of its weights, their source for records).
+
+    name: as for `resolve`. weights: where the weights of a known autoencoder are; None: fetched from the hub. flag: the
+    option that messages tell to name a path with.
+    """
     found = resolve(name)
     if isinstance(found, Path):
         if weights is not None:
@@ -50,8 +55,7 @@ def find(name: str, weights: str | Path | None, flag: str) -> tuple[Known | None
 
 
 def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
-    """The folder in the hub's cache with config and weights, fetched if they are not there yet, and its repository
-    and revision."""
+    """(folder in the hub's cache with config and weights, repository@revision); fetched if it is not in the cache."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -61,26 +65,26 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
 
     def folder(local: bool) -> Path:
         def fetch(file: str) -> Path:
-            where = {"subfolder": known.subfolder or None, "local_files_only": local}
-            return Path(hf_hub_download(known.repository, file, **where))
+            subfolder = known.subfolder or None
+            return Path(str(hf_hub_download(known.repository, file, subfolder=subfolder, local_files_only=local)))
 
         config = fetch("config.json")
         try:
             fetch(WEIGHTS[0])
         except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and not local:  # not "there is none" but "no connection"
+            if isinstance(error, LocalEntryNotFoundError) and not local:  # no connection, rather than no such file
                 raise
             fetch(WEIGHTS[1])
         return config.parent
 
     verbosity = logging.get_verbosity()
     try:
-        found = folder(local=True)  # first, so that a connection is needed once
+        found = folder(local=True)  # the cache first: a connection is needed only once
     except LocalEntryNotFoundError:
         try:
-            logging.set_verbosity_error()  # five retries would each say so
+            logging.set_verbosity_error()  # the client would print each of five retries
             found = folder(local=False)
-        except Exception as error:  # the client's own, the network's, the disk's: all end here
+        except Exception as error:  # of the client, the network or the disk
             reason = str(error).strip() or type(error).__name__
             raise UserError(
                 f"decoder {name}: {known.repository} is not in the cache and was not fetched"
@@ -94,7 +98,7 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
 
 
 def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
-    """The config, where there is one, and the weight file of a folder or file. A pipeline's folder holds a vae."""
+    """(config or None, weight file) of a folder or file; for the folder of a pipeline, those in its subfolder vae."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
         file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -109,18 +113,16 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
     elif path.is_file():
         folder, file = path.parent, path
     else:
-        raise UserError(f"{path}: no such file or folder; {flag} takes an auto-encoder's folder or weight file")
+        raise UserError(f"{path}: no such file or folder; {flag} takes an autoencoder's folder or weight file")
     if file.name not in WEIGHTS or not (folder / "config.json").is_file():
         return None, file
-    config = files.read_json(folder / "config.json", "auto-encoder config")
+    config = files.read_json(folder / "config.json", "autoencoder config")
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != "AutoencoderKL":
         raise UserError(f"{folder / 'config.json'} describes {kind or 'no network'}; wanted diffusers' AutoencoderKL")
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
-            raise UserError(
-                f"{folder / 'config.json'} has a {key}, which no sampler here takes; use another auto-encoder"
-            )
+            raise UserError(f"{folder / 'config.json'} has a {key}, which is not supported; use another autoencoder")
     scale = config.get("scaling_factor", SCALE_KL)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
         raise UserError(f"{folder / 'config.json'}: scaling_factor is {scale!r}; it must be a number above 0")
@@ -129,38 +131,40 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
         raise UserError(f"{folder / 'config.json'}: shift_factor is {shift!r}; it must be a number")
     if not isinstance(config.get("block_out_channels"), list):
         raise UserError(f"{folder / 'config.json'} has no list of block_out_channels; get it again")
-    # diffusers' own book-keeping decides nothing, and differs between copies of the same auto-encoder.
+    # the other keys with an underscore are diffusers' book-keeping, which differs between copies of one autoencoder
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
 
 
 def scale_and_shift(config: Mapping[str, Any]) -> tuple[float, float]:
-    """Of an AutoencoderKL's latents: a sampler's are (z - shift) x scale."""
+    """(scale, shift) of an AutoencoderKL: a sampler's latents are (z - shift) x scale of its z."""
     return float(config.get("scaling_factor", SCALE_KL)), float(config.get("shift_factor") or 0.0)
 
 
 def record_name(known: Known | None, kind: str, sha256: str) -> str:
-    """What records call the auto-encoder; kind: "kl" or "vq"."""
+    """Name of the autoencoder in records. kind: "kl" or "vq". sha256: of the weight file."""
     return known.record_name if known is not None else f"{'vae' if kind == 'kl' else 'vq'}-{sha256[:12]}"
 
 
 def identity(name: str, sha256: str, scale: float, shift: float, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the images, for records; not the place that the weights were read from."""
+    """`Decoder.identity`: what decides the decoded images, for records; the path of the weights is no part of it."""
     config_sha256 = files.sha256_json(dict(settings))  # activations and groups show in no weight
     return _identity(name, sha256, scale, shift, config_sha256)
 
 
-def identity_behind_latents(latents: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """`Decoder.identity` of the AutoencoderKL that made `latents`, which need not be there any more.
+def identity_behind_latents(latents: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`Decoder.identity` of the AutoencoderKL that made `latents`, even if its files no longer exist.
 
-    latents: `harness.data.latents.Meta.identity`, as a run's identity holds it. place: what the autoencoder is loaded by.
+    latents: `harness.data.latents.Meta.identity`, from a run's identity. name: the path or name that loads it.
     """
     try:
-        found = resolve(place)
-    except UserError:  # a path that is gone
-        found = Path(place)
+        found = resolve(name)
+    except UserError:  # a path that no longer exists
+        found = Path(name)
     sha256 = str(latents["vae_sha256"])
-    name = record_name(found if isinstance(found, Known) else None, "kl", sha256)
-    return _identity(name, sha256, latents["scale_factor"], latents["shift_factor"], str(latents["vae_config_sha256"]))
+    recorded = record_name(found if isinstance(found, Known) else None, "kl", sha256)
+    return _identity(
+        recorded, sha256, latents["scale_factor"], latents["shift_factor"], str(latents["vae_config_sha256"])
+    )
 
 
 def _identity(name: str, sha256: str, scale: float, shift: float, config_sha256: str) -> dict[str, Any]:
@@ -174,9 +178,10 @@ def _identity(name: str, sha256: str, scale: float, shift: float, config_sha256:
 
 
 def read_identity(name: str, flag: str) -> dict[str, Any]:
-    """`Decoder.identity` of the AutoencoderKL `name` from its files alone; of another kind it is nobody's identity."""
-    from harness.weights.files import sha256
+    """`Decoder.identity` of the AutoencoderKL `name`, computed from its files without loading it.
 
+    For an autoencoder of another kind the result equals no decoder's identity.
+    """
     known, path, _ = find(name, None, flag)
     config, file = locate(path, flag)
     config = KL_CONFIG if config is None else config

@@ -1,7 +1,7 @@
-"""Auto-encoders: loading one, from latents to images (the one door by which a sampler decodes), and what that costs.
+"""Loading autoencoders of latent diffusion, encoding and decoding with them, and their compute.
 
-A decoder is named "ft-ema", "ft-mse" or "original" (Stable Diffusion's auto-encoder, which DiT samples through, by
-diffusers' AutoencoderKL), "vq-f4" or "vq-f8" (LDM's, whose decode re-quantises the latent), or by a path.
+An autoencoder is named "ft-ema", "ft-mse" or "original" (Stable Diffusion's, as in DiT; diffusers' AutoencoderKL),
+"vq-f4" or "vq-f8" (LDM's, which quantise the latent again when they decode it), or by a path.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from backbones.autoencoders.layout import factor, infer_arguments
 from backbones.autoencoders.spec import BY_NAME, KL_CONFIG, KNOWN, Known, diffusers_layout, kl_settings, own_tensors
@@ -17,23 +17,25 @@ from harness.autoencoders.files import find, identity, locate, record_name, reso
 from harness.errors import RunError, UserError
 from harness.registry import unknown
 from harness.spec import Compute
+from harness.weights.files import open_weights, sha256, unchanged
+from harness.weights.tensors import finite, refuse_not_finite
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 FLAG = "--weights decoder=PATH"
-BATCH = 8  # images a forward pass on an accelerator; a CPU is as quick with one
+BATCH = 8  # batch size on an accelerator; a CPU is as fast with 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A loaded auto-encoder, float32, without gradients.
+    """A loaded autoencoder, float32, without gradients.
 
-    name: for records. kind: "kl" or "vq". scale_factor, shift_factor: a sampler's latents are (z - shift) x scale of the
-    auto-encoder's z. channels: of a latent. factor: pixels a latent cell, along a side. sha256: of the weight file. config: what the
-    network was built from. source: file, or repository and revision. notes: what was left out or assumed on loading.
-    batch: images a forward pass.
+    name: in records. kind: "kl" or "vq". scale_factor, shift_factor: a sampler's latents are (z - shift) x scale of the
+    autoencoder's z. channels: of a latent. factor: pixels per latent cell, along a side. sha256: of the weight file.
+    config: arguments of the network. source: file, or repository and revision. notes: what was left out or assumed when
+    it was loaded. batch: batch size.
     """
 
     name: str
@@ -51,29 +53,29 @@ class Decoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the images, for records; not the place that the weights were read from."""
+        """What decides the decoded images, for records; the path of the weights is no part of it."""
         settings = self.config if self.kind == "vq" else kl_settings(self.config)
         return identity(self.name, self.sha256, self.scale_factor, self.shift_factor, settings)
 
     @property
     def image_channels(self) -> int:
-        """Of the images that it takes and makes."""
-        return 3 if self.kind == "vq" else self.config.get("in_channels", 3)
+        """Channels of the images that it encodes and decodes to."""
+        return 3 if self.kind == "vq" else int(self.config.get("in_channels", 3))
 
     def compute(self, image_size: int = 256, direction: str = "decode") -> Compute:
-        """Compute of one image of `image_size` pixels a side; its params are those of encoder and decoder."""
+        """Compute of one image of `image_size` pixels per side; its params are those of encoder and decoder."""
         return traced_compute(self.kind, self.config, image_size=image_size, direction=direction)
 
     def gmacs(self, image_size: int = 256) -> float:
-        """Billions of multiply-adds of one decode: the column of its own."""
+        """Billions of multiply-adds of decoding one image."""
         return self.compute(image_size).gmacs
 
     def decode(self, latents: Any) -> torch.Tensor:
         """Latents float32 (N, C, h, w), a tensor or an array, to images float32 (N, 3, factor h, factor w) in [-1, 1].
 
-        The images are on the decoder's device and are inference tensors. Autocast and TF32 are off. They are decoded
-        `batch` at a time, one at a time on a CPU, where image i is therefore bit for bit the same in any company.
-        Raises `RunError` where an image is not finite.
+        The images are inference tensors on the decoder's device. Autocast and TF32 are off. `batch` latents are decoded
+        at a time; on a CPU one, so that the bits of an image do not depend on the others. RunError where an image is not
+        finite.
         """
         import torch
 
@@ -85,7 +87,7 @@ class Decoder:
                 f"decoder {self.name}: latents are {z.dtype} {tuple(z.shape)}; it takes float (N, {self.channels}, h, w)"
             )
         device = next(self.net.parameters()).device
-        images = []
+        images: list[torch.Tensor] = []
         with torch.inference_mode(), exact_float32(device.type):
             for part in z.split(self.batch) if len(z) else ():
                 latent = part.to(device, torch.float32) / self.scale_factor + self.shift_factor  # (n, C, h, w)
@@ -103,7 +105,8 @@ class Decoder:
     def posterior(self, images: torch.Tensor) -> torch.Tensor:
         """Images float32 (N, 3, H, W) in [-1, 1] to mean and standard deviation of the latents, float32 (N, 2, C, h, w).
 
-        As diffusers has it: the log-variance clamped to [-30, 20]. `batch` at a time and finite, as in `decode`.
+        The log-variance is clamped to [-30, 20], as in diffusers. `batch` images at a time; RunError where a latent is
+        not finite.
         """
         import torch
 
@@ -112,11 +115,11 @@ class Decoder:
         device, moments = next(self.net.parameters()).device, []
         with torch.inference_mode(), exact_float32(device.type):
             for part in images.split(self.batch):
-                found = self.net.encode(part.to(device, torch.float32), return_dict=False)[0]
-                each = torch.stack([found.mean, found.std], dim=1)  # (n, 2, C, h, w)
-                if not torch.isfinite(each).all():
-                    raise RunError(f"auto-encoder {self.name}: a latent is not finite; check the weights")
-                moments.append(each)
+                found = _autoencoder(self.net).encode(part.to(device, torch.float32), return_dict=False)[0]
+                both = torch.stack([found.mean, found.std], dim=1)  # (n, 2, C, h, w)
+                if not torch.isfinite(both).all():
+                    raise RunError(f"autoencoder {self.name}: a latent is not finite; check the weights")
+                moments.append(both)
         return torch.cat(moments)  # (N, 2, C, h, w)
 
 
@@ -128,17 +131,18 @@ def load_autoencoder(
     batch: int | None = None,
     flag: str = FLAG,
 ) -> Decoder:
-    """The auto-encoder `name`, read from `weights` (a folder or file) where given, else from the path or the hub.
+    """Load the autoencoder `name` from `weights` (a folder or file); None: from the path `name`, or from the hub.
 
-    `weights` takes the name's word for what it is: records carry the file's hash beside the name. `flag`: the option that
-    refusals tell to name a path with. Nothing that is loaded is executed. Refused in one line: what is missing, cannot be read or does not fit.
+    With `weights`, the name is taken from `name` and recorded beside the file's hash. batch: batch size; None: 1 on a
+    CPU, else BATCH. flag: the option that messages tell to name a path with. Nothing that is loaded is executed.
+    UserError for what is missing, cannot be read or does not fit.
     """
     known, path, source = find(name, weights, flag)
     config, file = locate(path, flag)
     tensors, notes, digest = read_tensors(file)
     kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
     if known is not None and kind != known.spec[:2]:
-        words = {"vq": "a VQ auto-encoder", "kl": "an auto-encoder without a code book"}
+        words = {"vq": "a VQ autoencoder", "kl": "an autoencoder without a codebook"}
         raise UserError(f"{file} holds {words[kind]}, which {name} is not; choose the decoder that the latents are for")
     if kind == "vq":
         config = _vq_config(name, known, tensors, file)
@@ -146,7 +150,7 @@ def load_autoencoder(
     else:
         if config is None:
             config = KL_CONFIG
-            notes = (*notes, "no config.json: the sizes of Stable Diffusion's auto-encoder were assumed")
+            notes = (*notes, "no config.json: the sizes of Stable Diffusion's autoencoder were assumed")
         for key in ("block_out_channels", "layers_per_block", "latent_channels") if known is not None else ():
             if config.get(key) != KL_CONFIG[key]:
                 raise UserError(
@@ -177,7 +181,7 @@ def load_autoencoder(
 def decoder_compute(name: str, image_size: int = 256, direction: str = "decode") -> Compute:
     """Compute of a known decoder in closed form, without its weights and without a framework.
 
-    direction: "decode" or "encode". A decoder that is a path is counted once it is loaded (`Decoder.compute`).
+    direction: "decode" or "encode". UserError for a path: such a decoder is counted after loading (`Decoder.compute`).
     """
     found = resolve(name)
     if isinstance(found, Path):
@@ -188,7 +192,10 @@ def decoder_compute(name: str, image_size: int = 256, direction: str = "decode")
 def traced_compute(
     kind: str, config: Mapping[str, Any], *, image_size: int = 256, direction: str = "decode"
 ) -> Compute:
-    """Compute of one image, counted operator by operator on the meta device. Parts are the network's module paths."""
+    """Compute of one image, counted operator by operator on the meta device; its parts are paths of modules.
+
+    kind, config: as of `Decoder`. image_size: pixels per side. direction: "decode" or "encode".
+    """
     import torch
 
     from harness.compute.meta_torch import FusedAttention, neutral_state
@@ -204,8 +211,8 @@ def traced_compute(
         step = 2 ** (len(config["block_out_channels"]) - 1)
         channels, image_channels = config.get("latent_channels", 4), config.get("in_channels", 3)
     if image_size < 1 or image_size % step:
-        raise UserError(f"image size {image_size} is not a multiple of the auto-encoder's factor {step}")
-    calls: dict[str, tuple[Callable, tuple[int, int]]] = {
+        raise UserError(f"image size {image_size} is not a multiple of the autoencoder's factor {step}")
+    calls: dict[str, tuple[Callable[[str, nn.Module, torch.Tensor], torch.Tensor], tuple[int, int]]] = {
         "decode": (_decode, (channels, image_size // step)),
         "encode": (_encode, (image_channels, image_size)),
     }
@@ -214,30 +221,40 @@ def traced_compute(
     call, (inputs, side) = calls[direction]
     with neutral_state():
         net = _build(kind, config, Path("config"))
-        counter = _Counter(f"auto-encoder {kind}", ())
+        counter = _Counter(f"autoencoder {kind}", ())
         with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
             call(kind, net, torch.zeros(1, inputs, side, side, device="meta"))
     params = sum(each.numel() for each in net.parameters())
     return Compute(params=params, rows=tuple(counter.rows), source="traced")
 
 
+class _Autoencoder(Protocol):
+    """What both kinds of networks have beside nn.Module; their arguments and results differ (`_decode`, `_encode`)."""
+
+    def encode(self, x: torch.Tensor, **options: bool) -> Any: ...
+    def decode(self, z: torch.Tensor, **options: bool) -> Any: ...
+
+
+def _autoencoder(net: nn.Module) -> _Autoencoder:
+    return cast("_Autoencoder", net)  # nn.Module's attributes have no types
+
+
 def _decode(kind: str, net: nn.Module, z: torch.Tensor) -> torch.Tensor:
-    return net.decode(z) if kind == "vq" else net.decode(z, return_dict=False)[0]  # (n, 3, H, W)
+    both = _autoencoder(net)
+    return both.decode(z) if kind == "vq" else both.decode(z, return_dict=False)[0]  # (n, 3, H, W)
 
 
 def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return net.encode(x) if kind == "vq" else net.encode(x, return_dict=False)[0].mode()  # (n, C, h, w)
+    both = _autoencoder(net)
+    return both.encode(x) if kind == "vq" else both.encode(x, return_dict=False)[0].mode()  # (n, C, h, w)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], str]:
-    """The auto-encoder's tensors by name, of an LDM's checkpoint the first stage alone; notes on what was left; and
-    the file's hash.
+    """(the autoencoder's tensors by name, notes on what was left out, hash of the file).
 
-    Nothing in the file is executed.
+    Of an LDM's checkpoint only the first stage is read. Nothing in the file is executed.
     """
-    from harness.weights.files import open_weights, sha256, unchanged
     from harness.weights.load import as_torch
-    from harness.weights.tensors import finite, refuse_not_finite
 
     weights = open_weights(path)
     weights.refuse_code()
@@ -252,11 +269,11 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], 
 
 
 def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
-    """The arguments of a VQ network by its shapes; refused where they are not those of the name."""
+    """The arguments of a VQ network, inferred from shapes; UserError where they are not those of the name."""
     try:
         config = infer_arguments({key: tuple(value.shape) for key, value in tensors.items()})
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a whole VQ auto-encoder: {error} is missing or of another shape") from error
+        raise UserError(f"{path} is not a complete VQ autoencoder: {error} is missing or of another shape") from error
     if known is not None and (wanted := BY_NAME[known.spec].defaults) != config:
         key = next(key for key in wanted if wanted[key] != config[key])
         fits = [each.name for each in BY_NAME.values() if each.defaults == config]
@@ -265,8 +282,8 @@ def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tenso
     return config
 
 
-def _build(kind: str, config: Mapping[str, Any], where: Path) -> nn.Module:
-    """The network on the meta device."""
+def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
+    """The network on the meta device. path: the weight file; messages name the config.json beside it."""
     import torch
 
     with torch.device("meta"):
@@ -281,30 +298,33 @@ def _build(kind: str, config: Mapping[str, Any], where: Path) -> nn.Module:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise UserError(
-                "Stable Diffusion's auto-encoder needs: pip install 'backbone-harness[diffusers]'"
+                "Stable Diffusion's autoencoder needs: pip install 'backbone-harness[diffusers]'"
             ) from error
-        except RuntimeError as error:  # of a package that diffusers imports where it finds it, such as torchvision
+        except RuntimeError as error:  # of an optional package that diffusers imports, such as torchvision
             reason = str(error).splitlines()[-1]
             raise UserError(
-                f"diffusers is installed, but cannot be imported ({reason}); mend or remove what it stumbles over"
+                f"diffusers is installed, but cannot be imported ({reason}); fix or remove the package that fails"
             ) from error
         try:
-            return AutoencoderKL.from_config(dict(config)).eval()
-        except Exception as error:  # of whatever kind: the config came from a file
+            net: nn.Module = AutoencoderKL.from_config(dict(config)).eval()
+            return net
+        except Exception as error:  # of any kind: the config came from a file
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{where.parent / 'config.json'} gives no network ({reason}); get it again") from error
+            raise UserError(f"{path.parent / 'config.json'} gives no network ({reason}); get it again") from error
 
 
 def _fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], device: str, path: Path) -> None:
-    """Moves the network from the meta device to `device` with these weights, float32; all must be there and fit."""
+    """Move the network from the meta device to `device` with these weights, float32; UserError unless all fit."""
     wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    for what, names in (
-        ("lacks", [name for name in wanted if name not in tensors]),
-        ("has the unexpected", [name for name in tensors if name not in wanted]),
+    for problem, names in (
+        ("is missing", [name for name in wanted if name not in tensors]),
+        ("is unexpected", [name for name in tensors if name not in wanted]),
     ):
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} {what} {names[0]}{more}; it is not the weights of this auto-encoder, or was cut")
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(
+                f"{path}: {names[0]}{more} {problem}; these are not the weights of this autoencoder, or the file was cut"
+            )
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)} where the network has {shape}")

@@ -22,15 +22,19 @@ def command() -> None:
 @click.option("--from", "source", type=FOLDER, required=True, metavar="PATH", help="Where the images are.")
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="Where to write. Nothing is overwritten.")
 @click.option(
-    "--resolution", type=click.IntRange(1, 4096), default=256, show_default=True, help="Pixels a side after ADM's centre crop."
-)  # fmt: skip
+    "--resolution",
+    type=click.IntRange(1, 4096),
+    default=256,
+    show_default=True,
+    help="Pixels per side after ADM's center crop.",
+)
 @json_option
 def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) -> None:
     """Decode and crop the images at PATH once, into a folder that training maps (--data DIR).
 
-    NAME: imagenet, whose 1,000 classes and their order are then checked, or a name for a data set of your own. PATH:
-    class folders, ILSVRC2012_img_train.tar, webdataset shards, or a Hugging Face data set's parquet files (extra
-    parquet). A killed command continues where it was.
+    NAME: imagenet, whose 1,000 classes and their order are checked, or a name for a data set of your own. PATH: class
+    folders, ILSVRC2012_img_train.tar, webdataset shards, or the parquet files of a Hugging Face data set (extra
+    parquet). If the command is killed, the same command continues.
 
     \b
         harness data prepare imagenet --from ILSVRC2012_img_train.tar --out imagenet-256
@@ -39,13 +43,13 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
     from harness.data.prepare import prepare as prepared
     from harness.data.prepared import facts
 
-    made = prepared(name, source, out, resolution=resolution, say=lambda text: click.echo(text, err=True))
+    made = prepared(name, source, out, resolution=resolution)
     meta = made.meta
     if as_json:
         click.echo(json.dumps({"folder": str(made.folder), "new": made.new, **facts(meta)}, indent=2))
         return
     shape = "x".join(map(str, meta.shape[1:]))
-    click.echo(f"{made.folder}: {'written' if made.new else 'is there already, the same data set'}")
+    click.echo(f"{made.folder}: {'written' if made.new else 'exists already, the same data set'}")
     click.echo(f"  {meta.images:,} images {shape} in {len(meta.classes):,} classes, sha256 {meta.sha256[:12]}")
     for note in meta.notes:
         click.echo(f"  note: {note}")
@@ -63,11 +67,19 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
     metavar="FILE",
     help="Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.",
 )
-@click.option("--backend", type=click.Choice(list(INCEPTION_BACKENDS)), default="torch", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(list(INCEPTION_BACKENDS)),
+    default="torch",
+    show_default=True,
+    help="Framework that runs the Inception network.",
+)
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1; of JAX also tpu.")
 @click.option("--images", type=COUNT, metavar="N", help="Keep N images for precision and recall. [default: all]")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the choice of N.")
-@click.option("--data", type=FOLDER, metavar="PATH", help="Where the data set is, if SOURCE is one that needs a place.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the choice of N images."
+)
+@click.option("--data", type=FOLDER, metavar="PATH", help="Path of the data set, if SOURCE is one that needs it.")
 @json_option
 def reference(
     source: str,
@@ -81,10 +93,10 @@ def reference(
     data: Path | None,
     as_json: bool,
 ) -> None:
-    """Make the file that samples are judged by: statistics of all images of SOURCE, and images for precision and recall.
+    """Make a reference file for evaluation: statistics of all images of SOURCE, and images for precision and recall.
 
     SOURCE: a folder of image files, an .npz or .npy, shards (.npz, .tar), a pattern of these, or a name of `harness list
-    datasets`. A killed command continues where it was.
+    datasets`. If the command is killed, the same command continues.
 
     \b
         harness data reference train/ --out train.npz --images 10k --inception classify_image_graph_def.pb
@@ -112,12 +124,12 @@ def reference(
         click.echo(json.dumps({**facts, **dataclasses.asdict(about)}, indent=2))
         return
     height, width, channels = about.shape
-    click.echo(f"{out}: {'written' if made.written else 'is there already, the same reference'}")
+    click.echo(f"{out}: {'written' if made.written else 'exists already, the same reference'}")
     click.echo(f"  {about.images:,} images {height}x{width}x{channels}, {about.kept:,} kept for precision and recall")
     click.echo(f"  statistics of {about.features} ({about.features_sha256[:12]}), reference {about.sha256[:12]}")
 
 
-@command.command("latents", short_help="Encode images by a VAE, once, for training in its latents.")
+@command.command("latents", short_help="Encode images by a VAE once, for training in its latents.")
 @click.argument("images", metavar="IMAGES")
 @click.option(
     "--vae", required=True, metavar="DIR|NAME", help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse."
@@ -126,21 +138,23 @@ def reference(
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
 @json_option
 def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool) -> None:
-    """Encode every image, and its mirror image, once: the means and standard deviations from which training draws.
+    """Encode every image and its mirror image once: means and standard deviations of the posteriors, which training
+    samples from.
 
-    IMAGES: a folder of `harness data prepare`, an .npz of ADM's layout, or a name of `harness list datasets`. A killed
-    command continues where it was.
+    IMAGES: a folder of `harness data prepare`, an .npz in ADM's layout, or a name of `harness list datasets`. If the
+    command is killed, the same command continues.
 
     \b
         harness data prepare imagenet --from PATH --out imagenet-256 --resolution 256
         harness data latents imagenet-256 --vae ft-ema --out imagenet-256-latents
         harness run --backbone dit-xl-2 --protocol imagenet-256 --data imagenet-256-latents
     """
-    from harness.data.encode import made_before, make_cache, open_images
+    from harness.data.encode import existing_cache, make_cache
     from harness.data.latents import read_meta
+    from harness.data.load import open_image_set
 
-    source = open_images(images)
-    meta = made_before(source, vae, out)
+    source = open_image_set(images)
+    meta = existing_cache(source, vae, out)
     new = False
     if meta is None:
         from harness.autoencoders.load import load_autoencoder
@@ -149,14 +163,13 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
 
         target = pick_device(device)
         encoder = load_autoencoder(vae, device=str(target), flag="--vae DIR")
-        say = lambda text: click.echo(text, err=True)  # noqa: E731
-        new = make_cache(source, encoder, out, environment=environment(device_name(target)), say=say)
+        new = make_cache(source, encoder, out, environment=environment(device_name(target)))
         meta = read_meta(out)
     if as_json:
         facts = {"images": meta.images, "vae": meta.vae, "shape": meta.shape, "sha256": meta.sha256}
         click.echo(json.dumps({"folder": str(out), "written": new, **facts}, indent=2))
         return
-    click.echo(f"{out}: {'written' if new else 'is there already, the same latents'}")
+    click.echo(f"{out}: {'written' if new else 'exists already, the same latents'}")
     click.echo(f"  {meta.shape[0]:,} images of {meta.images['name']}, latents {'x'.join(map(str, meta.latent))}")
     click.echo(f"  by {meta.vae['name']} ({meta.vae['weights_sha256'][:12]}), scale {meta.scale:g}; {meta.sha256[:12]}")
 
@@ -164,14 +177,17 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
 @command.command("fetch", short_help="Download a public file of evaluation, or a data set.")
 @click.argument("name", metavar="NAME", required=False)
 @click.option(
-    "--out", type=FOLDER, metavar="PATH", help="Where to put it: a file; of a data set a folder. [default: here; of a data "
-    "set where `harness run` finds it]",
-)  # fmt: skip
-@click.option("--url", metavar="URL", help="Another place to take it from: the file, or a .tgz that holds it.")
+    "--out",
+    type=FOLDER,
+    metavar="PATH",
+    help="Where to write: a file, or the folder of a data set. [default: the working folder; for a data set the folder "
+    "where `harness run` finds it]",
+)
+@click.option("--url", metavar="URL", help="Another address: of the file, or of a .tgz that holds it.")
 @json_option
 def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) -> None:
-    """Download a public file or the files of a data set, check them, and put them under their names when they are whole;
-    the same command continues a download that broke off. Without NAME: what there is.
+    """Download a public file, or the files of a data set, and check them. If a download breaks off, the same command
+    continues it. Without NAME: list what there is.
 
     \b
         harness data fetch inception
@@ -185,10 +201,10 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
 
     if name is None:
         width = max(map(len, FILES))
-        for each in FILES.values():
-            click.echo(f"{each.name:<{width}}  {each.file}: {each.summary}")
-        for each in DATASETS.values():
-            click.echo(f"{each.name:<{width}}  {each.summary}")
+        for file in FILES.values():
+            click.echo(f"{file.name:<{width}}  {file.file}: {file.summary}")
+        for dataset in DATASETS.values():
+            click.echo(f"{dataset.name:<{width}}  {dataset.summary}")
         return
     if name not in FILES and name not in DATASETS:
         raise UserError(unknown("public file", name, [*FILES, *DATASETS]))
@@ -199,7 +215,7 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
         return
     for each in found:
         verified = f"md5 {each.md5}, as published" if each.verified else "unverified: no published hash"
-        click.echo(f"{each.path}: {'' if each.new else 'is there already; '}{each.bytes:,} bytes, {verified}")
+        click.echo(f"{each.path}: {'' if each.new else 'exists already; '}{each.bytes:,} bytes, {verified}")
         click.echo(f"  sha256 {each.sha256}")
 
 
@@ -207,8 +223,8 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
 @click.argument("file", type=FOLDER, metavar="PATH")
 @json_option
 def verify(file: Path, as_json: bool) -> None:
-    """What PATH is, a reference, the weights of the Inception network or a prepared data set, and whether its content is
-    what it says, or what its publisher says; every byte is read. Exit code 2 if not."""
+    """Say what PATH is (a reference, weights of the Inception network, a prepared data set, a cache of latents), and
+    compare every byte with its own or the published hashes. Exit code 2 if one differs."""
     from harness.data.verify import verify as verified
 
     verdict = verified(file)

@@ -1,4 +1,4 @@
-"""`harness weights`: public checkpoints in and out."""
+"""`harness weights`: inspect, import and export public checkpoints."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ import click
 from harness.cli.options import json_option
 
 PATH = click.Path(path_type=Path)
-NAMED = 5  # names that a list gives on the terminal; --json has all
+NAMED = 5  # names of a list that are printed; --json has all
 
-backbone_option = click.option("--backbone", metavar="NAME", help="What it is. [default: found by names and shapes]")
+backbone_option = click.option(
+    "--backbone", metavar="NAME", help="Backbone of the weights. [default: recognised by names and shapes]"
+)
 out_option = click.option("--out", type=PATH, metavar="PATH", help="Where to write. Nothing is overwritten.")
 
 
 @click.group("weights")
 def command() -> None:
-    """Public checkpoints in and out, read without executing anything in them.
+    """Inspect, import and export public checkpoints; nothing in them is executed.
 
     FILE is a .pt, .ckpt or .bin of torch, a .safetensors, or a folder of diffusers or Hugging Face.
     """
 
 
-@command.command("inspect", short_help="What a file is, and whether it fits.")
+@command.command("inspect", short_help="Say what a file is, and whether it fits a backbone.")
 @click.argument("file", type=PATH)
 @backbone_option
 @json_option
 def inspect(file: Path, backbone: str | None, as_json: bool) -> None:
-    """What FILE is: format, backbone, size, hash, and by name what is missing, unexpected or of another shape."""
+    """Say what FILE is: format, backbone, size, hash, and which tensors are missing, unexpected or of another shape."""
     from harness.weights.transfer import inspect_file
 
     document = inspect_file(file, backbone)
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(described(document)))
 
 
-@command.command("import", short_help="Into safetensors under the harness's names.")
+@command.command("import", short_help="Convert to safetensors with the harness's names.")
 @click.argument("file", type=PATH)
 @backbone_option
 @out_option
 def import_(file: Path, backbone: str | None, out: Path | None) -> None:
-    """Write FILE as safetensors under the harness's names, with where it comes from in its metadata."""
+    """Write FILE as safetensors with the harness's names; the metadata says where it comes from."""
     from harness.weights.transfer import import_file
 
     written, about = import_file(file, out, backbone)
@@ -54,9 +56,15 @@ def import_(file: Path, backbone: str | None, out: Path | None) -> None:
         click.echo(f"  not loaded: {_few(about['not_loaded'])}: classes or functions that the file names")
 
 
-@command.command("export", short_help="Into a public layout.")
+@command.command("export", short_help="Convert to a public layout.")
 @click.argument("file", type=PATH)
-@click.option("--format", "layout", required=True, metavar="NAME", help="dit, diffusers, guided-diffusion, ldm, ...")
+@click.option(
+    "--format",
+    "layout",
+    required=True,
+    metavar="NAME",
+    help="Public layout: dit, diffusers, guided-diffusion, ldm, ...",
+)
 @backbone_option
 @out_option
 def export(file: Path, layout: str, backbone: str | None, out: Path | None) -> None:
@@ -71,7 +79,7 @@ def export(file: Path, layout: str, backbone: str | None, out: Path | None) -> N
 
 
 def described(document: dict[str, Any]) -> list[str]:
-    """The lines that a person reads."""
+    """The document of `inspect_file` as lines of text."""
     known = document["known"]
     dtypes = ", ".join(f"{count} {name}" for name, count in document["dtypes"].items())
     layout = document["layout"] or "names of no known family"
@@ -79,7 +87,10 @@ def described(document: dict[str, Any]) -> list[str]:
     rows = [
         ("file", f"{document['file']}, {document['bytes']:,} bytes"),
         ("sha256", document["sha256"]),
-        ("known as", f"{known['name']} of {known['publisher']}" if known else "unknown file: its hash is on no record"),
+        (
+            "known as",
+            f"{known['name']} of {known['publisher']}" if known else "unknown file: its hash is not on record",
+        ),
         ("format", f"{layout}, {document['wrapping']}, {document['container']}"),
         ("backbone", f"{document['backbone'] or 'unknown'}{settings}"),
         ("holds", f"{document['tensors']:,} tensors ({dtypes}); {document['values']:,} values of the network"),
@@ -91,7 +102,7 @@ def described(document: dict[str, Any]) -> list[str]:
     if document["not_loaded"]:
         rows.append(("not loaded", f"{_few(document['not_loaded'])}: classes or functions that the file names"))
     if document["code"]:
-        rows.append(("CODE", f"made to run {_few(document['code'])}; nothing was run, and it will not be imported"))
+        rows.append(("CODE", f"would run {_few(document['code'])}; nothing was run, and it cannot be imported"))
     rows.append(("fits", "yes, every tensor" if document["fits"] else f"no: {document['problem']}"))
     wrong = [f"{each['name']} {each['found']} for {each['expected']}" for each in document["wrong_shape"]]
     for title, names in (

@@ -1,11 +1,12 @@
-"""Data sets: real images and their labels, known by name.
+"""Data sets: real images with labels, known by name.
 
-A `DatasetSpec` is an address; the images are read when `load` is called. Plug-ins add their own through the entry-point
-group "harness.datasets".
+A `DatasetSpec` says how to find and load one; images are read when `load` is called. Plug-ins add data sets through the
+entry-point group "harness.datasets".
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,46 +17,54 @@ from harness.spec import load_attribute
 if TYPE_CHECKING:
     from harness.data.images import ImageSet
 
+    Loader = Callable[[Path | None], ImageSet]
+    Finder = Callable[[Path | None, int | None], str | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """A data set known by name. `loader` is "module:attribute" of a function (folder: Path | None) -> ImageSet.
+    """A data set known by name.
 
-    finder: of a function (folder: Path | None, resolution: int | None) -> str | None that says, without reading the
-    images, what is lacking and how to get it. Empty: whatever `loader` needs is there, but for the folder.
+    loader: "module:attribute" of a function (folder: Path | None) -> ImageSet. finder: "module:attribute" of a function
+    (folder: Path | None, resolution: int | None) -> str | None, which says without reading the images what is missing
+    and how to get it, in one line; empty: nothing but the folder can be missing.
     """
 
     name: str
     summary: str
     loader: str
-    needs_folder: bool = False  # True: `--data` must name where the files are
+    needs_folder: bool = False  # whether `--data` must name the files
     finder: str = ""
 
     def missing(self, folder: Path | None = None, resolution: int | None = None) -> str | None:
-        """What `load` would lack to have images of `resolution` pixels a side (None: of any), with the way to get it, in
-        one line; None: nothing that can be told beforehand."""
+        """What is missing before the data set can be loaded, and how to get it, in one line; None: nothing is known.
+
+        folder: as --data names it. resolution: pixels per side that the images must have; None: any.
+        """
         if folder is not None and not folder.exists():
             return f"{folder} does not exist"
         if self.finder:
-            return load_attribute(self.finder, f"finder of data set {self.name!r}")(folder, resolution)
-        return "name its place with --data PATH" if self.needs_folder and folder is None else None
+            find: Finder = load_attribute(self.finder, f"finder of data set {self.name!r}")
+            return find(folder, resolution)
+        return "name its path with --data PATH" if self.needs_folder and folder is None else None
 
     def load(self, folder: Path | None = None) -> ImageSet:
-        """Read the images; what is missing is refused with the way to get it."""
+        """The images and labels. UserError, with the way to get the data set, where it is missing."""
         if self.needs_folder and folder is None:
             raise UserError(f"data set {self.name!r} is not on this machine: {self.missing()}")
-        return load_attribute(self.loader, f"loader of data set {self.name!r}")(folder)
+        loader: Loader = load_attribute(self.loader, f"loader of data set {self.name!r}")
+        return loader(folder)
 
 
 BUILT_IN = (
     DatasetSpec(
         name="digits",
-        summary="1,797 real handwritten digits, 8x8x1, 10 classes; carried by scikit-learn",
+        summary="1,797 real handwritten digits, 8x8x1, 10 classes; part of scikit-learn",
         loader="harness.data.digits:load",
     ),
     DatasetSpec(
         name="fashion-mnist",
-        summary="70,000 real pictures of clothing, 28x28x1 padded to 32x32x1, 10 classes; `harness data fetch fashion-mnist`",
+        summary="70,000 pictures of clothing, 28x28x1 padded to 32x32x1, 10 classes; `harness data fetch fashion-mnist`",
         loader="harness.data.fashion_mnist:load",
         finder="harness.data.fashion_mnist:missing",
     ),

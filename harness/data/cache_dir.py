@@ -1,4 +1,4 @@
-"""Where files that are fetched once for all runs are kept."""
+"""The folder of files that are downloaded once for all runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 
 def downloads(name: str) -> Path:
-    """The folder of the data set `name`: below XDG_CACHE_HOME, else below ~/.cache. It need not be there."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = (
-        Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
-    )  # the standard: a relative one is ignored
-    return base / "backbone-harness" / name
+    """The folder of the data set `name`, in XDG_CACHE_HOME or ~/.cache. It need not exist."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # the XDG standard says to ignore a relative path
+    cache = configured if configured.is_absolute() else Path.home() / ".cache"
+    return cache / "backbone-harness" / name

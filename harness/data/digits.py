@@ -9,11 +9,11 @@ import numpy as np
 from harness.data.images import ImageSet
 from harness.errors import UserError
 
-LEVELS = 16  # the files count inked pixels of 4x4 cells: 0..16
+LEVELS = 16  # a value is the number of inked pixels in a cell of 4x4: 0..16
 
 
 def load(folder: Path | None = None) -> ImageSet:
-    """1,797 images (8, 8, 1) uint8: the counts 0..16 scaled to 0..255 and rounded; labels 0..9."""
+    """1,797 images, uint8 (8, 8, 1): the counts 0..16 scaled to 0..255 and rounded; labels 0..9."""
     if folder is not None:
         raise UserError(f"data set 'digits' comes with scikit-learn and takes no --data (given: {folder})")
     from sklearn.datasets import load_digits

@@ -1,7 +1,8 @@
-"""One file over HTTP, in pieces if need be: what has come is kept beside the final name and continued.
+"""Downloads one file over HTTP and continues a download that broke off.
 
-A download is continued with Range and, where the server gave a strong ETag or a date, If-Range; without either it is
-continued only if the whole length is still the same. Whether the result is the right file is the caller's to decide.
+The bytes received are stored in a partial file, and where they came from in a JSON file beside it. A download is
+continued with Range and, if the server gave a strong ETag or a date, If-Range; without either it is continued only if
+the total length is still the same. The caller checks that the result is the right file.
 """
 
 from __future__ import annotations
@@ -23,20 +24,24 @@ from harness.io import files
 from harness.io.progress import Bar
 
 CHUNK_BYTES = 1 << 18
-TIMEOUT_SECONDS = 30.0  # without a byte
-TRIES = 5  # in a row without a byte
-PAUSE_SECONDS = 1.0  # before the second try, doubled before each further one
+TIMEOUT_SECONDS = 30.0  # to wait for the next byte
+TRIES = 5  # attempts in a row that bring no byte
+PAUSE_SECONDS = 1.0  # before the second attempt, doubled before each further one
 MAX_BYTES = 64 << 30
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # what a server says when it may be better later
+TEMPORARY = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes after which another attempt may succeed
+START_BYTES = 16  # enough of a file to recognise it
 
 
 class Unreachable(UserError):
-    """Nothing could be had from this address."""
+    """An address gives nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Origin:
-    """What the bytes that are there came from. total: of the whole file; None: not said."""
+    """Where the bytes of a partial file came from.
+
+    validator: for If-Range; None: the server gave none. total: bytes of the whole file; None: unknown.
+    """
 
     url: str
     validator: str | None
@@ -45,97 +50,107 @@ class _Origin:
 
 def download(
     url: str,
-    partial: Path,  # what has come; continued if it is of this address
+    partial: Path,
     *,
     title: str,
-    check: Callable[[bytes, int | None], object],  # (first bytes, whole length) -> UserError where it is another file
-    most: int = MAX_BYTES,
+    check: Callable[[bytes, int | None], object],
+    max_bytes: int = MAX_BYTES,
 ) -> None:
-    """Fetch `url` into `partial`. Unreachable when nothing can be had, RunError when it breaks off and stays so: then the
-    same call continues."""
+    """Download `url` into `partial`, continuing it if its bytes came from the same address.
+
+    title: of the progress bar. check: check(first bytes, total bytes or None) raises UserError for another file.
+    Unreachable if the address gives nothing; RunError if the download breaks off repeatedly: the same call continues it.
+    """
     if re.match(r"https?://[^/\s]", url, re.IGNORECASE) is None:
         raise UserError(f"{url!r} is no address: give one that begins with https:// or http://")
-    job = _Job(url, partial, title, check, most)
+    job = _Job(url, partial, title, check, max_bytes)
     tries, pause = 0, PAUSE_SECONDS
     while True:
-        before = job.have
+        before = job.received
         try:
             with files.explained(partial):
                 job.attempt()
             return
         except _Interrupted as error:
-            moved = job.have > before
-            tries, pause = (1, PAUSE_SECONDS) if moved else (tries + 1, pause)
+            progressed = job.received > before
+            tries, pause = (1, PAUSE_SECONDS) if progressed else (tries + 1, pause)
             if not job.connected:
                 raise Unreachable(f"{url} cannot be reached ({error})") from error
             if tries >= TRIES:
-                whole = "" if job.total is None else f" of {job.total:,}"
+                total = "" if job.total is None else f" of {job.total:,}"
                 raise RunError(
-                    f"{url} broke off at {job.have:,}{whole} bytes ({error}); the same command continues from there"
+                    f"{url} broke off at {job.received:,}{total} bytes ({error}); the same command continues from there"
                 ) from error
         time.sleep(pause)
         pause *= 2
 
 
 class _Interrupted(Exception):
-    """The connection did not hold, or the server is busy: try again."""
+    """The connection broke, or the server is busy: try again."""
 
 
 class _Job:
-    def __init__(self, url: str, partial: Path, title: str, check: Callable, most: int):
-        self.url, self.partial, self.title, self.check, self.most = url, partial, title, check, most
+    """A download and its state."""
+
+    def __init__(
+        self, url: str, partial: Path, title: str, check: Callable[[bytes, int | None], object], max_bytes: int
+    ):
+        self.url, self.partial, self.title, self.check, self.max_bytes = url, partial, title, check, max_bytes
         self.connected = False
         self.total: int | None = None
 
     @property
-    def have(self) -> int:
+    def received(self) -> int:
+        """Bytes of the partial file."""
         return self.partial.stat().st_size if self.partial.exists() else 0
 
     def attempt(self) -> None:
-        origin = _read_origin(self.partial)
-        have = self.have
-        if have and (origin is None or origin.url != self.url or origin.total is None or have > origin.total):
-            have = 0
-        if have and have == origin.total:
-            return  # killed between the last byte and the end
+        """Download what is missing over one connection; _Interrupted where that ends early."""
+        origin, received = _read_origin(self.partial), self.received
+        if origin is None or origin.url != self.url or origin.total is None or received > origin.total or not received:
+            origin, received = None, 0  # from the start
         request = urllib.request.Request(self.url, headers={"User-Agent": f"backbone-harness/{VERSION}"})
-        if have:
-            request.add_header("Range", f"bytes={have}-")
+        if origin is not None:
+            if received == origin.total:
+                return  # killed between the last byte and the end
+            request.add_header("Range", f"bytes={received}-")
             if origin.validator:
                 request.add_header("If-Range", origin.validator)
         try:
             response = _OPENER.open(request, timeout=TIMEOUT_SECONDS)
         except urllib.error.HTTPError as error:
             with error:
-                self._said_no(error, have)
+                self._handle_status(error, received)
             return self.attempt()  # 416: from the start
         except (OSError, http.client.HTTPException) as error:
             raise _Interrupted(_reason(error)) from error
         with response:
             self.connected = True
-            start, self.total = _span(response, have)
-            if start and (start != have or self.total != origin.total):
-                start = None  # another file by now, or a server that does not count
+            start, self.total = _span(response, received)
+            if start and (origin is None or start != received or self.total != origin.total):
+                start = None  # the file has changed, or the server's counts are wrong
             if start is None:
-                if not have:
-                    raise Unreachable(f"{self.url} answers with a part of the file where the whole was asked for")
+                if not received:
+                    raise Unreachable(f"{self.url} answers with a part of the file where all of it was requested")
                 _origin_path(self.partial).unlink(missing_ok=True)
                 return self.attempt()
-            if self.total is not None and self.total > self.most:
-                raise UserError(f"{self.url} is {self.total:,} bytes, more than the {self.most:,} it may be")
+            if self.total is not None and self.total > self.max_bytes:
+                raise UserError(f"{self.url} is {self.total:,} bytes, more than the {self.max_bytes:,} it may be")
             self._receive(response, start)
 
-    def _said_no(self, error: urllib.error.HTTPError, have: int) -> None:
-        if error.code == 416 and have:
+    def _handle_status(self, error: urllib.error.HTTPError, received: int) -> None:
+        """Returns if the download should begin again; _Interrupted or Unreachable otherwise."""
+        if error.code == 416 and received:
             _origin_path(self.partial).unlink(missing_ok=True)
             return
         text = f"HTTP {error.code} {error.reason}".strip()
-        if error.code in PASSING:
+        if error.code in TEMPORARY:
             self.connected = True
             raise _Interrupted(text) from None
-        raise Unreachable(f"{self.url} cannot be had ({text})") from None
+        raise Unreachable(f"{self.url} is not available ({text})") from None
 
     def _receive(self, response: http.client.HTTPResponse, start: int) -> None:
+        """Append the response to the partial file, cut to `start` bytes."""
         head = b"" if start == 0 else None
         with self.partial.open("r+b" if self.partial.exists() else "wb") as file:
             file.truncate(start)
@@ -155,15 +170,15 @@ class _Job:
                     data = response.read1(CHUNK_BYTES)
                 except (OSError, http.client.HTTPException) as error:
                     raise _Interrupted(_reason(error)) from error
-                if head is not None and len(head) < 16:
-                    head += data[:16]
-                    if len(head) >= 16 or not data:
+                if head is not None and len(head) < START_BYTES:
+                    head += data[:START_BYTES]
+                    if len(head) >= START_BYTES or not data:
                         self.check(head, self.total)
                 file.write(data)
                 done += len(data)
-                if done > self.most:
-                    raise UserError(f"{self.url} is more than the {self.most:,} bytes it may be")
-                bar.total = max(bar.total, _megabytes(done))  # where the server did not say
+                if done > self.max_bytes:
+                    raise UserError(f"{self.url} is more than the {self.max_bytes:,} bytes it may be")
+                bar.total = max(bar.total, _megabytes(done))  # if the server did not state the total
                 bar.advance(_megabytes(done) - bar.done)
                 if not data:
                     break
@@ -175,7 +190,7 @@ class _Job:
 
 
 def forget(partial: Path) -> None:
-    """Begin anew: drop what has come, and where it came from. The file stays, for somebody may hold a claim on it."""
+    """Drop the bytes of a partial file and their origin. The file itself stays, because it may be locked."""
     _origin_path(partial).unlink(missing_ok=True)
     if partial.exists():
         os.truncate(partial, 0)
@@ -197,7 +212,7 @@ _OPENER = _opener()
 
 
 def _span(response: http.client.HTTPResponse, have: int) -> tuple[int | None, int | None]:
-    """(place of the first byte that comes, length of the whole file); place None: not what was asked for."""
+    """(position of the first byte of the response, bytes of the whole file); position None: not what was requested."""
     length = response.headers.get("Content-Length", "")
     if response.status != 206:
         return 0, int(length) if length.isdigit() else None
@@ -208,7 +223,7 @@ def _span(response: http.client.HTTPResponse, have: int) -> tuple[int | None, in
 
 
 def _validator(response: http.client.HTTPResponse) -> str | None:
-    """What If-Range takes: a strong ETag, or a date."""
+    """The header's value for If-Range: a strong ETag, or a date."""
     tag = response.headers.get("ETag", "").strip()
     return tag if tag.startswith('"') else response.headers.get("Last-Modified")
 
@@ -230,6 +245,7 @@ def _megabytes(count: int) -> int:
 
 
 def _reason(error: Exception) -> str:
+    """What failed, in one line."""
     reason = getattr(error, "reason", None) or error
     if isinstance(reason, TimeoutError):
         return f"no answer in {TIMEOUT_SECONDS:.0f} s"

@@ -1,4 +1,4 @@
-"""The endless stream of training examples: epoch after epoch, each in an order of its own."""
+"""The endless stream of training examples: epoch after epoch, each shuffled anew."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from harness.randomness import Purpose, permutation, uniform
 
 
 class EpochSampler:
-    """A data set by position in the stream: which example it is, and whether mirrored, are functions of seed and
-    position alone. flip: mirror with probability 1/2."""
+    """Training examples by position in the stream; which example, and whether it is mirrored, depend on seed and
+    position alone.
+
+    flip: mirror each example left to right with probability 1/2.
+    """
 
     def __init__(self, seed: int, data: Examples, flip: bool):
         self._seed, self._data, self._flip, self._count = seed, data, flip, len(data.labels)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # epoch, and its order
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # the last epoch asked for, and its order
 
     def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (n,) -> what is stored of the examples there, (n, ...), and their labels, int64 (n,)."""
+        """Positions int64 (n,) to what is stored of the examples there, (n, ...), and their labels, int64 (n,)."""
         rows = self.rows(positions)
         mirrored = np.zeros(len(rows), bool)
         if self._flip:
@@ -25,7 +28,7 @@ class EpochSampler:
         return self._data.gather(rows, mirrored), self._data.labels[rows]
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """int64 (N,) -> int64 (N,)."""
+        """Positions int64 (n,) to rows of the data set, int64 (n,)."""
         rows = np.empty(len(positions), np.int64)
         for epoch in np.unique(positions // self._count):
             if self._order[0] != epoch:

@@ -1,8 +1,8 @@
-"""Where a training example comes from: what both engines know of a data set, be it images or latents.
+"""`Examples`: what both engines know of a data set, be it images or latents.
 
-An example is made in two halves. On the host `gather` reads what is stored of it; on the device `x0` makes of that what
-the network learns, in the framework's own arithmetic. What is random is decided elsewhere, by position in the stream:
-the mirroring before it is read, and the normal numbers that a posterior is drawn with.
+An example is made in two steps. On the host `gather` reads what is stored of it; on the device `to_model_input` makes
+what the network learns, in the framework's own arithmetic. Everything random is decided elsewhere, by position in the
+stream: the mirroring before it is read, and the normal numbers that a posterior is sampled with.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ if TYPE_CHECKING:
     from harness import protocols
 
 Normal = Callable[[tuple[int, ...]], Any]
-"""Standard normal numbers float32 (N, *shape), one example's a function of seed and position alone."""
+"""Normal(shape): standard normal numbers float32 (N, *shape); those of an example depend on seed and position alone."""
 
 
 class Examples(Protocol):
-    """A data set to train on. labels: int64 (N,)."""
+    """A data set to train on."""
 
-    name: str
-    labels: np.ndarray
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,)."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What of it makes a run another experiment: dataset_sha256, of the images, and for latents how they came about."""
+        """The part of a run's identity: dataset_sha256, of the images; for latents also "latents", how they were made."""
 
     @property
-    def places(self) -> dict[str, str]:
-        """Where things are that a run needs later: "vae" and "images" of latents. No part of what the run is."""
+    def source_paths(self) -> dict[str, str]:
+        """Where a run finds what it needs later: "vae" and "images" of latents. No part of the identity."""
 
-    def check(self, task: protocols.Protocol) -> None:
-        """Refuse a protocol that is of other images, or of other latents."""
+    def check(self, protocol: protocols.Protocol) -> None:
+        """UserError where `protocol` wants other images or other latents."""
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """What is stored of examples `rows`, int64 (n,), mirrored left to right where bool (n,) says so: (n, ...)."""
+        """What is stored of examples `rows`, int64 (n,), mirrored left to right where `mirrored`, bool (n,): (n, ...)."""
 
     def to_model_input(self, stored: Any, normal: Normal) -> Any:
-        """`stored` as a torch tensor or a jax array, (n, ...) -> float32 (n, C, H, W): what the network learns."""
+        """`stored` (n, ...), a torch tensor or a jax array, to what the network learns, float32 (n, C, H, W)."""

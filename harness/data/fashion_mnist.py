@@ -1,8 +1,8 @@
 """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747): 70,000 articles of clothing, 28x28 grey, 10 classes.
 
-The four files are those of https://github.com/zalandoresearch/fashion-mnist, gzipped (as published, or as Debian's
-package dataset-fashion-mnist has them, without the names in their gzip headers) or unpacked. MNIST's have the same names:
-the content is compared with hashes, taken from the package, so that the one is never trained on as the other.
+The four files are those of https://github.com/zalandoresearch/fashion-mnist, gzipped (as published, or as in Debian's
+package dataset-fashion-mnist, without the names in their gzip headers) or unpacked. The files of MNIST have the same
+names, so the content is compared with hashes, taken from the package.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from harness.data.images import ImageSet
 from harness.errors import UserError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-PADDING = 2  # pixels a side, 28 -> 32, of the background's value
+PADDING = 2  # pixels of background on each side: 28 -> 32
 BACKGROUND = 0
 CLASSES = 10
 
-# name, dimensions, sha256 of the values without the header: in the order of the data set
+# name, dimensions, sha256 of the values without the header; in the order of the data set
 FILES = (
     ("train-images-idx3-ubyte", 3, "2e487a6c89124f78f2d7521542223cafe96f7123c3ca13d447772ac6ecbb3012"),
     ("train-labels-idx1-ubyte", 1, "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"),
@@ -32,19 +32,22 @@ FILES = (
 
 
 def missing(folder: Path | None, resolution: int | None = None) -> str | None:
-    """What is lacking, with the ways to get it; None: nothing."""
+    """What is missing, with the ways to get it, in one line; None: nothing. resolution: ignored."""
     try:
-        _folder(folder)
+        _files(folder)
     except UserError as error:
         return str(error)
     return None
 
 
 def load(folder: Path | None = None) -> ImageSet:
-    """70,000 images (32, 32, 1) uint8, padded with the background; labels 0..9. First the 60,000 for training, then the
-    10,000 for testing: a generative model has no use for the division, and its reference is better for all of them."""
-    place = _folder(folder)
-    arrays = [_read(_file(place, name), dimensions, sha256) for name, dimensions, sha256 in FILES]
+    """70,000 images, uint8 (32, 32, 1), padded with the background; labels 0..9.
+
+    The 60,000 images for training come first, then the 10,000 for testing: a generative model does not need the split,
+    and a reference of all images is better.
+    """
+    paths = _files(folder)
+    arrays = [_read(path, dimensions, sha256) for path, (_, dimensions, sha256) in zip(paths, FILES, strict=True)]
     images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
     images = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)), constant_values=BACKGROUND)
     return ImageSet(name="fashion-mnist", images=images[..., np.newaxis], labels=labels.astype(np.int64))
@@ -52,7 +55,7 @@ def load(folder: Path | None = None) -> ImageSet:
 
 def _read(path: Path, dimensions: int, sha256: str) -> np.ndarray:
     values = read_idx(path, dimensions)
-    found = hashlib.sha256(values).hexdigest()
+    found = hashlib.sha256(values.data).hexdigest()
     if found != sha256:
         raise UserError(
             f"{path} is not Fashion-MNIST's: its values {values.shape} have sha256 {found[:12]}..., expected "
@@ -61,21 +64,25 @@ def _read(path: Path, dimensions: int, sha256: str) -> np.ndarray:
     return values
 
 
-def _folder(folder: Path | None) -> Path:
-    """Where the files are: in the folder given, else where `harness data fetch` or Debian's package puts them."""
-    places = (downloads("fashion-mnist"), DEBIAN) if folder is None else (folder,)
-    for place in places:
-        lacking = [name for name, *_ in FILES if _file(place, name) is None]
-        if not lacking:
-            return place
-        if len(lacking) < len(FILES) or folder is not None:
-            what = "no such folder" if not place.is_dir() else f"no file {lacking[0]}.gz in it"
-            raise UserError(f"Fashion-MNIST in {place}: {what}; `harness data fetch fashion-mnist` gets all four files")
+def _files(folder: Path | None) -> list[Path]:
+    """The four files in `folder`; None: in the folder of `harness data fetch`, or else of Debian's package."""
+    candidates = (downloads("fashion-mnist"), DEBIAN) if folder is None else (folder,)
+    for candidate in candidates:
+        paths = [_file(candidate, name) for name, *_ in FILES]
+        found = [path for path in paths if path is not None]
+        if len(found) == len(FILES):
+            return found
+        if found or folder is not None:
+            missing = FILES[paths.index(None)][0]
+            problem = "no such folder" if not candidate.is_dir() else f"no file {missing}.gz in it"
+            raise UserError(
+                f"Fashion-MNIST in {candidate}: {problem}; `harness data fetch fashion-mnist` gets all four files"
+            )
     raise UserError(
         "Fashion-MNIST is not on this machine: `harness data fetch fashion-mnist` gets it (30 MB), or `apt-get install "
         "dataset-fashion-mnist`, or name a folder that holds its four .gz files with --data"
     )
 
 
-def _file(place: Path, name: str) -> Path | None:
-    return next((path for path in (place / f"{name}.gz", place / name) if path.is_file()), None)
+def _file(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)

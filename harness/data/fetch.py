@@ -1,7 +1,6 @@
-"""Fetching the public files of evaluation: resumed, checked by size and hash, under their name only when whole.
+"""Fetches public files of evaluation and data sets: continued after a break, checked by size and hash, then renamed.
 
-Nothing that comes is executed, and no name in an archive becomes a path: of a gzipped tar the one member that is wanted
-is read, whatever else it holds.
+Nothing in a file is executed, and no name in an archive becomes a path: only the wanted member of a gzipped tar is read.
 """
 
 from __future__ import annotations
@@ -13,21 +12,26 @@ import io
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from harness.data import download
 from harness.data.cache_dir import downloads
 from harness.data.public_files import PublicDataset, PublicFile
 from harness.errors import UserError
+from harness.images.npz import open_npz_file
 from harness.images.source import readable
 from harness.io import files
 
-UNPACKED_BYTES = 1 << 29  # most that is unpacked of an archive on the way to its member
+UNPACKED_BYTES = 1 << 29  # most that is unpacked of an archive to reach its member
 GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """A public file on disk. verified: it has the published hash; False: there is none. new: it was not there before."""
+    """A public file on disk.
+
+    verified: True, it has the published hash; False, none is published. new: whether it was downloaded by this call.
+    """
 
     path: Path
     bytes: int
@@ -38,18 +42,18 @@ class Fetched:
 
 
 def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -> Fetched:
-    """Have `public` at `out` (None: its own name, in the working folder), from `url` or from where it is published.
+    """Download `public` to `out`, unless it is there already.
 
-    A file that is there already and right is left alone; another one is refused, and so is what comes if it has not the
-    published size and hash.
+    out: a file or folder; None: the file's published name in the working folder. url: an address to use instead of the
+    published ones. UserError where no address gives a file of the published size and hash, and for another file at `out`.
     """
     out = Path(public.file) if out is None else out
     if out.is_dir():
         out = out / public.file
     with files.claimed(out) as partial:
         if out.exists():
-            found = _known(public, out, new=False)
-            download.forget(partial)  # of a process that was killed at the very end
+            found = _checked(public, out, new=False)
+            download.forget(partial)  # of a process that was killed in its last step
             return found
         reasons = []
         for address in (url,) if url is not None else public.urls:
@@ -59,7 +63,7 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
                     partial,
                     title=public.file,
                     check=lambda head, total: _check_start(public, head, total),
-                    most=download.MAX_BYTES if public.bytes is None else 2 * public.bytes,
+                    max_bytes=download.MAX_BYTES if public.size is None else 2 * public.size,
                 )
                 return _finish(public, partial, out)
             except download.Unreachable as error:
@@ -68,51 +72,55 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
                 download.forget(partial)
                 reasons.append(f"{address}: {error}")
         raise UserError(
-            f"{public.file} was not fetched: {'; '.join(reasons)}. Give another place with --url, or copy the file from a"
-            f" machine that has it to {out}"
+            f"{public.file} was not fetched: {'; '.join(reasons)}. Give another address with --url, or copy the file from"
+            f" a machine that has it to {out}"
         )
 
 
 def fetch_dataset(public: PublicDataset, out: Path | None = None, url: str | None = None) -> list[Fetched]:
-    """Have the files of a data set in the folder `out` (None: where `harness run` looks for them), from below the
-    address `url` or from where they are published. Files that are there are checked and not fetched again."""
+    """Download the files of a data set that are not there yet; those that are there are checked.
+
+    out: a folder; None: the one where `harness run` looks for them. url: address of a folder with the files; None: the
+    published ones. Otherwise as `fetch`.
+    """
     folder = downloads(public.name) if out is None else out
     if folder.is_file():
-        raise UserError(f"{folder} is a file; data set {public.name!r} is several: name a folder with --out")
+        raise UserError(f"{folder} is a file; data set {public.name!r} has several files: name a folder with --out")
     base = None if url is None else url.rstrip("/")
     return [fetch(each, folder / each.file, base and f"{base}/{each.file}") for each in public.files]
 
 
 class _Wrong(UserError):
-    """What an address holds is not the file."""
+    """An address gives another file."""
 
 
 def _check_start(public: PublicFile, head: bytes, total: int | None) -> None:
+    """_Wrong where the first bytes or the total size of a download are not those of the file or of an archive."""
     if head.startswith(GZIP) and not _gzipped(public):
-        return  # an archive: its own size says nothing
-    text = f"what comes is not {public.file}: "
+        return  # an archive, which has another size
+    text = f"the download is not {public.file}: "
     if head[:1] in (b"<", b""):
-        raise _Wrong(text + ("a web page" if head else "nothing"))
+        raise _Wrong(text + ("it is a web page" if head else "it is empty"))
     if public.start and not head.startswith(public.start):
-        raise _Wrong(text + "it begins otherwise")
-    if public.bytes is not None and total is not None and total != public.bytes:
-        raise _Wrong(text + f"{total:,} bytes instead of {public.bytes:,}")
+        raise _Wrong(text + "it begins with other bytes")
+    if public.size is not None and total is not None and total != public.size:
+        raise _Wrong(text + f"{total:,} bytes instead of {public.size:,}")
 
 
 def _gzipped(public: PublicFile) -> bool:
-    """Whether the file itself is gzipped, so that such bytes are no archive around it."""
+    """Whether the file itself is gzipped; otherwise gzipped bytes are an archive that holds it."""
     return public.file.endswith(".gz")
 
 
 def _finish(public: PublicFile, partial: Path, out: Path) -> Fetched:
-    """Unpack where it is an archive, check, rename."""
+    """Unpack the download if it is an archive, check it, and rename it to `out`."""
     with partial.open("rb") as file:
         packed = file.read(2) == GZIP and not _gzipped(public)
     ready = out.with_name(f"{out.name}.unpacked{files.PARTIAL}") if packed else partial
     try:
         if packed:
             _unpack(public, partial, ready)
-        found = _known(public, ready, new=True)
+        found = _checked(public, ready, new=True)
     except UserError as error:
         ready.unlink(missing_ok=True)
         raise _Wrong(str(error)) from error
@@ -123,13 +131,13 @@ def _finish(public: PublicFile, partial: Path, out: Path) -> Fetched:
     return dataclasses.replace(found, path=out)
 
 
-def _known(public: PublicFile, path: Path, *, new: bool) -> Fetched:
-    """What `path` is, or the refusal of a file that is not `public`."""
+def _checked(public: PublicFile, path: Path, *, new: bool) -> Fetched:
+    """The file at `path`; UserError where it is not `public`. new: it was just downloaded."""
     size = path.stat().st_size
-    what = f"what comes is not {public.file}" if new else f"{path} is there and is not {public.file}"
+    what = f"the download is not {public.file}" if new else f"{path} exists and is not {public.file}"
     advice = "" if new else "; move it away, or give another --out"
-    if public.bytes is not None and size != public.bytes:
-        raise UserError(f"{what}: {size:,} bytes instead of {public.bytes:,}{advice}")
+    if public.size is not None and size != public.size:
+        raise UserError(f"{what}: {size:,} bytes instead of {public.size:,}{advice}")
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(1 << 20):
@@ -148,23 +156,20 @@ def _known(public: PublicFile, path: Path, *, new: bool) -> Fetched:
 
 
 def _check_batch(path: Path) -> None:
-    """A file without a published hash must at least be a whole reference batch: every byte against the zip's checksums."""
-    import zipfile
-
-    with readable("it"), zipfile.ZipFile(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
-        lacking = [name for name in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if name not in names]
-        if lacking:
-            raise UserError(f"it lacks {', '.join(lacking)}")
-        if (bad := archive.testzip()) is not None:
-            raise UserError(f"{bad} differs from its checksum")
+    """UserError unless `path` is a complete reference batch, every byte compared with the zip's checksums."""
+    with open_npz_file(path) as file:
+        missing = [name for name in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if name not in file.names]
+        if missing:
+            raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in it")
+        if (damaged := file.damaged_member()) is not None:
+            raise UserError(f"{damaged} differs from its checksum")
 
 
 class _Limited(io.RawIOBase):
-    """A stream that refuses to give more than `most` bytes: an archive may be a bomb."""
+    """A stream that gives at most `limit` bytes, then raises: an archive may be a zip bomb."""
 
-    def __init__(self, stream, most: int):
-        self._stream, self._left = stream, most
+    def __init__(self, stream: gzip.GzipFile, limit: int):
+        self._stream, self._left = stream, limit
 
     def readable(self) -> bool:
         return True
@@ -178,18 +183,19 @@ class _Limited(io.RawIOBase):
 
 
 def _unpack(public: PublicFile, archive: Path, into: Path) -> None:
-    """Write the member that is called like the file, and nothing else; links and folders of that name do not count."""
+    """Write the member with the file's name to `into`, and no other; links and folders of that name do not count."""
     with readable("the archive"), gzip.open(archive) as stream:
         try:
             with tarfile.open(fileobj=_Limited(stream, UNPACKED_BYTES), mode="r|") as tar:
                 for member in tar:
                     if member.isreg() and member.name.removeprefix("./") == public.file:
+                        content: IO[bytes] | None = tar.extractfile(member)
+                        assert content is not None  # a regular member has content
                         with files.explained(into), into.open("wb") as out:
-                            content = tar.extractfile(member)
                             while data := content.read(1 << 20):
                                 out.write(data)
                         files.sync_file(into)
                         return
         except tarfile.TarError as error:
             raise UserError(f"the archive cannot be read ({error}); it is damaged") from error
-    raise UserError(f"the archive holds no {public.file}")
+    raise UserError(f"{public.file} is not in the archive")

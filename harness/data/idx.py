@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and its kin, gzipped or plain: one array of bytes behind a header of big-endian sizes.
+"""Reader of IDX files, the format of MNIST: one array of bytes behind a header of big-endian sizes; gzipped or plain.
 
 Format: http://yann.lecun.com/exdb/mnist/, "The IDX file format".
 """
@@ -9,20 +9,24 @@ import gzip
 import math
 import struct
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from harness.errors import UserError
 from harness.images.source import Damaged, readable
 
-UNSIGNED_BYTES = 0x08  # the only type that images and labels come in
-MAX_BYTES = 1 << 30  # a header that promises more is not believed
+UNSIGNED_BYTES = 0x08  # the type of images and labels
+MAX_BYTES = 1 << 30  # a header that states more is taken for damage
 GZIP = b"\x1f\x8b"
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The array in `path` as uint8 with so many dimensions. UserError, naming the file, for what is cut off, longer than
-    its header says, of another type or rank, or (gzipped) differs from its checksum. Never unpacks more than it says."""
+    """The uint8 array in `path`, which must have `dimensions` dimensions.
+
+    UserError where the file is cut off, longer than its header says, of another type or rank, or (gzipped) differs from
+    its checksum. No more is unpacked than the header says.
+    """
     try:
         file = path.open("rb")
     except OSError as error:
@@ -41,7 +45,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _shape(path: Path, magic: bytes, stream, dimensions: int) -> tuple[int, ...]:
+def _shape(path: Path, magic: bytes, stream: IO[bytes] | gzip.GzipFile, dimensions: int) -> tuple[int, ...]:
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise UserError(f"{path} is no IDX file: it begins with {magic.hex(' ') or 'nothing'}")
     if magic[2] != UNSIGNED_BYTES:

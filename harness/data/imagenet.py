@@ -1,8 +1,8 @@
-"""The classes of ImageNet (ILSVRC2012), and the ways in which labels are not in their order.
+"""The classes of ImageNet (ILSVRC2012), and checks that labels are in their order.
 
-A label is the place of the class's WordNet id in the sorted list of the 1,000 ids: what every published checkpoint means
-by it. The devkit numbers the same classes otherwise (ILSVRC2012_ID in meta.mat), and a tree with a class more or less
-shifts all labels behind it; a model trained on either is wrong without any error.
+A label is the position of the class's WordNet id in the sorted list of the 1,000 ids, as in every published checkpoint.
+The devkit numbers the same classes differently (ILSVRC2012_ID in meta.mat), and one class too many or too few shifts all
+labels after it; a model trained on such labels is wrong without any error.
 """
 
 from __future__ import annotations
@@ -41,74 +41,75 @@ def devkit_ids() -> dict[str, int]:
 
 
 def plain_name(name: str) -> str:
-    """The file name as ImageNet has it: the copy on the Hugging Face hub repeats the class at its end."""
+    """The file name as in ImageNet's tar: the copy on the Hugging Face hub appends the class to it."""
     return re.sub(rf"^((?:{WORDNET_ID}|ILSVRC2012_val)_[0-9]+)_{WORDNET_ID}(?=\.|$)", r"\1", name)
 
 
 def named_class(name: str) -> str | None:
-    """The WordNet id that a file name carries; None: it carries none."""
+    """The WordNet id in a file name; None: there is none."""
     stem = name.partition(".")[0]
     found = re.match(rf"({WORDNET_ID})_", stem) or re.search(rf"_({WORDNET_ID})$", stem)
     return found[1] if found else None
 
 
-def check_folders(where: str, names: Sequence[str]) -> None:
-    """Refuse folders (or tars) of classes that are not the 1,000; `where` holds them."""
+def check_folders(source: str, names: Sequence[str]) -> None:
+    """UserError where the class folders (or tars) `names` in `source` are not the 1,000 classes."""
     known, found = set(classes()), set(names)
     if found == known:
         return
-    strange, lacking = sorted(found - known), sorted(known - found)
+    strange, missing = sorted(found - known), sorted(known - found)
     if strange and all(re.fullmatch("[0-9]+", each) for each in names):
         raise UserError(
-            f"{where}: the class folders are numbers, of which nobody can say whether they are the devkit's order or "
-            f"that of labels; rename each to its WordNet id ({classes()[0]}, ...)"
+            f"{source}: the class folders are numbers, which may be in the devkit's order or in that of labels; rename "
+            f"each to its WordNet id ({classes()[0]}, ...)"
         )
     parts = []
-    if lacking:
-        parts.append(f"{len(lacking)} of the 1,000 classes are missing (first: {lacking[0]})")
+    if missing:
+        parts.append(f"{len(missing)} of the 1,000 classes are missing (first: {missing[0]})")
     if strange:
         parts.append(f"{len(strange)} folders are no class of ImageNet (first: {printable(strange[0])})")
     raise UserError(
-        f"{where}: {' and '.join(parts)}; every label behind it would be shifted. Complete or remove them, or prepare a data "
-        "set of your own under another name than imagenet"
+        f"{source}: {' and '.join(parts)}; all labels after them would be shifted. Complete or remove them, or prepare a "
+        "data set of your own under another name than imagenet"
     )
 
 
-def check_labels(where: str, labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Refuse labels that are not in ImageNet's order, as far as file names tell. labels: int64 (N,); names: of the files.
-    Returns notes: what could not be checked."""
-    order = {name: place for place, name in enumerate(classes())}
-    said = np.array([order.get(named_class(name) or "", -1) for name in names], np.int64)  # -1: not told
-    told = said >= 0
-    wrong = np.flatnonzero(told & (labels != said))
+def check_labels(source: str, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """UserError where labels are not in ImageNet's order, as far as the file names say. Returns notes on what was not checked.
+
+    source: named in messages. labels: int64 (N,). names: of the files.
+    """
+    order = {name: label for label, name in enumerate(classes())}
+    expected = np.array([order.get(named_class(name) or "", -1) for name in names], np.int64)  # -1: not in the name
+    named = expected >= 0
+    wrong = np.flatnonzero(named & (labels != expected))
     if len(wrong):
         devkit = np.array([number for _, number in _table()], np.int64)
         for shift, text in ((1, "the order of the devkit (ILSVRC2012_ID of meta.mat, from 0)"), (0, "ILSVRC2012_ID")):
-            if np.array_equal(labels[told], devkit[said[told]] - shift):
+            if np.array_equal(labels[named], devkit[expected[named]] - shift):
                 raise UserError(
-                    f"{where}: the labels are {text}, not places in the sorted list of WordNet ids: file "
-                    f"{printable(names[wrong[0]])} has label {labels[wrong[0]]} and should have {said[wrong[0]]}; map them first"
+                    f"{source}: the labels are {text}, not positions in the sorted list of WordNet ids: file "
+                    f"{printable(names[wrong[0]])} has label {labels[wrong[0]]} and should have {expected[wrong[0]]}; map "
+                    "them first"
                 )
-        if np.array_equal(labels[told], said[told] + 1):
-            raise UserError(f"{where}: the labels begin at 1, and ImageNet's at 0; subtract 1")
+        if np.array_equal(labels[named], expected[named] + 1):
+            raise UserError(f"{source}: the labels begin at 1, and ImageNet's at 0; subtract 1")
         raise UserError(
-            f"{where}: {len(wrong):,} of {len(labels):,} labels contradict their file names (first: "
-            f"{printable(names[wrong[0]])} has label {labels[wrong[0]]}, its name says {classes()[said[wrong[0]]]}, which is "
-            f"{said[wrong[0]]}); ImageNet's labels are places in the sorted list of WordNet ids"
+            f"{source}: {len(wrong):,} of {len(labels):,} labels contradict their file names (first: "
+            f"{printable(names[wrong[0]])} has label {labels[wrong[0]]}, its name says {classes()[expected[wrong[0]]]}, "
+            f"which is {expected[wrong[0]]}); ImageNet's labels are positions in the sorted list of WordNet ids"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > 999:
-        raise UserError(f"{where}: label {low if low < 0 else high} is outside ImageNet's 0 to 999")
+        raise UserError(f"{source}: label {low if low < 0 else high} is outside ImageNet's 0 to 999")
     empty = np.flatnonzero(np.bincount(labels, minlength=1000) == 0)
     if len(empty):
         raise UserError(
-            f"{where}: {len(empty)} of the 1,000 classes have no image (first: {classes()[empty[0]]}, label {empty[0]})"
+            f"{source}: {len(empty)} of the 1,000 classes have no image (first: {classes()[empty[0]]}, label {empty[0]})"
         )
     notes = []
-    if not told.all():
-        notes.append(
-            f"{np.count_nonzero(~told):,} file names carry no WordNet id, so nobody has compared their labels with them"
-        )
+    if not named.all():
+        notes.append(f"{np.count_nonzero(~named):,} file names have no WordNet id: their labels were not checked")
     if len(labels) != TRAINING_IMAGES:
         notes.append(f"{len(labels):,} images where ImageNet's training set has {TRAINING_IMAGES:,}")
     return notes

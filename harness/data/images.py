@@ -1,10 +1,10 @@
-"""Images in memory, or mapped from a file."""
+"""`ImageSet`: images and labels to train on, in memory or mapped from a file."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,17 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Images, in memory or mapped read-only: `images` (N, H, W, C) uint8 in [0, 255]; `labels` (N,) int64, in memory.
-    Implements `Examples`.
+    """Images to train on; implements `Examples`.
 
-    known_sha256: the content hash of a prepared data set (`harness.data.prepared`), which is too large to be read for it.
+    images: uint8 (N, H, W, C) in [0, 255], in memory or mapped read-only. labels: int64 (N,). known_sha256: content hash
+    of a prepared data set (`harness.data.prepared`), which is too large to be hashed when it is loaded.
     """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
     known_sha256: str | None = None
-    places: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4, (self.images.dtype, self.images.shape)
@@ -38,40 +37,47 @@ class ImageSet:
 
     @property
     def sha256(self) -> str:
-        """Content hash of images and labels, shapes included; of a prepared data set the one that it carries."""
+        """Content hash of images and labels, shapes included; of a prepared data set `known_sha256`."""
         if self.known_sha256 is not None:
             return self.known_sha256
         digest = hashlib.sha256(repr((self.images.shape, self.labels.shape)).encode())
-        digest.update(np.ascontiguousarray(self.images))
-        digest.update(np.ascontiguousarray(self.labels))
+        digest.update(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"dataset_sha256": self.sha256}
 
-    def check(self, task: Protocol) -> None:
-        """Images of another size than the protocol's are refused."""
-        shape = (task.resolution, task.resolution, task.image_channels)
-        if self.images.shape[1:] != shape:
+    @property
+    def source_paths(self) -> dict[str, str]:
+        return {}
+
+    def check(self, protocol: Protocol) -> None:
+        """UserError for images of another size than the protocol's."""
+        found, wanted = self.images.shape[1:], (protocol.resolution, protocol.resolution, protocol.image_channels)
+        if found != wanted:
             raise UserError(
-                f"data set {self.name!r} has images {self.images.shape[1:]}, protocol {task.name!r} wants {shape} (H, W, C)"
+                f"data set {self.name!r} has images {found}, protocol {protocol.name!r} wants {wanted} (H, W, C)"
                 + ("; prepare it at that resolution" if self.known_sha256 else "")
             )
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, C), a copy."""
+        """Images `rows`, int64 (n,), mirrored where `mirrored`, bool (n,): uint8 (n, H, W, C), a copy."""
         images = self.images[rows]
         images[mirrored] = images[mirrored, :, ::-1]
         return images
 
     def to_model_input(self, stored: Any, normal: Normal) -> Any:
-        """uint8 (n, H, W, C) -> float32 (n, C, H, W) in [-1, 1]."""
+        """uint8 (n, H, W, C), a torch tensor or a jax array, to float32 (n, C, H, W) in [-1, 1]."""
         return stored.swapaxes(1, 3).swapaxes(2, 3) / 127.5 - 1
 
     def downsampled(self, side: int) -> ImageSet:
-        """The images averaged over areas down to `side` pixels, rounded; themselves where they are not a multiple of it,
-        and where they are prepared: at another resolution such a set is another one."""
+        """The images averaged over blocks of pixels down to `side` x `side`, rounded.
+
+        The set itself where the images are no multiple of that size, and where it is prepared: a prepared data set of
+        another resolution is another data set.
+        """
         if self.known_sha256 is not None:
             return self
         _, height, width, channels = self.images.shape

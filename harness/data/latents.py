@@ -1,28 +1,29 @@
-"""Caches of latents: what an auto-encoder makes of a data set, mapped by training and never read as a whole.
+"""Caches of latents: a data set encoded by an autoencoder, which training maps and never reads as a whole.
 
-    DIR/latents.npy   float32 (N, 2, 2, C, h, w): of each image, as it is and mirrored, mean and standard deviation of the
-                      posterior, as the auto-encoder gives them: neither shifted nor scaled
+    DIR/latents.npy   float32 (N, 2, 2, C, h, w): of each image and of its mirror image, mean and standard deviation of
+                      the posterior, as the autoencoder gives them: neither shifted nor scaled
     DIR/labels.npy    int64 (N,)
-    DIR/meta.json     `Meta`: of which images, by which auto-encoder, and a hash of every chunk
+    DIR/meta.json     `Meta`: images, autoencoder, and a hash of every chunk
 
-The mirrored half is the encoding of the mirrored image, which is not the mirrored latent. Float32, because float16 would
-be as coarse as what it has to hold: the means of Stable Diffusion's auto-encoder reach 8 and more, where neighbours in
-float16 are 1/128 apart, and the standard deviations of its posterior are about as small. ImageNet's latents at 256 pixels
-are 84 GB, at 512 pixels 336 GB.
+The second half is the encoding of the mirrored image, which is not the mirrored latent. float16 would be too coarse: the
+means of Stable Diffusion's autoencoder reach 8 and more, where neighbouring float16 numbers are 1/128 apart, and the
+standard deviations of its posterior are about as small. ImageNet's latents at 256 pixels are 84 GB, at 512 pixels 336 GB.
 
-`harness data latents` makes the folder; latents.npy and meta.json have other names until they are whole. Chunks and their
-hashes are those of prepared data sets (`harness.data.prepared`).
+`harness data latents` (`harness.data.encode`) makes the folder; latents.npy and meta.json get their names when they are
+complete. Chunks and their hashes are those of prepared data sets (`harness.data.prepared`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backbones.autoencoders.spec import KL_CONFIG
 from harness import registry
 from harness.data.examples import Normal
 from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256, is_prepared
@@ -38,23 +39,24 @@ if TYPE_CHECKING:
 SCHEMA = 1
 LATENTS, LABELS, META = "latents.npy", "labels.npy", "meta.json"
 DTYPE = np.dtype("<f4")
+EDITED = "contradicts its own hash: edited or damaged; make the latents again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What meta.json holds of a cache of latents.
+    """The content of meta.json.
 
-    images: name, sha256, resolution and crop of the data set. vae: the auto-encoder's `Decoder.identity`. shape: of
-    latents.npy. chunks: the hash of each CHUNK_IMAGES images, hexadecimal. places: what images and auto-encoder were named by, for
-    finding them again; no part of what the cache is. environment: what made it.
+    images: name, sha256, resolution and crop of the data set. vae: `Decoder.identity` of the autoencoder. shape: of
+    latents.npy. chunks: `chunk_sha256` of each CHUNK_IMAGES images, hexadecimal. source_paths: paths or names of
+    "images" and "vae" ("places" in the file); no part of the identity. environment: software and device that made it.
     """
 
     images: dict[str, Any]
     vae: dict[str, Any]
     shape: tuple[int, int, int, int, int, int]
     chunks: tuple[str, ...]
-    places: dict[str, str] = dataclasses.field(default_factory=dict)
-    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source_paths: dict[str, str] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -63,33 +65,45 @@ class Meta:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes a run on these latents another experiment, beside the images; hashes, and no names."""
+        """The part of a run's identity that the latents add to that of the images: hashes and numbers, no names."""
         vae = {"vae_sha256": self.vae["weights_sha256"], "vae_config_sha256": self.vae["config_sha256"]}
         return {**vae, "scale_factor": self.scale, "shift_factor": self.shift, "sha256": self.sha256}
 
     @property
     def scale(self) -> float:
-        """The network learns (z - shift) x scale."""
+        """Of what the network learns, (z - shift) x scale."""
         return float(self.vae["scale_factor"])
 
     @property
     def shift(self) -> float:
+        """See `scale`."""
         return float(self.vae.get("shift_factor", 0.0))
 
     @property
     def latent(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
+        """Shape of a latent, (C, h, w)."""
         return self.shape[3:]
 
     def write(self, folder: Path) -> None:
         """Write meta.json, atomically."""
-        document = {"schema": SCHEMA, "sha256": self.sha256, "dtype": "float32", "chunk_images": CHUNK_IMAGES}
-        files.write_json(folder / META, {**document, **dataclasses.asdict(self)})
+        document = {
+            "schema": SCHEMA,
+            "sha256": self.sha256,
+            "dtype": "float32",
+            "chunk_images": CHUNK_IMAGES,
+            "images": self.images,
+            "vae": self.vae,
+            "shape": self.shape,
+            "chunks": self.chunks,
+            "places": self.source_paths,
+            "environment": self.environment,
+        }
+        files.write_json(folder / META, document)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSet:
-    """A cache, opened: `latents` float32 (N, 2, 2, C, h, w), mapped; `labels` int64 (N,). Implements `Examples`."""
+    """An open cache of latents; implements `Examples`. latents: float32 (N, 2, 2, C, h, w), mapped. labels: int64 (N,)."""
 
     meta: Meta
     latents: np.ndarray
@@ -100,44 +114,45 @@ class LatentSet:
 
     @property
     def name(self) -> str:
-        return self.meta.images["name"]
+        return str(self.meta.images["name"])
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"dataset_sha256": self.meta.images["sha256"], "latents": self.meta.identity}
 
     @property
-    def places(self) -> dict[str, str]:
-        return self.meta.places
+    def source_paths(self) -> dict[str, str]:
+        return self.meta.source_paths
 
-    def check(self, task: Protocol) -> None:
-        """Latents of another size than the protocol's network takes, or of other images, are refused."""
-        if (lack := _unfit(self.meta, task)) is not None:
-            raise UserError(lack)
+    def check(self, protocol: Protocol) -> None:
+        """UserError for latents of another size than the protocol's network takes, and for those of other images."""
+        if (problem := _mismatch(self.meta, protocol)) is not None:
+            raise UserError(problem)
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """float32 (n, 2, C, h, w): mean and standard deviation of the image or of its mirror image, a copy."""
+        """Mean and standard deviation of images `rows`, int64 (n,), or of their mirror images where `mirrored`, bool (n,):
+        float32 (n, 2, C, h, w), a copy."""
         views = self.latents.reshape(-1, *self.latents.shape[2:])  # (2N, 2, C, h, w), the same map
         wanted, size = 2 * rows + mirrored, views[0].nbytes
         prefetch(self.latents, wanted * size, size)  # three times as fast from the disk
         return np.asarray(views[wanted])
 
     def to_model_input(self, stored: Any, normal: Normal) -> Any:
-        """float32 (n, 2, C, h, w) -> float32 (n, C, h, w): a draw from each posterior, shifted and scaled."""
+        """float32 (n, 2, C, h, w) to float32 (n, C, h, w): a sample of each posterior, shifted and scaled."""
         mean, std = stored[:, 0], stored[:, 1]
         return (mean + std * normal(tuple(mean.shape[1:])) - self.meta.shift) * self.meta.scale
 
 
 def is_cache(folder: Path) -> bool:
-    """Whether `folder` looks like a cache of latents, perhaps one that is not whole yet."""
+    """Whether `folder` looks like a cache of latents, complete or not."""
     return any((folder / name).exists() for name in (LATENTS, f"{LATENTS}{files.PARTIAL}"))
 
 
 def read_meta(folder: Path) -> Meta:
-    """The meta.json of a cache; UserError for another folder, an unfinished cache and a document that contradicts itself."""
+    """The meta.json of a cache; UserError for another folder, an incomplete cache and a document that contradicts itself."""
     path = folder / META
     if is_cache(folder) and not path.exists():
-        raise UserError(f"{folder} is not whole: give the `harness data latents` command that began it once more")
+        raise UserError(f"{folder} is not complete: repeat the `harness data latents` command that began it")
     if not (is_cache(folder) and (folder / LABELS).is_file()):
         raise UserError(
             f"{folder} is no cache of latents; `harness data latents IMAGES --vae NAME --out DIR` makes one"
@@ -146,14 +161,19 @@ def read_meta(folder: Path) -> Meta:
     try:
         if data["schema"] > SCHEMA:
             raise UserError(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
+        shape = tuple(int(side) for side in data["shape"])
+        if len(shape) != 6:
+            raise UserError(f"{path} {EDITED}")
         meta = Meta(
-            images=dict(data["images"]), vae=dict(data["vae"]), shape=tuple(int(each) for each in data["shape"]),
-            chunks=tuple(str(each) for each in data["chunks"]), places=dict(data["places"]),
+            images=dict(data["images"]),
+            vae=dict(data["vae"]),
+            shape=shape,
+            chunks=tuple(str(sha256) for sha256 in data["chunks"]),
+            source_paths=dict(data["places"]),
             environment=dict(data["environment"]),
-        )  # fmt: skip
+        )
         sound = (
-            len(meta.shape) == 6
-            and min(meta.shape) > 0
+            min(meta.shape) > 0
             and meta.shape[1:3] == (2, 2)
             and data["chunk_images"] == CHUNK_IMAGES
             and len(meta.chunks) == chunk_count(meta.shape[0])
@@ -166,12 +186,12 @@ def read_meta(folder: Path) -> Meta:
             raise
         raise UserError(f"{path} is not a latents file of this harness ({type(error).__name__}: {error})") from error
     if not sound:
-        raise UserError(f"{path} contradicts its own hash: edited or damaged; make the latents again")
+        raise UserError(f"{path} {EDITED}")
     return meta
 
 
 def load(folder: Path) -> LatentSet:
-    """The cache in `folder`, mapped: nothing but labels and meta.json is read."""
+    """The cache in `folder`, mapped: only labels and meta.json are read."""
     meta = read_meta(folder)
     latents, labels = (
         _opened(folder / name, dtype, shape)
@@ -193,57 +213,55 @@ def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def missing(folder: Path | None, task: Protocol) -> str | None:
-    """What keeps `folder` from being trained on under `task`, with the commands that mend it; None: nothing."""
-    name = "NAME" if task.dataset == "prepared" else task.dataset
-    images, prepare = f"{name}-{task.resolution}", ""
+def missing(folder: Path | None, protocol: Protocol) -> str | None:
+    """Why `folder` cannot be trained on under `protocol`, with the commands that make it, in one line; None: it can."""
+    name = "NAME" if protocol.dataset == "prepared" else protocol.dataset
+    images, prepare = f"{name}-{protocol.resolution}", ""
     out = f"{images}-latents"
-    if registry.datasets.get(task.dataset).needs_folder and name != "npz":
-        prepare = f"`harness data prepare {name} --from PATH --out {images} --resolution {task.resolution}`, then "
+    if registry.datasets.get(protocol.dataset).needs_folder and name != "npz":
+        prepare = f"`harness data prepare {name} --from PATH --out {images} --resolution {protocol.resolution}`, then "
     else:
         images = "FILE.npz" if name == "npz" else name
-    vae, which = _auto_encoder(task)
-    encode = f"`harness data latents {{}} --vae {vae} --out {{}}`{which}"
-    all_of_it = f"make it by {prepare}{encode.format(images, out)}, and give --data {out}"
+    vae, explanation = _autoencoder_for(protocol)
+    encode = f"`harness data latents {{}} --vae {vae} --out {{}}`{explanation}"
+    commands = f"make it by {prepare}{encode.format(images, out)}, and give --data {out}"
     if folder is None:
-        return f"name its cache of latents with --data; without one, {all_of_it}"
+        return f"name its cache of latents with --data; without one, {commands}"
     if is_prepared(folder):
-        if (lack := registry.datasets.get(task.dataset).missing(folder, task.resolution)) is not None:
-            return lack
-        mine = f"{folder}-latents"
-        return f"{folder} holds images; encode them once by {encode.format(folder, mine)}, and give --data {mine}"
+        if (problem := registry.datasets.get(protocol.dataset).missing(folder, protocol.resolution)) is not None:
+            return str(problem)
+        cache = f"{folder}-latents"
+        return f"{folder} holds images; encode them once by {encode.format(folder, cache)}, and give --data {cache}"
     if not is_cache(folder):
-        return f"{folder} {'is no cache of latents' if folder.exists() else 'does not exist'}; {all_of_it}"
+        return f"{folder} {'is no cache of latents' if folder.exists() else 'does not exist'}; {commands}"
     try:
-        return _unfit(read_meta(folder), task)
+        return _mismatch(read_meta(folder), protocol)
     except UserError as error:
         return str(error)
 
 
-def _auto_encoder(task: Protocol) -> tuple[str, str]:
-    """What to give --vae for latents of the protocol's size, and what that is in words where it is no name."""
-    from backbones.autoencoders.spec import KL_CONFIG
-
+def _autoencoder_for(protocol: Protocol) -> tuple[str, str]:
+    """What to give --vae for latents of the protocol's size: a name, or "DIR" and an explanation of it."""
     named = (KL_CONFIG["in_channels"], KL_CONFIG["latent_channels"], 2 ** (len(KL_CONFIG["block_out_channels"]) - 1))
-    side = task.resolution // task.input_size
-    if (task.image_channels, task.in_channels, side) == named:
+    side = protocol.resolution // protocol.input_size
+    if (protocol.image_channels, protocol.in_channels, side) == named:
         return "ft-ema", ""
-    made = f"latents of {task.in_channels} channels, a cell for {side}x{side} pixels"
-    return "DIR", f" (DIR: an AutoencoderKL of diffusers for images of {task.image_channels} channels, {made})"
+    latents = f"latents of {protocol.in_channels} channels, a cell for {side}x{side} pixels"
+    return "DIR", f" (DIR: an AutoencoderKL of diffusers for images of {protocol.image_channels} channels, {latents})"
 
 
-def _unfit(meta: Meta, task: Protocol) -> str | None:
-    """In what a cache is not of the protocol."""
+def _mismatch(meta: Meta, protocol: Protocol) -> str | None:
+    """How a cache differs from what the protocol wants, in one line; None: it does not."""
     found = (*meta.latent, meta.images["resolution"])
-    wanted = (task.in_channels, task.input_size, task.input_size, task.resolution)
+    wanted = (protocol.in_channels, protocol.input_size, protocol.input_size, protocol.resolution)
     if found == wanted:
         return None
     there, here = (f"latents {c}x{h}x{w} of images of {side} pixels" for c, h, w, side in (found, wanted))
-    return f"the cache has {there}, protocol {task.name!r} wants {here}; make another, or name another protocol"
+    return f"the cache has {there}, protocol {protocol.name!r} wants {here}; make another, or name another protocol"
 
 
 def verify(folder: Path) -> str:
-    """Compare every chunk with its hash; what the cache is, in one line. UserError: the first chunk that differs."""
+    """Compare every chunk with its hash. Returns what the cache is, in one line; UserError names a chunk that differs."""
     found = load(folder)
     meta, count = found.meta, len(found)
     with Bar("verify", count, "images") as bar:

@@ -1,8 +1,4 @@
-"""Where images in classes come from: class folders, ILSVRC's tars, webdataset shards, a Hugging Face data set's parquet.
-
-Every kind gives a `Listing`: all images, in the order of (label, file name), and a way to read them in units of whatever
-is read well at once. Nothing is decoded here; that a label fits its class is decided here.
-"""
+"""`ImageIndex`: the list of all images of a source, in the order of (label, file name), before any is decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +19,10 @@ MAX_CLASSES = 100_000  # ImageNet-21k has 21,841; a larger number is a date or a
 
 
 class IndexEntry(NamedTuple):
-    """One image: its row, what messages call it, and its bytes when they are asked for (in any thread)."""
+    """One image: its row in the prepared data set, its name in messages, and a function that reads its file's bytes.
+
+    `read` may be called in any thread.
+    """
 
     row: int
     name: str
@@ -32,10 +31,12 @@ class IndexEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageIndex:
-    """All images of a source. kind: in words. classes: names, in the order of labels. labels: int64 (N,), ascending.
-    names: of the files, in the same order. sizes: images of each unit, a piece of the source that is read at once.
-    in_order: unit i holds the rows of chunk i, in order; else any rows. read: the images of a unit. notes: what a user
-    should know.
+    """All images of a source, to be read unit by unit.
+
+    kind: of source, in words. classes: names, in the order of labels. labels: int64 (N,), ascending. names: of the image
+    files, in the same order. sizes: number of images of each unit, the part of a source that is read at once. in_order:
+    whether unit i holds the rows of chunk i in order; otherwise a unit holds any rows. read: read(unit) yields its
+    images. notes: lines for the user.
     """
 
     kind: str
@@ -49,24 +50,26 @@ class ImageIndex:
 
     @property
     def sha256(self) -> str:
-        """Hash of what is listed: classes, labels and names."""
+        """Hash of classes, labels and names; the pixels are not read for it."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
-        digest.update(np.ascontiguousarray(self.labels, "<i8"))
+        digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         digest.update("\0".join(self.names).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
-def ordered(
+def index_files(
     kind: str,
     classes: Sequence[str],
     labels: Sequence[int] | np.ndarray,
     names: Sequence[str],
-    entry: Callable[[int], Entry],  # of image i as it was found
+    entry: Callable[[int], Entry],
     notes: Sequence[str],
 ) -> ImageIndex:
-    """A listing of files that can be read in any order, which is then that of the rows."""
+    """The index of files that can be read in any order: they are read in the order of rows.
+
+    labels, names: as the files were found. entry: entry(i) is the i-th file found.
+    """
     order = row_order(labels, names)
-    labels, names = np.asarray(labels, np.int64)[order], [names[i] for i in order]
 
     def read(unit: int) -> Iterator[IndexEntry]:
         for row in range(unit * CHUNK_IMAGES, min((unit + 1) * CHUNK_IMAGES, len(order))):
@@ -74,26 +77,31 @@ def ordered(
             yield IndexEntry(row, found.name, found.read)
 
     return ImageIndex(
-        kind=kind, classes=tuple(classes), labels=labels, names=names, sizes=chunk_sizes(len(order)), in_order=True,
-        read=read, notes=tuple(notes),
-    )  # fmt: skip
+        kind=kind,
+        classes=tuple(classes),
+        labels=np.asarray(labels, np.int64)[order],
+        names=[names[i] for i in order],
+        sizes=chunk_sizes(len(order)),
+        in_order=True,
+        read=read,
+        notes=tuple(notes),
+    )
 
 
 def named_classes(source: Path, names: Iterable[str]) -> tuple[list[str], dict[str, int]]:
-    """The classes in the order of labels, and the label of each of `names`, by the rule of evaluation: where all names
-    are numbers they are the labels, as in .cls files."""
+    """The classes in the order of labels, and the label of each of `names`, by the rule of `class_labels`."""
     labels, numbered = class_labels(names)
-    return (numbers(source, max(labels.values())) if numbered else list(labels)), labels
+    return (numbered_classes(source, max(labels.values())) if numbered else list(labels)), labels
 
 
-def numbers(source: Path, last: int) -> list[str]:
-    """Names of the classes 0 to `last`, which have none but their numbers."""
+def numbered_classes(source: Path, last: int) -> list[str]:
+    """The classes 0 to `last`, named by their numbers; UserError where `last` cannot be a label."""
     if last >= MAX_CLASSES:
         raise UserError(f"--from {source}: label {last} is beyond {MAX_CLASSES:,} classes; number the classes from 0")
-    return [str(each) for each in range(last + 1)]
+    return [str(label) for label in range(last + 1)]
 
 
 def row_order(labels: Sequence[int] | np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """The order of (label, name without its ending, name), as places in what was found: int64 (N,)."""
+    """The order of rows: positions in `labels` sorted by (label, name without its suffix, name), int64 (N,)."""
     keys = [(int(label), name.rpartition(".")[0] or name, name) for label, name in zip(labels, names, strict=True)]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)

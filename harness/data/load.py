@@ -1,55 +1,91 @@
-"""The stages of a run on this machine: create or open it, train, sample, evaluate. What is done is not repeated."""
+"""Loading data sets: what a run is trained on, the images that it is judged by, and the images behind latents."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness import registry
-from harness.data import latents
+from harness.data import latents, npz, prepared
 from harness.data.examples import Examples
 from harness.data.images import ImageSet
 from harness.errors import UserError
 from harness.protocols import Protocol
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedImages:
+    """Images with the name that opens them again from any folder.
+
+    crop: of a prepared data set; None: unknown. name: an absolute path, or the name of a data set (`open_image_set`).
+    """
+
+    images: ImageSet
+    crop: str | None
+    name: str
+
+
 def training_data(protocol: Protocol, data: Path | None) -> Examples:
-    """What is trained on: the images of the protocol's data set, or the cache of their latents that `data` is."""
+    """What a run is trained on: the images of the protocol's data set, or their latents in the cache `data`."""
     if protocol.space == "latents":
-        if (lack := latents.missing(data, protocol)) is not None:
-            raise UserError(f"data set {protocol.dataset!r} in latents: {lack}")
+        if (problem := latents.missing(data, protocol)) is not None:
+            raise UserError(f"data set {protocol.dataset!r} in latents: {problem}")
         assert data is not None
         return latents.load(data)
     return load_data(protocol, data)
 
 
 def load_data(protocol: Protocol, data: Path | None) -> ImageSet:
-    """The images of the protocol's data set, averaged down to its resolution where they are a multiple of it. `data` may
-    be a cache of their latents."""
+    """The images of the protocol's data set, averaged down to its resolution where they are a multiple of it.
+
+    data: as --data names it; of a cache of latents, the images that it was made of are loaded.
+    """
     if data is not None and latents.is_cache(data):
         meta = latents.read_meta(data)
-        return source_images(meta.places, meta.images["sha256"], str(data))
+        return source_images(meta.source_paths, meta.images["sha256"], str(data))
     return registry.datasets.get(protocol.dataset).load(data).downsampled(protocol.resolution)
 
 
-def source_images(places: dict[str, str], sha256: str, whose: str) -> ImageSet:
-    """The images that latents were made of, where they were then; refused if they are gone, or others by now."""
-    from harness.data.encode import open_images
+def open_image_set(source: str) -> NamedImages:
+    """The images of `source`: a prepared folder, an .npz with labels, or a name of `harness list datasets`."""
+    path = Path(source)
+    if path.is_dir() and prepared.is_prepared(path):
+        return NamedImages(images=prepared.load(path), crop=prepared.read_meta(path).crop, name=str(path.resolve()))
+    if path.suffix == ".npz" and path.is_file():
+        return NamedImages(images=npz.load(path), crop=None, name=str(path.resolve()))
+    if not path.exists() and source in registry.datasets and not registry.datasets.get(source).needs_folder:
+        return NamedImages(images=registry.datasets.get(source).load(None), crop=None, name=source)
+    problem = (
+        "is neither a prepared data set nor an .npz"
+        if path.exists()
+        else "is neither a folder nor a data set that needs none"
+    )
+    name = source if source in registry.datasets else "NAME"
+    raise UserError(
+        f"{source} {problem}; give the folder that `harness data prepare {name} --from PATH --out DIR` makes"
+    )
 
-    place = places.get("images", "")
+
+def source_images(source_paths: dict[str, str], sha256: str, owner: str) -> ImageSet:
+    """The images that latents were made of; UserError where they are gone or have changed.
+
+    source_paths: see `Examples`. sha256: of the images. owner: the run or cache that messages name.
+    """
+    path = source_paths.get("images", "")
     remedy = "name images to judge by with --reference PATH"
     try:
-        images = open_images(place).data
+        images = open_image_set(path).images
     except UserError as error:
-        raise UserError(f"the images behind {whose} are not where they were ({place}); {remedy}") from error
+        raise UserError(f"the images behind {owner} are not where they were ({path}); {remedy}") from error
     if images.sha256 != sha256:
         raise UserError(
-            f"{place} holds other images ({images.sha256[:12]}) than {whose} is of ({sha256[:12]}); {remedy}"
+            f"{path} holds other images ({images.sha256[:12]}) than those behind {owner} ({sha256[:12]}); {remedy}"
         )
     return images
 
 
 def check_labels(data: Examples, num_classes: int) -> None:
-    """A label outside the classes is refused before anything is trained on it."""
+    """UserError for a label outside 0 .. num_classes - 1, before anything is trained on it."""
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= num_classes:
         bad = low if low < 0 else high

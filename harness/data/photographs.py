@@ -1,6 +1,6 @@
-"""Photographs as the field prepares them: decoded by Pillow, made RGB, and cropped as ADM crops.
+"""Decoding and cropping of photographs as in ADM and DiT: decoded by Pillow, converted to RGB, center-cropped.
 
-The crop decides pixels and so has a name, which the prepared data set and everything trained on it carries: CROP.
+The crop decides the pixels, so it has a name, CROP, which prepared data sets record.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ if TYPE_CHECKING:
 
 CROP = "adm-center"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-PLAIN_MODES = ("RGB", "L")  # others lose something, or are read differently by other tools, when they become RGB
+PLAIN_MODES = ("RGB", "L")  # in others the conversion to RGB loses something or differs between tools
 
 
 class Photograph(NamedTuple):
-    """pixels: uint8 (size, size, 3). note: what was done to it that is worth telling; None: nothing."""
+    """A decoded image. pixels: uint8 (size, size, 3). note: how it was converted, where that may matter; None: not."""
 
     pixels: np.ndarray
     note: str | None
 
 
 class Broken(UserError):
-    """An image that cannot be used; the message says why, and not which."""
+    """An image cannot be used. The message says why, the caller adds which image."""
 
 
 def decode(data: bytes, size: int, name: str) -> Photograph:
-    """An image file as a square of `size` pixels. `name` is the file's, to be compared with its content. Broken where it
-    is no image, is cut off, has too many pixels (as it is or resized), or more than 8 bits a channel in grey. The orientation in EXIF is not applied: nobody's ImageNet does."""
+    """Decode an image file to a square of `size` pixels per side. name: of the file, to compare its suffix with the content.
+
+    Broken where it is no image, is cut off, has too many pixels (before or after resizing) or more than 8 bits per
+    channel. The orientation in EXIF is not applied, as in the field's preparations of ImageNet.
+    """
     from PIL import Image
 
     if len(data) > FILE_BYTES:
@@ -61,9 +64,11 @@ def decode(data: bytes, size: int, name: str) -> Photograph:
 
 
 def center_crop(image: Image, size: int) -> Image:
-    """ADM's centre crop (openai/guided-diffusion, image_datasets.py, center_crop_arr; DiT's train.py has the same): halve
-    by averages while the shorter side is at least twice `size`, then bicubic until it is `size`, then cut the middle. Broken where
-    the resized image, before the cut, would have more than PIXELS pixels."""
+    """ADM's center crop (openai/guided-diffusion, image_datasets.py, center_crop_arr; the same in DiT's train.py).
+
+    The image is halved by box averages while its shorter side is at least twice `size`, then resized bicubically until
+    that side is `size`, then cut to its middle. Broken where it would have more than PIXELS pixels before the cut.
+    """
     from PIL.Image import Resampling
 
     while min(image.size) >= 2 * size:

@@ -1,26 +1,25 @@
-"""Making a prepared data set: decoded on all cores, killed at any instant, continued by the same command.
+"""Makes a prepared data set (`harness.data.prepared`): decodes on all cores; if it is killed, the same command continues.
 
-    DIR.partial/images.npy      of its whole size from the start; rows are written where they belong
+    DIR.partial/images.npy      has its final size from the start; each row is written to its position
     DIR.partial/journal.jsonl   first what is being made, then a line for each unit of the source that is on the disk
 
-A line is written when its images are synced, so what the journal says is there. DIR appears by a rename when everything
-is there. Of a source that is read in order a unit is a chunk, whose hash is taken as it is written; chunks that are
-filled from several units are read once more for theirs.
+A line is written after its images are synced, so what the journal says is on the disk. DIR appears by a rename when it is
+complete. In a source that is read in order a unit is a chunk, which is hashed while it is written; chunks that are filled
+from several units are read again for their hashes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,108 +30,89 @@ from harness.data import prepared
 from harness.data.listing import ImageIndex, IndexEntry
 from harness.data.photographs import CROP, Broken, Photograph, decode
 from harness.data.prepared import CHUNK_IMAGES, Meta, chunk_count, chunk_sizes
-from harness.data.sources import open_listing
+from harness.data.sources import open_index
 from harness.errors import UserError
 from harness.images.source import printable
 from harness.io import files
 from harness.io.progress import Bar
 from harness.protocols import check_name
 
+logger = logging.getLogger(__name__)
+
 JOURNAL = "journal.jsonl"
 CHANNELS = 3
-MAX_BROKEN = 100  # then a source is given up: this is not a few damaged files
+MAX_BROKEN = 100  # images that cannot be used, after which the source is given up
 NAMED = 5  # files that a message names
-SPARE_BYTES = 1 << 20
-AHEAD = 4  # images a thread that are decoded before they are needed
-
-Say = Callable[[str], None]
+SPARE_BYTES = 1 << 20  # of the disk, for meta.json and the journal
+AHEAD = 4  # images that each thread decodes before they are needed
 
 
 class Prepared(NamedTuple):
-    """A prepared data set. new: it was not there before."""
+    """A prepared data set. new: whether it was made by this call."""
 
     folder: Path
     meta: Meta
     new: bool
 
 
-def prepare(
-    dataset: str, source: Path, out: Path, *, resolution: int, threads: int | None = None, say: Say
-) -> Prepared:
-    """Make the prepared data set `out` of the images at `source`, each cropped to `resolution` pixels a side.
+def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: int | None = None) -> Prepared:
+    """Make the prepared data set `out` of the images at `source`, each cropped to `resolution` pixels per side.
 
-    dataset: its name; of "imagenet" the classes are checked. threads: that decode; None: one a core. UserError for a source
-    that cannot be used, with every damaged image named, for a folder that holds something else, and for a disk that is
-    too small. Killed, the same call continues; a whole one is left as it is."""
+    dataset: its name; for "imagenet" the classes are checked. threads: number of threads that decode; None: one per
+    core. UserError for a source that cannot be used, with its damaged images named, for a folder that holds something
+    else, and for a disk that is too small. If it is killed, the same call continues; a complete data set is left as it is.
+    """
     check_name("data set", dataset)
-    listing = open_listing(source, dataset)
+    index = open_index(source, dataset)
     threads = threads or usable_cores()
-    job = _Job(dataset=dataset, listing=listing, resolution=resolution, out=out)
-    if job.is_there():
-        return Prepared(out, job.found(), False)
-    need, free = (
-        job.needed_bytes(),
-        shutil.disk_usage(next(each for each in out.absolute().parents if each.is_dir())).free,
-    )
+    job = _Job(dataset=dataset, index=index, resolution=resolution, out=out)
+    if job.exists():
+        return Prepared(out, job.existing(), False)
+    need = job.needed_bytes()
+    free = shutil.disk_usage(next(each for each in out.absolute().parents if each.is_dir())).free
     size = f"{need / 1e9:,.1f} GB" if need >= 1e8 else f"{need / 1e6:,.1f} MB"
-    count = f"{len(listing.labels):,} images in {len(listing.classes):,} classes"
-    say(
-        f"{dataset}: {count} from {listing.kind}, to {resolution}x{resolution}; {size} more, {free / 1e9:,.1f} GB are free"
+    count = f"{len(index.labels):,} images in {len(index.classes):,} classes"
+    logger.info(
+        f"{dataset}: {count} from {index.kind}, to {resolution}x{resolution}; {size} more, {free / 1e9:,.1f} GB are free"
     )
     if need > free:
         raise UserError(
             f"{out} needs {size} more, and {free / 1e9:,.1f} GB are free there; free some, or name another --out"
         )
-    with _claimed(job.partial), files.explained(job.partial):
-        if job.is_there():  # made by another process since
+    with files.claimed_folder(job.partial), files.explained(job.partial):
+        if job.exists():  # another process has made it since
             job.partial.rmdir()
-            return Prepared(out, job.found(), False)
+            return Prepared(out, job.existing(), False)
         job.resume()
         if job.done:
-            say(f"continues after {job.done:,} of {len(listing.labels):,} images")
-        for note in listing.notes:
-            say(f"note: {note}")
+            logger.info(f"continues after {job.done:,} of {len(index.labels):,} images")
+        for note in index.notes:
+            logger.info(f"note: {note}")
         try:
-            job.read(threads, say)
+            job.read(threads)
             job.hash_chunks(threads)
         except KeyboardInterrupt:
-            say(f"stopped after {job.done:,} of {len(listing.labels):,} images; the same command continues")
+            logger.info(f"stopped after {job.done:,} of {len(index.labels):,} images; the same command continues")
             raise
         meta = job.finish()
     return Prepared(out, meta, True)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the kernel drops the claim on any death."""
-    with files.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is making {folder}; wait for it or stop it") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(kw_only=True)
 class _Job:
-    """What is being made, and how far it is."""
+    """A data set that is being made, and its progress."""
 
     dataset: str
-    listing: ImageIndex
+    index: ImageIndex
     resolution: int
     out: Path
-    units: set[int] = field(default_factory=set)  # of the source, that are on the disk
-    chunks: dict[int, str] = field(default_factory=dict)  # hashes
+    units: set[int] = field(default_factory=set)  # units of the source that are on the disk
+    chunks: dict[int, str] = field(default_factory=dict)  # hashes by number
     remarks: dict[int, str] = field(default_factory=dict)  # on single images, by row
 
     @property
@@ -141,43 +121,43 @@ class _Job:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return (len(self.listing.labels), self.resolution, self.resolution, CHANNELS)
+        return (len(self.index.labels), self.resolution, self.resolution, CHANNELS)
 
     @property
     def done(self) -> int:
-        """Images that are on the disk."""
-        return sum(self.listing.sizes[unit] for unit in self.units)
+        """Number of images on the disk."""
+        return sum(self.index.sizes[unit] for unit in self.units)
 
-    def is_there(self) -> bool:
-        """Whether `out` is anything but an empty folder."""
+    def exists(self) -> bool:
+        """Whether `out` is a file or a folder that is not empty."""
         return self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
 
-    def found(self) -> Meta:
-        """The data set that is at `out` already, if it is this one."""
+    def existing(self) -> Meta:
+        """The meta.json of the data set in `out`; UserError where it is not this data set."""
         if not self.out.is_dir() or not prepared.is_prepared(self.out):
             raise UserError(f"--out {self.out} holds something else; name a new or empty folder")
         meta = prepared.read_meta(self.out)
-        wanted = (self.dataset, self.shape, CROP, self.listing.sha256)
+        wanted = (self.dataset, self.shape, CROP, self.index.sha256)
         if (meta.name, meta.shape, meta.crop, meta.source.get("listing_sha256")) != wanted:
             raise UserError(
                 f"--out {self.out} holds another data set ({meta.name}, {meta.images:,} images, {meta.resolution} pixels); "
                 "name another folder"
             )
-        (self.out / JOURNAL).unlink(missing_ok=True)  # of a process that was killed at the very end
+        (self.out / JOURNAL).unlink(missing_ok=True)  # of a process that was killed in its last step
         return meta
 
     def resume(self) -> None:
-        """Take up what is there, or begin."""
+        """Read the journal of a process that was killed, or begin one."""
         path = self.partial / JOURNAL
         header = {
-            "data set": self.dataset, "resolution": self.resolution, "list of images": self.listing.sha256,
-            "kind of source": self.listing.kind, "crop": CROP, "software": _software(),
+            "data set": self.dataset, "resolution": self.resolution, "list of images": self.index.sha256,
+            "kind of source": self.index.kind, "crop": CROP, "software": _software(),
         }  # fmt: skip
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last end is half a line
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # after the last line end is half a line
         if not lines:
             self._begin(path, header)
             return
-        whole = 0
+        complete = 0  # bytes of the lines that were understood
         for i, line in enumerate(lines):
             try:
                 entry = json.loads(line)
@@ -185,11 +165,12 @@ class _Job:
             except UserError:
                 raise
             except (ValueError, TypeError, KeyError, IndexError):
-                break  # what a power cut left
-            whole += len(line) + 1
-        os.truncate(path, whole)
+                break  # a power cut left the rest
+            complete += len(line) + 1
+        os.truncate(path, complete)
 
     def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        """UserError where the journal was begun for another data set."""
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise UserError(
@@ -205,37 +186,37 @@ class _Job:
         files.write_bytes(path, json.dumps(header).encode() + b"\n")
 
     def images_start(self) -> bytes:
-        """What images.npy begins with."""
+        """The header of images.npy."""
         out = io.BytesIO()
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
         return out.getvalue()
 
     def _take(self, entry: dict[str, Any]) -> None:
-        """A line of the journal."""
+        """Take over a line of the journal."""
         if "chunk" in entry:
             self.chunks[int(entry["chunk"])] = str(entry["sha256"])
             return
         unit, remarks = int(entry["unit"]), {int(row): str(text) for row, text in entry["remarks"]}
-        self.listing.sizes[unit]
-        if self.listing.in_order:
+        self.index.sizes[unit]
+        if self.index.in_order:
             self.chunks[unit] = str(entry["sha256"])
         self.units.add(unit)
         self.remarks |= remarks
 
     def needed_bytes(self) -> int:
-        """What the disk must still have room for."""
+        """Bytes that are still to be written."""
         there = self.partial / prepared.IMAGES
         taken = there.stat().st_blocks * 512 if there.exists() else 0
         return max(0, int(np.prod(self.shape, dtype=np.int64)) - taken) + 8 * self.shape[0] + SPARE_BYTES
 
-    def read(self, threads: int, say: Say) -> None:
-        """Decode what is missing. UserError, after all the rest is done, that names the images that cannot be used."""
-        with _Writer(self, say) as writer, ThreadPoolExecutor(threads) as pool:
+    def read(self, threads: int) -> None:
+        """Decode what is missing. UserError, after all other images are done, names those that cannot be used."""
+        with _Writer(self) as writer, ThreadPoolExecutor(threads) as pool:
             waiting: deque[tuple[int, IndexEntry, Future[Photograph]]] = deque()
-            for unit in range(len(self.listing.sizes)):
+            for unit in range(len(self.index.sizes)):
                 if unit in self.units:
                     continue
-                for each in self.listing.read(unit):
+                for each in self.index.read(unit):
                     waiting.append((unit, each, pool.submit(_decoded, each, self.resolution)))
                     if len(waiting) > AHEAD * threads:
                         writer.store(*waiting.popleft())
@@ -244,7 +225,7 @@ class _Job:
             writer.check()
 
     def hash_chunks(self, threads: int) -> None:
-        """Hash the chunks that were filled from several units."""
+        """Hash the chunks that were not hashed while they were written."""
         sizes = chunk_sizes(self.shape[0])
         missing = [each for each in range(len(sizes)) if each not in self.chunks]
         if not missing:
@@ -256,7 +237,7 @@ class _Job:
             Bar("hash", self.shape[0], "images", self.shape[0] - sum(sizes[each] for each in missing)) as bar,
         ):
             hashes = pool.map(
-                lambda each: prepared.stored_chunk_sha256(images, start, self.shape, each, self.listing.labels), missing
+                lambda each: prepared.stored_chunk_sha256(images, start, self.shape, each, self.index.labels), missing
             )
             for chunk, sha256 in zip(missing, hashes, strict=True):
                 self.chunks[chunk] = sha256
@@ -265,19 +246,19 @@ class _Job:
                 bar.advance(sizes[chunk])
 
     def finish(self) -> Meta:
-        """Write what is known only now, and give the folder its name."""
+        """Write labels.npy and meta.json, and give the folder its final name."""
         meta = Meta(
             name=self.dataset,
             shape=self.shape,
             crop=CROP,
-            classes=self.listing.classes,
+            classes=self.index.classes,
             chunks=tuple(self.chunks[each] for each in range(chunk_count(self.shape[0]))),
-            source={"kind": self.listing.kind, "listing_sha256": self.listing.sha256},
-            notes=(*self.listing.notes, *self._summary()),
+            source={"kind": self.index.kind, "listing_sha256": self.index.sha256},
+            notes=(*self.index.notes, *self._summary()),
             software=_software(),
         )
         labels = io.BytesIO()
-        np.save(labels, self.listing.labels)
+        np.save(labels, self.index.labels)
         files.write_bytes(self.partial / prepared.LABELS, labels.getvalue())
         meta.write(self.partial)
         self.partial.replace(self.out)
@@ -286,23 +267,23 @@ class _Job:
         return meta
 
     def _summary(self) -> list[str]:
-        """The remarks, a line each kind."""
+        """The remarks as notes, one line for each kind."""
         rows: dict[str, list[int]] = {}
         for row in sorted(self.remarks):
             rows.setdefault(self.remarks[row], []).append(row)
         return [
-            f"{text}: {len(found):,} ({_listed([printable(self.listing.names[row]) for row in found])})"
+            f"{text}: {len(found):,} ({_first_names([printable(self.index.names[row]) for row in found])})"
             for text, found in rows.items()
         ]
 
 
 class _Writer:
-    """Puts decoded images where they belong, and units that are complete into the journal."""
+    """Writes decoded images to their rows, and complete units into the journal."""
 
-    def __init__(self, job: _Job, say: Say):
-        self._job, self._say = job, say
+    def __init__(self, job: _Job):
+        self._job = job
         self._start, self._bytes = len(job.images_start()), int(np.prod(job.shape[1:]))
-        self._left: dict[int, int] = {}  # images of a unit that are still to come
+        self._left: dict[int, int] = {}  # number of images of a unit that are still to come
         self._digest = hashlib.sha256()
         self._remarks: list[tuple[int, str]] = []
         self._broken: list[str] = []
@@ -315,19 +296,19 @@ class _Writer:
         self._bar = self._stack.enter_context(Bar("prepare", self._job.shape[0], "images", self._job.done))
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def store(self, unit: int, image: IndexEntry, photograph: Future[Photograph]) -> None:
-        """Write an image; units come one after the other."""
-        left = self._left.setdefault(unit, self._job.listing.sizes[unit]) - 1
+        """Write an image; those of a unit come before those of the next."""
+        left = self._left.setdefault(unit, self._job.index.sizes[unit]) - 1
         self._left[unit] = left
         try:
             pixels, note = photograph.result()
         except Broken as error:
             self._incomplete.add(unit)
             self._broken.append(f"{image.name}: {error}")
-            self._say(f"cannot be used: {self._broken[-1]}")
+            logger.warning(f"cannot be used: {self._broken[-1]}")
             if len(self._broken) == MAX_BROKEN:
                 self.check()
         else:
@@ -342,9 +323,9 @@ class _Writer:
     def _close(self, unit: int) -> None:
         job = self._job
         entry: dict[str, Any] = {"unit": unit, "remarks": self._remarks}
-        if job.listing.in_order:
+        if job.index.in_order:
             first = unit * CHUNK_IMAGES
-            self._digest.update(np.ascontiguousarray(job.listing.labels[first : first + CHUNK_IMAGES], "<i8"))
+            self._digest.update(np.ascontiguousarray(job.index.labels[first : first + CHUNK_IMAGES], "<i8").data)
             entry["sha256"] = self._digest.hexdigest()
         self._digest, self._remarks = hashlib.sha256(), []
         if unit in self._incomplete:
@@ -356,14 +337,14 @@ class _Writer:
         job._take(entry)
 
     def check(self) -> None:
-        """Refuse what was broken."""
+        """UserError that names the images that cannot be used, if there are any."""
         if not self._broken:
             return
         more = f" (given up after {MAX_BROKEN})" if len(self._broken) >= MAX_BROKEN else ""
         raise UserError(
-            f"{len(self._broken)} images cannot be used{more}: {_listed(self._broken, '; ')}. Put whole files in their place "
-            f"and repeat the command, which makes only what is missing; or take them out of the source, remove {self._job.partial} and "
-            "begin anew"
+            f"{len(self._broken)} images cannot be used{more}: {_first_names(self._broken, '; ')}. Replace them by sound "
+            "files and repeat the command, which makes only what is missing; or take them out of the source, remove "
+            f"{self._job.partial} and begin again"
         )
 
 
@@ -376,6 +357,7 @@ def _decoded(image: IndexEntry, size: int) -> Photograph:
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data`; a single call of the system may write less."""
     data = data.cast("B")
     while data:
         written = os.pwrite(descriptor, data, offset)
@@ -387,12 +369,13 @@ def _sync(descriptor: int) -> None:
 
 
 def _software() -> dict[str, str]:
-    """What decides pixels besides the files."""
+    """Versions of the libraries that decide pixels."""
     from PIL import __version__, features
 
     turbo = features.version_feature("libjpeg_turbo")
     return {"pillow": __version__, "jpeg": f"libjpeg-turbo {turbo}" if turbo else str(features.version_codec("jpg"))}
 
 
-def _listed(items: list[str], between: str = ", ") -> str:
+def _first_names(items: Sequence[str], between: str = ", ") -> str:
+    """The first NAMED items, and how many more there are."""
     return between.join(items[:NAMED]) + (f"{between}and {len(items) - NAMED:,} more" if len(items) > NAMED else "")

@@ -4,12 +4,12 @@
     DIR/labels.npy    int64 (N,) in [0, len(classes))
     DIR/meta.json     `Meta`: what it is, how it was made, and a hash of every chunk
 
-`harness data prepare` makes the folder, under another name until it is whole; `harness data verify` compares every chunk
-with its hash. `load` trusts what is there and takes the data set's hash from meta.json: ImageNet at 256 is 252 GB.
+`harness data prepare` makes the folder, which has another name until it is complete; `harness data verify` compares every
+chunk with its hash. `load` reads no pixels and takes the data set's hash from meta.json: ImageNet at 256 is 252 GB.
 
-The images stand in the order of (label, name of the source's file), whatever kind of source they came from, so the same
-images have the same hash. That hash, `Meta.sha256`, is defined here and nowhere else: over the hashes of all chunks, the
-shape and the list of classes. A chunk is 256 images in a row (the last one fewer), its hash that of `chunk_sha256`.
+The images are in the order of (label, name of the source's file), whatever kind of source they came from, so the same
+images have the same hash. That hash, `Meta.sha256`, covers the hashes of all chunks, the shape and the list of classes. A
+chunk is 256 consecutive images (the last one fewer), hashed by `chunk_sha256`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ SCHEMA = 1
 CHUNK_IMAGES = 256
 IMAGES, LABELS, META = "images.npy", "labels.npy", "meta.json"
 MAKES_IT = "`harness data prepare` makes it"
+EDITED = "contradicts its own hash: edited or damaged; prepare the data set again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What meta.json holds of a prepared data set.
+    """The content of meta.json.
 
-    name: of the data set. shape: (N, H, W, C). crop: how images were brought to H x W. classes: names, in the order of
-    labels. chunks: `chunk_sha256` of each CHUNK_IMAGES images, hexadecimal. source: its kind and the hash of its listing,
-    no paths. notes: what a user should know of single files. software: versions that decide pixels.
+    name: of the data set. shape: (N, H, W, C). crop: name of the method that cropped images to H x W. classes: names, in
+    the order of labels. chunks: `chunk_sha256` of each CHUNK_IMAGES images, hexadecimal. source: kind of the source and
+    hash of its index, no paths. notes: lines for the user, on single files. software: versions that decide pixels.
     """
 
     name: str
@@ -78,24 +79,27 @@ class Meta:
 
 def chunk_sha256(images: np.ndarray, labels: np.ndarray) -> str:
     """Hash of a chunk: the bytes of its images uint8 (n, H, W, C), then its labels int64 (n,), little-endian."""
-    digest = hashlib.sha256(np.ascontiguousarray(images))
-    digest.update(np.ascontiguousarray(labels, "<i8"))
+    digest = hashlib.sha256(np.ascontiguousarray(images).data)
+    digest.update(np.ascontiguousarray(labels, "<i8").data)
     return digest.hexdigest()
 
 
 def chunk_count(images: int) -> int:
-    """Number of chunks of so many images."""
+    """Number of chunks of a data set of `images` images."""
     return -(-images // CHUNK_IMAGES)
 
 
 def chunk_sizes(images: int) -> list[int]:
-    """Images of each chunk of so many."""
+    """Number of images of each chunk of a data set of `images` images."""
     return [min(CHUNK_IMAGES, images - start) for start in range(0, images, CHUNK_IMAGES)]
 
 
 def stored_chunk_sha256(path: Path, start: int, shape: tuple[int, ...], chunk: int, labels: np.ndarray) -> str:
-    """`chunk_sha256` of chunk number `chunk` of the images that begin at byte `start` of `path`, read past any map: what
-    is read through one counts as this process's memory. shape: (N, H, W, C). labels: int64 (N,), all of them."""
+    """`chunk_sha256` of chunk number `chunk` in a file of images.
+
+    start: byte of `path` where the images begin. shape: (N, H, W, C). labels: int64 (N,), of all images. The file is
+    read and not mapped, because mapped pages count as this process's memory.
+    """
     first, size = chunk * CHUNK_IMAGES, int(np.prod(shape[1:]))
     here = labels[first : first + CHUNK_IMAGES]
     with path.open("rb") as file:
@@ -112,15 +116,18 @@ def is_prepared(folder: Path) -> bool:
 def read_meta(folder: Path) -> Meta:
     """The meta.json of a prepared data set; UserError for another folder, and for a document that contradicts itself."""
     if not is_prepared(folder):
-        raise UserError(f"{folder} is no prepared data set (it lacks {IMAGES}, {LABELS} or {META}); {MAKES_IT}")
+        raise UserError(f"{folder} is no prepared data set ({IMAGES}, {LABELS} or {META} is missing); {MAKES_IT}")
     path = folder / META
     data = files.read_json(path, "data set file")
     try:
         if data["schema"] > SCHEMA:
             raise UserError(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
+        shape = tuple(int(side) for side in data["shape"])
+        if len(shape) != 4:
+            raise UserError(f"{path} {EDITED}")
         meta = Meta(
             name=str(data["name"]),
-            shape=tuple(int(each) for each in data["shape"]),
+            shape=shape,
             crop=str(data["crop"]),
             classes=tuple(str(each) for each in data["classes"]),
             chunks=tuple(str(each) for each in data["chunks"]),
@@ -129,8 +136,7 @@ def read_meta(folder: Path) -> Meta:
             software=dict(data["software"]),
         )
         sound = (
-            len(meta.shape) == 4
-            and min(meta.shape) > 0
+            min(meta.shape) > 0
             and data["chunk_images"] == CHUNK_IMAGES
             and len(meta.chunks) == chunk_count(meta.images)
             and data["sha256"] == meta.sha256
@@ -140,12 +146,15 @@ def read_meta(folder: Path) -> Meta:
             raise
         raise UserError(f"{path} is not a data set file of this harness ({type(error).__name__}: {error})") from error
     if not sound:
-        raise UserError(f"{path} contradicts its own hash: edited or damaged; prepare the data set again")
+        raise UserError(f"{path} {EDITED}")
     return meta
 
 
 def damaged_chunks(folder: Path, meta: Meta, progress: Callable[[int], object], threads: int) -> list[int]:
-    """Numbers of the chunks that differ from their hashes; every byte is read. `progress` is told of images done."""
+    """Numbers of the chunks that differ from their hashes; every byte is read.
+
+    progress: progress(n) is called after each n images. threads: number of threads that read and hash.
+    """
     images, labels = open_arrays(folder, meta)
     with ThreadPoolExecutor(threads) as pool:
 
@@ -163,8 +172,8 @@ def damaged_chunks(folder: Path, meta: Meta, progress: Callable[[int], object], 
     return damaged
 
 
-def open_arrays(folder: Path, meta: Meta) -> tuple[np.ndarray, np.ndarray]:
-    """(images uint8 (N, H, W, C), mapped read-only; labels int64 (N,), in memory), of the shapes that `meta` says."""
+def open_arrays(folder: Path, meta: Meta) -> tuple[np.memmap, np.ndarray]:
+    """Images uint8 (N, H, W, C), mapped read-only, and labels int64 (N,), in memory; UserError unless they fit `meta`."""
     images = _opened(folder / IMAGES, np.dtype(np.uint8), meta.shape)
     labels = np.array(_opened(folder / LABELS, np.dtype(np.int64), meta.shape[:1]))
     outside = (labels < 0) | (labels >= len(meta.classes))
@@ -177,7 +186,7 @@ def open_arrays(folder: Path, meta: Meta) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     with readable(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
@@ -186,37 +195,37 @@ def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def load(folder: Path) -> ImageSet:
-    """The data set in `folder`, its images mapped: nothing but labels and meta.json is read."""
+    """The data set in `folder`, its images mapped: only labels and meta.json are read."""
     meta = read_meta(folder)
     images, labels = open_arrays(folder, meta)
     return ImageSet(name=meta.name, images=images, labels=labels, known_sha256=meta.sha256)
 
 
 def missing(folder: Path | None, resolution: int | None = None) -> str | None:
-    """What keeps `folder` from being used at `resolution`, with the way out, in one line; None: nothing."""
+    """Why `folder` cannot be used at `resolution` (None: any), with the command that makes it, in one line; None: it can."""
     if folder is None:
         return f"name a folder of `harness data prepare` with --data{_command('NAME', resolution)}"
-    return _unfit(folder, resolution, "NAME")
+    return _mismatch(folder, resolution, "NAME")
 
 
 def load_imagenet(folder: Path) -> ImageSet:
-    """ImageNet, prepared; another data set is refused."""
-    if (lack := missing_imagenet(folder)) is not None:
-        raise UserError(f"data set 'imagenet': {lack}")
+    """Prepared ImageNet; UserError for another data set."""
+    if (problem := missing_imagenet(folder)) is not None:
+        raise UserError(f"data set 'imagenet': {problem}")
     return load(folder)
 
 
 def missing_imagenet(folder: Path | None, resolution: int | None = None) -> str | None:
-    """As `missing`, of ImageNet."""
+    """As `missing`, for ImageNet."""
     if folder is None:
         return f"name its prepared folder with --data{_command('imagenet', resolution)}"
-    if (lack := _unfit(folder, resolution, "imagenet")) is not None:
-        return lack
+    if (problem := _mismatch(folder, resolution, "imagenet")) is not None:
+        return problem
     name = read_meta(folder).name
     return None if name == "imagenet" else f"{folder} is data set {name!r}{_command('imagenet', resolution)}"
 
 
-def _unfit(folder: Path, resolution: int | None, name: str) -> str | None:
+def _mismatch(folder: Path, resolution: int | None, name: str) -> str | None:
     if not folder.is_dir() or not is_prepared(folder):
         return f"{folder} is no prepared data set{_command(name, resolution)}"
     try:
@@ -234,5 +243,5 @@ def _command(name: str, resolution: int | None) -> str:
 
 
 def facts(meta: Meta) -> dict[str, Any]:
-    """What a command prints as JSON."""
+    """The data set as `harness data prepare --json` prints it."""
     return {**json.loads(json.dumps(dataclasses.asdict(meta))), "sha256": meta.sha256, "chunks": len(meta.chunks)}

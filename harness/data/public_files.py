@@ -1,8 +1,8 @@
-"""Public files, of evaluation and of data sets: where they are and what is known of them.
+"""The public files of evaluation and data sets: addresses, sizes and hashes.
 
-Addresses: openai/guided-diffusion, evaluations/README.md and evaluator.py; TensorFlow's models, classify_image.py;
-zalandoresearch/fashion-mnist, README.md (and its md5). OpenAI publishes no hashes: the two md5 of its files are what
-others report of those that they have.
+Sources: openai/guided-diffusion, evaluations/README.md and evaluator.py; TensorFlow's models, classify_image.py;
+zalandoresearch/fashion-mnist, README.md (with md5). OpenAI publishes no hashes: the two md5 of its files are those that
+others report of their copies.
 """
 
 from __future__ import annotations
@@ -16,25 +16,31 @@ _BATCHES = GRAPH_URL.rpartition("/")[0]
 
 @dataclass(frozen=True, kw_only=True)
 class PublicFile:
-    """A file that others publish. file: its name on disk. urls: tried in turn. bytes, md5: None where nobody says.
+    """A file that others publish.
 
-    start: what its first bytes must be, empty where the hash decides. A gzipped tar that holds it is unpacked.
+    name: for `harness data fetch`. file: its name on disk. urls: tried in turn; a gzipped tar that holds the file is
+    unpacked. size: in bytes; size, md5: None where they are not published. start: its first bytes; empty: not checked.
     """
 
     name: str
     file: str
     summary: str
     urls: tuple[str, ...]
-    bytes: int | None = None
+    size: int | None = None
     md5: str | None = None
     start: bytes = b""
 
 
-def _batch(name: str, place: str, summary: str, size: int | None = None, md5: str | None = None) -> PublicFile:
+def _batch(name: str, path: str, summary: str, size: int | None = None, md5: str | None = None) -> PublicFile:
     return PublicFile(
-        name=name, file=place.rpartition("/")[2], summary=summary, urls=(f"{_BATCHES}/{place}",), bytes=size, md5=md5,
+        name=name,
+        file=path.rpartition("/")[2],
+        summary=summary,
+        urls=(f"{_BATCHES}/{path}",),
+        size=size,
+        md5=md5,
         start=b"PK",
-    )  # fmt: skip
+    )
 
 
 FILES = {
@@ -45,7 +51,7 @@ FILES = {
             file=GRAPH_NAME,
             summary="the network of ADM's evaluator, for suite adm (96 MB)",
             urls=(GRAPH_URL, "http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz"),
-            bytes=GRAPH_SIZE,
+            size=GRAPH_SIZE,
             md5=GRAPH_MD5,
         ),
         _batch("imagenet-64", "imagenet/64/VIRTUAL_imagenet64_labeled.npz", "ADM's reference batch of ImageNet 64"),
@@ -69,7 +75,7 @@ _FASHION_MNIST = (
 
 @dataclass(frozen=True, kw_only=True)
 class PublicDataset:
-    """A data set of several files, which are fetched together."""
+    """A data set whose files are fetched together."""
 
     name: str
     summary: str
@@ -82,8 +88,8 @@ DATASETS = {
         summary="the four files of Fashion-MNIST, for protocol fashion-mnist-32 (31 MB)",
         files=tuple(
             PublicFile(
-                name=file, file=file, summary="", urls=tuple(f"{place}/{file}" for place in _FASHION_MNIST),
-                bytes=size, md5=md5,
+                name=file, file=file, summary="", urls=tuple(f"{base}/{file}" for base in _FASHION_MNIST),
+                size=size, md5=md5,
             )
             for file, size, md5 in (
                 ("train-images-idx3-ubyte.gz", 26_421_880, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),

@@ -1,10 +1,11 @@
-"""Images in classes from a Hugging Face data set as it lies on the disk: parquet files of {image: {bytes, path}, label}.
+"""Images in classes from the parquet files of a Hugging Face data set: columns {image: {bytes, path}, label}.
 
-A row group is read at once and its images go to the rows where they belong, for shards are shuffled.
+Shards are shuffled, so a row group is read at once and each of its images is written to its own row.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,14 @@ from harness.images.source import printable, readable
 ROWS_PER_READ = 256
 
 
-def listing(source: Path, files: list[Path], dataset: str) -> ImageIndex:
-    """The images of `files`, which lie in `source`."""
+def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
+    """The index of the images in `files`, which are in the folder `source` or are it."""
     parquet = _pyarrow()
-    labels, names, known = [], [], None
-    groups, sizes = [], []  # (file, row group, first of its images as they are found); images
+    labels: list[int] = []
+    names: list[str] = []
+    known: tuple[str, ...] | None = None
+    groups: list[tuple[Path, int, int]] = []  # file, row group, number of images before it
+    sizes: list[int] = []  # images of each row group
     for path in files:
         with readable(path), parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow)
@@ -44,8 +48,8 @@ def listing(source: Path, files: list[Path], dataset: str) -> ImageIndex:
         raise UserError(f"--from {source}: there are no images in its {len(files)} parquet files")
     if min(labels) < 0:
         raise UserError(
-            f"{source}: image {labels.index(min(labels))} has label {min(labels)}, as sets without labels have: name the "
-            "files of the training part"
+            f"{source}: image {labels.index(min(labels))} has label {min(labels)}, as in splits without labels: name the "
+            "files of the training split"
         )
     notes = []
     if dataset == imagenet.NAME:
@@ -58,24 +62,30 @@ def listing(source: Path, files: list[Path], dataset: str) -> ImageIndex:
                 f"{source}: label {max(labels)} is outside the {len(classes)} classes that its schema names"
             )
     order = row_order(labels, names)
-    rows = np.empty(len(order), np.int64)  # of the images as they are found
+    rows = np.empty(len(order), np.int64)  # row of each image as it was found
     rows[order] = np.arange(len(order))
 
     def read(unit: int) -> Iterator[IndexEntry]:
         path, group, first = groups[unit]
         with readable(path), parquet.ParquetFile(path) as file:
-            place = first
+            i = first
             for batch in file.iter_batches(ROWS_PER_READ, row_groups=[group], columns=["image.bytes"]):
                 for image in batch.column("image"):
-                    data = image["bytes"].as_py()
-                    name = f"{path.name}:{printable(names[place])}"
-                    yield IndexEntry(int(rows[place]), name, lambda data=data: data or b"")
-                    place += 1
+                    data: bytes = image["bytes"].as_py() or b""
+                    name = f"{path.name}:{printable(names[i])}"
+                    yield IndexEntry(int(rows[i]), name, functools.partial(bytes, data))
+                    i += 1
 
     return ImageIndex(
-        kind="parquet", classes=classes, labels=np.asarray(labels, np.int64)[order], names=[names[i] for i in order],
-        sizes=sizes, in_order=False, read=read, notes=tuple(notes),
-    )  # fmt: skip
+        kind="parquet",
+        classes=classes,
+        labels=np.asarray(labels, np.int64)[order],
+        names=[names[i] for i in order],
+        sizes=sizes,
+        in_order=False,
+        read=read,
+        notes=tuple(notes),
+    )
 
 
 def _pyarrow() -> Any:
@@ -89,6 +99,7 @@ def _pyarrow() -> Any:
 
 
 def _check_columns(path: Path, schema: Any) -> None:
+    """UserError where a file has not the columns that the datasets library writes. schema: a pyarrow.Schema."""
     import pyarrow
 
     def wanted() -> bool:
@@ -109,7 +120,7 @@ def _check_columns(path: Path, schema: Any) -> None:
 
 
 def _class_names(schema: Any) -> tuple[str, ...] | None:
-    """The names of a ClassLabel, as the datasets library keeps them in the schema."""
+    """The names of a ClassLabel, which the datasets library stores in the schema; None: there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(str(each) for each in features["label"]["names"])
@@ -117,6 +128,7 @@ def _class_names(schema: Any) -> tuple[str, ...] | None:
         return None
 
 
-def _name(path: str | None, place: int) -> str:
+def _name(path: str | None, i: int) -> str:
+    """The file name of the i-th image found, or its number where the data set has none."""
     base = (path or "").replace("\\", "/").rpartition("/")[2]
-    return imagenet.plain_name(base) if base else f"{place:010d}"
+    return imagenet.plain_name(base) if base else f"{i:010d}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from array import array
 from pathlib import Path
 
 import numpy as np
 
 from harness.data import imagenet
-from harness.data.listing import ImageIndex, named_classes, numbers, ordered
+from harness.data.listing import ImageIndex, index_files, named_classes, numbered_classes
 from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry
 from harness.images.source import printable, readable
@@ -17,8 +18,11 @@ from harness.images.tars import tar_members
 OFFICIAL = "ILSVRC2012_img_train.tar"
 
 
-def listing(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
-    """The images of `tars`, which lie in `source`: class tars within one, class tars, or webdataset's shards."""
+def index_tars(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
+    """The index of the images in `tars`, which are in the folder `source` or are it.
+
+    They are one tar of class tars, class tars named by WordNet ids, or webdataset's shards.
+    """
     if len(tars) == 1:
         with readable(tars[0]):
             members = list(tar_members(tars[0]))
@@ -28,36 +32,36 @@ def listing(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
                 source, [(Path(name).stem, tars[0], begin, size) for name, begin, size in inner], dataset
             )
         if inner:
-            raise UserError(f"{tars[0]}: tars and other files side by side; {OFFICIAL} holds tars alone")
+            raise UserError(f"{tars[0]}: tars and other files side by side; {OFFICIAL} holds only tars")
     if all(re.fullmatch(imagenet.WORDNET_ID, each.stem) for each in tars):
         return _class_tars(source, [(each.stem, each, 0, None) for each in tars], dataset)
     return _shards(source, tars, dataset)
 
 
 class _Found:
-    """Images in tars as they lie there, in little memory: ImageNet has 1.3 million."""
+    """The images in tars in the order of reading, in little memory: ImageNet has 1.3 million."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self._tars: list[Path] = []
-        self._of, self._begin, self._size = [], [], []
+        self._tar, self._begin, self._size = array("q"), array("q"), array("q")  # of each image; _tar: index in _tars
 
     def add(self, path: Path, name: str, begin: int, size: int) -> None:
         if not self._tars or self._tars[-1] != path:
             self._tars.append(path)
         self.names.append(name)
-        self._of.append(len(self._tars) - 1)
+        self._tar.append(len(self._tars) - 1)
         self._begin.append(begin)
         self._size.append(size)
 
     def entry(self, i: int) -> Entry:
-        path = self._tars[self._of[i]]
-        return Entry(
-            name=printable(f"{path.name}:{self.names[i]}"), path=path, offset=self._begin[i], size=self._size[i]
-        )  # fmt: skip
+        path = self._tars[self._tar[i]]
+        name = printable(f"{path.name}:{self.names[i]}")
+        return Entry(name=name, path=path, offset=self._begin[i], size=self._size[i])
 
 
 def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dataset: str) -> ImageIndex:
+    """The index of one tar a class: (class, file, first byte, bytes; None: the whole file)."""
     tars = sorted(tars)
     classes = [name for name, *_ in tars]
     if len(set(classes)) != len(classes):
@@ -65,7 +69,9 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
     if dataset == imagenet.NAME:
         imagenet.check_folders(str(source), classes)
     classes, by_name = named_classes(source, classes)
-    found, labels, others = _Found(), [], []
+    found = _Found()
+    labels: list[int] = []
+    others: list[str] = []
     for name, path, begin, size in tars:
         with readable(f"{path}: {name}.tar"):
             for member, offset, length in tar_members(path, begin, size):
@@ -75,20 +81,25 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
                     labels.append(by_name[name])
                 else:
                     others.append(base)
-    return _listing(source, "ILSVRC tars", classes, labels, found, others, dataset)
+    return _index(source, "ILSVRC tars", classes, labels, found, others, dataset)
 
 
 def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
-    found, labels, others, total = _Found(), [], [], 0
+    """The index of webdataset's shards, KEY.jpg beside KEY.cls."""
+    found, total = _Found(), 0
+    labels: list[int] = []
+    others: list[str] = []
     for path in tars:
+        keys: list[tuple[str, str]] = []  # of the shard's images: folder, and name up to the first dot
+        classes: dict[tuple[str, str], int] = {}
+        seen: set[str] = set()
         with readable(path):
-            keys, classes, seen = [], {}, set()
             for name, offset, size in tar_members(path):
                 if name in seen:
                     raise UserError(f"{path}: it holds {printable(name)} twice; pack it again")
                 seen.add(name)
                 folder, _, base = name.rpartition("/")
-                key, _, kind = base.partition(".")  # webdataset: all before the first dot belongs together
+                key, _, kind = base.partition(".")  # webdataset: members that agree up to the first dot are one example
                 if base.lower().endswith(SUFFIXES):
                     keys.append((folder, key))
                     found.add(path, base, offset, size)
@@ -105,10 +116,11 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
             )
         labels += [classes[key] for key in keys]
         total += len(keys)
-    return _listing(source, "webdataset shards", None, labels, found, others, dataset)
+    return _index(source, "webdataset shards", None, labels, found, others, dataset)
 
 
 def _label(path: Path, name: str, offset: int, size: int) -> int:
+    """The number in a .cls member."""
     text = Entry(name=name, path=path, offset=offset, size=size).read(20).strip()
     if re.fullmatch(rb"[0-9]{1,9}", text) is None:
         raise UserError(
@@ -117,13 +129,13 @@ def _label(path: Path, name: str, offset: int, size: int) -> int:
     return int(text)
 
 
-def _listing(
+def _index(
     source: Path,
     kind: str,
-    classes: list[str] | None,
+    classes: list[str] | None,  # None: named by their numbers
     labels: list[int],
     found: _Found,
-    others: list[str],
+    others: list[str],  # names of the members that are no images
     dataset: str,
 ) -> ImageIndex:
     if not labels:
@@ -134,6 +146,6 @@ def _listing(
     if dataset == imagenet.NAME:
         notes += imagenet.check_labels(str(source), np.array(labels), found.names)
         classes = list(imagenet.classes())
-    if classes is None:  # named by their numbers
-        classes = numbers(source, max(labels))
-    return ordered(kind, classes, labels, found.names, found.entry, notes)
+    if classes is None:
+        classes = numbered_classes(source, max(labels))
+    return index_files(kind, classes, labels, found.names, found.entry, notes)

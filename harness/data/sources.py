@@ -1,7 +1,7 @@
-"""Where images in classes come from: class folders, ILSVRC's tars, webdataset shards, a Hugging Face data set's parquet.
+"""Opens what `harness data prepare` takes: class folders, ILSVRC's tars, webdataset shards, or parquet files of the hub.
 
-Every kind gives a `Listing`: all images, in the order of (label, file name), and a way to read them in units of whatever
-is read well at once. Nothing is decoded here; that a label fits its class is decided here.
+`open_index` recognises the kind of source and lists its images (`ImageIndex`). Nothing is decoded here, but labels are
+checked against classes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data import imagenet
-from harness.data.listing import ImageIndex, named_classes, ordered
+from harness.data import imagenet, source_parquet, source_tars
+from harness.data.listing import ImageIndex, index_files, named_classes
 from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry
 from harness.images.source import natural_sorted, printable, readable
@@ -23,33 +23,32 @@ KINDS = (
     "class folders (DIR/CLASS/*.JPEG), ILSVRC2012_img_train.tar (or the folder of its class tars), webdataset shards "
     "(*.tar with KEY.jpg and KEY.cls), the parquet files of a Hugging Face data set"
 )
+TRAINING = "train"  # begins the names of files and folders of the training split
 
 
-TRAINING = "train"  # of files and folders that name their part, these
+def open_index(source: Path, dataset: str) -> ImageIndex:
+    """The index of the images at `source` for the data set `dataset`.
 
-
-def open_listing(source: Path, dataset: str) -> ImageIndex:
-    """List the images at `source` for the data set `dataset`; of "imagenet" the classes must be the 1,000, in order."""
-    from harness.data import source_parquet, source_tars  # these know Listing, so they come second
-
+    UserError for a source that cannot be read and, if `dataset` is "imagenet", for classes other than its 1,000.
+    """
     if not source.exists():
         raise UserError(f"--from {source}: no such file or folder; images are prepared from {KINDS}")
     with readable(source):
         if source.is_file():
             if source.suffix.lower() == ".parquet":
-                return source_parquet.listing(source, [source], dataset)
+                return source_parquet.index_parquet(source, [source], dataset)
             if source.suffix.lower() == ".tar":
-                return source_tars.listing(source, [source], dataset)
+                return source_tars.index_tars(source, [source], dataset)
             raise UserError(f"--from {source}: this kind of file cannot be prepared; wanted are {KINDS}")
-        for place in (source, source / "data"):  # where the hub's data sets have them
-            if parquet := _part(place.glob("*.parquet")):
-                return source_parquet.listing(source, parquet, dataset)
+        for folder in (source, source / "data"):  # data sets of the hub have their files in data/
+            if parquet := _training_split(folder.glob("*.parquet")):
+                return source_parquet.index_parquet(source, parquet, dataset)
         inside = _visible(source)
         tars = [each for each in inside if each.suffix.lower() == ".tar" and each.is_file()]
         if official := [each for each in tars if each.name == source_tars.OFFICIAL]:
-            return source_tars.listing(source, official, dataset)
+            return source_tars.index_tars(source, official, dataset)
         if tars:
-            return source_tars.listing(source, _part(tars), dataset)
+            return source_tars.index_tars(source, _training_split(tars), dataset)
         return _class_folders(source, dataset)
 
 
@@ -60,8 +59,8 @@ def _visible(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be listed: {error.strerror or error}; check its permissions") from error
 
 
-def _part(paths: Iterable[Path]) -> list[Path]:
-    """Shards in natural order; where names tell training from other parts, those for training."""
+def _training_split(paths: Iterable[Path]) -> list[Path]:
+    """The shards in natural order; only those of the training split, if the names say which they are."""
     found = natural_sorted(each for each in paths if not each.name.startswith("."))
     return [each for each in found if re.search(rf"(^|[^a-z]){TRAINING}", each.name.lower())] or found
 
@@ -76,10 +75,13 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
     if dataset == imagenet.NAME:
         imagenet.check_folders(str(source), [each.name for each in folders])
     classes, by_name = named_classes(source, [each.name for each in folders])
-    labels, names, inside_of, others = [], [], [], []
+    labels: list[int] = []
+    names: list[str] = []
+    parents: list[Path] = []
+    others: list[str] = []
     for folder in folders:
         with readable(folder), os.scandir(folder) as inside:
-            for each in inside:  # an entry knows whether it is a folder: a million calls less
+            for each in inside:  # an entry of scandir knows whether it is a folder: a million system calls less
                 if each.name.startswith("."):
                     continue
                 if each.is_dir():
@@ -89,7 +91,7 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
                 if each.name.lower().endswith(SUFFIXES):
                     labels.append(by_name[folder.name])
                     names.append(each.name)
-                    inside_of.append(folder)
+                    parents.append(folder)
                 else:
                     others.append(each.name)
     if not names:
@@ -103,10 +105,10 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
         notes += imagenet.check_labels(str(source), np.array(labels), names)
 
     def entry(i: int) -> Entry:
-        path = inside_of[i] / names[i]
+        path = parents[i] / names[i]
         return Entry(name=printable(str(path.relative_to(source))), path=path)
 
-    return ordered("class folders", classes, labels, names, entry, notes)
+    return index_files("class folders", classes, labels, names, entry, notes)
 
 
 def _is_image(path: Path) -> bool:

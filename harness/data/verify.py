@@ -1,13 +1,10 @@
-"""What a file of evaluation or a prepared data set is, and whether its content is what it or its publisher says."""
+"""Verification of references, weights, prepared data sets and caches of latents against their hashes."""
 
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from evaluators.reference_file import STATISTICS, About, check_content, read_about
 from harness.data import imagenet, latents
@@ -15,14 +12,17 @@ from harness.data.prepare import usable_cores
 from harness.data.prepared import CHUNK_IMAGES, damaged_chunks, read_meta
 from harness.data.public_files import FILES
 from harness.errors import UserError
+from harness.images.npz import open_npz_file
 from harness.images.open import open_images
-from harness.images.source import readable
 from harness.io import files
 from harness.io.progress import Bar
 
 
 class Verdict(NamedTuple):
-    """kind: what the file is. holds: every hash that there is, is right; None: nobody publishes one. text: one line."""
+    """The result of a verification without errors.
+
+    kind: of file. holds: True, all hashes are right; None, there is no hash to compare with. text: one line.
+    """
 
     kind: str
     holds: bool | None
@@ -30,15 +30,18 @@ class Verdict(NamedTuple):
 
 
 def verify(path: Path) -> Verdict:
-    """Look at a reference, the weights of the Inception network, a prepared data set or a cache of latents, byte by byte.
-    What is damaged, or is not what it says of itself, is refused; so are weights that are not the public ones."""
+    """Read every byte of a reference, Inception weights, a prepared data set or a cache of latents.
+
+    UserError where it is damaged or differs from its own description, and for weights that are not the public ones.
+    """
     if path.is_dir() and latents.is_cache(path):
         return Verdict("latents", True, latents.verify(path))
     if path.is_dir():
         return _prepared(path)
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; name a reference (.npz), {FILES['inception'].file} or a folder that was made here"
+            f"{path}: no such file; name a reference (.npz), {FILES['inception'].file}, or a folder of `harness data "
+            "prepare` or `harness data latents`"
         )
     if path.suffix.lower() == ".npz":
         return _npz(path)
@@ -53,10 +56,9 @@ def verify(path: Path) -> Verdict:
 def _prepared(folder: Path) -> Verdict:
     meta = read_meta(folder)
     if meta.name == imagenet.NAME and meta.classes != imagenet.classes():
-        place = next(
-            (i for i, pair in enumerate(zip(meta.classes, imagenet.classes(), strict=False)) if len(set(pair)) > 1), 0
-        )
-        raise UserError(f"{folder}: its classes are not ImageNet's in their order (label {place}); prepare it again")
+        pairs = enumerate(zip(meta.classes, imagenet.classes(), strict=False))
+        label = next((label for label, (found, wanted) in pairs if found != wanted), 0)
+        raise UserError(f"{folder}: its classes are not ImageNet's in their order (label {label}); prepare it again")
     with Bar("verify", meta.images, "images") as bar:
         damaged = damaged_chunks(folder, meta, bar.advance, usable_cores())
     if damaged:
@@ -74,13 +76,13 @@ def _prepared(folder: Path) -> Verdict:
 
 def _npz(path: Path) -> Verdict:
     source = open_images(path)
-    with readable(path), zipfile.ZipFile(path) as archive:
-        if (bad := archive.testzip()) is not None:
-            raise UserError(f"{path}: {bad} differs from its checksum: damaged; make or fetch it again")
+    with open_npz_file(path) as file:
+        if (damaged := file.damaged_member()) is not None:
+            raise UserError(f"{path}: {damaged} differs from its checksum: damaged; make or fetch it again")
     shape = "x".join(map(str, source.shape))
     about = read_about(path)
     if about is not None:
-        _check_own(path, about)
+        _check_about(path, about)
         kept = "all" if about.kept == about.images else f"{about.kept:,}"
         text = (
             f"reference of {about.source}: {about.images:,} images {shape}, {kept} kept, statistics of {about.features}"
@@ -95,18 +97,18 @@ def _npz(path: Path) -> Verdict:
         return Verdict(
             "reference batch", None, f"{text}; unverified: no published hash; sha256 {files.sha256_file(path)}"
         )
-    with path.open("rb") as file:
-        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    with path.open("rb") as stream:
+        md5 = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if md5 != public.md5:
         raise UserError(f"{path} has md5 {md5}, but the public {public.file} {public.md5}; fetch it again")
     return Verdict("reference batch", True, f"{text}; md5 {md5}, as published")
 
 
-def _check_own(path: Path, about: About) -> None:
-    """Against what the file says of itself."""
+def _check_about(path: Path, about: About) -> None:
+    """UserError where a reference file differs from its description."""
     source = open_images(path)
-    with readable(path), path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-        arrays = {name: data[name] for name in data.files if name in (*STATISTICS, "label_counts")}
+    with open_npz_file(path) as file:
+        arrays = {name: file.read(name) for name in file.names if name in (*STATISTICS, "label_counts")}
     check_content(path, about, arrays, source.sha256())
     if (source.count, tuple(source.shape)) != (about.kept, about.shape):
         raise UserError(f"{path}: it says {about.kept} images {about.shape}, there are {source.count} {source.shape}")

@@ -106,7 +106,7 @@ def training_images(session: RunSession) -> ImageSet:
     """The images that are trained on, or those behind the latents that are trained on."""
     if isinstance(session.data, ImageSet):
         return session.data
-    return source_images(session.places, session.identity["dataset_sha256"], str(session.folder))
+    return source_images(session.source_paths, session.identity["dataset_sha256"], str(session.folder))
 
 
 def write_run_report(run: Run, protocol: str) -> ReportSummary:

@@ -133,7 +133,7 @@ def decoder_of(run: Run | RunSession, name: str | None, device: str | None = Non
         device = run.resolved.device
     else:
         device = get_backend("torch").resolve_device(device).platform
-    place = run.places.get("vae", "")
+    place = run.source_paths.get("vae", "")
     try:
         decoder = load_autoencoder(name or place, device=device, flag=flag)
     except UserError as error:

@@ -127,9 +127,9 @@ class RunSession:
         return self.spec.identity
 
     @property
-    def places(self) -> dict[str, str]:
-        """Where the data lie: as the run was created, or would be."""
-        return self.data.places if self.run is None else self.run.places
+    def source_paths(self) -> dict[str, str]:
+        """Where the run finds what it needs later: as it was created, or would be (see `Examples`)."""
+        return self.data.source_paths if self.run is None else self.run.source_paths
 
     @property
     def resolved(self) -> Resolved | None:
@@ -180,7 +180,7 @@ class RunSession:
     def create(self, resolved: Resolved) -> Run:
         """Make the run's folder, with `resolved` frozen in it."""
         if self.group.is_main:
-            create_run(self.folder, self.spec, resolved, environment(resolved.device_name), self.data.places)
+            create_run(self.folder, self.spec, resolved, environment(resolved.device_name), self.data.source_paths)
         self.group.barrier("the run is created")
         self.run = find_run(self.folder, self.spec)
         if self.run is None:

@@ -164,7 +164,7 @@ def missing_decoder(request: Request) -> list[str]:
         return []
     if latents.missing(request.data, request.protocol) is not None:
         return []
-    path = latents.read_meta(request.data).places.get("vae", "")
+    path = latents.read_meta(request.data).source_paths.get("vae", "")
     if not Path(path).is_absolute() or Path(path).exists():  # else a name, whose files the hub has
         return []
     return [f"the autoencoder behind {request.data} is not at {path}; name it, or another one, with --decoder DIR"]

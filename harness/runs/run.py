@@ -107,7 +107,7 @@ class Run:
     environment: dict[str, Any]
     protocol: Protocol
     recipe: Recipe
-    places: dict[str, str] = dataclasses.field(default_factory=dict)  # see `harness.data.examples`
+    source_paths: dict[str, str] = dataclasses.field(default_factory=dict)  # see `harness.data.examples`
 
     @property
     def backbone(self) -> str:
@@ -148,7 +148,7 @@ def create_run(
     spec: RunSpec,
     resolved: Resolved,
     environment: dict[str, Any],
-    places: dict[str, str] | None = None,  # of what the run needs later, on this machine
+    source_paths: dict[str, str] | None = None,  # of what the run needs later, on this machine
 ) -> Run:
     """Make the folder and its run.json."""
     files.write_json(
@@ -159,7 +159,7 @@ def create_run(
             "protocol": spec.protocol.as_dict(),
             "resolved": dataclasses.asdict(resolved),
             "environment": environment,
-            **({"places": places} if places else {}),
+            **({"places": source_paths} if source_paths else {}),
         },
     )
     return open_run(folder)
@@ -179,7 +179,7 @@ def open_run(folder: Path) -> Run:
         resolved = Resolved(**data["resolved"])
         return Run(
             folder=folder, identity={**data["identity"], "recipe": recipe_identity(recipe)}, resolved=resolved, environment=data["environment"],
-            protocol=protocol, recipe=recipe, places=dict(data.get("places", {})),
+            protocol=protocol, recipe=recipe, source_paths=dict(data.get("places", {})),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run file of this harness: {error}") from error

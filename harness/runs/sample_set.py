@@ -128,7 +128,7 @@ def default_decoder(run: Run) -> dict[str, Any] | None:
     Known from run.json alone: the weights, which may be large or gone, are neither read nor hashed.
     """
     latents = run.identity.get("latents")
-    return None if latents is None else identity_behind_latents(latents, run.places.get("vae", ""))
+    return None if latents is None else identity_behind_latents(latents, run.source_paths.get("vae", ""))
 
 
 def default_batch(gflops_per_image: float, device: str) -> int:

@@ -1,15 +1,17 @@
-"""Public checkpoints in and out, read without executing anything in them.
+"""Public checkpoints: read without executing anything in them, identified, loaded, imported and exported.
 
-    harness.weights.load_into(net, path, spec)   any accepted file into a torch network -> Provenance
+    harness.weights.load_into(net, path, spec)   load any accepted file into a torch network -> Provenance
     harness.weights.open_weights(path)           the tensors of a file by name, not read yet
 
-`pickles` interprets a pickle without running it; `containers` knows the files; `maps` and backbones/<family>/weights.py
-the names; `transfer` writes. Only `load` and the writing of torch files need torch.
+`pickles` interprets a pickle without running it; `containers` knows the file formats; `maps` and
+backbones/<family>/weights.py know the names of tensors; `identify` finds the backbone; `transfer` inspects, imports and
+exports. Only `load` and the writing of torch files need torch.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 __all__ = ["Provenance", "export_file", "import_file", "inspect_file", "load_into", "open_weights"]
 
@@ -23,7 +25,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'harness.weights' has no attribute {name!r}")

@@ -1,10 +1,10 @@
-"""The files that weights come in, opened without running anything in them: torch's two formats, and safetensors.
+"""Readers of weight files that run nothing in them: torch's two formats, and safetensors.
 
     torch.save since 1.6: a zip with <folder>/data.pkl and the bytes of each storage in <folder>/data/<key>
     torch.save before:    three small pickles, the object, the list of its storages, then their bytes
     safetensors:          the length of a JSON header, the header, the bytes
 
-Format facts: torch 2.13 torch/serialization.py (_load, _legacy_load); safetensors 0.8. Pickles are read by
+Formats: torch 2.13 torch/serialization.py (_load, _legacy_load); safetensors 0.8. Pickles are read by
 `harness.weights.pickles`: no class or function that a file names is ever imported.
 """
 
@@ -26,27 +26,28 @@ from harness.weights.objects import CONSTRUCTORS, StorageKey, foreign, printable
 from harness.weights.pickles import Malformed, Unsuitable
 from harness.weights.tensors import DTYPES, MAX_AXES, Storage, Stored, raw_dtype
 
-MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # first pickle of torch's older format
-PROTOCOL_VERSION = 1001  # and the second
-# Bytes that describe tensors, each a hundredfold of what 1000 tensors take; what is made of them takes up to 20 times.
-LONGEST_PICKLE = 1 << 24  # that of 1000 tensors is 150 kB
-LONGEST_DIRECTORY = 1 << 24  # of a zip file: 1000 tensors take 80 kB
-LONGEST_HEADER = 1 << 24  # 1000 tensors take 130 kB; safetensors itself allows 100 MB
+MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # value of the first pickle of torch's older format
+PROTOCOL_VERSION = 1001  # value of the second
+# Limits of the bytes that describe tensors, about 100 times what 1000 tensors need; the objects made of them take up to
+# 20 times as much memory.
+LONGEST_PICKLE = 1 << 24  # 1000 tensors: 150 kB
+LONGEST_DIRECTORY = 1 << 24  # of a zip file; 1000 tensors: 80 kB
+LONGEST_HEADER = 1 << 24  # 1000 tensors: 130 kB; safetensors itself allows 100 MB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A file's contents: `value` is its object with `Stored` tensors in it, plain data, and placeholders."""
+    """The contents of a weight file: `value` is the saved object, made of `Stored` tensors, plain data and placeholders."""
 
     path: Path
     container: str  # "torch zip", "torch legacy" or "safetensors"
     value: Any
-    symbols: tuple[str, ...] = ()  # classes and functions that it names beyond those that tensors need
+    symbols: tuple[str, ...] = ()  # classes and functions that the file names, other than those of tensors
     metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
 
 
 def open_file(path: Path) -> Opened:
-    """The contents of a weight file. What is none, is damaged, or has a format that runs code is refused."""
+    """The contents of a weight file; UserError for other files, damaged ones, and formats that would run code."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -69,6 +70,7 @@ def open_file(path: Path) -> Opened:
 
 
 def _nature(head: bytes) -> str:
+    """What a file is that is no weight file, by its first bytes, and what to do; follows the file's name."""
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)"
     if head.lstrip()[:1] == b"<":
@@ -82,7 +84,7 @@ def _nature(head: bytes) -> str:
 
 
 class _Measured:
-    """A file whose single reads are bounded: `zipfile` reads the directory at once, however long it is said to be."""
+    """A file whose single reads are limited: `zipfile` reads a directory at once, of whatever length the file states."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -116,16 +118,17 @@ def _open_zip(path: Path, file: IO[bytes]) -> Opened:
         info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in members.values()
     ):
         raise UserError(f"{path} was compressed after it was saved; unpack it and save it with torch.save again")
-    places = _places(path, file, members)
+    stored = _storages(path, file, members)
     folder = pickled[0].removesuffix("data.pkl")
-    swapped = f"{folder}byteorder" in places and _bytes(file, places[f"{folder}byteorder"], 16) != b"little"
-    program = io.BytesIO(_bytes(file, places[pickled[0]], LONGEST_PICKLE))
+    swapped = f"{folder}byteorder" in stored and _read_small(file, stored[f"{folder}byteorder"], 16) != b"little"
+    program = io.BytesIO(_read_small(file, stored[pickled[0]], LONGEST_PICKLE))
     storages = {
-        name.removeprefix(prefix): place
-        for name, place in places.items()
+        name.removeprefix(prefix): storage
+        for name, storage in stored.items()
         if name.startswith(prefix := f"{folder}data/")
     }
-    budget, seen = pickles.Budget(), set()
+    budget = pickles.Budget()
+    seen: set[str] = set()
 
     def persistent(identifier: Any) -> StorageKey:
         storage = storage_of(identifier)
@@ -139,9 +142,9 @@ def _open_zip(path: Path, file: IO[bytes]) -> Opened:
     return Opened(path=path, container="torch zip", value=value, symbols=foreign(reading.symbols))
 
 
-def _places(path: Path, file: IO[bytes], members: Mapping[str, zipfile.ZipInfo]) -> dict[str, Storage]:
-    """Where each member's bytes lie: within the file, and no two in the same place."""
-    places, size, end = {}, path.stat().st_size, 0
+def _storages(path: Path, file: IO[bytes], members: Mapping[str, zipfile.ZipInfo]) -> dict[str, Storage]:
+    """The bytes of each member of a zip, by name; `Malformed` where two overlap or one reaches beyond the file."""
+    storages, size, end = {}, path.stat().st_size, 0
     for name, info in sorted(members.items(), key=lambda item: item[1].header_offset):
         if not end <= info.header_offset < size:
             raise Malformed(f"member {name} is not where the directory says")
@@ -153,26 +156,26 @@ def _places(path: Path, file: IO[bytes], members: Mapping[str, zipfile.ZipInfo])
         end = start + info.file_size
         if end > size:
             raise Malformed(f"member {name} reaches beyond the file")
-        places[name] = Storage(start, info.file_size, info.CRC)
-    return places
+        storages[name] = Storage(start, info.file_size, info.CRC)
+    return storages
 
 
-def _bytes(file: IO[bytes], place: Storage, most: int) -> bytes:
-    """A small member, which is checked."""
-    if place.nbytes > most:
+def _read_small(file: IO[bytes], storage: Storage, limit: int) -> bytes:
+    """The content of a member of at most `limit` bytes, compared with its checksum."""
+    if storage.nbytes > limit:
         raise Unsuitable(
-            f"asks for more than weights need ({place.nbytes:,} bytes to describe its tensors, where {most:,} are"
+            f"asks for more than weights need ({storage.nbytes:,} bytes to describe its tensors, where {limit:,} are"
             " enough) and is not read; save the state dict alone"
         )
-    file.seek(place.start)
-    content = file.read(place.nbytes)
-    if zlib.crc32(content) != place.crc:
+    file.seek(storage.start)
+    content = file.read(storage.nbytes)
+    if zlib.crc32(content) != storage.crc:
         raise Malformed("its description of the tensors does not match its checksum")
     return content
 
 
 def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
-    budget = pickles.Budget()  # of the five together
+    budget = pickles.Budget()  # shared by the five pickles
 
     def following(constructors: pickles.Constructors, persistent: Any = None) -> pickles.Reading:
         begin = file.tell()
@@ -197,7 +200,7 @@ def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
 
     def persistent(identifier: Any) -> Any:
         if isinstance(identifier, tuple) and identifier and identifier[0] == "module":
-            return identifier[1] if len(identifier) > 1 else None  # a class with its source beside it: the name alone
+            return identifier[1] if len(identifier) > 1 else None  # a class with its source code: its name
         storage = storage_of(identifier)
         storages.setdefault(storage.key, storage)
         return storage
@@ -207,17 +210,17 @@ def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
         raise Malformed("its list of storages names one that no tensor has")
     size = path.stat().st_size
-    places = {}
-    for key in keys:  # each: the number of elements, then the elements
+    placed = {}
+    for key in keys:  # of each storage: the number of elements, then the elements
         count = file.read(8)
         nbytes = storages[key].count * raw_dtype(storages[key].dtype).itemsize
         if len(count) < 8 or file.tell() + nbytes > size:
             raise UserError(f"{path} is cut short: it ends within its tensors; fetch it again")
         if struct.unpack("<q", count)[0] != storages[key].count:
             raise Malformed(f"storage {key} is not of the size that its tensors have")
-        places[key] = Storage(file.tell(), nbytes)
+        placed[key] = Storage(file.tell(), nbytes)
         file.seek(nbytes, 1)
-    value = settled(reading.value, path, places, swapped)
+    value = settled(reading.value, path, placed, swapped)
     return Opened(path=path, container="torch legacy", value=value, symbols=foreign(reading.symbols))
 
 
@@ -240,7 +243,7 @@ def _open_safetensors(path: Path, file: IO[bytes]) -> Opened:
             if entry["dtype"] not in DTYPES:
                 raise Malformed(f"{name} is of the dtype {entry['dtype']}, which is not supported")
             if not all(type(n) is int and 0 <= n < 2**48 for n in (begin, stop, *shape)) or begin != end:
-                raise Malformed(f"{name} has an impossible place or shape")
+                raise Malformed(f"{name} has an impossible offset or shape")
             tensor = Stored(file=path, dtype=entry["dtype"], shape=shape, start=8 + length + begin)
             if stop - begin != tensor.nbytes:
                 raise Malformed(f"{name} is not of the size of its shape")

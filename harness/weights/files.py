@@ -1,4 +1,4 @@
-"""Which of a file's tensors are the weights, and what else it holds."""
+"""The weights in a file: which of its tensors they are, what else it holds, and hashing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from harness.errors import UserError
 from harness.io.progress import Bar
@@ -16,22 +16,21 @@ from harness.weights.containers import open_file, printable
 from harness.weights.maps import Shapes
 from harness.weights.tensors import Stored
 
-# In a folder of diffusers or Hugging Face, the first that is there.
+# The weight file of a folder of diffusers or Hugging Face: the first of these that exists.
 IN_FOLDER = tuple(
-    f"{place}{name}"
-    for place in ("", "transformer/")
+    f"{folder}{name}"
+    for folder in ("", "transformer/")
     for name in (
         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
     )
 )  # fmt: skip
-METADATA = "harness"  # key of safetensors' metadata under which an import says where it comes from
-WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and of torch.compile
-
-MAX_WRAPPERS = 8  # around one another
+METADATA = "harness"  # key of the safetensors metadata in which an import says where it comes from
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+MAX_WRAPPERS = 8  # nested within one another
 LONGEST_CONFIG = 1 << 20  # bytes
 
-# Names that have no business in a file of weights. Nothing is safe because it is not here: nothing is ever imported or
-# called. A file that names one was made to run something, and its tensors are not to be trusted either.
+# Names that do not belong in a weight file: a file that has one was made to run something, and its tensors are not to be
+# trusted either. The list protects nothing by itself, because no name is ever imported or called.
 CODE = frozenset(
     [
         "os",
@@ -86,9 +85,19 @@ CODE = frozenset(
 )
 
 
+class Sized(Protocol):
+    """An array of numpy or a tensor of torch."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Chunk = TypeVar("Chunk", bound=bytes | Sized)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """The weights in a file under the file's own names, not read yet."""
+    """The weights in a file, under the names that they have there, not read yet."""
 
     path: Path  # the file that holds the tensors
     state: tuple[int, ...]  # of the file when it was opened, for `unchanged`
@@ -96,7 +105,7 @@ class WeightFile:
     wrapping: str  # "state dict", "train.py checkpoint" or "Lightning checkpoint"
     tensors: dict[str, Stored]
     symbols: tuple[str, ...]  # classes and functions that the file names; none was loaded
-    also: tuple[str, ...] = ()  # what else is in the file, by its name there
+    also: tuple[str, ...] = ()  # names of what else is in the file
     notes: tuple[str, ...] = ()
     config: dict[str, Any] | None = None  # config.json beside it
     imported: dict[str, Any] | None = None  # what `harness weights import` wrote into it
@@ -107,24 +116,25 @@ class WeightFile:
 
     @property
     def code(self) -> tuple[str, ...]:
-        """Of `symbols`, those that run code."""
+        """Those of `symbols` that run code."""
         return tuple(name for name in self.symbols if CODE.intersection(name.split(".")))
 
     def refuse_code(self) -> None:
-        """Refuse a file that was made to run something when it is loaded carelessly."""
+        """UserError for a file that runs something when it is unpickled without care."""
         if self.code:
             raise UserError(
-                f"{self.path} is not weights alone: a careless reader would have run {self.code[0]} from it."
-                " Nothing was run; fetch the file from a source that you trust"
+                f"{self.path} holds more than weights: unpickling it would run {self.code[0]}. Nothing was run; fetch the"
+                " file from a source that you trust"
             )
 
 
 def open_weights(path: Path) -> WeightFile:
-    """The weights in the file, or in the diffusers or Hugging Face folder, `path`; a file without any is refused."""
+    """The weights in the file `path`, or in the folder `path` of diffusers or Hugging Face; UserError without weights."""
     path = _file_of(path)
     state = _state(path)
     opened = open_file(path)
-    value, wrapping, notes = opened.value, "state dict", []
+    value, wrapping = opened.value, "state dict"
+    notes: list[str] = []
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no state dict, but {_described(value)}; save net.state_dict()")
     also = [_name(name) for name, item in value.items() if not isinstance(item, Stored)]
@@ -137,13 +147,13 @@ def open_weights(path: Path) -> WeightFile:
         if part == "ema":
             notes.append("the weights are its moving average ('ema')")
         elif part == "model":
-            notes.append("it holds no moving average ('ema'): the weights are those that were being trained ('model')")
+            notes.append("it has no moving average ('ema'): the weights are the trained ones ('model')")
     tensors = {_name(name): item for name, item in value.items() if isinstance(item, Stored)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; save net.state_dict()")
     if prefix := _wrapped(tensors):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        notes.append(f"every name began with {prefix!r}, which was dropped")
+        notes.append(f"the prefix {prefix!r} was dropped from every name")
     return WeightFile(
         path=path,
         state=state,
@@ -160,13 +170,13 @@ def open_weights(path: Path) -> WeightFile:
 
 @contextmanager
 def unchanged(weights: WeightFile) -> Iterator[None]:
-    """Around the reading of its tensors: refuse a file that is not, or does not stay, the one that was opened."""
+    """Within the block the tensors are read: UserError where the file has changed since it was opened, or changes."""
     refusal = UserError(f"{weights.path} was changed while it was read; give the same command again")
     if _state(weights.path) != weights.state:
         raise refusal
     try:
         yield
-    except UserError:  # of damage, perhaps, where there is none but two files in one
+    except UserError:  # what looks like damage may be a mixture of two files
         if _state(weights.path) != weights.state:
             raise refusal from None
         raise
@@ -175,7 +185,7 @@ def unchanged(weights: WeightFile) -> Iterator[None]:
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written to or put in the place of another."""
+    """Numbers that change when a file is written to or replaced."""
     try:
         found = path.stat()
     except OSError:
@@ -184,7 +194,7 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def sha256(path: Path) -> str:
-    """Content hash of a file, with a bar where it takes a while."""
+    """SHA-256 of a file, hexadecimal; with a progress bar for large files."""
     digest, block = hashlib.sha256(), 1 << 22
     with path.open("rb") as file:
         for chunk in watched(f"hash {path.name}", iter(lambda: file.read(block), b""), path.stat().st_size):
@@ -192,8 +202,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def watched(title: str, chunks: Iterable[Any], nbytes: int) -> Iterable[Any]:
-    """The chunks (bytes or arrays) one by one; from half a gigabyte on with a bar in megabytes."""
+def watched(title: str, chunks: Iterable[Chunk], nbytes: int) -> Iterator[Chunk]:
+    """The chunks (bytes, arrays or tensors) one by one, with a progress bar if they are half a gigabyte or more."""
     if nbytes < 1 << 29:
         yield from chunks
         return
@@ -201,20 +211,21 @@ def watched(title: str, chunks: Iterable[Any], nbytes: int) -> Iterable[Any]:
         done = 0
         for chunk in chunks:
             yield chunk
-            done += getattr(chunk, "nbytes", None) or len(chunk)
+            done += len(chunk) if isinstance(chunk, bytes) else int(chunk.nbytes)
             if done // 1_000_000 > bar.done:
                 bar.advance(done // 1_000_000 - bar.done)
 
 
 def _file_of(path: Path) -> Path:
+    """The weight file of a folder; a file is returned as it is."""
     if not path.is_dir():
         return path
     for name in IN_FOLDER:
         if (path / name).is_file():
             return path / name
         if (path / f"{name}.index.json").is_file():
-            raise UserError(f"{path / name} is split into several files, which is not read; save it as one")
-    raise UserError(f"{path} is a folder without weights; it would hold {IN_FOLDER[0]} or {IN_FOLDER[3]}")
+            raise UserError(f"{path / name} is split into several files, which is not supported; save it as one")
+    raise UserError(f"{path} is a folder without weights; expected {IN_FOLDER[0]} or {IN_FOLDER[3]} in it")
 
 
 def _name(key: Any) -> str:
@@ -222,7 +233,7 @@ def _name(key: Any) -> str:
 
 
 def _wrapped(names: Iterable[str]) -> str:
-    """What the wrappers of a network put before every name: none, one or several, in any order."""
+    """The prefix of all names that wrappers of the network have added: of none, one or several, in any order."""
     found = ""
     for _ in range(MAX_WRAPPERS):
         more = next((each for each in WRAPPERS if all(name.startswith(found + each) for name in names)), None)
@@ -237,6 +248,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _described(value: Any) -> str:
+    """The type of a value with its article; of a placeholder the name of the function."""
     name = getattr(getattr(value, "function", None), "full", None)
     name = printable(name) if name else type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,7 +1,7 @@
-"""Which backbone a file's weights are of: decided by names and shapes, never by the file's name.
+"""Identifies the backbone of a file's weights by the names and shapes of tensors, never by the file's name.
 
-The family is the one whose layout's marks the file holds; within it, the backbones that agree best with what the shapes
-tell are built on the meta device (no memory, no arithmetic) and compared tensor by tensor.
+The family is the one whose layout has the most marks in the file. Within it, the backbones that agree best with the
+arguments that the shapes imply are built on the meta device (no memory, no arithmetic) and compared tensor by tensor.
 """
 
 from __future__ import annotations
@@ -11,32 +11,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from harness import registry
 from harness.errors import UserError
 from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile
 from harness.weights.maps import Differences, Layout, Mismatch, Recipes, Shapes, WeightMap, compare, take_all
 
 INPUT_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
-FREE = ("input_size", "in_channels", "num_classes", "out_channels")  # what may differ from a backbone's own
+FREE = (
+    "input_size",
+    "in_channels",
+    "num_classes",
+    "out_channels",
+)  # arguments that may differ from the spec's defaults
 
 OWN_NAMES = Layout(name="own", title="state dict", marks=(), inward=take_all, outward=take_all)
 OWN = WeightMap(layouts=(OWN_NAMES,))
-"""Of a family without a map, such as a plug-in's: the network's own names."""
+"""The map of a family without one, such as a plug-in's: the names in the file are those of the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """What a file's weights are. `spec` None: no registered backbone is near."""
+    """The backbone that a file's weights fit best, and how they differ from it."""
 
-    spec: BackboneSpec | None
-    arguments: dict[str, Any]  # those that differ from the spec's own
+    spec: BackboneSpec | None  # None: no registered backbone is near
+    arguments: dict[str, Any]  # those that differ from the spec's defaults
     layout: Layout
-    recipes: Recipes  # our tensors from the file's
+    recipes: Recipes  # how our tensors are made from the file's
     differences: Differences
     notes: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
+        """Whether every tensor fits."""
         return self.spec is not None and not self.differences
 
 
@@ -45,7 +52,8 @@ def weight_map(spec: BackboneSpec) -> WeightMap:
     package = spec.builders.get("torch", "").partition(":")[0].rpartition(".")[0]
     address = f"{package}.weights"
     try:
-        return getattr(importlib.import_module(address), "MAP", OWN) if package else OWN
+        found: WeightMap = getattr(importlib.import_module(address), "MAP", OWN) if package else OWN
+        return found
     except ModuleNotFoundError as error:
         if error.name in (address, package):
             return OWN
@@ -53,7 +61,7 @@ def weight_map(spec: BackboneSpec) -> WeightMap:
 
 
 def choose_layout(layouts: Iterable[Layout], names: Iterable[str]) -> tuple[float, Layout]:
-    """The layout most of whose marks are among the names, and their share."""
+    """(share, layout) of the layout with the largest share of its marks among `names`."""
     names = set(names)
     scores = [(sum(mark in names for mark in each.marks) / max(len(each.marks), 1), each) for each in layouts]
     return max(scores, key=lambda score: score[0])
@@ -62,34 +70,36 @@ def choose_layout(layouts: Iterable[Layout], names: Iterable[str]) -> tuple[floa
 def translate(
     weights: WeightFile, layout: Layout, expected: Shapes | None = None
 ) -> tuple[Recipes, Shapes, dict[str, str]]:
-    """Our tensors by recipe, their shapes, and what they lack: our name to the name that the file should have.
+    """(recipes of our tensors, their shapes, missing: the name in the file that each of our other tensors needs).
 
-    Raises `Mismatch` where the file's shapes allow no translation at all.
+    expected: shapes of the network, if it is known. `Mismatch` where the file's shapes allow no translation at all.
     """
     shapes = weights.shapes
     known: Mapping[str, Any] = {"config": weights.config, "expected": expected or {}}
-    recipes, ours, lacking = {}, {}, {}
+    recipes, ours, missing = {}, {}, {}
     for name, recipe in layout.inward(shapes, known).items():
         absent = next((source for source in recipe.sources if source not in shapes), None)
         if absent is not None:
-            lacking[name] = absent
+            missing[name] = absent
             continue
         dtypes = {weights.tensors[source].dtype for source in recipe.sources}
         if len(dtypes) > 1:
-            raise Mismatch(f"{recipe.sources[0]} and its like are of several dtypes: {', '.join(sorted(dtypes))}")
+            raise Mismatch(
+                f"{', '.join(recipe.sources)} are joined, but have several dtypes: {', '.join(sorted(dtypes))}"
+            )
         recipes[name], ours[name] = recipe, recipe.shape(shapes)
-    return recipes, ours, lacking
+    return recipes, ours, missing
 
 
-def differences(ours: Shapes, expected: Shapes, lacking: Mapping[str, str], layout: Layout) -> Differences:
-    """Our tensors against the network's; what is missing bears the name that it has in the file."""
+def differences(ours: Shapes, expected: Shapes, missing: Mapping[str, str], layout: Layout) -> Differences:
+    """How our tensors differ from the network's; missing tensors are named as in the file (`missing` of `translate`)."""
     found = compare(ours, expected, layout.beside)
-    return replace(found, missing=tuple(lacking.get(name, name) for name in found.missing))
+    return replace(found, missing=tuple(missing.get(name, name) for name in found.missing))
 
 
 def expected_shapes(spec: BackboneSpec, arguments: Mapping[str, Any]) -> Shapes:
-    """Names and shapes of the torch network's state dict."""
-    from harness.compute.meta_torch import build_on_meta
+    """Names and shapes of the state dict of the torch network."""
+    from harness.compute.meta_torch import build_on_meta  # needs torch
 
     return {name: tuple(tensor.shape) for name, tensor in build_on_meta(spec, dict(arguments)).state_dict().items()}
 
@@ -97,53 +107,50 @@ def expected_shapes(spec: BackboneSpec, arguments: Mapping[str, Any]) -> Shapes:
 def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool = True) -> Match:
     """The backbone among `specs` whose network has these tensors, or the nearest one and the differences.
 
-    Without `sizes`, input sizes that no shape tells are not tried, each of which takes the building of a network.
-    Where the file has no shape that allows a comparison, the refusal says what stands in the way.
+    sizes: whether to try the input sizes that no shape implies; each try builds a network. UserError where the shapes in
+    the file allow no comparison.
     """
     specs = list(specs)
     families: dict[int, tuple[WeightMap, list[BackboneSpec]]] = {}
     for spec in specs:
         found = weight_map(spec)
         families.setdefault(id(found), (found, []))[1].append(spec)
-    share, layout, chosen = 0.0, OWN_NAMES, OWN
+    share, layout, family = 0.0, OWN_NAMES, OWN
     for found, _ in families.values():
-        score, best = choose_layout(found.layouts, weights.tensors)
+        score, candidate = choose_layout(found.layouts, weights.tensors)
         if score > share or (len(families) == 1 and share == 0):
-            share, layout, chosen = score, best, found
-    candidates = families.get(id(chosen), (chosen, []))[1]
+            share, layout, family = score, candidate, found
     try:
-        recipes, ours, lacking = translate(weights, layout)
-        facts = [(spec, chosen.facts(spec, ours)) for spec in candidates]
+        recipes, ours, missing = translate(weights, layout)
+        implied = [(spec, family.facts(spec, ours)) for spec in families.get(id(family), (family, []))[1]]
     except Mismatch as error:
         raise UserError(f"{weights.path} ({layout.title}): {error}") from error
-    ranked = sorted(facts, key=lambda each: _disagreements(*each))
+    ranked = sorted(implied, key=lambda each: _disagreements(*each))
     nearest = [each for each in ranked if _disagreements(*each) == _disagreements(*ranked[0])]
     best: Match | None = None
-    for spec, told in nearest:
-        for arguments in _candidates(spec, told) if sizes else [next(_candidates(spec, told))]:
+    for spec, facts in nearest:
+        for arguments in _arguments_to_try(spec, facts) if sizes else [next(_arguments_to_try(spec, facts))]:
             try:
                 expected = expected_shapes(spec, arguments)
             except UserError:
-                continue  # these shapes fit no network of this name
+                continue  # no network of this name has such arguments
             match = Match(
                 spec=spec,
                 arguments=arguments,
                 layout=layout,
                 recipes=recipes,
-                differences=differences(ours, expected, lacking, layout),
+                differences=differences(ours, expected, missing, layout),
                 notes=(*weights.notes, *layout.notes(weights.shapes)),
             )
             if best is None or _rank(match) < _rank(best):
                 best = match
             if match.exact:
                 break
-    if (
-        best is not None
-        and best.exact
-        and (text := contradiction(weights, layout, ours, best.spec.defaults.get("heads")))
-    ):
-        raise UserError(f"{weights.path} ({layout.title}): {text}")
-    if best is not None and (share > 0 or best.exact or len(specs) == 1):
+    if best is not None and best.spec is not None and best.exact:
+        if text := contradiction(weights, layout, ours, best.spec.defaults.get("heads")):
+            raise UserError(f"{weights.path} ({layout.title}): {text}")
+        return best
+    if best is not None and (share > 0 or len(specs) == 1):
         return best
     return Match(
         spec=None, arguments={}, layout=layout, recipes=recipes, differences=Differences(), notes=weights.notes
@@ -151,24 +158,25 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
 
 
 def contradiction(weights: WeightFile, layout: Layout, ours: Shapes, heads: int | None) -> str | None:
-    """What the config.json beside a file whose tensors fit says against them, or None."""
+    """How the config.json beside a file contradicts tensors that fit, in one line; None: it does not."""
     return layout.contradiction(weights.config, ours, heads) if weights.config is not None else None
 
 
 def recognised(weights: WeightFile, layout: Layout) -> bool:
-    """Whether the file has any of the names that `layout` is told by."""
+    """Whether the file has at least one of the marks of `layout`."""
     return not layout.marks or choose_layout([layout], weights.tensors)[0] > 0
 
 
 def misfit(weights: WeightFile, layout: Layout, name: str, problem: str) -> str:
-    """The line that refuses a file for the backbone `name`, read by `layout`: what it holds, where that is known."""
-    from harness.registry import backbones
+    """The message that `weights` do not fit the backbone `name`; it says what they fit, if that is known.
 
+    layout: by which they were read. problem: how they differ from the backbone.
+    """
     try:
-        found = identify(weights, backbones, sizes=False)
+        found = identify(weights, registry.backbones, sizes=False)
     except UserError:
         found = None
-    if found is not None and found.exact:
+    if found is not None and found.spec is not None and found.exact:
         settings = "".join(f", {key} {value}" for key, value in found.arguments.items())
         holds = f"{weights.path} holds {found.spec.name}{settings} ({found.layout.title})"
         if not recognised(weights, layout):
@@ -180,30 +188,30 @@ def misfit(weights: WeightFile, layout: Layout, name: str, problem: str) -> str:
     return f"{weights.path} ({layout.title}) does not fit {name}: {problem}"
 
 
-def _candidates(spec: BackboneSpec, told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Builder arguments to try: what the shapes tell, and where they do not tell the input size, other powers of 2.
+def _arguments_to_try(spec: BackboneSpec, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Builder arguments: those that the shapes imply, and, if they do not imply the input size, other powers of 2.
 
-    A U-Net attends at certain sides, so its input size decides which of its blocks have attention.
+    facts: arguments implied by the shapes. A U-Net has attention at certain resolutions, so its input size decides which
+    of its blocks have it.
     """
-    arguments = {name: told[name] for name in FREE if name in told and name in spec.defaults}
+    arguments = {name: facts[name] for name in FREE if name in facts and name in spec.defaults}
     arguments = {name: value for name, value in arguments.items() if value != spec.defaults[name]}
     yield arguments
     native = spec.defaults.get("input_size")
-    if native is None or "input_size" in told:
+    if native is None or "input_size" in facts:
         return
     for size in INPUT_SIZES:
         if size != native:
-            factor = (
-                {"low_res_size": size * spec.defaults["low_res_size"] // native}
-                if "low_res_size" in spec.defaults
-                else {}
-            )
-            yield {**arguments, "input_size": size, **factor}
+            low_res = spec.defaults.get("low_res_size")
+            scaled = {} if low_res is None else {"low_res_size": size * low_res // native}
+            yield {**arguments, "input_size": size, **scaled}
 
 
-def _disagreements(spec: BackboneSpec, told: Mapping[str, Any]) -> int:
-    return sum(spec.defaults.get(name) != value for name, value in told.items() if name not in FREE)
+def _disagreements(spec: BackboneSpec, facts: Mapping[str, Any]) -> int:
+    """Number of the arguments implied by the shapes, FREE ones aside, that differ from the spec's defaults."""
+    return sum(spec.defaults.get(name) != value for name, value in facts.items() if name not in FREE)
 
 
 def _rank(match: Match) -> tuple[int, int]:
+    """Smaller is better."""
     return (match.differences.count, len(match.arguments))

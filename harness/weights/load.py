@@ -1,4 +1,4 @@
-"""Weights of any accepted file into a torch network, without holding them twice."""
+"""Loads the weights of any accepted file into a torch network, without holding them twice."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from harness import registry
 from harness.errors import UserError
 from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile, open_weights, sha256, unchanged, watched
@@ -26,18 +27,17 @@ class Provenance:
     format: str  # such as "DiT state dict, train.py checkpoint, torch zip"
     backbone: str | None  # the name that was asked for
     dtypes: tuple[str, ...]  # of the tensors in the file, safetensors' names
-    notes: tuple[str, ...]  # what was chosen or computed on the way, a line each
+    notes: tuple[str, ...]  # choices and conversions, one line each
 
 
 def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, prefix: str = "") -> Provenance:
-    """Load the file strictly into `net`: every tensor of its state dict, each of its shape, and no other.
+    """Load the file strictly into `net`: every tensor of its state dict, with its shape, and no other.
 
-    `net` may lie on the meta device (its parameters are then made on the CPU, in their dtype) or on any other. Tensors
-    are read one at a time to where they belong, so that the weights are held once. `spec` names the family whose
-    public files are understood; without it the names must be the network's own or those of a registered backbone's
-    family. `prefix` selects one part of a file, such as "first_stage_model." of an LDM's model.ckpt, and is dropped.
-    What does not fit is refused before `net` is touched, in a line that names the first problem; a file that proves
-    damaged while it is read is refused too, and `net` is then not to be used.
+    net: on any device; if on the meta device, its parameters are made on the CPU, in their dtype. Tensors are read one
+    at a time into their place, so the weights are held once. spec: backbone whose family's public files are accepted;
+    None: the names must be those of the network or of a registered family. prefix: selects one part of a file, such as
+    "first_stage_model." of an LDM's model.ckpt, and is dropped. UserError, with the first problem, for a file that does
+    not fit; `net` is unchanged then. UserError also for damage found while reading; `net` must not be used then.
     """
     weights = open_weights(path)
     weights.refuse_code()
@@ -46,19 +46,19 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
     layout = _layout(weights, spec)
     name = spec.name if spec is not None else type(net).__name__
     try:
-        recipes, ours, lacking = translate(weights, layout, expected)
+        recipes, ours, missing = translate(weights, layout, expected)
     except Mismatch as error:
         raise UserError(misfit(weights, layout, name, str(error))) from error
-    if prefix:  # one part, and nothing else of it
+    if prefix:  # one part, and nothing else
         ours = {key: shape for key, shape in ours.items() if key.startswith(prefix)}
         layout = replace(layout, beside=lambda key: False)
-    problems = differences(ours, expected, lacking, layout)
+    problems = differences(ours, expected, missing, layout)
     if problems and prefix:
         raise UserError(f"{weights.path}, {prefix}*, does not fit {name}: {problems.first()}")
     if problems:
         raise UserError(misfit(weights, layout, name, problems.first()))
-    if not prefix and (against := contradiction(weights, layout, ours, _heads(net))):
-        raise UserError(f"{weights.path} ({layout.title}) does not fit {name}: {against}")
+    if not prefix and (problem := contradiction(weights, layout, ours, _heads(net))):
+        raise UserError(f"{weights.path} ({layout.title}) does not fit {name}: {problem}")
     with unchanged(weights):
         digest = sha256(weights.path)
         _fill(net, state, {key: recipes[prefix + key] for key in state}, weights)
@@ -77,15 +77,14 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
 
 
 def _heads(net: nn.Module) -> int | None:
-    """Attention heads of `net`, which no shape tells; None where no module of it says."""
+    """Number of attention heads of `net`, which no shape implies; None if no module states it."""
     found = (getattr(module, "heads", None) for module in net.modules())
     return next((heads for heads in found if type(heads) is int), None)
 
 
 def _layout(weights: WeightFile, spec: BackboneSpec | None) -> Layout:
-    from harness.registry import backbones
-
-    maps = [weight_map(spec)] if spec is not None else [weight_map(each) for each in backbones]
+    """The layout of the file among those of the spec's family, or of all families."""
+    maps = [weight_map(spec)] if spec is not None else [weight_map(each) for each in registry.backbones]
     share, layout = choose_layout([layout for each in maps for layout in each.layouts], weights.tensors)
     if share == 0 and spec is None:
         return OWN.layouts[0]
@@ -94,7 +93,8 @@ def _layout(weights: WeightFile, spec: BackboneSpec | None) -> Layout:
 
 @torch.no_grad()
 def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Recipe], weights: WeightFile) -> None:
-    made: dict[int, torch.Tensor] = {}  # a tensor that the network uses twice stays one
+    """Read every tensor of `state`; those on the meta device are replaced in `net` by tensors on the CPU."""
+    made: dict[int, torch.Tensor] = {}  # by the meta tensor's id: a tensor that the network uses twice stays one
 
     def one(name: str) -> torch.Tensor:
         target = state[name]
@@ -121,12 +121,14 @@ def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Rec
 
 
 def _read(name: str, recipe: Recipe, weights: WeightFile, target: torch.Tensor) -> None:
-    """Evaluate `recipe` into `target`, which must become finite: straight from the file where dtype and layout are
-    the same."""
+    """Evaluate `recipe` into `target`; UserError where the result is not finite.
+
+    It is read directly into the target's memory if dtype and layout allow it.
+    """
     source = weights.tensors[recipe.sources[0]].dtype if recipe.sources else "F32"
     dtype = getattr(torch, DTYPES[source][1])
-    straight = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
-    if isinstance(recipe, Take) and straight and target.dim():
+    direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
+    if isinstance(recipe, Take) and direct and target.dim():
         weights.tensors[recipe.name].read_into(target.detach().view(_raw(dtype)).numpy())
     else:
         array = recipe.evaluate(lambda source: weights.tensors[source].read())
@@ -144,7 +146,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """The same memory as a torch tensor of the dtype that `dtype` (safetensors' name) stands for."""
+    """The memory of `array` as a torch tensor of `dtype` (safetensors' name)."""
     wanted = getattr(torch, DTYPES[dtype][1])
     if array.ndim == 0:
         return torch.from_numpy(array.reshape(1).view(_numpy_raw(array))).view(wanted).reshape(())
@@ -152,14 +154,21 @@ def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 def _numpy_raw(array: np.ndarray) -> np.dtype:
+    """A dtype of the same width that torch.from_numpy accepts."""
     return np.dtype({1: "u1", 2: "i2", 4: "i4", 8: "i8"}[array.itemsize])
 
 
 def _raw(dtype: torch.dtype) -> torch.dtype:
+    """A dtype of the same width that numpy has."""
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 
 def _put(net: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Replace the parameter or buffer `name` of `net`."""
     path, _, leaf = name.rpartition(".")
     module = net.get_submodule(path)
-    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
+    if leaf in module._parameters:
+        assert isinstance(tensor, nn.Parameter)
+        module._parameters[leaf] = tensor
+    else:
+        module._buffers[leaf] = tensor

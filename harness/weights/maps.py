@@ -1,7 +1,7 @@
-"""How a family's weights are named in public files, and how they become ours: names, shapes and cuts, no framework.
+"""Maps between the public files of a family and our tensors: names, shapes, joining and cutting; no framework.
 
-A family has a `WeightMap` in `backbones/<family>/weights.py`, as `MAP`. It is plain data and numpy, so every engine
-uses the same one. Ours are the names and shapes of the torch network's state dict.
+A family has a `WeightMap` named MAP in `backbones/<family>/weights.py`. It is plain data and numpy, so every engine uses
+the same one. "Our" names and shapes are those of the state dict of the torch network.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from harness.spec import BackboneSpec
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Read = Callable[[str], np.ndarray]
+"""Read(name): the values of a tensor of the source."""
 
 
 class Mismatch(ValueError):
-    """The shapes of a file do not allow what a recipe does; one line."""
+    """The shapes in a file do not allow a recipe; the message is one line."""
+
+
+# A recipe makes one tensor of others. `sources` are their names, `shape` the result's shape, given theirs, and
+# `evaluate` its values.
 
 
 @dataclass(frozen=True)
 class Take:
-    """The tensor of that name."""
+    """The tensor `name`, unchanged."""
 
     name: str
 
@@ -43,7 +48,7 @@ class Take:
 
 @dataclass(frozen=True)
 class Join:
-    """The tensors one after another along the first axis."""
+    """The tensors `names` concatenated along the first axis."""
 
     names: tuple[str, ...]
 
@@ -64,7 +69,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` of `of` equal ones along the first axis."""
+    """Part number `index` when the tensor `name` is cut into `of` equal parts along the first axis."""
 
     name: str
     index: int
@@ -88,7 +93,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor that the file holds under several names; copies that differ are refused."""
+    """One tensor that is stored under several names; UserError where the copies differ."""
 
     names: tuple[str, ...]
 
@@ -105,7 +110,7 @@ class Same:
 
     def evaluate(self, read: Read) -> np.ndarray:
         first = read(self.names[0])
-        bits = first.reshape(-1).view(np.uint8)  # so that NaN equals itself
+        bits = first.reshape(-1).view(np.uint8)  # as bytes, so that NaN equals itself
         for name in self.names[1:]:
             if not np.array_equal(read(name).reshape(-1).view(np.uint8), bits):
                 raise UserError(
@@ -117,7 +122,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that the file does not hold and that is computed: float32 of `shape_`."""
+    """A tensor that is computed because no file holds it: float32 of `shape_`."""
 
     shape_: Shape
     make: Callable[[], np.ndarray]
@@ -134,36 +139,38 @@ class Made:
 
 
 Recipe = Take | Join | Part | Same | Made
-Recipes = dict[str, Recipe]  # by the name of what comes out
+Recipes = dict[str, Recipe]  # by the name of the resulting tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One public way to name and store a family's weights.
+    """A public way to name and store a family's weights.
 
-    `marks` are names that such a file holds; `inward` makes our tensors from the file's names and shapes, given what
-    else is known of the network (a diffusers config under "config", builder arguments); it raises `Mismatch` or
-    KeyError(name) for what it cannot do without. `outward` makes the file's tensors from our names and shapes.
-    `beside` tells names of tensors that are kept, but are no part of the network.
+    name: for `harness weights export --format`. title: in messages. marks: names of tensors that identify such a file.
+    store: how an export is stored, "state dict", "lightning" or "diffusers"; suffix: of its file. inward(shapes, known):
+    recipes of our tensors from those of a file; `known` has a diffusers config as "config" and the network's shapes as
+    "expected"; raises `Mismatch`, or KeyError(name) for a tensor that it needs. outward(shapes): recipes of the file's
+    tensors from ours. beside(name): whether one of our tensors is stored but is no part of the network. notes(shapes):
+    lines for the user. config(arguments, shapes): the config.json of a diffusers folder. contradiction(config, shapes,
+    heads): how the config.json beside a file contradicts our shapes and the number of heads, in one line; None: not.
     """
 
-    name: str  # of `harness weights export --format`
+    name: str
     title: str
     marks: tuple[str, ...]
-    store: str = "state dict"  # how an export is stored: "state dict", "lightning" or "diffusers"
+    store: str = "state dict"
     suffix: str = ".pt"
     inward: Callable[[Shapes, Mapping[str, Any]], Recipes]
     outward: Callable[[Shapes], Recipes]
     beside: Callable[[str], bool] = lambda name: False
     notes: Callable[[Shapes], tuple[str, ...]] = lambda shapes: ()
-    config: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None  # of a diffusers folder
+    config: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None
     contradiction: Callable[[Mapping[str, Any], Shapes, int | None], str | None] = lambda config, shapes, heads: None
-    """What the config.json beside the file says against our tensors' shapes and the network's heads, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightMap:
-    """A family's layouts, and what the shapes of its weights, under our names, say of the builder's arguments."""
+    """The layouts of a family. facts(spec, shapes): builder arguments that the shapes of our tensors imply."""
 
     layouts: tuple[Layout, ...]
     facts: Callable[[BackboneSpec, Shapes], dict[str, Any]] = lambda spec, shapes: {}
@@ -171,7 +178,7 @@ class WeightMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """Where the tensors found are not those of the network, by our names."""
+    """How the tensors found differ from those of the network, by our names."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -182,11 +189,12 @@ class Differences:
 
     @property
     def count(self) -> int:
+        """Number of differences."""
         return len(self.missing) + len(self.unexpected) + len(self.wrong)
 
     def first(self) -> str:
         """The first problem and how many there are, in one line."""
-        # Names before shapes: without its first layer the size of a network is a guess, and so are shapes against it.
+        # names before shapes: if tensors are missing, the size of the network is a guess, and so are expected shapes
         if self.missing:
             text = f"{self.missing[0]} is missing"
             text += f" and {self.unexpected[0]} is unexpected" if self.unexpected else ""
@@ -204,7 +212,7 @@ class Differences:
 
 
 def compare(found: Shapes, expected: Shapes, beside: Callable[[str], bool] = lambda name: False) -> Differences:
-    """What is missing, unexpected or of another shape in `found`."""
+    """Which tensors are missing, unexpected or of another shape in `found`; those `beside` the network are expected."""
     return Differences(
         missing=tuple(name for name in expected if name not in found),
         unexpected=tuple(name for name in found if name not in expected and not beside(name)),
@@ -215,5 +223,5 @@ def compare(found: Shapes, expected: Shapes, beside: Callable[[str], bool] = lam
 
 
 def take_all(shapes: Shapes, known: Mapping[str, Any] | None = None) -> Recipes:
-    """Every tensor under its own name."""
+    """Recipes that take every tensor unchanged, under its own name."""
     return {name: Take(name) for name in shapes}

@@ -1,8 +1,8 @@
-"""Tensors as torch's pickles describe them: the few calls that such files are made of, carried out on plain data.
+"""Tensors in torch's pickles: the few calls that such files are made of, carried out on plain data.
 
-A tensor is a call of one of torch._utils' functions with a storage (a persistent identifier), an offset, a shape and
-strides. Where the bytes of a storage lie is known to `harness.weights.containers`, which settles the tensors there.
-Format facts: torch 2.13 torch/_utils.py, torch/serialization.py.
+A tensor is a call of a function of torch._utils with a storage (a persistent identifier), an offset, a shape and strides.
+`harness.weights.containers` knows where the bytes of a storage are and resolves the tensors with `settled`.
+Format: torch 2.13 torch/_utils.py, torch/serialization.py.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ _STORAGE_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StorageKey:
-    """A run of elements in the file, by the key of its storage."""
+    """Consecutive elements in the file, named by the key of their storage."""
 
     dtype: str
     key: str
     count: int
-    first: int = 0  # element, for a view of a storage
+    first: int = 0  # first element, in a view of a storage
 
 
 class _Pending:
-    """A tensor whose storage is known by key, until the places of the storages are known."""
+    """A tensor whose storage is known by its key only; `settled` replaces it by a `Stored`."""
 
     __slots__ = ("dtype", "offset", "shape", "storage", "strides")
 
-    def __init__(self, storage: StorageKey, dtype: str, offset: int, shape: tuple, strides: tuple):
+    def __init__(self, storage: StorageKey, dtype: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]):
         self.storage, self.dtype, self.offset, self.shape, self.strides = storage, dtype, offset, shape, strides
 
 
 def printable(text: str) -> str:
-    """A name out of a file with whatever could steer a terminal written out."""
+    """A name from a file for a message; characters that could control a terminal are escaped."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def _ordered(*arguments: Any) -> dict[Any, Any]:
+    """collections.OrderedDict of pairs, as a dictionary."""
     if not arguments:
         return {}
     items: list[Any] = []
@@ -63,6 +64,7 @@ def _ordered(*arguments: Any) -> dict[Any, Any]:
 def _tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, *more: Any, dtype: str | None = None, metadata: Any = None
 ) -> _Pending:
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2; metadata is the third of `more`."""
     if not isinstance(storage, StorageKey):
         raise Malformed("a tensor without a storage")
     if not all(isinstance(each, (tuple, list)) and len(each) <= MAX_AXES for each in (shape, strides)):
@@ -71,7 +73,7 @@ def _tensor(
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
         raise Malformed("a tensor of an impossible shape")
     marks = metadata if metadata is not None else more[2] if len(more) > 2 else None
-    if marks:  # torch's bits "neg" and "conj": the bytes are not the values
+    if marks:  # torch's bits "neg" and "conj": values that differ from the bytes
         named = [name for name in marks if isinstance(name, str)] if isinstance(marks, dict) else []
         raise Unsuitable(
             f"holds a tensor whose values are not its bytes (marked {', '.join(named)[:40] or 'oddly'}); save it with"
@@ -89,21 +91,23 @@ def _tensor_v3(
     return _tensor(storage, offset, shape, strides, dtype=name, metadata=metadata)
 
 
-def _size(*shape: Any) -> tuple:
+def _size(*shape: Any) -> tuple[Any, ...]:
+    """torch.Size."""
     if shape and not (isinstance(shape[0], (tuple, list)) and len(shape[0]) <= MAX_AXES):
         raise Malformed(f"a shape of more than {MAX_AXES} axes")
     return tuple(shape[0]) if shape else ()
 
 
 def _typed(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    """A tensor of a subclass, or with attributes: the tensor alone."""
+    """A tensor of a subclass, or one with attributes: the plain tensor."""
     if isinstance(function, Symbol) and function.full in _REBUILT:
         return CONSTRUCTORS[function.full](*arguments)
     return Call(function, (kind, arguments))
 
 
 def _encoded(text: Any, *_: Any) -> Any:
-    return text.encode("latin-1") if isinstance(text, str) else text  # how protocol 2 writes bytes
+    """_codecs.encode, by which pickle protocol 2 writes bytes."""
+    return text.encode("latin-1") if isinstance(text, str) else text
 
 
 _TYPED = "torch._tensor._rebuild_from_type_v2"
@@ -129,7 +133,7 @@ _NEEDED = {
 
 
 def foreign(symbols: Mapping[str, Symbol]) -> tuple[str, ...]:
-    """Of the names in a file those that are not needed for tensors."""
+    """Names in a file other than those of tensors, printable."""
     dtypes = {f"torch.{name}" for name in BY_TORCH_NAME}
     return tuple(
         printable(full)
@@ -163,9 +167,12 @@ def storage_of(identifier: Any) -> StorageKey:
 
 
 def settled(value: Any, path: Path, places: Mapping[str, Storage], swapped: bool) -> Any:
-    """`value` with its pending tensors in place: in dictionaries and lists, however they are nested."""
-    made: dict[int, Any] = {}  # by identity: a file may hold one object twice, and itself
-    placed: dict[int, tuple[_Pending, Stored]] = {}  # the pending one too, so that its identity is not taken again
+    """`value` with every pending tensor replaced by a `Stored`, in nested dictionaries and lists too.
+
+    places: bytes of each storage by key. swapped: whether the file was written on a big-endian machine.
+    """
+    made: dict[int, Any] = {}  # by id: a file may hold one object twice, or within itself
+    placed: dict[int, tuple[_Pending, Stored]] = {}  # by id; the pending tensor is kept so that its id is not reused
     waiting = [value] if isinstance(value, (dict, list)) else []
 
     def settle(item: Any) -> Any:
@@ -186,6 +193,7 @@ def settled(value: Any, path: Path, places: Mapping[str, Storage], swapped: bool
 
 
 def _place(tensor: _Pending, path: Path, places: Mapping[str, Storage], swapped: bool) -> Stored:
+    """The tensor in the file; `Malformed` where it reaches beyond its storage."""
     place = places.get(tensor.storage.key)
     if place is None:
         raise Malformed(f"the bytes of storage {tensor.storage.key} are missing")

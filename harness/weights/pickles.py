@@ -1,15 +1,16 @@
-"""Pickles read without running them.
+"""Reads pickles without running them.
 
-A pickle is a program for a small stack machine, whose calls can reach anything that Python can import. Here the program
-is interpreted over plain data: a global becomes a `Symbol` (its name; nothing is imported), a call becomes a `Call`
-(a record of what would have been called), state and items that the program gives to a `Call` are kept in it and no
-method of a real class ever runs. The few calls that weight files are made of (ordered dictionaries, tensors) are carried
-out by functions that the caller passes in, and these see data alone.
+A pickle is a program for a small stack machine, and its calls can reach anything that Python can import. Here the
+program is interpreted over plain data: a global becomes a `Symbol` (its name; nothing is imported), and a call becomes a
+`Call` (a record of it), which also stores the state and items that the program gives to the result. No method of a real
+class ever runs. The few calls that weight files need (ordered dictionaries, tensors) are carried out by functions that
+the caller passes in, on plain data.
 
-A small program can ask for much: to copy one list a hundred thousand times, or to build a dictionary all of whose keys
-collide. So every step is charged to a `Budget`, and keys are text or modest integers, or else stand-ins.
+A small program can ask for much work: to copy one list a hundred thousand times, or to build a dictionary whose keys all
+collide. So every step is charged to a `Budget`, and dictionary keys other than text and small integers are replaced by
+placeholders.
 
-Opcodes after CPython's pickletools, which also reads them from the stream.
+Opcodes: CPython's pickletools, which also reads them from the stream.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 Constructors = Mapping[str, Callable[..., Any]]
-"""By full name, "module.name": what stands for the call. Raises TypeError or ValueError where the arguments are odd."""
+"""Functions that carry out a call, by full name "module.name". They raise TypeError or ValueError for odd arguments."""
 
 
-# In units of about 64 bytes and a third of a microsecond; an opcode costs one, what it makes or copies more.
-UNITS = 1_200_000  # of a file as such: the state dict of 1000 tensors takes 50,000
-UNITS_A_STORAGE = 80  # that each storage of the file adds: a tensor takes about 60
-MAX_UNITS = 8_000_000  # however many storages there are: those of 100,000 tensors
-LONGEST_NAME = 1000  # characters of a class, function or storage
-SMALL_KEY = 1 << 53  # integers below it hash to themselves; a pickle's greater ones could be chosen to collide
+# A unit is about 64 bytes or a third of a microsecond; an opcode costs one, and what it makes or copies costs more.
+UNITS = 1_200_000  # budget of a file; the state dict of 1000 tensors costs 50,000
+UNITS_A_STORAGE = 80  # added for each storage of the file; a tensor costs about 60
+MAX_UNITS = 8_000_000  # for any number of storages: enough for 100,000 tensors
+LONGEST_NAME = 1000  # characters in the name of a class, function or storage
+SMALL_KEY = 1 << 53  # integers below it hash to themselves; larger ones could be chosen to collide
 
 
 class Malformed(ValueError):
@@ -38,11 +39,11 @@ class Malformed(ValueError):
 
 
 class Unsuitable(Malformed):
-    """A pickle that is in order, but not one to read: the message goes on after the file's name."""
+    """A valid pickle that is not read; the message continues a sentence that begins with the file's name."""
 
 
 class Budget:
-    """What a file's pickles may still cost. Raises `Unsuitable` when it is used up."""
+    """The cost that a file's pickles may have; `Unsuitable` when it is exceeded."""
 
     def __init__(self, units: int = UNITS):
         self.used, self.limit = 0, units
@@ -56,7 +57,7 @@ class Budget:
             )
 
     def grant(self, units: int) -> None:
-        """Add to it, up to MAX_UNITS."""
+        """Raise the limit, up to MAX_UNITS."""
         self.limit = min(self.limit + units, MAX_UNITS)
 
 
@@ -74,7 +75,7 @@ class Symbol:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """What the file would have made by calling `function`: a placeholder without behaviour."""
+    """A placeholder for the result of a call of `function`; it has no behaviour."""
 
     function: Any  # Symbol or Call
     arguments: Any
@@ -84,7 +85,7 @@ class Call:
 
 @dataclass
 class Reading:
-    """A pickle's value, and every class and function that it names, in order."""
+    """The value of a pickle, and every class and function that it names, in their order."""
 
     value: Any
     symbols: dict[str, Symbol]
@@ -118,7 +119,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 _IGNORED = ("PROTO", "FRAME")
-_CALL = 2  # units of a name, a call or a storage beyond its opcode's
+_CALL = 2  # units of a name, a call or a storage, in addition to the opcode's
 
 
 def read(
@@ -127,15 +128,15 @@ def read(
     persistent: Callable[[Any], Any] | None = None,
     budget: Budget | None = None,
 ) -> Reading:
-    """The value of the pickle at the position of `stream`, which ends after it.
+    """Read the pickle at the position of `stream`, which stands behind it afterwards.
 
-    `persistent` turns the persistent identifiers of the file into values; `budget` may be shared by several pickles.
+    persistent: turns the persistent identifiers of the file into values. budget: may be shared by several pickles.
     Raises `Malformed`.
     """
     machine = _Machine(constructors, persistent, budget or Budget())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of odd escapes in the strings of protocol 0
+            warnings.simplefilter("ignore", DeprecationWarning)  # odd escapes in the strings of protocol 0
             for opcode, argument, _ in pickletools.genops(stream):
                 if machine.step(opcode.name, argument):
                     return Reading(machine.stack.pop(), machine.symbols)
@@ -149,6 +150,8 @@ def read(
 
 
 class _Machine:
+    """The stack machine; `step` carries out one opcode."""
+
     def __init__(self, constructors: Constructors, persistent: Callable[[Any], Any] | None, budget: Budget):
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []  # stacks below the open marks
@@ -157,7 +160,7 @@ class _Machine:
         self.constructors, self.persistent, self.budget = constructors, persistent, budget
 
     def step(self, name: str, argument: Any) -> bool:
-        """Carry out one opcode; True at the end. The commonest come first."""
+        """Carry out one opcode; returns True at the end. The most frequent ones come first."""
         stack, budget = self.stack, self.budget
         budget.used += 1
         if budget.used > budget.limit:
@@ -230,8 +233,11 @@ class _Machine:
         if name in ("GLOBAL", "INST"):
             module, _, attribute = argument.partition(" ")
             symbol = self._symbol(module, attribute)
-            arguments = self._close() if name == "INST" else None
-            self.stack.append(symbol if name == "GLOBAL" else self._made(symbol, tuple(arguments)))
+            if name == "GLOBAL":
+                self.stack.append(symbol)
+            else:
+                items = self._close()
+                self.stack.append(self._made(symbol, tuple(items)))
         elif name == "STACK_GLOBAL":
             attribute, module = self.stack.pop(), self.stack.pop()
             self.stack.append(self._symbol(module, attribute))
@@ -249,13 +255,13 @@ class _Machine:
             state = self.stack.pop()
             if isinstance(self.stack[-1], Call):
                 self.stack[-1].state = state
-            # Anything else keeps its own nature: a dictionary's attributes, or a tensor's, are of no use here.
+            # of other values, such as dictionaries and tensors, the attributes are not needed
         elif name in ("PERSID", "BINPERSID"):
             if self.persistent is None:
                 raise Malformed("it refers to data outside itself")
             self.budget.spend(_CALL)
             self.stack.append(self.persistent(argument if name == "PERSID" else self.stack.pop()))
-        else:  # EXT1, EXT2, EXT4: names by number, from a table of this process; buffers from outside the file
+        else:  # EXT1, EXT2, EXT4: names by number, from a table of the process; buffers that are not in the file
             raise Malformed(f"it uses {name}, which no weight file has")
 
     def _symbol(self, module: Any, name: Any) -> Symbol:
@@ -274,7 +280,7 @@ class _Machine:
         known = self.constructors.get(function.full) if isinstance(function, Symbol) else None
         if known is None:
             return Call(function, arguments)
-        self.budget.spend(len(arguments))  # it may copy its arguments, and what is in them, each time it is called
+        self.budget.spend(len(arguments))  # a call may copy its arguments and their items
         for each in arguments:
             if isinstance(each, (tuple, list, dict)):
                 self.budget.spend(len(each))
@@ -283,7 +289,7 @@ class _Machine:
         return known(*arguments)
 
     def _close(self) -> list[Any]:
-        """The items above the last mark, which goes with them."""
+        """Remove the last mark and return the items above it."""
         items = self.stack
         self.stack = self.outer.pop()
         return items
@@ -308,15 +314,15 @@ class _Machine:
 
 
 def pairs(items: list[Any], budget: Budget | None = None) -> dict[Any, Any]:
-    """The dictionary of keys and values in turn. Without a budget the keys that stand in are not charged."""
+    """The dictionary of alternating keys and values. budget: charged for keys that are replaced; None: they are free."""
     return dict(zip(_keys(items[::2], budget or Budget()), items[1::2], strict=True))
 
 
 def _keys(items: list[Any], budget: Budget) -> list[Any]:
-    """The items as keys: text, a small integer, None or a name as it is, anything else as a `Call` that holds it.
+    """The items as dictionary keys: text, small integers, None and placeholders as they are, others within a new `Call`.
 
-    The hash of a tuple nested a million deep would overflow the C stack, and numbers can be chosen whose hashes are the
-    same, so that a dictionary of them takes the square of its size.
+    Hashing a tuple nested a million deep would overflow the C stack, and integers can be chosen to have equal hashes, so
+    that building a dictionary of them takes quadratic time.
     """
     keys = []
     for item in items:

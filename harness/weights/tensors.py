@@ -1,7 +1,7 @@
-"""Tensors as they lie in a file: dtype, shape and place; their bytes are read when they are asked for.
+"""Tensors in a file: dtype, shape and position; their bytes are read on demand.
 
-No framework: values are numpy arrays. bfloat16 and the 8-bit floats, which numpy lacks, are unsigned integers of the
-same width, which joining, cutting and copying do not mind; the dtype's name goes along.
+No framework: values are numpy arrays. bfloat16 and the 8-bit floats, which numpy does not have, are unsigned integers of
+the same width, which is enough for joining, cutting and copying; the name of the dtype is stored beside them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ DTYPES = {  # safetensors' name: (numpy's dtype for the bytes, torch's name)
 }
 # fmt: on
 MAX_AXES = 64  # of a tensor, in torch as in numpy
-GLANCE = 1 << 16  # elements looked at together for what is no number
-BLOCK = 1 << 22  # bytes read at a time to check what is not used whole
-# Bits that are all set in infinities and NaN, of the floats that numpy lacks; float8_e4m3fn has no infinity.
+GLANCE = 1 << 16  # elements that `finite` checks at a time
+BLOCK = 1 << 22  # bytes that are read at a time to check a storage of which only a part is used
+# Bits that are all set in infinities and NaN, for the floats that numpy does not have; float8_e4m3fn has no infinity.
 _EXPONENTS = {"BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 BY_TORCH_NAME = {torch: name for name, (_, torch) in DTYPES.items()}
 
@@ -49,24 +49,24 @@ def raw_dtype(dtype: str) -> np.dtype:
 
 @dataclass(eq=False, slots=True)
 class Storage:
-    """A run of bytes in a file, which several tensors may share, with its CRC-32 where the file has one."""
+    """Consecutive bytes of a file, which several tensors may share."""
 
     start: int
     nbytes: int
-    crc: int | None = None
-    checked: bool = False  # its bytes were read once and had that checksum
+    crc: int | None = None  # CRC-32; None: the file has none
+    checked: bool = False  # whether the bytes were read once and had that checksum
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A tensor in a file. `strides` are in elements; `start` is the byte of its first element in the file."""
+    """A tensor in a file."""
 
     file: Path
     dtype: str  # a name of DTYPES
     shape: tuple[int, ...]
-    start: int
-    strides: tuple[int, ...] | None = None  # None: row by row
-    storage: Storage | None = None  # that it is a part of, where it has a checksum
+    start: int  # byte of its first element in the file
+    strides: tuple[int, ...] | None = None  # in elements; None: row-major
+    storage: Storage | None = None  # that the tensor is a part of, if it has a checksum
 
     @property
     def nbytes(self) -> int:
@@ -74,21 +74,21 @@ class Stored:
 
     @property
     def plain(self) -> bool:
-        """Laid out row by row."""
+        """Whether it is stored in row-major order."""
         return self.strides is None or self.strides == row_major(self.shape) or prod(self.shape) <= 1
 
     def read(self) -> np.ndarray:
-        """The values in a fresh array of `shape`, row by row, of the dtype `raw_dtype(self.dtype)`."""
+        """The values in a new array of `shape`, row-major, of dtype `raw_dtype(self.dtype)`; UserError for damage."""
         out = np.empty(self.shape, raw_dtype(self.dtype))
         self.read_into(out)
         return out
 
     def read_into(self, out: np.ndarray) -> None:
-        """Read the values into `out`: of `shape`, row by row, elements of the stored width. Damage is refused."""
+        """Read the values into `out`, a row-major array of `shape` with elements of the stored width; UserError for damage."""
         assert out.shape == self.shape and out.flags.c_contiguous and out.itemsize == raw_dtype(self.dtype).itemsize
         if out.size == 0:
             return
-        if self.plain:
+        if self.plain or self.strides is None:
             self._fill(out)
             self._verify(out)
             return
@@ -100,18 +100,18 @@ class Stored:
         np.copyto(out, np.lib.stride_tricks.as_strided(span, self.shape, strides, writeable=False))
 
     def _verify(self, read: np.ndarray) -> None:
-        """Refuse damage: the checksum is that of the whole storage, which is read through once for all its tensors."""
+        """UserError for damage. The checksum is that of the storage, which is read completely once for all its tensors."""
         storage = self.storage
         if storage is None or storage.crc is None:
             return
         if (self.start, read.nbytes) == (storage.start, storage.nbytes):
-            found = zlib.crc32(read.reshape(-1).view(np.uint8))
+            found = zlib.crc32(read.reshape(-1).view(np.uint8).data)
         elif not storage.checked:
             found, block = 0, np.empty(min(BLOCK, storage.nbytes), np.uint8)
             for done in range(0, storage.nbytes, BLOCK):
                 part = block[: storage.nbytes - done]
                 self._fill(part, storage.start + done)
-                found = zlib.crc32(part, found)
+                found = zlib.crc32(part.data, found)
         else:
             return
         if found != storage.crc:
@@ -122,7 +122,8 @@ class Stored:
         storage.checked = True
 
     def _fill(self, out: np.ndarray, start: int | None = None) -> None:
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        """Fill `out` with the bytes from `start` (None: the tensor's first)."""
+        view = out.reshape(-1).view(np.uint8).data
         try:
             with self.file.open("rb") as file:
                 file.seek(self.start if start is None else start)
@@ -137,9 +138,9 @@ class Stored:
 
 
 def finite(array: np.ndarray, dtype: str) -> bool:
-    """Whether no value of `array`, in the form of `Stored.read`, is infinite or NaN."""
+    """Whether `array`, as read by `Stored.read` from `dtype`, has no infinity and no NaN."""
     flat = array.reshape(-1)
-    # A little at a time: temporaries of a tensor's size would leave holes between the tensors that are being made.
+    # in small parts: temporary arrays as large as a tensor would leave holes between the tensors that are made
     for begin in range(0, flat.size, GLANCE):
         part = flat[begin : begin + GLANCE]
         if dtype in _EXPONENTS:
@@ -152,15 +153,15 @@ def finite(array: np.ndarray, dtype: str) -> bool:
 
 
 def refuse_not_finite(path: Path, name: str) -> None:
-    """Refuse weights with an infinity or NaN among them: what they would make is noise or nothing."""
+    """UserError for weights with an infinity or NaN: their output would be noise or NaN."""
     raise UserError(
-        f"{path}: {name} has values that are infinite or not a number; the file is of a training that went wrong, or"
-        " damaged: use another"
+        f"{path}: {name} has values that are infinite or not a number; the file is damaged, or of a training that"
+        " diverged: use another"
     )
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of an array that is laid out row by row."""
+    """Strides, in elements, of an array in row-major order."""
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)

@@ -1,4 +1,4 @@
-"""Inspect, import and export: what a file is, into safetensors under our names, and back to the public layouts."""
+"""Inspecting weight files, importing them as safetensors with our names, and exporting them in public layouts."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ from harness.spec import BackboneSpec
 from harness.weights.files import METADATA, WeightFile, open_weights, sha256, unchanged, watched
 from harness.weights.identify import Match, choose_layout, identify, misfit, recognised, weight_map
 from harness.weights.known import KNOWN
-from harness.weights.maps import Layout, Mismatch, Same
+from harness.weights.maps import Layout, Mismatch, Read, Same
 from harness.weights.tensors import finite, raw_dtype, refuse_not_finite
 
 SCHEMA = 1
+Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # safetensors' dtype and shape of each tensor, by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """A file's weights under our names."""
+    """The weights of a file under our names."""
 
     file: WeightFile
     match: Match
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of our name, which must be finite where it is a part of the network."""
+        """The tensor of our name; UserError where it is part of the network and not finite."""
         array = self.match.recipes[name].evaluate(lambda source: self.file.tensors[source].read())
         if not (self.match.layout.beside(name) or finite(array, self.dtype(name))):
             refuse_not_finite(self.file.path, name)
         return array
 
     def dtype(self, name: str) -> str:
+        """Its dtype, as safetensors names it."""
         sources = self.match.recipes[name].sources
         return self.file.tensors[sources[0]].dtype if sources else "F32"
 
@@ -53,13 +55,15 @@ class Ours:
 
 
 def candidates(backbone: str | None) -> list[BackboneSpec]:
-    """The one that is named, or all."""
+    """The backbone of that name; None: all."""
     return [registry.backbones.get(backbone)] if backbone else list(registry.backbones)
 
 
 def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
-    """What a weight file is, as plain data. Names what would keep it from being loaded; a file that fits is read once
-    through for that, a tensor at a time."""
+    """What a weight file is, as JSON data (`harness weights inspect --json`), and why it cannot be loaded, if it cannot.
+
+    A file that fits is read completely, one tensor at a time.
+    """
     weights = open_weights(path)
     document: dict[str, Any] = {
         "file": str(weights.path),
@@ -99,7 +103,7 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
             }
         else:
             document["problem"] = f"no backbone has such names; the first is {network[0]}"
-        for name in network:  # damage, copies that differ and values that are no numbers show in the content alone
+        for name in network:  # only the values show damage, copies that differ, and infinities
             if match.exact or isinstance(match.recipes[name], Same):
                 ours.read(name)
     except UserError as error:
@@ -120,20 +124,20 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
 
 
 def _likely_layout(weights: WeightFile, specs: Iterable[BackboneSpec]) -> str | None:
-    """The layout whose names the file has, where it could not be read as one."""
+    """Title of the layout that most of the names agree with, for a file that could not be read; None: no layout."""
     share, layout = choose_layout([layout for spec in specs for layout in weight_map(spec).layouts], weights.tensors)
     return layout.title if share > 0 else None
 
 
-def opened(path: Path, backbone: str | None) -> Ours:
-    """The file's weights, identified beyond doubt; a file that fits no backbone, or not the named one, is refused."""
+def opened(path: Path, backbone: str | None) -> tuple[Ours, BackboneSpec]:
+    """The weights of a file and their backbone; UserError for a file that fits no backbone, or not the one named."""
     weights = open_weights(path)
     weights.refuse_code()
     match = identify(weights, candidates(backbone))
     if match.spec is None:
         raise UserError(
             f"{weights.path} is of no known backbone (its first tensor is {next(iter(weights.tensors))});"
-            " if a plug-in has it, install the plug-in"
+            " if it is a plug-in's, install the plug-in"
         )
     if not match.exact:
         problem = match.differences.first()
@@ -141,22 +145,22 @@ def opened(path: Path, backbone: str | None) -> Ours:
             raise UserError(misfit(weights, match.layout, backbone, problem))
         nearest = f"any backbone; the nearest is {match.spec.name}: {problem}"
         raise UserError(f"{weights.path} ({match.layout.title}) does not fit {nearest}")
-    return Ours(file=weights, match=match)
+    return Ours(file=weights, match=match), match.spec
 
 
 def import_file(path: Path, out: Path | None = None, backbone: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """Write the weights as safetensors under our names.
+    """Write the weights of `path` as safetensors with our names.
 
-    Returns the new file and what stands in its metadata, and beside that "not_loaded": the classes and functions that
-    `path` names.
+    out: the new file; None: beside `path`. backbone: None: identified. Returns the new file and its metadata, with
+    "not_loaded" added: the classes and functions that `path` names. UserError where `out` exists.
     """
     out = out or path.with_name(f"{path.name if path.is_dir() else path.stem}.safetensors")
     refuse_existing(out)
-    ours = opened(path, backbone)
+    ours, spec = opened(path, backbone)
     match = ours.match
-    about = {
+    about: dict[str, Any] = {
         "schema": SCHEMA,
-        "backbone": match.spec.name,
+        "backbone": spec.name,
         "arguments": match.arguments,
         "format": match.layout.name,
         "source": {
@@ -177,9 +181,11 @@ def import_file(path: Path, out: Path | None = None, backbone: str | None = None
 
 
 def export_file(path: Path, layout: str, out: Path | None = None, backbone: str | None = None) -> Path:
-    """Write the weights in the named public layout; returns the new file, or the folder of diffusers."""
-    ours = opened(path, backbone)
-    spec = ours.match.spec
+    """Write the weights of `path` in the public layout of that name; returns the new file, or the folder of diffusers.
+
+    out: the new file or folder; None: beside `path`. UserError where it exists.
+    """
+    ours, spec = opened(path, backbone)
     target = _target(spec, layout)
     recipes = target.outward(ours.shapes)
     stem = path.name if path.is_dir() else path.stem
@@ -198,6 +204,7 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
     with partial(out) as unfinished, unchanged(ours.file):
         if target.store == "diffusers":
             unfinished.mkdir()
+            assert target.config is not None, target.name
             config = target.config(spec.arguments(**ours.match.arguments), ours.shapes)
             files.write_json(unfinished / "config.json", config)
             weights = unfinished / "diffusion_pytorch_model.safetensors"
@@ -208,6 +215,7 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
 
 
 def _target(spec: BackboneSpec, layout: str) -> Layout:
+    """The layout of that name of the spec's family."""
     known = {each.name: each for each in weight_map(spec).layouts}
     if layout not in known:
         raise UserError(f"{spec.name} has no public layout {layout!r}; it has {', '.join(known) or 'none'}")
@@ -215,43 +223,50 @@ def _target(spec: BackboneSpec, layout: str) -> Layout:
 
 
 def layout_names() -> list[str]:
-    """Every layout of every registered family."""
+    """Names of the layouts of all registered families."""
     return list(dict.fromkeys(layout.name for spec in registry.backbones for layout in weight_map(spec).layouts))
 
 
 def refuse_existing(path: Path) -> None:
+    """UserError where `path` exists."""
     if path.exists():
         raise UserError(f"{path} exists and is not overwritten; choose another name with --out")
 
 
 @contextmanager
 def partial(path: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `path` when all went well and is removed otherwise."""
+    """A path to write a file or folder to, which is renamed to `path` at the end, or removed after an error.
+
+    Unlike `files.replacing` it never replaces an existing file, and it serves folders.
+    """
     with files.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own: nothing of the user's is under that name, and no second process writes to it.
-        room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=files.PARTIAL, dir=path.parent))
-        unfinished = room / path.name
+        # a new folder: no file of the user has that name, and no other process writes to it
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=files.PARTIAL, dir=path.parent))
+        unfinished = temporary / path.name
         try:
             yield unfinished
             for written in unfinished.iterdir() if unfinished.is_dir() else [unfinished]:
                 files.sync_file(written)
-            refuse_existing(path)  # made meanwhile
+            refuse_existing(path)  # it may have been made meanwhile
             unfinished.rename(path)
             files.sync_folder(path.parent)
         finally:
-            files.remove(room)
+            files.remove(temporary)
 
 
 def write_safetensors(
     path: Path,
-    entries: Mapping[str, tuple[str, tuple[int, ...]]],
-    read: Any,
+    entries: Entries,
+    read: Read,
     metadata: Mapping[str, str],
     title: str,
 ) -> None:
-    """Write tensors of known dtype and shape one at a time: `read(name)` is asked for each when its turn comes."""
-    names = sorted(entries, key=lambda name: -raw_dtype(entries[name][0]).itemsize)  # so that each is aligned
+    """Write a safetensors file one tensor at a time; read(name) is called for each when it is written.
+
+    title: of the progress bar.
+    """
+    names = sorted(entries, key=lambda name: -raw_dtype(entries[name][0]).itemsize)  # so that all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
@@ -263,20 +278,21 @@ def write_safetensors(
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in watched(title, _in_turn(names, entries, read), end):
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            file.write(array.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _in_turn(names: Iterable[str], entries: Mapping[str, tuple[str, tuple[int, ...]]], read: Any) -> Iterator[Any]:
+def _in_turn(names: Iterable[str], entries: Entries, read: Read) -> Iterator[np.ndarray]:
+    """The tensors one by one, C-contiguous."""
     for name in names:
         array = read(name)
         assert array.shape == entries[name][1] and array.itemsize == raw_dtype(entries[name][0]).itemsize, name
         yield np.ascontiguousarray(array)
 
 
-def _write_torch(path: Path, entries: Mapping[str, tuple[str, Any]], read: Any, store: str, title: str) -> None:
-    """torch.save of the state dict: held once, as torch writes it from memory."""
+def _write_torch(path: Path, entries: Entries, read: Read, store: str, title: str) -> None:
+    """torch.save of the state dict, which is held in memory once."""
     import torch
 
     from harness.weights.load import as_torch

@@ -168,7 +168,7 @@ def test_fetching_puts_all_files_where_a_run_finds_them(home, tmp_path, monkeypa
             summary="",
             files=tuple(
                 PublicFile(
-                    name=name, file=name, summary="", urls=(f"{address}/{name}",), bytes=len(content),
+                    name=name, file=name, summary="", urls=(f"{address}/{name}",), size=len(content),
                     md5=hashlib.md5(content).hexdigest(),
                 )
                 for name, content in contents.items()
@@ -185,7 +185,7 @@ def test_fetching_puts_all_files_where_a_run_finds_them(home, tmp_path, monkeypa
         assert done.exit_code == 0 and done.output.count("as published") == 4, done.output
         assert missing(request()) == [] and len(fashion_mnist.load()) == 10
         asked = len(server.requests)
-        assert fetch().output.count("is there already") == 4 and len(server.requests) == asked
+        assert fetch().output.count("exists already") == 4 and len(server.requests) == asked
         documents = json.loads(fetch("--out", tmp_path / "mine", "--url", f"{address}/", "--json").output)
         assert [Path(each["path"]).name for each in documents] == list(contents)
         assert len(fashion_mnist.load(tmp_path / "mine")) == 10
@@ -201,7 +201,7 @@ def test_fetching_puts_all_files_where_a_run_finds_them(home, tmp_path, monkeypa
 def test_the_addresses_are_those_of_the_publisher():
     (dataset,) = DATASETS.values()
     assert [each.file for each in dataset.files] == [f"{name}.gz" for name in NAMES]
-    assert all(each.md5 and each.bytes and len(each.urls) == 2 for each in dataset.files)
+    assert all(each.md5 and each.size and len(each.urls) == 2 for each in dataset.files)
     assert "fashion-mnist" in CliRunner().invoke(group, ["data", "fetch"]).output
 
 

@@ -30,7 +30,7 @@ NAME = "graph.pb"
 
 def published(*urls, content=CONTENT):
     return PublicFile(
-        name="graph", file=NAME, summary="", urls=urls, bytes=len(content), md5=hashlib.md5(content).hexdigest()
+        name="graph", file=NAME, summary="", urls=urls, size=len(content), md5=hashlib.md5(content).hexdigest()
     )
 
 
@@ -157,7 +157,7 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
         (OTHER[:-1], "1,499,999 bytes instead of 1,500,000"),
         (b"<html>Sign in</html>", "a web page"),
         (b"", "nothing"),
-        (packed([("else.txt", b"x")]), "holds no graph.pb"),
+        (packed([("else.txt", b"x")]), "graph.pb is not in the archive"),
         (packed([(NAME, OTHER)]), "its md5 is"),
         (packed([(NAME, CONTENT)])[:-50_000], "cannot be read"),
         (b"\x1f\x8b" + OTHER[:1000], "cannot be read"),
@@ -202,7 +202,7 @@ def test_addresses_are_tried_in_turn():
     with serving(b"", status=[404]) as gone, serving(OTHER) as wrong, serving(b"<html>") as page:
         said = refused(lambda: fetch(published(gone.url, wrong.url, page.url)))
     assert "HTTP 404" in said and "its md5 is" in said and "a web page" in said
-    assert "Give another place with --url, or copy the file" in said
+    assert "Give another address with --url, or copy the file" in said
     assert files_here() == []
 
 
@@ -231,7 +231,7 @@ def test_a_redirect_leads_to_no_file_of_this_machine():
 def test_another_file_in_the_place_is_left_alone():
     Path(NAME).write_bytes(b"mine")
     with serving(CONTENT) as server:
-        assert "is there and is not graph.pb" in refused(lambda: fetch(published(server.url)))
+        assert "exists and is not graph.pb" in refused(lambda: fetch(published(server.url)))
         assert server.requests == []
     assert Path(NAME).read_bytes() == b"mine" and files_here() == [NAME]
 
@@ -251,7 +251,7 @@ def test_a_batch_without_a_published_hash_is_unverified_but_whole(monkeypatch):
         assert done.exit_code == 0, done.exception
         assert "unverified: no published hash" in done.stdout
         assert hashlib.sha256(batch()).hexdigest() in done.stdout
-        assert "is there already" in run().stdout
+        assert "exists already" in run().stdout
         assert json.loads(run("--json").stdout)["verified"] is False
         Path("b.npz").unlink()
         damaged = bytearray(batch())
@@ -279,7 +279,7 @@ from harness.data import download
 from harness.data.fetch import fetch
 from harness.data.public_files import PublicFile
 download.CHUNK_BYTES = 1 << 14
-fetch(PublicFile(name="graph", file="graph.pb", summary="", urls=(sys.argv[1],), bytes=int(sys.argv[2]), md5=sys.argv[3]))
+fetch(PublicFile(name="graph", file="graph.pb", summary="", urls=(sys.argv[1],), size=int(sys.argv[2]), md5=sys.argv[3]))
 """
 
 

@@ -231,7 +231,7 @@ def test_a_cache_that_is_whole_is_known_again_without_a_framework(home, tmp_path
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
-    assert f"{home / 'cache'}: is there already, the same latents" in found.stdout
+    assert f"{home / 'cache'}: exists already, the same latents" in found.stdout
     save_vae(tmp_path / "vae", seed=1, scaling_factor=0.8, shift_factor=0.1)
     text = refused("data", "latents", home / "images.npz", "--vae", tmp_path / "vae", "--out", home / "cache")
     assert "holds latents of something else (vae.name is" in text

@@ -15,6 +15,7 @@ from harness.autoencoders.load import load_autoencoder
 from harness.cli import group
 from harness.data import encode, latents
 from harness.data.images import ImageSet
+from harness.data.load import NamedImages
 from harness.data.prepared import CHUNK_IMAGES
 from harness.errors import RunError, UserError
 from harness.runs.samples import write_samples
@@ -30,9 +31,8 @@ def pictures(count=COUNT, side=16, channels=3):
     return (np.kron(small, np.ones((1, 4, 4, 1))) + noise).clip(0, 255).astype(np.uint8), rng.integers(0, 10, count)
 
 
-def make(source, vae, out, said=None):
-    said = [] if said is None else said
-    return encode.make_cache(source, vae, out, environment={}, say=said.append)
+def make(source, vae, out):
+    return encode.make_cache(source, vae, out, environment={})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,15 +57,13 @@ def vae(folder):
 @pytest.fixture(scope="module")
 def source():
     images, labels = pictures()
-    return encode.Source(data=ImageSet(name="noise", images=images, labels=labels), crop=None, place="")
+    return NamedImages(images=ImageSet(name="noise", images=images, labels=labels), crop=None, name="")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, vae, source):
     out = tmp_path_factory.mktemp("whole") / "cache"
-    said = []
-    assert make(source, vae, out, said) is True
-    assert len(said) == 1 and "GB on the disk" in said[0] and "GB free" in said[0]
+    assert make(source, vae, out) is True
     assert sorted(each.name for each in out.iterdir()) == ["labels.npy", "latents.npy", "meta.json"]
     return out
 
@@ -77,7 +75,7 @@ def test_moments_are_those_of_diffusers_and_the_mirror_view_encodes_the_mirrored
     found, rows = latents.load(whole), np.array([0, 5, CHUNK_IMAGES, COUNT - 1])
     assert isinstance(found.latents, np.memmap) and found.latents.shape == (COUNT, 2, 2, 4, 2, 2)
     for view in (0, 1):
-        images = source.data.images[rows]
+        images = source.images.images[rows]
         images = images[:, :, ::-1] if view else images
         x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
@@ -86,7 +84,7 @@ def test_moments_are_those_of_diffusers_and_the_mirror_view_encodes_the_mirrored
         np.testing.assert_allclose(found.latents[rows, view, 1], posterior.std.numpy(), atol=2e-6)
     mirrored_latent = found.latents[rows, 0, 0][..., ::-1]
     assert np.abs(found.latents[rows, 1, 0] - mirrored_latent).max() > 0.05  # no mirrored latent
-    np.testing.assert_array_equal(found.labels, source.data.labels)
+    np.testing.assert_array_equal(found.labels, source.images.labels)
     assert (found.meta.scale, found.meta.shift) == (0.5, 0.25)
 
 
@@ -96,14 +94,14 @@ def test_what_a_network_learns_is_decoded_to_what_the_posterior_meant(folder, va
     theirs = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     found = latents.load(whole)
     stored = torch.from_numpy(found.gather(np.arange(5), np.zeros(5, bool)))
-    x0 = found.x0(stored, lambda shape: torch.zeros(5, *shape))
+    x0 = found.to_model_input(stored, lambda shape: torch.zeros(5, *shape))
     with torch.no_grad():
         expected = theirs.decode(stored[:, 0]).sample.clamp(-1, 1)
     torch.testing.assert_close(vae.decode(x0), expected, atol=1e-5, rtol=0)
 
 
 def test_the_size_of_batches_is_rounding(vae, source):
-    images = source.data.images[:20]
+    images = source.images.images[:20]
     one, many = (encode.encode(dataclasses.replace(vae, batch=batch), images) for batch in (1, 16))
     assert one.dtype == np.float32
     np.testing.assert_allclose(one, many, atol=2e-6)
@@ -122,7 +120,9 @@ def test_draws_have_the_mean_and_the_standard_deviation_of_the_posterior(whole):
     mean, std = found.latents[3, 1]
     positions = 10**6 + np.arange(n)
     index = torch.from_numpy(positions)
-    x0 = found.x0(torch.from_numpy(stored), lambda shape: in_torch.normal(5, Purpose.POSTERIOR, index, 0, shape))
+    x0 = found.to_model_input(
+        torch.from_numpy(stored), lambda shape: in_torch.normal(5, Purpose.POSTERIOR, index, 0, shape)
+    )
     assert x0.shape == (n, 4, 2, 2) and x0.dtype == torch.float32
     draws = x0.double().numpy() / 0.5 + 0.25
     assert (np.abs(draws.mean(0) - mean) < 5 * std / np.sqrt(n)).all()
@@ -132,7 +132,9 @@ def test_draws_have_the_mean_and_the_standard_deviation_of_the_posterior(whole):
     eps = normal(5, Purpose.POSTERIOR, positions[:9], 0, (4, 2, 2))
     np.testing.assert_allclose(x0[:9].numpy(), (mean + std * eps - 0.25) * 0.5, atol=2e-6)
     words = in_jax.words(positions)
-    other = found.x0(jnp.asarray(stored), lambda shape: in_jax.normal(5, Purpose.POSTERIOR, words, 0, shape))
+    other = found.to_model_input(
+        jnp.asarray(stored), lambda shape: in_jax.normal(5, Purpose.POSTERIOR, words, 0, shape)
+    )
     np.testing.assert_allclose(np.asarray(other), x0.numpy(), atol=2e-6)
 
 
@@ -171,7 +173,7 @@ def test_work_that_was_cut_off_is_continued_to_the_same_bytes(vae, source, whole
         with pytest.raises(Killed):
             make(source, vae, out)
         assert not (out / "latents.npy").exists() and not (out / "meta.json").exists()
-        with pytest.raises(UserError, match="is not whole: give the `harness data latents` command"):
+        with pytest.raises(UserError, match="is not complete: repeat the `harness data latents` command"):
             latents.load(out)
         with (out / "chunks.partial").open("ab") as file:  # a line that was being written
             file.write(b'[2, "ab')
@@ -240,10 +242,10 @@ def test_verify_reads_every_byte(whole, tmp_path):
 
 def test_a_finished_cache_that_was_damaged_is_not_taken_for_whole(folder, source, whole, tmp_path):
     out = copied(whole, tmp_path)
-    assert encode.made_before(source, str(folder), out) == latents.read_meta(whole)
+    assert encode.existing_cache(source, str(folder), out) == latents.read_meta(whole)
     os.truncate(out / "latents.npy", 2000)
-    with pytest.raises(UserError, match=r"copy was whole once and is damaged \(.*latents.npy.*\); delete it"):
-        encode.made_before(source, str(folder), out)
+    with pytest.raises(UserError, match=r"copy was complete once and is damaged \(.*latents.npy.*\); delete it"):
+        encode.existing_cache(source, str(folder), out)
 
 
 @pytest.mark.parametrize(
@@ -263,12 +265,12 @@ def test_a_meta_that_was_edited_is_refused(whole, tmp_path, change, says):
         latents.load(out)
 
 
-def test_another_auto_encoder_other_images_and_other_folders_are_refused(vae, source, whole, tmp_path):
+def test_another_autoencoder_other_images_and_other_folders_are_refused(vae, source, whole, tmp_path):
     other = load_autoencoder(str(save_vae(tmp_path / "other", seed=1, scaling_factor=0.5, shift_factor=0.25)))
     with pytest.raises(UserError, match=rf"vae.*is 'vae-{vae.sha256[:12]}' there and 'vae-{other.sha256[:12]}' here"):
         make(source, other, whole)
     images, labels = pictures(40)
-    few = encode.Source(data=ImageSet(name="noise", images=images, labels=labels), crop=None, place="")
+    few = NamedImages(images=ImageSet(name="noise", images=images, labels=labels), crop=None, name="")
     with pytest.raises(UserError, match="images.sha256 is"):
         make(few, vae, whole)
     (tmp_path / "full").mkdir()
@@ -277,15 +279,17 @@ def test_another_auto_encoder_other_images_and_other_folders_are_refused(vae, so
         make(few, vae, tmp_path / "full")
     grey = ImageSet(name="grey", images=images[..., :1], labels=labels)
     for data, words in ((grey, "16x16x1"), (ImageSet(name="x", images=images[:, :12, :12], labels=labels), "12x12x3")):
-        with pytest.raises(UserError, match=f"{words}; auto-encoder vae-.* takes squares of 3 channels"):
-            make(encode.Source(data=data, crop=None, place=""), vae, tmp_path / "new")
+        with pytest.raises(UserError, match=f"{words}; autoencoder vae-.* takes squares of 3 channels"):
+            make(NamedImages(images=data, crop=None, name=""), vae, tmp_path / "new")
 
 
-def test_a_disk_without_room_is_said_before_the_work(vae, source, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_said_before_the_work(vae, source, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(encode.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10_000))
     monkeypatch.setattr(encode, "encode", None)
-    with pytest.raises(RunError, match=r"latents take 0.00 GB and 0.00 GB are free; make room"):
+    with pytest.raises(RunError, match=r"latents take 0.00 GB and 0.00 GB are free; free some space"):
         make(source, vae, tmp_path / "cache")
+    assert [each.getMessage() for each in caplog.records] == ["latents: 0.14 GB on the disk, 0.00 GB free"]
 
 
 def test_the_command_takes_an_npz_and_says_what_it_made(folder, tmp_path):
@@ -297,10 +301,10 @@ def test_the_command_takes_an_npz_and_says_what_it_made(folder, tmp_path):
     facts = json.loads(done.stdout)
     assert facts["written"] is True and facts["shape"] == [40, 2, 2, 4, 2, 2]
     again = CliRunner().invoke(group, words)
-    assert again.exit_code == 0 and "is there already, the same latents" in again.stdout
+    assert again.exit_code == 0 and "exists already, the same latents" in again.stdout
     for bad, says in (
         (str(tmp_path), "is neither a prepared data set nor an .npz; give the folder that `harness data prepare NAME"),
-        ("imagenot", "is no folder, and no data set without one"),
+        ("imagenot", "is neither a folder nor a data set that needs none"),
         ("imagenet", "give the folder that `harness data prepare imagenet --from PATH --out DIR` makes"),
     ):
         done = CliRunner().invoke(group, ["data", "latents", bad, "--vae", str(folder), "--out", str(tmp_path / "x")])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from harness.data.photographs import Broken, decode
-from harness.data.sources import open_listing
+from harness.data.sources import open_index
 from harness.errors import UserError
 from harness.images.open import open_images
 from harness.images.source import Damaged
@@ -62,7 +62,7 @@ def test_numbered_classes_are_their_labels_in_every_kind_of_source(tmp_path):
             with tarfile.open(fileobj=inner, mode="w") as out:
                 add(out, f"{label}.png", data)
             add(outer, f"{label}.tar", inner.getvalue())
-    listings = [open_listing(tmp_path / name, "mine") for name in ("tree", "shard-0.tar", "classes.tar")]
+    listings = [open_index(tmp_path / name, "mine") for name in ("tree", "shard-0.tar", "classes.tar")]
     assert open_images(tmp_path / "tree").labels.tolist() == wanted
     for found in listings:
         assert found.labels.tolist() == wanted and found.classes == tuple(map(str, range(11))), found.kind
@@ -71,4 +71,4 @@ def test_numbered_classes_are_their_labels_in_every_kind_of_source(tmp_path):
     assert len({found.sha256 for found in listings}) == 1
     (tmp_path / "tree" / "20261127").mkdir()
     with pytest.raises(UserError, match="label 20261127 is beyond 100,000 classes"):
-        open_listing(tmp_path / "tree", "mine")
+        open_index(tmp_path / "tree", "mine")

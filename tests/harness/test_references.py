@@ -302,7 +302,7 @@ def test_verify_says_what_a_file_is(tmp_path, source, pictures):
     ("source_name", "more", "message"),
     [
         ("digit", (), "did you mean digits"),
-        ("npz", (), "name its place with --data"),
+        ("npz", (), "name its path with --data"),
         ("source.npz", ("--data", "."), "leave it out"),
         ("source.npz", ("--images", 701), "more than the 700 images"),
         ("source.npz", ("--images", 5), "too small"),

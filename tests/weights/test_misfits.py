@@ -132,7 +132,7 @@ def test_what_wraps_a_network_is_dropped_in_any_order(prefix, state, spec, tmp_p
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "a.pt")
     weights = open_weights(tmp_path / "a.pt")
     assert set(weights.tensors) == set(state) and weights.notes == (
-        f"every name began with {prefix!r}, which was dropped",
+        f"the prefix {prefix!r} was dropped from every name",
     )
     load_into(spec.build(num_classes=10), tmp_path / "a.pt", spec)
 
