@@ -9,15 +9,15 @@ from results.records import Record, Sampling
 UP, DOWN = "\u2191", "\u2193"  # which way is better
 
 
-# What `facts` may name, in the order in which notes state it.
-FACTS = (
+# The names of `row_metadata`, in the order in which notes state it.
+METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("training precision", "training steps", "training seed", "sampler", "sampling steps", "eta", "guidance"),
     *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
     *("system settings", "metric mode", "protocol"),
 )
 # What a note states only of rows that would look alike without it: hashes, and what moves low bits.
-LAST_FACTS = (
+DISTINGUISHING_METADATA = (
     *(
         "backbone",
         "kind",
@@ -121,7 +121,7 @@ def guidance_text(record: Record) -> str:
     return f"{sampling.guidance_scale:g}{channels}"
 
 
-def facts(record: Record) -> dict[str, str]:
+def row_metadata(record: Record) -> dict[str, str]:
     """What belongs to a row beside its columns, in words: the material of footnotes. Unknown facts are absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
     found: dict[str, object] = {
@@ -161,8 +161,8 @@ def facts(record: Record) -> dict[str, str]:
     return _words(found)
 
 
-def last_facts(record: Record) -> dict[str, str]:
-    """The facts of LAST_FACTS. Unknown ones are absent."""
+def distinguishing_metadata(record: Record) -> dict[str, str]:
+    """The facts of DISTINGUISHING_METADATA. Unknown ones are absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
     found: dict[str, object] = {
         "backbone": record.backbone,

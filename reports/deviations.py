@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from reports.columns import FACTS, count_text, facts, guidance_text, key_text, metric_title
+from reports.columns import METADATA, count_text, guidance_text, key_text, metric_title, row_metadata
 from reports.rows import Cell, Row
 from reports.sections import DEVIATION_PARTS, Section, make_line
 from results.records import Record, comparable_key
@@ -137,6 +137,6 @@ def model_text(row: Row) -> str:
 
 
 def _differences(published: Record, record: Record) -> str:
-    theirs, ours = facts(published), facts(record)
-    names = [name for name in FACTS if name in theirs and name in ours and theirs[name] != ours[name]]
+    theirs, ours = row_metadata(published), row_metadata(record)
+    names = [name for name in METADATA if name in theirs and name in ours and theirs[name] != ours[name]]
     return ", ".join(f"{name} {ours[name]} (paper: {theirs[name]})" for name in names)

@@ -11,7 +11,7 @@ from harness.runs.run import build_arguments
 from reports import figures_frontier, figures_gflops, figures_loss, figures_samples, figures_sampling, figures_training
 from reports.charts import Figure
 from reports.figures_study import studies
-from reports.points import pool_of
+from reports.points import index_of
 from results import paper
 from results.records import Record
 
@@ -24,20 +24,20 @@ def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Fi
     every = tuple(records)
     measured = [record for record in every if record.provenance == "measured"]
     published = [record for record in every if record.provenance == "published"]
-    pool = pool_of(measured)
-    found = studies(pool, published)
+    index = index_of(measured)
+    found = studies(index, published)
     made = [
-        figures_gflops.compute_efficiency(found, pool, published),
+        figures_gflops.compute_efficiency(found, index, published),
         figures_training.conditioning_blocks(found),
         figures_training.size_and_patch(found),
         figures_samples.same_noise(folders, measured),
         figures_gflops.correlation_with_gflops(found),
         figures_training.training_compute(found),
-        figures_sampling.sampling_compute(pool, published),
-        figures_training.other_metrics(pool, published),
+        figures_sampling.sampling_compute(index, published),
+        figures_training.other_metrics(index, published),
         figures_loss.training_loss(folders, measured),
         figures_gflops.scaling_law(found, unseen_dits),
-        figures_frontier.pareto(pool, published),
+        figures_frontier.pareto(index, published),
         figures_frontier.best_size(found),
     ]
     return tuple(figure for figure in made if figure is not None)

@@ -10,7 +10,7 @@ from reports.figures_study import Study, above_zero, block_of, name_of, places_o
 from reports.fits import between, frontier
 from reports.points import (
     SIGNS,
-    Pool,
+    RecordIndex,
     bars_note,
     better,
     comparable_groups,
@@ -29,12 +29,12 @@ BUDGETS = 5
 NOT_RECORDED = "energy is not in the records"
 
 
-def pareto(pool: Pool, published: Sequence[Record]) -> Figure | None:
+def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     """`pareto`: every result against what its training and one image of it cost, and those that nobody beats in both."""
     panels: list[Panel] = []
     rows: list[dict] = []
     printed = [record for record in published if record.metric == "fid" and record.source.table != "Section 5.2"]
-    groups, more = comparable_groups(pool.quality, printed)
+    groups, more = comparable_groups(index.quality, printed)
     for group in groups:
         records = quality(group.records)
         if not records:

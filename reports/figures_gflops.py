@@ -27,7 +27,7 @@ from reports.points import (
     BEYOND,
     SIGNS,
     Line,
-    Pool,
+    RecordIndex,
     bars_note,
     better,
     comparable_groups,
@@ -42,7 +42,7 @@ NEAR = 4.0  # times the range of a law's points: predictions farther off are in 
 CURVE_PLACES = 40  # of a fitted law
 
 
-def compute_efficiency(made: Sequence[Study], pool: Pool, published: Sequence[Record]) -> Figure | None:
+def compute_efficiency(made: Sequence[Study], index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     """Figure 2: quality against Gflops with parameters as areas; and each system's best beside its Gflops."""
     parts: list[tuple[Panel, list[dict]]] = []
     for study in made:
@@ -64,7 +64,7 @@ def compute_efficiency(made: Sequence[Study], pool: Pool, published: Sequence[Re
             starts_row=True,
         )
         parts.append((panel, mark_rows(0, marked, {"shows": "bubble"})))
-    for panel, found in _best_systems(pool, published):
+    for panel, found in _best_systems(index, published):
         beside = [place for place, (other, _) in enumerate(parts) if other.heading == panel.heading]
         rows = [data_row(record, 0, name, places_of(record) | {"shows": "bar"}) for name, record in found]
         parts.insert(beside[-1] + 1 if beside else len(parts), (panel, rows))
@@ -75,10 +75,10 @@ def compute_efficiency(made: Sequence[Study], pool: Pool, published: Sequence[Re
     return figure_of("figure-2", "Quality and compute", panels, rows, columns=3)
 
 
-def _best_systems(pool: Pool, published: Sequence[Record]):
+def _best_systems(index: RecordIndex, published: Sequence[Record]):
     """For each set of comparable records a panel of bars, one a system at its best setting, and (name, record)."""
     printed = [r for r in published if r.metric == "fid" and r.source.table in SYSTEMS and r.gflops]
-    groups, _ = comparable_groups(pool.quality, printed)
+    groups, _ = comparable_groups(index.quality, printed)
     for group in groups:
         best: dict[tuple, Record] = {}
         records = [
@@ -177,11 +177,11 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
         if law is None or family != "DiTs":
             continue
         known = {line.model for line in study.lines}
-        wanted = {name: cost for name, cost in unseen(study.group.speaker).items() if name not in known}
+        wanted = {name: cost for name, cost in unseen(study.group.representative).items() if name not in known}
         if not wanted:
             continue
         axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
-        called = pretty if study.group.speaker.provenance == "published" else str  # as the others of the panel are
+        called = pretty if study.group.representative.provenance == "published" else str  # as the others of the panel are
         far = any(not law.reaches(cost) for cost in wanted.values())
         notes = [*study.notes, note, law_note(law, family), *recipes_note(marked)]
         notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]

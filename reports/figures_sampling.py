@@ -8,7 +8,7 @@ from reports.points import (
     ALONG_SAMPLING,
     QUALITY_METRICS,
     Group,
-    Pool,
+    RecordIndex,
     bars_note,
     by_metric,
     comparable_groups,
@@ -25,11 +25,11 @@ FIGURE_10_SOURCE = "Section 5.2"
 FEW_LINES = 6  # up to here there is room for a text at every mark of a line
 
 
-def sampling_compute(pool: Pool, published: Sequence[Record]) -> Figure | None:
+def sampling_compute(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     """Figure 10: Gflops per image (log) against quality, a line a model; with the decoder in a panel of its own."""
     printed = [record for record in published if record.source.table == FIGURE_10_SOURCE]
-    groups, more = comparable_groups(pool.quality, printed)
-    ours = [group for group in groups if group.speaker.provenance == "measured"]
+    groups, more = comparable_groups(index.quality, printed)
+    ours = [group for group in groups if group.representative.provenance == "measured"]
     panels: list[Panel] = []
     rows: list[dict[str, object]] = []
     for group in ours or groups:  # the two points of the paper's text say little beside a curve of one's own

@@ -12,7 +12,7 @@ from reports.points import (
     SIGNS,
     Group,
     Line,
-    Pool,
+    RecordIndex,
     better,
     comparable_groups,
     data_row,
@@ -45,10 +45,10 @@ class Study:
         return dataclasses.replace(self, lines=tuple(line for line in self.lines if wanted(line)))
 
 
-def studies(pool: Pool, published: Iterable[Record]) -> list[Study]:
+def studies(index: RecordIndex, published: Iterable[Record]) -> list[Study]:
     """One study for each set of comparable records: FID, or FD where there is none, against training."""
     printed = [record for record in published if record.metric == "fid" and record.source.table in DETAILS]
-    groups, more = comparable_groups(pool.quality, printed)
+    groups, more = comparable_groups(index.quality, printed)
     made = [study_of(group, quality(group.records), more) for group in groups]
     return [study for study in made if study is not None]
 

@@ -27,7 +27,7 @@ from reports.figures_study import (
 from reports.fits import correlation
 from reports.points import (
     Line,
-    Pool,
+    RecordIndex,
     bars_note,
     by_metric,
     comparable_groups,
@@ -141,7 +141,7 @@ def training_compute(made: Sequence[Study]) -> Figure | None:
     return figure_of("figure-9", "Training compute and quality", panels, rows)
 
 
-def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
+def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     """Figure 12: every metric against training compute (left) and against Gflops at one training length (right)."""
     panels: list[Panel] = []
     rows: list[dict] = []
@@ -155,7 +155,7 @@ def other_metrics(pool: Pool, published: Sequence[Record]) -> Figure | None:
         and (record.metric != "fid" or record.source.table in DETAILS)
         and not block_of(model_of(record))
     ]
-    groups, more = comparable_groups(pool.every, printed)
+    groups, more = comparable_groups(index.every, printed)
     for group in groups:
         starts = True
         wanted = sorted(_directed(group.records), key=rank)

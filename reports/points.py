@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reports.charts import Axis, Mark, Series, model_of
-from reports.columns import count_text, facts, guidance_text, measured_text, metric_name
+from reports.columns import count_text, guidance_text, measured_text, metric_name, row_metadata
 from reports.rows import groups
 from reports.tables import may_share
 from results.metrics import shared_direction
@@ -22,7 +22,7 @@ BEYOND = 1e60  # a number this far out is no measurement, and no axis reaches it
 SIGNS = {"lower": 1, "higher": -1, "": 0}  # what a value is multiplied by so that the best comes first
 MAX_GROUPS = 6  # of comparable records in a figure
 # What a line's label may name where another line of the same system differs in it.
-_LABEL_FACTS = (
+_LABEL_METADATA = (
     *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
     *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
     *("sampling precision", "framework", "protocol version", "suite version", "mode"),
@@ -41,7 +41,7 @@ class Group:
     records: tuple[Record, ...]  # published ones first
 
     @property
-    def speaker(self) -> Record:
+    def representative(self) -> Record:
         """A record that states what all agree in: a measured one, if there is any, for it states more."""
         return next((record for record in self.records if record.provenance == "measured"), self.records[0])
 
@@ -63,20 +63,20 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Pool:
+class RecordIndex:
     """Measured records by what may be compared, sorted out once for all figures."""
 
     every: Mapping[tuple, Sequence[Record]]  # comparable key -> records
     quality: Mapping[tuple, Sequence[Record]]  # those of FID or FD
 
 
-def pool_of(measured: Iterable[Record]) -> Pool:
+def index_of(measured: Iterable[Record]) -> RecordIndex:
     every: dict[tuple, list[Record]] = {}
     for record in measured:
         if abs(record.value) < BEYOND:
             every.setdefault(comparable_key(record), []).append(record)
     best = {key: [record for record in own if record.metric in QUALITY_METRICS] for key, own in every.items()}
-    return Pool(every=every, quality={key: own for key, own in best.items() if own})
+    return RecordIndex(every=every, quality={key: own for key, own in best.items() if own})
 
 
 def comparable_groups(
@@ -99,7 +99,7 @@ def comparable_groups(
     order = [found[0] for found in groups(ours[key][0] for key in kept)]
     made += [ours[comparable_key(record)] for record in order]
     found = [Group(heading="", records=tuple(members)) for members in made]
-    found = [dataclasses.replace(group, heading=heading_of(group.speaker)) for group in found]
+    found = [dataclasses.replace(group, heading=heading_of(group.representative)) for group in found]
     return found, len(ours) - len(kept)
 
 
@@ -271,17 +271,17 @@ def _mark(x: float, records: list[Record], text: str) -> Mark:
         high=high,
         text=text,
         record_ids=tuple(record.id for record in records),
-        facts=mark_facts(first, len(records), measured_text(mean, low, high)),
+        facts=mark_details(first, len(records), measured_text(mean, low, high)),
     )
 
 
-def mark_facts(record: Record, runs: int, value: str) -> tuple[tuple[str, str], ...]:
+def mark_details(record: Record, runs: int, value: str) -> tuple[tuple[str, str], ...]:
     """What is said of a mark when it is asked about."""
     title = metric_name(record.metric, record.n)
     told = {"system": record.system, title: value}
     if runs > 1:
         told["runs"] = f"{runs}: mean [lowest, highest]"
-    known = facts(record)
+    known = row_metadata(record)
     names = ("training steps", "sampler", "sampling steps", "guidance", "decoder", "framework")
     told |= {name: known[name] for name in names if name in known}
     if record.source is not None:
@@ -348,15 +348,15 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
     words = []
     for record in records:
         training, mode = record.training, record.evaluation.mode if record.evaluation else None
-        found = facts(record) | {"guidance": f"guidance {guidance_text(record)}", "mode": mode or ""}
+        found = row_metadata(record) | {"guidance": f"guidance {guidance_text(record)}", "mode": mode or ""}
         found["training steps"] = f"{count_text(training.steps)} steps" if training else ""
         found["sampling steps"] = f"{found['sampling steps']} sampling steps" if "sampling steps" in found else ""
         if "steps" in along:
             found["training steps" if part is Training else "sampling steps"] = ""
-        words.append({name: found.get(name, "") for name in _LABEL_FACTS})
+        words.append({name: found.get(name, "") for name in _LABEL_METADATA})
     peers: dict[str, dict[str, set[str]]] = {}  # system -> fact -> what its lines say of it
     for record, found in zip(records, words, strict=True):
-        own = peers.setdefault(record.system, {name: set() for name in _LABEL_FACTS})
+        own = peers.setdefault(record.system, {name: set() for name in _LABEL_METADATA})
         for name, text in found.items():
             own[name].add(text)
     taken: dict[str, int] = {}

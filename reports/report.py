@@ -9,11 +9,11 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.io.files import write_bytes
 from reports import charts
-from reports.drawing_pool import Painters
 from reports.figures import absent, figures, published_records
 from reports.html_tables import to_html_page
 from reports.page.writer import NAME, page_data, write_page
 from reports.render import to_csv, to_latex, to_markdown
+from reports.render_pool import RenderPool
 from reports.sections import Table
 from reports.tables import paper_tables, protocol_table
 from reports.verdicts import verdict_table
@@ -61,7 +61,7 @@ def write_report(
     told = progress or (lambda stage, done, total: None)
     found = find_record_files(record_paths)
     packaged = resources.files("results").joinpath("measured")
-    with Painters() as painters:
+    with RenderPool() as pool:
         with collector_paused():
             with resources.as_file(packaged) as folder:
                 loaded = load([*found, *sorted(folder.glob("*.jsonl"))], progress)
@@ -72,7 +72,7 @@ def write_report(
             styles = charts.model_styles(drawn)
             told(TABLES, 0, 3)
             shown = figures(drawn, [path.parent for path in found])
-            painters.begin(shown, styles)  # they draw while the rest is made here
+            pool.begin(shown, styles)  # they draw while the rest is made here
             told(TABLES, 1, 3)
             tables, contents = table_files(records, protocols)
             contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
@@ -88,7 +88,7 @@ def write_report(
                 conflicts=loaded.conflicts,
             )
             told(TABLES, 3, 3)
-        for name, files in painters.finish(progress).items():
+        for name, files in pool.finish(progress).items():
             contents |= {f"{name}.{kind}": data for kind, data in files.items()}
     contents[NAME] = write_page(page, shown, contents)
     return ReportSummary(

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from reports.columns import (
     count_text,
-    facts,
     guidance_text,
     measured_text,
     params_text,
     quantity_text,
+    row_metadata,
     title_of,
 )
 from results import paper
@@ -95,7 +95,7 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
 
 
 # Facts that get a place in a terminal's table, which has no footnotes, where the rows differ in them.
-_TOLD_IF_DIFFERENT = (
+SHOWN_IF_DIFFERENT = (
     *("recipe", "batch", "training precision", "eta", "clip denoised", "label policy", "sampling precision"),
     *("sampling seed", "framework", "suite version"),
 )
@@ -110,12 +110,12 @@ def console_table(rows: Sequence[Row]) -> list[dict[str, str]]:
     metrics = metrics_of(rows)
     sizes = {row.any.n for row in rows}
     titles = {metric: column_title(metric, rows, names_n=len(sizes) == 1) for metric in metrics}
-    found = [facts(row.any) for row in rows]
-    differing = {name: len({known.get(name) for known in found}) for name in _TOLD_IF_DIFFERENT}
+    found = [row_metadata(row.any) for row in rows]
+    differing = {name: len({known.get(name) for known in found}) for name in SHOWN_IF_DIFFERENT}
     tables = []
     for row, known in zip(rows, found, strict=True):
         cells = {"System": row.any.system, **{title: cell.text for title, cell in description(row).items()}}
-        cells |= {name.capitalize(): known.get(name, "-") for name in _TOLD_IF_DIFFERENT if differing[name] > 1}
+        cells |= {name.capitalize(): known.get(name, "-") for name in SHOWN_IF_DIFFERENT if differing[name] > 1}
         if len(sizes) > 1:
             cells["N"] = str(row.any.n)
         for metric in metrics:

@@ -6,7 +6,7 @@ import operator
 import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from reports.columns import FACTS, LAST_FACTS, facts, last_facts
+from reports.columns import DISTINGUISHING_METADATA, METADATA, distinguishing_metadata, row_metadata
 from reports.rows import Cell, Row
 from results.metrics import rank
 
@@ -72,8 +72,8 @@ def build_section(
     A row has one note for what it states and others leave open, and one for what other rows state differently. Rows that
     would look alike even so get a third one, for what tells their records apart.
     """
-    found = [facts(row.any) for row in rows]
-    names = [name for name in FACTS if name not in shown and any(name in words for words in found)]
+    found = [row_metadata(row.any) for row in rows]
+    names = [name for name in METADATA if name not in shown and any(name in words for words in found)]
     known = {name: {words[name] for words in found if name in words} for name in names}
     common = [name for name in names if len(known[name]) == 1 and all(name in words for words in found)]
     stated = [name for name in names if len(known[name]) == 1 and name not in common]
@@ -83,8 +83,8 @@ def build_section(
         for words in found
     ]
     for members in _alike(rows, cells, notes):
-        known_last = {index: last_facts(rows[index].any) for index in members}
-        last = [name for name in LAST_FACTS if len({words.get(name) for words in known_last.values()}) > 1]
+        known_last = {index: distinguishing_metadata(rows[index].any) for index in members}
+        last = [name for name in DISTINGUISHING_METADATA if len({words.get(name) for words in known_last.values()}) > 1]
         for index, words in known_last.items():
             notes[index].append(", ".join(f"{name} {words.get(name, 'not stated')}" for name in last))
     numbers: dict[str, int] = {}

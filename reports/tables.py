@@ -161,9 +161,9 @@ def _joint_section(
     # A published row says in its name what tells it from its neighbours; a measured row says steps and seed there.
     if all(not row.is_published for row in rows):
         shown = (*shown, "training steps", "training seed")
-    speaker = next((row.any for row in rows if not row.is_published), rows[0].any)
+    representative = next((row.any for row in rows if not row.is_published), rows[0].any)
     told = [cells(row, marked) for row, marked in zip(rows, marks, strict=True)]
-    section = build_section(key_text(speaker), columns, rows, told, shown)
+    section = build_section(key_text(representative), columns, rows, told, shown)
     section = dataclasses.replace(section, remarks=_with(section.remarks, remark(rows, marks)))
     return section, [data_row(row, number, marked) for row, marked in zip(rows, marks, strict=True)], rows
 

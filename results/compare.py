@@ -1,7 +1,7 @@
 """Is the difference real: win, loss or tie between two sides, metric by metric.
 
-A side is a set of records. Those of one metric and one way of sampling that differ in seeds alone belong together: they
-are sample sets of one checkpoint (sampling seeds) and checkpoints of one experiment (training seeds).
+A side is a set of records. Its records of one metric and one way of sampling that differ in seeds alone form a group:
+sample sets of one checkpoint (sampling seeds) and checkpoints of one experiment (training seeds).
 """
 
 from __future__ import annotations
@@ -16,61 +16,68 @@ from statistics import fmean, variance
 
 from harness.errors import UserError
 from results.metrics import rank, shared_direction
-from results.records import Record, Sampling, Training, comparable_key
+from results.records import ComparableKey, Record, Sampling, Training, comparable_key
 
 CONFIDENCE = 0.975  # two-sided 95 %
 SEEDS_RULE = (
     "training seeds on both sides: win or loss where the 95 % interval of the difference of the means over training "
-    "seeds (Welch, Satterthwaite's degrees of freedom) leaves out 0; it speaks of the two experiments"
+    "seeds (Welch, Satterthwaite's degrees of freedom) does not contain 0; the verdict is about the two experiments"
 )
 SAMPLING_RULE = (
     "one training seed on a side: win or loss where the difference exceeds the root of the sum of the squared 95 % "
-    "half-widths of sampling; it speaks of these checkpoints, not of the backbones. Training again moves a Frechet "
-    "distance about 3 times as far as sampling again does (arXiv:2606.20536), so the last column says what is left at "
-    "3.2 times that noise"
+    "half-widths of sampling; the verdict is about these checkpoints, not about the backbones. Training again moves a "
+    "Frechet distance about 3 times as far as sampling again does (arXiv:2606.20536), so the last column has the verdict "
+    "at 3.2 times that noise"
 )
-RULE = f"{SEEDS_RULE}. {SAMPLING_RULE}. Each line stands by itself: of twenty ties one shows a win or a loss by chance."
-RETRAINING = 3.2  # noise of training again over that of sampling again (arXiv:2606.20536)
+RULE = (
+    f"{SEEDS_RULE}. {SAMPLING_RULE}. Lines are tested one by one: of twenty ties one shows a win or a loss by chance."
+)
+Cell = tuple[str, str | None, str, ComparableKey]  # (metric, mode, way of sampling, comparable key)
+Cells = dict[Cell, "Group"]
+RETRAINING = 3.2  # ratio of the noise of training again to the noise of sampling again (arXiv:2606.20536)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The records of one side for one metric and one way of sampling, by checkpoint, those of a training seed together.
+    """The records of one side for one metric and one way of sampling, by checkpoint.
 
-    A seed trained twice is one seed: its checkpoints differ in low bits or in the machine, and are averaged.
+    Checkpoints of one training seed count as one: they differ in low bits or in the machine, and are averaged.
     """
 
     checkpoints: tuple[tuple[Record, ...], ...]
 
     @functools.cached_property
     def records(self) -> tuple[Record, ...]:
-        return tuple(record for each in self.checkpoints for record in each)
+        return tuple(record for checkpoint in self.checkpoints for record in checkpoint)
 
     @functools.cached_property
     def seeds(self) -> tuple[tuple[tuple[Record, ...], ...], ...]:
-        """The checkpoints of each training seed; one whose seed is not known stands alone."""
+        """The checkpoints of each training seed; a checkpoint whose seed is not known counts as a seed."""
         found: dict[object, list[tuple[Record, ...]]] = {}
-        for place, each in enumerate(self.checkpoints):
-            seed = each[0].training.seed if each[0].training else None
-            found.setdefault(("unknown", place) if seed is None else seed, []).append(each)
+        for place, checkpoint in enumerate(self.checkpoints):
+            training = checkpoint[0].training
+            known = training is not None and training.seed is not None
+            found.setdefault(training.seed if training and known else ("unknown", place), []).append(checkpoint)
         return tuple(map(tuple, found.values()))
 
     @functools.cached_property
     def means(self) -> list[float]:
-        """Of each training seed over its checkpoints, of those over their sampling seeds."""
+        """The mean of each training seed over its checkpoints, each of which is a mean over its sampling seeds."""
         return [
-            own[0][0].value
-            if len(own) == len(own[0]) == 1
-            else fmean(fmean(record.value for record in each) for each in own)
-            for own in self.seeds
+            checkpoints[0][0].value
+            if len(checkpoints) == len(checkpoints[0]) == 1
+            else fmean(fmean(record.value for record in checkpoint) for checkpoint in checkpoints)
+            for checkpoints in self.seeds
         ]
 
     @functools.cached_property
     def value(self) -> float:
+        """The mean over training seeds."""
         return fmean(self.means)
 
     @property
     def n(self) -> int:
+        """Number of images that each record measured."""
         return self.records[0].n
 
     def sampling_half_width(self, *, upward: bool) -> float | None:
@@ -109,7 +116,7 @@ class Verdict:
     """
 
     metric: str
-    sampling: str  # what both sides were sampled with
+    sampling: str  # the way of sampling, of both sides
     a: Group
     b: Group
     difference: float  # a - b
@@ -140,24 +147,25 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
 
 
 def within_noise(a: Record, b: Record) -> bool | None:
-    """Whether two measurements of one metric tie by the draw of their samples alone; None where an interval is missing.
+    """Whether two measurements of one metric tie given the noise of sampling; None where an interval is missing.
 
-    The rule of one training seed: the gap is at most the root of the sum of the squared half-widths that face the other.
+    The rule for one training seed: they tie where the gap is at most the root of the sum of the squared half-widths on
+    the sides that face each other.
     """
     lower, upper = (a, b) if a.value <= b.value else (b, a)
-    halves = (_half_width([lower], upward=True), _half_width([upper], upward=False))
-    if halves[0] is None or halves[1] is None:
+    above, below = _half_width([lower], upward=True), _half_width([upper], upward=False)
+    if above is None or below is None:
         return None
-    return upper.value - lower.value <= math.hypot(*halves)
+    return upper.value - lower.value <= math.hypot(above, below)
 
 
-def differing(a: Record, b: Record) -> dict[str, tuple]:
-    """Settings in which two records differ, but for seeds, hashes and what the compute follows from."""
+def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
+    """Name -> both values of the settings in which two records differ: no seeds, no hashes, nothing that sets compute."""
     skipped = {
         "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
         "decoder_gflops", "images", "micro_batch", "batch",
     }  # fmt: skip
-    found = {}
+    found: dict[str, tuple[object, object]] = {}
     for part in ("training", "sampling"):
         one, other = getattr(a, part), getattr(b, part)
         if one is None or other is None:
@@ -169,11 +177,11 @@ def differing(a: Record, b: Record) -> dict[str, tuple]:
     return found
 
 
-def _one_way_each(left: dict, right: dict, *, by_steps: bool) -> list[tuple[str, str, Group, Group]]:
-    """(metric, text, A, B) where each side has one way of sampling alone, of the same number of steps if `by_steps`."""
+def _one_way_each(left: Cells, right: Cells, *, by_steps: bool) -> list[tuple[str, str, Group, Group]]:
+    """(metric, text, A, B) where each side has exactly one way of sampling; with `by_steps`, one of each step count."""
     sides = []
     for side in (left, right):
-        found: dict[tuple, list] = {}
+        found: dict[tuple, list[tuple[str, Group]]] = {}
         for (metric, mode, sampling, key), group in side.items():
             drawn = group.records[0].sampling
             steps = (drawn.steps if drawn else None) if by_steps else None
@@ -187,8 +195,8 @@ def _one_way_each(left: dict, right: dict, *, by_steps: bool) -> list[tuple[str,
     return pairs
 
 
-def _cells(records: Iterable[Record], side: str) -> dict[tuple, Group]:
-    cells: dict[tuple, dict[str, Record]] = {}
+def _cells(records: Iterable[Record], side: str) -> Cells:
+    cells: dict[Cell, dict[str, Record]] = {}
     for record in records:
         mode = record.evaluation.mode if record.evaluation else None
         cell = (record.metric, mode, sampling_text(record), comparable_key(record))
@@ -197,7 +205,7 @@ def _cells(records: Iterable[Record], side: str) -> dict[tuple, Group]:
 
 
 def _group(records: list[Record], side: str) -> Group:
-    """By checkpoint; refused where records differ in more than seeds."""
+    """The records of a cell as a group; UserError where they differ in more than seeds."""
     first = records[0]
     for other in records[1:]:
         if experiment(first) == experiment(other):
@@ -222,7 +230,7 @@ def _group(records: list[Record], side: str) -> Group:
 
 
 def group_of(records: Iterable[Record]) -> Group:
-    """The records of one experiment; of what was measured twice with the same seeds, the first by id is taken."""
+    """The records of one experiment as a group; of several with the same seeds, the first by id is taken."""
     seeds: dict[tuple, Record] = {}
     for record in sorted(records, key=lambda record: record.id):
         seeds.setdefault((_checkpoint(record), record.sampling.seed if record.sampling else None), record)
@@ -246,7 +254,7 @@ def _as_group(checkpoints: dict[tuple, list[Record]]) -> Group:
 
 
 def experiment(record: Record) -> tuple:
-    """What records of one group agree in: all but seeds, values, what follows from seeds, and what moves low bits."""
+    """Equal for records of one group: everything but seeds, values, what follows from seeds, and what moves low bits."""
     return (
         record.system,
         record.backbone,
@@ -259,7 +267,7 @@ def experiment(record: Record) -> tuple:
 
 
 def _but(part: type, *names: str) -> operator.attrgetter:
-    """What gets all fields of a part of a record but these."""
+    """A function that returns all fields of a part of a record but these."""
     return operator.attrgetter(*(field.name for field in dataclasses.fields(part) if field.name not in names))
 
 
@@ -268,7 +276,7 @@ _drawn = _but(Sampling, "seed", "samples_sha256", "batch")
 
 
 def sampling_text(record: Record) -> str:
-    """How the images were drawn: what both sides of a comparison agree in."""
+    """How the images were sampled, in words: equal for both sides of a comparison."""
     drawn = record.sampling
     if drawn is None or drawn.sampler is None:
         return "samples as given"
@@ -301,9 +309,9 @@ def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
         noise, degrees = _welch(a.means, b.means)
         verdict = within(noise)
     else:
-        halves = (a.sampling_half_width(upward=difference < 0), b.sampling_half_width(upward=difference > 0))
-        if halves[0] is not None and halves[1] is not None:
-            noise = math.hypot(*halves)
+        half_a, half_b = a.sampling_half_width(upward=difference < 0), b.sampling_half_width(upward=difference > 0)
+        if half_a is not None and half_b is not None:
+            noise = math.hypot(half_a, half_b)
             verdict = within(noise)
             again = None if higher_is_better is None else within(RETRAINING * noise)
     return Verdict(
@@ -321,7 +329,7 @@ def student_t(degrees: float) -> float:
 
 
 def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
-    """95 % half-width of the difference of two means of unequal variances, and its degrees of freedom (Welch 1947)."""
+    """95 % half-width and degrees of freedom of the difference of two means of unequal variances (Welch 1947)."""
     parts = [(variance(each) / len(each), len(each)) for each in (a, b)]
     total = sum(part for part, _ in parts)
     if total == 0:  # seeds that change nothing
@@ -330,7 +338,7 @@ def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
     return student_t(degrees) * math.sqrt(total), degrees
 
 
-def _why(left: dict[tuple, Group], right: dict[tuple, Group]) -> str:
+def _why(left: Cells, right: Cells) -> str:
     names = ("data set", "resolution", "N", "suite", "features", "reference")
     if not left or not right:
         return f"{'A' if not left else 'B'} holds no records"

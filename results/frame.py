@@ -51,8 +51,8 @@ def load_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         frame = harness.load_records("runs")
         frame[frame.metric == "fd"].groupby(["system", "training_steps"]).value.agg(["mean", "min", "max"])
     """
-    one = isinstance(paths, str | os.PathLike)
-    loaded = load(find_record_files([paths] if one else paths))
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    loaded = load(find_record_files(given))
     for problem in (*loaded.problems, *loaded.conflicts):
         logger.warning("%s", problem)
     return to_frame(loaded.records)

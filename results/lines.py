@@ -1,7 +1,7 @@
-"""Reading many lines of records: what those of one sample set have in common is read once.
+"""Reading many lines of records: what the lines of one sample set have in common is parsed once.
 
-The metrics of a sample set differ in seven fields; everything else stands in each of their lines to the byte, and is most
-of what there is to parse, check and hash. A line of a form that is not recognised is read as any other.
+The metrics of a sample set differ in seven fields. Everything else is repeated in their lines byte for byte, and is most
+of what has to be parsed, checked and hashed. A line of another form is read by `from_json`.
 """
 
 import dataclasses
@@ -25,7 +25,10 @@ MAX_KNOWN = 10_000
 
 
 class _Known(NamedTuple):
-    """A record that was read whole, and its identity's canonical JSON before the metric (its hash) and behind it."""
+    """A record that was parsed in full, and the canonical JSON of its identity in two parts.
+
+    before: the hash of the part up to the metric's name. behind: the part after it.
+    """
 
     fields: dict[str, object]
     before: "hashlib._Hash"
@@ -33,7 +36,7 @@ class _Known(NamedTuple):
 
 
 class LineReader:
-    """`from_json` for many lines, with the same records, refusals and checks of the id."""
+    """`from_json` for many lines: the same records, the same errors, and the id checked alike."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str, str], _Known] = {}
@@ -59,7 +62,7 @@ class LineReader:
         whole = identity.copy()
         whole.update(float.__repr__(value).encode("ascii"))
         if whole.hexdigest() != own["id"] or not -math.inf < low <= high < math.inf:
-            return from_json(text)  # which says what is wrong with it
+            return from_json(text)  # which names what is wrong
         record = object.__new__(Record)
         vars(record).update(known.fields, **line, _hashes=(identity.hexdigest(), own["id"]))
         return record

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from results.compare import Group, Verdict, experiment, group_of, sampling_text, verdict_of
 from results.metrics import rank, shared_direction
-from results.records import Record, comparable_key
+from results.records import ComparableKey, Record, comparable_key
 
 TOLERANCE = 0.02  # by which the larger training compute of two may exceed the smaller one
 
@@ -46,7 +46,7 @@ class Matchups:
     looked at.
     """
 
-    key: tuple
+    key: ComparableKey
     matchups: tuple[Matchup, ...]  # by metric, sampling, compute and name
     experiments: int
     alone: int
@@ -60,8 +60,8 @@ def matchups(records: Iterable[Record], most: int = sys.maxsize) -> list[Matchup
     sampling are skipped.
     """
     records = list(records)  # held, so that the ids of their parts stay unique
-    cells: dict[tuple, dict[tuple, dict[tuple, list[Record]]]] = {}
-    known: dict[tuple, tuple[tuple, tuple, str, str]] = {}  # the metrics of one sample set share their parts
+    cells: dict[ComparableKey, dict[tuple[str, str, str], dict[tuple, list[Record]]]] = {}
+    known: dict[tuple, tuple[ComparableKey, tuple, str, str]] = {}  # the metrics of one sample set share their parts
     for record in records:
         if record.provenance == "measured" and record.training and record.training.gflops:
             parts = (
@@ -77,26 +77,25 @@ def matchups(records: Iterable[Record], most: int = sys.maxsize) -> list[Matchup
     result = []
     for key, found in cells.items():
         directions = {
-            cell: shared_direction(record for members in experiments.values() for record in members)
-            for cell, experiments in found.items()
+            names: shared_direction(record for members in experiments.values() for record in members)
+            for names, experiments in found.items()
         }
-        ordered = sorted((cell for cell in found if directions[cell] is not None), key=lambda cell: _order(*cell))
+        ordered = sorted((names for names in found if directions[names] is not None), key=lambda names: _order(*names))
         if not ordered:
             continue
         made: list[Matchup] = []
         everyone: set[tuple] = set()
         looked_at = 0
-        for cell in ordered:
+        for metric, mode, sampling in ordered:
             if len(made) >= most:
                 break
             looked_at += 1
-            everyone |= {_run(members[0]) for members in found[cell].values()}
-            metric, mode, sampling = cell
+            experiments = found[metric, mode, sampling]
+            everyone |= {_run(members[0]) for members in experiments.values()}
+            sign = -1 if directions[metric, mode, sampling] else 1
             made += [
                 Matchup(metric=metric, mode=mode, sampling=sampling, group=group, opponent=opponent)
-                for group, opponent in _pairs(
-                    [group_of(members) for members in found[cell].values()], sign=-1 if directions[cell] else 1
-                )
+                for group, opponent in _pairs([group_of(members) for members in experiments.values()], sign)
             ]
         matched = {_run(group.records[0]) for each in made for group in (each.group, each.opponent)}
         result.append(

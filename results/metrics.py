@@ -1,4 +1,4 @@
-"""What is known of a metric by its key, and which way it is better: the record's word first, then the registry's."""
+"""What is known of a metric by its key, and which way it is better: as the record states it, else as the registry does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOSS = "loss_"  # what the keys of losses begin with: loss_mse, loss_vb
 
 
 class KnownMetric(Protocol):
-    """What tables need of `evaluators.metrics.Metric`."""
+    """The part of `evaluators.metrics.Metric` that tables use."""
 
     @property
     def key(self) -> str: ...
@@ -33,12 +33,12 @@ class KnownMetric(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A term of a training loss, which no evaluator measures: lower is better by definition."""
+    """A term of a training loss. No evaluator measures it, and lower is better by definition."""
 
     key: str
     title_elsewhere: str = ""
     names_n: bool = False
-    rank: float = 500  # behind the metrics that are built in, before those of plug-ins
+    rank: float = 500  # behind the built-in metrics, before metrics without a rank
     higher_is_better: bool = False
 
     @property
@@ -48,7 +48,7 @@ class Loss:
 
 
 def known(key: str) -> KnownMetric | None:
-    """The registered metric of that key, or the one that a suite measures under it, or a loss; None for any other."""
+    """The metric of that key: a registered one, one that a registered suite measures, or a loss. None: not known."""
     if key in registry.metrics:
         return registry.metrics.get(key)
     found = _of_suites(tuple(registry.suites.names())).get(key)
@@ -72,14 +72,14 @@ def shared_direction(records: Iterable[Record]) -> bool | None:
 
 
 def rank(key: str) -> tuple[float, str]:
-    """The place of a metric in tables, to sort by: known metrics by their rank, all others behind them by key."""
+    """A sort key: the metrics in the order of the tables, by rank and then by key."""
     metric = known(key)
     return (math.inf if metric is None else metric.rank, key)
 
 
 @functools.lru_cache(maxsize=1)
 def _of_suites(names: tuple[str, ...]) -> dict[str, KnownMetric]:
-    """The metrics of these suites by key; of several with one key the first suite's."""
+    """Key -> metric of these suites; the first suite that measures a key wins."""
     found: dict[str, KnownMetric] = {}
     for name in names:
         for metric in registry.suites.get(name).metrics:

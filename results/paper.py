@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 from importlib import resources
+from typing import Any, TypeVar
 
 from harness.compute import TRAINING_FACTOR
 from results.records import Evaluation, Record, Sampling, Source, Training
@@ -12,25 +13,26 @@ FILES = (*(f"table-{number}.csv" for number in range(1, 7)), "section-5.2.csv")
 DATASET = "imagenet"
 SUITE = "adm"  # "all values reported in this paper are obtained ... using ADM's TensorFlow evaluation suite" (sec. 4)
 EMA_DECAY = 0.9999  # sec. 4
+Number = TypeVar("Number", int, float)
 _COUNTS = ("resolution", "n", "training_steps", "batch", "sampling_steps")
 _SCALES = ("learning_rate", "guidance_scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedValue:
-    """One cell of a table. Empty text and None: the paper does not say."""
+    """One cell of a table. Empty text and None: the paper does not state it."""
 
     table: str  # "Table 2", "Section 5.2"
     row: str
     column: str
     value: str  # as printed; "" for a dash or a blank
     unit: str
-    metric: str  # the record's metric key, "" where the cell is no metric
+    metric: str  # the metric's key in records, "" where the cell is no metric
     system: str
     backbone: str
     block: str  # conditioning block of a DiT
-    resolution: int | None  # pixels a side
-    n: int | None  # images judged
+    resolution: int | None  # side of an image in pixels
+    n: int | None  # images measured
     training_steps: int | None
     batch: int | None
     learning_rate: float | None
@@ -46,11 +48,12 @@ def values() -> tuple[PublishedValue, ...]:
     folder = resources.files("results").joinpath("published")
     cells = []
     for name in FILES:
-        with folder.joinpath(name).open(encoding="utf-8", newline="") as file:
-            for line in csv.DictReader(file):
-                numbers = {key: int(line[key]) if line[key] else None for key in _COUNTS}
-                numbers |= {key: float(line[key]) if line[key] else None for key in _SCALES}
-                cells.append(PublishedValue(**{**line, **numbers}))
+        lines = folder.joinpath(name).read_text(encoding="utf-8").splitlines(keepends=True)
+        for line in csv.DictReader(lines):
+            fields: dict[str, Any] = dict(line)
+            fields |= {key: int(line[key]) if line[key] else None for key in _COUNTS}
+            fields |= {key: float(line[key]) if line[key] else None for key in _SCALES}
+            cells.append(PublishedValue(**fields))
     return tuple(cells)
 
 
@@ -62,26 +65,33 @@ def records() -> tuple[Record, ...]:
 
 @functools.cache
 def printed() -> dict[Source, str]:
-    """The text of each cell where it is printed: `171.4` stays `171.4`."""
+    """The text of each cell as it is printed: `171.4` stays `171.4`."""
     return {Source(table=cell.table, row=cell.row, column=cell.column): cell.value for cell in values()}
 
 
 @functools.cache
-def gflops() -> dict[tuple[str, int], float]:
-    """(backbone, resolution) -> Gflops per forward, from Tables 4 and 6; base and upsampler: one forward of each."""
+def gflops() -> dict[tuple[str, int | None], float]:
+    """(backbone, resolution) -> Gflops per forward pass, from Tables 4 and 6; a cascade: one pass of each network."""
     columns = ("Flops (G)", "Total Flops (G)")
     return {(cell.backbone, cell.resolution): float(cell.value) for cell in values() if cell.column in columns}
 
 
 @functools.cache
-def params() -> dict[tuple[str, int], int]:
+def params() -> dict[tuple[str, int | None], int]:
     """(backbone, resolution) -> parameters, from Table 4, which prints whole millions."""
     cells = (cell for cell in values() if cell.column == "Params (M)")
     return {(cell.backbone, cell.resolution): int(cell.value) * 1_000_000 for cell in cells}
 
 
+def _stated(value: Number | None, cell: PublishedValue) -> Number:
+    """A number that the file must state for this cell."""
+    if value is None:
+        raise ValueError(f"{cell.table}, {cell.row}, {cell.column}: a number is missing in results/published")
+    return value
+
+
 def _record(cell: PublishedValue) -> Record:
-    # Table 6 counts the diffusion models alone, so a classifier beside one does not change the figure.
+    # Table 6 counts diffusion models alone, so a classifier that guides one does not change its figure.
     networks = "+".join(part for part in cell.backbone.split("+") if "-classifier-" not in part)
     forward = gflops().get((networks, cell.resolution))
     is_dit = cell.backbone.startswith("dit-")
@@ -89,9 +99,9 @@ def _record(cell: PublishedValue) -> Record:
         provenance="published",
         metric=cell.metric,
         value=float(cell.value),
-        n=cell.n,
+        n=_stated(cell.n, cell),
         protocol=f"{DATASET}-{cell.resolution}",
-        resolution=cell.resolution,
+        resolution=_stated(cell.resolution, cell),
         dataset=DATASET,
         system=cell.system,
         backbone=cell.backbone,
@@ -106,12 +116,12 @@ def _record(cell: PublishedValue) -> Record:
     )
 
 
-def _training(cell: PublishedValue, forward: float) -> Training:
-    images = cell.training_steps * cell.batch
+def _training(cell: PublishedValue, forward: float | None) -> Training:
+    images = _stated(cell.training_steps, cell) * _stated(cell.batch, cell)
     return Training(
         steps=cell.training_steps,
         images=images,
-        gflops=forward * images * TRAINING_FACTOR,
+        gflops=_stated(forward, cell) * images * TRAINING_FACTOR,
         batch=cell.batch,
         learning_rate=cell.learning_rate,
         ema_decay=EMA_DECAY,
@@ -129,6 +139,6 @@ def _sampling(cell: PublishedValue, forward: float | None) -> Sampling | None:
         evaluations=evaluations,
         guidance_scale=cell.guidance_scale,
         guidance_channels="first-3" if guided else None,
-        gflops_per_image=forward * evaluations,
+        gflops_per_image=_stated(forward, cell) * evaluations,
         decoder=cell.decoder,
     )

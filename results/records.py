@@ -1,8 +1,8 @@
 """The record: one immutable measurement with its whole identity.
 
-A record is what tables and curves are made of. Its *identity* is everything that could change the number and is not
-luck or description: all fields but value, interval, direction and environment. Its *id* is the identity together with
-the value, so the same measurement made twice has one id, and two different values under one identity are a conflict.
+Tables and curves are made of records. The *identity* of a record is everything that determines its number: all fields
+but value, interval, direction and environment. Its *id* is the identity together with the value: the same measurement
+made twice has one id, and two values of one identity are a conflict.
 """
 
 import dataclasses
@@ -15,11 +15,13 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from harness.errors import UserError
 
 SCHEMA_VERSION = 1
+ComparableKey = tuple[str, int, int, str | None, str | None, str | None]
 PROVENANCES = ("measured", "published")
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -28,7 +30,7 @@ _NOT_IDENTITY = ("value", "low", "high", "interval", "higher_is_better", "enviro
 
 
 class BrokenRecord(UserError):
-    """A line or object that is no record: a field is missing, unknown, mistyped or out of range (the text names it)."""
+    """A line or object that is no record; the text names the field that is missing, unknown, mistyped or out of range."""
 
 
 class NewerSchema(UserError):
@@ -36,20 +38,23 @@ class NewerSchema(UserError):
 
 
 class _Checked:
-    """Type checks at construction, driven by the annotations, so that Python and JSON callers meet the same rules."""
+    """Checks the types of its fields at construction by their annotations, the same for Python and JSON callers."""
 
-    def __post_init__(self):
-        hints, required = field_types(type(self)), _required(type(self))
+    def __post_init__(self) -> None:
+        cls: type = type(self)
+        hints, required = field_types(cls), _required(cls)
         for name, value in tuple(vars(self).items()):
             if value is None and name not in required:
                 continue
             hint = hints[name]
-            if type(value) is hint and (hint in _AS_IT_IS or (hint is float and value and math.isfinite(value))):
+            if type(value) is hint and hint in _UNCHECKED:
+                continue
+            if hint is float and type(value) is float and value and math.isfinite(value):
                 continue
             try:
                 checked = _coerce(value, hint)
             except (TypeError, ValueError, OverflowError) as error:
-                raise BrokenRecord(f"record field {type(self).__name__}.{name}: {error}") from None
+                raise BrokenRecord(f"record field {cls.__name__}.{name}: {error}") from None
             if checked is not value:
                 object.__setattr__(self, name, checked)
 
@@ -61,7 +66,7 @@ class _Checked:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(_Checked):
-    """How the weights came about. None: not known (a published record), never "zero"."""
+    """How the weights were trained. None: not known, never "zero"."""
 
     steps: int | None = None  # optimizer steps
     images: int | None = None  # images seen: steps x batch
@@ -73,41 +78,39 @@ class Training(_Checked):
     objective: str | None = None
     schedule: str | None = None  # noise schedule
     precision: str | None = None  # of the network's arithmetic in training
-    micro_batch: int | None = None  # images a forward pass; moves low bits
+    micro_batch: int | None = None  # images per forward pass; changes low bits
     recipe_hash: str | None = None  # sha256 of the resolved recipe
     checkpoint_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(_Checked):
-    """How the images were drawn."""
+    """How the images were sampled."""
 
     sampler: str | None = None  # "ddpm", "ddim", ...
     steps: int | None = None
-    evaluations: int | None = None  # true network evaluations per image; a step with two-sided guidance counts two
+    evaluations: int | None = None  # network evaluations per image; a step with classifier-free guidance counts two
     eta: float | None = None  # DDIM's noise share, in [0, 1]
     guidance_scale: float | None = None  # None or 1.0: no guidance
-    guidance_channels: str | None = None  # "first-3" as published, "all", or "classifier": guided by one's gradient
+    guidance_channels: str | None = None  # "first-3" as published, "all", or "classifier": by a classifier's gradient
     gflops_per_image: float | None = None  # all evaluations of one image, without the decoder
-    decoder: str | None = None  # None: pixels, nothing to decode
+    decoder: str | None = None  # None: the model makes pixels
     decoder_gflops: float | None = None  # per image
     uint8_rule: str | None = None
     label_policy: str | None = None  # "random" or "balanced"
-    clip_denoised: bool | None = None  # the predicted image clamped to [-1, 1] at every step
+    clip_denoised: bool | None = None  # whether the predicted image is clamped to [-1, 1] at every step
     precision: str | None = None  # of the network's arithmetic in sampling: "float32", "bfloat16", ...
-    batch: int | None = None  # images a forward pass; moves low bits
+    batch: int | None = None  # images per forward pass; changes low bits
     seed: int | None = None
-    stage_steps: str | None = (
-        None  # "50 + 50", of a system of several networks that make images; `steps` is the first's
-    )
-    settings: str | None = None  # of a system of several networks, in words, what the other fields do not say of them
+    stage_steps: str | None = None  # "50 + 50": steps of each network of a cascade; `steps` is the first's
+    settings: str | None = None  # in words, the settings of a system of several networks that have no field here
     settings_hash: str | None = None  # of all settings of a system of several networks
     samples_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(_Checked):
-    """Who judged, with which features, against which reference."""
+    """The suite that measured, its features and its reference."""
 
     suite: str
     suite_version: str | None = None
@@ -121,8 +124,8 @@ class Evaluation(_Checked):
 class Environment(_Checked):
     """Where and when it was measured, and how long it took. Description, not identity.
 
-    device: of the evaluation. Seconds are stated only where the same devices did all of the work; several are
-    called by the first one's name.
+    device: of the evaluation. Seconds are stated only where the same devices did all of the work; several devices are
+    named after the first one.
     """
 
     device: str | None = None
@@ -130,9 +133,9 @@ class Environment(_Checked):
     git_commit: str | None = None
     time: str | None = None  # ISO 8601, UTC
     harness_version: str | None = None
-    training_seconds: float | None = None  # up to the checkpoint that was sampled, without pauses
+    training_seconds: float | None = None  # until the checkpoint that was sampled, without pauses
     training_device: str | None = None
-    sampling_seconds_per_image: float | None = None  # with the decoder
+    sampling_seconds_per_image: float | None = None  # decoder included
     sampling_device: str | None = None
 
 
@@ -147,10 +150,10 @@ class Source(_Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record(_Checked):
-    """One measurement. None means "not known"; published records leave out what their source does not say.
+    """One measurement. None means "not known"; published records leave out what their source does not state.
 
-    Raises BrokenRecord (a ValueError) naming the field for a wrong type, a NaN or infinity, or a value out of range.
-    Integers given for float fields become floats, so that a record equals its JSON read back.
+    Raises BrokenRecord (a ValueError) that names the field: for a wrong type, NaN or infinity, or a value out of range.
+    Integers in float fields become floats, so that a record equals its JSON read back.
     """
 
     schema: int = SCHEMA_VERSION
@@ -161,25 +164,25 @@ class Record(_Checked):
     high: float | None = None
     interval: str | None = None  # how the interval was made, e.g. "95 % delete-block jackknife, 10 blocks"
     higher_is_better: bool | None = None  # None: not stated (`results.metrics` asks the registry then)
-    n: int  # images judged
+    n: int  # images measured
     protocol: str
     protocol_version: str | None = None
-    resolution: int  # pixels a side
+    resolution: int  # side of an image in pixels
     dataset: str
     system: str  # the name of the table row
-    backbone: str | None = None  # parts joined with "+" where a system has several
+    backbone: str | None = None  # the parts of a system of several networks are joined with "+"
     kind: str | None = None  # "denoiser", "upsampler", "classifier", "generator"
     framework: str | None = None
     params: int | None = None
-    gflops: float | None = None  # per forward at this input (1 multiply-add = 1 flop)
-    gflops_published_input: float | None = None  # per forward at the paper's input
+    gflops: float | None = None  # per forward pass at this input (1 multiply-add = 1 flop)
+    gflops_published_input: float | None = None  # per forward pass at the paper's input
     training: Training | None = None
     sampling: Sampling | None = None
     evaluation: Evaluation | None = None
     environment: Environment | None = None
     source: Source | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.schema != SCHEMA_VERSION:
             raise NewerSchema(f"record schema {self.schema} is not {SCHEMA_VERSION}, the one this version writes")
@@ -192,7 +195,7 @@ class Record(_Checked):
                 raise BrokenRecord(f"record field Record.{name}: {getattr(self, name)} is below 1")
         if (self.low is None) != (self.high is None):
             raise BrokenRecord("record field Record.low: an interval needs both low and high")
-        if self.low is not None and self.low > self.high:
+        if self.low is not None and self.high is not None and self.low > self.high:
             raise BrokenRecord(f"record field Record.low: {self.low!r} is above high, {self.high!r}")
         if self.provenance == "published" and self.source is None:
             raise BrokenRecord("record field Record.source: a published record names its table, row and column")
@@ -209,7 +212,7 @@ class Record(_Checked):
 
     @functools.cached_property
     def _hashes(self) -> tuple[str, str]:
-        """Of the identity, and of that with the value's text behind it."""
+        """The sha256 of the identity, and of the identity followed by the text of the value."""
         identity = hashlib.sha256(self.identity_json.encode("ascii"))
         whole = identity.copy()
         whole.update(float.__repr__(self.value).encode("ascii"))
@@ -217,7 +220,7 @@ class Record(_Checked):
 
     @property
     def identity_json(self) -> str:
-        """Canonical JSON of the identity, put together from that of the parts, which many records share.
+        """Canonical JSON of the identity, made of the cached JSON of the parts, which many records share.
 
         Fields that are None are left out, so a later schema can add optional fields without changing old hashes.
         """
@@ -236,9 +239,13 @@ _BLANK = {
     field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(Record)
 }
 _PARTS = frozenset((Training, Sampling, Evaluation, Environment, Source))
-_AS_IT_IS = frozenset((str, int, bool)) | _PARTS  # types whose values need no further check
-# What canonical_json writes for each; the texts of other types are its own.
-_WRITERS = {str: json.encoder.encode_basestring_ascii, int: int.__repr__, float: float.__repr__}
+_UNCHECKED = frozenset((str, int, bool)) | _PARTS  # types whose values need no further check
+# The functions by which canonical_json writes these types.
+_WRITERS: dict[type, Callable[[Any], str]] = {
+    str: json.encoder.encode_basestring_ascii,
+    int: int.__repr__,
+    float: float.__repr__,
+}
 
 
 def to_json(record: Record) -> str:
@@ -249,8 +256,8 @@ def to_json(record: Record) -> str:
 def from_json(text: str) -> Record:
     """The record of one line of JSON.
 
-    Raises BrokenRecord naming the field (unknown, missing, wrong type, or an id that is not the content's), and
-    NewerSchema for a line of a later version, whatever else that line holds.
+    Raises BrokenRecord that names the field (unknown, missing, of a wrong type, or an id that is not the content's), and
+    NewerSchema for a line of a later version, whatever else it holds.
     """
     try:
         fields = _DECODER.decode(text)
@@ -272,21 +279,21 @@ def from_json(text: str) -> Record:
     return record
 
 
-def comparable_key(record: Record) -> tuple:
-    """(dataset, resolution, n, suite, features_sha256, reference_sha256): what rows of one table agree in."""
+def comparable_key(record: Record) -> ComparableKey:
+    """(dataset, resolution, n, suite, features_sha256, reference_sha256): equal for records that may share a table."""
     evaluation = record.evaluation
-    suite = (None, None, None)
-    if evaluation is not None:
-        suite = (evaluation.suite, evaluation.features_sha256, evaluation.reference_sha256)
+    if evaluation is None:
+        return (record.dataset, record.resolution, record.n, None, None, None)
+    suite = (evaluation.suite, evaluation.features_sha256, evaluation.reference_sha256)
     return (record.dataset, record.resolution, record.n, *suite)
 
 
-def canonical_json(value) -> str:
-    """Sorted keys, no spaces, ASCII; NaN and infinity refused. Equal values give equal text."""
+def canonical_json(value: object) -> str:
+    """JSON in ASCII with sorted keys and no spaces: equal values give equal text. ValueError for NaN and infinity."""
     return _ENCODER.encode(value)
 
 
-def _canonical_part(value) -> str:
+def _canonical_part(value: object) -> str:
     return value.canonical if isinstance(value, _Checked) else canonical_json(value)
 
 
@@ -308,8 +315,8 @@ def _required(cls: type) -> frozenset[str]:
     return frozenset(field.name for field in fields if field.default is absent and field.default_factory is absent)
 
 
-def _coerce(value, kind: type):
-    """`value` as `kind`; TypeError or ValueError saying what was found. numpy scalars become Python numbers."""
+def _coerce(value: Any, kind: type) -> Any:
+    """`value` as `kind`; numpy scalars become Python numbers. TypeError or ValueError that quotes an unfit value."""
     if kind is float:
         if type(value) is not float:
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -317,7 +324,7 @@ def _coerce(value, kind: type):
             value = float(value)
         if not math.isfinite(value):
             raise ValueError(f"{value} is not finite")
-        return value if value else 0.0  # -0.0 and 0.0 are one value and must be one id
+        return value if value else 0.0  # -0.0 and 0.0 are one value and must have one id
     if kind is int:
         if type(value) is not int:
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -333,8 +340,9 @@ def _coerce(value, kind: type):
     return value
 
 
-def _to_dict(node: _Checked) -> dict:
-    hints = field_types(type(node))
+def _to_dict(node: _Checked) -> dict[str, Any]:
+    cls: type = type(node)
+    hints = field_types(cls)
     return {
         name: _to_dict(value) if isinstance(value, _Checked) else value
         for name, value in vars(node).items()
@@ -342,7 +350,7 @@ def _to_dict(node: _Checked) -> dict:
     }
 
 
-def _from_dict(cls: type, fields: dict):
+def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
     hints = field_types(cls)
     if not fields.keys() <= hints.keys():
         unknown = next(name for name in fields if name not in hints)
@@ -357,7 +365,7 @@ def _from_dict(cls: type, fields: dict):
         raise BrokenRecord(f"record field {cls.__name__}.{min(missing)}: missing")
     if cls is not Record:
         return cls(**fields)
-    record = object.__new__(Record)  # as Record(**fields) does, without a call for each field of a frozen class
+    record = object.__new__(Record)  # like Record(**fields), without a slow call for each field of a frozen class
     vars(record).update(_BLANK | fields)
     record.__post_init__()
     return record
@@ -368,7 +376,7 @@ def _part_names(cls: type) -> frozenset[str]:
     return frozenset(name for name, hint in field_types(cls).items() if hint in _PARTS)
 
 
-def _refuse_constant(name: str):
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number that a record may hold")
 
 
@@ -377,9 +385,9 @@ _SHARED: dict[tuple[type, bytes], _Checked] = {}
 _MAX_SHARED = 4096
 
 
-def _part(cls: type, fields: dict):
-    """`_from_dict` for a part of a record: the same object for the same content, as most records have in common."""
-    key = (cls, marshal.dumps(fields, 2))  # tells 1 from 1.0 and True; version 2 depends on the content alone
+def _part(cls: type, fields: dict[str, Any]) -> _Checked:
+    """`_from_dict` for a part of a record: one object for equal content, because most records share their parts."""
+    key = (cls, marshal.dumps(fields, 2))  # 1, 1.0 and True differ; version 2 depends on the content alone
     part = _SHARED.get(key)
     if part is None:
         if len(_SHARED) >= _MAX_SHARED:

@@ -17,8 +17,8 @@ from results.records import BrokenRecord, NewerSchema, Record, to_json
 RECORDS_FILE = "records.jsonl"
 
 
-RELATIVE_TOLERANCE = 1e-5  # what threads, processors and libraries may move a metric by; a conflict lies beyond it
-ABSOLUTE_TOLERANCE = 1e-6  # for metrics about 0, such as KID
+RELATIVE_TOLERANCE = 1e-5  # threads, processors and libraries move a metric by less; a conflict is a larger difference
+ABSOLUTE_TOLERANCE = 1e-6  # for metrics near 0, such as KID
 
 
 class Conflict(UserError):
@@ -26,7 +26,7 @@ class Conflict(UserError):
 
 
 def same_value(one: float, other: float) -> bool:
-    """Whether two values of one identity are one measurement: float32 features differ in low bits between machines."""
+    """Whether two values of one identity are the same measurement; float32 features differ between machines in low bits."""
     return math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
 
 
@@ -44,10 +44,10 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What `load` found.
+    """The records of some files, and what is wrong with the files.
 
-    records: sorted by id, without duplicates and without the disputed ones, so a pure function of the set of lines.
-    problems: broken and newer lines, each named. conflicts: one line of text for each disputed identity.
+    records: sorted by id, without duplicates and without records in conflict: a pure function of the set of lines.
+    problems: broken and newer lines. conflicts: one line of text for each identity with several values.
     """
 
     records: tuple[Record, ...]
@@ -56,11 +56,11 @@ class Loaded:
 
 
 def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
-    """Adds records to a file with one write, flushed to disk; returns how many were new.
+    """Add records to a file with one write, flushed to disk; returns how many were new.
 
-    A line torn by a crash at the end of the file is cut off first; a record that is there already is not added again.
-    Raises Conflict, with nothing written, where a value differs from one of the same identity; RunError (disk full, no
-    permission) with the file as it was.
+    A line torn by a crash at the end of the file is cut off first; a record that the file has is not added again.
+    Raises Conflict where the file has another value of the same identity, and RunError (disk full, no permission); then
+    nothing is written.
     """
     path = Path(path)
     with files.appending(path) as file:
@@ -70,7 +70,7 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
             other = known.setdefault(record.identity_sha256, record)
             if not same_value(other.value, record.value):
                 raise Conflict(_conflict_text([(other, str(path)), (record, "the new measurement")]))
-            if other is record:  # else measured before, perhaps with other low bits
+            if other is record:  # else the file has it, perhaps with other low bits
                 new.append(to_json(record) + "\n")
         if new:
             files.append(file, "".join(new).encode("ascii"))
@@ -79,8 +79,11 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
 
 @contextlib.contextmanager
 def collector_paused():
-    """For what makes very many objects and no cycles of them: looking through all again and again takes half as long as
-    the work itself. Nor are they looked through at its end: they count as old."""
+    """Pause the garbage collector around code that makes very many objects and no cycles of them.
+
+    Otherwise the collector takes half as long as the code itself. At the end the new objects count as old, so that they
+    are not traversed soon.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -94,10 +97,10 @@ def collector_paused():
 
 @collector_paused()
 def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int], None] | None = None) -> Loaded:
-    """Reads record files. Broken and newer lines and unreadable files are named in `problems`, never silently dropped.
+    """Read record files. Broken and newer lines and unreadable files are listed in `problems`.
 
-    The same record in two places is one record. Records in conflict are named and left out: a disputed number is in no
-    table. progress: called as ("records", files read, files in all).
+    The same record in two places is one record. Records in conflict are listed in `conflicts` and left out, so that no
+    table shows a disputed number. progress: called as ("records", files read, files in all).
     """
     reader = LineReader()
     problems: list[Problem] = []
@@ -144,9 +147,9 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
 
 
 def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
-    """The record files meant by `paths`: a file stands for itself, a folder for every `records.jsonl` below it. A file
-    that is meant twice, by two names or through a link, is there once.
+    """The record files among `paths`: files, and every `records.jsonl` below folders.
 
+    A file that is reached by two names or through a link is listed once.
     Raises UserError for a path that does not exist.
     """
     found: set[Path] = set()
@@ -171,7 +174,7 @@ def _parse(line: bytes, reader: LineReader) -> Record:
 
 
 def _preference(record: Record) -> tuple:
-    """Which of two copies of one measurement to keep: one with interval and direction, then the same in every order."""
+    """A sort key: of two copies of one measurement, the smaller is kept. One with interval and direction comes first."""
     return (record.low is None, record.higher_is_better is None, to_json(record))
 
 
@@ -192,7 +195,7 @@ def _repaired(file: FileIO) -> dict[str, Record]:
     known: dict[str, Record] = {}
     reader = LineReader()
     for line in lines:
-        with contextlib.suppress(BrokenRecord, NewerSchema):  # named by `load`; not this writer's to repair
+        with contextlib.suppress(BrokenRecord, NewerSchema):  # `load` lists them; they are not repaired here
             record = _parse(line, reader)
             known.setdefault(record.identity_sha256, record)
     if tail:

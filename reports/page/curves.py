@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from reports.charts import Figure, Mark, Panel, Series, Style, series_styles
-from reports.page.beside import picture_uri
+from reports.page.run_artifacts import picture_uri
 
 MAX_MARKS = 4000  # of one panel
 

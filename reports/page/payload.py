@@ -83,7 +83,7 @@ def _order(record: Record) -> tuple:
     )
 
 
-class Pool:
+class InternTable:
     """Data that many records share, each kept once and named by its number."""
 
     def __init__(self) -> None:
@@ -98,10 +98,10 @@ class Pool:
         return self._numbers[key]
 
 
-def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], pool: Pool) -> dict[str, object]:
+def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable) -> dict[str, object]:
     """A record: the words that stand beside it, its groups of fields, and how it is measured again.
 
-    `groups` and `again` are numbers of what is in the pool.
+    `groups` and `again` are numbers of what is in the interned.
     """
     again = reproduction(record, recipes)
     training, sampling, source = record.training, record.sampling, record.source
@@ -123,8 +123,8 @@ def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], poo
         "sampling_steps": sampling.steps if sampling else None,
         "guidance": guidance_text(record),
         "own": _own_fields(record),
-        "groups": _groups(record, pool),
-        "again": pool.number(again, lambda: dataclasses.asdict(again)),
+        "groups": _groups(record, interned),
+        "again": interned.number(again, lambda: dataclasses.asdict(again)),
     }
 
 
@@ -133,14 +133,14 @@ def _own_fields(record: Record) -> list[list[str]]:
     return [["id", record.id], ["identity", record.identity_sha256], *_pairs(record, _OWN)]
 
 
-def _groups(record: Record, pool: Pool) -> list[int]:
+def _groups(record: Record, interned: InternTable) -> list[int]:
     """Numbers of [heading, [[name, text], ...]]; unknown fields are left out."""
     what = tuple(getattr(record, name) for name in _SHARED)
-    numbers = [pool.number(what, lambda: ["what", _pairs(record, _SHARED)])]
+    numbers = [interned.number(what, lambda: ["what", _pairs(record, _SHARED)])]
     for name in _PARTS:
         part = getattr(record, name)
         if part is not None:
-            numbers.append(pool.number((name, part.canonical), lambda name=name, part=part: [name, _fields(part)]))
+            numbers.append(interned.number((name, part.canonical), lambda name=name, part=part: [name, _fields(part)]))
     return numbers
 
 

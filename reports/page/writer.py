@@ -11,9 +11,9 @@ from pathlib import Path
 
 from harness._version import VERSION
 from reports.charts import Figure, Style
-from reports.page.beside import pictures, run_recipes, sample_grids
 from reports.page.curves import figure_data, figure_pictures, record_ids
-from reports.page.payload import MAX_PROBLEMS, MAX_RECORDS, Pool, record_data, shown_records, table_data
+from reports.page.payload import MAX_PROBLEMS, MAX_RECORDS, InternTable, record_data, shown_records, table_data
+from reports.page.run_artifacts import pictures, run_recipes, sample_grids
 from reports.sections import Table
 from results.records import Record
 from results.store import Problem
@@ -57,7 +57,7 @@ def page_data(
     wanted = [*record_ids(figures), *(record.id for grid, _ in grids for record in grid.records), *wanted]
     chosen, left_out = shown_records([*records, *published], wanted, MAX_RECORDS)
     names = {record.id for record in chosen}
-    recipes, pool = run_recipes(record_files), Pool()
+    recipes, interned = run_recipes(record_files), InternTable()
     return {
         "version": VERSION,
         "summary": {
@@ -75,8 +75,8 @@ def page_data(
             for grid, uri in grids
         ],
         "grids_left_out": grids_left_out,
-        "records": [record_data(record, recipes, pool) for record in chosen],
-        "pool": pool.items,
+        "records": [record_data(record, recipes, interned) for record in chosen],
+        "pool": interned.items,
     }
 
 

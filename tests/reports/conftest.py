@@ -83,8 +83,8 @@ def makers():
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports without PNG, SVG and PDF, which have tests of their own."""
-    monkeypatch.setattr("reports.drawing_pool._processors", lambda: 1)  # no helpers
-    monkeypatch.setattr("reports.drawing_pool.draw", lambda figure, styles: {})
+    monkeypatch.setattr("reports.render_pool._processors", lambda: 1)  # no helpers
+    monkeypatch.setattr("reports.render_pool.draw", lambda figure, styles: {})
 
 
 @pytest.fixture

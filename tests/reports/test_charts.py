@@ -6,12 +6,12 @@ import subprocess
 import numpy as np
 import pytest
 
-from reports import drawing_pool
+from reports import render_pool
 from reports.charts import COLOURS, Axis, model_styles
 from reports.drawing import draw
-from reports.drawing_pool import Painters
 from reports.figures import figures as made
 from reports.labels import place_labels
+from reports.render_pool import RenderPool
 from results import paper
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
@@ -121,7 +121,7 @@ def test_the_rightmost_bubble_has_its_label_on_the_right():
 def test_a_helper_imports_nothing_from_the_folder_that_it_is_called_in(tmp_path):
     (tmp_path / "textwrap.py").write_text("open('ran', 'w').close()")
     done = subprocess.run(
-        drawing_pool._COMMAND, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        render_pool._COMMAND, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, b"")
     assert [path.name for path in tmp_path.iterdir()] == ["textwrap.py"]
@@ -156,28 +156,28 @@ def test_helpers_draw_the_same_bytes(study, monkeypatch):
         here.append(figure.name)
         return alone[figure.name]
 
-    monkeypatch.setattr(drawing_pool, "draw", drawn_here)
-    monkeypatch.setattr(drawing_pool, "_processors", lambda: 2)
-    with Painters() as painters:
-        painters.begin(figures, styles)
-        (thread,) = painters._threads
+    monkeypatch.setattr(render_pool, "draw", drawn_here)
+    monkeypatch.setattr(render_pool, "_processors", lambda: 2)
+    with RenderPool() as pool:
+        pool.begin(figures, styles)
+        (thread,) = pool._threads
         thread.join()  # the helper draws both
-        assert painters.finish() == alone and here == []
-    assert painters._helpers[0].returncode is not None
-    fails = (*drawing_pool._COMMAND[:-1], "raise SystemExit(1)")
-    monkeypatch.setattr(drawing_pool, "_COMMAND", fails)  # a helper that fails is not missed
-    with Painters() as painters:
-        painters.begin(figures, styles)
-        assert painters.finish() == alone and sorted(here) == sorted(alone)
-    monkeypatch.setattr(drawing_pool, "_processors", lambda: 1)
-    with Painters() as painters:
-        painters.begin([], styles)
-        assert painters.finish() == {} and painters._helpers == []
+        assert pool.finish() == alone and here == []
+    assert pool._helpers[0].returncode is not None
+    fails = (*render_pool._COMMAND[:-1], "raise SystemExit(1)")
+    monkeypatch.setattr(render_pool, "_COMMAND", fails)  # a helper that fails is not missed
+    with RenderPool() as pool:
+        pool.begin(figures, styles)
+        assert pool.finish() == alone and sorted(here) == sorted(alone)
+    monkeypatch.setattr(render_pool, "_processors", lambda: 1)
+    with RenderPool() as pool:
+        pool.begin([], styles)
+        assert pool.finish() == {} and pool._helpers == []
 
 
 def test_helpers_end_with_the_report(study, monkeypatch):
-    monkeypatch.setattr(drawing_pool, "_processors", lambda: 2)
-    with pytest.raises(KeyboardInterrupt), Painters() as painters:
-        painters.begin(made(study), model_styles(study))
+    monkeypatch.setattr(render_pool, "_processors", lambda: 2)
+    with pytest.raises(KeyboardInterrupt), RenderPool() as pool:
+        pool.begin(made(study), model_styles(study))
         raise KeyboardInterrupt
-    assert painters._helpers[0].returncode is not None and not painters._threads[0].is_alive()
+    assert pool._helpers[0].returncode is not None and not pool._threads[0].is_alive()

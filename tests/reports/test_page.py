@@ -383,7 +383,7 @@ def test_without_scripts_there_are_the_static_figures(browser, shown):
 def test_rows_and_records_beyond_the_caps_are_counted(browser, folder, shown, monkeypatch):
     monkeypatch.setattr("reports.page.payload.MAX_ROWS", 5)
     monkeypatch.setattr("reports.page.writer.MAX_RECORDS", 12)
-    monkeypatch.setattr("reports.page.beside.MAX_GRIDS", 0)
+    monkeypatch.setattr("reports.page.run_artifacts.MAX_GRIDS", 0)
     records = list(shown[1].values())
     table = protocol_table("digits", records)
     data = page_data(

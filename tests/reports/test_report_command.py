@@ -60,8 +60,8 @@ def test_files_and_figures_are_counted_while_the_report_is_made(record, tmp_path
     monkeypatch.setattr(
         "reports.report.figures", lambda *_: [SimpleNamespace(name=f"f{n}", panels=()) for n in range(3)]
     )
-    monkeypatch.setattr("reports.drawing_pool._processors", lambda: 1)
-    monkeypatch.setattr("reports.drawing_pool.draw", lambda figure, styles: {"png": b""})
+    monkeypatch.setattr("reports.render_pool._processors", lambda: 1)
+    monkeypatch.setattr("reports.render_pool.draw", lambda figure, styles: {"png": b""})
     monkeypatch.setattr("reports.report.charts.to_csv", lambda figure: "")
     monkeypatch.setattr("reports.report.page_data", lambda *_, **__: {})
     monkeypatch.setattr("reports.report.write_page", lambda *_: b"")

@@ -145,7 +145,7 @@ def test_reports_load_no_framework_and_nothing_heavy_before_drawing(tmp_path):
     script = (
         "import sys, json, reports.report, reports.grid, reports.rows\n"
         "early = sorted({'pandas', 'matplotlib', 'seaborn', 'PIL', 'scipy'} & set(sys.modules))\n"
-        "made, reports.drawing_pool._processors = reports.report.figures, lambda: 1\n"
+        "made, reports.render_pool._processors = reports.report.figures, lambda: 1\n"
         "reports.report.figures = lambda *given: made(*given)[:1]\n"
         "reports.report.write_report([], sys.argv[1])\n"
         "late = sorted({'torch', 'jax', 'tensorflow', 'seaborn'} & set(sys.modules))\n"

@@ -24,14 +24,14 @@ MAX_HELPERS = 7
 WORTH_A_HELPER = 12  # panels: about what a further helper draws in the time that it takes to begin
 _ROOT = Path(__file__).resolve().parent.parent
 _SCRIPT = (
-    f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from reports.drawing_pool import help_to_draw; help_to_draw()"
+    f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from reports.render_pool import serve_figures; serve_figures()"
 )
 _COMMAND = (sys.executable, "-P", "-c", _SCRIPT)  # -P: nothing is imported from the folder that it is called in
 
 Files = dict[str, bytes]  # "png", "svg", "pdf" -> what is in the file
 
 
-class Painters:
+class RenderPool:
     """Helpers, of which the first gets ready as soon as this is entered; all end with it."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class Painters:
             return None
 
 
-def help_to_draw() -> None:
+def serve_figures() -> None:
     """What a helper does: figures from standard input, the files of each to standard output."""
     get_ready()
     gc.freeze()  # the libraries need not be looked through after each figure
