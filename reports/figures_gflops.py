@@ -181,7 +181,9 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
         if not wanted:
             continue
         axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
-        called = pretty if study.group.representative.provenance == "published" else str  # as the others of the panel are
+        called = (
+            pretty if study.group.representative.provenance == "published" else str
+        )  # as the others of the panel are
         far = any(not law.reaches(cost) for cost in wanted.values())
         notes = [*study.notes, note, law_note(law, family), *recipes_note(marked)]
         notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]

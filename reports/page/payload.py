@@ -98,7 +98,9 @@ class InternTable:
         return self._numbers[key]
 
 
-def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable) -> dict[str, object]:
+def record_data(
+    record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable
+) -> dict[str, object]:
     """A record: the words that stand beside it, its groups of fields, and how it is measured again.
 
     `groups` and `again` are numbers of what is in the interned.

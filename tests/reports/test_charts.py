@@ -120,9 +120,7 @@ def test_the_rightmost_bubble_has_its_label_on_the_right():
 
 def test_a_helper_imports_nothing_from_the_folder_that_it_is_called_in(tmp_path):
     (tmp_path / "textwrap.py").write_text("open('ran', 'w').close()")
-    done = subprocess.run(
-        render_pool._COMMAND, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
-    )
+    done = subprocess.run(render_pool._COMMAND, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"")
     assert [path.name for path in tmp_path.iterdir()] == ["textwrap.py"]
 
