@@ -107,7 +107,7 @@ class Registry(Generic[Item]):
 @functools.cache
 def _entry_points() -> metadata.EntryPoints:
     """Of every distribution here, read once: there are more registries than reasons to walk the disk."""
-    return metadata.entry_points()
+    return metadata.entry_points()  # type: ignore[return-value]  # of Python 3.10 and newer
 
 
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:

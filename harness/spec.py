@@ -94,6 +94,10 @@ class BackboneSpec:
             raise UserError(f"backbone {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if not self.builders:
             raise UserError(f"backbone {self.name!r} names no builder; give builders={{'torch': 'module:attribute'}}")
+        if isinstance(self.null_label, str) and self.null_label != "num_classes":
+            raise UserError(
+                f"backbone {self.name!r}: null_label {self.null_label!r} is neither an index nor 'num_classes'"
+            )
         if unknown := sorted(set(self.builders) - set(FRAMEWORKS)):
             raise UserError(
                 f"backbone {self.name!r}: builders for {unknown[0]!r}, but only {', '.join(FRAMEWORKS)} exist"
@@ -129,7 +133,7 @@ class BackboneSpec:
 
     def null_index(self, num_classes: int) -> int | None:
         """The label that means "no class" in a network of `num_classes` classes, or None."""
-        return num_classes if self.null_label == "num_classes" else self.null_label
+        return num_classes if isinstance(self.null_label, str) else self.null_label
 
 
 _tracer: Callable[..., Compute] | None = None

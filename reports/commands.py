@@ -8,6 +8,7 @@ import functools
 import re
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from backbones.autoencoders.spec import KNOWN
@@ -193,12 +194,12 @@ def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
         settings = {name: value for name, value in names.items() if value is not None}
         settings["framework"] = None if record.framework == "torch" else record.framework
     steps = sampling.steps if sampling is not None else None
-    weights = {part: f"{part.replace('-', '_').upper()}_FILE" for part in system.parts}
+    weights = {part: Path(f"{part.replace('-', '_').upper()}_FILE") for part in system.parts}
     options = SampleOptions(
         system=record.system,
-        weights=weights | ({"decoder": "DECODER_FILE"} if system.decoder else {}),
+        weights=weights | ({"decoder": Path("DECODER_FILE")} if system.decoder else {}),
         samples=record.n,
-        sampling_steps=None if steps in (None, system.base.steps) else steps,
+        sampling_steps=None if steps is None or steps == system.base.steps else (steps,),
         **(settings if settings.get("sampling_seed") else {**settings, "sampling_seed": None}),
     )
     folder = f"runs/systems/{_glob(f'{record.system}-n{record.n}-*/samples.npz')}"
@@ -218,6 +219,7 @@ def _samples(record: Record) -> Reproduction:
 def _published(record: Record) -> Reproduction:
     """Where it is printed, and what would measure the same thing."""
     source = record.source
+    assert source is not None  # of every published record
     printed = f"Printed in {ORIGIN}, {source.table}, row {source.row!r}, column {source.column!r}."
     commands, notes = _system_commands(record)
     training = record.training
@@ -245,7 +247,7 @@ def _evaluate(record: Record, samples: str, *, named: bool) -> str:
         settings |= {"protocol": _protocol_word(record, _protocol(record)[0]), **_data(record)}
     if named or record.system not in (record.backbone, None) and record.system not in registry.systems:
         settings["name"] = record.system
-    words = command_words("evaluate", EvaluateOptions("SAMPLES", **settings))
+    words = command_words("evaluate", EvaluateOptions(samples=Path("SAMPLES"), **settings))
     return f"harness evaluate {samples} {command_line(words[2:-1])}"
 
 

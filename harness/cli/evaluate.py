@@ -35,5 +35,5 @@ def command(as_json: bool, **options: Any) -> None:
 
     print_records(result.records)
     if result.note:
-        click.echo(f"suite {result.records[0].evaluation.suite}: {result.note}")
+        click.echo(f"suite {result.suite}: {result.note}")
     click.echo(f"records: {result.records_file}")

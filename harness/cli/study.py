@@ -77,17 +77,16 @@ def command(
         raise UserError("--jobs belongs to --launcher local; of slurm each run is a job")
     study = expand(load(file))
     if status:
-        found = overview(study, slurm.queue(study))
-        click.echo(json.dumps(found.as_dict(), indent=2)) if as_json else print_overview(found)
+        state = overview(study, slurm.queue(study))
+        click.echo(json.dumps(state.as_dict(), indent=2)) if as_json else print_overview(state)
         return
+    found: Overview | None = None
     stopped = False
     if launcher == "slurm" and not only_report:
         given = {name: slurm.parse_setting(text) for name, text in settings}
-        found = slurm.submit(study, given, retry_failed=retry_failed, say=click.echo)
+        found = slurm.submit(study, given, retry_failed=retry_failed)
     elif not only_report:
         found, stopped = launch(study, jobs=jobs or 1, retry_failed=retry_failed)
-    else:
-        found = None
     if stopped:
         click.echo("stopped; the same command continues", err=True)
         sys.exit(130)
@@ -123,8 +122,7 @@ def launch(study: Expansion, *, jobs: int, retry_failed: bool) -> tuple[Overview
                 click.echo(summary(found), err=True)
 
         launcher = Launcher(
-            study, processes=jobs, retry_failed=retry_failed, draw=draw,
-            say=lambda text: console.print(text, soft_wrap=True, markup=False),
+            study, processes=jobs, retry_failed=retry_failed, draw=draw
         )  # fmt: skip
         found = launcher.launch()
     return found, launcher.stopping > 0
@@ -134,7 +132,7 @@ def report(study: Expansion) -> None:
     """Write the report of the study's runs to its folder, and print their rows."""
     from harness.pipeline.report import report as write_report
 
-    measured = [run.folder for run in study.runs if (run.folder / "records.jsonl").exists()]
+    measured = tuple(run.folder for run in study.runs if (run.folder / "records.jsonl").exists())
     if not measured:
         click.echo("nothing has been measured yet", err=True)
         return

@@ -45,10 +45,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """Records of a sample set, the file that they are kept in, and what its suite has to say of them ("": nothing)."""
+    """Records of a sample set, the file that they are kept in, the suite, and what it says of its numbers ("": nothing)."""
 
     records: tuple[Record, ...]
     records_file: Path
+    suite: str
     note: str
 
 
@@ -91,7 +92,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             path, protocol, images, records, cache=(home.parent if run else path.parent) / CACHE, name=options.name,
             config=config, group=group,
         )  # fmt: skip
-    return EvaluateResult(records=tuple(found), records_file=records, note=config.suite.note)
+    return EvaluateResult(records=tuple(found), records_file=records, suite=config.suite.name, note=config.suite.note)
 
 
 def evaluate_samples_file(
@@ -169,6 +170,7 @@ def _measure(
 ) -> list[Record]:
     """Records of images that are held, by what is known `about` them, and of the time that they took."""
     suite = config.suite
+    assert source.count is not None, source  # it is held
     suite.check_count(source.count)
     if config.sharding is not None and config.sharding.index:
         _compute_shard(source, data, cache, config)

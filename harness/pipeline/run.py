@@ -83,8 +83,9 @@ def run(options: RunOptions) -> RunResult:
                 for steps in request.sampling.steps
             ]  # fmt: skip
             samples += made
-            for path in made if evaluator is not None else ():
-                assert images is not None
+            if evaluator is None or images is None:
+                continue
+            for path in made:
                 records += evaluate_and_record(
                     path, request.protocol, images, run.records, cache=run.folder.parent / CACHE,
                     config=evaluator.config, group=group,
@@ -113,7 +114,7 @@ def write_run_report(run: Run, protocol: str) -> ReportSummary:
     """The report of a run and of the runs beside it; of a run elsewhere than in runs/, of that run alone."""
     beside = run.folder.parent == RUNS_FOLDER
     return report(
-        results=[run.folder.parent if beside else run.folder],
+        results=(run.folder.parent if beside else run.folder,),
         out=(run.folder.parent if beside else run.folder) / "report",
         protocol=protocol,
     )

@@ -31,13 +31,14 @@ def published(spec: BackboneSpec, input_size: int | None) -> Published:
     """The paper's figures for `spec` at an input of `input_size` cells or pixels a side."""
     from results import paper
 
-    cells = [cell for cell in paper.values() if cell.backbone == spec.name and cell.resolution is not None]
-    cells = [cell for cell in cells if cell.column in (*GFLOPS_COLUMNS, PARAMS_COLUMN)]
+    columns = (*GFLOPS_COLUMNS, PARAMS_COLUMN)
+    cells = [cell for cell in paper.values() if cell.backbone == spec.name and cell.column in columns]
+    cells = [cell for cell in cells if cell.resolution is not None]
     native = spec.defaults.get("input_size")
     if not cells or not native or not input_size:
         return Published("", "")
     # The paper names image resolutions; the network's default input belongs to the smallest one (256 to 32 cells).
-    resolution = input_size * min(cell.resolution for cell in cells) // native
+    resolution = input_size * min(cell.resolution for cell in cells if cell.resolution is not None) // native
     at_size = {cell.column: cell.value for cell in reversed(cells) if cell.resolution == resolution}
     gflops = next((at_size[column] for column in GFLOPS_COLUMNS if column in at_size), "")
     return Published(gflops, at_size.get(PARAMS_COLUMN, ""))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ class Run:
     folder: Path
     identity: dict[str, Any]
     resolved: Resolved
-    environment: dict[str, Any]
+    environment: Mapping[str, Any]
     protocol: Protocol
     recipe: Recipe
     source_paths: dict[str, str] = dataclasses.field(default_factory=dict)  # see `harness.data.examples`
@@ -147,7 +147,7 @@ def create_run(
     folder: Path,
     spec: RunSpec,
     resolved: Resolved,
-    environment: dict[str, Any],
+    environment: Mapping[str, Any],
     source_paths: dict[str, str] | None = None,  # of what the run needs later, on this machine
 ) -> Run:
     """Make the folder and its run.json."""

@@ -6,6 +6,7 @@ by their locks and waited for.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from harness.studies import jobs
 from harness.studies.expand import Expansion, StudyRun
 from harness.studies.state import Overview, Progress, at_work, failure_path, log_path, look
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.2
 DRAW_SECONDS = 2.0  # between two looks at the runs at work
 
@@ -39,7 +42,7 @@ class _Active:
 
 
 class Launcher:
-    """Launches what is left of a study. `say` takes what happens, a line each; `draw` the state, every other second."""
+    """Launches what is left of a study. `draw` is called with the state, every other second."""
 
     def __init__(
         self,
@@ -47,11 +50,10 @@ class Launcher:
         *,
         processes: int,
         retry_failed: bool,
-        say: Callable[[str], object],
         draw: Callable[[Overview], object],
     ):
         self.study, self.processes, self.retry_failed = study, processes, retry_failed
-        self.say, self.draw = say, draw
+        self.draw = draw
         self.stopping = 0  # how often it was asked to
         self._rows: dict[str, Progress] = {}
         self._active: dict[str, _Active] = {}
@@ -106,7 +108,7 @@ class Launcher:
         active = _Active(run=run, slot=slot, process=None)
         self._active[run.name] = active
         if at_work(self.study, run):
-            self.say(f"waiting {run.name}: another process is at work on it")
+            logger.info(f"waiting {run.name}: another process is at work on it")
             return
         self._rows[run.name] = row = look(self.study, run)
         active.commands = list(row.pending)
@@ -116,7 +118,7 @@ class Launcher:
         with files.explained(self.study.folder):
             failure_path(self.study, run).unlink(missing_ok=True)
         self._start(active)
-        self.say(f"started {run.name}  (log {log_path(self.study, run)})")
+        logger.info(f"started {run.name}  (log {log_path(self.study, run)})")
 
     def _start(self, active: _Active) -> None:
         active.process = jobs.start(
@@ -145,12 +147,13 @@ class Launcher:
             self._start(active)
             return []
         del self._active[run.name]
-        busy = process is None or (process.returncode == 2 and files.is_locked(run.folder / "lock"))
+        code = None if process is None else process.returncode
+        busy = code is None or (code == 2 and files.is_locked(run.folder / "lock"))
         log = log_path(self.study, run)
-        if not busy and process.returncode and not self.stopping and not jobs.interrupted(log, process.returncode):
-            jobs.failed(failure_path(self.study, run), active.commands[0], log, process.returncode)
+        if code and not busy and not self.stopping and not jobs.interrupted(log, code):
+            jobs.failed(failure_path(self.study, run), active.commands[0], log, code)
         self._rows[run.name] = row = look(self.study, run)
-        if not busy and not process.returncode and not self.stopping and row.state != "done":  # never again and again
+        if code == 0 and not self.stopping and row.state != "done":  # never again and again
             missing = f"ended without an error, but {row.sets - row.sets_done} sample sets are not there"
             jobs.failed(failure_path(self.study, run), active.commands[0], log, 0, missing)
             self._rows[run.name] = row = look(self.study, run)
@@ -162,14 +165,14 @@ class Launcher:
             "failed": f"failed  {run.name}: {row.reason}  (log {row.log})",
             "running": f"left    {run.name} to the other process",
         }
-        self.say(what.get(row.state, f"stopped {run.name} at step {row.steps_done} of {run.steps}"))
+        logger.info(what.get(row.state, f"stopped {run.name} at step {row.steps_done} of {run.steps}"))
         return []
 
     def _stop(self, kill: bool) -> None:
         """Pass the signal on to the children, which write a checkpoint; the second time they are killed."""
         mine = [each.process for each in self._active.values() if each.process is not None]
         if mine:
-            self.say(f"stopping: {len(mine)} at work " + ("killed" if kill else "write their checkpoints"))
+            logger.info(f"stopping: {len(mine)} at work " + ("killed" if kill else "write their checkpoints"))
         for process in mine:
             if process.poll() is None:
                 process.kill() if kill else process.terminate()

@@ -7,10 +7,11 @@ how far a run is stands in its folder. `SIGUSR2`, which SLURM sends before it en
 from __future__ import annotations
 
 import getpass
+import logging
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from harness.studies import jobs
 from harness.studies.expand import Expansion, StudyRun
 from harness.studies.state import Overview, Progress, failure_path, log_path, overview
 
+logger = logging.getLogger(__name__)
+
 SIGNAL_SECONDS = 120  # before the end of a job: what a checkpoint may take
 SPARE_SECONDS = 20  # of those, for submitit to put the job back
 LISTS = ("setup", "teardown", "srun_args")  # the settings that are lists of text
 SWITCHES = ("use_srun", "stderr_to_stdout")  # of submitit: false says something; of sbatch it is left out
+QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")  # states of a job that has not started
 TIMEOUTS = 1_000_000  # how often a job may be put back: a run of two weeks in jobs of four hours is 84
 
 
@@ -76,13 +80,13 @@ def minutes(value: Any) -> int:
         raise UserError(
             f"[slurm]: time = {shown(value)} is no time limit: write minutes, or text such as '12:00:00', '2-00'"
         )
-    days, first, second, third = (None if each is None else int(each) for each in match.groups())
-    if days is not None:  # days-hours[:minutes[:seconds]]
-        seconds = ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
-    elif third is not None:
+    first, second, third = (int(match[place] or 0) for place in (2, 3, 4))
+    if match[1] is not None:  # days-hours[:minutes[:seconds]]
+        seconds = ((int(match[1]) * 24 + first) * 60 + second) * 60 + third
+    elif match[4] is not None:
         seconds = (first * 60 + second) * 60 + third
     else:  # minutes[:seconds]
-        seconds = first * 60 + (second or 0)
+        seconds = first * 60 + second
     if seconds < 60:
         raise UserError(f"[slurm]: time = {shown(value)} is less than a minute")
     return -(-seconds // 60)
@@ -117,7 +121,7 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
         def affinity(cls) -> int:
             return 2  # its scripts can be written where SLURM is not
 
-    merged = {"signal_delay_s": SIGNAL_SECONDS, "comment": f"harness study {study.study.name}"}
+    merged: dict[str, Any] = {"signal_delay_s": SIGNAL_SECONDS, "comment": f"harness study {study.study.name}"}
     merged |= {**study.study.slurm, **settings}
     known = SlurmExecutor._valid_parameters() - {"job_name"}
     for name in merged:
@@ -133,7 +137,7 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
         raise UserError(
             f"[slurm]: signal_delay_s must be more than {SPARE_SECONDS} seconds, for a checkpoint takes time"
         )
-    more = {"requeue": True, **merged.pop("additional_parameters", {})}
+    more: dict[str, Any] = {"requeue": True, **merged.pop("additional_parameters", {})}
     if isinstance(merged.get("mem"), str):  # submitit takes a number of GB, sbatch any unit
         more["mem"] = merged.pop("mem")
     merged = {name: each for name, each in merged.items() if each is not False or name in SWITCHES}
@@ -168,18 +172,16 @@ def queue(study: Expansion) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise RunError(f"squeue does not answer ({said[-1] if said else error}); try again later") from error
-    jobs_by_name = dict(reversed(line.split(None, 1)) for line in done.stdout.splitlines() if " " in line.strip())
     names = {job_name(study, run): run.name for run in study.runs}
-    return {
-        names[name.strip()]: "queued" if state in ("PENDING", "CONFIGURING", "REQUEUED") else "running"
-        for name, state in jobs_by_name.items()
-        if name.strip() in names
-    }
+    found = {}
+    for line in done.stdout.splitlines():
+        state, _, name = line.strip().partition(" ")
+        if name.strip() in names:
+            found[names[name.strip()]] = "queued" if state in QUEUED else "running"
+    return found
 
 
-def submit(
-    study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool, say: Callable[[str], object]
-) -> Overview:
+def submit(study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool) -> Overview:
     """Submit a job for each run that has something left to do and is neither at work nor in the queue."""
     made = executor(study, settings)
     found = overview(study, queue(study))
@@ -199,7 +201,7 @@ def submit(
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 said = str(error).strip().splitlines() or [type(error).__name__]
                 raise RunError(f"sbatch has refused the job of {row.run.name}: {said[-1]}") from error
-            say(f"submitted {row.run.name} as job {job.job_id}  (log {log_path(study, row.run)})")
+            logger.info(f"submitted {row.run.name} as job {job.job_id}  (log {log_path(study, row.run)})")
     return overview(study, queue(study))
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import tiny_suite
 from click.testing import CliRunner
-from reports.files import write_whole
 
 from harness.cli import group
 from harness.data.digits import load
 from harness.errors import RunError, UserError
 from harness.io import files
 from harness.runs.samples import write_samples
+from reports.grid import write_grid
 from results import paper
 from results.records import Evaluation, Record, to_json
 
@@ -73,7 +73,7 @@ def test_comparisons_and_tables_have_one_order_of_metrics(home):
     [
         pytest.param(lambda path: files.write_bytes(path, b"any"), id="files"),
         pytest.param(lambda path: write_samples(path, [DIGITS.images[:2]], DIGITS.labels[:2], {}), id="samples"),
-        pytest.param(lambda path: write_whole(path, b"any"), id="reports"),
+        pytest.param(lambda path: write_grid(DIGITS.images[:2], DIGITS.labels[:2], path), id="reports"),
     ],
 )
 def test_a_full_disk_is_told_in_one_way(write, home, monkeypatch):

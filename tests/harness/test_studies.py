@@ -1,6 +1,7 @@
 """Studies: files read and refused, runs and their commands, and launchers that are killed."""
 
 import dataclasses
+import logging
 import os
 import signal
 import time
@@ -192,7 +193,7 @@ def test_torchrun_takes_no_option_of_ours_for_its_own():
 
 
 @pytest.fixture
-def launched(tmp_path, monkeypatch):
+def launched(tmp_path, monkeypatch, caplog):
     """A function that launches a study of five seeds whose commands are stubs; what happens is appended to `said`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(jobs.PROGRAMS, "harness", "stub_command")
@@ -203,11 +204,10 @@ def launched(tmp_path, monkeypatch):
     study = expand(from_dict(data, Path("stub.toml")))
 
     def launch(processes, **options):
-        said = []
-        launcher = Launcher(
-            study, processes=processes, say=said.append, draw=lambda found: None, **{"retry_failed": False, **options}
-        )
-        return launcher, launcher.launch(), said
+        caplog.clear()
+        launcher = Launcher(study, processes=processes, draw=lambda found: None, **{"retry_failed": False, **options})
+        with caplog.at_level(logging.INFO, "harness"):
+            return launcher, launcher.launch(), caplog.messages
 
     return launch
 

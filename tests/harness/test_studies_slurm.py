@@ -1,6 +1,7 @@
 """Studies on SLURM: the scripts that submitit writes, what a job does, and a job that is pre-empted (by a stand-in)."""
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -78,7 +79,7 @@ def check_script(script, study, run):
 def test_without_slurm_the_scripts_are_written_and_nothing_is_run(study):
     assert shutil.which("sbatch") is None
     with pytest.raises(UserError, match="sbatch is not on this machine; the 2 scripts that it would get are in"):
-        slurm.submit(study, {}, retry_failed=False, say=print)
+        slurm.submit(study, {}, retry_failed=False)
     for run in study.runs:
         check_script((study.folder / "slurm" / f"{run.name}.sh").read_text(), study, run)
         assert not run.folder.exists()
@@ -86,7 +87,7 @@ def test_without_slurm_the_scripts_are_written_and_nothing_is_run(study):
 
 def test_settings_of_the_command_line_are_laid_over_the_files(study):
     with pytest.raises(UserError):
-        slurm.submit(study, {"time": 90, "partition": "cpu", "qos": "low"}, retry_failed=False, say=print)
+        slurm.submit(study, {"time": 90, "partition": "cpu", "qos": "low"}, retry_failed=False)
     asked = settings((study.folder / "slurm" / f"{study.runs[0].name}.sh").read_text())
     assert (asked["time"], asked["partition"], asked["qos"], asked["mem"]) == ("90", "cpu", "low", "32G")
 
@@ -94,7 +95,7 @@ def test_settings_of_the_command_line_are_laid_over_the_files(study):
 def test_false_leaves_an_option_out(study):
     given = {"exclusive": False, "use_srun": False, "additional_parameters": {"requeue": False, "overcommit": True}}
     with pytest.raises(UserError):
-        slurm.submit(study, given, retry_failed=False, say=print)
+        slurm.submit(study, given, retry_failed=False)
     script = (study.folder / "slurm" / f"{study.runs[0].name}.sh").read_text()
     asked = settings(script)
     assert not {"exclusive", "requeue"} & set(asked) and asked["overcommit"] == "" and "srun" not in script
@@ -121,7 +122,7 @@ def test_false_leaves_an_option_out(study):
 )
 def test_settings_that_make_no_sense_are_refused(study, given, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        slurm.submit(study, given, retry_failed=False, say=print)
+        slurm.submit(study, given, retry_failed=False)
     assert not study.folder.exists()
 
 
@@ -133,29 +134,31 @@ def test_time_limits_are_read_as_sbatch_reads_them(text, minutes):
     assert slurm.minutes(text) == minutes
 
 
-def test_each_run_is_a_job_that_carries_words_and_is_submitted_once(study, fake):
+def test_each_run_is_a_job_that_carries_words_and_is_submitted_once(study, fake, caplog):
     fake.spool.joinpath("begin").write_text("#!/bin/bash\n")  # jobs that do nothing and never end
-    said = []
-    found = slurm.submit(study, {}, retry_failed=False, say=said.append)
+    caplog.set_level(logging.INFO, "harness")
+    found = slurm.submit(study, {}, retry_failed=False)
     assert [row.state for row in found.rows] == ["running", "running"]  # by squeue alone: nothing is locked
-    assert [text.split()[:2] for text in said] == [["submitted", run.name] for run in study.runs]
+    assert [text.split()[:2] for text in caplog.messages] == [["submitted", run.name] for run in study.runs]
     for number, run in enumerate(study.runs, start=1):
         check_script(fake.script(number), study, run)
         (path,) = study.folder.glob(f"slurm/{number}/*_submitted.pkl")
         delayed = pickle.loads(path.read_bytes())  # our own, just written
         assert type(delayed.function) is slurm.Command and not delayed.args and not delayed.kwargs
         assert delayed.function.commands == [list(words) for words in run.commands] and len(run.commands) == 2
-    slurm.submit(study, {}, retry_failed=False, say=said.append)  # what is in the queue is not submitted again
-    assert len(said) == 2
+    slurm.submit(study, {}, retry_failed=False)  # what is in the queue is not submitted again
+    assert len(caplog.messages) == 2
     fake.spool.joinpath("1.alive").unlink()  # the first has died without a trace
-    found = slurm.submit(study, {}, retry_failed=False, say=said.append)
-    assert said[2].split()[:4] == ["submitted", study.runs[0].name, "as", "job"] and len(said) == 3
+    found = slurm.submit(study, {}, retry_failed=False)
+    assert (
+        caplog.messages[2].split()[:4] == ["submitted", study.runs[0].name, "as", "job"] and len(caplog.messages) == 3
+    )
 
 
 def test_what_sbatch_says_is_passed_on(study, fake):
     fake.spool.joinpath("refusing").touch()
     with pytest.raises(RunError, match=f"sbatch has refused the job of {study.runs[0].name}: .*Invalid partition"):
-        slurm.submit(study, {}, retry_failed=False, say=print)
+        slurm.submit(study, {}, retry_failed=False)
 
 
 def command(tmp_path, *commands):
