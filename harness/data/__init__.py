@@ -27,7 +27,8 @@ class DatasetSpec:
 
     loader: "module:attribute" of a function (folder: Path | None) -> ImageSet. finder: "module:attribute" of a function
     (folder: Path | None, resolution: int | None) -> str | None, which says without reading the images what is missing
-    and how to get it, in one line; empty: nothing but the folder can be missing.
+    and how to get it, in one line; empty: nothing but the folder can be missing. images: the number of training images,
+    where that is fixed; an epoch is so many.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DatasetSpec:
     loader: str
     needs_folder: bool = False  # whether `--data` must name the files
     finder: str = ""
+    images: int | None = None
 
     def missing(self, folder: Path | None = None, resolution: int | None = None) -> str | None:
         """What is missing before the data set can be loaded, and how to get it, in one line; None: nothing is known.
@@ -59,17 +61,20 @@ class DatasetSpec:
 BUILT_IN = (
     DatasetSpec(
         name="digits",
+        images=1_797,
         summary="1,797 real handwritten digits, 8x8x1, 10 classes; part of scikit-learn",
         loader="harness.data.digits:load",
     ),
     DatasetSpec(
         name="fashion-mnist",
+        images=70_000,
         summary="70,000 pictures of clothing, 28x28x1 padded to 32x32x1, 10 classes; `harness data fetch fashion-mnist`",
         loader="harness.data.fashion_mnist:load",
         finder="harness.data.fashion_mnist:missing",
     ),
     DatasetSpec(
         name="imagenet",
+        images=1_281_167,
         summary="1,281,167 photographs in 1,000 classes, made by `harness data prepare imagenet`; --data FOLDER",
         loader="harness.data.prepared:load_imagenet",
         needs_folder=True,

@@ -28,10 +28,6 @@ from harness.settings import DEFAULT_PROTOCOL, PlanOptions, RunOptions, Sampling
 from harness.spec import BackboneSpec, Compute
 
 MAX_STEPS = 2**63 - 1  # what a step's counter holds
-EPOCHS = {
-    "digits": 1_797,
-    "imagenet": 1_281_167,
-}  # training images of the data sets whose number is no matter of choice
 
 
 def request_from(options: TrainOptions | RunOptions | PlanOptions) -> Request:
@@ -227,6 +223,7 @@ def budget_table(task: Protocol, recipe: Recipe, *, match: Reference | None, bud
     to, target = training_target(task, recipe, match=match, budget=budget)
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
+    in_epoch = registry.datasets.get(task.dataset).images if task.dataset in registry.datasets else None
     for spec in registry.backbones:
         if spec.kind != "denoiser":
             continue
@@ -245,7 +242,7 @@ def budget_table(task: Protocol, recipe: Recipe, *, match: Reference | None, bud
                 "gflops_source": compute.source,
                 "steps": solved.steps,
                 "images": images,
-                "epochs": images / EPOCHS[task.dataset] if task.dataset in EPOCHS else None,
+                "epochs": None if in_epoch is None else images / in_epoch,
                 "training_gflops": solved.gflops,
                 "relative_error": solved.relative_error,
             }

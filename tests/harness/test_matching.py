@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from harness import registry
 from harness.cli import group, plan, run, train
 from harness.errors import UserError
-from harness.planning.matching import EPOCHS, matched, nearest_count
+from harness.planning.matching import matched, nearest_count
 from harness.planning.reference import Reference, parse_budget, parse_reference, parse_sampling_reference
 from harness.planning.request import make_request
 from harness.protocols import get_protocol
@@ -210,7 +210,7 @@ def test_the_table_names_what_does_not_fit_the_protocol(planned, tmp_path):
 
 
 def test_the_digits_have_as_many_images_as_the_table_counts():
-    assert len(registry.datasets.get("digits").load().images) == EPOCHS["digits"]
+    assert len(registry.datasets.get("digits").load().images) == registry.datasets.get("digits").images
 
 
 def test_the_table_and_the_plan_in_words():
