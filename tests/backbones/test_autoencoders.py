@@ -1,4 +1,4 @@
-"""The VQ auto-encoders of latent diffusion against diffusers' VQModel, and their sizes and compute against goldens."""
+"""The VQ autoencoders of latent diffusion against diffusers' VQModel, and their sizes and compute against goldens."""
 
 import pytest
 import torch

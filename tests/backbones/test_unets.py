@@ -296,7 +296,7 @@ def test_gelu_is_the_exact_form():
     [
         ("adm-xs", {"width": 48}, "width 48 x 1", "multiple of 32"),
         ("adm-xs", {"multipliers": (0.5, 1)}, "width 32 x 0.5", "multiple of 32"),
-        ("adm-xs", {"multipliers": ()}, "multipliers are ()", "one positive number a level"),
+        ("adm-xs", {"multipliers": ()}, "multipliers are ()", "one positive number per level"),
         ("adm-xs", {"multipliers": (1, -1)}, "multipliers are (1, -1)", "positive"),
         ("adm-xs", {"input_size": 7}, "input_size 7", "multiple of 2"),
         ("adm-256", {"input_size": 28}, "input_size 28", "at most 3 levels"),

@@ -245,13 +245,13 @@ def test_labels(digits, halves):
 def test_the_chance_of_uneven_labels_is_that_of_scipy():
     from scipy.stats import chisquare
 
-    from evaluators.guards import _chance
+    from evaluators.guards import _chi_square_p
 
     counts = np.random.RandomState(0).multinomial(5000, np.arange(1, 11) / 55)
     shares = np.full(10, 0.1)
-    assert _chance(counts, shares) == pytest.approx(chisquare(counts).pvalue, rel=1e-9, abs=1e-300)
+    assert _chi_square_p(counts, shares) == pytest.approx(chisquare(counts).pvalue, rel=1e-9, abs=1e-300)
     counts = np.array([480, 520, 510, 490])
-    assert _chance(counts, np.full(4, 0.25)) == pytest.approx(chisquare(counts).pvalue, rel=1e-12)
+    assert _chi_square_p(counts, np.full(4, 0.25)) == pytest.approx(chisquare(counts).pvalue, rel=1e-12)
 
 
 def test_image_stats_take_one_pass_and_does_not_depend_on_the_container(tmp_path, digits):
