@@ -56,7 +56,7 @@ def test_upsample_nearest_and_average_pool():
 
 @pytest.mark.parametrize("offset", [0, 10])
 def test_normalisations(offset):
-    """With a mean far from 0, which a variance in one pass does not survive."""
+    """With a mean far from 0, for which a one-pass variance would be wrong."""
     x = numbers("x", 2, 64, 3, 3) * 0.01 + offset
     ours = flax_layers.channels_last(jnp.asarray(x))
     norm = flax_layers.GroupNorm(64, 32, eps=1e-5, rngs=nnx.Rngs(0))

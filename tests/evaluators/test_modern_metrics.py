@@ -283,7 +283,7 @@ def test_interval_covers_the_expectation_in_90_to_99_percent(case):
     assert 0.90 <= covered <= 0.99, covered
 
 
-# --- from inputs to numbers and a picture
+# --- From inputs to numbers and a picture
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ KEYS = ["fd", "kid", "is", "precision", "recall", "copies"]
 
 
 class Pixels:
-    """An extractor that needs no network, and counts the images that it saw."""
+    """An extractor that needs no network, and counts its images."""
 
     name, sha256, dim, description = "pixels", "0" * 64, 64, "for tests"
 
