@@ -1,1 +1,1 @@
-"""The networks that are compared, one folder a family: a framework-free spec, and one file per framework."""
+"""The networks that are compared, one folder per family: a spec without a framework, and one file per framework."""

@@ -1,8 +1,8 @@
 """Flax layers that more than one family of backbones uses. Shapes are channels last: (N, H, W, C) or (N, T, C).
 
-Parameters are float32. Linear layers and convolutions compute in the dtype that `set_compute_dtype` gives them (none:
-float32), those that are `pinned` in float32 always; normalisations take their statistics in float32 and return the
-dtype of their input. That is what torch's autocast does with the torch networks.
+Parameters are float32. Linear layers and convolutions compute in the dtype of `set_compute_dtype` (by default float32),
+those with `force_float32` always in float32. Normalisations compute their statistics in float32 and return the dtype of
+their input. This corresponds to torch's autocast on the torch networks.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ zeros: Initializer = nnx.initializers.zeros_init()
 class Frozen(nnx.Variable):
     """A weight that is loaded, saved and averaged but never trained.
 
-    It is no `nnx.Param`, so an optimiser `wrt=nnx.Param` and gradients by `nnx.Param` pass it by. A checkpoint or a
-    weight file holds it: take `nnx.state(net, (nnx.Param, Frozen))`.
+    It is not an `nnx.Param`, so optimisers and gradients with respect to `nnx.Param` leave it out. Checkpoints and weight
+    files include it: they use `nnx.state(net, (nnx.Param, Frozen))`.
     """
 
 
 def initial_rngs(seed: int) -> nnx.Rngs:
-    """Where the initial weights of a run come from: 64 of our random bits as the key of jax's Threefry generator."""
+    """The generator of a run's initial weights: jax's Threefry with 64 of our random bits as its key."""
     words = bits(seed, Purpose.INITIALISATION, np.zeros(1, np.int64), 0, 2)[0]  # (2,) uint32
     return nnx.Rngs(params=jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"))
 
 
 def uniform(bound: float) -> Initializer:
-    """Uniform numbers in [-bound, bound)."""
+    """Initialiser with uniform numbers in [-bound, bound)."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def xavier(inputs: int, outputs: int) -> Initializer:
-    """torch's xavier_uniform of a matrix, whatever the shape that it is stored in (Glorot and Bengio 2010)."""
+    """torch's xavier_uniform for a linear map, independent of the shape of its weight (Glorot and Bengio 2010)."""
     return uniform(math.sqrt(6 / (inputs + outputs)))
 
 
 class Linear(nnx.Linear):
-    """Linear layer; weights and biases start uniform within 1 / sqrt(inputs), as torch's do, unless told otherwise."""
+    """Linear layer; by default, initial weights and biases are uniform within 1 / sqrt(inputs), as in torch."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Linear(nnx.Linear):
         bias: bool = True,
         kernel_init: Initializer | None = None,
         bias_init: Initializer | None = None,
-        pinned: bool = False,  # computes in float32 always
+        force_float32: bool = False,  # independent of `set_compute_dtype`
         rngs: nnx.Rngs,
     ):
         default = uniform(inputs**-0.5)
@@ -69,18 +69,18 @@ class Linear(nnx.Linear):
             use_bias=bias,
             kernel_init=kernel_init or default,
             bias_init=bias_init or default,
-            dtype=jnp.float32 if pinned else None,
-            # GPUs and TPUs multiply float32 in less by default.
-            precision=jax.lax.Precision.HIGHEST if pinned else None,
+            dtype=jnp.float32 if force_float32 else None,
+            # By default, GPUs and TPUs multiply float32 numbers with a lower precision.
+            precision=jax.lax.Precision.HIGHEST if force_float32 else None,
             rngs=rngs,
         )
-        self.pinned = pinned
+        self.force_float32 = force_float32
 
 
 class Conv(nnx.Conv):
-    """Convolution over the axes between batch and channels; starts as torch's does, unless told otherwise.
+    """Convolution over the axes between batch and channels; by default, initialised as in torch.
 
-    `padding` cells are added on every side: "SAME" of jax would pad one side alone where the stride is 2.
+    padding: cells added at both ends of every axis (jax's "SAME" would pad only one end for stride 2).
     """
 
     def __init__(
@@ -107,12 +107,13 @@ class Conv(nnx.Conv):
             bias_init=bias_init or default,
             rngs=rngs,
         )
-        self.apart = kernel == stride and padding == 0
+        self.non_overlapping = kernel == stride and padding == 0
 
-    def __call__(self, x: Array) -> Array:
-        if not self.apart:
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]  # without nnx's out_sharding
+        if not self.non_overlapping:
             return super().__call__(x)  # (N, ..., C_out)
-        # Patches that do not overlap are multiplied as a matrix: on a CPU, XLA's convolution takes 1.5 times as long.
+        # Non-overlapping patches are one matrix product: on a CPU, XLA's convolution takes 1.5 times as long.
+        assert self.bias is not None
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
         axes = len(self.kernel_size)
         sides = [part for side, k in zip(x.shape[1:-1], self.kernel_size, strict=True) for part in (side // k, k)]
@@ -121,22 +122,22 @@ class Conv(nnx.Conv):
         return x.reshape(*x.shape[: axes + 1], -1) @ kernel.reshape(-1, kernel.shape[-1]) + bias  # (N, ..., C_out)
 
 
-def normalised(x: Array, axes: tuple[int, ...], eps: float) -> Array:
-    """x less its mean over `axes` and divided by its standard deviation: float32. Two passes, as torch's."""
+def normalise(x: Array, axes: tuple[int, ...], eps: float) -> Array:
+    """x minus its mean over `axes`, divided by its standard deviation: float32. Two passes, as in torch."""
     x = x.astype(jnp.float32)
     x = x - x.mean(axes, keepdims=True)
     return x * jax.lax.rsqrt((x * x).mean(axes, keepdims=True) + eps)
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer norm, with scale and shift of its own if `affine`."""
+    """Layer norm, with learned scale and shift if `affine`."""
 
     def __init__(self, width: int, *, eps: float, affine: bool = True, rngs: nnx.Rngs):
         super().__init__(width, epsilon=eps, use_bias=affine, use_scale=affine, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        y = normalised(x, (-1,), self.epsilon)  # (..., C)
-        if self.use_scale:
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]  # without nnx's mask
+        y = normalise(x, (-1,), self.epsilon)  # (..., C)
+        if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]  # (..., C)
         return y.astype(x.dtype)
 
@@ -147,14 +148,15 @@ class GroupNorm(nnx.GroupNorm):
     def __init__(self, channels: int, groups: int, *, eps: float, rngs: nnx.Rngs):
         super().__init__(channels, groups, epsilon=eps, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]  # without nnx's mask
         y = x.reshape(x.shape[0], -1, self.num_groups, self.group_size)  # (N, T, G, C/G)
-        y = normalised(y, (1, 3), self.epsilon).reshape(x.shape)  # (N, ..., C)
+        y = normalise(y, (1, 3), self.epsilon).reshape(x.shape)  # (N, ..., C)
+        assert self.scale is not None and self.bias is not None
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)  # (N, ..., C)
 
 
 class Sequence(nnx.List):
-    """Layers and functions one after another, numbered as in a torch.nn.Sequential."""
+    """Layers and functions that are applied one after another, numbered as in torch.nn.Sequential."""
 
     def __call__(self, x: Array) -> Array:
         for layer in self:
@@ -163,38 +165,38 @@ class Sequence(nnx.List):
 
 
 def attend(q: Array, k: Array, v: Array) -> Array:
-    """Scaled dot-product attention of (N, T, H, D/H) arrays; k and v may have other tokens than q."""
+    """Scaled dot-product attention of (N, T, H, D/H) arrays; k and v may have another T than q."""
     return jax.nn.dot_product_attention(q, k, v)  # (N, T, H, D/H)
 
 
 def timestep_features(t: Array, features: int) -> Array:
-    """Sinusoids of timesteps t (N,), whole or not: float32 (N, features), cosines first.
+    """Sinusoids of timesteps t (N,), integer or not: float32 (N, features), cosines first.
 
     Frequencies 10000^(-i / half) for i = 0 ... half - 1 (openai/guided-diffusion nn.py, timestep_embedding; DiT's too).
     """
     half = features // 2
-    # Rounded once, on the host: at t = 999 an error of one unit in the last place is 6e-5 of the angle.
+    # Rounded once, on the host: at t = 999 an error of one unit in the last place changes the angle by 6e-5.
     exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)  # (half,)
     angles = t.astype(jnp.float32)[:, None] * frequencies  # (N, half)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (N, features)
 
 
-def doubled(x: Array) -> Array:
-    """(N, H, W, C) to (N, 2H, 2W, C), every cell four times: torch's nearest interpolation by 2."""
+def upsample_nearest(x: Array) -> Array:
+    """(N, H, W, C) -> (N, 2H, 2W, C), as torch's nearest interpolation by a factor of 2."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def halved(x: Array) -> Array:
-    """(N, H, W, C) to (N, H/2, W/2, C), the means of 2x2 cells: torch's avg_pool2d."""
+def average_pool(x: Array) -> Array:
+    """(N, H, W, C) -> (N, H/2, W/2, C), the means of 2x2 cells, as torch's avg_pool2d."""
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def stretched(x: Array, size: tuple[int, int]) -> Array:
-    """(N, h, w, C) to (N, *size, C) as torch's bilinear interpolation without aligned corners and antialiasing.
+def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
+    """(N, h, w, C) -> (N, *size, C), as torch's bilinear interpolation without aligned corners and antialiasing.
 
-    Not jax.image.resize: its default antialiases where the size shrinks, and it multiplies by matrices.
+    Unlike jax.image.resize, which by default antialiases when it shrinks, and multiplies by matrices.
     """
     for axis, outputs in enumerate(size, start=1):
         inputs = x.shape[axis]
@@ -208,7 +210,7 @@ def stretched(x: Array, size: tuple[int, int]) -> Array:
 
 
 def checkpointed(function: Callable[..., Array], module: nnx.Module, *inputs: Any) -> Array:
-    """function(module, *inputs), of which only the inputs are kept for the backward pass. It may change no state."""
+    """function(module, *inputs), which stores only the inputs for the backward pass. It must not change the state."""
     graph, state = nnx.split(module)
 
     def pure(state: nnx.State, *inputs: Any) -> Array:
@@ -218,20 +220,20 @@ def checkpointed(function: Callable[..., Array], module: nnx.Module, *inputs: An
 
 
 def set_compute_dtype(net: nnx.Module, dtype: Any | None) -> None:
-    """Linear layers and convolutions of `net` compute in `dtype` from now on (None: that of the parameters).
+    """Set the dtype in which linear layers and convolutions of `net` compute (None: that of the parameters).
 
-    Parameters stay float32. Layers that are `pinned`, of the timestep's embedding, keep to float32.
+    Parameters stay float32. Layers with `force_float32`, those of the timestep embedding, still compute in float32.
     """
     for _, module in nnx.iter_modules(net):
-        if isinstance(module, (nnx.Linear, nnx.Conv)) and not getattr(module, "pinned", False):
+        if isinstance(module, (nnx.Linear, nnx.Conv)) and not getattr(module, "force_float32", False):
             module.dtype = dtype
 
 
 def channels_last(x: Array) -> Array:
-    """(N, C, H, W) to (N, H, W, C)."""
+    """(N, C, H, W) -> (N, H, W, C)."""
     return x.transpose(0, 2, 3, 1)
 
 
 def channels_first(x: Array) -> Array:
-    """(N, H, W, C) to (N, C, H, W)."""
+    """(N, H, W, C) -> (N, C, H, W)."""
     return x.transpose(0, 3, 1, 2)

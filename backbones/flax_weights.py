@@ -1,12 +1,12 @@
-"""The one map between the parameters of a Flax network and those of the torch network, which the public files hold.
+"""The map between the parameters of a Flax network and those of the torch network, which are in the public files.
 
-Both networks have the same attribute names, so the map is a rule and no table:
+Both networks have the same attribute names, so the map is a rule instead of a table:
 
-    path        joined by dots; the leaf `kernel`, `scale` or `embedding` is called `weight` in torch, others as they are
-    kernel      the axes reversed but for the two of space: (in, out) <-> (out, in), WIO <-> OIW, HWIO <-> OIHW
+    path        joined by dots; the leaves `kernel`, `scale` and `embedding` are called `weight` in torch, others the same
+    kernel      input and output axes first: (in, out) <-> (out, in), WIO <-> OIW, HWIO <-> OIHW
     the rest    the same shape: biases, scales, tables, positions
 
-Importers and exporters of public files (`harness.weights`) speak torch's names and shapes; they need no torch.
+Importers and exporters of public files (`harness.weights`) use torch's names and shapes, but do not need torch.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from harness.errors import UserError
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]  # attribute names and indices
 
 
 def torch_name(path: Path) -> str:
-    """blocks, 0, attn, qkv, kernel -> blocks.0.attn.qkv.weight."""
+    """The torch name of a parameter: blocks, 0, attn, qkv, kernel -> blocks.0.attn.qkv.weight."""
     *parents, leaf = path
     return ".".join([*map(str, parents), LEAVES.get(str(leaf), str(leaf))])
 
 
 def _axes(path: Path, dimensions: int, *, to_torch: bool) -> tuple[int, ...]:
-    """How to transpose the parameter at `path`."""
+    """The axes argument of `transpose` for the parameter at `path`."""
     space = tuple(range(dimensions - 2))
     if path[-1] != "kernel":
         return tuple(range(dimensions))
@@ -39,36 +39,36 @@ def _axes(path: Path, dimensions: int, *, to_torch: bool) -> tuple[int, ...]:
 
 
 def variables(net: nnx.Module) -> nnx.State:
-    """Everything that a weight file holds, trained or not. `net` may be abstract."""
+    """All variables of a weight file, trained or not. `net` may be abstract."""
     return nnx.state(net, nnx.Not(nnx.RngState))
 
 
 def torch_names(state: nnx.State) -> dict[str, tuple[Path, nnx.Variable]]:
-    """Path and variable of everything in a state, by torch's name."""
+    """Path and variable of all variables in a state, by torch name."""
     return {torch_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
 
 
 def torch_shapes(net: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """The state dict of the torch network, without its values. `net` may be abstract."""
+    """Names and shapes of the torch network's state dict. `net` may be abstract."""
     return {name: _torch_shape(path, variable) for name, (path, variable) in torch_names(variables(net)).items()}
 
 
 def from_torch(net: nnx.Module, weights: Mapping[str, Any]) -> nnx.State:
-    """The state for `nnx.update(net, state)` out of a state dict of the torch network, as float32 numpy arrays.
+    """The state for `nnx.update(net, state)` from a state dict of the torch network, as float32 numpy arrays.
 
-    `weights` holds arrays under torch's names, in torch's shapes; arrays are views of them where that can be. Raises
-    `UserError` for a tensor that is missing, is of another shape or belongs to nothing. `net` may be abstract.
+    weights: arrays under torch's names, in torch's shapes; the result has views of them where possible. `net` may be
+    abstract. Raises UserError for tensors that are missing, unknown or of another shape.
     """
     return state_from_torch(variables(net), weights)
 
 
 def state_from_torch(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State:
-    """The same for any part of a network's state, whose values are not looked at."""
+    """As `from_torch`, for any part of a network's state, whose values are not used."""
     names = torch_names(state)
-    if strange := sorted(set(weights) - set(names)):
-        raise UserError(f"weights hold {strange[0]!r}, which this network has not ({len(strange)} such tensors)")
+    if unknown := sorted(set(weights) - set(names)):
+        raise UserError(f"weights have {unknown[0]!r}, which is not in this network ({len(unknown)} such tensors)")
     if missing := sorted(set(names) - set(weights)):
-        raise UserError(f"weights lack {missing[0]!r} ({len(missing)} such tensors); is it the same network?")
+        raise UserError(f"weights: {missing[0]!r} is missing ({len(missing)} such tensors); is it the same network?")
     flat = []
     for name, (path, variable) in names.items():
         value, shape = np.asarray(weights[name]), _torch_shape(path, variable)
@@ -85,7 +85,7 @@ def to_torch(net: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def state_to_torch(state: nnx.State, read: Callable[[Any], np.ndarray] = np.asarray) -> dict[str, np.ndarray]:
-    """The same for any part of a network's state; `read` brings an array to the host."""
+    """As `to_torch`, for any part of a network's state; `read` copies an array to the host."""
     weights = {}
     for name, (path, variable) in torch_names(state).items():
         value = read(variable.get_value()).astype(np.float32, copy=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from torch.nn import functional as F
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention of (N, H, T, D/H) tensors; k and v may have other tokens than q."""
+    """Scaled dot-product attention of (N, H, T, D/H) tensors; k and v may have another T than q."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256:
-        # torch's fused CPU kernel takes 3 (256 tokens) to 7 times (16 tokens) as long in bfloat16 as two matrix
-        # products, whose scores still fit here; rounding them errs as much as autocast's rounding of q and k does.
+        # In bfloat16, torch's fused CPU kernel takes 3 (256 tokens) to 7 times (16 tokens) as long as two matrix
+        # products. Their scores are small enough to store, and the error of rounding them is about that of autocast,
+        # which rounds q and k.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, H, T, T)
         return scores.softmax(dim=-1) @ v  # (N, H, T, D/H)
     return F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
@@ -26,9 +28,9 @@ SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), of a tensor of any shape.
 
-    On a CPU it is computed as x sigmoid(2 u) in float32, the same function: torch's tanh takes several times as long
-    there as its sigmoid. The two differ by float32 rounding. Uncompiled bfloat16 would round between its steps, and is
-    left to torch.
+    On a CPU it is computed in float32 as x sigmoid(2 u), which is the same function up to float32 rounding: torch's tanh
+    takes several times as long there as its sigmoid. Uncompiled bfloat16 uses torch's gelu, because it would round
+    between the steps.
     """
     if x.device.type == "cpu" and torch.compiler.is_compiling():
         wide = x if x.dtype == torch.float64 else x.float()
@@ -39,29 +41,29 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class _SigmoidGelu(torch.autograd.Function):
-    """x sigmoid(2 u), in as few passes over memory as torch has; the backward pass is torch's own."""
+    """x sigmoid(2 u), with as few passes over memory as torch's operators allow; the backward pass is torch's."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return torch.addcmul(x.new_tensor(SLOPE), x, x, value=CUBIC).mul_(x).sigmoid_().mul_(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
-def full_precision(device_type: str) -> contextlib.AbstractContextManager:
-    """Autocast off; the meta device has none."""
+def full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Context without autocast, also for the meta device, which does not support autocast."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
 def timestep_features(t: Tensor, features: int) -> Tensor:
-    """Sinusoids of timesteps t (N,), whole or not: float32 (N, features), cosines first.
+    """Sinusoids of timesteps t (N,), integer or not: float32 (N, features), cosines first.
 
     Frequencies 10000^(-i / half) for i = 0 ... half - 1 (openai/guided-diffusion nn.py, timestep_embedding; DiT's too).
     """

@@ -164,24 +164,26 @@ def estimate(
     memory depends on N only through the size of a block.
     """
     n, dim = features.shape
-    own = statistics(features) if sample_statistics is None else sample_statistics
+    samples = statistics(features) if sample_statistics is None else sample_statistics
     few_rows = n <= dim
     factor = _factor(reference)  # (D, r)
     if few_rows:
-        scaled = (features - own.mean) @ factor  # (N, r): centred rows times F of the reference
+        scaled = (features - samples.mean) @ factor  # (N, r): centred rows times F of the reference
         inner = scaled @ scaled.T  # (N, N)
     else:
-        inner = (n - 1) * (factor.T @ own.covariance @ factor)  # (r, r)
+        inner = (n - 1) * (factor.T @ samples.covariance @ factor)  # (r, r)
         inner = (inner + inner.T) / 2
-    own_trace, reference_trace = float(np.trace(own.covariance)), float(np.trace(reference.covariance))
-    value = frechet_distance(value_statistics or own, reference)  # from exact statistics: independent of the row order
+    sample_trace, reference_trace = float(np.trace(samples.covariance)), float(np.trace(reference.covariance))
+    value = frechet_distance(
+        value_statistics or samples, reference
+    )  # from exact statistics: independent of the row order
 
     def without(b: int) -> float:
         kept = block != b
         m = int(kept.sum())
-        removed = chosen_rows(features, ~kept) - own.mean  # (N - m, D)
+        removed = chosen_rows(features, ~kept) - samples.mean  # (N - m, D)
         shift = -removed.sum(axis=0) / m  # mean of the kept rows, relative to the mean of all rows
-        trace = ((n - 1) * own_trace - np.einsum("nd,nd->", removed, removed) - m * (shift @ shift)) / (m - 1)
+        trace = ((n - 1) * sample_trace - np.einsum("nd,nd->", removed, removed) - m * (shift @ shift)) / (m - 1)
         if few_rows:
             part = inner[np.ix_(kept, kept)]
             part -= part.mean(axis=0, keepdims=True)  # centred on the mean of the kept rows
@@ -196,7 +198,7 @@ def estimate(
             del downdate
         part /= m - 1
         root = _sum_of_roots(part, min(m - 1, _rank(reference)), symmetric=not few_rows)
-        return _assemble(own.mean + shift - reference.mean, trace, reference_trace, root)
+        return _assemble(samples.mean + shift - reference.mean, trace, reference_trace, root)
 
     # One block per thread: BLAS threads gain little on a symmetric eigenvalue problem of this size, and on a busy
     # machine, waiting for each other, they were measured to take 40 times as long.
@@ -207,9 +209,9 @@ def estimate(
     return Estimate(value=value, left_out=left_out)
 
 
-def _assemble(delta: np.ndarray, own_trace: float, reference_trace: float, root_trace: float) -> float:
+def _assemble(delta: np.ndarray, sample_trace: float, reference_trace: float, root_trace: float) -> float:
     # float32 means, which only ADM's mode has, are subtracted and squared in float32, as in ADM's evaluator
-    return float(delta @ delta) + own_trace + reference_trace - 2.0 * root_trace
+    return float(delta @ delta) + sample_trace + reference_trace - 2.0 * root_trace
 
 
 def compute(inputs: MetricInputs) -> dict[str, Estimate]:

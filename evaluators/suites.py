@@ -109,7 +109,7 @@ ADM_EXACT = Suite(
     features=INCEPTION_2015,
     metrics=(FID, SFID, METRICS["is"], METRICS["precision"], METRICS["recall"]),
     mode="exact",
-    note="ADM's metrics without its roundings: no number knows the order of the images; IS of all samples at once, "
+    note="ADM's metrics without its roundings: no number depends on the order of the images; IS of all samples at once, "
     "precision and recall on float64 distances, k = 3",
     reference_statistics="expected",
 )

@@ -1,7 +1,7 @@
 """Closed-form compute and parameters of ADM's networks; the convention is `harness.compute.CONVENTION`.
 
-It reproduces the Gflops of the DiT paper's Table 6: 307, 1120 and 1983 for ADM at 128, 256 and 512 pixels, and with
-the bases 742 and 2813 for ADM-U.
+It reproduces the Gflops of the DiT paper's Table 6: 307, 1120 and 1983 for ADM at 128, 256 and 512 pixels, and 742 and
+2813 for ADM-U including its base network.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def count_denoiser(**arguments: Any) -> Compute:
 
 
 def count_upsampler(**arguments: Any) -> Compute:
-    """As `count_denoiser`, of an upsampler; the interpolation of the low-resolution image is free."""
+    """As `count_denoiser`, for an upsampler; the interpolation of the low-resolution image is free."""
     return _unet("upsampler", arguments)
 
 
 def count_classifier(**arguments: Any) -> Compute:
-    """As `count_denoiser`, of a classifier of noised images."""
+    """As `count_denoiser`, for a classifier of noised images."""
     layout = adm_layout("classifier", arguments)
     tally = Tally()
     count_timestep(tally, layout)

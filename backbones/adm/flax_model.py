@@ -1,7 +1,8 @@
 """ADM's denoisers, upsamplers and noisy classifiers in Flax: the classes of `torch_model.py` in the same order.
 
-Source: as there. The blocks are in `backbones.unet.flax_unet`. Images are channels first at the border alone. All
-networks take the arguments of `backbones.adm.spec` by keyword, and `rngs` of the initial weights (None: of seed 0).
+Source: as there. The blocks are in `backbones.unet.flax_unet`. Inputs and outputs are channels first, as in torch; inside
+the networks, images are channels last. All networks take the arguments of `backbones.adm.spec` by keyword, and `rngs`
+for the initial weights (None: seed 0).
 """
 
 from __future__ import annotations
@@ -14,20 +15,15 @@ from flax import nnx
 from jax import Array
 
 from backbones.adm.spec import adm_layout
-from backbones.flax_layers import Conv, Sequence, attend, channels_first, channels_last, initial_rngs, stretched
-from backbones.unet.flax_unet import Encoder, UNet, check_input, group_norm, split_heads
+from backbones.flax_layers import Conv, Sequence, attend, channels_first, channels_last, initial_rngs, resize_bilinear
+from backbones.unet.flax_unet import Encoder, UNetBase, check_input, group_norm, split_heads
 from backbones.unet.layout import Layout
 
 
-class ADM(UNet):
-    """Denoiser: x (N, in_channels, input_size, input_size), t (N,) timesteps, y (N,) integer labels, to (N,
-    out_channels, input_size, input_size), for the paper's objective the noise and then the variance.
+class _ADM(UNetBase):
+    """The U-Net of denoisers and upsamplers."""
 
-    The class is an embedding added to the timestep's; with num_classes 0 there is none and `y` is not looked at. A
-    label that does not exist gives NaN. The output is exactly 0 before training.
-    """
-
-    kind = "denoiser"
+    kind: str
 
     def __init__(self, *, rngs: nnx.Rngs | None = None, **arguments: Any):
         layout = adm_layout(self.kind, arguments)
@@ -44,34 +40,46 @@ class ADM(UNet):
         )
         self.input_shape = (channels, size, size)
 
+    def denoise(self, x: Array, t: Array, y: Array, rngs: nnx.Rngs | None) -> Array:
+        """The U-Net's output (N, S, S, C_out) for its input channels x (N, S, S, C), timesteps t and labels y."""
+        emb = self.embed(t)  # (N, E) float32
+        if self.label_emb is not None:
+            emb = emb + self.label_emb(y)  # (N, E)
+        return self.run_unet(x, emb, rngs=rngs)  # (N, S, S, C_out)
+
+
+class ADM(_ADM):
+    """Denoiser: x (N, in_channels, input_size, input_size), t (N,) timesteps and y (N,) integer labels to (N,
+    out_channels, input_size, input_size), for the paper's objective noise and variance, in this order.
+
+    The class embedding is added to the timestep embedding. With num_classes 0 there is no class embedding, and y is not
+    used. An invalid label gives NaN. The output is exactly 0 before training.
+    """
+
+    kind = "denoiser"
+
     def __call__(self, x: Array, t: Array, y: Array, *, rngs: nnx.Rngs | None = None) -> Array:
         check_input("ADM", x, self.input_shape)
         return channels_first(self.denoise(channels_last(x), t, y, rngs))  # (N, C_out, S, S)
 
-    def denoise(self, x: Array, t: Array, y: Array, rngs: nnx.Rngs | None) -> Array:
-        """The U-Net on its input channels, channels last."""
-        emb = self.embed(t)  # (N, E) float32
-        if self.label_emb is not None:
-            emb = emb + self.label_emb(y)  # (N, E)
-        return super().__call__(x, emb, rngs=rngs)  # (N, S, S, C_out)
 
-
-class ADMUpsampler(ADM):
-    """Denoiser that also sees a low-resolution image (N, in_channels, s, s) of any side, stretched to its own size."""
+class ADMUpsampler(_ADM):
+    """As `ADM`, with another input: a low-resolution image (N, in_channels, s, s), which is resized to input_size."""
 
     kind = "upsampler"
 
     def __call__(self, x: Array, t: Array, y: Array, low_res: Array, *, rngs: nnx.Rngs | None = None) -> Array:
         check_input("ADM", x, self.input_shape)
-        low_res = stretched(channels_last(low_res), x.shape[2:])  # (N, S, S, C)
+        _, _, height, width = x.shape
+        low_res = resize_bilinear(channels_last(low_res), (height, width))  # (N, S, S, C)
         x = jnp.concatenate([channels_last(x), low_res.astype(x.dtype)], axis=-1)  # (N, S, S, 2 C)
         return channels_first(self.denoise(x, t, y, rngs))  # (N, C_out, S, S)
 
 
 class AttentionPool(nnx.Module):
-    """One token, the mean of all positions, that attends to them and is read out (as CLIP's).
+    """Attention pooling as in CLIP: the mean of all positions is added as a token, which attends to all tokens.
 
-    Of the published layer only the first token's output is used, so only that is computed.
+    The published network uses the output of this token only, so only that is computed.
     """
 
     def __init__(self, layout: Layout, heads: int, outputs: int, rngs: nnx.Rngs):
@@ -108,8 +116,8 @@ class ADMClassifier(Encoder):
         )
         size = arguments["input_size"]
         self.input_shape = (arguments["in_channels"], size, size)
-        heads = layout.middle_block[1].heads
-        pool = AttentionPool(layout, heads, arguments["num_classes"], rngs)
+        _, attention, _ = layout.middle_block
+        pool = AttentionPool(layout, attention.heads, arguments["num_classes"], rngs)
         self.out = Sequence([group_norm(layout.channels, rngs), jax.nn.silu, pool])
 
     def __call__(self, x: Array, t: Array, *, rngs: nnx.Rngs | None = None) -> Array:

@@ -17,10 +17,10 @@ SHARED = {
     "in_channels": 3,
     "num_classes": 1000,  # 0: no class conditioning
     "out_channels": None,  # 2 * in_channels: noise and variance
-    "attention_resolutions": (32, 16, 8),  # sides of the feature maps that are attended over
-    "heads": 0,  # 0: as many as have head_channels each
+    "attention_resolutions": (32, 16, 8),  # sides of the feature maps with self-attention
+    "heads": 0,  # 0: channels / head_channels
     "head_channels": 64,
-    "qkv_first": False,  # how a head's channels lie in the qkv layer; checkpoints hold one of two orders
+    "qkv_first": False,  # order of the qkv layer's channels: (3, heads, C/heads) if true, else (heads, 3, C/heads)
     "dropout": 0.0,
     "gradient_checkpointing": False,
 }
@@ -37,7 +37,7 @@ DENOISERS = {
 UPSAMPLERS = {
     "adm-u-64-256":  {"input_size": 256, "low_res_size": 64, "width": 192, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2, "heads": 4, "head_channels": 0},
     "adm-u-128-512": {"input_size": 512, "low_res_size": 128, "width": 192, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2, "attention_resolutions": (32, 16)},
-    # not of the paper: built as adm-64, for the first step of a cascade over 32, 64 and 256 pixels; and for machines as above
+    # not of the paper: built as adm-64, for the first step of a cascade over 32, 64 and 256 pixels; and a small one
     "adm-u-32-64":   {"input_size": 64, "low_res_size": 32, "width": 192, "multipliers": (1, 2, 3, 4), "res_blocks": 3, "dropout": 0.1},
     "adm-u-xs":      {"input_size": 32, "low_res_size": 16, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_resolutions": (8, 4), "head_channels": 32},
 }
@@ -52,7 +52,7 @@ CLASSIFIERS = {
 
 
 def adm_layout(kind: str, arguments: Mapping[str, Any]) -> Layout:
-    """The layout of a network of `kind` from its arguments; what cannot be built is refused in one line."""
+    """The layout of a network of `kind` with these arguments. Raises UserError if there is no such network."""
     check_arguments("ADM", arguments)
     low = arguments.get("low_res_size")
     if kind == "upsampler" and not (type(low) is int and 1 <= low <= arguments["input_size"]):
@@ -103,4 +103,4 @@ def _specs() -> tuple[BackboneSpec, ...]:
 
 
 SPECS: tuple[BackboneSpec, ...] = _specs()
-"""ADM's networks of the paper, and one small network of each kind."""
+"""The networks of the ADM paper, and one small network of each kind."""

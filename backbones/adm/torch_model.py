@@ -15,18 +15,13 @@ from torch.nn import functional as F
 from backbones.adm.spec import adm_layout
 from backbones.torch_layers import attend
 from backbones.unet.layout import Layout
-from backbones.unet.torch_unet import Encoder, UNet, check_input, group_norm, split_heads
+from backbones.unet.torch_unet import Encoder, UNetBase, check_input, group_norm, split_heads
 
 
-class ADM(UNet):
-    """Denoiser: x (N, in_channels, input_size, input_size), t (N,) timesteps, y (N,) int64 labels, to (N,
-    out_channels, input_size, input_size), for the paper's objective the noise and then the variance.
+class _ADM(UNetBase):
+    """The U-Net of denoisers and upsamplers."""
 
-    The class is an embedding added to the timestep's; with num_classes 0 there is none and `y` is not looked at.
-    Takes the arguments of `backbones.adm.spec` by keyword. The output is exactly 0 before training.
-    """
-
-    kind = "denoiser"
+    kind: str
 
     def __init__(self, **arguments: Any):
         layout = adm_layout(self.kind, arguments)
@@ -42,33 +37,44 @@ class ADM(UNet):
         )
         self.input_shape = (channels, size, size)
 
+    def denoise(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The U-Net's output (N, C_out, S, S) for its input channels x (N, C, S, S), timesteps t and labels y."""
+        emb = self.embed(t)  # (N, E) float32
+        if hasattr(self, "label_emb"):
+            emb = emb + self.label_emb(y)  # (N, E)
+        return self.run_unet(x, emb)  # (N, C_out, S, S)
+
+
+class ADM(_ADM):
+    """Denoiser: x (N, in_channels, input_size, input_size), t (N,) timesteps and y (N,) int64 labels to (N,
+    out_channels, input_size, input_size), for the paper's objective noise and variance, in this order.
+
+    The class embedding is added to the timestep embedding. With num_classes 0 there is no class embedding, and y is not
+    used. Takes the arguments of `backbones.adm.spec` by keyword. The output is exactly 0 before training.
+    """
+
+    kind = "denoiser"
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_input("ADM", x, self.input_shape)
         return self.denoise(x, t, y)  # (N, C_out, S, S)
 
-    def denoise(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The U-Net on its input channels."""
-        emb = self.embed(t)  # (N, E) float32
-        if hasattr(self, "label_emb"):
-            emb = emb + self.label_emb(y)  # (N, E)
-        return super().forward(x, emb)  # (N, C_out, S, S)
 
-
-class ADMUpsampler(ADM):
-    """Denoiser that also sees a low-resolution image (N, in_channels, s, s) of any side, stretched to its own size."""
+class ADMUpsampler(_ADM):
+    """As `ADM`, with another input: a low-resolution image (N, in_channels, s, s), which is resized to input_size."""
 
     kind = "upsampler"
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, low_res: Tensor) -> Tensor:
         check_input("ADM", x, self.input_shape)
-        stretched = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)  # (N, C, S, S)
-        return self.denoise(torch.cat([x, stretched.to(x.dtype)], dim=1), t, y)  # (N, C_out, S, S)
+        resized = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)  # (N, C, S, S)
+        return self.denoise(torch.cat([x, resized.to(x.dtype)], dim=1), t, y)  # (N, C_out, S, S)
 
 
 class AttentionPool(nn.Module):
-    """One token, the mean of all positions, that attends to them and is read out (as CLIP's).
+    """Attention pooling as in CLIP: the mean of all positions is added as a token, which attends to all tokens.
 
-    Of the published layer only the first token's output is used, so only that is computed.
+    The published network uses the output of this token only, so only that is computed.
     """
 
     def __init__(self, layout: Layout, heads: int, outputs: int):
@@ -103,8 +109,8 @@ class ADMClassifier(Encoder):
         )
         size = arguments["input_size"]
         self.input_shape = (arguments["in_channels"], size, size)
-        heads = layout.middle_block[1].heads
-        pool = AttentionPool(layout, heads, arguments["num_classes"])
+        _, attention, _ = layout.middle_block
+        pool = AttentionPool(layout, attention.heads, arguments["num_classes"])
         self.out = nn.Sequential(group_norm(layout.channels), nn.SiLU(), pool)
         self.initialise()
 

@@ -1,4 +1,4 @@
-"""Public weight files of ADM: a bare state dict, whose names are ours (openai/guided-diffusion 22e0df8)."""
+"""Public weight files of ADM: a state dict with our parameter names (openai/guided-diffusion 22e0df8)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.weights.maps import Layout, Shapes, WeightMap, take_all
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
-    """Builder arguments that the shapes tell for a network of the kind of `spec`."""
+    """Builder arguments that follow from the shapes of a network of the kind of `spec`."""
     found: dict[str, Any] = {}
     if len(embedding := shapes.get("time_embed.0.weight", ())) == 2:
         found["width"] = embedding[1]

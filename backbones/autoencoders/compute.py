@@ -1,8 +1,8 @@
-"""Closed-form compute and parameters of an auto-encoder; the convention is `harness.compute.CONVENTION`.
+"""Closed-form compute and parameters of an autoencoder; the convention is `harness.compute.CONVENTION`.
 
-Parts bear the module paths of the public network (CompVis/latent-diffusion a506df5,
-ldm/modules/diffusionmodules/model.py). The search for the nearest code is counted as the matrix product that it is;
-it is under 0.1 % of a decode.
+Parts are named by the module paths of the public network (CompVis/latent-diffusion a506df5,
+ldm/modules/diffusionmodules/model.py). The search for the nearest code is counted as a matrix product; it is under 0.1 %
+of a decode.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def count(
     code_channels: int,
     codes: int | None,
 ) -> Compute:
-    """Compute of one "decode" (nearest code included) or "encode" (up to the latent) of one square image, by part.
+    """Compute by part of one square image: "decode" with the search for the nearest code, or "encode" up to the latent.
 
-    image_size: pixels a side; the latent has image_size / factor. `params` counts encoder, decoder and code book.
-    Raises `UserError` where the arguments do not fit.
+    image_size: side in pixels; the latent has side image_size / factor. `params` counts encoder, decoder and code book.
+    Raises UserError for arguments from which no network can be built, and for other sizes and directions.
     """
     check_arguments(
         resolution=resolution,
@@ -45,9 +45,9 @@ def count(
         codes=codes,
     )
     if direction not in DIRECTIONS:
-        raise UserError(f"auto-encoder: direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
+        raise UserError(f"autoencoder: direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
     if image_size < 1 or image_size % factor(multipliers):
-        raise UserError(f"auto-encoder: image size {image_size} is not a multiple of its factor {factor(multipliers)}")
+        raise UserError(f"autoencoder: image size {image_size} is not a multiple of its factor {factor(multipliers)}")
     widths = [width * multiplier for multiplier in multipliers]
     attended = [resolution >> level in attention_resolutions for level in range(len(multipliers))]
     moments = 1 if codes is not None else 2  # a Gaussian posterior has a mean and a log-variance
@@ -94,14 +94,14 @@ def count(
 
 
 class _Tally:
-    """Rows and parameters of what has been added, in the order of the network."""
+    """Rows and number of parameters of the added layers, in the order of the network."""
 
     def __init__(self) -> None:
         self.rows: list[ComputeRow] = []
         self.params = 0
 
     def conv(self, part: str, inputs: int, outputs: int, kernel: int, side: int) -> None:
-        """A convolution that gives side x side cells."""
+        """A convolution with an output of side x side cells."""
         self.params += (inputs * kernel**2 + 1) * outputs
         self.rows.append(ComputeRow(part, "conv", inputs * outputs * kernel**2 * side**2))
 

@@ -1,7 +1,6 @@
-"""Names, sizes and arguments of the auto-encoders of latent diffusion.
+"""Arguments of an autoencoder's network: their check, the downsampling factor, and their inference from weight shapes.
 
-Source: arXiv:2112.10752, appendix G; CompVis/latent-diffusion a506df5, first_stage_config of
-configs/latent-diffusion/cin256-v2.yaml (VQ-f4) and of models/ldm/cin256/config.yaml (VQ-f8).
+The arguments are described at `backbones.autoencoders.spec.AutoencoderSpec`. No framework is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ GROUPS = 32  # of every group normalisation
 
 
 def factor(multipliers: tuple[int, ...]) -> int:
-    """Pixels a latent cell, along a side: each level but the last halves the side."""
+    """Downsampling factor, image side over latent side: each level but the last halves the side."""
     return 2 ** (len(multipliers) - 1)
 
 
@@ -32,7 +31,7 @@ def check_arguments(
     code_channels: int,
     codes: int | None,
 ) -> None:
-    """Refuses arguments that no network can be built from, in one line."""
+    """Raise UserError for arguments from which no network can be built."""
     numbers = {
         "resolution": resolution,
         "image_channels": image_channels,
@@ -45,24 +44,24 @@ def check_arguments(
     }
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"auto-encoder: {name} is {value!r}; it must be a whole number of at least 1")
+            raise UserError(f"autoencoder: {name} is {value!r}; it must be a whole number of at least 1")
     if not multipliers:
-        raise UserError("auto-encoder: multipliers are empty; give one for each level, such as (1, 2, 4)")
+        raise UserError("autoencoder: multipliers are empty; give one for each level, such as (1, 2, 4)")
     if width % GROUPS:
-        raise UserError(f"auto-encoder: width {width} is not divisible by the {GROUPS} groups of its normalisation")
+        raise UserError(f"autoencoder: width {width} is not divisible by the {GROUPS} groups of its normalisation")
     sides = [resolution >> level for level in range(len(multipliers))]
     if resolution % factor(multipliers):
-        raise UserError(f"auto-encoder: resolution {resolution} cannot be halved {len(multipliers) - 1} times")
+        raise UserError(f"autoencoder: resolution {resolution} cannot be halved {len(multipliers) - 1} times")
     for side in attention_resolutions:
         if side not in sides:
-            raise UserError(f"auto-encoder: no level has attention resolution {side}; the levels have {sides}")
+            raise UserError(f"autoencoder: no level has attention resolution {side}; the levels have {sides}")
 
 
 def infer_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The arguments of the VQ network whose parameters have these names and shapes, in the public layout.
+    """Arguments of the VQ network whose parameters have these names and shapes, in the public layout.
 
-    Attention is given at sides of a nominal resolution of 256. Raises KeyError with the name of the parameter that is
-    missing; that the other parameters fit has still to be seen.
+    Attention resolutions are relative to a resolution of 256. Raises KeyError with the name of a missing parameter; the
+    other parameters are not checked.
     """
     codes, code_channels = shapes["quantize.embedding.weight"]
     width, image_channels = shapes["encoder.conv_in.weight"][:2]

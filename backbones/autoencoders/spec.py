@@ -1,4 +1,4 @@
-"""Names, sizes and arguments of the auto-encoders of latent diffusion.
+"""Names, sizes and arguments of the autoencoders of latent diffusion.
 
 Source: arXiv:2112.10752, appendix G; CompVis/latent-diffusion a506df5, first_stage_config of
 configs/latent-diffusion/cin256-v2.yaml (VQ-f4) and of models/ldm/cin256/config.yaml (VQ-f8).
@@ -18,15 +18,17 @@ from harness.spec import Compute, load_attribute
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSpec:
-    """An auto-encoder known by name. `defaults` holds every argument of the network.
+    """An autoencoder known by name. `defaults` holds every argument of the network:
 
     resolution: image side in pixels that attention_resolutions refer to; the network takes other sizes as well.
-    image_channels: of images. width: channels of the first level. multipliers: channels of each level over width; a
-    level has half the side of the one before. blocks: residual blocks of an encoder level (a decoder level has one
-    more). attention_resolutions: sides, in pixels, of the levels with attention behind every block; the middle always
-    has it. latent_channels: at the inner end of encoder and decoder. code_channels: of a latent, between the two 1x1
-    convolutions. codes: vectors in the code book; None: no code book but a Gaussian posterior (mean and log-variance).
-    builders: framework to "module:attribute"; empty where another package has the network.
+    image_channels: of images. width: channels of the first level. multipliers: channels of each level, divided by width;
+    each level has half the side of the level before. blocks: residual blocks of an encoder level (a decoder level has one
+    more). attention_resolutions: sides, in pixels, of the levels with attention after every block; the middle always has
+    attention. latent_channels: output channels of the encoder, input channels of the decoder. code_channels: channels of
+    a latent, between the two 1x1 convolutions. codes: number of vectors in the code book; None: no code book but a
+    Gaussian posterior (mean and log-variance).
+
+    builders: framework to "module:attribute"; empty if the network is in another package.
     """
 
     name: str
@@ -35,30 +37,28 @@ class AutoencoderSpec:
     builders: Mapping[str, str]
 
     def arguments(self, **overrides: Any) -> dict[str, Any]:
-        """The defaults with `overrides` laid over them. An unknown name is refused."""
+        """The defaults, updated with `overrides`. Raises UserError for an unknown name."""
         if unknown := sorted(set(overrides) - set(self.defaults)):
             raise UserError(
-                f"auto-encoder {self.name!r} has no argument {unknown[0]!r}; it has {', '.join(self.defaults)}"
+                f"autoencoder {self.name!r} has no argument {unknown[0]!r}; it has {', '.join(self.defaults)}"
             )
         return {**self.defaults, **overrides}
 
     @property
     def factor(self) -> int:
-        """Pixels a latent cell, along a side."""
+        """Downsampling factor: image side over latent side."""
         return factor(self.defaults["multipliers"])
 
     def build(self, framework: str = "torch", **overrides: Any) -> Any:
-        """The network, initialised anew."""
+        """The network with newly initialised weights. Raises UserError for a framework without a builder."""
         if framework not in self.builders:
             have = ", ".join(self.builders) or "none"
-            raise UserError(
-                f"auto-encoder {self.name!r} is not implemented for {framework!r} here (frameworks: {have})"
-            )
-        what = f"builder of auto-encoder {self.name!r}"
+            raise UserError(f"autoencoder {self.name!r} is not implemented for {framework!r} here (frameworks: {have})")
+        what = f"builder of autoencoder {self.name!r}"
         return load_attribute(self.builders[framework], what)(**self.arguments(**overrides))
 
     def count(self, direction: str = "decode", image_size: int = 256, **overrides: Any) -> Compute:
-        """Compute of one image of `image_size` pixels a side; params are those of encoder and decoder together."""
+        """Compute for one image of side `image_size`; params are those of encoder and decoder together."""
         from backbones.autoencoders.compute import count
 
         return count(direction=direction, image_size=image_size, **self.arguments(**overrides))
@@ -81,9 +81,9 @@ _DIFFUSERS_NAMES = (
 
 
 def diffusers_name(name: str, levels: int) -> str:
-    """The name that diffusers gives to a parameter of the public layout, in a network of `levels` levels.
+    """Diffusers' name of a parameter of the public layout, in a network of `levels` levels.
 
-    It numbers the decoder's levels in the order in which they run, and keeps the weights of q, k, v and proj_out as
+    Diffusers numbers the decoder's levels in their order of execution, and stores the weights of q, k, v and proj_out as
     matrices instead of 1x1 convolutions.
     """
     for pattern, replacement in _DIFFUSERS_NAMES:
@@ -95,10 +95,10 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def diffusers_layout(tensors: Mapping[str, Any], levels: int) -> dict[str, Any]:
-    """The tensors under diffusers' present names: from LDM's layout (kl-f8), or with its older names of attention."""
+    """The tensors under diffusers' current names, from LDM's layout (kl-f8) or diffusers' older names of attention."""
     result = {}
     for name, value in tensors.items():
-        name = diffusers_name(name, levels)  # leaves diffusers' own names as they are
+        name = diffusers_name(name, levels)  # does not change diffusers' names
         stem, _, last = name.rpartition(".")
         head, _, part = stem.rpartition(".")
         if ".attentions." in name:
@@ -109,14 +109,14 @@ def diffusers_layout(tensors: Mapping[str, Any], levels: int) -> dict[str, Any]:
 
 
 def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The auto-encoder's own tensors, and a note on what was left out."""
+    """The tensors of the autoencoder itself, and a note on the others. Raises UserError if there is no decoder."""
     prefix = "first_stage_model."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     own = {name: value for name, value in (own or tensors).items() if not name.startswith("loss.")}
     if not any(name.startswith("decoder.") for name in own):
         first = next(iter(tensors), "nothing at all")
         raise UserError(
-            f"{path} holds no auto-encoder (no decoder.*; it begins with {first}); give one, or a model.ckpt"
+            f"{path} holds no autoencoder (no decoder.*; it begins with {first}); give one, or a model.ckpt"
         )
     left = len(tensors) - len(own)
     return own, (f"tensors of other networks in the file, not used: {left}",) if left else ()
@@ -157,7 +157,7 @@ SPECS: tuple[AutoencoderSpec, ...] = (
     ),
     AutoencoderSpec(
         name="kl-f8",
-        summary="Stable Diffusion's auto-encoder, DiT's: factor 8, 4 channels; diffusers' AutoencoderKL has the network",
+        summary="Stable Diffusion's autoencoder, DiT's: factor 8, 4 channels; diffusers' AutoencoderKL has the network",
         defaults={
             **_COMMON,
             "multipliers": (1, 2, 4, 4),
@@ -171,19 +171,14 @@ SPECS: tuple[AutoencoderSpec, ...] = (
 )
 
 
-"""The auto-encoders behind the paper's latent models."""
-
+"""The autoencoders behind the paper's latent models."""
 
 BY_NAME = {spec.name: spec for spec in SPECS}
 
-
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+"""Weight files of an autoencoder in diffusers' layout. safetensors is preferred, because it cannot hold code."""
 
-
-"""Files of an auto-encoder in diffusers' layout, the better one first: it cannot hold code."""
-
-
-KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; used for a file that comes without one
+KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; for a weight file without a config
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
@@ -198,7 +193,7 @@ KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; used fo
 }
 
 
-KL_DEFAULTS = {  # of diffusers' AutoencoderKL, where a config is silent
+KL_DEFAULTS = {  # of diffusers' AutoencoderKL, for items that are not in a config
     "act_fn": "silu",
     "block_out_channels": [64],
     "down_block_types": ["DownEncoderBlock2D"],
@@ -215,14 +210,17 @@ KL_DEFAULTS = {  # of diffusers' AutoencoderKL, where a config is silent
 
 
 def kl_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an AutoencoderKL's config what decides its network: two copies that say so in other words give the same."""
+    """The items of an AutoencoderKL's config that define its network, with defaults: equal for configs of one network."""
     return {name: config.get(name, default) for name, default in KL_DEFAULTS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A decoder with a short name. record_name: what records call it. spec: its auto-encoder. repository, subfolder:
-    on the hub, empty where it is not there. place: where a person gets it."""
+    """A public decoder.
+
+    record_name: its name in records. spec: name of its `AutoencoderSpec`. repository, subfolder: on the Hugging Face hub;
+    empty: not there. place: where users can download it, for messages.
+    """
 
     record_name: str
     spec: str

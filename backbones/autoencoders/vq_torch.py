@@ -1,11 +1,12 @@
-"""The VQ auto-encoders of latent diffusion in torch, with the parameter names and shapes of the public checkpoints.
+"""The VQ autoencoders of latent diffusion in torch, with the parameter names and shapes of the public checkpoints.
 
 Source: arXiv:2112.10752, appendix G; names and constants after CompVis/latent-diffusion a506df5,
-ldm/modules/diffusionmodules/model.py and ldm/models/autoencoder.py. Keys are those of a public model.ckpt behind
-`first_stage_model.`: encoder.*, decoder.*, quantize.embedding.weight, quant_conv.*, post_quant_conv.*. The first
-stages' own releases also hold `loss.*` (perceptual network and discriminator): training only, not part of this network.
+ldm/modules/diffusionmodules/model.py and ldm/models/autoencoder.py. Keys are those of a public model.ckpt after
+`first_stage_model.`: encoder.*, decoder.*, quantize.embedding.weight, quant_conv.*, post_quant_conv.*. Separate releases
+of the first stages also hold `loss.*` (perceptual network and discriminator), which is for training and not used here.
 
-Shapes: N images, C channels of the level at hand, H x W its cells, K codes, Z latent channels, E code channels.
+Shapes: N images, C channels and H x W cells of a level, h x w cells of a latent, K codes, Z latent channels, E code
+channels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from backbones.autoencoders.layout import GROUPS, check_arguments, factor
 from harness.errors import UserError
 
 EPS = 1e-6  # of every group norm
-CELLS = 1024  # latent cells whose distances to all codes are held at a time
+CELLS = 1024  # latent cells whose distances to all codes are computed at a time
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -26,7 +27,7 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions, each behind a group norm and a SiLU, beside a skip."""
+    """Two 3x3 convolutions, each after a group norm and a SiLU, with a skip connection."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -44,7 +45,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of all cells with one head of C features, beside a skip."""
+    """Self-attention over all cells with one head of C features, with a skip connection."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -65,7 +66,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the side: a 3x3 convolution of stride 2, padded on the right and below only."""
+    """Halves the side by a 3x3 convolution of stride 2, padded only at the right and at the bottom."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -76,7 +77,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side: each cell repeated, then a 3x3 convolution."""
+    """Doubles the side by nearest-neighbour interpolation, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -87,7 +88,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one side, attention behind each where there is any, then a change of side."""
+    """Residual blocks, each followed by attention if `attended`, and then a downsampling or upsampling layer if set."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attended: bool):
         super().__init__()
@@ -109,7 +110,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the latent's side."""
+    """Residual block, attention, residual block, at the side of the latent."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -122,7 +123,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to Z channels, a level at a time."""
+    """From images (N, image channels, H, W) to (N, Z, h, w)."""
 
     def __init__(self, image_channels: int, widths: list[int], blocks: int, attended: list[bool], out_channels: int):
         super().__init__()
@@ -146,7 +147,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Z channels to images, a level at a time; `up` is numbered as the encoder's levels, and so run backwards."""
+    """From (N, Z, h, w) to images (N, image channels, H, W).
+
+    `up` is numbered as the encoder's levels, so its levels are executed in reverse order.
+    """
 
     def __init__(self, image_channels: int, widths: list[int], blocks: int, attended: list[bool], in_channels: int):
         super().__init__()
@@ -177,26 +181,26 @@ class CodeBook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
 
     def indices(self, z: Tensor) -> Tensor:
-        """The nearest code of every cell: z (N, E, H, W) -> int64 (N, H, W).
+        """Index of the nearest code for every cell: z (N, E, h, w) -> int64 (N, h, w).
 
-        In float64, so that which code is nearest hangs neither on rounding nor on the other images of the batch.
+        Computed in float64, so that the result depends neither on rounding nor on the other images of the batch.
         """
-        wide = torch.float32 if z.device.type == "mps" else torch.float64  # Apple's has no float64
+        wide = torch.float32 if z.device.type == "mps" else torch.float64  # MPS has no float64
         codes = self.embedding.weight.to(wide)  # (K, E)
         half_norms = codes.square().sum(dim=1) / 2  # (K,)
-        cells = z.permute(0, 2, 3, 1).flatten(0, 2).to(wide)  # (N H W, E)
-        # |z - e|^2 / 2 without |z|^2 / 2, which is the same for every code.
+        cells = z.permute(0, 2, 3, 1).flatten(0, 2).to(wide)  # (N h w, E)
+        # |z - e|^2 / 2 without |z|^2 / 2, which is the same for every code
         nearest = [torch.addmm(half_norms, part, codes.T, alpha=-1).min(dim=1).indices for part in cells.split(CELLS)]
-        return torch.cat(nearest).view(len(z), *z.shape[2:])  # (N, H, W)
+        return torch.cat(nearest).view(len(z), *z.shape[2:])  # (N, h, w)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.embedding(self.indices(z)).permute(0, 3, 1, 2)  # (N, E, H, W)
+        return self.embedding(self.indices(z)).permute(0, 3, 1, 2)  # (N, E, h, w)
 
 
 class VQAutoencoder(nn.Module):
     """Encoder, code book and decoder; the arguments are those of `AutoencoderSpec`.
 
-    Images and latents are float32 (N, C, H, W); images are in [-1, 1]. A latent has 1 / factor of the image's sides.
+    Images are float32 (N, image_channels, H, W) in [-1, 1]; latents are float32 (N, code_channels, H / factor, W / factor).
     """
 
     def __init__(
@@ -224,9 +228,7 @@ class VQAutoencoder(nn.Module):
             codes=codes,
         )
         if codes is None:
-            raise UserError(
-                "auto-encoder: codes is None, but a VQ auto-encoder has a code book; give a number of codes"
-            )
+            raise UserError("autoencoder: codes is None, but a VQ autoencoder has a code book; give a number of codes")
         super().__init__()
         self.factor = factor(multipliers)
         self.image_channels = image_channels
@@ -240,19 +242,19 @@ class VQAutoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(code_channels, latent_channels, 1)
 
     def encode(self, x: Tensor) -> Tensor:
-        """The latent before quantisation, which is what LDM diffuses (VQModelInterface)."""
+        """The latent before quantisation, which LDM's diffusion works on (VQModelInterface). UserError for other shapes."""
         if x.dim() != 4 or x.shape[1] != self.image_channels or any(side % self.factor for side in x.shape[2:]):
             raise UserError(
-                f"auto-encoder: images of shape {tuple(x.shape)}, but it takes (N, {self.image_channels}, H, W) with"
+                f"autoencoder: images of shape {tuple(x.shape)}, but it takes (N, {self.image_channels}, H, W) with"
                 f" sides that are multiples of {self.factor}; crop or pad them"
             )
         return self.quant_conv(self.encoder(x))  # (N, E, H / factor, W / factor)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The image of a latent, whose every cell is first replaced by its nearest code."""
+        """The image of a latent; every cell is first replaced by its nearest code. UserError for other shapes."""
         if z.dim() != 4 or z.shape[1] != self.code_channels:
             raise UserError(
-                f"auto-encoder: latents of shape {tuple(z.shape)}, but it takes (N, {self.code_channels}, h, w)"
+                f"autoencoder: latents of shape {tuple(z.shape)}, but it takes (N, {self.code_channels}, h, w)"
             )
         return self.decoder(self.post_quant_conv(self.quantize(z)))  # (N, image channels, factor h, factor w)
 

@@ -1,8 +1,8 @@
 """Closed-form compute and parameters of a BigGAN-deep generator; the convention is `harness.compute.CONVENTION`.
 
-The paper prints no compute. Counted is what the released networks do: the read-out computes `width` channels, of which
-three are kept, and every batch normalisation costs 1 flop per element, as the normalisations of a U-Net do. Dividing
-the weights by their spectral norms is free: it is done once for all images. Parts bear the module paths of the network.
+The paper prints no compute. The count is of the released networks: the read-out computes `width` channels, of which
+three are used, and every batch normalisation costs 1 flop per element, as the normalisations of a U-Net. Dividing the
+weights by their spectral norms is free, because it is done once for all images. Parts are named by module path.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def count(
     blocks: Sequence[Sequence[int]] | None,
     attention: int | None,
 ) -> Compute:
-    """Compute of making one image, by part. Raises `UserError` where the arguments do not fit."""
+    """Compute of generating one image, by part. Raises UserError for arguments from which no network can be built."""
     found = layout(
         input_size=input_size,
         num_classes=num_classes,
@@ -52,7 +52,7 @@ def count(
 
     cells = START**2
     linear("generator.gen_z", condition, START_MULTIPLE * width * cells, bias=True)
-    place = 0  # in the list of layers, where self-attention has a place of its own
+    place = 0  # index in generator.layers, in which self-attention is a separate layer
     for number, block in enumerate(found):
         inputs, outputs = block.inputs * width, block.outputs * width
         inner = inputs // BOTTLENECK

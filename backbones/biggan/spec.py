@@ -13,24 +13,24 @@ from typing import NamedTuple
 from harness.errors import UserError
 from harness.spec import BackboneSpec
 
-START = 4  # cells a side of the map that the first block gets
-START_MULTIPLE = 16  # and its channels over the width
-BOTTLENECK = 4  # channels of a block over those between its two 1x1 convolutions
-IMAGE_CHANNELS = 3  # the read-out keeps the first three of its `width` channels
-MAX_INT = 1 << 20  # of whole numbers: a slip of the hand is refused before its network is laid out
+START = 4  # side of the feature map that the first block gets
+START_MULTIPLE = 16  # its channels, divided by the width
+BOTTLENECK = 4  # channels of a block, divided by those between its two 1x1 convolutions
+IMAGE_CHANNELS = 3  # the first three of the `width` channels of the read-out
+MAX_INT = 1 << 20  # upper bound of integer arguments, so that a typing error is refused at once
 STATISTICS = 51  # rows of standing statistics: truncation 0, 0.02, ... 1
 
 
 class Block(NamedTuple):
     """A residual block of four convolutions: 1x1, 3x3, 3x3, 1x1."""
 
-    up: bool  # doubles the map, between the first and the second convolution
-    inputs: int  # channels over the width
-    outputs: int
+    up: bool  # doubles the side of the feature map, between the first and the second convolution
+    inputs: int  # input channels, divided by the width
+    outputs: int  # output channels, divided by the width
 
 
 # fmt: off
-BLOCKS = {  # by pixels a side
+BLOCKS = {  # by image side in pixels
     128: ((0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 4), (0, 4, 4), (1, 4, 2),
           (0, 2, 2), (1, 2, 1)),
     256: ((0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 8), (0, 8, 8), (1, 8, 4),
@@ -39,7 +39,7 @@ BLOCKS = {  # by pixels a side
           (0, 4, 4), (1, 4, 2), (0, 2, 2), (1, 2, 1), (0, 1, 1), (1, 1, 1)),
 }
 # fmt: on
-ATTENTION = 8  # self-attention stands before this block, on a map of 64x64 in all three
+ATTENTION = 8  # self-attention is before this block, on a feature map of 64x64 in all three networks
 
 
 def layout(
@@ -51,7 +51,7 @@ def layout(
     blocks: Sequence[Sequence[int]] | None,
     attention: int | None,
 ) -> tuple[Block, ...]:
-    """The blocks of the generator that the builder's arguments describe; `UserError` where there is no such generator."""
+    """The blocks of the generator with these arguments. Raises UserError if there is no such generator."""
     numbers = {"input_size": input_size, "num_classes": num_classes, "width": width, "latent_size": latent_size}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -68,19 +68,19 @@ def layout(
                 " choose one of these or give your own blocks"
             )
         blocks = BLOCKS[input_size]
-    found = _checked(blocks, input_size)
+    checked = _checked(blocks, input_size)
     if attention is not None:
-        if isinstance(attention, bool) or not isinstance(attention, int) or not 0 <= attention < len(found):
+        if isinstance(attention, bool) or not isinstance(attention, int) or not 0 <= attention < len(checked):
             raise UserError(
-                f"BigGAN-deep: attention is {attention!r}; it must be the number of the block before which it stands,"
-                f" 0 to {len(found) - 1}, or None"
+                f"BigGAN-deep: attention is {attention!r}; it must be the index of the block that follows it,"
+                f" 0 to {len(checked) - 1}, or None"
             )
-        if (channels := found[attention].inputs * width) % 8:
+        if (channels := checked[attention].inputs * width) % 8:
             raise UserError(
                 f"BigGAN-deep: self-attention on {channels} channels, which are not divisible by 8; choose another"
                 " width or an earlier block"
             )
-    return found
+    return checked
 
 
 def _checked(blocks: Sequence[Sequence[int]], input_size: int) -> tuple[Block, ...]:
@@ -93,7 +93,9 @@ def _checked(blocks: Sequence[Sequence[int]], input_size: int) -> tuple[Block, .
     channels, size = START_MULTIPLE, START
     for number, block in enumerate(found):
         if block.inputs != channels:
-            raise UserError(f"BigGAN-deep: block {number} takes {block.inputs} times the width, but gets {channels}")
+            raise UserError(
+                f"BigGAN-deep: block {number} takes {block.inputs} times the width, but its input has {channels} times"
+            )
         if block.outputs < 1 or block.outputs not in (block.inputs, block.inputs / 2):
             raise UserError(
                 f"BigGAN-deep: block {number} turns {block.inputs} times the width into {block.outputs}; its skip path"
@@ -115,11 +117,11 @@ SPECS: tuple[BackboneSpec, ...] = tuple(
         family="biggan",
         summary=f"BigGAN-deep generator of {pixels}x{pixels} pixels",
         defaults={
-            "input_size": pixels,  # pixels a side of the image that comes out
+            "input_size": pixels,  # side of the generated image in pixels
             "num_classes": 1000,
             "width": 128,  # ch of the paper's tables
-            "latent_size": 128,  # of z, and of the vector that stands for a class
-            "blocks": None,  # those of input_size in BLOCKS; else (doubles the map, inputs, outputs) for each
+            "latent_size": 128,  # of z, and of a class vector
+            "blocks": None,  # None: those of input_size in BLOCKS; else (up, inputs, outputs) of every block
             "attention": ATTENTION,  # None: no self-attention
         },
         builders={"torch": "backbones.biggan.torch_model:BigGAN"},

@@ -1,10 +1,10 @@
 """The BigGAN-deep generator in torch, with the parameter and buffer names and shapes of the public weights.
 
 Source: arXiv:1809.11096, appendix B; names, constants and peculiarities after huggingface/pytorch-pretrained-BigGAN
-1e18aed, model.py, whose `pytorch_model.bin` (converted from the authors' TF Hub modules) loads with strict=True. What
-is peculiar there is kept, since the weights were made for it, and marked "Peculiar" below.
+1e18aed, model.py, whose `pytorch_model.bin` (converted from the authors' TF Hub modules) loads with strict=True. The
+weights depend on that code's peculiarities, which are kept and marked "Peculiar" below.
 
-Shapes: N images, C channels, H x W cells, L latent size, D = 2L condition (z and the vector of the class).
+Shapes: N images, C channels, H x W cells, L latent size, D = 2L condition (z and the class vector).
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ EPS = 1e-4  # of every batch normalisation
 class Spectral(nn.Module):
     """A weight that is divided by its largest singular value, sigma = u^T W v, before it is used.
 
-    The singular vectors u and v are stored beside the weight and never renewed, in training mode neither: a generator
-    that is not trained has no use for the power iteration with which torch.nn.utils.spectral_norm follows a weight.
+    The singular vectors u and v are stored with the weight and never updated, not even in training mode: the generator is
+    not trained here, so the power iteration of torch.nn.utils.spectral_norm is not needed.
     """
+
+    weight_u: Tensor
+    weight_v: Tensor
 
     def __init__(self, *shape: int, bias: bool):
         super().__init__()
@@ -38,8 +41,8 @@ class Spectral(nn.Module):
         self.register_buffer("weight_v", torch.empty(math.prod(shape[1:])))
 
     def weight(self) -> Tensor:
-        # Sums of products and not torch.mv: work on the weights is done once for all images, and the compute
-        # convention, which is per image, must not see it.
+        # Sums of products instead of torch.mv: this work is done once for all images, and the compute convention, which
+        # is per image, counts torch.mv.
         projected = (self.weight_orig.flatten(1) * self.weight_v).sum(dim=1)  # (outputs,)
         return self.weight_orig / (projected * self.weight_u).sum()
 
@@ -47,7 +50,7 @@ class Spectral(nn.Module):
         nn.init.orthogonal_(self.weight_orig)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        # All singular values are 1 now, so that any vector on the shorter side and its image are a pair.
+        # All singular values are 1 now, so any unit vector of the shorter side and its image are a pair of singular vectors.
         matrix = self.weight_orig.flatten(1)
         if matrix.shape[0] <= matrix.shape[1]:
             self.weight_u.copy_(F.normalize(torch.randn_like(self.weight_u), dim=0))
@@ -68,7 +71,7 @@ class SpectralLinear(Spectral):
 
 
 class SpectralConv2d(Spectral):
-    """A convolution that keeps the size of the map, with a spectrally normalised weight."""
+    """A convolution with a spectrally normalised weight that keeps the size of the feature map."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, bias: bool = True):
         super().__init__(outputs, inputs, kernel, kernel, bias=bias)
@@ -81,6 +84,9 @@ class SpectralConv2d(Spectral):
 class StandingNorm(nn.Module):
     """Batch normalisation with one row of standing statistics for each truncation 0, 0.02, ... 1."""
 
+    running_means: Tensor
+    running_vars: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         self.register_buffer("running_means", torch.zeros(STATISTICS, channels))
@@ -89,9 +95,10 @@ class StandingNorm(nn.Module):
     def statistics(self, truncation: float) -> tuple[Tensor, Tensor]:
         """Mean and variance (C,) for a truncation in (0, 1].
 
-        Peculiar: between two rows the weights are swapped, so that the nearer row gets the smaller one. At exact rows,
-        such as truncation 1, this does nothing; but floating point makes 28.999999999999996 of 0.58 / 0.02, which
-        gives row 28 and not 29 (so too 0.14, 0.28, 0.56 and 0.94: rows 8, 15, 29 and 46 and not 7, 14, 28 and 47).
+        Peculiar: between two rows the interpolation weights are swapped, so the nearer row has the smaller weight. At an
+        exact row, such as truncation 1, this has no effect. But 0.58 / 0.02 is 28.999999999999996 in floating point,
+        which gives row 28 instead of 29 (likewise 0.14, 0.28, 0.56 and 0.94: rows 8, 15, 29 and 46 instead of 7, 14, 28
+        and 47).
         """
         fraction, whole = math.modf(truncation / (1 / (STATISTICS - 1)))
         row = int(whole)
@@ -105,7 +112,7 @@ class StandingNorm(nn.Module):
 
 
 class ConditionalNorm(StandingNorm):
-    """Standing statistics, and a gain and an offset for each image."""
+    """Batch normalisation with standing statistics, and a gain and an offset that depend on the condition."""
 
     def __init__(self, channels: int, condition: int):
         super().__init__(channels)
@@ -124,7 +131,7 @@ class ConditionalNorm(StandingNorm):
 
 
 class PlainNorm(StandingNorm):
-    """Standing statistics, and one gain and offset for all images."""
+    """Batch normalisation with standing statistics, and one learned gain and offset."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
@@ -137,7 +144,7 @@ class PlainNorm(StandingNorm):
 
 
 class SelfAttention(nn.Module):
-    """Attention from every cell to the map pooled to half its size, added with the learned weight gamma."""
+    """Attention from every cell to the feature map pooled to half its size, added with the learned weight gamma."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -186,7 +193,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """From the condition to the image."""
+    """From the condition (N, D) to images (N, 3, input_size, input_size)."""
 
     def __init__(self, width: int, condition: int, blocks: Sequence[tuple[bool, int, int]], attention: int | None):
         super().__init__()
@@ -202,16 +209,16 @@ class Generator(nn.Module):
 
     def forward(self, condition: Tensor, truncation: float) -> Tensor:
         x = self.gen_z(condition)  # (N, 4*4*16*width)
-        # Peculiar: the features of one cell lie together, as in the TensorFlow network.
+        # Peculiar: the features of one cell are adjacent in memory, as in the TensorFlow network.
         x = x.unflatten(1, (START, START, -1)).permute(0, 3, 1, 2).contiguous()  # (N, 16*width, 4, 4)
         for layer in self.layers:
             x = layer(x) if isinstance(layer, SelfAttention) else layer(x, condition, truncation)  # (N, C, H, W)
         x = self.conv_to_rgb(F.relu(self.bn(x, truncation)))  # (N, width, input_size, input_size)
-        return torch.tanh(x[:, :IMAGE_CHANNELS])  # (N, 3, ...). Peculiar: the other channels are thrown away
+        return torch.tanh(x[:, :IMAGE_CHANNELS])  # (N, 3, ...). Peculiar: the other channels are dropped
 
 
 class ClassVectors(nn.Module):
-    """One vector a class, stored as the (L, classes) matrix of a linear layer on one-hot labels."""
+    """One vector per class, stored as the (L, classes) matrix of a linear layer on one-hot labels."""
 
     def __init__(self, num_classes: int, latent_size: int):
         super().__init__()
@@ -225,23 +232,23 @@ class BigGAN(nn.Module):
     """BigGAN-deep generator.
 
     `forward` takes z (N, latent_size), y (N,) int64 labels 0..num_classes - 1 (the public code takes one-hot vectors)
-    and the truncation in (0, 1]; it returns images (N, 3, input_size, input_size) in -1..1. The truncation only
-    selects the standing statistics: z is drawn by the caller, as truncation times a standard normal truncated to -2..2
-    (so at truncation 1 too). Training and evaluation mode give the same, and images do not know each other.
+    and the truncation in (0, 1]; it returns images (N, 3, input_size, input_size) in -1..1. The truncation only selects
+    the standing statistics: the caller draws z as truncation times a standard normal that is truncated to -2..2, also at
+    truncation 1. Training and evaluation mode give the same images, and an image does not depend on its batch.
     """
 
     def __init__(
         self,
         *,
-        input_size: int,  # pixels a side of the image that comes out
+        input_size: int,  # side of the generated image in pixels
         num_classes: int,
         width: int,  # ch of the paper's tables
         latent_size: int,
         blocks: Sequence[Sequence[int]] | None,  # None: those of backbones.biggan.spec.BLOCKS
-        attention: int | None,  # the block before which self-attention stands
+        attention: int | None,  # index of the block that follows self-attention; None: no self-attention
     ):
         super().__init__()
-        found = layout(
+        block_layout = layout(
             input_size=input_size,
             num_classes=num_classes,
             width=width,
@@ -251,12 +258,12 @@ class BigGAN(nn.Module):
         )
         self.latent_size = latent_size
         self.embeddings = ClassVectors(num_classes, latent_size)
-        self.generator = Generator(width, 2 * latent_size, found, attention)
+        self.generator = Generator(width, 2 * latent_size, block_layout, attention)
         self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draws all weights anew from torch's global generator: orthogonal matrices, as the paper has it (Sec. 3)."""
+        """Draws all weights from torch's global generator: orthogonal matrices, as in the paper (Sec. 3)."""
         if self.embeddings.weight.is_meta:  # no storage, nothing to draw
             return
         nn.init.orthogonal_(self.embeddings.weight)
@@ -273,6 +280,6 @@ class BigGAN(nn.Module):
                 f" {len(z)} rows of z, not one-hot vectors"
             )
         if not isinstance(truncation, Real) or not 0 < truncation <= 1:
-            raise UserError(f"BigGAN-deep: truncation {truncation!r} is not one number above 0 and at most 1")
+            raise UserError(f"BigGAN-deep: truncation {truncation!r} is not a number above 0 and at most 1")
         condition = torch.cat([z, self.embeddings(y)], dim=1)  # (N, 2L)
         return self.generator(condition, truncation)  # (N, 3, input_size, input_size)

@@ -1,4 +1,4 @@
-"""Public weight files of BigGAN-deep: pytorch_model.bin, a state dict whose names are ours.
+"""Public weight files of BigGAN-deep: pytorch_model.bin, a state dict with our parameter names.
 
 Source: huggingface/pytorch-pretrained-BigGAN 1e18aed, model.py.
 """
@@ -12,7 +12,7 @@ from harness.weights.maps import Layout, Shapes, WeightMap, take_all
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
-    """Builder arguments that the shapes tell."""
+    """Builder arguments that follow from the shapes."""
     found: dict[str, Any] = {}
     if len(labels := shapes.get("embeddings.weight", ())) == 2:
         found |= {"latent_size": labels[0], "num_classes": labels[1]}

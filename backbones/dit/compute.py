@@ -1,7 +1,7 @@
 """Closed-form compute and parameters of a DiT; the convention is `harness.compute.CONVENTION`.
 
 It reproduces the parameters of all 16 networks of the paper (arXiv:2212.09748, Table 4) and the Gflops of 15: for
-DiT-B/4 it gives 5.57 where the paper prints 5.56. Parts bear the module paths of the network.
+DiT-B/4 it gives 5.57, the paper prints 5.56. Parts are named by module path.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def count(
     block: str,
     gradient_checkpointing: bool = False,
 ) -> Compute:
-    """Compute of one forward pass on one image, by part. Raises `UserError` where the arguments do not fit.
+    """Compute of one forward pass on one image, by part. `heads` and `gradient_checkpointing` have no effect.
 
-    `heads` and `gradient_checkpointing` change neither figure.
+    Raises UserError for arguments from which no network can be built.
     """
     check_arguments(
         input_size=input_size,
@@ -44,7 +44,7 @@ def count(
     tokens = image_tokens + (2 if block == "in-context" else 0)  # inside the blocks
     patch_in = patch * patch * in_channels
     patch_out = patch * patch * (2 * in_channels if out_channels is None else out_channels)
-    chunks = {"adaln-zero": 6, "adaln": 4}.get(block, 0)  # shifts, scales and gates that a block regresses
+    chunks = {"adaln-zero": 6, "adaln": 4}.get(block, 0)  # number of shifts, scales and gates that a block regresses
 
     rows: list[ComputeRow] = []
     params = 0

@@ -37,20 +37,20 @@ normal = nnx.initializers.normal(0.02)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """x (N, T, D) scaled by 1 + scale and shifted, with one (N, D) pair an image.
+    """x (N, T, D) scaled by 1 + scale and shifted; scale and shift are (N, D).
 
-    The result has the dtype of the pair: a linear layer follows, which would round it all the same.
+    The result has the dtype of scale and shift: the linear layer that follows would round it to that dtype anyway.
     """
     return x.astype(scale.dtype) * (1 + scale[:, None]) + shift[:, None]
 
 
 def plain_norm(width: int, rngs: nnx.Rngs) -> LayerNorm:
-    """A layer norm whose scale and shift come from elsewhere."""
+    """A layer norm without learned scale and shift."""
     return LayerNorm(width, eps=EPS, affine=False, rngs=rngs)
 
 
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs, kernel_init: nnx.Initializer | None = None) -> Linear:
-    """Xavier-uniform weights unless told otherwise; the bias starts at 0."""
+    """A linear layer; kernel_init None: Xavier-uniform. The initial bias is 0."""
     return Linear(inputs, outputs, kernel_init=kernel_init or xavier(inputs, outputs), bias_init=zeros, rngs=rngs)
 
 
@@ -101,7 +101,7 @@ class Mlp(nnx.Module):
 
 
 class AdaLNBlock(nnx.Module):
-    """adaLN and adaLN-Zero: scales, shifts and, for -Zero, gates are regressed from timestep and class."""
+    """adaLN and adaLN-Zero: scales, shifts and, in adaLN-Zero, gates are regressed from timestep and class."""
 
     def __init__(self, width: int, heads: int, gated: bool, rngs: nnx.Rngs):
         self.gated = gated
@@ -109,7 +109,7 @@ class AdaLNBlock(nnx.Module):
         self.attn = Attention(width, heads, rngs)
         self.norm2 = plain_norm(width, rngs)
         self.mlp = Mlp(width, rngs)
-        # -Zero: every block starts as the identity.
+        # With adaLN-Zero, every block starts as the identity.
         regression = linear(width, (6 if gated else 4) * width, rngs, zeros if gated else None)
         self.adaLN_modulation = Sequence([jax.nn.silu, regression])
 
@@ -125,7 +125,7 @@ class AdaLNBlock(nnx.Module):
 
 
 class InContextBlock(nnx.Module):
-    """A standard ViT block; the conditioning arrives as two tokens of the sequence."""
+    """A standard ViT block; the conditioning is two more tokens of the sequence."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
         self.norm1 = LayerNorm(width, eps=EPS, rngs=rngs)
@@ -156,7 +156,7 @@ class CrossAttentionBlock(nnx.Module):
 
 
 def build_block(block: str, width: int, heads: int, rngs: nnx.Rngs) -> nnx.Module:
-    """One block of the named design; all are called as block(x, c)."""
+    """A block of the named design; every block is called as block(x, c)."""
     if block == "in-context":
         return InContextBlock(width, heads, rngs)
     if block == "cross-attention":
@@ -168,7 +168,7 @@ class PatchEmbed(nnx.Module):
     """Linear embedding of p x p patches, row by row; its weight has a convolution's shape (p, p, C, D)."""
 
     def __init__(self, patch: int, in_channels: int, width: int, rngs: nnx.Rngs):
-        # It is a linear map of p*p*C inputs that is stored as a convolution.
+        # Initialised as a linear map of p*p*C inputs, although it is stored as a convolution.
         kernel_init = xavier(patch * patch * in_channels, width)
         self.proj = Conv(
             in_channels, width, patch, stride=patch, kernel_init=kernel_init, bias_init=zeros, rngs=rngs
@@ -180,18 +180,20 @@ class PatchEmbed(nnx.Module):
 
 
 class TimestepEmbedder(nnx.Module):
-    """256 sinusoids of the timestep and a two-layer MLP, in float32 always."""
+    """256 sinusoids of the timestep and a two-layer MLP, always in float32."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
-        settings = {"kernel_init": normal, "bias_init": zeros, "pinned": True, "rngs": rngs}
-        self.mlp = Sequence([Linear(TIME_FEATURES, width, **settings), jax.nn.silu, Linear(width, width, **settings)])
+        def layer(inputs: int) -> Linear:
+            return Linear(inputs, width, kernel_init=normal, bias_init=zeros, force_float32=True, rngs=rngs)
+
+        self.mlp = Sequence([layer(TIME_FEATURES), jax.nn.silu, layer(width)])
 
     def __call__(self, t: Array) -> Array:
         return self.mlp(timestep_features(t, TIME_FEATURES))  # (N, D)
 
 
 class LabelEmbedder(nnx.Module):
-    """One vector a class, and one more (the last) for "no class"; float32. A label beyond gives NaN."""
+    """One float32 vector per class, and a last one for "no class". An invalid label gives NaN."""
 
     def __init__(self, num_classes: int, width: int, rngs: nnx.Rngs):
         self.embedding_table = nnx.Embed(num_classes + 1, width, embedding_init=normal, rngs=rngs)
@@ -201,7 +203,7 @@ class LabelEmbedder(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """Layer norm and linear read-out of every token; adaptive for the two adaLN designs, plain for the others."""
+    """Layer norm and linear output layer of every token; with adaLN for the two adaLN designs."""
 
     def __init__(self, width: int, outputs: int, adaptive: bool, rngs: nnx.Rngs):
         self.norm_final = LayerNorm(width, eps=EPS, affine=not adaptive, rngs=rngs)
@@ -219,11 +221,11 @@ class FinalLayer(nnx.Module):
 class DiT(nnx.Module):
     """Diffusion Transformer.
 
-    It is called with x (N, in_channels, input_size, input_size), t (N,) timesteps 0..999, whole or not, and y (N,)
-    integer labels 0..num_classes, where num_classes means "no class", and returns (N, out_channels, input_size,
-    input_size), for the paper's objective the noise and then the variance. Label dropout is the trainer's.
-    The output is exactly 0 before training. Timestep and label are embedded in float32 whatever the compute dtype.
-    `gradient_checkpointing` keeps only the input of each block for the backward pass and computes the rest again.
+    Its inputs are x (N, in_channels, input_size, input_size), t (N,) timesteps 0..999, integer or not, and y (N,) integer
+    labels 0..num_classes, where num_classes means "no class". It returns (N, out_channels, input_size, input_size), for
+    the paper's objective noise and variance, in this order. Label dropout is done by the trainer.
+    The output is exactly 0 before training. Timestep and label embeddings are float32 for every compute dtype.
+    `gradient_checkpointing` stores only the input of each block for the backward pass and recomputes the rest.
     """
 
     def __init__(
@@ -239,7 +241,7 @@ class DiT(nnx.Module):
         patch: int,
         block: str,  # one of backbones.dit.spec.BLOCKS
         gradient_checkpointing: bool = False,
-        rngs: nnx.Rngs | None = None,  # of the initial weights; None: those of seed 0
+        rngs: nnx.Rngs | None = None,  # for the initial weights; None: seed 0
     ):
         check_arguments(
             input_size=input_size,
@@ -270,7 +272,7 @@ class DiT(nnx.Module):
         self.final_layer = FinalLayer(width, patch * patch * self.out_channels, adaptive, rngs)
 
     def __call__(self, x: Array, t: Array, y: Array, *, rngs: nnx.Rngs | None = None) -> Array:
-        """`rngs` is what networks with dropout take; nothing in a DiT is random."""
+        """`rngs` is for networks with dropout; it has no effect here."""
         if x.shape[1:] != self.input_shape:
             raise UserError(
                 f"DiT: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, self.input_shape))});"
@@ -295,7 +297,7 @@ class DiT(nnx.Module):
         return channels_first(self.unpatchify(x))  # (N, C_out, input_size, input_size)
 
     def unpatchify(self, x: Array) -> Array:
-        """Token vectors, laid out (row, column, channel) with the channel fastest, to images, channels last."""
+        """Images, channels last, from token vectors laid out as (row, column, channel) with the channel fastest."""
         n, side = x.shape[0], self.grid * self.patch
         x = x.reshape(n, self.grid, self.grid, self.patch, self.patch, self.out_channels)  # (N, G, G, p, p, C_out)
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, side, side, self.out_channels)  # (N, G p, G p, C_out)

@@ -1,4 +1,4 @@
-"""The fixed position table of a DiT, in numpy: every framework casts the same float64 numbers."""
+"""The fixed position table of a DiT, in numpy, so that every framework casts the same float64 numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ def sincos_table(width: int, grid: int) -> np.ndarray:
 
     Returns (grid * grid, width) float64 in [-1, 1]. The first half of the features encodes the column and the second
     half the row; each half is [sin, cos] of position * 10000 ** (-i / (width / 4)).
-    Source: facebookresearch/DiT ed81ce2, models.py get_2d_sincos_pos_embed (where the variable that holds the column
-    is called emb_h).
+    Source: facebookresearch/DiT ed81ce2, models.py get_2d_sincos_pos_embed (whose variable emb_h encodes the column).
     """
     assert width % 4 == 0
     frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))

@@ -12,20 +12,20 @@ from harness.errors import UserError
 from harness.spec import BackboneSpec
 
 BLOCKS = ("adaln-zero", "in-context", "cross-attention", "adaln")
-"""The paper's four block designs (Sec. 3.2). adaln-zero, the one that the paper settles on, has no name suffix."""
+"""The paper's four block designs (Sec. 3.2). adaln-zero, the paper's choice, has no name suffix."""
 
 TIME_FEATURES = 256  # sinusoidal features of the timestep (appendix A, "DiT model details")
-MAX_INT, MAX_BLOCKS = 1 << 20, 1000  # of whole numbers: a slip of the hand is refused before its network is laid out
-MLP_RATIO = 4  # hidden width of a block's MLP over the width of the network, as in ViT
+MAX_INT, MAX_BLOCKS = 1 << 20, 1000  # upper bounds of integer arguments, so that a typing error is refused at once
+MLP_RATIO = 4  # hidden width of a block's MLP, divided by the width of the network, as in ViT
 
 
 class Size(NamedTuple):
     """One row of Table 1."""
 
     depth: int  # number of blocks
-    width: int  # features a token
+    width: int  # features per token
     heads: int  # attention heads
-    patches: tuple[int, ...]  # patch sizes, in latent cells, that have a name
+    patches: tuple[int, ...]  # patch sizes, in latent cells, of the named networks
 
 
 # fmt: off
@@ -52,7 +52,7 @@ def check_arguments(
     block: str,
     gradient_checkpointing: bool = False,
 ) -> None:
-    """Refuses arguments that no DiT can be built from, in one line. Takes every argument of the builder."""
+    """Raise UserError for arguments from which no DiT can be built. Takes every argument of the builder."""
     numbers = {
         "input_size": input_size,
         "in_channels": in_channels,
@@ -67,8 +67,8 @@ def check_arguments(
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"DiT: {name} is {value!r}; it must be a whole number of at least 1")
-        if value > (most := MAX_BLOCKS if name == "depth" else MAX_INT):
-            raise UserError(f"DiT: {name} is {value}; more than {most:,} cannot be built")
+        if value > (limit := MAX_BLOCKS if name == "depth" else MAX_INT):
+            raise UserError(f"DiT: {name} is {value}; more than {limit:,} cannot be built")
     if not isinstance(gradient_checkpointing, bool):
         raise UserError(f"DiT: gradient_checkpointing is {gradient_checkpointing!r}; it must be true or false")
     if block not in BLOCKS:
@@ -99,7 +99,7 @@ def _specs() -> tuple[BackboneSpec, ...]:
                         family="dit",
                         summary=f"DiT-{size.upper()}/{patch}, {block} blocks",
                         defaults={
-                            "input_size": 32,  # latent cells a side: 256 pixels through a VAE of factor 8
+                            "input_size": 32,  # side in latent cells: 256 pixels with a VAE of factor 8
                             "in_channels": 4,
                             "num_classes": 1000,
                             "out_channels": None,  # 2 * in_channels: noise and variance
@@ -113,7 +113,7 @@ def _specs() -> tuple[BackboneSpec, ...]:
                         null_label="num_classes",
                         builders={"torch": "backbones.dit.torch_model:DiT", "jax": "backbones.dit.flax_model:DiT"},
                         closed_form="backbones.dit.compute:count",
-                        # The paper's figures hold with the two LayerNorms around self-attention and MLP alone.
+                        # The paper's Gflops include only the two layer norms around self-attention and MLP.
                         uncounted_norms=("final_layer.norm_final", "blocks.*.norm_cross"),
                     )
                 )
@@ -121,4 +121,4 @@ def _specs() -> tuple[BackboneSpec, ...]:
 
 
 SPECS: tuple[BackboneSpec, ...] = _specs()
-"""Every named DiT: 12 of the paper and 2 small ones, each with four block designs."""
+"""All named DiTs: 12 sizes of the paper and 2 small ones, with four block designs each."""

@@ -1,8 +1,8 @@
 """The Diffusion Transformer in torch, with the parameter names and shapes of the public release.
 
 Source: arXiv:2212.09748, Sec. 3.2 and appendix A; names, order of initialisation and constants after
-facebookresearch/DiT ed81ce2, models.py. Only adaLN-Zero was released: the other three block designs follow the paper's
-text, and their layer norms, biases and final layer are those that give its parameter counts (Table 4).
+facebookresearch/DiT ed81ce2, models.py. Only adaLN-Zero was released. The other three block designs follow the paper's
+text; their layer norms, biases and final layer were chosen to match its parameter counts (Table 4).
 
 Shapes: N images, T tokens, D width, H heads, p patch size, C channels.
 """
@@ -22,22 +22,22 @@ EPS = 1e-6  # of every layer norm
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (N, T, D) scaled by 1 + scale and shifted, with one (N, D) pair an image.
+    """x (N, T, D) scaled by 1 + scale and shifted; scale and shift are (N, D).
 
-    The result has the dtype of the pair: under autocast a linear layer follows, which would round it all the same.
+    The result has the dtype of scale and shift: the linear layer that follows would round it to that dtype anyway.
     """
     return torch.addcmul(shift.unsqueeze(1), x.to(scale.dtype), 1 + scale.unsqueeze(1))
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x (N, T, D) plus a branch of that shape times one gate (N, D) an image."""
+    """x (N, T, D) plus gate (N, D) times branch (N, T, D)."""
     if branch.dtype != x.dtype:  # under autocast the product is rounded before it is added
         return x + gate.unsqueeze(1) * branch
     return torch.addcmul(x, gate.unsqueeze(1), branch)
 
 
 def plain_norm(width: int) -> nn.LayerNorm:
-    """A layer norm whose scale and shift come from elsewhere."""
+    """A layer norm without learned scale and shift."""
     return nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
 
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         split = (self.heads, x.shape[-1] // self.heads)
-        # Thirds of the last dimension, not a (3, H) axis: their gradients are joined by one contiguous copy.
+        # Split the last dimension in three, without a (3, H) axis: the gradients are then joined by one contiguous copy.
         q, k, v = (part.unflatten(-1, split).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))  # (N, H, T, D/H)
         x = attend(q, k, v)  # (N, H, T, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
@@ -92,7 +92,7 @@ class Mlp(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """adaLN and adaLN-Zero: scales, shifts and, for -Zero, gates are regressed from timestep and class."""
+    """adaLN and adaLN-Zero: scales, shifts and, in adaLN-Zero, gates are regressed from timestep and class."""
 
     def __init__(self, width: int, heads: int, gated: bool):
         super().__init__()
@@ -115,7 +115,7 @@ class AdaLNBlock(nn.Module):
 
 
 class InContextBlock(nn.Module):
-    """A standard ViT block; the conditioning arrives as two tokens of the sequence."""
+    """A standard ViT block; the conditioning is two more tokens of the sequence."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -148,7 +148,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 def build_block(block: str, width: int, heads: int) -> nn.Module:
-    """One block of the named design; all are called as block(x, c)."""
+    """A block of the named design; every block is called as block(x, c)."""
     if block == "in-context":
         return InContextBlock(width, heads)
     if block == "cross-attention":
@@ -165,8 +165,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)  # (N, D, H/p, W/p)
-        # Contiguous, as is all that follows from it: layer norms of a transposed tensor copy it every time, and their
-        # compiled gradient is wrong (torch 2.13, inductor on a CPU: by 0.4 % to 4 %).
+        # Contiguous, so that the tensors computed from it are: a layer norm copies a transposed tensor every time, and
+        # its compiled gradient is wrong (torch 2.13, inductor on a CPU: by 0.4 % to 4 %).
         return x.flatten(2).transpose(1, 2).contiguous()  # (N, T, D)
 
 
@@ -182,7 +182,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One vector a class, and one more (the last) for "no class"."""
+    """One vector per class, and a last one for "no class"."""
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
@@ -193,7 +193,7 @@ class LabelEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Layer norm and linear read-out of every token; adaptive for the two adaLN designs, plain for the others."""
+    """Layer norm and linear output layer of every token; with adaLN for the two adaLN designs."""
 
     def __init__(self, width: int, outputs: int, adaptive: bool):
         super().__init__()
@@ -208,14 +208,20 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p*p*C_out)
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer, for layers in containers, whose type torch does not know."""
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
+
+
 class DiT(nn.Module):
     """Diffusion Transformer.
 
-    `forward` takes x (N, in_channels, input_size, input_size), t (N,) timesteps 0..999, whole or not, and y (N,) int64
-    labels 0..num_classes, where num_classes means "no class"; it returns (N, out_channels, input_size, input_size),
-    for the paper's objective the noise and then the variance. Label dropout is the trainer's.
-    The output is exactly 0 before training. Under autocast timestep and label are embedded in float32 all the same.
-    `gradient_checkpointing` keeps only the input of each block for the backward pass and computes the rest again.
+    Its inputs are x (N, in_channels, input_size, input_size), t (N,) timesteps 0..999, integer or not, and y (N,) int64
+    labels 0..num_classes, where num_classes means "no class". It returns (N, out_channels, input_size, input_size), for
+    the paper's objective noise and variance, in this order. Label dropout is done by the trainer.
+    The output is exactly 0 before training. Timestep and label embeddings are float32 even under autocast.
+    `gradient_checkpointing` stores only the input of each block for the backward pass and recomputes the rest.
     """
 
     def __init__(
@@ -252,8 +258,8 @@ class DiT(nn.Module):
         self.block = block
         self.gradient_checkpointing = gradient_checkpointing
 
-        # Modules are made in the release's order: default initialisation draws random numbers too, and the same
-        # torch seed is to give the same weights.
+        # Modules are created in the release's order: default initialisation draws random numbers, and the same torch
+        # seed must give the same weights.
         adaptive = block in ("adaln", "adaln-zero")
         self.x_embedder = PatchEmbed(patch, in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -265,7 +271,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draws all weights anew from torch's global generator, as facebookresearch/DiT ed81ce2 does."""
+        """Draws all weights from torch's global generator, as facebookresearch/DiT ed81ce2 does."""
         if self.pos_embed.is_meta:  # no storage, nothing to draw
             return
         for module in self.modules():
@@ -276,17 +282,19 @@ class DiT(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         self.pos_embed.copy_(torch.from_numpy(sincos_table(self.pos_embed.shape[-1], self.grid)))
-        # The patch embedding is a linear map of p*p*C inputs that is stored as a convolution.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        # The patch embedding is initialised as a linear map of p*p*C inputs, although it is stored as a convolution.
+        patch_embedding = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch_embedding.weight.flatten(1))
+        assert patch_embedding.bias is not None
+        nn.init.zeros_(patch_embedding.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        if self.block == "adaln-zero":  # every block starts as the identity
-            for block in self.blocks:
-                nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.normal_(_weight(self.t_embedder.mlp[0]), std=0.02)
+        nn.init.normal_(_weight(self.t_embedder.mlp[2]), std=0.02)
+        for block in self.blocks:
+            if isinstance(block, AdaLNBlock) and block.gated:  # adaLN-Zero: every block starts as the identity
+                nn.init.zeros_(_weight(block.adaLN_modulation[1]))
         if self.final_layer.adaLN_modulation is not None:
-            nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+            nn.init.zeros_(_weight(self.final_layer.adaLN_modulation[1]))
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -308,14 +316,14 @@ class DiT(nn.Module):
             x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block is deterministic
             else:
                 x = block(x, c)  # (N, T, D), in-context T + 2
         x = self.final_layer(x[:, :tokens], c)  # (N, T, p*p*C_out)
         return self.unpatchify(x)  # (N, C_out, input_size, input_size)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Token vectors, laid out (row, column, channel) with the channel fastest, to images."""
+        """Images from token vectors, which are laid out as (row, column, channel) with the channel fastest."""
         x = x.unflatten(2, (self.patch, self.patch, self.out_channels))  # (N, T, p, p, C_out)
         x = x.unflatten(1, (self.grid, self.grid))  # (N, G, G, p, p, C_out)
         x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C_out, G, p, G, p)

@@ -1,8 +1,8 @@
 """Public weight files of the Diffusion Transformer.
 
-`dit`: the release's state dict, whose names are ours (facebookresearch/DiT ed81ce2, models.py). `diffusers`: that of
-DiTTransformer2DModel (huggingface/diffusers 58eb52c080, scripts/convert_dit_to_diffusers.py), which cuts the qkv layer
-into three and repeats the timestep and label embedders in every block.
+Layout `dit`: the state dict of the release, with our names (facebookresearch/DiT ed81ce2, models.py). Layout `diffusers`:
+that of DiTTransformer2DModel (huggingface/diffusers 58eb52c080, scripts/convert_dit_to_diffusers.py), which splits the
+qkv layer into three and repeats the timestep and label embedders in every block.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ COPIED = {  # ours: diffusers' in every transformer_blocks.N
 # fmt: on
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 KINDS = ("weight", "bias")
-STORED_POSITIONS = ("pos_embed.pos_embed", "pos_embed")  # some files hold the table all the same
+STORED_POSITIONS = ("pos_embed.pos_embed", "pos_embed")  # names of the position table in files that hold it
 
-MAX_SAMPLE_SIZE = 1024  # latents a side: an image of 8192 pixels
-MAX_TOKENS = 1 << 16  # 2048 pixels a side at patch size 2; the position table of DiT-XL is then 300 MB
-SAID = {  # of diffusers' config, what the weights do not show and the network takes for granted
+MAX_SAMPLE_SIZE = 1024  # side of a latent: 8192 pixels
+MAX_TOKENS = 1 << 16  # side of 2048 pixels at patch size 2; the position table of DiT-XL is then 300 MB
+EXPECTED_CONFIG: dict[str, tuple[object, ...]] = {  # items of diffusers' config that the weights do not determine
     "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),  # its name before diffusers 0.29
     "activation_fn": ("gelu-approximate",),
     "attention_bias": (True,),
@@ -62,16 +62,16 @@ DIFFERENCES = (
 
 
 def blocks(shapes: Shapes, stem: str) -> int:
-    """How many blocks the names count: one more than the greatest index."""
-    found = (re.match(rf"{stem}\.([0-9]{{1,6}})\.", name) for name in shapes)  # a longer number is of no block
-    count = max((int(match.group(1)) for match in found if match), default=-1) + 1
+    """Number of blocks: one more than the largest index in the names. Raises Mismatch if blocks before it are missing."""
+    matches = (re.match(rf"{stem}\.([0-9]{{1,6}})\.", name) for name in shapes)  # longer numbers are not block indices
+    count = max((int(match.group(1)) for match in matches if match), default=-1) + 1
     if count > len(shapes):
-        raise Mismatch(f"{stem}.{count - 1} is there, but not the {count - 1} before it")
+        raise Mismatch(f"{stem}.{count - 1} is in the file, but not all of the {count - 1} blocks before it")
     return count
 
 
 def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
-    """Our tensors from those of a diffusers transformer. The position table is not in its files: it is computed."""
+    """Recipes of our tensors from those of a diffusers transformer. A position table that is not stored is computed."""
     depth = blocks(shapes, "transformer_blocks")
     recipes: Recipes = {}
     stored = next((name for name in STORED_POSITIONS if name in shapes), None)
@@ -96,14 +96,14 @@ def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
     for ours, theirs in COPIED.items() if depth else ():
         recipes[ours] = Same(tuple(f"transformer_blocks.{n}.{theirs}" for n in range(depth)))
     used = {name for recipe in recipes.values() for name in recipe.sources}
-    for name in shapes:  # what the table does not know stays visible
+    for name in shapes:  # unknown tensors keep their names, so that they are reported
         if name not in used:
             recipes[name] = Take(name)
     return recipes
 
 
 def to_diffusers(shapes: Shapes) -> Recipes:
-    """A diffusers transformer's tensors from ours; the three other block designs have no such transformer."""
+    """Recipes of a diffusers transformer's tensors from ours. UserError for block designs other than adaln-zero."""
     depth = blocks(shapes, "blocks")
     if block_design(shapes) != "adaln-zero":
         raise UserError(f"diffusers has no DiT with {block_design(shapes)} blocks; export this one with --format dit")
@@ -113,14 +113,14 @@ def to_diffusers(shapes: Shapes) -> Recipes:
         for ours, theirs in IN_BLOCK.items():
             recipes |= {f"{there}.{theirs}.{kind}": Take(f"blocks.{n}.{ours}.{kind}") for kind in KINDS}
         for kind in KINDS:
-            whole = f"blocks.{n}.attn.qkv.{kind}"
-            recipes |= {f"{there}.{part}.{kind}": Part(whole, i, 3) for i, part in enumerate(QKV)}
+            qkv = f"blocks.{n}.attn.qkv.{kind}"
+            recipes |= {f"{there}.{part}.{kind}": Part(qkv, i, 3) for i, part in enumerate(QKV)}
         recipes |= {f"{there}.{theirs}": Take(ours) for ours, theirs in COPIED.items()}
     return recipes
 
 
 def diffusers_config(arguments: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """config.json of the transformer; norm_eps is DiT's, which undoes one of diffusers' two differences."""
+    """config.json of the transformer; with DiT's norm_eps, which removes one of diffusers' two differences."""
     return {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
@@ -140,7 +140,7 @@ def diffusers_config(arguments: Mapping[str, Any], shapes: Shapes) -> dict[str, 
 
 
 def block_design(shapes: Shapes) -> str:
-    """Which of the four block designs the names and shapes are of."""
+    """The block design that the names and shapes belong to."""
     if "blocks.0.cross_attn.q.weight" in shapes:
         return "cross-attention"
     modulation = shapes.get("blocks.0.adaLN_modulation.1.bias")
@@ -151,7 +151,7 @@ def block_design(shapes: Shapes) -> str:
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
-    """Builder arguments that the shapes tell: all but the number of heads."""
+    """Builder arguments that follow from the shapes: all but the number of heads."""
     found: dict[str, Any] = {"depth": blocks(shapes, "blocks"), "block": block_design(shapes)}
     patches = shapes.get("x_embedder.proj.weight", ())
     if len(patches) == 4:
@@ -167,7 +167,7 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
 
 
 def _grid(known: Mapping[str, Any], patch: int) -> int:
-    """Tokens a side: by the config beside the file, else by the network that is loaded."""
+    """Side of the token grid, from config.json beside the file, or else from the network that is loaded."""
     size = (known.get("config") or {}).get("sample_size")
     if size is not None:
         if type(size) is not int or not 0 < size <= MAX_SAMPLE_SIZE or patch < 1 or size % patch:
@@ -183,7 +183,7 @@ def _grid(known: Mapping[str, Any], patch: int) -> int:
 
 def _tokens(count: int) -> int:
     if count > MAX_TOKENS:
-        raise Mismatch(f"it is for images of {count:,} tokens, and at most {MAX_TOKENS:,} are supported")
+        raise Mismatch(f"it is for images of {count:,} tokens, but at most {MAX_TOKENS:,} are supported")
     return count
 
 
@@ -192,13 +192,13 @@ def _short(value: Any) -> str:
 
 
 def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) -> str | None:
-    """The first item of diffusers' config that is not of these weights (our names), or of a network of `heads`."""
-    for name, wanted in SAID.items():
-        if name in config and not any(type(config[name]) is type(each) and config[name] == each for each in wanted):
-            return _against(name, config[name], " or ".join(_short(each) for each in wanted))
+    """The first item of diffusers' config that contradicts the weights (our names) or the number of heads, or None."""
+    for name, allowed in EXPECTED_CONFIG.items():
+        if name in config and not any(type(config[name]) is type(value) and config[name] == value for value in allowed):
+            return _contradicts(name, config[name], " or ".join(_short(value) for value in allowed))
     width, channels, _, patch = shapes["x_embedder.proj.weight"]
     outputs = shapes["final_layer.linear.bias"][0] // (patch * patch)
-    facts = {
+    from_weights: dict[str, int] = {
         "in_channels": channels,
         "num_embeds_ada_norm": shapes["y_embedder.embedding_table.weight"][0] - 1,
         "num_layers": blocks(shapes, "blocks"),
@@ -207,20 +207,20 @@ def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) 
         "sample_size": math.isqrt(shapes["pos_embed"][1]) * patch,
     }
     if heads is not None:
-        facts |= {"num_attention_heads": heads, "attention_head_dim": width // heads}
-    for name, wanted in facts.items():
-        given = config.get(name)  # null stands for the default
-        if given is not None and (type(given) is not int or given != wanted):
-            return _against(name, given, str(wanted))
+        from_weights |= {"num_attention_heads": heads, "attention_head_dim": width // heads}
+    for name, expected in from_weights.items():
+        given = config.get(name)  # null means the default
+        if given is not None and (type(given) is not int or given != expected):
+            return _contradicts(name, given, str(expected))
     if heads is None and {"num_attention_heads", "attention_head_dim"} <= set(config):
         given = [config["num_attention_heads"], config["attention_head_dim"]]
-        if not all(type(each) is int for each in given) or given[0] * given[1] != width:
-            return _against("num_attention_heads x attention_head_dim", given, str(width))
+        if not all(type(value) is int for value in given) or given[0] * given[1] != width:
+            return _contradicts("num_attention_heads x attention_head_dim", given, str(width))
     return None
 
 
-def _against(name: str, given: Any, wanted: str) -> str:
-    return f"config.json gives {name} {_short(given)}, and the network has {wanted}"
+def _contradicts(name: str, given: Any, expected: str) -> str:
+    return f"config.json gives {name} {_short(given)}, but the network has {expected}"
 
 
 def _diffusers_notes(shapes: Shapes) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from harness.spec import Compute
 def count(**arguments: Any) -> Compute:
     """Compute of one forward pass on one latent, by part. Takes every argument of the builder.
 
-    Parameters include the table of the classes, which LDM's own figures leave out.
+    Parameters include the class embedding, which the LDM paper's numbers leave out.
     """
     layout = ldm_layout(arguments)
     tally = Tally("model.diffusion_model.")

@@ -16,7 +16,7 @@ from backbones.unet.flax_unet import UNet, check_input
 
 
 class ClassEmbedder(nnx.Module):
-    """One vector a class; float32. A label that does not exist gives NaN."""
+    """One float32 vector per class. An invalid label gives NaN."""
 
     def __init__(self, labels: int, width: int, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(labels, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
@@ -26,11 +26,11 @@ class ClassEmbedder(nnx.Module):
 
 
 class LDM(nnx.Module):
-    """Denoiser of latents: x (N, in_channels, input_size, input_size), t (N,) timesteps, y (N,) integer labels, where
-    num_classes means "no class" if the network has a null class, to (N, out_channels, input_size, input_size).
+    """Denoiser of latents: x (N, in_channels, input_size, input_size), t (N,) timesteps and y (N,) integer labels to (N,
+    out_channels, input_size, input_size). With a null class, the label num_classes means "no class".
 
-    Takes the arguments of `backbones.ldm.spec` by keyword, and `rngs` of the initial weights (None: of seed 0). The
-    output is exactly 0 before training.
+    Takes the arguments of `backbones.ldm.spec` by keyword, and `rngs` for the initial weights (None: seed 0). The output
+    is exactly 0 before training.
     """
 
     def __init__(self, *, rngs: nnx.Rngs | None = None, **arguments: Any):

@@ -17,35 +17,35 @@ CONTEXT_TOKENS = 1  # the class
 SHARED = {
     "in_channels": 3,
     "num_classes": 1000,
-    "out_channels": None,  # in_channels: the noise alone
+    "out_channels": None,  # None: in_channels, for noise only
     "res_blocks": 2,
-    "heads": 0,  # 0: as many as have head_channels each
+    "heads": 0,  # 0: channels / head_channels
     "head_channels": 0,
-    "context_width": 512,  # of the class's vector
+    "context_width": 512,  # of the class embedding
     "transformer_depth": 1,
-    "null_class": True,  # one more label, the last, for "no class"
+    "null_class": True,  # an additional last label for "no class"
     "dropout": 0.0,
     "gradient_checkpointing": False,
 }
 
 # fmt: off
 DENOISERS = {
-    # attention_rates: how often the side was halved where attention stands, as 1, 2, 4, ...
+    # attention_rates: downsampling factors (1, 2, 4, ...) of the levels with attention
     "ldm-4":  {"input_size": 64, "width": 192, "multipliers": (1, 2, 3, 5), "attention_rates": (8, 4, 2), "heads": 1},
     "ldm-8":  {"input_size": 32, "in_channels": 4, "width": 256, "multipliers": (1, 2, 4), "attention_rates": (4, 2, 1), "head_channels": 32, "null_class": False},
     # not of the paper: for machines without an accelerator
     "ldm-xs": {"input_size": 32, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_rates": (2,), "head_channels": 32, "context_width": 64},
 }
 SUMMARIES = {
-    "ldm-4": "U-Net in the latents of a VQ auto-encoder of factor 4",
-    "ldm-8": "U-Net in the latents of a VQ auto-encoder of factor 8; no null label",
+    "ldm-4": "U-Net in the latents of a VQ autoencoder of factor 4",
+    "ldm-8": "U-Net in the latents of a VQ autoencoder of factor 8; no null label",
     "ldm-xs": "small U-Net with cross-attention to the class",
 }
 # fmt: on
 
 
 def ldm_layout(arguments: Mapping[str, Any]) -> Layout:
-    """The layout of the U-Net from the builder's arguments; what cannot be built is refused in one line."""
+    """The layout of the U-Net with these arguments of the builder. Raises UserError if there is no such network."""
     check_arguments("LDM", arguments)
     for name in ("num_classes", "context_width"):
         check_whole("LDM", name, arguments[name], 1)

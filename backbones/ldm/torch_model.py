@@ -16,7 +16,7 @@ from backbones.unet.torch_unet import UNet, check_input
 
 
 class ClassEmbedder(nn.Module):
-    """One vector a class."""
+    """One vector per class."""
 
     def __init__(self, labels: int, width: int):
         super().__init__()
@@ -27,8 +27,8 @@ class ClassEmbedder(nn.Module):
 
 
 class LDM(nn.Module):
-    """Denoiser of latents: x (N, in_channels, input_size, input_size), t (N,) timesteps, y (N,) int64 labels, where
-    num_classes means "no class" if the network has a null class, to (N, out_channels, input_size, input_size).
+    """Denoiser of latents: x (N, in_channels, input_size, input_size), t (N,) timesteps and y (N,) int64 labels to (N,
+    out_channels, input_size, input_size). With a null class, the label num_classes means "no class".
 
     Takes the arguments of `backbones.ldm.spec` by keyword. The output is exactly 0 before training.
     """
@@ -54,4 +54,5 @@ class LDM(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_input("LDM", x, self.input_shape)
         unet = self.model["diffusion_model"]
+        assert isinstance(unet, UNet)
         return unet(x, unet.embed(t), self.cond_stage_model(y))  # (N, C_out, S, S)

@@ -1,8 +1,8 @@
 """Public weight files of LDM: model.ckpt, a Lightning checkpoint that holds more than the denoiser.
 
 Names after CompVis/latent-diffusion a506df5: the U-Net under model.diffusion_model, the class embedder under
-cond_stage_model, the auto-encoder under first_stage_model, the noise schedule's tables, and, where an average was kept,
-model_ema.<name below model. without its dots> (ldm/modules/ema.py).
+cond_stage_model, the autoencoder under first_stage_model, the tables of the noise schedule, and, if weights were
+averaged, the averages under model_ema.<name after "model." without its dots> (ldm/modules/ema.py).
 """
 
 from __future__ import annotations
@@ -27,49 +27,53 @@ UNET = "model.diffusion_model."
 
 
 def averaged(name: str) -> str:
-    """Where the moving average of `name` lies, a name below model."""
+    """Name of the moving average of tensor `name`, which begins with "model."."""
     return AVERAGES + name.removeprefix("model.").replace(".", "")
 
 
 def averages(shapes: Shapes) -> dict[str, str]:
-    """The moving averages that the file holds, by the U-Net's names: of all of them or of none."""
+    """Names of the moving averages by name of the U-Net's tensor; empty if the file has none.
+
+    Raises Mismatch if only some of the tensors have a moving average.
+    """
     names = {name: averaged(name) for name in shapes if name.startswith("model.")}
-    lacking = [name for name, theirs in names.items() if theirs not in shapes]
-    if lacking and len(lacking) < len(names):
+    missing = [name for name, theirs in names.items() if theirs not in shapes]
+    if missing and len(missing) < len(names):
         raise Mismatch(
-            f"{lacking[0]} has no moving average ({names[lacking[0]]} is missing) where other tensors have one; a"
-            " mixture is no network: fetch the file again, or take model_ema out of it"
+            f"{missing[0]} has no moving average ({names[missing[0]]} is missing), but other tensors have one: fetch the"
+            " file again, or remove model_ema from it"
         )
-    return {} if lacking else names
+    return {} if missing else names
 
 
 def inward(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
-    """Every tensor under its own name, the U-Net's from the moving average where there is one."""
-    found = averages(shapes)
-    used = {*found.values(), *COUNTERS}
-    return {name: Take(found.get(name, name)) for name in shapes if name not in used}
+    """Recipes of all tensors under their names; those of the U-Net from their moving averages if there are any."""
+    averaged_names = averages(shapes)
+    used = {*averaged_names.values(), *COUNTERS}
+    return {name: Take(averaged_names.get(name, name)) for name in shapes if name not in used}
 
 
 def outward(shapes: Shapes) -> Recipes:
-    """The state dict of model.ckpt: every tensor under its own name."""
+    """Recipes of the state dict of model.ckpt: every tensor under its name."""
     return {name: Take(name) for name in shapes}
 
 
 def beside(name: str) -> bool:
-    """Of the file, not of the denoiser."""
+    """Whether a tensor of the file does not belong to the denoiser."""
     return name.startswith(FIRST_STAGE) or name in TABLES
 
 
 def notes(shapes: Shapes) -> tuple[str, ...]:
+    """Notes for the user on which weights are used."""
     if averages(shapes):
-        return ("the U-Net's weights are the moving average (model_ema); those without it are left out",)
+        return ("the U-Net's weights are the moving average (model_ema); the weights without averaging are not used",)
     if any(beside(name) for name in shapes):
         return ("the file holds no model_ema: the U-Net's weights are those under model.diffusion_model",)
     return ()
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
-    """Builder arguments that the shapes tell."""
+    """Builder arguments that follow from the shapes."""
     found: dict[str, Any] = {}
     if len(embedding := shapes.get(f"{UNET}time_embed.0.weight", ())) == 2:
         found["width"] = embedding[1]

@@ -1,1 +1,1 @@
-"""What the U-Nets of ADM and LDM share: the layout of their blocks, their compute, their torch layers."""
+"""Common parts of the U-Nets of ADM and LDM: the layout of their blocks, their compute, their torch and Flax layers."""

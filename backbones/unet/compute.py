@@ -7,7 +7,7 @@ from harness.spec import Compute, ComputeRow
 
 
 class Tally:
-    """Rows and parameters, gathered layer by layer. Parts bear the module paths of the network below `prefix`."""
+    """Rows and number of parameters, added layer by layer. Parts are named by `prefix` and module path."""
 
     def __init__(self, prefix: str = ""):
         self.prefix = prefix
@@ -26,7 +26,7 @@ class Tally:
         self.add(part, "linear", inputs * outputs * on)
 
     def conv(self, part: str, inputs: int, outputs: int, kernel: int, positions: int) -> None:
-        """A convolution with `kernel` weights a pair of channels, at `positions` of its output."""
+        """A convolution with `kernel` weights per pair of channels, and `positions` positions of its output."""
         self.params += (inputs * kernel + 1) * outputs
         self.add(part, "conv", inputs * outputs * kernel * positions)
 
@@ -36,18 +36,18 @@ class Tally:
         self.add(part, "norm", channels * positions)
 
     def attention(self, part: str, queries: int, keys: int, channels: int) -> None:
-        """Scores, and the weighted sum of values."""
+        """Attention: the scores, and the weighted sum of values."""
         self.add(part, "attention", 2 * queries * keys * channels)
 
 
 def count_timestep(tally: Tally, layout: Layout) -> None:
-    """The two layers that embed the timestep."""
+    """Add the two layers of the timestep embedding."""
     tally.linear("time_embed.0", layout.width, layout.embedding)
     tally.linear("time_embed.2", layout.embedding, layout.embedding)
 
 
 def count_parts(tally: Tally, layout: Layout, *, scale_shift: bool, context: tuple[int, int, int] | None) -> None:
-    """All blocks. `context` is (tokens, width, transformer depth) where attention is a spatial transformer's."""
+    """Add all blocks. context: (tokens, width, transformer depth) of spatial transformers; None: ADM's attention."""
     for part in layout.parts:
         if isinstance(part, InputConv):
             tally.conv(part.path, part.inputs, part.outputs, 9, part.side**2)

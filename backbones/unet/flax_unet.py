@@ -2,12 +2,14 @@
 
 Source: as there. `backbones.flax_weights` maps parameters to and from the public checkpoints' names and shapes.
 
-Shapes: N images, C channels, S side of a feature map, T = S * S positions, H heads, E width of the embedding,
-K context tokens. Every part of a block is called as part(x, emb, context, rngs); `rngs` with a stream "dropout" turns
-dropout on, None turns it off.
+Shapes: N images, C channels, S side of a feature map, T = S * S positions, H heads, E width of the embedding, K context
+tokens. Every part of a block is called as part(x, emb, context, rngs); dropout is on if `rngs` has a stream "dropout",
+and off if it is None.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +23,10 @@ from backbones.flax_layers import (
     Linear,
     Sequence,
     attend,
+    average_pool,
     checkpointed,
-    doubled,
-    halved,
     timestep_features,
+    upsample_nearest,
     zeros,
 )
 from backbones.unet import layout as plan
@@ -33,7 +35,12 @@ from harness.errors import UserError
 NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a spatial transformer
 
-ZERO = {"kernel_init": zeros, "bias_init": zeros}  # of the last layer of every residual branch
+
+def zero_conv(inputs: int, outputs: int, kernel: int, *, padding: int = 0, axes: int = 2, rngs: nnx.Rngs) -> Conv:
+    """A convolution that starts at 0: the last layer of every residual branch."""
+    return Conv(
+        inputs, outputs, kernel, padding=padding, axes=axes, kernel_init=zeros, bias_init=zeros, rngs=rngs
+    )  # fmt: skip
 
 
 def group_norm(channels: int, rngs: nnx.Rngs, eps: float = NORM_EPS) -> GroupNorm:
@@ -41,20 +48,17 @@ def group_norm(channels: int, rngs: nnx.Rngs, eps: float = NORM_EPS) -> GroupNor
     return GroupNorm(channels, plan.GROUPS, eps=eps, rngs=rngs)
 
 
-def dropped(layer: nnx.Dropout, x: Array, rngs: nnx.Rngs | None) -> Array:
-    """Dropout where there is something to draw from."""
-    return layer(x, deterministic=rngs is None, rngs=rngs)
-
-
 class InputConv(Conv):
-    """3x3 convolution of the input; called as every part is."""
+    """3x3 convolution of the input."""
 
-    def __call__(self, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
+    def __call__(
+        self, x: Array, emb: Array | None = None, context: Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> Array:
         return super().__call__(x)  # (N, S, S, C_out)
 
 
 class ResBlock(nnx.Module):
-    """Two convolutions around the timestep's embedding, added to the input; it may halve or double the side."""
+    """Residual block of two convolutions, conditioned on the timestep embedding; it may halve or double the side S to S'."""
 
     def __init__(self, part: plan.ResBlock, embedding: int, *, scale_shift: bool, dropout: float, rngs: nnx.Rngs):
         inputs, outputs = part.inputs, part.outputs
@@ -68,35 +72,37 @@ class ResBlock(nnx.Module):
                 group_norm(outputs, rngs),
                 jax.nn.silu,
                 nnx.Dropout(dropout),
-                Conv(outputs, outputs, 3, padding=1, rngs=rngs, **ZERO),
+                zero_conv(outputs, outputs, 3, padding=1, rngs=rngs),
             ]
         )
         self.skip_connection = None if inputs == outputs else Conv(inputs, outputs, 1, rngs=rngs)
 
     def resampled(self, x: Array) -> Array:
         if self.resample == "down":
-            return halved(x)  # (N, S/2, S/2, C)
+            return average_pool(x)  # (N, S/2, S/2, C)
         if self.resample == "up":
-            return doubled(x)  # (N, 2S, 2S, C)
+            return upsample_nearest(x)  # (N, 2S, 2S, C)
         return x
 
     def __call__(self, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
-        norm, activation, conv = self.in_layers
+        layers: Any = self.in_layers  # nnx does not know the types of a list's items
+        norm, activation, conv = layers
         h = conv(self.resampled(activation(norm(x))))  # (N, S', S', C_out)
         emb = self.emb_layers(emb)[:, None, None]  # (N, 1, 1, C_out or 2 C_out)
-        norm, activation, dropout, conv = self.out_layers
+        layers = self.out_layers
+        norm, activation, dropout, conv = layers
         if self.scale_shift:
             scale, shift = jnp.split(emb, 2, axis=-1)  # (N, 1, 1, C_out) each
             h = norm(h).astype(scale.dtype) * (1 + scale) + shift  # (N, S', S', C_out)
         else:
             h = norm(h + emb)  # (N, S', S', C_out)
-        h = conv(dropped(dropout, activation(h), rngs))  # (N, S', S', C_out)
+        h = conv(dropout(activation(h), deterministic=rngs is None, rngs=rngs))  # (N, S', S', C_out)
         x = self.resampled(x)  # (N, S', S', C)
         return (x if self.skip_connection is None else self.skip_connection(x)) + h  # (N, S', S', C_out)
 
 
 def split_heads(qkv: Array, heads: int, *, qkv_first: bool) -> tuple[Array, Array, Array]:
-    """(N, T, 3 C) -> q, k, v (N, T, H, C/H). The channels lie as (3, H, C/H) if `qkv_first`, else as (H, 3, C/H)."""
+    """(N, T, 3 C) -> q, k, v (N, T, H, C/H). Order of the channels: (3, H, C/H) if `qkv_first`, else (H, 3, C/H)."""
     n, tokens, _ = qkv.shape
     if qkv_first:
         parts, axis = qkv.reshape(n, tokens, 3, heads, -1), 2
@@ -107,13 +113,13 @@ def split_heads(qkv: Array, heads: int, *, qkv_first: bool) -> tuple[Array, Arra
 
 
 class AttentionBlock(nnx.Module):
-    """ADM's self-attention over all positions, added to the input."""
+    """ADM's self-attention over all positions, with a skip connection."""
 
     def __init__(self, part: plan.Attention, *, qkv_first: bool, rngs: nnx.Rngs):
         self.heads, self.qkv_first = part.heads, qkv_first
         self.norm = group_norm(part.channels, rngs)
         self.qkv = Conv(part.channels, 3 * part.channels, 1, axes=1, rngs=rngs)
-        self.proj_out = Conv(part.channels, part.channels, 1, axes=1, rngs=rngs, **ZERO)
+        self.proj_out = zero_conv(part.channels, part.channels, 1, axes=1, rngs=rngs)
 
     def __call__(self, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (N, T, C)
@@ -123,7 +129,7 @@ class AttentionBlock(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention from (N, T, C) to (N, K, context); to itself without a context."""
+    """Multi-head attention from (N, T, C) to (N, K, context), or self-attention without a context."""
 
     def __init__(self, width: int, context: int, heads: int, rngs: nnx.Rngs):
         self.heads = heads
@@ -142,7 +148,7 @@ class CrossAttention(nnx.Module):
 
 
 class GatedGelu(nnx.Module):
-    """Linear layer to twice the width, one half gating the other by an exact GELU (Shazeer 2020)."""
+    """Linear layer to twice the output width; one half is multiplied by the exact GELU of the other (Shazeer 2020)."""
 
     def __init__(self, width: int, outputs: int, rngs: nnx.Rngs):
         self.proj = Linear(width, 2 * outputs, rngs=rngs)
@@ -153,7 +159,7 @@ class GatedGelu(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two layers of four times the width between."""
+    """Two layers with a hidden width of four times the width."""
 
     def __init__(self, width: int, dropout: float, rngs: nnx.Rngs):
         self.net = nnx.List(
@@ -161,8 +167,9 @@ class FeedForward(nnx.Module):
         )
 
     def __call__(self, x: Array, rngs: nnx.Rngs | None) -> Array:
-        gated, dropout, last = self.net
-        return last(dropped(dropout, gated(x), rngs))  # (N, T, C)
+        layers: Any = self.net  # nnx does not know the types of a list's items
+        gated, dropout, last = layers
+        return last(dropout(gated(x), deterministic=rngs is None, rngs=rngs))  # (N, T, C)
 
 
 class TransformerBlock(nnx.Module):
@@ -183,7 +190,7 @@ class TransformerBlock(nnx.Module):
 
 
 class SpatialTransformer(nnx.Module):
-    """LDM's transformer over the positions of a feature map, added to the input."""
+    """LDM's transformer over the positions of a feature map, with a skip connection."""
 
     def __init__(self, part: plan.Attention, context: int, depth: int, dropout: float, rngs: nnx.Rngs):
         width = part.channels
@@ -192,7 +199,7 @@ class SpatialTransformer(nnx.Module):
         self.transformer_blocks = nnx.List(
             [TransformerBlock(width, context, part.heads, dropout, rngs) for _ in range(depth)]
         )
-        self.proj_out = Conv(width, width, 1, rngs=rngs, **ZERO)
+        self.proj_out = zero_conv(width, width, 1, rngs=rngs)
 
     def __call__(self, x: Array, emb: Array, context: Array, rngs: nnx.Rngs | None) -> Array:
         h = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])  # (N, T, C)
@@ -202,7 +209,7 @@ class SpatialTransformer(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves the side by a convolution of stride 2."""
+    """Halves the side by a 3x3 convolution of stride 2."""
 
     def __init__(self, part: plan.Downsample, rngs: nnx.Rngs):
         self.op = Conv(part.channels, part.channels, 3, stride=2, padding=1, rngs=rngs)
@@ -212,21 +219,21 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles the side and convolves."""
+    """Doubles the side by nearest-neighbour interpolation, then a 3x3 convolution."""
 
     def __init__(self, part: plan.Upsample, rngs: nnx.Rngs):
         self.conv = Conv(part.channels, part.channels, 3, padding=1, rngs=rngs)
 
     def __call__(self, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
-        return self.conv(doubled(x))  # (N, 2S, 2S, C)
+        return self.conv(upsample_nearest(x))  # (N, 2S, 2S, C)
 
 
 class Encoder(nnx.Module):
-    """The downward half of a U-Net and its middle: what classifiers are, and U-Nets begin with.
+    """The downsampling half of a U-Net and its middle block: the trunk of classifiers, and the first half of U-Nets.
 
-    `context` is (width, transformer depth) of spatial transformers; None: ADM's attention blocks. `labels` is the
-    number of classes of a table `label_emb` for whoever adds it to the embedding.
-    `gradient_checkpointing` keeps only the input of each block for the backward pass and computes the rest again.
+    context: (width, transformer depth) of spatial transformers; None: ADM's attention blocks. labels: number of classes
+    of the table `label_emb`, which subclasses add to the timestep embedding; 0: no table. gradient_checkpointing: store
+    only the input of each block for the backward pass and recompute the rest.
     """
 
     def __init__(
@@ -243,8 +250,8 @@ class Encoder(nnx.Module):
     ):
         self.width, self.gradient_checkpointing, self.has_dropout = layout.width, gradient_checkpointing, dropout > 0
 
-        def made(block: tuple[plan.Part, ...]) -> nnx.List:
-            parts = []
+        def build(block: tuple[plan.Part, ...]) -> nnx.List:
+            parts: list[nnx.Module] = []
             for part in block:
                 if isinstance(part, plan.InputConv):
                     parts.append(InputConv(part.inputs, part.outputs, 3, padding=1, rngs=rngs))
@@ -262,25 +269,25 @@ class Encoder(nnx.Module):
 
         self.time_embed = Sequence(
             [
-                Linear(layout.width, layout.embedding, pinned=True, rngs=rngs),
+                Linear(layout.width, layout.embedding, force_float32=True, rngs=rngs),
                 jax.nn.silu,
-                Linear(layout.embedding, layout.embedding, pinned=True, rngs=rngs),
+                Linear(layout.embedding, layout.embedding, force_float32=True, rngs=rngs),
             ]
         )
         normal = nnx.initializers.normal(1.0)
         table = nnx.Embed(labels, layout.embedding, embedding_init=normal, rngs=rngs) if labels else None
         self.label_emb = table
-        self.input_blocks = nnx.List([made(block) for block in layout.input_blocks])
-        self.middle_block = made(layout.middle_block)
-        self.output_blocks = nnx.List([made(block) for block in layout.output_blocks])
+        self.input_blocks = nnx.List([build(block) for block in layout.input_blocks])
+        self.middle_block = build(layout.middle_block)
+        self.output_blocks = nnx.List([build(block) for block in layout.output_blocks])
 
     def embed(self, t: Array) -> Array:
-        """Timesteps (N,) to (N, E) in float32, whatever the compute dtype."""
+        """Embedding (N, E) of timesteps (N,), in float32 for every compute dtype."""
         return self.time_embed(timestep_features(t, self.width))
 
-    def run(self, block: nnx.List, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
-        """One block, a sequence of parts."""
-        # One key a block, drawn outside it: computed again for the backward pass, the block drops the same.
+    def run_block(self, block: nnx.List, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
+        """The output of one block, a list of parts that are applied one after another."""
+        # One key per block, drawn outside of it: recomputed for the backward pass, the block has the same dropout mask.
         key = rngs.dropout() if rngs is not None and self.has_dropout else None
 
         def parts(block: nnx.List, x: Array, emb: Array, context: Array | None, key: Array | None) -> Array:
@@ -294,32 +301,40 @@ class Encoder(nnx.Module):
         return parts(block, x, emb, context, key)
 
     def encode(self, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> tuple[Array, list[Array]]:
-        """Feature map after the middle block, and those that the upward half takes over."""
+        """The feature map after the middle block, and the feature maps for the skip connections."""
         skips = []
         for block in self.input_blocks:
-            x = self.run(block, x, emb, context, rngs)  # (N, S, S, C)
+            x = self.run_block(block, x, emb, context, rngs)  # (N, S, S, C)
             skips.append(x)
-        return self.run(self.middle_block, x, emb, context, rngs), skips
+        return self.run_block(self.middle_block, x, emb, context, rngs), skips  # (N, S_min, S_min, C)
 
 
-class UNet(Encoder):
-    """The whole U-Net, without the conditioning on a class that ADM and LDM add in different ways."""
+class UNetBase(Encoder):
+    """A whole U-Net without `__call__`, because ADM and LDM condition it on the class in different ways."""
 
-    def __init__(self, layout: plan.Layout, out_channels: int, *, rngs: nnx.Rngs, **settings):
+    def __init__(self, layout: plan.Layout, out_channels: int, *, rngs: nnx.Rngs, **settings: Any):
         super().__init__(layout, rngs=rngs, **settings)
-        last = Conv(layout.channels, out_channels, 3, padding=1, rngs=rngs, **ZERO)
+        last = zero_conv(layout.channels, out_channels, 3, padding=1, rngs=rngs)
         self.out = Sequence([group_norm(layout.channels, rngs), jax.nn.silu, last])
 
-    def __call__(self, x: Array, emb: Array, context: Array | None = None, *, rngs: nnx.Rngs | None = None) -> Array:
+    def run_unet(self, x: Array, emb: Array, context: Array | None = None, *, rngs: nnx.Rngs | None = None) -> Array:
+        """The output for x (N, S, S, C), an embedding (N, E) and a context (N, K, context)."""
         x, skips = self.encode(x, emb, context, rngs)  # (N, S_min, S_min, C)
         for block in self.output_blocks:
             x = jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1)  # (N, S, S, C)
-            x = self.run(block, x, emb, context, rngs)  # (N, S, S, C)
+            x = self.run_block(block, x, emb, context, rngs)  # (N, S, S, C)
         return self.out(x)  # (N, S, S, C_out)
 
 
+class UNet(UNetBase):
+    """A whole U-Net that is called with its embedding and context."""
+
+    def __call__(self, x: Array, emb: Array, context: Array | None = None, *, rngs: nnx.Rngs | None = None) -> Array:
+        return self.run_unet(x, emb, context, rngs=rngs)  # (N, S, S, C_out)
+
+
 def check_input(family: str, x: Array, shape: tuple[int, int, int]) -> None:
-    """Refuses images of another size than the network was built for."""
+    """Raise UserError unless x is (N, *shape), the input that the network was built for."""
     if x.shape[1:] != shape:
         raise UserError(
             f"{family}: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, shape))}); "

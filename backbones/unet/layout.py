@@ -1,9 +1,9 @@
-"""Which blocks a U-Net of the ADM and LDM family has, in which order and under which names; no framework.
+"""The blocks of the U-Nets of ADM and LDM, with their order and names; no framework.
 
-Source: openai/guided-diffusion 22e0df8, guided_diffusion/unet.py (UNetModel, EncoderUNetModel), from which
-CompVis/latent-diffusion took its U-Net. The names are those of the public checkpoints.
+Source: openai/guided-diffusion 22e0df8, guided_diffusion/unet.py (UNetModel, EncoderUNetModel), the origin of the U-Net of
+CompVis/latent-diffusion. The names are those of the public checkpoints.
 
-The torch network, the flax network and the closed-form compute are all built from the same layout.
+The torch network, the Flax network and the closed-form compute are built from the same layout.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from harness.errors import UserError
 
 GROUPS = 32  # of every group normalisation
-MAX_INT = 1 << 20  # of whole numbers in general: a slip of the hand is refused before its network is laid out
+MAX_INT = 1 << 20  # upper bound of integer arguments, so that a typing error is refused at once
 MAX_BLOCKS = 1000
 MAX_MULTIPLE = 1000
 
 
 class InputConv(NamedTuple):
-    """3x3 convolution of the network's input."""
+    """First layer: a 3x3 convolution of the network's input."""
 
     path: str
     inputs: int
@@ -31,7 +31,7 @@ class InputConv(NamedTuple):
 
 
 class ResBlock(NamedTuple):
-    """Residual block conditioned on the timestep; `resample` is "", "down" or "up" by a factor of 2."""
+    """Residual block conditioned on the timestep. resample: "", "down" or "up", by a factor of 2."""
 
     path: str
     inputs: int
@@ -45,7 +45,7 @@ class ResBlock(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Self-attention over all positions, or a spatial transformer with cross-attention where the network has one."""
+    """Self-attention over all positions, or, in an LDM, a spatial transformer with cross-attention."""
 
     path: str
     channels: int
@@ -62,7 +62,7 @@ class Downsample(NamedTuple):
 
 
 class Upsample(NamedTuple):
-    """Nearest-neighbour doubling and a 3x3 convolution, without a residual branch."""
+    """Nearest-neighbour interpolation by 2 and a 3x3 convolution, without a residual branch."""
 
     path: str
     channels: int
@@ -74,15 +74,15 @@ Part = InputConv | ResBlock | Attention | Downsample | Upsample
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The blocks of a U-Net; `output_blocks` is empty for an encoder. Each block is a sequence of parts."""
+    """The blocks of a U-Net, which are sequences of parts."""
 
     input_blocks: tuple[tuple[Part, ...], ...]
-    middle_block: tuple[Part, ...]
-    output_blocks: tuple[tuple[Part, ...], ...]
-    embedding: int  # width of the timestep's embedding
+    middle_block: tuple[ResBlock, Attention, ResBlock]
+    output_blocks: tuple[tuple[Part, ...], ...]  # empty for an encoder
+    embedding: int  # width of the timestep embedding
     width: int
-    channels: int  # where the layout ends: what the network's head takes
-    side: int  # likewise
+    channels: int  # of the last feature map, the input of the network's head
+    side: int  # of the last feature map
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -95,15 +95,15 @@ def unet_layout(
     *,
     input_size: int,
     in_channels: int,  # of the first convolution
-    width: int,  # channels of multiplier 1
-    multipliers: tuple[float, ...],  # channels of each level, in units of width; each level halves the side
-    res_blocks: int,  # a level
-    attention_sides: frozenset[int],  # sides of the feature maps that are attended over
+    width: int,  # channels at multiplier 1
+    multipliers: tuple[float, ...],  # channels of each level, divided by width; each level halves the side
+    res_blocks: int,  # per level
+    attention_sides: frozenset[int],  # sides of the feature maps with attention
     heads_of: Callable[[int], int],  # channels -> attention heads
-    residual_resampling: bool,  # by residual blocks (ADM) or by plain convolutions (LDM)
+    residual_resampling: bool,  # resample by residual blocks (ADM) or by plain convolutions (LDM)
     encoder_only: bool = False,
 ) -> Layout:
-    """The layout. Sides must halve evenly from level to level: see `check_sides`."""
+    """The layout of a U-Net. The side must be divisible by 2 at every level: see `check_arguments`."""
     channels, side = int(width * multipliers[0]), input_size
     inputs: list[tuple[Part, ...]] = [(InputConv("input_blocks.0.0", in_channels, channels, side),)]
     skips = [channels]
@@ -154,7 +154,7 @@ def unet_layout(
 
 
 def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
-    """Refuses what no U-Net can be built from, in one line. `arguments` are those that ADM and LDM share."""
+    """Raise UserError for arguments, those common to ADM and LDM, from which no U-Net can be built."""
     for name in ("input_size", "in_channels", "width"):
         check_whole(family, name, arguments[name], 1)
     check_whole(family, "res_blocks", arguments["res_blocks"], 1, MAX_BLOCKS)
@@ -165,12 +165,14 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
     if (
         not isinstance(multipliers, (tuple, list))
         or not multipliers
-        or not all(_positive(each) and each <= MAX_MULTIPLE for each in multipliers)
+        or not all(_positive(multiplier) and multiplier <= MAX_MULTIPLE for multiplier in multipliers)
     ):
-        raise UserError(f"{family}: multipliers are {multipliers!r}; give one positive number a level, as in (1, 2, 4)")
+        raise UserError(
+            f"{family}: multipliers are {multipliers!r}; give one positive number per level, as in (1, 2, 4)"
+        )
     for name in ("attention_resolutions", "attention_rates"):
         sides = arguments.get(name, ())
-        if not isinstance(sides, (tuple, list)) or not all(type(each) is int and each > 0 for each in sides):
+        if not isinstance(sides, (tuple, list)) or not all(type(side) is int and side > 0 for side in sides):
             raise UserError(f"{family}: {name} is {sides!r}; give whole numbers of at least 1, as in (32, 16, 8)")
     for name in ("qkv_first", "null_class", "gradient_checkpointing"):
         if not isinstance(arguments.get(name, False), bool):
@@ -180,30 +182,30 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
         raise UserError(f"{family}: dropout is {arguments['dropout']}; it must lie in [0, 1)")
     if arguments["width"] % 2:
         raise UserError(
-            f"{family}: width {arguments['width']} is odd; the timestep's sines and cosines need an even one"
+            f"{family}: width {arguments['width']} is odd; the sines and cosines of the timestep need an even width"
         )
     for multiplier in multipliers:
         if arguments["width"] * multiplier % GROUPS:
             raise UserError(
-                f"{family}: width {arguments['width']} x {multiplier:g} is not a multiple of {GROUPS}, the groups of "
-                "its normalisations; choose a width that makes it one"
+                f"{family}: width {arguments['width']} x {multiplier:g} is not a multiple of {GROUPS}, the number of "
+                "groups of its normalisations; choose another width"
             )
     halvings, size = len(multipliers) - 1, arguments["input_size"]
-    if size == 2**halvings and GROUPS in [arguments["width"] * each for each in multipliers[-2:]]:
+    if size == 2**halvings and GROUPS in [arguments["width"] * multiplier for multiplier in multipliers[-2:]]:
         raise UserError(
-            f"{family}: its last level has one position and {GROUPS} channels, so that every group would normalise one "
+            f"{family}: its last level has one position and {GROUPS} channels, so every group would normalise a single "
             "number; use a larger input_size or width"
         )
     if size % 2**halvings:
         fitting = max(level for level in range(halvings + 1) if size % 2**level == 0)
         raise UserError(
-            f"{family}: input_size {size} cannot be halved {halvings} times, as its {len(multipliers)} levels ask; "
+            f"{family}: input_size {size} cannot be halved {halvings} times, as its {len(multipliers)} levels require; "
             f"pad the images to a multiple of {2**halvings}, or use a backbone of at most {fitting + 1} levels"
         )
 
 
 def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], int]:
-    """Heads of an attention by its channels: a fixed number, or as many as have `head_channels` each."""
+    """A function from channels to attention heads: a fixed number of heads, or channels / head_channels."""
     for name, value in (("heads", heads), ("head_channels", head_channels)):
         check_whole(family, name, value, 0)
     if bool(heads) == bool(head_channels):
@@ -212,11 +214,11 @@ def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], i
         )
 
     def heads_of(channels: int) -> int:
-        found = heads or channels // head_channels
-        if not found or channels % found or (head_channels and found * head_channels != channels):
+        count = heads or channels // head_channels
+        if not count or channels % count or (head_channels and count * head_channels != channels):
             rule = f"heads {heads}" if heads else f"head_channels {head_channels}"
-            raise UserError(f"{family}: {channels} channels cannot be split by {rule}; choose what divides them")
-        return found
+            raise UserError(f"{family}: {channels} channels cannot be split by {rule}; choose a divisor")
+        return count
 
     return heads_of
 
@@ -226,7 +228,7 @@ def _positive(value: Any) -> bool:
 
 
 def check_whole(family: str, name: str, value: Any, least: int, most: int = MAX_INT) -> None:
-    """Refuses what is no whole number of at least `least`, or above `most`."""
+    """Raise UserError unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{family}: {name} is {value!r}; it must be a whole number of at least {least}")
     if value > most:

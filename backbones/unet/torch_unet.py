@@ -4,11 +4,13 @@ Source: Dhariwal and Nichol, "Diffusion Models Beat GANs" (arXiv:2105.05233), se
 (arXiv:2112.10752), appendix E; names and constants after openai/guided-diffusion 22e0df8, guided_diffusion/unet.py,
 and CompVis/latent-diffusion a506df5, ldm/modules/diffusionmodules/openaimodel.py and ldm/modules/attention.py.
 
-Shapes: N images, C channels, S side of a feature map, T = S * S positions, H heads, E width of the embedding,
-K context tokens.
+Shapes: N images, C channels, S side of a feature map, T = S * S positions, H heads, E width of the embedding, K context
+tokens. Every part of a block is called as part(x, emb, context).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +31,14 @@ def group_norm(channels: int, eps: float = NORM_EPS) -> nn.GroupNorm:
 
 
 class InputConv(nn.Conv2d):
-    """3x3 convolution of the input; called as every part is."""
+    """3x3 convolution of the input."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         return super().forward(x)  # (N, C_out, S, S)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the timestep's embedding, added to the input; it may halve or double the side."""
+    """Residual block of two convolutions, conditioned on the timestep embedding; it may halve or double the side S to S'."""
 
     def __init__(self, part: plan.ResBlock, embedding: int, *, scale_shift: bool, dropout: float):
         super().__init__()
@@ -72,7 +74,7 @@ class ResBlock(nn.Module):
 
 
 def split_heads(qkv: Tensor, heads: int, *, qkv_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, 3 C, T) -> q, k, v (N, H, T, C/H). The channels lie as (3, H, C/H) if `qkv_first`, else as (H, 3, C/H)."""
+    """(N, 3 C, T) -> q, k, v (N, H, T, C/H). Order of the channels: (3, H, C/H) if `qkv_first`, else (H, 3, C/H)."""
     n, channels, tokens = qkv.shape
     if qkv_first:
         q, k, v = qkv.view(n, 3, heads, channels // (3 * heads), tokens).unbind(1)  # (N, H, C/H, T) each
@@ -82,7 +84,7 @@ def split_heads(qkv: Tensor, heads: int, *, qkv_first: bool) -> tuple[Tensor, Te
 
 
 class AttentionBlock(nn.Module):
-    """ADM's self-attention over all positions, added to the input."""
+    """ADM's self-attention over all positions, with a skip connection."""
 
     def __init__(self, part: plan.Attention, *, qkv_first: bool):
         super().__init__()
@@ -99,7 +101,7 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from (N, T, C) to (N, K, context); to itself without a context."""
+    """Multi-head attention from (N, T, C) to (N, K, context), or self-attention without a context."""
 
     def __init__(self, width: int, context: int, heads: int):
         super().__init__()
@@ -119,7 +121,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedGelu(nn.Module):
-    """Linear layer to twice the width, one half gating the other by an exact GELU (Shazeer 2020)."""
+    """Linear layer to twice the output width; one half is multiplied by the exact GELU of the other (Shazeer 2020)."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -131,7 +133,7 @@ class GatedGelu(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers of four times the width between."""
+    """Two layers with a hidden width of four times the width."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__()
@@ -160,7 +162,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """LDM's transformer over the positions of a feature map, added to the input."""
+    """LDM's transformer over the positions of a feature map, with a skip connection."""
 
     def __init__(self, part: plan.Attention, context: int, depth: int, dropout: float):
         super().__init__()
@@ -180,7 +182,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the side by a convolution of stride 2."""
+    """Halves the side by a 3x3 convolution of stride 2."""
 
     def __init__(self, part: plan.Downsample):
         super().__init__()
@@ -191,7 +193,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side and convolves."""
+    """Doubles the side by nearest-neighbour interpolation, then a 3x3 convolution."""
 
     def __init__(self, part: plan.Upsample):
         super().__init__()
@@ -201,12 +203,17 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, C, 2S, 2S)
 
 
-class Encoder(nn.Module):
-    """The downward half of a U-Net and its middle: what classifiers are, and U-Nets begin with.
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
-    `context` is (width, transformer depth) of spatial transformers; None: ADM's attention blocks. `labels` is the
-    number of classes of a table `label_emb` for whoever adds it to the embedding.
-    `gradient_checkpointing` keeps only the input of each block for the backward pass and computes the rest again.
+
+class Encoder(nn.Module):
+    """The downsampling half of a U-Net and its middle block: the trunk of classifiers, and the first half of U-Nets.
+
+    context: (width, transformer depth) of spatial transformers; None: ADM's attention blocks. labels: number of classes
+    of the table `label_emb`, which subclasses add to the timestep embedding; 0: no table. gradient_checkpointing: store
+    only the input of each block for the backward pass and recompute the rest.
     """
 
     def __init__(
@@ -223,8 +230,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.layout, self.gradient_checkpointing, self.has_dropout = layout, gradient_checkpointing, dropout > 0
 
-        def made(block: tuple[plan.Part, ...]) -> nn.ModuleList:
-            parts = []
+        def build(block: tuple[plan.Part, ...]) -> nn.ModuleList:
+            parts: list[nn.Module] = []
             for part in block:
                 if isinstance(part, plan.InputConv):
                     parts.append(InputConv(part.inputs, part.outputs, 3, padding=1))
@@ -243,21 +250,24 @@ class Encoder(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(layout.width, layout.embedding), nn.SiLU(), nn.Linear(layout.embedding, layout.embedding)
         )
-        if labels:  # made here, as in the release: default initialisation draws in this order
+        if labels:  # created here, as in the release: default initialisation draws random numbers in this order
             self.label_emb = nn.Embedding(labels, layout.embedding)
-        self.input_blocks = nn.ModuleList([made(block) for block in layout.input_blocks])
-        self.middle_block = made(layout.middle_block)
+        self.input_blocks = nn.ModuleList([build(block) for block in layout.input_blocks])
+        self.middle_block = build(layout.middle_block)
         if layout.output_blocks:
-            self.output_blocks = nn.ModuleList([made(block) for block in layout.output_blocks])
+            self.output_blocks = nn.ModuleList([build(block) for block in layout.output_blocks])
 
     def embed(self, t: Tensor) -> Tensor:
-        """Timesteps (N,) to (N, E) in the dtype of the weights, under autocast too."""
+        """Embedding (N, E) of timesteps (N,) in the dtype of the weights, even under autocast."""
+        first = self.time_embed[0]
+        assert isinstance(first, nn.Linear)
         with full_precision(t.device.type):
             features = timestep_features(t, self.layout.width)  # (N, width) float32
-            return self.time_embed(features.to(self.time_embed[0].weight.dtype))
+            return self.time_embed(features.to(first.weight.dtype))
 
-    def run(self, block: nn.ModuleList, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
-        """One block, a sequence of parts."""
+    def run_block(self, block: nn.Module, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        """The output of one block, a ModuleList of parts that are applied one after another."""
+        assert isinstance(block, nn.ModuleList)
 
         def parts(x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
             for part in block:
@@ -269,31 +279,27 @@ class Encoder(nn.Module):
         return parts(x, emb, context)
 
     def encode(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Feature map after the middle block, and those that the upward half takes over."""
+        """The feature map after the middle block, and the feature maps for the skip connections."""
         skips = []
         for block in self.input_blocks:
-            x = self.run(block, x, emb, context)  # (N, C, S, S)
+            x = self.run_block(block, x, emb, context)  # (N, C, S, S)
             skips.append(x)
-        return self.run(self.middle_block, x, emb, context), skips
+        return self.run_block(self.middle_block, x, emb, context), skips  # (N, C, S_min, S_min)
 
     @torch.no_grad()
     def initialise(self) -> None:
         """Zeroes the last layer of every residual branch: each block starts as its skip connection."""
         for module in self.modules():
             if isinstance(module, ResBlock):
-                last = module.out_layers[-1]
+                _zero(module.out_layers[-1])
             elif isinstance(module, (AttentionBlock, SpatialTransformer)):
-                last = module.proj_out
-            else:
-                continue
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+                _zero(module.proj_out)
 
 
-class UNet(Encoder):
-    """The whole U-Net, without the conditioning on a class that ADM and LDM add in different ways."""
+class UNetBase(Encoder):
+    """A whole U-Net without `forward`, because ADM and LDM condition it on the class in different ways."""
 
-    def __init__(self, layout: plan.Layout, out_channels: int, **settings):
+    def __init__(self, layout: plan.Layout, out_channels: int, **settings: Any):
         super().__init__(layout, **settings)
         self.out = nn.Sequential(
             group_norm(layout.channels), nn.SiLU(), nn.Conv2d(layout.channels, out_channels, 3, padding=1)
@@ -303,18 +309,25 @@ class UNet(Encoder):
     @torch.no_grad()
     def initialise(self) -> None:
         super().initialise()
-        nn.init.zeros_(self.out[2].weight)
-        nn.init.zeros_(self.out[2].bias)
+        _zero(self.out[2])
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def run_unet(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        """The output for x (N, C, S, S), an embedding (N, E) and a context (N, K, context)."""
         x, skips = self.encode(x, emb, context)  # (N, C, S_min, S_min)
         for block in self.output_blocks:
-            x = self.run(block, torch.cat([x, skips.pop().to(x.dtype)], dim=1), emb, context)  # (N, C, S, S)
+            x = self.run_block(block, torch.cat([x, skips.pop().to(x.dtype)], dim=1), emb, context)  # (N, C, S, S)
         return self.out(x)  # (N, C_out, S, S)
 
 
+class UNet(UNetBase):
+    """A whole U-Net that is called with its embedding and context."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.run_unet(x, emb, context)  # (N, C_out, S, S)
+
+
 def check_input(family: str, x: Tensor, shape: tuple[int, int, int]) -> None:
-    """Refuses images of another size than the network was built for."""
+    """Raise UserError unless x is (N, *shape), the input that the network was built for."""
     if x.shape[1:] != shape:
         raise UserError(
             f"{family}: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, shape))}); "

@@ -1,4 +1,4 @@
-"""Memory that a training step holds for its backward pass, measured without running it."""
+"""Memory of the activations that a training step stores for its backward pass, measured on the meta device."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from harness.compute.meta_torch import FusedAttention, build_on_meta, example_inputs, neutral_state
 from harness.spec import BackboneSpec
 
-UNEQUAL_BLOCKS = 4  # the largest block of a U-Net keeps less than this part of the whole
+UNET_BLOCK_SHARE = 4  # the largest block of a U-Net stores less than 1/4 of all activations
 
 
 def activation_bytes(spec: BackboneSpec, **overrides: Any) -> int:
-    """Bytes that one image's forward pass in float32 leaves for the backward pass: an estimate of a step's memory.
+    """Bytes that the float32 forward pass of one image stores for the backward pass.
 
-    Distinct storages that autograd saves, without parameters and inputs. What the loss and the backward pass itself
-    need is not in it. With `gradient_checkpointing` it is the inputs of the blocks and the inside of one block.
+    The sum of all storages that autograd saves, without parameters and inputs, and without the memory of the loss and
+    the backward pass. With `gradient_checkpointing`: the inputs of all blocks and the activations inside one block.
     """
     saved = _saved_bytes(spec, overrides)
     arguments = spec.arguments(**overrides)
     if arguments.get("gradient_checkpointing"):
         everything = _saved_bytes(spec, {**overrides, "gradient_checkpointing": False})
-        saved += max(everything - saved, 0) // (arguments.get("depth") or UNEQUAL_BLOCKS)
+        saved += max(everything - saved, 0) // (arguments.get("depth") or UNET_BLOCK_SHARE)
     return saved
 
 
 def _saved_bytes(spec: BackboneSpec, overrides: dict[str, Any]) -> int:
     arguments = spec.arguments(**overrides)
-    storages: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
+    storages: dict[int, torch.UntypedStorage] = {}  # by address; stored, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -1,8 +1,8 @@
-"""A third opinion on the compute of a torch network: fvcore's counter, held to the same convention.
+"""An independent count of a torch network's compute by fvcore, in the convention of `harness.compute`.
 
-fvcore knows no fused attention, counts 4 to 5 flops per element of a normalisation and 1 to 4 per element of
-resampling and adaptive pooling (facebookresearch/fvcore v0.1.5, nn/flop_count.py and nn/jit_handles.py), so the
-convention is told to it here.
+By default, fvcore does not count fused attention, and counts 4 to 5 flops per element of a normalisation and 1 to 4 per
+element of resampling and adaptive pooling (facebookresearch/fvcore v0.1.5, nn/flop_count.py and nn/jit_handles.py).
+Handlers here replace these rules by those of the convention.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split()) | {"prim::Pyth
 
 
 def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
-    """Flops of one forward pass on one image by fvcore. Raises `UserError` where fvcore is not installed."""
+    """Flops of one forward pass on one image by fvcore.
+
+    Raises UserError if fvcore is not installed, RunError for an operator that fvcore does not count.
+    """
     with neutral_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which fvcore is built on
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes become constants, which is the purpose
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes become constants, as intended
         try:
             from fvcore.nn import FlopCountAnalysis
         except ImportError as error:
             raise UserError("--check fvcore needs fvcore; run: pip install 'backbone-harness[fvcore]'") from error
-        # fvcore's tracer does not take meta tensors: the arithmetic is done, on whatever lies in the memory.
+        # fvcore's tracer does not accept meta tensors, so the network runs, with uninitialised weights.
         net = build_on_meta(spec, overrides).to_empty(device="cpu").eval().requires_grad_(False)
         inputs = tuple(torch.zeros_like(x, device="cpu") for x in example_inputs(spec, spec.arguments(**overrides)))
         analysis = FlopCountAnalysis(net, inputs)
@@ -45,7 +48,7 @@ def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
         for name in NORMS:
             analysis.set_op_handle(name, _elements)
         for name in FREE:
-            analysis.set_op_handle(name, _nothing)  # None would leave fvcore's own handle in place
+            analysis.set_op_handle(name, _nothing)  # None would keep fvcore's handler
         by_module = analysis.by_module_and_operator()
         if unknown := sorted(analysis.unsupported_ops()):
             raise RunError(
@@ -68,7 +71,7 @@ def _shape(value: Any) -> list[int]:
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> int:
-    query, key, value = (_shape(each) for each in inputs[:3])
+    query, key, value = (_shape(tensor) for tensor in inputs[:3])
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 

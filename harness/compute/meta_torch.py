@@ -1,9 +1,9 @@
-"""Running a torch network on the meta device: shapes only, no memory and no arithmetic."""
+"""Torch networks on the meta device: shapes only, no memory and no arithmetic."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,23 +15,24 @@ from harness.spec import BackboneSpec
 
 
 def build_on_meta(spec: BackboneSpec, overrides: dict[str, Any]) -> nn.Module:
-    """The torch network without storage. Draws nothing from torch's random generators."""
+    """The torch network on the meta device. Draws nothing from torch's random generators."""
     with torch.device("meta"):
         net = spec.build("torch", **overrides)
-    return net.to("meta")  # for what a builder made from a numpy table
+    return net.to("meta")  # for tensors that a builder created from a numpy array
 
 
 def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Meta tensors for one image in the order of the call of `spec.kind`, by the arguments the network was built with.
+    """Meta tensors for one image, in the order in which a network of `spec.kind` is called.
 
-    Images (1, C, H, W) float32, t and y (1,) int64, z (1, Z) float32. Needs the arguments input_size and in_channels;
-    an upsampler may give low_res_size (else input_size // 4) and a generator latent_size alone (else BigGAN's 128).
+    Images are float32 (1, C, H, W), t and y int64 (1,), z float32 (1, Z). Sizes come from the network's arguments
+    input_size and in_channels, low_res_size of an upsampler (default input_size // 4), and latent_size of a generator
+    (default 128, BigGAN's). Raises UserError if input_size or in_channels is missing.
     """
 
     def need(name: str) -> int:
         if name not in arguments:
             raise UserError(
-                f"backbone {spec.name!r} ({spec.kind}) has no argument {name!r}, which its inputs are built from;"
+                f"backbone {spec.name!r} ({spec.kind}) has no argument {name!r}, which gives the shape of its inputs;"
                 " add it to the spec's defaults"
             )
         return arguments[name]
@@ -53,20 +54,26 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[Tenso
 
 
 class FusedAttention(TorchFunctionMode):
-    """Keeps attention one operator, as on a real device; the meta device would take it apart and save (T, T) scores."""
+    """Keeps attention a single operator, as on a real device; the meta device would decompose it and save (T, T) scores."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and len(args) == 3 and args[0].dim() == 4:
-            plain = {"dropout_p": 0.0, "is_causal": False, "attn_mask": None, "enable_gqa": False}
-            if all(name in plain and kwargs[name] == plain[name] for name in kwargs):
+            default = {"dropout_p": 0.0, "is_causal": False, "attn_mask": None, "enable_gqa": False}
+            if all(name in default and kwargs[name] == default[name] for name in kwargs):
                 return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def neutral_state() -> Iterator[None]:
-    """Hides what the calling thread may have set: the default dtype, autocast, inference mode."""
+    """Context with torch's default settings: float32 as default dtype, no autocast, no inference mode."""
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)

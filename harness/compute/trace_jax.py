@@ -1,8 +1,8 @@
 """Counts the compute of a Flax network from its jaxpr: traced abstractly, no memory and no arithmetic.
 
-The counterpart of `trace_torch`: every primitive is counted, known to be free, or an error. A normalisation is many
-primitives in a jaxpr, so while the network is traced each call of a normalisation layer (flax.nnx's and their
-subclasses) is preceded by a mark on its input; a normalisation written out by hand is free, as it is in torch.
+As in `trace_torch`, every primitive is counted, known to be free, or an error. A normalisation is many primitives in a
+jaxpr. So during tracing, every call of a normalisation layer (flax.nnx's and their subclasses) marks its input; a
+normalisation that is not a layer is free, as in torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -38,7 +38,7 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "call_jaxpr",
 }
-"""Primitives that run one jaxpr once, and the parameter that holds it."""
+"""Primitives that run one jaxpr once, and the name of the parameter with that jaxpr."""
 
 _FREE_NAMES = """
     abs acos acosh add add_any and argmax argmin asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim cbrt
@@ -52,7 +52,7 @@ _FREE_NAMES = """
     transpose unstack xor
 """
 FREE = frozenset(_FREE_NAMES.split())
-"""Primitives that the convention holds to be free: element-wise, reductions, shapes, look-ups, pooling, random bits."""
+"""Primitives that are free in the convention: element-wise, reductions, shapes, look-ups, pooling, random bits."""
 
 _PATCHING = threading.Lock()
 
@@ -60,8 +60,8 @@ _PATCHING = threading.Lock()
 def _dot(eqn: Any) -> tuple[str, int]:
     (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval.shape
-    # Products of a batch of matrix pairs are products of activations: attention. (The operator @ drops a batch of 1,
-    # so such a product is named linear; its cost is the same.)
+    # Batched products are products of two activations, as in attention. (The operator @ drops a batch of 1, so such a
+    # product is called linear; its cost is the same.)
     return "attention" if batched else "linear", prod(eqn.outvars[0].aval.shape) * prod(left[i] for i in contracted)
 
 
@@ -70,7 +70,7 @@ def _convolution(eqn: Any) -> tuple[str, int]:
     numbers = eqn.params["dimension_numbers"]
     assert eqn.params["batch_group_count"] == 1, "only a gradient has batch groups"
     if max(eqn.params["lhs_dilation"], default=1) > 1:
-        # Transposed: each input cell meets one kernel for every output channel of its group.
+        # Transposed: each input cell is multiplied by one kernel for every output channel of its group.
         kernels = prod(kernel) // kernel[numbers.rhs_spec[1]] // eqn.params["feature_group_count"]
         return "conv", prod(left) * kernels
     return "conv", prod(out) * (prod(kernel) // kernel[numbers.rhs_spec[0]])
@@ -80,14 +80,15 @@ COUNTED = {"dot_general": _dot, "conv_general_dilated": _convolution}
 
 
 class _Counter:
-    """Writes a row for every counted primitive, under the innermost module that it was traced in."""
+    """Makes a row for every counted primitive, named by the innermost module in which it was traced."""
 
     def __init__(self, backbone: str, uncounted_norms: tuple[str, ...], convolutions: frozenset[str]):
         self.backbone = backbone
         self.uncounted_norms = uncounted_norms
-        self.convolutions = convolutions  # paths of layers that are convolutions, however they compute
+        self.convolutions = convolutions  # paths of nnx.Conv layers, some of which compute a matrix product
 
     def rows(self, jaxpr: Any, scope: str = "") -> list[ComputeRow]:
+        """Rows of a jaxpr; scope: name stack of the call that runs it."""
         found: list[ComputeRow] = []
         for eqn in jaxpr.eqns:
             stack = f"{scope}/{eqn.source_info.name_stack}"
@@ -107,37 +108,37 @@ class _Counter:
             elif name == "cond":
                 branches = [self.rows(_open(branch), stack) for branch in eqn.params["branches"]]
                 if any(branch != branches[0] for branch in branches):
-                    raise self.failure("a lax.cond whose branches cost differently", part)
+                    raise self.failure("a lax.cond whose branches have different costs", part)
                 found += branches[0]
             elif name == "while":
                 if self.rows(_open(eqn.params["body_jaxpr"]), stack):
-                    raise self.failure("a lax.while_loop, whose number of rounds is not known,", part)
+                    raise self.failure("a lax.while_loop, whose number of iterations is unknown,", part)
             elif name not in FREE:
                 raise self.failure(f"primitive {name}", part)
         return found
 
     def failure(self, what: str, part: str) -> RunError:
         return RunError(
-            f"backbone {self.backbone!r}: {what} in module {part or 'at the top'!r} is neither counted nor named as"
+            f"backbone {self.backbone!r}: {what} in module {part or 'at the top'!r} is neither counted nor known to be"
             " free; add it to COUNTED or to FREE in harness.compute.trace_jax, or give the backbone's spec a"
             " closed_form"
         )
 
 
-def _name(path: tuple[str | int, ...]) -> str:
+def _name(path: Iterable[Any]) -> str:
     return ".".join(map(str, path))
 
 
 def _open(jaxpr: Any) -> Any:
-    """The jaxpr of a closed one."""
+    """The jaxpr inside a closed jaxpr; an open one is returned as it is."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
     """Compute of one forward pass of the Flax network on one image, counted primitive by primitive.
 
-    `overrides` are arguments of the builder. Rows bear the path of the innermost module, which is its torch name.
-    `params` counts the `nnx.Param`s. Raises `RunError` on a primitive that is neither counted nor named as free.
+    `overrides` are arguments of the builder. Rows are named by the path of the innermost module, which is its torch name.
+    `params` counts the `nnx.Param`s. Raises RunError for a primitive that is neither counted nor known to be free.
     """
     jaxpr, net, _ = abstract_forward(spec, **overrides)
     params = sum(prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param)))
@@ -147,9 +148,9 @@ def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
 
 
 def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Module, jax.ShapeDtypeStruct]:
-    """The closed jaxpr of one forward pass on one image, the network without values, and what it returns."""
+    """The closed jaxpr of one forward pass on one image, the abstract network, and the shape of its output."""
     arguments = spec.arguments(**overrides)
-    if "gradient_checkpointing" in arguments:  # costs the forward pass nothing, and hides the modules' names
+    if "gradient_checkpointing" in arguments:  # no cost in the forward pass, but it would hide the module names
         overrides = {**overrides, "gradient_checkpointing": False}
     net = nnx.eval_shape(lambda: spec.build("jax", **overrides))
     graph, state = nnx.split(net)
@@ -164,12 +165,12 @@ def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Mod
 
 
 def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes for one image in the order of the call of `spec.kind`: see `harness.compute.meta_torch.example_inputs`."""
+    """Input shapes for one image: see `harness.compute.meta_torch.example_inputs`."""
 
     def need(name: str) -> int:
         if name not in arguments:
             raise UserError(
-                f"backbone {spec.name!r} ({spec.kind}) has no argument {name!r}, which its inputs are built from;"
+                f"backbone {spec.name!r} ({spec.kind}) has no argument {name!r}, which gives the shape of its inputs;"
                 " add it to the spec's defaults"
             )
         return arguments[name]
@@ -192,14 +193,14 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
 
 @contextlib.contextmanager
 def _marked(net: nnx.Module) -> Iterator[None]:
-    """While it lasts, calls of the modules of `net` are traced in a scope of their path, and norms mark their input."""
+    """Context in which calls of the modules of `net` are traced in a scope of their path, and norms mark their input."""
     paths = {id(module): _name(path) for path, module in nnx.iter_modules(net)}
     running: list[int] = []
 
-    def followed(original: Any) -> Any:
+    def in_scope(original: Any) -> Any:
         @functools.wraps(original)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            if id(self) not in paths or running[-1:] == [id(self)]:  # of another network, or a call of super()
+            if id(self) not in paths or running[-1:] == [id(self)]:  # a module of another network, or a call of super()
                 return original(self, *args, **kwargs)
             running.append(id(self))
             try:
@@ -212,13 +213,13 @@ def _marked(net: nnx.Module) -> Iterator[None]:
 
         return call
 
-    kinds = {kind for _, module in nnx.iter_modules(net) for kind in type(module).__mro__ if "__call__" in vars(kind)}
+    classes = {kind for _, module in nnx.iter_modules(net) for kind in type(module).__mro__ if "__call__" in vars(kind)}
     with _PATCHING:
-        before = {kind: vars(kind)["__call__"] for kind in kinds}
+        originals = {kind: vars(kind)["__call__"] for kind in classes}
         try:
-            for kind, original in before.items():
-                kind.__call__ = followed(original)
+            for kind, original in originals.items():
+                setattr(kind, "__call__", in_scope(original))  # noqa: B010 -- an assignment to a method, for mypy
             yield
         finally:
-            for kind, original in before.items():
-                kind.__call__ = original
+            for kind, original in originals.items():
+                setattr(kind, "__call__", original)  # noqa: B010

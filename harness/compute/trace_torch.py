@@ -1,13 +1,13 @@
 """Counts the compute of a torch network by running it on the meta device: shapes only, no memory and no arithmetic.
 
-Every operator that reaches the dispatcher is counted, known to be free, or an error: an operator that does arithmetic
-must not count as zero because nobody thought of it.
+Every operator that reaches the dispatcher is counted, known to be free, or an error, so that no unknown operator counts
+as zero.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -25,26 +25,26 @@ def _matmul(a: Tensor, b: Tensor) -> int:
     return prod(a.shape) * b.shape[-1]
 
 
-def _convolution(args: tuple, out: Tensor) -> int:
+def _convolution(args: tuple[Any, ...], out: Tensor) -> int:
     weight, transposed = args[1], args[6]
-    # Each output cell (each input cell, when transposed) meets one kernel for every channel of its group.
+    # Each output cell (each input cell, if transposed) is multiplied by one kernel for every channel of its group.
     cells = args[0] if transposed else out
     return prod(cells.shape) * prod(weight.shape[1:])
 
 
-def _attention(args: tuple, out: Any) -> int:
+def _attention(args: tuple[Any, ...], out: Any) -> int:
     query, key, value = args[:3]
     n, heads, tokens, features = query.shape
     return n * heads * tokens * key.shape[-2] * (features + value.shape[-1])
 
 
-COUNTED: dict[str, tuple[str, Callable[[tuple, Any], int]]] = {
+COUNTED: dict[str, tuple[str, Callable[[tuple[Any, ...], Any], int]]] = {
     "aten::mm": ("linear", lambda args, out: _matmul(args[0], args[1])),
     "aten::addmm": ("linear", lambda args, out: _matmul(args[1], args[2])),
     "aten::mv": ("linear", lambda args, out: prod(args[0].shape)),
     "aten::addmv": ("linear", lambda args, out: prod(args[1].shape)),
     "aten::dot": ("linear", lambda args, out: prod(args[0].shape)),
-    # Products of a batch of matrix pairs are products of activations: unfused attention.
+    # Batched products are products of two activations: unfused attention.
     "aten::bmm": ("attention", lambda args, out: _matmul(args[0], args[1])),
     "aten::baddbmm": ("attention", lambda args, out: _matmul(args[1], args[2])),
     "aten::convolution": ("conv", _convolution),
@@ -78,7 +78,7 @@ COUNTED: dict[str, tuple[str, Callable[[tuple, Any], int]]] = {
         )
     },
 }
-"""Operators that the convention counts: kind of row, and flops from arguments and result."""
+"""Operators that the convention counts: kind of row, and function from arguments and result to flops."""
 
 _FREE_NAMES = """
     abs acos add addcdiv addcmul all alias amax amin any arange argmax as_strided asin atan atan2 bernoulli bitwise_and
@@ -98,11 +98,11 @@ _FREE_NAMES = """
     upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
 """
 FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
-"""Operators that the convention holds to be free: element-wise, reductions, shapes, look-ups, pooling, resampling."""
+"""Operators that are free in the convention: element-wise, reductions, shapes, look-ups, pooling, resampling."""
 
 
 class _Counter(TorchDispatchMode):
-    """Writes a row for every counted operator, under the innermost module that is running."""
+    """Makes a row for every counted operator, named by the innermost module that is running."""
 
     def __init__(self, backbone: str, uncounted_norms: tuple[str, ...]):
         super().__init__()
@@ -111,7 +111,13 @@ class _Counter(TorchDispatchMode):
         self.modules: list[str] = []
         self.rows: list[ComputeRow] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
         part = self.modules[-1] if self.modules else ""
@@ -119,11 +125,11 @@ class _Counter(TorchDispatchMode):
             kind, flops = COUNTED[name]
             if kind != "norm" or not any(fnmatchcase(part, pattern) for pattern in self.uncounted_norms):
                 self.rows.append(ComputeRow(part, kind, flops(args, out)))
-        # An in-place operator is as free as its counterpart.
+        # An in-place operator is free if its out-of-place variant is.
         elif name not in FREE and not (name.endswith("_") and name[:-1] in FREE) and not name.startswith("prim::"):
             raise RunError(
                 f"backbone {self.backbone!r}: operator {name} in module {part or 'at the top'!r} is neither counted nor"
-                " named as free; add it to COUNTED or to FREE in harness.compute.trace_torch, or give the backbone's"
+                " known to be free; add it to COUNTED or to FREE in harness.compute.trace_torch, or give the backbone's"
                 " spec a closed_form"
             )
         return out
@@ -132,8 +138,8 @@ class _Counter(TorchDispatchMode):
 def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
     """Compute of one forward pass of the torch network on one image, counted operator by operator.
 
-    `overrides` are arguments of the builder. Rows bear the qualified name of the innermost module. `params` counts
-    what requires a gradient. Raises `RunError` on an operator that is neither counted nor named as free.
+    `overrides` are arguments of the builder. Rows are named by the qualified name of the innermost module. `params` counts
+    the parameters that require a gradient. Raises RunError for an operator that is neither counted nor known to be free.
     """
     arguments = spec.arguments(**overrides)
     with neutral_state():
@@ -148,12 +154,18 @@ def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
 
 @contextlib.contextmanager
 def follow_modules(net: nn.Module, running: list[str]) -> Iterator[None]:
-    """Keeps in `running` the qualified names of the modules whose forward is under way, outermost first."""
+    """Context in which `running` holds the qualified names of the modules whose forward is running, outermost first."""
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
     handles = []
     for name, module in net.named_modules():
-        enter = module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
-        leave = module.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True)
-        handles += [enter, leave]
+        handles.append(module.register_forward_pre_hook(enter(name)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:

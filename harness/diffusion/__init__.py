@@ -1,4 +1,4 @@
 """Noise schedules, respacing, sampler plans and objectives: numpy in float64, no framework.
 
-Everything that depends on the step is computed once here; a framework applies it with plain arithmetic.
+All numbers that depend on the step are computed once here; a framework applies them with plain arithmetic.
 """

@@ -1,4 +1,4 @@
-"""What a denoiser predicts and is trained on. The objective sets the network's output channels."""
+"""Objectives: what a denoiser predicts, and the loss that it is trained with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Objective:
 
     @property
     def variance(self) -> str:
-        """The `variance` with which `ddpm_plan` samples a network of this objective."""
+        """The argument `variance` of `ddpm_plan` for networks of this objective."""
         return "learned-range" if self.learned_variance else "fixed-small"
 
 

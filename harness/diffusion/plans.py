@@ -36,7 +36,7 @@ class SamplerPlan:
     eta: float | None  # DDIM's share of DDPM noise; None for DDPM
     learned_variance: bool  # True: the network must give 2 C channels
     clip_denoised: bool  # clamp x0 to [-1, 1]; for pixels, never for latents
-    timesteps: np.ndarray  # int64: the original timesteps that the network is given, descending
+    timesteps: np.ndarray  # int64: original timesteps, the network's input, descending
     x0_from_x: np.ndarray
     x0_from_eps: np.ndarray
     mean_from_x0: np.ndarray
@@ -55,13 +55,16 @@ class SamplerPlan:
 
 
 def ddpm_plan(
-    schedule: Schedule,  # not respaced: as Schedule.named gives it
-    steps: int | str,  # a count or what `space_timesteps` understands
+    schedule: Schedule,  # not respaced, as from Schedule.named
+    steps: int | str,  # a count, or another spacing of `space_timesteps`
     *,
     variance: str = "learned-range",  # or "fixed-small", the posterior variance
     clip_denoised: bool = False,  # off in the paper's sampling script
 ) -> SamplerPlan:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2) over `steps` of the schedule's timesteps."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) over `steps` of the schedule's timesteps.
+
+    Raises UserError for an unknown variance and for steps that do not fit.
+    """
     if variance not in VARIANCES:
         raise UserError(f"unknown sampling variance {variance!r}: known are {', '.join(VARIANCES)}")
     spaced = schedule.respaced(space_timesteps(len(schedule), steps))
@@ -86,10 +89,11 @@ def ddim_plan(
     eta: float = 0.0,  # 0 is deterministic, 1 has DDPM's noise
     clip_denoised: bool = False,
 ) -> SamplerPlan:
-    """DDIM (Song et al. 2021, eq. 12 and 16). Works with and without variance channels, which it ignores.
+    """DDIM (Song et al. 2021, eq. 12 and 16). The network's variance channels, if any, are not used.
 
     Eq. 12 adds sqrt(1 - abar_prev - sigma^2) eps to sqrt(abar_prev) x0. Here eps is written as
     (x0_from_x x - x0) / x0_from_eps, from the clamped x0, which gives the common form in x0 and x.
+    Raises UserError for eta outside [0, 1] and for steps that do not fit.
     """
     if not (math.isfinite(eta) and 0 <= eta <= 1):
         raise UserError(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
@@ -116,10 +120,11 @@ def ldm_ddim_plan(
     eta: float = 0.0,
     clip_denoised: bool = False,
 ) -> SamplerPlan:
-    """DDIM as LDM's code has it: timesteps 1, 1 + c, 1 + 2c, ... for the whole stride c, ending at abar[0], not at 1.
+    """DDIM as in LDM's code: timesteps 1, 1 + c, 1 + 2c, ... for an integer stride c; the last step goes to abar[0].
 
     CompVis/latent-diffusion a506df5, ldm/modules/diffusionmodules/util.py (make_ddim_timesteps,
-    make_ddim_sampling_parameters). So the last step still leaves the noise of timestep 0, and adds some where eta > 0.
+    make_ddim_sampling_parameters). So the noise of timestep 0 is left after the last step, which also adds noise if
+    eta > 0. Raises UserError for eta outside [0, 1] and for steps that do not fit.
     """
     if not (math.isfinite(eta) and 0 <= eta <= 1):
         raise UserError(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
@@ -133,16 +138,16 @@ def ldm_ddim_plan(
         )
     spaced = schedule.respaced(timesteps)  # gives sqrt_recip_abar and sqrt_recipm1_abar of these timesteps
     abar = schedule.abar[timesteps]
-    before = np.append(schedule.abar[0], abar[:-1])
-    sigma = eta * np.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
-    direction = np.sqrt(1.0 - before - sigma**2) / spaced.sqrt_recipm1_abar
+    abar_prev = np.append(schedule.abar[0], abar[:-1])
+    sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
+    direction = np.sqrt(1.0 - abar_prev - sigma**2) / spaced.sqrt_recipm1_abar
     return _plan(
         spaced,
         name="ddim-ldm",
         eta=float(eta),
         learned_variance=False,
         clip_denoised=clip_denoised,
-        mean_from_x0=np.sqrt(before) - direction,
+        mean_from_x0=np.sqrt(abar_prev) - direction,
         mean_from_x=direction * spaced.sqrt_recip_abar,
         noise_std=sigma,
         adds_noise=sigma > 0,
@@ -156,12 +161,12 @@ def _plan(
     eta: float | None,
     learned_variance: bool,
     clip_denoised: bool,
-    mean_from_x0: np.ndarray,  # the four arrays in ascending timesteps
+    mean_from_x0: np.ndarray,  # these four arrays are in the order of ascending timesteps
     mean_from_x: np.ndarray,
     noise_std: np.ndarray,
     adds_noise: np.ndarray,
 ) -> SamplerPlan:
-    """Turns everything into the order of execution."""
+    """The plan, with all arrays reversed into the order of execution."""
     return SamplerPlan(
         name=name,
         schedule=spaced.name,

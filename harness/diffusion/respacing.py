@@ -1,4 +1,4 @@
-"""Which of the original timesteps a sampler visits (openai/guided-diffusion respace.py, space_timesteps)."""
+"""Selection of the original timesteps that a sampler uses (openai/guided-diffusion respace.py, space_timesteps)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from harness.errors import UserError
 
 
 def space_timesteps(original_steps: int, spacing: int | str) -> np.ndarray:
-    """Timesteps kept out of 0 ... original_steps - 1: int64 (S,), ascending.
+    """Selected timesteps out of 0 ... original_steps - 1: int64 (S,), ascending.
 
-    spacing: a count, 250 or "250": evenly spaced with both ends, rounded half to even; several counts, "10,10,20":
-    that many from each of as many equal sections; "ddim50": the one whole stride from 0 that gives 50 steps, so the
-    last timestep is left out (Song et al. 2021). Refuses what does not fit.
+    spacing: a count, 250 or "250": evenly spaced, with both ends, rounded half to even; several counts, "10,10,20": one
+    count for each of that many equal sections; "ddim50": the integer stride from 0 that gives 50 steps, which leaves out
+    the last timestep (Song et al. 2021). Raises UserError for a spacing that does not fit.
     """
     text = str(spacing)
     if text.startswith("ddim"):
@@ -23,12 +23,12 @@ def space_timesteps(original_steps: int, spacing: int | str) -> np.ndarray:
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if count > length:
-            raise UserError(f"sampling steps {text!r} do not fit: {count} steps asked of {length} timesteps")
+            raise UserError(f"sampling steps {text!r} do not fit: {count} steps of only {length} timesteps")
         stride = 1.0 if count == 1 else (length - 1) / (count - 1)
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))
-            position += stride  # a running float sum, as upstream: position = k * stride rounds differently
+            position += stride  # a running sum of floats, as in the source: k * stride would round differently
         start += length
     return np.array(kept, dtype=np.int64)
 

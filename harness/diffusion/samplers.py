@@ -1,6 +1,6 @@
-"""Samplers by name: how a plan is made from a schedule, a number of steps and the settings.
+"""Samplers by name: functions that make a plan from a schedule, a number of steps and the settings.
 
-The plans themselves live in `harness.diffusion.plans`, imported when one is made, so that listing samplers is light.
+`harness.diffusion.plans` is imported when a plan is made, so that listing samplers is fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSpec:
-    """A sampler. `make` takes (schedule, steps, objective, eta, clip_denoised) and returns the plan."""
+    """A named sampler. make: function of (schedule, steps, objective, eta, clip_denoised) that returns the plan."""
 
     name: str
     summary: str
@@ -47,5 +47,7 @@ BUILT_IN = (
         name="ddpm", summary="ancestral sampling over respaced steps (Ho et al. 2020; the paper's, 250)", make=_ddpm
     ),
     SamplerSpec(name="ddim", summary="DDIM (Song et al. 2021); --eta 0 is deterministic", make=_ddim),
-    SamplerSpec(name="ddim-ldm", summary="DDIM over the timesteps of LDM's code, which ends one early", make=_ldm_ddim),
+    SamplerSpec(
+        name="ddim-ldm", summary="DDIM over the timesteps of LDM's code, which ends one step early", make=_ldm_ddim
+    ),
 )

@@ -14,22 +14,22 @@ import numpy as np
 
 from harness.errors import LONGEST_SHOWN, UserError, shown
 
-MAX_STEPS = 100_000  # of a schedule: a hundred times what anyone trains with
+MAX_STEPS = 100_000  # of a schedule; usual are 1000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Schedule:
     """A noise schedule and its tables: all arrays float64 (S,) and read-only, entry k for timestep `timesteps[k]`.
 
-    A schedule taken out of a longer one keeps the original numbers of its timesteps, which the network is given.
+    A respaced schedule keeps the original numbers of its timesteps, which are the network's input.
     """
 
     name: str
-    original_steps: int  # length of the schedule that this one was taken from
+    original_steps: int  # length of the schedule before respacing
     timesteps: np.ndarray  # int64 (S,), ascending original timesteps
     betas: np.ndarray  # in (0, 1)
     abar: np.ndarray = field(init=False)
-    abar_prev: np.ndarray = field(init=False)  # abar one kept step earlier; 1 at the first
+    abar_prev: np.ndarray = field(init=False)  # abar of the previous kept timestep; 1 at the first
     sqrt_abar: np.ndarray = field(init=False)  # x_t = sqrt_abar x_0 + sqrt_one_minus_abar eps (DDPM eq. 4)
     sqrt_one_minus_abar: np.ndarray = field(init=False)
     sqrt_recip_abar: np.ndarray = field(init=False)  # x_0 = sqrt_recip_abar x_t - sqrt_recipm1_abar eps
@@ -49,7 +49,7 @@ class Schedule:
         abar = np.cumprod(alphas)
         abar_prev = np.append(1.0, abar[:-1])
         posterior_variance = betas * (1.0 - abar_prev) / (1.0 - abar)
-        # With one step there is no second entry; nothing is drawn at the last step, so any finite number serves.
+        # A schedule of one step has no second entry. No noise is drawn at that step, so any finite number will do.
         first = posterior_variance[1] if len(betas) > 1 else betas[0]
         tables = {
             "timesteps": timesteps,
@@ -72,13 +72,13 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str = "linear", steps: int = 1000) -> Schedule:
-        """A schedule of `SCHEDULES` over `steps` timesteps, not respaced. Refuses unknown names, unusable lengths."""
+        """A schedule of `SCHEDULES` over `steps` timesteps, not respaced. UserError for unknown names and bad lengths."""
         if name not in SCHEDULES:
             close = get_close_matches(name[:LONGEST_SHOWN], SCHEDULES, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise UserError(f"unknown noise schedule {shown(name)}: {hint}known are {', '.join(SCHEDULES)}")
         if not 1 <= steps <= MAX_STEPS:
-            raise UserError(f"a noise schedule of {steps} timesteps does not exist: give 1 to {MAX_STEPS:,}")
+            raise UserError(f"a noise schedule cannot have {steps} timesteps: give 1 to {MAX_STEPS:,}")
         betas = SCHEDULES[name](steps)
         if not (betas < 1).all():
             raise UserError(f"noise schedule {name!r} is too steep at {steps} timesteps: give at least 21")
@@ -90,8 +90,8 @@ class Schedule:
     def respaced(self, kept: np.ndarray | None = None) -> Schedule:
         """The schedule over the timesteps at positions `kept` (ascending; None = all): betas = 1 - abar_t / abar_prev.
 
-        The betas are recomputed even when all are kept, as the public DiT and ADM code does (respace.py,
-        SpacedDiffusion): they move by 1e-16 and so do all tables. Training and sampling both use respaced schedules.
+        As in the public DiT and ADM code (respace.py, SpacedDiffusion), the betas are recomputed even when all timesteps
+        are kept, which changes all tables by about 1e-16. Training and sampling both use respaced schedules.
         """
         kept = np.arange(len(self)) if kept is None else np.asarray(kept)
         betas, last = [], 1.0
@@ -104,7 +104,7 @@ class Schedule:
 
 
 def _linear_betas(steps: int) -> np.ndarray:
-    scale = 1000 / steps  # keeps the end point's abar for other lengths
+    scale = 1000 / steps  # so that the last abar is about the same for every length
     return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
 
 

@@ -1,7 +1,7 @@
-"""Randomness as a pure function of (seed, purpose, index, step): the numpy reference, re-exported.
+"""Random numbers as a pure function of (seed, purpose, index, step): the numpy reference, re-exported.
 
-No generator state exists anywhere, so a resumed run needs none, and image `index` does not know its batch.
-`threefry_torch` has the same functions for torch tensors; shared golden vectors hold every engine to this one.
+There is no generator state. So a resumed run needs none, and image `index` does not depend on its batch. `threefry_torch`
+and `threefry_jax` have the same functions for torch and JAX; shared golden vectors test that all of them agree.
 """
 
 from harness.randomness.threefry_numpy import Purpose, bits, integers, normal, permutation, threefry2x32, uniform

@@ -1,8 +1,8 @@
-"""Threefry-2x32 for jax arrays, traced or not: the functions of `threefry_numpy`, with the same numbers.
+"""Threefry-2x32 for JAX arrays, traced or not: the functions of `threefry_numpy`, with the same numbers.
 
-Bits, uniforms and integers equal numpy's; normals lie within 1e-6 of them (float32 elementary functions). jax has 32-bit
-integers unless told otherwise, so a 64-bit index or step is a pair of words, `Words`, made on the host by `words`; a step
-may also be an int, known when the function is traced. Seeds are known then too.
+Bits, uniforms and integers equal numpy's; normals are within 1e-6 of them (float32 elementary functions). By default JAX
+has 32-bit integers only, so a 64-bit index or step is a pair of words, `Words`, which `words` makes on the host. A step
+may also be an int. Seeds, and steps that are ints, must be known at tracing time.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 from jax import Array
 
 from harness.randomness import threefry_numpy as reference
-from harness.randomness.threefry_numpy import PARITY, ROTATIONS, Purpose, _elements
+from harness.randomness.threefry_numpy import PARITY, ROTATIONS, Purpose
 
 
 class Words(NamedTuple):
-    """64-bit integers as two words: uint32 of one shape."""
+    """64-bit integers as two uint32 arrays of the same shape."""
 
     high: Array | np.ndarray
     low: Array | np.ndarray
 
 
 def words(value: int | Sequence[int] | np.ndarray) -> Words:
-    """Integers 0 <= . < 2**63 of any shape as words, numpy arrays."""
+    """Integers 0 <= . < 2**63 of any shape as `Words` of numpy arrays."""
     return Words(*reference._split64(value))
 
 
@@ -46,7 +46,7 @@ def threefry2x32(key0: Array, key1: Array, counter0: Array, counter1: Array) -> 
 
 
 def bits(seed: int, purpose: Purpose, index: Words, step: int | Words, count: int) -> Array:
-    """Random words: uint32 (N, count) for index (N,). step: one for all, or (N,). Ranges and errors as numpy's."""
+    """Random words: uint32 (N, count) for index (N,). step: one for all, or (N,). Ranges and errors as in numpy."""
     return _elements(jnp.stack(_blocks(seed, purpose, index, step, count), axis=-1), count)
 
 
@@ -75,7 +75,7 @@ def integers(seed: int, purpose: Purpose, index: Words, step: int | Words, high:
 
 
 def _product(x: Array, factor: int) -> tuple[Array, Array]:
-    """High and low word of uint32 x times a factor of at most 2**31, by halves of 16 bits."""
+    """High and low word of uint32 x times a factor of at most 2**31, computed in halves of 16 bits."""
     mask, half = np.uint32(0xFFFF), np.uint32(16)
     f0, f1 = np.uint32(factor & 0xFFFF), np.uint32(factor >> 16)
     x0, x1 = x & mask, x >> half
@@ -85,17 +85,22 @@ def _product(x: Array, factor: int) -> tuple[Array, Array]:
 
 
 def _unit(x: Array) -> Array:
-    """Upper 24 bits as float32 in [0, 1)."""
+    """The upper 24 bits as float32 in [0, 1)."""
     return (x >> np.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
+
+
+def _elements(pairs: Array, count: int) -> Array:
+    """The first `count` of 2 B numbers (N, count), from pairs (N, B, 2)."""
+    return pairs.reshape(len(pairs), 2 * pairs.shape[1])[:, :count]
 
 
 def _blocks(seed: int, purpose: Purpose, index: Words, step: int | Words, count: int) -> tuple[Array, Array]:
     """Both words of blocks 0 ... ceil(count / 2) - 1: uint32 (N, B) each."""
     reference._check_count(count)
     step = words(reference._checked_step(step)) if isinstance(step, int) else step
-    seed_words = reference._split64(reference._checked_seed(seed))
+    seed_high, seed_low = (jnp.asarray(word) for word in reference._split64(reference._checked_seed(seed)))
     step_high, step_low = (jnp.asarray(word).reshape(-1) for word in step)  # (1,) or (N,)
-    purpose_key = threefry2x32(*map(jnp.asarray, seed_words), jnp.uint32(purpose), step_high)
-    key0, key1 = threefry2x32(*purpose_key, *map(jnp.asarray, index))  # (N,)
+    purpose_key = threefry2x32(seed_high, seed_low, jnp.uint32(purpose), step_high)
+    key0, key1 = threefry2x32(*purpose_key, jnp.asarray(index.high), jnp.asarray(index.low))  # (N,)
     block = jnp.arange((count + 1) // 2, dtype=jnp.uint32)  # (B,)
     return threefry2x32(key0[:, None], key1[:, None], block, step_low[:, None])

@@ -1,4 +1,4 @@
-"""Threefry-2x32 with 20 rounds in numpy: the reference that every other engine is held against.
+"""Threefry-2x32 with 20 rounds in numpy: the reference for the implementations in torch and JAX.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); constants as in Random123's threefry.h.
 
@@ -11,7 +11,7 @@ Key schedule, three applications of the block function E(key, counter), all word
 E is a bijection of its counter, so within one seed and purpose two different (index, step) below 2**32 steps can
 never read the same block, for any 64-bit index and up to 2**33 words; steps from 2**32 on, other purposes and
 other seeds change the key by a hash (a chance of 2**-64 for each pair of keys).
-The two words of a block stand side by side, so a shorter draw is a prefix of a longer one.
+The two words of a block are adjacent, so a shorter draw is a prefix of a longer one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from harness.errors import UserError
 
@@ -32,7 +33,7 @@ _MASK = 0xFFFFFFFF
 
 
 class Purpose(IntEnum):
-    """What a random number is for. The numbers are part of every recorded experiment: never change or reuse one."""
+    """The use of a random number. These values are part of every recorded experiment: never change or reuse one."""
 
     INITIAL_NOISE = 1  # x_T of sample `index`
     STEP_NOISE = 2  # noise of sample `index` at plan step `step`
@@ -46,7 +47,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 10  # class label of sample `index`
     INITIALISATION = 11  # initial weights
     EVALUATION = 12  # subsets and splits of metrics
-    CONDITIONING_NOISE = 13  # noise on the low-resolution image that an upsampler is given
+    CONDITIONING_NOISE = 13  # noise on the low-resolution input of an upsampler
     CONDITIONING_LEVEL = 14  # its standard deviation for the training example
     UPSAMPLER_NOISE = 15  # x_T and step noise of an upsampler of a cascade
 
@@ -81,12 +82,12 @@ def threefry2x32(
     return x0, x1
 
 
-def bits(seed: int, purpose: Purpose, index, step, count: int) -> np.ndarray:
+def bits(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, count: int) -> np.ndarray:
     """Random words: uint32 (N, count).
 
-    seed: 0 <= seed < 2**64. index: integers (N,). step: one int or integers (N,). Both 0 <= . < 2**63; the values
-    of arrays are not checked. Raises UserError for a seed, step or count out of range, TypeError for arrays that are
-    not integers.
+    seed: 0 <= seed < 2**64. index: integers (N,). step: one int or integers (N,). Both are 0 <= . < 2**63; the values of
+    arrays are not checked. Raises UserError for a seed, step or count out of range, TypeError for arrays that are not
+    integers.
     """
     x0, x1 = _blocks(seed, purpose, index, step, count)
     words = np.empty((*x0.shape, 2), np.uint32)  # (N, B, 2)
@@ -95,14 +96,14 @@ def bits(seed: int, purpose: Purpose, index, step, count: int) -> np.ndarray:
     return _elements(words, count)
 
 
-def uniform(seed: int, purpose: Purpose, index, step, shape: Sequence[int] = ()) -> np.ndarray:
-    """Uniform numbers in [0, 1): float32 (N, *shape), multiples of 2**-24. Arguments and errors as `bits`."""
+def uniform(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, shape: Sequence[int] = ()) -> np.ndarray:
+    """Uniform numbers in [0, 1): float32 (N, *shape), multiples of 2**-24. Arguments and errors as in `bits`."""
     words = bits(seed, purpose, index, step, math.prod(shape))
     return ((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)).reshape(len(words), *shape)
 
 
-def normal(seed: int, purpose: Purpose, index, step, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal numbers: float32 (N, *shape), by Box and Muller. Arguments and errors as `bits`.
+def normal(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, shape: Sequence[int]) -> np.ndarray:
+    """Standard normal numbers: float32 (N, *shape), by Box and Muller. Arguments and errors as in `bits`.
 
     From words w0, w1 of a block: u1 = ((w0 >> 8) + 1) 2**-24 in (0, 1], angle = float32(2 pi) * ((w1 >> 8) 2**-24)
     in float32; the two numbers are sqrt(-2 ln u1) times cos(angle) and sin(angle). Largest magnitude: 5.77.
@@ -111,7 +112,7 @@ def normal(seed: int, purpose: Purpose, index, step, shape: Sequence[int]) -> np
     x0, x1 = _blocks(seed, purpose, index, step, count)  # (N, B)
     u1 = ((x0 >> np.uint32(8)) + np.uint32(1)).astype(np.float32) * np.float32(2.0**-24)
     angle = (x1 >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24) * np.float32(2 * math.pi)
-    # The elementary functions run in float64 and round once: a reference whose bits do not hang on numpy's SIMD path.
+    # The elementary functions are computed in float64 and rounded once, so that the bits do not depend on numpy's SIMD path.
     radius = np.sqrt(-2.0 * np.log(u1.astype(np.float64)))
     angle = angle.astype(np.float64)
     out = np.empty((*x0.shape, 2), np.float32)
@@ -120,10 +121,11 @@ def normal(seed: int, purpose: Purpose, index, step, shape: Sequence[int]) -> np
     return _elements(out, count).reshape(len(out), *shape)
 
 
-def integers(seed: int, purpose: Purpose, index, step, high: int) -> np.ndarray:
-    """One integer in [0, high) for each index: int64 (N,). Refuses high outside 1 ... 2**31.
+def integers(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, high: int) -> np.ndarray:
+    """One integer in [0, high) for each index: int64 (N,). Raises UserError for high outside 1 ... 2**31.
 
-    floor(w high / 2**64) of a 64-bit word w (multiply-shift): no value is likelier than another by more than 2**-33.
+    floor(w high / 2**64) of a 64-bit word w (multiply-shift): the probabilities of two values differ by at most a factor
+    of 1 + 2**-33.
     """
     _check_high(high)
     words = bits(seed, purpose, index, step, 2).astype(np.int64)  # (N, 2)
@@ -137,31 +139,35 @@ def permutation(seed: int, purpose: Purpose, epoch: int, n: int) -> np.ndarray:
 
 
 def _elements(pairs: np.ndarray, count: int) -> np.ndarray:
-    """(N, B, 2), numpy or torch, to the first `count` of its (N, 2 B)."""
+    """The first `count` of 2 B numbers (N, count), from pairs (N, B, 2)."""
     return pairs.reshape(len(pairs), 2 * pairs.shape[1])[:, :count]
 
 
-def _blocks(seed: int, purpose: Purpose, index, step, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _blocks(
+    seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Both words of blocks 0 ... ceil(count / 2) - 1: uint32 (N, B) each."""
     _check_count(count)
     key0, key1, step_low = _sample_keys(seed, purpose, index, step)
     return threefry2x32(key0, key1, np.arange((count + 1) // 2, dtype=np.uint32), step_low)
 
 
-def _sample_keys(seed: int, purpose: Purpose, index, step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sample_keys(
+    seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both words of the sample keys and the low word of step: uint32 (N, 1) each."""
     step = np.asarray(_checked_step(step) if isinstance(step, int) else step)
     index = np.asarray(index)
     if index.ndim != 1 or step.shape not in ((), index.shape):
         raise TypeError(f"index must be (N,) and step an int or (N,), got {index.shape} and {step.shape}")
     step_high, step_low = _split64(step)
-    purpose_key = threefry2x32(*_split64(_checked_seed(seed)), np.uint32(purpose), step_high)
+    purpose_key = threefry2x32(*_split64(_checked_seed(seed)), np.asarray(purpose, np.uint32), step_high)
     key0, key1 = threefry2x32(*purpose_key, *_split64(index))
     return key0[:, None], key1[:, None], np.broadcast_to(step_low.reshape(-1, 1), (len(index), 1))
 
 
-def _split64(value) -> tuple[np.ndarray, np.ndarray]:
-    """High and low word of 64-bit integers, uint32 of the same shape."""
+def _split64(value: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """High and low word of 64-bit integers: uint32 arrays of the same shape."""
     value = np.asarray(value)
     if value.dtype.kind not in "iu":
         raise TypeError(f"index and step must be integers, got {value.dtype}")
@@ -183,7 +189,7 @@ def _checked_step(step: int) -> int:
 
 def _check_count(count: int) -> None:
     if not 0 <= count <= MAX_WORDS:
-        raise UserError(f"{count} random words for each sample are out of range: at most 2**33 exist")
+        raise UserError(f"{count} random words for each sample are out of range: give 0 to 2**33")
 
 
 def _check_high(high: int) -> None:

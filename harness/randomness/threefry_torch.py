@@ -1,8 +1,8 @@
 """Threefry-2x32 for torch tensors on any device: the functions of `threefry_numpy`, with the same numbers.
 
-Bits, uniforms and integers equal numpy's; normals lie within 1e-6 of them (float32 elementary functions).
-Results lie on the device of `index`. torch has no unsigned arithmetic on all devices, so words are int32 bit
-patterns inside (two's complement wraps alike); a right shift needs a mask because it copies the sign.
+Bits, uniforms and integers equal numpy's; normals are within 1e-6 of them (float32 elementary functions). Results are on
+the device of `index`. torch does not have unsigned arithmetic on all devices, so words are stored as int32 bit patterns:
+two's complement overflows in the same way, and right shifts are masked because they copy the sign.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from harness.randomness import threefry_numpy as reference
-from harness.randomness.threefry_numpy import PARITY, ROTATIONS, Purpose, _elements
+from harness.randomness.threefry_numpy import PARITY, ROTATIONS, Purpose
 
-CHUNK = 1 << 15  # blocks at a time on a CPU: three uint32 buffers of 128 KiB stay in the second-level cache
+CHUNK = 1 << 15  # blocks at a time on a CPU: three uint32 buffers of 128 KiB fit in the second-level cache
 
 
 def threefry2x32(
@@ -44,21 +44,25 @@ def threefry2x32(
     return x0, x1
 
 
-def bits(seed: int, purpose: Purpose, index: torch.Tensor, step, count: int) -> torch.Tensor:
+def bits(seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.Tensor, count: int) -> torch.Tensor:
     """Random words: int64 (N, count) with values 0 ... 2**32 - 1, on the device of `index`.
 
-    index: integer tensor (N,). step: one int or an integer tensor (N,). Ranges and errors as the reference's.
+    index: integer tensor (N,). step: one int or an integer tensor (N,). Ranges and errors as in the reference.
     """
     words = _words(seed, purpose, index, step, count)
     return words.to(torch.int64).bitwise_and_(0xFFFFFFFF)
 
 
-def uniform(seed: int, purpose: Purpose, index: torch.Tensor, step, shape: Sequence[int] = ()) -> torch.Tensor:
+def uniform(
+    seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.Tensor, shape: Sequence[int] = ()
+) -> torch.Tensor:
     """Uniform numbers in [0, 1): float32 (N, *shape), equal to the reference's."""
     return _unit(_words(seed, purpose, index, step, math.prod(shape))).reshape(len(index), *shape)
 
 
-def normal(seed: int, purpose: Purpose, index: torch.Tensor, step, shape: Sequence[int]) -> torch.Tensor:
+def normal(
+    seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.Tensor, shape: Sequence[int]
+) -> torch.Tensor:
     """Standard normal numbers: float32 (N, *shape), within 1e-6 of the reference's."""
     count = math.prod(shape)
     pairs = (count + 1) // 2
@@ -66,22 +70,22 @@ def normal(seed: int, purpose: Purpose, index: torch.Tensor, step, shape: Sequen
     for rows, columns, x0, x1 in _blocks(seed, purpose, index, step, count):
         u1 = _unit(x0).add_(2.0**-24)  # exact: a 24-bit integer plus one, scaled
         radius = u1.log_().mul_(-2.0).sqrt_()
-        angle = _unit(x1).mul_(2 * math.pi)  # the scalar is rounded to float32 first
+        angle = _unit(x1).mul_(2 * math.pi)  # torch rounds the scalar to float32 first
         chunk = out[rows, columns]
         torch.mul(radius, torch.cos(angle), out=chunk[..., 0])
         torch.mul(radius, angle.sin_(), out=chunk[..., 1])
     return _elements(out, count).reshape(len(out), *shape)
 
 
-def integers(seed: int, purpose: Purpose, index: torch.Tensor, step, high: int) -> torch.Tensor:
+def integers(seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.Tensor, high: int) -> torch.Tensor:
     """One integer in [0, high) for each index: int64 (N,), equal to the reference's. 1 <= high <= 2**31."""
     reference._check_high(high)
     words = bits(seed, purpose, index, step, 2)  # (N, 2)
     return (words[:, 0] * high + ((words[:, 1] * high) >> 32)) >> 32
 
 
-def _words(seed: int, purpose: Purpose, index: torch.Tensor, step, count: int) -> torch.Tensor:
-    """int32 bit patterns (N, count)."""
+def _words(seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.Tensor, count: int) -> torch.Tensor:
+    """Random words as int32 bit patterns (N, count)."""
     words = torch.empty((len(index), (count + 1) // 2, 2), dtype=torch.int32, device=index.device)
     for rows, columns, x0, x1 in _blocks(seed, purpose, index, step, count):
         words[rows, columns, 0] = x0
@@ -90,33 +94,39 @@ def _words(seed: int, purpose: Purpose, index: torch.Tensor, step, count: int) -
 
 
 def _unit(words: torch.Tensor) -> torch.Tensor:
-    """Upper 24 bits as float32 in [0, 1)."""
+    """The upper 24 bits as float32 in [0, 1)."""
     return (words >> 8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
 
 
+def _elements(pairs: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` of 2 B numbers (N, count), from pairs (N, B, 2)."""
+    return pairs.reshape(len(pairs), 2 * pairs.shape[1])[:, :count]
+
+
 def _blocks(
-    seed: int, purpose: Purpose, index: torch.Tensor, step, count: int
+    seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.Tensor, count: int
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
-    """Yields (sample rows, block columns, word 0, word 1), the words int32 (rows, columns)."""
+    """Yields (sample rows, block columns, word 0, word 1); the words are int32 (rows, columns)."""
     reference._check_count(count)
-    if step_is_int := not isinstance(step, torch.Tensor):
+    if not isinstance(step, torch.Tensor):
         step = reference._checked_step(step)
     elif step.shape != index.shape:
         raise TypeError(f"index must be (N,) and step an int or (N,), got {tuple(index.shape)} and {tuple(step.shape)}")
     samples, pairs = len(index), (count + 1) // 2
     if _on_host(index):
-        keys = reference._sample_keys(seed, purpose, index.numpy(), step if step_is_int else step.numpy())
+        host_step = step.numpy() if isinstance(step, torch.Tensor) else step
+        keys = reference._sample_keys(seed, purpose, index.numpy(), host_step)
         width = max(1, min(pairs, CHUNK))
         height = max(1, CHUNK // width)
         for left in range(0, pairs, width):
-            block = np.arange(left, min(left + width, pairs), dtype=np.uint32)
+            columns = np.arange(left, min(left + width, pairs), dtype=np.uint32)
             for top in range(0, samples, height):
-                key0, key1, step_low = (word[top : top + height] for word in keys)
-                words = reference.threefry2x32(key0, key1, block, step_low)
+                rows = slice(top, top + height)
+                words = reference.threefry2x32(keys[0][rows], keys[1][rows], columns, keys[2][rows])
                 x0, x1 = (torch.from_numpy(word.view(np.int32)) for word in words)
-                yield slice(top, top + height), slice(left, left + width), x0, x1
+                yield rows, slice(left, left + width), x0, x1
         return
-    if step_is_int:
+    if not isinstance(step, torch.Tensor):
         step = torch.tensor([step], device=index.device)
     key0, key1, step_low = _sample_keys(seed, purpose, index, step)
     block = torch.arange(pairs, device=index.device).to(torch.int32)
@@ -127,20 +137,20 @@ def _sample_keys(
     seed: int, purpose: Purpose, index: torch.Tensor, step: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both words of the sample keys and the low word of step: int32 (N, 1) or (1, 1), on the device of `index`."""
-    seed = torch.from_numpy(np.atleast_1d(reference._checked_seed(seed)).view(np.int64)).to(index.device)
+    seed_bits = torch.from_numpy(np.atleast_1d(reference._checked_seed(seed)).view(np.int64)).to(index.device)
     step_high, step_low = _split64(step)
-    purpose_key = threefry2x32(*_split64(seed), torch.full_like(step_high, int(purpose)), step_high)
+    purpose_key = threefry2x32(*_split64(seed_bits), torch.full_like(step_high, int(purpose)), step_high)
     key0, key1 = threefry2x32(*purpose_key, *_split64(index))
     return key0[:, None], key1[:, None], step_low[:, None]
 
 
 def _on_host(index: torch.Tensor) -> bool:
-    """numpy's integer calls cost a third of torch's on a CPU, so there the words come from the reference itself."""
+    """Whether the words come from the numpy reference: on a CPU, its integer operations cost a third of torch's."""
     return index.device.type == "cpu"
 
 
 def _split64(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of 64-bit integers as int32 bit patterns; the narrowing keeps the low 32 bits."""
+    """High and low word of 64-bit integers as int32 bit patterns; a cast to int32 keeps the low 32 bits."""
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"index and step must be integers, got {value.dtype}")
     value = value.to(torch.int64)

@@ -1,4 +1,4 @@
-"""The VQ auto-encoders of latent diffusion against diffusers' VQModel, and their sizes and compute against goldens."""
+"""The VQ autoencoders of latent diffusion against diffusers' VQModel, and their sizes and compute against goldens."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ SMALL = {
 
 
 def built(name, **overrides):
-    """A network whose norms and codes are no longer at their quiet initial values."""
+    """A network with random norms and codes instead of their initial values."""
     torch.manual_seed(0)
     net = BY_NAME[name].build(**{**SMALL[name], **overrides}).eval().requires_grad_(False)
     for part in net.modules():

@@ -24,7 +24,7 @@ def small(block, **overrides):
 
 
 def randomise(net):
-    """Draws what is zero at the start, as training would fill it."""
+    """Draws random values for the zero-initialised weights, as after some training."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -88,7 +88,7 @@ def test_forward_gives_the_output_of_the_release(lively):
 
 
 def test_guidance_gives_the_output_of_the_release(lively):
-    """Its forward_with_cfg at scale 4: guided noise in three channels of both halves, the rest as each half has it."""
+    """Its forward_with_cfg at scale 4: guided noise in three channels of both halves; the other channels are unchanged."""
     net, x = lively
     t, y = torch.tensor([3, 777]), torch.tensor([207, 88])
     with torch.no_grad():
@@ -330,7 +330,7 @@ def test_attention_in_bfloat16_is_attention(queries, keys):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_without_attention_every_patch_is_on_its_own(block):
-    """The tokens that come out stand where they went in, and the conditioning tokens are left behind."""
+    """Output tokens are at the positions of the input tokens, and the conditioning tokens are removed."""
     net = randomise(small(block)).eval()
     with torch.no_grad():
         for each in net.blocks:

@@ -41,22 +41,22 @@ def test_timestep_features():
 def test_stretched_is_torchs_bilinear_interpolation(size):
     x = numbers("x", 2, 3, 3, 4)
     theirs = F.interpolate(torch.from_numpy(x), size, mode="bilinear", align_corners=False)
-    ours = flax_layers.stretched(flax_layers.channels_last(jnp.asarray(x)), size)
+    ours = flax_layers.resize_bilinear(flax_layers.channels_last(jnp.asarray(x)), size)
     np.testing.assert_allclose(flax_layers.channels_first(ours), theirs, rtol=0, atol=1e-6)
 
 
-def test_doubled_and_halved():
+def test_upsample_nearest_and_average_pool():
     x = numbers("x", 2, 3, 4, 6)
     ours = flax_layers.channels_last(jnp.asarray(x))
     nearest = F.interpolate(torch.from_numpy(x), scale_factor=2, mode="nearest")
-    np.testing.assert_array_equal(flax_layers.channels_first(flax_layers.doubled(ours)), nearest)
+    np.testing.assert_array_equal(flax_layers.channels_first(flax_layers.upsample_nearest(ours)), nearest)
     mean = F.avg_pool2d(torch.from_numpy(x), 2)
-    np.testing.assert_allclose(flax_layers.channels_first(flax_layers.halved(ours)), mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(flax_layers.channels_first(flax_layers.average_pool(ours)), mean, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0, 10])
 def test_normalisations(offset):
-    """With a mean far from 0, which a variance in one pass does not survive."""
+    """With a mean far from 0, for which a one-pass variance would be wrong."""
     x = numbers("x", 2, 64, 3, 3) * 0.01 + offset
     ours = flax_layers.channels_last(jnp.asarray(x))
     norm = flax_layers.GroupNorm(64, 32, eps=1e-5, rngs=nnx.Rngs(0))

@@ -64,7 +64,7 @@ def numbers(name, *shape):
 
 @torch.no_grad()
 def drawn(net):
-    """Fills every trained weight from its name. Normalisations see maps so small that their eps tells."""
+    """Fills every trained weight from its name. Feature maps are so small that the eps of normalisations matters."""
     for name, value in net.named_parameters():
         if not value.requires_grad:
             continue
@@ -95,7 +95,7 @@ def run(function, *arguments):
 
 
 def batch(name, overrides, n=3):
-    """Images, timesteps, labels, noise and what the network takes beside x_t and t: numpy."""
+    """Images, timesteps, labels, noise and the network's inputs besides x_t and t: numpy."""
     spec = backbones.get(name)
     arguments = spec.arguments(**overrides)
     shape = (n, arguments["in_channels"], arguments["input_size"], arguments["input_size"])
@@ -199,7 +199,7 @@ def initial(name, overrides, seed=0):
 
 @pytest.mark.parametrize("case", INITIAL)
 def test_initial_weights_are_distributed_as_torchs(case):
-    """Zeros and ones where torch has them, elsewhere mean, spread and shape within 5 standard errors."""
+    """Zeros and ones where torch has them; elsewhere mean, spread and distribution within 5 standard errors."""
     name, overrides = INITIAL[case]
     torch.manual_seed(0)
     theirs = {key: p.detach().numpy() for key, p in backbones.get(name).build("torch", **overrides).named_parameters()}
@@ -310,7 +310,7 @@ def live(name, overrides):
 
 @pytest.mark.parametrize("case", ["dit", "classifier"])
 def test_checkpointing_and_dropout(case):
-    """Computed again, a block gives the same gradients, with the same dropout; without rngs nothing is dropped."""
+    """A recomputed block gives the same gradients, with the same dropout; without rngs there is no dropout."""
     unet = {**ADM, "multipliers": (1,), "dropout": 0.3, "attention_resolutions": ()}
     name, overrides = ("dit-xs-2", {**DIT, "depth": 1}) if case == "dit" else ("adm-classifier-64", unet)
     x0, t, _, _, more = batch(name, overrides)
@@ -373,7 +373,7 @@ def test_bfloat16_is_near_float32_and_embeds_the_timestep_in_float32(case):
 
 @pytest.mark.parametrize("case", ["dit, adaln-zero", "adm, heads as of 64", "classifier", "ldm-4"])
 def test_what_is_float32_beside_bfloat16_is_multiplied_exactly(case):
-    """GPUs and TPUs multiply float32 in less unless told otherwise, and a run in bfloat16 tells them nothing."""
+    """By default, GPUs and TPUs multiply float32 with lower precision, and a bfloat16 run does not change this."""
     with jax.default_matmul_precision(None):
         name, arguments = CASES[case]
         spec = backbones.get(name)
@@ -392,7 +392,7 @@ def test_what_is_float32_beside_bfloat16_is_multiplied_exactly(case):
 
 
 def equations(jaxpr):
-    """Of a jaxpr and all within it."""
+    """All equations of a jaxpr and of the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):

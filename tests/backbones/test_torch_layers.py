@@ -1,4 +1,4 @@
-"""Layers that stand in for torch's own where those are slow: the same functions up to float32 rounding."""
+"""Replacements for layers of torch that are slow: the same functions up to float32 rounding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The torch U-Nets of ADM and LDM: goldens of the public releases, initialisation, and what they refuse.
+"""The torch U-Nets of ADM and LDM: goldens of the public releases, initialisation, and refused arguments.
 
 The goldens were computed with the public code, openai/guided-diffusion 22e0df8 (unet.py: UNetModel, SuperResModel,
 EncoderUNetModel) and CompVis/latent-diffusion a506df5 (openaimodel.py: UNetModel with a spatial transformer), at
@@ -70,7 +70,7 @@ def numbers(name, *shape):
 
 @torch.no_grad()
 def draw(net):
-    """Fills every weight from its name. Feature maps are so small that eps of the normalisations tells."""
+    """Fills every weight from its name. Feature maps are so small that the eps of normalisations matters."""
     for name, value in net.state_dict().items():
         drawn = numbers(name, *value.shape)
         if value.dim() > 1:
@@ -83,7 +83,7 @@ def draw(net):
 
 
 def arguments(name, dtype=torch.float64, n=2, **overrides):
-    """What the network is called with: two images, of which the second has the last label there is."""
+    """Inputs of the network: two images, the second with the last label."""
     a = BY_NAME[name].arguments(**{**SMALL, **CASES.get(name, TINY.get(name, {})), **overrides})
     x = numbers("x", n, a["in_channels"], a["input_size"], a["input_size"]).to(dtype)
     t, y = torch.tensor([2, 31, 500, 999, 7])[:n], torch.tensor([1, 9 + a.get("null_class", 0), 3, 4, 5])[:n]
@@ -94,7 +94,7 @@ def arguments(name, dtype=torch.float64, n=2, **overrides):
 
 
 def weights(net):
-    """The U-Net's own parameters by name, whichever family it is of."""
+    """The U-Net's parameters by name, for both families."""
     unet = net.model["diffusion_model"] if hasattr(net, "model") else net
     return dict(unet.named_parameters()), unet
 
@@ -258,7 +258,7 @@ def test_dropout_acts_in_training_alone():
 
 @pytest.mark.parametrize("name", TINY)
 def test_autocast_is_near_float32_and_embeds_the_timestep_in_float32(name):
-    """The releases' code errs as much: 0.3 % (ADM) and 0.6 % (LDM, classifier) at this width."""
+    """The error of the releases' code is as large: 0.3 % (ADM) and 0.6 % (LDM, classifier) at this width."""
     net = draw(build(name, width=128)).eval()
     seen = []
     weights(net)[1].time_embed.register_forward_hook(lambda module, given, out: seen.append(out))
@@ -296,7 +296,7 @@ def test_gelu_is_the_exact_form():
     [
         ("adm-xs", {"width": 48}, "width 48 x 1", "multiple of 32"),
         ("adm-xs", {"multipliers": (0.5, 1)}, "width 32 x 0.5", "multiple of 32"),
-        ("adm-xs", {"multipliers": ()}, "multipliers are ()", "one positive number a level"),
+        ("adm-xs", {"multipliers": ()}, "multipliers are ()", "one positive number per level"),
         ("adm-xs", {"multipliers": (1, -1)}, "multipliers are (1, -1)", "positive"),
         ("adm-xs", {"input_size": 7}, "input_size 7", "multiple of 2"),
         ("adm-256", {"input_size": 28}, "input_size 28", "at most 3 levels"),

@@ -42,7 +42,7 @@ class Strange(Toy):
 
 
 class Shape(nn.Module):
-    """Notes the shapes that it is called with."""
+    """Records the shapes of its inputs."""
 
     seen: list = []
 

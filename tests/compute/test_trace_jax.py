@@ -43,7 +43,7 @@ class Toy(nnx.Module):
 
 
 class Called(nnx.Module):
-    """A linear layer that is called in the way of `how`."""
+    """A linear layer, called as `how` says."""
 
     how: str
 
@@ -72,7 +72,7 @@ class Called(nnx.Module):
 
 
 class Twice(nnx.LayerNorm):
-    """A normalisation that calls the one it is made from."""
+    """A normalisation that calls its superclass."""
 
     def __call__(self, x):
         return super().__call__(x) * 2
@@ -87,7 +87,7 @@ class Derived(nnx.Module):
 
 
 class Shape(nnx.Module):
-    """Notes the shapes that it is called with."""
+    """Records the shapes of its inputs."""
 
     seen: list = []
 

@@ -146,7 +146,7 @@ def test_the_classifier_sees_what_the_network_sees(eta):
 
 @pytest.mark.parametrize("v", [-1.0, 0.0, 1.0, None])
 def test_the_last_step_is_shifted_by_its_variance(v):
-    """Learned: between the clipped posterior variance and beta, not 0; fixed-small: 0, for nothing is left to draw."""
+    """Learned: between the clipped posterior variance and beta, not 0; fixed-small: 0, because the last step adds no noise."""
     z, noise = draws()
     plan = ddpm_plan(LINEAR, STEPS, variance="fixed-small" if v is None else "learned-range")
 
@@ -165,7 +165,7 @@ def test_the_last_step_is_shifted_by_its_variance(v):
 
 
 def test_ddim_clamps_before_guidance():
-    """One step to abar = 1: what comes out is the predicted image, clamped to 1 and then moved."""
+    """One step to abar = 1: the result is the predicted image, clamped to 1 and then shifted."""
     z = torch.full((1, 1, 2, 2), 3.0)
     plan = ddim_plan(LINEAR, 1, clip_denoised=True)
     abar = float(LINEAR.abar[plan.timesteps[0]])

@@ -1,4 +1,4 @@
-"""Sampler plans in numpy: held against the samplers' textbook forms."""
+"""Sampler plans in numpy, compared with the samplers' textbook forms."""
 
 import numpy as np
 import pytest

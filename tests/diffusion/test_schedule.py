@@ -36,7 +36,7 @@ def test_linear_250():
 @pytest.mark.parametrize("kept", [None, "250", "ddim50"])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_tables_are_the_gaussian_posterior(name, kept):
-    """Held against Bayes' rule for q(x_{t-1} | x_t, x_0), not against the formulas of the code."""
+    """Compared with Bayes' rule for q(x_{t-1} | x_t, x_0), not with the formulas of the code."""
     schedule = Schedule.named(name).respaced(None if kept is None else space_timesteps(1000, kept))
     for table in vars(schedule).values():
         if isinstance(table, np.ndarray):

@@ -63,7 +63,7 @@ def test_bound_teaches_only_the_variance():
 
 
 def test_kl_is_the_divergence_of_two_gaussians():
-    """In float64 from the means themselves, which the loss never forms."""
+    """In float64 from the means, which the loss never computes."""
     output, x0, t, noise = make_batch(6)
     schedule = Schedule.named("linear").respaced()
     vb = hybrid_loss(TABLES, output, x0, t, noise).vb

@@ -1,4 +1,4 @@
-"""Makes the helpers beside these tests importable (pytest's importlib mode leaves sys.path alone), and one network."""
+"""Makes the helper modules of these tests importable (pytest's importlib mode does not change sys.path), and one network."""
 
 import sys
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_for_small_products():
-    """BLAS threads that wait for each other on a busy machine take many times as long as one, on matrices this small."""
-    import scipy.linalg  # noqa: F401, so that its BLAS is there to be limited
+    """One BLAS thread: on a busy machine, several threads take many times as long on matrices this small."""
+    import scipy.linalg  # noqa: F401, so that its BLAS is loaded and can be limited
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):
@@ -21,7 +21,7 @@ def one_thread_for_small_products():
 
 @dataclass(frozen=True)
 class MadeInception:
-    """A whole Inception-v3 with random weights: its frozen graph, its torch port, and what made them."""
+    """A whole Inception-v3 with random weights: its frozen graph, its torch port, and their writer."""
 
     graph: Path
     port: Path

@@ -61,7 +61,7 @@ def node(name: str, op: str, inputs=(), **attributes: bytes) -> bytes:
 
 
 def constant(name: str, array: np.ndarray, typed: bool = False) -> bytes:
-    """typed: the values as a repeated field, the other form in which graphs hold them."""
+    """typed: store the values as a repeated field, the other form that graphs use."""
     number, typed_field = {"float32": (FLOAT, 5), "int32": (INT32, 7)}[array.dtype.name]
     shape = b"".join(field(2, field(1, size)) for size in array.shape)
     if not typed:
@@ -218,7 +218,7 @@ class Writer(Runner):
         self.random, self.typed, self.nodes, self.ports = np.random.default_rng(seed), typed, [], {}
 
     def constant(self, name: str, array) -> str:
-        array = np.array(array, order="C")  # keeps scalars scalars
+        array = np.array(array, order="C")  # scalars stay scalars
         self.nodes.append(constant(name, array, self.typed))
         self.weights[name] = array
         return name

@@ -22,7 +22,7 @@ class PixelFeatures:
 
         def mixed(width):
             matrix = random.standard_normal((x.shape[1], width)).astype(np.float32)
-            return np.einsum("np,pd->nd", x, matrix)  # a product by BLAS would know where in the batch a row is
+            return np.einsum("np,pd->nd", x, matrix)  # BLAS's result would depend on the position of a row in the batch
 
         return Features(pooled=mixed(DIM), logits=mixed(10), spatial=mixed(9))
 

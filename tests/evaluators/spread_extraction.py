@@ -1,4 +1,4 @@
-"""What the processes of test_independence.py run: importable, so that a spawned process finds it."""
+"""The functions that the processes of test_independence.py run, in a module that a spawned process can import."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +34,7 @@ def sketch() -> Sketch:
 
 @dataclass(frozen=True)
 class Network:
-    """How a process gets a real network: by its spec, and the file of its weights."""
+    """A picklable loader of a real network, from its spec and weight file."""
 
     spec: FeatureSpec
     weights: Path | None = None
@@ -47,7 +47,7 @@ class Network:
 def _loaded(network: Network) -> FeatureExtractor:
     import torch
 
-    torch.set_num_threads(1)  # sums are split otherwise than with two
+    torch.set_num_threads(1)  # with two threads, sums are split differently
     return network.spec.load(weights=network.weights)
 
 

@@ -1,5 +1,5 @@
-"""ADM's numbers against its algorithm written down once more, plainly: on stored features, and in a whole evaluation of
-the same files by torch and by TensorFlow. Slow."""
+"""ADM's numbers against a plain reimplementation of its algorithm: on stored features, and in a whole evaluation of the
+same files by torch and by TensorFlow. Slow."""
 
 import json
 import warnings
@@ -47,8 +47,9 @@ def plain_fid(x, y):
 
 
 def fid_by_singular_values(x, y):
-    """The same without a root of anything: tr (S_x S_y)^(1/2) is the sum of the singular values of the centred rows'
-    product. Exact to float64 where the covariances are singular, for which sqrtm takes roots of rounding."""
+    """The same without a matrix root: tr (S_x S_y)^(1/2) is the sum of the singular values of the centred rows' product.
+
+    Exact to float64 for singular covariances, for which sqrtm takes roots of rounding errors."""
     delta = x.mean(axis=0) - y.mean(axis=0)  # in the features' dtype
     a, b = ((r.astype(np.float64) - r.mean(axis=0, dtype=np.float64)) / np.sqrt(len(r) - 1) for r in (x, y))
     p, q = (np.linalg.qr(rows, mode="r") for rows in (a, b))  # a @ b.T would have a row for every image
@@ -90,7 +91,7 @@ def tensorflow_precision_recall(reference, samples, block=2000):
 
 
 def float16_unsure(balls, points):
-    """How many points lie, for some ball that decides, nearer to its surface than the rounding of float16 distances.
+    """Number of points whose membership float16 rounding may change: nearer to the surface of a deciding ball than its error.
 
     Each of |u|^2, 2 u.v and |v|^2 is rounded to 11 bits, and so is the radius, a distance like the other."""
     balls, points = (each.astype(np.float64) for each in (balls, points))
@@ -156,7 +157,7 @@ def test_precision_and_recall_of_stored_features(stored):
 
 @dataclass
 class Evaluated:
-    """What the command printed with each backend, and the features that TensorFlow gave it: (samples, reference)."""
+    """Output of the command with each backend, and TensorFlow's features: (samples, reference)."""
 
     values: dict
     hashes: set
@@ -193,7 +194,7 @@ def evaluated(tmp_path_factory, made_inception):
             values[backend] = {each["metric"]: each["value"] for each in records}
             hashes |= {each["evaluation"]["features_sha256"] for each in records}
     rows = {name: np.concatenate([getattr(each, name) for each in seen]) for name in ("pooled", "spatial", "logits")}
-    assert len(rows["pooled"]) == N + M  # the reference is looked at first
+    assert len(rows["pooled"]) == N + M  # the reference comes first
     halves = [{name: each[part] for name, each in rows.items()} for part in (slice(M, None), slice(M))]
     return Evaluated(values, hashes, *halves)
 
@@ -222,7 +223,7 @@ def test_tensorflow_gives_what_the_algorithm_gives(evaluated):
 
 @pytest.mark.parametrize("kind", ["pooled", "spatial"])
 def test_sqrtm_agrees_as_far_as_it_can(kind, evaluated):
-    """In the space that all rows span: in 2048 dimensions of mostly nothing it takes minutes, and says the same."""
+    """In the space that all rows span: the same result, but in 2048 dimensions it would take minutes."""
     x, y = (each[kind].astype(np.float64) for each in (evaluated.samples, evaluated.reference))
     basis = np.linalg.qr(np.concatenate([x, y]).T)[0]
     value = plain_fid(x @ basis, y @ basis)

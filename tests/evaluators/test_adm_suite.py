@@ -44,7 +44,7 @@ def evaluate(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, made_inception):
-    """Sample and reference files, and what the network says of their images."""
+    """Sample and reference files, and the network's features of their images."""
     folder = tmp_path_factory.mktemp("adm")
     images = np.concatenate([pictures(4, 32, seed) for seed in range((N + M) // 4)])
     np.savez(folder / "samples.npz", arr_0=images[:N], arr_1=np.arange(N) % 10)
@@ -67,7 +67,7 @@ def common(folder, made_inception):
 
 
 def frechet_of_rows(x, y):
-    """The distance by another road: tr (S_x S_y)^(1/2) is the sum of the singular values of the centred rows' product."""
+    """The distance computed differently: tr (S_x S_y)^(1/2) is the sum of the singular values of the centred rows' product."""
     a, b = (rows.astype(np.float64) for rows in (x, y))
     means = [rows.mean(axis=0) for rows in (a, b)]
     a, b = ((rows - mean) / np.sqrt(len(rows) - 1) for rows, mean in zip((a, b), means, strict=True))
@@ -130,7 +130,7 @@ def test_statistics_of_a_file_decide_fid_and_sfid_and_nothing_else(folder, made_
     assert again["fid"]["evaluation"]["reference_sha256"] != records["fid"]["evaluation"]["reference_sha256"]
 
 
-def test_what_is_lacking_or_of_no_use_is_refused(folder, made_inception, tmp_path):
+def test_missing_or_useless_files_are_refused(folder, made_inception, tmp_path):
     samples, task = folder / "samples.npz", folder / "task.toml"
     done = evaluate(samples, "--protocol", task, "--reference", folder / "reference.npz")
     assert isinstance(done.exception, UserError) and "give --inception FILE" in str(done.exception)
@@ -152,7 +152,7 @@ def test_what_is_lacking_or_of_no_use_is_refused(folder, made_inception, tmp_pat
 def test_jax_agrees_with_torch(folder, made_inception, tmp_path):
     values, hashes = {}, set()
     for each in ("torch", "jax"):
-        (tmp_path / each).mkdir()  # of its own, or the second would find the first one's features of the reference
+        (tmp_path / each).mkdir()  # a separate folder, or the second run would use the first one's cached features
         samples = shutil.copy(folder / "samples.npz", tmp_path / each)
         done = evaluate(samples, *common(folder, made_inception)[1:], "--backend", each)
         assert done.exit_code == 0, done.exception

@@ -35,7 +35,7 @@ def extractor(made_inception):
 
 
 class Layers(torch.nn.Module):
-    """In the place of clean-fid's network: keeps what it is given."""
+    """A replacement for clean-fid's network that records its input."""
 
     def forward(self, x):
         self.given = x.clone()
@@ -43,7 +43,7 @@ class Layers(torch.nn.Module):
 
 
 def by_clean_fid(images):
-    """What clean-fid's wrapper hands to the layers of its TorchScript network: resized, then normalised by it."""
+    """The resized and normalised input that clean-fid passes to the layers of its TorchScript network."""
     wrapper = inception_torchscript.InceptionV3W.__new__(inception_torchscript.InceptionV3W)
     torch.nn.Module.__init__(wrapper)
     wrapper.resize_inside, wrapper.layers = False, Layers()
@@ -166,7 +166,7 @@ def on_a_grid(x):
 
 
 def test_records_and_note_say_the_mode(arguments, monkeypatch):
-    """With a network of its own, for Inception's features would take a minute."""
+    """With a small network, because Inception's features would take a minute."""
     from evaluators.features import inception_clean
 
     small = dataclasses.replace(CLEAN, features=dataclasses.replace(INCEPTION_2015_CLEAN, dim=24))

@@ -1,4 +1,4 @@
-"""The embedded extractor: its network is the weight package's own, and an image's features are its own."""
+"""The embedded extractor: its network equals that of the weight package, and an image's features do not depend on its batch."""
 
 import subprocess
 import sys

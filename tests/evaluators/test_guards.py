@@ -1,4 +1,4 @@
-"""Guards, each on real digits or photographs made wrong in the way it is named for; and nothing on what is right."""
+"""Guards: every fault, introduced into real digits or photographs, is found; in correct images nothing is found."""
 
 import io
 import time
@@ -28,7 +28,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def halves(digits):
-    """600 and 600 digits of different writers' strokes: a perfect generator, and its reference."""
+    """600 and 600 different digits: the samples of a perfect generator, and its reference."""
     return digits[0][:600], digits[0][600:1200]
 
 
@@ -242,19 +242,19 @@ def test_labels(digits, halves):
     assert alarms == 0
 
 
-def test_the_chance_of_uneven_labels_is_that_of_scipy():
+def test_the_p_value_of_uneven_labels_equals_scipys():
     from scipy.stats import chisquare
 
-    from evaluators.guards import _chance
+    from evaluators.guards import _chi_square_p
 
     counts = np.random.RandomState(0).multinomial(5000, np.arange(1, 11) / 55)
     shares = np.full(10, 0.1)
-    assert _chance(counts, shares) == pytest.approx(chisquare(counts).pvalue, rel=1e-9, abs=1e-300)
+    assert _chi_square_p(counts, shares) == pytest.approx(chisquare(counts).pvalue, rel=1e-9, abs=1e-300)
     counts = np.array([480, 520, 510, 490])
-    assert _chance(counts, np.full(4, 0.25)) == pytest.approx(chisquare(counts).pvalue, rel=1e-12)
+    assert _chi_square_p(counts, np.full(4, 0.25)) == pytest.approx(chisquare(counts).pvalue, rel=1e-12)
 
 
-def test_image_stats_take_one_pass_and_does_not_depend_on_the_container(tmp_path, digits):
+def test_image_stats_take_one_pass_and_do_not_depend_on_the_container(tmp_path, digits):
     images = digits[0]
     np.savez_compressed(tmp_path / "s.npz", images)
     passes = []

@@ -1,5 +1,4 @@
-"""Each guard, from the command line: the name that it is refused or warned under, and nothing written of what is
-refused."""
+"""Every guard, from the command line: the name in its error or warning, and nothing written after an error."""
 
 import dataclasses
 
@@ -29,7 +28,7 @@ def statistics():
 
 
 class Place:
-    """Sound samples and a sound reference, to be spoilt in one respect."""
+    """Valid samples and a valid reference, into which a test introduces one fault."""
 
     def __init__(self, folder):
         self.folder, self.arguments = folder, []
@@ -165,7 +164,7 @@ def labels_uneven(p):
     p.samples["arr_1"] = np.zeros(200, np.int64)
 
 
-CASES = [  # (what is spoilt, the guard that says so, refused or warned)
+CASES = [  # (function that introduces the fault, the guard that finds it, its level)
     (too_few, "too-few", "refuse"),
     (name_of_count, "name-of-count", "refuse"),
     (duplicates, "duplicates", "refuse"),
@@ -198,7 +197,7 @@ def test_every_guard_has_a_case():
     assert {name for _, name, _ in CASES} == set(GUARDS)
 
 
-def test_nothing_is_said_of_sound_files(place, caplog):
+def test_valid_files_have_no_warnings(place, caplog):
     done = place.evaluate()
     assert done.exit_code == 0, done.exception
     assert "warning" not in done.stderr and not caplog.records

@@ -257,7 +257,7 @@ def test_tensorflow_runs_no_torch_port(made_inception):
         (gzip.compress(b"x", mtime=0), "tar -xzf"),
         (b"\x00" * 64, "not the frozen graph"),
         (b"PK\x03\x04 and no more", "damaged or cut short"),
-        (maker.node("a", "NoOp"), "has no node"),
+        (maker.node("a", "NoOp"), "node Mul is missing"),
     ],
 )
 def test_files_that_are_something_else(content, says, tmp_path):

@@ -1,4 +1,4 @@
-"""The Inception network of ADM's evaluator in JAX beside the torch one, on the same random weights: stage by stage and
+"""The Inception network of ADM's evaluator in JAX compared with torch, on the same random weights: stage by stage and
 metric by metric. Its resize is tested with the others, in test_tf1_resize.py.
 """
 
@@ -84,7 +84,7 @@ def test_normalised_pixels_are_bit_equal():
 
 
 def metrics(features: Features) -> dict[str, float]:
-    """Suite adm's metrics, of the first half of the images judged by the second.
+    """Suite adm's metrics of the first half of the images, with the second half as the reference.
 
     Frechet distances are the same in any orthonormal basis, so these are taken in one of the space that so few images
     span: eigenvalues of 16 dimensions in place of 2048.

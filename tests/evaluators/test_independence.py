@@ -1,4 +1,4 @@
-"""No metric of a suite depends on the order of the images, on batches, or on how many processes looked at them.
+"""No metric of a suite depends on the order of the images, on batches, or on the number of processes.
 
 A metric is covered by being in a suite. It must be the same to the bit, unless TOLERANCES names it with what its
 roundings may do; ORDER_DEPENDENT names what is defined on the order of the file.
@@ -45,13 +45,13 @@ def pool():
 
 
 def shares(n, workers):
-    """Which images each process looks at."""
+    """The images of each process."""
     return [np.arange(n)[w::workers] for w in range(workers)]
 
 
 @dataclass
 class Spread:
-    """An extractor whose images are dealt out to processes; rows come back as the images lay."""
+    """An extractor that distributes the images to processes; rows are in the order of the images."""
 
     inner: object
     load: object  # gives the network, in the process
@@ -80,7 +80,7 @@ def images_of(size, n=N, m=M):
 
 
 def measured(suite, extractor, samples, real):
-    """Every measurement of the suite; the suite's features are those of the extractor."""
+    """All measurements of the suite, with the extractor's features."""
     suite = BUILT_IN[suite]
     suite = replace(suite, features=replace(suite.features, name=extractor.name))
     return evaluate_samples(samples, reference.build_reference(real, extractor), suite)
@@ -147,7 +147,7 @@ def test_what_depends_on_order_does():
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", LARGE_SUITES)
 def test_suites_of_many_samples(suite, pool, monkeypatch):
-    """The same of the suites that take no fewer than thousands."""
+    """The same for suites that need thousands of samples."""
     n = BUILT_IN[suite].minimum
     samples, real = images_of(8, n, 5000)
     whole = measured(suite, Sketch(), samples, real)

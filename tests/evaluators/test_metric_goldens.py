@@ -1,4 +1,4 @@
-"""Metrics against numbers that other implementations gave on the same features, and against closed forms."""
+"""Metrics against the numbers of other implementations on the same features, and against closed forms."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from harness.errors import RunError
 
 @pytest.fixture(scope="module")
 def golden():
-    """The features on which scipy's sqrtm and ADM's TensorFlow evaluator gave the numbers below."""
+    """The features for which scipy's sqrtm and ADM's TensorFlow evaluator gave the numbers below."""
     r = np.random.RandomState(7)
     a = (np.abs(r.randn(4000, 64)) * 0.45).astype(np.float32)
     b = (np.abs(r.randn(3000, 64)) * 0.5 + 0.02).astype(np.float32)
@@ -109,7 +109,7 @@ def test_frechet_fails_loudly_when_lapack_lies(monkeypatch):
 
     monkeypatch.setattr(np.linalg, "eigvalsh", sloppy)
     r = np.random.RandomState(0)
-    with pytest.raises(RunError, match="two orders"):
+    with pytest.raises(RunError, match="eigenvalues do not add up to the trace"):
         frechet.frechet_distance(statistics(r.randn(50, 5)), statistics(r.randn(50, 5)))
 
 

@@ -243,9 +243,9 @@ def test_distances_are_within_their_rounding_and_exact_ones_are_exact(monkeypatc
     x, y = r.randn(20, 6) * 100, r.randn(30, 6)
     direct = np.square(x[:, None] - y[None]).sum(axis=2)
     found = np.concatenate([d.copy() for _, d in distances.squared_distances(x, y)])
-    assert np.abs(found - direct).max() <= distances.rounding(x, y)
+    assert np.abs(found - direct).max() <= distances.rounding_bound(x, y)
     i, j = np.nonzero(direct > 0)
-    np.testing.assert_array_equal(distances.exact(x, y, i, j), direct[i, j])
+    np.testing.assert_array_equal(distances.exact_squared_distances(x, y, i, j), direct[i, j])
     own = np.square(y[:, None] - y[None]).sum(axis=2)
     for k in (1, 4):
         np.testing.assert_array_equal(distances.radii(y, k), np.sort(own, axis=1)[:, k])
@@ -283,7 +283,7 @@ def test_interval_covers_the_expectation_in_90_to_99_percent(case):
     assert 0.90 <= covered <= 0.99, covered
 
 
-# --- from inputs to numbers and a picture
+# --- From inputs to numbers and a picture
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ TASK = few_digits.task("few", suite="adm")
 
 
 def put(monkeypatch, into, item):
-    """An item in a registry, for one test."""
+    """Registers an item for one test."""
     into.names()
     monkeypatch.setitem(into._items, item.name, item)
     monkeypatch.setitem(into._owners, item.name, "these tests")
@@ -35,7 +35,7 @@ def put(monkeypatch, into, item):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Samples, a reference and a task; extractor pixels-for-tests, also in the place of Inception."""
+    """Samples, a reference and a protocol; extractor pixels-for-tests, also as a replacement for Inception."""
     put(monkeypatch, registry.features, SPEC)
     for name in ("adm", "adm-exact"):
         put(monkeypatch, registry.suites, dataclasses.replace(BUILT_IN[name], features=SPEC))
@@ -110,7 +110,7 @@ def test_a_file_sorted_by_class_is_told_apart_from_chance():
     assert adm.sample_order_warning(rows, 600) == ""  # one split: there is no order
 
 
-def test_the_remark_is_said_as_a_warning(place, monkeypatch):
+def test_the_order_warning_is_printed(place, monkeypatch):
     monkeypatch.setattr(adm, "sample_order_warning", lambda logits: "the order decides")
     assert "warning (is): the order decides\n" in evaluate(place).stderr
     assert "the order decides" not in evaluate(place, "--suite", "adm-exact").stderr
@@ -207,7 +207,7 @@ def test_lists_say_paper_direction_and_minimum():
 
 @pytest.fixture
 def small_dinov2(place, monkeypatch, tmp_path):
-    """ViT-B and ViT-L, both narrow and shallow, in a cache of the hub's layout, which is all that there is of it."""
+    """ViT-B and ViT-L, both narrow and shallow, in a cache with the hub's layout; the hub itself is not reachable."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -1,4 +1,4 @@
-"""Whoever looks for neighbours among many images says how far it is: every search has a bar, and ends it full."""
+"""Every search for neighbours among many images has a progress bar, which ends full."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ PIXELS = [RNG.integers(0, 256, (n, 2, 2, 1)).astype(np.uint8) for n in (1500, 23
 
 @pytest.fixture
 def bars(monkeypatch):
-    """(title, units in all, calls of advance) of every bar, of which each was full at its end."""
+    """(title, total, calls of advance) of every bar; every bar was full at its end."""
     found, calls = [], {}
     enter, leave, advance = Bar.__enter__, Bar.__exit__, Bar.advance
 

@@ -15,7 +15,7 @@ KEYS = ["fd", "kid", "is", "precision", "recall", "copies"]
 
 
 class Pixels:
-    """An extractor that needs no network, and counts the images that it saw."""
+    """An extractor that needs no network, and counts its images."""
 
     name, sha256, dim, description = "pixels", "0" * 64, 64, "for tests"
 
@@ -98,7 +98,7 @@ def test_images_that_do_not_fit_are_refused(images, words, reference):
 
 
 def test_a_reference_of_other_features_is_refused(digits, reference):
-    with pytest.raises(UserError, match="judges by efficientnet-lite0-96, but the reference was built with pixels"):
+    with pytest.raises(UserError, match="uses features efficientnet-lite0-96, but the reference was built with pixels"):
         evaluate_samples(digits[:200], reference, EMBEDDED)
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow 1's bilinear resize: bit-equal to what TensorFlow gave, and to the recipe done pixel by pixel."""
+"""TensorFlow 1's bilinear resize: bit-equal to TensorFlow's results, and to a computation pixel by pixel."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Makes the helpers beside these tests importable: pytest's importlib mode leaves sys.path alone."""
+"""Makes the helper modules of these tests importable: pytest's importlib mode does not change sys.path."""
 
 import sys
 from pathlib import Path

@@ -51,7 +51,7 @@ def compute(engine, as_index) -> list[dict]:
 
 @pytest.fixture(params=["numpy words", "torch words"])
 def torch_engine(request, monkeypatch):
-    """threefry_torch in both of its ways: words from numpy (CPU) and from int32 tensors (other devices)."""
+    """threefry_torch with words from numpy (CPU) and from int32 tensors (other devices)."""
     if request.param == "torch words":
         monkeypatch.setattr(threefry_torch, "_on_host", lambda index: False)
     return threefry_torch

@@ -51,7 +51,7 @@ def configured(folder, **items):
 )
 def test_a_config_against_the_weights_is_refused_by_item(item, value, wanted, folder, spec, tmp_path):
     path, before = configured(folder, **{item: value})
-    message = re.escape(f"config.json gives {item} {json.dumps(value)}, and the network has {wanted}")
+    message = re.escape(f"config.json gives {item} {json.dumps(value)}, but the network has {wanted}")
     try:
         with pytest.raises(UserError, match=message):
             load_into(spec.build(num_classes=10), folder, spec)
@@ -94,7 +94,7 @@ def test_what_a_config_may_say(folder, spec):
 
 def test_a_position_table_of_no_image_is_refused_before_it_is_built(state, tmp_path):
     torch.save({**state, "pos_embed": torch.empty(1, 2**40, 0)}, tmp_path / "a.pt")
-    assert "1,099,511,627,776 tokens, and at most 65,536" in inspect_file(tmp_path / "a.pt")["problem"]
+    assert "1,099,511,627,776 tokens, but at most 65,536" in inspect_file(tmp_path / "a.pt")["problem"]
 
 
 @pytest.mark.parametrize("zipped", [True, False])
