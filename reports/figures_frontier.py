@@ -119,7 +119,7 @@ def _frontier_panel(
         return None
     places = []
     for own in settings:
-        costs = [found for record in own if (found := cost(record)) is not None]
+        costs = [each for record in own if (each := cost(record)) is not None]
         places.append((_mean(costs), sum(record.value for record in own) / len(own)))
     best = set(frontier(places, direction))
     every = max(1, -(-len(settings) // MAX_POINTS))  # of too many settings only every so many, and the frontier

@@ -4,12 +4,13 @@ import re
 from collections.abc import Iterable, Mapping
 
 from reports.charts import Figure, Mark, Panel, Series, Style, series_styles
+from reports.page.payload import Json
 from reports.page.run_artifacts import picture_uri
 
 MAX_MARKS = 4000  # of one panel
 
 
-def figure_data(figure: Figure, styles: Mapping[str, Style]) -> dict[str, object]:
+def figure_data(figure: Figure, styles: Mapping[str, Style]) -> Json:
     """A figure as the script takes it, without the pictures of `figure_pictures`."""
     number = re.fullmatch(r"figure-(\d+)", figure.name)
     return {

@@ -1,7 +1,9 @@
 """The data of the page's script: plain and ready for JSON, of a size that a browser loads at once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from reports.columns import count_text, guidance_text, measured_text, title_of
 from reports.commands import reproduction
@@ -12,13 +14,14 @@ from results.records import Record
 
 MAX_ROWS = 1000  # of one section of a table
 MAX_RECORDS = 5000
-_OWN = ("metric", "value", "low", "high", "interval", "n", "schema")
+Json = dict[str, Any]  # what json.dumps writes as an object
+_OWN = ("metric", "value", "low", "high", "interval", "higher_is_better", "n", "schema")
 _PARTS = ("source", "training", "sampling", "evaluation", "environment")
 _SHARED = tuple(field.name for field in dataclasses.fields(Record) if field.name not in (*_OWN, *_PARTS))
 MAX_PROBLEMS = 200  # of lines, and of conflicts
 
 
-def table_data(table: Table) -> dict[str, object]:
+def table_data(table: Table) -> Json:
     """A table as the script takes it; `left_out` counts the rows beyond MAX_ROWS."""
     return {
         "name": table.name,
@@ -27,7 +30,7 @@ def table_data(table: Table) -> dict[str, object]:
     }
 
 
-def _section_data(section: Section) -> dict[str, object]:
+def _section_data(section: Section) -> Json:
     lines = _kept(section.lines)
     used = sorted({index for line in lines for index in line.notes})
     return {
@@ -98,9 +101,7 @@ class InternTable:
         return self._numbers[key]
 
 
-def record_data(
-    record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable
-) -> dict[str, object]:
+def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable) -> Json:
     """A record for the page: its description, its groups of fields, and the command that measures it again.
 
     `groups` and `again` are numbers of items of `interned`.
@@ -142,12 +143,13 @@ def _groups(record: Record, interned: InternTable) -> list[int]:
     for name in _PARTS:
         part = getattr(record, name)
         if part is not None:
-            numbers.append(interned.number((name, part.canonical), lambda name=name, part=part: [name, _fields(part)]))
+            numbers.append(interned.number((name, part.canonical), functools.partial(_group, name, part)))
     return numbers
 
 
-def _fields(part: object) -> list[list[str]]:
-    return _pairs(part, [field.name for field in dataclasses.fields(part)])
+def _group(heading: str, part: Any) -> list[object]:
+    """[heading, [[name, text], ...]] of a part of a record."""
+    return [heading, _pairs(part, [field.name for field in dataclasses.fields(part)])]
 
 
 def _pairs(part: object, names: Sequence[str]) -> list[list[str]]:

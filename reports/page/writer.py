@@ -12,7 +12,7 @@ from pathlib import Path
 from harness._version import VERSION
 from reports.charts import Figure, Style
 from reports.page.curves import figure_data, figure_pictures, record_ids
-from reports.page.payload import MAX_PROBLEMS, MAX_RECORDS, InternTable, record_data, shown_records, table_data
+from reports.page.payload import MAX_PROBLEMS, MAX_RECORDS, InternTable, Json, record_data, shown_records, table_data
 from reports.page.run_artifacts import pictures, run_recipes, sample_grids
 from reports.sections import Table
 from results.records import Record
@@ -36,7 +36,7 @@ def page_data(
     record_files: Sequence[Path],
     problems: Sequence[Problem],
     conflicts: Sequence[str],
-) -> dict[str, object]:
+) -> Json:
     """The data of a report's page for `write_page`, without the pictures.
 
     records: those that were loaded; published: the paper's. styles: of the models, as in the figures. record_files: their
@@ -78,16 +78,16 @@ def page_data(
     }
 
 
-def write_page(data: Mapping[str, object], figures: Sequence[Figure], files: Mapping[str, bytes]) -> bytes:
+def write_page(data: Json, figures: Sequence[Figure], files: Mapping[str, bytes]) -> bytes:
     """The page of a report. data: of `page_data`, for the same figures.
 
     files: the report's other files; readers without scripts see its SVG figures.
     """
-    told = [
+    drawn = [
         each | {"pictures": figure_pictures(figure, files)}
         for figure, each in zip(figures, data["figures"], strict=True)
     ]
-    return _assembled({**data, "figures": told}, files)
+    return _assembled({**data, "figures": drawn}, files)
 
 
 def _place(table: Table) -> int:
@@ -95,7 +95,7 @@ def _place(table: Table) -> int:
     return 0 if table.name == "table-verdicts" else 2 if re.fullmatch(r"table-\d", table.name) else 1
 
 
-def _assembled(data: dict[str, object], files: Mapping[str, bytes]) -> bytes:
+def _assembled(data: Json, files: Mapping[str, bytes]) -> bytes:
     style = _asset("page.css")
     script = "'use strict';\n(() => {\n" + "\n".join(_asset(name) for name in SCRIPTS) + "})();\n"
     policy = _POLICY.format(script=_hash(script), style=_hash(style))
