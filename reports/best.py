@@ -1,4 +1,4 @@
-"""Which value of a column is the best, and which are tied with it: published values and measured ones apart."""
+"""The best value of a column and the values tied with it, among published values and among measured ones."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ BEST, TIE = "best", "tie"
 PUBLISHED_RULE = "of the published values the best as printed (they have no interval)"
 MEASURED_RULE = (
     "of the measured values the best; a gap of at most the root of the sum of the squared 95 % half-widths of sampling "
-    "is a tie (it speaks of these checkpoints; a value without an interval is taken as it is)"
+    "is a tie (of these checkpoints, not of the backbones; a value without an interval counts as exact)"
 )
 
 
 def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[dict[tuple[str, str], str]]:
-    """For each row: metric -> "best", or "tie" for each of several that lead together.
+    """For each row: metric -> "best", or "tie" where several lead together.
 
     Only columns of two values or more have marks, and only where the direction of the metric is known. Published values
     compete as they are printed, measured ones with their intervals, and neither with the other: the noise of a published
@@ -47,7 +47,7 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
 
 
 def remark(rows: Sequence[Row], marks: Sequence[dict[tuple[str, str], str]]) -> str:
-    """What bold means in a section with these marks; "" without any."""
+    """What bold means in a section with these marks; "" without marks."""
     marked = {row.is_published for row, found in zip(rows, marks, strict=True) if found}
     if not marked:
         return ""

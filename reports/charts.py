@@ -1,6 +1,6 @@
-"""What a figure is: panels of series of marks, from which PNG, SVG, PDF, CSV and the page's charts are all made.
+"""Figures as data: panels of series of marks, from which PNG, SVG, PDF, CSV and the page's charts are made.
 
-A figure is plain data and a pure function of records; nothing here draws. How a model looks is here too, so that it looks
+A figure is a pure function of records; nothing here draws. The style of a model is chosen here too, so that a model looks
 the same in every figure.
 """
 
@@ -13,17 +13,17 @@ import numpy as np
 from reports.render import csv_text
 from results.records import Record
 
-SCALES = ("linear", "log", "names")  # names: x is 0, 1, 2, ... and the marks' texts are what stands there
+SCALES = ("linear", "log", "names")  # names: x is 0, 1, 2, ... and is labelled with the marks' texts
 KINDS = ("line", "points", "bubbles", "bars", "fit", "band")
 PROVENANCES = ("published", "measured", "fit")
 
-# Ten colours that stay apart under every common colour blindness and can be read on white: found by a search for the
-# largest smallest distance in CIELAB over simulated protanopia, deuteranopia, tritanopia and none.
+# Ten colours that are readable on white and differ under every common colour blindness: a search maximised the smallest
+# distance in CIELAB over simulated protanopia, deuteranopia, tritanopia and none.
 COLOURS = (
     *("#0088ee", "#aa3311", "#779977", "#660033"),  # the sizes S, B, L, XL of the paper
     *("#bb8800", "#5533dd", "#dd66bb", "#336677", "#331166", "#442200"),
 )
-NO_MODEL = "#555555"  # of what belongs to no model: fits, frontiers
+NO_MODEL = "#555555"  # colour of fits and frontiers
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 DASHES = ("solid", "dashed", "dashdot", "dotted")
 _DIT_SIZES = ("s", "b", "l", "xl")
@@ -52,8 +52,8 @@ class Axis:
 class Mark:
     """One point, bubble, bar, or place on a line or band.
 
-    low, high: the ends of its bar, in the units of y. size: what the area of a bubble is proportional to.
-    text: what is written at it. record_ids: the records behind it (several: y is their mean). facts: (name, text).
+    low, high: the ends of its interval, in the units of y. size: the area of a bubble is proportional to it.
+    text: written at the mark. record_ids: its records (of several, y is the mean). facts: (name, text) for the page.
     """
 
     x: float
@@ -68,10 +68,10 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-    """Marks that belong together, in the order of x."""
+    """Marks of one model and kind, in the order of x."""
 
-    label: str  # written beside the last mark of a line or fit; of points and bubbles the marks' texts are written
-    model: str  # decides the style; "" for what belongs to no model
+    label: str  # written beside the last mark of a line or fit; points and bubbles have the texts of their marks
+    model: str  # decides the style; "" for fits and frontiers
     kind: str  # of KINDS
     provenance: str  # of PROVENANCES
     marks: tuple[Mark, ...]
@@ -80,20 +80,20 @@ class Series:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One pair of axes. Marks of different panels may not be comparable."""
+    """One pair of axes. Marks of different panels need not be comparable."""
 
-    heading: str  # what the records of the panel agree in
+    heading: str  # what the records of the panel have in common
     x: Axis
     y: Axis
     series: tuple[Series, ...]
-    title: str = ""  # what this panel shows beside others of the same records
-    note: str = ""  # what a reader must know: what bars are, what was left out
+    title: str = ""  # tells the panel from others of the same records
+    note: str = ""  # what bars are, what was left out, ...
     starts_row: bool = False  # begins a new row of panels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """Pictures in rows (models) and columns (samples); what the pictures of one column have in common is above it."""
+    """Pictures in rows (models) and columns (samples), with names of rows and columns."""
 
     heading: str
     rows: tuple[str, ...]
@@ -104,14 +104,14 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure, and its data with nothing rounded (rows, for CSV; the same keys in every row)."""
+    """One figure, and its data (rows, for CSV): nothing is rounded, and every row has the same keys."""
 
     name: str  # file name without extension: "figure-8", "pareto"
     title: str
     panels: tuple[Panel, ...]
     rows: tuple[dict[str, object], ...]
     grids: tuple[Grid, ...] = ()
-    columns: int = 2  # most panels in a row
+    columns: int = 2  # the most panels in a row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,16 +124,16 @@ class Style:
 
 
 def model_of(record: Record) -> str:
-    """What decides the colour of a record's marks."""
+    """The model of a record, which decides the style of its marks."""
     return record.backbone or record.system
 
 
 def model_styles(records: Iterable[Record]) -> dict[str, Style]:
-    """The style of every model of `records` (published ones among them), the same in all figures made of them.
+    """Model -> style for all figures made of these records, measured and published ones.
 
-    DiT-S, -B, -L and -XL have a colour a size and a marker a patch, as in the paper. All other models take the remaining
-    colours: measured ones first and by name, a colour each; then published ones, a colour a family and a marker a member.
-    Beyond ten colours markers and dashes differ.
+    DiT-S, -B, -L and -XL have a colour for each size and a marker for each patch, as in the paper. The other models take
+    the remaining colours: first each measured model by name, then each published family, with a marker for each member.
+    After ten colours markers and dashes differ.
     """
     measured: dict[str, bool] = {}
     costed: dict[str, bool] = {}
@@ -152,7 +152,7 @@ def model_styles(records: Iterable[Record]) -> dict[str, Style]:
             families.setdefault(model if measured[model] else _family(model), []).append(model)
     own = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])
     for index, members in enumerate(families.values()):
-        # What is published never takes the colour of a size: it stands beside DiTs in every panel.
+        # Published models never take the colour of a DiT size, because DiTs are in their panels.
         order = own if measured[members[0]] else own[: -len(_DIT_SIZES)]
         again, place = divmod(index, len(order))
         for number, model in enumerate(members):
@@ -162,9 +162,9 @@ def model_styles(records: Iterable[Record]) -> dict[str, Style]:
 
 
 def series_styles(panel: Panel, styles: Mapping[str, Style]) -> list[Style]:
-    """The style of each series of a panel: of its model, with another marker and dash for further lines of one model."""
+    """The style of each series of a panel: its model's, with other markers and dashes for further lines of the model."""
     found = []
-    before: dict[tuple[str, str], int] = {}  # series of one model and kind: they share a colour and differ in the rest
+    before: dict[tuple[str, str], int] = {}  # (model, kind) -> number of series so far
     for each in panel.series:
         again = 0 if each.kind == "points" else before.get((each.model, each.kind), 0)
         before[each.model, each.kind] = again + 1
@@ -176,7 +176,7 @@ def series_styles(panel: Panel, styles: Mapping[str, Style]) -> list[Style]:
 
 
 def _family(model: str) -> str:
-    """`adm`, `adm-u`, `ldm`, ...: a published network's name without sizes and without the classifier that guides it."""
+    """`adm`, `adm-u`, `ldm`, ...: the name of a published network without sizes and without its guidance classifier."""
     if model.startswith("dit-"):
         return model
     names = sorted(re.sub(r"(-\d+)+$", "", part) for part in model.split("+") if "-classifier-" not in part)

@@ -1,4 +1,4 @@
-"""How names and numbers are written: metric titles, intervals, counts, and the facts that a footnote may state."""
+"""How names and numbers are written: metric titles, intervals, counts, and the metadata of rows for footnotes."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ METADATA = (
     *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
     *("system settings", "metric mode", "protocol"),
 )
-# What a note states only of rows that would look alike without it: hashes, and what moves low bits.
+# What notes state only of rows that would look alike otherwise: hashes, and settings that move low bits.
 DISTINGUISHING_METADATA = (
     *(
         "backbone",
@@ -35,9 +35,9 @@ DISTINGUISHING_METADATA = (
 
 
 def metric_name(key: str, n: int | None = None, mode: str = "", features: str | None = None) -> str:
-    """`FID-50K`, `Precision (adm)`; "-50K" only where N is 50,000, and no N where it is None.
+    """`FID-50K`, `Precision (adm)`. n None: without N; "-50K" stands for exactly 50,000.
 
-    features: name of the feature network; KID and IS are called so only on Inception's (or where none is named).
+    features: name of the feature network; KID and IS have these names only on Inception's features. None: Inception's.
     """
     metric = known(key)
     name = key
@@ -50,13 +50,13 @@ def metric_name(key: str, n: int | None = None, mode: str = "", features: str | 
 
 
 def metric_title(key: str, n: int | None, mode: str = "", features: str | None = None) -> str:
-    """The name of a metric with the arrow that says which way is better, as the registry has it."""
+    """The name of a metric with an arrow to the better side, as the registry states it."""
     metric = known(key)
     return metric_name(key, n, mode, features) + _arrow(None if metric is None else metric.higher_is_better)
 
 
 def title_of(records: Sequence[Record], *, names_n: bool = True) -> str:
-    """The title of the metric that these comparable records are of; no arrow where its direction is not known."""
+    """The title of the metric of these comparable records; without an arrow where its direction is not known."""
     first = records[0]
     evaluation = first.evaluation
     mode, features = (evaluation.mode, evaluation.features) if evaluation is not None else (None, None)
@@ -69,12 +69,12 @@ def _arrow(higher_is_better: bool | None) -> str:
 
 
 def features_of(record: Record) -> str | None:
-    """Name of the feature network that a record was judged by."""
+    """Name of the feature network of a record's evaluation."""
     return record.evaluation.features if record.evaluation is not None else None
 
 
 def measured_text(value: float, low: float | None, high: float | None) -> str:
-    """`3.27 [3.21, 3.33]`: decimals for two digits of the interval; without one, four significant digits."""
+    """`3.27 [3.21, 3.33]`: as many decimals as show two digits of the interval's width, or four significant digits."""
     if low is None or high is None:
         return f"{value:.4g}"
     width = high - low
@@ -85,7 +85,7 @@ def measured_text(value: float, low: float | None, high: float | None) -> str:
 
 
 def count_text(count: int | None) -> str:
-    """`400K`, `7M`, `1301K`, `800`; a dash for what is not known."""
+    """`400K`, `7M`, `1301K`, `800`; a dash for None."""
     if count is None:
         return "-"
     for unit, size in (("M", 1_000_000), ("K", 1000)):
@@ -95,7 +95,7 @@ def count_text(count: int | None) -> str:
 
 
 def quantity_text(value: float | None) -> str:
-    """Gflops and the like: two decimals as the paper prints them, four digits below 1; a dash for not known."""
+    """Gflops and the like: two decimals as the paper prints them, four digits below 1, a dash for None."""
     if value is None:
         return "-"
     if abs(value) >= 1e5:
@@ -111,7 +111,7 @@ def params_text(params: int | None) -> str:
 
 
 def guidance_text(record: Record) -> str:
-    """`none`, `1.5`, `1.5 (first-3)` or `1 (classifier)`; a dash where the source does not say."""
+    """`none`, `1.5`, `1.5 (first-3)` or `1 (classifier)`; a dash where it is not known."""
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
         return "-"
@@ -122,7 +122,7 @@ def guidance_text(record: Record) -> str:
 
 
 def row_metadata(record: Record) -> dict[str, str]:
-    """What belongs to a row beside its columns, in words: the material of footnotes. Unknown facts are absent."""
+    """Name -> text of what a row's columns do not show: the material of footnotes. What is not known is absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
     found: dict[str, object] = {
         "protocol": record.protocol,
@@ -162,7 +162,7 @@ def row_metadata(record: Record) -> dict[str, str]:
 
 
 def distinguishing_metadata(record: Record) -> dict[str, str]:
-    """The facts of DISTINGUISHING_METADATA. Unknown ones are absent."""
+    """Name -> text of DISTINGUISHING_METADATA. What is not known is absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
     found: dict[str, object] = {
         "backbone": record.backbone,
@@ -201,7 +201,7 @@ def _words(found: dict[str, object]) -> dict[str, str]:
 
 
 def key_text(record: Record) -> str:
-    """What the rows of one table agree in, in words."""
+    """In words, what all rows of one table have in common."""
     evaluation = record.evaluation
     text = f"{record.dataset}, {record.resolution}x{record.resolution}, N = {record.n:,}"
     if evaluation is None:
@@ -214,7 +214,7 @@ def key_text(record: Record) -> str:
 
 
 def _settings_text(sampling: Sampling) -> str | None:
-    """In words, with the hash of everything that the words leave out."""
+    """The settings of a system in words, with the hash of all of them."""
     digest = _short(sampling.settings_hash)
     return f"{sampling.settings} ({digest})" if sampling.settings else digest
 

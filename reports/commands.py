@@ -1,6 +1,6 @@
-"""The command that reproduces a record, or the sentence that says what is wanting for one.
+"""The commands that reproduce a record, or a sentence that says what is missing for them.
 
-Names in capitals that end in _FILE or _FOLDER stand for what the reader has to bring; a note says so.
+Names in capitals that end in _FILE or _FOLDER stand for files that the reader has to supply; a note says so.
 """
 
 import dataclasses
@@ -35,8 +35,11 @@ RECIPE_ITEMS = ("batch", "learning_rate", "ema_decay", "objective", "schedule") 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """commands: for a shell, to be given one after the other; empty where there is none. notes: whole sentences to be
-    said before them. brought: the sentence on what the reader has to name in them, "" where that is nothing."""
+    """Shell commands that measure a record again.
+
+    commands: in their order; empty if there are none. notes: sentences to be shown before them. brought: a sentence on
+    the files that the reader has to name in them, "" if there are none.
+    """
 
     commands: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -44,18 +47,18 @@ class Reproduction:
 
 
 def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | None = None) -> Reproduction:
-    """How `record` is measured again.
+    """The commands that measure `record` again.
 
-    recipes: recipe hash -> the recipe's items without `steps`, as a run.json has them; a recipe that is neither among
-    them nor the protocol's with what the record itself names is known by its hash alone, and then there is no command.
-    Never raises for what a record says.
+    recipes: recipe hash -> the recipe's items without `steps`, as in a run.json. A recipe that is neither among them nor
+    the protocol's with the settings that the record states is known by its hash alone; then there is no command.
+    Never raises, whatever the record states.
     """
     try:
         made = _reproduction(record, recipes or {})
     except UserError as error:
         return Reproduction(notes=(f"No command can ask for what this record says: {error}.",))
     if not all(command.isprintable() for command in made.commands):
-        return Reproduction(notes=("A name in this record holds control characters, so no command is given.",))
+        return Reproduction(notes=("A name in this record has control characters, so no command is given.",))
     brought = sorted(
         {word for command in made.commands for word in re.findall(r"\b[A-Z_0-9]+_(?:FILE|FOLDER)\b", command)}
     )
@@ -78,18 +81,18 @@ def _reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]]) -
 
 
 def _is_of_a_run(record: Record) -> bool:
-    """Rather than of a system, whose records do not say how the arithmetic of each part's training was."""
+    """Whether it is of a run, not of a system: records of systems do not state the precision of training."""
     training = record.training
     return training is not None and (training.micro_batch is not None or training.precision is not None)
 
 
 def _run(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
-    """`harness run`, and `harness evaluate` after it where the protocol would not evaluate so."""
+    """`harness run`, followed by `harness evaluate` if the record's suite is not the protocol's."""
     training, sampling = record.training, record.sampling
     assert training is not None and sampling is not None
     protocol, notes = _protocol(record)
     if training.recipe_hash is None or sampling.steps is None or sampling.sampler is None or record.backbone is None:
-        return Reproduction(notes=("The record does not say in full how it was trained and sampled.",))
+        return Reproduction(notes=("The record does not state all of its training and sampling.",))
     recipe, reason = _recipe(training, protocol, recipes)
     if reason:
         return Reproduction(notes=(reason,))
@@ -97,10 +100,10 @@ def _run(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reprodu
         for name in ("clip_denoised", "uint8_rule"):
             used, ours = getattr(sampling, name), getattr(protocol.sampling, name)
             if used is not None and used != ours:
-                text = f"It was sampled with {name} {used}, which protocol {protocol.name} fixes to {ours}"
-                return Reproduction(notes=(f"{text}: a protocol file of your own can have it.",))
+                text = f"It was sampled with {name} {used}, but protocol {protocol.name} fixes {name} to {ours}"
+                return Reproduction(notes=(f"{text}; a protocol file of your own can set it.",))
     if record.backbone not in registry.backbones:
-        notes.append(f"Backbone {record.backbone!r} is not installed here: it needs the plug-in that brings it.")
+        notes.append(f"Backbone {record.backbone!r} is not installed: install the plug-in that provides it.")
     usual = dataclasses.asdict(protocol.recipe) if protocol else {}
     settings = _recorded(record, protocol)
     settings["set"] = {name: value for name, value in recipe.items() if name not in usual or value != usual[name]}
@@ -143,7 +146,7 @@ def _recorded(record: Record, protocol: Protocol | None) -> dict[str, Any]:
 def _recipe(
     training: Training, protocol: Protocol | None, recipes: Mapping[str, Mapping[str, object]]
 ) -> tuple[dict[str, object], str]:
-    """The items of the recipe but `steps`, or why they are not known."""
+    """The items of the recipe without `steps`, or a sentence on why they are not known."""
     digest = training.recipe_hash or ""
     if digest in recipes:
         return dict(recipes[digest]), ""
@@ -161,7 +164,7 @@ def _recipe(
 
 @functools.lru_cache(maxsize=1024)
 def _overridden(protocol: Protocol, stated: tuple[tuple[str, object], ...]) -> tuple[str, dict[str, object]]:
-    """Hash and items of the protocol's recipe with these items; "" where no recipe can have them."""
+    """Hash and items of the protocol's recipe with these items; ("", {}) if no recipe can have them."""
     try:
         found = recipe_identity(override(protocol.recipe, dict(stated)))
     except UserError:
@@ -173,7 +176,7 @@ def _system(record: Record) -> Reproduction:
     """`harness sample --system` and `harness evaluate`."""
     commands, notes = _system_commands(record)
     if not commands:
-        text = f"System {record.system!r} is not one of `harness list systems`: it needs the TOML file that names it."
+        text = f"System {record.system!r} is not in `harness list systems`: its TOML file is needed."
         return Reproduction(notes=(text,))
     digest = record.training.checkpoint_sha256 if record.training else None
     if digest:
@@ -182,7 +185,7 @@ def _system(record: Record) -> Reproduction:
 
 
 def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Commands for the registered system of the record's name, and the reason where it cannot be run."""
+    """Commands for the registered system of the record's name, and the reason if it cannot be run."""
     if record.system not in registry.systems:
         return (), ()
     system, sampling = registry.systems.get(record.system), record.sampling
@@ -207,17 +210,19 @@ def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _samples(record: Record) -> Reproduction:
-    """`harness evaluate` of samples from elsewhere."""
+    """`harness evaluate` of samples that the harness did not make."""
     digest = record.sampling.samples_sha256 if record.sampling else None
-    which = f"the samples with sha256 {digest[:12]}" if digest else "the samples, whose hash the record does not name"
-    note = f"The record does not say how its samples were made. SAMPLES_FILE: {which}."
+    which = f"the samples with sha256 {digest[:12]}" if digest else "the samples, whose hash the record does not state"
+    note = f"The record does not state how its samples were made. SAMPLES_FILE: {which}."
     if record.evaluation is None:
-        return Reproduction(notes=("The record says neither how its samples were made nor who judged them.",))
+        return Reproduction(
+            notes=("The record states neither how its samples were made nor which suite measured them.",)
+        )
     return Reproduction(commands=(_evaluate(record, "SAMPLES_FILE", named=True),), notes=(note,))
 
 
 def _published(record: Record) -> Reproduction:
-    """Where it is printed, and what would measure the same thing."""
+    """Where the number is printed, and the commands that would measure it."""
     source = record.source
     assert source is not None  # of every published record
     printed = f"Printed in {ORIGIN}, {source.table}, row {source.row!r}, column {source.column!r}."
@@ -289,7 +294,7 @@ def _reference(record: Record) -> str:
 
 
 def _decoder_word(name: str) -> str:
-    """What --decoder takes for the decoder that records call so."""
+    """The value of --decoder for the name of a decoder in records."""
     short = next((short for short, known in KNOWN.items() if known.record_name == name), None)
     return short or "DECODER_FOLDER"
 
@@ -305,7 +310,7 @@ def _protocol(record: Record) -> tuple[Protocol | None, list[str]]:
         return None, [f"Protocol {record.protocol!r} is not built in."]
     protocol, version = registry.protocols.get(record.protocol), record.protocol_version
     if version not in (None, str(protocol.version)):
-        text = f"Measured under version {version} of protocol {protocol.name}; here is version {protocol.version}."
+        text = f"Measured under version {version} of protocol {protocol.name}; the installed version is {protocol.version}."
         return protocol, [text]
     return protocol, []
 

@@ -1,4 +1,4 @@
-"""What the harness counts for the networks of the paper's tables, to stand beside what the paper prints."""
+"""Counts of the harness for the networks of the paper's tables, to be compared with the printed figures."""
 
 import functools
 from typing import NamedTuple
@@ -6,13 +6,13 @@ from typing import NamedTuple
 from harness.registry import backbones
 from results.paper import PublishedValue
 
-LATENT_FACTOR = 8  # pixels a side of a cell of Stable Diffusion's auto-encoder, which the DiTs are trained on
+LATENT_FACTOR = 8  # image side over latent side of Stable Diffusion's autoencoder, in whose latents DiTs are trained
 GFLOPS_COLUMNS = ("Gflops (I=32, p=4)", "Flops (G)", "Base Flops (G)", "Upsampler Flops (G)", "Total Flops (G)")
 PARAMS_COLUMN = "Params (M)"
 
 
 class Counted(NamedTuple):
-    """A count and how far it is from the printed figure, in %: 0 where it rounds to it."""
+    """A count and its deviation from the printed figure in %: 0 where the count rounds to the figure."""
 
     value: float
     text: str  # with the decimals of the printed figure
@@ -20,7 +20,7 @@ class Counted(NamedTuple):
 
 
 def counted(cell: PublishedValue) -> Counted | None:
-    """The closed-form count behind a printed figure of Gflops or parameters; None for other cells and blanks."""
+    """The closed-form count for a printed figure of Gflops or parameters; None for other cells and blanks."""
     if not cell.value or cell.column not in (*GFLOPS_COLUMNS, PARAMS_COLUMN):
         return None
     counts = [_count(name, cell.resolution) for name in cell.backbone.split("+")]
@@ -33,8 +33,10 @@ def counted(cell: PublishedValue) -> Counted | None:
 
 @functools.cache
 def _count(backbone: str, resolution: int | None) -> tuple[float, float]:
-    """(Gflops, millions of parameters) of one forward pass; resolution None: at the network's own default."""
+    """(Gflops, millions of parameters) of one forward pass; resolution None: at the network's default size."""
     spec = backbones.get(backbone)
-    is_dit = backbone.startswith("dit-") and resolution is not None
-    compute = spec.count(**({"input_size": resolution // LATENT_FACTOR} if is_dit else {}))
+    sizes = {}
+    if backbone.startswith("dit-") and resolution is not None:
+        sizes["input_size"] = resolution // LATENT_FACTOR
+    compute = spec.count(**sizes)
     return compute.gflops, compute.params / 1e6

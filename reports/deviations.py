@@ -1,4 +1,4 @@
-"""What the paper prints and what was measured here for the same experiment, side by side."""
+"""Printed and measured values of the same experiment, side by side."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,57 +9,57 @@ from reports.sections import DEVIATION_PARTS, Section, make_line
 from results.records import Record, comparable_key
 
 REMARK = (
-    "Ours with the 95 % interval over the draw of the samples, which does not cover training again. What no footnote "
-    "names agrees with the paper or is not stated there."
+    "Ours with the 95 % interval over the draw of the samples, which does not cover training again. Settings without a "
+    "footnote agree with the paper or are not stated there."
 )
-# What the two must agree in wherever both state it, beside the backbone and what may share a table.
+# Settings in which the two must agree where both state them, besides the backbone and the comparable key.
 _EXPERIMENT = (("training", "steps"), ("training", "batch"), ("sampling", "sampler"), ("sampling", "steps"))
 
 
 class Pair(NamedTuple):
-    """A published row, the measured one of the same experiment, and the metrics that both have."""
+    """A published row and a measured row of the same experiment."""
 
     published: Row
     measured: Row
 
     @property
     def metrics(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-        """(published, measured) keys of each metric, in the order of the published row."""
-        pairs = []
+        """(published, measured) keys of each metric that both rows have, in the order of the published row."""
+        pairs: list[tuple[tuple[str, str], tuple[str, str]]] = []
         for key in self.published.records:
             modes = sorted(mode for metric, mode in self.measured.records if metric == key[0])
             pairs += [(key, (key[0], modes[0]))] if modes else []
         return pairs
 
     def deviation(self, published: tuple[str, str], measured: tuple[str, str]) -> float | None:
-        """Of our value from the printed one, in %."""
+        """Deviation of our value from the printed one in %; None where that is 0."""
         printed = self.published.records[published].value
         return 100 * (self.measured.records[measured].value - printed) / printed if printed else None
 
 
 def may_share(published: Record, record: Record) -> bool:
-    """Whether a record may stand in a published table: the key agrees in everything that the paper states.
+    """Whether a record may join a published table: its comparable key agrees in everything that the paper states.
 
-    The paper names its suite but gives no hash of the feature network or the reference.
+    The paper names its suite, but not the hashes of the feature network and the reference.
     """
     pairs = zip(comparable_key(published), comparable_key(record), strict=True)
     return all(stated is None or stated == found for stated, found in pairs)
 
 
 def pairs(published: Iterable[Row], measured: Iterable[Row]) -> list[Pair]:
-    """The measured rows that one published row alone is the experiment of."""
+    """Each measured row with the published row of the same experiment, where exactly one is."""
     published = [row for row in published if row.is_published]
     found = []
     for row in measured:
-        twins = [other for other in published if _is_same_experiment(other.any, row.any)]
+        twins = [other for other in published if _is_same_experiment(other.representative, row.representative)]
         found += [Pair(twins[0], row)] if len(twins) == 1 else []
     return found
 
 
 def _is_same_experiment(published: Record, record: Record) -> bool:
-    """Backbone, training length, sampler, steps, guidance and decoder agree.
+    """Whether backbone, training length, sampler, steps, guidance and decoder agree.
 
-    What a record leaves open (the training of released weights) is taken for the paper's if it has the paper's system.
+    What a record does not state (the training of released weights) counts as the paper's if the systems agree.
     """
     if record.backbone is None or record.backbone != published.backbone or not may_share(published, record):
         return False
@@ -78,8 +78,10 @@ def _is_same_experiment(published: Record, record: Record) -> bool:
 
 
 def guidance_scale(record: Record) -> float | None:
-    """None without guidance, or where nothing is said of it."""
-    return None if guidance_text(record) in ("none", "-") else record.sampling.guidance_scale
+    """The guidance scale; None without guidance, or where it is not stated."""
+    if record.sampling is None or guidance_text(record) in ("none", "-"):
+        return None
+    return record.sampling.guidance_scale
 
 
 def deviation_section(found: Sequence[Pair]) -> Section:
@@ -87,25 +89,27 @@ def deviation_section(found: Sequence[Pair]) -> Section:
     footnotes: dict[str, int] = {}
     lines = []
     for pair in found:
-        differences = _differences(pair.published.any, pair.measured.any)
+        differences = _differences(pair.published.representative, pair.measured.representative)
         marks = [footnotes.setdefault(differences, len(footnotes))] if differences else []
         for theirs, ours in pair.metrics:
             printed, measured = pair.published.records[theirs], pair.measured.records[ours]
             deviation = pair.deviation(theirs, ours)
-            inside = None if measured.low is None else measured.low <= printed.value <= measured.high
+            inside = "no interval"
+            if measured.low is not None and measured.high is not None:
+                inside = "inside" if measured.low <= printed.value <= measured.high else "outside"
             cells = (
-                Cell(pair.published.any.source.row),
+                Cell(pair.published.representative.row),
                 Cell(model_text(pair.measured)),
                 Cell(metric_title(ours[0], measured.n, ours[1])),
                 pair.published.cell(theirs),
                 pair.measured.cell(ours),
                 Cell("-") if deviation is None else Cell(f"{deviation:+.1f} %", deviation),
-                Cell({None: "no interval", True: "inside", False: "outside"}[inside]),
+                Cell(inside),
             )
             lines.append(make_line(cells, published=False, notes=marks))
     titles = ("Paper's row", "Our row", "Metric", "Paper", "Ours", "Deviation", "Paper's value in our interval")
     return Section(
-        heading=f"Paper and ours: {key_text(found[0].measured.any)}",
+        heading=f"Paper and ours: {key_text(found[0].measured.representative)}",
         columns=titles,
         lines=tuple(lines),
         footnotes=tuple(footnotes),
@@ -114,8 +118,8 @@ def deviation_section(found: Sequence[Pair]) -> Section:
 
 
 def deviation_data(pair: Pair) -> dict[str, object]:
-    """What the data of the measured row says of its pair."""
-    entry: dict[str, object] = {"paper_row": pair.published.any.source.row}
+    """The columns that the pair adds to the data of its measured row."""
+    entry: dict[str, object] = {"paper_row": pair.published.representative.row}
     for theirs, ours in pair.metrics:
         name = f"{ours[0]}_{ours[1]}" if ours[1] else ours[0]
         values = (pair.published.text(theirs), pair.deviation(theirs, ours))
@@ -126,14 +130,14 @@ def deviation_data(pair: Pair) -> dict[str, object]:
 def model_text(row: Row) -> str:
     """The paper's name of a published row; system, training steps and seed of a measured one."""
     if row.is_published:
-        return row.any.source.row
-    training = row.any.training
+        return row.representative.row
+    training = row.representative.training
     words = []
     if training is not None and training.steps is not None:
         words.append(f"{count_text(training.steps)} steps")
     if training is not None and training.seed is not None:
         words.append(f"seed {training.seed}")
-    return f"{row.any.system} ({', '.join(words)})" if words else row.any.system
+    return f"{row.representative.system} ({', '.join(words)})" if words else row.representative.system
 
 
 def _differences(published: Record, record: Record) -> str:

@@ -1,4 +1,4 @@
-"""Figures drawn: PNG for screens, SVG and PDF for papers.
+"""Drawing of figures: PNG for screens, SVG and PDF for papers.
 
 Drawing is deterministic: the same figure gives the same bytes under one matplotlib version.
 """
@@ -18,7 +18,7 @@ from reports.labels import Label, place_labels, place_texts
 from reports.render import one_line
 
 DOTS_PER_INCH = 160
-_FILES = {  # kind -> what would make the bytes differ from run to run, left out
+_FILES = {  # kind -> metadata to leave out, because it would differ from run to run
     "png": {"Software": None},
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -52,7 +52,7 @@ def draw(figure: Figure, styles: Mapping[str, Style], kinds: Sequence[str] = tup
 
 
 def get_ready() -> None:
-    """Loads all that the first figure would have to wait for: libraries, fonts, backends."""
+    """Load what the first figure needs: libraries, fonts, backends."""
     marks = (Mark(x=1.0, y=1.0, text="x"), Mark(x=2.0, y=2.0))
     series = Series(label="x", model="", kind="line", provenance="measured", marks=marks)
     panel = Panel(heading="x", title="x", x=Axis(title="x"), y=Axis(title="y"), series=(series,))
@@ -65,7 +65,7 @@ def _theme() -> Iterator[None]:
 
     matplotlib.use("Agg")
     with warnings.catch_warnings():
-        # seaborn's own use of pandas and matplotlib; not ours to mend, and no figure depends on it.
+        # Warnings about seaborn's use of pandas and matplotlib; no figure depends on it.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=PendingDeprecationWarning)
         import seaborn
@@ -86,7 +86,7 @@ def _theme() -> Iterator[None]:
 
 
 def _sheet(figure: Figure, styles: Mapping[str, Style]):
-    """The whole figure: panels in rows, each with room of its own, so that no layout has to be solved."""
+    """The whole figure: panels in rows, at computed places, so that no layout has to be solved."""
     import matplotlib.pyplot as plt
 
     places = _places(figure)
@@ -109,7 +109,7 @@ def _sheet(figure: Figure, styles: Mapping[str, Style]):
 
 
 def _grids(figure: Figure):
-    """A figure of pictures: a row of tiles a model, pixels repeated and never smoothed."""
+    """A figure of pictures: a row of tiles for each model, enlarged by repeating pixels."""
     import matplotlib.pyplot as plt
 
     names = 0.3 + 0.085 * max(len(name) for grid in figure.grids for name in grid.rows)  # inches beside the tiles
@@ -121,8 +121,7 @@ def _grids(figure: Figure):
     heights = [0.3 + _LINE * len(head) + _TILE * len(grid.rows) for head, grid in zip(heads, figure.grids, strict=True)]
     width, height = max(widths), sum(heights) + _TITLE + 0.2
     sheet = plt.figure(figsize=(width, height))
-    title = {"fontsize": 13, "fontweight": "bold", "va": "top", "parse_math": False}
-    sheet.text(0.1 / width, 1 - 0.14 / height, figure.title, **title)
+    sheet.text(0.1 / width, 1 - 0.14 / height, figure.title, fontsize=13, fontweight="bold", va="top", parse_math=False)
     top = height - _TITLE
     for head, grid, used in zip(heads, figure.grids, heights, strict=True):
         rows, columns, tall, wide, channels = grid.tiles.shape
@@ -201,7 +200,7 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
 
 
 def _radius(mark: Mark, largest: float) -> float:
-    """Of a bubble, in points."""
+    """Radius of a bubble in points."""
     area = max(_BUBBLE * (mark.size or 0.0) / largest, 12.0) if largest else 60.0
     return math.sqrt(area / math.pi)
 
@@ -226,7 +225,7 @@ def _line(axes, series: Series, style: Style, largest: float) -> None:
 
 
 def _points(axes, panel: Panel, styles: Sequence[Style]) -> None:
-    """The marks of all series of points, as few things to draw as there are kinds of markers."""
+    """Draw the marks of all series of points, as one artist for each kind of marker."""
     found: dict[tuple[str, bool], list[tuple[float, float, str, str]]] = {}
     for each, style in zip(panel.series, styles, strict=True):
         if each.kind == "points":
@@ -280,7 +279,7 @@ def _bars(axes, series: Series, style: Style, largest: float) -> None:
             fontsize=8.5,
             color="0.25",
         )
-        if mark.size is not None and largest:  # a bubble in a column of its own, beside the bars
+        if mark.size is not None and largest:  # a bubble in a separate column, beside the bars
             area = max(_BUBBLE * 0.5 * mark.size / largest, 3.0)
             axes.scatter([0.83 * end], [mark.x], s=[area], facecolor=style.colour, alpha=0.6, linewidth=0, zorder=3)
             axes.text(
@@ -311,15 +310,15 @@ _DRAW = {"line": _line, "fit": _line, "bubbles": _bubbles, "bars": _bars, "band"
 
 
 def _intervals(axes, panel: Panel, styles: Sequence[Style]) -> None:
-    """The upright bars of all marks, as one thing to draw: one for each mark takes most of the time of a panel."""
+    """Draw the intervals of all marks as one artist: one for each mark would take most of the time of a panel."""
     from matplotlib.collections import LineCollection
 
     bars, colours = [], []
     for each, style in zip(panel.series, styles, strict=True):
-        marks = [mark for mark in each.marks if mark.low is not None]
-        if each.kind in ("line", "fit", "points", "bubbles") and not each.faint and len(marks) <= 100:
-            bars += [((mark.x, mark.low), (mark.x, mark.high)) for mark in marks]
-            colours += [style.colour] * len(marks)
+        ends = [(mark.x, mark.low, mark.high) for mark in each.marks if mark.low is not None and mark.high is not None]
+        if each.kind in ("line", "fit", "points", "bubbles") and not each.faint and len(ends) <= 100:
+            bars += [((x, low), (x, high)) for x, low, high in ends]
+            colours += [style.colour] * len(ends)
     if bars:
         axes.add_collection(LineCollection(bars, colors=colours, linewidths=1.4, zorder=2), autolim=False)
 
@@ -329,7 +328,7 @@ def _set_axes(axes, panel: Panel) -> None:
     xs = [mark.x for mark in marks]
     firm = [mark for each in panel.series if each.kind != "band" for mark in each.marks]
     ys = [bound for mark in firm for bound in (mark.y, mark.low, mark.high) if bound is not None]
-    if panel.x.scale == "names":  # bars lie on their side, so that names can be read
+    if panel.x.scale == "names":  # horizontal bars, so that names can be read
         names = {mark.x: mark.text for mark in marks}
         axes.set_yticks(list(names), [_drawable(text) for text in names.values()], fontsize=9, parse_math=False)
         axes.tick_params(axis="y", length=0)
@@ -367,7 +366,7 @@ def _heading(panel: Panel) -> list[str]:
 
 
 def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, above: float) -> None:
-    """Limits with room around the values (shares of their range), and ticks that can be read."""
+    """Set limits with room around the values (below, above: shares of their range), and readable ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -381,7 +380,7 @@ def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, a
         ratio = high / low
         side.set_major_locator(LogLocator(base=10, subs=_log_steps(ratio), numticks=12))
         side.set_major_formatter(FuncFormatter(_tick_text))
-        side.set_minor_locator(NullLocator())  # hundreds of ticks to draw, for little to see
+        side.set_minor_locator(NullLocator())  # drawing hundreds of minor ticks is slow
     else:
         room = high - low or 0.2 * abs(high) or 1.0
         floor = 0.0 if low >= 0 and low < 0.25 * high else -math.inf
@@ -392,7 +391,7 @@ def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, a
 
 
 def _log_steps(ratio: float) -> tuple[int, ...]:
-    """Which multiples of the powers of ten are named on a logarithmic axis from 1 to `ratio`: three to eight in all."""
+    """The multiples of powers of ten that are ticks of a logarithmic axis from 1 to `ratio`: three to eight ticks."""
     return (1, 2, 3, 5, 7) if ratio < 8 else (1, 2, 5) if ratio < 200 else (1, 3) if ratio < 3000 else (1,)
 
 
@@ -416,7 +415,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _drawable(text: str) -> str:
-    """Text with a question mark for each character that the font lacks (drawing it would be an empty box)."""
+    """The text with a question mark for each character that is not in the font and would be an empty box."""
     known = _characters()
     return "".join(character if ord(character) in known else "?" for character in one_line(text))
 

@@ -1,4 +1,4 @@
-"""The figures of a report, as data: which there are, and the records that they are made of."""
+"""The figures of a report as data: which there are, and of which records they are made."""
 
 import contextlib
 import re
@@ -17,9 +17,9 @@ from results.records import Record
 
 
 def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Figure, ...]:
-    """Every figure that the records have something to show in, in the order of their names in the paper.
+    """Every figure that these records can fill, in the order of the paper.
 
-    records: measured and published ones. folders: where the record files lay (a run's log and samples are beside them).
+    records: measured and published ones. folders: the folders of the record files, with the logs and samples of runs.
     """
     every = tuple(records)
     measured = [record for record in every if record.provenance == "measured"]
@@ -50,13 +50,13 @@ ABSENT = {
 
 
 def absent(made: Iterable[Figure]) -> tuple[str, ...]:
-    """A sentence for each figure of the paper that needs more than records and is not among those made."""
+    """A sentence for each figure of the paper that needs more files than records and was not made."""
     names = {figure.name for figure in made}
     return tuple(text for name, text in ABSENT.items() if name not in names)
 
 
 def unseen_dits(record: Record) -> dict[str, float]:
-    """Gflops of every registered DiT with the paper's block at the input of the record's protocol, if that is known."""
+    """Name -> Gflops of every registered DiT with adaLN-Zero at the input of the record's protocol; empty if not known."""
     if record.protocol not in registry.protocols:
         return {}
     protocol = registry.protocols.get(record.protocol)
@@ -69,6 +69,6 @@ def unseen_dits(record: Record) -> dict[str, float]:
 
 
 def published_records(protocols: Iterable[str] | None = None) -> list[Record]:
-    """The paper's numbers; of the protocols named, if any."""
+    """The paper's records; only those of `protocols` unless that is None."""
     wanted = None if protocols is None else set(protocols)
     return [record for record in paper.records() if wanted is None or record.protocol in wanted]

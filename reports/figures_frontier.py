@@ -1,4 +1,4 @@
-"""Beyond the paper: who is on the frontier of quality against compute, and which size is best at a budget."""
+"""Beyond the paper: the Pareto frontier of quality and compute, and the best size at a training budget."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from reports.fits import between, frontier
 from reports.points import (
     SIGNS,
     RecordIndex,
+    at_place,
     bars_note,
     better,
     comparable_groups,
@@ -30,10 +31,10 @@ NOT_RECORDED = "energy is not in the records"
 
 
 def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
-    """`pareto`: every result against what its training and one image of it cost, and those that nobody beats in both."""
+    """`pareto`: quality against the cost of training and of an image, and the results that no other beats in both."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    printed = [record for record in published if record.metric == "fid" and record.source.table != "Section 5.2"]
+    printed = [record for record in published if record.metric == "fid" and record.table != "Section 5.2"]
     groups, more = comparable_groups(index.quality, printed)
     for group in groups:
         records = quality(group.records)
@@ -86,9 +87,9 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
 
 
 def _timed(records: Sequence[Record], seconds: Callable[[Record], float | None], device: str):
-    """(device, records with their time on it, number of other devices): that on which the most models were timed.
+    """(device on which most models were timed, records with their time on it, number of other devices).
 
-    device: the field of the environment that names it. Times of different devices say nothing of the models.
+    device: the field of the environment that names it. Times on different devices cannot be compared.
     """
     found: dict[str, list[Record]] = {}
     for record in records:
@@ -100,7 +101,7 @@ def _timed(records: Sequence[Record], seconds: Callable[[Record], float | None],
 
 
 def _settings(records: Sequence[Record]) -> list[list[Record]]:
-    """Records of one setting each: runs that differ in seeds alone."""
+    """Groups of records that differ in seeds alone."""
     settings = [sorted(own, key=lambda record: record.id) for own in settings_of(records, (), Sampling)]
     return sorted(settings, key=lambda own: (model_of(own[0]), own[0].provenance, own[0].id))
 
@@ -108,23 +109,26 @@ def _settings(records: Sequence[Record]) -> list[list[Record]]:
 def _frontier_panel(
     settings: Sequence[list[Record]], cost: Callable[[Record], float | None], name: Callable[[Record], str]
 ):
-    """(series, (record, on the frontier?) of each that is drawn); None where there are not two models to compare.
+    """(series, (record, on the frontier?) of each that is drawn, number not drawn); None for fewer than two models.
 
-    One mark is one setting, or several where they are equal in cost and value.
+    A mark is one setting, or several of equal cost and value.
     """
     settings = [own for own in settings if cost(own[0])]
     direction = better(record for own in settings for record in own)
     if len({model_of(own[0]) for own in settings}) < 2 or not direction:
         return None
-    places = [(_mean(list(map(cost, own))), sum(record.value for record in own) / len(own)) for own in settings]
+    places = []
+    for own in settings:
+        costs = [each for record in own if (each := cost(record)) is not None]
+        places.append((_mean(costs), sum(record.value for record in own) / len(own)))
     best = set(frontier(places, direction))
-    every = max(1, -(-len(settings) // MAX_POINTS))  # beyond the room of a panel every so many, and the frontier
+    every = max(1, -(-len(settings) // MAX_POINTS))  # of too many settings only every so many, and the frontier
     marks: dict[tuple[str, str, bool], list[Mark]] = {}
     printed: dict[str, set[str]] = {}  # model -> what the paper calls it, with guidance and without
-    found = []
+    found: list[tuple[Record, bool]] = []
     for index, own in enumerate(settings):
         if index in best or index % every == 0:
-            (mark,) = marks_of(own, lambda record, x=places[index][0]: x)
+            (mark,) = marks_of(own, at_place(places[index][0]))
             mark = dataclasses.replace(mark, text=name(own[0]) if index in best else "")
             marks.setdefault((model_of(own[0]), own[0].provenance, index not in best), []).append(mark)
             if own[0].source is not None:
@@ -147,19 +151,19 @@ def _frontier_panel(
 
 
 def _called(model: str, printed: Collection[str]) -> str:
-    """A published model in a legend: a DiT by its size, patch and block, for some rows print a decoder's name alone."""
+    """The name of a published model: a DiT's by size, patch and block, because some rows print only a decoder."""
     if (block := block_of(model)) or pretty(model) != model:
         return f"{pretty(model)} {block}".strip()
     return min(printed, key=lambda name: (len(name), name))
 
 
 def _mean(costs: Sequence[float]) -> float:
-    """Of seeds: one compute to the last bit, or times."""
+    """The mean over seeds; equal costs stay equal to the last bit."""
     return costs[0] if min(costs) == max(costs) else math.fsum(costs) / len(costs)
 
 
 def _stairs(marks: Sequence[Mark]) -> tuple[Mark, ...]:
-    """The frontier as it is: nothing better is to be had until the next mark is paid for."""
+    """The frontier as a staircase: quality stays the same until the next mark's cost is reached."""
     places = []
     for index, mark in enumerate(marks):
         if index:
@@ -180,7 +184,8 @@ def _sampled(record: Record) -> str:
     """`dit-xs-2, 25 sampling steps, guidance 1.5`."""
     if record.source is not None:
         return paper_name(record)
-    words = [record.system, f"{record.sampling.stage_steps or record.sampling.steps} sampling steps"]
+    sampling = record.sampling or Sampling()
+    words = [record.system, f"{sampling.stage_steps or sampling.steps} sampling steps"]
     guided = guidance_text(record) not in ("-", "none")
     return ", ".join([*words, f"guidance {guidance_text(record)}"] if guided else words)
 
@@ -223,9 +228,13 @@ def best_size(made: Sequence[Study]) -> Figure | None:
             continue
         series = []
         for budget in budgets:
-            read = [(line, gflops, between(xs, ys, budget)) for line, gflops, xs, ys in curves]
-            read = sorted((each for each in read if each[2] is not None), key=lambda each: (each[1], each[0].label))
-            winner = min(read, key=lambda each: sign * each[2])[0]
+            read = [
+                (line, gflops, value)
+                for line, gflops, xs, ys in curves
+                if (value := between(xs, ys, budget)) is not None
+            ]
+            read.sort(key=lambda point: (point[1], point[0].label))
+            winner = min(read, key=lambda point: sign * point[2])[0]
             facts = (("budget", f"{_round(budget)} Gflops"),)
             marks = tuple(
                 Mark(

@@ -1,4 +1,4 @@
-"""Quality against the Gflops of a forward pass: Figures 2 and 8, and what the scaling law predicts."""
+"""Quality against the Gflops of a forward pass: Figures 2 and 8, and the predictions of the scaling law."""
 
 import dataclasses
 import math
@@ -28,6 +28,7 @@ from reports.points import (
     SIGNS,
     Line,
     RecordIndex,
+    at_place,
     bars_note,
     better,
     comparable_groups,
@@ -38,12 +39,12 @@ from reports.points import (
 )
 from results.records import Record
 
-NEAR = 4.0  # times the range of a law's points: predictions farther off are in the CSV file alone
+NEAR = 4.0  # predictions beyond the range of a law's points times this are only in the CSV file
 CURVE_PLACES = 40  # of a fitted law
 
 
 def compute_efficiency(made: Sequence[Study], index: RecordIndex, published: Sequence[Record]) -> Figure | None:
-    """Figure 2: quality against Gflops with parameters as areas; and each system's best beside its Gflops."""
+    """Figure 2: quality against Gflops with parameters as areas; and each system's best value with its Gflops."""
     parts: list[tuple[Panel, list[dict]]] = []
     for study in made:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
@@ -76,8 +77,8 @@ def compute_efficiency(made: Sequence[Study], index: RecordIndex, published: Seq
 
 
 def _best_systems(index: RecordIndex, published: Sequence[Record]):
-    """For each set of comparable records a panel of bars, one a system at its best setting, and (name, record)."""
-    printed = [r for r in published if r.metric == "fid" and r.source.table in SYSTEMS and r.gflops]
+    """For each set of comparable records: a panel with a bar for each system at its best setting, and (name, record)."""
+    printed = [r for r in published if r.metric == "fid" and r.table in SYSTEMS and r.gflops]
     groups, _ = comparable_groups(index.quality, printed)
     for group in groups:
         best: dict[tuple, Record] = {}
@@ -87,7 +88,7 @@ def _best_systems(index: RecordIndex, published: Sequence[Record]):
         if not (sign := SIGNS[better(records)]):
             continue
         for record in records:
-            key = (record.provenance, record.source.row if record.source else record.system)
+            key = (record.provenance, record.row if record.source else record.system)
             if key not in best or (sign * record.value, record.id) < (sign * best[key].value, best[key].id):
                 best[key] = record
         if len(best) < 2:
@@ -104,7 +105,7 @@ def _best_systems(index: RecordIndex, published: Sequence[Record]):
                 provenance=record.provenance,
                 marks=tuple(
                     dataclasses.replace(mark, text=name, size=record.gflops)
-                    for mark in marks_of([record], lambda record, place=place: float(place))
+                    for mark in marks_of([record], at_place(float(place)))
                 ),
             )
             for place, (name, record) in enumerate(named)
@@ -163,9 +164,9 @@ def correlation_with_gflops(made: Sequence[Study]) -> Figure | None:
 
 
 def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, float]]) -> Figure | None:
-    """Beyond the paper: the law of Figure 8 in logarithms, and what it predicts for DiTs that nobody trained.
+    """Beyond the paper: the law of Figure 8 in logarithms, and its predictions for DiTs that were not trained.
 
-    unseen: Gflops by name of the backbones whose value the law of a record's panel may predict.
+    unseen: returns name -> Gflops of the backbones whose value may be predicted in a record's panel.
     """
     panels: list[Panel] = []
     rows: list[dict] = []
@@ -209,7 +210,7 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
 
 
 def law_of(marked: Sequence[tuple[Line, Mark]]) -> tuple[PowerLaw | None, str]:
-    """The power law of quality in Gflops, and over what: the DiTs with the paper's block where they are enough."""
+    """The power law of quality in Gflops, and the models it is fitted to: DiTs with adaLN-Zero where there are enough."""
     dits = [mark for line, mark in marked if (found := DIT.fullmatch(line.model)) and not found[3]]
     law, family = power_law([mark.x for mark in dits], [mark.y for mark in dits]), "DiTs"
     if law is None:

@@ -1,4 +1,4 @@
-"""Figure 13: training loss, from the logs that lie beside record files."""
+"""Figure 13: training loss, from the logs of runs in the folders of record files."""
 
 import dataclasses
 import json
@@ -15,11 +15,11 @@ from reports.points import MAX_LINES
 from reports.render import one_line
 from results.records import Record, canonical_json
 
-MAX_RUNS = 200  # whose logs are read
-PLACES = 200  # of a curve
-WHOLE_BYTES = 4_000_000  # a longer log is read in places
+MAX_RUNS = 200  # the most runs whose logs are read
+PLACES = 200  # points of a curve
+WHOLE_BYTES = 4_000_000  # of a longer log only blocks are read
 BLOCKS, BLOCK_BYTES = 400, 8192
-EARLY = 0.1  # share of the training that the panel of early training shows
+EARLY = 0.1  # share of the training in the panel of early training
 _MAX_BYTES = 1_000_000  # of a run file
 
 Terms = tuple[tuple[str, float], ...]  # (name, weight) of the logged terms that a loss is made of
@@ -31,8 +31,8 @@ class _Curve:
 
     model: str
     seed: int
-    task: str  # name of the protocol
-    key: str  # what runs of one curve agree in
+    protocol: str
+    key: str  # equal for runs that differ in the seed alone
     recipe: Mapping[str, object]
     terms: Terms
     steps: np.ndarray  # float64 (N,) ascending
@@ -40,35 +40,43 @@ class _Curve:
 
 
 def training_loss(folders: Sequence[Path], records: Iterable[Record]) -> Figure | None:
-    """Figure 13: the sum of the loss's terms over training steps, early training by itself, and over compute.
+    """Figure 13: the training loss over steps, early training by itself, and over compute. None without curves.
 
-    folders: where record files lie; RUN/log.jsonl and RUN/run.json are looked for in each. A run without either has no
-    curve, nor one of a protocol that no record is of. Seeds of one model are one line, their mean, in a band from the lowest to the highest.
+    folders: the folders of record files; a run is read from its run.json and log.jsonl. Only runs of protocols with
+    records have a curve. Seeds of one model are one line, their mean, in a band from the lowest to the highest.
     """
     curves = [curve for folder in folders[:MAX_RUNS] if (curve := _read(folder)) is not None]
     if not curves:
         return None
     records = list(records)
     wanted = {record.protocol for record in records}
-    curves = [curve for curve in curves if curve.task in wanted]
+    curves = [curve for curve in curves if curve.protocol in wanted]
     cost = {
         (model_of(record), record.protocol): record.training.gflops / record.training.steps
         for record in records
         if record.training is not None and record.training.gflops and record.training.steps
     }
-    tasks: dict[tuple, list[_Curve]] = {}
+    comparable: dict[tuple[str, Terms], list[_Curve]] = {}
     for curve in curves:
-        tasks.setdefault((curve.task, curve.terms), []).append(curve)
+        comparable.setdefault((curve.protocol, curve.terms), []).append(curve)
     panels: list[Panel] = []
     rows: list[dict[str, object]] = []
-    for (task, terms), members in sorted(tasks.items()):
-        _panels(task, terms, members, cost, panels, rows)
+    for (protocol, terms), members in sorted(comparable.items(), key=lambda pair: pair[0]):
+        _panels(protocol, terms, members, cost, panels, rows)
     if not panels:
         return None
     return Figure(name="figure-13", title="Training loss", panels=tuple(panels), rows=tuple(rows), columns=3)
 
 
-def _panels(task: str, terms: Terms, curves: Sequence[_Curve], cost: Mapping, panels, rows) -> None:
+def _panels(
+    protocol: str,
+    terms: Terms,
+    curves: Sequence[_Curve],
+    cost: Mapping[tuple[str, str], float],  # (model, protocol) -> training Gflops of a step
+    panels: list[Panel],
+    rows: list[dict[str, object]],
+) -> None:
+    """Add the panels and the data of comparable curves."""
     lines: dict[str, list[_Curve]] = {}
     for curve in sorted(curves, key=lambda curve: (curve.model, curve.key, curve.seed)):
         lines.setdefault(curve.key, []).append(curve)
@@ -79,23 +87,23 @@ def _panels(task: str, terms: Terms, curves: Sequence[_Curve], cost: Mapping, pa
     notes = ["mean over about 2 % of the steps drawn"]
     notes += ["lines: means over seeds, bands: lowest to highest"] if any(len(own) > 1 for own in kept.values()) else []
     notes += [f"{len(lines) - len(kept)} more lines are not drawn"] if len(lines) > len(kept) else []
-    shown = [("Whole training", longest, None), ("Early training", EARLY * longest, None)]
-    if all((own[0].model, task) in cost for own in kept.values()):
-        shown.append(("Over training compute", longest, cost))
-    for number, (heading, end, each_cost) in enumerate(shown):
+    shown = [("Whole training", longest, False), ("Early training", EARLY * longest, False)]
+    if all((own[0].model, protocol) in cost for own in kept.values()):
+        shown.append(("Over training compute", longest, True))
+    for number, (heading, end, over_compute) in enumerate(shown):
         series: list[Series] = []
         for key, own in kept.items():
-            factor = 1.0 if each_cost is None else each_cost[own[0].model, task]
+            factor = cost[own[0].model, protocol] if over_compute else 1.0
             series += _series(names[key], own, end, factor)
         if not series:
             continue
         panels.append(
             Panel(
-                heading=one_line(task),
+                heading=one_line(protocol),
                 title=heading,
-                x=Axis(title="Training steps", from_zero=True)
-                if each_cost is None
-                else Axis(title="Training compute", unit="Gflops", scale="log"),
+                x=Axis(title="Training compute", unit="Gflops", scale="log")
+                if over_compute
+                else Axis(title="Training steps", from_zero=True),
                 y=Axis(title=f"Training loss ({title})", scale="log", better="lower"),
                 series=tuple(sorted(series, key=lambda each: each.kind != "band")),
                 note="; ".join(notes),
@@ -103,15 +111,11 @@ def _panels(task: str, terms: Terms, curves: Sequence[_Curve], cost: Mapping, pa
             )
         )
     for key, own in kept.items():
-        for each in series_rows(names[key], own, task):
-            rows.append(
-                each
-                | {"training_gflops": each["step"] * cost[own[0].model, task] if (own[0].model, task) in cost else None}
-            )
+        rows += _rows(names[key], own, protocol, cost.get((own[0].model, protocol)))
 
 
 def _series(name: str, own: Sequence[_Curve], end: float, factor: float) -> list[Series]:
-    """The mean of a line's seeds up to step `end`, in a band where there are several; x is step times `factor`."""
+    """The mean of a line's seeds up to step `end`, with a band if there are several; x is the step times `factor`."""
     reach = min(min(float(curve.steps[-1]) for curve in own), end)
     steps = own[0].steps[own[0].steps <= reach]
     if len(steps) < 2:
@@ -132,29 +136,39 @@ def _series(name: str, own: Sequence[_Curve], end: float, factor: float) -> list
     return [Series(label="", model=own[0].model, kind="band", provenance="measured", marks=band), line]
 
 
-def series_rows(name: str, own: Sequence[_Curve], task: str) -> list[dict[str, object]]:
-    rows = []
+def _rows(name: str, own: Sequence[_Curve], protocol: str, step_gflops: float | None) -> list[dict[str, object]]:
+    """The data of a line's seeds; step_gflops: training Gflops of a step, if known."""
+    rows: list[dict[str, object]] = []
     for curve in own:
         places = np.unique(np.linspace(0, len(curve.steps) - 1, PLACES).round().astype(int))
-        rows += [
-            {"protocol": task, "line": name, "model": curve.model, "training_seed": curve.seed}
-            | {"terms": _sum_text(curve.terms), "step": float(curve.steps[place]), "loss": float(curve.loss[place])}
-            for place in places
-        ]
+        for place in places:
+            step = float(curve.steps[place])
+            rows.append(
+                {
+                    "protocol": protocol,
+                    "line": name,
+                    "model": curve.model,
+                    "training_seed": curve.seed,
+                    "terms": _sum_text(curve.terms),
+                    "step": step,
+                    "loss": float(curve.loss[place]),
+                    "training_gflops": None if step_gflops is None else step * step_gflops,
+                }
+            )
     return rows
 
 
 def _names(lines: Mapping[str, Sequence[_Curve]]) -> dict[str, str]:
-    """The model, with the items of the recipe in which its lines differ."""
-    recipes: dict[str, list[Mapping]] = {}
+    """Key -> the model's name, with the items of the recipe in which its lines differ."""
+    recipes: dict[str, list[Mapping[str, object]]] = {}
     for own in lines.values():
         recipes.setdefault(own[0].model, []).append(own[0].recipe)
     names: dict[str, str] = {}
     for key, own in lines.items():
         peers = recipes[own[0].model]
         items = [item for item in own[0].recipe if len({str(peer.get(item)) for peer in peers}) > 1]
-        told = ", ".join(f"{item} {own[0].recipe[item]}" for item in sorted(items)[:3])
-        name = f"{own[0].model} ({told})" if told else own[0].model
+        words = ", ".join(f"{item} {own[0].recipe[item]}" for item in sorted(items)[:3])
+        name = f"{own[0].model} ({words})" if words else own[0].model
         taken = sum(other == name or other.startswith(f"{name} #") for other in names.values())
         names[key] = one_line(f"{name} #{taken + 1}" if taken else name)
     return names
@@ -167,21 +181,21 @@ def _read(folder: Path) -> _Curve | None:
             return None
         identity = json.loads(run.read_text(encoding="utf-8"))["identity"]
         recipe, seed = dict(identity["recipe"]), int(identity["seed"])
-        model, task = str(identity["backbone"]), str(identity["protocol"]["name"])
+        model, protocol = str(identity["backbone"]), str(identity["protocol"]["name"])
         key = canonical_json([identity["backbone"], identity["protocol"], recipe, identity.get("framework")])
         terms, steps, loss = _losses(path, _weights(model))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # no run of this harness: it has no curve
+        return None  # not a run of this harness
     if len(steps) < 2:
         return None
     return _Curve(
-        model=one_line(model), seed=seed, task=task, key=key, recipe=recipe, terms=terms, steps=steps,
+        model=one_line(model), seed=seed, protocol=protocol, key=key, recipe=recipe, terms=terms, steps=steps,
         loss=_smoothed(loss, max(2.0, 0.02 * len(loss))),
     )  # fmt: skip
 
 
 def _weights(model: str) -> Mapping[str, float]:
-    """The weights of the terms in the loss of a backbone of that name; empty where it is not installed."""
+    """Term -> weight in the loss of the backbone of that name; empty if it is not installed."""
     if model not in registry.backbones:
         return {}
     return LOSS_TERMS.get(registry.backbones.get(model).kind, {})
@@ -193,9 +207,9 @@ def _sum_text(terms: Terms) -> str:
 
 
 def _losses(path: Path, weights: Mapping[str, float]) -> tuple[Terms, np.ndarray, np.ndarray]:
-    """(terms of the loss, steps (N,), losses (N,)) of a log; of a long one the means over blocks of lines.
+    """(terms of the loss, steps (N,), losses (N,)) of a log; for a long log, the means over blocks of lines.
 
-    weights: of the terms in the loss; one of weight 0 is no part of it, and one without a weight counts whole.
+    weights: of the terms in the loss. A term of weight 0 is no part of it; a term without a weight has weight 1.
     """
     size = path.stat().st_size
     blocks = [(0, size)]

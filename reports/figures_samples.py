@@ -1,9 +1,10 @@
-"""Figure 7: what each model makes of the same noise and the same label."""
+"""Figure 7: samples of every model from the same noise and label."""
 
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,30 +16,30 @@ from reports.figures_study import DIT
 from reports.render import one_line
 from results.records import Record, canonical_json
 
-COLUMNS = 10  # samples a model
+COLUMNS = 10  # samples of a model
 MAX_ROWS = 16  # models
-MAX_SETS = 2000  # sidecars that are looked at
+MAX_SETS = 2000  # sidecars that are read
 MAX_GRIDS = 4
 _MAX_BYTES = 1_000_000  # of a sidecar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Set:
-    """A sample set of a run: where it lies and how it was made."""
+    """A sample set of a run: its path and how it was made."""
 
     path: Path
     sha256: str
     model: str
-    run: Mapping
+    run: Mapping[str, Any]
     steps: int  # of the training
-    sampling: Mapping
+    sampling: Mapping[str, Any]
 
 
 def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | None:
-    """Figure 7: a row a model, a column a sample index; sets drawn with the same settings and seed of the sampling.
+    """Figure 7: a row for each model, a column for each sample index; all with the same sampling settings and seed.
 
-    folders: where record files lie; RUN/samples/*/samples.npz is looked for in each. A set that cannot be read is left
-    out, for it is named where it is used. None where no two models have such sets.
+    folders: the folders of record files, with samples/*/samples.npz of runs. Sets that cannot be read are left out (other
+    commands name them). None where no two models have such sets.
     """
     sets = _sets(folders)
     if not sets:
@@ -51,16 +52,18 @@ def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | N
             found.setdefault(_noise_key(each), []).append(each)
     gflops = {model_of(record): record.gflops or 0.0 for record in records}
     candidates = [(key, members) for key, members in found.items() if len({each.model for each in members}) > 1]
-    # The protocol's most complete setting, of several that with the most sampling steps.
+    # For each protocol the setting with the most models; of several, the one with the most sampling steps.
     candidates.sort(key=lambda pair: (-len({each.model for each in pair[1]}), -_sampling_steps(pair[1][0]), pair[0]))
-    grids, rows, tasks = [], [], set()
+    grids: list[Grid] = []
+    rows: list[dict[str, object]] = []
+    protocols: set[str] = set()
     for _, members in candidates:
-        task = canonical_json(members[0].run["protocol"])
-        if task in tasks or len(grids) == MAX_GRIDS:
+        protocol = canonical_json(members[0].run["protocol"])
+        if protocol in protocols or len(grids) == MAX_GRIDS:
             continue
         made = _grid(members, gflops)
         if made is not None:
-            tasks.add(task)
+            protocols.add(protocol)
             grids.append(made[0])
             rows += [{"grid": len(grids), **row} for row in made[1]]
     if not grids:
@@ -96,7 +99,7 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
             read.append((each, images, labels))
     if not read:
         return None
-    # What was drawn by another count of images or labels is not the same sample.
+    # Samples of another shape or with other labels do not correspond.
     shape, shared = read[0][1].shape, read[0][2]
     read = [row for row in read if row[1].shape == shape and np.array_equal(row[2], shared)]
     if len(read) < 2:
@@ -105,9 +108,9 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
     names = [
         each.model if each.steps == usual else f"{each.model}, {count_text(each.steps)} steps" for each, _, _ in read
     ]
-    task = first.run["protocol"]
+    protocol = first.run["protocol"]
     heading = (
-        f"{task.get('dataset')} {task.get('resolution')}x{task.get('resolution')}, {first.sampling.get('sampler')} with "
+        f"{protocol.get('dataset')} {protocol.get('resolution')}x{protocol.get('resolution')}, {first.sampling.get('sampler')} with "
         f"{_sampling_steps(first)} steps{_guidance(first)}, sampling seed {first.sampling.get('seed')}, after "
         f"{count_text(usual)} training steps"
     )
@@ -168,13 +171,13 @@ def _sets(folders: Sequence[Path]) -> list[_Set]:
             )
             _noise_key(made)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # of another kind or version, or damaged: nothing to compare
+            continue  # of another kind or version, or damaged
         found.append(made)
     return found
 
 
 def _noise_key(each: _Set) -> str:
-    """Sets that agree in this have the same noise and label at the same index, and are drawn in the same way."""
+    """Equal for sets that have the same noise and label at the same index and were sampled alike."""
     return canonical_json([each.run["protocol"], each.run.get("recipe", {}).get("schedule"), each.sampling])
 
 

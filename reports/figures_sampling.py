@@ -1,6 +1,6 @@
-"""Figure 10: quality against the compute of drawing an image."""
+"""Figure 10: quality against the compute of sampling an image."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from reports.charts import Axis, Figure, Panel, Series
 from reports.figures_study import name_of
@@ -22,17 +22,17 @@ from reports.points import (
 from results.records import Record, Sampling
 
 FIGURE_10_SOURCE = "Section 5.2"
-FEW_LINES = 6  # up to here there is room for a text at every mark of a line
+FEW_LINES = 6  # the most lines whose marks have texts
 
 
 def sampling_compute(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
-    """Figure 10: Gflops per image (log) against quality, a line a model; with the decoder in a panel of its own."""
-    printed = [record for record in published if record.source.table == FIGURE_10_SOURCE]
+    """Figure 10: quality against Gflops per image (log), a line for each model; a second panel counts the decoder."""
+    printed = [record for record in published if record.table == FIGURE_10_SOURCE]
     groups, more = comparable_groups(index.quality, printed)
     ours = [group for group in groups if group.representative.provenance == "measured"]
     panels: list[Panel] = []
     rows: list[dict[str, object]] = []
-    for group in ours or groups:  # the two points of the paper's text say little beside a curve of one's own
+    for group in ours or groups:  # the paper's two points are not drawn where there are measured curves
         usable = [record for record in group.records if record.sampling and record.sampling.gflops_per_image]
         for members in by_metric(usable, QUALITY_METRICS).values():
             _sampling_panels(group, members, panels, rows, more)
@@ -46,11 +46,11 @@ def sampling_compute(index: RecordIndex, published: Sequence[Record]) -> Figure 
 def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], rows: list[dict], more: int) -> None:
     lines, omitted = lines_of(records, ALONG_SAMPLING, Sampling)
     longest = len(lines) > FEW_LINES
-    if longest:  # a line for each system and setting, not one more for each training length
+    if longest:  # one line for each system and setting instead of one for each training length too
         lines, omitted = lines_of(longest_trained(records), ALONG_SAMPLING, Sampling)
         longest = sum(len(line.records) for line in lines) < len(records) and not omitted
-    choices = [("decoder not counted", _sampling_gflops)]
-    if any(record.sampling.decoder_gflops for line in lines for record in line.records):
+    choices: list[tuple[str, Callable[[Record], float | None]]] = [("decoder not counted", _sampling_gflops)]
+    if any((record.sampling or Sampling()).decoder_gflops for line in lines for record in line.records):
         choices.append(("decoder counted", _decoded_gflops))
     few = len(lines) <= FEW_LINES
     mixed = len({line.provenance for line in lines}) > 1
@@ -85,14 +85,15 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
             rows.append(data_row(record, len(panels) - len(choices) + 1, line.label, places))
 
 
-def _sampling_gflops(record: Record) -> float:
-    return record.sampling.gflops_per_image
+def _sampling_gflops(record: Record) -> float | None:
+    """Gflops of an image without the decoder."""
+    return record.sampling.gflops_per_image if record.sampling else None
 
 
 def _decoded_gflops(record: Record) -> float | None:
-    """None where there is a decoder whose cost is not known."""
-    sampling = record.sampling
-    if sampling.decoder is not None and sampling.decoder_gflops is None:
+    """Gflops of an image with the decoder; None where the cost of a decoder is not known."""
+    sampling = record.sampling or Sampling()
+    if sampling.gflops_per_image is None or (sampling.decoder is not None and sampling.decoder_gflops is None):
         return None
     return sampling.gflops_per_image + (sampling.decoder_gflops or 0.0)
 
@@ -101,5 +102,5 @@ _GFLOPS = {"gflops per image": _sampling_gflops, "gflops per image with decoder"
 
 
 def _steps_text(record: Record) -> str:
-    sampling = record.sampling
+    sampling = record.sampling or Sampling()
     return sampling.stage_steps or ("" if sampling.steps is None else str(sampling.steps))

@@ -1,4 +1,4 @@
-"""What the figures of scale have in common: the lines of a panel, marks at one training length, names and rows."""
+"""Parts of the figures on scaling: the lines of a panel, marks at one training length, names and rows."""
 
 import dataclasses
 import re
@@ -39,15 +39,17 @@ class Study:
 
     @property
     def records(self) -> list[Record]:
+        """The records of all lines."""
         return [record for line in self.lines for record in line.records]
 
     def only(self, wanted: Callable[[Line], bool]) -> "Study":
+        """The study with the wanted lines alone."""
         return dataclasses.replace(self, lines=tuple(line for line in self.lines if wanted(line)))
 
 
 def studies(index: RecordIndex, published: Iterable[Record]) -> list[Study]:
-    """One study for each set of comparable records: FID, or FD where there is none, against training."""
-    printed = [record for record in published if record.metric == "fid" and record.source.table in DETAILS]
+    """A study of FID, or of FD where there is no FID, for each set of comparable records."""
+    printed = [record for record in published if record.metric == "fid" and record.table in DETAILS]
     groups, more = comparable_groups(index.quality, printed)
     made = [study_of(group, quality(group.records), more) for group in groups]
     return [study for study in made if study is not None]
@@ -64,9 +66,9 @@ def study_of(group: Group, records: Sequence[Record], more: int) -> Study | None
 
 
 def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambda record: above_zero(record.gflops)):
-    """(line, mark) of each line at the training length that most models share, and a note that names it.
+    """(line, mark) of each line at the training length that most models share, and a note that names the length.
 
-    A line without that length stands with its longest, and its text says so.
+    A line without that length is shown at its longest, which its text states.
     """
     models: dict[int | None, set[str]] = {}
     for line in study.lines:
@@ -87,12 +89,12 @@ def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambd
 
 
 def same_length(marked: Sequence[tuple[Line, Mark]]) -> list[tuple[Line, Mark]]:
-    """The marks at the usual training length, a model once: measured before published, of several the best."""
+    """One mark for each model at the usual training length: a measured one if there is one, of several the best."""
     return [min(own, key=_how_bad) for own in _by_model(marked).values()]
 
 
 def recipes_note(marked: Sequence[tuple[Line, Mark]]) -> list[str]:
-    """Says which value speaks for a model in a fit where it has several at the usual training length."""
+    """A note on which value of a model enters a fit, where it has several at the usual training length."""
     if all(sum(line.provenance == "measured" for line, _ in own) < 2 for own in _by_model(marked).values()):
         return []
     return ["of a model's several recipes its best value counts in fit and correlation"]
@@ -117,10 +119,7 @@ def records_of(marked: Sequence[tuple[Line, Mark]]) -> list[Record]:
 
 
 def name_of(line: Line, *, plain: bool = True) -> str:
-    """`DiT-XL/2` for what the paper prints, the line's label for what was measured.
-
-    plain: without `(paper)` behind what the paper prints.
-    """
+    """`DiT-XL/2` for a published line, the label of a measured one. plain: without `(paper)` after published names."""
     if line.provenance == "measured":
         return line.label
     name = paper_name(line.records[0])
@@ -151,7 +150,7 @@ def training_gflops(record: Record) -> float | None:
 
 
 def above_zero(value: float | None) -> float | None:
-    """A cost that can stand on a logarithmic axis; None for any other."""
+    """A cost if it fits on a logarithmic axis, else None."""
     return float(value) if value is not None and 0 < value < BEYOND else None
 
 

@@ -64,7 +64,7 @@ def conditioning_blocks(made: Sequence[Study]) -> Figure | None:
 
 
 def _shared_stretch(lines: Sequence[Line]) -> list[Line]:
-    """The lines up to the last training length that two models reach: beyond it nothing is compared."""
+    """The lines up to the last training length that two models reach."""
     ends = sorted({line.model: max(steps_of(r) or 0 for r in line.records) for line in lines}.values())
     reach = ends[-2]
     cut = [
@@ -72,12 +72,12 @@ def _shared_stretch(lines: Sequence[Line]) -> list[Line]:
         for line in lines
     ]
     kept = [line for line in cut if line.records]
-    # Matched by compute, a small model may begin where a large one ends: then both are shown whole.
+    # At matched compute a small model may begin where a large one ends; then both are shown whole.
     return kept if len({line.model for line in kept}) > 1 else list(lines)
 
 
 def size_and_patch(made: Sequence[Study]) -> Figure | None:
-    """Figure 6: above, sizes at one patch size; below, patch sizes at one size; over training steps."""
+    """Figure 6: quality over training steps, of several sizes at one patch size (above) and of several patch sizes."""
     panels: list[Panel] = []
     rows: list[dict] = []
     for study in made:
@@ -126,13 +126,13 @@ def _steps_panel(study, lines, title, name, panels, rows, *, starts_row=False) -
 
 
 def _lone(series: Sequence[Series]) -> list[str]:
-    """Says why there are no lines where there are none."""
+    """A note on why there are points instead of lines, where there are."""
     alone = all(each.provenance == "published" and len(each.marks) == 1 for each in series)
     return ["the paper states these values only"] if alone else []
 
 
 def training_compute(made: Sequence[Study]) -> Figure | None:
-    """Figure 9: quality against the Gflops of the whole training, both logarithmic, a line a model."""
+    """Figure 9: quality against the Gflops of the whole training, both logarithmic, a line for each model."""
     panels: list[Panel] = []
     rows: list[dict] = []
     for study in made:
@@ -150,9 +150,9 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
         for record in published
         if record.gflops
         and record.resolution == 256
-        and (record.metric == "fid" if record.source.table in DETAILS else record.source.table == "Table 2")
+        and (record.metric == "fid" if record.table in DETAILS else record.table == "Table 2")
         and not is_guided(record)
-        and (record.metric != "fid" or record.source.table in DETAILS)
+        and (record.metric != "fid" or record.table in DETAILS)
         and not block_of(model_of(record))
     ]
     groups, more = comparable_groups(index.every, printed)
@@ -199,7 +199,7 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
 
 
 def _directed(records: Iterable[Record]) -> set[str]:
-    """The metrics, other than losses, of which it is known which way is better."""
+    """The metrics of known direction, without losses."""
     examples = {(record.metric, record.higher_is_better): record for record in records}
     found = {metric for (metric, _), record in examples.items() if higher_is_better(record) is not None}
     return {metric for metric in found if not metric.startswith(LOSS)}

@@ -1,8 +1,8 @@
-"""Statistics of scaling: power laws with intervals, correlation, the Pareto frontier, curves read between their points.
+"""Statistics of scaling: power laws with intervals, correlation, the Pareto frontier, interpolation of curves.
 
 Power laws are straight lines in log-log space, fitted by ordinary least squares. Their intervals are the closed-form ones
 of linear regression (Student's t with n - 2 degrees of freedom), which assume that ln y scatters equally, normally and
-independently about the line. What a law says outside the range of its points is extrapolation: `PowerLaw.reaches` tells.
+independently about the line. Outside the range of its points (`PowerLaw.reaches`) a law extrapolates.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 from results.compare import student_t
 
-FEWEST = 4  # points of a power law: two degrees of freedom are left for its scatter
+FEWEST = 4  # points of a power law, so that two degrees of freedom are left for its scatter
 CONFIDENCE = 0.95
 
 
@@ -36,11 +36,11 @@ class PowerLaw:
         return self.factor * x**self.exponent
 
     def interval(self, x: float) -> tuple[float, float]:
-        """Where the law itself lies at x."""
+        """95 % interval of the law at x."""
         return self._around(x, 0.0)
 
     def prediction(self, x: float) -> tuple[float, float]:
-        """Where one new measurement at x lies."""
+        """95 % interval of a new measurement at x."""
         return self._around(x, 1.0)
 
     def reaches(self, x: float) -> bool:
@@ -54,7 +54,7 @@ class PowerLaw:
 
 
 def power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
-    """The law through the points; None for fewer than 4 usable ones (x and y above 0) or all of them at one x."""
+    """The law fitted to the points; None for fewer than 4 points with x and y above 0, or if all are at one x."""
     points = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True) if x > 0 and y > 0]
     if len(points) < FEWEST:
         return None
@@ -92,7 +92,7 @@ class Correlation:
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
-    """Pearson's correlation; None below 3 points or where x or y does not vary."""
+    """Pearson's correlation; None for fewer than 3 points, or if x or y is constant."""
     n = len(xs)
     if n < 3:
         return None
@@ -110,9 +110,9 @@ def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
 
 
 def frontier(points: Iterable[tuple[float, float]], better: str) -> list[int]:
-    """Indices of the points (cost, quality) that no other beats in both, cheapest first.
+    """Indices of the points (cost, quality) that no other point beats in both, cheapest first.
 
-    better: "lower" or "higher" quality. Of equal points the first stands for all.
+    better: "lower" or "higher" quality. Of equal points only the first is on the frontier.
     """
     sign = -1.0 if better == "higher" else 1.0
     order = sorted(enumerate(points), key=lambda pair: (pair[1][0], sign * pair[1][1], pair[0]))
@@ -125,9 +125,9 @@ def frontier(points: Iterable[tuple[float, float]], better: str) -> list[int]:
 
 
 def between(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
-    """The curve through the points (x ascending and above 0) read at x, straight between them in log x.
+    """The value at x of the curve through the points (x ascending and above 0), interpolated linearly in log x.
 
-    In log y too where all of it is above 0. None outside the range: a curve is never extended.
+    In log y too if all ys are above 0. None outside the range of the points.
     """
     if not xs or not xs[0] <= x <= xs[-1]:
         return None

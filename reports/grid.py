@@ -1,4 +1,4 @@
-"""Sample grids: one row a class, its label at the left."""
+"""Sample grids: a row for each class, with its label at the left."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from harness.errors import UserError
 from harness.io import files
 
 _BACKGROUND = 255
-_SMALLEST_TILE = 48  # pixels a side below which an image is hard to judge on a screen
+_SMALLEST_TILE = 48  # side in pixels below which an image is hard to see on a screen
 
 
 def write_grid(
@@ -19,14 +19,14 @@ def write_grid(
     labels: np.ndarray,  # (N,) integer class of each image
     path: str | os.PathLike,
     *,
-    columns: int = 10,  # images a class; a class with fewer leaves its row short
-    scale: int | None = None,  # whole-number enlargement; None: as much as makes a tile of at least 48 pixels
-    classes: Sequence[int] | None = None,  # rows from top to bottom; None: every label there is, ascending, at most 20
+    columns: int = 10,  # images of each class; the row of a class with fewer is shorter
+    scale: int | None = None,  # integer enlargement; None: until tiles have at least 48 pixels
+    classes: Sequence[int] | None = None,  # rows from top to bottom; None: every label, ascending, at most 20
     gap: int = 2,  # pixels between tiles
 ) -> Path:
-    """Writes a PNG with the first `columns` images of each class; pixels are repeated, never smoothed.
+    """Write a PNG with the first `columns` images of each class, enlarged by repeating pixels; returns its path.
 
-    Raises UserError for arrays that are no images (dtype, shape, lengths) and RunError where the file cannot be written.
+    Raises UserError for arrays of a wrong dtype, shape or length, and RunError if the file cannot be written.
     """
     from PIL import Image
 

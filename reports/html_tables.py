@@ -1,4 +1,4 @@
-"""Tables as HTML: a fragment to stand in a page, and a page of its own. All text from records is escaped."""
+"""Tables as HTML: as a fragment of a page and as a whole page. All text from records is escaped."""
 
 import html
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ tr.measured > th { font-weight: 600; }
 
 
 def to_html(table: Table) -> str:
-    """A `<section class="table">` with a `<table>` for each section of rows that may stand under one another.
+    """A `<section class="table">` with a `<table>` for each section.
 
-    Rows are `<tr class="published">` or `"measured"`, cells of numbers have class `number`, those of the best values
-    `best` or `tie`. `data-value` is the number unrounded, `data-record` the id of the record behind it.
+    Rows are `<tr class="published">` or `"measured"`; cells with numbers have the class `number`, those of the best
+    values `best` or `tie`. `data-value` is the unrounded number, `data-record` the id of its record.
     """
     parts = [f'<section class="table" id="{_escape(table.name)}">', f"<h2>{_escape(table.title)}</h2>"]
     for section in table.sections:
@@ -40,7 +40,7 @@ def to_html(table: Table) -> str:
 
 
 def to_html_page(table: Table) -> str:
-    """The table as a page of its own, which loads nothing and runs no script."""
+    """The table as a whole page, which loads nothing and runs no script."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
@@ -90,5 +90,5 @@ def _superscript(marks: Sequence[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that a browser shows as it is, in an element and in an attribute."""
+    """Text that a browser shows literally, in an element and in an attribute."""
     return one_line(text).translate(_ESCAPES)

@@ -1,4 +1,4 @@
-"""Direct labels: text beside the marks of a plot, where it covers neither marks nor lines nor other text."""
+"""Direct labels: text beside the marks of a plot, placed so that it covers no marks, lines or other text."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ import numpy as np
 
 Label = tuple[float, float, str, str]  # x, y, text, colour
 
-_LINE_SAMPLES = 12  # places on each stretch of a line that a label should not cover
+_LINE_SAMPLES = 12  # places on each segment of a line that a label should not cover
 MAX_LABELS = 40  # more would only cover one another
-CROWDED = 12  # labels from which on one is left out rather than written over another or out of the axes
+CROWDED = 12  # if there are more labels, those without room are left out
 # Places to try around a point, as (x, y) offsets in font points and the side of the text that touches them.
 _PLACES = (
     *((9, 0, "left"), (8, 9, "left"), (8, -9, "left"), (0, 13, "center"), (0, -13, "center"), (-9, 0, "right")),
@@ -21,11 +21,10 @@ _PLACES = (
 def place_labels(
     axes, labels: Sequence[Label], points: Sequence[tuple[float, float]], radii: Sequence[float] = ()
 ) -> None:
-    """Writes each label (x, y, text, colour) beside its point, at the first place that covers the least; of more than a
-    dozen only those that have room.
+    """Write each label (x, y, text, colour) beside its point, at the first place that covers the least.
 
-    radii: of the points that are bubbles, in font points, 0 for the others. Widens the x axis so that the text fits inside
-    the axes. The layout of the figure must be settled.
+    Of more than a dozen labels those without room are left out. radii: of bubbles in font points, 0 for other points.
+    The x axis is widened so that the text fits inside the axes; the layout of the figure must be final.
     """
     texts = [
         axes.annotate(
@@ -39,7 +38,7 @@ def place_labels(
     scale = axes.figure.dpi / 72
     radii = radii or [0.0] * len(points)
     radius = dict(zip(points, radii, strict=True))
-    sizes = [text.get_window_extent() for text in texts]  # which no place changes
+    sizes = [text.get_window_extent() for text in texts]  # independent of the place
     _make_room(
         axes, texts, [size.width + scale * radius.get(text.xy, 0.0) for text, size in zip(texts, sizes, strict=True)]
     )
@@ -65,7 +64,7 @@ def place_labels(
 
 
 def place_texts(axes, texts: Sequence[Label], points: Sequence[tuple[float, float]]) -> None:
-    """Writes small texts over their points, those that cover no other text and no point."""
+    """Write small texts above their points, except those that would cover other text or points."""
     if not texts:
         return
     others = [text for text in axes.texts if getattr(text, "xycoords", "") == "data"]
@@ -86,7 +85,7 @@ def place_texts(axes, texts: Sequence[Label], points: Sequence[tuple[float, floa
 
 
 def _beyond(place: tuple[float, float, str], radius: float) -> tuple[float, float, str]:
-    """A place moved out of a bubble of that radius, in points."""
+    """The place moved out of a bubble of that radius, in points."""
     dx, dy, side = place
     out = max(radius - 4, 0.0)
     if side != "center":
@@ -95,7 +94,7 @@ def _beyond(place: tuple[float, float, str], radius: float) -> tuple[float, floa
 
 
 def _box(x: float, y: float, width: float, height: float, place: tuple[float, float, str], scale: float) -> tuple:
-    """(left, bottom, right, top) of a text in pixels, with 2 pixels of air."""
+    """(left, bottom, right, top) of a text in pixels, with a margin of 2 pixels."""
     dx, dy, side = place
     left = x + dx * scale - {"left": 0.0, "center": width / 2, "right": width}[side]
     bottom = y + dy * scale - height / 2
@@ -110,9 +109,9 @@ def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _make_room(axes, texts, widths: Sequence[float]) -> None:
-    """Moves the right end of the x axis until the text beside each point ends within the axes.
+    """Move the right end of the x axis until the text beside each point ends within the axes.
 
-    widths: of the texts with the radius of their bubbles, in pixels.
+    widths: of the texts plus the radius of their bubbles, in pixels.
     """
     low, high = axes.get_xlim()
     is_log = axes.get_xscale() == "log"

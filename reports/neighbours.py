@@ -1,4 +1,4 @@
-"""Samples beside the training images nearest to them: what a memorisation score looks like."""
+"""Samples beside their nearest training images, to look at memorisation."""
 
 import io
 import os
@@ -11,23 +11,23 @@ from harness.io import files
 
 _BACKGROUND = 255
 _INK = 60
-_SMALLEST_TILE = 64  # pixels a side below which a caption does not fit and an image is hard to judge
-_CAPTION = 14  # pixels, below each tile
+_SMALLEST_TILE = 64  # side in pixels below which a caption does not fit and an image is hard to see
+_CAPTION = 14  # height in pixels, below each tile
 
 
 def write_neighbours(
-    samples: np.ndarray,  # (R, H, W, C) uint8, the samples to be shown from top to bottom, C 1 or 3
+    samples: np.ndarray,  # (R, H, W, C) uint8, the samples from top to bottom, C 1 or 3
     neighbours: np.ndarray,  # (R, k, H, W, C) uint8, the training images nearest to each, nearest first
     path: str | os.PathLike,
     *,
     sample_captions: list[str],  # below each sample, such as its number
     neighbour_captions: list[list[str]],  # below each neighbour, such as its number and distance
-    scale: int | None = None,  # whole-number enlargement; None: as much as makes a tile of at least 64 pixels
-    gap: int = 4,  # pixels between tiles; four times as many after the sample
+    scale: int | None = None,  # integer enlargement; None: until tiles have at least 64 pixels
+    gap: int = 4,  # pixels between tiles; four times as much after the sample
 ) -> Path:
-    """Writes a PNG, a row a sample: the sample at the left, its neighbours after it; pixels are repeated, never smoothed.
+    """Write a PNG with a row for each sample: the sample, then its neighbours. Pixels are repeated. Returns its path.
 
-    Raises UserError for arrays that are no such images and RunError where the file cannot be written.
+    Raises UserError for arrays of a wrong dtype or shape, and RunError if the file cannot be written.
     """
     from PIL import Image
 
@@ -55,7 +55,9 @@ def write_neighbours(
     return Path(path)
 
 
-def _check(samples, neighbours, sample_captions, neighbour_captions) -> None:
+def _check(
+    samples: np.ndarray, neighbours: np.ndarray, sample_captions: list[str], neighbour_captions: list[list[str]]
+) -> None:
     sound = samples.dtype == neighbours.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
     if not sound or 0 in (*samples.shape, *neighbours.shape):
         raise UserError(
@@ -74,7 +76,7 @@ def _check(samples, neighbours, sample_captions, neighbour_captions) -> None:
 
 
 def _caption(text: str, width: int) -> np.ndarray:
-    """Dark text on white, cut off where the tile ends: uint8 (_CAPTION, width)."""
+    """Dark text on white, cut off at the end of the tile: uint8 (_CAPTION, width)."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.new("L", (width, _CAPTION), _BACKGROUND)

@@ -1,6 +1,6 @@
-"""What the figures are drawn from: records that may be compared, the lines through them, and means over seeds.
+"""The material of figures: groups of comparable records, the lines through them, and means over seeds.
 
-Everything here is one pass over the records with plain tuples as keys, so that a hundred thousand of them are no burden.
+Every function is one pass over the records with plain tuples as keys, so that a hundred thousand records are fast.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from results.records import Record, Sampling, Training, comparable_key
 QUALITY_METRICS = ("fid", "fd")
 MAX_LINES = 24  # in a panel; more cannot be told apart
 WIDE_RANGE = 8.0  # largest over smallest value from which the axis of quality is logarithmic
-BEYOND = 1e60  # a number this far out is no measurement, and no axis reaches it
-SIGNS = {"lower": 1, "higher": -1, "": 0}  # what a value is multiplied by so that the best comes first
+BEYOND = 1e60  # larger numbers are no measurements and fit on no axis
+SIGNS = {"lower": 1, "higher": -1, "": 0}  # the factor of a value that makes the best the smallest
 MAX_GROUPS = 6  # of comparable records in a figure
-# What a line's label may name where another line of the same system differs in it.
+# Metadata that the label of a line may name, where another line of the same system differs in it.
 _LABEL_METADATA = (
     *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
     *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
@@ -42,13 +42,13 @@ class Group:
 
     @property
     def representative(self) -> Record:
-        """A record that states what all agree in: a measured one, if there is any, for it states more."""
+        """A record from which to read what all have in common: a measured one if there is one, because it states more."""
         return next((record for record in self.records if record.provenance == "measured"), self.records[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """Records that differ only in what varies along the line, in seeds, and in what only moves low bits."""
+    """Records that differ only in what varies along the line, in seeds, and in settings that only move low bits."""
 
     label: str
     records: tuple[Record, ...]
@@ -64,13 +64,14 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RecordIndex:
-    """Measured records by what may be compared, sorted out once for all figures."""
+    """Measured records by comparable key, sorted once for all figures."""
 
     every: Mapping[tuple, Sequence[Record]]  # comparable key -> records
     quality: Mapping[tuple, Sequence[Record]]  # those of FID or FD
 
 
 def index_of(measured: Iterable[Record]) -> RecordIndex:
+    """The index of measured records, without values that fit on no axis."""
     every: dict[tuple, list[Record]] = {}
     for record in measured:
         if abs(record.value) < BEYOND:
@@ -82,9 +83,9 @@ def index_of(measured: Iterable[Record]) -> RecordIndex:
 def comparable_groups(
     measured: Mapping[tuple, Sequence[Record]], published: Iterable[Record]
 ) -> tuple[list[Group], int]:
-    """Groups of records that may be compared, the paper's first, and how many groups more there were.
+    """Groups of comparable records, the paper's first, and the number of groups that are left out.
 
-    Published records stand in a group of their own, or in the one measured group that they may share a table with.
+    Published records join a measured group if they may share a table with exactly one; otherwise they are a group.
     """
     ours = dict(measured)
     papers: dict[tuple, list[Record]] = {}
@@ -104,7 +105,7 @@ def comparable_groups(
 
 
 def heading_of(record: Record) -> str:
-    """What the records of a group agree in, in words."""
+    """In words, what the records of a group have in common."""
     text = f"{record.dataset} {record.resolution}x{record.resolution}, N = {record.n:,}"
     evaluation = record.evaluation
     if evaluation is None:
@@ -125,12 +126,12 @@ def by_metric(records: Iterable[Record], wanted: Sequence[str]) -> dict[tuple[st
 
 
 def quality(records: Sequence[Record]) -> list[Record]:
-    """The records of the metric that the figures are about: FID, or FD where there is no FID, in its plain mode."""
+    """The records of FID, or of FD where there is no FID, in the first mode by name."""
     return next(iter(by_metric(records, QUALITY_METRICS).values()), [])
 
 
 def longest_trained(records: Iterable[Record]) -> list[Record]:
-    """Of each system and origin the records of its longest training."""
+    """The records of the longest training of each system, published and measured apart."""
     found: dict[tuple, list[Record]] = {}
     longest: dict[tuple, int] = {}
     for record in records:
@@ -143,8 +144,9 @@ def longest_trained(records: Iterable[Record]) -> list[Record]:
 
 
 def is_guided(record: Record) -> bool:
+    """Whether the images were sampled with guidance."""
     sampling = record.sampling
-    if record.source is not None and "-G" in record.source.row:  # the paper names guided systems so
+    if record.source is not None and "-G" in record.row:  # the paper names guided systems so
         return True
     if sampling is None:
         return False
@@ -152,9 +154,10 @@ def is_guided(record: Record) -> bool:
 
 
 def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
-    """Records without guidance at the one setting that most models share (of several, the most steps), and its name.
+    """The records without guidance at the setting that most models share, and the name of that setting.
 
-    A system without that setting keeps its own of most steps. Where all are guided, guidance is part of the setting.
+    Of several such settings it is the one with the most steps. A system without it has its setting of the most
+    steps. Where all records are guided, guidance is part of the setting.
     """
     plain = [record for record in records if not is_guided(record)] or list(records)
     models: dict[tuple, set[str]] = {}
@@ -199,7 +202,7 @@ def quality_axis(records: Sequence[Record]) -> Axis:
 
 
 def bars_note(series: Iterable[Series]) -> list[str]:
-    """What tells the paper's marks from measured ones, and what bars are; nothing where there are none."""
+    """Notes on how the paper's marks look and what bars are; empty where there are neither."""
     series = list(series)
     both = {each.provenance for each in series} >= {"published", "measured"}
     notes = ["hollow, dotted or pale: the paper's"] if both else []
@@ -210,7 +213,7 @@ def bars_note(series: Iterable[Series]) -> list[str]:
 
 
 def settings_of(records: Iterable[Record], along: Sequence[str], part: type) -> list[list[Record]]:
-    """Records that differ only in seeds, in what moves low bits, and in the fields `along` of `part`."""
+    """Groups of records that differ only in seeds, in settings that move low bits, and in the fields `along` of `part`."""
     training = _getter(Training, along if part is Training else ())
     sampling = _getter(Sampling, along if part is Sampling else ())
     found: dict[tuple, list[Record]] = {}
@@ -220,14 +223,14 @@ def settings_of(records: Iterable[Record], along: Sequence[str], part: type) -> 
             training(record.training) if record.training is not None else None,
             sampling(record.sampling) if record.sampling is not None else None,
             record.evaluation.suite_version if record.evaluation is not None else None,
-            (record.source.table, record.source.row) if record.source is not None and not along else None,
+            (record.table, record.row) if record.source is not None and not along else None,
         )
         found.setdefault(key, []).append(record)
     return list(found.values())
 
 
 def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tuple[list[Line], int]:
-    """Lines by name, and how many were left out as too many (the best are kept, and what is published).
+    """Lines by name, and the number of lines left out: published lines and the best MAX_LINES are kept.
 
     along: the fields of `part` (Training or Sampling) that may differ within a line.
     """
@@ -247,7 +250,7 @@ def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tup
 def marks_of(
     records: Iterable[Record], x: Callable[[Record], float | None], text: Callable[[Record], str] = lambda record: ""
 ) -> tuple[Mark, ...]:
-    """One mark for each x, ascending: a record with its interval, or the mean of several with the lowest and highest."""
+    """One mark for each x, ascending: a record with its interval, or the mean of several with their range."""
     found: dict[float, list[Record]] = {}
     for record in records:
         place = x(record)
@@ -260,7 +263,7 @@ def _mark(x: float, records: list[Record], text: str) -> Mark:
     records = sorted(records, key=lambda record: record.id)
     first, values = records[0], [record.value for record in records]
     mean, low, high = values[0], first.low, first.high
-    if low is not None and not (abs(low) < BEYOND and abs(high) < BEYOND):
+    if low is not None and high is not None and max(abs(low), abs(high)) >= BEYOND:
         low = high = None
     if len(records) > 1:
         mean, low, high = sum(values) / len(values), min(values), max(values)
@@ -275,18 +278,23 @@ def _mark(x: float, records: list[Record], text: str) -> Mark:
     )
 
 
+def at_place(x: float) -> Callable[[Record], float]:
+    """A function that puts every record at `x`."""
+    return lambda record: x
+
+
 def mark_details(record: Record, runs: int, value: str) -> tuple[tuple[str, str], ...]:
-    """What is said of a mark when it is asked about."""
+    """(name, text) pairs that the page shows when the pointer is at a mark."""
     title = metric_name(record.metric, record.n)
-    told = {"system": record.system, title: value}
+    shown = {"system": record.system, title: value}
     if runs > 1:
-        told["runs"] = f"{runs}: mean [lowest, highest]"
+        shown["runs"] = f"{runs}: mean [lowest, highest]"
     known = row_metadata(record)
     names = ("training steps", "sampler", "sampling steps", "guidance", "decoder", "framework")
-    told |= {name: known[name] for name in names if name in known}
+    shown |= {name: known[name] for name in names if name in known}
     if record.source is not None:
-        told["printed in"] = f"{record.source.table}: {record.source.row}"
-    return tuple(told.items())
+        shown["printed in"] = f"{record.table}: {record.row}"
+    return tuple(shown.items())
 
 
 def better(records: Iterable[Record]) -> str:
@@ -295,8 +303,8 @@ def better(records: Iterable[Record]) -> str:
     return "" if direction is None else "higher" if direction else "lower"
 
 
-def data_row(record: Record, panel: int, line: str, x: dict[str, object]) -> dict[str, object]:
-    """A row of a figure's CSV: where the record is drawn, what it is, its value, nothing rounded."""
+def data_row(record: Record, panel: int, line: str, x: Mapping[str, object]) -> dict[str, object]:
+    """A row of a figure's CSV: where the record is drawn, what it is, and its value, nothing rounded."""
     training, sampling, source = record.training, record.sampling, record.source
     return {
         "panel": panel,
@@ -323,7 +331,7 @@ def data_row(record: Record, panel: int, line: str, x: dict[str, object]) -> dic
 
 
 def left_out(lines: int, groups: int = 0) -> str:
-    """What a note says of what was too much to draw; "" where nothing was."""
+    """A note on the lines and groups that are not drawn; "" where all are."""
     words = [f"{lines} more lines are not drawn (the best {MAX_LINES} are)"] if lines else []
     words += (
         [f"{groups} more sets of comparable records are not drawn (the {MAX_GROUPS} largest are)"] if groups else []
@@ -334,17 +342,17 @@ def left_out(lines: int, groups: int = 0) -> str:
 def _getter(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
     names = [field.name for field in dataclasses.fields(part) if field.name not in (*along, *_SEEDS)]
     if part is Training:
-        names.append("batch")  # of training it is recipe; of sampling it moves low bits
+        names.append("batch")  # of training it is part of the recipe; of sampling it moves low bits
     return operator.attrgetter(*names)
 
 
 def paper_name(record: Record) -> str:
-    """`DiT-XL/2`, `ADM-G, ADM-U`: the model of a published row, as printed, without the settings that the row adds."""
-    return re.split(r", (?=\d)", record.source.row)[0]
+    """`DiT-XL/2`, `ADM-G, ADM-U`: the printed model of a published row, without the settings that follow it."""
+    return re.split(r", (?=\d)", record.row)[0]
 
 
 def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list[str]:
-    """The system's name, with what tells its lines apart where it has several."""
+    """The system's name; where it has several lines, with the metadata in which they differ."""
     words = []
     for record in records:
         training, mode = record.training, record.evaluation.mode if record.evaluation else None
@@ -354,7 +362,7 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
         if "steps" in along:
             found["training steps" if part is Training else "sampling steps"] = ""
         words.append({name: found.get(name, "") for name in _LABEL_METADATA})
-    peers: dict[str, dict[str, set[str]]] = {}  # system -> fact -> what its lines say of it
+    peers: dict[str, dict[str, set[str]]] = {}  # system -> name -> texts of its lines
     for record, found in zip(records, words, strict=True):
         own = peers.setdefault(record.system, {name: set() for name in _LABEL_METADATA})
         for name, text in found.items():

@@ -1,4 +1,4 @@
-"""Tables as text: CSV, Markdown, and LaTeX with booktabs. All text from records is escaped for where it goes."""
+"""Tables as text: CSV, Markdown, and LaTeX with booktabs. All text from records is escaped for its format."""
 
 import csv
 import io
@@ -26,12 +26,12 @@ _MARKDOWN_ESCAPES, _LATEX_ESCAPES = str.maketrans(_MARKDOWN), str.maketrans(_LAT
 
 
 def to_csv(table: Table) -> str:
-    """The data, one header line; floats with every digit."""
+    """The data of a table as CSV with one header line; floats with all digits."""
     return csv_text(table.data)
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows with the same keys, one header line; floats in full, nothing for None, each text on one line."""
+    """Rows with the same keys as CSV with one header line: floats in full, nothing for None, texts on one line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0])
@@ -66,12 +66,10 @@ def to_markdown(table: Table) -> str:
 def to_latex(table: Table) -> str:
     r"""A `table*` for each section; needs \usepackage{booktabs} and \usepackage{graphicx}."""
     parts = [r"% needs \usepackage{booktabs,graphicx}"]
-    title = re.sub(
-        r"^Table (\d+)\. ", r"After Table \1 of the DiT paper. ", table.title
-    )  # LaTeX has numbers of its own
+    title = re.sub(r"^Table (\d+)\. ", r"After Table \1 of the DiT paper. ", table.title)  # LaTeX numbers tables itself
     for index, section in enumerate(table.sections):
         caption = ". ".join(text.rstrip(".") for text in (title, section.heading) if text)
-        # A label is read by TeX itself, so anything but plain characters is left out rather than escaped.
+        # TeX reads labels itself, so special characters are left out instead of escaped.
         name = "".join(character for character in table.name if character.isascii() and character not in _LATEX)
         label = f"tab:{name}" + (f"-{index + 1}" if index else "")
         rows = [" & ".join(map(escape_latex, section.columns)) + r" \\", r"\midrule"]
@@ -105,12 +103,12 @@ def to_latex(table: Table) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no table cell of its own."""
+    """Text that Markdown shows literally: no markup, no HTML, no new table cell."""
     return one_line(text).translate(_MARKDOWN_ESCAPES)
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX shows as it is."""
+    """Text that LaTeX shows literally."""
     return one_line(text).translate(_LATEX_ESCAPES)
 
 
@@ -125,7 +123,7 @@ def _latex_line(line: Line) -> str:
 
 
 def _cells(line: Line, escape: Callable[[str], str], best: str, tie: str) -> list[str]:
-    """The cells of a line, escaped; a marked one in the template of its mark, which the interval stays out of."""
+    """The escaped cells of a line; a marked value, without its interval, in the template of its mark."""
     if not any(line.marks):
         return [escape(text) for text in line.cells]
     templates = {"best": best, "tie": tie}

@@ -1,7 +1,7 @@
-"""Figures drawn beside other work: by helpers, and by this process too once it has nothing else to do.
+"""Figures drawn in parallel: by worker processes, and by this process once it has nothing else to do.
 
-The helpers are plain child processes (not of `multiprocessing`, which would run a caller's script a second time). They
-get figures and give back bytes through their pipes; the bytes are those that one process would draw.
+Workers are plain child processes (not of `multiprocessing`, which would run a caller's script a second time). They read
+figures from a pipe and write the bytes of the files to another; one process would draw the same bytes.
 """
 
 import contextlib
@@ -20,86 +20,88 @@ from typing import Self
 from reports.charts import Figure, Style
 from reports.drawing import draw, get_ready
 
-MAX_HELPERS = 7
-WORTH_A_HELPER = 12  # panels: about what a further helper draws in the time that it takes to begin
+MAX_WORKERS = 7
+PANELS_PER_WORKER = 12  # about what a worker could draw in the time that it takes to start
 _ROOT = Path(__file__).resolve().parent.parent
 _SCRIPT = (
     f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from reports.render_pool import serve_figures; serve_figures()"
 )
-_COMMAND = (sys.executable, "-P", "-c", _SCRIPT)  # -P: nothing is imported from the folder that it is called in
+_COMMAND = (sys.executable, "-P", "-c", _SCRIPT)  # -P: nothing is imported from the current folder
 
-Files = dict[str, bytes]  # "png", "svg", "pdf" -> what is in the file
+Files = dict[str, bytes]  # "png", "svg", "pdf" -> content
 
 
 class RenderPool:
-    """Helpers, of which the first gets ready as soon as this is entered; all end with it."""
+    """A pool of workers that draw figures. The first starts when the pool is entered; all end when it is left."""
 
     def __init__(self) -> None:
-        self._helpers: list[subprocess.Popen] = []
+        self._workers: list[subprocess.Popen[bytes]] = []
         self._threads: list[Thread] = []
         self._figures: Sequence[Figure] = ()
         self._waiting: deque[Figure] = deque()
         self._drawn: dict[str, Files] = {}
-        self._styles: Mapping[str, Style] = {}
+        self._styles: dict[str, Style] = {}
 
     def __enter__(self) -> Self:
         self._start(1)
         return self
 
     def begin(self, figures: Sequence[Figure], styles: Mapping[str, Style]) -> None:
-        """Has the helpers begin with the figures, the dearest first."""
+        """Let the workers draw these figures, the most expensive first."""
         self._figures, self._styles = figures, dict(styles)
-        self._start(int(sum(map(_cost, figures)) / WORTH_A_HELPER) - 1)
+        self._start(int(sum(map(_cost, figures)) / PANELS_PER_WORKER) - 1)
         self._waiting.extend(sorted(figures, key=lambda figure: (-_cost(figure), figure.name)))
-        self._threads = [Thread(target=self._by_helper, args=(helper,)) for helper in self._helpers]
+        self._threads = [Thread(target=self._feed, args=(worker,)) for worker in self._workers]
         for thread in self._threads:
             thread.start()
 
     def finish(self, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Files]:
-        """The files of every figure, by its name, in the order given; draws what no helper has begun.
+        """Figure name -> files, in the order of the figures; draws the figures that no worker has begun.
 
         progress: called as ("figures", drawn, in all).
         """
-        said = -1
-        while said < len(self._figures):
-            if said < (done := len(self._drawn)):
-                said = done
+        reported = -1
+        while reported < len(self._figures):
+            if reported < (done := len(self._drawn)):
+                reported = done
                 if progress is not None:
-                    progress("figures", said, len(self._figures))
-            elif (figure := self._next()) is not None:  # among them what a helper failed at
+                    progress("figures", reported, len(self._figures))
+            elif (figure := self._next()) is not None:  # also one that a worker failed at
                 self._drawn[figure.name] = draw(figure, self._styles)
             else:
-                time.sleep(0.02)  # a helper draws the last one
+                time.sleep(0.02)  # workers draw the last ones
         return {figure.name: self._drawn[figure.name] for figure in self._figures}
 
     def __exit__(self, *error: object) -> None:
-        for helper in self._helpers:
-            helper.kill()
+        for worker in self._workers:
+            worker.kill()
         for thread in self._threads:
             thread.join()
-        for helper in self._helpers:
-            with contextlib.suppress(OSError):  # what was still to be written goes nowhere
-                helper.communicate()
+        for worker in self._workers:
+            with contextlib.suppress(OSError):  # a broken pipe: the rest is not needed
+                worker.communicate()
 
     def _start(self, wanted: int) -> None:
-        """As many helpers as wanted, as far as there are processors for them; none where they cannot be had."""
-        for _ in range(min(wanted, MAX_HELPERS, _processors() - 1) - len(self._helpers)):
+        """Start workers until there are as many as wanted, or as processors allow."""
+        for _ in range(min(wanted, MAX_WORKERS, _processors() - 1) - len(self._workers)):
             try:
                 pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-                self._helpers.append(subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=nowhere))
-            except OSError:  # no memory, no more processes: it is drawn here then
+                self._workers.append(subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=nowhere))
+            except OSError:  # no memory or no more processes: this process draws alone
                 return
 
-    def _by_helper(self, helper: subprocess.Popen) -> None:
+    def _feed(self, worker: subprocess.Popen[bytes]) -> None:
+        """Give figures to a worker, one after the other, until none is left or it fails."""
+        assert worker.stdin is not None and worker.stdout is not None
         while (figure := self._next()) is not None:
             try:
-                pickle.dump((figure, self._styles), helper.stdin)
-                helper.stdin.flush()
-                files = pickle.load(helper.stdout)
+                pickle.dump((figure, self._styles), worker.stdin)
+                worker.stdin.flush()
+                files = pickle.load(worker.stdout)
                 if not isinstance(files, dict):
-                    raise TypeError("something else wrote there")
+                    raise TypeError("the pipe holds something else than files")
                 self._drawn[figure.name] = files
-            except Exception:  # it has ended, or was ended: the figure is drawn here, and an error of its own seen
+            except Exception:  # the worker died, or the figure is at fault: this process draws it and sees the error
                 self._waiting.append(figure)
                 return
 
@@ -111,9 +113,9 @@ class RenderPool:
 
 
 def serve_figures() -> None:
-    """What a helper does: figures from standard input, the files of each to standard output."""
+    """The loop of a worker: reads figures from standard input, writes the files of each to standard output."""
     get_ready()
-    gc.freeze()  # the libraries need not be looked through after each figure
+    gc.freeze()  # the collections after each figure skip the libraries
     gc.disable()
     while True:
         try:

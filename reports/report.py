@@ -1,4 +1,4 @@
-"""The report: every table and figure, from record files, written whole or not at all."""
+"""The report: every table and figure, made from record files, each file written atomically."""
 
 import dataclasses
 import os
@@ -28,8 +28,8 @@ TABLES = "tables and page"  # a stage of three parts, between "records" and "fig
 class ReportSummary:
     """What was written and what could not be used.
 
-    problems: unusable lines of record files. conflicts: disputed identities, in no table. records: those used.
-    notes: what is not drawn for want of files beside the records, a sentence each.
+    problems: unusable lines of record files. conflicts: identities with several values, which are in no table.
+    records: the records in the report. notes: a sentence for each figure that is not drawn because files are missing.
     """
 
     files: tuple[Path, ...]
@@ -48,17 +48,17 @@ def write_report(
     record_paths: Iterable[str | os.PathLike],
     out: str | os.PathLike,
     *,
-    protocol: str | None = None,  # table and figures of this protocol alone; None: of every protocol with records
+    protocol: str | None = None,  # only this protocol's table and figures; None: those of every protocol with records
     progress: Callable[[str, int, int], None] | None = None,  # called as (stage, done, in all)
 ) -> ReportSummary:
-    """Writes tables 1-6, `table-<protocol>` and the figures from the records given and those packaged in results/.
+    """Write Tables 1-6, `table-<protocol>`, the figures and the page, from these records and those packaged in results/.
 
     record_paths: record files, or folders that are searched for `records.jsonl`. All files are built before the first
-    is written, and each takes its name only when it is whole. Tables are a pure function of the set of records: order,
-    splitting and duplication of the files change no byte.
-    Raises UserError (no such path), RunError (cannot write).
+    is written. Tables are a pure function of the set of records: order, splitting and duplication of the files change no
+    byte.
+    Raises UserError (no such path) and RunError (a file cannot be written).
     """
-    told = progress or (lambda stage, done, total: None)
+    report = progress or (lambda stage, done, total: None)
     found = find_record_files(record_paths)
     packaged = resources.files("results").joinpath("measured")
     with RenderPool() as pool:
@@ -70,13 +70,13 @@ def write_report(
             drawn = [record for record in records if record.protocol in protocols]
             drawn += published_records(None if protocol is None else protocols)
             styles = charts.model_styles(drawn)
-            told(TABLES, 0, 3)
+            report(TABLES, 0, 3)
             shown = figures(drawn, [path.parent for path in found])
-            pool.begin(shown, styles)  # they draw while the rest is made here
-            told(TABLES, 1, 3)
+            pool.begin(shown, styles)  # the workers draw while this process makes the rest
+            report(TABLES, 1, 3)
             tables, contents = table_files(records, protocols)
             contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
-            told(TABLES, 2, 3)
+            report(TABLES, 2, 3)
             page = page_data(
                 tables,
                 shown,
@@ -87,7 +87,7 @@ def write_report(
                 problems=loaded.problems,
                 conflicts=loaded.conflicts,
             )
-            told(TABLES, 3, 3)
+            report(TABLES, 3, 3)
         for name, files in pool.finish(progress).items():
             contents |= {f"{name}.{kind}": data for kind, data in files.items()}
     contents[NAME] = write_page(page, shown, contents)
@@ -102,7 +102,7 @@ def write_report(
 
 @collector_paused()
 def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[list[Table], dict[str, bytes]]:
-    """The tables, and their files by name."""
+    """The tables, and file name -> content of their files."""
     tables = paper_tables(records)
     tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]
     verdicts = verdict_table([record for record in records if record.protocol in protocols])

@@ -1,9 +1,9 @@
-"""From records to table rows: what shares a row, what shares a table, and in which order."""
+"""From records to table rows: which records share a row, which rows share a table, and in which order."""
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from reports.columns import (
     count_text,
@@ -20,31 +20,32 @@ from results.records import Record, comparable_key
 
 
 class Cell(NamedTuple):
-    """One cell of a table: its text, and what stands behind it."""
+    """One cell of a table: its text, and the number and record that it shows."""
 
     text: str
     value: float | None = None  # the number, unrounded; None where there is none
-    record_id: str = ""  # of the record that the number is from
-    mark: str = ""  # "best" or "tie", of a metric
+    record_id: str = ""  # of the number's record
+    mark: str = ""  # "best" or "tie" in a metric's column
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table: the records that agree in everything but the metric."""
+    """One line of a table: records that differ in the metric alone."""
 
     records: dict[tuple[str, str], Record]  # (metric, mode or "") -> record
 
     @functools.cached_property
-    def any(self) -> Record:
-        """A record that speaks for what the row's records have in common."""
+    def representative(self) -> Record:
+        """A record from which to read what the row's records have in common."""
         return self.records[min(self.records)]
 
     @functools.cached_property
     def is_published(self) -> bool:
-        return self.any.provenance == "published"
+        """Whether the row is the paper's."""
+        return self.representative.provenance == "published"
 
     def text(self, metric: tuple[str, str]) -> str:
-        """The cell of a metric: as printed where published, value and interval where measured, a dash if absent."""
+        """The text of a metric: as printed if published, value and interval if measured, a dash if missing."""
         record = self.records.get(metric)
         if record is None:
             return "-"
@@ -53,12 +54,13 @@ class Row:
         return measured_text(record.value, record.low, record.high)
 
     def cell(self, metric: tuple[str, str], mark: str = "") -> Cell:
+        """The cell of a metric."""
         record = self.records.get(metric)
         return Cell("-") if record is None else Cell(self.text(metric), record.value, record.id, mark)
 
 
 def make_rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each (system, training, sampling, ...); never merged unless all of their identity agrees.
+    """One row for each (system, training, sampling, ...): records share a row only if they differ in the metric alone.
 
     Published rows first, in the order given; measured rows after them, by compute, name, training and sampling.
     """
@@ -72,7 +74,7 @@ def make_rows(records: Iterable[Record]) -> list[Row]:
 
 
 def metrics_of(rows: Iterable[Row]) -> list[tuple[str, str]]:
-    """The (metric, mode) columns that the rows fill, in order."""
+    """The (metric, mode) columns of the rows, in the order of tables."""
     return sorted({metric for row in rows for metric in row.records}, key=lambda pair: (rank(pair[0]), pair[1]))
 
 
@@ -82,7 +84,7 @@ def column_title(metric: tuple[str, str], rows: Iterable[Row], *, names_n: bool 
 
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:
-    """Records by what may share a table, in a stable order."""
+    """Records that may share a table, in groups, in a stable order."""
     found: dict[tuple, list[Record]] = {}
     for record in records:
         found.setdefault(comparable_key(record), []).append(record)
@@ -94,7 +96,7 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
     return [members for _, members in sorted(found.items(), key=order)]
 
 
-# Facts that get a place in a terminal's table, which has no footnotes, where the rows differ in them.
+# Metadata that a table on the terminal, which has no footnotes, shows where the rows differ in it.
 SHOWN_IF_DIFFERENT = (
     *("recipe", "batch", "training precision", "eta", "clip denoised", "label policy", "sampling precision"),
     *("sampling seed", "framework", "suite version"),
@@ -104,20 +106,20 @@ SHOWN_IF_DIFFERENT = (
 def console_table(rows: Sequence[Row]) -> list[dict[str, str]]:
     """Rows for a terminal: column title -> text, the same keys in every row.
 
-    A column of descriptions that is one dash from top to bottom is left out. Rows of several N get a column of N and
-    metric titles that do not name it.
+    Columns that contain only dashes are left out. Where N differs between rows, it gets a column and is left out of the
+    titles of metrics.
     """
     metrics = metrics_of(rows)
-    sizes = {row.any.n for row in rows}
+    sizes = {row.representative.n for row in rows}
     titles = {metric: column_title(metric, rows, names_n=len(sizes) == 1) for metric in metrics}
-    found = [row_metadata(row.any) for row in rows]
+    found = [row_metadata(row.representative) for row in rows]
     differing = {name: len({known.get(name) for known in found}) for name in SHOWN_IF_DIFFERENT}
     tables = []
     for row, known in zip(rows, found, strict=True):
-        cells = {"System": row.any.system, **{title: cell.text for title, cell in description(row).items()}}
+        cells = {"System": row.representative.system, **{title: cell.text for title, cell in description(row).items()}}
         cells |= {name.capitalize(): known.get(name, "-") for name in SHOWN_IF_DIFFERENT if differing[name] > 1}
         if len(sizes) > 1:
-            cells["N"] = str(row.any.n)
+            cells["N"] = str(row.representative.n)
         for metric in metrics:
             cells[titles[metric]] = row.text(metric)
         tables.append(cells)
@@ -126,9 +128,10 @@ def console_table(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def description(row: Row) -> dict[str, Cell]:
-    """The columns of a measured row that are not metrics."""
-    record, training, sampling = row.any, row.any.training, row.any.sampling
+    """The columns of a measured row that are not metrics: title -> cell."""
+    record, training, sampling = row.representative, row.representative.training, row.representative.sampling
     steps = sampling.steps if sampling else None
+    stage_steps = sampling.stage_steps if sampling else None
     return {
         "Params (M)": Cell(params_text(record.params), record.params),
         "Gflops": _quantity(record.gflops),
@@ -136,13 +139,13 @@ def description(row: Row) -> dict[str, Cell]:
         "Training Gflops": _quantity(training.gflops if training else None),
         "Seed": _number(training.seed if training else None),
         "Sampler": Cell((sampling.sampler if sampling else None) or "-"),
-        "Sampling steps": Cell("-") if steps is None else Cell(sampling.stage_steps or str(steps), steps),
+        "Sampling steps": Cell("-") if steps is None else Cell(stage_steps or str(steps), steps),
         "Guidance": Cell(guidance_text(record), sampling.guidance_scale if sampling else None),
         "Sampling Gflops": _quantity(sampling.gflops_per_image if sampling else None),
     }
 
 
-def _number(value: float | None, write=str) -> Cell:
+def _number(value: float | None, write: Callable[[Any], str] = str) -> Cell:
     return Cell("-") if value is None else Cell(write(value), value)
 
 
@@ -151,7 +154,7 @@ def _quantity(value: float | None) -> Cell:
 
 
 def _row_key(record: Record) -> tuple:
-    """Everything of a record's identity but the metric and its mode, as texts and numbers that hash at once."""
+    """A record's identity but for the metric and its mode, as texts and numbers that are quickly hashed."""
     evaluation, source = record.evaluation, record.source
     return (
         *(record.provenance, record.protocol, record.protocol_version, record.dataset, record.resolution, record.n),
@@ -166,7 +169,7 @@ def _row_key(record: Record) -> tuple:
 
 
 def _order(row: Row) -> tuple:
-    record, training, sampling = row.any, row.any.training, row.any.sampling
+    record, training, sampling = row.representative, row.representative.training, row.representative.sampling
     return (
         record.gflops or 0.0,
         record.system,
@@ -175,5 +178,5 @@ def _order(row: Row) -> tuple:
         (sampling.sampler if sampling else None) or "",
         (sampling.guidance_scale if sampling else None) or 0.0,
         (sampling.steps if sampling else None) or 0,
-        row.any.id,  # an order of rows that agree in all of this
+        row.representative.id,  # to order rows that agree in all of the above
     )

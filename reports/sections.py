@@ -1,4 +1,4 @@
-"""What a table is: sections of lines as they are printed, with footnotes, and the same as data with nothing rounded."""
+"""Tables: sections of lines as they are printed, with footnotes, and the same rows as data with nothing rounded."""
 
 import dataclasses
 import functools
@@ -23,14 +23,14 @@ class Line:
     cells: tuple[str, ...]
     published: bool
     notes: tuple[int, ...] = ()
-    values: tuple[float | None, ...] = ()  # the number behind the cell, unrounded: what a column is sorted by
-    record_ids: tuple[str, ...] = ()  # of the record that the number is from; "" where it is from none
-    marks: tuple[str, ...] = ()  # "best" or "tie" in a column of a metric, else ""
+    values: tuple[float | None, ...] = ()  # the number in the cell, unrounded: columns are sorted by it
+    record_ids: tuple[str, ...] = ()  # of the record of the number; "" where there is none
+    marks: tuple[str, ...] = ()  # "best" or "tie" in a metric's column, else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """Rows that may stand under one another."""
+    """Rows that may be compared with each other."""
 
     heading: str
     columns: tuple[str, ...]
@@ -41,7 +41,7 @@ class Section:
 
     @functools.cached_property
     def numeric(self) -> tuple[bool, ...]:
-        """Of each column, whether a number stands in it."""
+        """For each column, whether it contains numbers."""
         filled = [line.values for line in self.lines if line.values]
         return tuple(any(value is not None for value in column) for column in zip(*filled, strict=True)) or (
             (False,) * len(self.columns)
@@ -50,7 +50,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table as it is printed (sections), and its data with nothing rounded or left out (data, for CSV)."""
+    """A table: as it is printed (sections), and with nothing rounded or left out (data, for CSV)."""
 
     name: str  # file name without extension
     title: str
@@ -67,12 +67,12 @@ def make_line(cells: Sequence[Cell], *, published: bool, notes: Sequence[int] = 
 def build_section(
     heading: str, columns: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[Cell]], shown: Sequence[str]
 ) -> Section:
-    """Lines with footnotes for the facts, not shown in a column, in which the rows differ.
+    """A section whose footnotes state the metadata in which the rows differ, but for what the columns show.
 
-    A row has one note for what it states and others leave open, and one for what other rows state differently. Rows that
-    would look alike even so get a third one, for what tells their records apart.
+    shown: metadata that a column shows. A row has one note for metadata that other rows do not state, and one for
+    metadata that other rows state differently. Rows that still look alike get a third note, which tells them apart.
     """
-    found = [row_metadata(row.any) for row in rows]
+    found = [row_metadata(row.representative) for row in rows]
     names = [name for name in METADATA if name not in shown and any(name in words for words in found)]
     known = {name: {words[name] for words in found if name in words} for name in names}
     common = [name for name in names if len(known[name]) == 1 and all(name in words for words in found)]
@@ -82,16 +82,16 @@ def build_section(
         [", ".join(f"{name} {words[name]}" for name in group if name in words) for group in (stated, differing)]
         for words in found
     ]
-    for members in _alike(rows, cells, notes):
-        known_last = {index: distinguishing_metadata(rows[index].any) for index in members}
+    for alike in _alike(rows, cells, notes):
+        known_last = {index: distinguishing_metadata(rows[index].representative) for index in alike}
         last = [name for name in DISTINGUISHING_METADATA if len({words.get(name) for words in known_last.values()}) > 1]
         for index, words in known_last.items():
             notes[index].append(", ".join(f"{name} {words.get(name, 'not stated')}" for name in last))
     numbers: dict[str, int] = {}
     lines = []
-    for row, texts, members in zip(rows, cells, notes, strict=True):
-        marks = [numbers.setdefault(note, len(numbers)) for note in members if note]
-        lines.append(make_line(texts, published=row.is_published, notes=marks))
+    for row, texts, own_notes in zip(rows, cells, notes, strict=True):
+        indices = [numbers.setdefault(note, len(numbers)) for note in own_notes if note]
+        lines.append(make_line(texts, published=row.is_published, notes=indices))
     remarks = []
     if common:
         remarks.append(f"All rows: {', '.join(f'{name} {found[0][name]}' for name in common)}.")
@@ -108,12 +108,12 @@ def build_section(
 
 
 def _alike(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], notes: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Indices of the measured rows, of each set of several, that agree in all cells but the numbers, and in notes."""
+    """Sets of measured rows, as indices, that agree in their notes and in all cells without a record."""
     found: dict[tuple, list[int]] = {}
     for index, (row, members) in enumerate(zip(rows, cells, strict=True)):
         if not row.is_published:
-            told = tuple(cell.text for cell in members if not cell.record_id)
-            found.setdefault((told, *notes[index]), []).append(index)
+            texts = tuple(cell.text for cell in members if not cell.record_id)
+            found.setdefault((texts, *notes[index]), []).append(index)
     return [members for members in found.values() if len(members) > 1]
 
 
@@ -124,11 +124,11 @@ def note_mark(index: int) -> str:
 
 
 def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> dict[str, object]:
-    """Everything about a row with nothing rounded: identity first, then value, low and high of each metric.
+    """A row of data: identity first, then value, interval, mark and record of each metric, nothing rounded.
 
     marks: (metric, mode) -> "best" or "tie".
     """
-    record = row.any
+    record = row.representative
     training, sampling, evaluation, source = record.training, record.sampling, record.evaluation, record.source
     entry: dict[str, object] = {
         "section": section,
@@ -149,7 +149,8 @@ def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> di
     }
     for prefix, part in (("training", training), ("sampling", sampling), ("evaluation", evaluation)):
         if part is not None:
-            columns, values = _columns(prefix, type(part))
+            kind: type = type(part)
+            columns, values = _columns(prefix, kind)
             entry.update(zip(columns, values(part), strict=True))
     for key, mode in _in_order(tuple(row.records)):
         metric = row.records[key, mode]
@@ -172,13 +173,13 @@ def _metric_columns(key: str, mode: str) -> tuple[str, ...]:
 
 @functools.cache
 def _columns(prefix: str, part: type) -> tuple[tuple[str, ...], operator.attrgetter]:
-    """The columns of a part of a record, and what gets their values; the mode belongs to the metric, not to the row."""
+    """The columns of a part of a record and a function that returns their values; the mode belongs to the metric."""
     names = [field.name for field in dataclasses.fields(part) if field.name != "mode"]
     return tuple(f"{prefix}_{name}" for name in names), operator.attrgetter(*names)
 
 
 def metric_columns(rows: Iterable[Row]) -> frozenset[str]:
-    """The names of the columns of data that belong to the metrics of these rows."""
+    """The names of the data columns that belong to the metrics of these rows."""
     metrics = {metric for row in rows for metric in row.records}
     names = {name for metric in metrics for name in _metric_columns(*metric)}
     return frozenset(
@@ -187,7 +188,7 @@ def metric_columns(rows: Iterable[Row]) -> frozenset[str]:
 
 
 def aligned(data: Sequence[dict[str, object]], last: Collection[str] = frozenset()) -> tuple[dict[str, object], ...]:
-    """The same columns in every row; columns that are empty throughout are dropped. last: columns that stand last."""
+    """The rows with the same columns in each, without columns that are empty in all. last: columns to be put last."""
     layouts = dict.fromkeys(tuple(entry) for entry in data)
     names = dict.fromkeys(name for layout in layouts for name in layout)
     kept = [name for name in names if any(entry.get(name) not in (None, "") for entry in data)]

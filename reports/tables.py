@@ -16,7 +16,7 @@ from results import paper
 from results.paper import PublishedValue
 from results.records import Record
 
-MAX_LINES = 1000  # printed of one section of a protocol's table, beside the best ones; the CSV file has all
+MAX_LINES = 1000  # of one section of a protocol's table, besides the best lines; the CSV file has all
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")
 COUNT_REMARK = (
     "Counted: by this harness, multiply-adds and one flop per element of the normalisations that the convention counts; "
@@ -33,7 +33,7 @@ _BLOCKS = {"in-context": "in-context", "cross-attention": "cross-attention", "ad
 
 
 def paper_tables(records: Iterable[Record]) -> list[Table]:
-    """Tables 1-6. Measured records join them where data set, resolution, N and suite are as published."""
+    """Tables 1-6. Measured records join them where data set, resolution, N and suite agree with the paper's."""
     measured = [record for record in records if record.provenance == "measured" and record.dataset == paper.DATASET]
     title = "Decoder ablation, DiT-XL/2-G (cfg=1.5), 256x256"
     return [
@@ -47,7 +47,7 @@ def paper_tables(records: Iterable[Record]) -> list[Table]:
 
 
 def protocol_table(protocol: str, records: Iterable[Record]) -> Table | None:
-    """The rows of one protocol (those of record files, not the paper's), all metrics; None without any."""
+    """The table of a protocol's measured rows with all their metrics; None without rows."""
     members = [record for record in records if record.protocol == protocol]
     if not members:
         return None
@@ -62,7 +62,7 @@ def protocol_table(protocol: str, records: Iterable[Record]) -> Table | None:
 
 
 def protocol_file_name(protocol: str) -> str:
-    """`table-digits`; safe as a file name and different for every protocol, whatever a record calls it."""
+    """`table-digits`: a safe file name, different for every protocol, whatever its name."""
     safe = urllib.parse.quote(protocol, safe="", errors="backslashreplace")
     if len(safe) > 100:
         safe = f"{safe[:80]}-{hashlib.sha256(safe.encode()).hexdigest()[:12]}"
@@ -78,10 +78,10 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
         if index < MAX_LINES or metrics[0] in marked
     ]
     titles = [title for title in printed[0][1] if any(found[title].text != "-" for _, found, _ in printed)]
-    head = rows[0].any
+    head = rows[0].representative
     cells = [
         (
-            Cell(row.any.system),
+            Cell(row.representative.system),
             *(found[title] for title in titles),
             *(row.cell(metric, marked.get(metric, "")) for metric in metrics),
         )
@@ -99,14 +99,16 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
 
 def _metric_table(table: str, title: str, measured: Sequence[Record], wanted: Callable[[Record], bool]) -> Table:
     """Tables 2, 3 and 5: metrics alone, and the pairs of published and measured rows below."""
-    published = [record for record in paper.records() if record.source.table == table]
+    published = [record for record in paper.records() if record.table == table]
     joining = groups([record for record in measured if wanted(record) and may_share(published[0], record)])
     columns = ("Model", *(metric_title(key, published[0].n) for key in PAPER_METRICS), "Source")
 
     def cells(row: Row, marks: dict) -> tuple[Cell, ...]:
         return (Cell(model_text(row)), *(_metric_cell(row, key, marks) for key in PAPER_METRICS), _source_cell(row))
 
-    sections, data, rows = [], [], []
+    sections: list[Section] = []
+    data: list[dict[str, object]] = []
+    rows: list[Row] = []
     for part in _parts(published, joining):
         section, entries, members = _joint_section(part, columns, cells, ("protocol",), len(sections) + 1)
         sections.append(section)
@@ -116,7 +118,7 @@ def _metric_table(table: str, title: str, measured: Sequence[Record], wanted: Ca
 
 
 def _details_table(measured: Sequence[Record]) -> Table:
-    """Table 4, a section for each resolution (they share no table), with measured rows without guidance."""
+    """Table 4, with measured rows without guidance, in one section for each resolution."""
     table = _published_table("Table 4", "")
     columns = table.sections[0].columns
     lines = dict(zip((entry["model"] for entry in table.data), table.sections[0].lines, strict=True))
@@ -126,14 +128,16 @@ def _details_table(measured: Sequence[Record]) -> Table:
         fid = _metric_cell(row, "fid", marks)
         if not row.is_published:
             return (*_details_cells(row), fid, _source_cell(row))
-        line = lines[row.any.source.row]
-        told = map(Cell, line.cells, line.values)
-        return (*list(told)[:-2], fid, _source_cell(row))
+        line = lines[row.representative.row]
+        all_printed = tuple(map(Cell, line.cells, line.values))
+        return (*all_printed[:-2], fid, _source_cell(row))
 
-    sections, data, rows = [], [], []
+    sections: list[Section] = []
+    data: list[dict[str, object]] = []
+    rows: list[Row] = []
     for resolution in (256, 512):
         published = [
-            record for record in paper.records() if record.source.table == "Table 4" and record.resolution == resolution
+            record for record in paper.records() if record.table == "Table 4" and record.resolution == resolution
         ]
         joining = groups(r for r in measured if _is_unguided_dit(r) and may_share(published[0], r))
         for part in _parts(published, joining):
@@ -141,29 +145,29 @@ def _details_table(measured: Sequence[Record]) -> Table:
             section, entries, members = _joint_section(part, columns, cells, shown, len(sections) + 1)
             sections.append(dataclasses.replace(section, remarks=(COUNT_REMARK, *section.remarks)))
             for row, entry in zip(members, entries, strict=True):
-                whole = printed.get(row.any.source.row) if row.is_published else None
+                whole = printed.get(row.representative.row) if row.is_published else None
                 data.append({**entry, **whole, "section": len(sections)} if whole else entry)
             rows += members
     return _with_pairs("Table 4", "All DiT models, FID-50K without guidance", sections, data, rows)
 
 
 def _parts(published: list[Record], joining: list[list[Record]]) -> list[list[Record]]:
-    """The records of each section: with two measured groups (say, two feature networks) each stands by itself."""
+    """The records of each section: a single measured group joins the published rows, several get sections of their own."""
     return [published + joining[0]] if len(joining) == 1 else [published, *joining]
 
 
 def _joint_section(
     records: Sequence[Record], columns: Sequence[str], cells: Callable, shown: Sequence[str], number: int
 ) -> tuple[Section, list[dict[str, object]], list[Row]]:
-    """Published rows and the measured ones below them: section, data and rows."""
+    """The section, data and rows of published records with measured ones below them."""
     rows = make_rows(records)
     marks = best_marks(rows, metrics_of(rows))
-    # A published row says in its name what tells it from its neighbours; a measured row says steps and seed there.
+    # The name of a published row says how it differs from its neighbours; that of a measured row has steps and seed.
     if all(not row.is_published for row in rows):
         shown = (*shown, "training steps", "training seed")
-    representative = next((row.any for row in rows if not row.is_published), rows[0].any)
-    told = [cells(row, marked) for row, marked in zip(rows, marks, strict=True)]
-    section = build_section(key_text(representative), columns, rows, told, shown)
+    representative = next((row.representative for row in rows if not row.is_published), rows[0].representative)
+    texts = [cells(row, marked) for row, marked in zip(rows, marks, strict=True)]
+    section = build_section(key_text(representative), columns, rows, texts, shown)
     section = dataclasses.replace(section, remarks=_with(section.remarks, remark(rows, marks)))
     return section, [data_row(row, number, marked) for row, marked in zip(rows, marks, strict=True)], rows
 
@@ -171,25 +175,27 @@ def _joint_section(
 def _with_pairs(
     table: str, title: str, sections: list[Section], data: list[dict[str, object]], rows: list[Row]
 ) -> Table:
-    """The table with a section of the published and measured rows of one experiment, for each that may be compared."""
+    """The table with further sections that compare published and measured rows of the same experiment."""
     found = pairs(rows, [row for row in rows if not row.is_published])
-    for group in groups(pair.measured.any for pair in found):
-        members = [pair for pair in found if pair.measured.any in group]
+    for group in groups(pair.measured.representative for pair in found):
+        members = [pair for pair in found if pair.measured.representative in group]
         sections = [*sections, deviation_section(members)]
     by_row = {id(pair.measured): pair for pair in found}
     data = [
         entry | (deviation_data(by_row[id(row)]) if id(row) in by_row else {})
         for row, entry in zip(rows, data, strict=True)
     ]
-    data = aligned(data, metric_columns(rows))
-    return Table(name=_file_name(table), title=f"{table}. {title}", sections=tuple(sections), data=data)
+    return Table(
+        name=_file_name(table), title=f"{table}. {title}", sections=tuple(sections),
+        data=aligned(data, metric_columns(rows)),
+    )  # fmt: skip
 
 
 def _details_cells(row: Row) -> tuple[Cell, ...]:
-    """The columns of Table 4 before FID; what was counted stands in the columns of counts."""
-    record, found, training = row.any, description(row), row.any.training
+    """The cells of a measured row of Table 4 before FID."""
+    record, found, training = row.representative, description(row), row.representative.training
     steps, batch, rate = (training.steps, training.batch, training.learning_rate) if training else (None, None, None)
-    suffix = next((suffix for suffix in _BLOCKS if record.backbone.endswith(f"-{suffix}")), "")
+    suffix = next((suffix for suffix in _BLOCKS if (record.backbone or "").endswith(f"-{suffix}")), "")
     return (
         Cell(record.system),
         Cell(f"{record.resolution}x{record.resolution}"),
@@ -205,9 +211,9 @@ def _details_cells(row: Row) -> tuple[Cell, ...]:
 
 
 def _published_table(table: str, title: str) -> Table:
-    """A table of the paper cell for cell, with what is counted here beside the figures that can be counted.
+    """A table of the paper, cell for cell, with the harness's counts beside the figures that it can count.
 
-    The row's further words (", 256x256, 400K") are columns of their own.
+    The words after a row's name (", 256x256, 400K") have columns of their own.
     """
     found: dict[str, dict[str, PublishedValue]] = {}
     for cell in paper.values():
@@ -251,7 +257,7 @@ def _count_cell(count: Counted | None) -> Cell:
 
 
 def _metric_cell(row: Row, key: str, marks: dict[tuple[str, str], str]) -> Cell:
-    """The metric in its plain mode, or else in the only other one there is."""
+    """The cell of a metric: in its plain mode, or else in the first mode by name."""
     modes = sorted(mode for metric, mode in row.records if metric == key)
     return row.cell((key, modes[0]), marks.get((key, modes[0]), "")) if modes else Cell("-")
 

@@ -1,4 +1,4 @@
-"""The table of verdicts: who wins at the same training compute, or whether it is a tie."""
+"""The table of verdicts: which experiment wins at the same training compute."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from results.matched import TOLERANCE, Matchup, Matchups, compute, matchups
 from results.records import Record, Training
 
 NAME = "table-verdicts"
-MAX_LINES = 500  # of one section: more is read by nobody
+MAX_LINES = 500  # of one section
 COLUMNS = (
     *(
         "System",
@@ -30,7 +30,7 @@ RULE = (
     f"{100 * TOLERANCE:g} %, at the same sampler, steps and guidance, the best one (where two are each other's best "
     "opponent, only the better one has a line). Difference: with the largest gap that is a tie. "
     f"Of training seeds: {SEEDS_RULE.partition(': ')[2]}. Of these checkpoints: {SAMPLING_RULE.partition(': ')[2]}. "
-    "Each line stands by itself: of twenty ties one shows a win or a loss by chance, and the best of many opponents "
+    "Lines are tested one by one: of twenty ties one shows a win or a loss by chance, and the best of many opponents "
     "is the luckiest of them."
 )
 
@@ -95,7 +95,7 @@ def _name(group: Group) -> str:
 
 
 def _value(group: Group) -> Cell:
-    """The mean over the seeds; of a single record the value with its interval."""
+    """The mean over seeds; for a single record its value with the interval."""
     if len(group.records) > 1:
         return Cell(f"{group.value:.4g}", group.value)
     (record,) = group.records
@@ -103,7 +103,7 @@ def _value(group: Group) -> Cell:
 
 
 def _differences(matchup: Matchup) -> str:
-    """What else than the system tells them apart; training steps follow from the compute."""
+    """The settings in which the two differ, other than the system and the training steps, which follow from compute."""
     first, other = matchup.group.records[0], matchup.opponent.records[0]
     found = {name: values for name, values in differing(first, other).items() if name != "training steps"}
     if first.framework != other.framework:

@@ -210,6 +210,16 @@ class Record(_Checked):
         """Hash of identity and value: the same measurement made twice has one id."""
         return self._hashes[1]
 
+    @property
+    def table(self) -> str:
+        """`Table 2`: where a published number is printed; "" for a measured one."""
+        return self.source.table if self.source is not None else ""
+
+    @property
+    def row(self) -> str:
+        """The row of the table in which a published number is printed; "" for a measured one."""
+        return self.source.row if self.source is not None else ""
+
     @functools.cached_property
     def _hashes(self) -> tuple[str, str]:
         """The sha256 of the identity, and of the identity followed by the text of the value."""

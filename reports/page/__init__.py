@@ -1,1 +1,1 @@
-"""The page: one self-contained HTML file with the tables, curves, sample grids and the records behind every number."""
+"""The page: one self-contained HTML file with the tables, curves, sample grids and the record of every number."""

@@ -1,16 +1,17 @@
-"""Figures as the page's script draws them: the marks of every series, with colour and marker of the static figures."""
+"""The data of figures for the page's script: the marks of every series, with the styles of the static figures."""
 
 import re
 from collections.abc import Iterable, Mapping
 
 from reports.charts import Figure, Mark, Panel, Series, Style, series_styles
+from reports.page.payload import Json
 from reports.page.run_artifacts import picture_uri
 
 MAX_MARKS = 4000  # of one panel
 
 
-def figure_data(figure: Figure, styles: Mapping[str, Style]) -> dict[str, object]:
-    """All but what `figure_pictures` makes."""
+def figure_data(figure: Figure, styles: Mapping[str, Style]) -> Json:
+    """A figure as the script takes it, without the pictures of `figure_pictures`."""
     number = re.fullmatch(r"figure-(\d+)", figure.name)
     return {
         "name": figure.name,
@@ -20,7 +21,7 @@ def figure_data(figure: Figure, styles: Mapping[str, Style]) -> dict[str, object
 
 
 def figure_pictures(figure: Figure, files: Mapping[str, bytes]) -> list[dict[str, str]]:
-    """The PNG of a figure that shows pictures, taken from the report's other files."""
+    """The PNG of a figure that shows pictures, from the report's other files; empty for other figures."""
     if not figure.grids or f"{figure.name}.png" not in files:
         return []
     uri = picture_uri(files[f"{figure.name}.png"])
@@ -28,18 +29,18 @@ def figure_pictures(figure: Figure, files: Mapping[str, bytes]) -> list[dict[str
 
 
 def record_ids(figures: Iterable[Figure]) -> list[str]:
-    """Of every record that stands behind a mark."""
+    """The ids of the records of all marks."""
     marks = (mark for figure in figures for panel in figure.panels for series in panel.series for mark in series.marks)
     return [name for mark in marks for name in mark.record_ids]
 
 
 def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
-    x = {"text": panel.x.text, "scale": panel.x.scale}
+    x: dict[str, object] = {"text": panel.x.text, "scale": panel.x.scale}
     if panel.x.scale == "names":
         names = {int(mark.x): mark.text for series in panel.series for mark in series.marks}
         x["names"] = [names.get(index, "") for index in range(max(names, default=-1) + 1)]
     count = sum(len(series.marks) for series in panel.series)
-    every = -(-count // MAX_MARKS)  # of a long curve every so many marks, one is enough
+    every = -(-count // MAX_MARKS)  # long curves keep one of so many marks
     notes = [panel.note] if panel.note else []
     if every > 1:
         notes.append(f"one mark of {every} is drawn here")
@@ -63,14 +64,14 @@ def _series_data(series: Series, style: Style, every: int) -> dict[str, object]:
         "kind": series.kind,
         "provenance": series.provenance,
         "colour": style.colour,
-        "marker": "X" if series.provenance == "fit" else style.marker,  # what a law predicts
+        "marker": "X" if series.provenance == "fit" else style.marker,  # the prediction of a law
         "dash": style.dash,
         "marks": [_mark_data(mark) for mark in series.marks[::every]],
     }
 
 
 def _mark_data(mark: Mark) -> dict[str, object]:
-    """Without what is empty, and with the digits that a screen can show: a training curve has thousands of marks."""
+    """A mark without empty fields and with seven digits, because a training curve has thousands of marks."""
     found = {
         **{name: _rounded(getattr(mark, name)) for name in ("x", "y", "low", "high", "size")},
         "text": mark.text or None,

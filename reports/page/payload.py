@@ -1,7 +1,9 @@
-"""What the page's script is given: plain data, JSON-ready, of a size that a browser takes at once."""
+"""The data of the page's script: plain and ready for JSON, of a size that a browser loads at once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from reports.columns import count_text, guidance_text, measured_text, title_of
 from reports.commands import reproduction
@@ -12,14 +14,15 @@ from results.records import Record
 
 MAX_ROWS = 1000  # of one section of a table
 MAX_RECORDS = 5000
-_OWN = ("metric", "value", "low", "high", "interval", "n", "schema")
+Json = dict[str, Any]  # what json.dumps writes as an object
+_OWN = ("metric", "value", "low", "high", "interval", "higher_is_better", "n", "schema")
 _PARTS = ("source", "training", "sampling", "evaluation", "environment")
 _SHARED = tuple(field.name for field in dataclasses.fields(Record) if field.name not in (*_OWN, *_PARTS))
-MAX_PROBLEMS = 200  # lines and conflicts, of each
+MAX_PROBLEMS = 200  # of lines, and of conflicts
 
 
-def table_data(table: Table) -> dict[str, object]:
-    """A table as the script takes it, rows beyond the cap counted in `left_out`."""
+def table_data(table: Table) -> Json:
+    """A table as the script takes it; `left_out` counts the rows beyond MAX_ROWS."""
     return {
         "name": table.name,
         "title": table.title,
@@ -27,7 +30,7 @@ def table_data(table: Table) -> dict[str, object]:
     }
 
 
-def _section_data(section: Section) -> dict[str, object]:
+def _section_data(section: Section) -> Json:
     lines = _kept(section.lines)
     used = sorted({index for line in lines for index in line.notes})
     return {
@@ -53,7 +56,7 @@ def _section_data(section: Section) -> dict[str, object]:
 
 
 def _kept(lines: Sequence[Line]) -> list[Line]:
-    """At most MAX_ROWS: what is published or marked as best first, then rows evenly spread over the others."""
+    """At most MAX_ROWS lines: published ones and those with marks first, then others, evenly spread."""
     chosen = [at for at, line in enumerate(lines) if line.published or any(line.marks)][:MAX_ROWS]
     room = MAX_ROWS - len(chosen)
     others = sorted(set(range(len(lines))) - set(chosen))
@@ -63,9 +66,9 @@ def _kept(lines: Sequence[Line]) -> list[Line]:
 
 
 def shown_records(records: Iterable[Record], wanted: Sequence[str], most: int) -> tuple[list[Record], int]:
-    """The records that the page holds, and how many it leaves out: those of `wanted` go before the others.
+    """At most `most` records, those of `wanted` before others, and the number of records that are left out.
 
-    In the order in which they are listed: measured ones first, then by what they are of.
+    They are in the order of the page's list: measured ones first, then by protocol, table, system and settings.
     """
     everyone = {record.id: record for record in records}
     first = [everyone[name] for name in dict.fromkeys(wanted) if name in everyone]
@@ -84,26 +87,24 @@ def _order(record: Record) -> tuple:
 
 
 class InternTable:
-    """Data that many records share, each kept once and named by its number."""
+    """Data that many records share: each item is stored once and referred to by its number."""
 
     def __init__(self) -> None:
         self.items: list[object] = []
         self._numbers: dict[object, int] = {}
 
     def number(self, key: object, make: Callable[[], object]) -> int:
-        """key: equal for equal items; `make` makes an item that is new."""
+        """The number of the item of `key`, which `make` makes if it is new."""
         if key not in self._numbers:
             self._numbers[key] = len(self.items)
             self.items.append(make())
         return self._numbers[key]
 
 
-def record_data(
-    record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable
-) -> dict[str, object]:
-    """A record: the words that stand beside it, its groups of fields, and how it is measured again.
+def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable) -> Json:
+    """A record for the page: its description, its groups of fields, and the command that measures it again.
 
-    `groups` and `again` are numbers of what is in the interned.
+    `groups` and `again` are numbers of items of `interned`.
     """
     again = reproduction(record, recipes)
     training, sampling, source = record.training, record.sampling, record.source
@@ -131,23 +132,24 @@ def record_data(
 
 
 def _own_fields(record: Record) -> list[list[str]]:
-    """[name, text] of the record itself; what it shares with others of its row is in `_groups`."""
+    """[name, text] of the fields that differ between the records of a row; `_groups` has the others."""
     return [["id", record.id], ["identity", record.identity_sha256], *_pairs(record, _OWN)]
 
 
 def _groups(record: Record, interned: InternTable) -> list[int]:
-    """Numbers of [heading, [[name, text], ...]]; unknown fields are left out."""
+    """Numbers of [heading, [[name, text], ...]]; fields that are None are left out."""
     what = tuple(getattr(record, name) for name in _SHARED)
     numbers = [interned.number(what, lambda: ["what", _pairs(record, _SHARED)])]
     for name in _PARTS:
         part = getattr(record, name)
         if part is not None:
-            numbers.append(interned.number((name, part.canonical), lambda name=name, part=part: [name, _fields(part)]))
+            numbers.append(interned.number((name, part.canonical), functools.partial(_group, name, part)))
     return numbers
 
 
-def _fields(part: object) -> list[list[str]]:
-    return _pairs(part, [field.name for field in dataclasses.fields(part)])
+def _group(heading: str, part: Any) -> list[object]:
+    """[heading, [[name, text], ...]] of a part of a record."""
+    return [heading, _pairs(part, [field.name for field in dataclasses.fields(part)])]
 
 
 def _pairs(part: object, names: Sequence[str]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""What lies beside record files and belongs on the page: recipes of runs, and grids of samples."""
+"""Files of runs that belong on the page: recipes and grids of samples, from the folders of record files."""
 
 import base64
 import dataclasses
@@ -14,20 +14,20 @@ from harness.runs.run import open_run
 from reports.columns import count_text, guidance_text
 from reports.render import one_line
 from results.metrics import rank
-from results.records import Record
+from results.records import Record, Sampling, Training
 
 GRID = "grid.png"
 MAX_GRIDS = 36
-MAX_GRID_BYTES = 300_000  # of one picture; a larger one is shrunk
+MAX_GRID_BYTES = 300_000  # of one picture; a larger one is downsampled
 MAX_PICTURE_BYTES = 6_000_000  # of all of them
 MAX_FILE_BYTES = 64_000_000  # a larger file is not opened
-WIDEST = 900  # pixels of a shrunk picture
+WIDEST = 900  # width in pixels of a downsampled picture
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleGrid:
-    """A grid that lies beside records. records: those of its samples."""
+    """A sample grid and the records of its samples."""
 
     path: Path
     records: tuple[Record, ...]
@@ -51,7 +51,7 @@ class SampleGrid:
 
 
 def run_recipes(record_files: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """recipe hash -> items without `steps`, of the runs whose records these are."""
+    """Recipe hash -> the recipe's items without `steps`, of the runs of these record files."""
     found = {}
     for folder in sorted({path.parent for path in record_files}):
         if (folder / "run.json").is_file():
@@ -67,11 +67,11 @@ def run_recipes(record_files: Iterable[Path]) -> dict[str, dict[str, object]]:
 
 
 def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> list[SampleGrid]:
-    """The grids of RUN/samples/*/ and of sample sets with their records beside them.
+    """The grids of runs and of sample sets that lie beside record files.
 
-    In the order in which a reader wants them if not all have room: a seed of every model before the next seed.
+    In order of importance if not all have room: one seed of every model before the next seed.
     """
-    pictures = set()
+    pictures: set[Path] = set()
     for folder in {path.parent for path in record_files}:
         pictures.update(folder.glob(f"samples/*/{GRID}"))
         pictures.update(folder.glob(GRID))
@@ -87,9 +87,9 @@ def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> lis
 
 
 def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]], str]:
-    """Grids as data URIs, in the order of their models, and what was left out, in words ("" if nothing)."""
+    """Grids as data URIs, in the order of their models, and a note on the grids that are left out ("" if none)."""
     made: list[tuple[SampleGrid, str]] = []
-    total = broken = shrunk = 0
+    total = broken = downsampled = 0
     for grid in grids[:MAX_GRIDS]:
         read = _picture(grid.path)
         if read is None:
@@ -99,7 +99,7 @@ def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]],
         if total + len(uri) > MAX_PICTURE_BYTES:
             break
         total += len(uri)
-        shrunk += is_small
+        downsampled += is_small
         made.append((grid, uri))
     made.sort(key=lambda pair: (pair[0].records[0].gflops or 0.0, *_order(pair[0])[1:], *_order(pair[0])[:1]))
     words = []
@@ -107,22 +107,21 @@ def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]],
         words.append(f"{left} of {len(grids)} grids have no room here; all lie beside their samples")
     if broken:
         words.append(f"{broken} could not be read as PNG")
-    if shrunk:
-        words.append(f"{shrunk} shrunk to {WIDEST} pixels")
+    if downsampled:
+        words.append(f"{downsampled} downsampled to {WIDEST} pixels")
     return made, f"{'; '.join(words)}." if words else ""
 
 
 def _order(grid: SampleGrid) -> tuple:
     record = grid.records[0]
-    training, sampling = record.training, record.sampling
-    seed = (training.seed if training else None) or 0
-    return (seed, record.system, (training.steps if training else None) or 0, sampling.steps or 0, str(grid.path))
+    training, sampling = record.training or Training(), record.sampling or Sampling()
+    return (training.seed or 0, record.system, training.steps or 0, sampling.steps or 0, str(grid.path))
 
 
 def _samples_sha256(sidecar: Path) -> str:
     try:
         return str(json.loads(sidecar.read_text(encoding="utf-8"))["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # nobody says of which samples the grid is
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the samples of the grid are not known
         return ""
 
 
@@ -134,20 +133,20 @@ def _picture(path: Path) -> tuple[str, bool] | None:
 
 
 def picture_uri(content: bytes) -> str:
-    """A PNG as a data URI, shrunk where it is large; "" where it is none."""
+    """A PNG as a data URI, downsampled if it is large; "" if the content is not a PNG."""
     found = _data_uri(content)
     return found[0] if found else ""
 
 
 def _data_uri(content: bytes) -> tuple[str, bool] | None:
-    """A data URI of bearable size, and whether the picture was shrunk for it; None where it is no PNG."""
+    """A data URI and whether the picture was downsampled for it; None if the content is not a PNG."""
     from PIL import Image
 
     if not content.startswith(_PNG):
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a picture that would fill the memory
+            warnings.simplefilter("error")  # Pillow warns of pictures that would fill the memory
             with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
                 shrink = len(content) > MAX_GRID_BYTES
                 if shrink:

@@ -1,4 +1,4 @@
-"""The page as one file: data as JSON that no browser takes for code, scripts and styles allowed by their hash alone."""
+"""The page as one file: data as JSON that a browser never runs, and scripts and styles that are allowed by their hash."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from harness._version import VERSION
 from reports.charts import Figure, Style
 from reports.page.curves import figure_data, figure_pictures, record_ids
-from reports.page.payload import MAX_PROBLEMS, MAX_RECORDS, InternTable, record_data, shown_records, table_data
+from reports.page.payload import MAX_PROBLEMS, MAX_RECORDS, InternTable, Json, record_data, shown_records, table_data
 from reports.page.run_artifacts import pictures, run_recipes, sample_grids
 from reports.sections import Table
 from results.records import Record
@@ -36,13 +36,11 @@ def page_data(
     record_files: Sequence[Path],
     problems: Sequence[Problem],
     conflicts: Sequence[str],
-) -> dict[str, object]:
-    """What `write_page` makes the page of a report from: all but the pictures.
+) -> Json:
+    """The data of a report's page for `write_page`, without the pictures.
 
-    tables, figures: those of the report. records: those that were loaded; published: the paper's. styles: of the
-    models, as the figures have them.
-    record_files: beside which recipes and sample grids are found. Whatever has no room is left out and counted on the
-    page.
+    records: those that were loaded; published: the paper's. styles: of the models, as in the figures. record_files: their
+    folders have recipes and sample grids. What has no room is left out and counted on the page.
     """
     shown_tables = [table_data(table) for table in sorted(tables, key=_place)]
     wanted = [
@@ -80,27 +78,29 @@ def page_data(
     }
 
 
-def write_page(data: Mapping[str, object], figures: Sequence[Figure], files: Mapping[str, bytes]) -> bytes:
-    """The page of a report. data: of `page_data`, for the same figures. files: the report's other files, of which the SVG
-    figures are shown to readers without scripts."""
-    told = [
+def write_page(data: Json, figures: Sequence[Figure], files: Mapping[str, bytes]) -> bytes:
+    """The page of a report. data: of `page_data`, for the same figures.
+
+    files: the report's other files; readers without scripts see its SVG figures.
+    """
+    drawn = [
         each | {"pictures": figure_pictures(figure, files)}
         for figure, each in zip(figures, data["figures"], strict=True)
     ]
-    return _assembled({**data, "figures": told}, files)
+    return _assembled({**data, "figures": drawn}, files)
 
 
 def _place(table: Table) -> int:
-    """Verdicts first, then what the reader measured, then the paper's."""
+    """A sort key: verdicts, then tables of protocols, then the paper's tables."""
     return 0 if table.name == "table-verdicts" else 2 if re.fullmatch(r"table-\d", table.name) else 1
 
 
-def _assembled(data: dict[str, object], files: Mapping[str, bytes]) -> bytes:
+def _assembled(data: Json, files: Mapping[str, bytes]) -> bytes:
     style = _asset("page.css")
     script = "'use strict';\n(() => {\n" + "\n".join(_asset(name) for name in SCRIPTS) + "})();\n"
     policy = _POLICY.format(script=_hash(script), style=_hash(style))
     page = _asset("page.html")
-    # The data last, for it may hold what looks like one of the marks.
+    # The data comes last, because it may contain text that looks like a mark.
     for mark, text in (
         ("POLICY", policy),
         ("STYLE", style),
@@ -113,12 +113,12 @@ def _assembled(data: dict[str, object], files: Mapping[str, bytes]) -> bytes:
 
 
 def _json(data: object) -> str:
-    """JSON that ends no script element: ASCII, without `<`."""
+    """JSON in ASCII without `<`, so that it cannot end a script element."""
     return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _fallback(files: Mapping[str, bytes]) -> str:
-    """For readers without scripts: where the tables are, and the figures as far as they have room."""
+    """What readers without scripts see: a hint at the tables, and the figures as far as there is room."""
     parts = ["<p>Without scripts this page shows figures alone; the tables lie beside it.</p>"]
     total = 0
     for name, content in files.items():

@@ -83,7 +83,7 @@ def makers():
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports without PNG, SVG and PDF, which have tests of their own."""
-    monkeypatch.setattr("reports.render_pool._processors", lambda: 1)  # no helpers
+    monkeypatch.setattr("reports.render_pool._processors", lambda: 1)  # no workers
     monkeypatch.setattr("reports.render_pool.draw", lambda figure, styles: {})
 
 

@@ -118,7 +118,7 @@ def test_the_rightmost_bubble_has_its_label_on_the_right():
     assert centre + radii[1] * sheet.dpi / 72 < box.x0 < box.x1 <= axes.get_window_extent().x1 + 4
 
 
-def test_a_helper_imports_nothing_from_the_folder_that_it_is_called_in(tmp_path):
+def test_a_worker_imports_nothing_from_the_current_folder(tmp_path):
     (tmp_path / "textwrap.py").write_text("open('ran', 'w').close()")
     done = subprocess.run(render_pool._COMMAND, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"")
@@ -144,7 +144,7 @@ def test_axis_text():
     assert Axis(title="Compute", unit="Gflops").text == "Compute (Gflops)" and Axis(title="Steps").text == "Steps"
 
 
-def test_helpers_draw_the_same_bytes(study, monkeypatch):
+def test_workers_draw_the_same_bytes(study, monkeypatch):
     figures = [each for each in made(study) if each.name in ("figure-8", "figure-10")]
     styles = model_styles(study)
     alone = {figure.name: draw(figure, styles) for figure in figures}
@@ -159,23 +159,23 @@ def test_helpers_draw_the_same_bytes(study, monkeypatch):
     with RenderPool() as pool:
         pool.begin(figures, styles)
         (thread,) = pool._threads
-        thread.join()  # the helper draws both
+        thread.join()  # the worker draws both
         assert pool.finish() == alone and here == []
-    assert pool._helpers[0].returncode is not None
+    assert pool._workers[0].returncode is not None
     fails = (*render_pool._COMMAND[:-1], "raise SystemExit(1)")
-    monkeypatch.setattr(render_pool, "_COMMAND", fails)  # a helper that fails is not missed
+    monkeypatch.setattr(render_pool, "_COMMAND", fails)  # the figures of a worker that fails are drawn
     with RenderPool() as pool:
         pool.begin(figures, styles)
         assert pool.finish() == alone and sorted(here) == sorted(alone)
     monkeypatch.setattr(render_pool, "_processors", lambda: 1)
     with RenderPool() as pool:
         pool.begin([], styles)
-        assert pool.finish() == {} and pool._helpers == []
+        assert pool.finish() == {} and pool._workers == []
 
 
-def test_helpers_end_with_the_report(study, monkeypatch):
+def test_workers_end_with_the_report(study, monkeypatch):
     monkeypatch.setattr(render_pool, "_processors", lambda: 2)
     with pytest.raises(KeyboardInterrupt), RenderPool() as pool:
         pool.begin(made(study), model_styles(study))
         raise KeyboardInterrupt
-    assert pool._helpers[0].returncode is not None and not pool._threads[0].is_alive()
+    assert pool._workers[0].returncode is not None and not pool._threads[0].is_alive()

@@ -21,7 +21,8 @@ def _marks(records, metric=FD):
     """System -> mark."""
     rows = make_rows(records)
     return {
-        row.any.system: marks.get(metric) for row, marks in zip(rows, best_marks(rows, metrics_of(rows)), strict=True)
+        row.representative.system: marks.get(metric)
+        for row, marks in zip(rows, best_marks(rows, metrics_of(rows)), strict=True)
     }
 
 
