@@ -104,15 +104,15 @@ def reference(
     """
     from evaluators.suites import get_suite
     from harness.pipeline.evaluate import CACHE
-    from harness.pipeline.judges import evaluation_config
+    from harness.pipeline.evaluation_config import make_config
     from harness.pipeline.make_reference import make_reference, open_source
 
-    judge = evaluation_config(get_suite(suite), weights, backend, None, device)
+    config = make_config(get_suite(suite), weights, backend, None, device)
     made = make_reference(
         open_source(source, data),
         out,
-        judge.suite,
-        weights=judge.weights,
+        config.suite,
+        weights=config.weights,
         images=images,
         seed=seed,
         cache=out.parent / CACHE,
