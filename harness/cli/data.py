@@ -1,4 +1,4 @@
-"""`harness data`: data sets for training, references that samples are judged by, and public files."""
+"""`harness data`: data sets for training, references for evaluation, and public files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.cli.options import COUNT, FOLDER, json_option
 
 @click.group("data")
 def command() -> None:
-    """Data sets for training, references that samples are judged by, and public files."""
+    """Data sets for training, references for evaluation, and public files."""
 
 
 @command.command("prepare", short_help="Make a data set for training from images in classes.")
