@@ -1,4 +1,4 @@
-"""`harness data`: data sets for training, references that samples are judged by, and public files."""
+"""`harness data`: data sets for training, references for evaluation, and public files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.cli.options import COUNT, FOLDER, json_option
 
 @click.group("data")
 def command() -> None:
-    """Data sets for training, references that samples are judged by, and public files."""
+    """Data sets for training, references for evaluation, and public files."""
 
 
 @command.command("prepare", short_help="Make a data set for training from images in classes.")
@@ -107,12 +107,12 @@ def reference(
     from harness.pipeline.evaluation_config import make_config
     from harness.pipeline.make_reference import make_reference, open_source
 
-    judge = make_config(get_suite(suite), weights, backend, None, device)
+    config = make_config(get_suite(suite), weights, backend, None, device)
     made = make_reference(
         open_source(source, data),
         out,
-        judge.suite,
-        weights=judge.weights,
+        config.suite,
+        weights=config.weights,
         images=images,
         seed=seed,
         cache=out.parent / CACHE,

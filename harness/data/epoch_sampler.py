@@ -1,4 +1,4 @@
-"""The endless stream of training examples: epoch after epoch, each shuffled anew."""
+"""The endless stream of training examples: epoch after epoch, each in a new order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading data sets: what a run is trained on, the images that it is judged by, and the images behind latents."""
+"""Loading data sets: what a run is trained on, the images that it is compared with, and the images behind latents."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def source_images(source_paths: dict[str, str], sha256: str, owner: str) -> Imag
     source_paths: see `Examples`. sha256: of the images. owner: the run or cache that messages name.
     """
     path = source_paths.get("images", "")
-    remedy = "name images to judge by with --reference PATH"
+    remedy = "name images to compare with by --reference PATH"
     try:
         images = open_image_set(path).images
     except UserError as error:

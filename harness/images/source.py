@@ -1,7 +1,7 @@
 """`ImageSource`: uint8 images in batches, whatever they are stored in, and what its readers share.
 
 A source yields uint8 (n, H, W, C) batches in a fixed order and holds one batch at a time. The readers (`npz`, `files`,
-`tars`; `harness.images.open` chooses one) get files from strangers: nothing is executed, nothing is written, no link in
+`tars`; `harness.images.open` chooses one) read untrusted files: nothing is executed, nothing is written, no link in
 an archive is followed, and a damaged file ends in one UserError. The checksums of zip and PNG are always compared; npy,
 tar and JPEG have none for their pixels, so there only contradictions (sizes, structure) are found.
 """

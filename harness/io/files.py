@@ -35,15 +35,15 @@ def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
 
 @contextmanager
 def appending(path: Path) -> Iterator[FileIO]:
-    """The file at `path`, open to be read and appended to, for this process alone; another one waits until it is closed.
+    """The file at `path`, made if it is missing, open for reading and appending and locked for this process.
 
-    It is created where it is missing. RunError for what the system refuses.
+    A second process waits until it is closed. RunError where the system cannot write.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         created = not path.exists()
         with FileIO(path, "a+") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # the kernel drops it when the file is closed
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # the kernel releases it when the file is closed
             yield file
         if created:
             sync_folder(path.parent)
@@ -67,7 +67,8 @@ def append(file: FileIO, data: bytes) -> None:
 def replacing(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
     """A binary file to write to; it replaces `path` when it is complete and on the disk.
 
-    After an error `path` is as it was before, and nothing else is left. RunError where the system cannot write. shared: other processes may write the same path at the same time, so the incomplete file gets a name of its own.
+    shared: whether other processes may write the same path at the same time; then the incomplete file has a random name.
+    After an error `path` is as it was before, and nothing else is left. RunError where the system cannot write.
     """
     ending = f".{secrets.token_hex(4)}{PARTIAL}" if shared else PARTIAL
     partial = path.with_name(path.name + ending)

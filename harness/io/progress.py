@@ -20,7 +20,7 @@ _drawing: Progress | None = None  # shared by all bars: a bar within another is 
 
 
 def silence() -> None:
-    """No bars, and no log messages below errors, from here on: another process of the same job shows them."""
+    """Draw no bars and log only errors in this process from now on: another process of the same job shows them."""
     global _silent
     _silent = True
     logging.getLogger("harness").setLevel(logging.ERROR)

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from harness.errors import UserError
 from harness.weights import pickles
-from harness.weights.objects import CONSTRUCTORS, StorageKey, foreign, printable, settled, storage_of
+from harness.weights.objects import CONSTRUCTORS, StorageKey, foreign, printable, resolve_tensors, storage_of
 from harness.weights.pickles import Malformed, Unsuitable
 from harness.weights.tensors import DTYPES, MAX_AXES, Storage, Stored, raw_dtype
 
@@ -55,7 +55,9 @@ def open_file(path: Path) -> Opened:
             if head[:4] == b"PK\x03\x04":
                 return _open_zip(path, file)
             if head[257:262] == b"ustar":
-                raise UserError(f"{path} is in torch's tar format of before 2017, which is not read; save it anew")
+                raise UserError(
+                    f"{path} is in torch's tar format of before 2017, which is not supported; save it again"
+                )
             if len(head) > 8 and head[8:9] == b"{":
                 return _open_safetensors(path, file)
             if head[:1] == b"\x80":
@@ -138,7 +140,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> Opened:
         return storage
 
     reading = pickles.read(program, CONSTRUCTORS, persistent, budget)
-    value = settled(reading.value, path, storages, swapped)
+    value = resolve_tensors(reading.value, path, storages, swapped)
     return Opened(path=path, container="torch zip", value=value, symbols=foreign(reading.symbols))
 
 
@@ -220,7 +222,7 @@ def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
             raise Malformed(f"storage {key} is not of the size that its tensors have")
         placed[key] = Storage(file.tell(), nbytes)
         file.seek(nbytes, 1)
-    value = settled(reading.value, path, placed, swapped)
+    value = resolve_tensors(reading.value, path, placed, swapped)
     return Opened(path=path, container="torch legacy", value=value, symbols=foreign(reading.symbols))
 
 

@@ -1,7 +1,7 @@
 """Tensors in torch's pickles: the few calls that such files are made of, carried out on plain data.
 
 A tensor is a call of a function of torch._utils with a storage (a persistent identifier), an offset, a shape and strides.
-`harness.weights.containers` knows where the bytes of a storage are and resolves the tensors with `settled`.
+`harness.weights.containers` knows where the bytes of a storage are, and passes that to `resolve_tensors`.
 Format: torch 2.13 torch/_utils.py, torch/serialization.py.
 """
 
@@ -36,7 +36,7 @@ class StorageKey:
 
 
 class _Pending:
-    """A tensor whose storage is known by its key only; `settled` replaces it by a `Stored`."""
+    """A tensor whose storage is known by its key only; `resolve_tensors` replaces it by a `Stored`."""
 
     __slots__ = ("dtype", "offset", "shape", "storage", "strides")
 
@@ -166,10 +166,10 @@ def storage_of(identifier: Any) -> StorageKey:
     return StorageKey(dtype, key, count)
 
 
-def settled(value: Any, path: Path, places: Mapping[str, Storage], swapped: bool) -> Any:
+def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], swapped: bool) -> Any:
     """`value` with every pending tensor replaced by a `Stored`, in nested dictionaries and lists too.
 
-    places: bytes of each storage by key. swapped: whether the file was written on a big-endian machine.
+    storages: bytes of each storage, by key. swapped: whether the file was written on a big-endian machine.
     """
     made: dict[int, Any] = {}  # by id: a file may hold one object twice, or within itself
     placed: dict[int, tuple[_Pending, Stored]] = {}  # by id; the pending tensor is kept so that its id is not reused
@@ -178,7 +178,7 @@ def settled(value: Any, path: Path, places: Mapping[str, Storage], swapped: bool
     def settle(item: Any) -> Any:
         if isinstance(item, _Pending):
             if id(item) not in placed:
-                placed[id(item)] = item, _place(item, path, places, swapped)
+                placed[id(item)] = item, _stored(item, path, storages, swapped)
             return placed[id(item)][1]
         if isinstance(item, (dict, list)) and id(item) not in made:
             made[id(item)] = item
@@ -192,10 +192,10 @@ def settled(value: Any, path: Path, places: Mapping[str, Storage], swapped: bool
     return settle(value)
 
 
-def _place(tensor: _Pending, path: Path, places: Mapping[str, Storage], swapped: bool) -> Stored:
+def _stored(tensor: _Pending, path: Path, storages: Mapping[str, Storage], swapped: bool) -> Stored:
     """The tensor in the file; `Malformed` where it reaches beyond its storage."""
-    place = places.get(tensor.storage.key)
-    if place is None:
+    storage = storages.get(tensor.storage.key)
+    if storage is None:
         raise Malformed(f"the bytes of storage {tensor.storage.key} are missing")
     width, own = raw_dtype(tensor.dtype).itemsize, raw_dtype(tensor.storage.dtype).itemsize
     if swapped and width > 1:
@@ -203,11 +203,11 @@ def _place(tensor: _Pending, path: Path, places: Mapping[str, Storage], swapped:
     begin = tensor.storage.first * own + tensor.offset * width
     count = prod(tensor.shape)
     reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) if count else 0
-    if tensor.storage.count * own > place.nbytes or begin + reach * width > place.nbytes:
+    if tensor.storage.count * own > storage.nbytes or begin + reach * width > storage.nbytes:
         raise Malformed("a tensor reaches beyond its bytes")
     if count > reach:
         raise Malformed("a tensor repeats its elements")  # as one made by expand(); else a small file could fill memory
     return Stored(
-        file=path, dtype=tensor.dtype, shape=tensor.shape, strides=tensor.strides, start=place.start + begin,
-        storage=place,
+        file=path, dtype=tensor.dtype, shape=tensor.shape, strides=tensor.strides, start=storage.start + begin,
+        storage=storage,
     )  # fmt: skip

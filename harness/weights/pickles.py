@@ -172,10 +172,10 @@ class _Machine:
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(self.memo[argument])
         elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            place = len(self.memo) if name == "MEMOIZE" else argument
-            if place >= 1 << 32:  # protocol 0 writes any number
-                raise Malformed("a place of its memo that is out of reach")
-            self.memo[place] = stack[-1]
+            index = len(self.memo) if name == "MEMOIZE" else argument
+            if index >= 1 << 32:  # protocol 0 may write any number
+                raise Malformed("an index of its memo is out of reach")
+            self.memo[index] = stack[-1]
         elif name == "MARK":
             self.outer.append(stack)
             self.stack = []

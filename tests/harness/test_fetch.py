@@ -156,7 +156,7 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
         (OTHER, "its md5 is"),
         (OTHER[:-1], "1,499,999 bytes instead of 1,500,000"),
         (b"<html>Sign in</html>", "a web page"),
-        (b"", "nothing"),
+        (b"", "it is empty"),
         (packed([("else.txt", b"x")]), "graph.pb is not in the archive"),
         (packed([(NAME, OTHER)]), "its md5 is"),
         (packed([(NAME, CONTENT)])[:-50_000], "cannot be read"),
@@ -257,7 +257,7 @@ def test_a_batch_without_a_published_hash_is_unverified_but_whole(monkeypatch):
         damaged = bytearray(batch())
         damaged[200] ^= 1  # a pixel
         for content, message in (
-            (bytes(damaged), "checksum"), (batch()[:-30], "cannot be read"), (b"no zip at all, no zip", "otherwise")
+            (bytes(damaged), "checksum"), (batch()[:-30], "cannot be read"), (b"no zip at all, no zip", "other bytes")
         ):  # fmt: skip
             server.content = content
             assert message in str(run().exception)

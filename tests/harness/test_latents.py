@@ -289,7 +289,7 @@ def test_a_disk_without_room_is_said_before_the_work(vae, source, tmp_path, monk
     monkeypatch.setattr(encode, "encode", None)
     with pytest.raises(RunError, match=r"latents take 0.00 GB and 0.00 GB are free; free some space"):
         make(source, vae, tmp_path / "cache")
-    assert [each.getMessage() for each in caplog.records] == ["latents: 0.14 GB on the disk, 0.00 GB free"]
+    assert [each.getMessage() for each in caplog.records] == ["latents: 0.00 GB on the disk, 0.00 GB free"]
 
 
 def test_the_command_takes_an_npz_and_says_what_it_made(folder, tmp_path):

@@ -81,7 +81,7 @@ def test_with_the_protocols_own_suite_and_an_endless_generator(samples, caplog):
         ([np.zeros((20, 8, 8, 1), np.uint8)], {"count": 20}, "too few"),
         ([np.zeros((120, 8, 8, 1), np.uint8)], {}, "(duplicates;"),
         ([], {}, "there are no images"),
-        (iter([np.zeros((50, 8, 8, 1), np.uint8)]), {"count": 120}, "50 images came where 120"),
+        (iter([np.zeros((50, 8, 8, 1), np.uint8)]), {"count": 120}, "50 images came, 120 were expected"),
         ([load().images[:120] // 2], {"labels": np.arange(120)}, "label 10 of image 10"),
     ],
 )

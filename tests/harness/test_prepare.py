@@ -318,7 +318,7 @@ NOT_SOURCES = {
     "no parquet": (lambda path: _file(path / "x.parquet", b"PAR1xxxx"), "cannot be read"),
     "columns": (lambda path: _table(path / "x.parquet", {"img": [b""], "label": [1]}), "has columns img, label"),
     "column": (lambda path: _table(path / "x.parquet", {"image": [b""], "label": [1]}), "has columns image, label"),
-    "unlabelled": (lambda path: _table(path / "x.parquet", _hub([-1, -1])), "label -1, as sets without labels"),
+    "unlabelled": (lambda path: _table(path / "x.parquet", _hub([-1, -1])), "label -1, as in splits without labels"),
     "none": (lambda path: _table(path / "x.parquet", _hub([1, None])), "image 1 of row group 0 has no label"),
 }
 
