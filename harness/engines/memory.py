@@ -84,7 +84,7 @@ def check_room(name: str, parameters: int, device: str, free: int) -> None:
         )
 
 
-def refuse_one_image(name: str, parameters: int, activation_bytes: int, device: str, free: int) -> UserError:
+def one_image_error(name: str, parameters: int, activation_bytes: int, device: str, free: int) -> UserError:
     """The error for a network of which not even one image fits in memory."""
     need = state_bytes(parameters, "bfloat16") + activation_bytes
     return NotEnoughMemory(
@@ -93,7 +93,7 @@ def refuse_one_image(name: str, parameters: int, activation_bytes: int, device: 
     )
 
 
-def refuse_device(resolved: Resolved, reason: str = "which is not available here") -> UserError:
+def device_error(resolved: Resolved, reason: str = "which is not available here") -> UserError:
     """The error where a run was created on another kind of device than this machine has."""
     return UserError(
         f"the run was created on {resolved.device} ({resolved.device_name}), {reason}; "

@@ -1,4 +1,4 @@
-"""What each of several processes of one run does in the tests of them."""
+"""The work of one process in the tests of several."""
 
 import dataclasses
 import os
@@ -34,8 +34,8 @@ def request(steps):
 
 
 def run(folder, steps, mesh, group):
-    """Train on `mesh` and draw samples; gradients are accumulated over four micro-batches by one process. Returns bytes
-    of weights, averages and moments that this process holds."""
+    """Train on `mesh` and draw samples; one process accumulates gradients over four micro-batches. Returns the bytes of
+    weights, averages and moments that this process holds."""
     wanted = request(steps)
     shop = RunSession(wanted, load(), folder, group, mesh=mesh)
     if shop.run is None:
@@ -78,7 +78,7 @@ def measured(folder, out, group):
 
 def main(folder, steps, meshes, environment):
     """One process after its start: a run on each mesh, in a folder of its name or as NAME=MESH, with a checkpoint every
-    0.2 s; what it holds goes into held-INDEX.txt."""
+    0.2 s. The bytes that it holds go into held-INDEX.txt."""
     folder = Path(folder)
     with (folder / f"output-{environment.get('RANK', 'alone')}.txt").open("a") as file:
         os.dup2(file.fileno(), 1)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from harness.distributed.mesh import MeshShape
-from harness.engines.memory import host_free_bytes, processor_name, refuse_device
+from harness.engines.memory import device_error, host_free_bytes, processor_name
 from harness.errors import UserError
 from harness.runs.run import Resolved
 
@@ -124,9 +124,9 @@ def apply_resolved(resolved: Resolved) -> Mesh:
     try:
         mesh = make_mesh(pick_devices(resolved.device), resolved.mesh)
     except UserError as error:
-        raise refuse_device(resolved, f"mesh {resolved.mesh}, which is not available here") from error
+        raise device_error(resolved, f"mesh {resolved.mesh}, which is not available here") from error
     if resolved.device == "cpu" and resolved.threads != threads():
-        raise refuse_device(resolved, f"with {resolved.threads} threads, and jax takes {threads()} here")
+        raise device_error(resolved, f"with {resolved.threads} threads, and jax takes {threads()} here")
     return mesh
 
 

@@ -17,7 +17,7 @@ from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.trainer import COMPUTE_DTYPES, exact, split
-from harness.engines.memory import Measured, fit_micro_batch, refuse_one_image, state_bytes
+from harness.engines.memory import Measured, fit_micro_batch, one_image_error, state_bytes
 from harness.errors import UserError
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
@@ -100,7 +100,7 @@ def resolve(
     copies = 1 if platform == "cpu" else mesh.shape["data"]  # of the weights, which are not sharded over "data"
     fitting = devices.broadcast(fit_micro_batch(batch, parameters * copies, activation_bytes, free))
     if fitting == 0:
-        raise refuse_one_image(spec.name, parameters, activation_bytes, device, free)
+        raise one_image_error(spec.name, parameters, activation_bytes, device, free)
     chosen = min(micro_batch or _divided(batch, fitting, count), batch)
     if batch % count or chosen % count or (batch % chosen) % count:
         raise UserError(

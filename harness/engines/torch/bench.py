@@ -24,7 +24,7 @@ from harness.compute import TRAINING_FACTOR
 from harness.compute.activations import activation_bytes
 from harness.data.images import ImageSet
 from harness.diffusion.schedule import Schedule
-from harness.engines.memory import check_room, fit_micro_batch, refuse_one_image
+from harness.engines.memory import check_room, fit_micro_batch, one_image_error
 from harness.engines.torch import compiling, resolve
 from harness.engines.torch.roofline import RUNS, Roofline, measure_roofline, seconds_of, wait
 from harness.engines.torch.sampling import TorchSampler
@@ -145,7 +145,7 @@ class Bench:
         each = activation_bytes(self.spec, **self.arguments)
         micro_batch = fit_micro_batch(self.batch, parameters, each, free)
         if not micro_batch:
-            raise refuse_one_image(self.spec.name, parameters, each, str(self.device), free)
+            raise one_image_error(self.spec.name, parameters, each, str(self.device), free)
         engine = TorchEngine(
             self.spec,
             build(self.spec, self.arguments, 0),

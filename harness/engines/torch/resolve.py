@@ -10,11 +10,11 @@ import torch
 from harness.distributed.mesh import MeshShape
 from harness.engines.memory import (
     Measured,
+    device_error,
     fit_micro_batch,
     host_free_bytes,
+    one_image_error,
     processor_name,
-    refuse_device,
-    refuse_one_image,
     state_bytes,
 )
 from harness.engines.torch import compiling, parallel, process_group
@@ -200,7 +200,7 @@ def resolve(
     free = free_bytes(device) + 4 * parameters  # the network is already in memory and was counted as used
     fitting = -int(process_group.all_max(-fit_micro_batch(batch, parameters, activation_bytes, free)))
     if fitting == 0:
-        raise refuse_one_image(spec.name, parameters, activation_bytes, str(device), free)
+        raise one_image_error(spec.name, parameters, activation_bytes, str(device), free)
     chosen = min(micro_batch or fitting, batch)
     images = min(chosen, PROBE_IMAGES)
     check_precision(device, precision)
@@ -246,7 +246,7 @@ def apply_resolved(resolved: Resolved) -> torch.device:
     try:
         device = pick_device(resolved.device if process_group.size() == 1 else resolved.device.partition(":")[0])
     except UserError as error:
-        raise refuse_device(resolved) from error
+        raise device_error(resolved) from error
     if resolved.compile == "on" and (reason := compiling.unavailable_reason(device)):
         raise UserError(
             f"the run was created with compiled code, and {reason}; or continue it as another run with "
