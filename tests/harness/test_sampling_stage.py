@@ -115,7 +115,7 @@ def test_a_batch_is_put_through_the_network_in_equal_parts(shop, monkeypatch):
 
     calls.clear()
     monkeypatch.setattr(sampling_module, "compile_sampler", lambda net, device: net)
-    monkeypatch.setattr(sampling_module, "check", lambda device: None)
+    monkeypatch.setattr(sampling_module, "check_available", lambda device: None)
     images(monkeypatch, Counting(), wanted, 64, compile="on")
     assert calls == [16] * 80  # every size would be compiled by itself
 

@@ -90,13 +90,13 @@ def test_a_study_over_latents_ends_with_every_run_done(home):
     assert after["counts"]["done"] == 1 and after["gflops_left"] == 0
 
     code = (
-        "import sys\nfrom harness.cli import main\nsys.argv = ['harness', 'study', 'small.toml', '--status', '--json']\n"
-        "try:\n    main()\nfinally:\n    assert not {'torch', 'diffusers', 'jax'} & sys.modules.keys()"
+        "import sys, tiny_suite\nfrom harness.cli import main\nsys.argv = ['harness', 'study', 'small.toml', '--status', '--json']\n"
+        "try:\n    with tiny_suite.registered():\n        main()\nfinally:\n    assert not {'torch', 'diffusers', 'jax'} & sys.modules.keys()"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
-    (run,) = json.loads(found.stdout)["runs"]
-    assert (found.returncode, run["steps_done"]) == (0, 2), found.stderr
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["runs"][0]["state"] == "done"
 
     said = harness("study", "small.toml")  # has nothing to launch, and writes the report
     assert "started" not in said.output
