@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from harness import protocols
 from harness.compute import TRAINING_FACTOR
@@ -26,8 +26,6 @@ from harness.systems.spec import System
 from results.records import Sampling, Training
 
 SCHEMA = 2
-
-Part = TypeVar("Part", Training, Sampling)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ is at work, and `failures/RUN.json`, the reason of the last failure.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -126,7 +127,7 @@ def _complete(made: Run, request: Request, options: RunOptions, mark: int, steps
         wanted = sample_request(
             made, mark, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
             precision=options.sampling_precision, batch=options.sampling_batch,
-            decoder=None if options.decoder is None else read_identity(options.decoder, "decoder"),
+            decoder=None if options.decoder is None else _decoder_identity(options.decoder),
         )  # fmt: skip
         path = made.folder / "samples" / wanted.name(made) / "samples.npz"
         if not (path.exists() and sidecar_path(path).exists()):
@@ -138,6 +139,12 @@ def _complete(made: Run, request: Request, options: RunOptions, mark: int, steps
         return existing_records(made.records, fields, protocol, get_suite(protocol.suite), None) is not None
     except (UserError, KeyError, TypeError):  # missing or damaged: the command will say which
         return False
+
+
+@functools.cache
+def _decoder_identity(name: str) -> dict[str, Any]:
+    """Identity of the decoder that a study names, by its files. Kept: its weights are large, and hashed for it."""
+    return read_identity(name, "decoder")
 
 
 def _steps_done(made: Run | None, most: int) -> int:

@@ -1,5 +1,5 @@
-"""The systems of the DiT paper's Tables 2, 3 and 5, with the settings behind their published numbers, and a few of the
-harness's own.
+"""The systems of the DiT paper's Tables 2, 3 and 5, with the settings behind their published numbers, and a few small or
+new ones that the harness adds.
 
 Sources: facebookresearch/DiT ed81ce2, README.md and sample_ddp.py; openai/guided-diffusion 22e0df8, README.md (scales of
 the classifiers, 250 respaced DDPM steps, clip_denoised); CompVis/latent-diffusion a506df5, README.md;
@@ -34,7 +34,7 @@ def _dit(resolution: int, scale: float, decoder: str, suffix: str, row: str) -> 
 
 
 def _adm(resolution: int) -> tuple[System, ...]:
-    """Plain, guided, upsampled, and guided and upsampled; the base is guided at its own resolution."""
+    """ADM plain, upsampled, guided, and both; a classifier guides the base, at the base's resolution."""
     table = f"Table {2 if resolution == 256 else 3}"
     low = {256: 64, 512: 128}[resolution]
     upsampler = Component(backbone=f"adm-u-{low}-{resolution}", clip_denoised=True)
@@ -126,7 +126,7 @@ def _dits(resolution: int) -> tuple[System, ...]:
 
 
 def _augmented_cascade() -> System:
-    """Over 32, 64 and 256 pixels as CDM's (arXiv:2106.15282), of ADM's networks, to be trained: not Google's system."""
+    """A cascade over 32, 64 and 256 pixels as CDM's (arXiv:2106.15282), of ADM networks, to be trained; not Google's."""
     first = Component(backbone="adm-64", arguments={"input_size": 32}, schedule="cosine", clip_denoised=True)
     upsamplers = tuple(
         Component(backbone=name, clip_denoised=True, conditioning_noise=0.1) for name in ("adm-u-32-64", "adm-u-64-256")
@@ -142,7 +142,7 @@ def _augmented_cascade() -> System:
 
 
 def _small() -> tuple[System, ...]:
-    """Ours, for the digits: the same constructions at a size that a laptop trains."""
+    """The same constructions for the digits, at a size that a laptop trains."""
     image = {"in_channels": 1, "num_classes": 10}
     base = Component(
         backbone="adm-xs", arguments={"input_size": 8, **image}, steps=50, clip_denoised=True

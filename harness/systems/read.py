@@ -1,23 +1,4 @@
-"""Systems: ways to make samples that a row of a table stands for.
-
-A system is one backbone or several, with the sampler, steps, guidance and decoder behind a number: a base; perhaps a
-classifier that guides it; perhaps upsamplers, each given the image before it; perhaps a decoder of latents. The ones
-of the DiT paper's Tables 2, 3 and 5 are in `paper.py`; a user's own is a TOML file:
-
-    name = "my-cascade"
-    protocol = "digits"
-    [base]
-    backbone = "adm-xs"
-    steps = 50
-    clip_denoised = true
-    arguments = { input_size = 4, in_channels = 1, num_classes = 10 }
-    [[upsamplers]]
-    backbone = "adm-u-xs"
-    conditioning_noise = 0.1
-
-Weights are given when it is sampled: as files, or as the folders of runs, whose arguments, schedule and objective then
-take the place of the system's.
-"""
+"""Systems by name, or from a TOML file (its form: `spec.py`), every item of which is checked."""
 
 from __future__ import annotations
 
@@ -25,7 +6,7 @@ import dataclasses
 import math
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harness import registry
 from harness.errors import UserError, shown
@@ -33,9 +14,14 @@ from harness.protocols import LONGEST_NAME, MAX_INT
 from harness.registry import unknown
 from harness.systems.spec import Component, GuidanceClassifier, System
 
+Item = TypeVar("Item", Component, GuidanceClassifier, System)
+
 
 def system_from_dict(data: dict[str, Any], where: str) -> System:
-    """A `System` from plain data; an unknown, missing or mistyped item is refused by name. `where` is the file."""
+    """A `System` from plain data. where: the file, for messages.
+
+    Raises `UserError` for an unknown, missing or mistyped item, by its name.
+    """
     data = dict(data)
     for name in ("row", "unavailable"):
         if name in data:
@@ -54,22 +40,23 @@ def system_from_dict(data: dict[str, Any], where: str) -> System:
 
 
 def load_system(path: Path) -> System:
-    """Read a system from a TOML file."""
+    """A system from a TOML file."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"system file {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
+    except (ValueError, RecursionError) as error:  # wrong TOML or encoding, numbers too long, brackets too deep
         raise UserError(f"system file {path} is not valid TOML: {error}") from error
     return system_from_dict(data, str(path))
 
 
 def get_system(name: str) -> System:
-    """The system of that name, or in that file when the name ends in .toml."""
+    """The system called `name`, or the one in that file when the name ends in .toml."""
     return load_system(Path(name)) if name.endswith(".toml") else registry.systems.get(name)
 
 
-def _fill(of: type, data: Any, where: str) -> Any:
+def _fill(of: type[Item], data: Any, where: str) -> Item:
+    """An `of` from a table. Raises `UserError` for an unknown, missing or mistyped item."""
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table, not {type(data).__name__}")
     fields = {each.name: each for each in dataclasses.fields(of)}
@@ -101,7 +88,7 @@ def _fill(of: type, data: Any, where: str) -> Any:
 
 
 def _is_argument(value: Any, depth: int = 2) -> bool:
-    """Whether the builder of a network may be given it: a number, true or false, a name, or a list of such."""
+    """Whether `value` can be an argument of a network: a number, true or false, a name, or a list of such values."""
     if isinstance(value, list):
         return depth > 0 and all(_is_argument(each, depth - 1) for each in value)
     if isinstance(value, str):

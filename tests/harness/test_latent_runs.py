@@ -13,16 +13,20 @@ import torch
 from click.testing import CliRunner
 from small_vae import save_vae
 
+from backbones.autoencoders.spec import KNOWN
+from harness.autoencoders.files import identity_behind_latents
 from harness.cli import group
 from harness.data import latents
 from harness.data.load import training_data
 from harness.engines.backend import get_backend
 from harness.errors import UserError
+from harness.pipeline.sample import decoder_of
 from harness.pipeline.train import RunSession
 from harness.planning.plan import missing
 from harness.planning.request import make_request
 from harness.randomness import Purpose, normal, uniform
 from harness.runs.run import Resolved, open_run
+from harness.runs.sample_set import default_decoder
 from harness.runs.samples import read_samples, read_sidecar, write_samples
 
 TASK = """
@@ -116,6 +120,21 @@ def test_a_run_ends_in_decoded_and_measured_samples(home, ran):
         assert drawn["decoder"] == f"vae-{meta.vae['weights_sha256'][:12]}" and drawn["decoder_gflops"] > 0
         assert str(home) not in json.dumps(each)  # a record names no place
     assert drawn["gflops_per_image"] == pytest.approx(facts["record"]["gflops"] * 3)
+
+
+def test_the_decoder_of_a_run_is_known_from_its_run_file(home, ran, tmp_path):
+    """The same identity as the loaded decoder's, also where its files are gone; of a public one with its name."""
+    run = open_run(ran)
+    assert default_decoder(run) == decoder_of(run, None).identity
+    gone = dataclasses.replace(run, source_paths={"vae": str(tmp_path / "gone")})
+    assert default_decoder(gone) == default_decoder(run)
+    made_by = run.identity["latents"]
+    for place in ("ft-ema", "stabilityai/sd-vae-ft-ema"):
+        found = identity_behind_latents({**made_by, "shift_factor": 0.0}, place)
+        assert found == {
+            "name": KNOWN["ft-ema"].record_name, "weights_sha256": made_by["vae_sha256"], "scale_factor": 0.8,
+            "config_sha256": made_by["vae_config_sha256"],
+        }  # fmt: skip
 
 
 def sampler_of(home, ran, framework="torch", decoder=None):
@@ -281,6 +300,11 @@ def test_the_decoder_is_the_auto_encoder_of_the_cache_unless_another_is_named(ho
     shutil.copytree(other, tmp_path / "gone")
     assert "has other weights by now" in refused(*sample)
     done(*sample, "--decoder", other)  # of one's own choice it may be another
+    shutil.rmtree(tmp_path / "gone")
+    shutil.copytree(home / "vae", tmp_path / "gone")
+    config = json.loads((tmp_path / "gone" / "config.json").read_text())
+    (tmp_path / "gone" / "config.json").write_text(json.dumps({**config, "norm_num_groups": 2}))
+    assert "has other settings by now" in refused(*sample)
     first, second = (read_samples(each).images for each in run.glob("samples/*-n4-*/samples.npz"))
     assert not np.array_equal(first, second)
     for config, says in (

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from harness import registry
 from harness.cli import group, plan, run, train
+from harness.diffusion.samplers import SamplerSpec
 from harness.errors import UserError
-from harness.planning.matching import matched, nearest_count
+from harness.planning.matching import evaluation_counts, matched, nearest_count, nearest_steps
 from harness.planning.reference import Reference, parse_budget, parse_reference, parse_sampling_reference
 from harness.planning.request import make_request
 from harness.protocols import get_protocol
@@ -174,6 +175,47 @@ def test_from_python_a_tie_in_sampling_goes_down(guests):
     assert solved.sampling.steps == (12,)
     assert solved.match_sampling[0].relative_error == pytest.approx(-0.04)
     assert solved.recipe == request.recipe and solved.match is None
+
+
+def test_with_one_evaluation_a_step_a_search_is_the_exact_division():
+    for part in range(1, 400):
+        target = Fraction(part, 8)
+        assert nearest_steps(target, lambda steps: steps) == max(1, nearest_count(target, 1))
+    huge = Fraction(3 * 10**17 + 1, 2)
+    assert nearest_steps(huge, lambda steps: steps) == nearest_count(huge, 1)
+
+
+@pytest.mark.parametrize(
+    "evaluations",
+    [lambda steps: 2 * steps - 1, lambda steps: 3 * steps, lambda steps: steps + 5, lambda steps: 4 * (steps // 3) + 1],
+)
+def test_other_evaluations_are_searched_for_the_nearest(evaluations):
+    for part in range(1, 300):
+        target = Fraction(part, 4)
+        nearest = min(range(1, 200), key=lambda steps: (abs(evaluations(steps) - target), steps))
+        assert abs(evaluations(nearest_steps(target, evaluations)) - target) == abs(evaluations(nearest) - target)
+    assert nearest_steps(Fraction(4), lambda steps: 2 * steps - 1) == 2  # 3 and 5 are as near: the fewer
+
+
+def test_evaluations_are_counted_for_every_number_of_steps(monkeypatch):
+    """Those of the plan; one a step where the sampler refuses; beyond the diffusion's steps as the last one's."""
+    request = make_request(
+        backbone="dit-xs-4", protocol="digits", settings={"diffusion_steps": "40"}, sampling={"steps": (8,)}
+    )
+    counts = evaluation_counts(request.recipe, request.sampling)
+    assert [counts(steps) for steps in (1, 8, 40, 41, 400)] == [1, 8, 40, 41, 400]
+    strides = dataclasses.replace(request.sampling, sampler="ddim-ldm")  # has no plan of 7 steps, nor of 40
+    assert [evaluation_counts(request.recipe, strides)(steps) for steps in (7, 8, 40, 41)] == [7, 8, 40, 41]
+
+    def twice(schedule, steps, objective, eta, clip_denoised):
+        found = registry.samplers.get("ddim").make(schedule, steps, objective, eta, clip_denoised)
+        return dataclasses.replace(found, evaluations=2 * steps - 1)
+
+    registry.samplers.names()
+    for name, item in (("_items", SamplerSpec(name="twice", summary="", make=twice)), ("_owners", "the tests")):
+        monkeypatch.setattr(registry.samplers, name, {**getattr(registry.samplers, name), "twice": item})
+    counts = evaluation_counts(request.recipe, dataclasses.replace(request.sampling, sampler="twice"))
+    assert [counts(steps) for steps in (1, 8, 40, 41, 42)] == [1, 15, 79, 81, 83]
 
 
 def test_the_table_of_a_budget_says_what_each_backbone_would_get(planned, guests, tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from harness.pipeline.evaluation_config import EvaluationConfig
 from harness.pipeline.sample import sample_run
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as noise
-from harness.runs.provenance import UNKNOWN, TrainingTime, timing_of
+from harness.runs.provenance import UNKNOWN, TrainingTime, environment, timing_of
 from harness.runs.sample_set import labels_of
 from harness.runs.samples import read_samples
 from results.records import Environment
@@ -113,7 +115,7 @@ def test_a_batch_is_put_through_the_network_in_equal_parts(shop, monkeypatch):
 
     calls.clear()
     monkeypatch.setattr(sampling_module, "compile_sampler", lambda net, device: net)
-    monkeypatch.setattr(sampling_module, "check", lambda device: None)
+    monkeypatch.setattr(sampling_module, "check_available", lambda device: None)
     images(monkeypatch, Counting(), wanted, 64, compile="on")
     assert calls == [16] * 80  # every size would be compiled by itself
 
@@ -222,6 +224,17 @@ def test_only_the_time_of_one_device_is_stated(shop):
     side.write_text(json.dumps(facts | {"drawn": {"device": "a", "seconds": None}}))  # went on after a kill
     assert timing_of(path) == {name: known[name] for name in ("training_seconds", "training_device")}
     assert timing_of(path.with_name("none.npz")) == {}
+
+
+def test_the_commit_is_that_of_the_checkout():
+    """With a "+" where files differ from it; nothing where the code is installed, without a checkout around it."""
+    root = Path(__file__).resolve().parents[2]
+    found = environment("any")["git_commit"]
+    if not (root / ".git").exists():
+        assert found is None
+        return
+    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert found is not None and found.removesuffix("+") == head.stdout.strip()
 
 
 def test_time_goes_on_where_the_checkpoint_left_it(monkeypatch):

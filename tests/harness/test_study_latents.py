@@ -1,6 +1,9 @@
 """A study over a protocol in latents: what its own commands have made is found again, and it ends with every run done."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from click.testing import CliRunner
 from small_vae import save_vae
 
 from harness.cli import group
+from harness.studies import state
 
 PROTOCOL = """
 name = "latents-32"
@@ -85,6 +89,15 @@ def test_a_study_over_latents_ends_with_every_run_done(home):
     assert (run["state"], run["steps_done"], run["sample_sets_done"], run["sample_sets"]) == ("done", 2, 2, 2)
     assert after["counts"]["done"] == 1 and after["gflops_left"] == 0
 
+    code = (
+        "import sys, tiny_suite\nfrom harness.cli import main\nsys.argv = ['harness', 'study', 'small.toml', '--status', '--json']\n"
+        "try:\n    with tiny_suite.registered():\n        main()\nfinally:\n    assert not {'torch', 'diffusers', 'jax'} & sys.modules.keys()"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["runs"][0]["state"] == "done"
+
     said = harness("study", "small.toml")  # has nothing to launch, and writes the report
     assert "started" not in said.output
     table = (home / "runs" / "studies" / "small" / "report" / "table-latents-32.md").read_text()
@@ -102,3 +115,24 @@ def test_samples_decoded_by_another_autoencoder_are_not_those_of_the_study(home)
     harness(*words)
     found = status()["runs"][0]
     assert (found["state"], found["sample_sets_done"]) == ("done", 2)
+
+
+def test_a_study_that_names_its_decoder_finds_what_that_decoder_made(home, monkeypatch):
+    """Its weights are hashed once, however many sample sets there are."""
+    state._decoder_identity.cache_clear()
+    calls = []
+    identity = state.read_identity
+    monkeypatch.setattr(state, "read_identity", lambda *words: calls.append(words) or identity(*words))
+    save_vae(home / "other", seed=2, scaling_factor=0.8, shift_factor=0.1)
+    (home / "named.toml").write_text(f'decoder = "{home / "other"}"\n{STUDY}')
+
+    def only_run(study):
+        (run,) = json.loads(harness("study", study, "--status", "--json").stdout)["runs"]
+        return run
+
+    ((_, *words),) = only_run("named.toml")["commands"]
+    assert words[words.index("--decoder") + 1] == str(home / "other")
+    harness(*words)
+    found = only_run("named.toml")
+    assert (found["state"], found["sample_sets_done"], len(calls)) == ("done", 2, 1)
+    assert only_run("small.toml")["sample_sets_done"] == 0

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from backbones.flax_layers import set_compute_dtype
 from backbones.flax_weights import from_torch
 from harness.diffusion.plans import SamplerPlan
+from harness.diffusion.sampler_plan import guided_evaluations
 from harness.engines.guidance import diverged
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
@@ -87,7 +88,7 @@ class JaxStage:
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
+        self.evaluations = guided_evaluations(plan.evaluations, guidance_scale)
         self._stretch = 1  # steps in one call of the device
         replicated, divided = devices.replicated(mesh), devices.batch_sharding(mesh)
         platform = mesh.devices.flat[0].platform

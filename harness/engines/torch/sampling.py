@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from harness.diffusion.plans import SamplerPlan
+from harness.diffusion.sampler_plan import guided_evaluations
 from harness.engines.torch.compiling import check_available, compile_sampler
 from harness.engines.torch.resolve import autocast, set_arithmetic
 from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
@@ -75,7 +76,7 @@ class TorchStage:
             max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
         )
         self._equal_sizes = compile == "on"  # every other size would be compiled anew
-        self.evaluations = plan.evaluations * (2 if guidance_scale != 1 else 1)
+        self.evaluations = guided_evaluations(plan.evaluations, guidance_scale)
 
     def _parts(self, count: int) -> int:
         """The number of network calls for `count` images. Their sizes differ by one image, or not at all if compiled."""
