@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evaluators.features import Features
+from evaluators.features.spec import Features
 
 if TYPE_CHECKING:
     from evaluators.reference import Reference

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluators.features import FeatureExtractor, Features
+from evaluators.features.spec import FeatureExtractor, Features
 from evaluators.reference_file import STATISTICS, check_content, check_network, read_about
 from evaluators.sharded_extraction import ShardedExtraction
 from evaluators.statistics import Statistics, statistics

@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from evaluators.features import FeatureExtractor
+from evaluators.features.spec import FeatureExtractor
 from harness.errors import RunError, UserError
 from harness.images.npz import open_npz_file
 from harness.io import files

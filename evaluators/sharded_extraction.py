@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluators.features import Features
+from evaluators.features.spec import Features
 from harness.io import files
 
 POLL_SECONDS = 0.02

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluators.features import FeatureExtractor, Features
+from evaluators.features.spec import FeatureExtractor, Features
 from evaluators.reference import IMAGES_PER_CALL, Progress, cache_key, extract, read_cache
 from evaluators.statistics import Moments, Statistics
 from harness.images.source import ImageSource

@@ -7,7 +7,8 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_CLEAN, FeatureSpec
+from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_CLEAN
+from evaluators.features.spec import FeatureSpec
 from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
 from evaluators.metrics import FID, METRICS, SFID, Metric
 from harness import registry

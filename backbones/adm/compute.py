@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backbones.adm.spec import adm_layout
+from backbones.adm.layout import adm_layout
 from backbones.unet.compute import Tally, count_parts, count_timestep
 from harness.spec import Compute
 

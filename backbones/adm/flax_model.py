@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from backbones.adm.spec import adm_layout
+from backbones.adm.layout import adm_layout
 from backbones.flax_layers import Conv, Sequence, attend, channels_first, channels_last, initial_rngs, resize_bilinear
 from backbones.unet.flax_unet import Encoder, UNetBase, check_input, group_norm, split_heads
 from backbones.unet.layout import Layout

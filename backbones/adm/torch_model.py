@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.adm.spec import adm_layout
+from backbones.adm.layout import adm_layout
 from backbones.torch_layers import attend
 from backbones.unet.layout import Layout
 from backbones.unet.torch_unet import Encoder, UNetBase, check_input, group_norm, split_heads

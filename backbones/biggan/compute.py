@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backbones.biggan.spec import BOTTLENECK, START, START_MULTIPLE, layout
+from backbones.biggan.layout import BOTTLENECK, START, START_MULTIPLE, layout
 from harness.spec import Compute, ComputeRow
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.biggan.spec import BOTTLENECK, IMAGE_CHANNELS, START, START_MULTIPLE, STATISTICS, layout
+from backbones.biggan.layout import BOTTLENECK, IMAGE_CHANNELS, START, START_MULTIPLE, STATISTICS, layout
 from harness.errors import UserError
 
 EPS = 1e-4  # of every batch normalisation

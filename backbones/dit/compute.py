@@ -6,7 +6,7 @@ DiT-B/4 it gives 5.57, the paper prints 5.56. Parts are named by module path.
 
 from __future__ import annotations
 
-from backbones.dit.spec import MLP_RATIO, TIME_FEATURES, check_arguments
+from backbones.dit.layout import MLP_RATIO, TIME_FEATURES, check_arguments
 from harness.spec import Compute, ComputeRow
 
 

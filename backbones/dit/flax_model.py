@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from backbones.dit.layout import MLP_RATIO, TIME_FEATURES, check_arguments
 from backbones.dit.position import sincos_table
-from backbones.dit.spec import MLP_RATIO, TIME_FEATURES, check_arguments
 from backbones.flax_layers import (
     Conv,
     Frozen,

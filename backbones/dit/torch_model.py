@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones.dit.layout import MLP_RATIO, TIME_FEATURES, check_arguments
 from backbones.dit.position import sincos_table
-from backbones.dit.spec import MLP_RATIO, TIME_FEATURES, check_arguments
 from backbones.torch_layers import attend, full_precision, gelu, timestep_features
 from harness.errors import UserError
 

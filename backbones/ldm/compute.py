@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backbones.ldm.spec import CONTEXT_TOKENS, ldm_layout
+from backbones.ldm.layout import CONTEXT_TOKENS, ldm_layout
 from backbones.unet.compute import Tally, count_parts, count_timestep
 from harness.spec import Compute
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from backbones.flax_layers import channels_first, channels_last, initial_rngs
-from backbones.ldm.spec import ldm_layout
+from backbones.ldm.layout import ldm_layout
 from backbones.unet.flax_unet import UNet, check_input
 
 

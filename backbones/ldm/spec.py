@@ -6,13 +6,7 @@ CompVis/latent-diffusion a506df5, configs/latent-diffusion/cin256-v2.yaml (LDM-4
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from backbones.unet.layout import MAX_BLOCKS, Layout, check_arguments, check_whole, heads_rule, unet_layout
 from harness.spec import BackboneSpec
-
-CONTEXT_TOKENS = 1  # the class
 
 SHARED = {
     "in_channels": 3,
@@ -42,26 +36,6 @@ SUMMARIES = {
     "ldm-xs": "small U-Net with cross-attention to the class",
 }
 # fmt: on
-
-
-def ldm_layout(arguments: Mapping[str, Any]) -> Layout:
-    """The layout of the U-Net with these arguments of the builder. Raises UserError if there is no such network."""
-    check_arguments("LDM", arguments)
-    for name in ("num_classes", "context_width"):
-        check_whole("LDM", name, arguments[name], 1)
-    check_whole("LDM", "transformer_depth", arguments["transformer_depth"], 1, MAX_BLOCKS)
-    return unet_layout(
-        input_size=arguments["input_size"],
-        in_channels=arguments["in_channels"],
-        width=arguments["width"],
-        multipliers=tuple(arguments["multipliers"]),
-        res_blocks=arguments["res_blocks"],
-        attention_sides=frozenset(
-            arguments["input_size"] // rate for rate in arguments["attention_rates"] if arguments["input_size"] >= rate
-        ),
-        heads_of=heads_rule("LDM", arguments["heads"], arguments["head_channels"]),
-        residual_resampling=False,
-    )
 
 
 SPECS: tuple[BackboneSpec, ...] = tuple(

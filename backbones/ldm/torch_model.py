@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backbones.ldm.spec import ldm_layout
+from backbones.ldm.layout import ldm_layout
 from backbones.unet.torch_unet import UNet, check_input
 
 

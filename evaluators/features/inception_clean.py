@@ -17,9 +17,9 @@ import torch
 # This module of clean-fid needs no torchvision, although the package does: see harness/frameworks/torchvision.py
 from cleanfid.resize import build_resizer
 
-from evaluators.features import FeatureSpec
 from evaluators.features.inception_graph import InceptionWeights, missing_weights, read_weights
 from evaluators.features.inception_v3 import InceptionFeatures
+from evaluators.features.spec import FeatureSpec
 
 MODE = "clean"
 MAX_WORKERS = 8

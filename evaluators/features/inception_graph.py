@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluators.features import Features
 from evaluators.features.graphdef import Malformed, Node, map_file, read_graph
 from evaluators.features.inception_layers import CLASSES, EPSILON, POOLED, SPATIAL, Conv, convolutions
 from evaluators.features.inception_structure import check_structure
+from evaluators.features.spec import Features
 from evaluators.reference import check_images
 from harness.errors import RunError, UserError
 

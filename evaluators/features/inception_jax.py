@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from evaluators.features import Features, FeatureSpec
 from evaluators.features import inception_layers as table
 from evaluators.features.inception_graph import InceptionWeights, extract_in_batches, missing_weights, read_weights
+from evaluators.features.spec import Features, FeatureSpec
 from evaluators.features.tf1_resize import axis_table
 from harness.errors import UserError
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from evaluators.features import Features, FeatureSpec
 from evaluators.features.inception_graph import (
     GRAPH_NAME,
     InceptionWeights,
@@ -21,6 +20,7 @@ from evaluators.features.inception_graph import (
     read_weights,
 )
 from evaluators.features.inception_layers import POOLED, SPATIAL, SPATIAL_CHANNELS
+from evaluators.features.spec import Features, FeatureSpec
 from harness.errors import UserError
 
 

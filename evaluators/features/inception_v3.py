@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evaluators.features import Features, FeatureSpec
 from evaluators.features import inception_layers as table
 from evaluators.features.inception_graph import (
     InceptionWeights,
@@ -22,6 +21,7 @@ from evaluators.features.inception_graph import (
     missing_weights,
     read_weights,
 )
+from evaluators.features.spec import Features, FeatureSpec
 from evaluators.features.tf1_resize import resize_torch
 from harness.frameworks.torch_float32 import exact_float32
 

@@ -1,7 +1,7 @@
 """A Vision Transformer in torch (Dosovitskiy et al., arXiv:2010.11929), for DINOv2 and CLIP's image tower.
 
 Parameter names are those of facebookresearch/dinov2's files; `norm_pre` and `proj` are CLIP's. Weights: `vit_weights`;
-shapes and sources: `vit_spec`. The attention is torch's: xformers is not needed.
+shapes and sources: `vit_shapes`. The attention is torch's: xformers is not needed.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evaluators.features import Features, FeatureSpec
-from evaluators.features.vit_spec import SHAPES, VitShape
+from evaluators.features.spec import Features, FeatureSpec
+from evaluators.features.vit_shapes import SHAPES, VitShape
 from evaluators.features.vit_weights import find_weights, read_state
 from harness.errors import RunError, UserError
 from harness.frameworks.torch_float32 import exact_float32

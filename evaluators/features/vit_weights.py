@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluators.features.vit_spec import FLAG, VitShape
+from evaluators.features.vit_shapes import FLAG, VitShape
 from harness.errors import UserError
 from harness.weights.files import WeightFile, open_weights, sha256
 from harness.weights.load import as_torch

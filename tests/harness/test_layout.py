@@ -1,12 +1,16 @@
 """Who may import whom, and what is packaged: held against the tree."""
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from harness import registry as registries
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "backbones", "evaluators", "results", "reports")
@@ -62,6 +66,85 @@ def test_nobody_imports_the_command_line():
             if path.is_relative_to(ROOT / "harness" / "cli") or path.name == "__main__.py":
                 continue
             assert not any(name.startswith("harness.cli") for name in imports(path)), path
+
+
+ADDRESS = re.compile(r"((?:harness|backbones|evaluators|results|reports)(?:\.\w+)+)(:\w+)?")
+GROUPS = {
+    f"harness.{registry.group.partition('.')[2]}"
+    for registry in vars(registries).values()
+    if hasattr(registry, "group")
+}
+
+
+@functools.cache
+def modules():
+    """Module name -> file, of the five packages."""
+    found = {}
+    for room in ROOMS:
+        for path in sources(room):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(name):
+    """Modules that a module imports anywhere: by statements, or by addresses in strings ("module:attribute", or the name of
+    a module). Imports for type checkers alone are none."""
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    for_types = {
+        id(below)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for below in ast.walk(statement)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {each if each in modules() else node.module for each in names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            match = ADDRESS.fullmatch(node.value)
+            if match and node.value not in GROUPS:
+                found.add(match[1])
+    return (found & modules().keys()) - {name}
+
+
+def circles(graph):
+    """The sets of modules that can be reached from each other, by repeatedly leaving out what leads nowhere."""
+    left = {name: set(below) for name, below in graph.items()}
+    while ends := {name for name, below in left.items() if not below & left.keys()}:
+        left = {name: below - ends for name, below in left.items() if name not in ends}
+    while starts := left.keys() - set().union(*left.values(), set()):
+        left = {name: below for name, below in left.items() if name not in starts}
+    return sorted(left)
+
+
+def test_no_circle_of_imports():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+    graph = {name: imported(name) for name in modules()}
+    assert "backbones.dit.torch_model" in graph["backbones.dit.spec"]  # by an address in a string
+    assert "harness.pipeline.run" in graph["harness"] and len(graph) > 250
+    assert circles(graph) == []
+
+
+def test_no_command_imports_another():
+    from harness.cli import COMMANDS
+
+    commands = {f"harness.cli.{module}" for module, _ in COMMANDS.values()}
+    assert commands <= modules().keys()
+    for name in modules():
+        if name.startswith("harness.cli."):
+            assert not imported(name) & commands, name
+
+
+def test_the_public_surface_is_few_files():
+    files = [path.name for path in (ROOT / "harness").iterdir() if path.is_file()]
+    assert len(files) <= 8, sorted(files)
 
 
 def test_results_need_only_the_standard_library():
