@@ -167,7 +167,7 @@ def missing_decoder(request: Request) -> list[str]:
     path = latents.read_meta(request.data).source_paths.get("vae", "")
     if not Path(path).is_absolute() or Path(path).exists():  # else a name, whose files the hub has
         return []
-    return [f"the autoencoder behind {request.data} is not at {path}; name it, or another one, with --decoder DIR"]
+    return [f"the autoencoder behind {request.data} is not at {path}; name it, or another, with --decoder DIR"]
 
 
 def missing_evaluator_files(protocol: Protocol) -> list[str]:
