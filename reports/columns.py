@@ -18,17 +18,8 @@ METADATA = (
 )
 # What notes state only of rows that would look alike otherwise: hashes, and settings that move low bits.
 DISTINGUISHING_METADATA = (
-    *(
-        "backbone",
-        "kind",
-        "parameters",
-        "Gflops",
-        "training images",
-        "training Gflops",
-        "micro-batch",
-        "checkpoint",
-        "network evaluations",
-    ),
+    *("backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint"),
+    "network evaluations",
     *("sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features"),
     "published-input Gflops",
 )

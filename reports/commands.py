@@ -28,7 +28,7 @@ from harness.settings import (
 )  # fmt: skip
 from results.records import Record, Training
 
-OUT = "runs/again"  # where the run of a command goes, if a second command has to find its samples
+OUT = "runs/again"  # the folder of the run, if a second command has to find its samples
 ORIGIN = "arXiv:2212.09748"
 RECIPE_ITEMS = ("batch", "learning_rate", "ema_decay", "objective", "schedule")  # those that a record states
 
@@ -245,8 +245,8 @@ def _published(record: Record) -> Reproduction:
 
 
 def _evaluate(record: Record, samples: str, *, named: bool) -> str:
-    """`harness evaluate`. samples: shell text, already quoted where it needs to be. named: the samples do not say what
-    they are."""
+    """`harness evaluate`. samples: already quoted for the shell. named: state protocol, data and name
+    as well, because the samples have no sidecar."""
     settings = {"suite": _suite_word(record), **_evaluator_files(record)}
     if named:
         settings |= {"protocol": _protocol_word(record, _protocol(record)[0]), **_data(record)}
@@ -257,7 +257,7 @@ def _evaluate(record: Record, samples: str, *, named: bool) -> str:
 
 
 def _evaluates_alike(record: Record, protocol: Protocol | None) -> bool:
-    """Whether `harness run` itself measures what the record says."""
+    """Whether `harness run` itself measures with the record's suite."""
     return protocol is not None and record.evaluation is not None and record.evaluation.suite == protocol.suite
 
 
@@ -305,7 +305,7 @@ def _data(record: Record) -> dict[str, Any]:
 
 
 def _protocol(record: Record) -> tuple[Protocol | None, list[str]]:
-    """The protocol, None where it is not built in, and what is to be said of it."""
+    """The record's protocol, None if it is not registered, and notes on it."""
     if record.protocol not in registry.protocols:
         return None, [f"Protocol {record.protocol!r} is not built in."]
     protocol, version = registry.protocols.get(record.protocol), record.protocol_version

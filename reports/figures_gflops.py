@@ -189,7 +189,7 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
         notes = [*study.notes, note, law_note(law, family), *recipes_note(marked)]
         notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]
         notes += (
-            ["extrapolated ones lie outside the range of the points, where no point speaks for the law"] if far else []
+            ["extrapolated ones lie outside the range of the points, where no point supports the law"] if far else []
         )
         panels.append(
             Panel(

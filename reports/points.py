@@ -27,7 +27,7 @@ _LABEL_METADATA = (
     *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
     *("sampling precision", "framework", "protocol version", "suite version", "mode"),
 )
-_SPEAK_FOR_THEMSELVES = frozenset({"training steps", "sampler", "sampling steps", "guidance", "decoder", "framework"})
+_WITHOUT_NAME = frozenset({"training steps", "sampler", "sampling steps", "guidance", "decoder", "framework"})
 _SEEDS = ("seed", "checkpoint_sha256", "micro_batch", "samples_sha256", "batch")
 ALONG_SAMPLING = ("steps", "stage_steps", "evaluations", "gflops_per_image")
 ALONG_TRAINING = ("steps", "images", "gflops")
@@ -371,13 +371,13 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
     labels = []
     for record, found in zip(records, words, strict=True):
         own = peers[record.system]
-        told = [
-            text if name in _SPEAK_FOR_THEMSELVES else f"{name} {text}"
+        differences = [
+            text if name in _WITHOUT_NAME else f"{name} {text}"
             for name, text in found.items()
             if text and len(own[name]) > 1
         ]
-        told += ["paper"] if record.provenance == "published" else []
-        label = f"{record.system} ({', '.join(told)})" if told else record.system
+        differences += ["paper"] if record.provenance == "published" else []
+        label = f"{record.system} ({', '.join(differences)})" if differences else record.system
         taken[label] = taken.get(label, 0) + 1
         labels.append(f"{label} #{taken[label]}" if taken[label] > 1 else label)
     return labels

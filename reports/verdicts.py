@@ -12,19 +12,9 @@ from results.records import Record, Training
 NAME = "table-verdicts"
 MAX_LINES = 500  # of one section
 COLUMNS = (
-    *(
-        "System",
-        "Verdict",
-        "Best opponent",
-        "Metric",
-        "Sampling",
-        "Training Gflops",
-        "Value",
-        "Opponent's value",
-        "Difference",
-    ),
-    *("It speaks of", "If trained again", "Opponent differs in"),
-)
+    "System", "Verdict", "Best opponent", "Metric", "Sampling", "Training Gflops", "Value", "Opponent's value",
+    "Difference", "Scope", "If trained again", "Opponent differs in",
+)  # fmt: skip
 RULE = (
     f"Each line compares an experiment with its best opponent: of the others whose training compute differs by at most "
     f"{100 * TOLERANCE:g} %, at the same sampler, steps and guidance, the best one (where two are each other's best "
@@ -36,7 +26,7 @@ RULE = (
 
 
 def verdict_table(records: Sequence[Record]) -> Table | None:
-    """A section for each set of records that may share a table and has a matchup; None without any."""
+    """The table, with a section for each set of comparable records that has a matchup; None without matchups."""
     found = [each for each in matchups(records, MAX_LINES) if each.matchups]
     if not found:
         return None

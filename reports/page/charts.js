@@ -1,9 +1,9 @@
-// Curves: one SVG a panel, drawn anew at the width it has. A mark that has the pointer or the focus says what it is; a
-// click or Enter pins it and opens the records behind it.
+// Curves: one SVG for each panel, redrawn when its width changes. A mark under the pointer or with the focus shows a tip;
+// a click or Enter pins it and opens its records.
 
 const NEAR = 28; // pixels within which the pointer finds a mark
-const MANY = 30; // marks from which on a line has no signs for them, as in the static figures
-let pinned = null; // the mark whose records are open; a chart that is drawn anew rings it again
+const MANY = 30; // a line with more marks is drawn without them, as in the static figures
+let pinned = null; // the mark whose records are open; a redrawn chart rings it again
 
 const DARK = window.matchMedia("(prefers-color-scheme: dark)");
 
@@ -12,7 +12,7 @@ function clearPins() {
   document.querySelectorAll(".pin").forEach((ring) => ring.remove());
 }
 
-// The figure's colour; on a dark ground half way to white, so that the dark ones can be told from it.
+// The figure's colour; on a dark background half way to white, so that dark colours are visible.
 function tone(colour) {
   if (!DARK.matches) return colour;
   return `#${[1, 3, 5].map((at) => Math.round((parseInt(colour.slice(at, at + 2), 16) + 255) / 2).toString(16).padStart(2, "0")).join("")}`;
@@ -25,7 +25,7 @@ function figureSection(figure) {
       el("figcaption", {}, picture.alt))));
 }
 
-// Marks come without what is empty of them; names of bars stand at the axis already.
+// Empty fields of marks are not in the data; the axis already has the names of bars.
 function whole(panel) {
   const empty = { low: null, high: null, size: null, text: "", records: [], facts: [] };
   const complete = (mark) => ({ ...empty, said: panel.x.scale === "names" ? "" : mark.text, ...mark });
@@ -65,7 +65,7 @@ function chart(data, title) {
 
 function labelsOf(data) {
   const found = new Map();
-  for (const series of data.series) { // what stands at the axis needs no key
+  for (const series of data.series) { // names on the axis need no key
     const known = found.get(series.label);
     if (series.label && !(data.x.names || []).includes(series.label) && (!known || known.kind === "band")) found.set(series.label, series);
   }
@@ -106,7 +106,7 @@ function shape(marker, x, y, r) {
   return `M${corners.map(([a, b]) => `${(x + a * r).toFixed(1)} ${(y + b * r).toFixed(1)}`).join("L")}z`;
 }
 
-// A scale: pixel(value), ticks [[value, text]] and whether a value can stand on it.
+// A scale: pixel(value), ticks [[value, text]] and takes(value), whether the scale can show a value.
 function scaleOf(axis, values, from, to) {
   const log = axis.scale === "log";
   const usable = values.filter((value) => Number.isFinite(value) && (!log || value > 0));
@@ -117,7 +117,7 @@ function scaleOf(axis, values, from, to) {
     const room = Math.max((high / low) ** 0.06, 1.15);
     [low, high] = [low / room, high * room];
   } else {
-    if (high === low && !axis.zero) only = high; // its tick alone: others would say nothing
+    if (high === low && !axis.zero) only = high; // only its tick
     const room = (high - low) * 0.07 || Math.abs(high) * 0.1 || 1;
     [low, high] = [axis.zero ? Math.min(0, low) : low - room, high + room];
   }
@@ -157,7 +157,7 @@ function linearTicks(low, high, room) {
 }
 
 function drawChart(data, { width, off, tip, title }) {
-  const named = data.x.scale === "names"; // bars, on their side so that names can be read
+  const named = data.x.scale === "names"; // horizontal bars, so that names can be read
   const texts = titleLines(data, width, named);
   const height = named ? data.x.names.length * 26 + 34 + 16 * texts.length : Math.round(Math.min(440, Math.max(300, width * 0.62))) + 16 * (texts.length - 1);
   const left = named ? Math.min(width * 0.45, 14 + 6.6 * Math.max(...data.x.names.map((name) => name.length))) : 62;
@@ -199,7 +199,7 @@ function drawChart(data, { width, off, tip, title }) {
   return root;
 }
 
-// The title of the axis below, in as many lines as the width asks for.
+// The title of the horizontal axis, in as many lines as the width requires.
 function titleLines(data, width, named) {
   const lines = [""];
   for (const word of (named ? data.y.text : data.x.text).split(" ")) {
@@ -246,7 +246,7 @@ function drawMark(each, { root, place, zero, beside, largest, low }) {
   root.append(group);
 }
 
-// The marks' texts, where they cover neither marks nor each other.
+// Texts of marks, where they cover neither marks nor other texts.
 function sayBeside(root, marks, box) {
   const taken = marks.map(({ x, y, ring }) => [x - ring, y - ring, x + ring, y + ring]);
   for (const { mark, x, y, ring } of marks.filter((each) => each.mark.said)) {
@@ -269,7 +269,7 @@ function labelOf({ series, mark }) {
 function listen(root, marks, tip, width) {
   if (!marks.length) return;
   const drawn = marks.filter((each) => each.group);
-  drawn[0]?.group.setAttribute("tabindex", "0"); // one stop of the tab key; the arrows go on from there
+  drawn[0]?.group.setAttribute("tabindex", "0"); // one stop of the tab key; the arrow keys move on from there
   const show = (each) => say(each, tip, width);
   const hide = () => { tip.hidden = true; };
   const nearest = (event) => {
@@ -306,7 +306,7 @@ function listen(root, marks, tip, width) {
   });
 }
 
-// What the pointer finds: the record's own words; of several records their mean and number.
+// The tip of a mark: the description of its record, or mean and number of several records.
 function say({ series, mark, x, y }, tip, width) {
   const records = mark.records.map(recordOf).filter(Boolean);
   const [record] = records;

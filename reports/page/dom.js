@@ -1,4 +1,4 @@
-// Making elements. Text from records only ever becomes text: nothing here or elsewhere parses it as HTML.
+// Makes elements. Text from records only becomes text nodes: no script parses it as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -12,7 +12,7 @@ function svg(tag, attributes = {}, ...children) {
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value); // always a function of this file's callers
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value); // a function of the page's scripts
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
@@ -23,18 +23,18 @@ function countOf(number, one, many) {
   return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 }
 
-// Text that is broken between words alone, where a browser would also do it behind "-" and "--".
+// Text that breaks only between words, where a browser would also break after "-" and "--".
 function wordsOf(text) {
   return text.split(" ").flatMap((word, index) => [index ? " " : "", el("span", { class: "word" }, word)]);
 }
 
-// "3.27 [3.21, 3.33]": the interval in smaller type, and on a line of its own where there is no room.
+// "3.27 [3.21, 3.33]": the interval in smaller type, and on a separate line where there is no room.
 function measured(text) {
   const at = text.indexOf(" [");
   return at < 0 ? [text] : [text.slice(0, at), el("span", { class: "interval" }, text.slice(at))];
 }
 
-// Numbers at axes and in tips: short, and never "1e+21".
+// Numbers on axes and in tips: short, and never "1e+21".
 function short(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);

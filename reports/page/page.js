@@ -1,4 +1,4 @@
-// Builds the page from the data that it carries.
+// Builds the page from its data.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 POOL = data.pool;
@@ -53,7 +53,7 @@ function build() {
   window.addEventListener("hashchange", follow);
 }
 
-// Addresses of records: #record- and the beginning of an id.
+// The fragment of a record's address: #record- and the beginning of its id.
 function follow() {
   const asked = window.location.hash.slice(1);
   const found = asked.startsWith("record-") && data.records.find((record) => record.id.startsWith(asked.slice(7)));

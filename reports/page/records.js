@@ -1,7 +1,7 @@
-// The records behind the numbers: the panel that shows one with the command that measures it again, and the list of all.
+// Records: the panel that shows one with the command that measures it again, and the list of all.
 
 const RECORDS = new Map();
-let POOL = []; // what records share
+let POOL = []; // items that records share
 const panel = el("aside", { id: "panel", hidden: true, "aria-label": "Record", tabindex: "-1" });
 let opener = null; // what had the focus before the panel
 
@@ -9,7 +9,7 @@ function recordOf(id) {
   return RECORDS.get(id);
 }
 
-// One record in full; of several a choice first.
+// Shows a record in full; of several, first a choice.
 function showRecords(ids) {
   const records = ids.map(recordOf).filter(Boolean);
   if (!records.length) return;

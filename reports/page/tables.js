@@ -1,4 +1,4 @@
-// Tables that are sorted by their headings and filtered by words and provenance.
+// Tables that can be sorted by column and filtered by words and provenance.
 
 const ROWS_AT_ONCE = 200;
 
@@ -14,7 +14,8 @@ function sortableTable({ columns, numeric, rows, name, atOnce = ROWS_AT_ONCE, af
       el("button", { type: "button", onclick: () => sortBy(column) }, ...wordsOf(title), el("span", { class: "arrow", "aria-hidden": "true" }))));
   const table = el("table", {}, el("thead", {}, el("tr", {}, ...heads)), body);
 
-  // The first click puts the better end first, the second turns it round, the third restores the order of the report.
+  // The first click puts the better end first (the arrow in the title points to it), the second the other end, the third
+  // restores the order of the report.
   function sortBy(column) {
     const first = columns[column].includes("\u2191") ? -1 : 1;
     if (!order || order.column !== column) order = { column, direction: first };
@@ -40,7 +41,7 @@ function sortableTable({ columns, numeric, rows, name, atOnce = ROWS_AT_ONCE, af
 
   const box = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, table);
   let width = 0;
-  new ResizeObserver(() => { // where the table is too wide, intervals go below their values
+  new ResizeObserver(() => { // in a table that is too wide, intervals go below their values
     if (box.clientWidth === width) return;
     width = box.clientWidth;
     table.classList.remove("tight");
@@ -52,8 +53,8 @@ function sortableTable({ columns, numeric, rows, name, atOnce = ROWS_AT_ONCE, af
   };
 }
 
-// By number where both have one (an interval does not change where its value stands), by text otherwise; what is not
-// known stands last in either direction.
+// Compares by number if both cells have one (whatever the interval), else by text; empty cells come last in either
+// direction.
 function compareCells(a, b, column, direction) {
   const [x, y] = [a.values[column], b.values[column]];
   const numbers = (x !== null) - (y !== null);
@@ -63,7 +64,7 @@ function compareCells(a, b, column, direction) {
   return dashes || a.cells[column].localeCompare(b.cells[column], "en", { numeric: true }) * direction;
 }
 
-// A field of words and, where there are both kinds, boxes for published and measured; calls apply() and says its count.
+// A search field and, if there are both kinds, boxes for published and measured; calls apply() and shows its count.
 function filterBar({ label, total, both, apply }) {
   const words = el("input", { type: "search", placeholder: "Filter rows", "aria-label": `Filter rows of ${label}`, oninput: run });
   const boxes = ["published", "measured"].map((kind) => el("input", { type: "checkbox", checked: true, "data-kind": kind, onchange: run }));
@@ -90,7 +91,7 @@ function tableSection(table) {
     ...parts.map((part) => part.node));
 }
 
-// A column that says the same in every row and is no number of a record says it once, below the rows.
+// A column with the same text in every row, and without records, is replaced by a remark below the rows.
 function withoutConstants(section) {
   const lines = section.lines;
   const constant = section.columns.map((_, column) => column > 0 && lines.length > 1 &&
@@ -122,7 +123,7 @@ function sectionOf(whole, title) {
   }));
   const table = sortableTable({
     columns: section.columns, numeric: section.numeric, rows, name: section.heading || title,
-    after: (chosen) => { // only the notes of the rows that are to be seen
+    after: (chosen) => { // only the notes of visible rows
       const marks = new Set(chosen.flatMap((row) => row.notes));
       const words = Object.entries(section.footnotes).filter(([mark]) => marks.has(mark));
       if (chosen.some((row) => row.published)) words.unshift(["\u2020", published]);

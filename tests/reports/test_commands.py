@@ -121,7 +121,7 @@ def test_a_recipe_known_by_its_hash_alone_gives_a_sentence_and_no_command():
     absurd = dataclasses.replace(record, training=dataclasses.replace(record.training, batch=-3, ema_decay=9.0))
     assert reproduction(absurd).commands == ()
     nothing = dataclasses.replace(record, training=dataclasses.replace(record.training, recipe_hash=None))
-    assert reproduction(nothing).commands == () and "in full" in reproduction(nothing).notes[0]
+    assert reproduction(nothing).commands == () and "does not state all" in reproduction(nothing).notes[0]
 
 
 def test_what_only_a_protocol_sets_is_no_flag():

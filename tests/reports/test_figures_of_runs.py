@@ -16,7 +16,7 @@ from reports.drawing import draw
 from reports.figures import ABSENT, absent, figures, published_records
 from reports.figures_frontier import best_size, pareto
 from reports.figures_study import studies
-from reports.points import pool_of
+from reports.points import index_of
 
 PROTOCOL = {"name": "digits", "dataset": "digits", "resolution": 8}
 
@@ -167,7 +167,7 @@ def test_what_needs_more_than_records_is_named_where_it_is_missing(records):
 
 
 def test_the_frontier_of_a_study(study):
-    figure = pareto(pool_of(study), [])
+    figure = pareto(index_of(study), [])
     assert [panel.x.title for panel in figure.panels] == ["Training compute", "Sampling compute"]
     for number, panel in enumerate(figure.panels, start=1):
         on = {row["record_id"] for row in figure.rows if row["panel"] == number and row["frontier"] == "yes"}
@@ -187,10 +187,10 @@ def test_the_frontier_of_a_study(study):
         assert len(named) == len(on) / 2 and all(text for text in named)
         assert "energy is not in the records" in panel.note
     higher = [dataclasses.replace(each, metric="fid", value=each.value) for each in study if each.metric == "fd"]
-    assert pareto(pool_of(higher), []) is not None
-    labels = {series.label for series in pareto(pool_of([]), published_records()).panels[0].series}
+    assert pareto(index_of(higher), []) is not None
+    labels = {series.label for series in pareto(index_of([]), published_records()).panels[0].series}
     assert {"DiT-XL/2", "DiT-XL/2 in-context"} <= labels and not labels & {"ft-EMA", "original", "dit-xl-2"}
-    assert pareto(pool_of(each for each in study if each.system == "unet-small"), []) is None
+    assert pareto(index_of(each for each in study if each.system == "unet-small"), []) is None
 
 
 def test_time_is_compared_on_the_device_that_most_models_were_timed_on(study):
@@ -201,7 +201,7 @@ def test_time_is_compared_on_the_device_that_most_models_were_timed_on(study):
         if index % 9 == 0:
             spent = {"training_seconds": 1.0, "training_device": "another GPU"}
         timed.append(dataclasses.replace(each, environment=dataclasses.replace(each.environment, **spent)))
-    panels = {panel.x.text: panel for panel in pareto(pool_of(timed), []).panels}
+    panels = {panel.x.text: panel for panel in pareto(index_of(timed), []).panels}
     training = panels["Training time (seconds on one GPU)"]
     assert len(panels) == 4 and "times on 1 more devices" in training.note
     marks = [mark for each in training.series if each.kind == "points" for mark in each.marks]
@@ -211,7 +211,7 @@ def test_time_is_compared_on_the_device_that_most_models_were_timed_on(study):
         assert {each.training_device for each in spent} == {"one GPU"}
         assert mark.x == pytest.approx(sum(each.training_seconds for each in spent) / len(spent))
     drawn = {name for mark in marks for name in mark.record_ids}
-    rows = pareto(pool_of(timed), []).rows
+    rows = pareto(index_of(timed), []).rows
     assert drawn == {each.id for each in timed if each.metric == "fd" and each.environment.training_device == "one GPU"}
     assert {row["training_seconds"] for row in rows if row["record_id"] in drawn} > {17.1}
     sampling = panels["Sampling time (seconds an image on one GPU)"]
@@ -228,7 +228,7 @@ def test_the_best_size_at_a_budget(record):
             made.append(
                 dataclasses.replace(base, training=dataclasses.replace(base.training, steps=steps, gflops=cost))
             )
-    figure = best_size(studies(pool_of(made), []))
+    figure = best_size(studies(index_of(made), []))
     budgets = {row["budget_gflops"] for row in figure.rows}
     assert min(budgets) == pytest.approx(3 * 0.08 * 128 * 100) and max(budgets) == pytest.approx(3 * 0.02 * 128 * 1500)
     for row in figure.rows:
@@ -237,4 +237,4 @@ def test_the_best_size_at_a_budget(record):
         winner = "small" if row["budget_gflops"] < 6000 else "large"
         assert row["best"] == ("yes" if row["model"] == winner else "no")
     assert {row["model"] for row in figure.rows if row["best"] == "yes"} == {"small", "large"}
-    assert best_size(studies(pool_of(made[:4]), [])) is None  # the large one at one length has no curve
+    assert best_size(studies(index_of(made[:4]), [])) is None  # the large one at one length has no curve
