@@ -1,4 +1,4 @@
-"""Closed-form compute and parameters of an auto-encoder; the convention is `harness.compute.CONVENTION`.
+"""Closed-form compute and parameters of an autoencoder; the convention is `harness.compute.CONVENTION`.
 
 Parts bear the module paths of the public network (CompVis/latent-diffusion a506df5,
 ldm/modules/diffusionmodules/model.py). The search for the nearest code is counted as the matrix product that it is;
@@ -30,7 +30,7 @@ def count(
 ) -> Compute:
     """Compute of one "decode" (nearest code included) or "encode" (up to the latent) of one square image, by part.
 
-    image_size: pixels a side; the latent has image_size / factor. `params` counts encoder, decoder and code book.
+    image_size: pixels a side; the latent has image_size / factor. `params` counts encoder, decoder and codebook.
     Raises `UserError` where the arguments do not fit.
     """
     check_arguments(
@@ -45,9 +45,9 @@ def count(
         codes=codes,
     )
     if direction not in DIRECTIONS:
-        raise UserError(f"auto-encoder: direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
+        raise UserError(f"autoencoder: direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
     if image_size < 1 or image_size % factor(multipliers):
-        raise UserError(f"auto-encoder: image size {image_size} is not a multiple of its factor {factor(multipliers)}")
+        raise UserError(f"autoencoder: image size {image_size} is not a multiple of its factor {factor(multipliers)}")
     widths = [width * multiplier for multiplier in multipliers]
     attended = [resolution >> level in attention_resolutions for level in range(len(multipliers))]
     moments = 1 if codes is not None else 2  # a Gaussian posterior has a mean and a log-variance

@@ -1,4 +1,4 @@
-"""Names, sizes and arguments of the auto-encoders of latent diffusion.
+"""Names, sizes and arguments of the autoencoders of latent diffusion.
 
 Source: arXiv:2112.10752, appendix G; CompVis/latent-diffusion a506df5, first_stage_config of
 configs/latent-diffusion/cin256-v2.yaml (VQ-f4) and of models/ldm/cin256/config.yaml (VQ-f8).
@@ -45,17 +45,17 @@ def check_arguments(
     }
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"auto-encoder: {name} is {value!r}; it must be a whole number of at least 1")
+            raise UserError(f"autoencoder: {name} is {value!r}; it must be a whole number of at least 1")
     if not multipliers:
-        raise UserError("auto-encoder: multipliers are empty; give one for each level, such as (1, 2, 4)")
+        raise UserError("autoencoder: multipliers are empty; give one for each level, such as (1, 2, 4)")
     if width % GROUPS:
-        raise UserError(f"auto-encoder: width {width} is not divisible by the {GROUPS} groups of its normalisation")
+        raise UserError(f"autoencoder: width {width} is not divisible by the {GROUPS} groups of its normalisation")
     sides = [resolution >> level for level in range(len(multipliers))]
     if resolution % factor(multipliers):
-        raise UserError(f"auto-encoder: resolution {resolution} cannot be halved {len(multipliers) - 1} times")
+        raise UserError(f"autoencoder: resolution {resolution} cannot be halved {len(multipliers) - 1} times")
     for side in attention_resolutions:
         if side not in sides:
-            raise UserError(f"auto-encoder: no level has attention resolution {side}; the levels have {sides}")
+            raise UserError(f"autoencoder: no level has attention resolution {side}; the levels have {sides}")
 
 
 def infer_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Names, sizes and arguments of the auto-encoders of latent diffusion.
+"""Names, sizes and arguments of the autoencoders of latent diffusion.
 
 Source: arXiv:2112.10752, appendix G; CompVis/latent-diffusion a506df5, first_stage_config of
 configs/latent-diffusion/cin256-v2.yaml (VQ-f4) and of models/ldm/cin256/config.yaml (VQ-f8).
@@ -18,14 +18,14 @@ from harness.spec import Compute, load_attribute
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSpec:
-    """An auto-encoder known by name. `defaults` holds every argument of the network.
+    """An autoencoder known by name. `defaults` holds every argument of the network.
 
     resolution: image side in pixels that attention_resolutions refer to; the network takes other sizes as well.
     image_channels: of images. width: channels of the first level. multipliers: channels of each level over width; a
     level has half the side of the one before. blocks: residual blocks of an encoder level (a decoder level has one
     more). attention_resolutions: sides, in pixels, of the levels with attention behind every block; the middle always
     has it. latent_channels: at the inner end of encoder and decoder. code_channels: of a latent, between the two 1x1
-    convolutions. codes: vectors in the code book; None: no code book but a Gaussian posterior (mean and log-variance).
+    convolutions. codes: vectors in the codebook; None: no codebook but a Gaussian posterior (mean and log-variance).
     builders: framework to "module:attribute"; empty where another package has the network.
     """
 
@@ -38,7 +38,7 @@ class AutoencoderSpec:
         """The defaults with `overrides` laid over them. An unknown name is refused."""
         if unknown := sorted(set(overrides) - set(self.defaults)):
             raise UserError(
-                f"auto-encoder {self.name!r} has no argument {unknown[0]!r}; it has {', '.join(self.defaults)}"
+                f"autoencoder {self.name!r} has no argument {unknown[0]!r}; it has {', '.join(self.defaults)}"
             )
         return {**self.defaults, **overrides}
 
@@ -51,10 +51,8 @@ class AutoencoderSpec:
         """The network, initialised anew."""
         if framework not in self.builders:
             have = ", ".join(self.builders) or "none"
-            raise UserError(
-                f"auto-encoder {self.name!r} is not implemented for {framework!r} here (frameworks: {have})"
-            )
-        what = f"builder of auto-encoder {self.name!r}"
+            raise UserError(f"autoencoder {self.name!r} is not implemented for {framework!r} here (frameworks: {have})")
+        what = f"builder of autoencoder {self.name!r}"
         return load_attribute(self.builders[framework], what)(**self.arguments(**overrides))
 
     def count(self, direction: str = "decode", image_size: int = 256, **overrides: Any) -> Compute:
@@ -109,14 +107,14 @@ def diffusers_layout(tensors: Mapping[str, Any], levels: int) -> dict[str, Any]:
 
 
 def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The auto-encoder's own tensors, and a note on what was left out."""
+    """The autoencoder's own tensors, and a note on what was left out."""
     prefix = "first_stage_model."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     own = {name: value for name, value in (own or tensors).items() if not name.startswith("loss.")}
     if not any(name.startswith("decoder.") for name in own):
         first = next(iter(tensors), "nothing at all")
         raise UserError(
-            f"{path} holds no auto-encoder (no decoder.*; it begins with {first}); give one, or a model.ckpt"
+            f"{path} holds no autoencoder (no decoder.*; it begins with {first}); give one, or a model.ckpt"
         )
     left = len(tensors) - len(own)
     return own, (f"tensors of other networks in the file, not used: {left}",) if left else ()
@@ -157,7 +155,7 @@ SPECS: tuple[AutoencoderSpec, ...] = (
     ),
     AutoencoderSpec(
         name="kl-f8",
-        summary="Stable Diffusion's auto-encoder, DiT's: factor 8, 4 channels; diffusers' AutoencoderKL has the network",
+        summary="Stable Diffusion's autoencoder, DiT's: factor 8, 4 channels; diffusers' AutoencoderKL has the network",
         defaults={
             **_COMMON,
             "multipliers": (1, 2, 4, 4),
@@ -171,7 +169,7 @@ SPECS: tuple[AutoencoderSpec, ...] = (
 )
 
 
-"""The auto-encoders behind the paper's latent models."""
+"""The autoencoders behind the paper's latent models."""
 
 
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -180,7 +178,7 @@ BY_NAME = {spec.name: spec for spec in SPECS}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
-"""Files of an auto-encoder in diffusers' layout, the better one first: it cannot hold code."""
+"""Files of an autoencoder in diffusers' layout, the better one first: it cannot hold code."""
 
 
 KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; used for a file that comes without one
@@ -221,7 +219,7 @@ def kl_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A decoder with a short name. record_name: what records call it. spec: its auto-encoder. repository, subfolder:
+    """A decoder with a short name. record_name: what records call it. spec: its autoencoder. repository, subfolder:
     on the hub, empty where it is not there. place: where a person gets it."""
 
     record_name: str

@@ -1,4 +1,4 @@
-"""The VQ auto-encoders of latent diffusion in torch, with the parameter names and shapes of the public checkpoints.
+"""The VQ autoencoders of latent diffusion in torch, with the parameter names and shapes of the public checkpoints.
 
 Source: arXiv:2112.10752, appendix G; names and constants after CompVis/latent-diffusion a506df5,
 ldm/modules/diffusionmodules/model.py and ldm/models/autoencoder.py. Keys are those of a public model.ckpt behind
@@ -194,7 +194,7 @@ class CodeBook(nn.Module):
 
 
 class VQAutoencoder(nn.Module):
-    """Encoder, code book and decoder; the arguments are those of `AutoencoderSpec`.
+    """Encoder, codebook and decoder; the arguments are those of `AutoencoderSpec`.
 
     Images and latents are float32 (N, C, H, W); images are in [-1, 1]. A latent has 1 / factor of the image's sides.
     """
@@ -224,9 +224,7 @@ class VQAutoencoder(nn.Module):
             codes=codes,
         )
         if codes is None:
-            raise UserError(
-                "auto-encoder: codes is None, but a VQ auto-encoder has a code book; give a number of codes"
-            )
+            raise UserError("autoencoder: codes is None, but a VQ autoencoder has a codebook; give a number of codes")
         super().__init__()
         self.factor = factor(multipliers)
         self.image_channels = image_channels
@@ -243,7 +241,7 @@ class VQAutoencoder(nn.Module):
         """The latent before quantisation, which is what LDM diffuses (VQModelInterface)."""
         if x.dim() != 4 or x.shape[1] != self.image_channels or any(side % self.factor for side in x.shape[2:]):
             raise UserError(
-                f"auto-encoder: images of shape {tuple(x.shape)}, but it takes (N, {self.image_channels}, H, W) with"
+                f"autoencoder: images of shape {tuple(x.shape)}, but it takes (N, {self.image_channels}, H, W) with"
                 f" sides that are multiples of {self.factor}; crop or pad them"
             )
         return self.quant_conv(self.encoder(x))  # (N, E, H / factor, W / factor)
@@ -252,7 +250,7 @@ class VQAutoencoder(nn.Module):
         """The image of a latent, whose every cell is first replaced by its nearest code."""
         if z.dim() != 4 or z.shape[1] != self.code_channels:
             raise UserError(
-                f"auto-encoder: latents of shape {tuple(z.shape)}, but it takes (N, {self.code_channels}, h, w)"
+                f"autoencoder: latents of shape {tuple(z.shape)}, but it takes (N, {self.code_channels}, h, w)"
             )
         return self.decoder(self.post_quant_conv(self.quantize(z)))  # (N, image channels, factor h, factor w)
 

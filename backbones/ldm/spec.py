@@ -37,8 +37,8 @@ DENOISERS = {
     "ldm-xs": {"input_size": 32, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_rates": (2,), "head_channels": 32, "context_width": 64},
 }
 SUMMARIES = {
-    "ldm-4": "U-Net in the latents of a VQ auto-encoder of factor 4",
-    "ldm-8": "U-Net in the latents of a VQ auto-encoder of factor 8; no null label",
+    "ldm-4": "U-Net in the latents of a VQ autoencoder of factor 4",
+    "ldm-8": "U-Net in the latents of a VQ autoencoder of factor 8; no null label",
     "ldm-xs": "small U-Net with cross-attention to the class",
 }
 # fmt: on

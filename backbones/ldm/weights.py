@@ -1,7 +1,7 @@
 """Public weight files of LDM: model.ckpt, a Lightning checkpoint that holds more than the denoiser.
 
 Names after CompVis/latent-diffusion a506df5: the U-Net under model.diffusion_model, the class embedder under
-cond_stage_model, the auto-encoder under first_stage_model, the noise schedule's tables, and, where an average was kept,
+cond_stage_model, the autoencoder under first_stage_model, the noise schedule's tables, and, where an average was kept,
 model_ema.<name below model. without its dots> (ldm/modules/ema.py).
 """
 

@@ -42,7 +42,7 @@ class RunSpec:
     seed: int
     framework: str
     dataset_sha256: str
-    latents: dict[str, Any] | None = None  # of the images, if it is trained in latents: which auto-encoder's, and which
+    latents: dict[str, Any] | None = None  # of the images, if it is trained in latents: which autoencoder's, and which
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small random auto-encoders of diffusers, saved as their users save them."""
+"""Small random autoencoders of diffusers, saved as their users save them."""
 
 import torch
 

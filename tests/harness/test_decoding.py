@@ -346,7 +346,7 @@ BROKEN = {
     "not tensors": (lambda f: as_bin(f, [1, 2]), ["holds no state dict, but a list"]),
     "another network": (
         lambda f: as_bin(f, {"blocks.0.weight": torch.zeros(2)}),
-        ["no auto-encoder", "blocks.0.weight"],
+        ["no autoencoder", "blocks.0.weight"],
     ),
 }
 

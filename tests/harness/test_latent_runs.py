@@ -74,7 +74,7 @@ def refused(*words):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Images, an auto-encoder, a cache and a protocol, as a user has them."""
+    """Images, an autoencoder, a cache and a protocol, as a user has them."""
     home = tmp_path_factory.mktemp("home")
     rng = np.random.default_rng(1)
     coarse = rng.integers(0, 256, (60, 4, 4, 3))
@@ -213,7 +213,7 @@ def test_both_frameworks_learn_the_same_latents(home, tmp_path):
     np.testing.assert_allclose(in_torch.pop_losses(), in_jax.pop_losses(), rtol=2e-5)
 
 
-def test_a_cache_by_another_auto_encoder_is_refused_with_both_hashes(home, ran, tmp_path):
+def test_a_cache_by_another_autoencoder_is_refused_with_both_hashes(home, ran, tmp_path):
     save_vae(tmp_path / "vae", seed=1, scaling_factor=0.8, shift_factor=0.1)
     done("data", "latents", home / "images.npz", "--vae", tmp_path / "vae", "--out", tmp_path / "cache")
     text = refused("train", *words(home, "--steps", "6", "--out", ran, cache=tmp_path / "cache"))
@@ -222,7 +222,7 @@ def test_a_cache_by_another_auto_encoder_is_refused_with_both_hashes(home, ran, 
 
 
 def test_a_cache_that_is_whole_is_known_again_without_a_framework(home, tmp_path):
-    """By the files of its auto-encoder; another one is loaded, and refused with what differs."""
+    """By the files of its autoencoder; another one is loaded, and refused with what differs."""
     code = (
         "import sys\nfrom harness.cli import main\n"
         f"sys.argv = ['harness', 'data', 'latents', {str(home / 'images.npz')!r}, '--vae', {str(home / 'vae')!r},"
@@ -254,7 +254,7 @@ def test_images_in_place_of_latents_and_latents_of_another_size_are_refused_with
     assert "the cache has latents 4x4x4 of images of 32 pixels, protocol 'latents-32' wants latents 4x8x8" in text
     (tmp_path / "coarse.toml").write_text(TASK.format(suite="tiny").replace("input_size = 4", "input_size = 2"))
     text = refused("train", "--backbone", "dit-xs-2", "--protocol", tmp_path / "coarse.toml")
-    assert "`harness data latents FILE.npz --vae DIR --out npz-32-latents`" in text  # no auto-encoder with a name
+    assert "`harness data latents FILE.npz --vae DIR --out npz-32-latents`" in text  # no autoencoder with a name
     assert "images of 3 channels, latents of 4 channels, a cell for 16x16 pixels" in text
     (lack,) = missing(make_request(backbone="dit-xl-2", protocol="imagenet-256"))
     prepare, encode, run = (
@@ -268,7 +268,7 @@ def test_images_in_place_of_latents_and_latents_of_another_size_are_refused_with
     assert prepare < encode < run
 
 
-def test_the_decoder_is_the_auto_encoder_of_the_cache_unless_another_is_named(home, ran, tmp_path):
+def test_the_decoder_is_the_autoencoder_of_the_cache_unless_another_is_named(home, ran, tmp_path):
     run = shutil.copytree(ran, tmp_path / "run")
     places = json.loads((run / "run.json").read_text())
     gone = {**places, "places": {**places["places"], "vae": str(tmp_path / "gone")}}
@@ -300,7 +300,7 @@ def test_the_decoder_is_the_auto_encoder_of_the_cache_unless_another_is_named(ho
 
 
 def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkeypatch):
-    """The auto-encoder, then the images to judge by; `plan` says it, too, and names the same flag."""
+    """The autoencoder, then the images to judge by; `plan` says it, too, and names the same flag."""
     monkeypatch.setattr(RunSession, "measure", lambda *_, **__: pytest.fail("measured"))
     monkeypatch.setattr("harness.pipeline.plan.with_measurement", lambda plan, request, options: plan)
     cache = shutil.copytree(home / "cache", tmp_path / "cache")
@@ -313,11 +313,11 @@ def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkey
 
     changed("vae")
     text = refused("run", *task, "--out", tmp_path / "run")
-    assert "the auto-encoder behind" in text and "--decoder DIR" in text
+    assert "the autoencoder behind" in text and "--decoder DIR" in text
     (lack,) = json.loads(done("plan", *task, "--json").stdout)["missing"]
     assert (
         lack
-        == f"the auto-encoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another, with --decoder DIR"
+        == f"the autoencoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another one, with --decoder DIR"
     )
     changed("images")
     assert "the images behind" in refused("run", *task, "--out", tmp_path / "run")

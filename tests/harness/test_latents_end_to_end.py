@@ -40,7 +40,7 @@ ENCODE = ("data", "latents", "images", "--vae", "vae", "--device", "cpu", "--out
 
 
 def begin(home, per_class, side, samples, steps):
-    """Files of the user: a tree of 10 classes, an auto-encoder whose latents are 8x8, a protocol."""
+    """Files of the user: a tree of 10 classes, an autoencoder whose latents are 8x8, a protocol."""
     make_tree(home / "tree", [f"n{number:08d}" for number in range(10)], per_class, sides=(70, 120))
     save_vae(home / "vae", levels={64: 4, 32: 3}[side])
     (home / "task.toml").write_text(TASK.format(samples=samples, side=side, steps=steps))

@@ -68,7 +68,7 @@ def test_an_unconditional_adm_is_told_from_a_conditional_one(tmp_path):
 
 
 def ldm_checkpoint(state, *, average):
-    """What CompVis' Lightning module keeps: the auto-encoder and the schedule's tables beside the denoiser."""
+    """What CompVis' Lightning module keeps: the autoencoder and the schedule's tables beside the denoiser."""
     tensors = dict(state)
     tensors |= {"betas": torch.rand(1000), "logvar": torch.rand(1000), "scale_factor": torch.tensor(1.0)}
     tensors |= {
