@@ -30,8 +30,13 @@ def count(
 ) -> Compute:
     """Compute by part of one square image: "decode" with the search for the nearest code, or "encode" up to the latent.
 
-    image_size: side in pixels; the latent has side image_size / factor. `params` counts encoder, decoder and code book.
-    Raises UserError for arguments from which no network can be built, and for other sizes and directions.
+    <<<<<<< HEAD
+        image_size: side in pixels; the latent has side image_size / factor. `params` counts encoder, decoder and code book.
+        Raises UserError for arguments from which no network can be built, and for other sizes and directions.
+    =======
+        image_size: pixels a side; the latent has image_size / factor. `params` counts encoder, decoder and codebook.
+        Raises `UserError` where the arguments do not fit.
+    >>>>>>> refs/heads/data
     """
     check_arguments(
         resolution=resolution,

@@ -198,7 +198,7 @@ class CodeBook(nn.Module):
 
 
 class VQAutoencoder(nn.Module):
-    """Encoder, code book and decoder; the arguments are those of `AutoencoderSpec`.
+    """Encoder, codebook and decoder; the arguments are those of `AutoencoderSpec`.
 
     Images are float32 (N, image_channels, H, W) in [-1, 1]; latents are float32 (N, code_channels, H / factor, W / factor).
     """
@@ -228,7 +228,11 @@ class VQAutoencoder(nn.Module):
             codes=codes,
         )
         if codes is None:
+<<<<<<< HEAD
             raise UserError("autoencoder: codes is None, but a VQ autoencoder has a code book; give a number of codes")
+=======
+            raise UserError("autoencoder: codes is None, but a VQ autoencoder has a codebook; give a number of codes")
+>>>>>>> refs/heads/data
         super().__init__()
         self.factor = factor(multipliers)
         self.image_channels = image_channels

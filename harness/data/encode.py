@@ -110,7 +110,7 @@ def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: Map
     return True
 
 
-def _image_facts(source: NamedImages) -> dict[str, Any]:
+def _image_facts(source: NamedImages) -> dict[str, object]:
     """What meta.json says of the images."""
     data = source.images
     return {"name": data.name, "sha256": data.sha256, "resolution": data.images.shape[1], "crop": source.crop}
@@ -214,7 +214,7 @@ def _whole_lines(lines: IO[bytes]) -> int:
     return lines.read().rfind(b"\n") + 1
 
 
-def _append(lines: IO[bytes], entry: Any) -> None:
+def _append(lines: IO[bytes], entry: object) -> None:
     lines.seek(0, os.SEEK_END)
     lines.write(json.dumps(entry).encode() + b"\n")
     lines.flush()

@@ -169,7 +169,7 @@ class _Job:
             complete += len(line) + 1
         os.truncate(path, complete)
 
-    def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def _compare(self, found: dict[str, object], wanted: dict[str, object]) -> None:
         """UserError where the journal was begun for another data set."""
         for name, value in wanted.items():
             if found.get(name) != value:
@@ -177,7 +177,7 @@ class _Job:
                     f"{self.partial} was begun with another {name}; finish it as it was begun, or remove it, or name another --out"
                 )
 
-    def _begin(self, path: Path, header: dict[str, Any]) -> None:
+    def _begin(self, path: Path, header: dict[str, object]) -> None:
         start = self.images_start()
         with (self.partial / prepared.IMAGES).open("wb") as file:
             file.write(start)

@@ -185,7 +185,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_json(data: Any) -> str:
+def sha256_json(data: object) -> str:
     """SHA-256 of `data` as JSON with sorted keys; hexadecimal."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 

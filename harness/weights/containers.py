@@ -15,7 +15,7 @@ import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -179,7 +179,9 @@ def _read_small(file: IO[bytes], storage: Storage, limit: int) -> bytes:
 def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
     budget = pickles.Budget()  # shared by the five pickles
 
-    def following(constructors: pickles.Constructors, persistent: Any = None) -> pickles.Reading:
+    def following(
+        constructors: pickles.Constructors, persistent: Callable[[Any], Any] | None = None
+    ) -> pickles.Reading:
         begin = file.tell()
         stream = io.BytesIO(file.read(LONGEST_PICKLE))
         reading = pickles.read(stream, constructors, persistent, budget)

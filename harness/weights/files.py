@@ -228,7 +228,7 @@ def _file_of(path: Path) -> Path:
     raise UserError(f"{path} is a folder without weights; expected {IN_FOLDER[0]} or {IN_FOLDER[3]} in it")
 
 
-def _name(key: Any) -> str:
+def _name(key: object) -> str:
     return printable(key) if isinstance(key, str) else f"({type(key).__name__})"
 
 
@@ -243,11 +243,11 @@ def _wrapped(names: Iterable[str]) -> str:
     return found
 
 
-def _holds_tensors(value: Any) -> bool:
+def _holds_tensors(value: object) -> bool:
     return isinstance(value, dict) and any(isinstance(item, Stored) for item in value.values())
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     """The type of a value with its article; of a placeholder the name of the function."""
     name = getattr(getattr(value, "function", None), "full", None)
     name = printable(name) if name else type(value).__name__

@@ -207,7 +207,7 @@ def _arguments_to_try(spec: BackboneSpec, facts: Mapping[str, Any]) -> Iterator[
             yield {**arguments, "input_size": size, **scaled}
 
 
-def _disagreements(spec: BackboneSpec, facts: Mapping[str, Any]) -> int:
+def _disagreements(spec: BackboneSpec, facts: Mapping[str, object]) -> int:
     """Number of the arguments implied by the shapes, FREE ones aside, that differ from the spec's defaults."""
     return sum(spec.defaults.get(name) != value for name, value in facts.items() if name not in FREE)
 

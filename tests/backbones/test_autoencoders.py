@@ -142,7 +142,7 @@ def test_arguments_are_read_off_the_shapes(name):
 
 
 # diffusers' AutoencoderKL under torch's own counter: decode 311.09, encode 136.36 GMAC at 256 pixels.
-def test_compute_of_stable_diffusions_auto_encoder():
+def test_compute_of_stable_diffusions_autoencoder():
     spec = BY_NAME["kl-f8"]
     assert f"{spec.count().gmacs:.2f} {spec.count('encode').gmacs:.2f}" == "311.09 136.36"
     assert spec.count().params == 83_653_863

@@ -232,7 +232,7 @@ def test_both_frameworks_learn_the_same_latents(home, tmp_path):
     np.testing.assert_allclose(in_torch.pop_losses(), in_jax.pop_losses(), rtol=2e-5)
 
 
-def test_a_cache_by_another_auto_encoder_is_refused_with_both_hashes(home, ran, tmp_path):
+def test_a_cache_by_another_autoencoder_is_refused_with_both_hashes(home, ran, tmp_path):
     save_vae(tmp_path / "vae", seed=1, scaling_factor=0.8, shift_factor=0.1)
     done("data", "latents", home / "images.npz", "--vae", tmp_path / "vae", "--out", tmp_path / "cache")
     text = refused("train", *words(home, "--steps", "6", "--out", ran, cache=tmp_path / "cache"))
@@ -287,7 +287,7 @@ def test_images_in_place_of_latents_and_latents_of_another_size_are_refused_with
     assert prepare < encode < run
 
 
-def test_the_decoder_is_the_auto_encoder_of_the_cache_unless_another_is_named(home, ran, tmp_path):
+def test_the_decoder_is_the_autoencoder_of_the_cache_unless_another_is_named(home, ran, tmp_path):
     run = shutil.copytree(ran, tmp_path / "run")
     places = json.loads((run / "run.json").read_text())
     gone = {**places, "places": {**places["places"], "vae": str(tmp_path / "gone")}}
@@ -341,7 +341,11 @@ def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkey
     (lack,) = json.loads(done("plan", *task, "--json").stdout)["missing"]
     assert (
         lack
+<<<<<<< HEAD
         == f"the autoencoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another, with --decoder DIR"
+=======
+        == f"the autoencoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another one, with --decoder DIR"
+>>>>>>> refs/heads/data
     )
     changed("images")
     assert "the images behind" in refused("run", *task, "--out", tmp_path / "run")
