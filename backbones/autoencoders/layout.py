@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Arguments of an autoencoder's network: their check, the downsampling factor, and their inference from weight shapes.
-=======
-"""Names, sizes and arguments of the autoencoders of latent diffusion.
->>>>>>> refs/heads/data
 
 The arguments are described at `backbones.autoencoders.spec.AutoencoderSpec`. No framework is needed.
 """

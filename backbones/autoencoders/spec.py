@@ -18,7 +18,6 @@ from harness.spec import Compute, load_attribute
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSpec:
-<<<<<<< HEAD
     """An autoencoder known by name. `defaults` holds every argument of the network:
 
     resolution: image side in pixels that attention_resolutions refer to; the network takes other sizes as well.
@@ -30,17 +29,6 @@ class AutoencoderSpec:
     Gaussian posterior (mean and log-variance).
 
     builders: framework to "module:attribute"; empty if the network is in another package.
-=======
-    """An autoencoder known by name. `defaults` holds every argument of the network.
-
-    resolution: image side in pixels that attention_resolutions refer to; the network takes other sizes as well.
-    image_channels: of images. width: channels of the first level. multipliers: channels of each level over width; a
-    level has half the side of the one before. blocks: residual blocks of an encoder level (a decoder level has one
-    more). attention_resolutions: sides, in pixels, of the levels with attention behind every block; the middle always
-    has it. latent_channels: at the inner end of encoder and decoder. code_channels: of a latent, between the two 1x1
-    convolutions. codes: vectors in the codebook; None: no codebook but a Gaussian posterior (mean and log-variance).
-    builders: framework to "module:attribute"; empty where another package has the network.
->>>>>>> refs/heads/data
     """
 
     name: str
@@ -121,11 +109,7 @@ def diffusers_layout(tensors: Mapping[str, Any], levels: int) -> dict[str, Any]:
 
 
 def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], tuple[str, ...]]:
-<<<<<<< HEAD
     """The tensors of the autoencoder itself, and a note on the others. Raises UserError if there is no decoder."""
-=======
-    """The autoencoder's own tensors, and a note on what was left out."""
->>>>>>> refs/heads/data
     prefix = "first_stage_model."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     own = {name: value for name, value in (own or tensors).items() if not name.startswith("loss.")}
@@ -188,25 +172,13 @@ SPECS: tuple[AutoencoderSpec, ...] = (
 
 
 """The autoencoders behind the paper's latent models."""
-<<<<<<< HEAD
-=======
-
->>>>>>> refs/heads/data
 
 BY_NAME = {spec.name: spec for spec in SPECS}
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """Weight files of an autoencoder in diffusers' layout. safetensors is preferred, because it cannot hold code."""
 
-<<<<<<< HEAD
 KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; for a weight file without a config
-=======
-
-"""Files of an autoencoder in diffusers' layout, the better one first: it cannot hold code."""
-
-
-KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; used for a file that comes without one
->>>>>>> refs/heads/data
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
@@ -244,16 +216,11 @@ def kl_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-<<<<<<< HEAD
     """A public decoder.
 
     record_name: its name in records. spec: name of its `AutoencoderSpec`. repository, subfolder: on the Hugging Face hub;
     empty: not there. place: where users can download it, for messages.
     """
-=======
-    """A decoder with a short name. record_name: what records call it. spec: its autoencoder. repository, subfolder:
-    on the hub, empty where it is not there. place: where a person gets it."""
->>>>>>> refs/heads/data
 
     record_name: str
     spec: str

@@ -1,13 +1,8 @@
 """Public weight files of LDM: model.ckpt, a Lightning checkpoint that holds more than the denoiser.
 
 Names after CompVis/latent-diffusion a506df5: the U-Net under model.diffusion_model, the class embedder under
-<<<<<<< HEAD
 cond_stage_model, the autoencoder under first_stage_model, the tables of the noise schedule, and, if weights were
 averaged, the averages under model_ema.<name after "model." without its dots> (ldm/modules/ema.py).
-=======
-cond_stage_model, the autoencoder under first_stage_model, the noise schedule's tables, and, where an average was kept,
-model_ema.<name below model. without its dots> (ldm/modules/ema.py).
->>>>>>> refs/heads/data
 """
 
 from __future__ import annotations

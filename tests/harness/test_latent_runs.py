@@ -340,12 +340,7 @@ def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkey
     assert "the autoencoder behind" in text and "--decoder DIR" in text
     (lack,) = json.loads(done("plan", *task, "--json").stdout)["missing"]
     assert (
-        lack
-<<<<<<< HEAD
-        == f"the autoencoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another, with --decoder DIR"
-=======
-        == f"the autoencoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another one, with --decoder DIR"
->>>>>>> refs/heads/data
+        lack == f"the autoencoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another, with --decoder DIR"
     )
     changed("images")
     assert "the images behind" in refused("run", *task, "--out", tmp_path / "run")
