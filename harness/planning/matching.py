@@ -158,7 +158,7 @@ def nearest_steps(target: Fraction, evaluations: Callable[[int], int]) -> int:
 
     evaluations: by number of steps; must not fall with them.
     """
-    above = bisect.bisect_left(range(1, MAX_STEPS), target, key=lambda steps: Fraction(evaluations(steps))) + 1
+    above = bisect.bisect_left(range(1, MAX_STEPS), math.ceil(target), key=evaluations) + 1
     return min(range(max(1, above - 1), above + 1), key=lambda steps: (abs(evaluations(steps) - target), steps))
 
 
