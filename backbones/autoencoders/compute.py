@@ -31,7 +31,7 @@ def count(
     """Compute by part of one square image: "decode" with the search for the nearest code, or "encode" up to the latent.
 
     <<<<<<< HEAD
-        image_size: side in pixels; the latent has side image_size / factor. `params` counts encoder, decoder and code book.
+        image_size: side in pixels; the latent has side image_size / factor. `params` counts encoder, decoder and codebook.
         Raises UserError for arguments from which no network can be built, and for other sizes and directions.
     =======
         image_size: pixels a side; the latent has image_size / factor. `params` counts encoder, decoder and codebook.

@@ -25,7 +25,7 @@ class AutoencoderSpec:
     each level has half the side of the level before. blocks: residual blocks of an encoder level (a decoder level has one
     more). attention_resolutions: sides, in pixels, of the levels with attention after every block; the middle always has
     attention. latent_channels: output channels of the encoder, input channels of the decoder. code_channels: channels of
-    a latent, between the two 1x1 convolutions. codes: number of vectors in the code book; None: no code book but a
+    a latent, between the two 1x1 convolutions. codes: number of vectors in the codebook; None: no codebook but a
     Gaussian posterior (mean and log-variance).
 
     builders: framework to "module:attribute"; empty if the network is in another package.

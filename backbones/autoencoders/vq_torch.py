@@ -228,7 +228,7 @@ class VQAutoencoder(nn.Module):
             codes=codes,
         )
         if codes is None:
-            raise UserError("autoencoder: codes is None, but a VQ autoencoder has a code book; give a number of codes")
+            raise UserError("autoencoder: codes is None, but a VQ autoencoder has a codebook; give a number of codes")
         super().__init__()
         self.factor = factor(multipliers)
         self.image_channels = image_channels
