@@ -311,4 +311,7 @@ def existing_records(
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
         and reference_sha256 in (None, evaluation.reference_sha256)
     ]
-    return found if {record.metric for record in found} >= {metric.key for metric in suite.metrics} else None
+    if not {record.metric for record in found} >= {metric.key for metric in suite.metrics}:
+        return None
+    order = [metric.key for metric in suite.metrics]  # as measured records come
+    return sorted(found, key=lambda record: order.index(record.metric) if record.metric in order else len(order))
