@@ -146,7 +146,7 @@ def test_a_block_of_an_absurd_number_is_refused(stem, number, state, spec, folde
     tensors = dict(state) if stem == "blocks" else load_file(file)
     save_file({**tensors, f"{stem}.{number}.attn.proj.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(UserError, match="is unexpected|is there, but not"):
+    with pytest.raises(UserError, match="is unexpected|is in the file, but not"):
         load_into(spec.build(num_classes=10), tmp_path / "a.safetensors", spec)
     assert not inspect_file(tmp_path / "a.safetensors")["fits"]
 
