@@ -1,4 +1,4 @@
-"""`harness bench`: what it says follows from what was timed, by the stated convention."""
+"""`harness bench`: its figures follow from its timings by the stated convention."""
 
 import json
 
@@ -154,7 +154,7 @@ def test_auto_never_takes_tf32():
 
 
 def test_float32_is_float32_for_convolutions_too(monkeypatch):
-    """torch lets convolutions take TF32 unless it is told not to."""
+    """By default, torch lets convolutions use TF32."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         resolve.set_arithmetic(CPU, "float32")

@@ -1,4 +1,4 @@
-"""`--compile`: what is chosen and why, that it is frozen, and that a run with it continues to the bit."""
+"""`--compile`: what is chosen and why, that it is frozen, and that a compiled run continues to the bit."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_auto_does_not_try_where_it_cannot_pay_off(uncompiled):
     assert choice.mode == "off" and "60 s is over before compiling pays off" in choice.reason and uncompiled == []
 
 
-def test_a_compiler_that_fails_or_is_missing_is_no_users_problem_unless_asked_for(uncompiled):
+def test_a_compiler_that_fails_or_is_missing_is_an_error_only_if_asked_for(uncompiled):
     choice = choose("auto", compiled=RuntimeError("CppCompileError: no such header\nand more"))
     assert choice.mode == "off" and choice.reason.endswith("(CppCompileError: no such header)")
     with pytest.raises(UserError, match="--compile on: torch.compile failed here .*; leave it out"):

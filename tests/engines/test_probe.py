@@ -1,4 +1,4 @@
-"""Which precision a run takes: measured, but no longer than it takes to see that one is far slower."""
+"""The precision of a run: measured, but one that is far slower only briefly."""
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ ARGUMENTS = {"input_size": 8, "in_channels": 1, "num_classes": 10, "out_channels
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """What `resolve` measures (precision, images, repeats), and what it takes, where bfloat16 takes `seconds` an image."""
+    """A function of the seconds that bfloat16 takes for an image: what `resolve` then measures (precision, images, repeats),
+    and what it chooses."""
 
     def choose(seconds, first=None):
         passes = []

@@ -1,4 +1,4 @@
-"""Where jax is not installed, all that does not ask for it works."""
+"""Without jax, everything that does not need it works."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""One process and several, of torchrun's or started by hand: the same run; and what becomes of it when one dies."""
+"""One process and several, started by torchrun or by hand: the same run, also when a process dies."""
 
 import json
 import os
@@ -30,8 +30,8 @@ def environments(count):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    told = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**told, "RANK": str(number)} for number in range(count)]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(number)} for number in range(count)]
 
 
 def ended(processes, seconds=5 * MINUTE):
@@ -44,8 +44,8 @@ def ended(processes, seconds=5 * MINUTE):
 def begin(folder, count, steps, meshes):
     """Processes that train and sample on each mesh."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = environments(count) if count > 1 else [{}]
-    return [started(many_processes.main, str(folder), steps, meshes, each) for each in told]
+    launched = environments(count) if count > 1 else [{}]
+    return [started(many_processes.main, str(folder), steps, meshes, each) for each in launched]
 
 
 def complete(processes, folder):
@@ -99,7 +99,7 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_make_the_run_of_one(alone, two):
-    """Over 100 steps with accumulation, clipping and the average's ramp; and weights are really divided."""
+    """Over 100 steps with accumulation, clipping and the ramp of the average; and weights are really sharded."""
     assert len(np.unique(losses(alone))) == 2 * STEPS
     average = load_file(alone / EMA)
     for mesh in BOTH:
@@ -146,7 +146,7 @@ def test_four_processes(alone, tmp_path):
 
 
 def test_metrics_of_features_that_two_processes_extracted(two, tmp_path):
-    """The numbers of one process to the last bit; each extracts half, and nothing is left lying about."""
+    """The numbers of one process to the last bit. Each process extracts half, and no temporary file is left."""
     found, expected = (
         load([two / "records.jsonl"]).records,
         many_processes.measured(two / "2x1", tmp_path, SINGLE_PROCESS),
@@ -161,7 +161,7 @@ def test_metrics_of_features_that_two_processes_extracted(two, tmp_path):
 
 
 def test_a_killed_process_ends_the_other_and_the_same_command_continues(two, tmp_path):
-    """To the bytes of a run that nobody disturbed. Neither's death is told by anybody but the watch."""
+    """To the bytes of an undisturbed run. Only the watch notices either death."""
 
     def kill(mesh, victim):
         """Begin, and kill one of them after the first checkpoint on `mesh`."""
@@ -191,7 +191,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_continues(two, tmp
 
 
 def test_the_command_line_under_torchrun(tmp_path):
-    """One is killed: torchrun starts them again, and they continue to the losses of one process."""
+    """One is killed: torchrun starts them again, and they go on to the losses of one process."""
     words = ["train", "--backbone", "dit-xs-4", "--steps", "30", "--precision", "float32", "--micro-batch", "2"]
     words += ["--set", "batch=4", "--set", "learning_rate=1e-4"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "-m"]
@@ -223,8 +223,8 @@ def test_the_command_line_under_torchrun(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(one / "run"), rtol=1e-5)
 
 
-def test_a_refusal_under_torchrun_is_said_once(tmp_path):
-    """By the first process, whose exit code is ours; torchrun's own is 1."""
+def test_an_error_under_torchrun_is_printed_once(tmp_path):
+    """By the main process, whose exit code is ours; torchrun's own is 1."""
     words = ["train", "--backbone", "dit-xs-4", "--steps", "1", "--mesh", "4x1", "--out", "run"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "harness", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -252,8 +252,8 @@ main()
 
 
 @pytest.mark.parametrize("words", [["run"], ["run", "--backbone", "dit-xs2"]])
-def test_another_process_speaks_where_torchrun_does_not_end_it(words):
-    """The reason is then its own. Ended by torchrun, it is silent, with the same exit code."""
+def test_another_process_prints_its_error_where_torchrun_does_not_end_it(words):
+    """The error is then its own. If torchrun ends it, it prints nothing, and has the same exit code."""
 
     def launch(seconds):
         process = subprocess.Popen(
@@ -281,7 +281,7 @@ SLURM = {
 }
 
 
-def test_who_a_process_is():
+def test_the_launch_is_read_from_the_environment():
     assert read_launch(BY_HAND) == LaunchInfo(
         rank=1, world_size=2, local_rank=1, local_world_size=2, address="127.0.0.1", port=2345
     )
@@ -289,13 +289,13 @@ def test_who_a_process_is():
     assert read_launch(torchrun) == LaunchInfo(
         rank=9, world_size=16, local_rank=1, local_world_size=8, address="127.0.0.1", port=2345
     )
-    assert read_launch({**torchrun, **SLURM}).rank == 9  # torchrun within a job of SLURM's
+    assert read_launch({**torchrun, **SLURM}).rank == 9  # torchrun in a job of SLURM
     assert read_launch(SLURM) == LaunchInfo(
         rank=5, world_size=8, local_rank=1, local_world_size=4, address="n0", port=29500
     )
     assert is_distributed(BY_HAND) and is_distributed(SLURM)
     assert not is_main_process(SECOND) and is_main_process({**SECOND, "RANK": "0"})
-    assert all(map(is_main_process, ({}, BY_HAND, SLURM)))  # no launcher ends these for the first: none is silent
+    assert all(map(is_main_process, ({}, BY_HAND, SLURM)))  # no launcher ends these after rank 0: all of them print
     for alone in ({}, {"WORLD_SIZE": "1"}, {"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, {"MASTER_ADDR": "n0"}):
         assert not is_distributed(alone)
 
@@ -312,8 +312,8 @@ def test_who_a_process_is():
     ],
 )
 def test_badly_set_variables_are_refused_in_one_line(changes, words):
-    told = {name: value for name, value in {**BY_HAND, **changes}.items() if value is not None}
-    assert is_distributed(told)
+    environment = {name: value for name, value in {**BY_HAND, **changes}.items() if value is not None}
+    assert is_distributed(environment)
     with pytest.raises(UserError) as refused:
-        read_launch(told)
+        read_launch(environment)
     assert words in str(refused.value) and len(str(refused.value).splitlines()) == 1

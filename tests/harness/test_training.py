@@ -299,14 +299,14 @@ def test_checkpoints_are_due_by_cost_and_by_loss(whole):
 def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     """However long a process takes: one that stopped alone would leave the others waiting for it. The main process decides
     when; if any process is interrupted, all stop."""
-    told = {"stop": 0}
+    other = {"stop": 0}
 
     class Two(ProcessGroup):
         size, index = 2, 1
 
         def all_max(self, value):
             assert value in (0, STOP)  # the main process decides on steps and checkpoints
-            return max(value, 2 * 4 + 1 + told["stop"])  # by the main process: again in 4 steps, and a checkpoint
+            return max(value, 2 * 4 + 1 + other["stop"])  # by the main process: again in 4 steps, and a checkpoint
 
     class Counted:
         loss_terms, read = {"mse": 1.0}, 0
@@ -339,7 +339,7 @@ def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):
         manager = CheckpointManager(
             whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, group=Two()
         )
-        told["stop"] = 0 if interrupted else STOP
+        other["stop"] = 0 if interrupted else STOP
         manager.stepped()
         assert manager.decide(interrupted)[0]
 
@@ -382,11 +382,11 @@ def test_the_main_process_decides_whether_an_ema_checkpoint_is_there(whole, tmp_
 @pytest.mark.parametrize(("error", "done"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])
 def test_only_a_stop_that_was_agreed_on_is_a_good_end(error, done):
     """A second Ctrl-C interrupts one process alone, and the others learn that it has failed."""
-    told, group = [], process_group.TorchProcessGroup.__new__(process_group.TorchProcessGroup)
-    group._watch = SimpleNamespace(end=lambda done: told.append(done))
+    sent, group = [], process_group.TorchProcessGroup.__new__(process_group.TorchProcessGroup)
+    group._watch = SimpleNamespace(end=lambda done: sent.append(done))
     with pytest.raises(error), group.collective_scope():
         raise error
-    assert told == [done]
+    assert sent == [done]
 
 
 def test_a_process_takes_the_only_gpu_that_is_visible_to_it(monkeypatch):

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TypedDict, Unpack
 
 import jax
+from jax.stages import Wrapped
 
 # On a CPU, the XLA of jaxlib 0.10 runs matrix products and convolutions in the library YNNPACK, with one thread for each. Its
 # own Eigen routines train a U-Net faster: adm-xs at 0.98 of torch's speed instead of 0.63, by benchmarks/frameworks.py.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def jit(function: Callable[..., Any], platform: str, **settings: Any) -> Any:
+class JitSettings(TypedDict, total=False):
+    """The settings of jax.jit that the engine uses."""
+
+    out_shardings: object  # a tree of shardings
+    static_argnums: int
+    donate_argnums: int | tuple[int, ...]
+
+
+def jit(function: Callable[..., object], platform: str, **settings: Unpack[JitSettings]) -> Wrapped:
     """`jax.jit` for a platform ("cpu", "gpu", "tpu"); `settings` are jax.jit's."""
     return jax.jit(function, compiler_options=_options(platform), **settings)
 

@@ -11,16 +11,19 @@ JAX_PROCESS_ID identify a process; on SLURM and Cloud TPU the cluster does, and 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from harness.distributed.mesh import MeshShape
 from harness.engines.memory import device_error, host_free_bytes, processor_name
 from harness.errors import UserError
 from harness.runs.run import Resolved
+
+Tree = TypeVar("Tree")
 
 AXES = ("data", "model")
 MIN_SHARDED = 1024  # elements: smaller parameters are replicated
@@ -149,11 +152,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def weight_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Shardings for a tree of arrays: over "model" along the longest axis that it divides, if there is one."""
+def weight_shardings(mesh: Mesh, tree: Tree) -> Tree:
+    """A sharding in place of each array of `tree`: over "model" along the longest axis that it divides, if there is one."""
     parts = mesh.shape["model"]
 
-    def one(array: Any) -> NamedSharding:
+    def one(array: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         fitting = [axis for axis, side in enumerate(array.shape) if side % parts == 0]
         if parts == 1 or not fitting or np.prod(array.shape) < MIN_SHARDED:
             return replicated(mesh)
@@ -163,12 +166,12 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def to_device(tree: Any, shardings: Any) -> Any:
-    """A tree of host arrays, the same in every process, as jax arrays with these shardings."""
+def to_device(tree: object, shardings: object) -> Any:
+    """A tree of host arrays, the same in every process, as jax arrays with a tree of shardings."""
 
-    def one(value: Any, sharding: NamedSharding) -> jax.Array:
-        value = np.asarray(value)
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    def one(value: ArrayLike, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(value)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(one, tree, shardings)
 

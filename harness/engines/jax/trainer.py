@@ -94,7 +94,7 @@ class JaxEngine:
         graph, params, rest = split(net)
         self._adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
         shapes = State(params, rest, params, jax.eval_shape(self._adam.init, params))
-        self._shardings: State = devices.weight_shardings(self._mesh, shapes)  # a sharding in place of each array
+        self._shardings = devices.weight_shardings(self._mesh, shapes)  # a sharding in place of each array
         with one_line("the set-up of training", LESS_MEMORY):
             self._state = State(
                 params=devices.to_device(params, self._shardings.params),
@@ -259,12 +259,12 @@ class Batch(NamedTuple):
     key: Array  # uint32 (2,), of the network's dropout
 
 
-def exact(precision: str) -> AbstractContextManager[Any]:
+def exact(precision: str) -> AbstractContextManager[object]:
     """The context in which float32 products are float32: TPUs and GPUs use fewer bits by default."""
     return jax.default_matmul_precision("highest") if precision == "float32" else nullcontext()
 
 
-def _random(net: nnx.Module, key: Array) -> dict[str, Any]:
+def _random(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
     """The keyword argument with the generator of dropout, for a network that takes one."""
     if "rngs" not in inspect.signature(type(net).__call__).parameters:
         return {}

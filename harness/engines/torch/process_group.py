@@ -73,7 +73,7 @@ def gpu(local_rank: int) -> int:
 
 
 def all_max(value: float) -> float:
-    """The largest value of all processes, in every process; float32."""
+    """The largest value of all processes, in every process. A float is rounded to float32."""
     if _launch is None:
         return value
     tensor = torch.tensor([value])
