@@ -1,12 +1,12 @@
-"""Names for things that come from anywhere: built-ins and plug-ins through one door, the entry points.
+"""Registries: objects by name, built-in ones and those of plug-ins, both found through entry points.
 
 A distribution declares, for example,
 
     [project.entry-points."harness.backbones"]
     my-family = "my_package.spec:SPECS"
 
-where the attribute is an item, a tuple, list or dictionary of items, or a function without arguments that returns either.
-Loading an entry point must import no framework. A plug-in that breaks is reported by `harness list`, not fatal.
+The attribute is an item; a tuple, list or dictionary of items; or a function without arguments that returns one of these.
+Loading an entry point must not import a framework. A plug-in that fails to load is not fatal: `harness list` reports it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from harness.spec import BackboneSpec
 
 Item = TypeVar("Item")
 
-MAX_NAMES = 12  # that a message lists
+MAX_NAMES = 12  # names listed in a message
 OWN_DISTRIBUTION = "backbone-harness"
 
 
 class Problem(NamedTuple):
-    """A plug-in that could not be used: its distribution, its entry point, and why."""
+    """A plug-in that cannot be used: its distribution, its entry point and the reason."""
 
     distribution: str
     entry_point: str
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 
 class Registry(Generic[Item]):
-    """Items by name, from one entry-point group and from `register`. A name is taken once and never replaced."""
+    """Items by name, from one entry-point group and from `register`. A name cannot be registered twice."""
 
     def __init__(self, group: str, noun: str, of: type | None = None):
         self.group = group
@@ -47,7 +47,10 @@ class Registry(Generic[Item]):
         self._loaded = False
 
     def register(self, item: Item | Callable[[], Any], owner: str = "this process") -> Any:
-        """Add an item, or the items that a function without arguments returns (so it serves as a decorator)."""
+        """Add an item, or the items that a function without arguments returns; returns its argument, so it can be a decorator.
+
+        Raises `UserError` for an item without a name, of another type, or with a name that is taken.
+        """
         for each in _items(item, self._of):
             name = getattr(each, "name", None)
             if not isinstance(name, str) or not name:
@@ -62,19 +65,19 @@ class Registry(Generic[Item]):
         return item
 
     def get(self, name: str) -> Item:
-        """The item of that name; an unknown name is refused with the nearest ones."""
+        """The item of that name. Raises `UserError`, which suggests similar names, if there is none."""
         self._load()
         if name not in self._items:
             raise UserError(unknown(self.noun, name, self._items))
         return self._items[name]
 
     def names(self) -> list[str]:
-        """Every name: built-ins in their own order, then plug-ins."""
+        """All names: built-in ones in the order of their declaration, then those of plug-ins."""
         self._load()
         return list(self._items)
 
     def owner(self, name: str) -> str:
-        """The distribution that `name` comes from."""
+        """The distribution that registered `name`."""
         self._load()
         return self._owners[name]
 
@@ -90,7 +93,7 @@ class Registry(Generic[Item]):
         if self._loaded:
             return
         self._loaded = True
-        # Own entry points first, so that a plug-in cannot take a built-in name.
+        # Built-in entry points come first, so that a plug-in cannot take a built-in name.
         points = sorted(
             _entry_points().select(group=self.group),
             key=lambda point: (_distribution(point) != OWN_DISTRIBUTION, _distribution(point)),
@@ -99,19 +102,22 @@ class Registry(Generic[Item]):
             owner = _distribution(point)
             try:
                 self.register(point.load(), owner)
-            except (Exception, SystemExit) as error:  # a stranger's code: whatever it raises must not stop the others
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # third-party code can raise anything; the other plug-ins must still load
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.problems.append(Problem(owner, f"{point.name} = {point.value}", reason))
 
 
 @functools.cache
 def _entry_points() -> metadata.EntryPoints:
-    """Of every distribution here, read once: there are more registries than reasons to walk the disk."""
+    """The entry points of all installed distributions, read from disk once for all registries."""
     return metadata.entry_points()  # type: ignore[return-value]  # of Python 3.10 and newer
 
 
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:
-    """One line for an unknown name, with the nearest known ones."""
+    """The message for an unknown name: one line, with similar names or else the known ones."""
     known = list(known)
     near = difflib.get_close_matches(name[:LONGEST_SHOWN].lower(), known, n=3, cutoff=0.5)
     names = ", ".join(known[:MAX_NAMES]) + (f" and {len(known) - MAX_NAMES} more" if len(known) > MAX_NAMES else "")

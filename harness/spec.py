@@ -1,7 +1,7 @@
 """What a backbone is, described without importing a framework.
 
-A `BackboneSpec` is data plus the addresses of the code that builds the network; the network's own file is imported
-only when `build` is called. The compute convention behind `Compute` is described in `harness.compute`.
+A `BackboneSpec` holds data and the addresses ("module:attribute") of the code that builds the network; that code is
+imported only when `build` is called. The compute convention behind `Compute` is described in `harness.compute`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from harness.errors import UserError
 
 KINDS = ("denoiser", "upsampler", "classifier", "generator")
-"""Calls by kind: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
+"""How a network of each kind is called: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
 
 FRAMEWORKS = ("torch", "jax")
 
@@ -66,17 +66,17 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
-    """A backbone known by name.
+    """A backbone with its name.
 
-    `defaults` holds every argument that the builder takes, with its default: at least input_size (pixels or latent
-    cells a side), in_channels, num_classes and out_channels for a denoiser. out_channels None means what the
-    objective asks for, 2 * in_channels for the paper's (noise and variance).
-    `null_label` is the label that stands for "no class": an index, or "num_classes" for the one after the last class;
-    None means that the backbone has none: no label dropout, and classifier-free guidance is refused.
+    `defaults` holds all arguments of the builder with their defaults. For a denoiser these are at least input_size (side
+    in pixels or latent cells), in_channels, num_classes and out_channels. out_channels None means the number that the
+    objective needs: 2 * in_channels (noise and variance) for the paper's objective.
+    `null_label` is the label for "no class": an index, or "num_classes" for the index after the last class. None means
+    that the backbone has no null label: labels are not dropped, and classifier-free guidance is refused.
     `builders` maps a framework to "module:attribute", a callable that takes the arguments of `defaults` by keyword.
-    `closed_form` is "module:attribute" of a function with the same arguments that returns a `Compute` (and raises
-    `UserError` where the arguments do not fit the architecture); without it the traced count is used and marked.
-    `uncounted_norms` are glob patterns of module paths whose normalisations the compute convention leaves out.
+    `closed_form` is "module:attribute" of a function with the same arguments that returns a `Compute`, and raises
+    `UserError` if the arguments do not fit the architecture. Without it the compute is traced, and marked as traced.
+    `uncounted_norms` are glob patterns of module paths; the compute convention does not count their normalisations.
     """
 
     name: str
@@ -93,7 +93,7 @@ class BackboneSpec:
         if self.kind not in KINDS:
             raise UserError(f"backbone {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if not self.builders:
-            raise UserError(f"backbone {self.name!r} names no builder; give builders={{'torch': 'module:attribute'}}")
+            raise UserError(f"backbone {self.name!r} has no builder; give builders={{'torch': 'module:attribute'}}")
         if isinstance(self.null_label, str) and self.null_label != "num_classes":
             raise UserError(
                 f"backbone {self.name!r}: null_label {self.null_label!r} is neither an index nor 'num_classes'"
@@ -104,25 +104,28 @@ class BackboneSpec:
             )
 
     def arguments(self, **overrides: Any) -> dict[str, Any]:
-        """The builder's arguments: the defaults with `overrides` laid over them. An unknown name is refused."""
+        """The builder's arguments: the defaults, replaced by `overrides`. Raises `UserError` for an unknown name."""
         if unknown := sorted(set(overrides) - set(self.defaults)):
             known = ", ".join(self.defaults)
             raise UserError(f"backbone {self.name!r} has no argument {unknown[0]!r}; it has {known}")
         return {**self.defaults, **overrides}
 
     def build(self, framework: str = "torch", **overrides: Any) -> Any:
-        """The network, with its own initialisation: a torch.nn.Module, or a flax nnx module for "jax"."""
+        """The initialised network: a torch.nn.Module, or a flax nnx module for "jax"."""
         return self.builder(framework)(**self.arguments(**overrides))
 
     def builder(self, framework: str) -> Callable[..., Any]:
-        """What makes the network from all of the arguments; jax's takes `rngs` (flax.nnx.Rngs) of the weights as well."""
+        """The callable that builds the network from all arguments; for "jax" it also takes `rngs` (flax.nnx.Rngs).
+
+        Raises `UserError` if the backbone has no network in that framework, or if the callable cannot be imported.
+        """
         if framework not in self.builders:
             have = ", ".join(self.builders)
             raise UserError(f"backbone {self.name!r} is not implemented for {framework!r}; it is for {have}")
         return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")
 
     def count(self, **overrides: Any) -> Compute:
-        """Compute and parameters: the closed form where there is one, else the traced count (imports torch)."""
+        """Compute and parameters: by the closed form if there is one, else by tracing (imports torch)."""
         if self.closed_form is None:
             assert _tracer is not None, "importing harness sets the tracer"
             return _tracer(self, **overrides)
@@ -140,9 +143,9 @@ _tracer: Callable[..., Compute] | None = None
 
 
 def set_tracer(trace: Callable[..., Compute]) -> None:
-    """Set what counts a network without a closed form: (spec, **build arguments) -> Compute.
+    """Set the function that counts a network without a closed form: (spec, **build arguments) -> Compute.
 
-    It needs torch and knows specs, so specs cannot import it; `harness` sets it.
+    That function needs torch and imports this module, so this module cannot import it; `harness` sets it.
     """
     global _tracer
     _tracer = trace
@@ -154,6 +157,6 @@ def load_attribute(address: str, what: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        lacking = (getattr(error, "name", None) or "").partition(".")[0]
-        remedy = "; run: pip install 'backbone-harness[jax]'" if lacking in ("jax", "jaxlib", "flax") else ""
+        missing = (getattr(error, "name", None) or "").partition(".")[0]
+        remedy = "; run: pip install 'backbone-harness[jax]'" if missing in ("jax", "jaxlib", "flax") else ""
         raise UserError(f"{what} cannot be loaded from {address!r}: {error}{remedy}") from error

@@ -1,1 +1,1 @@
-"""What is asked for, whether it can be run, and what it costs, before anything expensive begins."""
+"""Requests and plans: what to run, whether it can run here, and what it costs, before anything expensive begins."""

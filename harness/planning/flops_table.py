@@ -1,4 +1,4 @@
-"""`harness flops`: parameters and theoretical Gflops, beside what the DiT paper prints."""
+"""The rows of `harness flops`: parameters and theoretical Gflops, with the values that the DiT paper prints."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from harness.registry import systems
 from harness.spec import BackboneSpec, Compute
 from harness.systems.spec import System
 
-GFLOPS_COLUMNS = ("Flops (G)", "Total Flops (G)", "Base Flops (G)", "Upsampler Flops (G)")  # of Tables 4 and 6
-
-
+GFLOPS_COLUMNS = (
+    "Flops (G)",
+    "Total Flops (G)",
+    "Base Flops (G)",
+    "Upsampler Flops (G)",
+)  # of the paper's Tables 4 and 6
 PARAMS_COLUMN = "Params (M)"
-
-
 PROTOCOL_ARGUMENTS = ("input_size", "in_channels", "num_classes")
 
 
 class Published(NamedTuple):
-    """What the paper prints for a network at one input size, as text: 19.70 stays 19.70. Empty where it does not."""
+    """The paper's values for a network at one input size, as printed ("19.70"); an empty string if there is none."""
 
     gflops: str
     params: str  # millions
 
 
 def published(spec: BackboneSpec, input_size: int | None) -> Published:
-    """The paper's figures for `spec` at an input of `input_size` cells or pixels a side."""
+    """The paper's values for `spec` at an input whose side is `input_size` latent cells or pixels."""
     from results import paper
 
     columns = (*GFLOPS_COLUMNS, PARAMS_COLUMN)
@@ -37,7 +38,7 @@ def published(spec: BackboneSpec, input_size: int | None) -> Published:
     native = spec.defaults.get("input_size")
     if not cells or not native or not input_size:
         return Published("", "")
-    # The paper names image resolutions; the network's default input belongs to the smallest one (256 to 32 cells).
+    # The paper gives image resolutions. The network's default input corresponds to the smallest one (32 cells to 256).
     resolution = input_size * min(cell.resolution for cell in cells if cell.resolution is not None) // native
     at_size = {cell.column: cell.value for cell in reversed(cells) if cell.resolution == resolution}
     gflops = next((at_size[column] for column in GFLOPS_COLUMNS if column in at_size), "")
@@ -45,18 +46,18 @@ def published(spec: BackboneSpec, input_size: int | None) -> Published:
 
 
 def input_sizes(spec: BackboneSpec) -> list[int | None]:
-    """The native input size, and twice that where the paper prints the Gflops there too (None: no input size)."""
+    """The native input size (None: no input size), and twice that if the paper prints Gflops for it too."""
     native = spec.defaults.get("input_size")
     return [native, 2 * native] if native and published(spec, 2 * native).gflops else [native]
 
 
 def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, check: str | None) -> dict[str, Any]:
-    """One row of the document; `difference` is ours rounded as the paper's figure is, minus that figure."""
+    """One row. `difference` is our Gflops, rounded to the decimals of the paper's value, minus that value."""
     count = spec.count(**overrides)
     arguments = spec.arguments(**overrides)
     others = {name: value for name, value in arguments.items() if name != "input_size"}
     as_published = all(spec.defaults[name] == value for name, value in others.items())
-    figures = published(spec, arguments.get("input_size")) if as_published else Published("", "")
+    printed = published(spec, arguments.get("input_size")) if as_published else Published("", "")
     row: dict[str, Any] = {
         "name": spec.name,
         **{name: arguments.get(name) for name in PROTOCOL_ARGUMENTS},
@@ -64,15 +65,15 @@ def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, 
         "flops": count.flops,
         "gflops": count.gflops,
         "gmacs": count.gmacs,
-        "published_gflops": float(figures.gflops) if figures.gflops else None,
-        "published_params_m": float(figures.params) if figures.params else None,
+        "published_gflops": float(printed.gflops) if printed.gflops else None,
+        "published_params_m": float(printed.params) if printed.params else None,
         "difference": None,
         "source": count.source,
     }
-    if figures.gflops:
-        decimals = len(figures.gflops.partition(".")[2])
-        row["difference"] = round(round(count.gflops, decimals) - float(figures.gflops), decimals)
-        row["published_text"] = figures.gflops
+    if printed.gflops:
+        decimals = len(printed.gflops.partition(".")[2])
+        row["difference"] = round(round(count.gflops, decimals) - float(printed.gflops), decimals)
+        row["published_text"] = printed.gflops
     if check == "fvcore":
         from harness.compute.check_fvcore import count_fvcore
 
@@ -83,7 +84,7 @@ def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, 
 
 
 def system_row(system: System) -> dict[str, Any]:
-    """The row of a system of several denoisers: one forward pass of each, as Table 6 counts; no classifier."""
+    """The row of a system of several denoisers: one forward pass of each, as in Table 6; a classifier is not counted."""
     from results import paper
 
     computes = [part.compute() for part in system.components]
@@ -112,7 +113,7 @@ def system_row(system: System) -> dict[str, Any]:
 
 
 def cascades() -> list[System]:
-    """The systems of several denoisers that Table 6 has a total of."""
+    """The systems of several denoisers for which Table 6 prints a total."""
     from results import paper
 
     printed = {cell.system for cell in paper.values() if cell.column == "Total Flops (G)"}
@@ -120,7 +121,7 @@ def cascades() -> list[System]:
 
 
 def sampling_row(system: System) -> dict[str, Any]:
-    """What one image of a system costs: sampling with and without its guidance, and decoding apart."""
+    """The cost of one image of a system: sampling without guidance, guidance, decoding and their sum."""
     from harness.autoencoders.load import decoder_compute
 
     if system.unavailable:
@@ -144,7 +145,7 @@ def sampling_row(system: System) -> dict[str, Any]:
 
 
 def grouped(count: Compute) -> list[dict[str, Any]]:
-    """Flops by part and kind with the blocks of a network taken together: `blocks.*.mlp.fc1`, 28 times."""
+    """Flops by part and kind; equal parts of all blocks are one row, as in `blocks.*.mlp.fc1`, 28 times."""
     table: dict[tuple[str, str], list[int]] = {}
     for (part, kind), flops in count.breakdown.items():
         stem = re.sub(r"\.\d+(?=\.)", ".*", part)
@@ -153,12 +154,12 @@ def grouped(count: Compute) -> list[dict[str, Any]]:
 
 
 def footnotes(rows: list[dict[str, Any]]) -> list[str]:
-    """One line for every row that differs from the paper, and for traced counts."""
+    """One line for each row that differs from the paper, and one line if any count is traced."""
     notes = []
     for row in rows:
         if row["difference"]:
-            why = "taken for a slip of the paper, as no natural convention gives it with the others"
-            why = why if row["name"] == "dit-b-4" else "the paper counts something else"
+            why = "probably an error in the paper, because no natural convention gives it and the other values"
+            why = why if row["name"] == "dit-b-4" else "the paper uses another convention"
             notes.append(
                 f"{row['name']}: {row['gflops']:.2f} by the convention, {row['published_text']} in the paper; {why}."
             )

@@ -1,4 +1,4 @@
-"""What a run would cost and what is missing for it: arithmetic alone, before anything expensive begins."""
+"""Plans: what a run costs and what it needs that is missing, by arithmetic and before anything expensive begins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.protocols import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCost:
-    """Training: optimiser steps, images in a batch, images in all, Gflops in all."""
+    """Training: optimiser steps, images per batch, images in total, Gflops in total."""
 
     steps: int
     batch: int
@@ -27,7 +27,7 @@ class TrainingCost:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCost:
-    """One sample set: its sampler settings, Gflops of one image and of all."""
+    """One sample set: its sampler settings, Gflops of one image and of all images."""
 
     sampler: str
     steps: int
@@ -38,9 +38,9 @@ class SamplingCost:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredCost:
-    """What was measured on this machine: speed, memory, time.
+    """Measurements on this machine: speed, memory, time.
 
-    compile: what became of --compile, in words; None: nothing to say. images_per_second: of training, by precision.
+    compile: the effect of --compile, as text; None: no text. images_per_second: of training, by precision.
     """
 
     device: str
@@ -59,9 +59,9 @@ class MeasuredCost:
 class Plan:
     """What a run would cost.
 
-    gflops: of one forward pass at the protocol's input; gflops_published_input: at the paper's input where that differs.
-    missing: what stops the run here, one sentence each. missing_evaluator_files: files without which a run ends with
-    samples. measured: None where nothing was measured.
+    gflops: of one forward pass at the protocol's input; gflops_published_input: at the paper's input, if that differs.
+    missing: what prevents the run on this machine, one sentence each. missing_evaluator_files: files that the evaluation
+    needs; without them a run ends after sampling. measured: None if nothing was measured.
     """
 
     backbone: str
@@ -90,11 +90,13 @@ class Plan:
 def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
     """The plan of a request, without measurements.
 
-    decoder_given: whether the autoencoder of a run in latents need not be looked for where its latents were made.
+    decoder_given: for a run in latents, False checks whether the autoencoder that made the latents still exists at its path.
     """
     compute, recipe, sampling, protocol = request.compute, request.recipe, request.sampling, request.protocol
     images = recipe.steps * recipe.batch
-    sampled = sampling.steps if request.spec.kind == "denoiser" else ()  # a part of a system makes no images by itself
+    sampled = (
+        sampling.steps if request.spec.kind == "denoiser" else ()
+    )  # a part of a system cannot generate images alone
     return Plan(
         backbone=request.spec.name,
         protocol=protocol.name,
@@ -128,7 +130,7 @@ def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
 
 
 def missing(request: Request) -> list[str]:
-    """What is missing on this machine for the whole of the request, each with its fix."""
+    """What the request needs and this machine does not have, each with the fix."""
     from evaluators.suites import get_suite
 
     protocol, found = request.protocol, []
@@ -150,14 +152,12 @@ def missing(request: Request) -> list[str]:
     else:
         short = [each for each in suite.metrics if request.samples < each.minimum]
         if short:
-            found.append(
-                f"samples: {short[0].key} needs at least {short[0].minimum}, and {request.samples} are asked for"
-            )
+            found.append(f"samples: {short[0].key} needs at least {short[0].minimum} samples, not {request.samples}")
     return found
 
 
 def missing_decoder(request: Request) -> list[str]:
-    """The autoencoder that would decode a run in latents, where it is a path and is not there any more."""
+    """A sentence if the autoencoder that made a run's latents was given by a path that no longer exists; else nothing."""
     from harness.data import latents
 
     if request.data is None or request.protocol.space != "latents":
@@ -165,23 +165,25 @@ def missing_decoder(request: Request) -> list[str]:
     if latents.missing(request.data, request.protocol) is not None:
         return []
     path = latents.read_meta(request.data).source_paths.get("vae", "")
-    if not Path(path).is_absolute() or Path(path).exists():  # else a name, whose files the hub has
+    if not Path(path).is_absolute() or Path(path).exists():  # a name: its files are on the hub
         return []
-    return [f"the autoencoder behind {request.data} is not at {path}; name it, or another, with --decoder DIR"]
+    return [
+        f"the autoencoder behind {request.data} is no longer at {path}; give it, or another one, with --decoder DIR"
+    ]
 
 
 def missing_evaluator_files(protocol: Protocol) -> list[str]:
-    """Files that the protocol's suite must be given; without them a run ends with samples."""
+    """Files that the user must give to the protocol's suite; without them a run ends after sampling."""
     flag = _weights_flag(protocol)
     if not flag:
         return []
-    known = [name for name in ("inception", protocol.name) if name in FILES] if flag == "--inception" else []
-    fetch = f" ({', '.join(f'`harness data fetch {name}`' for name in known)})" if known else ""
-    return [f"suite {protocol.suite!r} measures with {flag} FILE and --reference FILE{fetch}"]
+    public = [name for name in ("inception", protocol.name) if name in FILES] if flag == "--inception" else []
+    fetch = f" ({', '.join(f'`harness data fetch {name}`' for name in public)})" if public else ""
+    return [f"suite {protocol.suite!r} needs {flag} FILE and --reference FILE{fetch}"]
 
 
 def evaluate_command(protocol: Protocol, samples: Path) -> str:
-    """The command that measures a sample set whose suite was not given its files."""
+    """The command that evaluates a sample set later, with the files that the suite needs."""
     flag = _weights_flag(protocol)
     reference = FILES[protocol.name].file if protocol.name in FILES else "REFERENCE.npz"
     weights = FILES["inception"].file if flag == "--inception" else "FILE"
@@ -189,10 +191,10 @@ def evaluate_command(protocol: Protocol, samples: Path) -> str:
 
 
 def _weights_flag(protocol: Protocol) -> str:
-    """The flag that names the weights of the suite's network; empty where the suite brings them or is not known."""
+    """The flag for the weights of the suite's network; empty if the suite includes them or is unknown."""
     from evaluators.suites import get_suite
 
     try:
         return getattr(get_suite(protocol.suite).features, "weights_option", "")
-    except UserError:  # named as missing
+    except UserError:  # `missing` reports it
         return ""

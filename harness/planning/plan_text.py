@@ -1,4 +1,4 @@
-"""A plan in words: what `harness plan` prints and `harness run` says first."""
+"""Plans as text, as printed by `harness plan` and at the start of `harness run`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from harness.planning.request import Match, Request
 
 
 def headline(request: Request, by_default: bool) -> str:
-    """What is asked for, in one line. by_default: no protocol was named."""
+    """The request in one line. by_default: the user gave no protocol."""
     text = f"{request.spec.name} on protocol {request.protocol.name} v{request.protocol.version}, seed {request.seed}"
     return text + ("  (the default protocol; the paper's: --protocol imagenet-256)" if by_default else "")
 
 
 def costs_text(plan: Plan) -> str:
-    """The costs that follow from arithmetic."""
+    """The costs that are calculated, not measured."""
     training, gflops = plan.training, f"{gflops_text(plan.gflops)} a forward pass at {plan.input}"
     if plan.gflops_published_input is not None:
         gflops += f"; {plan.gflops_published_input:.2f} at the paper's input"
@@ -37,30 +37,30 @@ def costs_text(plan: Plan) -> str:
 
 
 def match_text(match: Match) -> str:
-    """What was matched, and what rounding to whole steps costs."""
-    aim = f"the {match.gflops_target:.6g} Gflops of {match.to or '--budget'}"
+    """The matched steps, their target and the rounding error."""
+    target = f"the {match.gflops_target:.6g} Gflops of {match.to or '--budget'}"
     steps = "1 step" if match.steps == 1 else f"{match.steps:,} steps"
-    text = f"{steps} for {aim}; rounding to whole steps: {error_text(match.relative_error)}"
+    text = f"{steps} for {target}; rounding to whole steps: {error_text(match.relative_error)}"
     return text + (" (one step costs more than that)" if one_is_too_much(match.steps, match.relative_error) else "")
 
 
 def one_is_too_much(steps: int, relative_error: float) -> bool:
-    """Whether a single step already overspends."""
+    """Whether one step already costs more than the target."""
     return steps == 1 and relative_error > 0
 
 
 def error_text(relative: float) -> str:
-    """A relative difference in per cent, with its sign."""
+    """A relative difference in percent, with its sign."""
     return f"{100 * relative:+.2g} %" if relative else "exact"
 
 
 def gflops_text(gflops: float) -> str:
-    """Gflops as the paper prints them, two decimals; small ones with four digits."""
+    """Gflops with two decimals, as in the paper; below 10 with four significant digits."""
     return f"{gflops:.2f}" if gflops >= 10 else f"{gflops:.4g}"
 
 
 def measured_text(measured: MeasuredCost) -> str:
-    """What was measured: device, memory, speed, time."""
+    """The measurements: device, memory, speed, time."""
     speeds = ", ".join(f"{name} {speed:.3g}" for name, speed in measured.images_per_second.items())
     compiled = [f"  compile     {measured.compile}"] if measured.compile else []
     return "\n".join(

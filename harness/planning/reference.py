@@ -1,4 +1,4 @@
-"""The other side of a comparison at matched compute: a backbone with a number of steps, and a budget, from text."""
+"""References and budgets for matched compute, parsed from text such as dit-xl-2@400k and 1e12."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from harness.io.text import COUNT_EXAMPLES, count
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The other side of a matched comparison: a backbone with `steps`, of training, or (then perhaps several) of the
-    sampler."""
+    """What a run is matched to: a backbone with its training steps, or with one or several numbers of sampler steps."""
 
     backbone: str
     steps: tuple[int, ...]
     guidance_scale: float = 1.0  # of sampling; 1 = no guidance
 
     def name(self, steps: int) -> str:
-        """The reference as the command line writes it, with the count in full: dit-xl-2@400000, dit-xl-2@250@cfg1.5."""
+        """The reference in the form of the command line with one number of `steps`: dit-xl-2@400000, dit-xl-2@250@cfg1.5."""
         return f"{self.backbone}@{steps}" + (f"@cfg{self.guidance_scale:g}" if self.guidance_scale != 1 else "")
 
     def __str__(self) -> str:
@@ -28,7 +27,7 @@ class Reference:
 
 
 def parse_reference(text: Any) -> Reference:
-    """BACKBONE@STEPS, as in dit-xl-2@400k; ValueError for anything else."""
+    """A reference from BACKBONE@STEPS, as in dit-xl-2@400k. Raises `ValueError` for other text."""
     if isinstance(text, Reference):
         return text
     name, at, steps = str(text).rpartition("@")
@@ -38,7 +37,7 @@ def parse_reference(text: Any) -> Reference:
 
 
 def parse_sampling_reference(text: Any) -> Reference:
-    """BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5; ValueError for anything else."""
+    """A reference from BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5. Raises `ValueError` for other text."""
     if isinstance(text, Reference):
         return text
     name, *rest = str(text).split("@")
@@ -56,7 +55,7 @@ def parse_sampling_reference(text: Any) -> Reference:
 
 
 def parse_budget(text: Any) -> float:
-    """A number of Gflops such as 1e12, 3.2e9, 0.5 or 400k; ValueError for anything else."""
+    """Gflops from text such as 1e12, 3.2e9, 0.5 or 400k. Raises `ValueError` for other text."""
     words = str(text)
     factor = {"k": 1e3, "m": 1e6}.get(words[-1:].lower(), 1)
     try:
@@ -68,11 +67,11 @@ def parse_budget(text: Any) -> float:
     return budget
 
 
-def _steps(text: str, whole: object) -> int:
+def _steps(text: str, reference: object) -> int:
     try:
         steps = count(text)
     except (ValueError, IndexError):
-        raise ValueError(f"{whole!r}: {text!r} is not a count such as {COUNT_EXAMPLES}") from None
+        raise ValueError(f"{reference!r}: {text!r} is not a count such as {COUNT_EXAMPLES}") from None
     if steps < 1:
-        raise ValueError(f"{whole!r}: steps must be at least 1")
+        raise ValueError(f"{reference!r}: steps must be at least 1")
     return steps

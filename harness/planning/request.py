@@ -1,4 +1,4 @@
-"""What is asked for, whether it can be had, and what it would cost: before anything expensive begins."""
+"""Requests: a run with all names resolved and all settings checked, before anything expensive begins."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from harness.spec import BackboneSpec, Compute
 if TYPE_CHECKING:
     from harness.diffusion.plans import SamplerPlan
 
-CHECKPOINT_BYTES = 16  # a parameter: weight, EMA, two moments in float32
+CHECKPOINT_BYTES = 16  # per parameter: weight, EMA and two moments in float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A run as it was asked for, all names resolved and every default filled in."""
+    """A requested run, with all names resolved and all defaults filled in."""
 
     spec: BackboneSpec
     protocol: Protocol
@@ -35,10 +35,10 @@ class Request:
     seed: int
     framework: str
     data: Path | None
-    arguments: dict[str, Any]  # of the builder
+    arguments: dict[str, Any]  # of the network's builder
     compute: Compute
-    match: Match | None = None  # where the training steps come from, if they were solved for
-    match_sampling: tuple[Match, ...] = ()  # the same for the sampler's steps
+    match: Match | None = None  # set if the training steps were matched
+    match_sampling: tuple[Match, ...] = ()  # set if the sampler steps were matched
 
     @property
     def gflops_step(self) -> float:
@@ -79,17 +79,20 @@ def make_request(
     samples: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> Request:
-    """Resolve names and fill in defaults; whatever does not fit together is refused. Imports no framework."""
-    task = get_protocol(protocol)
-    recipe = override(task.recipe, {**(settings or {}), **({"steps": steps} if steps else {})})
+    """The request with names resolved and defaults filled in. Imports no framework.
+
+    Raises `UserError` for an unknown name, and for settings that do not fit together.
+    """
+    loaded = get_protocol(protocol)
+    recipe = override(loaded.recipe, {**(settings or {}), **({"steps": steps} if steps else {})})
     return resolve_request(
-        backbone, task, recipe, seed=seed, framework=framework, data=data, sampling=sampling, samples=samples,
+        backbone, loaded, recipe, seed=seed, framework=framework, data=data, sampling=sampling, samples=samples,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
 
 
 def request_of_run(run: Run, *, sampling: dict[str, Any], samples: int | None = None) -> Request:
-    """The request behind an existing run, with sampling settings laid over its protocol's."""
+    """The request of an existing run; `sampling` overrides the sampling settings of its protocol."""
     return resolve_request(
         run.backbone, run.protocol, run.recipe, seed=run.seed, framework=run.framework, data=None, sampling=sampling,
         samples=samples, gradient_checkpointing=run.resolved.gradient_checkpointing,
@@ -98,7 +101,7 @@ def request_of_run(run: Run, *, sampling: dict[str, Any], samples: int | None = 
 
 def resolve_request(
     backbone: str,
-    task: Protocol,
+    protocol: Protocol,
     recipe: Recipe,
     *,
     seed: int,
@@ -108,7 +111,10 @@ def resolve_request(
     samples: int | None,
     gradient_checkpointing: bool,
 ) -> Request:
-    """Hold backbone, task, recipe and sampling settings against each other."""
+    """The request, after checking that backbone, protocol, recipe and sampling settings fit together.
+
+    Raises `UserError` if they do not, or if the framework is not installed.
+    """
     spec = registry.backbones.get(backbone)
     if spec.kind == "generator":
         raise UserError(
@@ -120,40 +126,42 @@ def resolve_request(
             f"backbone {backbone!r} has no {framework} network; use --framework {next(iter(spec.builders))}"
         )
     check_installed(framework)
-    drawing = override(task.sampling, {name: value for name, value in (sampling or {}).items() if value is not None})
+    settings = override(
+        protocol.sampling, {name: value for name, value in (sampling or {}).items() if value is not None}
+    )
     objective = registry.objectives.get(recipe.objective)
-    if max(drawing.steps) > recipe.diffusion_steps:
+    if max(settings.steps) > recipe.diffusion_steps:
         raise UserError(
-            f"{max(drawing.steps)} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
+            f"{max(settings.steps)} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
         )
-    if drawing.guidance_scale != 1 and spec.null_label is None:
+    if settings.guidance_scale != 1 and spec.null_label is None:
         raise UserError(
-            f"backbone {backbone!r} has no null label, so classifier-free guidance cannot be had; leave out --cfg"
+            f"backbone {backbone!r} has no null label, so it cannot use classifier-free guidance; leave out --cfg"
         )
-    if drawing.guidance_scale != 1 and recipe.label_dropout == 0:
+    if settings.guidance_scale != 1 and recipe.label_dropout == 0:
         raise UserError("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
-    check_plans(recipe, drawing)
-    arguments = build_arguments(spec, task, objective.out_channels(task.in_channels))
+    check_plans(recipe, settings)
+    arguments = build_arguments(spec, protocol, objective.out_channels(protocol.in_channels))
     if gradient_checkpointing:
         if "gradient_checkpointing" not in spec.defaults:
             raise UserError(f"backbone {backbone!r} has no gradient checkpointing; leave out --gradient-checkpointing")
         arguments["gradient_checkpointing"] = True
     return Request(
-        spec=spec, protocol=task, recipe=recipe, sampling=drawing, samples=samples or task.samples, seed=seed,
+        spec=spec, protocol=protocol, recipe=recipe, sampling=settings, samples=samples or protocol.samples, seed=seed,
         framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
     )  # fmt: skip
 
 
 def check_plans(recipe: Recipe, sampling: Sampling) -> None:
-    """Try the schedule and the sampler's plans: what does not fit is refused before anything is trained."""
+    """Raise `UserError` if schedule, sampler and steps do not fit together, before anything is trained."""
     for steps in sampling.steps:
         plan_of(recipe, sampling, steps)
 
 
 def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> SamplerPlan:
-    """The sampler's plan for a network trained with `recipe`, with `steps` of the sampler in place of `sampling.steps`.
+    """The sampler's plan for a network trained with `recipe`, with `steps` instead of `sampling.steps`.
 
-    Raises `UserError` where sampler, schedule and steps do not fit each other.
+    Raises `UserError` if sampler, schedule and steps do not fit together.
     """
     return sampler_plan(
         sampling.sampler, steps, schedule=recipe.schedule, diffusion_steps=recipe.diffusion_steps,
@@ -162,27 +170,27 @@ def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> SamplerPlan:
 
 
 def published_input_gflops(request: Request) -> float | None:
-    """Gflops at the backbone's own default input (the paper's), where that differs from the protocol's."""
+    """Gflops at the backbone's default input (the paper's); None if the protocol has the same input."""
     defaults = request.spec.arguments()
-    here = {name: defaults.get(name) for name in ("input_size", "in_channels")}
-    if here == {name: request.arguments.get(name) for name in here}:
+    published = {name: defaults.get(name) for name in ("input_size", "in_channels")}
+    if published == {name: request.arguments.get(name) for name in published}:
         return None
     return request.spec.count().gflops
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Steps that were solved for. `to` is None for a budget; the Gflops are those of the training, or of an image."""
+    """Matched steps. `to` names the reference, None for a budget. The Gflops are those of the training, or of one image."""
 
     to: str | None
     steps: int
     gflops_target: float
     gflops: float
-    relative_error: float  # gflops / gflops_target - 1: what the rounding to whole steps costs
+    relative_error: float  # gflops / gflops_target - 1: the error of rounding to whole steps
 
     @classmethod
     def of(cls, to: str | None, steps: int, target: Fraction, spent: int) -> Match:
-        """`steps` that cost `spent` flops in all, beside the `target` flops."""
+        """The match of `steps`, which cost `spent` flops, to a target of `target` flops."""
         return cls(
             to=to, steps=steps, gflops_target=float(target / 10**9), gflops=float(Fraction(spent, 10**9)),
             relative_error=float(spent / target - 1),

@@ -1,8 +1,8 @@
-"""Protocols: named, versioned tasks that make numbers comparable.
+"""Protocols: named, versioned definitions of what is generated and how it is evaluated, which make numbers comparable.
 
-A protocol says what is generated (data set, resolution, pixels or latents, classes) and how it is judged (number of
-samples, suite), and carries the default training recipe and sampling settings, which flags override. The built-in ones
-are the TOML files in this folder; a user's own is another TOML file of the same form.
+A protocol states the data set, the resolution, pixels or latents, the classes, the number of samples and the suite. It
+also holds the default training recipe and sampling settings, which flags override. The built-in protocols are the TOML
+files in this folder; users can write TOML files of the same form.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from harness.registry import protocols, unknown
 
 GUIDANCE_CHANNELS = ("first-3", "all")
 LONGEST_NAME = 100
-# Of an item that was added after runs had been made: at its default it is no part of a run's identity, so that runs of
-# before keep theirs.
+# Marks an item that was added after runs had been made. At its default value it is not part of a run's identity, so that
+# older runs keep their identity.
 ADDED_LATER = {"added_later": True}
 
-UINT8_RULES = {  # x about [-1, 1] to 0 ... 255 as (x + shift) factor + offset, clamped and truncated
+UINT8_RULES = {  # x, about [-1, 1], to 0 ... 255: (x + shift) * factor + offset, clamped and truncated
     "dit": (0.0, 127.5, 128.0),  # facebookresearch/DiT sample_ddp.py; StyleGAN's too
     "adm": (1.0, 127.5, 0.0),  # openai/guided-diffusion scripts/*_sample.py: half a level darker
     "ldm": (1.0, 127.5, 0.0),  # CompVis/latent-diffusion: clamp((x + 1) / 2, 0, 1) x 255
@@ -72,11 +72,11 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How samples are drawn. The defaults are those of the paper's scaling study (sec. 4: 250 DDPM steps, no guidance)."""
+    """How samples are made. The defaults are those of the paper's scaling study (sec. 4: 250 DDPM steps, no guidance)."""
 
     sampler: str = "ddpm"
-    steps: tuple[int, ...] = (250,)  # one sample set each
-    eta: float = 0.0  # DDIM's; DDPM ignores it
+    steps: tuple[int, ...] = (250,)  # each number gives one sample set
+    eta: float = 0.0  # of DDIM; ignored by DDPM
     guidance_scale: float = 1.0  # classifier-free; 1 = none
     guidance_channels: str = "first-3"  # or "all"; the published DiT guides three of its four latent channels
     clip_denoised: bool = False  # clamp the predicted image to [-1, 1]; for pixels
@@ -107,7 +107,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """A task. `input_size` and `in_channels` are the network's input: the image's, or the latent's."""
+    """One protocol. `input_size` and `in_channels` describe the network's input: the image, or the latent."""
 
     name: str
     version: int = 1
@@ -119,7 +119,7 @@ class Protocol:
     space: str = "pixels"  # or "latents"
     input_size: int
     in_channels: int
-    samples: int  # N of a measurement
+    samples: int  # N, the number of samples that a measurement uses
     suite: str
     recipe: Recipe = field(default_factory=Recipe)
     sampling: Sampling = field(default_factory=Sampling)
@@ -134,20 +134,23 @@ class Protocol:
                 raise UserError(f"protocol {self.name!r}: {name} must be positive, not {getattr(self, name)}")
         if self.space == "pixels" and (self.input_size, self.in_channels) != (self.resolution, self.image_channels):
             raise UserError(
-                f"protocol {self.name!r} is of pixels, so input_size and in_channels must equal "
+                f"protocol {self.name!r} is in pixels, so input_size and in_channels must equal "
                 f"resolution and image_channels ({self.resolution}, {self.image_channels}); for latents set "
                 'space = "latents"'
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, JSON-ready."""
+        """The protocol as plain data, ready for JSON."""
         data = dataclasses.asdict(self)
         data["sampling"]["steps"] = list(self.sampling.steps)
         return data
 
 
 def from_dict(data: dict[str, Any], where: str) -> Protocol:
-    """A `Protocol` from plain data; an unknown, missing or mistyped item is refused by name. `where` is the file."""
+    """A `Protocol` from plain data. `where` names the file in messages.
+
+    Raises `UserError`, which names the item, if an item is unknown, is missing or has another type.
+    """
     data = dict(data)
     recipe = _fill(Recipe, data.pop("recipe", {}), f"{where}: [recipe]")
     sampling_data = data.pop("sampling", {})
@@ -158,23 +161,24 @@ def from_dict(data: dict[str, Any], where: str) -> Protocol:
 
 
 def load(path: Path) -> Protocol:
-    """Read a protocol from a TOML file."""
+    """The protocol in a TOML file. Raises `UserError` if the file cannot be read or is not valid."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"protocol file {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
+    except (ValueError, RecursionError) as error:  # syntax, encoding, a number too long, brackets too deep
         raise UserError(f"protocol file {path} is not valid TOML: {error}") from error
     return from_dict(data, str(path))
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol of that name, or in that file when the name ends in .toml."""
+    """The protocol of that name, or the one in the file if the name ends in .toml."""
     return load(Path(name)) if name.endswith(".toml") else protocols.get(name)
 
 
 def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
-    """`item` with `settings` (NAME: text or value) laid over it; text is read as the type of the item it replaces."""
+    """A copy of `item` with `settings` (name: text or value) in place of its values; text is parsed as the type of the old
+    value. Raises `UserError` for an unknown name or text that cannot be parsed."""
     known = {each.name: each for each in dataclasses.fields(item)}
     values = {}
     for name, value in settings.items():
@@ -196,7 +200,7 @@ def _parse(name: str, text: str, like: Any) -> Any:
 
 
 def check_name(noun: str, name: str) -> None:
-    """Refuse what cannot stand in a table or for a folder."""
+    """Raise `UserError` for a name that cannot be used in a table or as the name of a folder."""
     if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
         raise UserError(f"{noun} {shown(name)}: a name must be printable text of at most {LONGEST_NAME} characters")
 
@@ -210,10 +214,11 @@ def _check_finite(item: Recipe | Sampling | Protocol, what: str) -> None:
             raise UserError(f"{what}: {each.name} = {shown(value)} is out of range; at most {MAX_INT}")
 
 
-def _fill(of: type, data: Any, where: str) -> Any:
+def _fill(cls: type, data: Any, where: str) -> Any:
+    """An instance of the dataclass `cls` from a table of a file; `where` names the table in messages."""
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table, not {type(data).__name__}")
-    fields = {each.name: each for each in dataclasses.fields(of)}
+    fields = {each.name: each for each in dataclasses.fields(cls)}
     for name, value in data.items():
         if name not in fields:
             raise UserError(f"{where}: {unknown('item', name, fields)}")
@@ -229,15 +234,15 @@ def _fill(of: type, data: Any, where: str) -> Any:
             raise UserError(f"{where}: {name} = {shown(value)} must be of type {wanted}")
         if wanted == "float" and abs(value) > MAX_INT and isinstance(value, int):
             raise UserError(f"{where}: {name} = {shown(value)} is out of range")
-    # 0 and 0.0 are one setting and must have one hash
+    # 0 and 0.0 are the same setting and must have the same hash
     data = {name: float(value) if fields[name].type == "float" else value for name, value in data.items()}
     for name, each in fields.items():
         if name not in data and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: {name} is missing")
-    return of(**data)
+    return cls(**data)
 
 
 def built_in() -> tuple[Protocol, ...]:
-    """The protocols in this folder; `digits` first, for it is the default."""
+    """The protocols in this folder: `digits` first, because it is the default."""
     paths = sorted(Path(__file__).parent.glob("*.toml"), key=lambda path: (path.stem != "digits", path.stem))
     return tuple(load(path) for path in paths)

@@ -1,13 +1,13 @@
-"""Runs: one backbone, one protocol, one seed, trained up to some number of steps, in a folder of its own.
+"""Runs: one backbone trained on one protocol with one seed for a number of steps, in one folder.
 
-    RUN/run.json                what the run is (identity), what was measured to choose (resolved), where it began
-    RUN/log.jsonl               one line a step: step, mse, vb
-    RUN/checkpoints/            what training continues from: the newest two
-    RUN/snapshots/step-N/       EMA weights kept for sampling
+    RUN/run.json                identity, resolved settings (measured when it was created), environment, source paths
+    RUN/log.jsonl               one line per step: step, mse, vb
+    RUN/checkpoints/            the newest two checkpoints, from which training continues
+    RUN/snapshots/step-N/       EMA checkpoint, for sampling
     RUN/samples/NAME/           samples.npz, samples.json, grid.png
     RUN/records.jsonl           measurements
 
-A folder can be killed at any instant and continued by the same command.
+A run can be killed at any time; the same command continues it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from harness.protocols import Protocol, Recipe, from_dict
 from harness.spec import BackboneSpec
 
 SCHEMA = 1
-BEFORE_RUN_FILE = frozenset(  # what a run killed at its creation may leave
+BEFORE_RUN_FILE = frozenset(  # files that may exist if a run was killed while it was created
     {"lock", "checkpoints", "log.jsonl", f"log.jsonl{files.PARTIAL}", f"run.json{files.PARTIAL}"}
 )
-RUNS_FOLDER = Path("runs")  # where runs go, below the working folder
+RUNS_FOLDER = Path("runs")  # folder of the runs, in the working directory
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What a run is. Two runs are the same experiment exactly when their identities are equal."""
+    """The definition of a run. Two runs are the same experiment if, and only if, their identities are equal."""
 
     backbone: str
     protocol: Protocol
@@ -42,14 +42,14 @@ class RunSpec:
     seed: int
     framework: str
     dataset_sha256: str
-    latents: dict[str, Any] | None = None  # of the images, if it is trained in latents: which autoencoder's, and which
+    latents: dict[str, Any] | None = None  # if it is trained in latents: which latents, of which autoencoder
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Plain data. The number of steps is left out: more steps continue the run."""
+        """Plain data. The number of steps is not part of it, because more steps continue the run."""
         protocol = self.protocol.as_dict()
         for part in ("recipe", "sampling", "summary", "samples", "suite"):
-            del protocol[part]  # the recipe stands by itself; the rest does not touch the training
+            del protocol[part]  # the recipe is an item of its own; the others do not change the training
         return {
             "backbone": self.backbone,
             "protocol": protocol,
@@ -62,7 +62,7 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Folder name: readable, and unique as far as the recipe differs from the protocol's."""
+        """Folder name, with a hash of the identity if the recipe differs from the protocol's."""
         protocol = Path(self.protocol.name).name
         base = f"{protocol}-{self.backbone}-seed{self.seed}"
         if self.framework != "torch":
@@ -73,8 +73,8 @@ class RunSpec:
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """The items of a recipe that make another experiment: all but `steps`, and but items that were added later and stand
-    at their default (`harness.protocols.ADDED_LATER`)."""
+    """The items of a recipe that define the experiment: all except `steps`, and except items that were added later and
+    have their default value (`harness.protocols.ADDED_LATER`)."""
     return {
         item.name: value
         for item in dataclasses.fields(recipe)
@@ -85,7 +85,7 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """What was measured or found when the run was created. Frozen, for it decides bits."""
+    """Settings that were measured or chosen when the run was created. They are frozen because they decide bits."""
 
     device: str
     device_name: str
@@ -93,13 +93,13 @@ class Resolved:
     micro_batch: int
     threads: int
     gradient_checkpointing: bool = False
-    mesh: str = "1x1"  # of devices, DATAxMODEL: jax's
-    compile: str = "off"  # or "on": torch.compile of the network, in training and sampling
+    mesh: str = "1x1"  # device mesh DATAxMODEL (jax only)
+    compile: str = "off"  # or "on": the network is compiled by torch.compile, in training and sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run's folder, opened. `identity` and `resolved` are what its run.json holds."""
+    """A run that exists on disk. `identity` and `resolved` are read from its run.json."""
 
     folder: Path
     identity: dict[str, Any]
@@ -134,13 +134,13 @@ class Run:
         return self.folder / "records.jsonl"
 
     def ema_checkpoint(self, step: int) -> Path:
-        """Folder of the EMA weights after `step` steps."""
+        """Folder of the EMA checkpoint after `step` steps."""
         return self.folder / "snapshots" / f"step-{step:08d}"
 
     def ema_checkpoint_steps(self) -> list[int]:
-        """Steps with a snapshot, ascending."""
-        found = (self.folder / "snapshots").glob("step-*/state.json")
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+        """Steps that have an EMA checkpoint, ascending."""
+        states = (self.folder / "snapshots").glob("step-*/state.json")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in states)
 
 
 def create_run(
@@ -148,9 +148,9 @@ def create_run(
     spec: RunSpec,
     resolved: Resolved,
     environment: Mapping[str, Any],
-    source_paths: dict[str, str] | None = None,  # of what the run needs later, on this machine
+    source_paths: dict[str, str] | None = None,  # of files on this machine that the run needs later
 ) -> Run:
-    """Make the folder and its run.json."""
+    """Create the folder and its run.json; returns the run."""
     files.write_json(
         folder / "run.json",
         {
@@ -166,7 +166,7 @@ def create_run(
 
 
 def open_run(folder: Path) -> Run:
-    """Open an existing run; what is not one is refused."""
+    """The run in `folder`. Raises `UserError` if there is none, or if its run.json is not valid."""
     path = folder / "run.json"
     if not path.exists():
         raise UserError(f"{folder} is not a run: it has no run.json; `harness run` or `harness train` makes one")
@@ -186,12 +186,12 @@ def open_run(folder: Path) -> Run:
 
 
 def find_run(folder: Path, spec: RunSpec) -> Run | None:
-    """The run in `folder` if there is one; a folder that holds another run, or something else, is refused."""
+    """The run in `folder`; None if there is none. Raises `UserError` if the folder holds another run or other files."""
     if not (folder / "run.json").exists():
         if folder.is_file():
             raise UserError(f"--out {folder} is a file; name a folder")
         if above := [parent for parent in folder.parents if parent.is_file()]:
-            raise UserError(f"--out {folder} cannot be made, for {above[0]} is a file; name another folder")
+            raise UserError(f"--out {folder} cannot be created, because {above[0]} is a file; name another folder")
         if folder.is_dir() and not {each.name for each in folder.iterdir()} <= BEFORE_RUN_FILE:
             raise UserError(f"--out {folder} holds other files and no run; name a new or empty folder")
         return None
@@ -204,7 +204,7 @@ def find_run(folder: Path, spec: RunSpec) -> Run | None:
 
 
 def identity_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
-    """The first item in which two identities differ, in words."""
+    """The first item that differs between two identities, as text."""
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if before == after:
@@ -217,7 +217,10 @@ def identity_difference(old: dict[str, Any], new: dict[str, Any], path: str = ""
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the run for this process; a second process is refused at once. The kernel drops the lock on any death."""
+    """Lock the folder for this process. Raises `UserError` at once if another process has locked it.
+
+    The kernel releases the lock when the process ends, however it ends.
+    """
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -230,15 +233,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def build_arguments(spec: BackboneSpec, protocol: Protocol, out_channels: int | None = None) -> dict[str, Any]:
-    """The builder's arguments that the protocol sets: input size, channels, classes (and out_channels, the objective's)."""
-    wanted = {
+    """The builder's arguments that follow from the protocol: input size, channels, classes (and out_channels, if given)."""
+    values = {
         "input_size": protocol.input_size,
         "in_channels": protocol.in_channels,
         "num_classes": protocol.num_classes,
         "out_channels": out_channels,
     }
-    arguments = {name: value for name, value in wanted.items() if name in spec.defaults and value is not None}
-    if "low_res_size" in spec.defaults:  # an upsampler keeps its factor
+    arguments = {name: value for name, value in values.items() if name in spec.defaults and value is not None}
+    if "low_res_size" in spec.defaults:  # the factor of an upsampler does not change
         factor = spec.defaults["input_size"] / spec.defaults["low_res_size"]
         arguments["low_res_size"] = max(1, round(protocol.input_size / factor))
     return arguments

@@ -1,26 +1,26 @@
 """Studies: many runs of one protocol, described by a TOML file.
 
-    name = "xs"                                  # of its folder, runs/studies/NAME; without it the file's own name
-    protocol = "digits"                          # or a file, beside this one
+    name = "xs"                                  # of the folder runs/studies/NAME; default: the name of the file
+    protocol = "digits"                          # or a file next to this one
     backbones = ["dit-xs-2", "dit-xs-4"]
     seeds = [0, 1]
     budgets = { match = "dit-xs-2@400" }         # or { steps = [...] }, { images = [...] }, { gflops = [...] }
 
-    [sampling]                                   # every combination is a sample set of every run
+    [sampling]                                   # each combination is one sample set of each run
     steps = [10, 25]
     guidance_scales = [1, 1.5]
     samples = 1000
 
-    [recipe]                                     # laid over the protocol's
+    [recipe]                                     # overrides the protocol's recipe
     learning_rate = 1e-3
 
     [backbone.dit-xs-4]                          # the same for one backbone
     learning_rate = 2e-3
 
-    [slurm]                                      # of --launcher slurm
+    [slurm]                                      # settings for --launcher slurm
     partition = "gpu"
 
-Nothing here runs anything: `expand` makes runs of a study, `state` finds out how far they are, `local` and `slurm` launch.
+This module only reads the file: `expand` turns a study into runs, `state` reads their progress, `local` and `slurm` launch.
 """
 
 from __future__ import annotations
@@ -39,45 +39,50 @@ from harness.protocols import LONGEST_NAME
 from harness.registry import unknown
 from harness.settings import RunOptions, settings_of, study_settings
 
-WAYS = ("steps", "images", "gflops", "match")  # in which a budget may be given
+BUDGET_KINDS = ("steps", "images", "gflops", "match")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study as its file says it, every item checked for its form; names are resolved when it is expanded."""
+    """The content of a study file. The form of each item has been checked; names are resolved by `expand`."""
 
     name: str
     file: Path
     protocol: str
     backbones: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
-    budgets: tuple[str, tuple[Any, ...]] | None = None  # way and values; None: the protocol's steps
+    budgets: tuple[str, tuple[Any, ...]] | None = (
+        None  # one of BUDGET_KINDS, and its values; None: the protocol's steps
+    )
     evaluate_at: tuple[int, ...] = ()  # further training steps at which samples are drawn
     guidance_scales: tuple[float, ...] | None = None  # None: the protocol's
-    settings: dict[str, Any] = field(default_factory=dict)  # of `harness.settings.RunOptions`, the same for every run
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`, for all runs
     recipe: dict[str, str] = field(default_factory=dict)
-    backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # recipes by backbone
-    processes: int = 1  # of a run, by torchrun
+    backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # overrides of the recipe by backbone
+    processes: int = 1  # processes of one run, started by torchrun
     slurm: dict[str, Any] = field(default_factory=dict)
 
     def recipe_of(self, backbone: str) -> dict[str, str]:
-        """What of the recipe is overridden for that backbone, as `--set` takes it."""
+        """The overrides of the recipe for that backbone, as `--set` takes them."""
         return {**self.recipe, **self.backbone.get(backbone, {})}
 
 
 def load(path: Path) -> Study:
-    """Read a study file; what is unknown, missing, mistyped or twice there is refused by name."""
+    """The study in a TOML file.
+
+    Raises `UserError`, which names the item, if an item is unknown, is missing, has another type or is given twice.
+    """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"study file {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # of TOML, of its encoding, of numbers too long, of brackets too deep
+    except (ValueError, RecursionError) as error:  # syntax, encoding, a number too long, brackets too deep
         raise UserError(f"study file {path} is not valid TOML: {error}") from error
     return from_dict(data, path)
 
 
 def from_dict(data: dict[str, Any], path: Path) -> Study:
-    """A `Study` from plain data; `path` is the file, beside which other files are named."""
+    """A `Study` from plain data; `path` is its file, and relative paths are relative to the folder of that file."""
     items = _read(data, ITEMS, str(path))
     for name in ("protocol", "backbones"):
         if name not in items:
@@ -89,9 +94,11 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
             raise UserError(f"{path}: [backbone]: {unknown('backbone of this study', name, items['backbones'])}")
     name = items.pop("name", None) or path.stem
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > LONGEST_NAME:
-        raise UserError(f"{path}: name {shown(name)} must be letters, digits, '.', '_' or '-', for it names a folder")
+        raise UserError(
+            f"{path}: name {shown(name)} must be letters, digits, '.', '_' or '-', because it names a folder"
+        )
     sampling = items.pop("sampling", {})
-    scales = sampling.pop(SCALES, None)
+    scales = sampling.pop(GUIDANCE_SCALES, None)
     settings = {RUN_KEYS[key]: items.pop(key) for key in RUN_KEYS if key in items}
     settings |= {SAMPLING_KEYS[key]: value for key, value in sampling.items()}
     for setting, known in settings_of(RunOptions).items():
@@ -101,7 +108,7 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
 
 
 def _read(data: Any, known: dict[str, Callable[[Any, str], Any]], where: str) -> dict[str, Any]:
-    """The items of a table, each read by what is known of it."""
+    """The items of the table `data`, each parsed by its function in `known`; `where` names the table in messages."""
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table, not {shown(data)}")
     items = {}
@@ -123,16 +130,16 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _whole(value: Any, where: str, least: int = 0) -> int:
-    """A whole number, or a count such as "400k"."""
+def _integer(value: Any, where: str, minimum: int = 0) -> int:
+    """A whole number, also from a count such as "400k"."""
     number = count(value) if isinstance(value, str) else value
-    if not isinstance(number, int) or isinstance(number, bool) or not least <= number < 2**63:
-        raise ValueError(f"must be a whole number, {least} or more")
+    if not isinstance(number, int) or isinstance(number, bool) or not minimum <= number < 2**63:
+        raise ValueError(f"must be a whole number, {minimum} or more")
     return number
 
 
-def _steps(value: Any, where: str) -> int:
-    return _whole(value, where, 1)
+def _positive(value: Any, where: str) -> int:
+    return _integer(value, where, 1)
 
 
 def _number(value: Any, where: str) -> float:
@@ -141,11 +148,11 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _list(of: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
-    """A list of at least one, each once; a single item stands for a list of it."""
+def _list(read_item: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
+    """The parser of a list whose items `read_item` parses: not empty, without duplicates; one item stands for a list of one."""
 
     def read(value: Any, where: str) -> tuple[Any, ...]:
-        values = [of(each, where) for each in (value if isinstance(value, list) else [value])]
+        values = [read_item(each, where) for each in (value if isinstance(value, list) else [value])]
         if not values:
             raise ValueError("the list is empty")
         for index, each in enumerate(values):
@@ -156,8 +163,8 @@ def _list(of: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]
     return read
 
 
-def _setting(value: Any) -> str:
-    """An item of a recipe as the command line takes it."""
+def _recipe_value(value: Any) -> str:
+    """The value of a recipe's item as text for `--set`."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float, str)) and str(value).strip():
@@ -170,7 +177,7 @@ def _recipe(value: Any, where: str) -> dict[str, str]:
         raise ValueError("must be a table")
     if "steps" in value:
         raise UserError(f"{where}: steps are set by budgets = {{ steps = [...] }}")
-    return {name: _setting(each) for name, each in value.items()}
+    return {name: _recipe_value(each) for name, each in value.items()}
 
 
 def _recipes(value: Any, where: str) -> dict[str, dict[str, str]]:
@@ -188,20 +195,20 @@ def _budgets(value: Any, where: str) -> tuple[str, tuple[Any, ...]]:
     def reference(each: Any, where: str) -> Any:
         return parse_reference(_text(each, where))
 
-    ways = {"steps": _list(_steps), "images": _list(_steps), "gflops": _list(gflops), "match": _list(reference)}
-    items = _read(value, ways, where)
+    kinds = {"steps": _list(_positive), "images": _list(_positive), "gflops": _list(gflops), "match": _list(reference)}
+    items = _read(value, kinds, where)
     if len(items) != 1:
-        raise UserError(f"{where}: one of {', '.join(WAYS)} says how long to train, not {len(items)}")
+        raise UserError(f"{where}: give one of {', '.join(BUDGET_KINDS)}, not {len(items)}")
     return next(iter(items.items()))
 
 
 def _sampling(value: Any, where: str) -> dict[str, Any]:
     known = {key: _reader(name) for key, name in SAMPLING_KEYS.items()}
-    return _read(value, {**known, SCALES: _list(_number)}, where)
+    return _read(value, {**known, GUIDANCE_SCALES: _list(_number)}, where)
 
 
 def _reader(name: str) -> Callable[[Any, str], Any]:
-    """What reads a setting of a run from TOML, stricter than a flag: a number is no text."""
+    """The parser of a run's setting from TOML. It is stricter than the flag: a number is not accepted as text."""
     known = settings_of(RunOptions)[name]
 
     def word(value: Any, where: str) -> str:
@@ -211,9 +218,9 @@ def _reader(name: str) -> Callable[[Any, str], Any]:
         return text
 
     readers: dict[str, Callable[[Any, str], Any]] = {
-        "count": _steps,
-        "counts": lambda value, where: tuple(sorted(_list(_steps)(value, where))),
-        "seed": _whole,
+        "count": _positive,
+        "counts": lambda value, where: tuple(sorted(_list(_positive)(value, where))),
+        "seed": _integer,
         "float": _number,
     }
     if known.read is read_switch:
@@ -233,20 +240,20 @@ def _table(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-SCALES = "guidance_scales"  # of [sampling]: a list, of which each scale has sample sets of its own
-RUN_KEYS = study_settings(RunOptions, "")  # keys of the top level -> settings of a run
-SAMPLING_KEYS = {key: name for key, name in study_settings(RunOptions, "sampling").items() if key != SCALES}
+GUIDANCE_SCALES = "guidance_scales"  # key of [sampling]: a list; each scale has its own sample sets
+RUN_KEYS = study_settings(RunOptions, "")  # top-level key -> setting of a run
+SAMPLING_KEYS = {key: name for key, name in study_settings(RunOptions, "sampling").items() if key != GUIDANCE_SCALES}
 ITEMS: dict[str, Callable[[Any, str], Any]] = {
     "name": _text,
     "protocol": _text,
     "backbones": _list(_text),
-    "seeds": _list(_whole),
+    "seeds": _list(_integer),
     "budgets": _budgets,
-    "evaluate_at": _list(_steps),
+    "evaluate_at": _list(_positive),
     "sampling": _sampling,
     "recipe": _recipe,
     "backbone": _recipes,
-    "processes": _steps,
+    "processes": _positive,
     "slurm": _table,
     **{key: _reader(name) for key, name in RUN_KEYS.items()},
 }

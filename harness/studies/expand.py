@@ -1,7 +1,7 @@
-"""From a study to its runs: what each is, where it goes, the commands that make it, and what it costs.
+"""The runs of a study: for each its identity, folder, commands and cost.
 
-Budgets of one backbone and seed are one run that is sampled at several steps, for more steps continue a run. Runs go where
-`harness run` puts them, so work that another study or a person has done is found.
+All budgets of one backbone and seed belong to one run, which is sampled at several steps, because more steps continue a
+run. The runs are in the folders of `harness run`, so work that another study or a user has done is not repeated.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from harness.runs.run import RUNS_FOLDER, RunSpec
 from harness.settings import RunOptions, command_words
 from harness.studies import Study
 
-WEIGHT_BYTES = 4  # a parameter: the snapshot's float32
+WEIGHT_BYTES = 4  # per parameter of an EMA checkpoint (float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRun:
-    """One run of a study. The requests differ in their guidance alone; each has a command, which the user could give."""
+    """One run of a study. Its requests differ only in guidance; each has a command, which a user can also run."""
 
     spec: RunSpec
-    marks: tuple[int, ...]  # steps at which samples are drawn, ascending; the last one ends the training
+    milestones: tuple[int, ...]  # training steps that are sampled, ascending; the last one ends the training
     options: tuple[RunOptions, ...]  # one for each guidance scale
     requests: tuple[Request, ...]
-    commands: tuple[tuple[str, ...], ...]  # as they are typed
+    commands: tuple[tuple[str, ...], ...]  # as words of a command line
 
     @property
     def name(self) -> str:
@@ -44,26 +44,26 @@ class StudyRun:
 
     @property
     def steps(self) -> int:
-        return self.marks[-1]
+        return self.milestones[-1]
 
     @property
     def gflops_step(self) -> float:
-        """Training compute of a step."""
+        """Training compute of one step."""
         return self.requests[0].gflops_step
 
     @property
     def disk_bytes(self) -> int:
-        """Of two checkpoints, the kept weights and the samples."""
-        request, task = self.requests[0], self.requests[0].protocol
-        sets = len(self.marks) * sum(len(each.sampling.steps) for each in self.requests)
-        image = task.resolution**2 * task.image_channels
-        weights = (2 * CHECKPOINT_BYTES + (len(self.marks) - 1) * WEIGHT_BYTES) * request.compute.params
+        """Disk space of two checkpoints, the EMA checkpoints and the samples."""
+        request, protocol = self.requests[0], self.requests[0].protocol
+        sets = len(self.milestones) * sum(len(each.sampling.steps) for each in self.requests)
+        image = protocol.resolution**2 * protocol.image_channels
+        weights = (2 * CHECKPOINT_BYTES + (len(self.milestones) - 1) * WEIGHT_BYTES) * request.compute.params
         return weights + sets * request.samples * image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
-    """A study's protocol, its images and its runs, in the order in which they are launched: seed by seed."""
+    """A study with its protocol, its data and its runs, in launch order: all runs of a seed before the next seed."""
 
     study: Study
     protocol: Protocol
@@ -72,95 +72,98 @@ class Expansion:
 
     @property
     def folder(self) -> Path:
-        """Logs, reasons of failures and the report."""
+        """The folder of logs, failures and the report."""
         return RUNS_FOLDER / "studies" / self.study.name
 
 
 def expand(study: Study) -> Expansion:
-    """Resolve every name, solve every budget and try every plan: what cannot be had is refused before anything runs."""
+    """Resolve all names, solve all budgets and check all plans.
+
+    Raises `UserError` before anything runs if something is unknown or is missing.
+    """
     where = str(study.file)
-    task = get_protocol(study.protocol)
-    steps = {name: _marks(study, name, task) for name in study.backbones}
+    protocol = get_protocol(study.protocol)
+    milestones = {name: _milestones(study, name, protocol) for name in study.backbones}
     scales: tuple[float | None, ...] = study.guidance_scales or (None,)
-    wanted = {
-        (name, seed): [_options(study, name, seed, steps[name], scale) for scale in scales]
+    options_of = {
+        (name, seed): [_options(study, name, seed, milestones[name], scale) for scale in scales]
         for seed in study.seeds
         for name in study.backbones
     }
-    requests = {run: [_request(study, options) for options in of_run] for run, of_run in wanted.items()}
+    requests = {run: [_request(study, options) for options in of_run] for run, of_run in options_of.items()}
     for (name, _), (request, *_) in requests.items():
         if request.spec.kind != "denoiser":
-            raise UserError(f"{where}: backbone {name!r} is one part of a system and makes no images by itself")
+            raise UserError(f"{where}: backbone {name!r} is one part of a system and cannot generate images alone")
     first = next(iter(requests.values()))[0]
-    brought = {"features_weights", "reference"} & study.settings.keys()
-    if reasons := [*missing(first), *([] if brought else missing_evaluator_files(task))]:
-        raise UserError(f"{where}: protocol {task.name!r} cannot run here: {'; '.join(reasons)}")
-    data = training_data(task, first.data)
+    given = {"features_weights", "reference"} & study.settings.keys()
+    if reasons := [*missing(first), *([] if given else missing_evaluator_files(protocol))]:
+        raise UserError(f"{where}: protocol {protocol.name!r} cannot run here: {'; '.join(reasons)}")
+    data = training_data(protocol, first.data)
     return Expansion(
-        study=study, protocol=task, data=data,
+        study=study, protocol=protocol, data=data,
         runs=tuple(
             StudyRun(
-                spec=requests[name, seed][0].run_spec(data), marks=steps[name], options=tuple(of_run),
+                spec=requests[name, seed][0].run_spec(data), milestones=milestones[name], options=tuple(of_run),
                 requests=tuple(requests[name, seed]),
-                commands=tuple(_words(study, options) for options in of_run),
+                commands=tuple(_command(study, options) for options in of_run),
             )
-            for (name, seed), of_run in wanted.items()
+            for (name, seed), of_run in options_of.items()
         ),
     )  # fmt: skip
 
 
-def _recipe(study: Study, name: str, task: Protocol) -> Recipe:
+def _recipe(study: Study, name: str, protocol: Protocol) -> Recipe:
     try:
-        return override(task.recipe, study.recipe_of(name))
-    except UserError as refusal:
-        raise UserError(f"{study.file}: recipe of {name}: {refusal}") from refusal
+        return override(protocol.recipe, study.recipe_of(name))
+    except UserError as error:
+        raise UserError(f"{study.file}: recipe of {name}: {error}") from error
 
 
-def _marks(study: Study, name: str, task: Protocol) -> tuple[int, ...]:
-    """After how many steps the backbone is sampled, ascending."""
-    recipe = _recipe(study, name, task)
-    way, values = study.budgets or ("steps", (recipe.steps,))
-    if way == "steps":
+def _milestones(study: Study, name: str, protocol: Protocol) -> tuple[int, ...]:
+    """The training steps at which the backbone is sampled, ascending."""
+    recipe = _recipe(study, name, protocol)
+    kind, values = study.budgets or ("steps", (recipe.steps,))
+    if kind == "steps":
         solved = set(values)
-    elif way == "images":
+    elif kind == "images":
         solved = {max(1, nearest_count(value, recipe.batch)) for value in values}
     else:
         spec = registry.backbones.get(name)
-        compute = compute_of(spec, task, recipe, f"{study.file}: ")
+        compute = compute_of(spec, protocol, recipe, f"{study.file}: ")
         solved = set()
         for value in values:
-            # What is matched is trained with its own recipe, so that all of a study are held against one number.
-            own = recipe if way == "gflops" else _recipe(study, value.backbone, task)
-            sought = {"budget": value, "match": None} if way == "gflops" else {"match": value, "budget": None}
-            target = training_target(task, own, **sought)
+            # The reference is counted with its own recipe in this study, so that all backbones have the same target.
+            reference_recipe = recipe if kind == "gflops" else _recipe(study, value.backbone, protocol)
+            aim = {"budget": value, "match": None} if kind == "gflops" else {"match": value, "budget": None}
+            target = training_target(protocol, reference_recipe, **aim)
             solved.add(solve_training(compute, recipe, *target).steps)
     if study.evaluate_at and max(study.evaluate_at) > max(solved):
         raise UserError(
-            f"{study.file}: evaluate_at {max(study.evaluate_at)} lies beyond the {max(solved)} steps of {name}; lower it"
+            f"{study.file}: evaluate_at {max(study.evaluate_at)} is more than the {max(solved)} training steps of {name}; lower it"
         )
     return tuple(sorted({*solved, *study.evaluate_at}))
 
 
-def _options(study: Study, name: str, seed: int, marks: tuple[int, ...], scale: float | None) -> RunOptions:
-    """The settings of a run at one guidance scale: what the study sets, and nothing else. scale None: the protocol's."""
+def _options(study: Study, name: str, seed: int, milestones: tuple[int, ...], scale: float | None) -> RunOptions:
+    """The settings of a run at one guidance scale, only those that the study sets. scale None: the protocol's scale."""
     try:
         return RunOptions(
-            backbone=name, protocol=study.protocol, seed=seed, steps=marks[-1], evaluate_at=marks[:-1] or None,
+            backbone=name, protocol=study.protocol, seed=seed, steps=milestones[-1], evaluate_at=milestones[:-1] or None,
             set=study.recipe_of(name), cfg=scale, report=False, **study.settings,
         )  # fmt: skip
-    except UserError as refusal:
-        raise UserError(f"{study.file}: {refusal}") from refusal
+    except UserError as error:
+        raise UserError(f"{study.file}: {error}") from error
 
 
 def _request(study: Study, options: RunOptions) -> Request:
     try:
         return request_from(options)
-    except UserError as refusal:
-        raise UserError(f"{study.file}: {refusal}") from refusal
+    except UserError as error:
+        raise UserError(f"{study.file}: {error}") from error
 
 
-def _words(study: Study, options: RunOptions) -> tuple[str, ...]:
-    """The command of a run at one guidance scale."""
+def _command(study: Study, options: RunOptions) -> tuple[str, ...]:
+    """The command of a run at one guidance scale, as words."""
     words = command_words("run", options)
     if study.processes == 1:
         return words

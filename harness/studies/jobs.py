@@ -1,6 +1,6 @@
-"""The commands of a run as processes: what they say goes to a log, and why the last one failed is kept.
+"""The commands of a run as processes, with their output in a log and the reason of the last failure in a file.
 
-The log is locked through the process's own descriptor, so a process that outlives its launcher is still seen at work.
+The process itself holds the lock of its log, so the log stays locked if the launcher dies and the process does not.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from pathlib import Path
 
 from harness.io import files
 
-EXIT_STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # of who was told to stop
-PROGRAMS = {"harness": "harness", "torchrun": "torch.distributed.run"}  # the modules behind what is typed
+EXIT_STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a process that was stopped by a signal
+PROGRAMS = {"harness": "harness", "torchrun": "torch.distributed.run"}  # command -> Python module
 PROMPT = "$ "  # before a command in a log
-STOPPED = "harness: interrupted"  # what is said after the checkpoint, by one of several processes, too
+STOPPED = "harness: interrupted"  # printed after the checkpoint, once for several processes
 TAIL_BYTES = 1 << 16
 LONGEST_REASON = 400
 
 
 def start(words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen | None:
-    """Start the command in a session of its own, with its output at the end of `log`; None: one is at work there."""
+    """Start the command with its output appended to `log`. Returns None if another process has locked the log."""
     with files.explained(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab", buffering=0) as file:
             if not files.lock(file.fileno()):
                 return None
             file.write(f"{PROMPT}{shlex.join(words)}\n".encode())
-            return subprocess.Popen(  # a session of its own: Ctrl-C reaches the launcher, which passes it on once
+            return subprocess.Popen(  # in a new session, so that Ctrl-C reaches only the launcher, which passes it on once
                 [sys.executable, "-m", PROGRAMS[words[0]], *words[1:]], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                 start_new_session=True, env={**os.environ, **(environment or {})},
             )  # fmt: skip
 
 
-def failed(failure: Path, words: Sequence[str], log: Path, code: int, reason: str | None = None) -> None:
-    """Keep why the command failed: `reason`, or what its log says."""
+def write_failure(path: Path, words: Sequence[str], log: Path, code: int, reason: str | None = None) -> None:
+    """Write the failure of a command to `path`, with `reason` or else the reason that its log gives."""
     reason = reason or reason_of(log, code)
     data = {
         "reason": reason,
@@ -50,11 +50,11 @@ def failed(failure: Path, words: Sequence[str], log: Path, code: int, reason: st
         "log": str(log),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    files.write_json(failure, data)
+    files.write_json(path, data)
 
 
 def reason_of(log: Path, code: int) -> str:
-    """The last thing that the last command in the log has said, or the signal that ended it."""
+    """Why the last command in the log failed: its last line of output, or the signal that ended it."""
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -63,25 +63,25 @@ def reason_of(log: Path, code: int) -> str:
         memory = "; perhaps memory ran out" if -code == signal.SIGKILL else ""
         return f"killed by signal {-code} ({name}){memory}"
     try:
-        said = _said(log)
+        lines = _output_lines(log)
     except OSError as error:
         return f"exit code {code}; its log cannot be read: {error.strerror or error}"
-    own = [line for line in said if line.startswith("harness: ")]
-    line = (own or said or [f"exit code {code}"])[-1].removeprefix("harness: ")
+    messages = [line for line in lines if line.startswith("harness: ")]
+    line = (messages or lines or [f"exit code {code}"])[-1].removeprefix("harness: ")
     line = "".join(each if each.isprintable() else " " for each in line)
     return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 3]}..."
 
 
 def interrupted(log: Path, code: int) -> bool:
-    """Whether the last command in the log ended because it was told to."""
+    """Whether the last command in the log ended because it was asked to stop."""
     try:
-        return code in EXIT_STOPPED or (code != 0 and STOPPED in _said(log))
+        return code in EXIT_STOPPED or (code != 0 and STOPPED in _output_lines(log))
     except OSError:
         return False
 
 
-def _said(log: Path) -> list[str]:
-    """The lines of the last command in the log that are not empty."""
+def _output_lines(log: Path) -> list[str]:
+    """The output of the last command in the log, without empty lines."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         text = file.read().decode("utf-8", "replace")
@@ -90,9 +90,10 @@ def _said(log: Path) -> list[str]:
 
 
 def stop(process: subprocess.Popen, seconds: float) -> None:
-    """Tell the process to stop and wait until it has, at most so long; then it is killed.
+    """Terminate the process and wait for its end; kill it after `seconds`.
 
-    For signal handlers: what they interrupt may be `process.wait()`, whose lock `poll` and `wait` would not get.
+    It is for signal handlers. A handler may interrupt `process.wait()`, which holds a lock that `poll` and `wait` need, so
+    neither of them is used here.
     """
     process.terminate()
     end = time.monotonic() + seconds
@@ -105,7 +106,7 @@ def stop(process: subprocess.Popen, seconds: float) -> None:
 def _ended(process: subprocess.Popen) -> bool:
     if process.returncode is not None:
         return True
-    try:  # looks, and leaves the exit code to who waits for it
+    try:  # WNOWAIT: the exit code stays available for `process.wait()`
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
         return True

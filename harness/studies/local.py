@@ -1,7 +1,7 @@
-"""The launcher of this machine: so many processes at a time, until nothing is left to do.
+"""The local launcher: runs the commands of a study on this machine, a fixed number at a time, until all are done.
 
-It may die at any instant and be started again: what is done is found in the runs, and what its children still do is seen
-by their locks and waited for.
+It can be killed at any time and started again. It reads from the runs what is done, and it detects by their locks the
+processes that are still running, and waits for them.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from harness.io.progress import duration
 from harness.runs.run import lock_folder
 from harness.studies import jobs
 from harness.studies.expand import Expansion, StudyRun
-from harness.studies.state import Overview, Progress, at_work, failure_path, log_path, look
+from harness.studies.state import Overview, Progress, failure_path, is_running, log_path, progress_of
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-DRAW_SECONDS = 2.0  # between two looks at the runs at work
+DRAW_SECONDS = 2.0  # between two updates of the display
 
 
 @dataclass(kw_only=True)
 class _Active:
-    """A run at work. process None: somebody else's, which is waited for."""
+    """A run in progress. process None: another process works on the run, and the launcher waits for it."""
 
     run: StudyRun
     slot: int
     process: subprocess.Popen | None
-    commands: list[tuple[str, ...]] = field(default_factory=list)  # the present one first
+    commands: list[tuple[str, ...]] = field(default_factory=list)  # the current command first
     began: float = field(default_factory=time.monotonic)
 
 
 class Launcher:
-    """Launches what is left of a study. `draw` is called with the state, every other second."""
+    """Launches the runs of a study that are not done. `draw` is called every two seconds with the progress."""
 
     def __init__(
         self,
@@ -54,21 +54,21 @@ class Launcher:
     ):
         self.study, self.processes, self.retry_failed = study, processes, retry_failed
         self.draw = draw
-        self.stopping = 0  # how often it was asked to
+        self.stopping = 0  # number of requests to stop
         self._rows: dict[str, Progress] = {}
         self._active: dict[str, _Active] = {}
-        self._waited: set[str] = set()  # runs whose other process has been waited for
+        self._waited: set[str] = set()  # runs whose other process the launcher has already waited for once
         self._devices = accelerators() if processes > 1 else []
 
     def launch(self) -> Overview:
-        """Until nothing is left that can be done now, or it is told to stop. Returns the state then."""
+        """Work until nothing is left that can be done now, or until it is asked to stop. Returns the progress at that time."""
         try:
             with lock_folder(self.study.folder), self._signals():
-                self._rows = {run.name: look(self.study, run) for run in self.study.runs}
-                queue = [run for run in self.study.runs if self._wanted(run)]
+                self._rows = {run.name: progress_of(self.study, run) for run in self.study.runs}
+                queue = [run for run in self.study.runs if self._to_launch(run)]
                 self._loop(queue)
-        except UserError as refusal:
-            if "another process is at work" not in str(refusal):
+        except UserError as error:
+            if "another process is at work" not in str(error):
                 raise
             raise UserError(
                 f"another `harness study` is at work on {self.study.study.name!r}; `--status` shows how far it is"
@@ -78,39 +78,39 @@ class Launcher:
     def _overview(self) -> Overview:
         return Overview(study=self.study, rows=tuple(self._rows.values()))
 
-    def _wanted(self, run: StudyRun) -> bool:
+    def _to_launch(self, run: StudyRun) -> bool:
         state = self._rows[run.name].state
         return state in ("to do", "interrupted", "running") or (state == "failed" and self.retry_failed)
 
     def _loop(self, queue: list[StudyRun]) -> None:
-        # Those at work elsewhere come first: they hold a slot until they are through.
+        # Runs on which another process works come first: they occupy a slot until that process ends.
         queue.sort(key=lambda run: self._rows[run.name].state != "running")
-        told, drawn = 0, 0.0
+        stops_handled, last_draw = 0, 0.0
         while self._active or (queue and not self.stopping):
             while queue and not self.stopping and len(self._active) < self.processes:
                 self._begin(queue.pop(0))
             for active in list(self._active.values()):
                 if self._ended(active):
-                    queue += self._after(active)
-            if self.stopping > told:
-                told = self.stopping
-                self._stop(kill=told > 1)
-            if time.monotonic() - drawn > DRAW_SECONDS:
-                drawn = time.monotonic()
+                    queue += self._finish(active)
+            if self.stopping > stops_handled:
+                stops_handled = self.stopping
+                self._stop(kill=stops_handled > 1)
+            if time.monotonic() - last_draw > DRAW_SECONDS:
+                last_draw = time.monotonic()
                 for name, active in self._active.items():
-                    self._rows[name] = look(self.study, active.run)
+                    self._rows[name] = progress_of(self.study, active.run)
                 self.draw(self._overview())
             time.sleep(POLL_SECONDS)
 
     def _begin(self, run: StudyRun) -> None:
-        """Start the run's first command, or wait for who is at work on it."""
+        """Start the run's first command, or wait for the other process that works on it."""
         slot = min(set(range(self.processes)) - {each.slot for each in self._active.values()})
         active = _Active(run=run, slot=slot, process=None)
         self._active[run.name] = active
-        if at_work(self.study, run):
+        if is_running(self.study, run):
             logger.info(f"waiting {run.name}: another process is at work on it")
             return
-        self._rows[run.name] = row = look(self.study, run)
+        self._rows[run.name] = row = progress_of(self.study, run)
         active.commands = list(row.pending)
         if row.state == "done" or not active.commands:
             del self._active[run.name]
@@ -126,7 +126,7 @@ class Launcher:
         )
 
     def _environment(self, slot: int) -> dict[str, str]:
-        """Beside others a process has its share of the processors, and an accelerator of its own where there are several."""
+        """Environment of one of several processes: its share of the CPU cores, and one accelerator if there are several."""
         share: dict[str, str] = {}
         if self.processes > 1 and "OMP_NUM_THREADS" not in os.environ:
             share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
@@ -136,11 +136,11 @@ class Launcher:
 
     def _ended(self, active: _Active) -> bool:
         if active.process is None:
-            return self.stopping > 0 or not at_work(self.study, active.run)
+            return self.stopping > 0 or not is_running(self.study, active.run)
         return active.process.poll() is not None
 
-    def _after(self, active: _Active) -> list[StudyRun]:
-        """What follows a process that has ended; returns the run if it is to be begun again."""
+    def _finish(self, active: _Active) -> list[StudyRun]:
+        """Start the next command of a run whose process has ended, or log its result. Returns the run if it must begin again."""
         run, process = active.run, active.process
         if process is not None and process.returncode == 0 and active.commands[1:] and not self.stopping:
             active.commands.pop(0)
@@ -148,39 +148,40 @@ class Launcher:
             return []
         del self._active[run.name]
         code = None if process is None else process.returncode
-        busy = code is None or (code == 2 and files.is_locked(run.folder / "lock"))
+        other_process = code is None or (code == 2 and files.is_locked(run.folder / "lock"))
         log = log_path(self.study, run)
-        if code and not busy and not self.stopping and not jobs.interrupted(log, code):
-            jobs.failed(failure_path(self.study, run), active.commands[0], log, code)
-        self._rows[run.name] = row = look(self.study, run)
-        if code == 0 and not self.stopping and row.state != "done":  # never again and again
-            missing = f"ended without an error, but {row.sets - row.sets_done} sample sets are not there"
-            jobs.failed(failure_path(self.study, run), active.commands[0], log, 0, missing)
-            self._rows[run.name] = row = look(self.study, run)
-        if busy and not self.stopping and row.state != "done" and run.name not in self._waited:
-            self._waited.add(run.name)  # once: its reason to stop, if it has one, will show itself
+        if code and not other_process and not self.stopping and not jobs.interrupted(log, code):
+            jobs.write_failure(failure_path(self.study, run), active.commands[0], log, code)
+        self._rows[run.name] = row = progress_of(self.study, run)
+        if code == 0 and not self.stopping and row.state != "done":  # it must not be started again and again
+            missing = f"ended without an error, but {row.sets - row.sets_done} sample sets are missing"
+            jobs.write_failure(failure_path(self.study, run), active.commands[0], log, 0, missing)
+            self._rows[run.name] = row = progress_of(self.study, run)
+        if other_process and not self.stopping and row.state != "done" and run.name not in self._waited:
+            self._waited.add(run.name)  # only once: if the run has an error, the next attempt reports it
             return [run]
-        what = {
+        messages = {
             "done": f"done    {run.name} in {duration(time.monotonic() - active.began)}",
             "failed": f"failed  {run.name}: {row.reason}  (log {row.log})",
             "running": f"left    {run.name} to the other process",
         }
-        logger.info(what.get(row.state, f"stopped {run.name} at step {row.steps_done} of {run.steps}"))
+        logger.info(messages.get(row.state, f"stopped {run.name} at step {row.steps_done} of {run.steps}"))
         return []
 
     def _stop(self, kill: bool) -> None:
-        """Pass the signal on to the children, which write a checkpoint; the second time they are killed."""
-        mine = [each.process for each in self._active.values() if each.process is not None]
-        if mine:
-            logger.info(f"stopping: {len(mine)} at work " + ("killed" if kill else "write their checkpoints"))
-        for process in mine:
+        """Terminate the child processes, which write a checkpoint first; or kill them."""
+        processes = [each.process for each in self._active.values() if each.process is not None]
+        if processes:
+            end = "killed" if kill else "writing checkpoints"
+            logger.info(f"stopping: {len(processes)} {'process' if len(processes) == 1 else 'processes'}, {end}")
+        for process in processes:
             if process.poll() is None:
                 process.kill() if kill else process.terminate()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def handle(number: int, frame: object) -> None:
-            self.stopping += number == signal.SIGINT or not self.stopping  # SIGTERM again changes nothing
+            self.stopping += number == signal.SIGINT or not self.stopping  # a second SIGTERM has no effect
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -191,7 +192,7 @@ class Launcher:
 
 
 def accelerators() -> list[str]:
-    """Names of the NVIDIA devices that may be used, as CUDA_VISIBLE_DEVICES has them. Asks no framework."""
+    """The NVIDIA devices that may be used, in the form of CUDA_VISIBLE_DEVICES. Imports no framework."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [each for each in named.split(",") if each]
     if shutil.which("nvidia-smi") is None:

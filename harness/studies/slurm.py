@@ -1,7 +1,7 @@
-"""The launcher of a SLURM cluster: a job for each run, by submitit, which puts it back into the queue when its time is up.
+"""The SLURM launcher: one job for each run, submitted by submitit, which requeues a job when its time limit is reached.
 
-What submitit carries to the node (its own pickle, in the study's folder) are words; nothing that comes back is unpickled:
-how far a run is stands in its folder. `SIGUSR2`, which SLURM sends before it ends a job, becomes a checkpoint.
+submitit passes the commands, as text, to the node in a pickle in the study's folder. No result is unpickled: the progress
+of a run is read from its folder. SLURM sends `SIGUSR2` before it ends a job, and the run then writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from harness.studies.state import Overview, Progress, failure_path, log_path, ov
 
 logger = logging.getLogger(__name__)
 
-SIGNAL_SECONDS = 120  # before the end of a job: what a checkpoint may take
-SPARE_SECONDS = 20  # of those, for submitit to put the job back
-LISTS = ("setup", "teardown", "srun_args")  # the settings that are lists of text
-SWITCHES = ("use_srun", "stderr_to_stdout")  # of submitit: false says something; of sbatch it is left out
+SIGNAL_SECONDS = 120  # between the signal and the end of a job: time for a checkpoint
+REQUEUE_SECONDS = 20  # part of SIGNAL_SECONDS that submitit has to requeue the job
+LIST_SETTINGS = ("setup", "teardown", "srun_args")  # settings that are lists of text
+# Boolean settings of submitit, where false is a value. For an option of sbatch, false means that the option is left out.
+SUBMITIT_SWITCHES = ("use_srun", "stderr_to_stdout")
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")  # states of a job that has not started
-TIMEOUTS = 1_000_000  # how often a job may be put back: a run of two weeks in jobs of four hours is 84
+MAX_TIMEOUTS = 1_000_000  # how often a job may be requeued; a run of two weeks in jobs of four hours needs 84
 
 
 class Command:
-    """The commands of one run, one after the other: called on the node, by submitit."""
+    """The commands of one run. submitit calls it on the node, and it runs them one after the other."""
 
     def __init__(self, *, commands: list[list[str]], log: str, failure: str, seconds: float):
         self.commands, self.log, self.failure, self.seconds = commands, log, failure, seconds
@@ -44,21 +45,21 @@ class Command:
         return {**self.__dict__, "_process": None}
 
     def __call__(self) -> int:
-        """The exit code of the last command: the first that did not end well."""
+        """Run the commands until one fails; returns the exit code of the last command that was run."""
         code = 0
         for words in self.commands:
             self._process = jobs.start(words, Path(self.log))
             if self._process is None:
-                return 2  # another job of this run is at work
+                return 2  # another job works on this run
             code = self._process.wait()
             if code:
                 break
         if code and not jobs.interrupted(Path(self.log), code):
-            jobs.failed(Path(self.failure), words, Path(self.log), code)
+            jobs.write_failure(Path(self.failure), words, Path(self.log), code)
         return code
 
     def checkpoint(self) -> Any:
-        """Have the run write its checkpoint, and go on in a later job with the same words."""
+        """Stop the run, which writes a checkpoint, and requeue the job with the same commands. Called by submitit."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None and self._process.poll() is None:
@@ -73,14 +74,17 @@ def parse_setting(text: str) -> Any:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
-def minutes(value: Any) -> int:
-    """A time limit as sbatch takes it (minutes, H:M:S, D-H, D-H:M:S and so on) in whole minutes, rounded up."""
+def time_limit_minutes(value: Any) -> int:
+    """A time limit of sbatch (minutes, H:M:S, D-H, D-H:M:S and so on) in minutes, rounded up.
+
+    Raises `UserError` for anything else, and for less than a minute.
+    """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(value))
     if match is None:
         raise UserError(
-            f"[slurm]: time = {shown(value)} is no time limit: write minutes, or text such as '12:00:00', '2-00'"
+            f"[slurm]: time = {shown(value)} is not a time limit: write minutes, or text such as '12:00:00', '2-00'"
         )
-    first, second, third = (int(match[place] or 0) for place in (2, 3, 4))
+    first, second, third = (int(match[group] or 0) for group in (2, 3, 4))
     if match[1] is not None:  # days-hours[:minutes[:seconds]]
         seconds = ((int(match[1]) * 24 + first) * 60 + second) * 60 + third
     elif match[4] is not None:
@@ -93,15 +97,15 @@ def minutes(value: Any) -> int:
 
 
 def check_setting(name: str, value: Any) -> None:
-    """Refuse what would not stand in its place in the script of a job: a second line there would be a command."""
+    """Raise `UserError` for a value that is not valid in a job script, where a second line would be a command."""
     if name == "additional_parameters":
         if not isinstance(value, dict):
             raise UserError(f"[slurm]: {name} must be a table")
         for inner, each in value.items():
             if re.fullmatch("[A-Za-z0-9_-]+", inner) is None:
-                raise UserError(f"[slurm]: {name}: {shown(inner)} is no name of an option")
+                raise UserError(f"[slurm]: {name}: {shown(inner)} is not the name of an option")
             check_setting(f"{name}.{inner}", each)
-    elif name in LISTS:
+    elif name in LIST_SETTINGS:
         if not isinstance(value, list) or not all(isinstance(each, str) and each.isprintable() for each in value):
             raise UserError(f"[slurm]: {name} = {shown(value)} must be a list of printable text, one line an item")
     elif isinstance(value, (dict, list)) or not str(value).isprintable():
@@ -109,8 +113,10 @@ def check_setting(name: str, value: Any) -> None:
 
 
 def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
-    """submitit's executor with the settings of the study's [slurm] and `settings` laid over them; what it does not know
-    is refused by name."""
+    """submitit's executor with the settings of the study's [slurm], overridden by `settings`.
+
+    Raises `UserError` if submitit is not installed, or for a setting that is unknown or has no valid value.
+    """
     try:
         from submitit import SlurmExecutor
     except ModuleNotFoundError as error:
@@ -119,7 +125,7 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
     class Executor(SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 2  # its scripts can be written where SLURM is not
+            return 2  # so that scripts can be written on a machine without SLURM
 
     merged: dict[str, Any] = {"signal_delay_s": SIGNAL_SECONDS, "comment": f"harness study {study.study.name}"}
     merged |= {**study.study.slurm, **settings}
@@ -130,25 +136,25 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
         check_setting(name, merged[name])
     if "time" not in merged:
         raise UserError(
-            f"{study.study.file}: [slurm] has no time, the limit of a job; a run that takes longer is put back"
+            f"{study.study.file}: [slurm]: time, the time limit of a job, is missing; a run that takes longer is requeued"
         )
-    merged["time"] = minutes(merged["time"])
-    if type(merged["signal_delay_s"]) is not int or merged["signal_delay_s"] <= SPARE_SECONDS:
+    merged["time"] = time_limit_minutes(merged["time"])
+    if type(merged["signal_delay_s"]) is not int or merged["signal_delay_s"] <= REQUEUE_SECONDS:
         raise UserError(
-            f"[slurm]: signal_delay_s must be more than {SPARE_SECONDS} seconds, for a checkpoint takes time"
+            f"[slurm]: signal_delay_s must be more than {REQUEUE_SECONDS} seconds, because a checkpoint takes time"
         )
-    more: dict[str, Any] = {"requeue": True, **merged.pop("additional_parameters", {})}
-    if isinstance(merged.get("mem"), str):  # submitit takes a number of GB, sbatch any unit
-        more["mem"] = merged.pop("mem")
-    merged = {name: each for name, each in merged.items() if each is not False or name in SWITCHES}
-    merged["additional_parameters"] = {name: each for name, each in more.items() if each is not False}
-    made = Executor(study.folder / "slurm" / "%j", max_num_timeout=TIMEOUTS)
-    made.update_parameters(**merged)
-    return made
+    additional: dict[str, Any] = {"requeue": True, **merged.pop("additional_parameters", {})}
+    if isinstance(merged.get("mem"), str):  # submitit accepts only a number of GB, sbatch any unit
+        additional["mem"] = merged.pop("mem")
+    merged = {name: each for name, each in merged.items() if each is not False or name in SUBMITIT_SWITCHES}
+    merged["additional_parameters"] = {name: each for name, each in additional.items() if each is not False}
+    configured = Executor(study.folder / "slurm" / "%j", max_num_timeout=MAX_TIMEOUTS)
+    configured.update_parameters(**merged)
+    return configured
 
 
 def command_of(study: Expansion, row: Progress, seconds: float) -> Command:
-    """What a job of the run does."""
+    """The function that a job of the run calls. seconds: what its checkpoint may take."""
     return Command(
         commands=[list(words) for words in row.pending],
         log=str(log_path(study, row.run)),
@@ -158,61 +164,61 @@ def command_of(study: Expansion, row: Progress, seconds: float) -> Command:
 
 
 def job_name(study: Expansion, run: StudyRun) -> str:
-    """Under which the queue knows the run's job."""
+    """Name of the run's job in the queue."""
     return f"harness-{study.study.name}-{run.name}"
 
 
 def queue(study: Expansion) -> dict[str, str]:
-    """What the queue holds of the study: by run, "running" or "queued". Nothing where there is no SLURM."""
+    """The runs of the study that are in the queue: "running" or "queued" by name. Empty on a machine without SLURM."""
     if shutil.which("squeue") is None or not (study.folder / "slurm").exists():
         return {}
     words = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%T %j"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise RunError(f"squeue does not answer ({said[-1] if said else error}); try again later") from error
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise RunError(f"squeue does not answer ({lines[-1] if lines else error}); try again later") from error
     names = {job_name(study, run): run.name for run in study.runs}
-    found = {}
+    states = {}
     for line in done.stdout.splitlines():
         state, _, name = line.strip().partition(" ")
         if name.strip() in names:
-            found[names[name.strip()]] = "queued" if state in QUEUED else "running"
-    return found
+            states[names[name.strip()]] = "queued" if state in QUEUED else "running"
+    return states
 
 
 def submit(study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool) -> Overview:
-    """Submit a job for each run that has something left to do and is neither at work nor in the queue."""
-    made = executor(study, settings)
-    found = overview(study, queue(study))
+    """Submit a job for each run that has work left and is neither running nor in the queue."""
+    configured = executor(study, settings)
+    before = overview(study, queue(study))
     states = ("to do", "interrupted", *(["failed"] if retry_failed else []))
-    wanted = [row for row in found.rows if row.state in states and row.pending]
+    to_submit = [row for row in before.rows if row.state in states and row.pending]
     if shutil.which("sbatch") is None:
-        return _write_scripts(study, made, wanted)
+        return _write_scripts(study, configured, to_submit)
     with lock_folder(study.folder):
-        for row in wanted:
+        for row in to_submit:
             with files.explained(study.folder):
                 failure_path(study, row.run).unlink(missing_ok=True)
                 log_path(study, row.run).parent.mkdir(parents=True, exist_ok=True)
-            made.update_parameters(job_name=job_name(study, row.run))
-            seconds = made.parameters["signal_delay_s"] - SPARE_SECONDS
+            configured.update_parameters(job_name=job_name(study, row.run))
+            seconds = configured.parameters["signal_delay_s"] - REQUEUE_SECONDS
             try:
-                job = made.submit(command_of(study, row, seconds))
+                job = configured.submit(command_of(study, row, seconds))
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                said = str(error).strip().splitlines() or [type(error).__name__]
-                raise RunError(f"sbatch has refused the job of {row.run.name}: {said[-1]}") from error
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise RunError(f"sbatch has refused the job of {row.run.name}: {lines[-1]}") from error
             logger.info(f"submitted {row.run.name} as job {job.job_id}  (log {log_path(study, row.run)})")
     return overview(study, queue(study))
 
 
-def _write_scripts(study: Expansion, made: Any, wanted: list[Progress]) -> Overview:
-    """Where there is no SLURM: the scripts that would be submitted, to be read."""
+def _write_scripts(study: Expansion, configured: Any, rows: list[Progress]) -> Overview:
+    """On a machine without SLURM: write the job scripts for inspection, and raise `UserError`."""
     folder = study.folder / "slurm"
-    for row in wanted:
-        made.update_parameters(job_name=job_name(study, row.run))
-        text = made._make_submission_file_text(made._submitit_command_str, "")
+    for row in rows:
+        configured.update_parameters(job_name=job_name(study, row.run))
+        text = configured._make_submission_file_text(configured._submitit_command_str, "")
         files.write_bytes(folder / f"{row.run.name}.sh", text.encode())
     raise UserError(
-        f"sbatch is not on this machine; the {len(wanted)} scripts that it would get are in {folder}, to be read: give "
-        "the same command where it is"
+        f"sbatch is not on this machine; the {len(rows)} scripts that it would get are in {folder}, for inspection: run "
+        "the same command on a machine with SLURM"
     )

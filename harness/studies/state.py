@@ -1,7 +1,7 @@
-"""How far the runs of a study are, read from the runs' folders alone: no second file can contradict them.
+"""The progress of a study, read from the folders of its runs only, so that no second file can contradict them.
 
-The study's folder adds what a run's does not hold: `logs/RUN.log`, the output of its commands, which is locked while one
-is at work, and `failures/RUN.json`, the reason of the last failure.
+The study's folder holds the rest: `logs/RUN.log` is the output of a run's commands and is locked while one of them runs;
+`failures/RUN.json` is the reason of the last failure.
 """
 
 from __future__ import annotations
@@ -33,59 +33,59 @@ TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The state of one run of a study."""
+    """The progress of one run of a study."""
 
     run: StudyRun
     state: str  # one of STATES
     steps_done: int  # of run.steps
-    sets_done: int  # sample sets that are sampled and measured
+    sets_done: int  # sample sets that are sampled and measured, of `sets`
     sets: int
     gflops_left: float
-    seconds_step: float | None  # of a training step, measured in this run; None: not yet
+    seconds_step: float | None  # per training step, measured in this run; None: not measured yet
     reason: str | None = None  # of the last failure
-    pending: tuple[tuple[str, ...], ...] = ()  # commands that still have work to do
+    pending: tuple[tuple[str, ...], ...] = ()  # commands whose work is not done
     log: Path | None = None
 
     @property
     def training_steps_left(self) -> float:
-        """The remaining work in training steps, sampling included."""
+        """The remaining work, sampling included, in units of one training step."""
         return self.gflops_left / self.run.gflops_step
 
 
 def log_path(study: Expansion, run: StudyRun) -> Path:
-    """The output of the run's commands; locked while one is at work."""
+    """The output of the run's commands; locked while one of them runs."""
     return study.folder / "logs" / f"{run.name}.log"
 
 
 def failure_path(study: Expansion, run: StudyRun) -> Path:
-    """The reason of the last command's failure; missing if it did not fail."""
+    """The file with the reason why the last command failed; it does not exist if the command did not fail."""
     return study.folder / "failures" / f"{run.name}.json"
 
 
-def at_work(study: Expansion, run: StudyRun) -> bool:
-    """Whether a process works on the run, started by the study or by hand."""
+def is_running(study: Expansion, run: StudyRun) -> bool:
+    """Whether a process works on the run, whether the study or a user started it."""
     return files.is_locked(log_path(study, run)) or files.is_locked(run.folder / "lock")
 
 
-def look(study: Expansion, run: StudyRun, in_queue: str | None = None) -> Progress:
-    """The progress of a run. in_queue: "running" or "queued" where a cluster has a job of it."""
+def progress_of(study: Expansion, run: StudyRun, in_queue: str | None = None) -> Progress:
+    """The progress of a run. in_queue: "running" or "queued" if a cluster has a job for it."""
     log = log_path(study, run)
-    reason, made = None, None
-    working = at_work(study, run)  # before anything else is read: a process that ends meanwhile counts as running
+    reason, existing = None, None
+    running = is_running(study, run)  # checked first: a process that ends while the files are read counts as running
     try:
-        made = open_run(run.folder) if (run.folder / "run.json").exists() else None
-        if made is not None and made.identity != run.spec.identity:
-            difference = identity_difference(made.identity, run.spec.identity)
-            reason, made = f"{run.folder} holds another run ({difference}); move it away", None
+        existing = open_run(run.folder) if (run.folder / "run.json").exists() else None
+        if existing is not None and existing.identity != run.spec.identity:
+            difference = identity_difference(existing.identity, run.spec.identity)
+            reason, existing = f"{run.folder} holds another run ({difference}); move it away", None
     except UserError as error:
         reason = str(error)
-    left = list(_left(made, run, study))
-    steps_done = _steps_done(made, run.steps)
-    sets = len(run.marks) * sum(len(request.sampling.steps) for request in run.requests)
+    missing = list(_missing_sets(existing, run))
+    steps_done = _steps_done(existing, run.steps)
+    sets = len(run.milestones) * sum(len(request.sampling.steps) for request in run.requests)
     failure = _failure(failure_path(study, run))
-    if not left:
+    if not missing:
         state, failure = "done", None
-    elif working or in_queue == "running":  # another machine's locks may be invisible here
+    elif running or in_queue == "running":  # locks of another machine may not be visible here
         state, failure = "running", None
     elif in_queue is not None:
         state, failure = in_queue, None
@@ -94,89 +94,86 @@ def look(study: Expansion, run: StudyRun, in_queue: str | None = None) -> Progre
     else:
         state = "interrupted" if log.exists() else "to do"
     gflops = (run.steps - steps_done) * run.gflops_step
-    gflops += sum(request.gflops_image(steps) * request.samples for request, steps in left)
-    pending = [words for request, words in zip(run.requests, run.commands, strict=True) if request in _requests(left)]
+    gflops += sum(request.gflops_image(steps) * request.samples for request, steps in missing)
+    unfinished = [request for request, _ in missing]
+    pending = [words for request, words in zip(run.requests, run.commands, strict=True) if request in unfinished]
     return Progress(
-        run=run, state=state, steps_done=steps_done, sets_done=sets - len(left), sets=sets,
-        gflops_left=gflops if left else 0.0, seconds_step=_seconds_step(made), pending=tuple(pending),
+        run=run, state=state, steps_done=steps_done, sets_done=sets - len(missing), sets=sets,
+        gflops_left=gflops if missing else 0.0, seconds_step=_seconds_step(existing), pending=tuple(pending),
         reason=reason or failure, log=log if log.exists() else None,
     )  # fmt: skip
 
 
-def _requests(left: list[tuple[Request, int]]) -> list[Request]:
-    return [request for request, _ in left]
-
-
-def _left(made: Run | None, run: StudyRun, study: Expansion) -> Iterator[tuple[Request, int]]:
-    """The sample sets that are not sampled or not measured: request and sampler steps."""
+def _missing_sets(existing: Run | None, run: StudyRun) -> Iterator[tuple[Request, int]]:
+    """The sample sets that are not sampled or not measured: the request and the sampler steps of each."""
     for request, options in zip(run.requests, run.options, strict=True):
-        for mark in run.marks:
+        for milestone in run.milestones:
             for steps in request.sampling.steps:
-                if made is None or not _complete(made, request, options, mark, steps):
+                if existing is None or not _complete(existing, request, options, milestone, steps):
                     yield request, steps
 
 
-def _complete(made: Run, request: Request, options: RunOptions, mark: int, steps: int) -> bool:
-    """Whether the sample set of training step `mark` with `steps` sampler steps is there and measured.
+def _complete(run: Run, request: Request, options: RunOptions, milestone: int, steps: int) -> bool:
+    """Whether the sample set of training step `milestone` with `steps` sampler steps exists and is measured.
 
-    Hashes are taken as the files state them: comparing them with the contents would take minutes at every status.
+    Hashes are read from the files and not compared with their contents, which would take minutes for each status.
     """
     from evaluators.suites import get_suite
 
     try:
         wanted = sample_request(
-            made, mark, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
+            run, milestone, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
             precision=options.sampling_precision, batch=options.sampling_batch,
             decoder=None if options.decoder is None else _decoder_identity(options.decoder),
         )  # fmt: skip
-        path = made.folder / "samples" / wanted.name(made) / "samples.npz"
+        path = run.folder / "samples" / wanted.name(run) / "samples.npz"
         if not (path.exists() and sidecar_path(path).exists()):
             return False
         sidecar = read_sidecar(path)
-        if sidecar["identity"] != wanted.identity(made):
+        if sidecar["identity"] != wanted.identity(run):
             return False
         fields, protocol = read_fields(path, sidecar["sha256"]), request.protocol
-        return existing_records(made.records, fields, protocol, get_suite(protocol.suite), None) is not None
-    except (UserError, KeyError, TypeError):  # missing or damaged: the command will say which
+        return existing_records(run.records, fields, protocol, get_suite(protocol.suite), None) is not None
+    except (UserError, KeyError, TypeError):  # missing or damaged: the run's command reports it
         return False
 
 
 @functools.cache
 def _decoder_identity(name: str) -> dict[str, Any]:
-    """Identity of the decoder that a study names, by its files. Kept: its weights are large, and hashed for it."""
+    """Identity of the decoder that a study names. Cached, because the large files of its weights are hashed."""
     return read_identity(name, "decoder")
 
 
-def _steps_done(made: Run | None, most: int) -> int:
-    """Training steps: by the last line of the log, or by the newest EMA checkpoint where that is further."""
-    if made is None:
+def _steps_done(run: Run | None, limit: int) -> int:
+    """Training steps done, at most `limit`: by the last line of the log or by the newest EMA checkpoint, whichever is more."""
+    if run is None:
         return 0
-    done = max([0, *made.ema_checkpoint_steps()])
+    done = max([0, *run.ema_checkpoint_steps()])
     try:
-        with made.log.open("rb") as file:
-            file.seek(max(0, made.log.stat().st_size - TAIL_BYTES))
-            whole = file.read().rpartition(b"\n")[0]
-        done = max(done, int(json.loads(whole.rpartition(b"\n")[2])["step"]))
+        with run.log.open("rb") as file:
+            file.seek(max(0, run.log.stat().st_size - TAIL_BYTES))
+            complete = file.read().rpartition(b"\n")[0]
+        done = max(done, int(json.loads(complete.rpartition(b"\n")[2])["step"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no complete line yet
-    return min(done, most)
+    return min(done, limit)
 
 
-def _seconds_step(made: Run | None) -> float | None:
-    """Seconds of a training step, from the newest checkpoint of either kind; None: there is none."""
-    if made is None:
+def _seconds_step(run: Run | None) -> float | None:
+    """Seconds per training step, from the newest checkpoint of either kind; None if there is none."""
+    if run is None:
         return None
-    found = [*made.checkpoints.glob("step-*/state.json"), *(made.folder / "snapshots").glob("step-*/state.json")]
-    best: tuple[int, float | None] = (0, None)
-    for path in found:
+    state_files = [*run.checkpoints.glob("step-*/state.json"), *(run.folder / "snapshots").glob("step-*/state.json")]
+    newest: tuple[int, float | None] = (0, None)
+    for path in state_files:
         try:
             state = files.read_json(path, "state")
             step, seconds = int(state["step"]), float(state["seconds"])
         except (UserError, KeyError, TypeError, ValueError):
             continue
-        if step > best[0] and math.isfinite(seconds):
-            best = (step, seconds / step)
-    return best[1]
+        if step > newest[0] and math.isfinite(seconds):
+            newest = (step, seconds / step)
+    return newest[1]
 
 
 def _failure(path: Path) -> str | None:
@@ -203,7 +200,7 @@ class Overview:
         return sum(row.gflops_left for row in self.rows)
 
     def seconds_step(self, row: Progress) -> float | None:
-        """Seconds of a training step: the run's, or the median of its backbone's runs; None: not measured yet."""
+        """Seconds per training step: of the run, or the median over the runs of its backbone; None if not measured yet."""
         if row.seconds_step is not None:
             return row.seconds_step
         of_same = [each for each in self.rows if each.run.spec.backbone == row.run.spec.backbone]
@@ -211,14 +208,14 @@ class Overview:
         return known[len(known) // 2] if known else None
 
     def seconds_left(self, row: Progress) -> float | None:
-        """Seconds of the remaining work at the speed of training; None where that is not known."""
+        """Seconds of the remaining work at the speed of training; None if that speed is not known."""
         if not row.gflops_left:
             return 0.0
         seconds_step = self.seconds_step(row)
         return None if seconds_step is None else seconds_step * row.training_steps_left
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, JSON-ready."""
+        """The overview as plain data, ready for JSON."""
         seconds = [self.seconds_left(row) for row in self.rows]
         return {
             "study": self.study.study.name,
@@ -239,7 +236,7 @@ class Overview:
                     "reason": row.reason,
                     "log": None if row.log is None else os.fspath(row.log),
                     "steps_done": row.steps_done,
-                    "marks": list(row.run.marks),
+                    "marks": list(row.run.milestones),
                     "sample_sets_done": row.sets_done,
                     "sample_sets": row.sets,
                     "gflops_left": row.gflops_left,
@@ -252,5 +249,5 @@ class Overview:
 
 
 def overview(study: Expansion, queue: Mapping[str, str] | None = None) -> Overview:
-    """The progress of every run of the study. queue: "running" or "queued" by the name of a run, from a cluster."""
-    return Overview(study=study, rows=tuple(look(study, run, (queue or {}).get(run.name)) for run in study.runs))
+    """The progress of all runs of a study. queue: "running" or "queued" by the name of a run, from a cluster."""
+    return Overview(study=study, rows=tuple(progress_of(study, run, (queue or {}).get(run.name)) for run in study.runs))

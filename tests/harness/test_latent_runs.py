@@ -340,7 +340,8 @@ def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkey
     assert "the autoencoder behind" in text and "--decoder DIR" in text
     (lack,) = json.loads(done("plan", *task, "--json").stdout)["missing"]
     assert (
-        lack == f"the autoencoder behind {cache} is not at {tmp_path / 'gone'}; name it, or another, with --decoder DIR"
+        lack
+        == f"the autoencoder behind {cache} is no longer at {tmp_path / 'gone'}; give it, or another one, with --decoder DIR"
     )
     changed("images")
     assert "the images behind" in refused("run", *task, "--out", tmp_path / "run")
@@ -370,7 +371,7 @@ def test_without_the_files_of_its_suite_a_run_ends_with_samples_and_the_command_
     (tmp_path / "task.toml").write_text(TASK.format(suite="adm").replace("latents-32", "imagenet-256"))
     shared = ("--backbone", "dit-xs-2", "--protocol", tmp_path / "task.toml", "--data", home / "cache", *FIXED)
     result = done("run", *shared, "--steps", "1", "--out", tmp_path / "run")
-    assert "suite 'adm' measures with --inception FILE and --reference FILE" in result.stderr
+    assert "suite 'adm' needs --inception FILE and --reference FILE" in result.stderr
     (path,) = (tmp_path / "run").glob("samples/*/samples.npz")
     command = f"harness evaluate {path.parent} --inception classify_image_graph_def.pb --reference VIRTUAL_"
     assert command in result.stdout and not (tmp_path / "run" / "records.jsonl").exists()

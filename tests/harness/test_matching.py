@@ -300,7 +300,7 @@ def test_run_and_train_take_the_same_options(tmp_path):
         (["--backbone", "dit-xs-4", "--match-sampling", "plain@9@cfg2"], "no null label"),
         (["--backbone", "plain", "--cfg", "2", "--match-sampling", "dit-xs-2@9"], "no null label"),
         (["--backbone", "dit-xs-4", "--match-sampling", "dit-xs-2@1001"], "more sampling steps than the 1000"),
-        (["--backbone", "dit-xs-4", "--budget", "1e300"], "ask for less"),
+        (["--backbone", "dit-xs-4", "--budget", "1e300"], "give a smaller budget"),
         (["--budget", "1e6", "--cfg", "2"], "--cfg has no part in the table"),
         (["--budget", "1e6", "--steps", "5"], "--steps and --budget both set"),
         (["--budget", "1e6", "--match-sampling", "dit-xs-2@9"], "--match-sampling has no part in the table"),

@@ -63,7 +63,7 @@ def test_runs_are_seeds_by_backbones_and_each_command_asks_for_what_was_expanded
             options = run_command.make_context("run", list(words)).params  # as the command line would read it
             asked = request_from(RunOptions(**options))
             assert asked == request
-            assert sorted({*(options["evaluate_at"] or ()), asked.recipe.steps}) == list(run.marks)
+            assert sorted({*(options["evaluate_at"] or ()), asked.recipe.steps}) == list(run.milestones)
             assert options["precision"] == "float32" and options["report"] is False and options["out"] is None
             assert (asked.samples, asked.sampling.steps, asked.recipe.ema_ramp) == (200, (2, 5), False)
             assert asked.recipe.learning_rate == (3e-4 if run.spec.backbone == "dit-xs-2" else 2e-3)
@@ -76,7 +76,7 @@ def test_before_anything_runs_all_is_to_do_and_nothing_is_written(study, tmp_pat
     (small, _, _, _) = found["runs"]
     assert small["sample_sets"] == 3 * 2 * 2 and small["sample_sets_done"] == small["steps_done"] == 0
     run = expand(study).runs[0]
-    images = 200 * 3 * (2 + 5) * (1 + 2)  # samples, marks, sampler steps, guidance counted twice
+    images = 200 * 3 * (2 + 5) * (1 + 2)  # samples, milestones, sampler steps, guidance counted twice
     assert small["gflops_left"] == pytest.approx(run.gflops_step * 600 + run.requests[0].compute.gflops * images)
     assert found["gflops_left"] == pytest.approx(sum(row["gflops_left"] for row in found["runs"]))
     assert (found["seconds_left"], found["runs_of_unknown_speed"]) == (0, 4)
@@ -86,24 +86,27 @@ def test_before_anything_runs_all_is_to_do_and_nothing_is_written(study, tmp_pat
 
 def test_budgets_spend_the_same(study):
     small, large = expand(study).runs[:2]
-    assert small.marks == (7, 60, 600)
-    assert large.marks[0] == 7
-    for mark, matched in zip(small.marks[1:], large.marks[1:], strict=True):
-        spent = matched * large.gflops_step / (mark * small.gflops_step)
+    assert small.milestones == (7, 60, 600)
+    assert large.milestones[0] == 7
+    for milestone, matched in zip(small.milestones[1:], large.milestones[1:], strict=True):
+        spent = matched * large.gflops_step / (milestone * small.gflops_step)
         assert abs(spent - 1) <= 0.5 / matched
 
-    def marks(budgets, recipes):
+    def milestones(budgets, recipes):
         data = {"protocol": "digits", "backbones": ["dit-xs-4", "dit-xs-2"], "budgets": budgets, "backbone": recipes}
-        return [run.marks for run in expand(from_dict(data, Path("x.toml"))).runs]
+        return [run.milestones for run in expand(from_dict(data, Path("x.toml"))).runs]
 
     double = {"dit-xs-2": {"batch": 256}}  # the protocol's is 128
-    assert marks({"images": ["128k", 256]}, double) == [(2, 1000), (1, 500)]
-    assert marks({"steps": [5]}, double) == [(5,), (5,)]
+    assert milestones({"images": ["128k", 256]}, double) == [(2, 1000), (1, 500)]
+    assert milestones({"steps": [5]}, double) == [(5,), (5,)]
     # What is matched is trained with its own batch, whoever is held against it.
-    (_, (half,)), (_, (whole,)) = marks({"match": "dit-xs-4@800"}, double), marks({"match": "dit-xs-4@800"}, {})
+    (_, (half,)), (_, (whole,)) = (
+        milestones({"match": "dit-xs-4@800"}, double),
+        milestones({"match": "dit-xs-4@800"}, {}),
+    )
     assert abs(half - whole / 2) <= 1
     gflops = 400 * small.gflops_step / 16 * 128
-    assert marks({"gflops": gflops}, {})[0] == (400,)
+    assert milestones({"gflops": gflops}, {})[0] == (400,)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_budgets_spend_the_same(study):
         ("{ match", "{ steps = 5, match", "one of steps, images, gflops, match"),
         ("dit-xs-4@60", "dit-xs-4", "BACKBONE@STEPS"),
         ("dit-xs-4@60", "dit-xs4@60", "did you mean dit-xs-4"),
-        ("evaluate_at = [7]", "evaluate_at = [700]", "beyond the 600 steps of dit-xs-4"),
+        ("evaluate_at = [7]", "evaluate_at = [700]", "more than the 600 training steps of dit-xs-4"),
         ("batch = 16", "btach = 16", "did you mean batch"),
         ("batch = 16", "batch = -16", "batch='-16' cannot be read as int"),
         ("batch = 16", "steps = 16", "budgets"),
@@ -236,7 +239,7 @@ def test_so_many_are_at_work_each_with_its_share_and_sigterm_reaches_all(launche
     assert shares == [(str(max(1, os.cpu_count() // 2)),) * 2, ("5", "2")] or shares[1] == ("2", "5")
     assert [row.state for row in found.rows] == ["failed", "interrupted", "interrupted", "to do", "to do"]
     assert found.rows[0].reason == "nine is too many"
-    assert "stopping: 2 at work write their checkpoints" in said
+    assert "stopping: 2 processes, writing checkpoints" in said
 
 
 def test_a_failed_run_is_begun_again_when_asked_and_one_that_ends_without_samples_is_no_success(launched):
@@ -244,7 +247,7 @@ def test_a_failed_run_is_begun_again_when_asked_and_one_that_ends_without_sample
         Path(f"end-{seed}").touch()
     _, found, _ = launched(4)
     reasons = [row.reason for row in found.rows]
-    assert reasons == ["nine is too many"] + ["ended without an error, but 3 sample sets are not there"] * 4
+    assert reasons == ["nine is too many"] + ["ended without an error, but 3 sample sets are missing"] * 4
     assert launched(4)[2] == []
     said = launched(4, retry_failed=True)[2]
     assert sum(text.startswith("started") for text in said) == 5

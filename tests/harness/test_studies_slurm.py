@@ -105,7 +105,7 @@ def test_false_leaves_an_option_out(study):
     ("given", "message"),
     [
         ({"partiton": "gpu"}, "unknown setting 'partiton'; did you mean partition"),
-        ({"time": "soon"}, "time = 'soon' is no time limit"),
+        ({"time": "soon"}, "time = 'soon' is not a time limit"),
         ({"time": 0}, "less than a minute"),
         ({"job_name": "mine"}, "unknown setting 'job_name'"),
         ({"signal_delay_s": 5}, "signal_delay_s must be more than 20 seconds"),
@@ -116,7 +116,7 @@ def test_false_leaves_an_option_out(study):
         ({"comment": "\x1b[31m"}, "comment = '\\x1b[31m' must be"),
         ({"setup": ["true\nfalse"]}, "must be a list of printable text, one line an item"),
         ({"setup": "true"}, "must be a list of printable text, one line an item"),
-        ({"additional_parameters": {"a\nb": 1}}, r"additional_parameters: 'a\nb' is no name of an option"),
+        ({"additional_parameters": {"a\nb": 1}}, r"additional_parameters: 'a\nb' is not the name of an option"),
         ({"additional_parameters": {"a": "\n"}}, r"additional_parameters.a = '\n' must be"),
     ],
 )
@@ -131,7 +131,7 @@ def test_settings_that_make_no_sense_are_refused(study, given, message):
     [(90, 90), ("90", 90), ("90:01", 91), ("12:00:00", 720), ("2-0", 2880), ("1-2:3", 1563), ("1-2:3:4", 1564)],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(text, minutes):
-    assert slurm.minutes(text) == minutes
+    assert slurm.time_limit_minutes(text) == minutes
 
 
 def test_each_run_is_a_job_that_carries_words_and_is_submitted_once(study, fake, caplog):
