@@ -87,7 +87,7 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
         )
         for row, found, marked in printed
     ]
-    shown = ("training steps", "training seed", "sampler", "sampling steps", "guidance", "protocol", "metric mode")
+    shown = ("training seed", "protocol", "metric mode", *(title.lower() for title in printed[0][1]))
     columns = ("System", *titles, *(column_title(metric, rows) for metric in metrics))
     section = build_section(key_text(head), columns, [row for row, _, _ in printed], cells, shown)
     remarks = _with(section.remarks, remark(rows, marks))

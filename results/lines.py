@@ -14,9 +14,9 @@ from results.records import Record, from_json
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _OWN = re.compile(
-    rf'"high":(?P<high>{_NUMBER}),(?:"higher_is_better":(?P<direction>true|false),)?"id":"(?P<id>[0-9a-f]{{64}})",'
-    rf'"interval":"(?P<interval>[ -!#-\[\]-~]*)",(?P<kind>(?:"kind":"[^"\\]*",)?)"low":(?P<low>{_NUMBER}),'
-    r'"metric":"(?P<metric>[a-z][a-z0-9_]*)",'
+    rf'"high":({_NUMBER}),(?:"higher_is_better":(true|false),)?"id":"([0-9a-f]{{64}})",'
+    rf'"interval":"([ -!#-\[\]-~]*)",((?:"kind":"[^"\\]*",)?)"low":({_NUMBER}),'
+    r'"metric":"([a-z][a-z0-9_]*)",'
 )
 _VALUE = re.compile(rf'"value":({_NUMBER})\}}')
 _DIRECTIONS = {None: None, "true": True, "false": False}
@@ -47,24 +47,30 @@ class LineReader:
         own, last = _OWN.match(text, start), _VALUE.fullmatch(text, end)
         if start < 0 or end < 0 or own is None or last is None:
             return from_json(text)
-        common = (text[:start], own["kind"], text[own.end() : end])
-        value, low, high = float(last[1]) or 0.0, float(own["low"]) or 0.0, float(own["high"]) or 0.0
-        line = {"metric": own["metric"], "value": value, "low": low, "high": high, "interval": own["interval"]}
-        line["higher_is_better"] = _DIRECTIONS[own["direction"]]
+        high_text, direction, id_, interval, kind, low_text, metric = own.groups()  # named groups are slower
+        common = (text[:start], kind, text[own.end() : end])
+        value, low, high = float(last[1]) or 0.0, float(low_text) or 0.0, float(high_text) or 0.0
         known = self._known.get(common)
         if known is None:
             record = from_json(text)
-            if all(getattr(record, name) == stated for name, stated in line.items()):
+            stated = (metric, value, low, high, interval, _DIRECTIONS[direction])
+            if stated == (
+                record.metric, record.value, record.low, record.high, record.interval, record.higher_is_better,
+            ):  # fmt: skip
                 self._remember(common, record)
             return record
         identity = known.before.copy()
-        identity.update(own["metric"].encode("ascii") + known.behind)
+        identity.update(metric.encode("ascii") + known.behind)
         whole = identity.copy()
         whole.update(float.__repr__(value).encode("ascii"))
-        if whole.hexdigest() != own["id"] or not -math.inf < low <= high < math.inf:
+        if whole.hexdigest() != id_ or not -math.inf < low <= high < math.inf:
             return from_json(text)  # which names what is wrong
         record = object.__new__(Record)
-        vars(record).update(known.fields, **line, _hashes=(identity.hexdigest(), own["id"]))
+        hashes = (identity.hexdigest(), id_)
+        vars(record).update(
+            known.fields, metric=metric, value=value, low=low, high=high, interval=interval,
+            higher_is_better=_DIRECTIONS[direction], _hashes=hashes,
+        )  # fmt: skip
         return record
 
     def _remember(self, common: tuple[str, str, str], record: Record) -> None:
