@@ -18,9 +18,7 @@ class Metric:
     direction: str  # "lower" or "higher" is better
     minimum: int  # fewest samples that it accepts
     paper: str
-    compute: (
-        str  # "module:attribute" of a function Evidence -> {key: Estimate}; called once for all metrics that name it
-    )
+    compute: str  # "module:attribute" of a function MetricInputs -> {key: Estimate}; called once for all metrics that name it
     needs_logits: bool = False
     bounds: tuple[float, float] | None = None  # what the value cannot leave: its interval is cut there
     title: str = ""  # in tables and figures; "": the key

@@ -125,7 +125,7 @@ def unknown(noun: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {noun} {shown(name)}; {hint}"
 
 
-def _items(thing: Any, of: type | None) -> list[Any]:
+def _items(thing: object, of: type | None) -> list[Any]:
     if (
         callable(thing)
         and not isinstance(thing, type)

@@ -103,14 +103,14 @@ class BackboneSpec:
                 f"backbone {self.name!r}: builders for {unknown[0]!r}, but only {', '.join(FRAMEWORKS)} exist"
             )
 
-    def arguments(self, **overrides: Any) -> dict[str, Any]:
+    def arguments(self, **overrides: object) -> dict[str, Any]:
         """The builder's arguments: the defaults, replaced by `overrides`. Raises `UserError` for an unknown name."""
         if unknown := sorted(set(overrides) - set(self.defaults)):
             known = ", ".join(self.defaults)
             raise UserError(f"backbone {self.name!r} has no argument {unknown[0]!r}; it has {known}")
         return {**self.defaults, **overrides}
 
-    def build(self, framework: str = "torch", **overrides: Any) -> Any:
+    def build(self, framework: str = "torch", **overrides: object) -> Any:
         """The initialised network: a torch.nn.Module, or a flax nnx module for "jax"."""
         return self.builder(framework)(**self.arguments(**overrides))
 
@@ -124,7 +124,7 @@ class BackboneSpec:
             raise UserError(f"backbone {self.name!r} is not implemented for {framework!r}; it is for {have}")
         return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")
 
-    def count(self, **overrides: Any) -> Compute:
+    def count(self, **overrides: object) -> Compute:
         """Compute and parameters: by the closed form if there is one, else by tracing (imports torch)."""
         if self.closed_form is None:
             assert _tracer is not None, "importing harness sets the tracer"

@@ -325,7 +325,7 @@ def _required(cls: type) -> frozenset[str]:
     return frozenset(field.name for field in fields if field.default is absent and field.default_factory is absent)
 
 
-def _coerce(value: Any, kind: type) -> Any:
+def _coerce(value: object, kind: type) -> Any:
     """`value` as `kind`; numpy scalars become Python numbers. TypeError or ValueError that quotes an unfit value."""
     if kind is float:
         if type(value) is not float:

@@ -70,7 +70,7 @@ class Decoder:
         """Billions of multiply-adds of decoding one image."""
         return self.compute(image_size).gmacs
 
-    def decode(self, latents: Any) -> torch.Tensor:
+    def decode(self, latents: object) -> torch.Tensor:
         """Latents float32 (N, C, h, w), a tensor or an array, to images float32 (N, 3, factor h, factor w) in [-1, 1].
 
         The images are inference tensors on the decoder's device. Autocast and TF32 are off. `batch` latents are decoded

@@ -23,7 +23,7 @@ class Value(click.ParamType):
     def __init__(self, name: str, read: Callable[[Any], Any]):
         self.name, self.read = name, read
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             return self.read(value)
         except ValueError as error:
@@ -47,7 +47,7 @@ def settings_options(options: type[Options]) -> Callable[[Function], Function]:
     return decorate
 
 
-def _parameter(name: str, known: Setting, default: Any) -> Callable[[Function], Function]:
+def _parameter(name: str, known: Setting, default: object) -> Callable[[Function], Function]:
     """The click option, or argument, of one setting."""
     if known.argument:
         return click.argument(name, type=_type(known), metavar=known.metavar or name.upper())

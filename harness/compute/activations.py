@@ -12,7 +12,7 @@ from harness.spec import BackboneSpec
 UNET_BLOCK_SHARE = 4  # the largest block of a U-Net stores less than 1/4 of all activations
 
 
-def activation_bytes(spec: BackboneSpec, **overrides: Any) -> int:
+def activation_bytes(spec: BackboneSpec, **overrides: object) -> int:
     """Bytes that the float32 forward pass of one image stores for the backward pass.
 
     The sum of all storages that autograd saves, without parameters and inputs, and without the memory of the loss and

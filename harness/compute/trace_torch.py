@@ -32,7 +32,7 @@ def _convolution(args: tuple[Any, ...], out: Tensor) -> int:
     return prod(cells.shape) * prod(weight.shape[1:])
 
 
-def _attention(args: tuple[Any, ...], out: Any) -> int:
+def _attention(args: tuple[Any, ...], out: object) -> int:
     query, key, value = args[:3]
     n, heads, tokens, features = query.shape
     return n * heads * tokens * key.shape[-2] * (features + value.shape[-1])
@@ -135,7 +135,7 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
+def trace(spec: BackboneSpec, **overrides: object) -> Compute:
     """Compute of one forward pass of the torch network on one image, counted operator by operator.
 
     `overrides` are arguments of the builder. Rows are named by the qualified name of the innermost module. `params` counts
@@ -159,7 +159,7 @@ def follow_modules(net: nn.Module, running: list[str]) -> Iterator[None]:
     def enter(name: str) -> Callable[..., None]:
         return lambda *_: running.append(name)
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         running.pop()
 
     handles = []

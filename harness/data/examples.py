@@ -44,5 +44,5 @@ class Examples(Protocol):
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """What is stored of examples `rows`, int64 (n,), mirrored left to right where `mirrored`, bool (n,): (n, ...)."""
 
-    def to_model_input(self, stored: Any, normal: Normal) -> Any:
+    def to_model_input(self, stored: object, normal: Normal) -> Any:
         """`stored` (n, ...), a torch tensor or a jax array, to what the network learns, float32 (n, C, H, W)."""

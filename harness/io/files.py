@@ -22,7 +22,7 @@ PARTIAL = ".partial"  # suffix of a file or folder that is not complete yet
 LOCK_ATTEMPTS, LOCK_SECONDS = 5, 0.25  # attempts, and the seconds they take together, before a lock counts as taken
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write `data` as JSON under `path`, atomically."""
     write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 

@@ -65,14 +65,14 @@ def read_path(value: Any) -> Path:
     return Path(value)
 
 
-def read_text(value: Any) -> str:
+def read_text(value: object) -> str:
     """Text as it is."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not text")
     return value
 
 
-def read_switch(value: Any) -> bool:
+def read_switch(value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{value!r} is neither True nor False")

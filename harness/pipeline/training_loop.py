@@ -129,7 +129,7 @@ def keep_ema_checkpoint(run: Run, step: int) -> None:
             files.write_bytes(target, checkpoint.part("ema").read_bytes())
     entry = checkpoint.state["files"]["ema.safetensors"]
     state = {key: checkpoint.state[key] for key in ("schema", "step", "seconds", "spent") if key in checkpoint.state}
-    files.write_json(folder / "state.json", {**state, "files": {"ema.safetensors": entry}})
+    files.write_json(folder / "state.json", state | {"files": {"ema.safetensors": entry}})
 
 
 class CheckpointManager:

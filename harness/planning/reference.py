@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from harness.io.text import COUNT_EXAMPLES, count
 
@@ -26,7 +25,7 @@ class Reference:
         return f"{self.backbone}@{','.join(map(str, self.steps))}{guidance}"
 
 
-def parse_reference(text: Any) -> Reference:
+def parse_reference(text: object) -> Reference:
     """A reference from BACKBONE@STEPS, as in dit-xl-2@400k. Raises `ValueError` for other text."""
     if isinstance(text, Reference):
         return text
@@ -36,7 +35,7 @@ def parse_reference(text: Any) -> Reference:
     return Reference(backbone=name, steps=(_steps(steps, text),))
 
 
-def parse_sampling_reference(text: Any) -> Reference:
+def parse_sampling_reference(text: object) -> Reference:
     """A reference from BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5. Raises `ValueError` for other text."""
     if isinstance(text, Reference):
         return text
@@ -54,7 +53,7 @@ def parse_sampling_reference(text: Any) -> Reference:
     return Reference(backbone=name, steps=tuple(steps), guidance_scale=scale)
 
 
-def parse_budget(text: Any) -> float:
+def parse_budget(text: object) -> float:
     """Gflops from text such as 1e12, 3.2e9, 0.5 or 400k. Raises `ValueError` for other text."""
     words = str(text)
     factor = {"k": 1e3, "m": 1e6}.get(words[-1:].lower(), 1)

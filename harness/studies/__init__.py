@@ -107,7 +107,7 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
     return Study(name=name, file=path, guidance_scales=scales, settings=settings, **items)
 
 
-def _read(data: Any, known: dict[str, Callable[[Any, str], Any]], where: str) -> dict[str, Any]:
+def _read(data: object, known: dict[str, Callable[[Any, str], Any]], where: str) -> dict[str, Any]:
     """The items of the table `data`, each parsed by its function in `known`; `where` names the table in messages."""
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table, not {shown(data)}")
@@ -124,13 +124,13 @@ def _read(data: Any, known: dict[str, Callable[[Any, str], Any]], where: str) ->
     return items
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError("must be text")
     return value
 
 
-def _integer(value: Any, where: str, minimum: int = 0) -> int:
+def _integer(value: object, where: str, minimum: int = 0) -> int:
     """A whole number, also from a count such as "400k"."""
     number = count(value) if isinstance(value, str) else value
     if not isinstance(number, int) or isinstance(number, bool) or not minimum <= number < 2**63:
@@ -138,11 +138,11 @@ def _integer(value: Any, where: str, minimum: int = 0) -> int:
     return number
 
 
-def _positive(value: Any, where: str) -> int:
+def _positive(value: object, where: str) -> int:
     return _integer(value, where, 1)
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError("must be a number")
     return float(value)
@@ -151,7 +151,7 @@ def _number(value: Any, where: str) -> float:
 def _list(read_item: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
     """The parser of a list whose items `read_item` parses: not empty, without duplicates; one item stands for a list of one."""
 
-    def read(value: Any, where: str) -> tuple[Any, ...]:
+    def read(value: object, where: str) -> tuple[Any, ...]:
         values = [read_item(each, where) for each in (value if isinstance(value, list) else [value])]
         if not values:
             raise ValueError("the list is empty")
@@ -163,7 +163,7 @@ def _list(read_item: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[An
     return read
 
 
-def _recipe_value(value: Any) -> str:
+def _recipe_value(value: object) -> str:
     """The value of a recipe's item as text for `--set`."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -172,7 +172,7 @@ def _recipe_value(value: Any) -> str:
     raise ValueError("must be a number, true, false or text")
 
 
-def _recipe(value: Any, where: str) -> dict[str, str]:
+def _recipe(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError("must be a table")
     if "steps" in value:
@@ -180,19 +180,19 @@ def _recipe(value: Any, where: str) -> dict[str, str]:
     return {name: _recipe_value(each) for name, each in value.items()}
 
 
-def _recipes(value: Any, where: str) -> dict[str, dict[str, str]]:
+def _recipes(value: object, where: str) -> dict[str, dict[str, str]]:
     if not isinstance(value, dict):
         raise ValueError('must hold tables, as in [backbone."dit-xs-2"]')
     return {name: _recipe(each, f"{where[:-1]}.{name}]") for name, each in value.items()}
 
 
-def _budgets(value: Any, where: str) -> tuple[str, tuple[Any, ...]]:
+def _budgets(value: object, where: str) -> tuple[str, tuple[Any, ...]]:
     from harness.planning.reference import parse_budget, parse_reference
 
-    def gflops(each: Any, where: str) -> float:
+    def gflops(each: object, where: str) -> float:
         return parse_budget(str(each))
 
-    def reference(each: Any, where: str) -> Any:
+    def reference(each: object, where: str) -> Any:
         return parse_reference(_text(each, where))
 
     kinds = {"steps": _list(_positive), "images": _list(_positive), "gflops": _list(gflops), "match": _list(reference)}
@@ -202,7 +202,7 @@ def _budgets(value: Any, where: str) -> tuple[str, tuple[Any, ...]]:
     return next(iter(items.items()))
 
 
-def _sampling(value: Any, where: str) -> dict[str, Any]:
+def _sampling(value: object, where: str) -> dict[str, Any]:
     known = {key: _reader(name) for key, name in SAMPLING_KEYS.items()}
     return _read(value, {**known, GUIDANCE_SCALES: _list(_number)}, where)
 
@@ -211,7 +211,7 @@ def _reader(name: str) -> Callable[[Any, str], Any]:
     """The parser of a run's setting from TOML. It is stricter than the flag: a number is not accepted as text."""
     known = settings_of(RunOptions)[name]
 
-    def word(value: Any, where: str) -> str:
+    def word(value: object, where: str) -> str:
         text = _text(value, where)
         if known.choices and text not in known.choices:
             raise ValueError(f"choose one of {', '.join(known.choices)}")
@@ -228,13 +228,13 @@ def _reader(name: str) -> Callable[[Any, str], Any]:
     return _list(word) if known.repeat else readers.get(known.type_name, word)
 
 
-def _switch(value: Any, where: str) -> bool:
+def _switch(value: object, where: str) -> bool:
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
 
 
-def _table(value: Any, where: str) -> dict[str, Any]:
+def _table(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("must be a table")
     return value

@@ -55,7 +55,7 @@ def get_system(name: str) -> System:
     return load_system(Path(name)) if name.endswith(".toml") else registry.systems.get(name)
 
 
-def _fill(of: type[Item], data: Any, where: str) -> Item:
+def _fill(of: type[Item], data: object, where: str) -> Item:
     """An `of` from a table. Raises `UserError` for an unknown, missing or mistyped item."""
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table, not {type(data).__name__}")
@@ -87,7 +87,7 @@ def _fill(of: type[Item], data: Any, where: str) -> Item:
     return of(**values)
 
 
-def _is_argument(value: Any, depth: int = 2) -> bool:
+def _is_argument(value: object, depth: int = 2) -> bool:
     """Whether `value` can be an argument of a network: a number, true or false, a name, or a list of such values."""
     if isinstance(value, list):
         return depth > 0 and all(_is_argument(each, depth - 1) for each in value)

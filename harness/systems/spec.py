@@ -333,5 +333,5 @@ def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:
     return {**part, "arguments": arguments}
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return shown(value).strip("'")

@@ -132,7 +132,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> Opened:
     budget = pickles.Budget()
     seen: set[str] = set()
 
-    def persistent(identifier: Any) -> StorageKey:
+    def persistent(identifier: object) -> StorageKey:
         storage = storage_of(identifier)
         if storage.key in storages and storage.key not in seen:
             seen.add(storage.key)
@@ -202,7 +202,7 @@ def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
     swapped = isinstance(system, dict) and system.get("little_endian") is False
     storages: dict[str, StorageKey] = {}
 
-    def persistent(identifier: Any) -> Any:
+    def persistent(identifier: object) -> Any:
         if isinstance(identifier, tuple) and identifier and identifier[0] == "module":
             return identifier[1] if len(identifier) > 1 else None  # a class with its source code: its name
         storage = storage_of(identifier)
