@@ -1,13 +1,13 @@
-"""The settings of every stage: one table, from which every other list of settings is made.
+"""The settings of all stages: one table, from which all other lists of settings are made.
 
-Each stage (run, train, sample, evaluate, plan, report, compare) has a frozen dataclass of options. A field is a setting:
-its name is the keyword of the Python call (`harness.run(sampling_steps=...)`) and, with dashes, the flag of the command
-line (`--sampling-steps`). The rest of what is known of a setting stands in the field's metadata (`Setting`): help,
-accepted values, key in a study file, whether it is frozen when a run is created, where a record states it. From this
-table come the options of the command line, the keys of study files, the commands of a study, the commands that reproduce
-a record, and the names in footnotes.
+Each stage (run, train, sample, evaluate, plan, report, compare) has a frozen dataclass of options. Each field is a setting.
+Its name is the keyword of the Python call (`harness.run(sampling_steps=...)`) and, with dashes, the flag of the command
+line (`--sampling-steps`). The field's metadata (`Setting`) holds the rest: help, accepted values, key in a study file,
+whether the setting is frozen when a run is created, and the field of a record that states it. This table defines the
+options of the command line, the keys of study files, the commands of a study, the commands that reproduce a record, and
+the names in footnotes.
 
-Values may be given as text, as on the command line ("400k", "16,32,64"), or as Python values (400_000, [16, 32, 64]).
+Values are text as on the command line ("400k", "16,32,64") or Python values (400_000, [16, 32, 64]).
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ LOGGERS = ("tensorboard", "wandb")  # names of harness.loggers
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is known of a setting beside its name, type and default.
+    """The properties of a setting, besides its name, type and default.
 
-    flags: of the command line where they are not `--name`; of a switch perhaps "--x/--no-x". choices: the accepted words.
-    repeat: the flag may be given several times. default_text: the default in words, for the help. study: its key in a study
-    file, "key" or "section.key"; empty: not there. frozen: decided when a run is created, because it decides bits; the
-    word stands for "not given". item: of the protocol's section [sampling] that it overrides. recorded: the field of `results.records.Record` that states it, such as "sampling.eta".
-    footnote: its name in footnotes. argument: a positional argument of the command line.
+    flags: its flags, if they are not `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the flag
+    may be given several times. default_text: the default as text, for the help. study: its key in a study file, "key" or
+    "section.key"; empty: none. frozen: not None if the setting is frozen when a run is created, because it decides bits; the
+    text is the value that means "not given". item: the item of the protocol's [sampling] that it overrides. recorded: the
+    field of `results.records.Record` that states it, such as "sampling.eta". footnote: its name in footnotes. argument:
+    whether it is a positional argument of the command line.
     """
 
     help: str
@@ -69,10 +70,10 @@ class Setting:
     recorded: str = ""
     footnote: str = ""
     argument: bool = False
-    type_name: str = ""  # of the value, in usage messages and help
+    type_name: str = ""  # name of the type, in usage messages and help
 
     def flag(self, name: str) -> str:
-        """The flag by which messages and commands call the setting."""
+        """The flag of the setting, as used in messages and commands."""
         return self.flags[0].partition("/")[0] if self.flags else f"--{name.replace('_', '-')}"
 
 
@@ -80,7 +81,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 
 def setting(help: str, read: Callable[[Any], Any], default: Any = None, **known: Any) -> Any:
-    """A dataclass field that is a setting."""
+    """A dataclass field for a setting; `known` are further fields of `Setting`."""
     metadata = {"setting": Setting(help=help, read=read, **known)}
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata, kw_only=not known.get("argument", False))
@@ -95,7 +96,7 @@ def settings_of(options: type | Options) -> dict[str, Setting]:
 
 
 class Options:
-    """Base of the options classes: values are read and checked at construction; UserError names the setting."""
+    """Base of the options classes. Values are parsed and checked at construction; `UserError` names the setting."""
 
     def __post_init__(self) -> None:
         for name, known in settings_of(self).items():
@@ -114,34 +115,34 @@ class Options:
 
     def given(self) -> dict[str, Any]:
         """The settings that differ from their defaults."""
-        found = {}
+        changed = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             factory = field.default_factory
             default = factory() if factory is not dataclasses.MISSING else field.default
             if (value := getattr(self, field.name)) != default:
-                found[field.name] = value
-        return found
+                changed[field.name] = value
+        return changed
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Backbone(Options):
-    backbone: str = setting("A name of `harness list backbones`.", read_text, REQUIRED, metavar="NAME")
+    backbone: str = setting("A name from `harness list backbones`.", read_text, REQUIRED, metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OptionalBackbone(Options):
     backbone: str | None = setting(
-        "A name of `harness list backbones`; without it --budget or --match gives a table of all backbones.", read_text,
+        "A name from `harness list backbones`; without it --budget or --match gives a table of all backbones.", read_text,
         metavar="NAME",
     )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(Options):
-    """What defines a run: the experiment, how long, and how this machine trains it."""
+    """Settings of a run: the experiment, the training steps, and how this machine trains it."""
 
     protocol: str | None = setting(
-        "The protocol: what is generated, how it is judged, the default recipe.", read_text, metavar="NAME|FILE.toml",
+        "The protocol: data set, evaluation, default recipe and sampling.", read_text, metavar="NAME|FILE.toml",
         default_text=f"{DEFAULT_PROTOCOL}; the paper's: imagenet-256",
     )  # fmt: skip
     steps: int | None = setting(
@@ -149,11 +150,11 @@ class TrainingSettings(Options):
         recorded="training.steps", footnote="training steps",
     )  # fmt: skip
     match: Reference | None = setting(
-        "Instead of --steps: train for the compute of that backbone with that many steps of the same recipe, both counted "
-        "at the protocol's input, as in dit-xl-2@400k.", parse_reference, metavar="BACKBONE@STEPS", type_name="reference",
+        "Instead of --steps: train for the compute of BACKBONE with STEPS steps of the same recipe, both counted at the "
+        "protocol's input, as in dit-xl-2@400k.", parse_reference, metavar="BACKBONE@STEPS", type_name="reference",
     )  # fmt: skip
     budget: float | None = setting(
-        "Instead of --steps: train for so many Gflops (Gflops of the network x batch x steps x 3), as in 1e12.",
+        "Instead of --steps: train for this compute (Gflops of the network x batch x steps x 3), as in 1e12.",
         parse_budget, metavar="GFLOPS", type_name="gflops",
     )  # fmt: skip
     seed: int = setting(
@@ -161,10 +162,10 @@ class TrainingSettings(Options):
         footnote="training seed",
     )  # fmt: skip
     data: Path | None = setting(
-        "Where the data set is, if the protocol needs one.", read_path, metavar="PATH", study="data", type_name="path"
+        "Path of the data set, if the protocol needs one.", read_path, metavar="PATH", study="data", type_name="path"
     )
     framework: str = setting(
-        "Framework of network and engine.", read_text, "torch", choices=FRAMEWORKS, show_default=True, study="framework",
+        "Framework of the network and the training.", read_text, "torch", choices=FRAMEWORKS, show_default=True, study="framework",
         recorded="framework", footnote="framework",
     )  # fmt: skip
     set: dict[str, Any] = setting(
@@ -172,17 +173,17 @@ class TrainingSettings(Options):
         read_pairs("NAME=VALUE", "learning_rate=1e-3"), {}, metavar="NAME=VALUE", repeat=True, type_name="name=value",
     )  # fmt: skip
     precision: str = setting(
-        "Arithmetic of the network in training. auto: float32 or bfloat16, whichever is measured to be faster when the run "
-        "is created. tf32: NVIDIA GPUs.", read_text, "auto", choices=("auto", *PRECISIONS), show_default=True,
+        "Arithmetic of the network in training. auto: float32 or bfloat16, measured when the run is created; the faster one "
+        "is used. tf32: NVIDIA GPUs.", read_text, "auto", choices=("auto", *PRECISIONS), show_default=True,
         study="precision", frozen="auto", recorded="training.precision", footnote="training precision",
     )  # fmt: skip
     compile: str | None = setting(
-        "torch.compile, for training and sampling. auto: compiles where it measures that a run of an hour or more ends "
-        "sooner, compilation included.", read_text, choices=("auto", "on", "off"), study="compile", frozen="auto",
+        "torch.compile, for training and sampling. auto: compile if a measurement shows that a run of an hour or more ends "
+        "sooner, including the compilation.", read_text, choices=("auto", "on", "off"), study="compile", frozen="auto",
         default_text="off, or as the run was created",
     )  # fmt: skip
     micro_batch: int | None = setting(
-        "Batch size of one forward pass in training.", read_count, default_text="what fits free memory", type_name="count",
+        "Batch size of one forward pass in training.", read_count, default_text="as large as fits in free memory", type_name="count",
         study="micro_batch", frozen="", recorded="training.micro_batch", footnote="micro-batch",
     )  # fmt: skip
     device: str | None = setting(
@@ -204,7 +205,7 @@ class TrainingSettings(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings(Options):
-    """What defines sample sets."""
+    """Settings of sample sets."""
 
     sampling_steps: tuple[int, ...] | None = setting(
         "Sampler steps; each number gives one sample set.", read_counts, metavar="N,N,...", default_text="the protocol's",
@@ -215,11 +216,11 @@ class SamplingSettings(Options):
         type_name="count", recorded="n",
     )  # fmt: skip
     sampler: str | None = setting(
-        "A name of `harness list samplers`.", read_text, metavar="NAME", default_text="the protocol's",
+        "A name from `harness list samplers`.", read_text, metavar="NAME", default_text="the protocol's",
         study="sampling.sampler", item="sampler", recorded="sampling.sampler", footnote="sampler",
     )  # fmt: skip
     eta: float | None = setting(
-        "DDIM's share of fresh noise, from 0 to 1.", read_fraction, study="sampling.eta", item="eta", type_name="float",
+        "Share of fresh noise in DDIM, from 0 to 1.", read_fraction, study="sampling.eta", item="eta", type_name="float",
         recorded="sampling.eta", footnote="eta",
     )  # fmt: skip
     cfg: float | None = setting(
@@ -243,19 +244,19 @@ class SamplingSettings(Options):
         study="sampling.precision", recorded="sampling.precision", footnote="sampling precision",
     )  # fmt: skip
     match_sampling: Reference | None = setting(
-        "Instead of --sampling-steps: as many steps as cost what an image of that backbone does with N steps each, guidance "
-        "counted twice, as in dit-xl-2@250@cfg1.5.", parse_sampling_reference, metavar="BACKBONE@N,N,...[@cfgSCALE]",
+        "Instead of --sampling-steps: for each N, the steps that cost as much per image as N steps of BACKBONE; a step with "
+        "guidance counts twice, as in dit-xl-2@250@cfg1.5.", parse_sampling_reference, metavar="BACKBONE@N,N,...[@cfgSCALE]",
         type_name="reference",
     )  # fmt: skip
 
     def overrides(self) -> dict[str, Any]:
-        """The items of a protocol's [sampling] (but steps) that these settings override; None: not given."""
+        """The items of a protocol's [sampling], without steps, that these settings override; None: not given."""
         return {known.item: getattr(self, name) for name, known in settings_of(self).items() if known.item}
 
 
 _LOGGER = {"choices": LOGGERS, "repeat": True, "study": "logger"}
 _LOGGER_HELP = (
-    "Also write the losses for this viewer, below the folder of the run (repeatable; extra of the same name)."
+    "Also write the losses for this viewer, in the folder of the run (repeatable; needs the extra of the same name)."
 )
 
 
@@ -265,7 +266,7 @@ class TrainOptions(TrainingSettings, _Backbone):
 
     logger: tuple[str, ...] = setting(_LOGGER_HELP, read_texts, (), **_LOGGER)
     fork: Path | None = setting(
-        "Start from the newest checkpoint of that run.", read_path, metavar="RUN", type_name="path"
+        "Create the run from the newest checkpoint of this other run.", read_path, metavar="RUN", type_name="path"
     )
 
 
@@ -274,11 +275,11 @@ class RunOptions(SamplingSettings, TrainOptions):
     """Options of `harness run`."""
 
     decoder: str | None = setting(
-        "What decodes the latents of a run: a folder, or ft-ema, ft-mse.", read_text, metavar="DIR|NAME",
-        default_text="the autoencoder that made them", study="decoder", recorded="sampling.decoder", footnote="decoder",
+        "Autoencoder that decodes the samples of a run in latents: a folder, or ft-ema, ft-mse.", read_text, metavar="DIR|NAME",
+        default_text="the one that made the latents", study="decoder", recorded="sampling.decoder", footnote="decoder",
     )  # fmt: skip
     reference: Path | None = setting(
-        "Images to judge by, as in `harness evaluate`.", read_path, metavar="PATH", default_text="the data set's",
+        "Reference images, as in `harness evaluate`.", read_path, metavar="PATH", default_text="the data set",
         study="reference", type_name="path",
     )  # fmt: skip
     features_weights: Path | None = setting(
@@ -304,12 +305,12 @@ class PlanOptions(SamplingSettings, TrainingSettings, _OptionalBackbone):
 
 @dataclass(frozen=True, kw_only=True)
 class _SampleSource(Options):
-    run: Path | None = setting("A trained run.", read_path, metavar="DIR", type_name="path")
+    run: Path | None = setting("Folder of a trained run.", read_path, metavar="DIR", type_name="path")
     step: int | None = setting(
         "The training step whose checkpoint is sampled.", read_count, default_text="the last one", type_name="count"
     )
     system: str | None = setting(
-        "Instead of --run: a name of `harness list systems`.", read_text, metavar="NAME|FILE.toml"
+        "Instead of --run: a name from `harness list systems`.", read_text, metavar="NAME|FILE.toml"
     )
     weights: dict[str, Path] = setting(
         "Weights of a part of the system (base, classifier, upsampler, upsampler-2, decoder): a checkpoint or a run "
@@ -319,11 +320,11 @@ class _SampleSource(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(SamplingSettings, _SampleSource):
-    """Options of `harness sample`: of a trained run, or of a system with weights from anywhere."""
+    """Options of `harness sample`, for a trained run or for a system with its weights."""
 
     decoder: str | None = setting(
-        "What decodes the latents of a run: a folder, or ft-ema, ft-mse.", read_text, metavar="DIR|NAME",
-        default_text="the autoencoder that made them",
+        "Autoencoder that decodes the samples of a run in latents: a folder, or ft-ema, ft-mse.", read_text, metavar="DIR|NAME",
+        default_text="the one that made the latents",
     )  # fmt: skip
     batch: int | None = setting("Batch size of one forward pass.", read_count, type_name="count")
     compile: str | None = setting(
@@ -344,25 +345,25 @@ class EvaluateOptions(Options):
     """Options of `harness evaluate`."""
 
     samples: Path = setting(
-        "An .npz of ADM's layout or the folder that holds samples.npz, an .npy, a folder of PNG files, shards (.npz, .tar), or "
-        "a pattern of these.", read_path, REQUIRED, argument=True, type_name="path",
+        "An .npz in the layout of ADM's evaluator, a folder with samples.npz, an .npy, a folder of PNG files, shards (.npz, "
+        ".tar), or a pattern of these.", read_path, REQUIRED, argument=True, type_name="path",
     )  # fmt: skip
     protocol: str | None = setting(
         "The protocol of the samples.", read_text, metavar="NAME|FILE.toml",
-        default_text="that of the run or the sidecar, else " + DEFAULT_PROTOCOL,
+        default_text="that of the run or sidecar, else " + DEFAULT_PROTOCOL,
     )  # fmt: skip
     data: Path | None = setting(
-        "Where the protocol's data set is, if it needs one.", read_path, metavar="PATH", type_name="path"
+        "Path of the protocol's data set, if it needs one.", read_path, metavar="PATH", type_name="path"
     )
     suite: str | None = setting(
-        "A name of `harness list suites`, or metrics on features of your choice, as in dinov2-vit-b-14:fd,kid (see `harness "
-        "list features` and `metrics`).", read_text, metavar="NAME|FEATURES:METRIC,..", default_text="the protocol's",
+        "A name from `harness list suites`, or features with metrics, as in dinov2-vit-b-14:fd,kid (see `harness list "
+        "features` and `harness list metrics`).", read_text, metavar="NAME|FEATURES:METRIC,..", default_text="the protocol's",
     )  # fmt: skip
     reference: Path | None = setting(
-        "Images to judge by, with mu and sigma if the file has them.", read_path, metavar="PATH", type_name="path"
+        "Reference images; mu and sigma are used if the file has them.", read_path, metavar="PATH", type_name="path"
     )
     features_weights: Path | None = setting(
-        "Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.", read_path,
+        "Weights of the suite's network; for suite adm: classify_image_graph_def.pb, or its torch port.", read_path,
         metavar="FILE", flags=("--features-weights", "--inception"), type_name="path",
     )  # fmt: skip
     backend: str = setting(
@@ -377,10 +378,10 @@ class EvaluateOptions(Options):
         type_name="path",
     )  # fmt: skip
     neighbours: Path | None = setting(
-        "Draw the samples nearest to training images.", read_path, metavar="FILE.png", type_name="path"
+        "Write a picture of the samples nearest to training images.", read_path, metavar="FILE.png", type_name="path"
     )
     allow: tuple[str, ...] = setting(
-        "Warn where this guard refuses (repeatable).", read_texts, (), metavar="GUARD", repeat=True
+        "Only warn if this guard fails (repeatable).", read_texts, (), metavar="GUARD", repeat=True
     )
 
 
@@ -393,10 +394,10 @@ class ReportOptions(Options):
         default_text="runs/", type_name="path",
     )  # fmt: skip
     out: Path | None = setting(
-        "Where to write.", read_path, metavar="DIR", default_text="runs/report/", type_name="path"
+        "Folder of the report.", read_path, metavar="DIR", default_text="runs/report/", type_name="path"
     )
     protocol: str | None = setting(
-        "Only this protocol's own table and curve.", read_text, metavar="NAME", default_text="every protocol"
+        "Only the table and the curve of this protocol.", read_text, metavar="NAME", default_text="every protocol"
     )
 
 
@@ -407,9 +408,9 @@ class CompareOptions(Options):
     a: Path = setting(
         "A run, a folder of runs, or a record file.", read_path, REQUIRED, argument=True, type_name="path"
     )
-    b: Path = setting("The same for the other side.", read_path, REQUIRED, argument=True, type_name="path")
+    b: Path = setting("The other side.", read_path, REQUIRED, argument=True, type_name="path")
     step: int | None = setting(
-        "Training steps of the records to compare, where a side has several.", read_count, type_name="count"
+        "Training steps of the records to compare, if a side has several.", read_count, type_name="count"
     )
 
 
@@ -419,9 +420,9 @@ Result = TypeVar("Result")
 
 
 def keyword_options(options: Callable[P, Chosen]) -> Callable[[Callable[[Chosen], Result]], Callable[P, Result]]:
-    """Decorator: the function of one options object is called with the fields as keyword arguments.
+    """Decorator: a function of one options object becomes a function of its fields as keyword arguments.
 
-    The docstring gets a line for each setting, from the table.
+    One line for each setting is added to the docstring.
     """
 
     def decorate(function: Callable[[Chosen], Result]) -> Callable[P, Result]:
@@ -447,7 +448,7 @@ def _described(known: Setting) -> str:
 
 
 def command_words(command: str, options: Options) -> tuple[str, ...]:
-    """The command line that gives `options`: every setting that differs from its default, in the order of the table."""
+    """The command line of `options`: the settings that differ from their defaults, in the order of the table."""
     arguments: list[str] = []
     words = ["harness", command]
     known = settings_of(options)
@@ -460,7 +461,7 @@ def command_words(command: str, options: Options) -> tuple[str, ...]:
 
 
 def flag_words(name: str, known: Setting, value: Any) -> list[str]:
-    """The flag of one setting with its value, as words of a command line."""
+    """The flag of one setting and its value, as words of a command line."""
     flag = known.flag(name)
     if isinstance(value, bool):
         both = known.flags[0].split("/") if known.flags and "/" in known.flags[0] else [flag]
@@ -473,7 +474,7 @@ def flag_words(name: str, known: Setting, value: Any) -> list[str]:
 
 
 def value_text(value: object) -> str:
-    """Text that a flag and --set read back as the same value."""
+    """The value as text that a flag or --set parses back to the same value."""
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, float) else str(value)
@@ -485,39 +486,39 @@ def command_line(words: Iterable[str]) -> str:
 
 
 def frozen_settings(options: Options) -> dict[str, Any]:
-    """What was asked for of the settings that are frozen when a run is created; None: not asked for."""
-    found: dict[str, Any] = {}
+    """The values of the settings that are frozen when a run is created; None: not given."""
+    values: dict[str, Any] = {}
     for name, known in settings_of(options).items():
         if known.frozen is not None:
             value = getattr(options, name)
-            found[name] = None if value in (None, False, known.frozen) else value
-    return found
+            values[name] = None if value in (None, False, known.frozen) else value
+    return values
 
 
 def study_settings(options: type[Options], section: str) -> dict[str, str]:
-    """Keys of a study file's section ("" for the top level) with the names of the settings that they give."""
-    found = {}
+    """The names of the settings by their keys in a section of a study file ("" for the top level)."""
+    names = {}
     for name, known in settings_of(options).items():
         place, _, key = known.study.rpartition(".")
         if key and place == section:
-            found[key] = name
-    return found
+            names[key] = name
+    return names
 
 
 def only_one(flags: Mapping[str, Any], what: str) -> None:
-    """Refuse more than one of the flags (by name, with their values) that set the same thing."""
+    """Raise `UserError` if more than one of the flags (name: value), which all set `what`, is given."""
     given = [flag for flag, value in flags.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} set {what}; give one of them")
 
 
 def recorded_settings(options: type[Options], record: Any) -> dict[str, Any]:
-    """The settings that a record states, by name; what it leaves open is left out."""
-    found = {}
+    """The settings that a record states, by name; settings that it does not state are left out."""
+    stated = {}
     for name, known in settings_of(options).items():
         value = record if known.recorded else None
         for part in known.recorded.split("."):
             value = None if value is None else getattr(value, part)
         if value is not None:
-            found[name] = value
-    return found
+            stated[name] = value
+    return stated

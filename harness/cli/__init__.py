@@ -1,4 +1,4 @@
-"""The command line: one module a command, imported when the command is called."""
+"""The command line: one module for each command, imported when the command is called."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from typing import NoReturn
 
 import click
 
-ONE_WISH_SECONDS = 1.0  # within which several SIGTERMs are one
+REPEATED_SIGTERM_SECONDS = 1.0  # several SIGTERMs within this time count as one
 COMMANDS = {
-    # name: (module in this folder, what `harness --help` says)
+    # name: (module in this folder, summary in `harness --help`)
     "run": ("run", "Train, sample, evaluate and report: the main job."),
-    "plan": ("plan", "Say what a run would cost, and write nothing."),
+    "plan": ("plan", "Show what a run would cost; nothing is written."),
     "study": ("study", "Many runs of one protocol, from a file: launch, continue, show the status, report."),
     "train": ("train", "The first stage of run: train a backbone."),
-    "sample": ("sample", "The second stage of run: draw samples from a run, or from a system and its weights."),
-    "evaluate": ("evaluate", "The third stage of run: measure a sample set."),
-    "compare": ("compare", "Win, loss or tie between two results, and the rule."),
-    "report": ("report", "Write the tables and figures from published and measured records."),
-    "list": ("list", "Backbones, protocols, data sets and the rest, by name."),
-    "weights": ("weights", "Public checkpoints in and out; nothing in them is executed."),
-    "data": ("data", "Data sets, latents and references, made or fetched, and checked."),
-    "flops": ("flops", "Parameters and theoretical Gflops, beside the published values."),
-    "bench": ("bench", "Speed, utilisation and memory of a backbone on this device, beside its roofline."),
-    "doctor": ("doctor", "Check this machine: what is installed, what is missing, each with the fix."),
+    "sample": ("sample", "The second stage of run: sample a run, or a system with its weights."),
+    "evaluate": ("evaluate", "The third stage of run: evaluate a sample set."),
+    "compare": ("compare", "Win, loss or tie between two results, with the rule."),
+    "report": ("report", "Write tables and figures from published and measured records."),
+    "list": ("list", "List backbones, systems, protocols, data sets, samplers, suites, features and metrics."),
+    "weights": ("weights", "Inspect, import and export public checkpoints; nothing in them is executed."),
+    "data": ("data", "Prepare, fetch and verify data sets, latents and references."),
+    "flops": ("flops", "Parameters and theoretical Gflops, with the published values."),
+    "bench": ("bench", "Speed, utilisation and memory of a backbone on this device, with the roofline of the device."),
+    "doctor": ("doctor", "Check this machine: what is installed, what is missing, and how to fix it."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported on demand, so that help and list load no framework."""
+    """A group that imports a command when it is called, so that `--help` and `list` import no framework."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
         return import_module(f"harness.cli.{COMMANDS[cmd_name][0]}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # The summaries stand above, so that help imports no command.
+        # The summaries are in COMMANDS, so that the help imports no command.
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
@@ -75,15 +75,15 @@ def group() -> None:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 refused, 1 failed, 130 after Ctrl-C or SIGTERM and its checkpoint.
 
-    Of several processes that torchrun started the first says why all of them end; torchrun's own exit code is then 1.
+    If torchrun started several processes, the first one prints why they all end, and the exit code of torchrun is 1.
     """
     from harness.distributed.launch import defer_to_rank_zero, is_main_process, report_elastic_error
     from harness.errors import RunError, UserError
 
-    def end(code: int, reason: str, say: Callable[[], object]) -> NoReturn:
-        with contextlib.suppress(KeyboardInterrupt):  # torchrun ends this process, for the first has spoken
+    def end(code: int, reason: str, print_error: Callable[[], object]) -> NoReturn:
+        with contextlib.suppress(KeyboardInterrupt):  # torchrun ends this process once the first has reported
             defer_to_rank_zero(os.environ)
-            say()
+            print_error()
             report_elastic_error(os.environ, reason)
         sys.exit(code)
 
@@ -93,7 +93,7 @@ def main() -> None:
         except click.ClickException as error:
             end(error.exit_code, error.format_message(), error.show)
         except (click.Abort, KeyboardInterrupt):
-            # torchrun sends SIGTERM for reasons of its own, too: that another process has died.
+            # torchrun also sends SIGTERM when another process has died.
             by = "by torchrun (SIGTERM)" if terminated and "TORCHELASTIC_RUN_ID" in os.environ else ""
             if is_main_process(os.environ):
                 click.echo(f"harness: interrupted {by}".strip(), err=True)
@@ -108,23 +108,25 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[list[float]]:
-    """Let SIGTERM do what Ctrl-C does, where nothing else takes it (training does, for its checkpoint); yields a list that
-    is empty until it comes."""
-    came: list[float] = []
+    """Handle SIGTERM like Ctrl-C, unless another handler is set (training sets one, for its checkpoint).
+
+    Yields a list of the times at which SIGTERM arrived, empty at first.
+    """
+    arrivals: list[float] = []
 
     def handle(number: int, frame: object) -> None:
-        # Who stops a job of several processes sends it to each, and some pass it on; but what is raised while Python
-        # cleans up is lost, and a later one must count.
-        if not came or time.monotonic() - came[-1] > ONE_WISH_SECONDS:
-            came.append(time.monotonic())
+        # A job of several processes may get the signal more than once: from its sender, and from a process that passes it
+        # on. But an exception raised while Python cleans up is lost, so a later signal must raise again.
+        if not arrivals or time.monotonic() - arrivals[-1] > REPEATED_SIGTERM_SECONDS:
+            arrivals.append(time.monotonic())
             raise KeyboardInterrupt
 
-    mine = threading.current_thread() is threading.main_thread()  # signals belong to it
-    if not mine or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield came
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there can a handler be set
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield arrivals
         return
     signal.signal(signal.SIGTERM, handle)
     try:
-        yield came
+        yield arrivals
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if came else signal.SIG_DFL)  # the command is ending
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if arrivals else signal.SIG_DFL)  # the command is ending

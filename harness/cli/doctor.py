@@ -1,4 +1,4 @@
-"""`harness doctor`: what this machine has and what is missing, with the fixes."""
+"""`harness doctor`: what is installed on this machine, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import click
 from harness.cli.options import json_option
 from harness.io.progress import Bar
 
-SIDE = 512  # of the matrices whose product is timed
-PRODUCTS = 5  # that are timed; the fastest counts
-MAX_SECONDS = 0.5  # of all of them, as long as one is timed
+SIDE = 512  # rows and columns of the matrices in the timed product
+PRODUCTS = 5  # timed products; the fastest one counts
+MAX_SECONDS = 0.5  # for all products; at least one is timed
 
 OPTIONAL = (
     # import name, distribution, purpose, extra that installs it
@@ -27,7 +27,7 @@ OPTIONAL = (
     ("submitit", "submitit", "studies on a SLURM cluster (harness study --launcher slurm)", "slurm"),
     ("tensorboard", "tensorboard", "losses in TensorBoard (--logger tensorboard)", "tensorboard"),
     ("wandb", "wandb", "losses in Weights & Biases (--logger wandb)", "wandb"),
-    ("fvcore", "fvcore", "a third opinion on Gflops (harness flops --check fvcore)", "fvcore"),
+    ("fvcore", "fvcore", "an independent count of Gflops (harness flops --check fvcore)", "fvcore"),
     ("diffusers", "diffusers", "benchmarks against its DiT", "diffusers"),
 )
 
@@ -35,7 +35,7 @@ OPTIONAL = (
 class Finding(NamedTuple):
     """One line of the report."""
 
-    status: str  # "ok", "note" (works, but read this) or "lacks" (something will not work)
+    status: str  # "ok", "note" (it works, with a limitation) or "lacks" (something is missing or does not work)
     what: str
     fix: str = ""
 
@@ -43,27 +43,27 @@ class Finding(NamedTuple):
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> None:
-    """What this machine has and what is missing, with the fixes. Exit code 1 if the main job cannot run."""
+    """Show what is installed, what is missing and how to fix it. Exit code 1 if something that is needed fails."""
     parts = {
         "the machine": _system,
         "torch": _torch,
         "the processor": _processor,
-        "networks of features": _features,
+        "feature extractors": _features,
         "plug-ins": _plugins,
         "optional packages": _optional,
     }
     findings: list[Finding] = []
     with Bar("doctor", len(parts), "parts") as bar:
-        for name, look in parts.items():
+        for name, check in parts.items():
             bar.advance(0, name)
-            findings += look()
+            findings += check()
             bar.advance()
     if as_json:
         click.echo(json.dumps({"findings": [each._asdict() for each in findings]}, indent=2))
     else:
         for each in findings:
-            mark = {"ok": "  ok  ", "note": " note ", "lacks": "LACKS "}[each.status]
-            click.echo(f"{mark} {each.what}" + (f"\n        -> {each.fix}" if each.fix else ""))
+            label = {"ok": "  ok  ", "note": " note ", "lacks": "FAILED"}[each.status]
+            click.echo(f"{label} {each.what}" + (f"\n        -> {each.fix}" if each.fix else ""))
     if any(each.status == "lacks" for each in findings):
         raise SystemExit(1)
 
@@ -97,11 +97,15 @@ def _torch() -> list[Finding]:
     except ImportError as error:
         return [Finding("lacks", f"torch does not import: {error}", "pip install torch")]
     found = [Finding("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")]
-    joins = [name for name, available in _collectives() if available]
+    collectives = [name for name, available in _collectives() if available]
     found.append(
-        Finding("ok", f"several processes by {' and '.join(joins)} (torchrun --nproc-per-node N -m harness ...)")
-        if joins
-        else Finding("note", "this torch cannot join processes", "for torchrun, install a torch with torch.distributed")
+        Finding("ok", f"several processes by {' and '.join(collectives)} (torchrun --nproc-per-node N -m harness ...)")
+        if collectives
+        else Finding(
+            "note",
+            "this torch cannot run several processes as one job",
+            "for torchrun, install a torch with torch.distributed",
+        )
     )
     if torch.cuda.is_available():
         found += [
@@ -128,11 +132,11 @@ def _processor() -> list[Finding]:
     except ImportError:
         return []
     name = device_name(torch.device("cpu"))
-    return [Finding("ok", f"cpu {name}, matrix products in bfloat16 {beside_float32(_bfloat16())}")]
+    return [Finding("ok", f"cpu {name}, matrix products in bfloat16 {relative_to_float32(_bfloat16())}")]
 
 
-def beside_float32(ratio: float) -> str:
-    """A speed in words, from its ratio to the speed of float32."""
+def relative_to_float32(ratio: float) -> str:
+    """A speed as text, given its ratio to the speed of float32."""
     times = max(ratio, 1 / ratio)
     if times < 1.05:
         return "as fast as in float32"
@@ -140,7 +144,7 @@ def beside_float32(ratio: float) -> str:
 
 
 def _collectives() -> list[tuple[str, bool]]:
-    """The libraries that join processes, and whether this torch has them."""
+    """The libraries for several processes, each with whether this torch has it."""
     import torch
 
     if not torch.distributed.is_available():
@@ -152,7 +156,7 @@ def _collectives() -> list[tuple[str, bool]]:
 
 
 def _bfloat16() -> float:
-    """The speed of a bfloat16 matrix product on this CPU, as a ratio to float32. Slow products are timed once."""
+    """Speed of a matrix product in bfloat16 on this CPU, relative to float32. A slow product is timed only once."""
     import time
 
     import torch
@@ -174,13 +178,13 @@ def _features() -> list[Finding]:
 
     found = []
     for spec in registry.features:
-        if flag := getattr(spec, "weights_option", ""):  # a file that the user names
-            found.append(Finding("note", f"features {spec.name} need their weights", f"name them with {flag} FILE"))
+        if flag := getattr(spec, "weights_option", ""):  # a file that the user must give
+            found.append(Finding("note", f"features {spec.name} need weights", f"give them with {flag} FILE"))
             continue
         try:
             spec.load("cpu")
             found.append(Finding("ok", f"features {spec.name}"))
-        except Exception as error:  # whatever a plug-in's loader raises is a finding
+        except Exception as error:  # a plug-in can raise anything; report it
             found.append(
                 Finding("lacks", f"features {spec.name}: {error}", "pip install --force-reinstall backbone-harness")
             )
@@ -226,6 +230,8 @@ def _optional() -> list[Finding]:
             found.append(Finding("ok", f"{distribution} {metadata.version(distribution)}: {purpose}"))
         else:
             found.append(
-                Finding("note", f"without {distribution}: {purpose}", f"pip install 'backbone-harness[{extra}]'")
+                Finding(
+                    "note", f"{distribution} is not installed: {purpose}", f"pip install 'backbone-harness[{extra}]'"
+                )
             )
     return found

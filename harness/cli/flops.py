@@ -1,4 +1,4 @@
-"""`harness flops`: parameters and theoretical Gflops, beside what the DiT paper prints."""
+"""`harness flops`: parameters and theoretical Gflops, with the values that the DiT paper prints."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ from harness.systems.spec import CLASSIFIER_PASSES, System
 
 @click.command("flops")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--protocol", metavar="NAME|FILE.toml", help="Count at this task's input. [default: the native input]")
-@click.option("--breakdown", is_flag=True, help="Flops of every part of the network.")
-@click.option("--check", type=click.Choice(["fvcore"]), help="Count once more with another package.")
-@click.option("--sampling", is_flag=True, help="What an image of each system costs, with guidance and decoding.")
+@click.option(
+    "--protocol", metavar="NAME|FILE.toml", help="Count at the input size of this protocol. [default: the native input]"
+)
+@click.option("--breakdown", is_flag=True, help="Also print the flops of each part of the network.")
+@click.option("--check", type=click.Choice(["fvcore"]), help="Also count with another package.")
+@click.option("--sampling", is_flag=True, help="Cost of one image of each system, with guidance and decoding.")
 @json_option
 def command(
     names: tuple[str, ...], protocol: str | None, breakdown: bool, check: str | None, sampling: bool, as_json: bool
 ) -> None:
-    """Parameters and theoretical Gflops of one forward pass on one image, beside the values the DiT paper prints.
+    """Parameters and theoretical Gflops of one forward pass on one image, with the values that the DiT paper prints.
 
-    Without NAME: every backbone, those that the paper has at two sizes at both, and its cascades.
+    Without NAME: all backbones (at two input sizes if the paper prints both), and the cascades of the paper.
     """
     if sampling:
         if protocol or breakdown or check:
@@ -54,10 +56,10 @@ def command(
     for spec, overrides in requests:
         try:
             rows.append(make_row(spec, overrides, breakdown=breakdown, check=check))
-        except UserError as refusal:
-            if names or check:  # asked for by name: the user must hear of it
+        except UserError as error:
+            if names or check:  # the user named it, so this is an error
                 raise
-            refused.append({"name": spec.name, "reason": str(refusal)})
+            refused.append({"name": spec.name, "reason": str(error)})
     rows += [system_row(each) for each in wanted_systems if each.components]
     notes = footnotes(rows)
     if as_json:
@@ -76,14 +78,14 @@ def command(
 
 
 def collect(names: tuple[str, ...], protocol: str | None) -> list[tuple[BackboneSpec, dict[str, Any]]]:
-    """The networks to count: a spec and the arguments that differ from its own."""
+    """The networks to count: for each its spec and the arguments that differ from the spec's defaults."""
     specs = [backbones.get(name) for name in names] if names else list(backbones)
     if protocol is not None:
         from harness.protocols import get_protocol
 
-        task = get_protocol(protocol)
-        wanted = {name: getattr(task, name) for name in PROTOCOL_ARGUMENTS}
-        return [(spec, {name: wanted[name] for name in wanted if name in spec.defaults}) for spec in specs]
+        loaded = get_protocol(protocol)
+        sizes_of = {name: getattr(loaded, name) for name in PROTOCOL_ARGUMENTS}
+        return [(spec, {name: value for name, value in sizes_of.items() if name in spec.defaults}) for spec in specs]
     if names:
         return [(spec, {}) for spec in specs]
     sizes = [(spec, size) for spec in specs for size in input_sizes(spec)]
@@ -91,7 +93,7 @@ def collect(names: tuple[str, ...], protocol: str | None) -> list[tuple[Backbone
 
 
 def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
-    """The rows as a table on the terminal."""
+    """Print the rows as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -121,12 +123,12 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
 
 
 def show_sampling(chosen: list[System], as_json: bool) -> None:
-    """The cost of an image, as a table or as JSON."""
+    """Print the cost of one image of each system, as a table or as JSON."""
     rows = [sampling_row(each) for each in chosen]
     note = (
-        "Gflops an image: one forward pass a step of each network; what classifier-free guidance (a second pass a step) or a "
-        f"classifier ({CLASSIFIER_PASSES} of its passes a step) adds; decoding of latents. The paper's figures leave "
-        "out the last two."
+        "Gflops per image. sampling: one forward pass per step of each network. guidance: a second pass per step "
+        f"(classifier-free), or {CLASSIFIER_PASSES} passes of the classifier per step. decoding: of latents. The paper's "
+        "values do not include guidance and decoding."
     )
     if as_json:
         click.echo(json.dumps({"convention": CONVENTION, "note": note, "rows": rows}, indent=2))
@@ -148,7 +150,7 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
 
 
 def show_breakdown(row: dict[str, Any]) -> None:
-    """The parts of one network, with their share of its flops."""
+    """Print the parts of one network with their flops and their share of the total."""
     width = max((len(each["part"]) for each in row["breakdown"]), default=0)
     click.secho(f"\n{row['name']}", bold=True)
     for each in row["breakdown"]:

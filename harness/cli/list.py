@@ -1,4 +1,4 @@
-"""`harness list`: what there is, by name."""
+"""`harness list`: all registered names."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NOUNS = {
 }
 
 
-def system_facts(item: Any) -> dict[str, Any]:
-    """What a system is made of, where it is published, and whether it can be run here."""
+def system_metadata(item: Any) -> dict[str, Any]:
+    """A system's parts, its published row and FID, and whether the harness can run it."""
     from results import paper
 
     fid = [cell.value for cell in paper.values() if cell.system == item.name and cell.metric == "fid"]
@@ -39,27 +39,27 @@ def system_facts(item: Any) -> dict[str, Any]:
     }
 
 
-def metric_facts(item: Any) -> dict[str, Any]:
-    """What a metric's value is read by."""
+def metric_metadata(item: Any) -> dict[str, Any]:
+    """A metric's direction, smallest number of samples and paper."""
     return {"direction": item.direction, "minimum": item.minimum, "paper": item.paper}
 
 
-def suite_facts(item: Any) -> dict[str, Any]:
-    """What a suite is made of."""
+def suite_metadata(item: Any) -> dict[str, Any]:
+    """A suite's version, features, mode, note and metrics."""
     return {
         "version": item.version,
         "features": item.features.name,
         "mode": item.mode,
         "note": item.note or None,
-        "metrics": [{"name": each.key, **metric_facts(each)} for each in item.metrics],
+        "metrics": [{"name": each.key, **metric_metadata(each)} for each in item.metrics],
     }
 
 
-FACTS = {
+METADATA = {
     "backbones": lambda item: {"kind": item.kind, "frameworks": list(item.builders)},
-    "systems": system_facts,
-    "suites": suite_facts,
-    "metrics": metric_facts,
+    "systems": system_metadata,
+    "suites": suite_metadata,
+    "metrics": metric_metadata,
 }
 
 
@@ -67,7 +67,7 @@ FACTS = {
 @click.argument("noun", type=click.Choice(list(NOUNS)), required=False)
 @json_option
 def command(noun: str | None, as_json: bool) -> None:
-    """What there is: NOUN, or everything. Plug-ins are marked with their distribution; broken ones are named."""
+    """List all names of NOUN, or all names. Plug-ins are marked with their distribution; broken plug-ins are reported."""
     chosen = {noun: NOUNS[noun]} if noun else NOUNS
     document = {}
     for name, items in chosen.items():
@@ -76,7 +76,7 @@ def command(noun: str | None, as_json: bool) -> None:
                 "name": item.name,
                 "summary": getattr(item, "summary", "") or getattr(item, "description", ""),
                 "from": items.owner(item.name),
-                **FACTS.get(name, lambda item: {})(item),
+                **METADATA.get(name, lambda item: {})(item),
             }
             for item in items
         ]
@@ -95,8 +95,8 @@ def command(noun: str | None, as_json: bool) -> None:
             if row.get("unavailable"):
                 click.echo(f"  {'':<{width}}  cannot be run: {row['unavailable']}")
             elif "weights" in row:
-                place = f"{row['published']}  " if row["published"] else ""
-                click.echo(f"  {'':<{width}}  {place}--weights {' '.join(f'{part}=' for part in row['weights'])}")
+                published = f"{row['published']}  " if row["published"] else ""
+                click.echo(f"  {'':<{width}}  {published}--weights {' '.join(f'{part}=' for part in row['weights'])}")
     for problem in document["problems"]:
         click.echo(
             f"harness: plug-in {problem['entry_point']} of {problem['distribution']}: {problem['reason']}", err=True

@@ -1,4 +1,4 @@
-"""`harness study`: many runs of one protocol, from a file."""
+"""`harness study`: many runs of one protocol, described by a file."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ STYLES = {"done": "green", "running": "bold", "failed": "red", "interrupted": "y
 @click.command("study")
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE.toml")
 @click.option(
-    "--status", is_flag=True, help="Only say what is done, running, failed (and why) and left, with its cost."
+    "--status", is_flag=True, help="Only show which runs are done, running or failed (and why), and what is left to do."
 )
-@click.option("--report", "only_report", is_flag=True, help="Only write the report of what has been measured so far.")
+@click.option("--report", "only_report", is_flag=True, help="Only write the report of the records so far.")
 @click.option(
     "--launcher",
     type=click.Choice(["local", "slurm"]),
     default="local",
     show_default=True,
-    help="Processes of this machine, or a job of a SLURM cluster for each run (extra `slurm`).",
+    help="local: processes on this machine; slurm: one job for each run on a SLURM cluster (extra `slurm`).",
 )
-@click.option("--jobs", type=click.IntRange(1), help="Of local: runs at work at a time. [default: 1]")
+@click.option("--jobs", type=click.IntRange(1), help="For local: number of runs at the same time. [default: 1]")
 @click.option(
     "--slurm",
     "settings",
     type=Value("key=value", partial(read_pair, form="KEY=VALUE", example="partition=gpu")),
     multiple=True,
     metavar="KEY=VALUE",
-    help="Of slurm: a setting of the jobs, laid over the file's [slurm], as in --slurm time=12:00:00 (repeatable).",
+    help="For slurm: a setting of the jobs that overrides the file's [slurm], as in --slurm time=12:00:00 (repeatable).",
 )
-@click.option("--retry-failed", is_flag=True, help="Also begin runs again whose last command failed.")
+@click.option("--retry-failed", is_flag=True, help="Also start the runs again whose last command failed.")
 @json_option
 def command(
     file: Path,
@@ -61,75 +61,77 @@ def command(
     retry_failed: bool,
     as_json: bool,
 ) -> None:
-    """Launch the runs of a study that are not done, and write the report of them all.
+    """Launch the runs of a study that are not done, and write the report of all runs.
 
-    Backbones x seeds are runs, budgets are steps of them; sampling steps x guidance scales are sample sets of each. Each
-    run is a `harness run` of its own; `--status --json` gives the commands. Stopped or killed at any instant, the same
-    command goes on: what is done is not repeated, and what still runs is not started twice.
+    Each backbone with each seed is one run, and the budgets are training steps of that run. Each number of sampling steps
+    with each guidance scale is one sample set of each run. Each run is a `harness run`; `--status --json` lists the
+    commands. The study can be stopped or killed at any time, and the same command continues it: work that is done is not
+    repeated, and processes that still run are not started twice.
     """
     if status and only_report:
-        raise UserError("--status and --report are two questions; ask one of them")
+        raise UserError("--status and --report cannot be combined; give one of them")
     if as_json and not status:
-        raise UserError("--json belongs to --status")
+        raise UserError("--json needs --status")
     if settings and launcher != "slurm":
-        raise UserError("--slurm belongs to --launcher slurm")
+        raise UserError("--slurm needs --launcher slurm")
     if jobs and launcher != "local":
-        raise UserError("--jobs belongs to --launcher local; of slurm each run is a job")
+        raise UserError("--jobs needs --launcher local; with slurm each run is one job")
     study = expand(load(file))
     if status:
-        state = overview(study, slurm.queue(study))
-        click.echo(json.dumps(state.as_dict(), indent=2)) if as_json else print_overview(state)
+        now = overview(study, slurm.queue(study))
+        click.echo(json.dumps(now.as_dict(), indent=2)) if as_json else print_overview(now)
         return
-    found: Overview | None = None
+    state: Overview | None = None
     stopped = False
     if launcher == "slurm" and not only_report:
-        given = {name: slurm.parse_setting(text) for name, text in settings}
-        found = slurm.submit(study, given, retry_failed=retry_failed)
+        overrides = {name: slurm.parse_setting(text) for name, text in settings}
+        state = slurm.submit(study, overrides, retry_failed=retry_failed)
     elif not only_report:
-        found, stopped = launch(study, jobs=jobs or 1, retry_failed=retry_failed)
+        state, stopped = launch(study, jobs=jobs or 1, retry_failed=retry_failed)
     if stopped:
         click.echo("stopped; the same command continues", err=True)
         sys.exit(130)
     report(study)
-    if found is None:
+    if state is None:
         return
-    if failed := [row for row in found.rows if row.state == "failed"]:
-        named = "; ".join(f"{row.run.name}: {row.reason}" + (f" (log {row.log})" if row.log else "") for row in failed)
-        more = "" if retry_failed else "; --retry-failed tries again"
-        raise RunError(f"{len(failed)} of {len(found.rows)} runs failed: {named}{more}")
-    if found.count("done") == len(found.rows):
+    if failed := [row for row in state.rows if row.state == "failed"]:
+        reasons = "; ".join(
+            f"{row.run.name}: {row.reason}" + (f" (log {row.log})" if row.log else "") for row in failed
+        )
+        hint = "" if retry_failed else "; --retry-failed tries again"
+        raise RunError(f"{len(failed)} of {len(state.rows)} runs failed: {reasons}{hint}")
+    if state.count("done") == len(state.rows):
         return
-    click.echo(summary(found), err=True)
+    click.echo(summary(state), err=True)
     if launcher == "local":
-        click.echo("not all is done; the same command continues", err=True)
+        click.echo("some runs are not done; the same command continues", err=True)
         sys.exit(130)
 
 
 def launch(study: Expansion, *, jobs: int, retry_failed: bool) -> tuple[Overview, bool]:
-    """Launch what is left on this machine; returns the state afterwards, and whether it was told to stop."""
+    """Launch the remaining runs on this machine; returns the progress at the end, and whether it was stopped."""
     from rich.console import Console
     from rich.live import Live
 
     console = Console(stderr=True, highlight=False)
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        last = [0.0]
+        last_summary = 0.0
 
-        def draw(found: Overview) -> None:
+        def draw(state: Overview) -> None:
+            nonlocal last_summary
             if console.is_terminal:
-                live.update(table_of(found, console.width), refresh=True)
-            elif time.monotonic() - last[0] > QUIET_SECONDS:
-                last[0] = time.monotonic()
-                click.echo(summary(found), err=True)
+                live.update(table_of(state, console.width), refresh=True)
+            elif time.monotonic() - last_summary > QUIET_SECONDS:
+                last_summary = time.monotonic()
+                click.echo(summary(state), err=True)
 
-        launcher = Launcher(
-            study, processes=jobs, retry_failed=retry_failed, draw=draw
-        )  # fmt: skip
-        found = launcher.launch()
-    return found, launcher.stopping > 0
+        launcher = Launcher(study, processes=jobs, retry_failed=retry_failed, draw=draw)
+        state = launcher.launch()
+    return state, launcher.stopping > 0
 
 
 def report(study: Expansion) -> None:
-    """Write the report of the study's runs to its folder, and print their rows."""
+    """Write the report of the study's runs to the study's folder, and print their rows."""
     from harness.pipeline.report import report as write_report
 
     measured = tuple(run.folder for run in study.runs if (run.folder / "records.jsonl").exists())
@@ -140,21 +142,21 @@ def report(study: Expansion) -> None:
     print_report(write_report(results=measured, out=out, protocol=study.protocol.name), out)
 
 
-def print_overview(found: Overview) -> None:
-    """The runs as a table, and what is left."""
+def print_overview(state: Overview) -> None:
+    """Print the runs as a table, the failures, and the remaining work."""
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 140, highlight=False)
-    console.print(table_of(found, console.width))
-    for row in found.rows:
+    console.print(table_of(state, console.width))
+    for row in state.rows:
         if row.reason and row.state == "failed":
             where = f"  (log {row.log})" if row.log else ""
             console.print(f"{row.run.name}: {row.reason}{where}", soft_wrap=True, markup=False)
-    click.echo(summary(found))
+    click.echo(summary(state))
 
 
-def table_of(found: Overview, width: int) -> Table:
-    """A row for each run: state, steps and sample sets done, what is left."""
+def table_of(state: Overview, width: int) -> Table:
+    """A table with one row for each run: state, steps, sample sets, remaining work."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -162,8 +164,8 @@ def table_of(found: Overview, width: int) -> Table:
     table.add_column("state", no_wrap=True)
     for heading in ("steps", "sample sets", "Gflops left", "time left"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in found.rows:
-        seconds = found.seconds_left(row)
+    for row in state.rows:
+        seconds = state.seconds_left(row)
         style = STYLES.get(row.state, "")
         table.add_row(
             row.run.name,
@@ -171,21 +173,21 @@ def table_of(found: Overview, width: int) -> Table:
             f"{row.steps_done:,}/{row.run.steps:,}",
             f"{row.sets_done}/{row.sets}",
             f"{row.gflops_left:.4g}" if row.gflops_left else "-",
-            "-" if seconds == 0 else "not yet known" if seconds is None else duration(seconds),
+            "-" if seconds == 0 else "not known yet" if seconds is None else duration(seconds),
         )
     return table
 
 
-def summary(found: Overview) -> str:
-    """One line: how many runs are in which state, and what is left."""
-    data: dict[str, Any] = found.as_dict()
+def summary(state: Overview) -> str:
+    """One line: the number of runs in each state, and the remaining work."""
+    data: dict[str, Any] = state.as_dict()
     counts = ", ".join(f"{number} {state}" for state, number in data["counts"].items() if number)
-    text = f"{found.study.study.name}: {counts} of {len(found.rows)} runs"
+    text = f"{state.study.study.name}: {counts} of {len(state.rows)} runs"
     if not data["gflops_left"]:
         return text
     unknown = data["runs_of_unknown_speed"]
-    known = f"{duration(data['seconds_left'])} of work" if unknown < len(found.rows) and data["seconds_left"] else ""
-    of_unknown = f"{unknown} runs of a speed not yet known" if unknown else ""
+    known = f"{duration(data['seconds_left'])} of work" if unknown < len(state.rows) and data["seconds_left"] else ""
+    of_unknown = f"{unknown} runs whose speed is not known yet" if unknown else ""
     hours = " and ".join(part for part in (known, of_unknown) if part)
-    disk = f"; all of it needs {data['disk_bytes'] / 1e9:.2g} GB of disk"
+    disk = f"; the whole study needs {data['disk_bytes'] / 1e9:.2g} GB of disk"
     return f"{text}; left: {data['gflops_left']:.4g} Gflops" + (f", {hours}" if hours else "") + disk

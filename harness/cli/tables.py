@@ -1,4 +1,4 @@
-"""Tables and summaries that several commands print."""
+"""Tables and summaries that are printed by several commands."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from results.records import Record
 if TYPE_CHECKING:
     from reports.report import ReportSummary
 
-CELL_WIDTH = 19  # of one row's column on the terminal
-MAX_ROWS = 50  # of one table there
-MAX_NAMED = 5  # unreadable lines, and conflicts, that are shown
+CELL_WIDTH = 19  # characters of one column on the terminal
+MAX_ROWS = 50  # records shown in one table
+MAX_PROBLEMS = 5  # unusable lines, and conflicts, that are printed
 
 
 def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None) -> None:
-    """What a report holds: unusable lines, measured rows, pictures, the page. only: rows and grids of that run alone."""
+    """Print a report: unusable lines, measured rows, files, the page. only: print rows and grids of that run only."""
     from reports.page.writer import NAME as PAGE
     from results.store import find_record_files, load
 
     _print_problems(summary.problems, "lines of record files that could not be used")
-    _print_problems(summary.conflicts, "disputed measurements, which are in no table")
+    _print_problems(summary.conflicts, "conflicting measurements, which are left out of all tables")
     print_records(load(find_record_files([only])).records if only else summary.records)
     for path in summary.files:
         if path.suffix == ".png" or re.fullmatch(r"table-\D.*\.md", path.name):  # the paper's tables have numbers
@@ -40,16 +40,16 @@ def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None)
 
 
 def _print_problems(problems: Sequence[object], what: str) -> None:
-    """The first few, and their number where there are more than one."""
-    for problem in problems[:MAX_NAMED]:
+    """Print the first few problems, and their number if there is more than one."""
+    for problem in problems[:MAX_PROBLEMS]:
         click.echo(f"harness: {problem}" + ("; left out" if len(problems) == 1 else ""), err=True)
     if len(problems) > 1:
-        more = f", the first {MAX_NAMED} of them above" if len(problems) > MAX_NAMED else ""
+        more = f", the first {MAX_PROBLEMS} of them above" if len(problems) > MAX_PROBLEMS else ""
         click.echo(f"harness: {what}: {len(problems):,}{more}", err=True)
 
 
 def print_records(records: Iterable[Record]) -> None:
-    """The records as tables on the terminal: what all rows share above, a column for each row below."""
+    """Print the records as tables: the values that all records share above, then one column for each record."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -61,7 +61,7 @@ def print_records(records: Iterable[Record]) -> None:
     tables = groups(records)
     if not tables:
         click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
-    for members in tables:  # what may not share a table does not
+    for members in tables:  # records that cannot be compared are in different tables
         made = make_rows(members)
         rows = console_table(made[:MAX_ROWS])
         shared = {
@@ -80,14 +80,14 @@ def print_records(records: Iterable[Record]) -> None:
         for start in range(0, len(rows), columns):
             table = Table(show_header=False)
             for title in varying:
-                # An interval goes under its value, so that the columns stay narrow.
+                # An interval is printed below its value, to keep the columns narrow.
                 table.add_row(
                     escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
                 )
             console.print(table)
         if left_out := len(made[MAX_ROWS:]):
-            console.print(f"{left_out:,} more rows are in the table of the protocol.")
-        judges = sorted({features for each in members if (features := features_of(each))})
+            console.print(f"{left_out:,} more rows are in the protocol's table.")
+        extractors = sorted({features for each in members if (features := features_of(each))})
         console.print(
-            f"Features: {escape(', '.join(judges))}. In brackets: 95 % intervals over the draw of the samples."
+            f"Features: {escape(', '.join(extractors))}. In brackets: 95 % intervals over the random draw of the samples."
         )

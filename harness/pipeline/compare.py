@@ -1,4 +1,4 @@
-"""`harness.compare`: win, loss or tie between two sides."""
+"""`harness.compare`: win, loss or tie between two results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Verdicts by metric and way of sampling, for the first side; the settings in which the sides differ, each with its
-    value on either side; and the rule behind the verdicts."""
+    """Verdicts for the first side, one for each metric and sampling setting; the settings that differ, with their values on
+    both sides; and the rule of the verdicts."""
 
     verdicts: tuple[Verdict, ...]
     differing: dict[str, tuple[Any, Any]]
@@ -29,11 +29,10 @@ class Comparison:
 
 @keyword_options(CompareOptions)
 def compare(options: CompareOptions) -> Comparison:
-    """Compare two results: win, loss or tie for the first, metric by metric.
+    """Compare two results: win, loss or tie for the first, for each metric.
 
-    A side is a run, a folder of runs, or a record file; several training seeds, or sampling seeds, of one experiment belong
-    together in one folder. UserError: a side without records, two sides that cannot be compared, a side that is
-    ambiguous.
+    A side is a run, a folder of runs, or a record file. Several training seeds or sampling seeds of one experiment must be
+    in one folder. UserError: a side has no records or is ambiguous, or the two sides cannot be compared.
     """
     verdicts = compare_records(_records(options.a, options.step), _records(options.b, options.step))
     first = verdicts[0]
@@ -44,7 +43,7 @@ def _records(path: Path, step: int | None) -> list[Record]:
     loaded = load(find_record_files([path]))
     for problem in (*loaded.problems, *loaded.conflicts):
         logger.warning(str(problem))
-    found = [each for each in loaded.records if step is None or (each.training and each.training.steps == step)]
-    if not found:
+    selected = [each for each in loaded.records if step is None or (each.training and each.training.steps == step)]
+    if not selected:
         raise UserError(f"{path} has no records{f' of step {step}' if step else ''}; `harness evaluate` makes them")
-    return found
+    return selected

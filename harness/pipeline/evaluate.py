@@ -1,6 +1,6 @@
-"""The third stage: from sample sets to records.
+"""The third stage: evaluate sample sets and write records.
 
-A sample set with a sidecar says how it was made; one from elsewhere is measured under the name that it is given.
+The sidecar of a sample set states how it was made. A sample set without one is recorded under a name that the user gives.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from results.store import append, load
 if TYPE_CHECKING:
     from evaluators.suites import Suite
 
-PARTS = "parts"  # below the cache: features that one process of a group leaves for the main one
-CACHE = "cache"  # below the folder that holds the runs: features of reference images, by content
+PARTS = "parts"  # folder in the cache: features computed by one process of a group for the main one
+CACHE = "cache"  # folder next to the runs: features of reference images, by content
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """Records of a sample set, the file that they are kept in, the suite, and what it says of its numbers ("": nothing)."""
+    """Records of a sample set, their file, the name of the suite, and its note on the numbers ("": no note)."""
 
     records: tuple[Record, ...]
     records_file: Path
@@ -55,10 +55,10 @@ class EvaluateResult:
 
 @keyword_options(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
-    """Measure a sample set and keep the records, or find it measured.
+    """Evaluate a sample set and write its records; if they exist, return them.
 
-    The protocol is the named one, else that of the run or of the sidecar that belongs to the samples. UserError: too few
-    samples, other shapes or labels than the protocol's, what a guard refuses. Of several processes only the first returns
+    Without `protocol`, it is the protocol of the samples' run or sidecar. UserError: too few samples, shapes or labels that
+    are not the protocol's, or samples that a guard refuses. If there are several processes, only the main one returns
     records.
     """
     from evaluators.suites import get_suite
@@ -66,17 +66,17 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     group = join_processes("torch")
     samples = options.samples
     path = samples / "samples.npz" if (samples / "samples.npz").is_file() else samples
-    if not path.exists() and not any(sign in str(path) for sign in "*?["):
+    if not path.exists() and not any(wildcard in str(path) for wildcard in "*?["):
         raise UserError(f"no sample set at {path}; `harness sample` makes one")
-    home = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
-    run = open_run(home) if (home / "run.json").exists() else None
+    run_folder = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
+    run = open_run(run_folder) if (run_folder / "run.json").exists() else None
     name = options.protocol
     if name is None and run is None and sidecar_path(path).exists():
         name = read_sidecar(path).get("identity", {}).get("protocol")
     protocol = get_protocol(name) if name else run.protocol if run else get_protocol(DEFAULT_PROTOCOL)
     records = options.out or (run.records if run else path.with_name("records.jsonl"))
     if options.reference is not None and options.data is not None:
-        raise UserError("--data and --reference both name the images to judge by; give one of them")
+        raise UserError("--data and --reference both set the reference images; give one of them")
     source = open_reference(options.reference) if options.reference else None
     if source is not None:
         images = reference_images(source)
@@ -88,11 +88,11 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
     config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
     with group.collective_scope():
-        found = evaluate_and_record(
-            path, protocol, images, records, cache=(home.parent if run else path.parent) / CACHE, name=options.name,
+        made = evaluate_and_record(
+            path, protocol, images, records, cache=(run_folder.parent if run else path.parent) / CACHE, name=options.name,
             config=config, group=group,
         )  # fmt: skip
-    return EvaluateResult(records=tuple(found), records_file=records, suite=config.suite.name, note=config.suite.note)
+    return EvaluateResult(records=tuple(made), records_file=records, suite=config.suite.name, note=config.suite.note)
 
 
 def evaluate_samples_file(
@@ -104,9 +104,10 @@ def evaluate_samples_file(
     config: EvaluationConfig,
     name: str | None = None,
 ) -> list[Record]:
-    """Measure the sample set at `path` with the suite of `config` against the images of `data`.
+    """Records of the sample set at `path`, evaluated with the suite of `config` against the images of `data`.
 
-    `name` is the row's name for samples without a sidecar. Refused: too few samples, other shapes, other labels.
+    `name` is the row name of samples without a sidecar. Raises `UserError` for too few samples, and for shapes or labels
+    that are not the protocol's.
     """
     source = open_images(path, classes=protocol.num_classes)
     _check_fit(source, protocol, config)
@@ -126,34 +127,34 @@ def evaluate_images(
     cache: Path | None = None,
     config: EvaluationConfig | None = None,
 ) -> list[Record]:
-    """Measure images that a program makes: what `harness evaluate` says of the same images in a file.
+    """Records of images that a program makes: the same as those of `harness evaluate` for these images in a file.
 
-    images: uint8 (n, H, W, C) arrays with values 0 to 255, any n, from a list, a generator or any other iterable; each is
-    taken once and copied, so a buffer may be used again. Above 512 MiB they are kept in a nameless file in `cache`.
-    protocol: or its name. data: the images to judge by; None: the protocol's data set. name: of the row. count: how many
-    images are taken, so that an endless generator is fine; None: all that come. labels: int64, one an image. cache: where
-    features of the reference are kept; None: nowhere. config: None: the protocol's suite.
+    images: uint8 arrays (n, H, W, C) with values 0 to 255, any n, from a list, a generator or any other iterable; each is
+    read once and copied, so its buffer may be reused. Images of more than 512 MiB are stored in a temporary file in `cache`.
+    protocol: a protocol or its name. data: the reference images; None: the protocol's data set. name: of the row. count:
+    number of images to take, for example from an endless generator; None: all. labels: int64, one for each image. cache:
+    folder for features of the reference; None: they are not stored. config: None: the protocol's suite.
 
         records = evaluate_images(my_sampler(batch=100), "digits", name="mine", count=1000)
 
-    Refused as in a file: too few images, another shape or type, what the guards refuse.
+    Raises `UserError` as for a file: too few images, another shape or dtype, or images that a guard refuses.
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     config = config or EvaluationConfig.of(protocol)
     data = load_data(protocol, None) if data is None else data
     source = from_batches(images, count, labels=labels, name=name)
     _check_fit(source, protocol, config)
-    with spooled(source, cache) as kept:
-        about = RecordFields(system=name, sampling=Sampling(samples_sha256=kept.sha256()))
-        return _measure(kept, about, protocol, data, cache=cache, config=config)
+    with spooled(source, cache) as spool:
+        about = RecordFields(system=name, sampling=Sampling(samples_sha256=spool.sha256()))
+        return _measure(spool, about, protocol, data, cache=cache, config=config)
 
 
 def _check_fit(source: ImageSource, protocol: Protocol, config: EvaluationConfig) -> None:
-    """Before anything is read: the shape, and the number where it is known."""
+    """Raise `UserError` for a wrong shape, or for too few images if their number is known. Reads no image."""
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
     if source.shape != shape:
         text = f"{source.name}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)"
-        raise UserError(f"{text}; sample at that size, or name the protocol of these (resolution)")
+        raise UserError(f"{text}; sample at that size, or give the protocol of these images")
     if source.count is not None:
         config.suite.check_count(source.count)
 
@@ -168,9 +169,9 @@ def _measure(
     config: EvaluationConfig,
     timing: Timing | None = None,
 ) -> list[Record]:
-    """Records of images that are held, by what is known `about` them, and of the time that they took."""
+    """Records of spooled images, with the fields `about` and the timing of their generation."""
     suite = config.suite
-    assert source.count is not None, source  # it is held
+    assert source.count is not None, source  # it is spooled
     suite.check_count(source.count)
     if config.sharding is not None and config.sharding.index:
         _compute_shard(source, data, cache, config)
@@ -194,7 +195,7 @@ def _measure(
     for each in measurements:
         if each.warning:
             logger.warning(f"{each.metric}: {each.warning}")
-    judged = Evaluation(
+    evaluation = Evaluation(
         suite=suite.name,
         suite_version=str(suite.version),
         features=suite.features.name,
@@ -216,7 +217,7 @@ def _measure(
             protocol_version=str(protocol.version),
             resolution=protocol.resolution,
             dataset=protocol.dataset,
-            evaluation=judged,
+            evaluation=evaluation,
             environment=Environment(**environment(config.device), **(timing or {})),
             **about.arguments(),
         )
@@ -225,7 +226,7 @@ def _measure(
 
 
 def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, config: EvaluationConfig) -> None:
-    """The part of extraction that another process collects."""
+    """Compute this process's part of the features; the main process collects them."""
     from evaluators.reference import cached_features, compute_shard, images_sha256
 
     assert config.sharding is not None
@@ -238,7 +239,7 @@ def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, conf
 def guard(
     source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: RecordFields
 ) -> None:
-    """Say what is doubtful about samples and reference, and refuse what makes no sense."""
+    """Check samples and reference: log warnings, and raise `UserError` if the evaluation would make no sense."""
     from evaluators.guards import GuardContext, check, collect_image_stats, enforce
 
     context = GuardContext(
@@ -252,7 +253,7 @@ def guard(
     if config.reference is not None:
         reference = collect_image_stats(config.reference)
         if reference.has_statistics and config.statistics is None:
-            text = f"{reference.name} brings mu and sigma, which suite {config.suite.name} does not use"
+            text = f"{reference.name} has mu and sigma, which suite {config.suite.name} does not use"
             logger.warning(f"reference-statistics: {text}: the distance is to its {reference.count} images")
     else:
         reference = collect_image_stats(data.images, name=f"data set {data.name}", labels=data.labels)
@@ -268,19 +269,21 @@ def evaluate_and_record(
     cache: Path,
     name: str | None = None,
     config: EvaluationConfig | None = None,  # None: the protocol's suite
-    group: ProcessGroup = SINGLE_PROCESS,  # extraction is divided among it; only the main process has the records
+    group: ProcessGroup = SINGLE_PROCESS,  # its processes share the extraction; only the main one gets the records
 ) -> list[Record]:
-    """Measure a sample set and append its records to a file, or find them measured."""
+    """The records of a sample set: those in the file `records`, or else new ones, which are appended to it."""
     from evaluators.reference import images_sha256
     from evaluators.sharded_extraction import ShardedExtraction
 
     config = config or EvaluationConfig.of(protocol)
     about = read_fields(path, samples_sha256(path), name)
-    # With files that were brought, what is measured is known only when they are read; a picture is to be drawn anyway.
-    unknown = config.weights is not None or config.statistics is not None or config.picture is not None
-    found = None if unknown else existing_records(records, about, protocol, config.suite, images_sha256(data.images))
-    if group.broadcast(int(found is not None)):
-        return found or []
+    # If the user gives weights or statistics, they must be read to know what is measured; a picture is drawn in any case.
+    must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
+    existing = (
+        None if must_measure else existing_records(records, about, protocol, config.suite, images_sha256(data.images))
+    )
+    if group.broadcast(int(existing is not None)):
+        return existing or []
     if group.size > 1:
         sharding = ShardedExtraction(index=group.index, size=group.size, folder=cache / PARTS)
         config = dataclasses.replace(config, sharding=sharding)
@@ -289,20 +292,20 @@ def evaluate_and_record(
         append(records, made)
     group.barrier("all is measured")
     if group.is_main and group.size > 1:
-        files.remove(cache / PARTS)  # of an evaluation that was killed
+        files.remove(cache / PARTS)  # parts left by an evaluation that was killed
     return made
 
 
 def existing_records(
     records: Path, about: RecordFields, protocol: Protocol, suite: Suite, reference_sha256: str | None
 ) -> list[Record] | None:
-    """The records of the samples with the fields `about` (`read_fields`); None while a metric is missing.
+    """The records of the samples with the fields `about` (from `read_fields`); None if a metric is missing.
 
-    reference_sha256: of the reference images; None where these are known to be the run's data set.
+    reference_sha256: of the reference images; None if they are known to be the run's data set.
     """
     measured_on = (protocol.name, str(protocol.version), protocol.dataset)
     measured_by = (suite.name, str(suite.version), suite.features.name)
-    found = [
+    matching = [
         record
         for record in (load([records]).records if records.exists() else ())
         if (record.protocol, record.protocol_version, record.dataset) == measured_on
@@ -311,7 +314,7 @@ def existing_records(
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
         and reference_sha256 in (None, evaluation.reference_sha256)
     ]
-    if not {record.metric for record in found} >= {metric.key for metric in suite.metrics}:
+    if not {record.metric for record in matching} >= {metric.key for metric in suite.metrics}:
         return None
-    order = [metric.key for metric in suite.metrics]  # as measured records come
-    return sorted(found, key=lambda record: order.index(record.metric) if record.metric in order else len(order))
+    order = [metric.key for metric in suite.metrics]  # the order of a new evaluation
+    return sorted(matching, key=lambda record: order.index(record.metric) if record.metric in order else len(order))

@@ -1,4 +1,4 @@
-"""How samples are evaluated: suite, weights of its network, reference, guards."""
+"""Configuration of an evaluation: suite, weights of its network, reference, guards."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ INCEPTION_FILE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 byt
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """A suite with what it needs.
+    """A suite and everything that it needs.
 
-    weights: of its network, where the user brings them. statistics: the reference's file, where its mu and sigma are used.
-    device: where features are computed, in the words of their framework. reference: the reference's file as a source, for
-    the guards. allow: guards that the user waives. picture: where the samples nearest to training images are drawn.
-    sharding: of extraction among processes; only the first returns records.
+    weights: file of the network's weights, if the user gives it. statistics: file of the reference, if its mu and sigma are
+    used. device: for the features, in the notation of their framework. reference: the reference as an image source, for the
+    guards. allow: guards that only warn. picture: file for the picture of the samples nearest to training images. sharding:
+    how processes share the extraction; only the main one returns records.
     """
 
     suite: Suite
@@ -44,7 +44,7 @@ class EvaluationConfig:
 
     @classmethod
     def of(cls, protocol: Protocol) -> EvaluationConfig:
-        """The protocol's suite, with nothing brought."""
+        """The protocol's suite, without files from the user."""
         from evaluators.suites import get_suite
 
         return cls(suite=get_suite(protocol.suite))
@@ -52,15 +52,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """A configuration and the images of its reference; images None: those of the run's data set."""
+    """A configuration with its reference images; images None: the images of the run's data set."""
 
     config: EvaluationConfig
     images: ImageSet | None
 
 
 def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | None) -> Evaluator | None:
-    """The evaluator of a run's samples; None: the suite's network needs weights, and neither weights nor a reference were
-    given. UserError before anything is trained: files that are not there or have no use."""
+    """The evaluator of a run's samples; None if the suite needs weights and neither weights nor a reference are given.
+
+    Raises `UserError`, before anything is trained, for a file that does not exist or that the suite does not use.
+    """
     from evaluators.suites import get_suite
 
     suite = get_suite(protocol.suite)
@@ -76,27 +78,25 @@ def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | N
 def make_config(
     suite: Suite, weights: Path | None, backend: str, reference: Path | None, device: str = "cpu"
 ) -> EvaluationConfig:
-    """The suite on the chosen backend with the files that were given; UserError for one that has no use."""
+    """The configuration of a suite on a backend. Raises `UserError` for a missing file, or one that the suite does not use."""
     from evaluators.reference_file import read_about
 
-    torch, chosen = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]
+    torch, extractor = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]
     flag = suite.features.weights_option
     if weights is not None and not flag:
-        raise UserError(f"suite {suite.name!r} comes with its network's weights; leave out {weights}")
+        raise UserError(f"suite {suite.name!r} includes the weights of its network; leave out {weights}")
     if weights is None and flag == torch.weights_option:
         raise UserError(
             f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({INCEPTION_FILE})"
         )
-    if chosen != torch:
+    if extractor != torch:
         if suite.features != torch:
-            raise UserError(
-                f"--backend {backend} belongs to suite adm and others on {torch.name}, not to {suite.name!r}"
-            )
-        suite = dataclasses.replace(suite, features=chosen)
+            raise UserError(f"--backend {backend} is for suites on {torch.name}, such as adm, not for {suite.name!r}")
+        suite = dataclasses.replace(suite, features=extractor)
     elif device != "cpu":
         from harness.engines.torch.resolve import pick_device
 
-        device = str(pick_device(device))  # refuses an absent one; the other backends do so themselves
+        device = str(pick_device(device))  # raises if the device does not exist; the other backends check it themselves
     statistics = reference if reference is not None and reference.suffix == ".npz" and reference.is_file() else None
     if statistics is not None and not suite.takes_statistics(declared=read_about(statistics) is not None):
         statistics = None
@@ -104,7 +104,7 @@ def make_config(
 
 
 def open_reference(path: Path) -> ImageSource:
-    """The images of a reference; one that was made of JPEG files still says so."""
+    """The images of a reference, marked as lossy if they were made of JPEG files."""
     from evaluators.reference_file import read_about
 
     source, about = open_images(path), read_about(path)
@@ -113,7 +113,7 @@ def open_reference(path: Path) -> ImageSource:
 
 
 def reference_images(source: ImageSource) -> ImageSet:
-    """The images of a source; labels are all 0 where there are none."""
+    """The images of a source; labels are 0 if the source has none."""
     images = source.array()
     labels = np.zeros(len(images), np.int64) if source.labels is None else source.labels
     return ImageSet(name=Path(source.name).stem, images=images, labels=labels)

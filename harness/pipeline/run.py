@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run has made.
+    """The results of a run.
 
-    folder: the run. records: all of its sample sets, evaluated. samples: the samples.npz files. report: what was written;
-    None: no report. evaluate_commands: commands that measure the samples where the suite was not given its files. Of
-    several processes only the main one has records, report and commands.
+    folder: of the run. records: of all its sample sets. samples: the samples.npz files. report: the report that was
+    written; None: no report. evaluate_commands: if the suite needs files that were not given, the commands that evaluate
+    the samples later. If there are several processes, only the main one has records, report and commands.
     """
 
     folder: Path
@@ -50,14 +50,14 @@ def run(options: RunOptions) -> RunResult:
         result = harness.run(backbone="dit-xs-2", steps=800)
         result.records[0].value, result.folder
 
-    Killed at any instant, the same call continues; with more steps it goes on from where it was. What is done is not
-    repeated. UserError: the request cannot be carried out as it was made; RunError: it failed underway (a loss that is
-    not finite, a full disk). Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
+    The same call continues a run that was killed; with more steps it continues a finished run. Work that is done is not
+    repeated. UserError: the request cannot be carried out; RunError: it failed while it ran (a loss that is not finite, a
+    full disk). Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
     """
     request = request_from(options)
     if request.spec.kind != "denoiser":
         raise UserError(
-            f"backbone {request.spec.name!r} is one part of a system and makes no images by itself: train it with "
+            f"backbone {request.spec.name!r} is one part of a system and cannot generate images alone: train it with "
             "`harness train`, then sample the whole with `harness sample --system`"
         )
     evaluator = make_evaluator(request.protocol, options.reference, options.features_weights)
@@ -65,56 +65,56 @@ def run(options: RunOptions) -> RunResult:
     milestones = sorted({*(options.evaluate_at or ()), request.recipe.steps})
     if milestones[-1] > request.recipe.steps:
         raise UserError(
-            f"--evaluate-at {milestones[-1]} lies beyond the last step, {request.recipe.steps}; raise --steps"
+            f"--evaluate-at {milestones[-1]} is beyond the last step, {request.recipe.steps}; raise --steps"
         )
     group, samples, records = session.group, [], []
     with group.locked(session.folder):
-        # What may be missing comes before what takes time.
+        # Files that may be missing are opened before the training, which takes time.
         decoder = decoder_of(session, options.decoder, options.device)
         images = None if evaluator is None else evaluator.images or training_images(session)
         run = session.begin(options)
         for step in milestones:
             session.train(step)
-            made = [
+            paths = [
                 sample_run(
                     run, request, step, steps, precision=options.sampling_precision, batch=options.sampling_batch,
                     decoder=decoder, group=group,
                 )
                 for steps in request.sampling.steps
             ]  # fmt: skip
-            samples += made
+            samples += paths
             if evaluator is None or images is None:
                 continue
-            for path in made:
+            for path in paths:
                 records += evaluate_and_record(
                     path, request.protocol, images, run.records, cache=run.folder.parent / CACHE,
                     config=evaluator.config, group=group,
                 )  # fmt: skip
     commands = tuple(evaluate_command(request.protocol, path.parent) for path in samples if group.is_main)
-    written = None
+    run_report = None
     if group.is_main and options.report and evaluator is not None:
-        written = write_run_report(run, request.protocol.name)
+        run_report = write_run_report(run, request.protocol.name)
     return RunResult(
         folder=run.folder,
         records=tuple(records),
         samples=tuple(samples),
-        report=written,
+        report=run_report,
         evaluate_commands=commands if evaluator is None else (),
     )
 
 
 def training_images(session: RunSession) -> ImageSet:
-    """The images that are trained on, or those behind the latents that are trained on."""
+    """The training images; for a run in latents, the images that the latents were made of."""
     if isinstance(session.data, ImageSet):
         return session.data
     return source_images(session.source_paths, session.identity["dataset_sha256"], str(session.folder))
 
 
 def write_run_report(run: Run, protocol: str) -> ReportSummary:
-    """The report of a run and of the runs beside it; of a run elsewhere than in runs/, of that run alone."""
-    beside = run.folder.parent == RUNS_FOLDER
+    """The report of all runs in runs/ if the run is there, else of this run only."""
+    in_runs_folder = run.folder.parent == RUNS_FOLDER
     return report(
-        results=(run.folder.parent if beside else run.folder,),
-        out=(run.folder.parent if beside else run.folder) / "report",
+        results=(run.folder.parent if in_runs_folder else run.folder,),
+        out=(run.folder.parent if in_runs_folder else run.folder) / "report",
         protocol=protocol,
     )

@@ -1,4 +1,4 @@
-"""The first stage: create a run or open it, train it, keep its EMA weights. What is done is not repeated."""
+"""The first stage: create or open a run, and train it to an EMA checkpoint. Work that is done is not repeated."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A trained run: its folder, the step that it was trained to, the kind of its backbone, and the file of the EMA
-    weights of that step."""
+    """A trained run: its folder, its last step, the kind of its backbone, and the file of the EMA weights."""
 
     folder: Path
     step: int
@@ -47,11 +46,11 @@ class TrainResult:
 
 @keyword_options(TrainOptions)
 def train(options: TrainOptions) -> TrainResult:
-    """Train a backbone and keep the EMA weights of the last step. The same call continues a killed run.
+    """Train a backbone and write the EMA weights of the last step. The same call continues a run that was killed.
 
-    Denoisers, upsamplers (on pairs of resolutions) and classifiers of noised images alike. UserError: the request cannot
-    be carried out; RunError: a loss or a weight is not finite, the disk is full. Ctrl-C and SIGTERM write a checkpoint
-    and raise KeyboardInterrupt.
+    The backbone is a denoiser, an upsampler (trained on pairs of resolutions) or a classifier of noised images. UserError:
+    the request cannot be carried out; RunError: a loss or a weight is not finite, or the disk is full. Ctrl-C and SIGTERM
+    write a checkpoint and raise KeyboardInterrupt.
     """
     request = request_from(options)
     session = open_session(request, options)
@@ -63,7 +62,7 @@ def train(options: TrainOptions) -> TrainResult:
 
 
 def open_session(request: Request, options: TrainOptions) -> RunSession:
-    """Log the plan, refuse what is missing, read the data, and open the run's folder."""
+    """Log the plan, read the data and open the run's folder. Raises `UserError` if something is missing."""
     check_installed(options.logger)
     group = join_processes(request.framework)
     plan = make_plan(request)
@@ -75,8 +74,10 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
     if plan.missing:
         for sentence in plan.missing:
             logger.info(f"missing  {sentence}")
-        text = f"protocol {request.protocol.name!r} cannot run here, because what is listed above is missing"
-        if request.protocol.name != DEFAULT_PROTOCOL and request.spec.family == "dit":  # every size fits the digits
+        text = f"protocol {request.protocol.name!r} cannot run here; see the lines above for what is missing"
+        if (
+            request.protocol.name != DEFAULT_PROTOCOL and request.spec.family == "dit"
+        ):  # each DiT size works on the digits
             steps = request.recipe.steps
             text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
         raise UserError(text)
@@ -86,7 +87,7 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
 
 
 class RunSession:
-    """A run and the network it needs, built once and only when a stage needs it."""
+    """An open run with its network, which is built once, when a stage first needs it."""
 
     def __init__(
         self,
@@ -104,14 +105,14 @@ class RunSession:
         check_labels(data, request.protocol.num_classes)
         self.run: Run | None = find_run(folder, self.spec)
         exists = self.run is not None
-        if group.broadcast(int(exists)) != exists:  # before the main process goes on to create the run
+        if group.broadcast(int(exists)) != exists:  # before the main process creates the run
             raise UserError(
-                f"process {group.index} and the main process do not see the same in {folder}; they need one file system"
+                f"process {group.index} and the main process see different contents of {folder}; they need a shared file system"
             )
         if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, because it decides memory
             frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
-        self._net: Any = None  # at its initialisation; handed over once, because an engine changes it
+        self._net: Any = None  # initialised network; given to one engine only, because an engine changes it
 
     @property
     def protocol(self) -> Protocol:
@@ -123,21 +124,21 @@ class RunSession:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Identity of the run, whether it exists or not."""
+        """Identity of the run, which may not exist yet."""
         return self.spec.identity
 
     @property
     def source_paths(self) -> dict[str, str]:
-        """Where the run finds what it needs later: as it was created, or would be (see `Examples`)."""
+        """Paths of the files that the run needs later: as recorded at its creation, or those of the data (see `Examples`)."""
         return self.data.source_paths if self.run is None else self.run.source_paths
 
     @property
     def resolved(self) -> Resolved | None:
-        """What the run has frozen; None: the run does not exist yet."""
+        """The frozen settings of the run; None if it does not exist yet."""
         return None if self.run is None else self.run.resolved
 
     def begin(self, options: TrainOptions) -> Run:
-        """The run, created if it does not exist. UserError where a frozen setting was asked to be another."""
+        """The run, created if it does not exist. Raises `UserError` if a frozen setting of it would change."""
         if self.run is None:
             measured = self.measure(
                 device=options.device,
@@ -152,10 +153,10 @@ class RunSession:
             logger.info(measured_text(measured_cost(self.request, measured)))
         run = self.run
         assert run is not None
-        asked = frozen_settings(options)
+        requested = frozen_settings(options)
         if run.framework == "jax":  # torch's mesh may change with the number of processes
-            asked["mesh"] = options.mesh
-        for name, value in asked.items():
+            requested["mesh"] = options.mesh
+        for name, value in requested.items():
             frozen = getattr(run.resolved, name)
             if value is not None and value != frozen:
                 raise UserError(
@@ -171,26 +172,26 @@ class RunSession:
     def measure(
         self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
     ) -> Measured:
-        """What `create` would freeze. Builds the network."""
+        """The settings that `create` would freeze, with measurements. Builds the network."""
         self._net, measured = get_backend(self.request.framework).measure(
             self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=compile
         )
         return measured
 
     def create(self, resolved: Resolved) -> Run:
-        """Make the run's folder, with `resolved` frozen in it."""
+        """Create the run's folder, with `resolved` frozen in it."""
         if self.group.is_main:
             create_run(self.folder, self.spec, resolved, environment(resolved.device_name), self.data.source_paths)
         self.group.barrier("the run is created")
         self.run = find_run(self.folder, self.spec)
         if self.run is None:
             raise UserError(
-                f"process {self.group.index} does not see {self.folder}; the processes of a run need one file system"
+                f"process {self.group.index} does not see {self.folder}; the processes of a run need a shared file system"
             )
         return self.run
 
     def fork(self, source: Path, resolved: Resolved) -> Run:
-        """Make the run from the newest checkpoint of the run in `source`, with the log up to there."""
+        """Create the run from the newest checkpoint of the run in `source`, with its log up to that step."""
         parent = open_run(source)
         checkpoint = checkpoints.newest(parent.checkpoints)
         if checkpoint is None:
@@ -202,7 +203,7 @@ class RunSession:
         target = self.folder / "checkpoints" / checkpoint.folder.name
         if self.group.is_main:
             with files.explained(self.folder):
-                files.remove(target)  # of a fork that was killed
+                files.remove(target)  # a copy left by a fork that was killed
                 shutil.copytree(checkpoint.folder, target)
                 lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]
                 files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
@@ -210,10 +211,10 @@ class RunSession:
         return self.create(resolved)
 
     def train(self, until: int) -> None:
-        """Train to `until` steps, or do nothing if the EMA weights of that step are there."""
+        """Train to `until` steps, or do nothing if the EMA weights of that step exist."""
         assert self.run is not None
         done = until in self.run.ema_checkpoint_steps()
-        if self.group.broadcast(int(done)):  # a folder may look otherwise from another machine
+        if self.group.broadcast(int(done)):  # the main process decides: another machine may not see the file yet
             return
         request, run = self.request, self.run
         net, self._net = self._net, None

@@ -175,7 +175,7 @@ def test_records_and_note_say_the_mode(arguments, monkeypatch):
     monkeypatch.setattr(inception_clean.CleanInceptionFeatures, "__call__", network)
     done = run([*arguments, "--json"])
     assert done.exit_code == 0, done.exception
-    assert "brings mu and sigma, which suite clean does not use" in done.stderr
+    assert "has mu and sigma, which suite clean does not use" in done.stderr
     records = {each["metric"]: each for each in json.loads(done.stdout)["records"]}
     assert list(records) == ["fid", "kid"]
     for each in records.values():

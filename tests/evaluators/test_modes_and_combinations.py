@@ -135,7 +135,7 @@ def test_statistics_of_another_network_are_not_taken_for_its_own(place):
     with np.load(place / "reference.npz") as data:
         np.savez(place / "reference.npz", arr_0=data["arr_0"], mu=np.zeros(SPEC.dim), sigma=np.eye(SPEC.dim))
     done = evaluate(place, "--suite", f"{SPEC.name}:fd", "--json", "--out", place / "again.jsonl")
-    assert f"brings mu and sigma, which suite {SPEC.name} does not use" in done.stderr
+    assert f"has mu and sigma, which suite {SPEC.name} does not use" in done.stderr
     assert json.loads(done.stdout)["records"][0]["value"] == before["fd"].value
     assert [get_suite(f"{name}:fd").reference_statistics for name in ("inception-2015-12-05", "dinov2-vit-b-14")] == [
         "optional",

@@ -179,7 +179,7 @@ def test_doctor_finds_what_the_main_job_needs():
     ],
 )
 def test_doctor_says_how_fast_bfloat16_is_in_words(ratio, words):
-    assert doctor.beside_float32(ratio) == words
+    assert doctor.relative_to_float32(ratio) == words
 
 
 def test_doctor_says_what_it_is_at_and_loses_no_time_on_a_slow_product(monkeypatch):

@@ -310,7 +310,7 @@ def test_verify_says_what_a_file_is(tmp_path, source, pictures):
         ("source.npz", ("--suite", "tinny"), "did you mean tiny"),
         ("source.npz", ("--suite", "adm"), "give --inception FILE"),
         ("source.npz", ("--inception", "x.pb"), "leave out x.pb"),
-        ("source.npz", ("--backend", "tensorflow"), "belongs to suite adm"),
+        ("source.npz", ("--backend", "tensorflow"), "is for suites on"),
         ("source.npz", ("--out", "r.npy"), "give it that ending"),
         ("source.npz", ("--out", "source.npz"), "no reference of `harness data reference`"),
         ("source.npz", ("--out", "there.npz"), "is another reference"),

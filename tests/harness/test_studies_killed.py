@@ -183,7 +183,7 @@ def test_sigterm_reaches_the_runs_which_write_their_checkpoints(place, monkeypat
     command = Command(place)
     command.until(lambda: log.exists() and log.stat().st_size > 1000)
     command.process.send_signal(signal.SIGTERM)
-    assert "stopping: 1 at work" in command.ends(130)
+    assert "stopping: 1 process" in command.ends(130)
     (checkpoint,) = log.parent.glob("checkpoints/step-*")
     assert int(checkpoint.name.removeprefix("step-")) == max(steps(log.parent)) > 0
     assert "stopping: writing a checkpoint" in (log.parents[1] / "studies/p/logs/few-dit-xs-4-seed0.log").read_text()

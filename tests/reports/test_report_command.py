@@ -83,7 +83,9 @@ def test_of_many_unusable_lines_a_handful_is_named_and_all_are_counted(report, r
     said = report().stderr.splitlines()
     assert len(said) == 12
     assert said[5] == "harness: lines of record files that could not be used: 1,234, the first 5 of them above"
-    assert said[11] == "harness: disputed measurements, which are in no table: 7, the first 5 of them above"
+    assert (
+        said[11] == "harness: conflicting measurements, which are left out of all tables: 7, the first 5 of them above"
+    )
 
 
 def test_the_terminal_shows_so_many_rows_and_counts_the_others(report, record, tmp_path):
