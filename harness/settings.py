@@ -374,7 +374,7 @@ class EvaluateOptions(Options):
     )
     name: str | None = setting("Row name for samples without a sidecar.", read_text, metavar="TEXT")
     out: Path | None = setting(
-        "Record file.", read_path, metavar="FILE", default_text="the run's, or records.jsonl beside the samples",
+        "Record file.", read_path, metavar="FILE", default_text="the run's, or records.jsonl next to the samples",
         type_name="path",
     )  # fmt: skip
     neighbours: Path | None = setting(

@@ -73,7 +73,7 @@ def _system() -> list[Finding]:
 
     memory = psutil.virtual_memory()
     disk = shutil.disk_usage(".")
-    found = [
+    findings = [
         Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding(
             "ok",
@@ -81,12 +81,12 @@ def _system() -> list[Finding]:
         ),
     ]
     low = disk.free < 2e9
-    found.append(
+    findings.append(
         Finding(
             "note" if low else "ok", f"{disk.free / 1e9:.1f} GB free in this folder", "free some disk" if low else ""
         )
     )
-    return found
+    return findings
 
 
 def _torch() -> list[Finding]:
@@ -96,9 +96,9 @@ def _torch() -> list[Finding]:
         from harness.engines.torch.compiling import unavailable_reason
     except ImportError as error:
         return [Finding("lacks", f"torch does not import: {error}", "pip install torch")]
-    found = [Finding("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")]
+    findings = [Finding("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")]
     collectives = [name for name, available in _collectives() if available]
-    found.append(
+    findings.append(
         Finding("ok", f"several processes by {' and '.join(collectives)} (torchrun --nproc-per-node N -m harness ...)")
         if collectives
         else Finding(
@@ -108,20 +108,20 @@ def _torch() -> list[Finding]:
         )
     )
     if torch.cuda.is_available():
-        found += [
+        findings += [
             Finding("ok", f"cuda:{index} {torch.cuda.get_device_name(index)}")
             for index in range(torch.cuda.device_count())
         ]
     else:
-        found.append(
+        findings.append(
             Finding("note", "no CUDA device: runs use the CPU", "small backbones such as dit-xs-2 train in minutes")
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if reason := unavailable_reason(device):
-        found.append(Finding("note", "--compile auto leaves networks uncompiled here", reason))
+        findings.append(Finding("note", "--compile auto leaves networks uncompiled here", reason))
     else:
-        found.append(Finding("ok", f"torch.compile on {device.type} (--compile)"))
-    return found
+        findings.append(Finding("ok", f"torch.compile on {device.type} (--compile)"))
+    return findings
 
 
 def _processor() -> list[Finding]:
@@ -176,25 +176,25 @@ def _bfloat16() -> float:
 def _features() -> list[Finding]:
     from harness import registry
 
-    found = []
+    findings = []
     for spec in registry.features:
         if flag := getattr(spec, "weights_option", ""):  # a file that the user must give
-            found.append(Finding("note", f"features {spec.name} need weights", f"give them with {flag} FILE"))
+            findings.append(Finding("note", f"features {spec.name} need weights", f"give them with {flag} FILE"))
             continue
         try:
             spec.load("cpu")
-            found.append(Finding("ok", f"features {spec.name}"))
+            findings.append(Finding("ok", f"features {spec.name}"))
         except Exception as error:  # a plug-in can raise anything; report it
-            found.append(
+            findings.append(
                 Finding("lacks", f"features {spec.name}: {error}", "pip install --force-reinstall backbone-harness")
             )
-    return found
+    return findings
 
 
 def _plugins() -> list[Finding]:
     from harness import registry
 
-    found = []
+    findings = []
     for noun in (
         "backbones",
         "protocols",
@@ -209,8 +209,8 @@ def _plugins() -> list[Finding]:
         items = getattr(registry, noun)
         names = items.names()
         others = sorted({items.owner(name) for name in names} - {registry.OWN_DISTRIBUTION})
-        found += [Finding("ok", f"plug-in {owner} adds {noun}") for owner in others]
-        found += [
+        findings += [Finding("ok", f"plug-in {owner} adds {noun}") for owner in others]
+        findings += [
             Finding(
                 "lacks",
                 f"plug-in {each.distribution} ({each.entry_point}): {each.reason}",
@@ -219,19 +219,19 @@ def _plugins() -> list[Finding]:
             for each in items.problems
         ]
         if not names:
-            found.append(Finding("lacks", f"no {noun} are registered", "pip install backbone-harness again"))
-    return found
+            findings.append(Finding("lacks", f"no {noun} are registered", "pip install backbone-harness again"))
+    return findings
 
 
 def _optional() -> list[Finding]:
-    found = []
+    findings = []
     for module, distribution, purpose, extra in OPTIONAL:
         if importlib.util.find_spec(module):
-            found.append(Finding("ok", f"{distribution} {metadata.version(distribution)}: {purpose}"))
+            findings.append(Finding("ok", f"{distribution} {metadata.version(distribution)}: {purpose}"))
         else:
-            found.append(
+            findings.append(
                 Finding(
                     "note", f"{distribution} is not installed: {purpose}", f"pip install 'backbone-harness[{extra}]'"
                 )
             )
-    return found
+    return findings

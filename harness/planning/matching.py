@@ -2,7 +2,7 @@
 
 Training compute is Gflops x batch x steps x 3. Sampling compute of one image is Gflops x network evaluations: those of the
 sampler's plan, doubled by guidance. Both backbones are counted at the input of the same protocol and with the same recipe
-(`--set` included), and so with the same batch: the reference costs what it would cost here, not what its paper spent. The
+(`--set` included), and so with the same batch: the cost of the reference is what it would cost here, not what its paper spent. The
 arithmetic uses whole flops, so the only error, which is reported, comes from rounding to whole steps.
 """
 

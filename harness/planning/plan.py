@@ -133,27 +133,27 @@ def missing(request: Request) -> list[str]:
     """What the request needs and this machine does not have, each with the fix."""
     from evaluators.suites import get_suite
 
-    protocol, found = request.protocol, []
+    protocol, reasons = request.protocol, []
     if protocol.dataset not in registry.datasets:
-        found.append(
+        reasons.append(
             f"data set {protocol.dataset!r}: no reader of that name is installed (see `harness list datasets`)"
         )
     elif protocol.space == "latents":
         from harness.data import latents
 
         if (reason := latents.missing(request.data, protocol)) is not None:
-            found.append(f"data set {protocol.dataset!r} in latents: {reason}")
+            reasons.append(f"data set {protocol.dataset!r} in latents: {reason}")
     elif (reason := registry.datasets.get(protocol.dataset).missing(request.data, protocol.resolution)) is not None:
-        found.append(f"data set {protocol.dataset!r}: {reason}")
+        reasons.append(f"data set {protocol.dataset!r}: {reason}")
     try:
         suite = get_suite(protocol.suite)
     except UserError as error:
-        found.append(f"suite {protocol.suite!r}: {error} (see `harness list suites`)")
+        reasons.append(f"suite {protocol.suite!r}: {error} (see `harness list suites`)")
     else:
         short = [each for each in suite.metrics if request.samples < each.minimum]
         if short:
-            found.append(f"samples: {short[0].key} needs at least {short[0].minimum} samples, not {request.samples}")
-    return found
+            reasons.append(f"samples: {short[0].key} needs at least {short[0].minimum} samples, not {request.samples}")
+    return reasons
 
 
 def missing_decoder(request: Request) -> list[str]:

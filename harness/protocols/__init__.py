@@ -222,17 +222,17 @@ def _fill(cls: type, data: Any, where: str) -> Any:
     for name, value in data.items():
         if name not in fields:
             raise UserError(f"{where}: {unknown('item', name, fields)}")
-        wanted = str(fields[name].type)
+        type_name = str(fields[name].type)
         fits = {
             "int": isinstance(value, int) and not isinstance(value, bool),
             "float": isinstance(value, (int, float)) and not isinstance(value, bool),
             "str": isinstance(value, str),
             "bool": isinstance(value, bool),
             "tuple[int, ...]": isinstance(value, tuple) and all(type(each) is int for each in value),
-        }.get(wanted, True)
+        }.get(type_name, True)
         if not fits:
-            raise UserError(f"{where}: {name} = {shown(value)} must be of type {wanted}")
-        if wanted == "float" and abs(value) > MAX_INT and isinstance(value, int):
+            raise UserError(f"{where}: {name} = {shown(value)} must be of type {type_name}")
+        if type_name == "float" and abs(value) > MAX_INT and isinstance(value, int):
             raise UserError(f"{where}: {name} = {shown(value)} is out of range")
     # 0 and 0.0 are the same setting and must have the same hash
     data = {name: float(value) if fields[name].type == "float" else value for name, value in data.items()}

@@ -226,7 +226,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not files.lock(descriptor):
-            raise UserError(f"another process is at work in {folder}; wait for it or stop it")
+            raise UserError(f"another process is using {folder}; wait for it or stop it")
         yield
     finally:
         os.close(descriptor)

@@ -54,7 +54,7 @@ class Study:
     budgets: tuple[str, tuple[Any, ...]] | None = (
         None  # one of BUDGET_KINDS, and its values; None: the protocol's steps
     )
-    evaluate_at: tuple[int, ...] = ()  # further training steps at which samples are drawn
+    evaluate_at: tuple[int, ...] = ()  # more training steps that are sampled
     guidance_scales: tuple[float, ...] | None = None  # None: the protocol's
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`, for all runs
     recipe: dict[str, str] = field(default_factory=dict)

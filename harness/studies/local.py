@@ -68,10 +68,10 @@ class Launcher:
                 queue = [run for run in self.study.runs if self._to_launch(run)]
                 self._loop(queue)
         except UserError as error:
-            if "another process is at work" not in str(error):
+            if "another process is using" not in str(error):
                 raise
             raise UserError(
-                f"another `harness study` is at work on {self.study.study.name!r}; `--status` shows how far it is"
+                f"another `harness study` is already running study {self.study.study.name!r}; `--status` shows its progress"
             ) from None
         return self._overview()
 
@@ -108,7 +108,7 @@ class Launcher:
         active = _Active(run=run, slot=slot, process=None)
         self._active[run.name] = active
         if is_running(self.study, run):
-            logger.info(f"waiting {run.name}: another process is at work on it")
+            logger.info(f"waiting {run.name}: another process works on it")
             return
         self._rows[run.name] = row = progress_of(self.study, run)
         active.commands = list(row.pending)

@@ -121,16 +121,16 @@ def _complete(run: Run, request: Request, options: RunOptions, milestone: int, s
     from evaluators.suites import get_suite
 
     try:
-        wanted = sample_request(
+        expected = sample_request(
             run, milestone, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
             precision=options.sampling_precision, batch=options.sampling_batch,
             decoder=None if options.decoder is None else _decoder_identity(options.decoder),
         )  # fmt: skip
-        path = run.folder / "samples" / wanted.name(run) / "samples.npz"
+        path = run.folder / "samples" / expected.name(run) / "samples.npz"
         if not (path.exists() and sidecar_path(path).exists()):
             return False
         sidecar = read_sidecar(path)
-        if sidecar["identity"] != wanted.identity(run):
+        if sidecar["identity"] != expected.identity(run):
             return False
         fields, protocol = read_fields(path, sidecar["sha256"]), request.protocol
         return existing_records(run.records, fields, protocol, get_suite(protocol.suite), None) is not None

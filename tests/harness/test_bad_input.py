@@ -314,7 +314,7 @@ def test_second_process_in_the_same_run(harness, run):
     before = contents(run)
     with lock_folder(run):
         for words in ([*TRAIN, "--steps", 6, "--out", run], ["sample", "--run", run, "--samples", 4]):
-            assert not refused(harness(*words), "another process is at work in", run, "wait for it or stop it")
+            assert not refused(harness(*words), "another process is using", run, "wait for it or stop it")
     assert contents(run) == before
 
 

@@ -257,7 +257,7 @@ def test_two_launchers_of_a_study_do_not_work_at_once(launched, monkeypatch):
     refused = []
 
     def second():
-        with pytest.raises(UserError, match="another `harness study` is at work on 'stub'"):
+        with pytest.raises(UserError, match="another `harness study` is already running study 'stub'"):
             launched(1)
         refused.append(True)
         os.kill(os.getpid(), signal.SIGTERM)
