@@ -92,4 +92,4 @@ def test_the_terminal_shows_so_many_rows_and_counts_the_others(report, record, t
     records = [record(system=f"s{index}") for index in range(60)]
     _write(tmp_path / "runs" / "a" / "records.jsonl", map(to_json, records))
     said = report().stdout
-    assert "s49" in said and "s59" not in said and "10 more rows are in the table of the protocol" in said
+    assert "s49" in said and "s59" not in said and "10 more rows are in the protocol's table" in said
