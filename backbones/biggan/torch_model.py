@@ -280,6 +280,6 @@ class BigGAN(nn.Module):
                 f" {len(z)} rows of z, not one-hot vectors"
             )
         if not isinstance(truncation, Real) or not 0 < truncation <= 1:
-            raise UserError(f"BigGAN-deep: truncation {truncation!r} is not a number above 0 and at most 1")
+            raise UserError(f"BigGAN-deep: truncation {truncation!r} is not a single number above 0 and at most 1")
         condition = torch.cat([z, self.embeddings(y)], dim=1)  # (N, 2L)
         return self.generator(condition, truncation)  # (N, 3, input_size, input_size)

@@ -355,7 +355,7 @@ def test_closed_form_equals_trace(size, overrides):
         ({"latent_size": 1.5}, "latent_size is 1.5", "whole number"),
         ({"attention": 10}, "attention is 10", "0 to 9"),
         ({"input_size": 512, "width": 4, "attention": 12}, "4 channels", "divisible by 8"),
-        ({"blocks": [(0, 16, 8), (1, 4, 1)]}, "block 1", "gets 8"),
+        ({"blocks": [(0, 16, 8), (1, 4, 1)]}, "block 1", "its input has 8 times"),
         ({"blocks": [(1, 16, 4)]}, "16 times the width into 4", "half"),
         ({"blocks": TINY["blocks"]}, "16 pixels", "input_size 128"),
         ({"blocks": [(1, 16)]}, "blocks", "sequence"),
@@ -380,7 +380,7 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(overrides, culprit, r
         (torch.zeros(2, 5), torch.tensor([0]), 1.0, "2 rows"),
         (torch.zeros(2, 5), torch.tensor([0, 1]), 0.0, "truncation 0.0"),
         (torch.zeros(2, 5), torch.tensor([0, 1]), 1.01, "truncation 1.01"),
-        (torch.zeros(2, 5), torch.tensor([0, 1]), torch.tensor([0.5, 0.5]), "one number"),
+        (torch.zeros(2, 5), torch.tensor([0, 1]), torch.tensor([0.5, 0.5]), "a single number"),
     ],
 )
 def test_a_call_that_does_not_fit_is_refused(z, y, truncation, culprit):

@@ -271,8 +271,8 @@ def test_weights_that_do_not_fit_are_refused():
     weights = {key: np.zeros(shape, np.float32) for key, shape in torch_shapes(net).items()}
     from_torch(net, weights)
     for wrong, match in (
-        ({**weights, "blocks.1.mlp.fc1.bias": np.zeros(3)}, "hold 'blocks.1.mlp.fc1.bias'"),
-        ({key: value for key, value in weights.items() if key != "pos_embed"}, "lack 'pos_embed'"),
+        ({**weights, "blocks.1.mlp.fc1.bias": np.zeros(3)}, "have 'blocks.1.mlp.fc1.bias'"),
+        ({key: value for key, value in weights.items() if key != "pos_embed"}, "'pos_embed' is missing"),
         ({**weights, "pos_embed": np.zeros((1, 4, 48))}, r"'pos_embed' has shape \(1, 4, 48\).*\(1, 16, 48\)"),
         ({**weights, "blocks.0.attn.qkv.weight": np.zeros((48, 144))}, r"has shape \(48, 144\).*\(144, 48\)"),
     ):
