@@ -39,7 +39,7 @@ from harness.protocols import LONGEST_NAME
 from harness.registry import unknown
 from harness.settings import RunOptions, settings_of, study_settings
 
-BUDGET_KINDS = ("steps", "images", "gflops", "match")
+BUDGET_KINDS = ("steps", "images", "gflops", "match")  # the keys of `budgets`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,7 @@ class Study:
     protocol: str
     backbones: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
-    budgets: tuple[str, tuple[Any, ...]] | None = (
-        None  # one of BUDGET_KINDS, and its values; None: the protocol's steps
-    )
+    budgets: tuple[str, tuple[Any, ...]] | None = None  # kind and values; None: the protocol's steps
     evaluate_at: tuple[int, ...] = ()  # more training steps that are sampled
     guidance_scales: tuple[float, ...] | None = None  # None: the protocol's
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`, for all runs
