@@ -94,9 +94,8 @@ def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
     """
     compute, recipe, sampling, protocol = request.compute, request.recipe, request.sampling, request.protocol
     images = recipe.steps * recipe.batch
-    sampled = (
-        sampling.steps if request.spec.kind == "denoiser" else ()
-    )  # a part of a system cannot generate images alone
+    # A part of a system, such as an upsampler, cannot generate images alone.
+    sampled = sampling.steps if request.spec.kind == "denoiser" else ()
     return Plan(
         backbone=request.spec.name,
         protocol=protocol.name,
