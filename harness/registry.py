@@ -5,8 +5,9 @@ A distribution declares, for example,
     [project.entry-points."harness.backbones"]
     my-family = "my_package.spec:SPECS"
 
-The attribute is an item; a tuple, list or dictionary of items; or a function without arguments that returns one of these.
-Loading an entry point must not import a framework. A plug-in that fails to load is not fatal: `harness list` reports it.
+The attribute is an item; a tuple, list or dictionary of items; or a function without arguments that returns one of
+these. Loading an entry point must not import a framework. A plug-in that fails to load is not fatal: `harness list`
+reports it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Registry(Generic[Item]):
         self._loaded = False
 
     def register(self, item: Item | Callable[[], Any], owner: str = "this process") -> Any:
-        """Add an item, or the items that a function without arguments returns; returns its argument, so it can be a decorator.
+        """Add an item, or the items that a function without arguments returns. It can be used as a decorator.
 
         Raises `UserError` for an item without a name, of another type, or with a name that is taken.
         """

@@ -1,11 +1,11 @@
 """The settings of all stages: one table, from which all other lists of settings are made.
 
-Each stage (run, train, sample, evaluate, plan, report, compare) has a frozen dataclass of options. Each field is a setting.
-Its name is the keyword of the Python call (`harness.run(sampling_steps=...)`) and, with dashes, the flag of the command
-line (`--sampling-steps`). The field's metadata (`Setting`) holds the rest: help, accepted values, key in a study file,
-whether the setting is frozen when a run is created, and the field of a record that states it. This table defines the
-options of the command line, the keys of study files, the commands of a study, the commands that reproduce a record, and
-the names in footnotes.
+Each stage (run, train, sample, evaluate, plan, report, compare) has a frozen dataclass of options. Each field is a
+setting. Its name is the keyword of the Python call (`harness.run(sampling_steps=...)`) and, with dashes, the flag of
+the command line (`--sampling-steps`). The field's metadata (`Setting`) holds the rest: help, accepted values, key in a
+study file, whether the setting is frozen when a run is created, and the field of a record that states it. This table
+defines the options of the command line, the keys of study files, the commands of a study, the commands that reproduce a
+record, and the names in footnotes.
 
 Values are text as on the command line ("400k", "16,32,64") or Python values (400_000, [16, 32, 64]).
 """
@@ -48,12 +48,12 @@ LOGGERS = ("tensorboard", "wandb")  # names of harness.loggers
 class Setting:
     """The properties of a setting, besides its name, type and default.
 
-    flags: its flags, if they are not `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the flag
-    may be given several times. default_text: the default as text, for the help. study: its key in a study file, "key" or
-    "section.key"; empty: none. frozen: not None if the setting is frozen when a run is created, because it decides bits; the
-    text is the value that means "not given". item: the item of the protocol's [sampling] that it overrides. recorded: the
-    field of `results.records.Record` that states it, such as "sampling.eta". footnote: its name in footnotes. argument:
-    whether it is a positional argument of the command line.
+    flags: its flags, if they are not `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the
+    flag may be given several times. default_text: the default as text, for the help. study: its key in a study file,
+    "key" or "section.key"; empty: none. frozen: not None if the setting is frozen when a run is created, because it
+    decides bits; the text is the value that means "not given". item: the item of the protocol's [sampling] that it
+    overrides. recorded: the field of `results.records.Record` that states it, such as "sampling.eta". footnote: its
+    name in footnotes. argument: whether it is a positional argument of the command line.
     """
 
     help: str

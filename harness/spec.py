@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from harness.errors import UserError
 
 KINDS = ("denoiser", "upsampler", "classifier", "generator")
-"""How a network of each kind is called: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
+"""Calls by kind: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
 
 FRAMEWORKS = ("torch", "jax")
 
@@ -68,9 +68,9 @@ class Compute:
 class BackboneSpec:
     """A backbone with its name.
 
-    `defaults` holds all arguments of the builder with their defaults. For a denoiser these are at least input_size (side
-    in pixels or latent cells), in_channels, num_classes and out_channels. out_channels None means the number that the
-    objective needs: 2 * in_channels (noise and variance) for the paper's objective.
+    `defaults` holds all arguments of the builder with their defaults. For a denoiser these are at least input_size
+    (side in pixels or latent cells), in_channels, num_classes and out_channels. out_channels None means the number that
+    the objective needs: 2 * in_channels (noise and variance) for the paper's objective.
     `null_label` is the label for "no class": an index, or "num_classes" for the index after the last class. None means
     that the backbone has no null label: labels are not dropped, and classifier-free guidance is refused.
     `builders` maps a framework to "module:attribute", a callable that takes the arguments of `defaults` by keyword.

@@ -115,8 +115,8 @@ def _terminable() -> Iterator[list[float]]:
     arrivals: list[float] = []
 
     def handle(number: int, frame: object) -> None:
-        # A job of several processes may get the signal more than once: from its sender, and from a process that passes it
-        # on. But an exception raised while Python cleans up is lost, so a later signal must raise again.
+        # A process may get the same signal twice: from its sender, and from a process that passes it on. But an
+        # exception raised while Python cleans up is lost, so a later signal must raise again.
         if not arrivals or time.monotonic() - arrivals[-1] > REPEATED_SIGTERM_SECONDS:
             arrivals.append(time.monotonic())
             raise KeyboardInterrupt

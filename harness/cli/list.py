@@ -67,7 +67,7 @@ METADATA = {
 @click.argument("noun", type=click.Choice(list(NOUNS)), required=False)
 @json_option
 def command(noun: str | None, as_json: bool) -> None:
-    """List all names of NOUN, or all names. Plug-ins are marked with their distribution; broken plug-ins are reported."""
+    """List the names of NOUN, or all names. Plug-ins are marked with their distribution; broken ones are reported."""
     chosen = {noun: NOUNS[noun]} if noun else NOUNS
     document = {}
     for name, items in chosen.items():

@@ -63,10 +63,10 @@ def command(
 ) -> None:
     """Launch the runs of a study that are not done, and write the report of all runs.
 
-    Each backbone with each seed is one run, and the budgets are training steps of that run. Each number of sampling steps
-    with each guidance scale is one sample set of each run. Each run is a `harness run`; `--status --json` lists the
-    commands. The study can be stopped or killed at any time, and the same command continues it: work that is done is not
-    repeated, and processes that still run are not started twice.
+    Each backbone with each seed is one run, and the budgets are training steps of that run. Each number of sampling
+    steps with each guidance scale is one sample set of each run. Each run is a `harness run`; `--status --json` lists
+    the commands. The study can be stopped or killed at any time, and the same command continues it: work that is done
+    is not repeated, and processes that still run are not started twice.
     """
     if status and only_report:
         raise UserError("--status and --report cannot be combined; give one of them")

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Verdicts for the first side, one for each metric and sampling setting; the settings that differ, with their values on
-    both sides; and the rule of the verdicts."""
+    """Verdicts for the first side, one for each metric and sampling setting; the settings that differ, with their
+    values on both sides; and the rule of the verdicts."""
 
     verdicts: tuple[Verdict, ...]
     differing: dict[str, tuple[Any, Any]]
@@ -31,8 +31,8 @@ class Comparison:
 def compare(options: CompareOptions) -> Comparison:
     """Compare two results: win, loss or tie for the first, for each metric.
 
-    A side is a run, a folder of runs, or a record file. Several training seeds or sampling seeds of one experiment must be
-    in one folder. UserError: a side has no records or is ambiguous, or the two sides cannot be compared.
+    A side is a run, a folder of runs, or a record file. Several training seeds or sampling seeds of one experiment must
+    be in one folder. UserError: a side has no records or is ambiguous, or the two sides cannot be compared.
     """
     verdicts = compare_records(_records(options.a, options.step), _records(options.b, options.step))
     first = verdicts[0]

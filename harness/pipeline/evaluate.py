@@ -1,6 +1,6 @@
 """The third stage: evaluate sample sets and write records.
 
-The sidecar of a sample set states how it was made. A sample set without one is recorded under a name that the user gives.
+The sidecar of a sample set states how it was made. Without a sidecar, the user gives a name.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class EvaluateResult:
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """Evaluate a sample set and write its records; if they exist, return them.
 
-    Without `protocol`, it is the protocol of the samples' run or sidecar. UserError: too few samples, shapes or labels that
-    are not the protocol's, or samples that a guard refuses. If there are several processes, only the main one returns
-    records.
+    Without `protocol`, it is the protocol of the samples' run or sidecar. UserError: too few samples, shapes or labels
+    that are not the protocol's, or samples that a guard refuses. If there are several processes, only the main one
+    returns records.
     """
     from evaluators.suites import get_suite
 
@@ -106,8 +106,8 @@ def evaluate_samples_file(
 ) -> list[Record]:
     """Records of the sample set at `path`, evaluated with the suite of `config` against the images of `data`.
 
-    `name` is the row name of samples without a sidecar. Raises `UserError` for too few samples, and for shapes or labels
-    that are not the protocol's.
+    `name` is the row name of samples without a sidecar. Raises `UserError` for too few samples, and for shapes or
+    labels that are not the protocol's.
     """
     source = open_images(path, classes=protocol.num_classes)
     _check_fit(source, protocol, config)
@@ -129,11 +129,11 @@ def evaluate_images(
 ) -> list[Record]:
     """Records of images that a program makes: the same as those of `harness evaluate` for these images in a file.
 
-    images: uint8 arrays (n, H, W, C) with values 0 to 255, any n, from a list, a generator or any other iterable; each is
-    read once and copied, so its buffer may be reused. Images of more than 512 MiB are stored in a temporary file in `cache`.
-    protocol: a protocol or its name. data: the reference images; None: the protocol's data set. name: of the row. count:
-    number of images to take, for example from an endless generator; None: all. labels: int64, one for each image. cache:
-    folder for features of the reference; None: they are not stored. config: None: the protocol's suite.
+    images: uint8 arrays (n, H, W, C) with values 0 to 255, any n, from a list, a generator or any other iterable; each
+    is read once and copied, so its buffer may be reused. Images of more than 512 MiB are stored in a temporary file in
+    `cache`. protocol: a protocol or its name. data: the reference images; None: the protocol's data set. name: of the
+    row. count: number of images to take, for example from an endless generator; None: all. labels: int64, one for each
+    image. cache: folder for features of the reference; None: they are not stored. config: None: the protocol's suite.
 
         records = evaluate_images(my_sampler(batch=100), "digits", name="mine", count=1000)
 
@@ -277,7 +277,7 @@ def evaluate_and_record(
 
     config = config or EvaluationConfig.of(protocol)
     about = read_fields(path, samples_sha256(path), name)
-    # If the user gives weights or statistics, they must be read to know what is measured; a picture is drawn in any case.
+    # Weights or statistics from the user must be read to know what is measured, and a picture is drawn in any case.
     must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
     existing = (
         None if must_measure else existing_records(records, about, protocol, config.suite, images_sha256(data.images))

@@ -27,10 +27,10 @@ INCEPTION_FILE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 byt
 class EvaluationConfig:
     """A suite and everything that it needs.
 
-    weights: file of the network's weights, if the user gives it. statistics: file of the reference, if its mu and sigma are
-    used. device: for the features, in the notation of their framework. reference: the reference as an image source, for the
-    guards. allow: guards that only warn. picture: file for the picture of the samples nearest to training images. sharding:
-    how processes share the extraction; only the main one returns records.
+    weights: file of the network's weights, if the user gives it. statistics: file of the reference, if its mu and sigma
+    are used. device: for the features, in the notation of their framework. reference: the reference as an image source,
+    for the guards. allow: guards that only warn. picture: file for the picture of the samples nearest to training
+    images. sharding: how processes share the extraction; only the main one returns records.
     """
 
     suite: Suite
@@ -78,7 +78,7 @@ def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | N
 def make_config(
     suite: Suite, weights: Path | None, backend: str, reference: Path | None, device: str = "cpu"
 ) -> EvaluationConfig:
-    """The configuration of a suite on a backend. Raises `UserError` for a missing file, or one that the suite does not use."""
+    """The configuration of a suite on a backend. Raises `UserError` for a file that is missing or not used."""
     from evaluators.reference_file import read_about
 
     torch, extractor = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]

@@ -17,8 +17,8 @@ from harness.settings import PlanOptions, keyword_options
 def plan(options: PlanOptions) -> Plan:
     """The cost of a run with these settings: compute, memory, disk space, and hours at the speed measured here.
 
-    Nothing is written. `missing` lists what would prevent the run. UserError: nothing can be planned (an unknown name, a
-    setting that is not valid here). The measurement builds the network and times a few training steps.
+    Nothing is written. `missing` lists what would prevent the run. UserError: nothing can be planned (an unknown name,
+    a setting that is not valid here). The measurement builds the network and times a few training steps.
     """
     if options.backbone is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")

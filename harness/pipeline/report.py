@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 def report(options: ReportOptions) -> ReportSummary:
     """Write the paper's tables and figures, with your own models in them, from published and measured records.
 
-    report.html shows all of them on one page, which loads no other file. UserError: a path does not exist; RunError: the
-    folder cannot be written.
+    report.html shows all of them on one page, which loads no other file. UserError: a path does not exist; RunError:
+    the folder cannot be written.
     """
     from reports.report import TABLES, write_report
 

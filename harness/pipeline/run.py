@@ -32,8 +32,8 @@ class RunResult:
     """The results of a run.
 
     folder: of the run. records: of all its sample sets. samples: the samples.npz files. report: the report that was
-    written; None: no report. evaluate_commands: if the suite needs files that were not given, the commands that evaluate
-    the samples later. If there are several processes, only the main one has records, report and commands.
+    written; None: no report. evaluate_commands: if the suite needs files that were not given, the commands that
+    evaluate the samples later. If there are several processes, only the main one has records, report and commands.
     """
 
     folder: Path
@@ -51,8 +51,8 @@ def run(options: RunOptions) -> RunResult:
         result.records[0].value, result.folder
 
     The same call continues a run that was killed; with more steps it continues a finished run. Work that is done is not
-    repeated. UserError: the request cannot be carried out; RunError: it failed while it ran (a loss that is not finite, a
-    full disk). Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
+    repeated. UserError: the request cannot be carried out; RunError: it failed while it ran (a loss that is not finite,
+    a full disk). Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
     """
     request = request_from(options)
     if request.spec.kind != "denoiser":

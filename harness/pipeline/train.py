@@ -48,9 +48,9 @@ class TrainResult:
 def train(options: TrainOptions) -> TrainResult:
     """Train a backbone and write the EMA weights of the last step. The same call continues a run that was killed.
 
-    The backbone is a denoiser, an upsampler (trained on pairs of resolutions) or a classifier of noised images. UserError:
-    the request cannot be carried out; RunError: a loss or a weight is not finite, or the disk is full. Ctrl-C and SIGTERM
-    write a checkpoint and raise KeyboardInterrupt.
+    The backbone is a denoiser, an upsampler (trained on pairs of resolutions) or a classifier of noised images.
+    UserError: the request cannot be carried out; RunError: a loss or a weight is not finite, or the disk is full.
+    Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
     """
     request = request_from(options)
     session = open_session(request, options)
@@ -129,7 +129,7 @@ class RunSession:
 
     @property
     def source_paths(self) -> dict[str, str]:
-        """Paths of the files that the run needs later: as recorded at its creation, or those of the data (see `Examples`)."""
+        """Paths of files that the run needs later: recorded at its creation, or those of the data (see `Examples`)."""
         return self.data.source_paths if self.run is None else self.run.source_paths
 
     @property

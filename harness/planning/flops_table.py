@@ -84,7 +84,7 @@ def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, 
 
 
 def system_row(system: System) -> dict[str, Any]:
-    """The row of a system of several denoisers: one forward pass of each, as in Table 6; a classifier is not counted."""
+    """The row of a system of several denoisers: one forward pass of each, as in Table 6, without a classifier."""
     from results import paper
 
     computes = [part.compute() for part in system.components]

@@ -1,9 +1,10 @@
 """Matched compute: the number of steps of one backbone that cost as much as steps of another one, or as a budget.
 
-Training compute is Gflops x batch x steps x 3. Sampling compute of one image is Gflops x network evaluations: those of the
-sampler's plan, doubled by guidance. Both backbones are counted at the input of the same protocol and with the same recipe
-(`--set` included), and so with the same batch: the cost of the reference is what it would cost here, not what its paper spent. The
-arithmetic uses whole flops, so the only error, which is reported, comes from rounding to whole steps.
+Training compute is Gflops x batch x steps x 3. Sampling compute of one image is Gflops x network evaluations: those of
+the sampler's plan, doubled by guidance. Both backbones are counted at the input of the same protocol and with the same
+recipe (`--set` included), and so with the same batch: the cost of the reference is what it would cost here, not what
+its paper spent. The arithmetic uses whole flops, so the only error, which is reported, comes from rounding to whole
+steps.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ def checked_steps(options: TrainOptions | RunOptions | PlanOptions) -> int | Non
 def matched(
     request: Request, *, match: Reference | None = None, budget: float | None = None, sampling: Reference | None = None
 ) -> Request:
-    """`request` with the training steps that cost as much as `match`, or as `budget` Gflops, and with the sampler steps that
-    cost as much as `sampling`.
+    """`request` with the training steps that cost as much as `match`, or as `budget` Gflops, and with the sampler steps
+    that cost as much as `sampling`.
 
-    Raises `UserError` if both `match` and `budget` are given, if a backbone does not exist or does not fit the protocol, or
-    if no possible number of sampler steps matches.
+    Raises `UserError` if both `match` and `budget` are given, if a backbone does not exist or does not fit the
+    protocol, or if no possible number of sampler steps matches.
     """
     if match is not None or budget is not None:
         to, target = training_target(request.protocol, request.recipe, match=match, budget=budget)
@@ -110,7 +111,7 @@ def solve_training(compute: Compute, recipe: Recipe, to: str | None, target: Fra
 
 
 def match_sampling(request: Request, reference: Reference) -> Request:
-    """`request` with sampler steps that cost as much per image as those of `reference`, one number for each of its numbers.
+    """`request` with the sampler steps that cost as much per image as each of `reference`'s steps.
 
     Raises `UserError`, which gives the nearest possible steps, if steps round to 0 or to more than the diffusion has.
     """
@@ -225,7 +226,7 @@ def _reference_spec(reference: Reference, where: str) -> BackboneSpec:
 def budget_table(
     protocol: Protocol, recipe: Recipe, *, match: Reference | None, budget: float | None
 ) -> dict[str, Any]:
-    """The training steps of all registered denoisers for one budget, ready for JSON; `left_out` names those that do not fit."""
+    """The training steps of all denoisers for one budget, ready for JSON; `left_out` lists those that do not fit."""
     to, target = training_target(protocol, recipe, match=match, budget=budget)
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []

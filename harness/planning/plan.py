@@ -60,8 +60,8 @@ class Plan:
     """What a run would cost.
 
     gflops: of one forward pass at the protocol's input; gflops_published_input: at the paper's input, if that differs.
-    missing: what prevents the run on this machine, one sentence each. missing_evaluator_files: files that the evaluation
-    needs; without them a run ends after sampling. measured: None if nothing was measured.
+    missing: what prevents the run on this machine, one sentence each. missing_evaluator_files: files that the
+    evaluation needs; without them a run ends after sampling. measured: None if nothing was measured.
     """
 
     backbone: str
@@ -90,7 +90,7 @@ class Plan:
 def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
     """The plan of a request, without measurements.
 
-    decoder_given: for a run in latents, False checks whether the autoencoder that made the latents still exists at its path.
+    decoder_given: False checks, for a run in latents, whether the autoencoder that made them still exists at its path.
     """
     compute, recipe, sampling, protocol = request.compute, request.recipe, request.sampling, request.protocol
     images = recipe.steps * recipe.batch
@@ -156,7 +156,7 @@ def missing(request: Request) -> list[str]:
 
 
 def missing_decoder(request: Request) -> list[str]:
-    """A sentence if the autoencoder that made a run's latents was given by a path that no longer exists; else nothing."""
+    """A sentence if the autoencoder that made the latents was given by a path that no longer exists."""
     from harness.data import latents
 
     if request.data is None or request.protocol.space != "latents":

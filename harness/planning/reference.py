@@ -17,7 +17,7 @@ class Reference:
     guidance_scale: float = 1.0  # of sampling; 1 = no guidance
 
     def name(self, steps: int) -> str:
-        """The reference in the form of the command line with one number of `steps`: dit-xl-2@400000, dit-xl-2@250@cfg1.5."""
+        """The reference with `steps`, as on the command line: dit-xl-2@400000, dit-xl-2@250@cfg1.5."""
         return f"{self.backbone}@{steps}" + (f"@cfg{self.guidance_scale:g}" if self.guidance_scale != 1 else "")
 
     def __str__(self) -> str:
@@ -36,7 +36,10 @@ def parse_reference(text: object) -> Reference:
 
 
 def parse_sampling_reference(text: object) -> Reference:
-    """A reference from BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5. Raises `ValueError` for other text."""
+    """A reference from BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5.
+
+    Raises `ValueError` for other text.
+    """
     if isinstance(text, Reference):
         return text
     name, *rest = str(text).split("@")

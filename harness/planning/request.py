@@ -180,7 +180,7 @@ def published_input_gflops(request: Request) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Matched steps. `to` names the reference, None for a budget. The Gflops are those of the training, or of one image."""
+    """Matched steps. `to` names the reference; None for a budget. The Gflops are of the training or of one image."""
 
     to: str | None
     steps: int

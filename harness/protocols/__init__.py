@@ -20,8 +20,8 @@ from harness.registry import protocols, unknown
 
 GUIDANCE_CHANNELS = ("first-3", "all")
 LONGEST_NAME = 100
-# Marks an item that was added after runs had been made. At its default value it is not part of a run's identity, so that
-# older runs keep their identity.
+# Marks an item that was added after runs had been made. At its default value it is not part of a run's identity, so
+# that older runs keep their identity.
 ADDED_LATER = {"added_later": True}
 
 UINT8_RULES = {  # x, about [-1, 1], to 0 ... 255: (x + shift) * factor + offset, clamped and truncated
@@ -72,7 +72,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How samples are made. The defaults are those of the paper's scaling study (sec. 4: 250 DDPM steps, no guidance)."""
+    """How samples are made. The defaults are the paper's scaling study (sec. 4: 250 DDPM steps, no guidance)."""
 
     sampler: str = "ddpm"
     steps: tuple[int, ...] = (250,)  # each number gives one sample set
@@ -177,8 +177,8 @@ def get_protocol(name: str) -> Protocol:
 
 
 def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
-    """A copy of `item` with `settings` (name: text or value) in place of its values; text is parsed as the type of the old
-    value. Raises `UserError` for an unknown name or text that cannot be parsed."""
+    """A copy of `item` with `settings` (name: text or value) in place of its values; text is parsed as the type of the
+    old value. Raises `UserError` for an unknown name or text that cannot be parsed."""
     known = {each.name: each for each in dataclasses.fields(item)}
     values = {}
     for name, value in settings.items():

@@ -233,7 +233,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def build_arguments(spec: BackboneSpec, protocol: Protocol, out_channels: int | None = None) -> dict[str, Any]:
-    """The builder's arguments that follow from the protocol: input size, channels, classes (and out_channels, if given)."""
+    """The builder's arguments that the protocol decides: input size, channels, classes (and out_channels, if given)."""
     values = {
         "input_size": protocol.input_size,
         "in_channels": protocol.in_channels,

@@ -20,7 +20,7 @@
     [slurm]                                      # settings for --launcher slurm
     partition = "gpu"
 
-This module only reads the file: `expand` turns a study into runs, `state` reads their progress, `local` and `slurm` launch.
+This module reads the file; `expand` makes the runs, `state` reads their progress, `local` and `slurm` launch them.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _number(value: object, where: str) -> float:
 
 
 def _list(read_item: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
-    """The parser of a list whose items `read_item` parses: not empty, without duplicates; one item stands for a list of one."""
+    """The parser of a list of items: not empty and without duplicates. A single item is a list of one."""
 
     def read(value: object, where: str) -> tuple[Any, ...]:
         values = [read_item(each, where) for each in (value if isinstance(value, list) else [value])]

@@ -34,7 +34,7 @@ def start(words: Sequence[str], log: Path, environment: Mapping[str, str] | None
             if not files.lock(file.fileno()):
                 return None
             file.write(f"{PROMPT}{shlex.join(words)}\n".encode())
-            return subprocess.Popen(  # in a new session, so that Ctrl-C reaches only the launcher, which passes it on once
+            return subprocess.Popen(  # in a new session: Ctrl-C reaches only the launcher, which passes it on once
                 [sys.executable, "-m", PROGRAMS[words[0]], *words[1:]], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                 start_new_session=True, env={**os.environ, **(environment or {})},
             )  # fmt: skip
@@ -92,8 +92,8 @@ def _output_lines(log: Path) -> list[str]:
 def stop(process: subprocess.Popen, seconds: float) -> None:
     """Terminate the process and wait for its end; kill it after `seconds`.
 
-    It is for signal handlers. A handler may interrupt `process.wait()`, which holds a lock that `poll` and `wait` need, so
-    neither of them is used here.
+    It is for signal handlers. A handler may interrupt `process.wait()`, which holds a lock that `poll` and `wait` need,
+    so neither of them is used here.
     """
     process.terminate()
     end = time.monotonic() + seconds

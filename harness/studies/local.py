@@ -61,7 +61,7 @@ class Launcher:
         self._devices = accelerators() if processes > 1 else []
 
     def launch(self) -> Overview:
-        """Work until nothing is left that can be done now, or until it is asked to stop. Returns the progress at that time."""
+        """Work until nothing is left that can be done now, or until a signal to stop. Returns the progress then."""
         try:
             with lock_folder(self.study.folder), self._signals():
                 self._rows = {run.name: progress_of(self.study, run) for run in self.study.runs}
@@ -126,7 +126,7 @@ class Launcher:
         )
 
     def _environment(self, slot: int) -> dict[str, str]:
-        """Environment of one of several processes: its share of the CPU cores, and one accelerator if there are several."""
+        """Environment of one of several processes: its share of the CPU cores and, if there are several, one GPU."""
         share: dict[str, str] = {}
         if self.processes > 1 and "OMP_NUM_THREADS" not in os.environ:
             share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
@@ -140,7 +140,7 @@ class Launcher:
         return active.process.poll() is not None
 
     def _finish(self, active: _Active) -> list[StudyRun]:
-        """Start the next command of a run whose process has ended, or log its result. Returns the run if it must begin again."""
+        """Start the next command of a run whose process has ended, or log its result; returns a run to begin again."""
         run, process = active.run, active.process
         if process is not None and process.returncode == 0 and active.commands[1:] and not self.stopping:
             active.commands.pop(0)

@@ -1,7 +1,8 @@
 """The SLURM launcher: one job for each run, submitted by submitit, which requeues a job when its time limit is reached.
 
-submitit passes the commands, as text, to the node in a pickle in the study's folder. No result is unpickled: the progress
-of a run is read from its folder. SLURM sends `SIGUSR2` before it ends a job, and the run then writes a checkpoint.
+submitit passes the commands, as text, to the node in a pickle in the study's folder. No result is unpickled: the
+progress of a run is read from its folder. SLURM sends `SIGUSR2` before it ends a job, and the run then writes a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 SIGNAL_SECONDS = 120  # between the signal and the end of a job: time for a checkpoint
 REQUEUE_SECONDS = 20  # part of SIGNAL_SECONDS that submitit has to requeue the job
 LIST_SETTINGS = ("setup", "teardown", "srun_args")  # settings that are lists of text
-# Boolean settings of submitit, where false is a value. For an option of sbatch, false means that the option is left out.
+# Boolean settings of submitit, where false is a value. An option of sbatch that is false is left out.
 SUBMITIT_SWITCHES = ("use_srun", "stderr_to_stdout")
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")  # states of a job that has not started
 MAX_TIMEOUTS = 1_000_000  # how often a job may be requeued; a run of two weeks in jobs of four hours needs 84

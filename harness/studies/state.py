@@ -1,7 +1,7 @@
 """The progress of a study, read from the folders of its runs only, so that no second file can contradict them.
 
-The study's folder holds the rest: `logs/RUN.log` is the output of a run's commands and is locked while one of them runs;
-`failures/RUN.json` is the reason of the last failure.
+The study's folder holds the rest: `logs/RUN.log` is the output of a run's commands and is locked while one of them
+runs; `failures/RUN.json` is the reason of the last failure.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _decoder_identity(name: str) -> dict[str, Any]:
 
 
 def _steps_done(run: Run | None, limit: int) -> int:
-    """Training steps done, at most `limit`: by the last line of the log or by the newest EMA checkpoint, whichever is more."""
+    """Training steps done, at most `limit`: the larger of the log's last step and the newest EMA checkpoint's."""
     if run is None:
         return 0
     done = max([0, *run.ema_checkpoint_steps()])
@@ -200,7 +200,7 @@ class Overview:
         return sum(row.gflops_left for row in self.rows)
 
     def seconds_step(self, row: Progress) -> float | None:
-        """Seconds per training step: of the run, or the median over the runs of its backbone; None if not measured yet."""
+        """Seconds per training step: of the run, or the median of its backbone's runs; None if not measured yet."""
         if row.seconds_step is not None:
             return row.seconds_step
         of_same = [each for each in self.rows if each.run.spec.backbone == row.run.spec.backbone]
