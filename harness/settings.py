@@ -512,13 +512,15 @@ def only_one(flags: Mapping[str, Any], what: str) -> None:
         raise UserError(f"{' and '.join(given)} {'both' if len(given) == 2 else 'all'} set {what}; give one of them")
 
 
-def recorded_settings(options: type[Options], record: Any) -> dict[str, Any]:
-    """The settings that a record states, by name; settings that it does not state are left out."""
-    stated = {}
-    for name, known in settings_of(options).items():
-        value = record if known.recorded else None
-        for part in known.recorded.split("."):
-            value = None if value is None else getattr(value, part)
-        if value is not None:
-            stated[name] = value
-    return stated
+def recorded_settings(options: type[Options], record: object) -> dict[str, Any]:
+    """The settings that a record states, by name; what it leaves open is left out."""
+    found = {name: recorded_value(known, record) for name, known in settings_of(options).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def recorded_value(known: Setting, record: object) -> Any:
+    """What a record states of one setting; None where it leaves it open."""
+    value = record if known.recorded else None
+    for part in known.recorded.split("."):
+        value = None if value is None else getattr(value, part)
+    return value

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Sequence
 
+from harness.settings import RunOptions, recorded_value, settings_of
 from results.metrics import known, shared_direction
 from results.records import Record, Sampling
 
 UP, DOWN = "\u2191", "\u2193"  # which way is better
 
 
-# The names of `row_metadata`, in the order in which notes state it.
-METADATA = (
+# The names of `row_metadata`, in the order in which notes state it. Footnotes of settings that are not named here or in
+# DISTINGUISHING_METADATA follow.
+_METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("training precision", "training steps", "training seed", "sampler", "sampling steps", "eta", "guidance"),
     *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
@@ -23,6 +25,13 @@ DISTINGUISHING_METADATA = (
     *("sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features"),
     "published-input Gflops",
 )
+# Footnote -> setting whose value records state under this name.
+_FOOTNOTES = {
+    known.footnote: known
+    for known in settings_of(RunOptions).values()
+    if known.footnote and known.footnote not in DISTINGUISHING_METADATA
+}
+METADATA = (*_METADATA, *(name for name in _FOOTNOTES if name not in _METADATA))
 
 
 def metric_name(key: str, n: int | None = None, mode: str = "", features: str | None = None) -> str:
@@ -115,10 +124,10 @@ def guidance_text(record: Record) -> str:
 def row_metadata(record: Record) -> dict[str, str]:
     """Name -> text of what a row's columns do not show: the material of footnotes. What is not known is absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
-    found: dict[str, object] = {
+    found: dict[str, object] = {footnote: recorded_value(known, record) for footnote, known in _FOOTNOTES.items()}
+    found |= {
         "protocol": record.protocol,
         "protocol version": record.protocol_version,
-        "framework": record.framework,
     }
     if training is not None:
         found |= {
@@ -128,23 +137,15 @@ def row_metadata(record: Record) -> dict[str, str]:
             "EMA decay": training.ema_decay,
             "objective": training.objective,
             "schedule": training.schedule,
-            "training precision": training.precision,
             "training steps": count_text(training.steps) if training.steps is not None else None,
-            "training seed": training.seed,
         }
     if sampling is not None:
         guidance = guidance_text(record)
         found |= {
-            "sampler": sampling.sampler,
             "sampling steps": sampling.stage_steps or sampling.steps,
-            "eta": sampling.eta,
             "guidance": None if guidance == "-" else guidance,
-            "decoder": sampling.decoder,
             "uint8 rule": sampling.uint8_rule,
-            "label policy": sampling.label_policy,
             "clip denoised": None if sampling.clip_denoised is None else ("yes" if sampling.clip_denoised else "no"),
-            "sampling precision": sampling.precision,
-            "sampling seed": sampling.seed,
             "system settings": _settings_text(sampling),
         }
     if evaluation is not None:
