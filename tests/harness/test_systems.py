@@ -322,7 +322,7 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
         **about.arguments(),
     )
     assert description(Row(records={("fd", ""): record}))["Sampling steps"].text == "4 + 4"
-    assert columns.facts(record)["system settings"].startswith("adm-u-xs by ddpm, conditioning noise 0.1 (")
+    assert columns.row_metadata(record)["system settings"].startswith("adm-u-xs by ddpm, conditioning noise 0.1 (")
     before = path.read_bytes()
     assert drawn(parts, tmp_path / "runs", *arguments) == path and path.read_bytes() == before  # found, not drawn
 
