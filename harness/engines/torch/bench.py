@@ -179,7 +179,7 @@ class Bench:
         images = max(1, self.batch // doubled)
         objective = registry.objectives.get("epsilon-learned-range")
         if self.arguments.get("out_channels") not in (None, objective.out_channels(self.arguments["in_channels"])):
-            objective = registry.objectives.get("epsilon")
+            objective = registry.objectives.get("epsilon-fixed")
         plan = registry.samplers.get("ddpm").make(
             Schedule.named("linear", 1000), self.sampler_steps, objective, 0.0, False
         )
