@@ -112,7 +112,7 @@ def test_a_file_sorted_by_class_is_told_apart_from_chance():
 
 def test_the_order_warning_is_printed(place, monkeypatch):
     monkeypatch.setattr(adm, "sample_order_warning", lambda logits: "the order decides")
-    assert "warning (is): the order decides\n" in evaluate(place).stderr
+    assert "warning: is: the order decides\n" in evaluate(place).stderr
     assert "the order decides" not in evaluate(place, "--suite", "adm-exact").stderr
 
 
