@@ -1,7 +1,7 @@
-"""What the harness says on its way: the handler that the command line gives to the logger "harness".
+"""The handler that the command line installs for the loggers of this project's packages.
 
-A line goes to stderr, above the progress bars where there are any: information as it is, warnings with "warning: " in
-front. As a library the harness only logs; a program installs the handlers that it wants.
+It writes lines to stderr, above the progress bars if there are any; warnings begin with "warning: ". As a library the
+harness only logs, and the program that uses it installs its own handlers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import logging
 
 from harness.io import progress
 
-LOGGER = "harness"
-
 
 class LineHandler(logging.Handler):
     """Writes records as lines on stderr."""
@@ -21,13 +19,14 @@ class LineHandler(logging.Handler):
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
             text = f"warning: {text}"
-        with contextlib.suppress(OSError, ValueError):  # stderr is closed: there is nobody to tell
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed
             progress.write_line(text)
 
 
 def log_to_stderr() -> None:
-    """Let the harness write what it logs to stderr. Calling it again changes nothing."""
-    logger = logging.getLogger(LOGGER)
-    if not any(isinstance(handler, LineHandler) for handler in logger.handlers):
-        logger.addHandler(LineHandler())
-    logger.setLevel(logging.INFO)
+    """Write the log messages of all packages to stderr. Calling it again has no effect."""
+    for package in progress.PACKAGES:
+        logger = logging.getLogger(package)
+        if not any(isinstance(handler, LineHandler) for handler in logger.handlers):
+            logger.addHandler(LineHandler())
+        logger.setLevel(logging.INFO)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WINDOW_SECONDS = 120.0  # a speed is the mean over the last two minutes
 QUIET_SECONDS = 30.0  # between two lines, where stderr is no terminal
+PACKAGES = ("harness", "evaluators", "results", "reports")  # that log under their names
 _silent = False
 _drawing: Progress | None = None  # shared by all bars: a bar within another is a line below it
 
@@ -23,7 +24,8 @@ def silence() -> None:
     """Draw no bars and log only errors in this process from now on: another process of the same job shows them."""
     global _silent
     _silent = True
-    logging.getLogger("harness").setLevel(logging.ERROR)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.ERROR)
 
 
 class Bar:

@@ -154,7 +154,7 @@ def _check_fit(source: ImageSource, protocol: Protocol, config: EvaluationConfig
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
     if source.shape != shape:
         text = f"{source.name}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)"
-        raise UserError(f"{text}; sample at that size, or give the protocol of these images")
+        raise UserError(f"{text}; sample at that size, or give the protocol of these images (resolution)")
     if source.count is not None:
         config.suite.check_count(source.count)
 

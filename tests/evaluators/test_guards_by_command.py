@@ -204,14 +204,15 @@ def test_valid_files_have_no_warnings(place, caplog):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].__name__)
-def test_guard(place, case, caplog):
+def test_guard(place, case):
     spoil, name, level = case
     spoil(place)
     done = place.evaluate()
-    print(done.exception if level == "refuse" else caplog.text)
+    print(done.exception if level == "refuse" else done.stderr)
     if level == "warn":
         assert done.exit_code == 0, done.exception
-        assert any(record.getMessage().endswith(f" ({name})") for record in caplog.records)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+        assert any(line.endswith(f" ({name})") for line in lines), done.stderr
         return
     assert isinstance(done.exception, UserError), done
     text = str(done.exception)
