@@ -12,7 +12,7 @@ alone are always given as well.
 
 CONVENTION = (
     "1 multiply-add = 1 flop, plus 1 flop per element of counted normalisations (in a DiT block the two around "
-    "self-attention and MLP; in a U-Net, GAN or autoencoder all); one forward pass on one image, no guidance, no decoder. "
+    "self-attention and MLP; in a U-Net, GAN or auto-encoder all); one forward pass on one image, no guidance, no decoder. "
     "Fitted to Tables 1, 4 and 6 of arXiv:2212.09748; Gmacs are the multiply-adds alone."
 )
 """Text about the convention that is printed with the numbers."""
