@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import inspect
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -447,12 +447,19 @@ def _described(known: Setting) -> str:
     return f"{known.help}{choices}{default}"
 
 
-def command_words(command: str, options: Options) -> tuple[str, ...]:
-    """The command line of `options`: the settings that differ from their defaults, in the order of the table."""
+def command_words(command: str, options: Options, always: Collection[str] = ()) -> tuple[str, ...]:
+    """The command line of `options`: the settings that differ from their defaults, in the order of the table.
+
+    always: names of settings that are stated at their defaults too.
+    """
     arguments: list[str] = []
     words = ["harness", command]
     known = settings_of(options)
-    for name, value in options.given().items():
+    changed = options.given()
+    for name in known:
+        if name not in changed and name not in always:
+            continue
+        value = getattr(options, name)
         if known[name].argument:
             arguments.append(str(value))
         else:

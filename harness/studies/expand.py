@@ -164,7 +164,7 @@ def _request(study: Study, options: RunOptions) -> Request:
 
 def _command(study: Study, options: RunOptions) -> tuple[str, ...]:
     """The command of a run at one guidance scale, as words."""
-    words = command_words("run", options)
+    words = command_words("run", options, always=("seed",))
     if study.processes == 1:
         return words
     return ("torchrun", "--standalone", "--nproc-per-node", str(study.processes), "-m", *words)

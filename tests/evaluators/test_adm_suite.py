@@ -195,6 +195,6 @@ def test_the_record_says_that_jax_computed(folder, made_inception, tmp_path, mon
 
 
 def test_a_device_that_is_absent_is_refused(folder, made_inception):
-    for backend, says in (("torch", "--device abacus is not to be had"), ("jax", "has no device 'abacus'")):
+    for backend, says in (("torch", "--device abacus is not available here"), ("jax", "has no device 'abacus'")):
         done = evaluate(*common(folder, made_inception), "--backend", backend, "--device", "abacus")
         assert isinstance(done.exception, UserError) and says in str(done.exception)

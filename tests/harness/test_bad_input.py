@@ -92,8 +92,9 @@ def refused(result, *parts, code=2):
     assert len(lines) == 1, stderr
     for part in parts:
         assert str(part) in lines[0], lines[0]
-    # What was said besides, without the plan of the run that was asked for.
-    return [line for line in stderr.splitlines() if line not in lines and not re.match(r"  |\S+ on protocol ", line)]
+    # What was said besides, without progress and the plan of the run that was asked for.
+    usual = re.compile(r"  |\S+ on protocol |.*: \d+/\d+ ")
+    return [line for line in stderr.splitlines() if line not in lines and not usual.match(line)]
 
 
 def digits_npz(path, images=None, labels=None, count=300):

@@ -105,7 +105,7 @@ def test_train_sample_evaluate_report_from_the_command_line(installed, place):
     words = ["--backbone", NAME, "--protocol", "few.toml", "--data", "digits.npz", "--out", "runs/mine"]
     done = harness("train", *words, "--precision", "float32", cwd=place, path=[installed])
     assert done.returncode == 0, done.stderr
-    assert "traced" in done.stdout  # the plan marks where the figure comes from
+    assert "traced" in done.stderr  # the plan marks where the figure comes from
     run = place / "runs" / "mine"
     assert len((run / "log.jsonl").read_text().splitlines()) == 6
 
