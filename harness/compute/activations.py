@@ -9,26 +9,30 @@ import torch
 from harness.compute.meta_torch import FusedAttention, build_on_meta, example_inputs, neutral_state
 from harness.spec import BackboneSpec
 
-UNET_BLOCK_SHARE = 4  # the largest block of a U-Net stores less than 1/4 of all activations
+UNET_EQUAL_BLOCKS = 4  # a U-Net counts as 4 equal blocks: its largest block stores less than 1/4 of all activations
 
 
 def activation_bytes(spec: BackboneSpec, **overrides: object) -> int:
     """Bytes that the float32 forward pass of one image stores for the backward pass.
 
     The sum of all storages that autograd saves, without parameters and inputs, and without the memory of the loss and
-    the backward pass. With `gradient_checkpointing`: the inputs of all blocks and the activations inside one block.
+    the backward pass. With `gradient_checkpointing`: what the checkpointed network saves, such as the inputs of its
+    blocks, plus the activations inside one block, which are recomputed. overrides: arguments of the builder.
     """
     saved = _saved_bytes(spec, overrides)
     arguments = spec.arguments(**overrides)
     if arguments.get("gradient_checkpointing"):
-        everything = _saved_bytes(spec, {**overrides, "gradient_checkpointing": False})
-        saved += max(everything - saved, 0) // (arguments.get("depth") or UNET_BLOCK_SHARE)
+        all_blocks = _saved_bytes(spec, {**overrides, "gradient_checkpointing": False})
+        saved += max(all_blocks - saved, 0) // (arguments.get("depth") or UNET_EQUAL_BLOCKS)
     return saved
 
 
 def _saved_bytes(spec: BackboneSpec, overrides: dict[str, Any]) -> int:
+    """Bytes of the storages that autograd saves in a forward pass of one image, without parameters, buffers and inputs."""
     arguments = spec.arguments(**overrides)
-    storages: dict[int, torch.UntypedStorage] = {}  # by address; stored, so that no address is used twice
+    # address -> storage. Views share a storage, which counts once. The dict keeps a storage alive, so that no other one
+    # gets its address.
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -39,8 +43,6 @@ def _saved_bytes(spec: BackboneSpec, overrides: dict[str, Any]) -> int:
         net = build_on_meta(spec, overrides).train()
         inputs = example_inputs(spec, arguments)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), FusedAttention():
-            out = net(*inputs)
+            net(*inputs)
     excluded = {tensor.untyped_storage()._cdata for tensor in [*net.parameters(), *net.buffers(), *inputs]}
-    total = sum(storage.nbytes() for address, storage in storages.items() if address not in excluded)
-    del out
-    return total
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in excluded)

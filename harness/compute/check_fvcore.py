@@ -28,7 +28,7 @@ FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split()) | {"prim::Pyth
 
 
 def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
-    """Flops of one forward pass on one image by fvcore.
+    """Flops of one forward pass on one image by fvcore. overrides: arguments of the builder.
 
     Raises UserError if fvcore is not installed, RunError for an operator that fvcore does not count.
     """
@@ -46,16 +46,16 @@ def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
         for name in NORMS:
-            analysis.set_op_handle(name, _elements)
+            analysis.set_op_handle(name, _input_elements)
         for name in FREE:
-            analysis.set_op_handle(name, _nothing)  # None would keep fvcore's handler
+            analysis.set_op_handle(name, _zero_flops)  # a handler of None would keep fvcore's handler
         by_module = analysis.by_module_and_operator()
         if unknown := sorted(analysis.unsupported_ops()):
             raise RunError(
                 f"backbone {spec.name!r}: fvcore does not count {unknown[0]}; add it to FREE in"
                 " harness.compute.check_fvcore if it is free, or give fvcore a handler there"
             )
-    norms = {"layer_norm", "group_norm", "batch_norm"}
+    norms = {"layer_norm", "group_norm", "batch_norm"}  # as fvcore names them
     uncounted = sum(
         flops
         for path, operators in by_module.items()
@@ -63,21 +63,27 @@ def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
         for operator, flops in operators.items()
         if operator in norms
     )
-    return int(sum(by_module[""].values()) - uncounted)
+    return int(sum(by_module[""].values()) - uncounted)  # "" is the whole network
+
+
+# Handlers of fvcore: functions from an operator's inputs and outputs, values of the torch.jit graph, to its flops.
 
 
 def _shape(value: Any) -> list[int]:
+    """The shape of a tensor in the torch.jit graph."""
     return value.type().sizes()
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    """The multiply-adds of query x key and of scores x value, for inputs (N, heads, tokens, features)."""
     query, key, value = (_shape(tensor) for tensor in inputs[:3])
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _nothing(inputs: list[Any], outputs: list[Any]) -> int:
+def _zero_flops(inputs: list[Any], outputs: list[Any]) -> int:
     return 0
 
 
-def _elements(inputs: list[Any], outputs: list[Any]) -> int:
+def _input_elements(inputs: list[Any], outputs: list[Any]) -> int:
+    """One flop for each element of the input: the rule for normalisations."""
     return prod(_shape(inputs[0]))

@@ -15,7 +15,7 @@ from harness.spec import BackboneSpec
 
 
 def build_on_meta(spec: BackboneSpec, overrides: dict[str, Any]) -> nn.Module:
-    """The torch network on the meta device. Draws nothing from torch's random generators."""
+    """The torch network on the meta device. Draws no random numbers. overrides: arguments of the builder."""
     with torch.device("meta"):
         net = spec.build("torch", **overrides)
     return net.to("meta")  # for tensors that a builder created from a numpy array
@@ -40,7 +40,7 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[Tenso
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device="meta")
 
-    integer = zeros(1, dtype=torch.int64)
+    integer = zeros(1, dtype=torch.int64)  # for t and for y
     if spec.kind == "generator":
         return zeros(1, arguments.get("latent_size", 128)), integer
     channels, size = need("in_channels"), need("input_size")
@@ -54,7 +54,11 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[Tenso
 
 
 class FusedAttention(TorchFunctionMode):
-    """Keeps attention a single operator, as on a real device; the meta device would decompose it and save (T, T) scores."""
+    """Mode in which scaled_dot_product_attention is one fused operator on the meta device too, as on a real device.
+
+    Without it, the meta device decomposes attention, and autograd saves the (T, T) scores. Calls that are not plain
+    4-dimensional attention, such as those with a mask, are decomposed as before.
+    """
 
     def __torch_function__(
         self,

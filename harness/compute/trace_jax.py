@@ -25,7 +25,7 @@ from harness.errors import RunError, UserError
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
 NORMS = (nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm, nnx.RMSNorm)
-MARK = "harness.normalisation"
+MARK = "harness.normalisation"  # the name of a checkpoint_name equation on the input of a counted layer
 
 CALLS = {
     "jit": "jaxpr",
@@ -58,6 +58,7 @@ _PATCHING = threading.Lock()
 
 
 def _dot(eqn: Any) -> tuple[str, int]:
+    """The kind of row and the multiply-adds of a dot_general equation."""
     (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval.shape
     # Batched products are products of two activations, as in attention. (The operator @ drops a batch of 1, so such a
@@ -66,17 +67,20 @@ def _dot(eqn: Any) -> tuple[str, int]:
 
 
 def _convolution(eqn: Any) -> tuple[str, int]:
+    """The kind of row and the multiply-adds of a conv_general_dilated equation, transposed or not."""
     left, kernel, out = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
-    numbers = eqn.params["dimension_numbers"]
+    # rhs_spec holds the kernel's axes of output channels, of input channels of one group, and of space.
+    out_axis, in_axis, *_ = eqn.params["dimension_numbers"].rhs_spec
     assert eqn.params["batch_group_count"] == 1, "only a gradient has batch groups"
     if max(eqn.params["lhs_dilation"], default=1) > 1:
-        # Transposed: each input cell is multiplied by one kernel for every output channel of its group.
-        kernels = prod(kernel) // kernel[numbers.rhs_spec[1]] // eqn.params["feature_group_count"]
+        # Transposed: each element of the input is multiplied by one kernel for every output channel of its group.
+        kernels = prod(kernel) // kernel[in_axis] // eqn.params["feature_group_count"]
         return "conv", prod(left) * kernels
-    return "conv", prod(out) * (prod(kernel) // kernel[numbers.rhs_spec[0]])
+    return "conv", prod(out) * (prod(kernel) // kernel[out_axis])
 
 
 COUNTED = {"dot_general": _dot, "conv_general_dilated": _convolution}
+"""Primitives that the convention counts, and the functions from an equation to (kind of row, flops)."""
 
 
 class _Counter:
@@ -88,48 +92,51 @@ class _Counter:
         self.convolutions = convolutions  # paths of nnx.Conv layers, some of which compute a matrix product
 
     def rows(self, jaxpr: Any, scope: str = "") -> list[ComputeRow]:
-        """Rows of a jaxpr; scope: name stack of the call that runs it."""
-        found: list[ComputeRow] = []
+        """Rows of a jaxpr and of the jaxprs that it calls. scope: name stack of the call that runs it."""
+        rows: list[ComputeRow] = []
         for eqn in jaxpr.eqns:
             stack = f"{scope}/{eqn.source_info.name_stack}"
-            part = (re.findall(r"module<([^>]*)>", stack) or [""])[-1]
+            # The innermost of the scopes "module<PATH>" that `_marking_calls` sets.
+            module_path = (re.findall(r"module<([^>]*)>", stack) or [""])[-1]
             name = eqn.primitive.name
             if name == "name" and eqn.params["name"] == MARK:
-                if not any(fnmatchcase(part, pattern) for pattern in self.uncounted_norms):
-                    found.append(ComputeRow(part, "norm", prod(eqn.invars[0].aval.shape)))
+                if not any(fnmatchcase(module_path, pattern) for pattern in self.uncounted_norms):
+                    rows.append(ComputeRow(module_path, "norm", prod(eqn.invars[0].aval.shape)))
             elif name in COUNTED:
                 kind, flops = COUNTED[name](eqn)
-                found.append(ComputeRow(part, "conv" if part in self.convolutions else kind, flops))
+                rows.append(ComputeRow(module_path, "conv" if module_path in self.convolutions else kind, flops))
             elif name in CALLS:
-                found += self.rows(_open(eqn.params[CALLS[name]]), stack)
+                rows += self.rows(_inner_jaxpr(eqn.params[CALLS[name]]), stack)
             elif name == "scan":
-                once = self.rows(_open(eqn.params["jaxpr"]), stack)
-                found += [row._replace(flops=row.flops * eqn.params["length"]) for row in once]
+                body = self.rows(_inner_jaxpr(eqn.params["jaxpr"]), stack)
+                rows += [row._replace(flops=row.flops * eqn.params["length"]) for row in body]
             elif name == "cond":
-                branches = [self.rows(_open(branch), stack) for branch in eqn.params["branches"]]
+                branches = [self.rows(_inner_jaxpr(branch), stack) for branch in eqn.params["branches"]]
                 if any(branch != branches[0] for branch in branches):
-                    raise self.failure("a lax.cond whose branches have different costs", part)
-                found += branches[0]
+                    raise self.error("a lax.cond whose branches have different costs", module_path)
+                rows += branches[0]
             elif name == "while":
-                if self.rows(_open(eqn.params["body_jaxpr"]), stack):
-                    raise self.failure("a lax.while_loop, whose number of iterations is unknown,", part)
+                if self.rows(_inner_jaxpr(eqn.params["body_jaxpr"]), stack):
+                    raise self.error("a lax.while_loop, whose number of iterations is unknown,", module_path)
             elif name not in FREE:
-                raise self.failure(f"primitive {name}", part)
-        return found
+                raise self.error(f"primitive {name}", module_path)
+        return rows
 
-    def failure(self, what: str, part: str) -> RunError:
+    def error(self, what: str, module_path: str) -> RunError:
+        """The error for a primitive whose cost is unknown. what: the primitive, as the message names it."""
         return RunError(
-            f"backbone {self.backbone!r}: {what} in module {part or 'at the top'!r} is neither counted nor known to be"
-            " free; add it to COUNTED or to FREE in harness.compute.trace_jax, or give the backbone's spec a"
+            f"backbone {self.backbone!r}: {what} in module {module_path or 'at the top'!r} is neither counted nor known"
+            " to be free; add it to COUNTED or to FREE in harness.compute.trace_jax, or give the backbone's spec a"
             " closed_form"
         )
 
 
 def _name(path: Iterable[Any]) -> str:
+    """The dotted name of a path of flax.nnx: ("blocks", 0) -> "blocks.0"."""
     return ".".join(map(str, path))
 
 
-def _open(jaxpr: Any) -> Any:
+def _inner_jaxpr(jaxpr: Any) -> Any:
     """The jaxpr inside a closed jaxpr; an open one is returned as it is."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
@@ -157,7 +164,7 @@ def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Mod
 
     def forward(state: nnx.State, *inputs: jax.Array) -> jax.Array:
         network = nnx.merge(graph, state)
-        with _marked(network):
+        with _marking_calls(network):
             return network(*inputs)
 
     jaxpr, out = jax.make_jaxpr(forward, return_shape=True)(state, *example_inputs(spec, arguments))
@@ -165,7 +172,7 @@ def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Mod
 
 
 def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Input shapes for one image: see `harness.compute.meta_torch.example_inputs`."""
+    """Shapes and dtypes for one image: as `harness.compute.meta_torch.example_inputs`, but with int32 integers."""
 
     def need(name: str) -> int:
         if name not in arguments:
@@ -178,7 +185,7 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
     def image(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
-    integer = jax.ShapeDtypeStruct((1,), jnp.int32)
+    integer = jax.ShapeDtypeStruct((1,), jnp.int32)  # for t and for y
     if spec.kind == "generator":
         return image(arguments.get("latent_size", 128)), integer
     channels, size = need("in_channels"), need("input_size")
@@ -192,10 +199,13 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
 
 
 @contextlib.contextmanager
-def _marked(net: nnx.Module) -> Iterator[None]:
-    """Context in which calls of the modules of `net` are traced in a scope of their path, and norms mark their input."""
+def _marking_calls(net: nnx.Module) -> Iterator[None]:
+    """Context that patches `__call__` of the classes of the modules in `net`.
+
+    Each call is traced in the named scope "module<PATH>", and a normalisation layer marks its input with MARK.
+    """
     paths = {id(module): _name(path) for path, module in nnx.iter_modules(net)}
-    running: list[int] = []
+    running: list[int] = []  # ids of the modules whose call is being traced, outermost first
 
     def in_scope(original: Any) -> Any:
         @functools.wraps(original)

@@ -22,17 +22,20 @@ from harness.spec import BackboneSpec, Compute, ComputeRow
 
 
 def _matmul(a: Tensor, b: Tensor) -> int:
+    """Multiply-adds of a (..., M, K) times b (..., K, N)."""
     return prod(a.shape) * b.shape[-1]
 
 
 def _convolution(args: tuple[Any, ...], out: Tensor) -> int:
-    weight, transposed = args[1], args[6]
-    # Each output cell (each input cell, if transposed) is multiplied by one kernel for every channel of its group.
-    cells = args[0] if transposed else out
-    return prod(cells.shape) * prod(weight.shape[1:])
+    """Multiply-adds of aten::convolution. args: (input, weight, bias, stride, padding, dilation, transposed, ...)."""
+    x, weight, transposed = args[0], args[1], args[6]
+    # An element of the output takes a kernel for every input channel of its group. If transposed, an element of the input
+    # takes a kernel for every output channel of its group. Both are the elements of weight[0].
+    return prod((x if transposed else out).shape) * prod(weight.shape[1:])
 
 
 def _attention(args: tuple[Any, ...], out: object) -> int:
+    """Multiply-adds of query x key and of scores x value, for inputs (N, heads, tokens, features)."""
     query, key, value = args[:3]
     n, heads, tokens, features = query.shape
     return n * heads * tokens * key.shape[-2] * (features + value.shape[-1])
@@ -78,7 +81,7 @@ COUNTED: dict[str, tuple[str, Callable[[tuple[Any, ...], Any], int]]] = {
         )
     },
 }
-"""Operators that the convention counts: kind of row, and function from arguments and result to flops."""
+"""Operators that the convention counts: kind of row, and function from (arguments, result) to flops."""
 
 _FREE_NAMES = """
     abs acos add addcdiv addcmul all alias amax amin any arange argmax as_strided asin atan atan2 bernoulli bitwise_and
@@ -108,7 +111,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.backbone = backbone
         self.uncounted_norms = uncounted_norms
-        self.modules: list[str] = []
+        self.modules: list[str] = []  # qualified names of the running modules, outermost first: see `follow_modules`
         self.rows: list[ComputeRow] = []
 
     def __torch_dispatch__(
@@ -120,17 +123,17 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        part = self.modules[-1] if self.modules else ""
+        module_path = self.modules[-1] if self.modules else ""
         if name in COUNTED:
-            kind, flops = COUNTED[name]
-            if kind != "norm" or not any(fnmatchcase(part, pattern) for pattern in self.uncounted_norms):
-                self.rows.append(ComputeRow(part, kind, flops(args, out)))
+            kind, count = COUNTED[name]
+            if kind != "norm" or not any(fnmatchcase(module_path, pattern) for pattern in self.uncounted_norms):
+                self.rows.append(ComputeRow(module_path, kind, count(args, out)))
         # An in-place operator is free if its out-of-place variant is.
         elif name not in FREE and not (name.endswith("_") and name[:-1] in FREE) and not name.startswith("prim::"):
             raise RunError(
-                f"backbone {self.backbone!r}: operator {name} in module {part or 'at the top'!r} is neither counted nor"
-                " known to be free; add it to COUNTED or to FREE in harness.compute.trace_torch, or give the backbone's"
-                " spec a closed_form"
+                f"backbone {self.backbone!r}: operator {name} in module {module_path or 'at the top'!r} is neither"
+                " counted nor known to be free; add it to COUNTED or to FREE in harness.compute.trace_torch, or give the"
+                " backbone's spec a closed_form"
             )
         return out
 

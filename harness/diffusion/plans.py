@@ -32,7 +32,7 @@ class SamplerPlan:
     name: str  # "ddpm", "ddim" or "ddim-ldm"
     schedule: str  # name of the noise schedule
     steps: int  # S
-    evaluations: int  # network evaluations for each image; classifier-free guidance doubles them
+    evaluations: int  # network evaluations for each image, without those that classifier-free guidance adds
     eta: float | None  # DDIM's share of DDPM noise; None for DDPM
     learned_variance: bool  # True: the network must give 2 C channels
     clip_denoised: bool  # clamp x0 to [-1, 1]; for pixels, never for latents
@@ -131,8 +131,8 @@ def ldm_ddim_plan(
     timesteps = np.arange(0, len(schedule), max(len(schedule) // max(int(steps), 1), 1)) + 1
     if len(timesteps) != int(steps) or timesteps[-1] >= len(schedule):
         fitting = [n for n in range(1, len(schedule) // 2 + 1) if len(schedule) % n == 0]
-        near = min(fitting, key=lambda n: abs(n - int(steps)), default=None)
-        remedy = "use the sampler ddim" if near is None else f"{near} steps fit"
+        nearest = min(fitting, key=lambda n: abs(n - int(steps)), default=None)
+        remedy = "use the sampler ddim" if nearest is None else f"{nearest} steps fit"
         raise UserError(
             f"ddim-ldm takes whole strides, and no stride takes {steps} of {len(schedule)} timesteps; {remedy}"
         )
@@ -166,7 +166,7 @@ def _plan(
     noise_std: np.ndarray,
     adds_noise: np.ndarray,
 ) -> SamplerPlan:
-    """The plan, with all arrays reversed into the order of execution."""
+    """The plan over the timesteps of `spaced`, with all arrays reversed into the order of execution."""
     return SamplerPlan(
         name=name,
         schedule=spaced.name,

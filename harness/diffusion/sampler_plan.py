@@ -1,4 +1,4 @@
-"""The plan of a registered sampler by the names of its settings, and the network evaluations that follow from it."""
+"""The plan of a sampler, schedule and objective, all given by name; and the network evaluations of guidance."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def sampler_plan(
     eta: float = 0.0,
     clip_denoised: bool = False,
 ) -> SamplerPlan:
-    """The plan of `sampler` with `steps` steps; cached, since costs ask for it again and again.
+    """The plan of `sampler` with `steps` steps. Cached, because cost estimates need the same plan many times.
 
-    Raises `UserError` for an unknown name, and where sampler, schedule and steps do not fit each other.
+    Raises UserError for an unknown name, and for a sampler, schedule and steps that do not fit each other.
     """
     make = registry.samplers.get(sampler).make
-    return _cached(make, registry.objectives.get(objective), schedule, diffusion_steps, steps, eta, clip_denoised)
+    return _cached_plan(make, registry.objectives.get(objective), schedule, diffusion_steps, steps, eta, clip_denoised)
 
 
 def guided_evaluations(evaluations: int, guidance_scale: float) -> int:
-    """Network evaluations of an image with classifier-free guidance, which asks twice; 1 is no guidance."""
+    """Network evaluations per image with classifier-free guidance: twice those of the plan, unless the scale is 1 (off)."""
     return evaluations * (2 if guidance_scale != 1 else 1)
 
 
 @functools.lru_cache(maxsize=128)
-def _cached(
+def _cached_plan(
     make: Callable[[Schedule, int, Objective, float, bool], SamplerPlan],
     objective: Objective,
     schedule: str,

@@ -35,7 +35,7 @@ class Schedule:
     sqrt_recip_abar: np.ndarray = field(init=False)  # x_0 = sqrt_recip_abar x_t - sqrt_recipm1_abar eps
     sqrt_recipm1_abar: np.ndarray = field(init=False)
     posterior_variance: np.ndarray = field(init=False)  # of q(x_{t-1} | x_t, x_0), DDPM eq. 7; 0 at the first step
-    posterior_log_variance_clipped: np.ndarray = field(init=False)  # its log, the first entry replaced by the second
+    posterior_log_variance_clipped: np.ndarray = field(init=False)  # its log, with entry 1 in place of entry 0 (log 0)
     posterior_mean_from_x0: np.ndarray = field(init=False)  # mean = from_x0 x_0 + from_xt x_t (DDPM eq. 7)
     posterior_mean_from_xt: np.ndarray = field(init=False)
     log_betas: np.ndarray = field(init=False)
@@ -72,7 +72,7 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str = "linear", steps: int = 1000) -> Schedule:
-        """A schedule of `SCHEDULES` over `steps` timesteps, not respaced. UserError for unknown names and bad lengths."""
+        """A schedule of `SCHEDULES` over `steps` timesteps, not respaced. Raises UserError for a bad name or length."""
         if name not in SCHEDULES:
             close = get_close_matches(name[:LONGEST_SHOWN], SCHEDULES, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
@@ -94,10 +94,10 @@ class Schedule:
         are kept, which changes all tables by about 1e-16. Training and sampling both use respaced schedules.
         """
         kept = np.arange(len(self)) if kept is None else np.asarray(kept)
-        betas, last = [], 1.0
+        betas, abar_prev = [], 1.0
         for abar in self.abar[kept]:
-            betas.append(1.0 - abar / last)
-            last = abar
+            betas.append(1.0 - abar / abar_prev)
+            abar_prev = abar
         return Schedule(
             name=self.name, original_steps=self.original_steps, timesteps=self.timesteps[kept], betas=np.array(betas)
         )
@@ -109,7 +109,7 @@ def _linear_betas(steps: int) -> np.ndarray:
 
 
 def _cosine_betas(steps: int) -> np.ndarray:
-    def abar(time: float) -> float:
+    def abar(time: float) -> float:  # time: 0 ... 1
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
     return np.array([min(1 - abar((k + 1) / steps) / abar(k / steps), 0.999) for k in range(steps)])

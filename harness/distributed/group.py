@@ -17,11 +17,11 @@ from harness.runs.run import lock_folder
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after its checkpoint. Every process of the group has agreed to stop at this step."""
+    """Raised after Ctrl-C or SIGTERM, when the checkpoint is written. All processes have agreed to stop at this step."""
 
 
 class ProcessGroup:
-    """The processes of one run: a single one. Subclasses join several."""
+    """The processes of one run. This class is the group of a single process; subclasses join several."""
 
     size = 1
     index = 0  # of this process
@@ -31,7 +31,7 @@ class ProcessGroup:
         return self.index == 0
 
     def barrier(self, where: str) -> None:
-        """Wait until all processes are here. where: the name of this place in the program."""
+        """Wait until all processes have called this. where: a name for this point of the program."""
 
     def broadcast(self, value: int) -> int:
         """The main process's value, in every process."""
@@ -42,12 +42,12 @@ class ProcessGroup:
         return value
 
     def collective_scope(self) -> AbstractContextManager[None]:
-        """The context of work that all processes do: an error in one of them ends the others."""
+        """Context for work that all processes do together: an error in one of them ends the others."""
         return nullcontext()
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        """Hold the lock of a run's folder for the whole group: `harness.runs.run.lock_folder`."""
+        """Context in which the main process holds the lock of a run's folder, for the whole group."""
         if self.is_main:
             with lock_folder(folder):
                 yield
@@ -55,7 +55,7 @@ class ProcessGroup:
             yield
 
     def local_part(self, items: range) -> list[int]:
-        """The items that this process works on: every `size`-th."""
+        """The items that this process works on: every `size`-th, from the item at `index` on."""
         return list(items[self.index :: self.size])
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from harness.errors import UserError
 
 DEFAULT_PORT = 29500  # torch's
-RANK_ZERO_SECONDS = 2.0  # rank 0 meets the same error and ends within these; less than the grace of engines.torch.watch
+RANK_ZERO_SECONDS = 2.0  # for rank 0 to meet the same error and end; less than GRACE_SECONDS of engines.torch.watch
 # Variables for rank, world size, local rank and local world size: those of torchrun, which a user who starts each process
 # by hand sets as well, and those of srun. Both need MASTER_ADDR.
 LAUNCHERS = (
@@ -22,25 +22,26 @@ LAUNCHERS = (
 
 
 class LaunchInfo(NamedTuple):
-    """What the launcher says of this process: its rank on all machines and on its own, and where to meet the others."""
+    """This process among those of the launcher: its rank overall and on its machine, and the rendezvous address."""
 
     rank: int  # 0 ... world_size - 1
     world_size: int
-    local_rank: int
-    local_world_size: int
-    address: str
+    local_rank: int  # on this machine
+    local_world_size: int  # processes on this machine
+    address: str  # of rank 0
     port: int
 
 
 def is_distributed(environment: Mapping[str, str]) -> bool:
     """Whether torchrun, srun or the user started this process as one of several."""
     if "MASTER_ADDR" not in environment and "WORLD_SIZE" not in environment:
-        return False  # tasks of a SLURM job that do not work together
+        return False  # SLURM_NTASKS alone: several tasks of a job, each of which works alone
     return any(environment.get(world_size, "1") != "1" for _, world_size, _, _ in LAUNCHERS)
 
 
 def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
-    """The launch of this process, one of several. Raises UserError where a variable is missing or out of range."""
+    """The LaunchInfo of this process, one of several. Raises UserError if a variable is missing or out of range."""
+    # The names of the launcher's variables.
     rank, world_size, local_rank, local_world_size = LAUNCHERS[0 if "WORLD_SIZE" in environment else 1]
     missing = [name for name in (rank, world_size, "MASTER_ADDR") if not environment.get(name)]
     if rank == LAUNCHERS[0][0] and not environment.get("MASTER_PORT"):
@@ -52,7 +53,8 @@ def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
             "process"
         )
 
-    def number(name: str, default: int | None = None, low: int = 0, high: int | None = None) -> int:
+    def integer(name: str, default: int | None = None, low: int = 0, high: int | None = None) -> int:
+        """The value of a variable, low <= value < high."""
         text = environment.get(name)
         if text is None and default is not None:
             return default
@@ -61,36 +63,36 @@ def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
             raise UserError(f"{name}={text} should be {within}; start the processes with torchrun, which sets it")
         return int(text)
 
-    count = number(world_size, low=1)
+    count = integer(world_size, low=1)
     return LaunchInfo(
-        rank=number(rank, high=count),
+        rank=integer(rank, high=count),
         world_size=count,
-        local_rank=number(local_rank, default=number(rank)),
-        local_world_size=number(local_world_size, default=count, low=1),
+        local_rank=integer(local_rank, default=integer(rank)),
+        local_world_size=integer(local_world_size, default=count, low=1),
         address=environment["MASTER_ADDR"],
-        port=number("MASTER_PORT", default=DEFAULT_PORT, low=1, high=1 << 16),
+        port=integer("MASTER_PORT", default=DEFAULT_PORT, low=1, high=1 << 16),
     )
 
 
 def is_main_process(environment: Mapping[str, str]) -> bool:
-    """Whether this process prints what all processes would print: under torchrun, where all write to one terminal, rank 0."""
+    """Whether this process prints what all would print. Under torchrun, where all share a terminal, only rank 0 does."""
     return "TORCHELASTIC_RUN_ID" not in environment or environment.get(LAUNCHERS[0][0], "0") == "0"
 
 
 def defer_to_rank_zero(environment: Mapping[str, str]) -> None:
-    """Wait in the other processes under torchrun until rank 0, should it meet the same error, has printed it and ended.
+    """Under torchrun, in every process but rank 0: wait RANK_ZERO_SECONDS before an error is printed.
 
-    torchrun then ends this process as well. If this process is still there after the wait, the error is its own, and it
-    has to print it.
+    If rank 0 meets the same error, it prints it and ends, and torchrun then ends this process during the wait. A process
+    that outlives the wait has an error of its own, which its caller has to print.
     """
     if not is_main_process(environment):
         time.sleep(RANK_ZERO_SECONDS)
 
 
 def report_elastic_error(environment: Mapping[str, str], reason: str) -> None:
-    """Give torchrun the reason for its report of a failed process, which otherwise links to torch's documentation.
+    """Write `reason` where torchrun's report of a failed process takes it from; without it, the report gives only a link.
 
-    The file has the form of torch.distributed.elastic's ErrorHandler.
+    The file has the form of torch.distributed.elastic's ErrorHandler. Does nothing without torchrun.
     """
     if path := environment.get("TORCHELASTIC_ERROR_FILE"):
         data = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}

@@ -24,7 +24,7 @@ class MeshShape(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Devices in the mesh."""
+        """The number of devices in the mesh."""
         return self.data * self.model
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ OPTIONAL = {
 
 
 def check_installed(framework: str) -> None:
-    """UserError, with the command that installs it, where `framework` is not installed. Imports no framework."""
+    """Raise UserError, with the command to install it, if `framework` is not installed. Imports no framework."""
     if missing := [name for name in OPTIONAL.get(framework, ()) if find_spec(name) is None]:
         raise UserError(
             f"--framework {framework} needs {' and '.join(missing)}, not installed here; "

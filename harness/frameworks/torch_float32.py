@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
-    """Switch off autocast and TF32 within the block.
+    """Context without autocast and TF32. device_type: "cpu", "cuda" and so on.
 
     TF32 rounds each factor of a product to 10 bits; torch allows it in convolutions by default.
     """
@@ -20,8 +20,9 @@ def exact_float32(device_type: str) -> Iterator[None]:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         if device_type == "cuda":
             cudnn = torch.backends.cudnn
-            kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-            stack.enter_context(cudnn.flags(**kept, allow_tf32=False))
+            # cudnn.flags would reset all settings that it is not given.
+            flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+            stack.enter_context(cudnn.flags(**flags, allow_tf32=False))
         torch.set_float32_matmul_precision("highest")
         try:
             yield

@@ -11,23 +11,23 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 
-ABSENT = "operator torchvision::nms does not exist"
+MISSING_OPERATOR = "operator torchvision::nms does not exist"
 OPERATORS = ("nms", "qnms")
 
 _declared: list[object] = []  # torch keeps a declaration as long as its Library object lives
 
 
 def make_importable() -> None:
-    """Call this before importing a package that may import torchvision.
+    """Declare torchvision's missing operators, so that it can be imported. Call this before a package may import it.
 
-    Does nothing where torchvision is not installed or can be imported already.
+    Does nothing if torchvision is not installed or can be imported already.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:
-        if ABSENT not in str(error) or _declared:
+        if MISSING_OPERATOR not in str(error) or _declared:
             return  # another fault: the package that imports torchvision reports it
         import torch
 

@@ -19,14 +19,14 @@ from harness.spec import load_attribute
 logger = logging.getLogger(__name__)
 
 LOGGERS = {
-    # name: (library, which is also the name of the extra; "module:attribute" of (Run, steps done) -> Logger)
+    # name: (library, which is also the name of the extra; "module:attribute" of a function (Run, steps done) -> Logger)
     "tensorboard": ("tensorboard", "harness.loggers.tensorboard:TensorBoard"),
     "wandb": ("wandb", "harness.loggers.weights_and_biases:WeightsAndBiases"),
 }
 
 
 class Logger(Protocol):
-    """One service. Steps come in order; after a kill they are repeated from the last checkpoint on."""
+    """One service. Steps come in order. After a kill, those since the last checkpoint are written again."""
 
     needs_past_steps: bool  # whether the steps that are already done should be written first
 
@@ -37,7 +37,7 @@ class Logger(Protocol):
         """Make sure that all values written so far survive the death of this process."""
 
     def close(self) -> None:
-        """End this stretch of training."""
+        """End the session: this process writes no more steps."""
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -49,9 +49,9 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """All loggers of a run, which raise no errors.
+    """All loggers of a run. An error of a logger becomes a warning, and that logger gets no more calls.
 
-    names: of LOGGERS. done: steps that are trained. loss_terms: of the engine, with their weights in the loss.
+    names: keys of LOGGERS. done: steps trained so far. loss_terms: name -> weight in the loss, from the engine.
     """
 
     def __init__(self, names: Sequence[str], run: Run, done: int, loss_terms: Mapping[str, float]):
@@ -62,35 +62,38 @@ class Loggers:
                 opened: Logger = load_attribute(LOGGERS[name][1], f"logger {name!r}")(run, done)
                 self._open[name] = opened
                 if opened.needs_past_steps:
-                    for step, row in _logged(run, done):
+                    for step, row in _past_rows(run, done):
                         opened.write(step, self._values(row))
 
     def _values(self, row: Mapping[str, float]) -> dict[str, float]:
+        """The values of a step, by the names that services show: "train/loss", the weighted sum, and each loss term."""
         loss = sum(weight * row[name] for name, weight in self._loss_terms.items())
         return {"train/loss": loss, **{f"train/{name}": row[name] for name in self._loss_terms}}
 
     def write(self, step: int, row: Mapping[str, float], steps_per_second: float | None = None) -> None:
         """Write the loss terms of a step, by name, and the speed if it was just measured."""
         speed = {} if steps_per_second is None else {"train/steps_per_second": steps_per_second}
-        self._each(lambda opened: opened.write(step, {**self._values(row), **speed}))
+        self._call_all(lambda opened: opened.write(step, {**self._values(row), **speed}))
 
     def flush(self) -> None:
-        self._each(lambda opened: opened.flush())
+        self._call_all(lambda opened: opened.flush())
 
     def close(self) -> None:
-        self._each(lambda opened: opened.close())
+        self._call_all(lambda opened: opened.close())
         self._open.clear()
 
-    def _each(self, do: Callable[[Logger], None]) -> None:
+    def _call_all(self, do: Callable[[Logger], None]) -> None:
+        """Call `do` with every logger that has not failed."""
         for name, opened in list(self._open.items()):
             with self._guarded(name):
                 do(opened)
 
     @contextlib.contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
+        """Context in which any error drops logger `name` with a warning."""
         try:
             yield
-        except Exception as error:  # of the library, the disk or the network: none is worth a training
+        except Exception as error:  # of the library, the disk or the network: none should stop the training
             self._open.pop(name, None)
             lines = str(error).strip().splitlines() or [""]
             logger.warning(
@@ -98,8 +101,8 @@ class Loggers:
             )
 
 
-def _logged(run: Run, done: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """The first `done` steps of the run's log: (step, its row)."""
+def _past_rows(run: Run, done: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yields (step, row) for the first `done` steps in the run's log. A row has the loss terms by name."""
     if not done:
         return
     with run.log.open(encoding="ascii") as file:

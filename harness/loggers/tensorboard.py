@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from harness.runs.run import Run
 
-# Without this, tensorboard imports TensorFlow where that is installed.
+# With a module of this name, tensorboard does not import TensorFlow.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: E402
@@ -29,6 +29,7 @@ class TensorBoard:
         self.needs_past_steps = not any(folder.glob("events.out.tfevents.*"))
         self._writer = EventFileWriter(str(folder))
         if not self.needs_past_steps:
+            # TensorBoard then drops these steps of earlier files.
             start = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
 

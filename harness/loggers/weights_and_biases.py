@@ -45,15 +45,16 @@ class WeightsAndBiases:
                 x_disable_stats=True,
             ),
         )
-        self._next = self._run.step if mode == "online" else 0
+        # Online, earlier steps are on the server already.
+        self._next_step = self._run.step if mode == "online" else 0
         if mode == "offline":
-            mine = Path(self._run.dir).parent
+            own_folder = Path(self._run.dir).parent
             for old in folder.glob("wandb/offline-run-*"):
-                if old != mine and not any(old.glob("*.synced")):
+                if old != own_folder and not any(old.glob("*.synced")):
                     files.remove(old)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        if step >= self._next:
+        if step >= self._next_step:
             self._run.log(dict(values), step=step)
 
     def flush(self) -> None:

@@ -47,7 +47,7 @@ def threefry2x32(key0: Array, key1: Array, counter0: Array, counter1: Array) -> 
 
 def bits(seed: int, purpose: Purpose, index: Words, step: int | Words, count: int) -> Array:
     """Random words: uint32 (N, count) for index (N,). step: one for all, or (N,). Ranges and errors as in numpy."""
-    return _elements(jnp.stack(_blocks(seed, purpose, index, step, count), axis=-1), count)
+    return _first_elements(jnp.stack(_blocks(seed, purpose, index, step, count), axis=-1), count)
 
 
 def uniform(seed: int, purpose: Purpose, index: Words, step: int | Words, shape: Sequence[int] = ()) -> Array:
@@ -62,20 +62,22 @@ def normal(seed: int, purpose: Purpose, index: Words, step: int | Words, shape: 
     radius = jnp.sqrt(-2.0 * jnp.log(_unit(x0) + np.float32(2.0**-24)))  # exact: a 24-bit integer plus one, scaled
     angle = _unit(x1) * np.float32(2 * math.pi)
     pairs = jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle)], axis=-1)  # (N, B, 2)
-    return _elements(pairs, count).reshape(-1, *shape)
+    return _first_elements(pairs, count).reshape(-1, *shape)
 
 
 def integers(seed: int, purpose: Purpose, index: Words, step: int | Words, high: int) -> Array:
     """One integer in [0, high) for each index: int32 (N,), equal to numpy's. 1 <= high <= 2**31."""
     reference._check_high(high)
     upper, lower = bits(seed, purpose, index, step, 2).T  # (N,) each
-    carried, low = _product(upper, high)
-    summed = low + _product(lower, high)[0]
-    return (carried + (summed < low)).astype(jnp.int32)
+    # The highest 32 of the 96 bits of (upper 2**32 + lower) x high.
+    product_high, product_low = _product(upper, high)
+    total = product_low + _product(lower, high)[0]
+    carry = total < product_low  # the sum has overflowed 32 bits
+    return (product_high + carry).astype(jnp.int32)
 
 
 def _product(x: Array, factor: int) -> tuple[Array, Array]:
-    """High and low word of uint32 x times a factor of at most 2**31, computed in halves of 16 bits."""
+    """High and low word of the 64-bit product of uint32 x and a factor of at most 2**31, from halves of 16 bits."""
     mask, half = np.uint32(0xFFFF), np.uint32(16)
     f0, f1 = np.uint32(factor & 0xFFFF), np.uint32(factor >> 16)
     x0, x1 = x & mask, x >> half
@@ -89,13 +91,13 @@ def _unit(x: Array) -> Array:
     return (x >> np.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
 
 
-def _elements(pairs: Array, count: int) -> Array:
-    """The first `count` of 2 B numbers (N, count), from pairs (N, B, 2)."""
+def _first_elements(pairs: Array, count: int) -> Array:
+    """The first `count` numbers of each sample: (N, count), from the two numbers of each of B blocks, (N, B, 2)."""
     return pairs.reshape(len(pairs), 2 * pairs.shape[1])[:, :count]
 
 
 def _blocks(seed: int, purpose: Purpose, index: Words, step: int | Words, count: int) -> tuple[Array, Array]:
-    """Both words of blocks 0 ... ceil(count / 2) - 1: uint32 (N, B) each."""
+    """Word 0 and word 1 of the first B = ceil(count / 2) blocks of each sample: uint32 (N, B) each."""
     reference._check_count(count)
     step = words(reference._checked_step(step)) if isinstance(step, int) else step
     seed_high, seed_low = (jnp.asarray(word) for word in reference._split64(reference._checked_seed(seed)))

@@ -66,7 +66,7 @@ def threefry2x32(
     shape = np.broadcast_shapes(key0.shape, key1.shape, counter0.shape, counter1.shape)
     x0 = np.empty(shape, np.uint32)
     x1 = np.empty(shape, np.uint32)
-    high = np.empty(shape, np.uint32)
+    high = np.empty(shape, np.uint32)  # the bits of x1 that a rotation moves to the low end
     np.add(counter0, key0, out=x0)
     np.add(counter1, key1, out=x1)
     for group in range(5):
@@ -93,7 +93,7 @@ def bits(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, count: 
     words = np.empty((*x0.shape, 2), np.uint32)  # (N, B, 2)
     words[..., 0] = x0
     words[..., 1] = x1
-    return _elements(words, count)
+    return _first_elements(words, count)
 
 
 def uniform(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, shape: Sequence[int] = ()) -> np.ndarray:
@@ -118,7 +118,7 @@ def normal(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, shape
     out = np.empty((*x0.shape, 2), np.float32)
     out[..., 0] = radius * np.cos(angle)
     out[..., 1] = radius * np.sin(angle)
-    return _elements(out, count).reshape(len(out), *shape)
+    return _first_elements(out, count).reshape(len(out), *shape)
 
 
 def integers(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, high: int) -> np.ndarray:
@@ -133,20 +133,23 @@ def integers(seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, hig
 
 
 def permutation(seed: int, purpose: Purpose, epoch: int, n: int) -> np.ndarray:
-    """The order of n items in an epoch: int64 (n,), a stable sort of n 64-bit words (index = epoch, step = 0)."""
+    """The order of n items in an epoch: a permutation of 0 ... n - 1, int64 (n,).
+
+    It is the stable argsort of n random 64-bit words (index = epoch, step = 0).
+    """
     words = bits(seed, purpose, [epoch], 0, 2 * n).reshape(n, 2).astype(np.uint64)
     return np.argsort((words[:, 0] << np.uint64(32)) | words[:, 1], kind="stable").astype(np.int64)
 
 
-def _elements(pairs: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` of 2 B numbers (N, count), from pairs (N, B, 2)."""
+def _first_elements(pairs: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` numbers of each sample: (N, count), from the two numbers of each of B blocks, (N, B, 2)."""
     return pairs.reshape(len(pairs), 2 * pairs.shape[1])[:, :count]
 
 
 def _blocks(
     seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both words of blocks 0 ... ceil(count / 2) - 1: uint32 (N, B) each."""
+    """Word 0 and word 1 of the first B = ceil(count / 2) blocks of each sample: uint32 (N, B) each."""
     _check_count(count)
     key0, key1, step_low = _sample_keys(seed, purpose, index, step)
     return threefry2x32(key0, key1, np.arange((count + 1) // 2, dtype=np.uint32), step_low)
@@ -155,7 +158,7 @@ def _blocks(
 def _sample_keys(
     seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both words of the sample keys and the low word of step: uint32 (N, 1) each."""
+    """Word 0 and word 1 of the sample keys, and the low word of step: uint32 (N, 1) each."""
     step = np.asarray(_checked_step(step) if isinstance(step, int) else step)
     index = np.asarray(index)
     if index.ndim != 1 or step.shape not in ((), index.shape):
@@ -176,12 +179,14 @@ def _split64(value: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked_seed(seed: int) -> np.uint64:
+    """`seed` as uint64. Raises UserError if it is out of range."""
     if not 0 <= seed < 2**64:
         raise UserError(f"seed {seed} is out of range: give an integer from 0 to 2**64 - 1")
     return np.uint64(seed)
 
 
 def _checked_step(step: int) -> int:
+    """`step` as it is. Raises UserError if it is out of range."""
     if not 0 <= step < 2**63:
         raise UserError(f"random step {step} is out of range: give an integer from 0 to 2**63 - 1")
     return step

@@ -27,6 +27,7 @@ def threefry2x32(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The 20-round block function. Returns two int32 tensors (bit patterns) of the broadcast shape."""
     shape = torch.broadcast_shapes(key0.shape, key1.shape, counter0.shape, counter1.shape)
+    # high: the bits of x1 that a rotation moves to the low end
     x0, x1, high = (torch.empty(shape, dtype=torch.int32, device=key0.device) for _ in range(3))
     x0.copy_(counter0 + key0)
     x1.copy_(counter1 + key1)
@@ -74,7 +75,7 @@ def normal(
         chunk = out[rows, columns]
         torch.mul(radius, torch.cos(angle), out=chunk[..., 0])
         torch.mul(radius, angle.sin_(), out=chunk[..., 1])
-    return _elements(out, count).reshape(len(out), *shape)
+    return _first_elements(out, count).reshape(len(out), *shape)
 
 
 def integers(seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.Tensor, high: int) -> torch.Tensor:
@@ -90,7 +91,7 @@ def _words(seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.T
     for rows, columns, x0, x1 in _blocks(seed, purpose, index, step, count):
         words[rows, columns, 0] = x0
         words[rows, columns, 1] = x1
-    return _elements(words, count)
+    return _first_elements(words, count)
 
 
 def _unit(words: torch.Tensor) -> torch.Tensor:
@@ -98,22 +99,26 @@ def _unit(words: torch.Tensor) -> torch.Tensor:
     return (words >> 8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
 
 
-def _elements(pairs: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` of 2 B numbers (N, count), from pairs (N, B, 2)."""
+def _first_elements(pairs: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` numbers of each sample: (N, count), from the two numbers of each of B blocks, (N, B, 2)."""
     return pairs.reshape(len(pairs), 2 * pairs.shape[1])[:, :count]
 
 
 def _blocks(
     seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.Tensor, count: int
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
-    """Yields (sample rows, block columns, word 0, word 1); the words are int32 (rows, columns)."""
+    """The blocks in chunks: yields (rows, columns, word 0, word 1), with words int32 (rows, columns).
+
+    rows: slice of the N samples. columns: slice of the ceil(count / 2) blocks of each. On a CPU a chunk has about CHUNK
+    blocks; elsewhere there is one chunk.
+    """
     reference._check_count(count)
     if not isinstance(step, torch.Tensor):
         step = reference._checked_step(step)
     elif step.shape != index.shape:
         raise TypeError(f"index must be (N,) and step an int or (N,), got {tuple(index.shape)} and {tuple(step.shape)}")
     samples, pairs = len(index), (count + 1) // 2
-    if _on_host(index):
+    if _uses_numpy(index):
         host_step = step.numpy() if isinstance(step, torch.Tensor) else step
         keys = reference._sample_keys(seed, purpose, index.numpy(), host_step)
         width = max(1, min(pairs, CHUNK))
@@ -136,7 +141,10 @@ def _blocks(
 def _sample_keys(
     seed: int, purpose: Purpose, index: torch.Tensor, step: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both words of the sample keys and the low word of step: int32 (N, 1) or (1, 1), on the device of `index`."""
+    """Word 0 and word 1 of the sample keys, and the low word of step: int32 (N, 1), on the device of `index`.
+
+    The low word is (1, 1) if all samples share a step, which is then a tensor (1,).
+    """
     seed_bits = torch.from_numpy(np.atleast_1d(reference._checked_seed(seed)).view(np.int64)).to(index.device)
     step_high, step_low = _split64(step)
     purpose_key = threefry2x32(*_split64(seed_bits), torch.full_like(step_high, int(purpose)), step_high)
@@ -144,8 +152,8 @@ def _sample_keys(
     return key0[:, None], key1[:, None], step_low[:, None]
 
 
-def _on_host(index: torch.Tensor) -> bool:
-    """Whether the words come from the numpy reference: on a CPU, its integer operations cost a third of torch's."""
+def _uses_numpy(index: torch.Tensor) -> bool:
+    """Whether numpy computes the words. On a CPU its integer operations take a third of the time of torch's."""
     return index.device.type == "cpu"
 
 
