@@ -1,4 +1,4 @@
-"""The way to a framework: its `Backend`, and the processes that its launcher started."""
+"""Looks up a framework's `Backend`, and joins the processes that a launcher started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FRAMEWORKS = ("torch", "jax")
 
 
 def get_backend(framework: str) -> Backend:
-    """The backend of a framework, imported here. Raises UserError where the framework is unknown or not installed."""
+    """Import and return the backend of a framework. Raises UserError if the framework is unknown or not installed."""
     check_installed(framework)
     if framework == "torch":
         from harness.engines.torch import backend as torch_backend
@@ -29,7 +29,7 @@ def get_backend(framework: str) -> Backend:
 
 
 def join_processes(framework: str) -> ProcessGroup:
-    """The processes of this run: those that a launcher of the framework started, or this one alone."""
+    """Join the processes that a launcher of the framework started for this run; without one, this process is alone."""
     check_installed(framework)
     if framework == "jax" and "JAX_NUM_PROCESSES" in os.environ:
         from harness.engines.jax.process_group import JaxProcessGroup

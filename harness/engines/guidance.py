@@ -1,4 +1,4 @@
-"""The checks of guidance, and of a network under a sampler plan, that all engines share."""
+"""Checks of guidance and of a network's output channels, the same for all engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GUIDED_CHANNELS = {  # how many of the epsilon channels are guided; None: all
 
 
 def guided_channels(rule: str, channels: int) -> int:
-    """The number of `channels` epsilon channels that are guided by a rule, a key of GUIDED_CHANNELS."""
+    """How many of the first epsilon channels are guided. rule: a key of GUIDED_CHANNELS. channels: epsilon channels."""
     count = GUIDED_CHANNELS[rule]
     return channels if count is None else min(count, channels)
 
@@ -23,8 +23,8 @@ def guided_channels(rule: str, channels: int) -> int:
 def check_guidance(scale: float, channels: str, null_label: int | None) -> None:
     """Raise UserError for an unknown channel rule, a scale that is not finite, and guidance without a null label."""
     if channels not in GUIDED_CHANNELS:
-        close = get_close_matches(channels, GUIDED_CHANNELS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        closest = get_close_matches(channels, GUIDED_CHANNELS, n=1)
+        hint = f"did you mean {closest[0]!r}? " if closest else ""
         raise UserError(f"unknown guidance channels {channels!r}: {hint}known are {', '.join(GUIDED_CHANNELS)}")
     if not math.isfinite(scale):
         raise UserError(f"guidance scale {scale} is not a finite number: give 1 for none, or for example 1.5")
@@ -41,23 +41,23 @@ def check_classifier_scale(scale: float) -> None:
         raise UserError(f"classifier scale {scale} is not a finite number: give 0 for none, or for example 1")
 
 
-def check_channels(plan: SamplerPlan, given: int, channels: int) -> None:
-    """Raise UserError where a network's output does not have the channels that `plan` needs.
+def check_channels(plan: SamplerPlan, output_channels: int, channels: int) -> None:
+    """Raise UserError if a network's output does not have the channels that `plan` needs.
 
-    given: channels of the output. channels: of the images.
+    output_channels: channels of the network's output. channels: channels of the images.
     """
     fitting = (2 * channels,) if plan.learned_variance else (channels, 2 * channels)
-    if given not in fitting:
+    if output_channels not in fitting:
         raise UserError(
-            f"the network gives {given} channels for {channels}, and {plan.name} with "
+            f"the network gives {output_channels} channels for {channels}, and {plan.name} with "
             f"{'a learned' if plan.learned_variance else 'a fixed'} variance needs {' or '.join(map(str, fitting))}: "
             "choose the objective and the sampling variance alike"
         )
 
 
-def diverged(plan: SamplerPlan, done: int) -> RunError:
-    """The error of a sampler whose images are not finite after step `done` of the plan."""
+def divergence_error(plan: SamplerPlan, done: int) -> RunError:
+    """The error of a sampler with non-finite values after `done` steps of the plan."""
     return RunError(
-        f"sampling diverged: values that are not finite by {plan.name} step {done} of {plan.steps} "
+        f"sampling diverged: non-finite values after {plan.name} step {done} of {plan.steps} "
         f"(timestep {int(plan.timesteps[done - 1])}); check the checkpoint, or sample in float32"
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from harness.runs.run import Run
     from harness.systems.binding import LoadedSystem
 
-Network: TypeAlias = Any  # a torch.nn.Module or a flax.nnx.Module, which a backend takes back as it gave it
+Network: TypeAlias = Any  # a torch.nn.Module or a flax.nnx.Module, which only the backend that made it uses
 
 
 class DeviceInfo(NamedTuple):
@@ -42,16 +42,19 @@ class Engine(Protocol):
         """Do optimiser step `step` (from 1). False: interrupted before the update, and nothing has changed."""
 
     def pop_losses(self) -> list[tuple[float, ...]]:
-        """The terms of each step since the last call, in order, in the order of `loss_terms`."""
+        """A tuple for each step since the last call, oldest first: its values in the order of `loss_terms`."""
 
     def finite(self) -> bool:
         """Whether every weight is finite."""
 
     def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
-        """The parts of a checkpoint: (name, function that returns its tensors by name). One of them is "ema"."""
+        """The parts of a checkpoint: (part name, function that returns its tensors by name). One part is "ema".
+
+        The functions must be called in every process.
+        """
 
     def load(self, part: str, path: Path) -> None:
-        """Restore a part of the state from a safetensors file. Raises UserError where the file does not fit."""
+        """Restore a part, named as in `state_dicts`, from a safetensors file. Raises UserError if it does not fit."""
 
 
 class Sampler(Protocol):
@@ -59,7 +62,7 @@ class Sampler(Protocol):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for an image; guidance counts twice."""
+        """Network evaluations for an image; classifier-free guidance doubles them."""
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None]) -> np.ndarray:
         """Images uint8 (N, H, W, C) of the sample indices int64 (N,) with labels int64 (N,).
@@ -81,14 +84,15 @@ class Backend(Protocol):
         mesh: str | None,  # "DATAxMODEL"; None: all devices along DATA
         compile: str,  # "auto", "on" or "off"
     ) -> tuple[Network, Measured]:
-        """The network of a new run at its initialisation, and the speed and memory that were measured with it."""
+        """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
 
     def make_engine(
         self, request: Request, run: Run, data: Examples, net: Network | None, mesh: str | None = None
     ) -> Engine:
         """The training state of `run` before step 1.
 
-        net: at its initialisation, which the engine changes; None builds it. mesh: None takes that of the run.
+        net: the network at its initialisation, which the engine takes over and may change; None builds it. mesh: of the
+        processes at work now; None keeps MODEL of the run's mesh. jax ignores it: a run in jax keeps its mesh.
         """
 
     def make_sampler(

@@ -14,8 +14,8 @@ from harness.runs.run import Resolved
 
 USABLE_SHARE = 0.85  # of free memory that a run may plan with; the rest is for fragmentation
 RUNTIME_BYTES = 600_000_000  # interpreter, libraries, buffers
-STATE_BYTES = 16  # a parameter in float32: weight, gradient, two moments of AdamW
-EMA_BYTES = 4
+STATE_BYTES = 16  # per parameter in float32: weight, gradient and the two moments of AdamW
+EMA_BYTES = 4  # per parameter
 
 
 class NotEnoughMemory(UserError):
@@ -27,9 +27,9 @@ class Measured(NamedTuple):
 
     resolved: Resolved  # the choices, which are frozen in the run
     seconds: dict[str, float]  # of training on one image, by precision
-    memory_bytes: int  # needed
-    free_bytes: int
-    compiled: str = ""  # "on" or "off" and the reason, in words; empty where the framework has no choice
+    memory_bytes: int  # that training needs
+    free_bytes: int  # that are available
+    compiled: str = ""  # "on (REASON)" or "off (REASON)"; empty if the framework has no choice
     compiled_seconds: float | None = None  # of training on one image, compiled; None: not measured
 
 
@@ -62,15 +62,16 @@ def state_bytes(parameters: int, precision: str) -> int:
 
 
 def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: int) -> int:
-    """The largest micro-batch that fits in `free` bytes, evened out over the batch; 0 if not even one image fits.
+    """A micro-batch that fits in `free` bytes; 0 if not even one image fits.
 
-    activation_bytes: what one image keeps for the backward pass in float32; bfloat16 needs less, so the plan is safe.
+    The batch is divided into as few micro-batches as possible, of about equal size: a batch of 100, of which 64 images
+    fit, gives 50. activation_bytes: of one image in float32. bfloat16 needs less, so the result fits in either precision.
     """
     room = int(free * USABLE_SHARE) - state_bytes(parameters, "bfloat16")
     fitting = min(batch, room // max(activation_bytes, 1))
     if fitting < 1:
         return 0
-    passes = -(-batch // fitting)
+    passes = -(-batch // fitting)  # rounded up
     return -(-batch // passes)
 
 
@@ -94,7 +95,7 @@ def one_image_error(name: str, parameters: int, activation_bytes: int, device: s
 
 
 def device_error(resolved: Resolved, reason: str = "which is not available here") -> UserError:
-    """The error where a run was created on another kind of device than this machine has."""
+    """The error for a run whose device this machine does not have, or has in another form. reason: a relative clause."""
     return UserError(
         f"the run was created on {resolved.device} ({resolved.device_name}), {reason}; "
         "continue it as another run with --fork RUN --out NEW"

@@ -120,7 +120,7 @@ def jax_loss(objective, tables, output, x0, t, noise):
     eps, v = jnp.split(output, 2, axis=1)
     low, high = at(tables.log_variance_low), at(tables.log_variance_high)
     log_variance = (v + 1) / 2 * high + (1 - v) / 2 * low
-    centred = at(tables.mean_error) * jax.lax.stop_gradient(eps - noise)
+    centred = at(tables.mean_error_per_eps) * jax.lax.stop_gradient(eps - noise)
     kl = 0.5 * (-1 + log_variance - low + jnp.exp(low - log_variance) + centred**2 * jnp.exp(-log_variance))
     inverse = jnp.exp(-0.5 * log_variance)
 

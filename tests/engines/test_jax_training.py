@@ -80,9 +80,9 @@ def test_a_step_is_traced_once(whole):
     seen = []
     for _ in range(2):
         chain.draw(np.arange(4), np.arange(4), lambda: seen.append(1))
-    assert chain._stages[0]._go._cache_size() == 1 and len(seen) == 18
+    assert chain._stages[0]._jit_steps._cache_size() == 1 and len(seen) == 18
     part = chain.draw(np.arange(1, 3), np.arange(1, 3))  # a batch that is not full is no other program
-    assert chain._stages[0]._go._cache_size() == 1 and part.shape == (2, 8, 8, 1)
+    assert chain._stages[0]._jit_steps._cache_size() == 1 and part.shape == (2, 8, 8, 1)
     np.testing.assert_array_equal(part, chain.draw(np.arange(4), np.arange(4))[1:3])
 
 

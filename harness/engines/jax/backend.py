@@ -33,7 +33,7 @@ def measure(
     mesh: str | None,
     compile: str,
 ) -> tuple[nnx.Module, Measured]:
-    """The network of a new run at its initialisation, and the speed and memory that were measured with it."""
+    """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
     resolve.refuse_torch_options(precision, compile)
     device_mesh = devices.make_mesh(devices.pick_devices(device), mesh)
     device = device or devices.platform_name(device_mesh)
@@ -56,7 +56,10 @@ def measure(
 
 
 def _activation_bytes(request: Request) -> int:
-    """Of one image in float32, counted on the torch network of that name; 0 where there is none, so that any batch fits."""
+    """Activation bytes of one image in float32, counted on the backbone's torch network.
+
+    0 if it has no torch network: memory for activations is then not taken into account.
+    """
     if "torch" not in request.spec.builders:
         return 0
     from harness.compute.activations import activation_bytes
@@ -69,7 +72,8 @@ def make_engine(
 ) -> JaxEngine:
     """The training state of `run` before step 1.
 
-    net: at its initialisation, which the engine takes over; None builds it. mesh: not used, a run in jax keeps its mesh.
+    net: the network at its initialisation, which the engine takes over; None builds it. mesh: not used, because a run in
+    jax keeps its mesh.
     """
     return JaxEngine(
         request.spec,

@@ -9,8 +9,8 @@ from typing import TypedDict, Unpack
 import jax
 from jax.stages import Wrapped
 
-# On a CPU, the XLA of jaxlib 0.10 runs matrix products and convolutions in the library YNNPACK, with one thread for each. Its
-# own Eigen routines train a U-Net faster: adm-xs at 0.98 of torch's speed instead of 0.63, by benchmarks/frameworks.py.
+# On a CPU, the XLA of jaxlib 0.10 runs each matrix product and convolution in the library YNNPACK, on one thread. XLA's
+# Eigen routines train a U-Net faster: adm-xs at 0.98 of torch's speed instead of 0.63, by benchmarks/frameworks.py.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -29,7 +29,7 @@ def jit(function: Callable[..., object], platform: str, **settings: Unpack[JitSe
 
 @cache
 def _options(platform: str) -> dict[str, str] | None:
-    """The options for a platform; None where this version of XLA does not know them."""
+    """The compiler options for a platform; None if there are none, or if this version of XLA does not know them."""
     if platform != "cpu":
         return None
     try:

@@ -14,7 +14,7 @@ MAX_LENGTH = 200  # characters that are quoted from jax
 
 @contextmanager
 def one_line(where: str, remedy: str) -> Iterator[None]:
-    """Turn the errors of jax in this context into a RunError of one line.
+    """Context that turns errors of jax, and of a network that cannot be traced, into a RunError of one line.
 
     where: the place, as in "training step 3". remedy: what to do when memory runs out.
     """
@@ -35,5 +35,6 @@ def one_line(where: str, remedy: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not blank, at most MAX_LENGTH characters; else the name of its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0][:MAX_LENGTH].rstrip(".")

@@ -43,8 +43,8 @@ class LossTables:
         self.sqrt_one_minus_abar = table(spaced.sqrt_one_minus_abar)
         self.log_variance_low = table(spaced.posterior_log_variance_clipped)
         self.log_variance_high = table(spaced.log_betas)
-        # What an error of 1 in epsilon does to the mean of the reverse step.
-        self.mean_error = table(spaced.posterior_mean_from_x0 * spaced.sqrt_recipm1_abar)
+        # Error of the reverse step's mean for an error of 1 in epsilon.
+        self.mean_error_per_eps = table(spaced.posterior_mean_from_x0 * spaced.sqrt_recipm1_abar)
 
     def q_sample(self, x0: Array, t: Array, noise: Array) -> Array:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4).
@@ -77,16 +77,17 @@ def hybrid_loss(
     t: Array,
     noise: Array,
 ) -> LossTerms:
-    """L_simple + L_vlb with the paper's weight of 1 for the mean-reduced bound in bits (DiT's loss; its code's MSE).
+    """L_simple + L_vlb: the mean squared error of epsilon, plus the term of the variational bound in bits with weight 1.
 
-    L_vlb sees epsilon detached, so only the variance channels learn from it. For the derivation see torch's.
+    Both are means over C, H, W. This is DiT's loss (LossType.MSE with a learned variance in its code).
+    L_vlb sees epsilon detached, so only the variance channels learn from it. `harness.engines.torch.loss` derives it.
     """
     eps, v = jnp.split(output.astype(jnp.float32), 2, axis=1)  # (N, C, H, W) each
     frac = (v + 1) / 2
     high, low = _at(tables.log_variance_high, t), _at(tables.log_variance_low, t)  # (N, 1, 1, 1)
     log_variance = frac * high + (1 - frac) * low  # (N, C, H, W)
     error = eps - noise
-    mean_error = _at(tables.mean_error, t) * jax.lax.stop_gradient(error)  # true mean - predicted mean
+    mean_error = _at(tables.mean_error_per_eps, t) * jax.lax.stop_gradient(error)  # posterior mean - predicted mean
     kl = 0.5 * (-1.0 + log_variance - low + jnp.exp(low - log_variance) + mean_error**2 * jnp.exp(-log_variance))
     # At t = 0 the mean is x_0^ itself (its coefficients are 1 and 0), so mean_error is x_0 - x_0^.
     nll = -_discretised_gaussian_log_likelihood(x0, mean_error, 0.5 * log_variance)
@@ -99,7 +100,7 @@ def _discretised_gaussian_log_likelihood(
     centred: Array,  # x0 - mean
     log_std: Array,
 ) -> Array:
-    """Log-probability in nats of the 8-bit bin of x0, half-width 1/255, open-ended beyond +-0.999.
+    """Log-probability in nats of the 8-bit bin of x0, elementwise. Bins are 2/255 wide; those beyond +-0.999 are open.
 
     Made for pixels (Ho et al. 2020, eq. 13); the public DiT code applies it to latents as well.
     """
@@ -118,14 +119,15 @@ def _log(probability: Array) -> Array:
 
 
 def _normal_cdf(x: Array) -> Array:
+    """Phi(x) of the standard normal distribution, by the tanh approximation of TANH_CDF."""
     return 0.5 * (1.0 + jnp.tanh(TANH_CDF * (x + 0.044715 * x**3)))
 
 
 def _at(table: np.ndarray, t: Array) -> Array:
-    """(T,) at (N,) -> (N, 1, 1, 1)."""
+    """The entries of table (T,) at timesteps t (N,), as (N, 1, 1, 1) for broadcasting."""
     return jnp.asarray(table)[t][:, None, None, None]
 
 
 def _mean(x: Array) -> Array:
-    """(N, C, H, W) -> (N,)."""
+    """The mean over C, H and W: (N, C, H, W) -> (N,)."""
     return x.mean(axis=(1, 2, 3))

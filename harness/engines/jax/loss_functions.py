@@ -21,20 +21,20 @@ from harness.spec import BackboneSpec
 
 
 class LossFunction:
-    """The loss of one backbone under one recipe. Everything random depends on the seed and the position alone."""
+    """The loss of one backbone under one recipe. Random numbers depend only on the seed and an example's position."""
 
     def __init__(self, spec: BackboneSpec, arguments: Mapping[str, Any], *, recipe: Recipe, seed: int):
         self.loss_terms = loss_terms_of(spec)
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
-        self._low_side: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
-        self._null = spec.null_index(arguments["num_classes"])
+        self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
+        self._null_label = spec.null_index(arguments["num_classes"])
         self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps))
         self._objective = objectives.get(recipe.objective)
 
     def losses(self, net: Callable[..., Array], x0: Array, y: Array, positions: Words) -> dict[str, Array]:
         """The loss terms by name, float32 (N,) each.
 
-        x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int32 (N,). positions: (N,), in the stream of examples.
+        x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int32 (N,). positions: (N,) in the stream of examples.
         """
         recipe, seed = self._recipe, self._seed
         t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)  # (N,)
@@ -42,11 +42,11 @@ class LossFunction:
         xt = self._tables.q_sample(x0, t, noise)  # (N, C, H, W)
         if self._kind == "classifier":
             logits = net(xt, t).astype(jnp.float32)  # (N, num_classes)
-            likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]  # (N,)
-            return {"cross_entropy": -likelihood, "accuracy": (logits.argmax(axis=1) == y).astype(jnp.float32)}
-        if self._null is not None and recipe.label_dropout:
+            log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]  # (N,)
+            return {"cross_entropy": -log_likelihood, "accuracy": (logits.argmax(axis=1) == y).astype(jnp.float32)}
+        if self._null_label is not None and recipe.label_dropout:
             dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
-            y = jnp.where(dropped, self._null, y)
+            y = jnp.where(dropped, self._null_label, y)
         if self._kind == "upsampler":
             output = net(xt, t, y, self._low_resolution(x0, positions))
         else:
@@ -56,7 +56,7 @@ class LossFunction:
 
     def _low_resolution(self, x0: Array, positions: Words) -> Array:
         """x0 (N, C, H, W) averaged over areas to (N, C, s, s), plus Gaussian noise of a random level for each image."""
-        low = area_means(x0, self._low_side)  # (N, C, s, s)
+        low = area_means(x0, self._low_res_size)  # (N, C, s, s)
         if self._recipe.conditioning_noise:
             level = random.uniform(self._seed, Purpose.CONDITIONING_LEVEL, positions, 0)  # (N,) in [0, 1)
             noise = random.normal(self._seed, Purpose.CONDITIONING_NOISE, positions, 0, low.shape[1:])
@@ -65,10 +65,14 @@ class LossFunction:
 
 
 def area_means(x: Array, side: int) -> Array:
-    """(N, C, H, W) -> (N, C, side, side): the cells of torch's adaptive_avg_pool2d, which may overlap."""
+    """Means over a grid of side x side areas, (N, C, H, W) -> (N, C, side, side), as torch's adaptive_avg_pool2d.
+
+    Areas overlap if `side` does not divide H or W.
+    """
     for axis in (2, 3):
         size = x.shape[axis]
         cells = [
+            # from floor(cell size / side) to ceil((cell + 1) size / side)
             x.take(jnp.arange(cell * size // side, -(-(cell + 1) * size // side)), axis).mean(axis, keepdims=True)
             for cell in range(side)
         ]

@@ -30,7 +30,7 @@ MIN_SHARDED = 1024  # elements: smaller parameters are replicated
 
 
 def initialize() -> None:
-    """Join the other processes, if there are any. Must be called before jax is asked for anything else."""
+    """Join the other processes, if there are any. Must be called before any other function of jax."""
     count = os.environ.get("JAX_NUM_PROCESSES")
     if count is None or jax.distributed.is_initialized():
         return
@@ -67,8 +67,9 @@ def pick_devices(name: str | None) -> list[jax.Device]:
 
 
 def _unavailable(name: str | None, error: RuntimeError) -> str:
+    """The message for a device that jax does not find. error: jax's, from the search for it."""
     try:
-        platforms = ", ".join(sorted({each.platform for each in jax.devices()}))
+        platforms = ", ".join(sorted({device.platform for device in jax.devices()}))
     except RuntimeError:  # JAX_PLATFORMS names an absent one, whatever --device says
         return f"jax finds no devices here ({str(error).splitlines()[0]})"
     return f"--device {name} is not available to jax here (it has: {platforms}); see `harness doctor`"
@@ -89,7 +90,7 @@ def make_mesh(devices: list[jax.Device], shape: str | None) -> Mesh:
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """The mesh for work that a process does alone: in a group of processes, its own devices along "data"."""
+    """The mesh for work that a process does alone. In a group of processes: this process's devices, all along "data"."""
     if jax.process_count() == 1:
         return mesh
     devices = jax.local_devices(backend=mesh.devices.flat[0].platform)
@@ -97,6 +98,7 @@ def local_mesh(mesh: Mesh) -> Mesh:
 
 
 def shape_of(mesh: Mesh) -> MeshShape:
+    """The number of devices along "data" and "model"."""
     return MeshShape(*mesh.devices.shape)
 
 
@@ -108,12 +110,15 @@ def device_name(mesh: Mesh) -> str:
 
 
 def free_bytes(mesh: Mesh) -> int:
-    """Memory that a run can allocate now, in bytes, on all devices of the mesh together."""
+    """Memory that a run can allocate now, in bytes, on all devices of the mesh together.
+
+    On accelerators: the least that is free on a device of this process, times the number of devices.
+    """
     devices = list(mesh.devices.flat)
     if devices[0].platform == "cpu":
         return host_free_bytes()
     stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
-    free = min(each.get("bytes_limit", 0) - each.get("bytes_in_use", 0) for each in stats)
+    free = min(device_stats.get("bytes_limit", 0) - device_stats.get("bytes_in_use", 0) for device_stats in stats)
     return free * len(devices)
 
 
@@ -134,7 +139,7 @@ def apply_resolved(resolved: Resolved) -> Mesh:
 
 
 def broadcast(number: int) -> int:
-    """The main process's number, in every process: measurements differ between processes."""
+    """The main process's number (int32), in every process: measurements differ between processes."""
     if jax.process_count() == 1:
         return number
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -143,37 +148,43 @@ def broadcast(number: int) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is divided over all devices."""
+    """The sharding of a batch: its first axis is divided over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding in which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def weight_shardings(mesh: Mesh, tree: Tree) -> Tree:
-    """A sharding in place of each array of `tree`: over "model" along the longest axis that it divides, if there is one."""
+    """The tree with a sharding in place of each array: over "model", along the longest axis that it divides.
+
+    Arrays without such an axis, and arrays of less than MIN_SHARDED elements, are replicated.
+    """
     parts = mesh.shape["model"]
 
-    def one(array: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
-        fitting = [axis for axis, side in enumerate(array.shape) if side % parts == 0]
-        if parts == 1 or not fitting or np.prod(array.shape) < MIN_SHARDED:
+    def sharding_of(array: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        divisible = [axis for axis, side in enumerate(array.shape) if side % parts == 0]
+        if parts == 1 or not divisible or np.prod(array.shape) < MIN_SHARDED:
             return replicated(mesh)
-        axis = max(fitting, key=lambda each: array.shape[each])
+        axis = max(divisible, key=lambda axis: array.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "model"))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(sharding_of, tree)
 
 
 def to_device(tree: object, shardings: object) -> Any:
-    """A tree of host arrays, the same in every process, as jax arrays with a tree of shardings."""
+    """The host arrays of `tree` as jax arrays on the devices. shardings: a tree of the same form.
 
-    def one(value: ArrayLike, sharding: NamedSharding) -> jax.Array:
+    Every process must call this with the same arrays.
+    """
+
+    def put(value: ArrayLike, sharding: NamedSharding) -> jax.Array:
         array = np.asarray(value)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree.map(put, tree, shardings)
 
 
 def gather(array: jax.Array) -> np.ndarray:

@@ -16,16 +16,16 @@ from backbones.flax_layers import set_compute_dtype
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
-from harness.engines.jax.trainer import COMPUTE_DTYPES, exact, split
+from harness.engines.jax.trainer import COMPUTE_DTYPES, matmul_context, split
 from harness.engines.memory import Measured, fit_micro_batch, one_image_error, state_bytes
 from harness.errors import UserError
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
-PROBE_IMAGES = 16  # for each device, at most: the speeds of two precisions are compared on so many images
+PROBE_IMAGES = 16  # for each device, at most: the speeds of precisions are compared on a batch of this size
 PROBE_REPEATS = 3
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
-FAR_SLOWER = 4  # nor one that takes so many times as long as in another precision
+FAR_SLOWER = 4  # nor is a pass that takes this many times the seconds of another precision
 LESS_MEMORY = "give a smaller --micro-batch or --gradient-checkpointing"
 
 
@@ -38,7 +38,11 @@ def refuse_torch_options(precision: str = "float32", compile: str = "off") -> No
 
 
 def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Random inputs of a network of `kind`, in the order of its call."""
+    """Random inputs of a network of `kind`, in the order of its call.
+
+    x float32 (images, C, H, W), t int32 (images,), y int32 (images,) unless it is a classifier, and for an upsampler the
+    image at low resolution, float32 (images, C, s, s).
+    """
     generator = np.random.Generator(np.random.PCG64(seed))
     channels, size = arguments["in_channels"], arguments["input_size"]
     x = generator.standard_normal((images, channels, size, size), np.float32)
@@ -52,11 +56,11 @@ def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) 
 
 
 def measure(
-    net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str, enough: float
+    net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str, stop_seconds: float
 ) -> float:
-    """Seconds of forward and backward for one image: the best of a few passes after compilation.
+    """Seconds of forward and backward for one image: the best of PROBE_REPEATS passes after compilation, over `images`.
 
-    enough: seconds of a pass after which there is no other.
+    stop_seconds: after a pass that takes longer there is no other. Sets the compute dtype of `net`.
     """
     set_compute_dtype(net, COMPUTE_DTYPES[precision])
     graph, params, rest = split(net)
@@ -67,15 +71,15 @@ def measure(
     sharding, shardings = devices.batch_sharding(mesh), devices.weight_shardings(mesh, (params, rest))
     function = jit(jax.grad(loss), mesh.devices.flat[0].platform, out_shardings=shardings[0])
     best = float("inf")
-    with one_line("a first training step", LESS_MEMORY), exact(precision):
-        inputs = tuple(devices.to_device(each, sharding) for each in inputs_of(kind, images, arguments))
+    with one_line("a first training step", LESS_MEMORY), matmul_context(precision):
+        inputs = tuple(devices.to_device(array, sharding) for array in inputs_of(kind, images, arguments))
         params, rest = devices.to_device((params, rest), shardings)
         compiled = function.lower(params, rest, *inputs).compile()
         for _ in range(PROBE_REPEATS):
             began = time.perf_counter()
             jax.block_until_ready(compiled(params, rest, *inputs))
             best = min(best, time.perf_counter() - began)
-            if best > enough:
+            if best > stop_seconds:
                 break
     return best / images
 
@@ -93,27 +97,30 @@ def resolve(
     activation_bytes: int,
     gradient_checkpointing: bool,
 ) -> Measured:
-    """Choose precision and micro-batch where they are left open. The weights of `net` stay as they are."""
-    parameters = sum(each.size for each in jax.tree.leaves(nnx.state(net, nnx.Param)))
+    """Choose the precision if it is "auto" and the micro-batch if it is None. The weights of `net` stay as they are."""
+    parameters = sum(param.size for param in jax.tree.leaves(nnx.state(net, nnx.Param)))
     platform, count = mesh.devices.flat[0].platform, mesh.devices.size
     free = devices.free_bytes(mesh) + 4 * parameters  # the network is already in memory and was counted as used
     copies = 1 if platform == "cpu" else mesh.shape["data"]  # of the weights, which are not sharded over "data"
+    # Images of a micro-batch that fit in memory.
     fitting = devices.broadcast(fit_micro_batch(batch, parameters * copies, activation_bytes, free))
     if fitting == 0:
         raise one_image_error(spec.name, parameters, activation_bytes, device, free)
-    chosen = min(micro_batch or _divided(batch, fitting, count), batch)
+    chosen = min(micro_batch or _even_micro_batch(batch, fitting, count), batch)
     if batch % count or chosen % count or (batch % chosen) % count:
         raise UserError(
             f"batches of {batch} in micro-batches of {chosen} cannot be divided over {count} devices; give a "
             "--micro-batch and a batch (--set batch=...) that are multiples of them, or a smaller --mesh"
         )
     images = min(chosen, PROBE_IMAGES * count)
-    wanted = list(COMPUTE_DTYPES) if precision == "auto" else [precision]
-    speeds: dict[str, float] = {}
-    for each in wanted:
-        enough = min([LONG_SECONDS, *(FAR_SLOWER * images * other for other in speeds.values())])
-        speeds[each] = measure(net, images, arguments, mesh, each, spec.kind, enough)
-    fastest = wanted[devices.broadcast(wanted.index(min(speeds, key=lambda each: speeds[each])))]
+    candidates = list(COMPUTE_DTYPES) if precision == "auto" else [precision]
+    seconds: dict[str, float] = {}  # of training on one image, by precision
+    for candidate in candidates:
+        # A pass that shows this precision to be far slower than another is not repeated.
+        stop_seconds = min([LONG_SECONDS, *(FAR_SLOWER * images * other for other in seconds.values())])
+        seconds[candidate] = measure(net, images, arguments, mesh, candidate, spec.kind, stop_seconds)
+    local_fastest = candidates.index(min(seconds, key=lambda name: seconds[name]))
+    fastest = candidates[devices.broadcast(local_fastest)]  # all processes take that of the main process
     resolved = Resolved(
         device=device,
         device_name=devices.device_name(mesh),
@@ -124,10 +131,13 @@ def resolve(
         mesh=str(devices.shape_of(mesh)),
     )
     need = state_bytes(parameters * copies, fastest) + chosen * activation_bytes
-    return Measured(resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free)
+    return Measured(resolved=resolved, seconds=seconds, memory_bytes=need, free_bytes=free)
 
 
-def _divided(batch: int, fitting: int, count: int) -> int:
-    """The largest micro-batch of at most `fitting` images that divides the batch and is divided by the devices."""
+def _even_micro_batch(batch: int, fitting: int, count: int) -> int:
+    """The largest micro-batch up to `fitting` that divides the batch and is a multiple of `count`, the number of devices.
+
+    `fitting` if there is none.
+    """
     sizes = [size for size in range(count, min(fitting, batch) + 1, count) if batch % size == 0]
     return max(sizes, default=fitting)

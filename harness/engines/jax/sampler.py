@@ -24,8 +24,8 @@ def sample_steps(
     predict: Predict,
     plan: SamplerPlan,
     x: Array,  # float32 (N, C, H, W)
-    first: Array | int,  # plan step, 0 for the initial noise
-    end: Array | int,  # the plan step after the last one
+    first: Array | int,  # the first plan step to run; x is the initial noise if it is 0
+    end: Array | int,  # the plan step after the last one to run
     noise: Callable[[Array], Array],  # plan step k -> float32 (N, C, H, W)
     guide: Guide | None = None,  # scale x gradient of a classifier's log-likelihood
 ) -> Array:
@@ -40,10 +40,11 @@ def sample_steps(
         name: jnp.asarray(getattr(plan, name).astype(np.float32))
         for name in ("x0_from_x", "x0_from_eps", "mean_from_x0", "mean_from_x", "log_variance_low", "log_variance_high", "noise_std")
     }  # fmt: skip
-    score_from_gradient = jnp.asarray((plan.x0_from_eps**2 / plan.x0_from_x).astype(np.float32))
+    # x0 + (this) x gradient is the x0 of the shifted epsilon: torch's `sample_loop` derives it.
+    x0_from_gradient = jnp.asarray((plan.x0_from_eps**2 / plan.x0_from_x).astype(np.float32))
     timesteps, adds_noise = jnp.asarray(plan.timesteps.astype(np.int32)), jnp.asarray(plan.adds_noise)
 
-    def one(k: Array, x: Array) -> Array:
+    def step(k: Array, x: Array) -> Array:
         at = {name: values[k] for name, values in table.items()}
         t = jnp.full((samples,), timesteps[k])  # (N,)
         out = predict(x, t).astype(jnp.float32)  # (N, C or 2 C, H, W)
@@ -53,7 +54,7 @@ def sample_steps(
             x0 = x0.clip(-1.0, 1.0)
         gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
         if gradient is not None and plan.eta is not None:
-            x0 = x0 + score_from_gradient[k] * gradient
+            x0 = x0 + x0_from_gradient[k] * gradient
         mean = at["mean_from_x0"] * x0 + at["mean_from_x"] * x
         if plan.learned_variance:
             frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
@@ -67,7 +68,7 @@ def sample_steps(
             return mean
         return jnp.where(adds_noise[k], mean + std * noise(k), mean)
 
-    return jax.lax.fori_loop(first, end, one, x)
+    return jax.lax.fori_loop(first, end, step, x)
 
 
 def guided(
@@ -102,11 +103,11 @@ def classifier_guide(
     y: Array,  # int32 (N,)
     scale: float,
 ) -> Guide:
-    """scale x the gradient of log p(y | x, t) with respect to x (Dhariwal and Nichol 2021, sec. 4)."""
+    """A function (x, t) -> scale x gradient of log p(y | x, t) with respect to x (Dhariwal and Nichol 2021, sec. 4)."""
     check_classifier_scale(scale)
 
-    def likelihood(x: Array, t: Array) -> Array:
+    def log_likelihood(x: Array, t: Array) -> Array:  # the sum over the batch: its gradient is that of each image
         logits = classifier(x, t).astype(jnp.float32)  # (N, num_classes)
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).sum()  # images are independent
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).sum()
 
-    return lambda x, t: jax.grad(likelihood)(x, t).astype(jnp.float32) * scale
+    return lambda x, t: jax.grad(log_likelihood)(x, t).astype(jnp.float32) * scale

@@ -17,12 +17,12 @@ from backbones.flax_layers import set_compute_dtype
 from backbones.flax_weights import from_torch
 from harness.diffusion.plans import SamplerPlan
 from harness.diffusion.sampler_plan import guided_evaluations
-from harness.engines.guidance import diverged
+from harness.engines.guidance import divergence_error
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import one_line
 from harness.engines.jax.sampler import classifier_guide, guided, sample_steps
-from harness.engines.jax.trainer import COMPUTE_DTYPES, exact
+from harness.engines.jax.trainer import COMPUTE_DTYPES, matmul_context
 from harness.errors import RunError
 from harness.protocols import UINT8_RULES, Sampling
 from harness.randomness import Purpose
@@ -31,7 +31,7 @@ from harness.randomness.threefry_jax import Words, words
 from harness.runs import checkpoints
 from harness.spec import BackboneSpec
 
-STRETCH_SECONDS = 0.5  # of steps in one call of the device
+CALL_SECONDS = 0.5  # of one call of the device, about: it runs as many steps as fit
 LESS_MEMORY = "take smaller batches: --batch N of `harness sample`, --sampling-batch N of `harness run`"
 
 
@@ -50,7 +50,10 @@ class Network(NamedTuple):
         precision: str,
         mesh: Mesh,
     ) -> Network:
-        """The network of `spec` with these weights, under torch's names. Memory holds them once: the network is built without."""
+        """The network of `spec` with `weights`, arrays by torch's names.
+
+        The network is built without weights, so that memory holds them only once.
+        """
         net = nnx.eval_shape(lambda: spec.build("jax", **arguments))
         set_compute_dtype(net, COMPUTE_DTYPES[precision])
         state = from_torch(net, weights)
@@ -89,50 +92,55 @@ class JaxStage:
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
         self.evaluations = guided_evaluations(plan.evaluations, guidance_scale)
-        self._stretch = 1  # steps in one call of the device
-        replicated, divided = devices.replicated(mesh), devices.batch_sharding(mesh)
+        self._steps_per_call = 1  # plan steps in one call of the device; `draw` doubles it while calls are short
+        replicated, batch_sharding = devices.replicated(mesh), devices.batch_sharding(mesh)
         platform = mesh.devices.flat[0].platform
-        self._begin = jit(self._prepare, platform, static_argnums=0, out_shardings=(divided, divided))
-        self._go = jit(self._steps, platform, static_argnums=0, out_shardings=(divided, replicated))
+        self._jit_prepare = jit(
+            self._prepare, platform, static_argnums=0, out_shardings=(batch_sharding, batch_sharding)
+        )
+        self._jit_steps = jit(self._steps, platform, static_argnums=0, out_shardings=(batch_sharding, replicated))
 
     def draw(
         self,
         seed: int,
-        rows: Words,  # (N,): sample indices
+        index: Words,  # (N,): sample indices
         y: Array,  # int32 (N,): labels
         low_res: Array | None,  # float32 (N, C, s, s): the input of an upsampler
         advance: Callable[[], None],  # called after each step of the plan
     ) -> Array:
-        """Images or latents, float32 (N, C, H, W)."""
+        """Images, or latents of a latent-space network: float32 (N, C, H, W)."""
         steps, done = self._plan.steps, 0
         states = (self._net.state, None if self._classifier is None else self._classifier.state)
-        with one_line("sampling", LESS_MEMORY), exact(self._precision):
-            x, low_res = self._begin(seed, rows, low_res)
+        with one_line("sampling", LESS_MEMORY), matmul_context(self._precision):
+            x, low_res = self._jit_prepare(seed, index, low_res)
             while done < steps:
-                end, began = min(done + self._stretch, steps), time.monotonic()
-                x, finite = self._go(seed, states, x, np.int32(done), np.int32(end), rows, y, low_res)
+                end, began = min(done + self._steps_per_call, steps), time.monotonic()
+                x, finite = self._jit_steps(seed, states, x, np.int32(done), np.int32(end), index, y, low_res)
                 if not bool(finite):
-                    raise diverged(self._plan, end)
-                if done and time.monotonic() - began < STRETCH_SECONDS / 2:  # the first call may have compiled
-                    self._stretch *= 2
+                    raise divergence_error(self._plan, end)
+                if done and time.monotonic() - began < CALL_SECONDS / 2:  # the first call may have compiled
+                    self._steps_per_call *= 2
                 for _ in range(done, end):
                     advance()
                 done = end
         return x
 
-    def _prepare(self, seed: int, rows: Words, low_res: Array | None) -> tuple[Array, Array | None]:
-        """x_T, and the low-resolution images with their conditioning noise."""
+    def _prepare(self, seed: int, index: Words, low_res: Array | None) -> tuple[Array, Array | None]:
+        """The initial noise x_T, and `low_res` with its conditioning noise added."""
         if low_res is not None and self._conditioning_noise:
-            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, rows, self._number, low_res.shape[1:])
+            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._number, low_res.shape[1:])
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
         if self._number:
-            return self._upsampler_noise(seed, rows, np.asarray(0, np.uint32)), low_res
-        return random.normal(seed, Purpose.INITIAL_NOISE, rows, 0, self._shape), low_res
+            return self._upsampler_noise(seed, index, np.asarray(0, np.uint32)), low_res
+        return random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape), low_res
 
-    def _upsampler_noise(self, seed: int, rows: Words, word: Array | np.ndarray) -> Array:
-        """Noise of step (stage number) x 2**32 + word: each stage of a cascade has its own steps."""
+    def _upsampler_noise(self, seed: int, index: Words, word: Array | np.ndarray) -> Array:
+        """Noise float32 (N, C, H, W) of random step (stage number) x 2**32 + word, so that no two stages share a step.
+
+        word: uint32, 0 for x_T, k + 1 for plan step k.
+        """
         step = Words(np.asarray(self._number, np.uint32), word)
-        return random.normal(seed, Purpose.UPSAMPLER_NOISE, rows, step, self._shape)
+        return random.normal(seed, Purpose.UPSAMPLER_NOISE, index, step, self._shape)
 
     def _steps(
         self,
@@ -141,18 +149,21 @@ class JaxStage:
         x: Array,
         first: Array,
         end: Array,
-        rows: Words,
+        index: Words,
         y: Array,
         low_res: Array | None,
     ) -> tuple[Array, Array]:
-        """x after a stretch of steps, and whether all of it is finite."""
+        """x after steps first ... end - 1 of the plan, and whether all of it is finite (bool scalar).
+
+        states: the weights of the network, and of the classifier if there is one. Other arguments as in `draw`.
+        """
         net = nnx.merge(self._net.graph, states[0])
 
         def noise_of(k: Array) -> Array:
             word = k.astype(jnp.uint32)
             if self._number:
-                return self._upsampler_noise(seed, rows, word + np.uint32(1))
-            return random.normal(seed, Purpose.STEP_NOISE, rows, Words(np.asarray(0, np.uint32), word), self._shape)
+                return self._upsampler_noise(seed, index, word + np.uint32(1))
+            return random.normal(seed, Purpose.STEP_NOISE, index, Words(np.asarray(0, np.uint32), word), self._shape)
 
         def call(x: Array, t: Array, y: Array) -> Array:
             if low_res is None:
@@ -186,24 +197,25 @@ class JaxChain:
     ):
         self._stages, self._decode = tuple(stages), decode
         self._seed, self._rule, self._mesh = seed, uint8_rule, mesh
+        # The batch, rounded up to a multiple of the number of devices.
         self._size = -(-batch // mesh.devices.size) * mesh.devices.size
         self.evaluations = sum(stage.evaluations for stage in stages)
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
-        divided = devices.batch_sharding(self._mesh)
+        batch_sharding = devices.batch_sharding(self._mesh)
 
-        def filled(values: Array | np.ndarray) -> Array:
-            values = np.resize(values, (self._size, *values.shape[1:]))  # repeats them
-            return devices.to_device(values, divided)
+        def to_full_batch(values: Array | np.ndarray) -> Array:
+            values = np.resize(values, (self._size, *values.shape[1:]))  # repeats the rows
+            return devices.to_device(values, batch_sharding)
 
-        rows, y = Words(*map(filled, words(index))), filled(labels.astype(np.int32))
+        index_words, y = Words(*map(to_full_batch, words(index))), to_full_batch(labels.astype(np.int32))
         x: np.ndarray | None = None
         for stage in self._stages:
             low_res = None
             if x is not None:
-                low_res = filled(to_uint8(x, self._rule).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
-            x = devices.gather(stage.draw(self._seed, rows, y, low_res, advance))[: len(index)]  # (N, C, H, W)
+                low_res = to_full_batch(to_uint8(x, self._rule).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+            x = devices.gather(stage.draw(self._seed, index_words, y, low_res, advance))[: len(index)]  # (N, C, H, W)
         assert x is not None
         if self._decode is not None:
             x = self._decode(np.array(x))  # (N, 3, H, W); a copy, because arrays of jax are read-only

@@ -18,9 +18,9 @@ from harness.systems.spec import Component, GuidanceClassifier
 
 
 def resolve_device(device: str | None) -> DeviceInfo:
-    """The devices of this process of a platform ("cpu", "cuda"), over which batches are divided, or a single one ("cuda:1").
+    """The devices that samples are drawn on: this process's devices of a platform ("cpu", "cuda"), or one ("cuda:1").
 
-    None: jax's default platform. Raises UserError where they are not available.
+    Batches are divided over them. None: jax's default platform. Raises UserError if they are not available.
     """
     mesh = devices.local_mesh(devices.make_mesh(devices.pick_devices(device), None))
     platform = device or devices.platform_name(mesh)
@@ -38,12 +38,13 @@ def make_chain(
     batch: int,  # every batch is filled up to this size
     compile: str,
 ) -> JaxChain:
-    """The sampler of a system."""
+    """The sampler of a system: its networks one after the other, then the decoder, if there is one."""
     refuse_torch_options(precision, compile)
     system = loaded.system
     mesh: Mesh = device.target
 
     def network(part: Component | GuidanceClassifier, source: Source) -> Network:
+        # Built and filled in torch first: `read_network` knows the layouts of weight files.
         state = {name: tensor.numpy() for name, tensor in read_network(part, source).state_dict().items()}
         return Network.load(part.spec, part.spec.arguments(**part.build_arguments()), state, precision, mesh)
 

@@ -54,17 +54,17 @@ def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> nnx.Modul
 
 
 def split(net: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """A network as (structure, trained parameters, the rest of its state)."""
+    """A network as (graph definition, its nnx.Params, the rest of its state, such as running statistics and RNG keys)."""
     graph, params, *others = nnx.split(net, nnx.Param, ...)
     (rest,) = others
     return graph, params, rest
 
 
 class State(NamedTuple):
-    """What training changes. All of it is on the devices."""
+    """Everything that a training step changes. All of it is on the devices."""
 
     params: nnx.State
-    rest: nnx.State  # not trained by gradients: position tables, running statistics
+    rest: nnx.State  # all but nnx.Params: position tables, running statistics, RNG keys
     ema: nnx.State  # of params
     adam: optax.ScaleByAdamState
 
@@ -106,17 +106,21 @@ class JaxEngine:
         self._compile(graph)
 
     def _compile(self, graph: nnx.GraphDef) -> None:
-        """Make the functions of a step. Each is traced at its first call with a size of micro-batch."""
+        """Make the jitted functions of a step, which compile at their first call with a size of micro-batch."""
         loss_function, recipe, seed = self._loss, self.recipe, self.seed
         optimizer = self._adam
         replicated, platform = devices.replicated(self._mesh), self._mesh.devices.flat[0].platform
 
         def gradients(params: nnx.State, rest: nnx.State, batch: Batch) -> tuple[nnx.State, nnx.State, Array]:
-            """Gradients of one micro-batch, scaled by the global batch; the new `rest`; its share of the loss terms."""
+            """(gradients, `rest` after the pass, loss terms (terms,)) of one micro-batch.
+
+            Gradients and loss terms are sums over its images divided by the global batch, so that those of all
+            micro-batches add up to the means of the batch.
+            """
 
             def loss(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
                 net = nnx.merge(graph, params, rest)
-                call = partial(net, **_random(net, batch.key))
+                call = partial(net, **_dropout_rngs(net, batch.key))
                 x0 = self._to_model_input(
                     batch.stored, partial(random.normal, seed, Purpose.POSTERIOR, batch.positions, 0)
                 )
@@ -125,60 +129,60 @@ class JaxEngine:
                 weights = jnp.asarray(list(loss_function.loss_terms.values()), jnp.float32)
                 return (sums * weights).sum(), (sums, nnx.state(net, nnx.Not(nnx.Param)))
 
-            found, (sums, rest_after) = jax.grad(loss, has_aux=True)(params)
-            return found, rest_after, sums
+            grads, (sums, rest_after) = jax.grad(loss, has_aux=True)(params)
+            return grads, rest_after, sums
 
-        def update(state: State, found: nnx.State, rest: nnx.State, rate: Array, share: Array) -> State:
-            """A step of AdamW (Loshchilov and Hutter 2019), its terms in torch's order, then of the average."""
+        def update(state: State, grads: nnx.State, rest: nnx.State, lr: Array, ema_weight: Array) -> State:
+            """The state after an update by AdamW (Loshchilov and Hutter 2019) and one of the EMA. ema_weight: 1 - decay."""
             if recipe.clip_norm:
-                found, _ = optax.clip_by_global_norm(recipe.clip_norm).update(found, optax.EmptyState())
-            moves, adam = optimizer.update(found, state.adam)
-            params = jax.tree.map(lambda p, m: p - rate * (m + recipe.weight_decay * p), state.params, moves)
-            ema = jax.tree.map(lambda average, p: average + share * (p - average), state.ema, params)
+                grads, _ = optax.clip_by_global_norm(recipe.clip_norm).update(grads, optax.EmptyState())
+            updates, adam = optimizer.update(grads, state.adam)
+            params = jax.tree.map(lambda p, m: p - lr * (m + recipe.weight_decay * p), state.params, updates)
+            ema = jax.tree.map(lambda average, p: average + ema_weight * (p - average), state.ema, params)
             return State(params, rest, ema, adam)
 
-        def step(state: State, batch: Batch, rate: Array, share: Array) -> tuple[State, Array]:
-            found, rest, sums = gradients(state.params, state.rest, batch)
-            return update(state, found, rest, rate, share), sums
+        def step(state: State, batch: Batch, lr: Array, ema_weight: Array) -> tuple[State, Array]:
+            grads, rest, sums = gradients(state.params, state.rest, batch)
+            return update(state, grads, rest, lr, ema_weight), sums
 
-        def more(
-            found: nnx.State, sums: Array, params: nnx.State, rest: nnx.State, batch: Batch
+        def more_gradients(
+            grads: nnx.State, sums: Array, params: nnx.State, rest: nnx.State, batch: Batch
         ) -> tuple[nnx.State, nnx.State, Array]:
-            """`found` and `sums` with those of another micro-batch added."""
+            """`gradients` of another micro-batch, with `grads` and `sums` of the earlier ones added."""
             added, rest, more_sums = gradients(params, rest, batch)
-            return jax.tree.map(jnp.add, found, added), rest, sums + more_sums
+            return jax.tree.map(jnp.add, grads, added), rest, sums + more_sums
 
         shardings = self._shardings
         of_gradients = (shardings.params, shardings.rest, replicated)
         self._step = jit(step, platform, donate_argnums=0, out_shardings=(shardings, replicated))
-        self._first = jit(gradients, platform, out_shardings=of_gradients)
-        self._more = jit(more, platform, donate_argnums=(0, 1), out_shardings=of_gradients)
+        self._first_gradients = jit(gradients, platform, out_shardings=of_gradients)
+        self._more_gradients = jit(more_gradients, platform, donate_argnums=(0, 1), out_shardings=of_gradients)
         self._update = jit(update, platform, donate_argnums=0, out_shardings=shardings)
         self._finite = jax.jit(
-            lambda tree: jnp.stack([jnp.isfinite(each).all() for each in jax.tree.leaves(tree)]).all()
+            lambda tree: jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
         )
 
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Do optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
-        rate = np.float32(learning_rate(recipe, step))
-        share = np.float32(1 - ema_decay(recipe, step))  # 1 - 0.9999 in float32 would lose four digits
+        lr = np.float32(learning_rate(recipe, step))
+        ema_weight = np.float32(1 - ema_decay(recipe, step))  # 1 - 0.9999 in float32 would lose four digits
         positions = (step - 1) * recipe.batch + np.arange(recipe.batch)  # in the stream of examples
         chunks = np.split(positions, range(self.resolved.micro_batch, recipe.batch, self.resolved.micro_batch))
-        with one_line(f"training step {step}", LESS_MEMORY), exact(self.resolved.precision):
+        with one_line(f"training step {step}", LESS_MEMORY), matmul_context(self.resolved.precision):
             if len(chunks) == 1:
-                self._state, sums = self._step(self._state, self._batch(positions), rate, share)
+                self._state, sums = self._step(self._state, self._batch(positions), lr, ema_weight)
             else:
-                state, found, rest, sums = self._state, None, self._state.rest, None
+                state, grads, rest, sums = self._state, None, self._state.rest, None
                 for chunk in chunks:
                     if interrupted():
                         return False
-                    if found is None:
-                        found, rest, sums = self._first(state.params, rest, self._batch(chunk))
+                    if grads is None:
+                        grads, rest, sums = self._first_gradients(state.params, rest, self._batch(chunk))
                     else:
-                        found, rest, sums = self._more(found, sums, state.params, rest, self._batch(chunk))
+                        grads, rest, sums = self._more_gradients(grads, sums, state.params, rest, self._batch(chunk))
                     jax.block_until_ready(sums)  # so that Ctrl-C waits for a single micro-batch
-                self._state = self._update(state, found, rest, rate, share)
+                self._state = self._update(state, grads, rest, lr, ema_weight)
             if self._losses:  # at most one step is prepared while another computes, so that Ctrl-C acts soon
                 self._losses[-1].block_until_ready()
         self._losses.append(sums)
@@ -200,7 +204,7 @@ class JaxEngine:
     def pop_losses(self) -> list[tuple[float, ...]]:
         losses, self._losses = self._losses, []
         with one_line("training", LESS_MEMORY):
-            return [tuple(map(float, np.asarray(each))) for each in losses]
+            return [tuple(map(float, np.asarray(terms))) for terms in losses]
 
     def finite(self) -> bool:
         with one_line("training", LESS_MEMORY):  # the devices may fail after a step has returned
@@ -219,24 +223,25 @@ class JaxEngine:
 
     @staticmethod
     def _arrays(state: nnx.State) -> dict[str, np.ndarray]:
+        """Whole arrays on the host, by torch's names and in torch's shapes. All processes must call this."""
         with one_line("the reading of a checkpoint's part from the devices", LESS_MEMORY):
-            return state_to_torch(_saved(state), devices.gather)
+            return state_to_torch(_without_rngs(state), devices.gather)
 
     def load(self, part: str, path: Path) -> None:
         weights = dict(checkpoints.tensors(path))
         state = self._state
         try:
             if part == "model":
-                both = state_from_torch(_saved(nnx.merge_state(state.params, state.rest)), weights)
-                params, rest = nnx.split_state(both, nnx.Param, ...)
+                merged = state_from_torch(_without_rngs(nnx.merge_state(state.params, state.rest)), weights)
+                params, rest = nnx.split_state(merged, nnx.Param, ...)
                 rest = nnx.merge_state(state.rest, rest)  # the keys of generators are not in the file
                 self._state = state._replace(
                     params=devices.to_device(params, self._shardings.params),
                     rest=devices.to_device(rest, self._shardings.rest),
                 )
             elif part == "ema":
-                both = state_from_torch(_saved(nnx.merge_state(state.ema, state.rest)), weights)
-                params, _ = nnx.split_state(both, nnx.Param, ...)  # what is not averaged is loaded with "model"
+                merged = state_from_torch(_without_rngs(nnx.merge_state(state.ema, state.rest)), weights)
+                params, _ = nnx.split_state(merged, nnx.Param, ...)  # the rest is loaded with "model"
                 self._state = state._replace(ema=devices.to_device(params, self._shardings.ema))
             else:
                 name = {"first_moment": "mu", "second_moment": "nu"}[part]
@@ -253,24 +258,30 @@ class JaxEngine:
 class Batch(NamedTuple):
     """One micro-batch on the devices."""
 
-    stored: Array  # (n, ...), from `Examples.gather`
+    stored: Array  # (n, ...): images or latents as the data set stores them, from `Examples.gather`
     labels: Array  # int32 (n,)
     positions: Words  # (n,), in the stream
-    key: Array  # uint32 (2,), of the network's dropout
+    key: Array  # uint32 (2,): key of the generator for the network's dropout
 
 
-def exact(precision: str) -> AbstractContextManager[object]:
-    """The context in which float32 products are float32: TPUs and GPUs use fewer bits by default."""
+def matmul_context(precision: str) -> AbstractContextManager[object]:
+    """Context for matrix products in `precision`.
+
+    "float32": in full float32; by default TPUs and GPUs use fewer bits. "bfloat16": no change.
+    """
     return jax.default_matmul_precision("highest") if precision == "float32" else nullcontext()
 
 
-def _random(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
-    """The keyword argument with the generator of dropout, for a network that takes one."""
+def _dropout_rngs(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
+    """The keyword arguments of a call of `net`: {"rngs": generator of dropout} if it takes one, else {}.
+
+    key: uint32 (2,).
+    """
     if "rngs" not in inspect.signature(type(net).__call__).parameters:
         return {}
     return {"rngs": nnx.Rngs(dropout=jax.random.wrap_key_data(key, impl="threefry2x32"))}
 
 
-def _saved(state: nnx.State) -> nnx.State:
-    """The part of a state that is saved: all but generators."""
+def _without_rngs(state: nnx.State) -> nnx.State:
+    """The state without its generators, which checkpoints do not hold."""
     return nnx.filter_state(state, nnx.Not(nnx.RngState))

@@ -33,7 +33,7 @@ def measure(
     mesh: str | None,
     compile: str,
 ) -> tuple[torch.nn.Module, Measured]:
-    """The network of a new run at its initialisation, and the speed and memory that were measured with it."""
+    """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
     shape = parallel.mesh_of(mesh)
     target = resolve.pick_device(device)
     check_room(request.spec.name, request.compute.params // shape.model, str(target), resolve.free_bytes(target))
@@ -61,8 +61,8 @@ def make_engine(
 ) -> TorchEngine:
     """The training state of `run` before step 1.
 
-    net: at its initialisation, which the engine changes; None builds it. mesh: of the processes at work now; None keeps
-    MODEL of the mesh that the run was created with.
+    net: the network at its initialisation, which the engine trains in place; None builds it. mesh: of the processes at
+    work now; None keeps MODEL of the mesh that the run was created with.
     """
     return TorchEngine(
         request.spec,
@@ -70,7 +70,7 @@ def make_engine(
         arguments=request.spec.arguments(**request.arguments),
         recipe=run.recipe,
         seed=run.seed,
-        resolved=parallel.for_these_processes(run.resolved, mesh, run.recipe.batch),
+        resolved=parallel.adapt_to_processes(run.resolved, mesh, run.recipe.batch),
         data=data,
     )
 

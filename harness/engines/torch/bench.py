@@ -40,9 +40,9 @@ CONVENTION = "a multiply-add is two operations, normalisations are none, trainin
 GUIDANCE = 4.0  # as in the paper's sample figures: the network then computes two images for each sample
 LATENT_CHANNELS, LATENT_FACTOR = 4, 8  # a network with 4 channels works in latents of images 8 times as large
 FEATURES = "efficientnet-lite0-96"  # suite embedded
-TIMED_SECONDS = 0.5  # of each timing, at least
+TIMED_SECONDS = 0.5  # of each timing, about: see `seconds_of`
 CUDA_BATCH, CPU_BATCH = 256, 64  # default batch: the paper's on a GPU, at most 64 on a CPU
-CPU_STEP_SECONDS = 1.0
+CPU_STEP_SECONDS = 1.0  # of a training step on a CPU, about: sets the default batch
 EVALUATED = 64  # images whose features are extracted
 STAGES = ("training", "sampling", "evaluation")
 
@@ -59,14 +59,14 @@ class Row:
     low: float  # images a second of the slowest timing
     high: float  # and of the fastest
     tflops: float | None  # TFLOP/s by CONVENTION; None: not counted
-    utilisation: float | None  # tflops over the peak: model FLOPs utilisation (MFU)
-    of_measured: float | None  # tflops over those of the measured matrix product in this precision
+    utilisation: float | None  # tflops over the peak, as a share: model FLOPs utilisation (MFU)
+    of_measured: float | None  # tflops over the TFLOP/s of the measured matrix product in this precision
     peak_memory_bytes: int | None
     note: str = ""
 
 
 class PeakMemory:
-    """The peak memory of a part of the program: of the process on a CPU, of torch's allocator on a GPU."""
+    """The peak memory since this object was made: of the process on a CPU, of torch's allocator on a GPU."""
 
     def __init__(self, device: torch.device):
         self._device, self._known = device, True
@@ -79,7 +79,7 @@ class PeakMemory:
             self._known = False
 
     def bytes(self) -> int | None:
-        """The peak since this object was made; None where the system does not report it."""
+        """The peak in bytes; None if the system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if not self._known:
@@ -111,7 +111,10 @@ class Bench:
         self, stage: str, work: Callable[[], object], operations: float | None, *, images: int, micro_batch: int,
         precision: str = "", note: str = "",
     ) -> Row:  # fmt: skip
-        """Time `work`, which handles `images` images. operations: for one image; None: not counted."""
+        """Time `work`, which handles `images` images, and return its row.
+
+        operations: floating-point operations for one image, two per multiply-add; None: not counted.
+        """
         precision = precision or self.precision
         peak = PeakMemory(self.device)
         begin = time.perf_counter()
@@ -119,7 +122,7 @@ class Bench:
         wait(self.device)
         first = time.perf_counter() - begin
         seconds = seconds_of(work, self.device, TIMED_SECONDS, self.runs)
-        speeds = [images / each for each in seconds]
+        speeds = [images / duration for duration in seconds]
         speed = statistics.median(speeds)
         tflops = None if operations is None else operations * speed / 1e12
         return Row(
@@ -142,10 +145,10 @@ class Bench:
         parameters = self.spec.count(**self.arguments).params
         free = resolve.free_bytes(self.device)
         check_room(self.spec.name, parameters, str(self.device), free)
-        each = activation_bytes(self.spec, **self.arguments)
-        micro_batch = fit_micro_batch(self.batch, parameters, each, free)
+        image_bytes = activation_bytes(self.spec, **self.arguments)
+        micro_batch = fit_micro_batch(self.batch, parameters, image_bytes, free)
         if not micro_batch:
-            raise one_image_error(self.spec.name, parameters, each, str(self.device), free)
+            raise one_image_error(self.spec.name, parameters, image_bytes, str(self.device), free)
         engine = TorchEngine(
             self.spec,
             build(self.spec, self.arguments, 0),
@@ -175,8 +178,9 @@ class Bench:
     def sampling(self) -> Row:
         """The row of batches of samples, guided where the network has a null label."""
         null = self.spec.null_index(self.arguments["num_classes"])
-        scale, doubled = (1.0, 1) if null is None else (GUIDANCE, 2)
-        images = max(1, self.batch // doubled)
+        # calls: images that the network computes in a step for each sample
+        scale, calls = (1.0, 1) if null is None else (GUIDANCE, 2)
+        images = max(1, self.batch // calls)
         objective = registry.objectives.get("epsilon-learned-range")
         if self.arguments.get("out_channels") not in (None, objective.out_channels(self.arguments["in_channels"])):
             objective = registry.objectives.get("epsilon-fixed")
@@ -197,9 +201,9 @@ class Bench:
         index = np.arange(images)
         labels = index % max(self.arguments["num_classes"], 1)
         return self.row(
-            "sampling", lambda: sampler.draw(index, labels), 2 * self.macs * plan.evaluations * doubled,
-            images=images, micro_batch=images * doubled,
-            note=f"{self.sampler_steps} steps" + (f", guidance {scale:g}" if doubled == 2 else ""),
+            "sampling", lambda: sampler.draw(index, labels), 2 * self.macs * plan.evaluations * calls,
+            images=images, micro_batch=images * calls,
+            note=f"{self.sampler_steps} steps" + (f", guidance {scale:g}" if calls == 2 else ""),
         )  # fmt: skip
 
     def evaluation(self) -> Row:
@@ -237,7 +241,8 @@ def measure(
 ) -> dict[str, Any]:
     """The roofline of the device and the speed of a backbone's stages on it, as plain data for JSON.
 
-    None takes a default for the device. Raises UserError for a backbone, precision or device that cannot be measured.
+    name, batch, sampler_steps: None takes a default for the device. Raises UserError for a backbone, precision or device
+    that cannot be measured.
     """
     target = resolve.pick_device(device)
     cuda = target.type == "cuda"
@@ -253,8 +258,8 @@ def measure(
     resolve.check_precision(target, precision)
     if compile == "on":
         compiling.check_available(target)
-    compiled = "on" if compile == "auto" and cuda and compiling.unavailable_reason(target) is None else compile
-    compiled = "off" if compiled == "auto" else compiled
+    compile_mode = "on" if compile == "auto" and cuda and compiling.unavailable_reason(target) is None else compile
+    compile_mode = "off" if compile_mode == "auto" else compile_mode
     arguments = spec.arguments()
     if spec.kind in ("denoiser", "upsampler") and arguments.get("out_channels") is None:
         arguments["out_channels"] = 2 * arguments["in_channels"]
@@ -262,11 +267,12 @@ def measure(
     chosen = roofline.fastest if precision == "auto" else precision
     macs = spec.count(**arguments).macs
     if batch is None:
-        a_second = roofline.tflops[chosen] * 1e12 / 2 * CPU_STEP_SECONDS / (2 * TRAINING_FACTOR * macs)
-        batch = CUDA_BATCH if cuda else max(2, min(CPU_BATCH, int(a_second)))
+        # At half the peak of this precision.
+        images_per_step = roofline.tflops[chosen] * 1e12 / 2 * CPU_STEP_SECONDS / (2 * TRAINING_FACTOR * macs)
+        batch = CUDA_BATCH if cuda else max(2, min(CPU_BATCH, int(images_per_step)))
     bench = Bench(
         spec=spec, arguments=arguments, device=target, roofline=roofline, precision=chosen, batch=batch,
-        sampler_steps=sampler_steps or (10 if cuda else 2), compile=compiled,
+        sampler_steps=sampler_steps or (10 if cuda else 2), compile=compile_mode,
     )  # fmt: skip
     rows = []
     for stage in stages:
@@ -284,7 +290,7 @@ def measure(
         "params": spec.count(**arguments).params,
         "gmacs": macs / 1e9,
         "device": target.type,
-        "compile": compiled,
+        "compile": compile_mode,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "convention": CONVENTION,
@@ -292,5 +298,5 @@ def measure(
         "peak_from": source,
         "roofline": dataclasses.asdict(roofline),
         "rows": rows,
-        "remarks": [each for each in warnings if each],
+        "remarks": [warning for warning in warnings if warning],
     }

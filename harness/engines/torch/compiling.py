@@ -24,7 +24,7 @@ MARGIN = 0.97  # a compiled run must take at most this share of the time uncompi
 
 
 class Choice(NamedTuple):
-    """What `--compile` comes to."""
+    """The decision whether to compile, by `choose`."""
 
     mode: str  # "on" or "off"
     reason: str
@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """What torch.compile needs and is missing on this machine, with the fix. None: nothing is missing."""
+    """Why torch.compile is not available on this machine, and the fix. None: it is available."""
     if device.type not in ("cpu", "cuda"):
         return f"torch.compile is not used on {device.type}; leave out --compile"
     compilers = ["g++", "clang++"] if device.type == "cpu" else ["gcc", "cc", "clang"]
@@ -50,39 +50,45 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def units(net: nn.Module) -> list[nn.Module]:
-    """The modules that are compiled: the equal blocks that hold most of the weights and share one code, or all of `net`."""
-    total = sum(each.numel() for each in net.parameters())
+    """The modules to compile one by one: the equal blocks of a ModuleList that holds most of the weights, else [net].
+
+    Blocks are equal if they have one class and the same shapes of weights: compiled code is then shared.
+    """
+    total = sum(weight.numel() for weight in net.parameters())
     for module in net.modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
             continue
         first, *others = (
-            (type(each), [tuple(weight.shape) for weight in each.parameters()]) for each in module.children()
+            (type(block), [tuple(weight.shape) for weight in block.parameters()]) for block in module.children()
         )
-        held = sum(each.numel() for each in module.parameters())
-        if all(each == first for each in others) and 2 * held > total:
+        list_total = sum(weight.numel() for weight in module.parameters())
+        if all(other == first for other in others) and 2 * list_total > total:
             return list(module)
     return [net]
 
 
 def _keep_dropout_masks() -> None:
-    """Let compiled dropout draw the masks that it draws uncompiled."""
+    """Make compiled dropout draw the same masks as uncompiled dropout, from now on in this process."""
     from torch._inductor import config
 
     config.fallback_random = True
 
 
 def compile_network(net: nn.Module) -> None:
-    """Compile `net` in place, at its first call with each shape. Names of weights and masks of dropout stay the same."""
+    """Set `net` to be compiled, in place; it compiles at its first call with each shape.
+
+    Names of weights and masks of dropout stay the same.
+    """
     _keep_dropout_masks()
     for unit in units(net):
         unit.compile(dynamic=False)
 
 
 def compile_sampler(net: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
-    """The compiled network for sampling, where every call has the same shapes.
+    """The compiled network for sampling, where every call has the same shapes. On a CPU `net` itself, compiled in place.
 
     On a GPU the network becomes one CUDA graph, so that a small one does not wait for Python. If the graph fails, the same
-    kernels are launched one by one.
+    kernels are launched one by one from then on.
     """
     if device.type != "cuda":
         compile_network(net)
@@ -108,7 +114,7 @@ def compile_sampler(net: nn.Module, device: torch.device) -> Callable[..., torch
 
 
 def undo(net: nn.Module) -> None:
-    """Take back `compile_network`."""
+    """Undo `compile_network`, in place: `net` runs uncompiled again."""
     for unit in units(net):
         unit._compiled_call_impl = None
 
@@ -129,11 +135,11 @@ def choose(
     measure: Callable[[], float],  # seconds of training on one image with `net` as it is, in this process
     all_max: Callable[[float], float] = lambda value: value,  # the largest value of all processes
 ) -> Choice:
-    """Whether to compile. "auto" compiles where the whole run is measured to be faster, its compilation included.
+    """Whether to compile. "auto" compiles if the whole run would be faster by measurement, its compilation included.
 
     `net` is left uncompiled. An error of the compiler means "off" under "auto", and a UserError under "on". Each process
-    measures alone, since any of them may fail: `measure` must not wait for other processes. Then all agree: if one has
-    failed none compiles, and otherwise the slowest decides.
+    measures alone, because any of them may fail: `measure` must not wait for other processes. Then all agree. If one has
+    failed, none compiles. Otherwise the slowest decides.
     """
     if wanted == "off":
         return Choice("off", "not asked for")
@@ -145,6 +151,7 @@ def choose(
         return Choice("off", f"a run of {seconds * images:.0f} s is over before compiling pays off")
     logger.info("compiling, and measuring what it gains ...")
     begin = time.perf_counter()
+    # compiled: seconds of training on one image, compiled. cause: the error of this process.
     compiled, reason, cause = 0.0, "torch.compile failed in another process", None
     try:
         compile_network(net)

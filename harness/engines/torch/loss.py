@@ -41,8 +41,8 @@ class LossTables:
         self.sqrt_one_minus_abar = table(spaced.sqrt_one_minus_abar)
         self.log_variance_low = table(spaced.posterior_log_variance_clipped)
         self.log_variance_high = table(spaced.log_betas)
-        # What an error of 1 in epsilon does to the mean of the reverse step.
-        self.mean_error = table(spaced.posterior_mean_from_x0 * spaced.sqrt_recipm1_abar)
+        # Error of the reverse step's mean for an error of 1 in epsilon.
+        self.mean_error_per_eps = table(spaced.posterior_mean_from_x0 * spaced.sqrt_recipm1_abar)
 
     def q_sample(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4).
@@ -75,8 +75,9 @@ def hybrid_loss(
     t: torch.Tensor,
     noise: torch.Tensor,
 ) -> LossTerms:
-    """L_simple + L_vlb with the paper's weight of 1 for the mean-reduced bound in bits (DiT's loss; its code's MSE).
+    """L_simple + L_vlb: the mean squared error of epsilon, plus the term of the variational bound in bits with weight 1.
 
+    Both are means over C, H, W. This is DiT's loss (LossType.MSE with a learned variance in its code).
     L_vlb sees epsilon detached, so only the variance channels learn from it. It is the KL divergence of the reverse
     step from the true posterior, and at t = 0 the likelihood of x_0 under a discretised Gaussian.
     """
@@ -88,7 +89,7 @@ def hybrid_loss(
     error = eps - noise
     # The means of posterior and reverse step differ only in x_0, and x_0 - x_0^ = sqrt(1/abar - 1) (eps^ - eps). Computed so,
     # their difference avoids the cancellation of two numbers of size sqrt(1/abar) (157 at t = 999).
-    mean_error = _at(tables.mean_error, t) * error.detach()  # true mean - predicted mean
+    mean_error = _at(tables.mean_error_per_eps, t) * error.detach()  # posterior mean - predicted mean
     kl = 0.5 * (-1.0 + log_variance - low + torch.exp(low - log_variance) + mean_error**2 * torch.exp(-log_variance))
     # At t = 0 the mean is x_0^ itself (its coefficients are 1 and 0), so mean_error is x_0 - x_0^.
     nll = -_discretised_gaussian_log_likelihood(x0, mean_error, 0.5 * log_variance)
@@ -101,7 +102,7 @@ def _discretised_gaussian_log_likelihood(
     centred: torch.Tensor,  # x0 - mean
     log_std: torch.Tensor,
 ) -> torch.Tensor:
-    """Log-probability in nats of the 8-bit bin of x0, half-width 1/255, open-ended beyond +-0.999.
+    """Log-probability in nats of the 8-bit bin of x0, elementwise. Bins are 2/255 wide; those beyond +-0.999 are open.
 
     Made for pixels (Ho et al. 2020, eq. 13); the public DiT code applies it to latents as well.
     """
@@ -115,14 +116,15 @@ def _discretised_gaussian_log_likelihood(
 
 
 def _normal_cdf(x: torch.Tensor) -> torch.Tensor:
+    """Phi(x) of the standard normal distribution, by the tanh approximation of TANH_CDF."""
     return 0.5 * (1.0 + torch.tanh(TANH_CDF * (x + 0.044715 * x**3)))
 
 
 def _at(table: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """(T,) at (N,) -> (N, 1, 1, 1)."""
+    """The entries of table (T,) at timesteps t (N,), as (N, 1, 1, 1) for broadcasting."""
     return table[t][:, None, None, None]
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) -> (N,)."""
+    """The mean over C, H and W: (N, C, H, W) -> (N,)."""
     return x.mean(dim=(1, 2, 3))

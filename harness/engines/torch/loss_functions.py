@@ -25,23 +25,23 @@ from harness.spec import BackboneSpec
 
 
 class LossFunction:
-    """The loss of one backbone under one recipe. Everything random depends on the seed and the position alone."""
+    """The loss of one backbone under one recipe. Random numbers depend only on the seed and an example's position."""
 
     def __init__(
         self, spec: BackboneSpec, arguments: Mapping[str, Any], *, recipe: Recipe, seed: int, device: torch.device
     ):
         self.loss_terms = loss_terms_of(spec)
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
-        self._low_side: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
-        self._null = spec.null_index(arguments["num_classes"])
+        self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
+        self._null_label = spec.null_index(arguments["num_classes"])
         self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps), device)
         self._objective = objectives.get(recipe.objective)
 
     def losses(self, net: Callable[..., Tensor], x0: Tensor, y: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """The loss terms by name, float32 (N,) each.
 
-        x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int64 (N,). positions: int64 (N,), in the stream of examples.
-        `net` sets its own autocast; everything else is float32.
+        x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int64 (N,). positions: int64 (N,) in the stream of examples.
+        `net` sets its own autocast. Everything else is float32.
         """
         recipe, seed = self._recipe, self._seed
         t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)  # (N,)
@@ -51,9 +51,9 @@ class LossFunction:
             logits = net(xt, t).float()  # (N, num_classes)
             cross_entropy = F.cross_entropy(logits, y, reduction="none")  # (N,)
             return {"cross_entropy": cross_entropy, "accuracy": (logits.argmax(dim=1) == y).float()}
-        if self._null is not None and recipe.label_dropout:
+        if self._null_label is not None and recipe.label_dropout:
             dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
-            y = torch.where(dropped, self._null, y)
+            y = torch.where(dropped, self._null_label, y)
         if self._kind == "upsampler":
             output = net(xt, t, y, self._low_resolution(x0, positions))
         else:
@@ -67,7 +67,7 @@ class LossFunction:
         The level is uniform from 0 to the recipe's conditioning_noise. This is the conditioning augmentation of Ho et al.,
         "Cascaded Diffusion Models" (arXiv:2106.15282), sec. 4.2, in its simplest form: the level is no input of the network.
         """
-        low = F.adaptive_avg_pool2d(x0, self._low_side)  # (N, C, s, s)
+        low = F.adaptive_avg_pool2d(x0, self._low_res_size)  # (N, C, s, s)
         if self._recipe.conditioning_noise:
             level = random.uniform(self._seed, Purpose.CONDITIONING_LEVEL, positions, 0)  # (N,) in [0, 1)
             noise = random.normal(self._seed, Purpose.CONDITIONING_NOISE, positions, 0, tuple(low.shape[1:]))

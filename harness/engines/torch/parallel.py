@@ -46,10 +46,11 @@ def mesh_of(shape: str | None, created: str = "1x1") -> MeshShape:
     return mesh
 
 
-def for_these_processes(resolved: Resolved, mesh: str | None, batch: int) -> Resolved:
+def adapt_to_processes(resolved: Resolved, mesh: str | None, batch: int) -> Resolved:
     """`resolved`, adapted to the processes at work now, which may be more or fewer than when the run was created.
 
-    The same number of processes gives the same bits. Micro-batches do not grow, and neither does the sum of all threads.
+    The same number of processes gives the same bits. Micro-batches do not grow. The threads of all processes together do
+    not grow either, except that each process has at least one.
     """
     return dataclasses.replace(
         resolved,
@@ -60,12 +61,12 @@ def for_these_processes(resolved: Resolved, mesh: str | None, batch: int) -> Res
 
 
 def threads(resolved: Resolved) -> int:
-    """Threads of each process, so that the sum is what it was when the run was created."""
+    """Threads of each process: an equal share of the sum when the run was created, rounded down, and at least 1."""
     return max(1, resolved.threads * MeshShape.parse(resolved.mesh).size // process_group.size())
 
 
 def local_batch(batch: int) -> int:
-    """Images of a global batch for each process. Raises UserError where the batch cannot be divided."""
+    """The number of images of a global batch for each process. Raises UserError if the batch cannot be divided."""
     size = process_group.size()
     if batch % size:
         raise UserError(
@@ -76,7 +77,10 @@ def local_batch(batch: int) -> int:
 
 
 def shard(net: torch.nn.Module, mesh: MeshShape, device: torch.device) -> torch.nn.Module:
-    """Shard the weights of `net` over MODEL processes, in place. MODEL 1, and a network that is sharded, stay as they are."""
+    """Shard the weights of `net` over MODEL processes, in place, and return it.
+
+    Does nothing if MODEL is 1 or `net` is sharded already. Raises UserError if this version of torch has no FSDP2.
+    """
     if mesh.model == 1:
         return net
     try:
@@ -100,7 +104,10 @@ def shard(net: torch.nn.Module, mesh: MeshShape, device: torch.device) -> torch.
 
 
 def blocks(net: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules whose weights are gathered together while they compute: the items of the network's ModuleLists."""
+    """Yields the modules that FSDP gathers as units: the items of the network's outermost ModuleLists.
+
+    For ModuleLists of ModuleLists, the items of the inner ones.
+    """
     for child in net.children():
         if isinstance(net, torch.nn.ModuleList) and not isinstance(child, torch.nn.ModuleList):
             yield child
@@ -109,8 +116,8 @@ def blocks(net: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def largest_block(net: torch.nn.Module) -> int:
-    """Parameters of the largest block of `net`."""
-    return max((sum(each.numel() for each in block.parameters()) for block in blocks(net)), default=0)
+    """The number of parameters of the largest block of `net`; 0 if it has no blocks."""
+    return max((sum(weight.numel() for weight in block.parameters()) for block in blocks(net)), default=0)
 
 
 class DataParallelModel:
@@ -131,8 +138,8 @@ class DataParallelModel:
         self.call: Callable[..., torch.Tensor] = net if self._ddp is None else self._ddp
 
     @property
-    def warmup(self) -> bool:
-        """Whether a first pass has to be thrown away.
+    def needs_warmup(self) -> bool:
+        """Whether the first forward and backward pass has to be thrown away.
 
         DDP assigns gradients to new buckets after its first pass. A continued run would therefore sum in another order
         than one that was never interrupted.
@@ -140,27 +147,28 @@ class DataParallelModel:
         return self._ddp is not None
 
     def local_part(self, positions: torch.Tensor) -> torch.Tensor:
-        """The images of a global batch (N,) that this process computes, (N / size,)."""
+        """This process's part (N / size,) of the positions (N,) of a global batch."""
         return positions.tensor_split(self.size)[self._index]
 
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """The context of one micro-batch. Gradients are averaged over processes with the last one.
+    def micro_batch_context(self, last: bool) -> AbstractContextManager[None]:
+        """Context for the passes of one micro-batch. last: whether it is the last of the global batch.
 
-        Sharded weights average them with each micro-batch, so that no process holds all gradients.
+        DDP averages gradients over processes in the last micro-batch only. Sharded weights average them in each one, so that
+        no process holds all gradients.
         """
         return nullcontext() if last or self._ddp is None else self._ddp.no_sync()
 
     def clip(self, weights: Sequence[torch.Tensor], norm: float) -> None:
-        """Scale all gradients down to a total norm of at most `norm`."""
+        """Scale the gradients of `weights` down, in place, to a total L2 norm of at most `norm`."""
         if not self._sharded:
             torch.nn.utils.clip_grad_norm_(weights, norm, foreach=True)
             return
-        gradients = [each.grad for each in weights if each.grad is not None]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
         total = full_tensor(torch.nn.utils.get_total_norm(gradients, foreach=True))
         torch.nn.utils.clip_grads_with_norm_(weights, norm, total, foreach=True)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of all processes' `values`, in place."""
+        """Replace `values` by their sum over all processes, in place, and return them."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -177,19 +185,19 @@ class DataParallelModel:
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds, as a plain tensor that shares its memory."""
+    """The part of a tensor that this process holds, as a plain detached tensor that shares its memory."""
     tensor = tensor.detach()
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor. All processes must call this where it is sharded."""
+    """The whole tensor, detached. All processes must call this if it is sharded."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """The part of the whole tensor that this process holds, a slice for each axis."""
+    """Where the part that this process holds lies in the whole tensor: a slice for each axis."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(None) for _ in tensor.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -25,7 +25,8 @@ from harness.errors import RunError, UserError
 JOIN_SECONDS = 300  # for all processes to connect
 STEP_SECONDS = 1800  # for a collective of a training step, which may wait while the main process writes a checkpoint
 WAIT_SECONDS = 7 * 24 * 3600  # for processes that still draw or measure their share; the watch notices deaths
-SETTLE_SECONDS = 5.0  # for the watch to name the process that died, of which a collective only reports an error
+# Before the error of a collective is raised: within this time the watch names the process that died, and ends this one.
+SETTLE_SECONDS = 5.0
 DIST_WORDS = (  # one of them is in every error of torch.distributed about a lost process
     "gloo",
     "nccl",
@@ -40,7 +41,7 @@ DIST_WORDS = (  # one of them is in every error of torch.distributed about a los
 )
 
 _launch: LaunchInfo | None = None  # None: this process works alone
-_gloo: dist.ProcessGroup | None = None  # for what is not part of a training step
+_gloo: dist.ProcessGroup | None = None  # for collectives outside a training step, with the timeout WAIT_SECONDS
 
 
 def size() -> int:
@@ -73,7 +74,7 @@ def gpu(local_rank: int) -> int:
 
 
 def all_max(value: float) -> float:
-    """The largest value of all processes, in every process. A float is rounded to float32."""
+    """The largest value of all processes, in every process. Several processes round a float to float32."""
     if _launch is None:
         return value
     tensor = torch.tensor([value])
@@ -84,7 +85,10 @@ def all_max(value: float) -> float:
 
 @contextmanager
 def translate_dist_errors() -> Iterator[None]:
-    """Turn torch's errors about a lost process into a RunError of one line. Other errors pass, and all in one process."""
+    """Context that turns torch's errors about a lost process into a RunError of one line. Other errors pass unchanged.
+
+    If this process works alone, all errors pass.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -114,6 +118,7 @@ class TorchProcessGroup(ProcessGroup):
             if self.is_main:
                 self._watch = watch.accept_others(self.size, lambda text: store.set("watch", text))
             else:
+                # Rank 1 for the machine of the main process, local rank 0 for every other machine.
                 prints = launch.local_rank == 0 or launch.rank == 1
                 published = store.get("watch").decode()
                 self._watch = watch.connect_to_main(self.index, self.size, launch.address, published, prints)
@@ -132,7 +137,8 @@ class TorchProcessGroup(ProcessGroup):
         atexit.register(self._leave)
 
     def _leave(self) -> None:
-        self._watch.end(done=False)  # unless its end was sent before
+        """Leave the group when the interpreter exits."""
+        self._watch.end(done=False)  # does nothing after `collective_scope`
         if self._done:  # otherwise a collective may be under way
             dist.destroy_process_group()
 
@@ -169,7 +175,7 @@ class TorchProcessGroup(ProcessGroup):
 
 
 def _rendezvous(launch: LaunchInfo) -> dist.Store:
-    """The store that all processes share, once all of them have connected to it."""
+    """Wait until all processes have connected to their shared store, and return it."""
     os.environ.setdefault("MASTER_PORT", str(launch.port))
     wait = timedelta(seconds=JOIN_SECONDS)
     store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.world_size, timeout=wait))

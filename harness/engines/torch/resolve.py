@@ -24,10 +24,10 @@ from harness.spec import BackboneSpec
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `--precision auto`
 NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
-PROBE_IMAGES = 16  # at most: the speeds of two precisions are compared on so many images
+PROBE_IMAGES = 16  # at most: the speeds of precisions are compared on a batch of this size
 PROBE_REPEATS = 3
-# A precision that takes FAR_SLOWER times as long as another, and more than PATIENCE_SECONDS for an image, is not measured on
-# more images.
+# A precision that takes more than FAR_SLOWER times as long as another, and more than PATIENCE_SECONDS for an image, is not
+# measured on more than one image.
 FAR_SLOWER = 4
 PATIENCE_SECONDS = 1.0
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
@@ -75,7 +75,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def inputs_of(kind: str, images: int, arguments: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Random inputs of a network of `kind`, in the order of its call."""
+    """Random inputs of a network of `kind`, in the order of its call.
+
+    x float32 (images, C, H, W), t int64 (images,), y int64 (images,) unless it is a classifier, and for an upsampler the
+    image at low resolution, float32 (images, C, s, s).
+    """
     generator = torch.Generator().manual_seed(0)
     channels, size = arguments["in_channels"], arguments["input_size"]
     x = torch.randn((images, channels, size, size), generator=generator)
@@ -85,29 +89,38 @@ def inputs_of(kind: str, images: int, arguments: dict[str, Any], device: torch.d
     if kind == "upsampler":
         low = arguments["low_res_size"]
         inputs += (torch.randn((images, channels, low, low), generator=generator),)
-    return tuple(each.to(device) for each in inputs)
+    return tuple(tensor.to(device) for tensor in inputs)
 
 
 def measure(
     net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precision: str,
     kind: str = "denoiser",
 ) -> float:  # fmt: skip
-    """Seconds of forward and backward for one image in each process; the slowest process counts."""
+    """Seconds of forward and backward for one image, by `measure_here`, in the slowest process.
+
+    All processes must call this.
+    """
     return process_group.all_max(measure_here(net, images, arguments, device, precision, kind))
 
 
-def far_slower(
-    net: torch.nn.Module, arguments: dict[str, Any], device: torch.device, precision: str, kind: str, than: float
+def seconds_if_far_slower(
+    net: torch.nn.Module,
+    arguments: dict[str, Any],
+    device: torch.device,
+    precision: str,
+    kind: str,
+    other_seconds: float,
 ) -> float | None:
     """Seconds of forward and backward for one image, if they already show that this precision is not worth measuring.
 
-    That is the case where they are more than FAR_SLOWER times `than`, the seconds of another precision: bfloat16 on a CPU
-    without units for it. None: the precision has to be measured.
+    That is the case if each of two passes takes more than PATIENCE_SECONDS and more than FAR_SLOWER times
+    `other_seconds`, those of another precision: bfloat16 on a CPU without units for it. None: the precision has to be
+    measured.
     """
     seconds = 0.0
     for _ in range(2):  # the first pass may include set-up
         seconds = process_group.all_max(measure_here(net, 1, arguments, device, precision, kind, repeats=0))
-        if seconds <= max(PATIENCE_SECONDS, FAR_SLOWER * than):
+        if seconds <= max(PATIENCE_SECONDS, FAR_SLOWER * other_seconds):
             return None
     return seconds
 
@@ -118,7 +131,8 @@ def measure_here(
 ) -> float:  # fmt: skip
     """Seconds of forward and backward for one image in this process: the best of `repeats` passes after a first one.
 
-    repeats: 0 takes the first pass. Does not wait for other processes, and leaves weights and buffers as they are.
+    repeats: 0 takes the first pass. A pass of more than LONG_SECONDS counts and is the last. Does not wait for other
+    processes. Leaves weights and buffers as they are, and no gradients.
     """
     set_arithmetic(device, precision)
     inputs = inputs_of(kind, images, arguments, device)
@@ -144,7 +158,7 @@ def measure_here(
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of the network: float32, or bfloat16 for the operations that torch.autocast runs in it."""
+    """Context for calls of the network: "bfloat16" turns torch.autocast on, any other precision turns it off."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -192,38 +206,41 @@ def resolve(
     compile: str,  # of compiling.CHOICES
     steps: int,  # of the run
 ) -> Measured:
-    """Choose precision, micro-batch and compilation where they are left open. The weights of `net` stay as they are."""
-    parameters = sum(each.numel() for each in net.parameters())
-    if mesh.model > 1:  # of each process, with the block that is gathered
+    """Choose precision, micro-batch and compilation if they are "auto" or None. The weights of `net` stay as they are."""
+    parameters = sum(weight.numel() for weight in net.parameters())
+    if mesh.model > 1:  # parameters in the memory of each process: its shard, and the block that is gathered
         parameters = parameters // mesh.model + parallel.largest_block(net)
     batch = parallel.local_batch(batch)
     free = free_bytes(device) + 4 * parameters  # the network is already in memory and was counted as used
+    # The smallest of the micro-batches that fit in the processes.
     fitting = -int(process_group.all_max(-fit_micro_batch(batch, parameters, activation_bytes, free)))
     if fitting == 0:
         raise one_image_error(spec.name, parameters, activation_bytes, str(device), free)
     chosen = min(micro_batch or fitting, batch)
     images = min(chosen, PROBE_IMAGES)
     check_precision(device, precision)
-    wanted = list(PRECISIONS) if precision == "auto" else [precision]
-    speeds: dict[str, float] = {}
-    for each in wanted:
-        than = min(speeds.values(), default=None)
-        found = (
-            None if than is None else far_slower(net, arguments, device, each, spec.kind, than * process_group.size())
-        )
-        speeds[each] = (found or measure(net, images, arguments, device, each, spec.kind)) / process_group.size()
-    fastest = min(speeds, key=lambda each: speeds[each])
+    candidates = list(PRECISIONS) if precision == "auto" else [precision]
+    processes = process_group.size()
+    seconds: dict[str, float] = {}  # of training on one image, by precision, with all processes at work
+    for candidate in candidates:
+        local_seconds = None  # seconds in one process
+        if seconds:
+            other_seconds = min(seconds.values()) * processes
+            local_seconds = seconds_if_far_slower(net, arguments, device, candidate, spec.kind, other_seconds)
+        local_seconds = local_seconds or measure(net, images, arguments, device, candidate, spec.kind)
+        seconds[candidate] = local_seconds / processes
+    fastest = min(seconds, key=lambda name: seconds[name])
     unavailable = compiling.unavailable_reason(device)
     if process_group.all_max(float(unavailable is not None)) and unavailable is None:  # all processes measure, or none
         unavailable = "torch.compile is not available in another process"
     choice = compiling.choose(
-        compile, net, unavailable=unavailable, seconds=speeds[fastest] * process_group.size(), images=batch * steps,
+        compile, net, unavailable=unavailable, seconds=seconds[fastest] * processes, images=batch * steps,
         measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), all_max=process_group.all_max,
     )  # fmt: skip
     name = device_name(device)
     resolved = Resolved(
-        device=str(device) if process_group.size() == 1 else device.type,
-        device_name=name if process_group.size() == 1 else f"{process_group.size()} x {name}",
+        device=str(device) if processes == 1 else device.type,
+        device_name=name if processes == 1 else f"{processes} x {name}",
         precision=fastest,
         micro_batch=chosen,
         threads=torch.get_num_threads(),
@@ -233,15 +250,15 @@ def resolve(
     )
     need = state_bytes(parameters, fastest) + chosen * activation_bytes
     return Measured(
-        resolved=resolved, seconds=speeds, memory_bytes=need, free_bytes=free, compiled=f"{choice.mode} ({choice.reason})",
-        compiled_seconds=None if choice.seconds is None else choice.seconds / process_group.size(),
+        resolved=resolved, seconds=seconds, memory_bytes=need, free_bytes=free, compiled=f"{choice.mode} ({choice.reason})",
+        compiled_seconds=None if choice.seconds is None else choice.seconds / processes,
     )  # fmt: skip
 
 
 def apply_resolved(resolved: Resolved) -> torch.device:
-    """Set up this process as the run was created, and return its device.
+    """Return the device of a run and set the number of threads of this process to the run's.
 
-    Raises UserError, with the flag that forks the run, where this machine cannot do so.
+    Raises UserError, with the flag that forks the run, if this machine does not have the device or cannot compile.
     """
     try:
         device = pick_device(resolved.device if process_group.size() == 1 else resolved.device.partition(":")[0])

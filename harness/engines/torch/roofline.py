@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 RUNS = 5
 SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices; smaller where that would take too long
-SECONDS = {"cpu": 0.05, "cuda": 0.02}  # of one timing, at least: the clock is too coarse for less
-SLOW_SECONDS = 0.2  # larger products than one this slow are not timed
+SECONDS = {"cpu": 0.05, "cuda": 0.02}  # of one timing, about: the clock is too coarse for less
+SLOW_SECONDS = 0.2  # a larger product is not timed if one of twice the side would take longer than this
 BANDWIDTH_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}  # of each of three arrays: far more than caches hold
 
 # Dense peak TFLOP/s from NVIDIA's data sheets (H100 and H200, 2024; A100, 2021; without sparsity), by the full name that the
@@ -77,12 +77,12 @@ class Roofline:
     @property
     def fastest(self) -> str:
         """The precision with the fastest matrix products. Never tf32, which has to be asked for."""
-        return max((each for each in self.tflops if each != "tf32"), key=lambda each: self.tflops[each])
+        return max((name for name in self.tflops if name != "tf32"), key=lambda name: self.tflops[name])
 
 
 def precisions_of(device: torch.device) -> tuple[str, ...]:
-    """The precisions that this kind of device has."""
-    return tuple(each for each in NAMED_PRECISIONS if each != "tf32" or device.type == "cuda")
+    """The precisions to measure on a device: tf32 only on cuda."""
+    return tuple(name for name in NAMED_PRECISIONS if name != "tf32" or device.type == "cuda")
 
 
 def wait(device: torch.device) -> None:
@@ -91,22 +91,25 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, least: float, runs: int = RUNS) -> list[float]:
-    """Seconds of one call, in each of `runs` timings. A timing is a loop of calls that takes `least` seconds or more."""
+def seconds_of(call: Callable[[], object], device: torch.device, min_seconds: float, runs: int = RUNS) -> list[float]:
+    """Seconds of one call, one number for each of `runs` timings.
+
+    A timing is a loop of calls that takes about `min_seconds`, or of one call if that takes longer.
+    """
     call()
     wait(device)
     begin = time.perf_counter()
     call()
     wait(device)
-    calls = max(1, int(least / max(time.perf_counter() - begin, 1e-9)))
-    found = []
+    calls = max(1, int(min_seconds / max(time.perf_counter() - begin, 1e-9)))
+    seconds = []
     for _ in range(runs):
         begin = time.perf_counter()
         for _ in range(calls):
             call()
         wait(device)
-        found.append((time.perf_counter() - begin) / calls)
-    return found
+        seconds.append((time.perf_counter() - begin) / calls)
+    return seconds
 
 
 @torch.inference_mode()
@@ -117,28 +120,29 @@ def matrix_tflops(device: torch.device, precision: str) -> list[float]:
     """
     set_arithmetic(device, precision)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    side, most = 256, SIDES.get(device.type, 1024)
+    side, max_side = 256, SIDES.get(device.type, 1024)
     while True:
         generator = torch.Generator(device).manual_seed(0)
         a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
         seconds = seconds_of(partial(torch.matmul, a, b), device, SECONDS.get(device.type, 0.05))
-        if side >= most or min(seconds) * 8 > SLOW_SECONDS:
-            return [2 * side**3 / each / 1e12 for each in seconds]
-        side = min(2 * side, most) if device.type == "cpu" else most
+        if side >= max_side or min(seconds) * 8 > SLOW_SECONDS:
+            return [2 * side**3 / duration / 1e12 for duration in seconds]
+        side = min(2 * side, max_side) if device.type == "cpu" else max_side
 
 
 @torch.inference_mode()
 def memory_gbytes(device: torch.device) -> list[float]:
     """GB/s of c = a + 2 b on arrays larger than any cache, one for each timing."""
-    count = BANDWIDTH_BYTES.get(device.type, 1 << 26) // 4
+    count = BANDWIDTH_BYTES.get(device.type, 1 << 26) // 4  # float32 elements of each array
     a, b, c = (torch.ones(count, device=device) for _ in range(3))
     seconds = seconds_of(lambda: torch.add(a, b, alpha=2.0, out=c), device, SECONDS.get(device.type, 0.05))
-    return [3 * 4 * count / each / 1e9 for each in seconds]
+    return [3 * 4 * count / duration / 1e9 for duration in seconds]
 
 
 def measure_roofline(device: torch.device) -> Roofline:
     """The roofline of `device`, measured in a few seconds."""
-    name, tflops = device_name(device), {}
+    name = device_name(device)
+    tflops: dict[str, list[float]] = {}  # precision -> one number for each timing
     for precision in precisions_of(device):
         logger.info(f"measuring matrix products in {precision} ...")
         tflops[precision] = matrix_tflops(device, precision)
@@ -146,8 +150,8 @@ def measure_roofline(device: torch.device) -> Roofline:
     memory = memory_gbytes(device)
     return Roofline(
         device_name=name,
-        tflops={each: max(found) for each, found in tflops.items()},
-        tflops_median={each: statistics.median(found) for each, found in tflops.items()},
+        tflops={precision: max(timings) for precision, timings in tflops.items()},
+        tflops_median={precision: statistics.median(timings) for precision, timings in tflops.items()},
         gbytes_per_second=max(memory),
         gbytes_per_second_median=statistics.median(memory),
         data_sheet_tflops=dict(DATA_SHEETS.get(name, {})),

@@ -11,7 +11,7 @@ from harness.engines.guidance import (
     check_channels,
     check_classifier_scale,
     check_guidance,
-    diverged,
+    divergence_error,
     guided_channels,
 )
 
@@ -50,24 +50,24 @@ def sample_loop(
             x0.clamp_(-1.0, 1.0)
         gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
         if gradient is not None and plan.eta is not None:
-            # -x0_from_eps x -sqrt(1 - abar), where abar = 1 / x0_from_x ** 2 and 1 / abar - 1 = x0_from_eps ** 2
+            # -x0_from_eps times -sqrt(1 - abar), where abar = 1 / x0_from_x ** 2 and 1 / abar - 1 = x0_from_eps ** 2
             x0 = x0 + float(plan.x0_from_eps[k] ** 2 / plan.x0_from_x[k]) * gradient
-        x = float(plan.mean_from_x0[k]) * x0 + float(plan.mean_from_x[k]) * x
-        shift = gradient if plan.eta is None else None
+        x = float(plan.mean_from_x0[k]) * x0 + float(plan.mean_from_x[k]) * x  # the mean of the step
+        mean_gradient = gradient if plan.eta is None else None  # DDPM shifts the mean; DDIM has shifted x0
         std: torch.Tensor | float
-        if plan.learned_variance and (plan.adds_noise[k] or shift is not None):
+        if plan.learned_variance and (plan.adds_noise[k] or mean_gradient is not None):
             frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
             log_variance = frac * float(plan.log_variance_high[k]) + (1 - frac) * float(plan.log_variance_low[k])
             std = torch.exp(0.5 * log_variance)  # (N, C, H, W)
         else:
             std = float(plan.noise_std[k])
-        if shift is not None:
-            x = x + std**2 * shift
+        if mean_gradient is not None:
+            x = x + std**2 * mean_gradient
         if plan.adds_noise[k]:
             x = x + std * noise(k)
         done = k + 1
         if (done % CHECK_EVERY_STEPS == 0 or done == plan.steps) and not torch.isfinite(x).all():
-            raise diverged(plan, done)
+            raise divergence_error(plan, done)
         if progress is not None:
             progress(done, plan.steps)
     return x
@@ -108,17 +108,19 @@ def classifier_guide(
     y: torch.Tensor,  # int64 (N,)
     scale: float,
 ) -> Guide:
-    """scale x the gradient of log p(y | x, t) with respect to x, for `sample_loop` (Dhariwal and Nichol 2021, sec. 4)."""
+    """A guide for `sample_loop`: scale x the gradient of log p(y | x, t) with respect to x.
+
+    Dhariwal and Nichol 2021, sec. 4.
+    """
     check_classifier_scale(scale)
 
     def guide(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_(True)  # (N, C, H, W), an ordinary tensor
-            likelihood = classifier(x, t.clone()).float().log_softmax(dim=-1)  # (N, num_classes)
-            chosen = likelihood.gather(
-                1, y.clone()[:, None]
-            ).sum()  # images are independent, so each gets its own gradient
-            (gradient,) = torch.autograd.grad(chosen, x)
+            log_probs = classifier(x, t.clone()).float().log_softmax(dim=-1)  # (N, num_classes)
+            # The sum over the batch: images are independent, so each gets its own gradient.
+            log_likelihood = log_probs.gather(1, y.clone()[:, None]).sum()
+            (gradient,) = torch.autograd.grad(log_likelihood, x)
         return gradient.float() * scale  # (N, C, H, W)
 
     return guide

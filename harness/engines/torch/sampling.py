@@ -22,14 +22,17 @@ from harness.randomness import threefry_torch as random
 from harness.runs import checkpoints
 from harness.spec import BackboneSpec
 
-# Multiply-adds of a network call on a CPU, as of 4 images of a DiT-S/2: activations then fit in the cache, and the overhead
-# of more calls is small. A GPU gets the whole batch at once.
+# Multiply-adds of a network call on a CPU, at most: about 4 images of a DiT-S/2. Activations then fit in the cache, and the
+# overhead of more calls is small. A GPU gets the whole batch at once.
 CALL_MACS = 25e9
 STAGE_BITS = 32  # steps below 2**32 belong to one stage of a cascade
 
 
 def load_weights(net: torch.nn.Module, path: Path) -> torch.nn.Module:
-    """`net` with the tensors of a safetensors file, copied one at a time. Raises UserError with the first that does not fit."""
+    """Copy the tensors of a safetensors file into `net`, in place and one at a time, and return it.
+
+    Raises UserError with the first tensor that does not fit or is missing.
+    """
     state = net.state_dict()
     seen = set()
     for name, array in checkpoints.tensors(path):
@@ -75,47 +78,47 @@ class TorchStage:
         self._max_images = (
             max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
         )
-        self._equal_sizes = compile == "on"  # every other size would be compiled anew
+        self._equal_sizes = compile == "on"  # of network calls: each new size would be compiled anew
         self.evaluations = guided_evaluations(plan.evaluations, guidance_scale)
 
-    def _parts(self, count: int) -> int:
-        """The number of network calls for `count` images. Their sizes differ by one image, or not at all if compiled."""
+    def _call_count(self, count: int) -> int:
+        """The number of network calls for `count` images: as few as CALL_MACS allows; equal in size if compiled."""
         if self._max_images is None:
             return 1
-        parts = max(1, math.ceil(count / self._max_images))
-        while self._equal_sizes and count % parts:
-            parts += 1
-        return parts
+        calls = max(1, math.ceil(count / self._max_images))
+        while self._equal_sizes and count % calls:
+            calls += 1
+        return calls
 
     def draw(
         self,
         seed: int,
-        rows: torch.Tensor,  # int64 (N,): sample indices
+        index: torch.Tensor,  # int64 (N,): sample indices
         y: torch.Tensor,  # int64 (N,): labels
         low_res: torch.Tensor | None,  # float32 (N, C, s, s): the input of an upsampler
         advance: Callable[[], None],  # called after each step of the plan
     ) -> torch.Tensor:
-        """Images or latents, float32 (N, C, H, W)."""
+        """Images, or latents of a latent-space network: float32 (N, C, H, W)."""
         set_arithmetic(self._device, self._precision)
         if low_res is not None and self._conditioning_noise:
-            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, rows, self._number, tuple(low_res.shape[1:]))
+            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._number, tuple(low_res.shape[1:]))
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
-        extra = () if low_res is None else (low_res,)
 
-        def noise_of(k: int) -> torch.Tensor:  # -1: x_T
+        def noise_of(k: int) -> torch.Tensor:  # of plan step k; -1: the initial noise x_T
             if self._number:
                 step = (self._number << STAGE_BITS) + 1 + k
-                return random.normal(seed, Purpose.UPSAMPLER_NOISE, rows, step, self._shape)
+                return random.normal(seed, Purpose.UPSAMPLER_NOISE, index, step, self._shape)
             purpose = Purpose.INITIAL_NOISE if k < 0 else Purpose.STEP_NOISE
-            return random.normal(seed, purpose, rows, max(k, 0), self._shape)  # (N, C, H, W)
+            return random.normal(seed, purpose, index, max(k, 0), self._shape)  # (N, C, H, W)
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            # Guidance doubles the batch.
-            doubled = tuple(each.repeat(len(x) // len(each), 1, 1, 1) for each in extra)
-            parts = self._parts(len(x))
-            inputs = zip(*(each.tensor_split(parts) for each in (x, t, y, *doubled)), strict=True)
+            arguments = [x, t, y]
+            if low_res is not None:
+                arguments.append(low_res.repeat(len(x) // len(low_res), 1, 1, 1))  # guidance doubles the batch
+            calls = self._call_count(len(x))
+            inputs = zip(*(tensor.tensor_split(calls) for tensor in arguments), strict=True)
             with autocast(self._device, self._precision):
-                return torch.cat([self._net(*each).float() for each in inputs])
+                return torch.cat([self._net(*part).float() for part in inputs])
 
         def logits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             assert self._classifier is not None
@@ -146,17 +149,18 @@ class TorchGenerator:
 
     @torch.inference_mode()
     def draw(
-        self, seed: int, rows: torch.Tensor, y: torch.Tensor, low_res: torch.Tensor | None, advance: Callable[[], None]
+        self, seed: int, index: torch.Tensor, y: torch.Tensor, low_res: torch.Tensor | None, advance: Callable[[], None]
     ) -> torch.Tensor:
         """Images float32 (N, 3, H, W) from z = truncation x a standard normal cut off at -2 and 2 (BigGAN, sec. 3.1).
 
-        rows: sample indices int64 (N,). y: labels int64 (N,). low_res: None, a generator is the only network of its system.
+        index: sample indices int64 (N,). y: labels int64 (N,). low_res: None, because a generator is the only network of
+        its system.
         """
         assert low_res is None
         set_arithmetic(self._device, self._precision)
-        u = random.uniform(seed, Purpose.INITIAL_NOISE, rows, 0, (self._latent_size,)).double()  # (N, Z)
-        edge = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))
-        z = torch.special.ndtri(edge + u * (1 - 2 * edge)).clamp(-2, 2) * self._truncation  # (N, Z)
+        u = random.uniform(seed, Purpose.INITIAL_NOISE, index, 0, (self._latent_size,)).double()  # (N, Z)
+        tail = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))  # the probability below -2
+        z = torch.special.ndtri(tail + u * (1 - 2 * tail)).clamp(-2, 2) * self._truncation  # (N, Z)
         with autocast(self._device, self._precision):
             images = self._net(z.float(), y, truncation=self._truncation).float()  # (N, 3, H, W)
         advance()
@@ -178,7 +182,7 @@ class TorchSampler:
         device: torch.device,
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
         compile: str = "off",
-        batch: int | None = None,  # a smaller batch is filled up to this size if compiled, which it would be anew
+        batch: int | None = None,  # if compiled, a smaller batch is filled up to this size, so as not to compile anew
     ):
         stage = TorchStage(
             spec, net, plan, arguments=arguments, precision=precision, device=device,
@@ -221,7 +225,7 @@ class TorchChain:
         count = len(index)
         if self._fill is not None and count < self._fill:
             index, labels = (np.pad(each, (0, self._fill - count), mode="edge") for each in (index, labels))
-        rows = torch.from_numpy(index).to(self._device)
+        device_index = torch.from_numpy(index).to(self._device)
         y = torch.from_numpy(labels).to(self._device)
         x: torch.Tensor | None = None
         for stage in self._stages:
@@ -229,7 +233,7 @@ class TorchChain:
             if x is not None:
                 pixels = torch.from_numpy(to_uint8(x, self._rule)).permute(0, 3, 1, 2)
                 low_res = pixels.to(self._device, torch.float32) / 127.5 - 1  # (N, C, s, s)
-            x = stage.draw(self._seed, rows, y, low_res, advance)  # (N, C, H, W)
+            x = stage.draw(self._seed, device_index, y, low_res, advance)  # (N, C, H, W)
         assert x is not None
         if self._decode is not None:
             x = self._decode(x[:count])  # (N, 3, H, W)

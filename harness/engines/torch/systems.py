@@ -29,7 +29,7 @@ def make_chain(
     batch: int,  # batches are filled up to this size if compiled, and may have any size otherwise
     compile: str,
 ) -> TorchChain:
-    """The sampler of a system."""
+    """The sampler of a system: its networks one after the other, then the decoder, if there is one."""
     system = loaded.system
     target: torch.device = device.target
     classifier = None

@@ -61,11 +61,10 @@ class TorchEngine:
         if resolved.compile == "on":
             compile_network(self.net)
         self._parallel = parallel.DataParallelModel(self.net, mesh)
-        self._warmup = self._parallel.warmup
-        self._named = dict(self.net.named_parameters())
-        self._weights = [each for each in self._named.values() if each.requires_grad]
-        self._names = [name for name, each in self._named.items() if each.requires_grad]
-        self._ema = [each.detach().clone() for each in self._weights]
+        self._needs_warmup = self._parallel.needs_warmup
+        trained = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
+        self._names, self._weights = list(trained), list(trained.values())
+        self._ema = [weight.detach().clone() for weight in self._weights]  # in the order of _weights
         self._optimizer = torch.optim.AdamW(
             self._weights,
             lr=recipe.learning_rate,
@@ -83,20 +82,21 @@ class TorchEngine:
         """Do optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
         positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the stream of examples
-        total = torch.zeros(len(self.loss_terms), dtype=torch.float64, device=self.device)
+        # This process's share of the loss terms; `pop_losses` sums over processes.
+        terms_total = torch.zeros(len(self.loss_terms), dtype=torch.float64, device=self.device)
         buffers = [buffer.clone() for buffer in self.net.buffers()]
         chunks = self._parallel.local_part(positions).split(self.resolved.micro_batch)
-        if self._warmup:
+        if self._needs_warmup:
             self._accumulate(chunks[0])
             self._check_gradients()
             self._undo_passes(buffers)
-            self._warmup = False
+            self._needs_warmup = False
         for chunk in chunks:
             if interrupted():
                 self._undo_passes(buffers)
                 return False
-            with self._parallel.accumulating(last=chunk is chunks[-1]):
-                total += self._accumulate(chunk)
+            with self._parallel.micro_batch_context(last=chunk is chunks[-1]):
+                terms_total += self._accumulate(chunk)
         self._check_gradients()
         self._parallel.broadcast_buffers()
         for group in self._optimizer.param_groups:
@@ -105,27 +105,31 @@ class TorchEngine:
             self._parallel.clip(self._weights, recipe.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        average, weights = list(map(local_shard, self._ema)), list(map(local_shard, self._weights))
+        ema, weights = list(map(local_shard, self._ema)), list(map(local_shard, self._weights))
         with torch.no_grad():
-            torch._foreach_lerp_(average, weights, 1 - ema_decay(recipe, step))
-        self._losses.append(total)
+            torch._foreach_lerp_(ema, weights, 1 - ema_decay(recipe, step))
+        self._losses.append(terms_total)
         return True
 
     def _undo_passes(self, buffers: list[Tensor]) -> None:
-        """Undo passes that no update follows: drop the gradients and restore the buffers."""
+        """Undo forward and backward passes: drop all gradients, and set the network's buffers to `buffers`."""
         self._optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.net.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
     def _check_gradients(self) -> None:
-        if idle := [name for name, each in zip(self._names, self._weights, strict=True) if each.grad is None]:
+        """Raise UserError if a weight has no gradient."""
+        if idle := [name for name, weight in zip(self._names, self._weights, strict=True) if weight.grad is None]:
             raise UserError(
                 f"parameter {idle[0]} of the network gets no gradient; use it in forward, or set its requires_grad to False"
             )
 
     def _accumulate(self, positions: Tensor) -> Tensor:
-        """Add the gradients of one micro-batch, scaled by the global batch. Returns its share of the loss terms, float64."""
-        x0, y = self._batch(positions)  # (n, C, H, W) in [-1, 1], (n,)
+        """Add the gradients of one micro-batch to those of the weights. Returns its loss terms, float64 (terms,).
+
+        Both are sums over its images divided by the global batch, so that micro-batches add up to the means of the batch.
+        """
+        x0, y = self._batch(positions)  # (n, C, H, W), (n,)
         # A network's own dropout uses torch's generator, which the first image of the micro-batch seeds.
         word = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1].numpy(), 0, 1)[0, 0]
         torch.manual_seed(int(word))
@@ -140,7 +144,7 @@ class TorchEngine:
         return torch.stack([terms[name].detach().sum() for name in self.loss_terms]).double() / self.recipe.batch
 
     def _batch(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 float32 (n, C, H, W) and labels int64 (n,) at `positions` (n,) of the stream."""
+        """x0 float32 (n, C, H, W) in [-1, 1] for pixels, and labels int64 (n,), at `positions` (n,) of the stream."""
         stored, labels = self._stream.take(positions.numpy())
         index = to_device(positions, self.device)
 
@@ -166,25 +170,29 @@ class TorchEngine:
     def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         return [
             ("model", lambda: _arrays(self.net.state_dict())),
-            ("ema", lambda: _arrays(self._averaged())),
+            ("ema", lambda: _arrays(self._ema_state_dict())),
             ("first_moment", lambda: self._moments("exp_avg")),
             ("second_moment", lambda: self._moments("exp_avg_sq")),
         ]
 
-    def _averaged(self) -> dict[str, Tensor]:
-        """The state dict with the average in place of each weight, under all names of a shared weight."""
-        average = dict(zip(map(id, self._weights), self._ema, strict=True))
-        state = self.net.state_dict(keep_vars=True)
-        return {name: average.get(id(value), value) for name, value in state.items()}
+    def _ema_state_dict(self) -> dict[str, Tensor]:
+        """The network's state dict with the average in place of each weight. A shared weight is under all its names."""
+        ema = dict(zip(map(id, self._weights), self._ema, strict=True))  # id of a weight -> its average
+        state = self.net.state_dict(keep_vars=True)  # the weights themselves, so that their ids can be looked up
+        return {name: ema.get(id(value), value) for name, value in state.items()}
 
     def _moments(self, key: str) -> dict[str, np.ndarray]:
-        states = [self._optimizer.state[each] for each in self._weights]
+        """A moment of AdamW by names of weights, and the number of updates, float32 (1,), as "step".
+
+        key: "exp_avg" or "exp_avg_sq".
+        """
+        states = [self._optimizer.state[weight] for weight in self._weights]
         moments = _arrays({name: state[key] for name, state in zip(self._names, states, strict=True)})
         return {**moments, "step": states[0]["step"].cpu().numpy().reshape(1)}
 
     @torch.no_grad()
     def load(self, part: str, path: Path) -> None:
-        targets = self._targets(part)
+        targets = self._load_targets(part)
         step = None
         seen = set()
 
@@ -207,13 +215,18 @@ class TorchEngine:
             for weight in self._weights:
                 self._optimizer.state[weight]["step"] = step.clone().to(self.device)
 
-    def _targets(self, part: str) -> dict[str, Tensor]:
-        """The tensors that `load` fills with a part of a checkpoint, by name."""
+    def _load_targets(self, part: str) -> dict[str, Tensor]:
+        """The tensors that `load` fills with a part of a checkpoint, by name.
+
+        For a moment: creates it in the optimizer, as zeros, if it is missing.
+        """
         if part == "model":
             return self.net.state_dict()
-        if part == "ema":  # its tensors that are not averaged, such as buffers, are loaded with "model"
+        if part == "ema":
+            # The part also holds tensors that are not averaged, such as buffers. They are read into new tensors, which
+            # nothing uses: the network's own are loaded with "model".
             averages = set(map(id, self._ema))
-            state = self._averaged()
+            state = self._ema_state_dict()
             return {name: value if id(value) in averages else torch.empty_like(value) for name, value in state.items()}
         key = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}[part]
         for weight in self._weights:
@@ -225,9 +238,9 @@ class TorchEngine:
 
 @process_group.translate_dist_errors()
 def _arrays(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """The whole tensors as arrays in the main process, and an empty dict in the others, which all must call this.
+    """The whole tensors as arrays in the main process, and an empty dict in the others. All processes must call this.
 
-    A tensor on the CPU is not copied.
+    An array shares the memory of a tensor on the CPU.
 
     torch.distributed.checkpoint would let every process write its shards, in two thirds of the time (dit-b-2 over two
     processes, one disk). But it writes pickles, which this project never reads; and one complete set of files with checksums

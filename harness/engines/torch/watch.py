@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
-FRAME = struct.Struct("!cI")  # what happened, and to which process
-DONE, FAILED, GONE = b"w", b"b", b"g"  # finished its work; stopped on an error that it printed; died
+FRAME = struct.Struct("!cI")  # a message: an event, one of the next line, and the index of the process that it is about
+DONE, FAILED, GONE = b"w", b"b", b"g"  # a process has finished its work, stopped on an error that it printed, or died
 GRACE_SECONDS = 3.0  # for a process to end by itself after another has failed: often on the same error
 PROBE_SECONDS = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a lost machine is noticed in 30 s
 HELLO = struct.Struct("!I16s")  # the index of the process that connects, and the token
@@ -27,7 +27,7 @@ CONTINUES = "the same command continues from the last checkpoint"
 class Watch:
     """The connections of one process: the main process has one to each of the others, which have one to it.
 
-    A daemon thread listens until this process ends. prints: whether this process prints the loss of the main process.
+    A daemon thread listens until this process ends. prints: whether this process reports the end of the main process.
     """
 
     def __init__(self, index: int, size: int, connections: dict[int, socket.socket], prints: bool = True):
@@ -46,11 +46,12 @@ class Watch:
         self._send(DONE if done else FAILED, self._index)
 
     def _listen(self) -> None:
+        """Read messages until all other processes have finished, or one has failed or died."""
         while self._selector.get_map():
             for key, _ in self._selector.select():
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
-                event, number = _read(connection) or (GONE, key.data)
+                event, number = _read(connection) or (GONE, key.data)  # closed without DONE: its process died
                 if event == DONE:
                     self._selector.unregister(connection)
                 elif not self._ended:
@@ -74,6 +75,7 @@ class Watch:
         os._exit(1)  # the main thread may wait in a collective for ever
 
     def _send(self, event: bytes, number: int) -> None:
+        """Send a message about process `number` over all connections."""
         for connection in self._connections.values():
             try:
                 connection.sendall(FRAME.pack(event, number))
@@ -82,9 +84,9 @@ class Watch:
 
 
 def accept_others(size: int, publish: Callable[[str], None]) -> Watch:
-    """The watch of the main process, once all others have connected.
+    """Wait until all other processes have connected, and return the watch of the main process.
 
-    publish: makes a text known to the other processes, which call `connect_to_main` with it.
+    publish: makes a text, "PORT TOKEN", known to the other processes, which call `connect_to_main` with it.
     """
     token = os.urandom(16)
     dual = socket.has_dualstack_ipv6()
@@ -105,7 +107,11 @@ def accept_others(size: int, publish: Callable[[str], None]) -> Watch:
 
 
 def connect_to_main(index: int, size: int, address: str, published: str, prints: bool) -> Watch:
-    """The watch of any other process. prints: see `Watch`; one process of each machine does."""
+    """Connect to the main process, and return the watch of this process, which is any other.
+
+    address: of the main process. published: the text from `accept_others`. prints: see `Watch`; true in one process of
+    each machine.
+    """
     port, token = published.split()
     connection = socket.create_connection((address, int(port)), timeout=60)
     connection.sendall(HELLO.pack(index, bytes.fromhex(token)))
@@ -113,7 +119,7 @@ def connect_to_main(index: int, size: int, address: str, published: str, prints:
 
 
 def _keep_alive(connection: socket.socket) -> socket.socket:
-    """`connection` without a timeout, with probes that close it when the other machine is lost."""
+    """Give `connection` no timeout, and probes that close it when the other machine is lost. Returns it."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, seconds in PROBE_SECONDS:
