@@ -53,7 +53,7 @@ def compute(engine, as_index) -> list[dict]:
 def torch_engine(request, monkeypatch):
     """threefry_torch with words from numpy (CPU) and from int32 tensors (other devices)."""
     if request.param == "torch words":
-        monkeypatch.setattr(threefry_torch, "_on_host", lambda index: False)
+        monkeypatch.setattr(threefry_torch, "_uses_numpy", lambda index: False)
     return threefry_torch
 
 
