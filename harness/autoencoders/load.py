@@ -18,7 +18,7 @@ from harness.errors import RunError, UserError
 from harness.registry import unknown
 from harness.spec import Compute
 from harness.weights.files import open_weights, sha256, unchanged
-from harness.weights.tensors import finite, refuse_not_finite
+from harness.weights.tensors import all_finite, refuse_not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -268,7 +268,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], 
         arrays = {name: tensor.read() for name, tensor in stored.items()}
         digest = sha256(weights.path)
     for name, array in arrays.items():
-        if not finite(array, stored[name].dtype):
+        if not all_finite(array, stored[name].dtype):
             refuse_not_finite(path, name)
     return {name: as_torch(array, stored[name].dtype) for name, array in arrays.items()}, notes, digest
 

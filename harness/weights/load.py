@@ -15,7 +15,7 @@ from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile, open_weights, sha256, unchanged, watched
 from harness.weights.identify import OWN, choose_layout, contradiction, differences, misfit, translate, weight_map
 from harness.weights.maps import Layout, Mismatch, Recipe, Take
-from harness.weights.tensors import BY_TORCH_NAME, DTYPES, finite, raw_dtype, refuse_not_finite
+from harness.weights.tensors import BY_TORCH_NAME, DTYPES, all_finite, raw_dtype, refuse_not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def _finite(tensor: torch.Tensor) -> bool:
         return bool(torch.isfinite(tensor).all())
     dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
     raw = tensor.reshape(-1).view(_raw(tensor.dtype)).numpy()
-    return finite(raw.view(raw_dtype(dtype)), dtype)
+    return all_finite(raw.view(raw_dtype(dtype)), dtype)
 
 
 def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ from harness.weights.files import METADATA, WeightFile, open_weights, sha256, un
 from harness.weights.identify import Match, choose_layout, identify, misfit, recognised, weight_map
 from harness.weights.known import KNOWN
 from harness.weights.maps import Layout, Mismatch, Read, Same
-from harness.weights.tensors import finite, raw_dtype, refuse_not_finite
+from harness.weights.tensors import all_finite, raw_dtype, refuse_not_finite
 
 SCHEMA = 1
 Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # safetensors' dtype and shape of each tensor, by name
@@ -39,7 +39,7 @@ class Ours:
     def read(self, name: str) -> np.ndarray:
         """The tensor of our name; UserError where it is part of the network and not finite."""
         array = self.match.recipes[name].evaluate(lambda source: self.file.tensors[source].read())
-        if not (self.match.layout.beside(name) or finite(array, self.dtype(name))):
+        if not (self.match.layout.beside(name) or all_finite(array, self.dtype(name))):
             refuse_not_finite(self.file.path, name)
         return array
 
