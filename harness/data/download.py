@@ -210,7 +210,7 @@ def forget(partial: Path) -> None:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    # urllib's own opener reads file:, ftp: and data: as well
+    """An opener of http:// and https:// alone; urllib's default one opens file:, ftp: and data: as well."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler,

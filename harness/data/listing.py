@@ -71,7 +71,7 @@ def index_files(
     """
     order = row_order(labels, names)
 
-    def read(unit: int) -> Iterator[IndexEntry]:
+    def read(unit: int) -> Iterator[IndexEntry]:  # unit `unit` is chunk `unit`
         for row in range(unit * CHUNK_IMAGES, min((unit + 1) * CHUNK_IMAGES, len(order))):
             file = entry(int(order[row]))
             yield IndexEntry(row, file.name, file.read)

@@ -65,7 +65,7 @@ def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
     rows = np.empty(len(order), np.int64)  # row of each image in the data set, by its position in the files
     rows[order] = np.arange(len(order))
 
-    def read(unit: int) -> Iterator[IndexEntry]:
+    def read(unit: int) -> Iterator[IndexEntry]:  # a unit is a row group
         path, group, first = groups[unit]
         with readable(path), parquet.ParquetFile(path) as file:
             i = first
@@ -73,7 +73,7 @@ def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
                 for image in batch.column("image"):
                     data: bytes = image["bytes"].as_py() or b""
                     name = f"{path.name}:{printable(names[i])}"
-                    yield IndexEntry(int(rows[i]), name, functools.partial(bytes, data))
+                    yield IndexEntry(int(rows[i]), name, functools.partial(bytes, data))  # a call returns `data`
                     i += 1
 
     return ImageIndex(

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from harness.errors import UserError
 from harness.weights import pickles
-from harness.weights.objects import CONSTRUCTORS, StorageKey, foreign_symbols, printable, resolve_tensors, storage_of
+from harness.weights.objects import CONSTRUCTORS, StorageKey, escaped, foreign_symbols, resolve_tensors, storage_of
 from harness.weights.pickles import Malformed, Unsuitable
 from harness.weights.tensors import DTYPES, MAX_AXES, Storage, Stored, raw_dtype
 
@@ -70,9 +70,9 @@ def open_file(path: Path) -> FileContents:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Unsuitable as error:
-        raise UserError(f"{path} {printable(str(error))}") from error
+        raise UserError(f"{path} {escaped(str(error))}") from error
     except (Malformed, RecursionError) as error:
-        raise UserError(f"{path} is damaged or no weight file: {printable(str(error))}") from error
+        raise UserError(f"{path} is damaged or no weight file: {escaped(str(error))}") from error
 
 
 def _nature(head: bytes) -> str:
@@ -116,7 +116,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
         zipfile.BadZipFile, struct.error, EOFError, ValueError, KeyError, IndexError, NotImplementedError,
         RuntimeError, OverflowError, MemoryError,
     ) as error:  # fmt: skip
-        raise UserError(f"{path} is damaged or cut short ({printable(str(error))}); fetch it again") from error
+        raise UserError(f"{path} is damaged or cut short ({escaped(str(error))}); fetch it again") from error
     pickled = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
         raise UserError(f"{path} is a TorchScript archive, which holds a program; use the state dict instead")
@@ -267,7 +267,7 @@ def _open_safetensors(path: Path, file: IO[bytes]) -> FileContents:
                 raise Malformed(f"{name} is not of the size of its shape")
             tensors[name], end = tensor, stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is a damaged safetensors file: {printable(str(error))}") from error
+        raise UserError(f"{path} is a damaged safetensors file: {escaped(str(error))}") from error
     if 8 + length + end != size:
         what = "cut short" if 8 + length + end > size else "longer than its header says"
         raise UserError(f"{path} is damaged: it is {what}; fetch it again")

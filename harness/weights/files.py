@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from harness.errors import UserError
 from harness.io.progress import Bar
-from harness.weights.containers import open_file, printable
+from harness.weights.containers import escaped, open_file
 from harness.weights.maps import Shapes
 from harness.weights.tensors import Stored
 
@@ -141,18 +141,18 @@ def open_weights(path: Path) -> WeightFile:
     notes: list[str] = []
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no state dict, but {_describe(value)}; save net.state_dict()")
-    other_names = [_printable_key(name) for name, item in value.items() if not isinstance(item, Stored)]
+    other_names = [_escaped_key(name) for name, item in value.items() if not isinstance(item, Stored)]
     part = next((name for name in ("state_dict", "ema", "model") if _holds_tensors(value.get(name))), None)
     if part is not None:
         wrapping = "Lightning checkpoint" if part == "state_dict" else "train.py checkpoint"
         other_names.remove(part)
-        other_names += [_printable_key(name) for name, item in value.items() if isinstance(item, Stored)]
+        other_names += [_escaped_key(name) for name, item in value.items() if isinstance(item, Stored)]
         value = value[part]
         if part == "ema":
             notes.append("the weights are its moving average ('ema')")
         elif part == "model":
             notes.append("it has no moving average ('ema'): the weights are the trained ones ('model')")
-    tensors = {_printable_key(name): item for name, item in value.items() if isinstance(item, Stored)}
+    tensors = {_escaped_key(name): item for name, item in value.items() if isinstance(item, Stored)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; save net.state_dict()")
     if prefix := _wrapper_prefix(tensors):
@@ -238,9 +238,9 @@ def _find_file(path: Path) -> Path:
     raise UserError(f"{path} is a folder without weights; expected {IN_FOLDER[0]} or {IN_FOLDER[3]} in it")
 
 
-def _printable_key(key: object) -> str:
+def _escaped_key(key: object) -> str:
     """A key of a dictionary in a file, for messages and records; of a key that is no text, its type."""
-    return printable(key) if isinstance(key, str) else f"({type(key).__name__})"
+    return escaped(key) if isinstance(key, str) else f"({type(key).__name__})"
 
 
 def _wrapper_prefix(names: Iterable[str]) -> str:
@@ -262,7 +262,7 @@ def _holds_tensors(value: object) -> bool:
 def _describe(value: object) -> str:
     """The type of a value, with an article, for messages; of a placeholder the name of its function."""
     name = getattr(getattr(value, "function", None), "full", None)
-    name = printable(name) if name else type(value).__name__
+    name = escaped(name) if name else type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 

@@ -51,8 +51,8 @@ class _PendingTensor:
         self.storage, self.dtype, self.offset, self.shape, self.strides = storage, dtype, offset, shape, strides
 
 
-def printable(text: str) -> str:
-    """A name from a file for a message; characters that could control a terminal are escaped."""
+def escaped(text: str) -> str:
+    """Text from a file, for a message: characters that could control a terminal are escaped."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
@@ -144,10 +144,10 @@ _NEEDED = {
 
 
 def foreign_symbols(symbols: Mapping[str, Symbol]) -> tuple[str, ...]:
-    """Names of the classes and functions in a file that tensors do not need, `printable`."""
+    """Names of the classes and functions in a file that tensors do not need, `escaped`."""
     dtypes = {f"torch.{name}" for name in BY_TORCH_NAME}
     return tuple(
-        printable(full)
+        escaped(full)
         for full, symbol in symbols.items()
         if full not in _NEEDED
         and full not in dtypes
