@@ -96,7 +96,7 @@ def extract(
         if progress is not None:
             progress(stage, start + count, len(images))
     release_freed_memory()
-    return Features(**{name: rows.done() for name, rows in kept.items()})
+    return Features(**{name: rows.finish() for name, rows in kept.items()})
 
 
 def compute_shard(images: np.ndarray, extractor: FeatureExtractor, sharding: ShardedExtraction) -> None:

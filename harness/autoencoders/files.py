@@ -13,13 +13,12 @@ from harness.io import files
 from harness.registry import unknown
 from harness.weights.files import sha256
 
-SCALE_KL = (
-    0.18215  # scaling_factor of Stable Diffusion's latents, about 1 / their standard deviation; where a config has none
-)
+# Stable Diffusion's scaling_factor, about 1 / the standard deviation of its latents; used if a config has none
+SCALE_KL = 0.18215
 
 
 def resolve(name: str) -> Known | Path:
-    """The known autoencoder (by short name or repository) or the existing path that `name` means; UserError for others.
+    """The known autoencoder of that short name or repository, or the existing path `name`; UserError for other names.
 
     A short name has precedence over a file of that name; write ./NAME for the file. Imports no framework.
     """
@@ -37,10 +36,10 @@ def resolve(name: str) -> Known | Path:
 
 
 def find(name: str, weights: str | Path | None, flag: str) -> tuple[Known | None, Path, str]:
-    """(known autoencoder or None for a path, folder or file of its weights, their source for records).
+    """(known autoencoder, or None for a path; folder or file of its weights; their source for records).
 
-    name: as for `resolve`. weights: where the weights of a known autoencoder are; None: fetched from the hub. flag: the
-    option that messages tell to name a path with.
+    name: as for `resolve`. weights: folder or file with the weights of a known autoencoder; None: they come from the
+    hub or its cache. flag: the option that messages recommend for naming a path.
     """
     found = resolve(name)
     if isinstance(found, Path):
@@ -55,7 +54,7 @@ def find(name: str, weights: str | Path | None, flag: str) -> tuple[Known | None
 
 
 def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
-    """(folder in the hub's cache with config and weights, repository@revision); fetched if it is not in the cache."""
+    """(folder in the hub's cache with config and weights; "repository@revision"). It is fetched if it is not in the cache."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -63,7 +62,7 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
     except ImportError as error:
         raise UserError(f"decoder {name} needs diffusers; run: pip install 'backbone-harness[diffusers]'") from error
 
-    def folder(local: bool) -> Path:
+    def cache_folder(local: bool) -> Path:  # local: only look into the cache
         def fetch(file: str) -> Path:
             subfolder = known.subfolder or None
             return Path(str(hf_hub_download(known.repository, file, subfolder=subfolder, local_files_only=local)))
@@ -79,11 +78,11 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
 
     verbosity = logging.get_verbosity()
     try:
-        found = folder(local=True)  # the cache first: a connection is needed only once
+        found = cache_folder(local=True)  # the cache first: a connection is needed only once
     except LocalEntryNotFoundError:
         try:
             logging.set_verbosity_error()  # the client would print each of five retries
-            found = folder(local=False)
+            found = cache_folder(local=False)
         except Exception as error:  # of the client, the network or the disk
             reason = str(error).strip() or type(error).__name__
             raise UserError(
@@ -98,7 +97,11 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
 
 
 def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
-    """(config or None, weight file) of a folder or file; for the folder of a pipeline, those in its subfolder vae."""
+    """(config.json of diffusers or None, weight file) of a folder or file; for a pipeline's folder, those in its folder vae.
+
+    The config is checked, without diffusers' private keys. It is None for a file that is not named as diffusers names
+    weights, or that has no config.json beside it.
+    """
     if path.is_dir():
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
         file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -136,7 +139,7 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
 
 
 def scale_and_shift(config: Mapping[str, Any]) -> tuple[float, float]:
-    """(scale, shift) of an AutoencoderKL: a sampler's latents are (z - shift) x scale of its z."""
+    """(scale, shift) of an AutoencoderKL: a sampler's latents are (z - shift) x scale of the autoencoder's z."""
     return float(config.get("scaling_factor", SCALE_KL)), float(config.get("shift_factor") or 0.0)
 
 
@@ -146,8 +149,11 @@ def record_name(known: Known | None, kind: str, sha256: str) -> str:
 
 
 def identity(name: str, sha256: str, scale: float, shift: float, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`Decoder.identity`: what decides the decoded images, for records; the path of the weights is no part of it."""
-    config_sha256 = files.sha256_json(dict(settings))  # activations and groups show in no weight
+    """`Decoder.identity`: what decides the decoded images, for records; the path of the weights is no part of it.
+
+    sha256: of the weight file. settings: the arguments of the network that are hashed.
+    """
+    config_sha256 = files.sha256_json(dict(settings))  # no weight shows the activation or the number of groups
     return _identity(name, sha256, scale, shift, config_sha256)
 
 
@@ -168,6 +174,7 @@ def identity_behind_latents(latents: Mapping[str, Any], name: str) -> dict[str, 
 
 
 def _identity(name: str, sha256: str, scale: float, shift: float, config_sha256: str) -> dict[str, Any]:
+    """The dictionary that `identity` returns; it has a shift_factor only if that is not 0."""
     return {
         "name": name,
         "weights_sha256": sha256,

@@ -18,7 +18,7 @@ from harness.errors import RunError, UserError
 from harness.registry import unknown
 from harness.spec import Compute
 from harness.weights.files import open_weights, sha256, unchanged
-from harness.weights.tensors import finite, refuse_not_finite
+from harness.weights.tensors import all_finite, refuse_not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +32,10 @@ BATCH = 8  # batch size on an accelerator; a CPU is as fast with 1
 class Decoder:
     """A loaded autoencoder, float32, without gradients.
 
-    name: in records. kind: "kl" or "vq". scale_factor, shift_factor: a sampler's latents are (z - shift) x scale of the
-    autoencoder's z. channels: of a latent. factor: pixels per latent cell, along a side. sha256: of the weight file.
-    config: arguments of the network. source: file, or repository and revision. notes: what was left out or assumed when
-    it was loaded. batch: batch size.
+    name: in records. kind: "kl" (diffusers' AutoencoderKL) or "vq" (with a codebook). scale_factor, shift_factor: a
+    sampler's latents are (z - shift) x scale of the autoencoder's z. channels: of a latent. factor: pixels per latent
+    cell, along a side. sha256: of the weight file. config: arguments of the network. source: file, or repository and
+    revision. notes: what was left out or assumed when it was loaded. batch: batch size of `decode` and `posterior`.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Decoder:
 
     @property
     def image_channels(self) -> int:
-        """Channels of the images that it encodes and decodes to."""
+        """Channels of the images that it encodes and decodes."""
         return 3 if self.kind == "vq" else int(self.config.get("in_channels", 3))
 
     def compute(self, image_size: int = 256, direction: str = "decode") -> Compute:
@@ -71,11 +71,11 @@ class Decoder:
         return self.compute(image_size).gmacs
 
     def decode(self, latents: object) -> torch.Tensor:
-        """Latents float32 (N, C, h, w), a tensor or an array, to images float32 (N, 3, factor h, factor w) in [-1, 1].
+        """Latents of a sampler to images, float32 (N, image channels, factor h, factor w), clamped to [-1, 1].
 
-        The images are inference tensors on the decoder's device. Autocast and TF32 are off. `batch` latents are decoded
-        at a time; on a CPU one, so that the bits of an image do not depend on the others. RunError where an image is not
-        finite.
+        latents: floats (N, C, h, w), a tensor or an array. The images are inference tensors on the decoder's device.
+        Autocast and TF32 are off. `batch` latents are decoded at a time. The default on a CPU is 1, so that the bits of
+        an image do not depend on the others. RunError where an image is not finite.
         """
         import torch
 
@@ -103,10 +103,10 @@ class Decoder:
             return torch.cat(images) if images else torch.empty(0, 3, *size, device=device)  # (N, 3, H, W)
 
     def posterior(self, images: torch.Tensor) -> torch.Tensor:
-        """Images float32 (N, 3, H, W) in [-1, 1] to mean and standard deviation of the latents, float32 (N, 2, C, h, w).
+        """Mean and standard deviation of the latents z of images, float32 (N, 2, C, h, w), neither shifted nor scaled.
 
-        The log-variance is clamped to [-30, 20], as in diffusers. `batch` images at a time; RunError where a latent is
-        not finite.
+        images: float32 (N, image channels, H, W) in [-1, 1]. Only for the kind "kl". diffusers clamps the log-variance to
+        [-30, 20]. `batch` images are encoded at a time. RunError where a value is not finite.
         """
         import torch
 
@@ -115,11 +115,11 @@ class Decoder:
         device, moments = next(self.net.parameters()).device, []
         with torch.inference_mode(), exact_float32(device.type):
             for part in images.split(self.batch):
-                found = _autoencoder(self.net).encode(part.to(device, torch.float32), return_dict=False)[0]
-                both = torch.stack([found.mean, found.std], dim=1)  # (n, 2, C, h, w)
-                if not torch.isfinite(both).all():
+                posterior = _autoencoder(self.net).encode(part.to(device, torch.float32), return_dict=False)[0]
+                mean_std = torch.stack([posterior.mean, posterior.std], dim=1)  # (n, 2, C, h, w)
+                if not torch.isfinite(mean_std).all():
                     raise RunError(f"autoencoder {self.name}: a latent is not finite; check the weights")
-                moments.append(both)
+                moments.append(mean_std)
         return torch.cat(moments)  # (N, 2, C, h, w)
 
 
@@ -133,15 +133,15 @@ def load_autoencoder(
 ) -> Decoder:
     """Load the autoencoder `name` from `weights` (a folder or file); None: from the path `name`, or from the hub.
 
-    With `weights`, the name is taken from `name` and recorded beside the file's hash. batch: batch size; None: 1 on a
-    CPU, else BATCH. flag: the option that messages tell to name a path with. Nothing that is loaded is executed.
-    UserError for what is missing, cannot be read or does not fit.
+    With `weights`, `name` still gives the name in records, beside the file's hash. batch: batch size; None: 1 on a CPU,
+    else BATCH. flag: the option that messages recommend for naming a path. Nothing in the file is executed. UserError
+    for what is missing, cannot be read or does not fit.
     """
     known, path, source = find(name, weights, flag)
     config, file = locate(path, flag)
     tensors, notes, digest = read_tensors(file)
     kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
-    if known is not None and kind != known.spec[:2]:
+    if known is not None and kind != known.spec[:2]:  # names of specs begin with the kind: kl-f8, vq-f4
         words = {"vq": "a VQ autoencoder", "kl": "an autoencoder without a codebook"}
         raise UserError(f"{file} holds {words[kind]}, which {name} is not; choose the decoder that the latents are for")
     if kind == "vq":
@@ -212,6 +212,7 @@ def traced_compute(
         channels, image_channels = config.get("latent_channels", 4), config.get("in_channels", 3)
     if image_size < 1 or image_size % step:
         raise UserError(f"image size {image_size} is not a multiple of the autoencoder's factor {step}")
+    # by direction: the function, and (channels, side) of its input
     calls: dict[str, tuple[Callable[[str, nn.Module, torch.Tensor], torch.Tensor], tuple[int, int]]] = {
         "decode": (_decode, (channels, image_size // step)),
         "encode": (_encode, (image_channels, image_size)),
@@ -229,47 +230,51 @@ def traced_compute(
 
 
 class _Autoencoder(Protocol):
-    """What both kinds of networks have beside nn.Module; their arguments and results differ (`_decode`, `_encode`)."""
+    """Methods that both kinds of networks have; their arguments and results differ (see `_decode` and `_encode`)."""
 
     def encode(self, x: torch.Tensor, **options: bool) -> Any: ...
     def decode(self, z: torch.Tensor, **options: bool) -> Any: ...
 
 
 def _autoencoder(net: nn.Module) -> _Autoencoder:
-    return cast("_Autoencoder", net)  # nn.Module's attributes have no types
+    """`net` itself, with the types of its methods, which nn.Module does not declare."""
+    return cast("_Autoencoder", net)
 
 
 def _decode(kind: str, net: nn.Module, z: torch.Tensor) -> torch.Tensor:
-    both = _autoencoder(net)
-    return both.decode(z) if kind == "vq" else both.decode(z, return_dict=False)[0]  # (n, 3, H, W)
+    """Latents z (n, C, h, w), unscaled, to images (n, image channels, H, W)."""
+    autoencoder = _autoencoder(net)
+    return autoencoder.decode(z) if kind == "vq" else autoencoder.decode(z, return_dict=False)[0]
 
 
 def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    both = _autoencoder(net)
-    return both.encode(x) if kind == "vq" else both.encode(x, return_dict=False)[0].mode()  # (n, C, h, w)
+    """Images (n, image channels, H, W) to latents z (n, C, h, w), unscaled; of the kind "kl" the mode of the posterior."""
+    autoencoder = _autoencoder(net)
+    return autoencoder.encode(x) if kind == "vq" else autoencoder.encode(x, return_dict=False)[0].mode()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], str]:
-    """(the autoencoder's tensors by name, notes on what was left out, hash of the file).
+    """(the autoencoder's tensors by name; notes on what was left out; SHA-256 of the file).
 
-    Of an LDM's checkpoint only the first stage is read. Nothing in the file is executed.
+    Of an LDM's checkpoint only the first stage is read. Nothing in the file is executed. UserError for values that are
+    not finite.
     """
     from harness.weights.load import as_torch
 
     weights = open_weights(path)
     weights.refuse_code()
-    own, notes = own_tensors(weights.tensors, path)
+    stored, notes = own_tensors(weights.tensors, path)
     with unchanged(weights):
-        arrays = {name: stored.read() for name, stored in own.items()}
+        arrays = {name: tensor.read() for name, tensor in stored.items()}
         digest = sha256(weights.path)
     for name, array in arrays.items():
-        if not finite(array, own[name].dtype):
+        if not all_finite(array, stored[name].dtype):
             refuse_not_finite(path, name)
-    return {name: as_torch(array, own[name].dtype) for name, array in arrays.items()}, notes, digest
+    return {name: as_torch(array, stored[name].dtype) for name, array in arrays.items()}, notes, digest
 
 
 def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
-    """The arguments of a VQ network, inferred from shapes; UserError where they are not those of the name."""
+    """The arguments of a VQ network, inferred from shapes; UserError where they are not those of `known`."""
     try:
         config = infer_arguments({key: tuple(value.shape) for key, value in tensors.items()})
     except (KeyError, ValueError) as error:
@@ -314,7 +319,10 @@ def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
 
 
 def _fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], device: str, path: Path) -> None:
-    """Move the network from the meta device to `device` with these weights, float32; UserError unless all fit."""
+    """Move `net` from the meta device to `device`, in place, and load the tensors as float32, without gradients.
+
+    UserError unless names and shapes are those of the network. path: used in messages.
+    """
     wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     for problem, names in (
         ("is missing", [name for name in wanted if name not in tensors]),

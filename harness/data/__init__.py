@@ -26,9 +26,9 @@ class DatasetSpec:
     """A data set known by name.
 
     loader: "module:attribute" of a function (folder: Path | None) -> ImageSet. finder: "module:attribute" of a function
-    (folder: Path | None, resolution: int | None) -> str | None, which says without reading the images what is missing
-    and how to get it, in one line; empty: nothing but the folder can be missing. images: the number of training images,
-    where that is fixed; an epoch is so many.
+    (folder: Path | None, resolution: int | None) -> str | None. Without reading the images it returns what is missing
+    and how to get it, in one line, or None. An empty finder: nothing but the folder can be missing. images: number of
+    training images, which is the length of an epoch; None: it depends on the folder.
     """
 
     name: str
@@ -39,7 +39,8 @@ class DatasetSpec:
     images: int | None = None
 
     def missing(self, folder: Path | None = None, resolution: int | None = None) -> str | None:
-        """What is missing before the data set can be loaded, and how to get it, in one line; None: nothing is known.
+        """What is missing before the data set can be loaded, and how to get it, in one line; None: nothing, so far as
+        is known without reading the images.
 
         folder: as --data names it. resolution: pixels per side that the images must have; None: any.
         """

@@ -1,8 +1,8 @@
 """Downloads one file over HTTP and continues a download that broke off.
 
-The bytes received are stored in a partial file, and where they came from in a JSON file beside it. A download is
-continued with Range and, if the server gave a strong ETag or a date, If-Range; without either it is continued only if
-the total length is still the same. The caller checks that the result is the right file.
+The bytes received are stored in a partial file, and their origin (`_Origin`) in a JSON file beside it. A download is
+continued by a Range request, with If-Range if the server gave a strong ETag or a date. It begins again if the total
+length was not known or has changed. The caller checks that the result is the right file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from harness.io.progress import Bar
 
 CHUNK_BYTES = 1 << 18
 TIMEOUT_SECONDS = 30.0  # to wait for the next byte
-TRIES = 5  # attempts in a row that bring no byte
+TRIES = 5  # attempts in a row before giving up; an attempt that receives bytes begins a new row
 PAUSE_SECONDS = 1.0  # before the second attempt, doubled before each further one
 MAX_BYTES = 64 << 30
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes after which another attempt may succeed
@@ -58,8 +58,9 @@ def download(
 ) -> None:
     """Download `url` into `partial`, continuing it if its bytes came from the same address.
 
-    title: of the progress bar. check: check(first bytes, total bytes or None) raises UserError for another file.
-    Unreachable if the address gives nothing; RunError if the download breaks off repeatedly: the same call continues it.
+    title: of the progress bar. check: check(first bytes, number of bytes in all or None) raises UserError if this is
+    another file than the one wanted. Raises Unreachable if the address gives nothing, and RunError if the download
+    breaks off repeatedly; the same call then continues it.
     """
     if re.match(r"https?://[^/\s]", url, re.IGNORECASE) is None:
         raise UserError(f"{url!r} is no address: give one that begins with https:// or http://")
@@ -90,7 +91,7 @@ class _Interrupted(Exception):
 
 
 class _Job:
-    """A download and its state."""
+    """A download and its state. connected: whether the server has answered. total: bytes of the whole file, if known."""
 
     def __init__(
         self, url: str, partial: Path, title: str, check: Callable[[bytes, int | None], object], max_bytes: int
@@ -105,7 +106,10 @@ class _Job:
         return self.partial.stat().st_size if self.partial.exists() else 0
 
     def attempt(self) -> None:
-        """Download what is missing over one connection; _Interrupted where that ends early."""
+        """Download the missing bytes over one connection; raises _Interrupted if it ends early.
+
+        If the server cannot continue the partial file, the file is requested again from the start.
+        """
         origin, received = _read_origin(self.partial), self.received
         if origin is None or origin.url != self.url or origin.total is None or received > origin.total or not received:
             origin, received = None, 0  # from the start
@@ -139,7 +143,11 @@ class _Job:
             self._receive(response, start)
 
     def _handle_status(self, error: urllib.error.HTTPError, received: int) -> None:
-        """Returns if the download should begin again; _Interrupted or Unreachable otherwise."""
+        """For 416 (the range does not exist): forget the origin, so that the download begins again. Other errors raise.
+
+        _Interrupted for a status that may pass (TEMPORARY), Unreachable for the others. received: bytes that were not
+        requested because the partial file has them.
+        """
         if error.code == 416 and received:
             _origin_path(self.partial).unlink(missing_ok=True)
             return
@@ -150,7 +158,7 @@ class _Job:
         raise Unreachable(f"{self.url} is not available ({text})") from None
 
     def _receive(self, response: http.client.HTTPResponse, start: int) -> None:
-        """Append the response to the partial file, cut to `start` bytes."""
+        """Cut the partial file to `start` bytes and append the response to it."""
         head = b"" if start == 0 else None
         with self.partial.open("r+b" if self.partial.exists() else "wb") as file:
             file.truncate(start)
@@ -164,6 +172,11 @@ class _Job:
     def _copy(
         self, response: http.client.HTTPResponse, file: IO[bytes], done: int, head: bytes | None, bar: Bar
     ) -> None:
+        """Append the response to `file` until it ends; _Interrupted if bytes are missing then.
+
+        done: bytes of the file so far. head: b"" at the start of the file, where the first bytes are collected and given
+        to `check`; None: they were checked before.
+        """
         try:
             while True:
                 try:
@@ -178,7 +191,7 @@ class _Job:
                 done += len(data)
                 if done > self.max_bytes:
                     raise UserError(f"{self.url} is more than the {self.max_bytes:,} bytes it may be")
-                bar.total = max(bar.total, _megabytes(done))  # if the server did not state the total
+                bar.total = max(bar.total, _megabytes(done))  # grows if the server did not state the total
                 bar.advance(_megabytes(done) - bar.done)
                 if not data:
                     break
@@ -197,7 +210,7 @@ def forget(partial: Path) -> None:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    # urllib's own opener reads file:, ftp: and data: as well
+    """An opener of http:// and https:// alone; urllib's default one opens file:, ftp: and data: as well."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler,
@@ -211,13 +224,17 @@ def _opener() -> urllib.request.OpenerDirector:
 _OPENER = _opener()
 
 
-def _span(response: http.client.HTTPResponse, have: int) -> tuple[int | None, int | None]:
-    """(position of the first byte of the response, bytes of the whole file); position None: not what was requested."""
+def _span(response: http.client.HTTPResponse, received: int) -> tuple[int | None, int | None]:
+    """(position of the response's first byte in the file, bytes of the whole file).
+
+    received: bytes that were not requested because the partial file has them. The position is None if the response is
+    not what was requested, the number of bytes if it is unknown.
+    """
     length = response.headers.get("Content-Length", "")
     if response.status != 206:
         return 0, int(length) if length.isdigit() else None
     match = re.fullmatch(r"bytes ([0-9]+)-([0-9]+)/([0-9]+)", response.headers.get("Content-Range", "").strip())
-    if match is None or not have:
+    if match is None or not received:
         return None, None
     return int(match[1]), int(match[3])
 
@@ -229,18 +246,21 @@ def _validator(response: http.client.HTTPResponse) -> str | None:
 
 
 def _origin_path(partial: Path) -> Path:
+    """The JSON file beside a partial file."""
     return partial.with_name(partial.name + ".json")
 
 
 def _read_origin(partial: Path) -> _Origin | None:
+    """Where the bytes of a partial file came from; None: unknown."""
     try:
-        found = files.read_json(_origin_path(partial), "")
-        return _Origin(url=str(found["url"]), validator=found["validator"], total=found["total"])
+        data = files.read_json(_origin_path(partial), "")
+        return _Origin(url=str(data["url"]), validator=data["validator"], total=data["total"])
     except (UserError, KeyError, TypeError):
         return None
 
 
 def _megabytes(count: int) -> int:
+    """Bytes in megabytes, rounded up."""
     return -(-count // 1_000_000)
 
 

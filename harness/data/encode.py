@@ -1,7 +1,8 @@
 """Makes a cache of latents (`harness.data.latents`) chunk by chunk; a killed process loses less than one chunk.
 
-While the cache is made, DIR/chunks.partial is its journal and its lock: a first line says what is made of what, then
-each line is the number and hash of a chunk. A chunk is done when its line exists and its bytes have that hash.
+While the cache is made, DIR/chunks.partial is its journal and its lock. The first line is a JSON object with the keys
+"images", "vae" and "shape"; each other line is [number, hash] of a chunk. A chunk is complete when its line exists and
+its bytes have that hash.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ OWN_FILES = {JOURNAL, LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS}{f
 def existing_cache(source: NamedImages, vae: str, out: Path) -> Meta | None:
     """The meta.json of `out`, if that folder is the complete cache of `source` by the autoencoder `vae`.
 
-    None: the cache is to be made, or to be refused by `make_cache`. Imports no framework.
+    None: `make_cache` will make it, or refuse to. Imports no framework.
     """
     if not (out / META).exists() or (out / JOURNAL).exists():
         return None
@@ -111,13 +112,16 @@ def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: Map
 
 
 def _image_facts(source: NamedImages) -> dict[str, object]:
-    """What meta.json says of the images."""
+    """The images as meta.json describes them: name, sha256, resolution and crop."""
     data = source.images
     return {"name": data.name, "sha256": data.sha256, "resolution": data.images.shape[1], "crop": source.crop}
 
 
 def _check_same(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """UserError where `out` holds, or was begun with, other contents than those to be made here."""
+    """UserError where `out` holds, or was begun with, other latents than those to be made.
+
+    there: "images", "vae" and "shape" of the latents in `out`. here: of those to be made.
+    """
     if (there["images"], there["vae"], there["shape"]) != (here["images"], here["vae"], here["shape"]):
         raise UserError(
             f"{out} holds latents of something else ({identity_difference(there, here)}); name another --out"
@@ -125,7 +129,7 @@ def _check_same(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 
 def _latents_path(out: Path) -> Path:
-    """The file of latents, under its final name or as it is called before."""
+    """The file of latents: under its final name if it has that already, otherwise under its partial name."""
     return out / LATENTS if (out / LATENTS).exists() else out / f"{LATENTS}{files.PARTIAL}"
 
 
@@ -137,44 +141,50 @@ def _encode_chunks(
     contents: dict[str, Any],
     shape: tuple[int, ...],
 ) -> tuple[str, ...]:
-    """Write the chunks that are missing; returns the hashes of all."""
-    begun, done = _read_journal(journal)
-    if begun is not None:
-        _check_same(out, begun, contents)
+    """Write the chunks that are missing or damaged, and their lines in the journal; returns the hashes of all chunks.
+
+    contents: first line of the journal. shape: of all latents, (N, 2, 2, C, h, w).
+    """
+    first_line, known_hashes = _read_journal(journal)
+    if first_line is not None:
+        _check_same(out, first_line, contents)
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": DTYPE.str, "fortran_order": False, "shape": shape})
-    begin, row = header.tell(), DTYPE.itemsize * int(np.prod(shape[1:]))
-    path, total = _latents_path(out), begin + row * len(data)
+    data_start, row_bytes = header.tell(), DTYPE.itemsize * int(np.prod(shape[1:]))  # row: all latents of an image
+    path, total = _latents_path(out), data_start + row_bytes * len(data)
     _allocate(path, total)
     hashes: dict[int, str] = {}
     with path.open("r+b") as file, journal.open("r+b") as lines, Bar("latents", len(data), "images") as bar:
         file.write(header.getvalue())
-        lines.truncate(_whole_lines(lines) if begun is not None else 0)
-        if begun is None:
-            _append(lines, contents)
+        lines.truncate(_complete_lines_bytes(lines) if first_line is not None else 0)
+        if first_line is None:
+            _append_line(lines, contents)
         for number in range(chunk_count(len(data))):
             start = number * CHUNK_IMAGES
             part = slice(start, min(start + CHUNK_IMAGES, len(data)))
-            file.seek(begin + row * start)
+            file.seek(data_start + row_bytes * start)
             if (
-                number in done
-                and _stored_hash(file, (part.stop - start, *shape[1:]), data.labels[part]) == done[number]
+                number in known_hashes
+                and _stored_hash(file, (part.stop - start, *shape[1:]), data.labels[part]) == known_hashes[number]
             ):
-                hashes[number] = done[number]
+                hashes[number] = known_hashes[number]
             else:
                 moments = encode(vae, data.images[part])  # (n, 2, 2, C, h, w)
-                file.seek(begin + row * start)
+                file.seek(data_start + row_bytes * start)
                 file.write(moments.data)
                 file.flush()
-                os.fsync(file.fileno())  # before the line in the journal that says so
+                os.fsync(file.fileno())  # a line of the journal may only name what is on the disk
                 hashes[number] = chunk_sha256(moments, data.labels[part])
-                _append(lines, [number, hashes[number]])
+                _append_line(lines, [number, hashes[number]])
             bar.advance(part.stop - start)
     return tuple(hashes[number] for number in sorted(hashes))
 
 
 def encode(vae: Decoder, images: np.ndarray) -> np.ndarray:
-    """Images uint8 (n, H, W, C) to the posterior of each image and of its mirror image, float32 (n, 2, 2, C, h, w)."""
+    """Images uint8 (n, H, W, C) to the posteriors of each image and of its mirror image, float32 (n, 2, 2, C, h, w).
+
+    Axis 1: the image, its mirror image. Axis 2: mean, standard deviation.
+    """
     import torch
 
     views = np.stack([images, images[:, :, ::-1]], axis=1)  # (n, 2, H, W, C)
@@ -184,12 +194,12 @@ def encode(vae: Decoder, images: np.ndarray) -> np.ndarray:
 
 
 def _allocate(path: Path, total: int) -> None:
-    """Make the file `total` bytes large, so that a full disk is found before the work (RunError)."""
-    there = path.stat().st_blocks * 512 if path.exists() else 0
+    """Make the file `total` bytes large; RunError where the disk has too little space, before anything is encoded."""
+    allocated = path.stat().st_blocks * 512 if path.exists() else 0  # bytes
     free = shutil.disk_usage(path.parent).free
-    begun = ", begun already" if there else ""
+    begun = ", begun already" if allocated else ""
     logger.info(f"latents: {total / 1e9:.2f} GB on the disk, {free / 1e9:.2f} GB free{begun}")
-    if total - there > free:
+    if total - allocated > free:
         raise RunError(
             f"{path.parent}: latents take {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some space"
         )
@@ -200,7 +210,10 @@ def _allocate(path: Path, total: int) -> None:
 
 
 def _read_journal(journal: Path) -> tuple[dict[str, Any] | None, dict[int, str]]:
-    """The first line of the journal (None: not begun) and the hash of each chunk; a last line that was cut off is ignored."""
+    """(first line of the journal, hash of each chunk by its number). The first line is None if there is none.
+
+    A last line that was cut off is ignored.
+    """
     lines = journal.read_bytes().split(b"\n")[:-1]
     try:
         entries = [json.loads(line) for line in lines]
@@ -209,12 +222,13 @@ def _read_journal(journal: Path) -> tuple[dict[str, Any] | None, dict[int, str]]
         return None, {}
 
 
-def _whole_lines(lines: IO[bytes]) -> int:
-    """Bytes up to the end of the last complete line."""
+def _complete_lines_bytes(lines: IO[bytes]) -> int:
+    """Bytes of a file, open at its start, up to the end of the last complete line."""
     return lines.read().rfind(b"\n") + 1
 
 
-def _append(lines: IO[bytes], entry: object) -> None:
+def _append_line(lines: IO[bytes], entry: object) -> None:
+    """Append `entry` as a line of JSON and sync the file."""
     lines.seek(0, os.SEEK_END)
     lines.write(json.dumps(entry).encode() + b"\n")
     lines.flush()
@@ -222,6 +236,6 @@ def _append(lines: IO[bytes], entry: object) -> None:
 
 
 def _stored_hash(file: IO[bytes], shape: tuple[int, ...], labels: np.ndarray) -> str:
-    """`chunk_sha256` of the latents of `shape` at the position of `file`."""
+    """`chunk_sha256` of the latents of `shape`, read from the position of `file`, and of `labels`."""
     values = np.fromfile(file, DTYPE, int(np.prod(shape)))
     return chunk_sha256(values, labels)

@@ -9,18 +9,22 @@ from harness.randomness import Purpose, permutation, uniform
 
 
 class EpochSampler:
-    """Training examples by position in the stream; which example, and whether it is mirrored, depend on seed and
-    position alone.
+    """Training examples by position in the stream.
+
+    The seed and the position alone decide which example comes there and whether it is mirrored.
 
     flip: mirror each example left to right with probability 1/2.
     """
 
     def __init__(self, seed: int, data: Examples, flip: bool):
         self._seed, self._data, self._flip, self._count = seed, data, flip, len(data.labels)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # the last epoch asked for, and its order
+        self._order: tuple[int, np.ndarray] = (
+            -1,
+            np.empty(0, np.int64),
+        )  # the last epoch asked for, and its permutation
 
     def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions int64 (n,) to what is stored of the examples there, (n, ...), and their labels, int64 (n,)."""
+        """The examples at `positions`, int64 (n,): (stored values (n, ...) as `Examples.gather` returns them, labels int64 (n,))."""
         rows = self.rows(positions)
         mirrored = np.zeros(len(rows), bool)
         if self._flip:
@@ -34,6 +38,6 @@ class EpochSampler:
             if self._order[0] != epoch:
                 order = permutation(self._seed, Purpose.DATA_ORDER, int(epoch), self._count)
                 self._order = (int(epoch), order)
-            here = positions // self._count == epoch
-            rows[here] = self._order[1][positions[here] % self._count]
+            in_epoch = positions // self._count == epoch  # bool (n,)
+            rows[in_epoch] = self._order[1][positions[in_epoch] % self._count]
         return rows

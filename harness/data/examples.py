@@ -2,7 +2,7 @@
 
 An example is made in two steps. On the host `gather` reads what is stored of it; on the device `to_model_input` makes
 what the network learns, in the framework's own arithmetic. Everything random is decided elsewhere, by position in the
-stream: the mirroring before it is read, and the normal numbers that a posterior is sampled with.
+stream: whether an example is mirrored, and the normal numbers with which a posterior is sampled.
 """
 
 from __future__ import annotations

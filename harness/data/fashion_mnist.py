@@ -54,18 +54,22 @@ def load(folder: Path | None = None) -> ImageSet:
 
 
 def _read(path: Path, dimensions: int, sha256: str) -> np.ndarray:
+    """The uint8 array in an IDX file; UserError where the hash of its values is not `sha256`."""
     values = read_idx(path, dimensions)
-    found = hashlib.sha256(values.data).hexdigest()
-    if found != sha256:
+    found_sha256 = hashlib.sha256(values.data).hexdigest()
+    if found_sha256 != sha256:
         raise UserError(
-            f"{path} is not Fashion-MNIST's: its values {values.shape} have sha256 {found[:12]}..., expected "
+            f"{path} is not Fashion-MNIST's: its values {values.shape} have sha256 {found_sha256[:12]}..., expected "
             f"{sha256[:12]}... (MNIST's files have the same names); `harness data fetch fashion-mnist` gets the right ones"
         )
     return values
 
 
 def _files(folder: Path | None) -> list[Path]:
-    """The four files in `folder`; None: in the folder of `harness data fetch`, or else of Debian's package."""
+    """Paths of the four files in `folder`; None: in the folder of `harness data fetch`, or else of Debian's package.
+
+    UserError where a file is missing. The first of the two folders that holds any of the files must hold all of them.
+    """
     candidates = (downloads("fashion-mnist"), DEBIAN) if folder is None else (folder,)
     for candidate in candidates:
         paths = [_file(candidate, name) for name, *_ in FILES]
@@ -85,4 +89,5 @@ def _files(folder: Path | None) -> list[Path]:
 
 
 def _file(folder: Path, name: str) -> Path | None:
+    """The path of the file `name` in `folder`, gzipped or unpacked; None where there is neither."""
     return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)

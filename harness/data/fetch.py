@@ -22,7 +22,7 @@ from harness.images.npz import open_npz_file
 from harness.images.source import readable
 from harness.io import files
 
-UNPACKED_BYTES = 1 << 29  # most that is unpacked of an archive to reach its member
+UNPACKED_BYTES = 1 << 29  # an archive is unpacked up to so many bytes to reach its member
 GZIP = b"\x1f\x8b"
 
 
@@ -30,7 +30,8 @@ GZIP = b"\x1f\x8b"
 class Fetched:
     """A public file on disk.
 
-    verified: True, it has the published hash; False, none is published. new: whether it was downloaded by this call.
+    bytes: its size. md5, sha256: hexadecimal. verified: True: it has the published hash; False: no hash is published.
+    new: whether it was downloaded by this call.
     """
 
     path: Path
@@ -52,7 +53,7 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
         out = out / public.file
     with files.claimed(out) as partial:
         if out.exists():
-            found = _checked(public, out, new=False)
+            found = _check_file(public, out, new=False)
             download.forget(partial)  # of a process that was killed in its last step
             return found
         reasons = []
@@ -68,7 +69,7 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
                 return _finish(public, partial, out)
             except download.Unreachable as error:
                 reasons.append(str(error))
-            except _Wrong as error:
+            except _WrongFile as error:
                 download.forget(partial)
                 reasons.append(f"{address}: {error}")
         raise UserError(
@@ -90,21 +91,21 @@ def fetch_dataset(public: PublicDataset, out: Path | None = None, url: str | Non
     return [fetch(each, folder / each.file, base and f"{base}/{each.file}") for each in public.files]
 
 
-class _Wrong(UserError):
+class _WrongFile(UserError):
     """An address gives another file."""
 
 
 def _check_start(public: PublicFile, head: bytes, total: int | None) -> None:
-    """_Wrong where the first bytes or the total size of a download are not those of the file or of an archive."""
+    """_WrongFile where the first bytes or the total size of a download are not those of the file or of an archive."""
     if head.startswith(GZIP) and not _gzipped(public):
         return  # an archive, which has another size
     text = f"the download is not {public.file}: "
     if head[:1] in (b"<", b""):
-        raise _Wrong(text + ("it is a web page" if head else "it is empty"))
+        raise _WrongFile(text + ("it is a web page" if head else "it is empty"))
     if public.start and not head.startswith(public.start):
-        raise _Wrong(text + "it begins with other bytes")
+        raise _WrongFile(text + "it begins with other bytes")
     if public.size is not None and total is not None and total != public.size:
-        raise _Wrong(text + f"{total:,} bytes instead of {public.size:,}")
+        raise _WrongFile(text + f"{total:,} bytes instead of {public.size:,}")
 
 
 def _gzipped(public: PublicFile) -> bool:
@@ -113,17 +114,17 @@ def _gzipped(public: PublicFile) -> bool:
 
 
 def _finish(public: PublicFile, partial: Path, out: Path) -> Fetched:
-    """Unpack the download if it is an archive, check it, and rename it to `out`."""
+    """Unpack the download if it is an archive, check the file, and rename it to `out`; _WrongFile for another file."""
     with partial.open("rb") as file:
-        packed = file.read(2) == GZIP and not _gzipped(public)
-    ready = out.with_name(f"{out.name}.unpacked{files.PARTIAL}") if packed else partial
+        is_archive = file.read(2) == GZIP and not _gzipped(public)
+    ready = out.with_name(f"{out.name}.unpacked{files.PARTIAL}") if is_archive else partial
     try:
-        if packed:
+        if is_archive:
             _unpack(public, partial, ready)
-        found = _checked(public, ready, new=True)
+        found = _check_file(public, ready, new=True)
     except UserError as error:
         ready.unlink(missing_ok=True)
-        raise _Wrong(str(error)) from error
+        raise _WrongFile(str(error)) from error
     with files.explained(out):
         ready.replace(out)
         files.sync_folder(out.parent)
@@ -131,8 +132,11 @@ def _finish(public: PublicFile, partial: Path, out: Path) -> Fetched:
     return dataclasses.replace(found, path=out)
 
 
-def _checked(public: PublicFile, path: Path, *, new: bool) -> Fetched:
-    """The file at `path`; UserError where it is not `public`. new: it was just downloaded."""
+def _check_file(public: PublicFile, path: Path, *, new: bool) -> Fetched:
+    """Read the file at `path` and return its size and hashes; UserError where it is not `public`.
+
+    new: whether it was just downloaded; otherwise messages say that it exists.
+    """
     size = path.stat().st_size
     what = f"the download is not {public.file}" if new else f"{path} exists and is not {public.file}"
     advice = "" if new else "; move it away, or give another --out"
@@ -166,7 +170,7 @@ def _check_batch(path: Path) -> None:
 
 
 class _Limited(io.RawIOBase):
-    """A stream that gives at most `limit` bytes, then raises: an archive may be a zip bomb."""
+    """A stream of which at most `limit` bytes can be read; then `read` raises UserError. An archive may be a zip bomb."""
 
     def __init__(self, stream: gzip.GzipFile, limit: int):
         self._stream, self._left = stream, limit
@@ -175,6 +179,7 @@ class _Limited(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
+        # one byte beyond the limit is requested, to see whether there is one
         data = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(data)
         if self._left < 0:
@@ -183,7 +188,7 @@ class _Limited(io.RawIOBase):
 
 
 def _unpack(public: PublicFile, archive: Path, into: Path) -> None:
-    """Write the member with the file's name to `into`, and no other; links and folders of that name do not count."""
+    """Write the member that has the public file's name to `into`. Links and folders of that name are ignored."""
     with readable("the archive"), gzip.open(archive) as stream:
         try:
             with tarfile.open(fileobj=_Limited(stream, UNPACKED_BYTES), mode="r|") as tar:

@@ -24,8 +24,8 @@ GZIP = b"\x1f\x8b"
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array in `path`, which must have `dimensions` dimensions.
 
-    UserError where the file is cut off, longer than its header says, of another type or rank, or (gzipped) differs from
-    its checksum. No more is unpacked than the header says.
+    UserError where the file is cut off, is longer than its header says, has another type or rank, or (gzipped) differs
+    from its checksum. Only as many bytes are unpacked as the header states, and one more to see that the file ends.
     """
     try:
         file = path.open("rb")
@@ -46,6 +46,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _shape(path: Path, magic: bytes, stream: IO[bytes] | gzip.GzipFile, dimensions: int) -> tuple[int, ...]:
+    """The array's shape, read from the rest of the header. magic: the first four bytes, which `stream` has passed."""
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise UserError(f"{path} is no IDX file: it begins with {magic.hex(' ') or 'nothing'}")
     if magic[2] != UNSIGNED_BYTES:

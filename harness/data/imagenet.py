@@ -24,6 +24,7 @@ WORDNET_ID = r"n[0-9]{8}"
 
 @functools.cache
 def _table() -> tuple[tuple[str, int], ...]:
+    """(WordNet id, ILSVRC2012_ID) of the 1,000 classes, in the order of labels."""
     lines = (Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="ascii").splitlines()
     rows = tuple((line.split()[0], int(line.split()[1])) for line in lines if not line.startswith("#"))
     assert len(rows) == 1000 and [name for name, _ in rows] == sorted(name for name, _ in rows)
@@ -41,12 +42,12 @@ def devkit_ids() -> dict[str, int]:
 
 
 def plain_name(name: str) -> str:
-    """The file name as in ImageNet's tar: the copy on the Hugging Face hub appends the class to it."""
+    """The file name as in ImageNet's tar. The copy on the Hugging Face hub appends the class, which is removed here."""
     return re.sub(rf"^((?:{WORDNET_ID}|ILSVRC2012_val)_[0-9]+)_{WORDNET_ID}(?=\.|$)", r"\1", name)
 
 
 def named_class(name: str) -> str | None:
-    """The WordNet id in a file name; None: there is none."""
+    """The WordNet id at the beginning or end of a file name without its suffix; None: there is none."""
     stem = name.partition(".")[0]
     found = re.match(rf"({WORDNET_ID})_", stem) or re.search(rf"_({WORDNET_ID})$", stem)
     return found[1] if found else None
@@ -75,16 +76,18 @@ def check_folders(source: str, names: Sequence[str]) -> None:
 
 
 def check_labels(source: str, labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """UserError where labels are not in ImageNet's order, as far as the file names say. Returns notes on what was not checked.
+    """UserError where labels contradict the WordNet ids in file names, lie outside 0 to 999, or leave a class empty.
 
-    source: named in messages. labels: int64 (N,). names: of the files.
+    Returns notes for the user: names without a WordNet id, another number of images than in the training set.
+    source: named in messages. labels: int64 (N,). names: of the files, in the order of `labels`.
     """
     order = {name: label for label, name in enumerate(classes())}
-    expected = np.array([order.get(named_class(name) or "", -1) for name in names], np.int64)  # -1: not in the name
+    # label of the class in each file's name, int64 (N,); -1: no class in the name
+    expected = np.array([order.get(named_class(name) or "", -1) for name in names], np.int64)
     named = expected >= 0
     wrong = np.flatnonzero(named & (labels != expected))
     if len(wrong):
-        devkit = np.array([number for _, number in _table()], np.int64)
+        devkit = np.array([number for _, number in _table()], np.int64)  # ILSVRC2012_ID of each label
         for shift, text in ((1, "the order of the devkit (ILSVRC2012_ID of meta.mat, from 0)"), (0, "ILSVRC2012_ID")):
             if np.array_equal(labels[named], devkit[expected[named]] - shift):
                 raise UserError(

@@ -73,10 +73,10 @@ class ImageSet:
         return stored.swapaxes(1, 3).swapaxes(2, 3) / 127.5 - 1
 
     def downsampled(self, side: int) -> ImageSet:
-        """The images averaged over blocks of pixels down to `side` x `side`, rounded.
+        """The images averaged over blocks of pixels down to `side` x `side`, and rounded.
 
-        The set itself where the images are no multiple of that size, and where it is prepared: a prepared data set of
-        another resolution is another data set.
+        Returns this set unchanged if `side` does not divide the images' size, if the images have that size already, or
+        if the set is prepared: a prepared data set of another resolution is another data set.
         """
         if self.known_sha256 is not None:
             return self

@@ -1,11 +1,11 @@
 """Caches of latents: a data set encoded by an autoencoder, which training maps and never reads as a whole.
 
-    DIR/latents.npy   float32 (N, 2, 2, C, h, w): of each image and of its mirror image, mean and standard deviation of
-                      the posterior, as the autoencoder gives them: neither shifted nor scaled
+    DIR/latents.npy   float32 (N, 2, 2, C, h, w). Axis 1: the image, its mirror image. Axis 2: mean and standard
+                      deviation of the posterior, as the autoencoder gives them: neither shifted nor scaled
     DIR/labels.npy    int64 (N,)
     DIR/meta.json     `Meta`: images, autoencoder, and a hash of every chunk
 
-The second half is the encoding of the mirrored image, which is not the mirrored latent. float16 would be too coarse: the
+The encoding of the mirrored image is stored because it is not the mirrored latent. float16 would be too coarse: the
 means of Stable Diffusion's autoencoder reach 8 and more, where neighbouring float16 numbers are 1/128 apart, and the
 standard deviations of its posterior are about as small. ImageNet's latents at 256 pixels are 84 GB, at 512 pixels 336 GB.
 
@@ -71,7 +71,7 @@ class Meta:
 
     @property
     def scale(self) -> float:
-        """Of what the network learns, (z - shift) x scale."""
+        """The network learns (z - shift) x scale of the autoencoder's latents z."""
         return float(self.vae["scale_factor"])
 
     @property
@@ -103,7 +103,10 @@ class Meta:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSet:
-    """An open cache of latents; implements `Examples`. latents: float32 (N, 2, 2, C, h, w), mapped. labels: int64 (N,)."""
+    """An open cache of latents; implements `Examples`.
+
+    latents: float32 (N, 2, 2, C, h, w), mapped read-only; axes as in latents.npy. labels: int64 (N,).
+    """
 
     meta: Meta
     latents: np.ndarray
@@ -130,12 +133,14 @@ class LatentSet:
             raise UserError(problem)
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """Mean and standard deviation of images `rows`, int64 (n,), or of their mirror images where `mirrored`, bool (n,):
-        float32 (n, 2, C, h, w), a copy."""
+        """Mean and standard deviation of the posteriors, float32 (n, 2, C, h, w), a copy.
+
+        rows: images, int64 (n,). mirrored: where to take the mirror image instead, bool (n,).
+        """
         views = self.latents.reshape(-1, *self.latents.shape[2:])  # (2N, 2, C, h, w), the same map
-        wanted, size = 2 * rows + mirrored, views[0].nbytes
-        prefetch(self.latents, wanted * size, size)  # three times as fast from the disk
-        return np.asarray(views[wanted])
+        view_rows, nbytes = 2 * rows + mirrored, views[0].nbytes
+        prefetch(self.latents, view_rows * nbytes, nbytes)  # three times as fast from the disk
+        return np.asarray(views[view_rows])
 
     def to_model_input(self, stored: Any, normal: Normal) -> Any:
         """float32 (n, 2, C, h, w) to float32 (n, C, h, w): a sample of each posterior, shifted and scaled."""
@@ -178,7 +183,7 @@ def read_meta(folder: Path) -> Meta:
             and data["chunk_images"] == CHUNK_IMAGES
             and len(meta.chunks) == chunk_count(meta.shape[0])
             and data["sha256"] == meta.sha256
-            and bool(meta.identity)
+            and bool(meta.identity)  # KeyError where an item of `vae` is missing
             and {"name", "sha256", "resolution"} <= set(meta.images)
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -194,7 +199,7 @@ def load(folder: Path) -> LatentSet:
     """The cache in `folder`, mapped: only labels and meta.json are read."""
     meta = read_meta(folder)
     latents, labels = (
-        _opened(folder / name, dtype, shape)
+        _map_array(folder / name, dtype, shape)
         for name, dtype, shape in (
             (LATENTS, DTYPE, meta.shape),
             (LABELS, np.dtype("<i8"), meta.shape[:1]),
@@ -203,7 +208,8 @@ def load(folder: Path) -> LatentSet:
     return LatentSet(meta=meta, latents=latents, labels=np.array(labels))
 
 
-def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The npy at `path`, mapped read-only; UserError unless it has this dtype and shape."""
     with readable(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
@@ -214,7 +220,10 @@ def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def missing(folder: Path | None, protocol: Protocol) -> str | None:
-    """Why `folder` cannot be trained on under `protocol`, with the commands that make it, in one line; None: it can."""
+    """Why `protocol` cannot be trained on the latents in `folder`, and the commands that make them, in one line; None: it can.
+
+    folder: as --data names it; None: not given.
+    """
     name = "NAME" if protocol.dataset == "prepared" else protocol.dataset
     images, prepare = f"{name}-{protocol.resolution}", ""
     out = f"{images}-latents"
@@ -242,9 +251,10 @@ def missing(folder: Path | None, protocol: Protocol) -> str | None:
 
 def _autoencoder_for(protocol: Protocol) -> tuple[str, str]:
     """What to give --vae for latents of the protocol's size: a name, or "DIR" and an explanation of it."""
-    named = (KL_CONFIG["in_channels"], KL_CONFIG["latent_channels"], 2 ** (len(KL_CONFIG["block_out_channels"]) - 1))
+    # image channels, latent channels, pixels per latent cell along a side
+    ft_ema = (KL_CONFIG["in_channels"], KL_CONFIG["latent_channels"], 2 ** (len(KL_CONFIG["block_out_channels"]) - 1))
     side = protocol.resolution // protocol.input_size
-    if (protocol.image_channels, protocol.in_channels, side) == named:
+    if (protocol.image_channels, protocol.in_channels, side) == ft_ema:
         return "ft-ema", ""
     latents = f"latents of {protocol.in_channels} channels, a cell for {side}x{side} pixels"
     return "DIR", f" (DIR: an AutoencoderKL of diffusers for images of {protocol.image_channels} channels, {latents})"
@@ -261,13 +271,15 @@ def _mismatch(meta: Meta, protocol: Protocol) -> str | None:
 
 
 def verify(folder: Path) -> str:
-    """Compare every chunk with its hash. Returns what the cache is, in one line; UserError names a chunk that differs."""
-    found = load(folder)
-    meta, count = found.meta, len(found)
+    """Compare every chunk with its hash. Returns a description of the cache, in one line; UserError names a chunk that
+    differs.
+    """
+    cache = load(folder)
+    meta, count = cache.meta, len(cache)
     with Bar("verify", count, "images") as bar:
         for number, expected in enumerate(meta.chunks):
             part = slice(number * CHUNK_IMAGES, min((number + 1) * CHUNK_IMAGES, count))
-            if chunk_sha256(found.latents[part], found.labels[part]) != expected:
+            if chunk_sha256(cache.latents[part], cache.labels[part]) != expected:
                 raise UserError(
                     f"{folder}: the latents or labels of images {part.start} to {part.stop - 1} differ from their hash:"
                     " damaged; make the latents again"
@@ -276,6 +288,6 @@ def verify(folder: Path) -> str:
     side, vae = meta.images["resolution"], meta.vae
     size = "x".join(map(str, meta.latent))
     return (
-        f"latents {size} of {count:,} images of {found.name} at {side} pixels ({meta.images['sha256'][:12]}) by {vae['name']}"
+        f"latents {size} of {count:,} images of {cache.name} at {side} pixels ({meta.images['sha256'][:12]}) by {vae['name']}"
         f" ({vae['weights_sha256'][:12]}), scale {meta.scale:g}; {len(meta.chunks):,} chunks, every hash holds"
     )

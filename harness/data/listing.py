@@ -34,9 +34,9 @@ class ImageIndex:
     """All images of a source, to be read unit by unit.
 
     kind: of source, in words. classes: names, in the order of labels. labels: int64 (N,), ascending. names: of the image
-    files, in the same order. sizes: number of images of each unit, the part of a source that is read at once. in_order:
-    whether unit i holds the rows of chunk i in order; otherwise a unit holds any rows. read: read(unit) yields its
-    images. notes: lines for the user.
+    files, in the same order. A unit is a part of the source that is read at once. sizes: number of images of each unit.
+    in_order: whether unit i holds exactly the rows of chunk i, in order; otherwise a unit holds any rows. read:
+    read(unit) yields the images of that unit. notes: lines for the user.
     """
 
     kind: str
@@ -65,16 +65,16 @@ def index_files(
     entry: Callable[[int], Entry],
     notes: Sequence[str],
 ) -> ImageIndex:
-    """The index of files that can be read in any order: they are read in the order of rows.
+    """The index of files that can be opened in any order, so that they are read in the order of rows.
 
-    labels, names: as the files were found. entry: entry(i) is the i-th file found.
+    labels, names: of the files in the order in which they were found. entry: entry(i) is the i-th file in that order.
     """
     order = row_order(labels, names)
 
-    def read(unit: int) -> Iterator[IndexEntry]:
+    def read(unit: int) -> Iterator[IndexEntry]:  # unit `unit` is chunk `unit`
         for row in range(unit * CHUNK_IMAGES, min((unit + 1) * CHUNK_IMAGES, len(order))):
-            found = entry(int(order[row]))
-            yield IndexEntry(row, found.name, found.read)
+            file = entry(int(order[row]))
+            yield IndexEntry(row, file.name, file.read)
 
     return ImageIndex(
         kind=kind,
@@ -89,7 +89,10 @@ def index_files(
 
 
 def named_classes(source: Path, names: Iterable[str]) -> tuple[list[str], dict[str, int]]:
-    """The classes in the order of labels, and the label of each of `names`, by the rule of `class_labels`."""
+    """(names of all classes in the order of labels, label by name) of the class folders `names`, as in `class_labels`.
+
+    If the folders are numbers, the classes are 0 to the largest one, also those without a folder.
+    """
     labels, numbered = class_labels(names)
     return (numbered_classes(source, max(labels.values())) if numbered else list(labels)), labels
 

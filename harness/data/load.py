@@ -36,9 +36,9 @@ def training_data(protocol: Protocol, data: Path | None) -> Examples:
 
 
 def load_data(protocol: Protocol, data: Path | None) -> ImageSet:
-    """The images of the protocol's data set, averaged down to its resolution where they are a multiple of it.
+    """The images of the protocol's data set, averaged down to its resolution if that divides their size.
 
-    data: as --data names it; of a cache of latents, the images that it was made of are loaded.
+    data: as --data names it. If it is a cache of latents, the images that it was made of are loaded, as they are.
     """
     if data is not None and latents.is_cache(data):
         meta = latents.read_meta(data)
@@ -67,7 +67,7 @@ def open_image_set(source: str) -> NamedImages:
 
 
 def source_images(source_paths: dict[str, str], sha256: str, owner: str) -> ImageSet:
-    """The images that latents were made of; UserError where they are gone or have changed.
+    """The images that a cache of latents was made of; UserError where they are gone or have changed.
 
     source_paths: see `Examples`. sha256: of the images. owner: the run or cache that messages name.
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from harness.errors import UserError
-from harness.images.files import FILE_BYTES, PIXELS
+from harness.images.files import MAX_FILE_BYTES, MAX_PIXELS
 from harness.images.source import printable
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ PLAIN_MODES = ("RGB", "L")  # in others the conversion to RGB loses something or
 
 
 class Photograph(NamedTuple):
-    """A decoded image. pixels: uint8 (size, size, 3). note: how it was converted, where that may matter; None: not."""
+    """A decoded image. pixels: uint8 (size, size, 3). note: see `_note`; None: there is none."""
 
     pixels: np.ndarray
     note: str | None
@@ -34,21 +34,22 @@ class Broken(UserError):
 
 
 def decode(data: bytes, size: int, name: str) -> Photograph:
-    """Decode an image file to a square of `size` pixels per side. name: of the file, to compare its suffix with the content.
+    """Decode an image file and crop it to a square of `size` pixels per side.
 
-    Broken where it is no image, is cut off, has too many pixels (before or after resizing) or more than 8 bits per
-    channel. The orientation in EXIF is not applied, as in the field's preparations of ImageNet.
+    data: content of the file. name: of the file; a suffix that contradicts the content gives a note. Broken where it is
+    no image, is cut off, has too many pixels (before or after resizing) or more than 8 bits per channel. The orientation
+    in EXIF is not applied, as in ADM's and DiT's preparation of ImageNet.
     """
     from PIL import Image
 
-    if len(data) > FILE_BYTES:
-        raise Broken(f"more than {FILE_BYTES >> 20} MiB: no image of a data set is that large")
+    if len(data) > MAX_FILE_BYTES:
+        raise Broken(f"more than {MAX_FILE_BYTES >> 20} MiB: no image of a data set is that large")
     if not data:
         raise Broken("an empty file")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > PIXELS:
-                raise Broken(f"{image.width} x {image.height} pixels are more than {PIXELS}")
+            if image.width * image.height > MAX_PIXELS:
+                raise Broken(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             if image.mode[0] in "IF":  # I;16, I, F: Pillow would clip all above 255 to white
                 raise Broken(f"more than 8 bits a channel (colour mode {image.mode}); convert it to 8 bits")
             image.load()
@@ -66,8 +67,8 @@ def decode(data: bytes, size: int, name: str) -> Photograph:
 def center_crop(image: Image, size: int) -> Image:
     """ADM's center crop (openai/guided-diffusion, image_datasets.py, center_crop_arr; the same in DiT's train.py).
 
-    The image is halved by box averages while its shorter side is at least twice `size`, then resized bicubically until
-    that side is `size`, then cut to its middle. Broken where it would have more than PIXELS pixels before the cut.
+    While the shorter side is at least twice `size`, the image is halved by box averages. Then it is resized bicubically so
+    that this side is `size`, and cut to its middle. Broken where it would have more than MAX_PIXELS pixels before the cut.
     """
     from PIL.Image import Resampling
 
@@ -75,10 +76,10 @@ def center_crop(image: Image, size: int) -> Image:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > PIXELS:
+    if width * height > MAX_PIXELS:
         raise Broken(
             f"so narrow that {image.width} x {image.height} pixels would be resized to {width} x {height}, which is more "
-            f"than {PIXELS} pixels"
+            f"than {MAX_PIXELS} pixels"
         )
     image = image.resize((width, height), Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -86,6 +87,7 @@ def center_crop(image: Image, size: int) -> Image:
 
 
 def _note(image: Image, name: str) -> str | None:
+    """A note on a conversion to RGB, or on a suffix .jpg of a file that is no JPEG; None: neither."""
     if image.mode not in PLAIN_MODES:
         return f"{image.mode} {image.format} converted to RGB"
     if image.format not in ("JPEG", "MPO") and name.lower().endswith((".jpg", ".jpeg")):

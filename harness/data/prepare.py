@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 CHANNELS = 3
-MAX_BROKEN = 100  # images that cannot be used, after which the source is given up
-NAMED = 5  # files that a message names
-SPARE_BYTES = 1 << 20  # of the disk, for meta.json and the journal
-AHEAD = 4  # images that each thread decodes before they are needed
+MAX_BROKEN = 100  # after so many images that cannot be used, the source is given up
+MAX_NAMED = 5  # files that a message names
+SPARE_BYTES = 1 << 20  # space on the disk for meta.json and the journal
+DECODED_AHEAD = 4  # images per thread that are decoded before the writer needs them
 
 
 class Prepared(NamedTuple):
@@ -59,15 +59,16 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
     """Make the prepared data set `out` of the images at `source`, each cropped to `resolution` pixels per side.
 
     dataset: its name; for "imagenet" the classes are checked. threads: number of threads that decode; None: one per
-    core. UserError for a source that cannot be used, with its damaged images named, for a folder that holds something
-    else, and for a disk that is too small. If it is killed, the same call continues; a complete data set is left as it is.
+    core. UserError for a source that cannot be used (damaged images are named), for a folder `out` that holds something
+    else, and for a disk that is too small. If this is killed, the same call continues. A complete data set is not made
+    again.
     """
     check_name("data set", dataset)
     index = open_index(source, dataset)
     threads = threads or usable_cores()
     job = _Job(dataset=dataset, index=index, resolution=resolution, out=out)
     if job.exists():
-        return Prepared(out, job.existing(), False)
+        return Prepared(out, job.existing_meta(), False)
     need = job.needed_bytes()
     free = shutil.disk_usage(next(each for each in out.absolute().parents if each.is_dir())).free
     size = f"{need / 1e9:,.1f} GB" if need >= 1e8 else f"{need / 1e6:,.1f} MB"
@@ -82,14 +83,14 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
     with files.claimed_folder(job.partial), files.explained(job.partial):
         if job.exists():  # another process has made it since
             job.partial.rmdir()
-            return Prepared(out, job.existing(), False)
+            return Prepared(out, job.existing_meta(), False)
         job.resume()
         if job.done:
             logger.info(f"continues after {job.done:,} of {len(index.labels):,} images")
         for note in index.notes:
             logger.info(f"note: {note}")
         try:
-            job.read(threads)
+            job.decode_missing(threads)
             job.hash_chunks(threads)
         except KeyboardInterrupt:
             logger.info(f"stopped after {job.done:,} of {len(index.labels):,} images; the same command continues")
@@ -112,15 +113,17 @@ class _Job:
     resolution: int
     out: Path
     units: set[int] = field(default_factory=set)  # units of the source that are on the disk
-    chunks: dict[int, str] = field(default_factory=dict)  # hashes by number
-    remarks: dict[int, str] = field(default_factory=dict)  # on single images, by row
+    chunks: dict[int, str] = field(default_factory=dict)  # hash of each hashed chunk, by its number
+    image_notes: dict[int, str] = field(default_factory=dict)  # `Photograph.note` by row, of images that have one
 
     @property
     def partial(self) -> Path:
+        """The folder in which the data set is made."""
         return self.out.with_name(self.out.name + files.PARTIAL)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """Shape of images.npy, (N, H, W, C)."""
         return (len(self.index.labels), self.resolution, self.resolution, CHANNELS)
 
     @property
@@ -132,7 +135,7 @@ class _Job:
         """Whether `out` is a file or a folder that is not empty."""
         return self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
 
-    def existing(self) -> Meta:
+    def existing_meta(self) -> Meta:
         """The meta.json of the data set in `out`; UserError where it is not this data set."""
         if not self.out.is_dir() or not prepared.is_prepared(self.out):
             raise UserError(f"--out {self.out} holds something else; name a new or empty folder")
@@ -147,29 +150,30 @@ class _Job:
         return meta
 
     def resume(self) -> None:
-        """Read the journal of a process that was killed, or begin one."""
-        path = self.partial / JOURNAL
-        header = {
+        """Take over the progress in the journal of a process that was killed, or begin a journal."""
+        journal = self.partial / JOURNAL
+        first_line = {
             "data set": self.dataset, "resolution": self.resolution, "list of images": self.index.sha256,
             "kind of source": self.index.kind, "crop": CROP, "software": _software(),
         }  # fmt: skip
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # after the last line end is half a line
+        # what follows the last line end is an incomplete line
+        lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
         if not lines:
-            self._begin(path, header)
+            self._begin(journal, first_line)
             return
-        complete = 0  # bytes of the lines that were understood
+        valid_bytes = 0  # of the lines up to the first that is damaged
         for i, line in enumerate(lines):
             try:
                 entry = json.loads(line)
-                self._take(entry) if i else self._compare(entry, header)
+                self._apply(entry) if i else self._check_first_line(entry, first_line)
             except UserError:
                 raise
             except (ValueError, TypeError, KeyError, IndexError):
-                break  # a power cut left the rest
-            complete += len(line) + 1
-        os.truncate(path, complete)
+                break  # damaged by a power cut: this line and the rest are dropped
+            valid_bytes += len(line) + 1
+        os.truncate(journal, valid_bytes)
 
-    def _compare(self, found: dict[str, object], wanted: dict[str, object]) -> None:
+    def _check_first_line(self, found: dict[str, object], wanted: dict[str, object]) -> None:
         """UserError where the journal was begun for another data set."""
         for name, value in wanted.items():
             if found.get(name) != value:
@@ -177,67 +181,73 @@ class _Job:
                     f"{self.partial} was begun with another {name}; finish it as it was begun, or remove it, or name another --out"
                 )
 
-    def _begin(self, path: Path, header: dict[str, object]) -> None:
-        start = self.images_start()
+    def _begin(self, journal: Path, first_line: dict[str, object]) -> None:
+        """Write an images.npy of its final size, and the first line of the journal."""
+        header = self.npy_header()
         with (self.partial / prepared.IMAGES).open("wb") as file:
-            file.write(start)
-            file.truncate(len(start) + int(np.prod(self.shape, dtype=np.int64)))
+            file.write(header)
+            file.truncate(len(header) + int(np.prod(self.shape, dtype=np.int64)))
             os.fsync(file.fileno())
-        files.write_bytes(path, json.dumps(header).encode() + b"\n")
+        files.write_bytes(journal, json.dumps(first_line).encode() + b"\n")
 
-    def images_start(self) -> bytes:
-        """The header of images.npy."""
+    def npy_header(self) -> bytes:
+        """The npy header of images.npy: its bytes before the pixels."""
         out = io.BytesIO()
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
         return out.getvalue()
 
-    def _take(self, entry: dict[str, Any]) -> None:
-        """Take over a line of the journal."""
+    def _apply(self, entry: dict[str, Any]) -> None:
+        """Record in this job what a line of the journal says: a unit that is on the disk, or the hash of a chunk."""
         if "chunk" in entry:
             self.chunks[int(entry["chunk"])] = str(entry["sha256"])
             return
-        unit, remarks = int(entry["unit"]), {int(row): str(text) for row, text in entry["remarks"]}
-        self.index.sizes[unit]
+        unit, image_notes = int(entry["unit"]), {int(row): str(text) for row, text in entry["remarks"]}
+        self.index.sizes[unit]  # IndexError for a unit that does not exist
         if self.index.in_order:
             self.chunks[unit] = str(entry["sha256"])
         self.units.add(unit)
-        self.remarks |= remarks
+        self.image_notes |= image_notes
 
     def needed_bytes(self) -> int:
-        """Bytes that are still to be written."""
-        there = self.partial / prepared.IMAGES
-        taken = there.stat().st_blocks * 512 if there.exists() else 0
-        return max(0, int(np.prod(self.shape, dtype=np.int64)) - taken) + 8 * self.shape[0] + SPARE_BYTES
+        """Bytes of the disk that are still needed: for pixels, labels and SPARE_BYTES."""
+        images = self.partial / prepared.IMAGES
+        allocated = images.stat().st_blocks * 512 if images.exists() else 0
+        return max(0, int(np.prod(self.shape, dtype=np.int64)) - allocated) + 8 * self.shape[0] + SPARE_BYTES
 
-    def read(self, threads: int) -> None:
-        """Decode what is missing. UserError, after all other images are done, names those that cannot be used."""
+    def decode_missing(self, threads: int) -> None:
+        """Decode and write the units that are not on the disk yet.
+
+        UserError names the images that cannot be used. It is raised after all other images are written, or after
+        MAX_BROKEN images that cannot be used.
+        """
         with _Writer(self) as writer, ThreadPoolExecutor(threads) as pool:
             waiting: deque[tuple[int, IndexEntry, Future[Photograph]]] = deque()
             for unit in range(len(self.index.sizes)):
                 if unit in self.units:
                     continue
                 for each in self.index.read(unit):
-                    waiting.append((unit, each, pool.submit(_decoded, each, self.resolution)))
-                    if len(waiting) > AHEAD * threads:
+                    waiting.append((unit, each, pool.submit(_read_and_decode, each, self.resolution)))
+                    if len(waiting) > DECODED_AHEAD * threads:
                         writer.store(*waiting.popleft())
             while waiting:
                 writer.store(*waiting.popleft())
-            writer.check()
+            writer.refuse_broken()
 
     def hash_chunks(self, threads: int) -> None:
         """Hash the chunks that were not hashed while they were written."""
         sizes = chunk_sizes(self.shape[0])
-        missing = [each for each in range(len(sizes)) if each not in self.chunks]
+        missing = [chunk for chunk in range(len(sizes)) if chunk not in self.chunks]
         if not missing:
             return
-        images, start = self.partial / prepared.IMAGES, len(self.images_start())
+        images, data_start = self.partial / prepared.IMAGES, len(self.npy_header())
         with (
             (self.partial / JOURNAL).open("ab") as journal,
             ThreadPoolExecutor(threads) as pool,
-            Bar("hash", self.shape[0], "images", self.shape[0] - sum(sizes[each] for each in missing)) as bar,
+            Bar("hash", self.shape[0], "images", self.shape[0] - sum(sizes[chunk] for chunk in missing)) as bar,
         ):
             hashes = pool.map(
-                lambda each: prepared.stored_chunk_sha256(images, start, self.shape, each, self.index.labels), missing
+                lambda chunk: prepared.stored_chunk_sha256(images, data_start, self.shape, chunk, self.index.labels),
+                missing,
             )
             for chunk, sha256 in zip(missing, hashes, strict=True):
                 self.chunks[chunk] = sha256
@@ -252,7 +262,7 @@ class _Job:
             shape=self.shape,
             crop=CROP,
             classes=self.index.classes,
-            chunks=tuple(self.chunks[each] for each in range(chunk_count(self.shape[0]))),
+            chunks=tuple(self.chunks[chunk] for chunk in range(chunk_count(self.shape[0]))),
             source={"kind": self.index.kind, "listing_sha256": self.index.sha256},
             notes=(*self.index.notes, *self._summary()),
             software=_software(),
@@ -267,27 +277,27 @@ class _Job:
         return meta
 
     def _summary(self) -> list[str]:
-        """The remarks as notes, one line for each kind."""
-        rows: dict[str, list[int]] = {}
-        for row in sorted(self.remarks):
-            rows.setdefault(self.remarks[row], []).append(row)
+        """The notes on single images, one line for each text: the number of its images, and the names of the first."""
+        rows_by_text: dict[str, list[int]] = {}
+        for row in sorted(self.image_notes):
+            rows_by_text.setdefault(self.image_notes[row], []).append(row)
         return [
-            f"{text}: {len(found):,} ({_first_names([printable(self.index.names[row]) for row in found])})"
-            for text, found in rows.items()
+            f"{text}: {len(rows):,} ({_first_names([printable(self.index.names[row]) for row in rows])})"
+            for text, rows in rows_by_text.items()
         ]
 
 
 class _Writer:
-    """Writes decoded images to their rows, and complete units into the journal."""
+    """Writes decoded images to their rows of images.npy, and complete units into the journal and the job."""
 
     def __init__(self, job: _Job):
         self._job = job
-        self._start, self._bytes = len(job.images_start()), int(np.prod(job.shape[1:]))
-        self._left: dict[int, int] = {}  # number of images of a unit that are still to come
-        self._digest = hashlib.sha256()
-        self._remarks: list[tuple[int, str]] = []
-        self._broken: list[str] = []
-        self._incomplete: set[int] = set()
+        self._data_start, self._image_bytes = len(job.npy_header()), int(np.prod(job.shape[1:]))
+        self._left: dict[int, int] = {}  # by unit: number of its images that are still to come
+        self._digest = hashlib.sha256()  # of the images of the current unit
+        self._notes: list[tuple[int, str]] = []  # (row, note) of the current unit
+        self._broken: list[str] = []  # "name: reason" of images that cannot be used
+        self._incomplete: set[int] = set()  # units with such images
 
     def __enter__(self) -> _Writer:
         self._stack = contextlib.ExitStack()
@@ -300,7 +310,11 @@ class _Writer:
         self._stack.close()
 
     def store(self, unit: int, image: IndexEntry, photograph: Future[Photograph]) -> None:
-        """Write an image; those of a unit come before those of the next."""
+        """Write an image to its row, and the unit into the journal after its last image.
+
+        All images of a unit must be stored before those of the next. photograph: the result of decoding; an image that
+        cannot be used is recorded, and UserError is raised after MAX_BROKEN of them.
+        """
         left = self._left.setdefault(unit, self._job.index.sizes[unit]) - 1
         self._left[unit] = left
         try:
@@ -310,33 +324,35 @@ class _Writer:
             self._broken.append(f"{image.name}: {error}")
             logger.warning(f"cannot be used: {self._broken[-1]}")
             if len(self._broken) == MAX_BROKEN:
-                self.check()
+                self.refuse_broken()
         else:
-            _write_at(self._images.fileno(), np.ascontiguousarray(pixels).data, self._start + image.row * self._bytes)
+            offset = self._data_start + image.row * self._image_bytes
+            _write_at(self._images.fileno(), np.ascontiguousarray(pixels).data, offset)
             self._digest.update(pixels.data if pixels.flags.c_contiguous else pixels.tobytes())
             if note is not None:
-                self._remarks.append((image.row, note))
+                self._notes.append((image.row, note))
         self._bar.advance()
         if not left:
-            self._close(unit)
+            self._finish_unit(unit)
 
-    def _close(self, unit: int) -> None:
+    def _finish_unit(self, unit: int) -> None:
+        """Write the unit's line into the journal, unless one of its images cannot be used; begin the next unit."""
         job = self._job
-        entry: dict[str, Any] = {"unit": unit, "remarks": self._remarks}
+        entry: dict[str, Any] = {"unit": unit, "remarks": self._notes}
         if job.index.in_order:
             first = unit * CHUNK_IMAGES
             self._digest.update(np.ascontiguousarray(job.index.labels[first : first + CHUNK_IMAGES], "<i8").data)
             entry["sha256"] = self._digest.hexdigest()
-        self._digest, self._remarks = hashlib.sha256(), []
+        self._digest, self._notes = hashlib.sha256(), []
         if unit in self._incomplete:
             return
         _sync(self._images.fileno())
         self._journal.write(json.dumps(entry).encode() + b"\n")
         self._journal.flush()
         _sync(self._journal.fileno())
-        job._take(entry)
+        job._apply(entry)
 
-    def check(self) -> None:
+    def refuse_broken(self) -> None:
         """UserError that names the images that cannot be used, if there are any."""
         if not self._broken:
             return
@@ -348,7 +364,8 @@ class _Writer:
         )
 
 
-def _decoded(image: IndexEntry, size: int) -> Photograph:
+def _read_and_decode(image: IndexEntry, size: int) -> Photograph:
+    """The image cropped to `size` pixels per side; Broken where it cannot be used."""
     try:
         data = image.read()
     except OSError as error:
@@ -357,7 +374,7 @@ def _decoded(image: IndexEntry, size: int) -> Photograph:
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of `data`; a single call of the system may write less."""
+    """Write all of `data` at byte `offset`; a single call of pwrite may write less."""
     data = data.cast("B")
     while data:
         written = os.pwrite(descriptor, data, offset)
@@ -365,6 +382,7 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def _sync(descriptor: int) -> None:
+    """Flush an open file to the disk."""
     getattr(os, "fdatasync", os.fsync)(descriptor)  # macOS has only the latter
 
 
@@ -376,6 +394,7 @@ def _software() -> dict[str, str]:
     return {"pillow": __version__, "jpeg": f"libjpeg-turbo {turbo}" if turbo else str(features.version_codec("jpg"))}
 
 
-def _first_names(items: Sequence[str], between: str = ", ") -> str:
-    """The first NAMED items, and how many more there are."""
-    return between.join(items[:NAMED]) + (f"{between}and {len(items) - NAMED:,} more" if len(items) > NAMED else "")
+def _first_names(items: Sequence[str], separator: str = ", ") -> str:
+    """The first MAX_NAMED items, and how many more there are."""
+    more = f"{separator}and {len(items) - MAX_NAMED:,} more" if len(items) > MAX_NAMED else ""
+    return separator.join(items[:MAX_NAMED]) + more

@@ -57,12 +57,12 @@ class Meta:
 
     @property
     def images(self) -> int:
-        """N."""
+        """Number of images, N."""
         return self.shape[0]
 
     @property
     def resolution(self) -> int:
-        """H = W."""
+        """Pixels per side, H = W."""
         return self.shape[1]
 
     @property
@@ -153,14 +153,14 @@ def read_meta(folder: Path) -> Meta:
 def damaged_chunks(folder: Path, meta: Meta, progress: Callable[[int], object], threads: int) -> list[int]:
     """Numbers of the chunks that differ from their hashes; every byte is read.
 
-    progress: progress(n) is called after each n images. threads: number of threads that read and hash.
+    progress: called after every chunk with its number of images. threads: number of threads that read and hash.
     """
     images, labels = open_arrays(folder, meta)
     with ThreadPoolExecutor(threads) as pool:
 
         def sound(chunk: int) -> bool:
-            found = stored_chunk_sha256(folder / IMAGES, images.offset, meta.shape, chunk, labels)
-            return found == meta.chunks[chunk]
+            sha256 = stored_chunk_sha256(folder / IMAGES, images.offset, meta.shape, chunk, labels)
+            return sha256 == meta.chunks[chunk]
 
         damaged = []
         for chunk, (fine, size) in enumerate(
@@ -174,8 +174,8 @@ def damaged_chunks(folder: Path, meta: Meta, progress: Callable[[int], object], 
 
 def open_arrays(folder: Path, meta: Meta) -> tuple[np.memmap, np.ndarray]:
     """Images uint8 (N, H, W, C), mapped read-only, and labels int64 (N,), in memory; UserError unless they fit `meta`."""
-    images = _opened(folder / IMAGES, np.dtype(np.uint8), meta.shape)
-    labels = np.array(_opened(folder / LABELS, np.dtype(np.int64), meta.shape[:1]))
+    images = _map_array(folder / IMAGES, np.dtype(np.uint8), meta.shape)
+    labels = np.array(_map_array(folder / LABELS, np.dtype(np.int64), meta.shape[:1]))
     outside = (labels < 0) | (labels >= len(meta.classes))
     if outside.any():
         row = int(np.argmax(outside))
@@ -186,7 +186,8 @@ def open_arrays(folder: Path, meta: Meta) -> tuple[np.memmap, np.ndarray]:
     return images, labels
 
 
-def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """The npy at `path`, mapped read-only; UserError unless it has this dtype and shape."""
     with readable(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
@@ -216,7 +217,7 @@ def load_imagenet(folder: Path) -> ImageSet:
 
 
 def missing_imagenet(folder: Path | None, resolution: int | None = None) -> str | None:
-    """As `missing`, for ImageNet."""
+    """As `missing`, for ImageNet: another data set in `folder` is a reason too."""
     if folder is None:
         return f"name its prepared folder with --data{_command('imagenet', resolution)}"
     if (problem := _mismatch(folder, resolution, "imagenet")) is not None:
@@ -226,6 +227,7 @@ def missing_imagenet(folder: Path | None, resolution: int | None = None) -> str 
 
 
 def _mismatch(folder: Path, resolution: int | None, name: str) -> str | None:
+    """Why `folder` is no prepared data set of `resolution`, in one line; None: it is. name: the data set in the command."""
     if not folder.is_dir() or not is_prepared(folder):
         return f"{folder} is no prepared data set{_command(name, resolution)}"
     try:
@@ -238,10 +240,11 @@ def _mismatch(folder: Path, resolution: int | None, name: str) -> str | None:
 
 
 def _command(name: str, resolution: int | None) -> str:
+    """The end of a message: the command that makes the data set."""
     size = "" if resolution is None else f" --resolution {resolution}"
     return f"; `harness data prepare {name} --from PATH --out DIR{size}` makes it"
 
 
 def facts(meta: Meta) -> dict[str, Any]:
-    """The data set as `harness data prepare --json` prints it."""
+    """The data set as `harness data prepare --json` prints it: meta.json, but "chunks" is their number."""
     return {**json.loads(json.dumps(dataclasses.asdict(meta))), "sha256": meta.sha256, "chunks": len(meta.chunks)}

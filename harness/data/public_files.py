@@ -18,8 +18,9 @@ _BATCHES = GRAPH_URL.rpartition("/")[0]
 class PublicFile:
     """A file that others publish.
 
-    name: for `harness data fetch`. file: its name on disk. urls: tried in turn; a gzipped tar that holds the file is
-    unpacked. size: in bytes; size, md5: None where they are not published. start: its first bytes; empty: not checked.
+    name: for `harness data fetch`. file: its name on disk. urls: tried in turn; an address may also give a gzipped tar
+    that holds the file. size: in bytes; size and md5 are None where they are not published. start: the file's first
+    bytes; empty: not checked.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PublicFile:
 
 
 def _batch(name: str, path: str, summary: str, size: int | None = None, md5: str | None = None) -> PublicFile:
+    """A reference batch of ADM. path: below the address of all batches."""
     return PublicFile(
         name=name,
         file=path.rpartition("/")[2],

@@ -22,26 +22,26 @@ ROWS_PER_READ = 256
 
 
 def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
-    """The index of the images in `files`, which are in the folder `source` or are it."""
+    """The index of the images in `files`. source: their folder, or the only file itself."""
     parquet = _pyarrow()
     labels: list[int] = []
     names: list[str] = []
-    known: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None  # of the first file that has them
     groups: list[tuple[Path, int, int]] = []  # file, row group, number of images before it
     sizes: list[int] = []  # images of each row group
     for path in files:
         with readable(path), parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow)
-            known = known or _class_names(file.schema_arrow)
+            class_names = class_names or _class_names(file.schema_arrow)
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=["image.path", "label"])
-                found = table.column("label").to_pylist()
-                if None in found:
-                    raise UserError(f"{path}: image {found.index(None)} of row group {group} has no label")
-                if found:
+                group_labels = table.column("label").to_pylist()
+                if None in group_labels:
+                    raise UserError(f"{path}: image {group_labels.index(None)} of row group {group} has no label")
+                if group_labels:
                     groups.append((path, group, len(labels)))
-                    sizes.append(len(found))
-                labels += found
+                    sizes.append(len(group_labels))
+                labels += group_labels
                 paths = [each["path"] for each in table.column("image").to_pylist()]
                 names += [_name(each, len(names) + i) for i, each in enumerate(paths)]
     if not labels:
@@ -56,16 +56,16 @@ def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
         notes = imagenet.check_labels(str(source), np.array(labels), names)
         classes = imagenet.classes()
     else:
-        classes = tuple(known or (str(each) for each in range(max(labels) + 1)))
+        classes = tuple(class_names or (str(each) for each in range(max(labels) + 1)))
         if max(labels) >= len(classes):
             raise UserError(
                 f"{source}: label {max(labels)} is outside the {len(classes)} classes that its schema names"
             )
     order = row_order(labels, names)
-    rows = np.empty(len(order), np.int64)  # row of each image as it was found
+    rows = np.empty(len(order), np.int64)  # row of each image in the data set, by its position in the files
     rows[order] = np.arange(len(order))
 
-    def read(unit: int) -> Iterator[IndexEntry]:
+    def read(unit: int) -> Iterator[IndexEntry]:  # a unit is a row group
         path, group, first = groups[unit]
         with readable(path), parquet.ParquetFile(path) as file:
             i = first
@@ -73,7 +73,7 @@ def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
                 for image in batch.column("image"):
                     data: bytes = image["bytes"].as_py() or b""
                     name = f"{path.name}:{printable(names[i])}"
-                    yield IndexEntry(int(rows[i]), name, functools.partial(bytes, data))
+                    yield IndexEntry(int(rows[i]), name, functools.partial(bytes, data))  # a call returns `data`
                     i += 1
 
     return ImageIndex(
@@ -89,6 +89,7 @@ def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
 
 
 def _pyarrow() -> Any:
+    """The module pyarrow.parquet; UserError where it is not installed."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -99,17 +100,17 @@ def _pyarrow() -> Any:
 
 
 def _check_columns(path: Path, schema: Any) -> None:
-    """UserError where a file has not the columns that the datasets library writes. schema: a pyarrow.Schema."""
+    """UserError where a file does not have the columns that the datasets library writes. schema: a pyarrow.Schema."""
     import pyarrow
 
-    def wanted() -> bool:
+    def has_columns() -> bool:
         image, label = schema.field("image").type, schema.field("label").type
         parts = {image.field(i).name: image.field(i).type for i in range(image.num_fields)}
         binary = pyarrow.types.is_binary(parts["bytes"]) or pyarrow.types.is_large_binary(parts["bytes"])
         return binary and "path" in parts and pyarrow.types.is_integer(label)
 
     try:
-        sound = wanted()
+        sound = has_columns()
     except (KeyError, AttributeError):
         sound = False
     if not sound:
@@ -129,6 +130,6 @@ def _class_names(schema: Any) -> tuple[str, ...] | None:
 
 
 def _name(path: str | None, i: int) -> str:
-    """The file name of the i-th image found, or its number where the data set has none."""
+    """The file name of image number `i` in the files, without its folder; if it has none, the number."""
     base = (path or "").replace("\\", "/").rpartition("/")[2]
     return imagenet.plain_name(base) if base else f"{i:010d}"

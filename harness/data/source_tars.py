@@ -19,9 +19,9 @@ OFFICIAL = "ILSVRC2012_img_train.tar"
 
 
 def index_tars(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
-    """The index of the images in `tars`, which are in the folder `source` or are it.
+    """The index of the images in `tars`: one tar of class tars, class tars named by WordNet ids, or webdataset's shards.
 
-    They are one tar of class tars, class tars named by WordNet ids, or webdataset's shards.
+    source: the folder of the tars, or the only tar itself.
     """
     if len(tars) == 1:
         with readable(tars[0]):
@@ -38,15 +38,17 @@ def index_tars(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
     return _shards(source, tars, dataset)
 
 
-class _Found:
-    """The images in tars in the order of reading, in little memory: ImageNet has 1.3 million."""
+class _TarImages:
+    """Where the images in tars are, in the order in which they were added; uses little memory for ImageNet's 1.3 million."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self._tars: list[Path] = []
-        self._tar, self._begin, self._size = array("q"), array("q"), array("q")  # of each image; _tar: index in _tars
+        # of each image: index of its tar in _tars, byte of the tar where it begins, size in bytes
+        self._tar, self._begin, self._size = array("q"), array("q"), array("q")
 
     def add(self, path: Path, name: str, begin: int, size: int) -> None:
+        """Add the image of `size` bytes from byte `begin` of the tar in `path`."""
         if not self._tars or self._tars[-1] != path:
             self._tars.append(path)
         self.names.append(name)
@@ -55,13 +57,14 @@ class _Found:
         self._size.append(size)
 
     def entry(self, i: int) -> Entry:
+        """The image that was added as number `i`, from 0."""
         path = self._tars[self._tar[i]]
         name = printable(f"{path.name}:{self.names[i]}")
         return Entry(name=name, path=path, offset=self._begin[i], size=self._size[i])
 
 
 def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dataset: str) -> ImageIndex:
-    """The index of one tar a class: (class, file, first byte, bytes; None: the whole file)."""
+    """The index of `tars`, one for each class: (class, file, byte where the tar begins, its bytes or None: up to the end)."""
     tars = sorted(tars)
     classes = [name for name, *_ in tars]
     if len(set(classes)) != len(classes):
@@ -69,7 +72,7 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
     if dataset == imagenet.NAME:
         imagenet.check_folders(str(source), classes)
     classes, by_name = named_classes(source, classes)
-    found = _Found()
+    found = _TarImages()
     labels: list[int] = []
     others: list[str] = []
     for name, path, begin, size in tars:
@@ -86,7 +89,7 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
 
 def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
     """The index of webdataset's shards, KEY.jpg beside KEY.cls."""
-    found, total = _Found(), 0
+    found, total = _TarImages(), 0
     labels: list[int] = []
     others: list[str] = []
     for path in tars:
@@ -134,10 +137,14 @@ def _index(
     kind: str,
     classes: list[str] | None,  # None: named by their numbers
     labels: list[int],
-    found: _Found,
+    found: _TarImages,
     others: list[str],  # names of the members that are no images
     dataset: str,
 ) -> ImageIndex:
+    """The index of the images `found`, with a note on other members; UserError where there are no images.
+
+    labels: of the images, in the order of `found`. For ImageNet the labels are checked.
+    """
     if not labels:
         raise UserError(f"--from {source}: no images ({', '.join(SUFFIXES)}) in it")
     notes = (

@@ -53,6 +53,7 @@ def open_index(source: Path, dataset: str) -> ImageIndex:
 
 
 def _visible(folder: Path) -> list[Path]:
+    """The sorted paths in a folder, without those that begin with a dot."""
     try:
         return sorted(each for each in folder.iterdir() if not each.name.startswith("."))
     except OSError as error:
@@ -60,16 +61,17 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _training_split(paths: Iterable[Path]) -> list[Path]:
-    """The shards in natural order; only those of the training split, if the names say which they are."""
-    found = natural_sorted(each for each in paths if not each.name.startswith("."))
-    return [each for each in found if re.search(rf"(^|[^a-z]){TRAINING}", each.name.lower())] or found
+    """The shards in natural order: those with "train" in their names, or all if no name has it."""
+    shards = natural_sorted(each for each in paths if not each.name.startswith("."))
+    return [each for each in shards if re.search(rf"(^|[^a-z]){TRAINING}", each.name.lower())] or shards
 
 
 def _class_folders(source: Path, dataset: str) -> ImageIndex:
+    """The index of the images in DIR/CLASS. DIR is `source`/train if that exists and holds no images itself, else `source`."""
     folders = [each for each in _visible(source) if each.is_dir()]
-    below = next((each for each in folders if each.name == TRAINING), None)
-    if below is not None and not any(_is_image(each) for each in _visible(below)):
-        return _class_folders(below, dataset)
+    train = next((each for each in folders if each.name == TRAINING), None)
+    if train is not None and not any(_is_image(each) for each in _visible(train)):  # with images it would be a class
+        return _class_folders(train, dataset)
     if not folders:
         raise UserError(f"--from {source}: no class folders in it; images are prepared from {KINDS}")
     if dataset == imagenet.NAME:

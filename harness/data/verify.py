@@ -21,7 +21,8 @@ from harness.io.progress import Bar
 class Verdict(NamedTuple):
     """The result of a verification without errors.
 
-    kind: of file. holds: True, all hashes are right; None, there is no hash to compare with. text: one line.
+    kind: of file, in words. holds: True: all hashes are right; None: there is no hash to compare with. text: what the
+    file is, in one line.
     """
 
     kind: str
@@ -54,6 +55,7 @@ def verify(path: Path) -> Verdict:
 
 
 def _prepared(folder: Path) -> Verdict:
+    """Compare every chunk of a prepared data set with its hash."""
     meta = read_meta(folder)
     if meta.name == imagenet.NAME and meta.classes != imagenet.classes():
         pairs = enumerate(zip(meta.classes, imagenet.classes(), strict=False))
@@ -75,6 +77,7 @@ def _prepared(folder: Path) -> Verdict:
 
 
 def _npz(path: Path) -> Verdict:
+    """Check a reference of this harness against its description, or a reference batch of ADM against its published md5."""
     source = open_images(path)
     with open_npz_file(path) as file:
         if (damaged := file.damaged_member()) is not None:
@@ -105,7 +108,7 @@ def _npz(path: Path) -> Verdict:
 
 
 def _check_about(path: Path, about: About) -> None:
-    """UserError where a reference file differs from its description."""
+    """UserError where the arrays of a reference file differ from its description `about`."""
     source = open_images(path)
     with open_npz_file(path) as file:
         arrays = {name: file.read(name) for name in file.names if name in (*STATISTICS, "label_counts")}

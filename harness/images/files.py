@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FILE_BYTES = 1 << 28  # largest image file
-PIXELS = 1 << 26  # most pixels of an image (8192 x 8192); it is refused before it is decoded
+MAX_FILE_BYTES = 1 << 28  # of an image file
+MAX_PIXELS = 1 << 26  # of an image (8192 x 8192); a larger one is refused before it is decoded
 HEAD_BYTES = 32  # enough of a file to know its format
 
 
@@ -40,15 +40,18 @@ class Entry:
     offset: int = 0
     size: int | None = None  # None: up to the end of the file
 
-    def read(self, limit: int = FILE_BYTES) -> bytes:
-        """Its bytes, or the first `limit` + 1 of them, so that a caller sees that there are more."""
+    def read(self, limit: int = MAX_FILE_BYTES) -> bytes:
+        """All its bytes, or the first `limit` + 1 if it has more than `limit`, so that the caller sees that it has more."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(limit + 1 if self.size is None else min(self.size, limit + 1))
 
 
 def _sniff(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]:
-    """(format, whether it stores with loss, (H, W)) by the first HEAD_BYTES of a file; no size where they do not say it."""
+    """(format, whether its compression is lossy, (H, W) or None) by the first HEAD_BYTES of a file.
+
+    The size is known for PNG alone. UserError for other formats. name: used in messages.
+    """
     if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":
         width, height = struct.unpack(">II", head[16:24])
         return "PNG", False, (height, width)
@@ -60,7 +63,10 @@ def _sniff(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare every chunk with its checksum, from the signature to IEND: Pillow skips those of the pixels."""
+    """Compare every chunk with its checksum, up to IEND; Pillow does not check the chunks of the pixels.
+
+    `Damaged` for a broken file, UserError for 16 bits per channel and for an animation. data: the whole file.
+    """
     position, kind, first = 8, b"", True
     while kind != b"IEND":
         if position + 12 > len(data):
@@ -81,7 +87,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
-    """The image, uint8 (H, W, C), and a note on how it was converted; None: it was not."""
+    """(the image, uint8 (H, W, C); a note on how it was converted, or None). UserError, with the file's name, for others."""
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     plugins: dict[str, Callable[[io.BytesIO], Image]] = {
@@ -97,13 +103,13 @@ def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
         ) from error
     kind, _, _ = _sniff(data[:HEAD_BYTES], entry.name)
     try:
-        if len(data) > FILE_BYTES:
-            raise UserError(f"more than {FILE_BYTES >> 20} MiB; no image of this harness is that large")
+        if len(data) > MAX_FILE_BYTES:
+            raise UserError(f"more than {MAX_FILE_BYTES >> 20} MiB; no image of this harness is that large")
         if kind == "PNG":
             _check_png(data)
         with plugins[kind](io.BytesIO(data)) as image:  # the format is known; Image.open would try all of them
-            if image.width * image.height > PIXELS:
-                raise UserError(f"{image.width} x {image.height} pixels are more than {PIXELS}; resize it first")
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}; resize it first")
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError("an animation; keep one picture a file")
             image.load()
@@ -117,7 +123,10 @@ def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
 
 
 def _plain(image: Image) -> tuple[np.ndarray, str | None]:
-    """An image of Pillow as grey or RGB, uint8 (H, W, C), and a note on the conversion; what would lose is refused."""
+    """(a Pillow image as grey or RGB, uint8 (H, W, C); a note on the conversion, or None).
+
+    UserError for a mode whose conversion would lose something.
+    """
     mode, note = image.mode, None
     if "transparency" in image.info and mode != "P":
         raise UserError("has a transparent colour; save it as plain RGB or grey")
@@ -138,10 +147,11 @@ def _plain(image: Image) -> tuple[np.ndarray, str | None]:
 
 
 def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, notes: list[str]) -> ImageSource:
-    """The source of image files in the order given. Sizes are compared as early as the formats allow.
+    """The source of image files, in the order of `entries`. Sizes are compared as early as the formats allow.
 
     labels: one per entry, or None.
     """
+    # `read` returns one byte more than its limit
     sniffed = [_sniff(entry.read(HEAD_BYTES - 1), entry.name) for entry in entries]
     first, _ = _decode(entries[0])
     height, width, channels = first.shape
@@ -179,5 +189,8 @@ def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, n
     return source
 
 
-def _mixed(one: Entry, shape: tuple[int, ...], other: Entry, found: tuple[int, ...]) -> UserError:
-    return UserError(f"{one.name} is {shape} and {other.name} {found} (H, W, C): bring all images to one size first")
+def _mixed(one: Entry, shape: tuple[int, ...], other: Entry, other_shape: tuple[int, ...]) -> UserError:
+    """The error for two images of different shapes."""
+    return UserError(
+        f"{one.name} is {shape} and {other.name} {other_shape} (H, W, C): bring all images to one size first"
+    )

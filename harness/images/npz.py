@@ -41,7 +41,7 @@ NO_CHECKSUM = "an npy has no checksum: damaged pixels cannot be detected"
 
 
 class Header(NamedTuple):
-    """What an npy says of its array. raw: the bytes up to the array's first."""
+    """The header of an npy. fortran: whether the array is in Fortran order. raw: the bytes of the file before the array."""
 
     dtype: np.dtype
     fortran: bool
@@ -65,7 +65,10 @@ _ITEM = re.compile(
 
 
 def _read_header(stream: IO[bytes], name: str) -> Header:
-    """The header of the npy that begins at the position of `stream`, which stands on the array's bytes afterwards."""
+    """Read the header of the npy that begins at the position of `stream`, and leave `stream` at the array's first byte.
+
+    name: used in messages.
+    """
     start = stream.read(8)
     if len(start) < 8 or start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
         raise Damaged(f"{name} is not an npy array")
@@ -74,19 +77,19 @@ def _read_header(stream: IO[bytes], name: str) -> Header:
     text = stream.read(size) if size <= 1 << 16 else b""
     if len(text) != size or size == 0:
         raise Damaged(f"{name} has a broken npy header")
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}  # descr, fortran and shape as text
     position, body = 0, text.decode("latin1").strip()
     inner = body[1:-1] if body[:1] == "{" and body[-1:] == "}" else ""
     while match := _ITEM.match(inner, position):
-        found |= {key: value for key, value in match.groupdict().items() if value is not None}
+        fields |= {key: value for key, value in match.groupdict().items() if value is not None}
         position = match.end()
-    if position != len(inner) or len(found) != 3:
+    if position != len(inner) or len(fields) != 3:
         raise Damaged(f"{name} is not a plain npy array")
-    dtype = np.dtype(found["descr"])
+    dtype = np.dtype(fields["descr"])
     if dtype.hasobject:
         raise UserError(f"{name} holds Python objects, which would have to be executed; {WANTED}")
-    shape = tuple(int(side.rstrip("L")) for side in found["shape"].replace(" ", "").split(",") if side)
-    return Header(dtype, found["fortran"] == "True", shape, start + field + text)
+    shape = tuple(int(side.rstrip("L")) for side in fields["shape"].replace(" ", "").split(",") if side)
+    return Header(dtype, fields["fortran"] == "True", shape, start + field + text)
 
 
 class NpzFile:
@@ -118,7 +121,7 @@ class NpzFile:
         return self._infos[f"{name}.npy"]
 
     def header(self, name: str) -> Header:
-        """The header of an array, which agrees with the member's size."""
+        """The header of the array `name`; `Damaged` where it contradicts the member's size."""
         info = self.info(name)
         with self._archive.open(info) as member:
             header = _read_header(member, f"{self.path}: {name}")
@@ -128,7 +131,7 @@ class NpzFile:
     def read(self, name: str, rows: int | None = None) -> np.ndarray:
         """The array `name`, read into memory and compared with its checksum.
 
-        rows: read the first ones alone; then the checksum is not compared, and Fortran order is refused.
+        rows: number of first rows to read instead of all; then the checksum is not compared, and Fortran order is refused.
         """
         header = self.header(name)
         if rows is not None and (not header.shape or (header.fortran and len(header.shape) > 1)):
@@ -144,7 +147,7 @@ class NpzFile:
 
     @contextmanager
     def stream(self, name: str, header: Header) -> Iterator[IO[bytes]]:
-        """The bytes of an array whose header was read before."""
+        """The bytes of the array `name`, without its header. header: as `self.header` returns it."""
         with self._archive.open(self.info(name)) as member:
             member.read(len(header.raw))
             yield member
@@ -172,13 +175,13 @@ def open_npz(path: Path) -> ImageSource:
         info, labels = file.info("arr_0"), _read_labels(file, shape[0])
         extra = [printable(name) for name in file.names if name not in ("arr_0", "arr_1")]
         images: np.ndarray | None = None
-        chunks: Callable[[int], Iterator[np.ndarray]] = partial(_deflated, path, header, shape)
+        chunks: Callable[[int], Iterator[np.ndarray]] = partial(_deflated_chunks, path, header, shape)
         if header.fortran:
             with file.stream("arr_0", header) as member:
                 images = _from_fortran(f"{path}: arr_0", member, header)
             chunks = slices(images)
         elif info.compress_type == zipfile.ZIP_STORED:
-            stored = _Stored(path, info, header, shape)
+            stored = _StoredImages(path, info, header, shape)
             images, chunks = stored.images, stored.chunks
     return ImageSource(str(path), shape[1:], chunks, count=shape[0], labels=labels, extra_arrays=extra, mapped=images)
 
@@ -207,7 +210,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         labels = _read_labels(file, shape[0])
         if header.fortran or info.compress_type != zipfile.ZIP_STORED:
             return file.read("arr_0"), labels
-        stored = _Stored(path, info, header, shape)
+        stored = _StoredImages(path, info, header, shape)
         for _ in stored.chunks(shape[0]):
             pass
         return stored.images, labels
@@ -216,7 +219,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def read_npz_head(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None]:
     """The first `count` images of an npz, uint8 (n, H, W, C), and their labels, int64 (n,) or None.
 
-    No more of the file is read, so that ten of 50,000 images can be shown at once; their checksum is not compared.
+    The other images are not read, so that ten of 50,000 can be shown at once; the images' checksum is not compared.
     """
     with open_npz_file(path) as file:
         _, shape = _image_header(file)
@@ -270,8 +273,11 @@ def _read_labels(file: NpzFile, count: int) -> np.ndarray | None:
     return file.read("arr_1").astype(np.int64)
 
 
-def _streamed(stream: IO[bytes], shape: tuple[int, int, int, int], size: int) -> Iterator[np.ndarray]:
-    """uint8 arrays from bytes in C order; `stream` stands on the first."""
+def _read_batches(stream: IO[bytes], shape: tuple[int, int, int, int], size: int) -> Iterator[np.ndarray]:
+    """Yields uint8 (n, H, W, C) of at most `size` images, read from `stream`, which stands on the first image.
+
+    shape: (N, H, W, C). `Damaged` where more bytes follow.
+    """
     left, step = shape[0], images_per_chunk(shape[1:], size)
     while left:
         n = min(step, left)
@@ -282,13 +288,14 @@ def _streamed(stream: IO[bytes], shape: tuple[int, int, int, int], size: int) ->
         raise Damaged("there are more bytes than images")
 
 
-def _deflated(path: Path, header: Header, shape: tuple[int, int, int, int], size: int) -> Iterator[np.ndarray]:
+def _deflated_chunks(path: Path, header: Header, shape: tuple[int, int, int, int], size: int) -> Iterator[np.ndarray]:
+    """`ImageSource.chunks` of images that are stored compressed."""
     with open_npz_file(path) as file, file.stream("arr_0", header) as member:
-        yield from _streamed(member, shape, size)
+        yield from _read_batches(member, shape, size)
 
 
 def _from_fortran(name: str, stream: IO[bytes], header: Header) -> np.ndarray:
-    """An array in Fortran order, read whole and made C-contiguous."""
+    """A uint8 array in Fortran order, read into memory and copied to C order; UserError above WHOLE_BYTES."""
     if header.nbytes > WHOLE_BYTES:
         raise UserError(f"{name} is {header.nbytes / 2**30:.1f} GiB in Fortran order; save np.ascontiguousarray of it")
     data = np.frombuffer(stream.read(header.nbytes), np.uint8)
@@ -297,20 +304,23 @@ def _from_fortran(name: str, stream: IO[bytes], header: Header) -> np.ndarray:
     return np.ascontiguousarray(data.reshape(header.shape, order="F"))
 
 
-class _Stored:
+class _StoredImages:
     """Images stored uncompressed: mapped, and compared with the zip's checksum in the first pass over `chunks`."""
 
     def __init__(self, path: Path, info: zipfile.ZipInfo, header: Header, shape: tuple[int, int, int, int]):
         with path.open("rb") as file:
-            file.seek(info.header_offset + 26)  # the local header's own lengths: they may differ from the directory's
+            # lengths of name and extra field in the local header, which may differ from those in the zip's directory
+            file.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", file.read(4))
         start = info.header_offset + 30 + name + extra
         if info.compress_size != info.file_size or start + info.file_size > path.stat().st_size:
             raise Damaged("its directory contradicts its content")
         self.images = np.memmap(path, np.uint8, "r", start + len(header.raw), shape)
-        self._path, self._info, self._raw, self._sound = path, info, header.raw, False
+        self._path, self._info, self._raw = path, info, header.raw
+        self._sound = False  # whether a pass has compared the checksum
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """Yields uint8 (n, H, W, C), views of the map; UserError after the last one where the checksum differs."""
         crc, step = zlib.crc32(self._raw), images_per_chunk(self.images.shape[1:], size)
         for i in range(0, len(self.images), step):
             chunk = self.images[i : i + step]

@@ -37,8 +37,8 @@ def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
     elif path.is_file():
         source = open_file(path)
     elif any(sign in str(path) for sign in "*?["):
-        found = natural_sorted(Path(each) for each in glob.glob(str(path)))  # noqa: PTH207 (the pattern has a folder)
-        source = concatenated(str(path), [open_file(each) for each in found])
+        shards = natural_sorted(Path(each) for each in glob.glob(str(path)))  # noqa: PTH207 (the pattern has a folder)
+        source = concatenated(str(path), [open_file(each) for each in shards])
     else:
         raise UserError(f"{path}: no such file or folder; images are read from {LAYOUTS}")
     if source.labels is not None and classes is not None and (text := label_outside(source.labels, classes)):
@@ -99,9 +99,10 @@ def open_folder(path: Path) -> ImageSource:
 
 
 def class_labels(names: Iterable[str]) -> tuple[dict[str, int], bool]:
-    """The label of each class by its name, in the order of labels, and whether the names are the labels.
+    """(label of each class by its name, in the order of labels; whether the names are the labels).
 
-    They are where all names are whole numbers. Otherwise the label is the position in sorted order, as in torchvision.
+    If all names are whole numbers, they are the labels. Otherwise a label is the position of the name in sorted order, as
+    in torchvision.
     """
     names = sorted(names)
     if all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
@@ -110,7 +111,7 @@ def class_labels(names: Iterable[str]) -> tuple[dict[str, int], bool]:
 
 
 def _class_folders(path: Path, folders: list[Path], notes: list[str]) -> tuple[list[Path], list[int], int]:
-    """Image files of all class folders, their labels, and the number of other files."""
+    """(image files of all class folders, their labels, number of other files). Appends a note on the labels to `notes`."""
     by_name, numbered = class_labels(each.name for each in folders)
     meaning = "names of the folders" if numbered else "positions of the folders in sorted order"
     notes.append(f"labels are the {meaning}")
@@ -126,7 +127,7 @@ def _class_folders(path: Path, folders: list[Path], notes: list[str]) -> tuple[l
 
 
 def _image_files(folder: Path) -> tuple[list[Path], int]:
-    """Image files of one folder in natural order, and the number of other files; a folder inside it is refused."""
+    """(image files of one folder in natural order, number of other files). UserError where there is a folder inside it."""
     with readable(folder):
         inside = [each for each in folder.iterdir() if not each.name.startswith(".")]
     found = natural_sorted((p for p in inside if p.suffix.lower() in SUFFIXES), lambda each: each.name)

@@ -30,8 +30,10 @@ T = TypeVar("T")
 
 WANTED = "wanted uint8 (N, H, W, C) in [0, 255] with C 1 or 3"
 LAYOUTS = "an .npz, an .npy, a folder of PNG files, shards (*.npz or *.tar, a folder or a pattern of them)"
-WHOLE_BYTES = 2 << 30  # limit of `ImageSource.array`, and of arrays in Fortran order
-CHUNK_BYTES = 1 << 26  # most that a reader decodes at once
+WHOLE_BYTES = (
+    2 << 30
+)  # limit of `ImageSource.array` and of arrays in Fortran order, which are held in memory as a whole
+CHUNK_BYTES = 1 << 26  # of pixels that a reader decodes at once; more only if one image is larger
 
 
 class Damaged(Exception):
@@ -48,11 +50,12 @@ BROKEN = (
 class ImageSource:
     """Images in a fixed order, read in batches.
 
-    name: used in messages. shape: (H, W, C). chunks: chunks(size) yields uint8 (n, H, W, C) arrays of any n. count: N;
-    None for a generator that has not been read to its end. labels: int64 (N,), or None. lossy: whether an image was
-    stored with loss (JPEG, lossy WebP). notes: lines that belong beside any number computed from the images; readers
-    add to them. extra_arrays: names of the other arrays of an npz (mu, sigma, ...). mapped: the same images as one
-    array, if they are in memory or mapped anyway. once: whether `chunks` works only once.
+    name: used in messages. shape: (H, W, C). chunks: chunks(size) yields uint8 (n, H, W, C) arrays; n may differ from
+    `size`. count: N; None for a generator that has not been read to its end. labels: int64 (N,), or None. lossy: whether
+    any image was stored with loss (JPEG, lossy WebP). notes: lines to show with every number that is computed from the
+    images; readers add to them. extra_arrays: names of the other arrays of an npz (mu, sigma, ...). mapped: the same
+    images as one array uint8 (N, H, W, C), if they are one in memory or in a map; the property `mapped` says whether it
+    was given. once: whether `chunks` can be called only once.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class ImageSource:
 
     @property
     def content_known(self) -> bool:
-        """Whether `sha256` needs no further pass over the images."""
+        """Whether `sha256` is known already, so that it needs no pass over the images."""
         return self._digest is not None
 
     def note(self, text: str) -> None:
@@ -96,7 +99,8 @@ class ImageSource:
     def batches(self, size: int = 256) -> Iterator[np.ndarray]:
         """Yields uint8 (n, H, W, C), n = `size` in all but the last batch; read-only where possible.
 
-        Damage raises UserError, at the latest after the last batch: only a pass that ended without it is valid.
+        Damage raises UserError, at the latest after the last batch, so results are valid only if a pass ends without it.
+        A complete pass also sets `count`, and the hash if `count` was known before.
         """
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
@@ -121,8 +125,8 @@ class ImageSource:
     def sha256(self) -> str:
         """`evaluators.reference.images_sha256` of the images: it depends on pixels and order, not on the storage.
 
-        Known after a complete pass over `batches`, otherwise this makes one. UserError for images that can be read only
-        once and have no count, because N is hashed first.
+        It is known after a complete pass over `batches` with a known count; otherwise this makes up to two passes. UserError
+        for images that can be read only once and have no count, because N is hashed before the pixels.
         """
         if self._digest is None and self.count is None and self._once:
             raise UserError(f"{self.name}: a hash needs the number of images beforehand; give count=N")
@@ -134,7 +138,7 @@ class ImageSource:
     def array(self, limit: int = WHOLE_BYTES) -> np.ndarray:
         """All images as one array uint8 (N, H, W, C), read and checked to the end.
 
-        A memory map where the storage allows it, otherwise in memory; there UserError above `limit` bytes.
+        A memory map where the storage allows it. Otherwise it is in memory, and UserError above `limit` bytes.
         """
         if self._mapped is not None:
             self.sha256()
@@ -157,8 +161,8 @@ class ImageSource:
         """Whether the images are one array already, mapped or in memory."""
         return self._mapped is not None
 
-    def over(self, images: np.ndarray) -> ImageSource:
-        """The same source backed by `images`, uint8 (N, H, W, C), which a complete pass has filled."""
+    def backed_by(self, images: np.ndarray) -> ImageSource:
+        """A copy of this source that reads its images from `images`, uint8 (N, H, W, C), which hold all of them."""
         copy = ImageSource(
             self.name,
             self.shape,
@@ -175,12 +179,12 @@ class ImageSource:
 
 
 def slices(images: np.ndarray) -> Callable[[int], Iterator[np.ndarray]]:
-    """The `chunks` of a source whose images are the array `images`."""
+    """The function `chunks` of a source whose images are the array `images`, (N, H, W, C); it yields views."""
     return lambda size: (images[i : i + size] for i in range(0, len(images), size))
 
 
 def pixel_hash(shape: tuple[int, ...]) -> _Hash:
-    """A SHA-256 that has taken the header of uint8 images of `shape` (N, H, W, C); the pixels follow, in order."""
+    """A SHA-256 object, fed with a header for uint8 images of `shape` (N, H, W, C); feed it all pixels in order next."""
     return hashlib.sha256(f"uint8 {shape}\n".encode())
 
 
@@ -194,7 +198,7 @@ def from_batches(
     """The source of images that a program makes: uint8 (n, H, W, C) arrays.
 
     batches: a list can be read again, an iterator once. count: number of images to take, also from an endless
-    generator; fewer are a UserError. None: all. labels: integers (N,).
+    generator; UserError if there are fewer; None: all. labels: integers (N,).
     """
     if count is not None and count < 1:
         raise UserError(f"{name}: count is {count}; give 1 or more")
@@ -203,12 +207,12 @@ def from_batches(
     first = next(iterator, None)
     if first is None:
         raise UserError(f"{name}: there are no images")
-    shape = _checked(name, first).shape[1:]
+    shape = _as_batch(name, first).shape[1:]
 
     def chunks(_size: int) -> Iterator[np.ndarray]:
         left = count
         for batch in itertools.chain([first], iterator) if once else batches:
-            batch = _checked(name, batch, shape)
+            batch = _as_batch(name, batch, shape)
             if left is not None:
                 batch = batch[:left]
                 left -= len(batch)
@@ -224,7 +228,8 @@ def from_batches(
     return ImageSource(name, shape, chunks, count=count, labels=labels, once=once)
 
 
-def _checked(name: str, batch: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+def _as_batch(name: str, batch: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """The batch as an array; UserError unless it is uint8 (n, H, W, C), with (H, W, C) equal to `shape` if that is given."""
     batch = np.asarray(batch)
     if batch.dtype != np.uint8 or batch.ndim != 4 or 0 in batch.shape[1:] or batch.shape[3] not in (1, 3):
         raise UserError(f"{name}: a batch is {batch.dtype} {batch.shape}{mistake_hint(batch.shape, batch)}; {WANTED}")
@@ -274,6 +279,7 @@ def natural_sorted(items: Iterable[T], name: Callable[[T], str] = str) -> list[T
 
     def key(item: T) -> tuple[list[str | tuple[int, str]], str]:
         parts = re.split(r"([0-9]+)", name(item))  # text and digits alternate
+        # a number is compared by its number of digits, then by its digits
         return [(len(p.lstrip("0")), p.lstrip("0")) if i % 2 else p for i, p in enumerate(parts)], name(item)
 
     return sorted(items, key=key)
@@ -314,14 +320,14 @@ def concatenated(name: str, parts: list[ImageSource]) -> ImageSource:
         extra_arrays=dict.fromkeys(each for part in parts for each in part.extra_arrays),
     )
     for part in parts:
-        part._notes = whole._notes  # what a shard notes while it is read is a note of the whole
+        part._notes = whole._notes  # one dictionary, so that notes added to a shard while it is read are the whole's
     return whole
 
 
 def mistake_hint(shape: tuple[int, ...], head: np.ndarray | None) -> str:
-    """What is probably wrong with an array that is no uint8 (N, H, W, C): its range of values, channels first.
+    """A hint for a message about an array that is not uint8 (N, H, W, C): its range of values, or "channels first".
 
-    head: some of its values. Empty where nothing can be said.
+    head: some of its values, or None. The text is empty where nothing can be said.
     """
     text = ""
     if head is not None and head.dtype.kind in "iuf" and head.dtype != np.uint8 and head.size:
@@ -332,5 +338,5 @@ def mistake_hint(shape: tuple[int, ...], head: np.ndarray | None) -> str:
 
 
 def images_per_chunk(shape: tuple[int, ...], size: int) -> int:
-    """Images of `shape` (H, W, C) to decode at once: `size`, at most CHUNK_BYTES of them, and at least one."""
+    """Number of images of `shape` (H, W, C) to decode at once: `size`, or fewer if they exceed CHUNK_BYTES; at least 1."""
     return max(1, min(size, CHUNK_BYTES // (shape[0] * shape[1] * shape[2])))

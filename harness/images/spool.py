@@ -18,11 +18,11 @@ IN_MEMORY_BYTES = 1 << 29  # more than this goes to a temporary file
 
 @contextmanager
 def spooled(source: ImageSource, folder: Path | None = None) -> Iterator[ImageSource]:
-    """The same images as a source that is one array (`ImageSource.mapped`), so that no pass reads the original again.
+    """A source of the same images as one array (`ImageSource.mapped`), so that the original is read only once.
 
-    A source that is mapped already is returned as it is. Others are read once, to their end, into memory or, above
-    IN_MEMORY_BYTES, into an unnamed file in `folder` (None: the system's temporary folder), which even a killed process
-    does not leave behind.
+    A source that is mapped already is returned unchanged. Others are read to their end into memory or, above
+    IN_MEMORY_BYTES, into an unnamed file in `folder` (None: the system's temporary folder). The file disappears at the
+    end, even if the process is killed.
     """
     if source.mapped:
         yield source
@@ -31,16 +31,16 @@ def spooled(source: ImageSource, folder: Path | None = None) -> Iterator[ImageSo
         for batch in source.batches():
             store.add(batch)
         images = store.images(source.shape)
-        yield source.over(images)
-        del images
+        yield source.backed_by(images)
+        del images  # the map, before its file is closed
 
 
 class _Store:
-    """Batches in memory while they are few, then in an unnamed file."""
+    """Collects batches: in memory up to IN_MEMORY_BYTES, beyond that all of them in an unnamed file."""
 
     def __init__(self, folder: Path | None):
         self._folder = folder or Path(tempfile.gettempdir())
-        self._parts: list[np.ndarray] = []
+        self._parts: list[np.ndarray] = []  # batches that are not in the file
         self._bytes = 0
         self._file: IO[bytes] | None = None
 
@@ -48,6 +48,7 @@ class _Store:
         return self
 
     def add(self, batch: np.ndarray) -> None:
+        """Append the next images, uint8 (n, H, W, C); a batch in memory is not copied."""
         self._parts.append(batch)
         self._bytes += batch.nbytes
         if self._file is not None or self._bytes > IN_MEMORY_BYTES:
@@ -60,7 +61,7 @@ class _Store:
             self._parts = []
 
     def images(self, shape: tuple[int, int, int]) -> np.ndarray:
-        """All images, uint8 (N, H, W, C)."""
+        """All images, uint8 (N, H, W, C), in memory or mapped from the file. shape: (H, W, C)."""
         if self._file is None:
             return self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
         with files.explained(self._folder):

@@ -13,15 +13,17 @@ from harness.images.source import Damaged, ImageSource, printable
 
 
 def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """Yields (name, offset, bytes) of each file of the tar in `path`, or of the tar in its `span` bytes from `begin`.
+    """Yields (name, offset in `path`, size in bytes) of each file in a tar.
+
+    The tar is the file `path` or, with `span`, the `span` bytes from byte `begin` of it.
 
     Formats: POSIX.1-1988, pax and GNU long names. Stricter than `tarfile`, which takes a broken header for the end of
     the archive: checksums of headers, sizes and closing zeros must all be right, otherwise `Damaged`. Links, devices and
     names that lead out of the archive are a UserError.
     """
     end, offset = path.stat().st_size if span is None else begin + span, begin
-    name: str | None = None  # name and length from an extended header, for the next file
-    length: int | None = None
+    extended_name: str | None = None  # name and size from an extended header, for the next file
+    extended_size: int | None = None
     with path.open("rb") as file:
         while True:
             file.seek(offset)
@@ -34,7 +36,7 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
                 return
             if sum(block[:148]) + 256 + sum(block[156:]) != _tar_number(block[148:156]):
                 raise Damaged(f"the header at byte {offset} differs from its checksum")
-            size = _tar_number(block[124:136]) if length is None else length
+            size = _tar_number(block[124:136]) if extended_size is None else extended_size
             kind, start = block[156:157], offset + 512
             if start + size > end:
                 raise Damaged("it is cut off")
@@ -42,24 +44,25 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
             if kind in b"xgL":
                 data = file.read(size) if size <= 1 << 20 else b""
                 if kind == b"L":
-                    name = data.rstrip(b"\0").decode("utf-8", "replace")
+                    extended_name = data.rstrip(b"\0").decode("utf-8", "replace")
                 elif kind == b"x":
-                    found = _pax(data)
-                    name, length = found.get("path", name), _pax_size(found["size"]) if "size" in found else None
+                    records = _pax(data)
+                    extended_name = records.get("path", extended_name)
+                    extended_size = _pax_size(records["size"]) if "size" in records else None
                 continue
-            plain = _tar_name(block) if name is None else name
-            name, length = None, None
-            if kind == b"5" or (kind in b"0\0" and plain.endswith("/")):
+            name = _tar_name(block) if extended_name is None else extended_name
+            extended_name, extended_size = None, None
+            if kind == b"5" or (kind in b"0\0" and name.endswith("/")):  # a folder
                 continue
             if kind not in (b"0", b"\0", b"7"):
                 raise UserError(
-                    f"{path}: {printable(plain)} is a link or a device, which is never followed; pack files only"
+                    f"{path}: {printable(name)} is a link or a device, which is never followed; pack files only"
                 )
-            if plain.startswith("/") or ".." in plain.split("/"):
+            if name.startswith("/") or ".." in name.split("/"):
                 raise UserError(
-                    f"{path}: the name {printable(plain)} leads out of the archive; pack it with plain names"
+                    f"{path}: the name {printable(name)} leads out of the archive; pack it with plain names"
                 )
-            yield plain.removeprefix("./"), start, size
+            yield name.removeprefix("./"), start, size
 
 
 def _zeros(file: IO[bytes], count: int) -> bool:
@@ -73,7 +76,7 @@ def _zeros(file: IO[bytes], count: int) -> bool:
 
 
 def _tar_number(field: bytes) -> int:
-    """A number of a header: octal digits, or binary after the byte 0x80 (GNU)."""
+    """A number in a field of a header: octal digits, or the byte 0x80 and a big-endian number (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.strip(b" \0")
@@ -90,19 +93,20 @@ def _tar_name(block: bytes) -> str:
 
 
 def _pax(data: bytes) -> dict[str, str]:
-    """The records of a pax header, "LENGTH KEY=VALUE\\n", by key."""
-    found = {}
+    """The values of a pax header's records, "LENGTH KEY=VALUE\\n", by key."""
+    records = {}
     while data:
         match = re.match(rb"([0-9]{1,7}) ([^=]+)=", data)
         length = int(match[1]) if match else 0
         if match is None or length <= match.end() or data[length - 1 : length] != b"\n":
             raise Damaged("an extended header is broken")
-        found[match[2].decode("utf-8", "replace")] = data[match.end() : length - 1].decode("utf-8", "replace")
+        records[match[2].decode("utf-8", "replace")] = data[match.end() : length - 1].decode("utf-8", "replace")
         data = data[length:]
-    return found
+    return records
 
 
 def _pax_size(text: str) -> int:
+    """The size of a file, in bytes, from a pax header."""
     if re.fullmatch("[0-9]{1,15}", text) is None:  # a negative one would lead back to members already read
         raise Damaged("an extended header holds no size where one belongs")
     return int(text)
@@ -139,9 +143,11 @@ def open_tar(path: Path) -> ImageSource:
     if classes:
         if len(set(keys)) != len(keys):
             raise UserError(f"{path}: two images share a name up to the first dot, so one .cls would label both")
-        bare = next((e.name for e, key in zip(entries, keys, strict=True) if key not in classes), None)
-        if bare is not None or len(classes) != len(keys):
-            raise UserError(f"{path}: {bare or 'a .cls'} has no partner; every image needs one .cls, or none has any")
+        unlabelled = next((e.name for e, key in zip(entries, keys, strict=True) if key not in classes), None)
+        if unlabelled is not None or len(classes) != len(keys):
+            raise UserError(
+                f"{path}: {unlabelled or 'a .cls'} has no partner; every image needs one .cls, or none has any"
+            )
         labels = [classes[key] for key in keys]
     notes = ["a tar has no checksum for labels"] if labels else []
     if ignored:

@@ -20,14 +20,14 @@ READ_BYTES = 1 << 24  # bytes of a map that are read before its pages are releas
 
 
 class RowsInOrder:
-    """Collects float32 rows (N, D) that arrive in order: `add` them, then take the array from `done`.
+    """Collects float32 rows (N, D) that arrive in order: `add` all of them, then get the array from `finish`.
 
     Above IN_MEMORY_BYTES the rows go to a temporary file (in TMPDIR) that disappears with the array. If that folder has
     no room, they stay in memory.
     """
 
     def __init__(self, count: int, width: int) -> None:
-        self._shape, self._at = (count, width), 0
+        self._shape, self._added = (count, width), 0
         self._file: IO[bytes] | None = None
         size = 4 * count * width
         if size > IN_MEMORY_BYTES and hasattr(os, "posix_fallocate"):
@@ -40,16 +40,16 @@ class RowsInOrder:
 
     def add(self, rows: np.ndarray) -> None:
         """Append the next rows (n, D)."""
-        assert rows.shape[1:] == self._shape[1:] and self._at + len(rows) <= self._shape[0], rows.shape
+        assert rows.shape[1:] == self._shape[1:] and self._added + len(rows) <= self._shape[0], rows.shape
         if self._file is None:
-            self._rows[self._at : self._at + len(rows)] = rows
+            self._rows[self._added : self._added + len(rows)] = rows
         else:
             self._file.write(np.ascontiguousarray(rows, np.float32).data)  # not through a map: no pages to release
-        self._at += len(rows)
+        self._added += len(rows)
 
-    def done(self) -> np.ndarray:
-        """All rows, float32 (N, D); a read-only memory map if they are in a file."""
-        assert self._at == self._shape[0], (self._at, self._shape)
+    def finish(self) -> np.ndarray:
+        """All rows, float32 (N, D), after the last `add`; a read-only memory map if they are in a file."""
+        assert self._added == self._shape[0], (self._added, self._shape)
         if self._file is None:
             return self._rows
         with self._file as file:
@@ -58,9 +58,9 @@ class RowsInOrder:
 
 
 def release_pages(array: np.ndarray) -> None:
-    """Release the pages of a read-only memory map; they are read from the file again when they are used.
+    """Release the memory of a read-only memory map; its pages are read from the file again when they are used.
 
-    Does nothing with other arrays. A map that may have been written to is left alone, so nothing can be lost.
+    Does nothing for other arrays, nor for a map that may have been written to, so no data can be lost.
     """
     pages = getattr(array, "_mmap", None)
     if isinstance(pages, mmap.mmap) and getattr(array, "mode", None) == "r" and hasattr(mmap, "MADV_DONTNEED"):
@@ -68,10 +68,10 @@ def release_pages(array: np.ndarray) -> None:
 
 
 def prefetch(array: np.ndarray, starts: np.ndarray, size: int) -> None:
-    """Ask the system to read several parts of a memory map at once instead of one by one as they are touched.
+    """Ask the system to read several parts of a memory map now, instead of one by one when they are used.
 
-    starts: int64 (n,), the first byte of each part, counted from the array's first byte. size: bytes of a part. Does
-    nothing with other arrays.
+    starts: int64 (n,), the first byte of each part, counted from the array's first byte. size: bytes of each part. Does
+    nothing for other arrays.
     """
     pages = getattr(array, "_mmap", None)
     if isinstance(pages, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
@@ -88,7 +88,7 @@ def chosen_rows(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     READ_BYTES at a time.
     """
     out = np.empty((int(np.count_nonzero(chosen)), *array.shape[1:]), array.dtype)
-    step, done = max(READ_BYTES * len(array) // max(array.nbytes, 1), 1), 0
+    step, done = max(READ_BYTES * len(array) // max(array.nbytes, 1), 1), 0  # rows
     for start in range(0, len(array), step):
         part = array[start : start + step][chosen[start : start + step]]
         release_pages(array)
@@ -98,9 +98,9 @@ def chosen_rows(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory that the C library keeps for new arrays to the system, where it can (glibc).
+    """Return the memory of freed arrays, which the C library keeps for new ones, to the system. Does nothing without glibc.
 
-    Loading a network and its activations leave much of it, in pieces too small for later arrays.
+    After a network was loaded and run, there is much of it, in pieces too small for later arrays.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library; Windows
         ctypes.CDLL(None).malloc_trim(0)

@@ -35,9 +35,9 @@ def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
 
 @contextmanager
 def appending(path: Path) -> Iterator[FileIO]:
-    """The file at `path`, made if it is missing, open for reading and appending and locked for this process.
+    """Yields the file at `path`, made if it is missing, open for reading and appending and locked for this process.
 
-    A second process waits until it is closed. RunError where the system cannot write.
+    A second process that opens it with this function waits until it is closed. RunError where the system cannot write.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def appending(path: Path) -> Iterator[FileIO]:
 
 
 def append(file: FileIO, data: bytes) -> None:
-    """Append all of `data` to an open file and sync it, or leave the file as it was."""
+    """Append all of `data` to an open file and sync it. After an OSError the file is as it was before."""
     size = file.seek(0, os.SEEK_END)
     try:
         written = 0
@@ -65,7 +65,7 @@ def append(file: FileIO, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
-    """A binary file to write to; it replaces `path` when it is complete and on the disk.
+    """Yields a binary file to write to. After the block it is synced to the disk and replaces `path`.
 
     shared: whether other processes may write the same path at the same time; then the incomplete file has a random name.
     After an error `path` is as it was before, and nothing else is left. RunError where the system cannot write.
@@ -88,10 +88,11 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[Path]:
-    """The name `path`.partial, locked for this process: a second process that makes `path` is refused (UserError).
+    """Yields the file `path`.partial, made if it is missing and locked for this process.
 
-    The file may hold what a killed process wrote. The caller renames it when it is complete, or leaves it to be
-    continued; an empty one is removed. The kernel releases the lock when the process ends, however it ends.
+    UserError where another process holds the lock, which means that it is making `path`. The file may hold what a killed
+    process wrote. The caller renames it when it is complete, or leaves it to be continued; an empty one is removed. The
+    kernel releases the lock when the process ends, however it ends.
     """
     partial = path.with_name(path.name + PARTIAL)
     with explained(path):
@@ -108,7 +109,7 @@ def claimed(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def claimed_folder(folder: Path) -> Iterator[None]:
-    """`folder`, made if it is missing and locked for this process, as `claimed` locks a file."""
+    """Within the block `folder`, made if it is missing, is locked for this process; UserError as in `claimed`."""
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -120,15 +121,16 @@ def claimed_folder(folder: Path) -> Iterator[None]:
 
 
 def _lock_or_refuse(descriptor: int, path: Path) -> None:
+    """Lock an open file or folder; UserError, which names `path`, where another process holds the lock."""
     if not lock(descriptor):
         raise UserError(f"another process is making {path}; wait for it or stop it")
 
 
 def lock(descriptor: int) -> bool:
-    """Lock an open file or folder exclusively until the last copy of its descriptor is closed.
+    """Lock an open file or folder exclusively, until the last copy of its descriptor is closed. Returns whether it did.
 
-    False where another process holds the lock. It is tried for LOCK_SECONDS, because `is_locked` of another process
-    holds it for an instant.
+    False: another process holds the lock. The attempts take LOCK_SECONDS, because `is_locked` in another process holds
+    the lock for an instant.
     """
     for attempt in range(LOCK_ATTEMPTS):
         try:
@@ -141,7 +143,7 @@ def lock(descriptor: int) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the exclusive lock of the file at `path`; False where there is no such file."""
+    """Whether a process holds the exclusive lock of the file at `path`; False where the file cannot be opened."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 WINDOW_SECONDS = 120.0  # a speed is the mean over the last two minutes
 QUIET_SECONDS = 30.0  # between two lines, where stderr is no terminal
-PACKAGES = ("harness", "evaluators", "results", "reports")  # that log under their names
+PACKAGES = ("harness", "evaluators", "results", "reports")  # names of the loggers: each package logs under its name
 _silent = False
-_drawing: Progress | None = None  # shared by all bars: a bar within another is a line below it
+_drawing: Progress | None = None  # display shared by all bars that are open: an inner bar is drawn below the outer one
 
 
 def silence() -> None:
@@ -31,7 +31,7 @@ def silence() -> None:
 class Bar:
     """A progress bar on stderr; where stderr is no terminal, a line every 30 seconds.
 
-    total: units in all. unit: their name. done: units done before.
+    total: units in all. unit: their name, such as "images". done: units done before the bar begins.
     """
 
     def __init__(self, title: str, total: int, unit: str = "", done: int = 0):
@@ -48,7 +48,7 @@ class Bar:
         return self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count `count` more units as done; `note` is shown beside the bar until the next one."""
+        """Count `count` more units as done. note: shown beside the bar until another note is given; None: no change."""
         self.done += count
         self._mark()
         self._note = self._note if note is None else note
@@ -64,6 +64,7 @@ class Bar:
             print(" ".join(text.split()), file=sys.stderr, flush=True)  # noqa: T201
 
     def _mark(self) -> None:
+        """Record (now, units done) and drop the records from before the window."""
         now = time.monotonic()
         self._marks.append((now, self.done))
         while len(self._marks) > 2 and self._marks[1][0] < now - WINDOW_SECONDS:
@@ -89,7 +90,7 @@ class Bar:
 
 
 def _begin_drawing() -> Progress:
-    """The display of the bars that are drawn already, or a new one."""
+    """The display of the bars that are open already, or a new one, which is started."""
     global _drawing
     if _drawing is None:
         from rich.console import Console
@@ -113,9 +114,9 @@ def write_line(text: str) -> None:
 
 
 class Stages:
-    """The bars of a job with several stages, one at a time: call it with (stage, units done, units in all).
+    """The progress of a job with several stages, one bar at a time: call it with (stage, units done, units in all).
 
-    units: name of the unit by stage; of other stages "images".
+    units: name of the unit by stage; stages that are missing here count "images".
     """
 
     def __init__(self, units: Mapping[str, str] | None = None):

@@ -37,6 +37,7 @@ def read_seed(value: Any) -> int:
         number = int(value)
     except (TypeError, ValueError):
         raise ValueError(f"{value!r} is not a valid integer.") from None
+    # int() accepts True and cuts 2.5 to 2
     if isinstance(value, bool) or number != (float(value) if not isinstance(value, str | int) else number):
         raise ValueError(f"{value!r} is not a valid integer.")
     if not 0 <= number <= MAX_INT:
@@ -45,7 +46,7 @@ def read_seed(value: Any) -> int:
 
 
 def read_number(value: Any) -> float:
-    """A number; NaN and infinity are left for the owner of the setting to judge."""
+    """A number; NaN and infinity are accepted here, so a setting that excludes them checks that itself."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -80,7 +81,10 @@ def read_switch(value: object) -> bool:
 
 
 def read_pairs(form: str, example: str) -> Callable[[Any], dict[str, Any]]:
-    """A reader of NAME=VALUE pairs: a mapping, or pairs as the command line gives them."""
+    """Returns a reader of a mapping, or of a sequence of pairs as `read_pair` takes them. The reader returns a dictionary.
+
+    form, example: as in `read_pair`. ValueError where a name occurs twice.
+    """
 
     def read(value: Any) -> dict[str, Any]:
         pairs = (
@@ -94,7 +98,10 @@ def read_pairs(form: str, example: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def read_pair(value: Any, form: str, example: str) -> tuple[str, Any]:
-    """One pair of the form NAME=VALUE."""
+    """(name, text) of "NAME=VALUE"; a tuple is returned unchanged.
+
+    form, example: what the message of the ValueError gives as the form of a pair, and as an example.
+    """
     if isinstance(value, tuple):
         return value
     name, equals, text = str(value).partition("=")
@@ -104,7 +111,7 @@ def read_pair(value: Any, form: str, example: str) -> tuple[str, Any]:
 
 
 def read_texts(value: Any) -> tuple[str, ...]:
-    """Texts, each once: one text, or a sequence of them."""
+    """The texts, without repetition, in order: one text, or a sequence of them."""
     return tuple(dict.fromkeys([value] if isinstance(value, str) else map(read_text, value)))
 
 

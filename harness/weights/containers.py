@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from harness.errors import UserError
 from harness.weights import pickles
-from harness.weights.objects import CONSTRUCTORS, StorageKey, foreign, printable, resolve_tensors, storage_of
+from harness.weights.objects import CONSTRUCTORS, StorageKey, escaped, foreign_symbols, resolve_tensors, storage_of
 from harness.weights.pickles import Malformed, Unsuitable
 from harness.weights.tensors import DTYPES, MAX_AXES, Storage, Stored, raw_dtype
 
@@ -36,8 +36,12 @@ LONGEST_HEADER = 1 << 24  # 1000 tensors: 130 kB; safetensors itself allows 100 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
-    """The contents of a weight file: `value` is the saved object, made of `Stored` tensors, plain data and placeholders."""
+class FileContents:
+    """The contents of a weight file.
+
+    value: the saved object, of plain data. Its tensors are `Stored`; what other classes and functions would make are
+    placeholders (`pickles.Call`).
+    """
 
     path: Path
     container: str  # "torch zip", "torch legacy" or "safetensors"
@@ -46,7 +50,7 @@ class Opened:
     metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
 
 
-def open_file(path: Path) -> Opened:
+def open_file(path: Path) -> FileContents:
     """The contents of a weight file; UserError for other files, damaged ones, and formats that would run code."""
     try:
         with path.open("rb") as file:
@@ -66,13 +70,16 @@ def open_file(path: Path) -> Opened:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Unsuitable as error:
-        raise UserError(f"{path} {printable(str(error))}") from error
+        raise UserError(f"{path} {escaped(str(error))}") from error
     except (Malformed, RecursionError) as error:
-        raise UserError(f"{path} is damaged or no weight file: {printable(str(error))}") from error
+        raise UserError(f"{path} is damaged or no weight file: {escaped(str(error))}") from error
 
 
 def _nature(head: bytes) -> str:
-    """What a file is that is no weight file, by its first bytes, and what to do; follows the file's name."""
+    """The end of a message that begins with the name of a file that holds no weights: what it is, and what to do.
+
+    head: its first bytes.
+    """
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)"
     if head.lstrip()[:1] == b"<":
@@ -85,8 +92,8 @@ def _nature(head: bytes) -> str:
 # The three formats ------------------------------------------------------------------------------------------------
 
 
-class _Measured:
-    """A file whose single reads are limited: `zipfile` reads a directory at once, of whatever length the file states."""
+class _LimitedReads:
+    """A file of which one call reads at most LONGEST_DIRECTORY bytes: `zipfile` reads the whole directory in one call."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -97,9 +104,10 @@ class _Measured:
         return self.file.read(count)
 
 
-def _open_zip(path: Path, file: IO[bytes]) -> Opened:
+def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
+    """torch.save since 1.6. UserError for zip files that torch.save did not write."""
     try:
-        with zipfile.ZipFile(_Measured(file)) as archive:
+        with zipfile.ZipFile(_LimitedReads(file)) as archive:
             members = {info.filename: info for info in archive.infolist()}
             listed = len(archive.infolist())
     except Malformed:
@@ -108,7 +116,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> Opened:
         zipfile.BadZipFile, struct.error, EOFError, ValueError, KeyError, IndexError, NotImplementedError,
         RuntimeError, OverflowError, MemoryError,
     ) as error:  # fmt: skip
-        raise UserError(f"{path} is damaged or cut short ({printable(str(error))}); fetch it again") from error
+        raise UserError(f"{path} is damaged or cut short ({escaped(str(error))}); fetch it again") from error
     pickled = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
         raise UserError(f"{path} is a TorchScript archive, which holds a program; use the state dict instead")
@@ -122,7 +130,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> Opened:
         raise UserError(f"{path} was compressed after it was saved; unpack it and save it with torch.save again")
     stored = _storages(path, file, members)
     folder = pickled[0].removesuffix("data.pkl")
-    swapped = f"{folder}byteorder" in stored and _read_small(file, stored[f"{folder}byteorder"], 16) != b"little"
+    big_endian = f"{folder}byteorder" in stored and _read_small(file, stored[f"{folder}byteorder"], 16) != b"little"
     program = io.BytesIO(_read_small(file, stored[pickled[0]], LONGEST_PICKLE))
     storages = {
         name.removeprefix(prefix): storage
@@ -133,19 +141,22 @@ def _open_zip(path: Path, file: IO[bytes]) -> Opened:
     seen: set[str] = set()
 
     def persistent(identifier: object) -> StorageKey:
-        storage = storage_of(identifier)
+        storage = storage_of(identifier)  # the budget grows with the number of storages that the file really has
         if storage.key in storages and storage.key not in seen:
             seen.add(storage.key)
             budget.grant(pickles.UNITS_A_STORAGE)
         return storage
 
     reading = pickles.read(program, CONSTRUCTORS, persistent, budget)
-    value = resolve_tensors(reading.value, path, storages, swapped)
-    return Opened(path=path, container="torch zip", value=value, symbols=foreign(reading.symbols))
+    value = resolve_tensors(reading.value, path, storages, big_endian)
+    return FileContents(path=path, container="torch zip", value=value, symbols=foreign_symbols(reading.symbols))
 
 
 def _storages(path: Path, file: IO[bytes], members: Mapping[str, zipfile.ZipInfo]) -> dict[str, Storage]:
-    """The bytes of each member of a zip, by name; `Malformed` where two overlap or one reaches beyond the file."""
+    """Where the bytes of each member of a zip are, by the member's name.
+
+    `Malformed` where two members overlap or one reaches beyond the file.
+    """
     storages, size, end = {}, path.stat().st_size, 0
     for name, info in sorted(members.items(), key=lambda item: item[1].header_offset):
         if not end <= info.header_offset < size:
@@ -163,7 +174,7 @@ def _storages(path: Path, file: IO[bytes], members: Mapping[str, zipfile.ZipInfo
 
 
 def _read_small(file: IO[bytes], storage: Storage, limit: int) -> bytes:
-    """The content of a member of at most `limit` bytes, compared with its checksum."""
+    """The content of a member of a zip, compared with its checksum; `Unsuitable` above `limit` bytes."""
     if storage.nbytes > limit:
         raise Unsuitable(
             f"asks for more than weights need ({storage.nbytes:,} bytes to describe its tensors, where {limit:,} are"
@@ -176,12 +187,14 @@ def _read_small(file: IO[bytes], storage: Storage, limit: int) -> bytes:
     return content
 
 
-def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
+def _open_legacy(path: Path, file: IO[bytes]) -> FileContents:
+    """torch.save before 1.6. UserError for pickles that torch.save did not write."""
     budget = pickles.Budget()  # shared by the five pickles
 
-    def following(
+    def read_next(
         constructors: pickles.Constructors, persistent: Callable[[Any], Any] | None = None
     ) -> pickles.Reading:
+        """Read the pickle at the position of `file`, and move behind it."""
         begin = file.tell()
         stream = io.BytesIO(file.read(LONGEST_PICKLE))
         reading = pickles.read(stream, constructors, persistent, budget)
@@ -189,17 +202,17 @@ def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
         return reading
 
     try:
-        magic = following({}).value
+        magic = read_next({}).value
     except Unsuitable:
         raise
     except Malformed:
         magic = None
     if type(magic) is not int or magic != MAGIC_NUMBER:
         raise UserError(f"{path} is a pickle, but not one of torch.save; such files hold programs and are not read")
-    if following({}).value != PROTOCOL_VERSION:
+    if read_next({}).value != PROTOCOL_VERSION:
         raise Malformed("an unknown version of torch's older format")
-    system = following({}).value
-    swapped = isinstance(system, dict) and system.get("little_endian") is False
+    system = read_next({}).value
+    big_endian = isinstance(system, dict) and system.get("little_endian") is False
     storages: dict[str, StorageKey] = {}
 
     def persistent(identifier: object) -> Any:
@@ -209,26 +222,27 @@ def _open_legacy(path: Path, file: IO[bytes]) -> Opened:
         storages.setdefault(storage.key, storage)
         return storage
 
-    reading = following(CONSTRUCTORS, persistent)
-    keys = following({}).value
+    reading = read_next(CONSTRUCTORS, persistent)
+    keys = read_next({}).value
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
         raise Malformed("its list of storages names one that no tensor has")
     size = path.stat().st_size
-    placed = {}
-    for key in keys:  # of each storage: the number of elements, then the elements
+    by_key = {}  # where the bytes of each storage are
+    for key in keys:  # for each storage the file has the number of its elements, then the elements
         count = file.read(8)
         nbytes = storages[key].count * raw_dtype(storages[key].dtype).itemsize
         if len(count) < 8 or file.tell() + nbytes > size:
             raise UserError(f"{path} is cut short: it ends within its tensors; fetch it again")
         if struct.unpack("<q", count)[0] != storages[key].count:
             raise Malformed(f"storage {key} is not of the size that its tensors have")
-        placed[key] = Storage(file.tell(), nbytes)
+        by_key[key] = Storage(file.tell(), nbytes)
         file.seek(nbytes, 1)
-    value = resolve_tensors(reading.value, path, placed, swapped)
-    return Opened(path=path, container="torch legacy", value=value, symbols=foreign(reading.symbols))
+    value = resolve_tensors(reading.value, path, by_key, big_endian)
+    return FileContents(path=path, container="torch legacy", value=value, symbols=foreign_symbols(reading.symbols))
 
 
-def _open_safetensors(path: Path, file: IO[bytes]) -> Opened:
+def _open_safetensors(path: Path, file: IO[bytes]) -> FileContents:
+    """A safetensors file; UserError where header, shapes and offsets contradict each other or the file's size."""
     size = path.stat().st_size
     (length,) = struct.unpack("<Q", file.read(8))
     if 8 + length <= size and length > LONGEST_HEADER:
@@ -253,11 +267,11 @@ def _open_safetensors(path: Path, file: IO[bytes]) -> Opened:
                 raise Malformed(f"{name} is not of the size of its shape")
             tensors[name], end = tensor, stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is a damaged safetensors file: {printable(str(error))}") from error
+        raise UserError(f"{path} is a damaged safetensors file: {escaped(str(error))}") from error
     if 8 + length + end != size:
         what = "cut short" if 8 + length + end > size else "longer than its header says"
         raise UserError(f"{path} is damaged: it is {what}; fetch it again")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} is a damaged safetensors file: its metadata is not text")
     ordered = {name: tensors[name] for name in header}
-    return Opened(path=path, container="safetensors", value=ordered, metadata=metadata)
+    return FileContents(path=path, container="safetensors", value=ordered, metadata=metadata)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from harness.errors import UserError
 from harness.io.progress import Bar
-from harness.weights.containers import open_file, printable
+from harness.weights.containers import escaped, open_file
 from harness.weights.maps import Shapes
 from harness.weights.tensors import Stored
 
@@ -26,8 +26,8 @@ IN_FOLDER = tuple(
 )  # fmt: skip
 METADATA = "harness"  # key of the safetensors metadata in which an import says where it comes from
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
-MAX_WRAPPERS = 8  # nested within one another
-LONGEST_CONFIG = 1 << 20  # bytes
+MAX_WRAPPERS = 8  # prefixes of one name
+LONGEST_CONFIG = 1 << 20  # characters of config.json that are read
 
 # Names that do not belong in a weight file: a file that has one was made to run something, and its tensors are not to be
 # trusted either. The list protects nothing by itself, because no name is ever imported or called.
@@ -100,15 +100,15 @@ class WeightFile:
     """The weights in a file, under the names that they have there, not read yet."""
 
     path: Path  # the file that holds the tensors
-    state: tuple[int, ...]  # of the file when it was opened, for `unchanged`
+    stat: tuple[int, ...]  # `_stat_numbers` of the file when it was opened, for `unchanged`
     container: str  # "torch zip", "torch legacy" or "safetensors"
     wrapping: str  # "state dict", "train.py checkpoint" or "Lightning checkpoint"
     tensors: dict[str, Stored]
     symbols: tuple[str, ...]  # classes and functions that the file names; none was loaded
-    also: tuple[str, ...] = ()  # names of what else is in the file
+    other_names: tuple[str, ...] = ()  # keys of what else is in the file: optimizer state, arguments, ...
     notes: tuple[str, ...] = ()
     config: dict[str, Any] | None = None  # config.json beside it
-    imported: dict[str, Any] | None = None  # what `harness weights import` wrote into it
+    imported: dict[str, Any] | None = None  # metadata that `harness weights import` wrote into it
 
     @property
     def shapes(self) -> Shapes:
@@ -116,11 +116,11 @@ class WeightFile:
 
     @property
     def code(self) -> tuple[str, ...]:
-        """Those of `symbols` that run code."""
+        """Those of `symbols` that have a name of CODE in them."""
         return tuple(name for name in self.symbols if CODE.intersection(name.split(".")))
 
     def refuse_code(self) -> None:
-        """UserError for a file that runs something when it is unpickled without care."""
+        """UserError for a file that names functions which run code when it is unpickled in the ordinary way."""
         if self.code:
             raise UserError(
                 f"{self.path} holds more than weights: unpickling it would run {self.code[0]}. Nothing was run; fetch the"
@@ -129,81 +129,91 @@ class WeightFile:
 
 
 def open_weights(path: Path) -> WeightFile:
-    """The weights in the file `path`, or in the folder `path` of diffusers or Hugging Face; UserError without weights."""
-    path = _file_of(path)
-    state = _state(path)
+    """The weights in the file `path`, or in the folder `path` of diffusers or Hugging Face.
+
+    Of a checkpoint the state dict is taken: "state_dict", else "ema", else "model". Prefixes of wrappers (WRAPPERS) are
+    dropped from all names. UserError where there are no weights.
+    """
+    path = _find_file(path)
+    stat = _stat_numbers(path)
     opened = open_file(path)
     value, wrapping = opened.value, "state dict"
     notes: list[str] = []
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no state dict, but {_described(value)}; save net.state_dict()")
-    also = [_name(name) for name, item in value.items() if not isinstance(item, Stored)]
+        raise UserError(f"{path} holds no state dict, but {_describe(value)}; save net.state_dict()")
+    other_names = [_escaped_key(name) for name, item in value.items() if not isinstance(item, Stored)]
     part = next((name for name in ("state_dict", "ema", "model") if _holds_tensors(value.get(name))), None)
     if part is not None:
         wrapping = "Lightning checkpoint" if part == "state_dict" else "train.py checkpoint"
-        also.remove(part)
-        also += [_name(name) for name, item in value.items() if isinstance(item, Stored)]
+        other_names.remove(part)
+        other_names += [_escaped_key(name) for name, item in value.items() if isinstance(item, Stored)]
         value = value[part]
         if part == "ema":
             notes.append("the weights are its moving average ('ema')")
         elif part == "model":
             notes.append("it has no moving average ('ema'): the weights are the trained ones ('model')")
-    tensors = {_name(name): item for name, item in value.items() if isinstance(item, Stored)}
+    tensors = {_escaped_key(name): item for name, item in value.items() if isinstance(item, Stored)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; save net.state_dict()")
-    if prefix := _wrapped(tensors):
+    if prefix := _wrapper_prefix(tensors):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         notes.append(f"the prefix {prefix!r} was dropped from every name")
     return WeightFile(
         path=path,
-        state=state,
+        stat=stat,
         container=opened.container,
         wrapping=wrapping,
         tensors=tensors,
         symbols=opened.symbols,
-        also=tuple(also),
+        other_names=tuple(other_names),
         notes=tuple(notes),
-        config=_config(path),
-        imported=_imported(opened.metadata),
+        config=_read_config(path),
+        imported=_read_import(opened.metadata),
     )
 
 
 @contextmanager
 def unchanged(weights: WeightFile) -> Iterator[None]:
-    """Within the block the tensors are read: UserError where the file has changed since it was opened, or changes."""
+    """Read the tensors of `weights` within this block. UserError where the file was changed after it was opened.
+
+    The file is checked before and after the block.
+    """
     refusal = UserError(f"{weights.path} was changed while it was read; give the same command again")
-    if _state(weights.path) != weights.state:
+    if _stat_numbers(weights.path) != weights.stat:
         raise refusal
     try:
         yield
     except UserError:  # what looks like damage may be a mixture of two files
-        if _state(weights.path) != weights.state:
+        if _stat_numbers(weights.path) != weights.stat:
             raise refusal from None
         raise
-    if _state(weights.path) != weights.state:
+    if _stat_numbers(weights.path) != weights.stat:
         raise refusal
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    """Numbers that change when a file is written to or replaced."""
+def _stat_numbers(path: Path) -> tuple[int, ...]:
+    """Numbers that change when a file is written to or replaced; () where there is no such file."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return ()
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal; with a progress bar for large files."""
     digest, block = hashlib.sha256(), 1 << 22
     with path.open("rb") as file:
-        for chunk in watched(f"hash {path.name}", iter(lambda: file.read(block), b""), path.stat().st_size):
+        for chunk in with_progress(f"hash {path.name}", iter(lambda: file.read(block), b""), path.stat().st_size):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def watched(title: str, chunks: Iterable[Chunk], nbytes: int) -> Iterator[Chunk]:
-    """The chunks (bytes, arrays or tensors) one by one, with a progress bar if they are half a gigabyte or more."""
+def with_progress(title: str, chunks: Iterable[Chunk], nbytes: int) -> Iterator[Chunk]:
+    """Yields the chunks (bytes, arrays or tensors), with a progress bar if they are half a gigabyte or more.
+
+    nbytes: of all chunks.
+    """
     if nbytes < 1 << 29:
         yield from chunks
         return
@@ -216,8 +226,8 @@ def watched(title: str, chunks: Iterable[Chunk], nbytes: int) -> Iterator[Chunk]
                 bar.advance(done // 1_000_000 - bar.done)
 
 
-def _file_of(path: Path) -> Path:
-    """The weight file of a folder; a file is returned as it is."""
+def _find_file(path: Path) -> Path:
+    """The weight file in the folder `path`; any other path is returned as it is."""
     if not path.is_dir():
         return path
     for name in IN_FOLDER:
@@ -228,33 +238,36 @@ def _file_of(path: Path) -> Path:
     raise UserError(f"{path} is a folder without weights; expected {IN_FOLDER[0]} or {IN_FOLDER[3]} in it")
 
 
-def _name(key: object) -> str:
-    return printable(key) if isinstance(key, str) else f"({type(key).__name__})"
+def _escaped_key(key: object) -> str:
+    """A key of a dictionary in a file, for messages and records; of a key that is no text, its type."""
+    return escaped(key) if isinstance(key, str) else f"({type(key).__name__})"
 
 
-def _wrapped(names: Iterable[str]) -> str:
-    """The prefix of all names that wrappers of the network have added: of none, one or several, in any order."""
-    found = ""
+def _wrapper_prefix(names: Iterable[str]) -> str:
+    """The prefix of all `names` that wrappers of the network have added, such as "module._orig_mod."; "" if there is none."""
+    prefix = ""
     for _ in range(MAX_WRAPPERS):
-        more = next((each for each in WRAPPERS if all(name.startswith(found + each) for name in names)), None)
-        if more is None:
+        wrapper = next((each for each in WRAPPERS if all(name.startswith(prefix + each) for name in names)), None)
+        if wrapper is None:
             break
-        found += more
-    return found
+        prefix += wrapper
+    return prefix
 
 
 def _holds_tensors(value: object) -> bool:
+    """Whether `value` is a dictionary with at least one tensor in it."""
     return isinstance(value, dict) and any(isinstance(item, Stored) for item in value.values())
 
 
-def _described(value: object) -> str:
-    """The type of a value with its article; of a placeholder the name of the function."""
+def _describe(value: object) -> str:
+    """The type of a value, with an article, for messages; of a placeholder the name of its function."""
     name = getattr(getattr(value, "function", None), "full", None)
-    name = printable(name) if name else type(value).__name__
+    name = escaped(name) if name else type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _config(path: Path) -> dict[str, Any] | None:
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """config.json beside the file `path`; None where it is missing or is no JSON object."""
     try:
         with (path.parent / "config.json").open(encoding="utf-8") as file:
             config = json.loads(file.read(LONGEST_CONFIG))
@@ -263,9 +276,10 @@ def _config(path: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def _imported(metadata: dict[str, str]) -> dict[str, Any] | None:
+def _read_import(metadata: dict[str, str]) -> dict[str, Any] | None:
+    """What `harness weights import` wrote into the metadata of a safetensors file; None: nothing."""
     try:
-        found = json.loads(metadata.get(METADATA, "null"))
+        about = json.loads(metadata.get(METADATA, "null"))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return about if isinstance(about, dict) else None

@@ -1,7 +1,8 @@
 """Identifies the backbone of a file's weights by the names and shapes of tensors, never by the file's name.
 
-The family is the one whose layout has the most marks in the file. Within it, the backbones that agree best with the
-arguments that the shapes imply are built on the meta device (no memory, no arithmetic) and compared tensor by tensor.
+The family is the one with a layout of which the largest share of marks (names of tensors) is in the file. Within it,
+the backbones that agree best with the arguments that the shapes imply are built on the meta device (no memory, no
+arithmetic) and compared tensor by tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from harness.weights.files import WeightFile
 from harness.weights.maps import Differences, Layout, Mismatch, Recipes, Shapes, WeightMap, compare, take_all
 
 INPUT_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
-FREE = (
+FREE_ARGUMENTS = (
     "input_size",
     "in_channels",
     "num_classes",
@@ -37,7 +38,7 @@ class Match:
     spec: BackboneSpec | None  # None: no registered backbone is near
     arguments: dict[str, Any]  # those that differ from the spec's defaults
     layout: Layout
-    recipes: Recipes  # how our tensors are made from the file's
+    recipes: Recipes  # how our tensors are made from those of the file
     differences: Differences
     notes: tuple[str, ...] = ()
 
@@ -48,7 +49,7 @@ class Match:
 
 
 def weight_map(spec: BackboneSpec) -> WeightMap:
-    """The map of the backbone's family: MAP in the module `weights` beside its torch network."""
+    """The map of the backbone's family: MAP in the module `weights` beside its torch network; OWN if there is none."""
     package = spec.builders.get("torch", "").partition(":")[0].rpartition(".")[0]
     address = f"{package}.weights"
     try:
@@ -61,7 +62,7 @@ def weight_map(spec: BackboneSpec) -> WeightMap:
 
 
 def choose_layout(layouts: Iterable[Layout], names: Iterable[str]) -> tuple[float, Layout]:
-    """(share, layout) of the layout with the largest share of its marks among `names`."""
+    """The layout with the largest share of its marks among `names`, as (share from 0 to 1, layout)."""
     names = set(names)
     scores = [(sum(mark in names for mark in each.marks) / max(len(each.marks), 1), each) for each in layouts]
     return max(scores, key=lambda score: score[0])
@@ -70,9 +71,11 @@ def choose_layout(layouts: Iterable[Layout], names: Iterable[str]) -> tuple[floa
 def translate(
     weights: WeightFile, layout: Layout, expected: Shapes | None = None
 ) -> tuple[Recipes, Shapes, dict[str, str]]:
-    """(recipes of our tensors, their shapes, missing: the name in the file that each of our other tensors needs).
+    """(recipes, shapes, missing), each by the names of our tensors.
 
-    expected: shapes of the network, if it is known. `Mismatch` where the file's shapes allow no translation at all.
+    recipes, shapes: of the tensors that the file has. missing: of each other tensor, the first name that is missing in
+    the file. expected: shapes of the network, if it is known. `Mismatch` where the file's shapes or dtypes allow no
+    translation at all.
     """
     shapes = weights.shapes
     known: Mapping[str, Any] = {"config": weights.config, "expected": expected or {}}
@@ -92,9 +95,12 @@ def translate(
 
 
 def differences(ours: Shapes, expected: Shapes, missing: Mapping[str, str], layout: Layout) -> Differences:
-    """How our tensors differ from the network's; missing tensors are named as in the file (`missing` of `translate`)."""
-    found = compare(ours, expected, layout.beside)
-    return replace(found, missing=tuple(missing.get(name, name) for name in found.missing))
+    """How the shapes `ours` differ from those `expected` by the network.
+
+    missing: as `translate` returns it; a missing tensor is named as the file would name it.
+    """
+    by_our_names = compare(ours, expected, layout.beside)
+    return replace(by_our_names, missing=tuple(missing.get(name, name) for name in by_our_names.missing))
 
 
 def expected_shapes(spec: BackboneSpec, arguments: Mapping[str, Any]) -> Shapes:
@@ -107,19 +113,19 @@ def expected_shapes(spec: BackboneSpec, arguments: Mapping[str, Any]) -> Shapes:
 def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool = True) -> Match:
     """The backbone among `specs` whose network has these tensors, or the nearest one and the differences.
 
-    sizes: whether to try the input sizes that no shape implies; each try builds a network. UserError where the shapes in
-    the file allow no comparison.
+    sizes: whether to try other input sizes if no shape implies the input size; each try builds a network. UserError where
+    the shapes in the file allow no comparison, or config.json contradicts tensors that fit.
     """
     specs = list(specs)
-    families: dict[int, tuple[WeightMap, list[BackboneSpec]]] = {}
+    families: dict[int, tuple[WeightMap, list[BackboneSpec]]] = {}  # by the id of the map: the map and its backbones
     for spec in specs:
-        found = weight_map(spec)
-        families.setdefault(id(found), (found, []))[1].append(spec)
+        spec_map = weight_map(spec)
+        families.setdefault(id(spec_map), (spec_map, []))[1].append(spec)
     share, layout, family = 0.0, OWN_NAMES, OWN
-    for found, _ in families.values():
-        score, candidate = choose_layout(found.layouts, weights.tensors)
+    for spec_map, _ in families.values():
+        score, candidate = choose_layout(spec_map.layouts, weights.tensors)
         if score > share or (len(families) == 1 and share == 0):
-            share, layout, family = score, candidate, found
+            share, layout, family = score, candidate, spec_map
     try:
         recipes, ours, missing = translate(weights, layout)
         implied = [(spec, family.facts(spec, ours)) for spec in families.get(id(family), (family, []))[1]]
@@ -142,7 +148,7 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
                 differences=differences(ours, expected, missing, layout),
                 notes=(*weights.notes, *layout.notes(weights.shapes)),
             )
-            if best is None or _rank(match) < _rank(best):
+            if best is None or _sort_key(match) < _sort_key(best):
                 best = match
             if match.exact:
                 break
@@ -168,9 +174,9 @@ def recognised(weights: WeightFile, layout: Layout) -> bool:
 
 
 def misfit(weights: WeightFile, layout: Layout, name: str, problem: str) -> str:
-    """The message that `weights` do not fit the backbone `name`; it says what they fit, if that is known.
+    """The message that `weights` do not fit the backbone `name`, and which backbone they fit, if one is known.
 
-    layout: by which they were read. problem: how they differ from the backbone.
+    layout: the one by which they were compared. problem: how they differ from the backbone.
     """
     try:
         found = identify(weights, registry.backbones, sizes=False)
@@ -189,12 +195,13 @@ def misfit(weights: WeightFile, layout: Layout, name: str, problem: str) -> str:
 
 
 def _arguments_to_try(spec: BackboneSpec, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Builder arguments: those that the shapes imply, and, if they do not imply the input size, other powers of 2.
+    """Yields builder arguments that may fit, without those that equal the spec's defaults.
 
-    facts: arguments implied by the shapes. A U-Net has attention at certain resolutions, so its input size decides which
-    of its blocks have it.
+    The first are those that the shapes imply. If the shapes do not imply the input size, others of INPUT_SIZES follow: a
+    U-Net has attention at certain resolutions, so its input size decides which of its blocks have it. facts: all
+    arguments that the shapes imply.
     """
-    arguments = {name: facts[name] for name in FREE if name in facts and name in spec.defaults}
+    arguments = {name: facts[name] for name in FREE_ARGUMENTS if name in facts and name in spec.defaults}
     arguments = {name: value for name, value in arguments.items() if value != spec.defaults[name]}
     yield arguments
     native = spec.defaults.get("input_size")
@@ -208,10 +215,10 @@ def _arguments_to_try(spec: BackboneSpec, facts: Mapping[str, Any]) -> Iterator[
 
 
 def _disagreements(spec: BackboneSpec, facts: Mapping[str, object]) -> int:
-    """Number of the arguments implied by the shapes, FREE ones aside, that differ from the spec's defaults."""
-    return sum(spec.defaults.get(name) != value for name, value in facts.items() if name not in FREE)
+    """Number of the arguments in `facts`, without FREE_ARGUMENTS, that differ from the spec's defaults."""
+    return sum(spec.defaults.get(name) != value for name, value in facts.items() if name not in FREE_ARGUMENTS)
 
 
-def _rank(match: Match) -> tuple[int, int]:
-    """Smaller is better."""
+def _sort_key(match: Match) -> tuple[int, int]:
+    """(number of differences, number of arguments that are not the defaults); the best match has the smallest."""
     return (match.differences.count, len(match.arguments))

@@ -12,10 +12,10 @@ from torch import nn
 from harness import registry
 from harness.errors import UserError
 from harness.spec import BackboneSpec
-from harness.weights.files import WeightFile, open_weights, sha256, unchanged, watched
+from harness.weights.files import WeightFile, open_weights, sha256, unchanged, with_progress
 from harness.weights.identify import OWN, choose_layout, contradiction, differences, misfit, translate, weight_map
 from harness.weights.maps import Layout, Mismatch, Recipe, Take
-from harness.weights.tensors import BY_TORCH_NAME, DTYPES, finite, raw_dtype, refuse_not_finite
+from harness.weights.tensors import BY_TORCH_NAME, DTYPES, all_finite, raw_dtype, refuse_not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Provenance:
     path: Path  # the file that held them
     sha256: str
     format: str  # such as "DiT state dict, train.py checkpoint, torch zip"
-    backbone: str | None  # the name that was asked for
+    backbone: str | None  # name of the spec that was given
     dtypes: tuple[str, ...]  # of the tensors in the file, safetensors' names
     notes: tuple[str, ...]  # choices and conversions, one line each
 
@@ -33,11 +33,11 @@ class Provenance:
 def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, prefix: str = "") -> Provenance:
     """Load the file strictly into `net`: every tensor of its state dict, with its shape, and no other.
 
-    net: on any device; if on the meta device, its parameters are made on the CPU, in their dtype. Tensors are read one
-    at a time into their place, so the weights are held once. spec: backbone whose family's public files are accepted;
+    net: on any device; if on the meta device, its parameters are made on the CPU, in their dtype. Tensors are read into
+    their place one at a time, so the weights are in memory once. spec: backbone whose family's public files are accepted;
     None: the names must be those of the network or of a registered family. prefix: selects one part of a file, such as
-    "first_stage_model." of an LDM's model.ckpt, and is dropped. UserError, with the first problem, for a file that does
-    not fit; `net` is unchanged then. UserError also for damage found while reading; `net` must not be used then.
+    "first_stage_model." of an LDM's model.ckpt, and is dropped. UserError, with the first problem, if the file does not
+    fit; then `net` is unchanged. UserError also if damage is found while reading; then `net` must not be used.
     """
     weights = open_weights(path)
     weights.refuse_code()
@@ -62,10 +62,10 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
     with unchanged(weights):
         digest = sha256(weights.path)
         _fill(net, state, {key: recipes[prefix + key] for key in state}, weights)
-    left = sorted({key.partition(".")[0] for key in recipes if key not in expected})
+    unused = sorted({key.partition(".")[0] for key in recipes if key not in expected})
     notes = (*weights.notes, *layout.notes(weights.shapes))
-    if left:
-        notes = (*notes, f"not used of the file: {', '.join(left)}")
+    if unused:
+        notes = (*notes, f"not used of the file: {', '.join(unused)}")
     return Provenance(
         path=weights.path,
         sha256=digest,
@@ -77,13 +77,13 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
 
 
 def _heads(net: nn.Module) -> int | None:
-    """Number of attention heads of `net`, which no shape implies; None if no module states it."""
+    """Number of attention heads of `net`, which no shape implies: that of the first module with an int attribute `heads`."""
     found = (getattr(module, "heads", None) for module in net.modules())
     return next((heads for heads in found if type(heads) is int), None)
 
 
 def _layout(weights: WeightFile, spec: BackboneSpec | None) -> Layout:
-    """The layout of the file among those of the spec's family, or of all families."""
+    """The layout that fits the file best, among those of the spec's family; spec None: of all families, or OWN_NAMES."""
     maps = [weight_map(spec)] if spec is not None else [weight_map(each) for each in registry.backbones]
     share, layout = choose_layout([layout for each in maps for layout in each.layouts], weights.tensors)
     if share == 0 and spec is None:
@@ -93,27 +93,30 @@ def _layout(weights: WeightFile, spec: BackboneSpec | None) -> Layout:
 
 @torch.no_grad()
 def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Recipe], weights: WeightFile) -> None:
-    """Read every tensor of `state`; those on the meta device are replaced in `net` by tensors on the CPU."""
-    made: dict[int, torch.Tensor] = {}  # by the meta tensor's id: a tensor that the network uses twice stays one
+    """Read every tensor of `state` in place; those on the meta device are replaced in `net` by new tensors on the CPU.
 
-    def one(name: str) -> torch.Tensor:
+    state: state dict of `net`. recipes: by the same names.
+    """
+    replaced: dict[int, torch.Tensor] = {}  # by the meta tensor's id: a tensor that the network uses twice stays one
+
+    def load_one(name: str) -> torch.Tensor:
         target = state[name]
         if target.is_meta:
-            if id(target) in made:
-                _put(net, name, made[id(target)])
-                return made[id(target)]
+            if id(target) in replaced:
+                _put(net, name, replaced[id(target)])
+                return replaced[id(target)]
             real = torch.empty(target.shape, dtype=target.dtype, device="cpu")
             _read(name, recipes[name], weights, real)
             if isinstance(target, nn.Parameter):
                 real = nn.Parameter(real, requires_grad=target.requires_grad)
-            made[id(target)] = real
+            replaced[id(target)] = real
             _put(net, name, real)
             return real
         _read(name, recipes[name], weights, target)
         return target
 
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    for _ in watched(f"load {weights.path.name}", (one(name) for name in state), nbytes):
+    for _ in with_progress(f"load {weights.path.name}", (load_one(name) for name in state), nbytes):
         pass
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         if tensor.is_meta:  # a buffer that no file holds
@@ -121,9 +124,10 @@ def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Rec
 
 
 def _read(name: str, recipe: Recipe, weights: WeightFile, target: torch.Tensor) -> None:
-    """Evaluate `recipe` into `target`; UserError where the result is not finite.
+    """Write the result of `recipe` into `target`, in place; UserError where it is not finite.
 
-    It is read directly into the target's memory if dtype and layout allow it.
+    name: of the tensor, for messages. A tensor that is taken unchanged is read directly into the target's memory if
+    device, dtype and layout allow it.
     """
     source = weights.tensors[recipe.sources[0]].dtype if recipe.sources else "F32"
     dtype = getattr(torch, DTYPES[source][1])
@@ -138,15 +142,16 @@ def _read(name: str, recipe: Recipe, weights: WeightFile, target: torch.Tensor) 
 
 
 def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, without a temporary copy of a tensor on the CPU."""
     if tensor.device.type != "cpu":
         return bool(torch.isfinite(tensor).all())
     dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
     raw = tensor.reshape(-1).view(_raw(tensor.dtype)).numpy()
-    return finite(raw.view(raw_dtype(dtype)), dtype)
+    return all_finite(raw.view(raw_dtype(dtype)), dtype)
 
 
 def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """The memory of `array` as a torch tensor of `dtype` (safetensors' name)."""
+    """A torch tensor of `dtype` (safetensors' name) that shares the memory of `array`, which `Stored.read` returned."""
     wanted = getattr(torch, DTYPES[dtype][1])
     if array.ndim == 0:
         return torch.from_numpy(array.reshape(1).view(_numpy_raw(array))).view(wanted).reshape(())
@@ -154,12 +159,12 @@ def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 def _numpy_raw(array: np.ndarray) -> np.dtype:
-    """A dtype of the same width that torch.from_numpy accepts."""
+    """An integer dtype of the same width as the array's, which torch.from_numpy accepts."""
     return np.dtype({1: "u1", 2: "i2", 4: "i4", 8: "i8"}[array.itemsize])
 
 
 def _raw(dtype: torch.dtype) -> torch.dtype:
-    """A dtype of the same width that numpy has."""
+    """An integer dtype of the same width, which numpy has too."""
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 

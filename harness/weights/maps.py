@@ -18,15 +18,15 @@ from harness.spec import BackboneSpec
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Read = Callable[[str], np.ndarray]
-"""Read(name): the values of a tensor of the source."""
+"""Read(name): the values of the source tensor `name`."""
 
 
 class Mismatch(ValueError):
-    """The shapes in a file do not allow a recipe; the message is one line."""
+    """The shapes or dtypes in a file do not allow a recipe; the message is one line."""
 
 
-# A recipe makes one tensor of others. `sources` are their names, `shape` the result's shape, given theirs, and
-# `evaluate` its values.
+# A recipe makes one tensor from source tensors. `sources` are the names of these, `shape(shapes)` is the shape of the
+# result, given the shapes of the sources, and `evaluate(read)` are its values.
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor that is stored under several names; UserError where the copies differ."""
+    """One tensor that is stored under several names; `evaluate` raises UserError where the copies differ."""
 
     names: tuple[str, ...]
 
@@ -147,12 +147,17 @@ class Layout:
     """A public way to name and store a family's weights.
 
     name: for `harness weights export --format`. title: in messages. marks: names of tensors that identify such a file.
-    store: how an export is stored, "state dict", "lightning" or "diffusers"; suffix: of its file. inward(shapes, known):
-    recipes of our tensors from those of a file; `known` has a diffusers config as "config" and the network's shapes as
-    "expected"; raises `Mismatch`, or KeyError(name) for a tensor that it needs. outward(shapes): recipes of the file's
-    tensors from ours. beside(name): whether one of our tensors is stored but is no part of the network. notes(shapes):
-    lines for the user. config(arguments, shapes): the config.json of a diffusers folder. contradiction(config, shapes,
-    heads): how the config.json beside a file contradicts our shapes and the number of heads, in one line; None: not.
+    store: how an export is stored, "state dict", "lightning" or "diffusers". suffix: of an exported file.
+
+    inward(shapes, known): recipes of our tensors, given the shapes of a file. `known` has the keys "config", config.json
+    beside the file or None, and "expected", the network's shapes or {}. Raises `Mismatch`. A recipe may name a source
+    that the file does not have; `identify.translate` reports it as missing.
+    outward(shapes): recipes of an exported file's tensors, given the shapes of ours.
+    beside(name): whether one of our tensors is stored in the file, but is no part of the network.
+    notes(shapes): lines for the user, given the shapes of a file.
+    config(arguments, shapes): config.json of an exported diffusers folder, given builder arguments and our shapes.
+    contradiction(config, shapes, heads): how the config.json beside a file contradicts our shapes and the number of
+    attention heads, in one line; None: it does not.
     """
 
     name: str
@@ -178,19 +183,19 @@ class WeightMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """How the tensors found differ from those of the network, by our names."""
+    """How the tensors of a file differ from those of the network: names of the missing and unexpected ones, wrong shapes."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    wrong: tuple[tuple[str, Shape, Shape], ...] = ()  # name, found, expected
+    wrong_shapes: tuple[tuple[str, Shape, Shape], ...] = ()  # name, shape in the file, shape in the network
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.wrong)
+        return bool(self.missing or self.unexpected or self.wrong_shapes)
 
     @property
     def count(self) -> int:
         """Number of differences."""
-        return len(self.missing) + len(self.unexpected) + len(self.wrong)
+        return len(self.missing) + len(self.unexpected) + len(self.wrong_shapes)
 
     def first(self) -> str:
         """The first problem and how many there are, in one line."""
@@ -201,22 +206,25 @@ class Differences:
         elif self.unexpected:
             text = f"{self.unexpected[0]} is unexpected"
         else:
-            name, found, expected = self.wrong[0]
+            name, found, expected = self.wrong_shapes[0]
             text = f"{name} is {found}, the network's is {expected}"
         parts = (
             (len(self.missing), "missing"),
             (len(self.unexpected), "unexpected"),
-            (len(self.wrong), "of another shape"),
+            (len(self.wrong_shapes), "of another shape"),
         )
         return f"{text} (in all {', '.join(f'{count} {what}' for count, what in parts if count)})"
 
 
 def compare(found: Shapes, expected: Shapes, beside: Callable[[str], bool] = lambda name: False) -> Differences:
-    """Which tensors are missing, unexpected or of another shape in `found`; those `beside` the network are expected."""
+    """Which tensors are missing, unexpected or of another shape in `found`.
+
+    beside(name): whether a tensor that the network does not have is allowed, so that it does not count as unexpected.
+    """
     return Differences(
         missing=tuple(name for name in expected if name not in found),
         unexpected=tuple(name for name in found if name not in expected and not beside(name)),
-        wrong=tuple(
+        wrong_shapes=tuple(
             (name, found[name], expected[name]) for name in expected if name in found and found[name] != expected[name]
         ),
     )

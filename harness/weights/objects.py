@@ -27,16 +27,23 @@ _STORAGE_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StorageKey:
-    """Consecutive elements in the file, named by the key of their storage."""
+    """A storage, or a view of one, that a pickle refers to.
+
+    dtype: of its elements, safetensors' name. key: of the storage in the file. count: elements of the whole storage.
+    first: first element of the view.
+    """
 
     dtype: str
     key: str
     count: int
-    first: int = 0  # first element, in a view of a storage
+    first: int = 0
 
 
-class _Pending:
-    """A tensor whose storage is known by its key only; `resolve_tensors` replaces it by a `Stored`."""
+class _PendingTensor:
+    """A tensor whose storage is known only by its key; `resolve_tensors` replaces it by a `Stored`.
+
+    dtype: safetensors' name. offset, strides: in elements.
+    """
 
     __slots__ = ("dtype", "offset", "shape", "storage", "strides")
 
@@ -44,13 +51,13 @@ class _Pending:
         self.storage, self.dtype, self.offset, self.shape, self.strides = storage, dtype, offset, shape, strides
 
 
-def printable(text: str) -> str:
-    """A name from a file for a message; characters that could control a terminal are escaped."""
+def escaped(text: str) -> str:
+    """Text from a file, for a message: characters that could control a terminal are escaped."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
-def _ordered(*arguments: Any) -> dict[Any, Any]:
-    """collections.OrderedDict of pairs, as a dictionary."""
+def _ordered_dict(*arguments: Any) -> dict[Any, Any]:
+    """collections.OrderedDict(pairs) as a plain dictionary."""
     if not arguments:
         return {}
     items: list[Any] = []
@@ -61,10 +68,10 @@ def _ordered(*arguments: Any) -> dict[Any, Any]:
     return pickles.pairs(items)
 
 
-def _tensor(
+def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, *more: Any, dtype: str | None = None, metadata: Any = None
-) -> _Pending:
-    """torch._utils._rebuild_tensor and _rebuild_tensor_v2; metadata is the third of `more`."""
+) -> _PendingTensor:
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2, whose seventh argument, more[2], is the metadata."""
     if not isinstance(storage, StorageKey):
         raise Malformed("a tensor without a storage")
     if not all(isinstance(each, (tuple, list)) and len(each) <= MAX_AXES for each in (shape, strides)):
@@ -72,55 +79,59 @@ def _tensor(
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
         raise Malformed("a tensor of an impossible shape")
-    marks = metadata if metadata is not None else more[2] if len(more) > 2 else None
-    if marks:  # torch's bits "neg" and "conj": values that differ from the bytes
-        named = [name for name in marks if isinstance(name, str)] if isinstance(marks, dict) else []
+    flags = metadata if metadata is not None else more[2] if len(more) > 2 else None
+    if flags:  # torch's bits "neg" and "conj": values that differ from the bytes
+        named = [name for name in flags if isinstance(name, str)] if isinstance(flags, dict) else []
         raise Unsuitable(
             f"holds a tensor whose values are not its bytes (marked {', '.join(named)[:40] or 'oddly'}); save it with"
             " .resolve_neg() or .resolve_conj()"
         )
-    return _Pending(storage, dtype or storage.dtype, offset, tuple(shape), tuple(strides))
+    return _PendingTensor(storage, dtype or storage.dtype, offset, tuple(shape), tuple(strides))
 
 
-def _tensor_v3(
+def _rebuild_tensor_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
-) -> _Pending:
+) -> _PendingTensor:
+    """torch._utils._rebuild_tensor_v3, which states the dtype."""
     name = BY_TORCH_NAME.get(dtype.name) if isinstance(dtype, Symbol) and dtype.module == "torch" else None
     if name is None:
         raise Malformed("a tensor of an unknown dtype")
-    return _tensor(storage, offset, shape, strides, dtype=name, metadata=metadata)
+    return _rebuild_tensor(storage, offset, shape, strides, dtype=name, metadata=metadata)
 
 
-def _size(*shape: Any) -> tuple[Any, ...]:
+def _torch_size(*shape: Any) -> tuple[Any, ...]:
     """torch.Size."""
     if shape and not (isinstance(shape[0], (tuple, list)) and len(shape[0]) <= MAX_AXES):
         raise Malformed(f"a shape of more than {MAX_AXES} axes")
     return tuple(shape[0]) if shape else ()
 
 
-def _typed(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    """A tensor of a subclass, or one with attributes: the plain tensor."""
+def _rebuild_from_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    """torch._tensor._rebuild_from_type_v2, for a tensor of a subclass or with attributes: the plain tensor.
+
+    For any other function the result is a placeholder.
+    """
     if isinstance(function, Symbol) and function.full in _REBUILT:
         return CONSTRUCTORS[function.full](*arguments)
     return Call(function, (kind, arguments))
 
 
-def _encoded(text: Any, *_: Any) -> Any:
+def _codecs_encode(text: Any, *_: Any) -> Any:
     """_codecs.encode, by which pickle protocol 2 writes bytes."""
     return text.encode("latin-1") if isinstance(text, str) else text
 
 
-_TYPED = "torch._tensor._rebuild_from_type_v2"
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 CONSTRUCTORS: dict[str, Any] = {
-    "collections.OrderedDict": _ordered,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    _TYPED: _typed,
-    "torch.Size": _size,
-    "_codecs.encode": _encoded,
+    _FROM_TYPE: _rebuild_from_type,
+    "torch.Size": _torch_size,
+    "_codecs.encode": _codecs_encode,
 }
 _REBUILT = frozenset(name for name in CONSTRUCTORS if name.startswith("torch._utils."))
 _NEEDED = {
@@ -132,11 +143,11 @@ _NEEDED = {
 }
 
 
-def foreign(symbols: Mapping[str, Symbol]) -> tuple[str, ...]:
-    """Names in a file other than those of tensors, printable."""
+def foreign_symbols(symbols: Mapping[str, Symbol]) -> tuple[str, ...]:
+    """Names of the classes and functions in a file that tensors do not need, `escaped`."""
     dtypes = {f"torch.{name}" for name in BY_TORCH_NAME}
     return tuple(
-        printable(full)
+        escaped(full)
         for full, symbol in symbols.items()
         if full not in _NEEDED
         and full not in dtypes
@@ -145,7 +156,10 @@ def foreign(symbols: Mapping[str, Symbol]) -> tuple[str, ...]:
 
 
 def storage_of(identifier: Any) -> StorageKey:
-    """The storage of a persistent identifier: ("storage", type, key, device, elements[, view])."""
+    """The storage of a persistent identifier, ("storage", type, key, device, number of elements[, view]).
+
+    view: (its key, first element, number of elements), or None.
+    """
     if not isinstance(identifier, tuple) or not 5 <= len(identifier) <= 6 or identifier[0] != "storage":
         raise Malformed("it refers to something other than tensors")
     _, kind, key, _, count, *view = identifier
@@ -159,54 +173,58 @@ def storage_of(identifier: Any) -> StorageKey:
     if not isinstance(key, str) or len(key) > pickles.LONGEST_NAME:
         raise Malformed("a storage without a key")
     if view and view[0] is not None:
-        _, first, count_seen = view[0]
-        if not (type(first) is type(count_seen) is int and first >= 0 and 0 <= count_seen <= count - first):
+        _, first, view_count = view[0]
+        if not (type(first) is type(view_count) is int and first >= 0 and 0 <= view_count <= count - first):
             raise Malformed("a view beyond its storage")
         return StorageKey(dtype, key, count, first)
     return StorageKey(dtype, key, count)
 
 
-def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], swapped: bool) -> Any:
-    """`value` with every pending tensor replaced by a `Stored`, in nested dictionaries and lists too.
+def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big_endian: bool) -> Any:
+    """Replace every pending tensor by a `Stored`, in place in `value` and its nested dictionaries and lists; returns `value`.
 
-    storages: bytes of each storage, by key. swapped: whether the file was written on a big-endian machine.
+    If `value` is a pending tensor itself, its `Stored` is returned. storages: bytes of each storage, by key. big_endian: whether the file was written on a big-endian machine.
     """
-    made: dict[int, Any] = {}  # by id: a file may hold one object twice, or within itself
-    placed: dict[int, tuple[_Pending, Stored]] = {}  # by id; the pending tensor is kept so that its id is not reused
+    visited: dict[int, Any] = {}  # by id: a file may hold one object twice, or within itself
+    resolved: dict[
+        int, tuple[_PendingTensor, Stored]
+    ] = {}  # by id; the pending tensor is kept so that its id is not reused
     waiting = [value] if isinstance(value, (dict, list)) else []
 
-    def settle(item: Any) -> Any:
-        if isinstance(item, _Pending):
-            if id(item) not in placed:
-                placed[id(item)] = item, _stored(item, path, storages, swapped)
-            return placed[id(item)][1]
-        if isinstance(item, (dict, list)) and id(item) not in made:
-            made[id(item)] = item
+    def resolve(item: Any) -> Any:
+        if isinstance(item, _PendingTensor):
+            if id(item) not in resolved:
+                resolved[id(item)] = item, _stored(item, path, storages, big_endian)
+            return resolved[id(item)][1]
+        if isinstance(item, (dict, list)) and id(item) not in visited:
+            visited[id(item)] = item
             waiting.append(item)
         return item
 
     while waiting:
         holder = waiting.pop()
         for key in list(holder) if isinstance(holder, dict) else range(len(holder)):
-            holder[key] = settle(holder[key])
-    return settle(value)
+            holder[key] = resolve(holder[key])
+    return resolve(value)
 
 
-def _stored(tensor: _Pending, path: Path, storages: Mapping[str, Storage], swapped: bool) -> Stored:
-    """The tensor in the file; `Malformed` where it reaches beyond its storage."""
+def _stored(tensor: _PendingTensor, path: Path, storages: Mapping[str, Storage], big_endian: bool) -> Stored:
+    """Where a tensor is in the file; `Malformed` where it reaches beyond its storage or uses an element twice."""
     storage = storages.get(tensor.storage.key)
     if storage is None:
         raise Malformed(f"the bytes of storage {tensor.storage.key} are missing")
-    width, own = raw_dtype(tensor.dtype).itemsize, raw_dtype(tensor.storage.dtype).itemsize
-    if swapped and width > 1:
+    # bytes of an element, of the tensor and of its storage
+    width, storage_width = raw_dtype(tensor.dtype).itemsize, raw_dtype(tensor.storage.dtype).itemsize
+    if big_endian and width > 1:
         raise UserError(f"{path} was written on a big-endian machine; load it there and save it as safetensors")
-    begin = tensor.storage.first * own + tensor.offset * width
+    begin = tensor.storage.first * storage_width + tensor.offset * width  # byte of the storage
     count = prod(tensor.shape)
+    # elements of the storage from the tensor's first to its last
     reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) if count else 0
-    if tensor.storage.count * own > storage.nbytes or begin + reach * width > storage.nbytes:
+    if tensor.storage.count * storage_width > storage.nbytes or begin + reach * width > storage.nbytes:
         raise Malformed("a tensor reaches beyond its bytes")
     if count > reach:
-        raise Malformed("a tensor repeats its elements")  # as one made by expand(); else a small file could fill memory
+        raise Malformed("a tensor repeats its elements")  # as expand() makes them; a small file could fill the memory
     return Stored(
         file=path, dtype=tensor.dtype, shape=tensor.shape, strides=tensor.strides, start=storage.start + begin,
         storage=storage,

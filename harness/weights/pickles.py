@@ -43,12 +43,13 @@ class Unsuitable(Malformed):
 
 
 class Budget:
-    """The cost that a file's pickles may have; `Unsuitable` when it is exceeded."""
+    """A limit, in units (see UNITS), on the work and memory that the pickles of a file may cause."""
 
     def __init__(self, units: int = UNITS):
         self.used, self.limit = 0, units
 
     def spend(self, units: int) -> None:
+        """Count `units` as used; `Unsuitable` above the limit."""
         self.used += units
         if self.used > self.limit:
             raise Unsuitable(
@@ -75,7 +76,10 @@ class Symbol:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A placeholder for the result of a call of `function`; it has no behaviour."""
+    """A placeholder for the result of a call of `function`, which is not carried out.
+
+    state, items: what the pickle sets in the result, and appends to it or (pairs) sets as its items.
+    """
 
     function: Any  # Symbol or Call
     arguments: Any
@@ -85,7 +89,7 @@ class Call:
 
 @dataclass
 class Reading:
-    """The value of a pickle, and every class and function that it names, in their order."""
+    """The value of a pickle, and every class and function that it names, by full name in their order."""
 
     value: Any
     symbols: dict[str, Symbol]
@@ -119,7 +123,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 _IGNORED = ("PROTO", "FRAME")
-_CALL = 2  # units of a name, a call or a storage, in addition to the opcode's
+_CALL_UNITS = 2  # units of a name, a call or a storage, in addition to the opcode's
 
 
 def read(
@@ -130,8 +134,8 @@ def read(
 ) -> Reading:
     """Read the pickle at the position of `stream`, which stands behind it afterwards.
 
-    persistent: turns the persistent identifiers of the file into values. budget: may be shared by several pickles.
-    Raises `Malformed`.
+    constructors: functions for the calls that are carried out; other calls become a `Call`. persistent: makes a value of
+    a persistent identifier. budget: may be shared by several pickles; None: a new one. Raises `Malformed`.
     """
     machine = _Machine(constructors, persistent, budget or Budget())
     try:
@@ -154,17 +158,20 @@ class _Machine:
 
     def __init__(self, constructors: Constructors, persistent: Callable[[Any], Any] | None, budget: Budget):
         self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []  # stacks below the open marks
+        self.outer: list[list[Any]] = []  # for each open mark, the stack below it
         self.memo: dict[int, Any] = {}
         self.symbols: dict[str, Symbol] = {}
         self.constructors, self.persistent, self.budget = constructors, persistent, budget
 
     def step(self, name: str, argument: Any) -> bool:
-        """Carry out one opcode; returns True at the end. The most frequent ones come first."""
+        """Carry out one opcode; returns True at STOP. The most frequent opcodes come first.
+
+        name, argument: as pickletools.genops gives them.
+        """
         stack, budget = self.stack, self.budget
         budget.used += 1
         if budget.used > budget.limit:
-            budget.spend(0)
+            budget.spend(0)  # raises
         if name in _PUSHED:
             if isinstance(argument, (str, bytes, bytearray)):
                 budget.spend(len(argument) >> 6)
@@ -189,36 +196,36 @@ class _Machine:
                 raise Malformed("a tuple of more than there is")
             stack[-count:] = [tuple(stack[-count:])]
         elif name == "TUPLE":
-            items = self._close()
+            items = self._pop_mark()
             self.stack.append(tuple(items))
         elif name == "LIST":
-            items = self._close()
+            items = self._pop_mark()
             self.stack.append(items)
         elif name == "DICT":
-            items = self._close()
+            items = self._pop_mark()
             self.stack.append(pairs(items, budget))
         elif name in ("EMPTY_SET", "FROZENSET"):
-            items = [] if name == "EMPTY_SET" else self._close()
+            items = [] if name == "EMPTY_SET" else self._pop_mark()
             budget.spend(3)
             self.stack.append(set(_keys(items, budget)))
         elif name in ("APPEND", "APPENDS", "ADDITEMS"):
-            items = [stack.pop()] if name == "APPEND" else self._close()
+            items = [stack.pop()] if name == "APPEND" else self._pop_mark()
             self._extend(self.stack[-1], items)
         elif name in ("SETITEM", "SETITEMS"):
             if name == "SETITEM":
                 value = stack.pop()
                 items = [stack.pop(), value]
             else:
-                items = self._close()
+                items = self._pop_mark()
             budget.spend(1)
             self._update(self.stack[-1], items)
         elif name == "POP":
             if stack:
                 stack.pop()
             else:
-                self._close()
+                self._pop_mark()
         elif name == "POP_MARK":
-            self._close()
+            self._pop_mark()
         elif name == "DUP":
             stack.append(stack[-1])
         elif name == "STOP":
@@ -226,31 +233,32 @@ class _Machine:
                 raise Malformed("the pickle leaves more or less than one value")
             return True
         elif name not in _IGNORED:
-            self._call(name, argument)
+            self._rare_step(name, argument)
         return False
 
-    def _call(self, name: str, argument: Any) -> None:
+    def _rare_step(self, name: str, argument: Any) -> None:
+        """Carry out an opcode for a name, a call, an object's state or a persistent identifier; `Malformed` for others."""
         if name in ("GLOBAL", "INST"):
             module, _, attribute = argument.partition(" ")
             symbol = self._symbol(module, attribute)
             if name == "GLOBAL":
                 self.stack.append(symbol)
             else:
-                items = self._close()
-                self.stack.append(self._made(symbol, tuple(items)))
+                items = self._pop_mark()
+                self.stack.append(self._call_function(symbol, tuple(items)))
         elif name == "STACK_GLOBAL":
             attribute, module = self.stack.pop(), self.stack.pop()
             self.stack.append(self._symbol(module, attribute))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = self.stack.pop(), self.stack.pop()
-            self.stack.append(self._made(function, arguments))
+            self.stack.append(self._call_function(function, arguments))
         elif name == "NEWOBJ_EX":
             named, arguments, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
-            self.budget.spend(_CALL)
+            self.budget.spend(_CALL_UNITS)
             self.stack.append(Call(function, (arguments, named)))
         elif name == "OBJ":
-            function, *arguments = self._close()
-            self.stack.append(self._made(function, tuple(arguments)))
+            function, *arguments = self._pop_mark()
+            self.stack.append(self._call_function(function, tuple(arguments)))
         elif name == "BUILD":
             state = self.stack.pop()
             if isinstance(self.stack[-1], Call):
@@ -259,26 +267,28 @@ class _Machine:
         elif name in ("PERSID", "BINPERSID"):
             if self.persistent is None:
                 raise Malformed("it refers to data outside itself")
-            self.budget.spend(_CALL)
+            self.budget.spend(_CALL_UNITS)
             self.stack.append(self.persistent(argument if name == "PERSID" else self.stack.pop()))
         else:  # EXT1, EXT2, EXT4: names by number, from a table of the process; buffers that are not in the file
             raise Malformed(f"it uses {name}, which no weight file has")
 
     def _symbol(self, module: Any, name: Any) -> Symbol:
+        """Record the class or function `module`.`name`; the same name gives the same Symbol."""
         if not (isinstance(module, str) and isinstance(name, str)):
             raise Malformed("a class without a name")
         if len(module) + len(name) > LONGEST_NAME:
             raise Malformed("a class with a name of more than a line")
         symbol = Symbol(module, name)
-        self.budget.spend(2 * _CALL)
+        self.budget.spend(2 * _CALL_UNITS)
         return self.symbols.setdefault(symbol.full, symbol)
 
-    def _made(self, function: Any, arguments: Any) -> Any:
+    def _call_function(self, function: Any, arguments: Any) -> Any:
+        """The result of a call: by its constructor if there is one, otherwise a `Call`."""
         if not isinstance(function, (Symbol, Call)) or not isinstance(arguments, tuple):
             raise Malformed("it calls what is no function")
-        self.budget.spend(_CALL)
-        known = self.constructors.get(function.full) if isinstance(function, Symbol) else None
-        if known is None:
+        self.budget.spend(_CALL_UNITS)
+        constructor = self.constructors.get(function.full) if isinstance(function, Symbol) else None
+        if constructor is None:
             return Call(function, arguments)
         self.budget.spend(len(arguments))  # a call may copy its arguments and their items
         for each in arguments:
@@ -286,15 +296,16 @@ class _Machine:
                 self.budget.spend(len(each))
             elif isinstance(each, (str, bytes)):
                 self.budget.spend(len(each) >> 6)
-        return known(*arguments)
+        return constructor(*arguments)
 
-    def _close(self) -> list[Any]:
+    def _pop_mark(self) -> list[Any]:
         """Remove the last mark and return the items above it."""
         items = self.stack
         self.stack = self.outer.pop()
         return items
 
     def _extend(self, target: Any, items: list[Any]) -> None:
+        """Append the items to a list, set or placeholder, in place."""
         if isinstance(target, Call):
             target.items.extend(items)
         elif isinstance(target, set):
@@ -305,6 +316,7 @@ class _Machine:
             raise Malformed("it appends to what is no list")
 
     def _update(self, target: Any, items: list[Any]) -> None:
+        """Set items of a dictionary or placeholder, in place. items: alternating keys and values."""
         if isinstance(target, Call):
             target.items.extend(pairs(items, self.budget).items())
         elif isinstance(target, dict):
@@ -314,22 +326,22 @@ class _Machine:
 
 
 def pairs(items: list[Any], budget: Budget | None = None) -> dict[Any, Any]:
-    """The dictionary of alternating keys and values. budget: charged for keys that are replaced; None: they are free."""
+    """The dictionary of `items`, alternating keys and values. budget: charged for keys that are replaced; None: a new one."""
     return dict(zip(_keys(items[::2], budget or Budget()), items[1::2], strict=True))
 
 
 def _keys(items: list[Any], budget: Budget) -> list[Any]:
-    """The items as dictionary keys: text, small integers, None and placeholders as they are, others within a new `Call`.
+    """The items as dictionary keys: text, bytes, small integers, None, symbols and calls as they are, others in a new `Call`.
 
-    Hashing a tuple nested a million deep would overflow the C stack, and integers can be chosen to have equal hashes, so
-    that building a dictionary of them takes quadratic time.
+    A `Call` is hashed by identity. Hashing a tuple nested a million deep would overflow the C stack, and large integers
+    can be chosen to have equal hashes, so that building a dictionary of them takes quadratic time.
     """
     keys = []
     for item in items:
         if not isinstance(item, (str, bytes, type(None), Symbol, Call)) and not (
             isinstance(item, int) and -SMALL_KEY < item < SMALL_KEY
         ):
-            budget.spend(_CALL)
+            budget.spend(_CALL_UNITS)
             item = Call(None, item)
         keys.append(item)
     return keys

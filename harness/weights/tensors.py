@@ -35,7 +35,7 @@ DTYPES = {  # safetensors' name: (numpy's dtype for the bytes, torch's name)
 }
 # fmt: on
 MAX_AXES = 64  # of a tensor, in torch as in numpy
-GLANCE = 1 << 16  # elements that `finite` checks at a time
+FINITE_BLOCK = 1 << 16  # elements that `all_finite` checks at a time
 BLOCK = 1 << 22  # bytes that are read at a time to check a storage of which only a part is used
 # Bits that are all set in infinities and NaN, for the floats that numpy does not have; float8_e4m3fn has no infinity.
 _EXPONENTS = {"BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
@@ -73,12 +73,12 @@ class Stored:
         return prod(self.shape) * raw_dtype(self.dtype).itemsize
 
     @property
-    def plain(self) -> bool:
+    def is_row_major(self) -> bool:
         """Whether it is stored in row-major order."""
         return self.strides is None or self.strides == row_major(self.shape) or prod(self.shape) <= 1
 
     def read(self) -> np.ndarray:
-        """The values in a new array of `shape`, row-major, of dtype `raw_dtype(self.dtype)`; UserError for damage."""
+        """The values in a new row-major array of `shape` and dtype `raw_dtype(self.dtype)`; UserError for damage."""
         out = np.empty(self.shape, raw_dtype(self.dtype))
         self.read_into(out)
         return out
@@ -88,10 +88,11 @@ class Stored:
         assert out.shape == self.shape and out.flags.c_contiguous and out.itemsize == raw_dtype(self.dtype).itemsize
         if out.size == 0:
             return
-        if self.plain or self.strides is None:
+        if self.is_row_major or self.strides is None:
             self._fill(out)
             self._verify(out)
             return
+        # read the elements from the first to the last, then pick those of the tensor
         reach = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
         span = np.empty(reach, out.dtype)
         self._fill(span)
@@ -100,21 +101,24 @@ class Stored:
         np.copyto(out, np.lib.stride_tricks.as_strided(span, self.shape, strides, writeable=False))
 
     def _verify(self, read: np.ndarray) -> None:
-        """UserError for damage. The checksum is that of the storage, which is read completely once for all its tensors."""
+        """UserError where the storage differs from its checksum. read: the bytes just read, from `start`.
+
+        If they are only a part of the storage, the whole storage is read for its checksum, once for all its tensors.
+        """
         storage = self.storage
         if storage is None or storage.crc is None:
             return
         if (self.start, read.nbytes) == (storage.start, storage.nbytes):
-            found = zlib.crc32(read.reshape(-1).view(np.uint8).data)
+            crc = zlib.crc32(read.reshape(-1).view(np.uint8).data)
         elif not storage.checked:
-            found, block = 0, np.empty(min(BLOCK, storage.nbytes), np.uint8)
+            crc, block = 0, np.empty(min(BLOCK, storage.nbytes), np.uint8)
             for done in range(0, storage.nbytes, BLOCK):
                 part = block[: storage.nbytes - done]
                 self._fill(part, storage.start + done)
-                found = zlib.crc32(part.data, found)
+                crc = zlib.crc32(part.data, crc)
         else:
             return
-        if found != storage.crc:
+        if crc != storage.crc:
             raise UserError(
                 f"{self.file} is damaged: the bytes of one of its tensors (at {self.start}) do not match their"
                 " checksum; fetch the file again"
@@ -122,7 +126,7 @@ class Stored:
         storage.checked = True
 
     def _fill(self, out: np.ndarray, start: int | None = None) -> None:
-        """Fill `out` with the bytes from `start` (None: the tensor's first)."""
+        """Fill `out` with the bytes of the file from byte `start` (None: the tensor's first)."""
         view = out.reshape(-1).view(np.uint8).data
         try:
             with self.file.open("rb") as file:
@@ -137,12 +141,12 @@ class Stored:
             raise UserError(f"{self.file}: {error.strerror or error}") from error
 
 
-def finite(array: np.ndarray, dtype: str) -> bool:
-    """Whether `array`, as read by `Stored.read` from `dtype`, has no infinity and no NaN."""
+def all_finite(array: np.ndarray, dtype: str) -> bool:
+    """Whether `array` has no infinity and no NaN. array: as `Stored.read` returns a tensor of `dtype`."""
     flat = array.reshape(-1)
-    # in small parts: temporary arrays as large as a tensor would leave holes between the tensors that are made
-    for begin in range(0, flat.size, GLANCE):
-        part = flat[begin : begin + GLANCE]
+    # in small parts: temporary arrays as large as a tensor would fragment the memory
+    for begin in range(0, flat.size, FINITE_BLOCK):
+        part = flat[begin : begin + FINITE_BLOCK]
         if dtype in _EXPONENTS:
             bits = part.view(f"u{part.itemsize}") & _EXPONENTS[dtype]
             if (bits == _EXPONENTS[dtype]).any():

@@ -19,32 +19,32 @@ from harness import registry
 from harness.errors import UserError
 from harness.io import files
 from harness.spec import BackboneSpec
-from harness.weights.files import METADATA, WeightFile, open_weights, sha256, unchanged, watched
+from harness.weights.files import METADATA, WeightFile, open_weights, sha256, unchanged, with_progress
 from harness.weights.identify import Match, choose_layout, identify, misfit, recognised, weight_map
 from harness.weights.known import KNOWN
 from harness.weights.maps import Layout, Mismatch, Read, Same
-from harness.weights.tensors import finite, raw_dtype, refuse_not_finite
+from harness.weights.tensors import all_finite, raw_dtype, refuse_not_finite
 
 SCHEMA = 1
 Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # safetensors' dtype and shape of each tensor, by name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ours:
-    """The weights of a file under our names."""
+class IdentifiedWeights:
+    """The weights of a file whose backbone was identified, under our names."""
 
     file: WeightFile
     match: Match
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of our name; UserError where it is part of the network and not finite."""
+        """The values of our tensor `name`; UserError where it belongs to the network and is not finite."""
         array = self.match.recipes[name].evaluate(lambda source: self.file.tensors[source].read())
-        if not (self.match.layout.beside(name) or finite(array, self.dtype(name))):
+        if not (self.match.layout.beside(name) or all_finite(array, self.dtype(name))):
             refuse_not_finite(self.file.path, name)
         return array
 
     def dtype(self, name: str) -> str:
-        """Its dtype, as safetensors names it."""
+        """The dtype of our tensor `name`, as safetensors names it."""
         sources = self.match.recipes[name].sources
         return self.file.tensors[sources[0]].dtype if sources else "F32"
 
@@ -60,9 +60,9 @@ def candidates(backbone: str | None) -> list[BackboneSpec]:
 
 
 def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
-    """What a weight file is, as JSON data (`harness weights inspect --json`), and why it cannot be loaded, if it cannot.
+    """What a weight file is, as JSON data (`harness weights inspect --json`).
 
-    A file that fits is read completely, one tensor at a time.
+    "fits" says whether it can be loaded, "problem" why not. A file that fits is read completely, one tensor at a time.
     """
     weights = open_weights(path)
     document: dict[str, Any] = {
@@ -81,7 +81,7 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
     try:
         match = identify(weights, candidates(backbone))
         notes = match.notes
-        ours = Ours(file=weights, match=match)
+        ours = IdentifiedWeights(file=weights, match=match)
         shapes = ours.shapes
         beside = [name for name in match.recipes if match.layout.beside(name)]
         network = [name for name in match.recipes if name not in set(beside)]
@@ -99,7 +99,7 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
                 "problem": found.first() if found else None,
                 "missing": list(found.missing),
                 "unexpected": list(found.unexpected),
-                "wrong_shape": [{"name": n, "found": list(a), "expected": list(b)} for n, a, b in found.wrong],
+                "wrong_shape": [{"name": n, "found": list(a), "expected": list(b)} for n, a, b in found.wrong_shapes],
             }
         else:
             document["problem"] = f"no backbone has such names; the first is {network[0]}"
@@ -114,7 +114,7 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
     document |= {
         "tensors": len(weights.tensors),
         "dtypes": {name: dtypes.count(name) for name in sorted(set(dtypes))},
-        "also_holds": list(weights.also),
+        "also_holds": list(weights.other_names),
         "not_loaded": list(weights.symbols),
         "code": list(weights.code),
         "imported_from": weights.imported,
@@ -124,12 +124,12 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
 
 
 def _likely_layout(weights: WeightFile, specs: Iterable[BackboneSpec]) -> str | None:
-    """Title of the layout that most of the names agree with, for a file that could not be read; None: no layout."""
+    """Title of the layout that fits the names best, for a file that could not be read; None: no layout has a mark in it."""
     share, layout = choose_layout([layout for spec in specs for layout in weight_map(spec).layouts], weights.tensors)
     return layout.title if share > 0 else None
 
 
-def opened(path: Path, backbone: str | None) -> tuple[Ours, BackboneSpec]:
+def open_identified(path: Path, backbone: str | None) -> tuple[IdentifiedWeights, BackboneSpec]:
     """The weights of a file and their backbone; UserError for a file that fits no backbone, or not the one named."""
     weights = open_weights(path)
     weights.refuse_code()
@@ -145,18 +145,19 @@ def opened(path: Path, backbone: str | None) -> tuple[Ours, BackboneSpec]:
             raise UserError(misfit(weights, match.layout, backbone, problem))
         nearest = f"any backbone; the nearest is {match.spec.name}: {problem}"
         raise UserError(f"{weights.path} ({match.layout.title}) does not fit {nearest}")
-    return Ours(file=weights, match=match), match.spec
+    return IdentifiedWeights(file=weights, match=match), match.spec
 
 
 def import_file(path: Path, out: Path | None = None, backbone: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Write the weights of `path` as safetensors with our names.
 
-    out: the new file; None: beside `path`. backbone: None: identified. Returns the new file and its metadata, with
-    "not_loaded" added: the classes and functions that `path` names. UserError where `out` exists.
+    out: the new file; None: beside `path`. backbone: its name; None: it is identified. Returns (the new file, its
+    metadata). "not_loaded" is added to the returned metadata: the classes and functions that `path` names. UserError
+    where `out` exists.
     """
     out = out or path.with_name(f"{path.name if path.is_dir() else path.stem}.safetensors")
     refuse_existing(out)
-    ours, spec = opened(path, backbone)
+    ours, spec = open_identified(path, backbone)
     match = ours.match
     about: dict[str, Any] = {
         "schema": SCHEMA,
@@ -175,7 +176,7 @@ def import_file(path: Path, out: Path | None = None, backbone: str | None = None
         about["imported_before"] = ours.file.imported
     shapes = ours.shapes
     entries = {name: (ours.dtype(name), shapes[name]) for name in match.recipes}
-    with partial(out) as target, unchanged(ours.file):
+    with new_path(out) as target, unchanged(ours.file):
         write_safetensors(target, entries, ours.read, {METADATA: json.dumps(about)}, f"write {out.name}")
     return out, about | {"not_loaded": list(ours.file.symbols)}
 
@@ -185,8 +186,8 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
 
     out: the new file or folder; None: beside `path`. UserError where it exists.
     """
-    ours, spec = opened(path, backbone)
-    target = _target(spec, layout)
+    ours, spec = open_identified(path, backbone)
+    target = _find_layout(spec, layout)
     recipes = target.outward(ours.shapes)
     stem = path.name if path.is_dir() else path.stem
     out = out or path.with_name(f"{stem}-{layout}{target.suffix}")
@@ -201,7 +202,7 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
         return recipes[name].evaluate(ours.read)
 
     title = f"write {out.name}"
-    with partial(out) as unfinished, unchanged(ours.file):
+    with new_path(out) as unfinished, unchanged(ours.file):
         if target.store == "diffusers":
             unfinished.mkdir()
             assert target.config is not None, target.name
@@ -214,7 +215,7 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
     return out
 
 
-def _target(spec: BackboneSpec, layout: str) -> Layout:
+def _find_layout(spec: BackboneSpec, layout: str) -> Layout:
     """The layout of that name of the spec's family."""
     known = {each.name: each for each in weight_map(spec).layouts}
     if layout not in known:
@@ -234,10 +235,10 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextmanager
-def partial(path: Path) -> Iterator[Path]:
-    """A path to write a file or folder to, which is renamed to `path` at the end, or removed after an error.
+def new_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write a file or folder to; it is renamed to `path` at the end, or removed after an error.
 
-    Unlike `files.replacing` it never replaces an existing file, and it serves folders.
+    Unlike `files.replacing` this never replaces an existing file, and it also works for folders.
     """
     with files.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,11 +263,11 @@ def write_safetensors(
     metadata: Mapping[str, str],
     title: str,
 ) -> None:
-    """Write a safetensors file one tensor at a time; read(name) is called for each when it is written.
+    """Write a safetensors file one tensor at a time; read(name) is called just before a tensor is written.
 
-    title: of the progress bar.
+    title: of the progress bar. The file must not exist.
     """
-    names = sorted(entries, key=lambda name: -raw_dtype(entries[name][0]).itemsize)  # so that all are aligned
+    names = sorted(entries, key=lambda name: -raw_dtype(entries[name][0]).itemsize)  # widest first: all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
@@ -277,14 +278,14 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for array in watched(title, _in_turn(names, entries, read), end):
+        for array in with_progress(title, _read_all(names, entries, read), end):
             file.write(array.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _in_turn(names: Iterable[str], entries: Entries, read: Read) -> Iterator[np.ndarray]:
-    """The tensors one by one, C-contiguous."""
+def _read_all(names: Iterable[str], entries: Entries, read: Read) -> Iterator[np.ndarray]:
+    """Yields the values of the tensors `names`, C-contiguous."""
     for name in names:
         array = read(name)
         assert array.shape == entries[name][1] and array.itemsize == raw_dtype(entries[name][0]).itemsize, name
@@ -292,14 +293,14 @@ def _in_turn(names: Iterable[str], entries: Entries, read: Read) -> Iterator[np.
 
 
 def _write_torch(path: Path, entries: Entries, read: Read, store: str, title: str) -> None:
-    """torch.save of the state dict, which is held in memory once."""
+    """Write the state dict with torch.save; it is in memory as a whole, once. store: as in `Layout`."""
     import torch
 
     from harness.weights.load import as_torch
 
     nbytes = sum(prod(shape) * raw_dtype(dtype).itemsize for dtype, shape in entries.values())
     state = {}
-    for name, array in zip(entries, watched(title, _in_turn(entries, entries, read), nbytes), strict=True):
+    for name, array in zip(entries, with_progress(title, _read_all(entries, entries, read), nbytes), strict=True):
         state[name] = as_torch(array.reshape(entries[name][1]), entries[name][0])
     with path.open("xb") as file:
         torch.save({"state_dict": state} if store == "lightning" else state, file)

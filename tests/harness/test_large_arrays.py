@@ -28,7 +28,7 @@ def test_rows_are_those_added(kept, monkeypatch, tmp_path):
     made = RowsInOrder(1000, 33)
     for start in range(0, 1000, 300):
         made.add(rows[start : start + 300])
-    made = made.done()
+    made = made.finish()
     assert isinstance(made, np.memmap) == (kept == "in a file" and hasattr(os, "posix_fallocate"))
     assert made.dtype == np.float32 and not list(tmp_path.iterdir())
     for _ in range(2):

@@ -283,10 +283,10 @@ def png_of(image):
 
 
 def test_bombs_are_refused(monkeypatch):
-    monkeypatch.setattr(photographs, "PIXELS", 1000)
+    monkeypatch.setattr(photographs, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="pixels are more than"):
         decode(png_of(Image.new("RGB", (40, 40))), SIZE, "x.png")
-    monkeypatch.setattr(photographs, "FILE_BYTES", 100)
+    monkeypatch.setattr(photographs, "MAX_FILE_BYTES", 100)
     with pytest.raises(UserError, match="no image of a data set"):
         decode(bytes(101), SIZE, "x.png")
 

@@ -132,7 +132,7 @@ def test_what_is_listed_was_never_imported(state, tmp_path):
     weights = open_weights(tmp_path / "a.ckpt")
     assert set(weights.symbols) >= {"absent_package.callbacks.Saver", "argparse.Namespace"}
     assert weights.code == () and module.__name__ not in sys.modules
-    assert weights.wrapping == "Lightning checkpoint" and set(weights.also) == {"callbacks", "args"}
+    assert weights.wrapping == "Lightning checkpoint" and set(weights.other_names) == {"callbacks", "args"}
     assert import_file(tmp_path / "a.ckpt")[0].exists()
 
 
