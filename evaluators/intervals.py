@@ -64,7 +64,7 @@ def interval(estimate: Estimate, confidence: float = 0.95) -> Interval:
     """The interval value +- t * se with se^2 = (B - 1) / B * sum_b (left_out_b - mean)^2, t of B - 1 degrees of freedom.
 
     Exceptions: with `half_variance`, se^2 is a geometric mean of both variances; a share of exactly 0 or 1 has the
-    binomial interval; values that are equal without any block have no interval.
+    binomial interval; if left_out is constant up to rounding, there is no interval.
     """
     from scipy.special import stdtrit
 
