@@ -86,7 +86,8 @@ def fid(features: "np.ndarray | Statistics", reference: Statistics, *, eps: floa
     distance = frechet.frechet_distance(samples, reference)
     if eps == 0.0:
         return distance
-    # ADM adds eps only under the root. Both traces in the distance below have an additional eps * D, subtracted at the end.
+    # ADM adds eps only under the root. Each of the two traces in the distance below is larger by eps * D: subtract
+    # both.
     shifted = [
         replace(side, n=None, covariance=side.covariance + eps * np.eye(len(side.mean)))
         for side in (samples, reference)
@@ -132,10 +133,12 @@ def sample_order_warning(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> st
         splits_in_order[random.permutation(n)] = split
     sizes = np.bincount(split)
     p_log_p, p_sums = _sums_of_splits(logits, split_of, len(sizes))  # (O, S), (O, S, K): O orders, S splits, K classes
-    scores = np.array([
-        _mean_score(p_sum / sizes[:, None], p_log_p_sum / sizes)
-        for p_log_p_sum, p_sum in zip(p_log_p, p_sums, strict=True)
-    ])  # fmt: skip
+    scores = np.array(
+        [
+            _mean_score(p_sum / sizes[:, None], p_log_p_sum / sizes)
+            for p_log_p_sum, p_sum in zip(p_log_p, p_sums, strict=True)
+        ]
+    )
     file_order, shuffled = scores[0], scores[1:]
     spread = max(float(shuffled.std(ddof=1)), 1e-9 * shuffled.mean())
     if abs(file_order - shuffled.mean()) <= MAX_ORDER_DEVIATIONS * spread:
@@ -306,7 +309,8 @@ def estimates(
     """Estimates of "fid", "sfid", "is", "precision" and "recall"; rows in file order.
 
     pooled (N, 2048), spatial (N, 2023), logits (N, 1008), reference_pooled (M, 2048), block int64 (N,). The values are
-    ADM's; with mode "exact", precision and recall are exact. The leave-one-block-out values are those of the exact metrics: ADM's roundings do not change their spread.
+    ADM's; with mode "exact", precision and recall are exact. The leave-one-block-out values are those of the exact
+    metrics: ADM's roundings do not change their spread.
     """
     is_estimate = inception_score.estimate(logits, block)
     precision, recall = precision_recall.estimate(pooled, reference_pooled, block)

@@ -34,7 +34,7 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, 
     n, m = len(x), len(y)
     member = np.eye(int(block.max()) + 1)[block]  # (N, B) one-hot
     sizes = member.sum(axis=0)
-    # Sums are of 1 - k instead of k: for near rows k is almost 1, and the small difference would be lost in sums of ones.
+    # Sums are of 1 - k instead of k: for near rows k is almost 1, and the small difference would be lost in the sums.
     # within: (B, B), by pair of blocks of x. across: (B,), by block of x, with all of y.
     within, across, reference_sum = np.zeros((len(sizes),) * 2), np.zeros(len(sizes)), 0.0
     for rows, d in squared_distances(x, x):

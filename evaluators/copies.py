@@ -38,9 +38,9 @@ class Copies:
 
 
 def _box_sums(images: np.ndarray) -> tuple[np.ndarray, float]:
-    """Images uint8 (N, H, W, C) as rows uint32 (N, P), and the divisor that turns a distance of rows into RMS grey levels.
+    """Images uint8 (N, H, W, C) as rows uint32 (N, P), and the divisor from a distance of rows to RMS grey levels.
 
-    A row holds the sums of boxes of pixels, so that no side has more than MAX_SIDE boxes; small images keep their pixels.
+    A row holds the sums of boxes of pixels, at most MAX_SIDE along a side; small images keep their pixels.
     """
     n, height, width, channels = images.shape
     box = -(-max(height, width) // MAX_SIDE)  # side of a box in pixels

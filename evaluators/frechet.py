@@ -3,14 +3,14 @@
     |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)
 
 No matrix square root is formed. With S_a = F F^T the last trace is the sum of the square roots of the eigenvalues of
-the symmetric matrix F^T S_b F. F is the Cholesky factor if the covariance has full rank, the scaled eigenvectors if it
-has not, and the centred rows if there are fewer rows than dimensions.
+the symmetric matrix F^T S_b F. F is the Cholesky factor if the covariance has full rank, and the scaled eigenvectors if
+it has not. For the distances without a block of a set of fewer rows than dimensions, F is the matrix of centred rows.
 
 The eigenvalues are checked against sums that can be computed without them: tr (S_a S_b) and the norm of the matrix. By
 Weyl's inequality a rounding error d changes the root of an eigenvalue v by less than d / sqrt(v). If these bounds add
-up to more than the tolerance, or a check fails, the trace is computed in both orders, (a, b) and (b, a), and compared. If
-the two traces differ, both are computed again without the directions that are rounding errors. If they still differ, an
-error is raised and no number is returned.
+up to more than the tolerance, or a check fails, the trace is computed in both orders, (a, b) and (b, a), and compared.
+If the two traces differ, both are computed again without the directions that are rounding errors. If they still differ,
+an error is raised and no number is returned.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def _rank(s: Statistics) -> int:
 def _factor(s: Statistics) -> np.ndarray:
     """F (D, r) with F F^T = covariance."""
     if _rank(s) == len(s.mean):
-        # Fails for a numerically singular covariance, such as that of a feature that is always 0. Then eigenvectors are used.
+        # Fails for a numerically singular covariance, such as that of a feature that is always 0; then eigenvectors.
         with contextlib.suppress(np.linalg.LinAlgError):
             return np.linalg.cholesky(s.covariance)
     values, vectors = np.linalg.eigh(s.covariance)
@@ -78,8 +78,8 @@ def _factor(s: Statistics) -> np.ndarray:
 def _one_order(a: Statistics, b: Statistics, rank: int) -> float | None:
     """tr (S_a S_b)^(1/2) from one Cholesky factor and one set of eigenvalues, half the work of the general case.
 
-    rank: as in `_sum_of_roots`. None if the result is not proved to be within the tolerance: neither covariance has full
-    rank, a check fails, or too many eigenvalues are small relative to the largest.
+    rank: as in `_sum_of_roots`. None if the result is not proved to be within the tolerance: neither covariance has
+    full rank, a check fails, or too many eigenvalues are small relative to the largest.
     """
     from scipy.linalg import lapack
 
@@ -118,8 +118,8 @@ def _root_trace_of_significant(a: Statistics, b: Statistics) -> float:
     """tr (S_a S_b)^(1/2) over the directions above float64 rounding error, for sets that span few dimensions.
 
     Most eigenvalues of a collapsed generator's covariance are rounding errors of about 1e-16 of the largest, and their
-    square roots add up to more than the tolerance. Directions below D * eps of the largest eigenvalue are dropped first.
-    Raises RunError if the traces of the two orders differ even then.
+    square roots add up to more than the tolerance. Directions below D * eps of the largest eigenvalue are dropped
+    first. Raises RunError if the traces of the two orders differ even then.
     """
     factors = []
     for covariance in (a.covariance, b.covariance):

@@ -61,7 +61,7 @@ def block_sums(rows: np.ndarray, block: np.ndarray) -> np.ndarray:
 
 
 def interval(estimate: Estimate, confidence: float = 0.95) -> Interval:
-    """The interval value +- t * se with se^2 = (B - 1) / B * sum_b (left_out_b - mean)^2, t of B - 1 degrees of freedom.
+    """The interval value +- t * se, se^2 = (B - 1) / B * sum_b (left_out_b - mean)^2, t of B - 1 degrees of freedom.
 
     Exceptions: with `half_variance`, se^2 is a geometric mean of both variances; a share of exactly 0 or 1 has the
     binomial interval; if left_out is constant up to rounding, there is no interval.

@@ -39,8 +39,8 @@ def _basis() -> np.ndarray:
 def _table() -> np.ndarray:
     """float64 (bins, steps, 2), for a coefficient in each bin and each step.
 
-    [..., 0]: cosine of its angle on the circle of the step, or 0 if it does not count. [..., 1]: 1.0 if it counts, which
-    means that it is larger than half the step, else 0.0.
+    [..., 0]: cosine of its angle on the circle of the step, or 0 if it does not count. [..., 1]: 1.0 if it counts,
+    which means that it is larger than half the step, else 0.0.
     """
     value = (np.arange(BINS_PER_UNIT * MAX_COEFFICIENT) + 0.5) / BINS_PER_UNIT
     counts = value[:, None] > STEPS / 2

@@ -45,7 +45,7 @@ def write_picture(
 
 
 def _ratio_text(distance: float, training_distance: float) -> str:
-    """distance / training_distance for a caption: "equal" if the distance is 0, "apart" if only training_distance is 0."""
+    """distance / training_distance, for a caption: "equal" for distance 0, else "apart" for training_distance 0."""
     if distance == 0.0:
         return "equal"
     return f"{distance / training_distance:.2f}" if training_distance > 0.0 else "apart"

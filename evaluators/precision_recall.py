@@ -98,7 +98,7 @@ class DistanceBounds:
         return d, (2.0 * error * a_norm).astype(dtype), (2.0 * error * b_norm).astype(dtype)
 
     def tile(self, rows: slice, columns: slice, dtype: Dtype = np.float32) -> Tile:
-        """Lower bounds (r, c) and gaps (r,) and (c,): an upper bound is the lower bound + its row's gap + its column's gap.
+        """Lower bounds (r, c) and gaps (r,) and (c,): upper bound = lower bound + row gap + column gap.
 
         In float64 a pair below the resolution has the bounds -inf and 0: it counts as equal.
         """
@@ -107,8 +107,8 @@ class DistanceBounds:
     def tiles(self, slices: list[tuple[slice, slice]]) -> Iterator[Tile]:
         """`tile` in float32 of all slices (rows, columns), in their order, with a progress bar.
 
-        Many tiles are computed by several workers, one tile per worker, a few tiles ahead of the caller. The caller uses
-        a tile in a single thread, and BLAS's threads would be idle meanwhile.
+        Many tiles are computed by several workers, one tile per worker, a few tiles ahead of the caller. The caller
+        uses a tile in a single thread, and BLAS's threads would be idle meanwhile.
         """
         with Bar("distances", len(slices), "tiles") as bar:
             for tile in self._tiles(slices):
@@ -177,7 +177,7 @@ class _Candidates:
         self.candidates = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
 
     def set_limits(self, low: np.ndarray, row_gap: np.ndarray, column_gap: np.ndarray) -> None:
-        """Set or lower the limits, if a row has none yet, from the upper bounds in some columns of a tile (rows, columns)."""
+        """If a row has no limit yet, set or lower the limits from upper bounds in some columns of a tile."""
         if np.isinf(self.limit).any() and low.shape[1] > self.count:
             some = slice(None, None, max(low.shape[1] // (self.count * LIMIT_COLUMNS), 1))
             high = np.partition(low[:, some] + column_gap[some], self.count - 1, axis=1)[:, self.count - 1]
@@ -225,7 +225,7 @@ def nearest(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         for dtype in dtypes:
             tile = float32_tile if dtype is np.float32 else bounds.tile(blocks[p], blocks[q], dtype)
             low, row_gap, column_gap = tile
-            # of each side: candidates, lower bounds with its rows first, gaps of its rows and of the others, other block
+            # per side: candidates, lower bounds with its rows first, gaps of its rows, gaps of the others, other block
             sides = [(candidates[p], low, row_gap, column_gap, blocks[q])]
             if p == q:
                 np.fill_diagonal(low, np.inf)  # a row is not its own neighbour
@@ -330,8 +330,8 @@ def _squared_radii_in_subsets(x: np.ndarray, block: np.ndarray, halves: np.ndarr
     def kth_distance(kept: np.ndarray, kept_rows: Callable[[int], np.ndarray]) -> np.ndarray:
         """Squared distance (N,) to the k-th nearest kept row.
 
-        kept: bool (N, count), whether each known neighbour is in the subset. kept_rows(i): bool (N,), the subset of row i,
-        which is searched if fewer than k of its known neighbours are kept.
+        kept: bool (N, count), whether each known neighbour is in the subset. kept_rows(i): bool (N,), the subset of row
+        i, which is searched if fewer than k of its known neighbours are kept.
         """
         kept_so_far = np.cumsum(kept, axis=1)
         out = np.take_along_axis(squared, np.argmax(kept_so_far == k, axis=1)[:, None], axis=1)[:, 0]

@@ -148,12 +148,12 @@ def build_reference(
 
 
 def with_statistics(reference: Reference, path: Path) -> Reference:
-    """The reference with the statistics in the .npz at `path`: mu, sigma, mu_s and sigma_s, as in ADM's reference batches.
+    """The reference with the statistics in the .npz at `path`: mu, sigma, mu_s, sigma_s, as in ADM's reference batches.
 
-    The statistics are of a whole training set; the images in the file are then used for precision and recall only. sha256
-    becomes the hash of images and statistics or, for a file of `harness data reference`, that of its metadata. If the
-    file has no mu, the reference is returned unchanged.
-    Raises UserError for statistics of another network, of a wrong shape, not finite, or not those of the metadata.
+    The statistics are of a whole training set; the images in the file are then used for precision and recall only.
+    sha256 becomes the hash of images and statistics or, for a file of `harness data reference`, that of its metadata.
+    If the file has no mu, the reference is returned unchanged. Raises UserError for statistics of another network, of a
+    wrong shape, not finite, or not those of the metadata.
     """
     check_network(path, reference.extractor)
     about = read_about(path)

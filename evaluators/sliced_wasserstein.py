@@ -38,7 +38,7 @@ def choose(count: int, n: int, seed: int = SEED) -> np.ndarray:
 
 
 def _transport(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Optimal transport from n to m sorted numbers, as P moves: source int64 (P,), target int64 (P,) and mass float64 (P,).
+    """Optimal transport from n to m sorted numbers in P moves: source int64 (P,), target int64 (P,), mass float64 (P,).
 
     Move i carries mass[i] from the number at index source[i] to that at index target[i]; the masses add up to 1.
     """
@@ -56,8 +56,8 @@ def estimate(
 ) -> Estimate:
     """MIND of features (n, D) and reference (m, D) along directions u (L, D); block int64 (n,).
 
-    Sets of unequal size, such as all samples but one block and the reference, are compared by optimal transport, which may
-    split the mass of a number.
+    Sets of unequal size, such as all samples but one block and the reference, are compared by optimal transport, which
+    may split the mass of a number.
     """
     x, y = centred(features, reference)
     sizes = np.bincount(block)
@@ -78,7 +78,7 @@ def estimate(
 
 
 def _cost(p: np.ndarray, q: np.ndarray, plan: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
-    """Sum over directions of W2^2 between the sorted rows of p (l, n) and q (l, m). plan: that of `_transport(n, m)`."""
+    """Sum over directions of W2^2 between the sorted rows of p (l, n) and q (l, m). plan: of `_transport(n, m)`."""
     source, target, mass = plan
     move = np.take(p, source, axis=1) - np.take(q, target, axis=1)  # (l, P)
     return float(np.einsum("lp,lp,p->", move, move, mass, optimize=False))

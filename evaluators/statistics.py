@@ -40,9 +40,9 @@ class Statistics:
 def _slices(x: np.ndarray, lowest: int) -> dict[int, np.ndarray]:
     """Slice number -> slice of x float64 (rows, D), which is first rounded to the grid of the lowest slice.
 
-    A slice is float64 (rows, D) and holds integers up to 2^19 in magnitude; x is the sum of slice b times its unit. Overwrites
-    x. The slices of an element depend on that element alone; slices above its magnitude are 0.
-    Raises RunError for elements above 2^67.
+    A slice is float64 (rows, D) and holds integers up to 2^19 in magnitude; x is the sum of slice b times its unit.
+    Overwrites x. The slices of an element depend on that element alone; slices above its magnitude are 0. Raises
+    RunError for elements above 2^67.
     """
     largest = float(max(x.max(initial=0.0), -x.min(initial=0.0)))
     x *= 2.0 ** (UNIT - BITS * lowest)  # in units of the lowest slice
@@ -178,7 +178,7 @@ class Moments:
         assert self.n > ddof, (self.n, ddof)
         self._flush()
         n = float(self.n)
-        # covariance = (n sum x x^T - (sum x) (sum x)^T) / (n (n - ddof)), with every term as the sum of two float64 numbers
+        # covariance = (n sum x x^T - (sum x) (sum x)^T) / (n (n - ddof)), every term as the sum of two float64 numbers
         total, total_low = _double_double(self._sums, slice(None), -UNIT)  # (D,), (D,): sum of x
         covariance = np.empty((self.dim, self.dim))
         for start in range(0, self.dim, ROWS_PER_FINISH):

@@ -226,7 +226,7 @@ def evaluate_samples(
     training: "np.ndarray | None" = None,  # images that may have been memorised; None: the reference's
     progress: "Progress | None" = None,
     picture: "Path | None" = None,  # file for a picture of the samples nearest to training images; None: no picture
-    sharding: "ShardedExtraction | None" = None,  # division of extraction among processes; this one collects the features
+    sharding: "ShardedExtraction | None" = None,  # of extraction among processes; this one collects the features
 ) -> list[Measurement]:
     """All metrics of the suite for images uint8 (N, H, W, C), in the suite's order.
 

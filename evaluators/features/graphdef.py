@@ -17,8 +17,8 @@ import numpy as np
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
-# Element types of an image network's constants: number in types.proto -> (numpy's dtype, the field of TensorProto that holds
-# typed values, such as float_val).
+# Element types of an image network's constants: number in types.proto -> (numpy's dtype, the field of TensorProto that
+# holds typed values, such as float_val).
 _DTYPES: dict[int, tuple[np.dtype[Any], int]] = {
     1: (np.dtype("<f4"), 5),
     2: (np.dtype("<f8"), 6),

@@ -245,8 +245,8 @@ def extract_in_batches(
 ) -> Features:
     """Features of images uint8 (N, H, W, 1 or 3), computed in batches.
 
-    size: batch size. forward: from a contiguous batch uint8 (n, H, W, C), n <= size, to float32 arrays (pooled, spatial,
-    logits) of n rows.
+    size: batch size. forward: from a contiguous batch uint8 (n, H, W, C), n <= size, to float32 arrays pooled, spatial and
+    logits of n rows.
     Raises UserError for other arrays, RunError with the image's index for features that are not finite.
     """
     check_images(images, "the images for feature extraction")

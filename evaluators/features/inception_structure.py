@@ -90,7 +90,7 @@ class _Structure:
         return scaled.name
 
     def _check_layer(self, node: Node, layer: Layer) -> Node:
-        """Check the layer whose output is `node`; returns the node of its input. So do the three checks by kind of layer."""
+        """Check the layer whose output is `node`, by its kind; each check returns the node of the layer's input."""
         if isinstance(layer, Pool):
             return self._check_pool(node, layer)
         if isinstance(layer, Conv):

@@ -86,7 +86,7 @@ def _sequence(layers: Sequence[table.Layer]) -> nn.Sequential:
 
 
 class InceptionV3(nn.Module):
-    """The network: from normalised float32 (N, 3, 299, 299) to pooled (N, 2048), spatial (N, 2023), logits (N, 1008)."""
+    """From normalised images float32 (N, 3, 299, 299) to pooled (N, 2048), spatial (N, 2023) and logits (N, 1008)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Interface of feature extractors: `FeatureSpec` describes and loads one, `Features` are the activations that it returns.
+"""Interface of feature extractors: `FeatureSpec` describes and loads one, which returns `Features`.
 
 Importing this module loads no framework: a `FeatureSpec` names an extractor, which is imported when it is loaded.
 """

@@ -149,7 +149,7 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
 def _stored_shape(
     shape: tuple[int, ...], theirs: tuple[str, ...], found: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...]:
-    """Shape that the file's tensors `theirs` must have, so that `_read` gives a tensor of `shape`. found: shapes by name."""
+    """Shape that the file's tensors `theirs` must have, so that `_read` gives `shape`. found: shapes by name."""
     if len(theirs) > 1:
         return (shape[0] // len(theirs), *shape[1:])
     if theirs == ("visual.proj",):
