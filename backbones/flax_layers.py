@@ -116,7 +116,7 @@ class Conv(nnx.Conv):
         assert self.bias is not None
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
         axes = len(self.kernel_size)
-        sides = [part for side, k in zip(x.shape[1:-1], self.kernel_size, strict=True) for part in (side // k, k)]
+        sides = [length for side, k in zip(x.shape[1:-1], self.kernel_size, strict=True) for length in (side // k, k)]
         x = x.reshape(x.shape[0], *sides, x.shape[-1])  # (N, H/p, p, W/p, p, C)
         x = x.transpose(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)  # (N, H/p, W/p, p, p, C)
         return x.reshape(*x.shape[: axes + 1], -1) @ kernel.reshape(-1, kernel.shape[-1]) + bias  # (N, ..., C_out)
@@ -165,7 +165,10 @@ class Sequence(nnx.List):
 
 
 def attend(q: Array, k: Array, v: Array) -> Array:
-    """Scaled dot-product attention of (N, T, H, D/H) arrays; k and v may have another T than q."""
+    """Scaled dot-product attention of arrays (N, tokens, heads, features of a head).
+
+    k and v may have another number of tokens than q.
+    """
     return jax.nn.dot_product_attention(q, k, v)  # (N, T, H, D/H)
 
 
@@ -194,23 +197,26 @@ def average_pool(x: Array) -> Array:
 
 
 def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
-    """(N, h, w, C) -> (N, *size, C), as torch's bilinear interpolation without aligned corners and antialiasing.
+    """(N, h, w, C) -> (N, *size, C), as torch's bilinear interpolation with align_corners and antialias False.
 
-    Unlike jax.image.resize, which by default antialiases when it shrinks, and multiplies by matrices.
+    jax.image.resize is not used: by default it antialiases when it shrinks, and it multiplies by matrices.
     """
     for axis, outputs in enumerate(size, start=1):
         inputs = x.shape[axis]
-        at = (np.arange(outputs, dtype=np.float64) + 0.5) * (inputs / outputs) - 0.5
-        at = np.clip(at, 0, inputs - 1)
-        low = np.floor(at).astype(np.int32)
+        position = (np.arange(outputs, dtype=np.float64) + 0.5) * (inputs / outputs) - 0.5
+        position = np.clip(position, 0, inputs - 1)
+        low = np.floor(position).astype(np.int32)
         high = np.minimum(low + 1, inputs - 1)
-        share = (at - low).astype(np.float32).reshape(-1, *[1] * (x.ndim - 1 - axis))
-        x = x.take(low, axis) * (1 - share) + x.take(high, axis) * share
+        fraction = (position - low).astype(np.float32).reshape(-1, *[1] * (x.ndim - 1 - axis))
+        x = x.take(low, axis) * (1 - fraction) + x.take(high, axis) * fraction
     return x
 
 
 def checkpointed(function: Callable[..., Array], module: nnx.Module, *inputs: Any) -> Array:
-    """function(module, *inputs), which stores only the inputs for the backward pass. It must not change the state."""
+    """function(module, *inputs), with only the inputs stored for the backward pass.
+
+    The function must not change the state of the module.
+    """
     graph, state = nnx.split(module)
 
     def pure(state: nnx.State, *inputs: Any) -> Array:
@@ -220,7 +226,7 @@ def checkpointed(function: Callable[..., Array], module: nnx.Module, *inputs: An
 
 
 def set_compute_dtype(net: nnx.Module, dtype: Any | None) -> None:
-    """Set the dtype in which linear layers and convolutions of `net` compute (None: that of the parameters).
+    """Set, in place, the dtype in which linear layers and convolutions of `net` compute (None: that of the parameters).
 
     Parameters stay float32. Layers with `force_float32`, those of the timestep embedding, still compute in float32.
     """

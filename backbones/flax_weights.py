@@ -31,20 +31,20 @@ def torch_name(path: Path) -> str:
 
 
 def _axes(path: Path, dimensions: int, *, to_torch: bool) -> tuple[int, ...]:
-    """The axes argument of `transpose` for the parameter at `path`."""
-    space = tuple(range(dimensions - 2))
+    """The axes argument of `transpose` between the two layouts of the parameter at `path`: to torch's, or from it."""
     if path[-1] != "kernel":
         return tuple(range(dimensions))
+    space = tuple(range(dimensions - 2))  # the spatial axes, first in Flax
     return (dimensions - 1, dimensions - 2, *space) if to_torch else (*(i + 2 for i in space), 1, 0)
 
 
 def variables(net: nnx.Module) -> nnx.State:
-    """All variables of a weight file, trained or not. `net` may be abstract."""
+    """All variables of the network that a weight file holds, trained or not. `net` may be abstract."""
     return nnx.state(net, nnx.Not(nnx.RngState))
 
 
 def torch_names(state: nnx.State) -> dict[str, tuple[Path, nnx.Variable]]:
-    """Path and variable of all variables in a state, by torch name."""
+    """Torch name -> (path, variable), for all variables in a state."""
     return {torch_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
 
 
@@ -63,7 +63,7 @@ def from_torch(net: nnx.Module, weights: Mapping[str, Any]) -> nnx.State:
 
 
 def state_from_torch(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State:
-    """As `from_torch`, for any part of a network's state, whose values are not used."""
+    """As `from_torch`, for a whole or partial state, of which only paths and shapes are read, not the values."""
     names = torch_names(state)
     if unknown := sorted(set(weights) - set(names)):
         raise UserError(f"weights have {unknown[0]!r}, which is not in this network ({len(unknown)} such tensors)")
@@ -85,7 +85,7 @@ def to_torch(net: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def state_to_torch(state: nnx.State, read: Callable[[Any], np.ndarray] = np.asarray) -> dict[str, np.ndarray]:
-    """As `to_torch`, for any part of a network's state; `read` copies an array to the host."""
+    """As `to_torch`, for a whole or partial state; `read` copies a JAX array to the host."""
     weights = {}
     for name, (path, variable) in torch_names(state).items():
         value = read(variable.get_value()).astype(np.float32, copy=False)
@@ -94,5 +94,6 @@ def state_to_torch(state: nnx.State, read: Callable[[Any], np.ndarray] = np.asar
 
 
 def _torch_shape(path: Path, variable: nnx.Variable) -> tuple[int, ...]:
+    """Shape of the torch parameter that the variable at `path` corresponds to."""
     shape = variable.get_value().shape
     return tuple(shape[axis] for axis in _axes(path, len(shape), to_torch=True))

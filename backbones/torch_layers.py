@@ -12,28 +12,32 @@ from torch.nn import functional as F
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention of (N, H, T, D/H) tensors; k and v may have another T than q."""
+    """Scaled dot-product attention of tensors (N, heads, tokens, features of a head).
+
+    k and v may have another number of tokens than q.
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256:
         # In bfloat16, torch's fused CPU kernel takes 3 (256 tokens) to 7 times (16 tokens) as long as two matrix
         # products. Their scores are small enough to store, and the error of rounding them is about that of autocast,
         # which rounds q and k.
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, H, T, T)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, H, T of q, T of k)
         return scores.softmax(dim=-1) @ v  # (N, H, T, D/H)
     return F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
 
 
-SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715  # of GELU's tanh form
+# 2 u = SLOPE x + CUBIC x^3, where u is the argument of tanh in GELU's tanh form
+SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), of a tensor of any shape.
 
-    On a CPU it is computed in float32 as x sigmoid(2 u), which is the same function up to float32 rounding: torch's tanh
-    takes several times as long there as its sigmoid. Uncompiled bfloat16 uses torch's gelu, because it would round
-    between the steps.
+    On a CPU it is computed in float32 as x sigmoid(2 u), which is the same function up to float32 rounding: torch's
+    tanh takes several times as long there as its sigmoid. Uncompiled bfloat16 uses torch's gelu, because the steps of
+    the other formula would each be rounded to bfloat16.
     """
     if x.device.type == "cpu" and torch.compiler.is_compiling():
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = x if x.dtype == torch.float64 else x.float()  # float32 or float64
         return (wide * torch.sigmoid(wide * (SLOPE + CUBIC * wide * wide))).to(x.dtype)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _SigmoidGelu.apply(x)

@@ -26,14 +26,14 @@ BLOCK_ROWS = 10_000  # rows and columns in one evaluation of ADM's distance grap
 TILE_ROWS = 512
 K = 3
 EPS = 1e-6
-ORDER_SEED = 5000  # of the random orders
+ORDER_SEED = 5000  # seed of the random orders
 RANDOM_ORDERS = 20  # random orders of the rows with which the file's order is compared
 MAX_ORDER_DEVIATIONS = 6.0  # in standard deviations (t, 19 degrees): 1 false warning in 10^5 randomly ordered files
 MODES = ("adm", "exact")
 
 
 class StreamedStatistics:
-    """ADM's statistics of features that arrive in file order, which decides the last bits of the mean.
+    """ADM's statistics of features that arrive in file order; the last bits of the mean depend on that order.
 
     mean: float32, added row by row in float32 as np.mean does over a C-ordered array. covariance: float64, ddof 1,
     exact (np.cov's differs by about 1e-13).
@@ -44,7 +44,7 @@ class StreamedStatistics:
         self._sum = np.zeros(dim, np.float32)
 
     def update(self, features: np.ndarray) -> "StreamedStatistics":
-        """Add the next rows, float32 (n, D)."""
+        """Add the next rows, float32 (n, D), in place; returns self."""
         rows = np.ascontiguousarray(features, dtype=np.float32)
         self._moments.update(rows)
         self._sum = np.add.reduce(np.concatenate([self._sum[None], rows]), axis=0)
@@ -62,10 +62,11 @@ class StreamedStatistics:
 
 def statistics(features: np.ndarray) -> Statistics:
     """ADM's statistics of features (N, D), N >= 2, in file order."""
-    return _streamed(features).finish()
+    return _stream(features).finish()
 
 
-def _streamed(features: np.ndarray) -> StreamedStatistics:
+def _stream(features: np.ndarray) -> StreamedStatistics:
+    """The accumulated statistics of features (N, D), read a block of rows at a time."""
     stream = StreamedStatistics(features.shape[1])
     for start in range(0, len(features), 8192):
         stream.update(features[start : start + 8192])
@@ -85,7 +86,8 @@ def fid(features: "np.ndarray | Statistics", reference: Statistics, *, eps: floa
     distance = frechet.frechet_distance(samples, reference)
     if eps == 0.0:
         return distance
-    # ADM adds eps only under the root: the two traces in the distance stay those of the original covariances
+    # ADM adds eps only under the root. Each of the two traces in the distance below is larger by eps * D: subtract
+    # both.
     shifted = [
         replace(side, n=None, covariance=side.covariance + eps * np.eye(len(side.mean)))
         for side in (samples, reference)
@@ -124,56 +126,65 @@ def sample_order_warning(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> st
     if n <= split_rows:
         return ""
     random, split = np.random.RandomState(ORDER_SEED), np.arange(n) // split_rows
-    member = np.empty(
-        (1 + RANDOM_ORDERS, n), np.int64
-    )  # split index of every row: in file order, then in random orders
-    member[0] = split
-    for row in member[1:]:
-        row[random.permutation(n)] = split
+    # [o, i]: the split of row i in order o; order 0 is that of the file, the others are random
+    split_of = np.empty((1 + RANDOM_ORDERS, n), np.int64)
+    split_of[0] = split
+    for splits_in_order in split_of[1:]:
+        splits_in_order[random.permutation(n)] = split
     sizes = np.bincount(split)
-    p_log_p, sums = _sums_of_splits(logits, member, len(sizes))  # (1 + RANDOM_ORDERS, S), (1 + RANDOM_ORDERS, S, K)
-    scores = np.array([_mean_score(p / sizes[:, None], plp / sizes) for plp, p in zip(p_log_p, sums, strict=True)])
+    p_log_p, p_sums = _sums_of_splits(logits, split_of, len(sizes))  # (O, S), (O, S, K): O orders, S splits, K classes
+    scores = np.array(
+        [
+            _mean_score(p_sum / sizes[:, None], p_log_p_sum / sizes)
+            for p_log_p_sum, p_sum in zip(p_log_p, p_sums, strict=True)
+        ]
+    )
     file_order, shuffled = scores[0], scores[1:]
     spread = max(float(shuffled.std(ddof=1)), 1e-9 * shuffled.mean())
     if abs(file_order - shuffled.mean()) <= MAX_ORDER_DEVIATIONS * spread:
         return ""
-    unsplit = _mean_score(sums[0].sum(axis=0, keepdims=True) / n, p_log_p[0].sum(keepdims=True) / n)
+    unsplit = _mean_score(p_sums[0].sum(axis=0, keepdims=True) / n, p_log_p[0].sum(keepdims=True) / n)
     return (
         f"the score depends on the order of the images: {file_order:.4g} in file order, {shuffled.mean():.4g} +- "
         f"{spread:.2g} in random order ({unsplit:.4g} without splits); shuffle the samples, or use suite adm-exact"
     )
 
 
-def _sums_of_splits(logits: np.ndarray, member: np.ndarray, splits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of p log p (O, S) and of p (O, S, K) over the rows of each split; member int64 (O, N): split by order and row."""
-    p_log_p, sums = np.zeros((len(member), splits)), np.zeros((len(member), splits, logits.shape[1]))
+def _sums_of_splits(logits: np.ndarray, split_of: np.ndarray, splits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over the rows of each split: of sum_k p log p, float64 (O, S), and of p, float64 (O, S, K).
+
+    logits: (N, K). split_of: int64 (O, N), the split of every row in each of O orders.
+    """
+    p_log_p, p_sums = np.zeros((len(split_of), splits)), np.zeros((len(split_of), splits, logits.shape[1]))
     for start in range(0, len(logits), inception_score.ROWS_AT_ONCE):
         rows = slice(start, start + inception_score.ROWS_AT_ONCE)
         log_p = inception_score.log_softmax(logits[rows])
         p = np.exp(log_p)
         release_pages(logits)
-        is_in = np.eye(splits)[member[:, rows]].transpose(0, 2, 1)  # (O, S, n)
+        is_in = np.eye(splits)[split_of[:, rows]].transpose(0, 2, 1)  # (O, S, n) one-hot
         p_log_p += is_in @ np.sum(p * log_p, axis=1)
-        sums += is_in @ p
-    return p_log_p, sums
+        p_sums += is_in @ p
+    return p_log_p, p_sums
 
 
-def _mean_score(mean: np.ndarray, p_log_p: np.ndarray) -> float:
-    """Mean score over splits, from their mean probabilities (S, K) and their means of sum p log p (S,)."""
-    entropy = np.sum(mean * np.log(np.where(mean > 0.0, mean, 1.0)), axis=1)
-    return float(np.mean(np.exp(p_log_p - entropy)))
+def _mean_score(mean_p: np.ndarray, mean_p_log_p: np.ndarray) -> float:
+    """Mean score over splits, from each split's mean of p (S, K) and mean of sum_k p log p (S,)."""
+    negative_entropy = np.sum(mean_p * np.log(np.where(mean_p > 0.0, mean_p, 1.0)), axis=1)
+    return float(np.mean(np.exp(mean_p_log_p - negative_entropy)))
 
 
 def _round_to_float16(x: np.ndarray) -> np.ndarray:
-    """x, float32, rounded in place to float16 values, ties to even; values beyond 65,504 become inf.
+    """Round x, float32, to float16 values in place, ties to even, and return it. Values beyond 65,504 become inf.
 
-    Works on the bits, which is 10 times as fast as numpy's cast. Values that are no normal float16 numbers (subnormal,
+    Works on the bits, which is 10 times as fast as numpy's cast. Values that are not normal float16 numbers (subnormal,
     too large, nan) go through numpy's cast.
     """
     size = np.abs(x)
     irregular = (size < 2.0**-14) | ~(size < 65_504.0)
     special = x[irregular].astype(np.float16) if irregular.any() else None
-    bits = x.view(np.uint32)
+    bits = x.view(
+        np.uint32
+    )  # float16 has 13 mantissa bits less: add half of the last bit that stays, then clear the 13
     bits += (bits >> np.uint32(13) & np.uint32(1)) + np.uint32(0xFFF)
     bits &= np.uint32(0xFFFFE000)
     if special is not None:
@@ -181,7 +192,7 @@ def _round_to_float16(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def distances_float16(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def squared_distances_float16(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Squared distances float32 (N, M) as ADM's graph computes them: every operand and result is rounded to float16.
 
     The product is rounded once from a float32 sum, which is TensorFlow's result on a CPU in 99.99 % of entries. The terms
@@ -192,13 +203,14 @@ def distances_float16(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _float16_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and their squared norms, both rounded to float16."""
+    """Copies of the rows (N, D) and their squared norms (N,), float32 arrays of values that are rounded to float16."""
     with np.errstate(over="ignore", invalid="ignore"):
         x = _round_to_float16(np.array(x, dtype=np.float32))
         return x, _round_to_float16(_round_to_float16(np.square(x)).sum(axis=1))
 
 
 def _float16_distances(u: np.ndarray, u_norm: np.ndarray, v: np.ndarray, v_norm: np.ndarray) -> np.ndarray:
+    """As `squared_distances_float16`, from rows and squared norms of `_float16_rows`."""
     with np.errstate(over="ignore", invalid="ignore"):
         d = _round_to_float16(u @ v.T)
         d *= np.float32(-2.0)
@@ -206,7 +218,7 @@ def _float16_distances(u: np.ndarray, u_norm: np.ndarray, v: np.ndarray, v_norm:
         return np.maximum(_round_to_float16(d + v_norm), 0.0)
 
 
-def distances_float32(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def squared_distances_float32(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Squared distances float32 (N, M) in float32, ADM's fallback for a block with a value out of float16's range."""
     u, v = np.asarray(u, dtype=np.float32), np.asarray(v, dtype=np.float32)
     d = u @ v.T
@@ -217,7 +229,7 @@ def distances_float32(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _tiles(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(rows, columns, distances) of all tiles of u (N, D) and v (M, D).
+    """Yields (rows, columns, d): slices of u (N, D) and v (M, D), and the squared distances d float32 between them.
 
     As in ADM's evaluator, a block of 10,000 by 10,000 is computed either all in float16 or all in float32.
     """
@@ -225,35 +237,41 @@ def _tiles(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, slice, np.ndar
         for top in range(0, len(u), BLOCK_ROWS):
             for left in range(0, len(v), BLOCK_ROWS):
                 columns = slice(left, min(left + BLOCK_ROWS, len(v)))
-                parts = [
+                row_tiles = [
                     slice(start, min(start + TILE_ROWS, top + BLOCK_ROWS, len(u)))
                     for start in range(top, min(top + BLOCK_ROWS, len(u)), TILE_ROWS)
                 ]
-                right = _float16_rows(v[columns])  # once for the block, not for every tile
+                v_float16 = _float16_rows(v[columns])  # once for the block, not for every tile
                 release_pages(v)
                 in_range = _fits_float16(u[top : top + BLOCK_ROWS], v[columns]) or all(
-                    np.isfinite(_float16_distances(*_float16_rows(u[rows]), *right)).all() for rows in parts
+                    np.isfinite(_float16_distances(*_float16_rows(u[rows]), *v_float16)).all() for rows in row_tiles
                 )
-                for rows in parts:
+                for rows in row_tiles:
                     if in_range:
-                        yield rows, columns, _float16_distances(*_float16_rows(u[rows]), *right)
+                        yield rows, columns, _float16_distances(*_float16_rows(u[rows]), *v_float16)
                     else:
-                        yield rows, columns, distances_float32(u[rows], v[columns])
+                        yield rows, columns, squared_distances_float32(u[rows], v[columns])
                     bar.advance(rows.stop - rows.start)
 
 
 def _fits_float16(u: np.ndarray, v: np.ndarray) -> bool:
-    """Whether every term and every partial sum is certain to stay below float16's 65,504."""
-    bound = sum(float(np.sqrt(np.einsum("nd,nd->n", x, x).max())) for x in (u, v))
-    return bound**2 < 60_000.0
+    """True if every term and every partial sum of the squared distances is certain to stay below float16's 65,504.
+
+    False if that is not certain.
+    """
+    sum_of_largest_norms = sum(float(np.sqrt(np.einsum("nd,nd->n", x, x).max())) for x in (u, v))
+    return sum_of_largest_norms**2 < 60_000.0
 
 
-def radii_float16(x: np.ndarray, k: int = K) -> np.ndarray:
-    """Squared radius float32 (N,) of every row of x (N, D): entry k of its sorted distances to all rows, itself included."""
+def squared_radii_float16(x: np.ndarray, k: int = K) -> np.ndarray:
+    """Squared radius float32 (N,) of every row of x (N, D): entry k of its sorted squared distances to all rows.
+
+    Entry 0 is usually the row itself.
+    """
     smallest = np.full((len(x), k + 1), np.inf, np.float32)
     for rows, _, d in _tiles(x, x):
         release_pages(x)
-        near = np.partition(d, k, axis=1)[:, : k + 1] if d.shape[1] > k + 1 else d
+        near = np.partition(d, k, axis=1)[:, : k + 1] if d.shape[1] > k + 1 else d  # the k + 1 smallest, unsorted
         smallest[rows] = np.sort(np.concatenate([smallest[rows], near], axis=1), axis=1)[:, : k + 1]
     return smallest[:, k]
 
@@ -268,7 +286,7 @@ def precision_and_recall(reference: np.ndarray, samples: np.ndarray, mode: str =
         raise UserError(f"precision and recall have no mode {mode!r}; use one of: {', '.join(MODES)}")
     if mode == "exact":
         return precision_recall.precision_recall(reference, samples)
-    reference_radii, sample_radii = radii_float16(reference), radii_float16(samples)
+    reference_radii, sample_radii = squared_radii_float16(reference), squared_radii_float16(samples)  # squared
     inside, covered = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
     for rows, columns, d in _tiles(reference, samples):
         release_pages(reference)
@@ -291,7 +309,8 @@ def estimates(
     """Estimates of "fid", "sfid", "is", "precision" and "recall"; rows in file order.
 
     pooled (N, 2048), spatial (N, 2023), logits (N, 1008), reference_pooled (M, 2048), block int64 (N,). The values are
-    ADM's. The leave-one-block-out values are those of the exact metrics: ADM's roundings do not change their spread.
+    ADM's; with mode "exact", precision and recall are exact. The leave-one-block-out values are those of the exact
+    metrics: ADM's roundings do not change their spread.
     """
     is_estimate = inception_score.estimate(logits, block)
     precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
@@ -299,13 +318,13 @@ def estimates(
     if mode != "exact":
         values = precision_and_recall(reference_pooled, pooled, mode)
 
-    def distance(features: np.ndarray, reference: Statistics) -> Estimate:
-        exact, rounded = _streamed(features).finish_both()
+    def frechet_estimate(features: np.ndarray, reference: Statistics) -> Estimate:
+        exact, rounded = _stream(features).finish_both()
         return frechet.estimate(features, reference, block, sample_statistics=exact, value_statistics=rounded)
 
     return {
-        "fid": distance(pooled, reference_statistics),
-        "sfid": distance(spatial, reference_spatial_statistics),
+        "fid": frechet_estimate(pooled, reference_statistics),
+        "sfid": frechet_estimate(spatial, reference_spatial_statistics),
         "is": replace(is_estimate, value=score(logits), warning=sample_order_warning(logits)),
         "precision": replace(precision, value=values[0]),
         "recall": replace(recall, value=values[1]),

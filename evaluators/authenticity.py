@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluators.distances import centred, exact_squared_distances, radii, squared_distances
+from evaluators.distances import centred, exact_squared_distances, squared_distances, squared_radii
 from evaluators.intervals import Estimate, block_sums
 from evaluators.metric_inputs import MetricInputs
 
@@ -38,7 +38,10 @@ class Neighbours:
 
     @property
     def most_suspicious(self) -> np.ndarray:
-        """int64 (N,): sample indices, most suspicious first, sorted by distance / training_distance of the nearest image."""
+        """int64 (N,): all sample indices in ascending order of distance to the nearest image / training_distance.
+
+        The sample most likely to be a copy is the first.
+        """
         with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is a copy of a duplicated training image: ratio 0
             ratio = self.distance[:, 0] / self.training_distance
             return np.argsort(np.nan_to_num(ratio, nan=0.0, posinf=np.inf), kind="stable")
@@ -56,7 +59,7 @@ def find_neighbours(features: np.ndarray, training: np.ndarray, k: int = 1) -> N
         order = np.argsort(exact, axis=1, kind="stable")
         index[rows] = np.take_along_axis(near, order, axis=1)
         squared[rows] = np.take_along_axis(exact, order, axis=1)
-    training_distance = np.sqrt(radii(y, 1))[index[:, 0]]
+    training_distance = np.sqrt(squared_radii(y, 1))[index[:, 0]]
     return Neighbours(index=index, distance=np.sqrt(squared), training_distance=training_distance)
 
 

@@ -22,7 +22,7 @@ from evaluators.metric_inputs import MetricInputs
 SIGMA = 10.0
 SCALE = 1000.0
 
-Value = TypeVar("Value", float, np.ndarray)  # of one set, or of many at once
+Value = TypeVar("Value", float, np.ndarray)  # for one set, or for many sets at once
 
 
 def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, unbiased: bool = False) -> Estimate:
@@ -34,31 +34,35 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, 
     n, m = len(x), len(y)
     member = np.eye(int(block.max()) + 1)[block]  # (N, B) one-hot
     sizes = member.sum(axis=0)
-    # Sums are of 1 - k instead of k: for near rows k is 1 minus very little, which would be lost in sums of ones.
+    # Sums are of 1 - k instead of k: for near rows k is almost 1, and the small difference would be lost in the sums.
+    # within: (B, B), by pair of blocks of x. across: (B,), by block of x, with all of y.
     within, across, reference_sum = np.zeros((len(sizes),) * 2), np.zeros(len(sizes)), 0.0
     for rows, d in squared_distances(x, x):
-        within += member[rows].T @ (_one_less_kernel(_without_self(rows, d)) @ member)
+        within += member[rows].T @ (_one_less_kernel(_zero_diagonal(rows, d)) @ member)
     for rows, d in squared_distances(x, y):
         across += member[rows].T @ _one_less_kernel(d).sum(axis=1)
     for rows, d in squared_distances(y, y):
-        reference_sum += float(_one_less_kernel(_without_self(rows, d)).sum())
-    less = 1.0 if unbiased else 0.0
+        reference_sum += float(_one_less_kernel(_zero_diagonal(rows, d)).sum())
+    left_out_pairs = 1.0 if unbiased else 0.0  # for each row: that with itself
 
-    def distance(count: Value, pairs: Value, cross: Value) -> Value:
-        return SCALE * (2.0 * cross / (count * m) - pairs / (count * (count - less)) - reference_sum / (m * (m - less)))
+    def value_from_sums(count: Value, within_sum: Value, across_sum: Value) -> Value:
+        """CMMD of `count` samples, from their sums of 1 - k over pairs of samples and over pairs with the reference."""
+        within_mean = within_sum / (count * (count - left_out_pairs))
+        return SCALE * (2.0 * across_sum / (count * m) - within_mean - reference_sum / (m * (m - left_out_pairs)))
 
-    kept_pairs = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)
-    left_out = distance(n - sizes, kept_pairs, across.sum() - across)
-    return Estimate(value=float(distance(n, within.sum(), across.sum())), left_out=left_out)
+    kept_within = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)
+    left_out = value_from_sums(n - sizes, kept_within, across.sum() - across)
+    return Estimate(value=float(value_from_sums(n, within.sum(), across.sum())), left_out=left_out)
 
 
-def _without_self(rows: slice, d: np.ndarray) -> np.ndarray:
+def _zero_diagonal(rows: slice, d: np.ndarray) -> np.ndarray:
+    """Set the squared distance of every row to itself to 0, in place. d: (rows, N), of x[rows] to x."""
     d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = 0.0  # exactly 0, instead of the rounding error
     return d
 
 
 def _one_less_kernel(d: np.ndarray) -> np.ndarray:
-    """1 - exp(-d / (2 sigma^2)) of squared distances, in place."""
+    """1 - exp(-d / (2 sigma^2)) of squared distances d, computed in place and returned."""
     d *= -1.0 / (2.0 * SIGMA**2)
     np.expm1(d, out=d)
     return np.negative(d, out=d)

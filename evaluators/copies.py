@@ -16,7 +16,7 @@ from evaluators.metric_inputs import MetricInputs
 from harness.io.progress import Bar
 
 EXPECTED_SHARE = 0.01
-MAX_SIDE = 32  # larger images are compared after summing boxes of pixels
+MAX_SIDE = 32  # pixels; larger images are compared by the sums of boxes of pixels
 THRESHOLD_IMAGES = 2000  # evenly spaced training images from which the 1 % quantile is estimated
 ROWS_PER_BLOCK = 1024
 
@@ -37,23 +37,26 @@ class Copies:
     threshold: float
 
 
-def _rows(images: np.ndarray) -> tuple[np.ndarray, float]:
-    """Images as integer rows (N, P), and the divisor that turns a distance between rows into RMS grey levels."""
+def _box_sums(images: np.ndarray) -> tuple[np.ndarray, float]:
+    """Images uint8 (N, H, W, C) as rows uint32 (N, P), and the divisor from a distance of rows to RMS grey levels.
+
+    A row holds the sums of boxes of pixels, at most MAX_SIDE along a side; small images keep their pixels.
+    """
     n, height, width, channels = images.shape
-    f = -(-max(height, width) // MAX_SIDE)
-    h, w = height // f, width // f
+    box = -(-max(height, width) // MAX_SIDE)  # side of a box in pixels
+    h, w = height // box, width // box
     sums = np.empty((n, h * w * channels), dtype=np.uint32)  # integers, so that equal images are at exactly 0
     for i in range(0, n, ROWS_PER_BLOCK):
-        part = images[i : i + ROWS_PER_BLOCK, : h * f, : w * f]
-        boxes = part.reshape(-1, h, f, w, f, channels)
+        part = images[i : i + ROWS_PER_BLOCK, : h * box, : w * box]
+        boxes = part.reshape(-1, h, box, w, box, channels)
         sums[i : i + ROWS_PER_BLOCK] = boxes.sum(axis=(2, 4), dtype=np.uint32).reshape(len(part), -1)
-    return sums, f * f * float(np.sqrt(sums.shape[1]))
+    return sums, box * box * float(np.sqrt(sums.shape[1]))
 
 
 def _nearest(x: np.ndarray, y: np.ndarray, itself: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Index (N,) of the nearest row of y to each row of x, and the squared distance (N,) to it.
 
-    itself: int64 (N,), where x[i] is row itself[i] of y; that row is left out.
+    itself: int64 (N,); x[i] is row itself[i] of y, which is not counted as its neighbour. None: all rows count.
     """
     index, best = np.zeros(len(x), dtype=np.int64), np.full(len(x), np.inf)
     with Bar("distances", len(y), "images") as bar:
@@ -65,13 +68,13 @@ def _nearest(x: np.ndarray, y: np.ndarray, itself: np.ndarray | None = None) -> 
                 u = x[rows].astype(np.float64)
                 d = np.einsum("np,np->n", u, u)[:, None] + v_norm - 2.0 * (u @ v.T)  # exact: integers below 2^53
                 if itself is not None:
-                    column = itself[rows] - j
-                    here = np.flatnonzero((column >= 0) & (column < len(v)))
-                    d[here, column[here]] = np.inf
-                k = d.argmin(axis=1)
-                closest = d[np.arange(len(d)), k]
+                    own_column = itself[rows] - j
+                    in_block = np.flatnonzero((own_column >= 0) & (own_column < len(v)))
+                    d[in_block, own_column[in_block]] = np.inf
+                column = d.argmin(axis=1)
+                closest = d[np.arange(len(d)), column]
                 better = closest < best[rows]
-                index[rows] = np.where(better, k + j, index[rows])
+                index[rows] = np.where(better, column + j, index[rows])
                 best[rows] = np.where(better, closest, best[rows])
             bar.advance(len(v))
     return index, best
@@ -79,13 +82,13 @@ def _nearest(x: np.ndarray, y: np.ndarray, itself: np.ndarray | None = None) -> 
 
 def find_copies(images: np.ndarray, training: np.ndarray) -> Copies:
     """Find the images uint8 (N, H, W, C) that are copies of training images uint8 (T, H, W, C), T >= 2."""
-    x, unit = _rows(images)
-    y, _ = _rows(training)
-    probe = np.unique(np.linspace(0, len(y) - 1, min(len(y), THRESHOLD_IMAGES)).astype(np.int64))
-    training_distance = np.sqrt(_nearest(y[probe], y, itself=probe)[1])
+    x, unit = _box_sums(images)
+    y, _ = _box_sums(training)
+    chosen = np.unique(np.linspace(0, len(y) - 1, min(len(y), THRESHOLD_IMAGES)).astype(np.int64))
+    training_distance = np.sqrt(_nearest(y[chosen], y, itself=chosen)[1])
     threshold = float(np.quantile(training_distance, EXPECTED_SHARE))
-    nearest, squared = _nearest(x, y)
-    distance = np.sqrt(squared)
+    nearest, squared_distance = _nearest(x, y)
+    distance = np.sqrt(squared_distance)
     is_copy = distance <= threshold
     return Copies(
         share=float(is_copy.mean()),

@@ -14,7 +14,7 @@ Balls are open (`<`), as in clovaai/generative-evaluation-prdc 82db9ac, prdc/prd
 
 import numpy as np
 
-from evaluators.distances import centred, exact_squared_distances, radii, rounding_bound, squared_distances
+from evaluators.distances import centred, exact_squared_distances, rounding_bound, squared_distances, squared_radii
 from evaluators.intervals import Estimate, block_sums
 from evaluators.metric_inputs import MetricInputs
 
@@ -37,31 +37,31 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: 
     the expectation in 95 to 99 % of sets. Efron and Stein (1981) prove that the jackknife variance of a statistic that
     is not additive is biased upwards.
     """
-    order = np.argsort(block, kind="stable")  # rows of a block side by side: one reduction tells which blocks cover
+    order = np.argsort(block, kind="stable")  # rows of a block are consecutive, as `reduceat` needs
     x, y = centred(features[order], reference)
     n, m = len(x), len(y)
     sizes = np.bincount(block)
     blocks = len(sizes)
-    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    squared, error = radii(y, k), rounding_bound(x, y)  # (M,)
-    hits = np.zeros(n)  # number of balls that contain the sample
-    covered_by = np.zeros((m, blocks), dtype=bool)  # whether a sample of the block is in the ball
+    block_starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])  # (B,) first row of each block
+    squared_radius, error = squared_radii(y, k), rounding_bound(x, y)  # (M,), float
+    hits = np.zeros(n)  # number of balls that contain each sample
+    covered_by = np.zeros((m, blocks), dtype=bool)  # [i, b]: whether a sample of block b is in ball i
     for rows, d in squared_distances(y, x):  # (rows, N)
-        inside = d < squared[rows, None]
+        inside = d < squared_radius[rows, None]
         # Copies of reference images lie on the surface of balls: exact distances decide there, not rounding errors.
-        i, j = np.nonzero(np.abs(d - squared[rows, None]) <= error)
-        inside[i, j] = exact_squared_distances(y, x, i + rows.start, j) < squared[i + rows.start]
+        i, j = np.nonzero(np.abs(d - squared_radius[rows, None]) <= error)
+        inside[i, j] = exact_squared_distances(y, x, i + rows.start, j) < squared_radius[i + rows.start]
         hits += inside.sum(axis=0)
-        covered_by[rows] = np.logical_or.reduceat(inside, first, axis=1)
+        covered_by[rows] = np.logical_or.reduceat(inside, block_starts, axis=1)
 
     sums = block_sums(hits, block[order])  # (B,)
     density_left = (sums.sum() - sums) / (k * (n - sizes))
-    covering = covered_by.sum(axis=1)  # (M,) number of blocks that cover the image
-    alone = covered_by[covering == 1].sum(axis=0)  # (B,) images that only this block covers
-    covered = int((covering > 0).sum())
+    covering_blocks = covered_by.sum(axis=1)  # (M,) number of blocks that cover each image
+    only_by = covered_by[covering_blocks == 1].sum(axis=0)  # (B,) number of images that only this block covers
+    covered = int((covering_blocks > 0).sum())
     return (
         Estimate(value=float(hits.sum() / (k * n)), left_out=density_left),
-        Estimate(value=covered / m, left_out=(covered - alone) / m),
+        Estimate(value=covered / m, left_out=(covered - only_by) / m),
     )
 
 

@@ -49,7 +49,7 @@ def exact_squared_distances(u: np.ndarray, v: np.ndarray, i: np.ndarray, j: np.n
     return out
 
 
-def radii(x: np.ndarray, k: int) -> np.ndarray:
+def squared_radii(x: np.ndarray, k: int) -> np.ndarray:
     """Squared distance float64 (N,) from every row of x float64 (N, D) to its k-th nearest other row, N > k; exact."""
     index = np.empty(len(x), dtype=np.int64)
     for rows, d in squared_distances(x, x):

@@ -46,6 +46,7 @@ def intercept_weights(size: np.ndarray) -> np.ndarray:
 
 
 def _distance(features: np.ndarray, rows: np.ndarray, reference: Statistics) -> float:
+    """Frechet distance of features[rows] from the reference. rows: row indices."""
     total = Moments(features.shape[1])
     for start in range(0, len(rows), ROWS_PER_BLOCK):
         total.update(features[rows[start : start + ROWS_PER_BLOCK]])

@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 BATCH = 256
 TRACE_BLOCKS = 1024  # 8 x 8 blocks of each batch that enter the JPEG test and the histogram
-MAX_DUPLICATES = 0.01  # Fashion-MNIST (60,000 images) and the digits (1,797) have no duplicates
-MAX_CONSTANT = 0.5
+MAX_DUPLICATES = 0.01  # share of the images; Fashion-MNIST (60,000 images) and the digits (1,797) have no duplicates
+MAX_CONSTANT = 0.5  # share of the images, as the next two
 MAX_COPIES = 0.01
 MIN_SWAPPED = 0.5
-UNEVEN_P = 1e-6
+UNEVEN_P = 1e-6  # p-value below which random labels are called uneven
 ADM_IMAGES = 10_000  # images in ADM's reference batches of ImageNet 64, 128 and 256 (512 has 1,000)
 
 GUARDS = {
@@ -115,7 +115,7 @@ class ImageStats:
     labels: np.ndarray | None  # int64 (N,)
     lossy: bool  # some images were stored with loss (JPEG)
     extra_arrays: tuple[str, ...]  # names of other arrays in the file
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # those of the `ImageSource`
     sha256: str | None  # of shape and pixels; None: not known
     hashes: np.ndarray  # int64 (N,), equal for equal images; comparable within one process only
     distinct: int  # number of distinct images
@@ -124,7 +124,7 @@ class ImageStats:
     lowest: int  # smallest pixel value
     highest: int  # largest pixel value
     only_0_1_255: bool  # no other values than these, as after a cast of [-1, 1] to uint8
-    has_ones: bool  # then: 1 is one of the values
+    has_ones: bool  # if only_0_1_255: whether 1 is one of the values; otherwise without meaning
     histogram: np.ndarray  # int64 (256,): first-channel values of some images, spread over the set
     jpeg_traces: bool  # the pixels show traces of JPEG
 
@@ -138,7 +138,7 @@ def collect_image_stats(
     images: ImageSource | np.ndarray,
     *,
     name: str | None = None,
-    labels: np.ndarray | None = None,  # of an array; a source has its own
+    labels: np.ndarray | None = None,  # int64 (N,), if `images` is an array; an `ImageSource` has its labels
     progress: Callable[[str, int, int | None], None] | None = None,  # (stage, images done, total)
 ) -> ImageStats:
     """Statistics of all images, read once in batches: about 10 us for an image of 64 x 64 x 3, plus the content hash."""
@@ -147,32 +147,33 @@ def collect_image_stats(
             raise UserError(f"{name or 'the images'}: there are no images")
         images = from_batches([images], len(images), labels=labels, name=name or "the images")
     name = name or images.name
-    per_image = max(1, (images.shape[0] // 8) * (images.shape[1] // 8))
+    blocks_per_image = max(1, (images.shape[0] // 8) * (images.shape[1] // 8))
     traces, histogram = JpegTraces(), np.zeros(256, np.int64)
     hashes: list[int] = []
     traced: set[int] = set()  # hashes of the images that are in `traces`
     constant, lowest, highest, only_0_1_255, has_ones = 0, 255, 0, True, False
     first_constant: int | None = None
     for batch in images.batches(BATCH):
-        flat = np.ascontiguousarray(batch).reshape(len(batch), -1)  # (n, H*W*C)
-        lowest, highest = min(lowest, int(flat.min())), max(highest, int(flat.max()))
-        only_0_1_255 = only_0_1_255 and int((flat + np.uint8(1)).max()) <= 2  # 255 becomes 0
-        has_ones = has_ones or (only_0_1_255 and bool((flat == 1).any()))
+        pixels = np.ascontiguousarray(batch).reshape(len(batch), -1)  # (n, H*W*C)
+        lowest, highest = min(lowest, int(pixels.min())), max(highest, int(pixels.max()))
+        only_0_1_255 = only_0_1_255 and int((pixels + np.uint8(1)).max()) <= 2  # 255 becomes 0
+        has_ones = has_ones or (only_0_1_255 and bool((pixels == 1).any()))
         # One flat colour: the image equals itself shifted by a pixel. Testing 64 pixels first rules most images out.
         channels = batch.shape[3]
-        head = flat[:, : 64 * channels]
+        head = pixels[:, : 64 * channels]
         candidates = np.flatnonzero((head[:, channels:] == head[:, :-channels]).all(axis=1))
-        flats = candidates[(flat[candidates, channels:] == flat[candidates, :-channels]).all(axis=1)]
-        if len(flats) and first_constant is None:
-            first_constant = len(hashes) + int(flats[0])
-        constant += len(flats)
-        batch_hashes = [hash(row.tobytes()) for row in flat]  # SipHash of 64 bits: equal pixels have equal hashes
+        constant_rows = candidates[(pixels[candidates, channels:] == pixels[candidates, :-channels]).all(axis=1)]
+        if len(constant_rows) and first_constant is None:
+            first_constant = len(hashes) + int(constant_rows[0])
+        constant += len(constant_rows)
+        batch_hashes = [hash(row.tobytes()) for row in pixels]  # SipHash of 64 bits: equal pixels have equal hashes
         hashes += batch_hashes
-        some = range(0, len(batch), -(-len(batch) * per_image // TRACE_BLOCKS))
-        histogram += np.bincount(batch[some][..., 0].ravel(), minlength=256)
-        fresh = {batch_hashes[i]: i for i in some if batch_hashes[i] not in traced}  # copies would look like a comb
-        traced.update(fresh)
-        traces.add(batch[sorted(fresh.values())])
+        picked = range(0, len(batch), -(-len(batch) * blocks_per_image // TRACE_BLOCKS))  # evenly spaced images
+        histogram += np.bincount(batch[picked][..., 0].ravel(), minlength=256)
+        # hash -> index in the batch, without images that were added before: copies would look like a comb
+        new = {batch_hashes[i]: i for i in picked if batch_hashes[i] not in traced}
+        traced.update(new)
+        traces.add(batch[sorted(new.values())])
         if progress is not None:
             progress(f"pixel statistics of {name}", len(hashes), images.count)
     all_hashes = np.array(hashes, np.int64)
@@ -204,16 +205,16 @@ def check(
     reference: ImageStats | ImageSource | np.ndarray | None,
     context: GuardContext,
 ) -> list[Finding]:
-    """All findings, refusals first. reference: None if there is none; its guards are then skipped."""
+    """All findings, refusals first. reference: None if there is none; guards that need one are then skipped."""
     if not isinstance(samples, ImageStats):
         samples = collect_image_stats(samples, name=None if isinstance(samples, ImageSource) else "the samples")
     if reference is not None and not isinstance(reference, ImageStats):
         reference = collect_image_stats(reference, name=None if isinstance(reference, ImageSource) else "the reference")
-    findings = [*_counts(samples, context), *_content(samples, reference, context)]
-    findings += [*_range(samples, reference), *_labels(samples, reference, context)]
+    findings = [*_check_counts(samples, context), *_check_content(samples, reference, context)]
+    findings += [*_check_range(samples, reference), *_check_labels(samples, reference, context)]
     if reference is not None:
-        findings += [*_pair(samples, reference), *_jpeg(samples, reference)]
-        findings += _reference(samples, reference, context)
+        findings += [*_check_pair(samples, reference), *_check_jpeg(samples, reference)]
+        findings += _check_reference(samples, reference, context)
     elif samples.lossy:
         findings.append(_warn("jpeg", f"{samples.name} was stored with loss (JPEG); save PNG files or an npz"))
     findings = [
@@ -243,7 +244,8 @@ def _warn(name: str, text: str) -> Finding:
     return Finding(name=name, level="warn", text=text)
 
 
-def _counts(samples: ImageStats, context: GuardContext) -> Iterator[Finding]:
+def _check_counts(samples: ImageStats, context: GuardContext) -> Iterator[Finding]:
+    """Findings of the guards too-few and name-of-count."""
     short = [f"{metric} needs {least}" for metric, least in context.minimum.items() if samples.count < least]
     if short:
         yield _refuse("too-few", f"{samples.name}: {samples.count} images are too few: {', '.join(short)}; draw more")
@@ -254,11 +256,12 @@ def _counts(samples: ImageStats, context: GuardContext) -> Iterator[Finding]:
             yield _refuse("name-of-count", f"{text}; draw more, or choose another name")
 
 
-def _content(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
+def _check_content(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
+    """Findings of the guards duplicates and constant."""
     least = max(context.minimum.values(), default=0)
-    natural = 0.0 if reference is None else 1 - reference.distinct / reference.count
+    reference_share = 0.0 if reference is None else 1 - reference.distinct / reference.count
     for images in (samples, reference) if reference is not None else (samples,):
-        share = 1 - images.distinct / images.count
+        share = 1 - images.distinct / images.count  # of duplicates
         text = f"{images.name}: only {images.distinct} of {images.count} images are distinct"
         if images is samples:
             hint = "was the same noise drawn in every process or batch?"
@@ -268,7 +271,7 @@ def _content(samples: ImageStats, reference: ImageStats | None, context: GuardCo
             images.distinct == 1 or (images is samples and images.distinct < least <= images.count)
         ):
             yield _refuse("duplicates", f"{text}; {hint}")
-        elif share > MAX_DUPLICATES and (images is reference or share > 2 * natural):
+        elif share > MAX_DUPLICATES and (images is reference or share > 2 * reference_share):
             yield _warn("duplicates", f"{text}; {hint}")
         if images.constant > MAX_CONSTANT * images.count:
             text = f"{images.name}: {images.constant} of {images.count} images are one flat colour"
@@ -282,7 +285,8 @@ def _content(samples: ImageStats, reference: ImageStats | None, context: GuardCo
             yield _warn("constant", f"{text} (first: image {images.first_constant}); black is often a NaN")
 
 
-def _range(samples: ImageStats, reference: ImageStats | None) -> Iterator[Finding]:
+def _check_range(samples: ImageStats, reference: ImageStats | None) -> Iterator[Finding]:
+    """Findings of the guards unit-range, signed-range and half-range."""
     for images in (samples, reference) if reference is not None else (samples,):
         if images.lowest == images.highest:
             continue  # a finding of constant or duplicates
@@ -311,7 +315,8 @@ def _half_range(images: ImageStats) -> str | None:
     return "in 127..255" if images.histogram[:127].sum() <= 0.001 * total else None
 
 
-def _pair(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
+def _check_pair(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
+    """Findings of the guards resolution, same-images, swapped (by images) and copies."""
     if samples.shape != reference.shape:
         text = f"{samples.name} has images {samples.shape}, {reference.name} {reference.shape} (H, W, C)"
         yield _refuse("resolution", f"{text}; use a reference of the samples' resolution")
@@ -319,17 +324,21 @@ def _pair(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
     if samples.sha256 is not None and samples.sha256 == reference.sha256:
         yield _refuse("same-images", f"{samples.name} and {reference.name} are the same images; name the samples first")
         return
-    among = float(np.isin(reference.hashes, samples.hashes).mean())
-    copied = float(np.isin(samples.hashes, reference.hashes).mean())
-    if among >= MIN_SWAPPED:
-        text = f"{samples.name} contains {among:.0%} of the images of {reference.name}"
+    reference_among_samples = float(np.isin(reference.hashes, samples.hashes).mean())
+    samples_among_reference = float(np.isin(samples.hashes, reference.hashes).mean())
+    if reference_among_samples >= MIN_SWAPPED:
+        text = f"{samples.name} contains {reference_among_samples:.0%} of the images of {reference.name}"
         yield _refuse("swapped", f"{text}; are the arguments swapped, or is it training data?")
-    elif copied > MAX_COPIES:
-        yield _warn("copies", f"{copied:.1%} of {samples.name} are images of {reference.name}, pixel by pixel")
+    elif samples_among_reference > MAX_COPIES:
+        yield _warn(
+            "copies", f"{samples_among_reference:.1%} of {samples.name} are images of {reference.name}, pixel by pixel"
+        )
 
 
-def _jpeg(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
-    samples_lossy, reference_lossy = samples.lossy or samples.jpeg_traces, reference.lossy or reference.jpeg_traces
+def _check_jpeg(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
+    """Findings of the guard jpeg, if there is a reference."""
+    samples_lossy = samples.lossy or samples.jpeg_traces
+    reference_lossy = reference.lossy or reference.jpeg_traces
     if samples_lossy == reference_lossy:
         return
     if samples.lossy:
@@ -341,7 +350,8 @@ def _jpeg(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
     yield _warn("jpeg", f"{lossy.name} {how}, {clean.name} does not: the distance measures that too")
 
 
-def _reference(samples: ImageStats, reference: ImageStats, context: GuardContext) -> Iterator[Finding]:
+def _check_reference(samples: ImageStats, reference: ImageStats, context: GuardContext) -> Iterator[Finding]:
+    """Findings of the guards swapped (by mu and sigma), statistics-in-samples and reference-statistics."""
     if samples.has_statistics and not reference.has_statistics:
         text = f"{samples.name} has mu and sigma, as references do, and {reference.name} does not"
         yield _refuse("swapped", f"{text}; swap the arguments")
@@ -359,7 +369,8 @@ def _reference(samples: ImageStats, reference: ImageStats, context: GuardContext
         yield _warn("reference-statistics", f"{text}: the distance is to its {reference.count} images")
 
 
-def _labels(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
+def _check_labels(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
+    """Findings of the guards labels-missing, labels-outside and labels-uneven."""
     if context.classes is None or context.classes < 2:
         return
     if samples.labels is None:
@@ -381,9 +392,9 @@ def _labels(samples: ImageStats, reference: ImageStats | None, context: GuardCon
     p = _chi_square_p(counts, np.full(context.classes, 1 / context.classes))
     if p < UNEVEN_P and reference is not None and reference.labels is not None:  # the reference may be uneven as well
         inside = reference.labels[(reference.labels >= 0) & (reference.labels < context.classes)]
-        real = np.bincount(inside, minlength=context.classes)
-        if not (counts[real == 0].any() or not real.any()):
-            p = _chi_square_p(counts[real > 0], real[real > 0] / real.sum())
+        expected = np.bincount(inside, minlength=context.classes)
+        if expected.any() and not counts[expected == 0].any():
+            p = _chi_square_p(counts[expected > 0], expected[expected > 0] / expected.sum())
     if p < UNEVEN_P:
         yield _warn("labels-uneven", f"{span}: random labels are so uneven once in {1 / max(p, 1e-300):.0e} draws")
 

@@ -31,21 +31,23 @@ def _negative_entropy(p: np.ndarray) -> np.ndarray:
 def estimate(logits: np.ndarray, block: np.ndarray) -> Estimate:
     """Inception Score of logits (N, K), from 1 to K; block int64 (N,)."""
     sizes = np.bincount(block)
-    sums, p_log_p = np.zeros((len(sizes), logits.shape[1])), np.zeros(len(sizes))  # (B, K), (B,)
+    # Sums over the rows of each block: of p (B, K), and of sum_k p log p (B,).
+    p_sums, p_log_p = np.zeros((len(sizes), logits.shape[1])), np.zeros(len(sizes))
     for start in range(0, len(logits), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_p = log_softmax(logits[rows])
         p = np.exp(log_p)  # (n, K)
         member = np.eye(len(sizes))[block[rows]]  # (n, B) one-hot
-        sums += member.T @ p
+        p_sums += member.T @ p
         p_log_p += member.T @ np.sum(p * log_p, axis=1)
         release_pages(logits)
 
     def score(p_sum: np.ndarray, p_log_p_sum: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Scores of one or several sets of `count` rows, from their sums of p (..., K) and of sum_k p log p (...)."""
         return np.exp(p_log_p_sum / count - _negative_entropy(p_sum / np.expand_dims(count, -1)))
 
-    left_out = score(sums.sum(axis=0) - sums, p_log_p.sum() - p_log_p, len(logits) - sizes)
-    total = score(sums.sum(axis=0), np.asarray(p_log_p.sum()), np.asarray(len(logits), np.float64))
+    left_out = score(p_sums.sum(axis=0) - p_sums, p_log_p.sum() - p_log_p, len(logits) - sizes)
+    total = score(p_sums.sum(axis=0), np.asarray(p_log_p.sum()), np.asarray(len(logits), np.float64))
     return Estimate(value=float(total), left_out=left_out)
 
 

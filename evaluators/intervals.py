@@ -23,8 +23,9 @@ class Estimate:
     left_out: float64 (B,), left_out[b] is the metric on the samples outside block b.
     trials: N if the value is a share of the N samples, else None. At a share of exactly 0 or 1 the jackknife variance is
         0, and the exact binomial interval is used instead.
-    half_variance: half the variance between disjoint halves, a lower bound for a metric whose jackknife variance is far
-        too large (see evaluators/precision_recall.py); None: use the jackknife variance alone.
+    half_variance: half the variance of the metric on disjoint halves of the set. It is a lower bound of the variance,
+        for a metric whose jackknife variance is far too large (see evaluators/precision_recall.py). None: use the
+        jackknife variance alone.
     warning: one line on why the value is doubtful; empty: no doubt.
     """
 
@@ -60,7 +61,11 @@ def block_sums(rows: np.ndarray, block: np.ndarray) -> np.ndarray:
 
 
 def interval(estimate: Estimate, confidence: float = 0.95) -> Interval:
-    """The interval value +- t * se with se^2 = (B - 1) / B * sum_b (left_out_b - mean)^2, t of B - 1 degrees of freedom."""
+    """The interval value +- t * se, se^2 = (B - 1) / B * sum_b (left_out_b - mean)^2, t of B - 1 degrees of freedom.
+
+    Exceptions: with `half_variance`, se^2 is a geometric mean of both variances; a share of exactly 0 or 1 has the
+    binomial interval; if left_out is constant up to rounding, there is no interval.
+    """
     from scipy.special import stdtrit
 
     left_out, value, tail = estimate.left_out, estimate.value, (1.0 - confidence) / 2.0
@@ -70,11 +75,11 @@ def interval(estimate: Estimate, confidence: float = 0.95) -> Interval:
         width = 1.0 - tail ** (1.0 / estimate.trials)  # Clopper and Pearson (1934) at 0 or N successes
         low, high = (0.0, width) if value == 0.0 else (1.0 - width, 1.0)
         return Interval(low=low, high=high, method="clopper-pearson")
-    if blocks < 2 or np.sqrt(variance) <= 1e-12 * abs(value):  # blocks equal up to rounding
+    if blocks < 2 or np.sqrt(variance) <= 1e-12 * abs(value):  # left_out is constant up to rounding
         return Interval(low=None, high=None, method="none")
     method = f"jackknife-{blocks}"
     if estimate.half_variance is not None and estimate.half_variance > 0.0:
         variance = np.sqrt(variance * min(estimate.half_variance, variance))  # geometric mean of the two variances
         method += "+halves"
-    half = float(stdtrit(blocks - 1, 1.0 - tail)) * float(np.sqrt(variance))
-    return Interval(low=value - half, high=value + half, method=method)
+    half_width = float(stdtrit(blocks - 1, 1.0 - tail)) * float(np.sqrt(variance))
+    return Interval(low=value - half_width, high=value + half_width, method=method)

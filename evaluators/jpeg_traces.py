@@ -20,10 +20,10 @@ import numpy as np
 # Without frequencies 0 and 4, whose cosines have one magnitude: there, flat or two-level images show combs without JPEG.
 AXIS_FREQUENCIES = (1, 2, 3, 5, 6, 7)
 FREQUENCIES = len(AXIS_FREQUENCIES) ** 2
-STEPS = np.arange(3, 129)
-BINS_PER_UNIT, MAX_COEFFICIENT = 16, 256
-MIN_COEFFICIENTS = 20  # for a decision about a frequency
-MIN_Z, MIN_MEAN_COSINE = 6.0, 0.3  # of a comb: its mean cosine in standard errors, and its mean cosine
+STEPS = np.arange(3, 129)  # quantisation steps that are tested
+BINS_PER_UNIT, MAX_COEFFICIENT = 16, 256  # of the histogram of the coefficients' magnitudes
+MIN_COEFFICIENTS = 20  # for a decision about a frequency and a step
+MIN_Z, MIN_MEAN_COSINE = 6.0, 0.3  # lower bounds for a comb: of its mean cosine in standard errors, and as it is
 # Of 36 frequencies. Measured: at most 16 in lossless images (two-valued digits), at least 23 in images after JPEG 75 to 97.
 MIN_COMBS = 20
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in JFIF
@@ -37,7 +37,11 @@ def _basis() -> np.ndarray:
 
 @functools.cache
 def _table() -> np.ndarray:
-    """(bins, steps, 2): cosine of a coefficient's angle on the step's circle (0 if it does not count), and whether it counts."""
+    """float64 (bins, steps, 2), for a coefficient in each bin and each step.
+
+    [..., 0]: cosine of its angle on the circle of the step, or 0 if it does not count. [..., 1]: 1.0 if it counts,
+    which means that it is larger than half the step, else 0.0.
+    """
     value = (np.arange(BINS_PER_UNIT * MAX_COEFFICIENT) + 0.5) / BINS_PER_UNIT
     counts = value[:, None] > STEPS / 2
     return np.stack([np.cos(2 * np.pi * value[:, None] / STEPS) * counts, counts], axis=-1)
@@ -73,11 +77,12 @@ class JpegTraces:
         """Number of the 36 frequencies that show a comb."""
         counts = self._counts.reshape(FREQUENCIES, -1).astype(np.float64)
         counts[:, -1] = 0  # the overflow bin
-        cosines, number = np.einsum("fb,bsx->xfs", counts, _table(), optimize=True)  # each (36, steps)
-        number = np.where(number >= MIN_COEFFICIENTS, number, np.nan)
-        mean = cosines / number
-        clear = (mean > MIN_MEAN_COSINE) & (mean * np.sqrt(2 * number) > MIN_Z)
-        return int(clear.any(axis=1).sum())
+        cosine_sum, number = np.einsum("fb,bsx->xfs", counts, _table(), optimize=True)  # (36, steps) each
+        number = np.where(number >= MIN_COEFFICIENTS, number, np.nan)  # comparisons with nan are False
+        mean_cosine = cosine_sum / number
+        # Cosines of uniform angles have variance 1/2, so the standard error of their mean is 1 / sqrt(2 n).
+        is_comb = (mean_cosine > MIN_MEAN_COSINE) & (mean_cosine * np.sqrt(2 * number) > MIN_Z)
+        return int(is_comb.any(axis=1).sum())
 
     @property
     def jpeg(self) -> bool:

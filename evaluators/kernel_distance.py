@@ -13,18 +13,22 @@ from evaluators.metric_inputs import MetricInputs
 
 ROWS_PER_BLOCK = 1024
 
-Value = TypeVar("Value", float, np.ndarray)  # of one set, or of many at once
+Value = TypeVar("Value", float, np.ndarray)  # for one set, or for many sets at once
 
 
 def _kernel_rows(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields ranges of rows of x and their kernel values with all of y, float64 (rows, M); memory does not grow with N."""
+    """Yields (rows, kernel): slices of x (N, D) and their kernel values with y (M, D), float64 (rows, M).
+
+    Memory does not grow with N. The caller may overwrite the kernel values.
+    """
     for start in range(0, len(x), ROWS_PER_BLOCK):
         rows = slice(start, min(start + ROWS_PER_BLOCK, len(x)))
         base = x[rows] @ y.T / x.shape[1] + 1.0
         yield rows, base * base * base
 
 
-def _without_self(rows: slice, kernel: np.ndarray) -> np.ndarray:
+def _zero_diagonal(rows: slice, kernel: np.ndarray) -> np.ndarray:
+    """Set the kernel value of every row with itself to 0, in place: such pairs are left out of the sums."""
     kernel[np.arange(len(kernel)), np.arange(rows.start, rows.stop)] = 0.0
     return kernel
 
@@ -34,22 +38,22 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray) -> 
     x, y = np.asarray(features, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     n, m = len(x), len(y)
     member = np.eye(int(block.max()) + 1)[block]  # (N, B) one-hot
+    # Sums of kernel values. within: (B, B), by pair of blocks of x. across: (B,), by block of x, with all of y.
     within, across = np.zeros((member.shape[1],) * 2), np.zeros(member.shape[1])
     for rows, kernel in _kernel_rows(x, x):
-        within += member[rows].T @ (
-            _without_self(rows, kernel) @ member
-        )  # (B, B) sums of kernel values by pair of blocks
+        within += member[rows].T @ (_zero_diagonal(rows, kernel) @ member)
     for rows, kernel in _kernel_rows(x, y):
-        across += member[rows].T @ kernel.sum(axis=1)  # (B,)
-    reference_sum = sum(float(_without_self(rows, kernel).sum()) for rows, kernel in _kernel_rows(y, y))
-    constant = reference_sum / (m * (m - 1))
+        across += member[rows].T @ kernel.sum(axis=1)
+    reference_sum = sum(float(_zero_diagonal(rows, kernel).sum()) for rows, kernel in _kernel_rows(y, y))
+    reference_mean = reference_sum / (m * (m - 1))
 
-    def distance(count: Value, pairs: Value, cross: Value) -> Value:
-        return pairs / (count * (count - 1)) + constant - 2.0 * cross / (count * m)
+    def value_from_sums(count: Value, within_sum: Value, across_sum: Value) -> Value:
+        """KID of `count` samples, from their kernel sums over pairs of samples and over pairs with the reference."""
+        return within_sum / (count * (count - 1)) + reference_mean - 2.0 * across_sum / (count * m)
 
-    kept_pairs = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)
-    left_out = distance(n - member.sum(axis=0), kept_pairs, across.sum() - across)
-    return Estimate(value=float(distance(n, within.sum(), across.sum())), left_out=left_out)
+    kept_within = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)
+    left_out = value_from_sums(n - member.sum(axis=0), kept_within, across.sum() - across)
+    return Estimate(value=float(value_from_sums(n, within.sum(), across.sum())), left_out=left_out)
 
 
 def compute(inputs: MetricInputs) -> dict[str, Estimate]:

@@ -21,7 +21,8 @@ def write_picture(
     """Write the picture to `path` and return it: one row per sample, the most suspicious first.
 
     The caption of a sample is its index, with "copy?" if it is not authentic. The caption of a training image is its
-    index and its distance from the sample, divided by `Neighbours.training_distance`: below 1 is suspicious.
+    index and its distance from the sample, divided by `Neighbours.training_distance`: below 1 is suspicious (see
+    `_ratio_text`).
     """
     from reports.neighbours import write_neighbours
 
@@ -35,7 +36,7 @@ def write_picture(
         sample_captions=[f"{i}{'' if nearest.authentic[i] else ' copy?'}" for i in shown],
         neighbour_captions=[
             [
-                f"{j}: {_ratio(d, nearest.training_distance[i])}"
+                f"{j}: {_ratio_text(d, nearest.training_distance[i])}"
                 for j, d in zip(nearest.index[i], nearest.distance[i], strict=True)
             ]
             for i in shown
@@ -43,7 +44,8 @@ def write_picture(
     )
 
 
-def _ratio(distance: float, training_distance: float) -> str:
+def _ratio_text(distance: float, training_distance: float) -> str:
+    """distance / training_distance, for a caption: "equal" for distance 0, else "apart" for training_distance 0."""
     if distance == 0.0:
         return "equal"
     return f"{distance / training_distance:.2f}" if training_distance > 0.0 else "apart"

@@ -31,9 +31,9 @@ ROWS_PER_BLOCK = 1024  # a float32 tile is 4 MB and stays in the cache while it 
 MAX_WORKERS = 8
 MIN_TILES_FOR_WORKERS = 8  # fewer tiles are done before threads have started
 MAX_UNDECIDED_SHARE = 0.05  # of a tile's pairs; above it, float64 bounds replace float32 bounds
-LIMIT_COLUMNS = 64  # columns per wanted neighbour from which a row gets its first limit
+LIMIT_COLUMNS = 64  # columns of a tile, per wanted neighbour, from which a row gets its first limit
 PAIRS_PER_CALL = 512
-CANDIDATES = 1 << 17  # pairs that are decided at a time
+PAIRS_AT_ONCE = 1 << 17  # pairs that are decided at a time
 
 Tile = tuple[np.ndarray, np.ndarray, np.ndarray]  # lower bounds (r, c), gap (r,) of the rows, gap (c,) of the columns
 Dtype = type[np.float32] | type[np.float64]
@@ -54,10 +54,12 @@ class DistanceBounds:
 
     def __init__(self, u: np.ndarray, v: np.ndarray) -> None:
         self.u, self.v, self.dim = u, v, u.shape[1]
-        # Any centre gives the same distances; the mean gives the least cancellation. float32, so that float32 rows stay.
+        # Any centre gives the same distances; the mean gives the least cancellation. In float32, so that subtracting it
+        # does not promote float32 rows.
         self.centre = v.mean(axis=0, dtype=np.float64).astype(np.float32)
+        # (rows are of u, not v; start; stop; dtype) -> squared norms float64 (r,)
         self._norms: dict[tuple[bool, int, int, Dtype], np.ndarray] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: ThreadPoolExecutor | None = None  # only while `tiles` uses several workers
         self._workers = 1
 
     def _centred(self, of_u: bool, rows: slice, dtype: Dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +74,7 @@ class DistanceBounds:
         return centred, self._norms[key]
 
     def _tile(self, left: tuple[np.ndarray, np.ndarray], rows: slice, columns: slice, dtype: Dtype) -> Tile:
-        """`tile`, where left is the result of `_centred` for the rows.
+        """As `tile`; left: the result of `_centred` for the rows of u.
 
         A dot product of D terms, added in any order, has an error below D units of rounding times |u||v|; the rounding
         of the centred rows and three sums add less than 16 units (Higham, Accuracy and Stability, 2002, sec. 3.1).
@@ -96,7 +98,7 @@ class DistanceBounds:
         return d, (2.0 * error * a_norm).astype(dtype), (2.0 * error * b_norm).astype(dtype)
 
     def tile(self, rows: slice, columns: slice, dtype: Dtype = np.float32) -> Tile:
-        """Lower bounds (r, c) and the gaps (r,) and (c,): the upper bound is lower bound + row gap + column gap.
+        """Lower bounds (r, c) and gaps (r,) and (c,): upper bound = lower bound + row gap + column gap.
 
         In float64 a pair below the resolution has the bounds -inf and 0: it counts as equal.
         """
@@ -105,8 +107,8 @@ class DistanceBounds:
     def tiles(self, slices: list[tuple[slice, slice]]) -> Iterator[Tile]:
         """`tile` in float32 of all slices (rows, columns), in their order, with a progress bar.
 
-        If there are many, each is computed by one of several workers, a few tiles ahead: a tile is consumed by a single
-        thread, and BLAS's threads would be idle meanwhile.
+        Many tiles are computed by several workers, one tile per worker, a few tiles ahead of the caller. The caller
+        uses a tile in a single thread, and BLAS's threads would be idle meanwhile.
         """
         with Bar("distances", len(slices), "tiles") as bar:
             for tile in self._tiles(slices):
@@ -134,7 +136,7 @@ class DistanceBounds:
             try:
                 todo = (
                     pool.submit(self._tile, left_of(rows), rows, columns, np.float32) for rows, columns in slices
-                )  # submits a tile when it is asked for the next one
+                )  # a generator: a tile is submitted when the next item is taken
                 ahead = deque(islice(todo, workers + 1))
                 while ahead:
                     tile = ahead.popleft().result()
@@ -165,7 +167,8 @@ def _blocks(n: int) -> list[slice]:
 class _Candidates:
     """Candidates for the `count` nearest neighbours of the rows of one block.
 
-    candidates: row, column, lower bound and upper bound of each pair. limit: upper bound on each row's count-th distance.
+    candidates: row, column, lower bound and upper bound of each pair; rows count from the block's start. limit: upper
+    bound on each row's count-th smallest distance. Bounds and distances are squared.
     """
 
     def __init__(self, rows: slice, count: int) -> None:
@@ -174,7 +177,7 @@ class _Candidates:
         self.candidates = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
 
     def set_limits(self, low: np.ndarray, row_gap: np.ndarray, column_gap: np.ndarray) -> None:
-        """Give rows without a limit one, from upper bounds on some of a tile's (rows, columns)."""
+        """If a row has no limit yet, set or lower the limits from upper bounds in some columns of a tile."""
         if np.isinf(self.limit).any() and low.shape[1] > self.count:
             some = slice(None, None, max(low.shape[1] // (self.count * LIMIT_COLUMNS), 1))
             high = np.partition(low[:, some] + column_gap[some], self.count - 1, axis=1)[:, self.count - 1]
@@ -192,13 +195,13 @@ class _Candidates:
         order = np.lexsort((column, high, row))
         row, column, value, high = row[order], column[order], value[order], high[order]
         first = np.searchsorted(row, np.arange(len(self.limit)))
-        place = np.arange(len(row)) - first[row]
-        self.limit[row[place == self.count - 1]] = high[place == self.count - 1]
-        keep = (place < self.count) | ((value <= self.limit[row]) & (high > 0.0))  # `count` distances of 0 are enough
+        rank = np.arange(len(row)) - first[row]  # of each candidate among those of its row, by upper bound
+        self.limit[row[rank == self.count - 1]] = high[rank == self.count - 1]
+        keep = (rank < self.count) | ((value <= self.limit[row]) & (high > 0.0))  # `count` distances of 0 are enough
         self.candidates = row[keep], column[keep], value[keep], high[keep]
 
     def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Columns and exact squared distances of the `count` nearest, in order: (rows, count) each."""
+        """Columns and exact squared distances of the `count` nearest rows of x, nearest first: (rows, count) each."""
         row, column, _, _ = self.candidates
         exact = pair_distances(x, x, row + self.rows.start, column)
         order = np.lexsort((column, exact, row))
@@ -208,7 +211,10 @@ class _Candidates:
 
 
 def nearest(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` nearest other rows of every row of x (N, D), N > count: index and squared distance, (N, count)."""
+    """The `count` nearest other rows of every row of x (N, D), N > count, nearest first.
+
+    Returns indices int64 (N, count) and squared distances float64 (N, count).
+    """
     assert len(x) > count, (x.shape, count)
     bounds, blocks = DistanceBounds(x, x), _blocks(len(x))
     candidates = [_Candidates(rows, count) for rows in blocks]
@@ -219,6 +225,7 @@ def nearest(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         for dtype in dtypes:
             tile = float32_tile if dtype is np.float32 else bounds.tile(blocks[p], blocks[q], dtype)
             low, row_gap, column_gap = tile
+            # per side: candidates, lower bounds with its rows first, gaps of its rows, gaps of the others, other block
             sides = [(candidates[p], low, row_gap, column_gap, blocks[q])]
             if p == q:
                 np.fill_diagonal(low, np.inf)  # a row is not its own neighbour
@@ -237,70 +244,81 @@ def nearest(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(index), np.concatenate(squared)
 
 
-def radii(x: np.ndarray, k: int = K) -> np.ndarray:
+def squared_radii(x: np.ndarray, k: int = K) -> np.ndarray:
     """Squared distance float64 (N,) of every row of x (N, D) to its k-th nearest other row, N > k."""
     return nearest(x, k)[1][:, k - 1]
 
 
-def _next_above(radius: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """The radius in dtype, raised to the next larger number: a comparison with it loses no pair to rounding."""
-    return np.nextafter(radius.astype(dtype), dtype(np.inf))
+def _next_above(squared_radius: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Squared radii in dtype, raised to the next larger number: a comparison with them loses no pair to rounding."""
+    return np.nextafter(squared_radius.astype(dtype), dtype(np.inf))
 
 
 def memberships(
     y: np.ndarray,  # (M, D)
     x: np.ndarray,  # (N, D)
-    y_radii: np.ndarray,  # squared, (M,)
-    x_radii: np.ndarray,  # squared, (V, N): V variants
-    included: np.ndarray,  # bool (V, N): the x whose balls count in each variant
+    y_squared_radii: np.ndarray,  # (M,)
+    x_squared_radii: np.ndarray,  # (V, N): V variants
+    included: np.ndarray,  # bool (V, N): the rows of x whose balls count in each variant
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which x lie in a ball of y, bool (N,), and which y lie in a ball of x, bool (V, M) for each variant."""
-    inside, covered = np.zeros(len(x), bool), np.zeros((len(x_radii), len(y)), bool)
-    active = np.where(included, x_radii, -1.0)  # a ball of squared radius -1 contains nothing
-    largest = active.max(axis=0)
+    """Which rows of x lie in a ball of y, bool (N,), and which rows of y lie in a ball of x, bool (V, M) by variant."""
+    inside, covered = np.zeros(len(x), bool), np.zeros((len(x_squared_radii), len(y)), bool)
+    active = np.where(included, x_squared_radii, -1.0)  # a ball of squared radius -1 contains nothing
+    largest = active.max(axis=0)  # (N,), over the variants
     bounds = DistanceBounds(x, y)
 
-    def decide(columns: slice, rows: slice, tile: Tile, dtype: Dtype) -> bool:
-        """Decide the pairs of a tile of (x, y). False if float32 leaves too many undecided; decided pairs stay noted."""
+    def decide(x_slice: slice, y_slice: slice, tile: Tile, dtype: Dtype) -> bool:
+        """Decide the pairs of x[x_slice] and y[y_slice], and set `inside` and `covered` in place.
+
+        Returns False if the float32 bounds leave too many pairs undecided. The pairs decided until then stay recorded.
+        """
         low, x_gap, y_gap = tile
-        open_x, open_y = ~inside[columns], ~covered[:, rows].all(axis=0)
-        relevant = low <= _next_above(y_radii[rows], dtype)
+        open_x, open_y = ~inside[x_slice], ~covered[:, y_slice].all(axis=0)  # rows not decided by earlier tiles
+        relevant = low <= _next_above(y_squared_radii[y_slice], dtype)
         relevant &= open_x[:, None]
-        relevant |= (low <= _next_above(largest[columns], dtype)[:, None]) & open_y
+        relevant |= (low <= _next_above(largest[x_slice], dtype)[:, None]) & open_y
         i, j = _nonzero(relevant)
         budget = MAX_UNDECIDED_SHARE * low.size if dtype is np.float32 else np.inf
-        for start in range(0, len(i), CANDIDATES):
-            ii, jj = i[start : start + CANDIDATES], j[start : start + CANDIDATES]
+        for start in range(0, len(i), PAIRS_AT_ONCE):
+            ii, jj = i[start : start + PAIRS_AT_ONCE], j[start : start + PAIRS_AT_ONCE]
             lower = low[ii, jj].astype(np.float64)
             upper = np.maximum(lower + (x_gap[ii].astype(np.float64) + y_gap[jj]), 0.0)
-            radius = np.concatenate([y_radii[rows][jj][None], active[:, columns][:, ii]])  # (1 + V, P)
-            undecided = np.flatnonzero(((lower <= radius) & (radius < upper) & (radius >= 0.0)).any(axis=0))
+            squared_radius = np.concatenate(
+                [y_squared_radii[y_slice][jj][None], active[:, x_slice][:, ii]]
+            )  # (1 + V, P)
+            undecided = np.flatnonzero(
+                ((lower <= squared_radius) & (squared_radius < upper) & (squared_radius >= 0.0)).any(axis=0)
+            )
             budget -= len(undecided)
             if budget < 0:
                 return False
-            upper[undecided] = pair_distances(x, y, ii[undecided] + columns.start, jj[undecided] + rows.start)
-            hit = upper <= radius
-            inside[ii[hit[0]] + columns.start] = True
+            upper[undecided] = pair_distances(x, y, ii[undecided] + x_slice.start, jj[undecided] + y_slice.start)
+            hit = upper <= squared_radius  # row 0: x in a ball of y; row 1 + v: y in a ball of x in variant v
+            inside[ii[hit[0]] + x_slice.start] = True
             for v in range(len(active)):
-                covered[v, jj[hit[1 + v]] + rows.start] = True
+                covered[v, jj[hit[1 + v]] + y_slice.start] = True
         return True
 
-    slices = [(columns, rows) for columns in _blocks(len(x)) for rows in _blocks(len(y))]
-    for (columns, rows), tile in zip(slices, bounds.tiles(slices), strict=True):
-        if not decide(columns, rows, tile, np.float32):
-            decide(columns, rows, bounds.tile(columns, rows, np.float64), np.float64)
+    slices = [(x_slice, y_slice) for x_slice in _blocks(len(x)) for y_slice in _blocks(len(y))]
+    for (x_slice, y_slice), tile in zip(slices, bounds.tiles(slices), strict=True):
+        if not decide(x_slice, y_slice, tile, np.float32):
+            decide(x_slice, y_slice, bounds.tile(x_slice, y_slice, np.float64), np.float64)
     return inside, covered
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = K) -> tuple[float, float]:
     """Precision and recall of samples (N, D) against reference (M, D), N and M > k, without error bars."""
     inside, covered = memberships(
-        reference, samples, radii(reference, k), radii(samples, k)[None], np.ones((1, len(samples)), bool)
+        reference,
+        samples,
+        squared_radii(reference, k),
+        squared_radii(samples, k)[None],
+        np.ones((1, len(samples)), bool),
     )
     return float(inside.mean()), float(covered[0].mean())
 
 
-def _thinned_radii(x: np.ndarray, block: np.ndarray, halves: np.ndarray, k: int) -> np.ndarray:
+def _squared_radii_in_subsets(x: np.ndarray, block: np.ndarray, halves: np.ndarray, k: int) -> np.ndarray:
     """Squared radii of the rows of x (N, D) in subsets of x, for the error bar: float64 (1 + B + S, N).
 
     Row 0: all of x. Rows 1 to B: without block b of block int64 (N,); the rows of that block get -1, a ball that contains
@@ -309,15 +327,15 @@ def _thinned_radii(x: np.ndarray, block: np.ndarray, halves: np.ndarray, k: int)
     index, squared = nearest(x, min(max(NEIGHBOURS, k), len(x) - 1))
     blocks = int(block.max()) + 1
 
-    def kth(kept: np.ndarray, kept_rows: Callable[[int], np.ndarray]) -> np.ndarray:
+    def kth_distance(kept: np.ndarray, kept_rows: Callable[[int], np.ndarray]) -> np.ndarray:
         """Squared distance (N,) to the k-th nearest kept row.
 
-        kept: bool (N, count), of the known neighbours. kept_rows(i): bool (N,), all rows that row i keeps, for rows with
-        fewer than k kept neighbours.
+        kept: bool (N, count), whether each known neighbour is in the subset. kept_rows(i): bool (N,), the subset of row
+        i, which is searched if fewer than k of its known neighbours are kept.
         """
-        place = np.cumsum(kept, axis=1)
-        out = np.take_along_axis(squared, np.argmax(place == k, axis=1)[:, None], axis=1)[:, 0]
-        for i in map(int, np.flatnonzero(place[:, -1] < k)):
+        kept_so_far = np.cumsum(kept, axis=1)
+        out = np.take_along_axis(squared, np.argmax(kept_so_far == k, axis=1)[:, None], axis=1)[:, 0]
+        for i in map(int, np.flatnonzero(kept_so_far[:, -1] < k)):
             others = np.flatnonzero(kept_rows(i))
             others = others[others != i]
             out[i] = np.partition(pair_distances(x, x, np.full(len(others), i), others), k - 1)[k - 1]
@@ -331,9 +349,9 @@ def _thinned_radii(x: np.ndarray, block: np.ndarray, halves: np.ndarray, k: int)
 
     out = [squared[:, k - 1]]
     for b in range(blocks):
-        out.append(np.where(block == b, -1.0, kth(block[index] != b, outside(b))))
+        out.append(np.where(block == b, -1.0, kth_distance(block[index] != b, outside(b))))
     for half in halves:
-        out.append(kth(half[index] == half[:, None], same_half(half)))
+        out.append(kth_distance(half[index] == half[:, None], same_half(half)))
     return np.stack(out)
 
 
@@ -350,11 +368,15 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: 
     x, y = np.asanyarray(features), np.asanyarray(reference)  # memory maps stay memory maps
     n, blocks = len(x), int(block.max()) + 1
     halves = np.stack([np.random.RandomState(s).permutation(n) < n // 2 for s in range(SPLITS)])  # (S, N)
-    thinned = _thinned_radii(x, block, halves, k)  # (1 + B + S, N)
+    squared_radius = _squared_radii_in_subsets(x, block, halves, k)  # (1 + B + S, N)
     all_rows = np.ones((1 + blocks, n), bool)
-    jackknife, split = thinned[: 1 + blocks], thinned[1 + blocks :]
+    jackknife, split = squared_radius[: 1 + blocks], squared_radius[1 + blocks :]
     inside, covered = memberships(
-        y, x, radii(y, k), np.concatenate([jackknife, split, split]), np.concatenate([all_rows, halves, ~halves])
+        y,
+        x,
+        squared_radii(y, k),
+        np.concatenate([jackknife, split, split]),
+        np.concatenate([all_rows, halves, ~halves]),
     )
     recall = covered.mean(axis=1)
     recall_halves = recall[1 + blocks :].reshape(2, SPLITS)

@@ -62,14 +62,14 @@ def extract(
     extractor: FeatureExtractor,
     stage: str,
     progress: Progress | None = None,
-    sharding: ShardedExtraction | None = None,  # among processes, of which this one collects the features
+    sharding: ShardedExtraction | None = None,  # division among processes, of which this one collects the features
 ) -> Features:
     """Features of all images. stage: a description for progress and errors.
 
     Raises RunError when a feature is not finite or the extractor breaks its contract.
     """
     key = "" if sharding is None else cache_key(images_sha256(images), extractor.sha256)
-    kept: dict[str, RowsInOrder] = {}
+    collected: dict[str, RowsInOrder] = {}  # by kind of feature
     if progress is not None:
         progress(stage, 0, len(images))
     for call, start in enumerate(range(0, len(images), IMAGES_PER_CALL)):
@@ -91,12 +91,12 @@ def extract(
                 image = start + int(np.argmin(finite))
                 raise RunError(f"features {extractor.name} of image {image} are not finite ({stage})")
             if start == 0:
-                kept[name] = RowsInOrder(len(images), rows.shape[1])
-            kept[name].add(rows)
+                collected[name] = RowsInOrder(len(images), rows.shape[1])
+            collected[name].add(rows)
         if progress is not None:
             progress(stage, start + count, len(images))
     release_freed_memory()
-    return Features(**{name: rows.finish() for name, rows in kept.items()})
+    return Features(**{name: rows.finish() for name, rows in collected.items()})
 
 
 def compute_shard(images: np.ndarray, extractor: FeatureExtractor, sharding: ShardedExtraction) -> None:
@@ -119,7 +119,7 @@ def build_reference(
     *,
     cache: Path | None = None,  # folder of feature files; None: no cache
     progress: Progress | None = None,
-    sharding: ShardedExtraction | None = None,  # among processes, of which this one collects the features
+    sharding: ShardedExtraction | None = None,  # division among processes, of which this one collects the features
 ) -> Reference:
     """The reference of images uint8 (M, H, W, C), M >= 20. A damaged cache file is replaced.
 
@@ -148,12 +148,12 @@ def build_reference(
 
 
 def with_statistics(reference: Reference, path: Path) -> Reference:
-    """The reference with the statistics in its file, mu, sigma, mu_s and sigma_s, as in ADM's reference batches.
+    """The reference with the statistics in the .npz at `path`: mu, sigma, mu_s, sigma_s, as in ADM's reference batches.
 
-    They are of a whole training set, while the images in the file are used for precision and recall only. sha256 is then
-    the hash of images and statistics, or that of the metadata in a file of `harness data reference`. Without mu in the
-    file, the reference is returned unchanged.
-    Raises UserError for statistics of another network, of a wrong shape, not finite, or not those of the metadata.
+    The statistics are of a whole training set; the images in the file are then used for precision and recall only.
+    sha256 becomes the hash of images and statistics or, for a file of `harness data reference`, that of its metadata.
+    If the file has no mu, the reference is returned unchanged. Raises UserError for statistics of another network, of a
+    wrong shape, not finite, or not those of the metadata.
     """
     check_network(path, reference.extractor)
     about = read_about(path)
@@ -164,7 +164,7 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
             check_content(
                 path, about, {name: data[name] for name in STATISTICS if name in data.files}, reference.sha256
             )
-        given = {}
+        given = {}  # "mu" and "mu_s" -> statistics of the pooled and of the spatial features
         for mean, covariance, dim in (("mu", "sigma", reference.extractor.dim), ("mu_s", "sigma_s", None)):
             if mean not in data.files or covariance not in data.files:
                 continue
@@ -191,6 +191,7 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
 
 
 def _checksum(key: str, features: Features) -> str:
+    """Hash of the key and of all features, by which a damaged cache file is found."""
     digest = hashlib.sha256(key.encode())
     for rows in (features.pooled, features.logits, features.spatial):
         if rows is not None:
@@ -215,16 +216,17 @@ def read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:
     try:
         # opened here, because numpy does not close the file when it refuses the content
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            more = {name: data[name] for name in ("logits", "spatial") if name in data.files}
-            features = Features(pooled=data["pooled"], **more)
+            optional = {name: data[name] for name in ("logits", "spatial") if name in data.files}
+            features = Features(pooled=data["pooled"], **optional)
             checksum = str(data["checksum"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    sound = features.pooled.dtype == np.float32 and features.pooled.shape == (n, dim)
-    return features if sound and checksum == _checksum(key, features) else None
+    fits = features.pooled.dtype == np.float32 and features.pooled.shape == (n, dim)
+    return features if fits and checksum == _checksum(key, features) else None
 
 
 def _write_cache(path: Path, key: str, features: Features) -> None:
+    """Write a cache file atomically: processes may write the same file at the same time."""
     arrays = {"pooled": features.pooled, "checksum": np.array(_checksum(key, features))}
     for name in ("logits", "spatial"):
         if getattr(features, name) is not None:

@@ -29,7 +29,7 @@ READ_ERRORS = (
     KeyError,
     TypeError,
     RuntimeError,
-)  # `open_npz_file` turns others into UserError, a ValueError
+)  # `open_npz_file` turns other errors into UserError, which is a ValueError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,7 @@ def write(
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A new file NAME.npy in the archive, to write to."""
     # a fixed date, so that the file's hash does not depend on the time
     return archive.open(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
@@ -154,6 +155,7 @@ _RUNTIME_TYPES: dict[object, tuple[type, ...]] = {  # of the fields of About
 
 
 def _check_type(name: str, declared: object, value: object) -> None:
+    """Raise ValueError unless a field's value has its declared type."""
     if not isinstance(value, _RUNTIME_TYPES[declared]) or (isinstance(value, bool) and declared is not bool):
         raise ValueError(f"{name} is {value!r}")
 

@@ -1,7 +1,7 @@
 """Feature extraction divided among processes that share a file system.
 
-Process i computes every size-th call of the extractor; process 0 collects all features. The calls are the same as those
-of a single process, so the features have the same bits.
+Of the calls of the extractor, process i computes numbers i, i + size, i + 2 size, ...; process 0 collects all features.
+The calls are the same as those of a single process, so the features have the same bits.
 """
 
 import time

@@ -33,14 +33,17 @@ def directions(dim: int, count: int = DIRECTIONS, seed: int = SEED) -> np.ndarra
 
 
 def choose(count: int, n: int, seed: int = SEED) -> np.ndarray:
-    """A fixed random choice of n of `count` rows: ascending int64 (n,)."""
+    """A fixed random choice of n of `count` rows: their indices, ascending int64 (n,)."""
     return np.sort(np.random.RandomState(seed).permutation(count)[:n])
 
 
 def _transport(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Optimal transport between n and m sorted numbers: source int64 (P,), target int64 (P,) and mass float64 (P,)."""
-    common = n // gcd(n, m) * m
-    ends = np.union1d(np.arange(1, n + 1) * (common // n), np.arange(1, m + 1) * (common // m))  # of the moved masses
+    """Optimal transport from n to m sorted numbers in P moves: source int64 (P,), target int64 (P,), mass float64 (P,).
+
+    Move i carries mass[i] from the number at index source[i] to that at index target[i]; the masses add up to 1.
+    """
+    common = n // gcd(n, m) * m  # least common multiple; the total mass in integer units
+    ends = np.union1d(np.arange(1, n + 1) * (common // n), np.arange(1, m + 1) * (common // m))  # of the moves
     starts = np.concatenate([[0], ends[:-1]])
     return starts // (common // n), starts // (common // m), (ends - starts) / common
 
@@ -49,11 +52,12 @@ def estimate(
     features: np.ndarray,
     reference: np.ndarray,
     block: np.ndarray,
-    u: np.ndarray,
+    u: np.ndarray,  # directions of length 1
 ) -> Estimate:
     """MIND of features (n, D) and reference (m, D) along directions u (L, D); block int64 (n,).
 
-    Sets of unequal size, as without a block, are compared by their optimal transport, which splits the mass of a number.
+    Sets of unequal size, such as all samples but one block and the reference, are compared by optimal transport, which
+    may split the mass of a number.
     """
     x, y = centred(features, reference)
     sizes = np.bincount(block)
@@ -62,19 +66,19 @@ def estimate(
     value, left_out = 0.0, np.zeros(len(sizes))
     for start in range(0, len(u), DIRECTIONS_AT_ONCE):
         some = u[start : start + DIRECTIONS_AT_ONCE]
-        q = np.sort(some @ y.T, axis=1)  # (l, m)
-        p = some @ x.T  # (l, n)
+        q = np.sort(some @ y.T, axis=1)  # (l, m) sorted projections of the reference
+        p = some @ x.T  # (l, n) projections of the samples
         order = np.argsort(p, axis=1)
-        p, owner = np.take_along_axis(p, order, axis=1), block[order]
+        p, block_of = np.take_along_axis(p, order, axis=1), block[order]  # sorted, with the block of each number
         value += _cost(p, q, full_plan)
         for b, plan in enumerate(block_plans):
-            left_out[b] += _cost(p[owner != b].reshape(len(p), -1), q, plan)
+            left_out[b] += _cost(p[block_of != b].reshape(len(p), -1), q, plan)
     scale = 3.0 * x.shape[1] / len(u)
     return Estimate(value=scale * value, left_out=scale * left_out)
 
 
 def _cost(p: np.ndarray, q: np.ndarray, plan: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
-    """Sum over directions of W2^2 between the sorted rows of p (l, n) and q (l, m)."""
+    """Sum over directions of W2^2 between the sorted rows of p (l, n) and q (l, m). plan: of `_transport(n, m)`."""
     source, target, mass = plan
     move = np.take(p, source, axis=1) - np.take(q, target, axis=1)  # (l, P)
     return float(np.einsum("lp,lp,p->", move, move, mass, optimize=False))

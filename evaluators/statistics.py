@@ -38,9 +38,11 @@ class Statistics:
 
 
 def _slices(x: np.ndarray, lowest: int) -> dict[int, np.ndarray]:
-    """The slices of x float64 (rows, D), rounded to the grid of the lowest slice: float64 integers up to 2^19, by slice.
+    """Slice number -> slice of x float64 (rows, D), which is first rounded to the grid of the lowest slice.
 
-    Overwrites x. The slices of an element depend on that element alone; slices above its magnitude are 0.
+    A slice is float64 (rows, D) and holds integers up to 2^19 in magnitude; x is the sum of slice b times its unit.
+    Overwrites x. The slices of an element depend on that element alone; slices above its magnitude are 0. Raises
+    RunError for elements above 2^67.
     """
     largest = float(max(x.max(initial=0.0), -x.min(initial=0.0)))
     x *= 2.0 ** (UNIT - BITS * lowest)  # in units of the lowest slice
@@ -54,7 +56,7 @@ def _slices(x: np.ndarray, lowest: int) -> dict[int, np.ndarray]:
     parts = {}
     for b in range(top, lowest, -1):
         unit = 2.0 ** (BITS * (b - lowest))
-        part = rest * (1.0 / unit)
+        part = rest * (1.0 / unit)  # exact: the unit is a power of 2
         np.rint(part, out=part)
         rest -= part * unit  # exact: both are multiples of rest's last bit, and the difference is smaller
         parts[b] = part
@@ -63,6 +65,7 @@ def _slices(x: np.ndarray, lowest: int) -> dict[int, np.ndarray]:
 
 
 def _add(into: dict[int, np.ndarray], key: int, product: np.ndarray) -> None:
+    """Add `product`, float64 integers, to the int64 array into[key], in place; a missing key starts at 0."""
     if key not in into:
         into[key] = np.zeros(product.shape, np.int64)
     for start in range(0, len(product), ROWS_PER_FINISH):  # a few rows at a time, to save memory
@@ -101,14 +104,15 @@ class Moments:
                 raise RunError("features are not finite: no statistics were computed")
             if rows.dtype not in (np.float16, np.float32):
                 rows = rows.astype(np.float64)
-            held = sum(map(len, self._waiting))
-            if self._waiting and (self._waiting[0].dtype != rows.dtype or held + len(rows) > ROWS_PER_PRODUCT):
+            waiting_rows = sum(map(len, self._waiting))
+            if self._waiting and (self._waiting[0].dtype != rows.dtype or waiting_rows + len(rows) > ROWS_PER_PRODUCT):
                 self._flush()
             self._waiting.append(rows)
             self.n += len(rows)
         return self
 
     def _flush(self) -> None:
+        """Add the waiting rows to the sums and products."""
         if not self._waiting:
             return
         lowest = 0 if self._waiting[0].dtype == np.float64 else 1
@@ -174,7 +178,8 @@ class Moments:
         assert self.n > ddof, (self.n, ddof)
         self._flush()
         n = float(self.n)
-        total, rest = _double_double(self._sums, slice(None), -UNIT)  # (D,), (D,)
+        # covariance = (n sum x x^T - (sum x) (sum x)^T) / (n (n - ddof)), every term as the sum of two float64 numbers
+        total, total_low = _double_double(self._sums, slice(None), -UNIT)  # (D,), (D,): sum of x
         covariance = np.empty((self.dim, self.dim))
         for start in range(0, self.dim, ROWS_PER_FINISH):
             rows = slice(start, start + ROWS_PER_FINISH)
@@ -182,7 +187,7 @@ class Moments:
             high, error = _two_product(np.array(n), high)  # n * sum of x x^T
             low = error + n * low
             outer, error = _two_product(total[rows, None], total[None, :])
-            error += total[rows, None] * rest[None, :] + rest[rows, None] * total[None, :]
+            error += total[rows, None] * total_low[None, :] + total_low[rows, None] * total[None, :]
             difference, rounding = _two_sum(high, -outer)
             covariance[rows] = (difference + (rounding + (low - error))) / (n * (n - ddof))
         return Statistics(n=self.n, mean=total / n, covariance=covariance)
@@ -196,7 +201,7 @@ def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Upper and lower half of the bits of a (Veltkamp)."""
+    """Upper and lower half of the bits of a float64 a, which add up to a exactly (Veltkamp)."""
     t = a * 134217729.0  # 2^27 + 1
     high = t - (t - a)
     return high, a - high
@@ -211,11 +216,17 @@ def _two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _double_double(levels: dict[int, np.ndarray], rows: slice, exponent: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of int64 levels, level k in units of 2^(20 k + exponent), as two float64 arrays with 106 bits together."""
+    """Rows of the sum of int64 levels, where levels[k] has the unit 2^(20 k + exponent).
+
+    Returns two float64 arrays, high and low, whose exact sum is the result; they have 106 bits together.
+    """
     high = low = np.zeros(1)
     for key in sorted(levels, reverse=True):
         level, unit = levels[key][rows], 2.0 ** (BITS * key + exponent)
-        for part, scale in ((level >> 32, unit * 2.0**32), (level & 0xFFFFFFFF, unit)):  # each is exact in float64
+        for part, scale in (
+            (level >> 32, unit * 2.0**32),
+            (level & 0xFFFFFFFF, unit),
+        ):  # both halves are exact in float64
             high, error = _two_sum(high, part.astype(np.float64) * scale)
             high, low = _two_sum(high, low + error)
     return high, low

@@ -22,7 +22,7 @@ from harness.images.source import ImageSource
 from harness.io import files
 
 MIN_SAVE_INTERVAL_SECONDS = 60.0
-MAX_SAVE_SHARE = 0.03  # of the time
+MAX_SAVE_SHARE = 0.03  # of the time may be spent on saving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,43 +55,45 @@ def feature_statistics(
     assert source.count is not None  # `sha256` has counted the images
     path = None if cache is None else Path(cache) / f"statistics-{key[:32]}.npz"
     stage = "reference features"
-    done: dict[str, Moments] = {} if path is None else _read(path, key)
-    if not done and cache is not None:
+    sums: dict[str, Moments] = {} if path is None else _read(path, key)
+    if not sums and cache is not None:
         features = read_cache(Path(cache) / f"features-{key[:32]}.npz", key, source.count, extractor.dim)
         if features is not None:
-            done = _updated({}, features)
-    n = done["pooled"].n if done else 0
+            sums = _add_batch({}, features)
+    n = sums["pooled"].n if sums else 0  # images in the sums
     if n < source.count:
         if progress is not None:
             progress(stage, n, source.count)
-        saved, interval, passed = time.monotonic(), MIN_SAVE_INTERVAL_SECONDS, 0
+        saved_at, interval, read = time.monotonic(), MIN_SAVE_INTERVAL_SECONDS, 0  # seconds, seconds, images
         for batch in source.batches(IMAGES_PER_CALL):
-            passed += len(batch)
-            if passed <= n:
+            read += len(batch)
+            if read <= n:
                 continue  # in the sums already; a source can only be read from its start
-            at = f"{stage}, the batch that begins at image {passed - len(batch)}"
-            done = _updated(done, extract(batch, extractor, at))
+            batch_stage = f"{stage}, the batch that begins at image {read - len(batch)}"
+            sums = _add_batch(sums, extract(batch, extractor, batch_stage))
             if progress is not None:
-                progress(stage, passed, source.count)
-            if path is not None and (passed == source.count or time.monotonic() - saved > interval):
+                progress(stage, read, source.count)
+            if path is not None and (read == source.count or time.monotonic() - saved_at > interval):
                 begin = time.monotonic()
-                _write(path, key, done)
-                saved = time.monotonic()
-                interval = max(MIN_SAVE_INTERVAL_SECONDS, (saved - begin) / MAX_SAVE_SHARE)
-    spatial = done.get("spatial")
-    return FeatureStatistics(pooled=done["pooled"].finish(), spatial=None if spatial is None else spatial.finish())
+                _write(path, key, sums)
+                saved_at = time.monotonic()
+                interval = max(MIN_SAVE_INTERVAL_SECONDS, (saved_at - begin) / MAX_SAVE_SHARE)
+    spatial = sums.get("spatial")
+    return FeatureStatistics(pooled=sums["pooled"].finish(), spatial=None if spatial is None else spatial.finish())
 
 
-def _updated(done: dict[str, Moments], features: Features) -> dict[str, Moments]:
+def _add_batch(sums: dict[str, Moments], features: Features) -> dict[str, Moments]:
+    """Add a batch's features to the sums, in place, and return them. sums: "pooled" and "spatial" -> Moments."""
     for name in ("pooled", "spatial"):
         rows = getattr(features, name)
         if rows is not None:
-            done.setdefault(name, Moments(rows.shape[1])).update(rows)
-    return done
+            sums.setdefault(name, Moments(rows.shape[1])).update(rows)
+    return sums
 
 
-def _arrays(done: dict[str, Moments]) -> dict[str, np.ndarray]:
-    return {f"{kind}/{name}": array for kind, moments in done.items() for name, array in moments.state().items()}
+def _arrays(sums: dict[str, Moments]) -> dict[str, np.ndarray]:
+    """The arrays of `Moments.state` of all sums, under "pooled/NAME" and "spatial/NAME"."""
+    return {f"{kind}/{name}": array for kind, moments in sums.items() for name, array in moments.state().items()}
 
 
 def _checksum(key: str, arrays: dict[str, np.ndarray]) -> str:
@@ -102,15 +104,15 @@ def _checksum(key: str, arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, key: str, done: dict[str, Moments]) -> None:
-    arrays = _arrays(done)
+def _write(path: Path, key: str, sums: dict[str, Moments]) -> None:
+    arrays = _arrays(sums)
     named: dict[str, Any] = arrays  # numpy's stub takes keywords for savez's other parameters
     with files.replacing(path) as file:
         np.savez(file, **named, checksum=np.array(_checksum(key, arrays)))
 
 
 def _read(path: Path, key: str) -> dict[str, Moments]:
-    """The saved sums; empty if the file is missing, damaged, or of another key."""
+    """The saved sums, by kind of feature; empty if the file is missing, damaged, or of another key."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
@@ -121,7 +123,7 @@ def _read(path: Path, key: str) -> dict[str, Moments]:
         for name, array in arrays.items():
             kind, _, part = name.partition("/")
             kinds.setdefault(kind, {})[part] = array
-        done = {kind: Moments.from_state(part) for kind, part in kinds.items()}
+        sums = {kind: Moments.from_state(part) for kind, part in kinds.items()}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
-    return done if "pooled" in done else {}
+    return sums if "pooled" in sums else {}

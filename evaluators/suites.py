@@ -268,11 +268,13 @@ def evaluate_samples(
 
 
 def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") -> list[Measurement]:
+    """One measurement for each metric of the suite, in its order. Raises RunError for a value that is not finite."""
     import numpy as np
 
     from evaluators.intervals import interval
 
-    computed: dict[str, dict[str, Estimate]] = {}  # by compute function: precision and recall have the same one
+    # Metric.compute -> metric key -> estimate; precision and recall have the same compute function
+    computed: dict[str, dict[str, Estimate]] = {}
     measurements = []
     if progress is not None:
         progress("metrics", 0, len(suite.metrics))
@@ -283,8 +285,8 @@ def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") 
         estimate = computed[metric.compute][metric.key]
         if not (np.isfinite(estimate.value) and np.isfinite(estimate.left_out).all()):
             raise RunError(f"metric {metric.key} is not finite; no number of suite {suite.name} is reported")
-        bar = interval(estimate)
-        low, high = bar.low, bar.high
+        error_bar = interval(estimate)
+        low, high = error_bar.low, error_bar.high
         if metric.bounds is not None and low is not None and high is not None:
             low, high = max(low, metric.bounds[0]), min(high, metric.bounds[1])
         measurements.append(
@@ -295,7 +297,7 @@ def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") 
                 low=low,
                 high=high,
                 n=len(inputs.images),
-                interval=bar.method,
+                interval=error_bar.method,
                 warning=estimate.warning,
             )
         )

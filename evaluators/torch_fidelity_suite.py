@@ -65,11 +65,13 @@ def kid(
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Kernel values (x . y / D + 1)^3 of all pairs of rows of x (n, D) and y (m, D): (n, m), in the dtype of x."""
     base = x @ y.T * x.dtype.type(1.0 / x.shape[1]) + x.dtype.type(1.0)
     return base * base * base
 
 
 def _off_diagonal_sum(kernel: np.ndarray) -> float:
+    """Sum of a square matrix without its diagonal, in float64."""
     return float(kernel.sum(dtype=np.float64) - np.trace(kernel, dtype=np.float64))
 
 

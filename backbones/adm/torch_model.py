@@ -46,8 +46,9 @@ class _ADM(UNetBase):
 
 
 class ADM(_ADM):
-    """Denoiser: x (N, in_channels, input_size, input_size), t (N,) timesteps and y (N,) int64 labels to (N,
-    out_channels, input_size, input_size), for the paper's objective noise and variance, in this order.
+    """Denoiser: from x (N, in_channels, input_size, input_size), t (N,) timesteps and y (N,) int64 labels to (N,
+    out_channels, input_size, input_size). With the paper's objective, the first half of the output channels is the
+    noise and the second half the variance.
 
     The class embedding is added to the timestep embedding. With num_classes 0 there is no class embedding, and y is not
     used. Takes the arguments of `backbones.adm.spec` by keyword. The output is exactly 0 before training.
@@ -74,7 +75,7 @@ class ADMUpsampler(_ADM):
 class AttentionPool(nn.Module):
     """Attention pooling as in CLIP: the mean of all positions is added as a token, which attends to all tokens.
 
-    The published network uses the output of this token only, so only that is computed.
+    The published network uses the output of this token only, so only that one is computed.
     """
 
     def __init__(self, layout: Layout, heads: int, outputs: int):
@@ -95,7 +96,7 @@ class AttentionPool(nn.Module):
 
 
 class ADMClassifier(Encoder):
-    """Classifier of noised images: x (N, in_channels, input_size, input_size), t (N,) timesteps, to logits
+    """Classifier of noised images: from x (N, in_channels, input_size, input_size) and t (N,) timesteps to logits
     (N, num_classes). Takes the arguments of `backbones.adm.spec` by keyword."""
 
     def __init__(self, **arguments: Any):

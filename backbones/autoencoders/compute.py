@@ -30,13 +30,10 @@ def count(
 ) -> Compute:
     """Compute by part of one square image: "decode" with the search for the nearest code, or "encode" up to the latent.
 
-    <<<<<<< HEAD
-        image_size: side in pixels; the latent has side image_size / factor. `params` counts encoder, decoder and codebook.
-        Raises UserError for arguments from which no network can be built, and for other sizes and directions.
-    =======
-        image_size: pixels a side; the latent has image_size / factor. `params` counts encoder, decoder and codebook.
-        Raises `UserError` where the arguments do not fit.
-    >>>>>>> refs/heads/data
+    image_size: side in pixels; the latent has side image_size / factor. `params` of the result counts encoder, decoder
+    and codebook for both directions. The other arguments are those of `AutoencoderSpec`. Raises UserError for arguments
+    from which no network can be built, for an image_size that is not a multiple of the factor, and for other
+    directions.
     """
     check_arguments(
         resolution=resolution,
@@ -57,7 +54,7 @@ def count(
     attended = [resolution >> level in attention_resolutions for level in range(len(multipliers))]
     moments = 1 if codes is not None else 2  # a Gaussian posterior has a mean and a log-variance
     last = len(widths) - 1
-    inner = image_size >> last
+    inner = image_size >> last  # side of the latent
 
     encode = _Tally()
     encode.conv("encoder.conv_in", image_channels, width, 3, image_size)
@@ -99,14 +96,14 @@ def count(
 
 
 class _Tally:
-    """Rows and number of parameters of the added layers, in the order of the network."""
+    """Rows and number of parameters of the added layers, in the network's order. side: that of a layer's output."""
 
     def __init__(self) -> None:
         self.rows: list[ComputeRow] = []
         self.params = 0
 
     def conv(self, part: str, inputs: int, outputs: int, kernel: int, side: int) -> None:
-        """A convolution with an output of side x side cells."""
+        """A convolution with bias, kernel x kernel weights per pair of channels, and an output of side x side cells."""
         self.params += (inputs * kernel**2 + 1) * outputs
         self.rows.append(ComputeRow(part, "conv", inputs * outputs * kernel**2 * side**2))
 

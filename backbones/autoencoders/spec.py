@@ -21,12 +21,12 @@ class AutoencoderSpec:
     """An autoencoder known by name. `defaults` holds every argument of the network:
 
     resolution: image side in pixels that attention_resolutions refer to; the network takes other sizes as well.
-    image_channels: of images. width: channels of the first level. multipliers: channels of each level, divided by width;
-    each level has half the side of the level before. blocks: residual blocks of an encoder level (a decoder level has one
-    more). attention_resolutions: sides, in pixels, of the levels with attention after every block; the middle always has
-    attention. latent_channels: output channels of the encoder, input channels of the decoder. code_channels: channels of
-    a latent, between the two 1x1 convolutions. codes: number of vectors in the codebook; None: no codebook but a
-    Gaussian posterior (mean and log-variance).
+    image_channels: of images. width: channels of the first level. multipliers: channels of each level, divided by
+    width; each level has half the side of the level before. blocks: residual blocks of an encoder level (a decoder
+    level has one more). attention_resolutions: sides, in pixels, of the levels with attention after every block; the
+    middle always has attention. latent_channels: output channels of the encoder (of each moment, if there are two) and
+    input channels of the decoder. code_channels: channels of a latent, between the two 1x1 convolutions. codes: number
+    of vectors in the codebook; None: no codebook but a Gaussian posterior (mean and log-variance).
 
     builders: framework to "module:attribute"; empty if the network is in another package.
     """
@@ -64,7 +64,7 @@ class AutoencoderSpec:
         return count(direction=direction, image_size=image_size, **self.arguments(**overrides))
 
 
-_DIFFUSERS_NAMES = (
+_DIFFUSERS_NAMES = (  # (pattern in the public layout, replacement), applied in this order
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
@@ -91,6 +91,7 @@ def diffusers_name(name: str, levels: int) -> str:
     return re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", name)
 
 
+# diffusers' older names of attention layers -> its current ones
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -99,17 +100,21 @@ def diffusers_layout(tensors: Mapping[str, Any], levels: int) -> dict[str, Any]:
     result = {}
     for name, value in tensors.items():
         name = diffusers_name(name, levels)  # does not change diffusers' names
-        stem, _, last = name.rpartition(".")
-        head, _, part = stem.rpartition(".")
+        path, _, kind = name.rpartition(".")  # kind: weight or bias
+        parent, _, layer = path.rpartition(".")
         if ".attentions." in name:
-            name = f"{head}.{_OLD_ATTENTION.get(part, part)}.{last}"
+            name = f"{parent}.{_OLD_ATTENTION.get(layer, layer)}.{kind}"
             value = value.flatten(1) if value.dim() == 4 else value  # a 1x1 convolution is a matrix
         result[name] = value
     return result
 
 
 def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The tensors of the autoencoder itself, and a note on the others. Raises UserError if there is no decoder."""
+    """The autoencoder's tensors in a file, without the prefix of an LDM checkpoint, and its notes.
+
+    path: of the file, for messages. The notes are one line on the number of tensors that are not used, or empty. Raises
+    UserError if there is no decoder.
+    """
     prefix = "first_stage_model."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     own = {name: value for name, value in (own or tensors).items() if not name.startswith("loss.")}
@@ -118,13 +123,11 @@ def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], 
         raise UserError(
             f"{path} holds no autoencoder (no decoder.*; it begins with {first}); give one, or a model.ckpt"
         )
-    left = len(tensors) - len(own)
-    return own, (f"tensors of other networks in the file, not used: {left}",) if left else ()
+    unused = len(tensors) - len(own)
+    return own, (f"tensors of other networks in the file, not used: {unused}",) if unused else ()
 
 
 _COMMON = {"resolution": 256, "image_channels": 3, "width": 128, "blocks": 2}
-
-
 _TORCH = {"torch": "backbones.autoencoders.vq_torch:VQAutoencoder"}
 
 
@@ -169,8 +172,6 @@ SPECS: tuple[AutoencoderSpec, ...] = (
         builders={},
     ),
 )
-
-
 """The autoencoders behind the paper's latent models."""
 
 BY_NAME = {spec.name: spec for spec in SPECS}

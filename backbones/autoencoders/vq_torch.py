@@ -23,6 +23,7 @@ CELLS = 1024  # latent cells whose distances to all codes are computed at a time
 
 
 def norm(channels: int) -> nn.GroupNorm:
+    """The normalisation of every layer."""
     return nn.GroupNorm(GROUPS, channels, eps=EPS)
 
 
@@ -58,7 +59,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)  # (N, C, H, W)
         q, k, v = (
-            part(h).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.q, self.k, self.v)
+            layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v)
         )  # (N, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)  # (N, 1, HW, C)
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # (N, C, H, W)
@@ -141,7 +142,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # (N, C, H, W)
         for level in self.down:
-            x = level(x)  # (N, C, H / 2, W / 2), the last one (N, C, H, W)
+            x = level(x)  # (N, C, H / 2, W / 2); the last level keeps H and W
         x = self.mid(x)  # (N, C, h, w)
         return self.conv_out(F.silu(self.norm_out(x)))  # (N, Z, h, w)
 
@@ -168,7 +169,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))  # (N, C, h, w)
         for level in reversed(self.up):
-            x = level(x)  # (N, C, 2 H, 2 W), the last one (N, C, H, W)
+            x = level(x)  # (N, C, 2 H, 2 W); the last level keeps H and W
         return self.conv_out(F.silu(self.norm_out(x)))  # (N, image channels, H, W)
 
 
@@ -183,12 +184,13 @@ class CodeBook(nn.Module):
     def indices(self, z: Tensor) -> Tensor:
         """Index of the nearest code for every cell: z (N, E, h, w) -> int64 (N, h, w).
 
-        Computed in float64, so that the result depends neither on rounding nor on the other images of the batch.
+        Computed in float64 (on MPS in float32), so that the result depends neither on rounding nor on the other images
+        of the batch.
         """
-        wide = torch.float32 if z.device.type == "mps" else torch.float64  # MPS has no float64
-        codes = self.embedding.weight.to(wide)  # (K, E)
+        dtype = torch.float32 if z.device.type == "mps" else torch.float64  # MPS has no float64
+        codes = self.embedding.weight.to(dtype)  # (K, E)
         half_norms = codes.square().sum(dim=1) / 2  # (K,)
-        cells = z.permute(0, 2, 3, 1).flatten(0, 2).to(wide)  # (N h w, E)
+        cells = z.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)  # (N h w, E)
         # |z - e|^2 / 2 without |z|^2 / 2, which is the same for every code
         nearest = [torch.addmm(half_norms, part, codes.T, alpha=-1).min(dim=1).indices for part in cells.split(CELLS)]
         return torch.cat(nearest).view(len(z), *z.shape[2:])  # (N, h, w)

@@ -23,7 +23,7 @@ def count(
     attention: int | None,
 ) -> Compute:
     """Compute of generating one image, by part. Raises UserError for arguments from which no network can be built."""
-    found = layout(
+    block_layout = layout(
         input_size=input_size,
         num_classes=num_classes,
         width=width,
@@ -36,36 +36,39 @@ def count(
     params = num_classes * latent_size  # class vectors: a look-up is free
 
     def linear(part: str, inputs: int, outputs: int, *, bias: bool) -> None:
+        """Add a linear layer of one vector."""
         nonlocal params
         params += (inputs + bias) * outputs
         rows.append(ComputeRow(part, "linear", inputs * outputs))
 
     def conv(part: str, inputs: int, outputs: int, kernel: int, cells: int, *, bias: bool = True) -> None:
+        """Add a convolution with kernel x kernel weights per pair of channels and `cells` output cells."""
         nonlocal params
         params += (inputs * kernel**2 + bias) * outputs
         rows.append(ComputeRow(part, "conv", inputs * kernel**2 * outputs * cells))
 
     def conditional_norm(part: str, channels: int, cells: int) -> None:
+        """Add a batch normalisation whose gain and offset are linear layers of the condition."""
         linear(f"{part}.scale", condition, channels, bias=False)
         linear(f"{part}.offset", condition, channels, bias=False)
         rows.append(ComputeRow(part, "norm", channels * cells))
 
     cells = START**2
     linear("generator.gen_z", condition, START_MULTIPLE * width * cells, bias=True)
-    place = 0  # index in generator.layers, in which self-attention is a separate layer
-    for number, block in enumerate(found):
+    layer_index = 0  # in generator.layers, where self-attention is a separate layer
+    for number, block in enumerate(block_layout):
         inputs, outputs = block.inputs * width, block.outputs * width
         inner = inputs // BOTTLENECK
         if number == attention:
-            path = f"generator.layers.{place}"
+            path = f"generator.layers.{layer_index}"
             conv(f"{path}.snconv1x1_theta", inputs, inputs // 8, 1, cells, bias=False)
             conv(f"{path}.snconv1x1_phi", inputs, inputs // 8, 1, cells, bias=False)
             conv(f"{path}.snconv1x1_g", inputs, inputs // 2, 1, cells, bias=False)
             rows.append(ComputeRow(path, "attention", cells * (cells // 4) * (inputs // 8 + inputs // 2)))
             conv(f"{path}.snconv1x1_o_conv", inputs // 2, inputs, 1, cells, bias=False)
             params += 1  # gamma
-            place += 1
-        path = f"generator.layers.{place}"
+            layer_index += 1
+        path = f"generator.layers.{layer_index}"
         conditional_norm(f"{path}.bn_0", inputs, cells)
         conv(f"{path}.conv_0", inputs, inner, 1, cells)
         conditional_norm(f"{path}.bn_1", inner, cells)
@@ -75,7 +78,7 @@ def count(
         conv(f"{path}.conv_2", inner, inner, 3, cells)
         conditional_norm(f"{path}.bn_3", inner, cells)
         conv(f"{path}.conv_3", inner, outputs, 1, cells)
-        place += 1
+        layer_index += 1
     rows.append(ComputeRow("generator.bn", "norm", width * cells))
     params += 2 * width
     conv("generator.conv_to_rgb", width, width, 3, cells)

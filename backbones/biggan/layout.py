@@ -13,7 +13,7 @@ from typing import NamedTuple
 from harness.errors import UserError
 
 START = 4  # side of the feature map that the first block gets
-START_MULTIPLE = 16  # its channels, divided by the width
+START_MULTIPLE = 16  # channels of that feature map, divided by the width
 BOTTLENECK = 4  # channels of a block, divided by those between its two 1x1 convolutions
 IMAGE_CHANNELS = 3  # the first three of the `width` channels of the read-out
 MAX_INT = 1 << 20  # upper bound of integer arguments, so that a typing error is refused at once
@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 
 # fmt: off
-BLOCKS = {  # by image side in pixels
+BLOCKS = {  # image side in pixels -> (up, inputs, outputs) of every block, as in `Block`
     128: ((0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 4), (0, 4, 4), (1, 4, 2),
           (0, 2, 2), (1, 2, 1)),
     256: ((0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 8), (0, 8, 8), (1, 8, 4),
@@ -37,9 +37,6 @@ BLOCKS = {  # by image side in pixels
     512: ((0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 8), (0, 8, 8), (1, 8, 4),
           (0, 4, 4), (1, 4, 2), (0, 2, 2), (1, 2, 1), (0, 1, 1), (1, 1, 1)),
 }
-# fmt: on
-
-
 # fmt: on
 ATTENTION = 8  # self-attention is before this block, on a feature map of 64x64 in all three networks
 
@@ -86,6 +83,7 @@ def layout(
 
 
 def _checked(blocks: Sequence[Sequence[int]], input_size: int) -> tuple[Block, ...]:
+    """The blocks as `Block`. Raises UserError if they do not fit together or do not end at input_size."""
     try:
         found = tuple(Block(bool(up), int(inputs), int(outputs)) for up, inputs, outputs in blocks)
     except (TypeError, ValueError):

@@ -41,16 +41,19 @@ class Spectral(nn.Module):
         self.register_buffer("weight_v", torch.empty(math.prod(shape[1:])))
 
     def weight(self) -> Tensor:
+        """The weight divided by its largest singular value."""
         # Sums of products instead of torch.mv: this work is done once for all images, and the compute convention, which
         # is per image, counts torch.mv.
         projected = (self.weight_orig.flatten(1) * self.weight_v).sum(dim=1)  # (outputs,)
         return self.weight_orig / (projected * self.weight_u).sum()
 
     def initialise(self) -> None:
+        """Draw an orthogonal weight, in place, and set u and v to a pair of its singular vectors; biases become 0."""
         nn.init.orthogonal_(self.weight_orig)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        # All singular values are 1 now, so any unit vector of the shorter side and its image are a pair of singular vectors.
+        # All singular values are 1 now. So any unit vector on the shorter side and its image under the matrix are a
+        # pair of singular vectors.
         matrix = self.weight_orig.flatten(1)
         if matrix.shape[0] <= matrix.shape[1]:
             self.weight_u.copy_(F.normalize(torch.randn_like(self.weight_u), dim=0))
@@ -104,10 +107,10 @@ class StandingNorm(nn.Module):
         row = int(whole)
         if fraction == 0:
             return self.running_means[row], self.running_vars[row]
-        pair = slice(row, row + 2)
-        below, above = self.running_means[pair]
+        two_rows = slice(row, row + 2)
+        below, above = self.running_means[two_rows]
         mean = below * fraction + above * (1 - fraction)  # (C,)
-        below, above = self.running_vars[pair]
+        below, above = self.running_vars[two_rows]
         return mean, below * fraction + above * (1 - fraction)  # (C,)
 
 
@@ -124,7 +127,7 @@ class ConditionalNorm(StandingNorm):
         n = x.shape[0]
         gain = (1 + self.scale(condition)).to(mean.dtype)  # (N, C)
         offset = self.offset(condition).to(mean.dtype)  # (N, C)
-        # The channels of all images side by side, so that one pass does all of it.
+        # The channels of all images are put side by side, so that one call normalises all images.
         flat = x.reshape(1, -1, *x.shape[2:])  # (1, N*C, H, W)
         flat = F.batch_norm(flat, mean.repeat(n), variance.repeat(n), gain.flatten(), offset.flatten(), eps=EPS)
         return flat.view(x.shape)  # (N, C, H, W)
@@ -181,6 +184,7 @@ class GeneratorBlock(nn.Module):
         self.conv_3 = SpectralConv2d(inner, outputs, 1)
 
     def grow(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) with the side doubled if the block is one that doubles it, else x itself."""
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x  # (N, C, H', W'), H' = 2H or H
 
     def forward(self, x: Tensor, condition: Tensor, truncation: float) -> Tensor:
@@ -209,7 +213,7 @@ class Generator(nn.Module):
 
     def forward(self, condition: Tensor, truncation: float) -> Tensor:
         x = self.gen_z(condition)  # (N, 4*4*16*width)
-        # Peculiar: the features of one cell are adjacent in memory, as in the TensorFlow network.
+        # Peculiar: gen_z gives the features channels last, as in the TensorFlow network.
         x = x.unflatten(1, (START, START, -1)).permute(0, 3, 1, 2).contiguous()  # (N, 16*width, 4, 4)
         for layer in self.layers:
             x = layer(x) if isinstance(layer, SelfAttention) else layer(x, condition, truncation)  # (N, C, H, W)
@@ -263,7 +267,7 @@ class BigGAN(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draws all weights from torch's global generator: orthogonal matrices, as in the paper (Sec. 3)."""
+        """Draw all weights, in place, from torch's global generator: orthogonal matrices, as in the paper (Sec. 3)."""
         if self.embeddings.weight.is_meta:  # no storage, nothing to draw
             return
         nn.init.orthogonal_(self.embeddings.weight)

@@ -49,16 +49,18 @@ def count(
     rows: list[ComputeRow] = []
     params = 0
 
-    def linear(part: str, inputs: int, outputs: int, on: int, kind: str = "linear") -> None:
+    def linear(part: str, inputs: int, outputs: int, vectors: int, kind: str = "linear") -> None:
+        """Add a linear layer with bias, applied to a number of vectors."""
         nonlocal params
         params += (inputs + 1) * outputs
-        rows.append(ComputeRow(part, kind, inputs * outputs * on))
+        rows.append(ComputeRow(part, kind, inputs * outputs * vectors))
 
-    def layer_norm(part: str, on: int, *, affine: bool, counted: bool = True) -> None:
+    def layer_norm(part: str, vectors: int, *, affine: bool, counted: bool = True) -> None:
+        """Add a layer norm. counted: whether the paper's Gflops include it; its parameters are added in any case."""
         nonlocal params
         params += 2 * d if affine else 0
         if counted:
-            rows.append(ComputeRow(part, "norm", on * d))
+            rows.append(ComputeRow(part, "norm", vectors * d))
 
     def attention(part: str, queries: int, keys: int) -> None:
         rows.append(ComputeRow(part, "attention", 2 * queries * keys * d))  # scores, and the weighted sum of values
@@ -68,7 +70,7 @@ def count(
     params += (num_classes + 1) * d  # label table: a look-up is free
     linear("x_embedder.proj", patch_in, d, image_tokens, "conv")
 
-    affine = chunks == 0
+    affine = chunks == 0  # without adaLN, the layer norms have learned scales and shifts
     for index in range(depth):
         path = f"blocks.{index}"
         if chunks:

@@ -101,7 +101,7 @@ class Mlp(nnx.Module):
 
 
 class AdaLNBlock(nnx.Module):
-    """adaLN and adaLN-Zero: scales, shifts and, in adaLN-Zero, gates are regressed from timestep and class."""
+    """adaLN and adaLN-Zero (`gated`): scales, shifts and, if gated, gates are regressed from timestep and class."""
 
     def __init__(self, width: int, heads: int, gated: bool, rngs: nnx.Rngs):
         self.gated = gated
@@ -221,11 +221,12 @@ class FinalLayer(nnx.Module):
 class DiT(nnx.Module):
     """Diffusion Transformer.
 
-    Its inputs are x (N, in_channels, input_size, input_size), t (N,) timesteps 0..999, integer or not, and y (N,) integer
-    labels 0..num_classes, where num_classes means "no class". It returns (N, out_channels, input_size, input_size), for
-    the paper's objective noise and variance, in this order. Label dropout is done by the trainer.
-    The output is exactly 0 before training. Timestep and label embeddings are float32 for every compute dtype.
-    `gradient_checkpointing` stores only the input of each block for the backward pass and recomputes the rest.
+    Its inputs are x (N, in_channels, input_size, input_size), t (N,) timesteps 0..999, integer or not, and y (N,)
+    integer labels 0..num_classes, where num_classes means "no class". It returns (N, out_channels, input_size,
+    input_size). With the paper's objective, the first half of the output channels is the noise and the second half the
+    variance. Label dropout is done by the trainer. The output is exactly 0 before training. Timestep and label
+    embeddings are float32 for every compute dtype. `gradient_checkpointing` stores only the input of each block for the
+    backward pass and recomputes the rest.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(1), x.to(scale.dtype), 1 + scale.unsqueeze(1))
 
 
-def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x (N, T, D) plus gate (N, D) times branch (N, T, D)."""
     if branch.dtype != x.dtype:  # under autocast the product is rounded before it is added
         return x + gate.unsqueeze(1) * branch
@@ -51,9 +51,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        split = (self.heads, x.shape[-1] // self.heads)
+        heads_and_width = (self.heads, x.shape[-1] // self.heads)
         # Split the last dimension in three, without a (3, H) axis: the gradients are then joined by one contiguous copy.
-        q, k, v = (part.unflatten(-1, split).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))  # (N, H, T, D/H)
+        q, k, v = (
+            part.unflatten(-1, heads_and_width).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+        )  # (N, H, T, D/H)
         x = attend(q, k, v)  # (N, H, T, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
@@ -69,10 +71,10 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        split = (self.heads, x.shape[-1] // self.heads)
-        q = self.q(x).unflatten(-1, split).transpose(1, 2)  # (N, H, T, D/H)
+        heads_and_width = (self.heads, x.shape[-1] // self.heads)
+        q = self.q(x).unflatten(-1, heads_and_width).transpose(1, 2)  # (N, H, T, D/H)
         k, v = (
-            part.unflatten(-1, split).transpose(1, 2) for part in self.kv(context).chunk(2, dim=-1)
+            part.unflatten(-1, heads_and_width).transpose(1, 2) for part in self.kv(context).chunk(2, dim=-1)
         )  # (N, H, 2, D/H)
         x = attend(q, k, v)  # (N, H, T, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
@@ -92,7 +94,7 @@ class Mlp(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """adaLN and adaLN-Zero: scales, shifts and, in adaLN-Zero, gates are regressed from timestep and class."""
+    """adaLN and adaLN-Zero (`gated`): scales, shifts and, if gated, gates are regressed from timestep and class."""
 
     def __init__(self, width: int, heads: int, gated: bool):
         super().__init__()
@@ -110,8 +112,8 @@ class AdaLNBlock(nn.Module):
             x = x + self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
             return x + self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (N, D) each
-        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))  # (N, T, D)
-        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, D)
+        x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))  # (N, T, D)
+        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, D)
 
 
 class InContextBlock(nn.Module):
@@ -209,7 +211,7 @@ class FinalLayer(nn.Module):
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer, for layers in containers, whose type torch does not know."""
+    """The weight of a linear layer in a container; type checkers do not know the type of its items."""
     assert isinstance(layer, nn.Linear)
     return layer.weight
 
@@ -218,10 +220,11 @@ class DiT(nn.Module):
     """Diffusion Transformer.
 
     Its inputs are x (N, in_channels, input_size, input_size), t (N,) timesteps 0..999, integer or not, and y (N,) int64
-    labels 0..num_classes, where num_classes means "no class". It returns (N, out_channels, input_size, input_size), for
-    the paper's objective noise and variance, in this order. Label dropout is done by the trainer.
-    The output is exactly 0 before training. Timestep and label embeddings are float32 even under autocast.
-    `gradient_checkpointing` stores only the input of each block for the backward pass and recomputes the rest.
+    labels 0..num_classes, where num_classes means "no class". It returns (N, out_channels, input_size, input_size).
+    With the paper's objective, the first half of the output channels is the noise and the second half the variance.
+    Label dropout is done by the trainer. The output is exactly 0 before training. Timestep and label embeddings are
+    float32 even under autocast. `gradient_checkpointing` stores only the input of each block for the backward pass and
+    recomputes the rest.
     """
 
     def __init__(
@@ -271,7 +274,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draws all weights from torch's global generator, as facebookresearch/DiT ed81ce2 does."""
+        """Draw all weights, in place, from torch's global generator, as facebookresearch/DiT ed81ce2 does."""
         if self.pos_embed.is_meta:  # no storage, nothing to draw
             return
         for module in self.modules():

@@ -61,8 +61,11 @@ DIFFERENCES = (
 )
 
 
-def blocks(shapes: Shapes, stem: str) -> int:
-    """Number of blocks: one more than the largest index in the names. Raises Mismatch if blocks before it are missing."""
+def count_blocks(shapes: Shapes, stem: str) -> int:
+    """Number of blocks, STEM.0 and on: one more than the largest index in the names.
+
+    Raises Mismatch if the file has fewer tensors than blocks, so that earlier blocks must be missing.
+    """
     matches = (re.match(rf"{stem}\.([0-9]{{1,6}})\.", name) for name in shapes)  # longer numbers are not block indices
     count = max((int(match.group(1)) for match in matches if match), default=-1) + 1
     if count > len(shapes):
@@ -71,8 +74,11 @@ def blocks(shapes: Shapes, stem: str) -> int:
 
 
 def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
-    """Recipes of our tensors from those of a diffusers transformer. A position table that is not stored is computed."""
-    depth = blocks(shapes, "transformer_blocks")
+    """Recipes of our tensors from those of a diffusers transformer. A position table that is not stored is computed.
+
+    known: "config" -> diffusers' config, "expected" -> shapes of the network that is loaded; both may be missing.
+    """
+    depth = count_blocks(shapes, "transformer_blocks")
     recipes: Recipes = {}
     stored = next((name for name in STORED_POSITIONS if name in shapes), None)
     if stored is not None:
@@ -81,13 +87,13 @@ def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
         width, _, _, patch = shapes["pos_embed.proj.weight"]
         grid = _grid(known, patch)
         recipes["pos_embed"] = Made((1, grid * grid, width), lambda: sincos_table(width, grid)[None])
-    singles = dict(SHARED)
-    singles |= {
+    layers = dict(SHARED)  # ours -> diffusers', of layers that are stored unchanged
+    layers |= {
         f"blocks.{n}.{ours}": f"transformer_blocks.{n}.{theirs}"
         for n in range(depth)
         for ours, theirs in IN_BLOCK.items()
     }
-    for ours, theirs in singles.items():
+    for ours, theirs in layers.items():
         recipes |= {f"{ours}.{kind}": Take(f"{theirs}.{kind}") for kind in KINDS}
     for n in range(depth):
         for kind in KINDS:
@@ -104,23 +110,23 @@ def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
 
 def to_diffusers(shapes: Shapes) -> Recipes:
     """Recipes of a diffusers transformer's tensors from ours. UserError for block designs other than adaln-zero."""
-    depth = blocks(shapes, "blocks")
+    depth = count_blocks(shapes, "blocks")
     if block_design(shapes) != "adaln-zero":
         raise UserError(f"diffusers has no DiT with {block_design(shapes)} blocks; export this one with --format dit")
     recipes: Recipes = {f"{theirs}.{k}": Take(f"{ours}.{k}") for ours, theirs in SHARED.items() for k in KINDS}
     for n in range(depth):
-        there = f"transformer_blocks.{n}"
+        block = f"transformer_blocks.{n}"
         for ours, theirs in IN_BLOCK.items():
-            recipes |= {f"{there}.{theirs}.{kind}": Take(f"blocks.{n}.{ours}.{kind}") for kind in KINDS}
+            recipes |= {f"{block}.{theirs}.{kind}": Take(f"blocks.{n}.{ours}.{kind}") for kind in KINDS}
         for kind in KINDS:
             qkv = f"blocks.{n}.attn.qkv.{kind}"
-            recipes |= {f"{there}.{part}.{kind}": Part(qkv, i, 3) for i, part in enumerate(QKV)}
-        recipes |= {f"{there}.{theirs}": Take(ours) for ours, theirs in COPIED.items()}
+            recipes |= {f"{block}.{part}.{kind}": Part(qkv, i, 3) for i, part in enumerate(QKV)}
+        recipes |= {f"{block}.{theirs}": Take(ours) for ours, theirs in COPIED.items()}
     return recipes
 
 
 def diffusers_config(arguments: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """config.json of the transformer; with DiT's norm_eps, which removes one of diffusers' two differences."""
+    """config.json of the transformer. It has DiT's norm_eps, which removes the second of the two DIFFERENCES."""
     return {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
@@ -152,12 +158,12 @@ def block_design(shapes: Shapes) -> str:
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
     """Builder arguments that follow from the shapes: all but the number of heads."""
-    found: dict[str, Any] = {"depth": blocks(shapes, "blocks"), "block": block_design(shapes)}
+    found: dict[str, Any] = {"depth": count_blocks(shapes, "blocks"), "block": block_design(shapes)}
     patches = shapes.get("x_embedder.proj.weight", ())
     if len(patches) == 4:
         found |= {"width": patches[0], "in_channels": patches[1], "patch": patches[2]}
         if len(shapes.get("pos_embed", ())) == 3:
-            found["input_size"] = math.isqrt(_tokens(shapes["pos_embed"][1])) * patches[2]
+            found["input_size"] = math.isqrt(_check_tokens(shapes["pos_embed"][1])) * patches[2]
         if outputs := shapes.get("final_layer.linear.bias"):
             channels = outputs[0] // max(1, patches[2] * patches[2])
             found["out_channels"] = None if channels == 2 * patches[1] else channels
@@ -175,24 +181,29 @@ def _grid(known: Mapping[str, Any], patch: int) -> int:
                 f"config.json gives sample_size {_short(size)}, which is not the side of a latent: a multiple of the"
                 f" patch size {patch}, at most {MAX_SAMPLE_SIZE}"
             )
-        return math.isqrt(_tokens((size // patch) ** 2))
+        return math.isqrt(_check_tokens((size // patch) ** 2))
     if len(table := known.get("expected", {}).get("pos_embed", ())) == 3:
         return math.isqrt(table[1])
     raise Mismatch("the size of its latents is not in the file; keep diffusers' config.json (sample_size) beside it")
 
 
-def _tokens(count: int) -> int:
+def _check_tokens(count: int) -> int:
+    """`count` itself. Raises Mismatch if it is larger than MAX_TOKENS."""
     if count > MAX_TOKENS:
         raise Mismatch(f"it is for images of {count:,} tokens, but at most {MAX_TOKENS:,} are supported")
     return count
 
 
 def _short(value: Any) -> str:
+    """The JSON text of a value for messages, cut after 60 characters."""
     return json.dumps(value)[:60]
 
 
 def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) -> str | None:
-    """The first item of diffusers' config that contradicts the weights (our names) or the number of heads, or None."""
+    """Text on the first item of diffusers' config that contradicts the weights or the heads; None: no item does.
+
+    shapes: under our names. heads: None if the number of heads is not known.
+    """
     for name, allowed in EXPECTED_CONFIG.items():
         if name in config and not any(type(config[name]) is type(value) and config[name] == value for value in allowed):
             return _contradicts(name, config[name], " or ".join(_short(value) for value in allowed))
@@ -201,7 +212,7 @@ def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) 
     from_weights: dict[str, int] = {
         "in_channels": channels,
         "num_embeds_ada_norm": shapes["y_embedder.embedding_table.weight"][0] - 1,
-        "num_layers": blocks(shapes, "blocks"),
+        "num_layers": count_blocks(shapes, "blocks"),
         "out_channels": outputs,
         "patch_size": patch,
         "sample_size": math.isqrt(shapes["pos_embed"][1]) * patch,

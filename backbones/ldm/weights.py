@@ -26,17 +26,17 @@ TABLES = (  # of DDPM.register_schedule and of LatentDiffusion
 UNET = "model.diffusion_model."
 
 
-def averaged(name: str) -> str:
+def average_name(name: str) -> str:
     """Name of the moving average of tensor `name`, which begins with "model."."""
     return AVERAGES + name.removeprefix("model.").replace(".", "")
 
 
-def averages(shapes: Shapes) -> dict[str, str]:
-    """Names of the moving averages by name of the U-Net's tensor; empty if the file has none.
+def average_names(shapes: Shapes) -> dict[str, str]:
+    """Name of a tensor of the U-Net -> name of its moving average; empty if the file has none.
 
     Raises Mismatch if only some of the tensors have a moving average.
     """
-    names = {name: averaged(name) for name in shapes if name.startswith("model.")}
+    names = {name: average_name(name) for name in shapes if name.startswith("model.")}
     missing = [name for name, theirs in names.items() if theirs not in shapes]
     if missing and len(missing) < len(names):
         raise Mismatch(
@@ -48,9 +48,9 @@ def averages(shapes: Shapes) -> dict[str, str]:
 
 def inward(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
     """Recipes of all tensors under their names; those of the U-Net from their moving averages if there are any."""
-    averaged_names = averages(shapes)
-    used = {*averaged_names.values(), *COUNTERS}
-    return {name: Take(averaged_names.get(name, name)) for name in shapes if name not in used}
+    averages = average_names(shapes)
+    not_ours = {*averages.values(), *COUNTERS}
+    return {name: Take(averages.get(name, name)) for name in shapes if name not in not_ours}
 
 
 def outward(shapes: Shapes) -> Recipes:
@@ -59,13 +59,13 @@ def outward(shapes: Shapes) -> Recipes:
 
 
 def beside(name: str) -> bool:
-    """Whether a tensor of the file does not belong to the denoiser."""
+    """Whether a tensor of the file belongs to the autoencoder or the noise schedule, not to the denoiser."""
     return name.startswith(FIRST_STAGE) or name in TABLES
 
 
 def notes(shapes: Shapes) -> tuple[str, ...]:
     """Notes for the user on which weights are used."""
-    if averages(shapes):
+    if average_names(shapes):
         return ("the U-Net's weights are the moving average (model_ema); the weights without averaging are not used",)
     if any(beside(name) for name in shapes):
         return ("the file holds no model_ema: the U-Net's weights are those under model.diffusion_model",)

@@ -15,20 +15,22 @@ class Tally:
         self.rows: list[ComputeRow] = []
 
     def compute(self) -> Compute:
+        """The result for all layers that were added."""
         return Compute(params=self.params, rows=tuple(self.rows))
 
     def add(self, part: str, kind: str, flops: int) -> None:
+        """Add a row without parameters."""
         self.rows.append(ComputeRow(self.prefix + part, kind, flops))
 
-    def linear(self, part: str, inputs: int, outputs: int, on: int = 1, bias: bool = True) -> None:
-        """A linear layer applied to `on` vectors."""
+    def linear(self, part: str, inputs: int, outputs: int, vectors: int = 1, bias: bool = True) -> None:
+        """A linear layer applied to a number of vectors."""
         self.params += (inputs + bias) * outputs
-        self.add(part, "linear", inputs * outputs * on)
+        self.add(part, "linear", inputs * outputs * vectors)
 
-    def conv(self, part: str, inputs: int, outputs: int, kernel: int, positions: int) -> None:
-        """A convolution with `kernel` weights per pair of channels, and `positions` positions of its output."""
-        self.params += (inputs * kernel + 1) * outputs
-        self.add(part, "conv", inputs * outputs * kernel * positions)
+    def conv(self, part: str, inputs: int, outputs: int, kernel_area: int, positions: int) -> None:
+        """A convolution with `positions` output positions. kernel_area: weights per pair of channels, 9 for 3x3."""
+        self.params += (inputs * kernel_area + 1) * outputs
+        self.add(part, "conv", inputs * outputs * kernel_area * positions)
 
     def norm(self, part: str, channels: int, positions: int) -> None:
         """A normalisation with scale and shift."""
@@ -52,19 +54,19 @@ def count_parts(tally: Tally, layout: Layout, *, scale_shift: bool, context: tup
         if isinstance(part, InputConv):
             tally.conv(part.path, part.inputs, part.outputs, 9, part.side**2)
         elif isinstance(part, ResBlock):
-            _res_block(tally, part, layout.embedding, scale_shift)
+            _count_res_block(tally, part, layout.embedding, scale_shift)
         elif isinstance(part, Downsample):
             tally.conv(f"{part.path}.op", part.channels, part.channels, 9, (part.side // 2) ** 2)
         elif isinstance(part, Upsample):
             tally.conv(f"{part.path}.conv", part.channels, part.channels, 9, (part.side * 2) ** 2)
         elif context is None:
-            _attention(tally, part)
+            _count_attention(tally, part)
         else:
-            _transformer(tally, part, *context)
+            _count_transformer(tally, part, *context)
 
 
-def _res_block(tally: Tally, part: ResBlock, embedding: int, scale_shift: bool) -> None:
-    before, after = part.side**2, part.side_out**2
+def _count_res_block(tally: Tally, part: ResBlock, embedding: int, scale_shift: bool) -> None:
+    before, after = part.side**2, part.side_out**2  # positions, before and after the resampling
     tally.norm(f"{part.path}.in_layers.0", part.inputs, before)
     tally.conv(f"{part.path}.in_layers.2", part.inputs, part.outputs, 9, after)
     tally.linear(f"{part.path}.emb_layers.1", embedding, (2 if scale_shift else 1) * part.outputs)
@@ -74,7 +76,7 @@ def _res_block(tally: Tally, part: ResBlock, embedding: int, scale_shift: bool) 
         tally.conv(f"{part.path}.skip_connection", part.inputs, part.outputs, 1, after)
 
 
-def _attention(tally: Tally, part: Attention) -> None:
+def _count_attention(tally: Tally, part: Attention) -> None:
     channels, tokens = part.channels, part.side**2
     tally.norm(f"{part.path}.norm", channels, tokens)
     tally.conv(f"{part.path}.qkv", channels, 3 * channels, 1, tokens)
@@ -82,13 +84,15 @@ def _attention(tally: Tally, part: Attention) -> None:
     tally.conv(f"{part.path}.proj_out", channels, channels, 1, tokens)
 
 
-def _transformer(tally: Tally, part: Attention, context_tokens: int, context: int, depth: int) -> None:
+def _count_transformer(tally: Tally, part: Attention, context_tokens: int, context_width: int, depth: int) -> None:
+    """Add a spatial transformer of `depth` blocks."""
     channels, tokens = part.channels, part.side**2
     tally.norm(f"{part.path}.norm", channels, tokens)
     tally.conv(f"{part.path}.proj_in", channels, channels, 1, tokens)
     for index in range(depth):
         path = f"{part.path}.transformer_blocks.{index}"
-        for number, (keys, key_width) in enumerate(((tokens, channels), (context_tokens, context)), start=1):
+        # attn1 is self-attention, attn2 is attention to the context
+        for number, (keys, key_width) in enumerate(((tokens, channels), (context_tokens, context_width)), start=1):
             tally.norm(f"{path}.norm{number}", channels, tokens)
             tally.linear(f"{path}.attn{number}.to_q", channels, channels, tokens, bias=False)
             tally.linear(f"{path}.attn{number}.to_k", key_width, channels, keys, bias=False)

@@ -37,7 +37,7 @@ TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a spatial transformer
 
 
 def zero_conv(inputs: int, outputs: int, kernel: int, *, padding: int = 0, axes: int = 2, rngs: nnx.Rngs) -> Conv:
-    """A convolution that starts at 0: the last layer of every residual branch."""
+    """A convolution with initial weights and biases 0, as the last layer of every residual branch."""
     return Conv(
         inputs, outputs, kernel, padding=padding, axes=axes, kernel_init=zeros, bias_init=zeros, rngs=rngs
     )  # fmt: skip
@@ -49,7 +49,7 @@ def group_norm(channels: int, rngs: nnx.Rngs, eps: float = NORM_EPS) -> GroupNor
 
 
 class InputConv(Conv):
-    """3x3 convolution of the input."""
+    """3x3 convolution of the network's input; takes emb and context as every part of a block does, and ignores them."""
 
     def __call__(
         self, x: Array, emb: Array | None = None, context: Array | None = None, rngs: nnx.Rngs | None = None
@@ -77,7 +77,8 @@ class ResBlock(nnx.Module):
         )
         self.skip_connection = None if inputs == outputs else Conv(inputs, outputs, 1, rngs=rngs)
 
-    def resampled(self, x: Array) -> Array:
+    def change_side(self, x: Array) -> Array:
+        """x (N, S, S, C), average-pooled or upsampled by 2, or x itself, as `resample` says."""
         if self.resample == "down":
             return average_pool(x)  # (N, S/2, S/2, C)
         if self.resample == "up":
@@ -87,7 +88,7 @@ class ResBlock(nnx.Module):
     def __call__(self, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
         layers: Any = self.in_layers  # nnx does not know the types of a list's items
         norm, activation, conv = layers
-        h = conv(self.resampled(activation(norm(x))))  # (N, S', S', C_out)
+        h = conv(self.change_side(activation(norm(x))))  # (N, S', S', C_out)
         emb = self.emb_layers(emb)[:, None, None]  # (N, 1, 1, C_out or 2 C_out)
         layers = self.out_layers
         norm, activation, dropout, conv = layers
@@ -97,7 +98,7 @@ class ResBlock(nnx.Module):
         else:
             h = norm(h + emb)  # (N, S', S', C_out)
         h = conv(dropout(activation(h), deterministic=rngs is None, rngs=rngs))  # (N, S', S', C_out)
-        x = self.resampled(x)  # (N, S', S', C)
+        x = self.change_side(x)  # (N, S', S', C)
         return (x if self.skip_connection is None else self.skip_connection(x)) + h  # (N, S', S', C_out)
 
 
@@ -129,7 +130,7 @@ class AttentionBlock(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention from (N, T, C) to (N, K, context), or self-attention without a context."""
+    """Multi-head attention from (N, T, C) to a context (N, K, context), or self-attention without a context."""
 
     def __init__(self, width: int, context: int, heads: int, rngs: nnx.Rngs):
         self.heads = heads
@@ -141,14 +142,14 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: Array, context: Array | None = None) -> Array:
         context = x if context is None else context
         q, k, v = (
-            each.reshape(*each.shape[:2], self.heads, -1)
-            for each in (self.to_q(x), self.to_k(context), self.to_v(context))
+            projection.reshape(*projection.shape[:2], self.heads, -1)
+            for projection in (self.to_q(x), self.to_k(context), self.to_v(context))
         )  # (N, T or K, H, C/H)
         return self.to_out(attend(q, k, v).reshape(x.shape))  # (N, T, C)
 
 
 class GatedGelu(nnx.Module):
-    """Linear layer to twice the output width; one half is multiplied by the exact GELU of the other (Shazeer 2020)."""
+    """Linear layer to twice the output width; its first half times the exact GELU of the second (Shazeer 2020)."""
 
     def __init__(self, width: int, outputs: int, rngs: nnx.Rngs):
         self.proj = Linear(width, 2 * outputs, rngs=rngs)
@@ -301,7 +302,7 @@ class Encoder(nnx.Module):
         return parts(block, x, emb, context, key)
 
     def encode(self, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> tuple[Array, list[Array]]:
-        """The feature map after the middle block, and the feature maps for the skip connections."""
+        """The feature map after the middle block, and the outputs of all input blocks, for the skip connections."""
         skips = []
         for block in self.input_blocks:
             x = self.run_block(block, x, emb, context, rngs)  # (N, S, S, C)

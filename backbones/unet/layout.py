@@ -41,6 +41,7 @@ class ResBlock(NamedTuple):
 
     @property
     def side_out(self) -> int:
+        """Side of its output."""
         return {"": self.side, "down": self.side // 2, "up": self.side * 2}[self.resample]
 
 
@@ -80,7 +81,7 @@ class Layout:
     middle_block: tuple[ResBlock, Attention, ResBlock]
     output_blocks: tuple[tuple[Part, ...], ...]  # empty for an encoder
     embedding: int  # width of the timestep embedding
-    width: int
+    width: int  # channels at multiplier 1, and number of sinusoids of the timestep
     channels: int  # of the last feature map, the input of the network's head
     side: int  # of the last feature map
 
@@ -106,9 +107,10 @@ def unet_layout(
     """The layout of a U-Net. The side must be divisible by 2 at every level: see `check_arguments`."""
     channels, side = int(width * multipliers[0]), input_size
     inputs: list[tuple[Part, ...]] = [(InputConv("input_blocks.0.0", in_channels, channels, side),)]
-    skips = [channels]
+    skips = [channels]  # channels of the feature maps that the output blocks concatenate, last one first
 
     def attention(path: str) -> tuple[Part, ...]:
+        """An attention part if the present side has attention, else nothing."""
         return (Attention(path, channels, side, heads_of(channels)),) if side in attention_sides else ()
 
     for level, multiplier in enumerate(multipliers):
@@ -154,7 +156,7 @@ def unet_layout(
 
 
 def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
-    """Raise UserError for arguments, those common to ADM and LDM, from which no U-Net can be built."""
+    """Raise UserError for arguments from which no U-Net can be built. Checks the arguments that ADM and LDM share."""
     for name in ("input_size", "in_channels", "width"):
         check_whole(family, name, arguments[name], 1)
     check_whole(family, "res_blocks", arguments["res_blocks"], 1, MAX_BLOCKS)
@@ -205,7 +207,10 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
 
 
 def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], int]:
-    """A function from channels to attention heads: a fixed number of heads, or channels / head_channels."""
+    """A function from channels to attention heads: `heads` for all channels, or channels / head_channels.
+
+    One of the two must be 0, else UserError. The function raises UserError for channels that cannot be split.
+    """
     for name, value in (("heads", heads), ("head_channels", head_channels)):
         check_whole(family, name, value, 0)
     if bool(heads) == bool(head_channels):
@@ -224,6 +229,7 @@ def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], i
 
 
 def _positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 

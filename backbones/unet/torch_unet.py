@@ -31,7 +31,7 @@ def group_norm(channels: int, eps: float = NORM_EPS) -> nn.GroupNorm:
 
 
 class InputConv(nn.Conv2d):
-    """3x3 convolution of the input."""
+    """3x3 convolution of the network's input; takes emb and context as every part of a block does, and ignores them."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         return super().forward(x)  # (N, C_out, S, S)
@@ -51,7 +51,8 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
-    def resampled(self, x: Tensor) -> Tensor:
+    def change_side(self, x: Tensor) -> Tensor:
+        """x (N, C, S, S), average-pooled or upsampled by 2, or x itself, as `resample` says."""
         if self.resample == "down":
             return F.avg_pool2d(x, 2)  # (N, C, S/2, S/2)
         if self.resample == "up":
@@ -60,17 +61,17 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         norm, activation, conv = self.in_layers
-        h = conv(self.resampled(activation(norm(x))))  # (N, C_out, S', S')
+        h = conv(self.change_side(activation(norm(x))))  # (N, C_out, S', S')
         emb = self.emb_layers(emb)[:, :, None, None]  # (N, C_out or 2 C_out, 1, 1)
-        norm, *rest = self.out_layers
+        norm, *activation_dropout_conv = self.out_layers
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)  # (N, C_out, 1, 1) each
             h = torch.addcmul(shift, norm(h).to(scale.dtype), 1 + scale)  # (N, C_out, S', S')
         else:
             h = norm(h + emb)  # (N, C_out, S', S')
-        for layer in rest:
+        for layer in activation_dropout_conv:
             h = layer(h)  # (N, C_out, S', S')
-        return self.skip_connection(self.resampled(x)) + h  # (N, C_out, S', S')
+        return self.skip_connection(self.change_side(x)) + h  # (N, C_out, S', S')
 
 
 def split_heads(qkv: Tensor, heads: int, *, qkv_first: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +102,7 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from (N, T, C) to (N, K, context), or self-attention without a context."""
+    """Multi-head attention from (N, T, C) to a context (N, K, context), or self-attention without a context."""
 
     def __init__(self, width: int, context: int, heads: int):
         super().__init__()
@@ -114,14 +115,14 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (
-            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for each in (self.to_q(x), self.to_k(context), self.to_v(context))
+            projection.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.to_q(x), self.to_k(context), self.to_v(context))
         )  # (N, H, T or K, C/H)
         return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))  # (N, T, C)
 
 
 class GatedGelu(nn.Module):
-    """Linear layer to twice the output width; one half is multiplied by the exact GELU of the other (Shazeer 2020)."""
+    """Linear layer to twice the output width; its first half times the exact GELU of the second (Shazeer 2020)."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -204,6 +205,7 @@ class Upsample(nn.Module):
 
 
 def _zero(layer: nn.Module) -> None:
+    """Set all parameters of a layer to 0, in place."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
@@ -279,7 +281,7 @@ class Encoder(nn.Module):
         return parts(x, emb, context)
 
     def encode(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The feature map after the middle block, and the feature maps for the skip connections."""
+        """The feature map after the middle block, and the outputs of all input blocks, for the skip connections."""
         skips = []
         for block in self.input_blocks:
             x = self.run_block(block, x, emb, context)  # (N, C, S, S)
@@ -288,7 +290,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Zeroes the last layer of every residual branch: each block starts as its skip connection."""
+        """Set the last layer of every residual branch to 0, in place: each block then starts as its skip connection."""
         for module in self.modules():
             if isinstance(module, ResBlock):
                 _zero(module.out_layers[-1])
@@ -308,6 +310,7 @@ class UNetBase(Encoder):
 
     @torch.no_grad()
     def initialise(self) -> None:
+        """As for the encoder; the output layer is also 0, so the network's output is exactly 0."""
         super().initialise()
         _zero(self.out[2])
 

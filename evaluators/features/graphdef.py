@@ -17,14 +17,15 @@ import numpy as np
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
-# Element types of an image network's constants, by their number in types.proto: numpy's dtype, field of typed values.
+# Element types of an image network's constants: number in types.proto -> (numpy's dtype, the field of TensorProto that
+# holds typed values, such as float_val).
 _DTYPES: dict[int, tuple[np.dtype[Any], int]] = {
     1: (np.dtype("<f4"), 5),
     2: (np.dtype("<f8"), 6),
     3: (np.dtype("<i4"), 7),
     9: (np.dtype("<i8"), 10),
 }
-_FLOATS = (5, 6)  # fields of typed values whose elements have a fixed width
+_FLOATS = (5, 6)  # of these fields, those whose elements have a fixed width: float_val and double_val
 
 
 class Malformed(ValueError):
@@ -32,6 +33,7 @@ class Malformed(ValueError):
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """The unsigned varint that begins at index `at`, and the index after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -67,6 +69,7 @@ def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _text(value: int | memoryview) -> str:
+    """The value of a string field."""
     if isinstance(value, int):
         raise Malformed("a number instead of a name")
     try:
@@ -76,17 +79,19 @@ def _text(value: int | memoryview) -> str:
 
 
 def _message(value: int | memoryview) -> memoryview:
+    """The bytes of a field that is a message or bytes."""
     if isinstance(value, int):
         raise Malformed("a number instead of a message")
     return value
 
 
 def _signed(value: int) -> int:
+    """The int64 that a varint stores as an unsigned 64-bit number."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _integers(values: list[int | memoryview]) -> list[int]:
-    """Values of a repeated integer field, packed or not."""
+    """The int64 values of a repeated integer field, whose occurrences in the file are `values`; packed or not."""
     out = []
     for value in values:
         if isinstance(value, int):
@@ -121,6 +126,7 @@ class Node:
                 self._attributes[_text(entry.get(1, memoryview(b"")))] = _message(entry.get(2, memoryview(b"")))
 
     def _attribute(self, key: str) -> dict[int, int | memoryview]:
+        """Field number of AttrValue -> value of the attribute `key`; empty if it is missing."""
         return dict(fields(self._attributes.get(key, memoryview(b""))))
 
     def integers(self, key: str) -> list[int]:
@@ -154,14 +160,14 @@ class Node:
         element: int | memoryview | None = None
         shape: tuple[int, ...] = ()
         content: memoryview | None = None
-        typed: dict[int, list[int | memoryview]] = {}
+        typed: dict[int, list[int | memoryview]] = {}  # field number, such as that of float_val -> its values
         for number, value in fields(_message(tensor)):
-            if number == 1:
+            if number == 1:  # dtype
                 element = value
-            elif number == 2:
+            elif number == 2:  # tensor_shape
                 sizes = [dict(fields(_message(dim))).get(1, 0) for key, dim in fields(_message(value)) if key == 2]
                 shape = tuple(_integers(sizes))
-            elif number == 4:
+            elif number == 4:  # tensor_content
                 content = _message(value)
             else:
                 typed.setdefault(number, []).append(value)

@@ -92,10 +92,12 @@ def read_weights(path: Path) -> InceptionWeights:
 
 
 def _remedy() -> str:
+    """The advice at the end of error messages."""
     return f"fetch {GRAPH_NAME} ({GRAPH_SIZE:,} bytes, md5 {GRAPH_MD5}) from {GRAPH_URL}"
 
 
-def _what(path: Path, size: int, hash_name: str, digest: str, known: bool, name: str) -> str:
+def _describe(path: Path, size: int, hash_name: str, digest: str, known: bool, name: str) -> str:
+    """One line that describes a weight file. name: that of the public file."""
     if known:
         return f"{name} ({size:,} bytes, {hash_name} {digest})"
     return (
@@ -105,6 +107,7 @@ def _what(path: Path, size: int, hash_name: str, digest: str, known: bool, name:
 
 
 def _sha256(layers: dict[str, Layer], classifier: np.ndarray) -> str:
+    """Hash of the preprocessing and of all weights, independent of the file's format."""
     digest = hashlib.sha256(f"inception-2015-12-05\n{RECIPE}\n".encode())
     for scope, layer in layers.items():
         digest.update(f"{scope} {layer.kernel.shape}\n".encode())
@@ -115,6 +118,7 @@ def _sha256(layers: dict[str, Layer], classifier: np.ndarray) -> str:
 
 
 def _checked(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The array itself. Raises UserError unless it is finite and float32 of `shape`."""
     if array.dtype != np.float32 or array.shape != shape:
         raise UserError(
             f"{path} holds another network: {name} is {array.dtype} {array.shape}, not float32 {shape}; {_remedy()}"
@@ -128,6 +132,7 @@ def _checked(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -
 
 
 def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
+    """The weights in a frozen graph. data: the bytes of the file."""
     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
     known = len(data) == GRAPH_SIZE and md5 == GRAPH_MD5
     try:
@@ -148,7 +153,7 @@ def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
         layers=layers,
         classifier=classifier,
         sha256=_sha256(layers, classifier),
-        found=_what(path, len(data), "md5", md5, known, GRAPH_NAME),
+        found=_describe(path, len(data), "md5", md5, known, GRAPH_NAME),
         known=known,
         is_graph=True,
     )
@@ -165,6 +170,8 @@ def _constant(nodes: dict[str, Node], name: str) -> np.ndarray:
 
 
 def _graph_layer(path: Path, nodes: dict[str, Node], conv: Conv) -> Layer:
+    """The weights of one convolution and its batch normalisation."""
+
     def vector(name: str) -> np.ndarray:
         full = f"{conv.scope}/batchnorm/{name}"
         return _checked(path, full, _constant(nodes, full), (conv.width,))
@@ -185,6 +192,7 @@ def _graph_layer(path: Path, nodes: dict[str, Node], conv: Conv) -> Layer:
 
 
 def _from_port(path: Path, data: memoryview) -> InceptionWeights:
+    """The weights in a torch port of the graph. data: the bytes of the file."""
     from harness.weights.containers import open_file
 
     sha256 = hashlib.sha256(data).hexdigest()
@@ -220,7 +228,7 @@ def _from_port(path: Path, data: memoryview) -> InceptionWeights:
         layers=layers,
         classifier=classifier,
         sha256=_sha256(layers, classifier),
-        found=_what(path, len(data), "sha256", sha256, known, PORT_NAME),
+        found=_describe(path, len(data), "sha256", sha256, known, PORT_NAME),
         known=known,
         is_graph=False,
     )
@@ -237,7 +245,8 @@ def extract_in_batches(
 ) -> Features:
     """Features of images uint8 (N, H, W, 1 or 3), computed in batches.
 
-    forward: from a contiguous batch uint8 of at most `size` images to pooled, spatial and logits.
+    size: batch size. forward: from a contiguous batch uint8 (n, H, W, C), n <= size, to float32 arrays pooled, spatial and
+    logits of n rows.
     Raises UserError for other arrays, RunError with the image's index for features that are not finite.
     """
     check_images(images, "the images for feature extraction")

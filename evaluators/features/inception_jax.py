@@ -45,13 +45,15 @@ _EXACT = lax.Precision.HIGHEST
 
 
 @jax.jit
-def _columns(images: Array, lo: Array, hi: Array, f: Array) -> tuple[Array, Array]:
+def _x_terms(images: Array, lo: Array, hi: Array, f: Array) -> tuple[Array, Array]:
+    """Both terms of the interpolation along x: the left pixels, and the difference to the right ones times f."""
     left, right = (images[:, :, index].astype(jnp.float32) for index in (lo, hi))  # (N, H, 299, C)
     return left, (right - left) * f[:, None]
 
 
 @jax.jit
-def _rows(left: Array, product: Array, lo: Array, hi: Array, f: Array) -> tuple[Array, Array]:
+def _y_terms(left: Array, product: Array, lo: Array, hi: Array, f: Array) -> tuple[Array, Array]:
+    """Both terms of the interpolation along y, from those of `_x_terms`, which it adds first."""
     wide = left + product  # (N, H, 299, C)
     top, bottom = wide[:, lo], wide[:, hi]  # (N, 299, 299, C)
     return top, (bottom - top) * f[:, None, None]
@@ -64,12 +66,14 @@ def _sum(top: Array, product: Array) -> Array:
 
 @jax.jit
 def _normalise(pixels: Array) -> Array:
+    """(x - 128) / 128 with three channels: (N, H, W, 1 or 3) -> (N, H, W, 3)."""
     x = (pixels - 128.0) * 0.0078125
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
 
 
 @lru_cache(maxsize=64)
 def _axis(size: int, device: jax.Device) -> tuple[Array, Array, Array]:
+    """The arrays of `axis_table` on a device, with indices as int32."""
     low, high, fraction = axis_table(size)
     return (
         jax.device_put(low.astype(np.int32), device),
@@ -81,8 +85,8 @@ def _axis(size: int, device: jax.Device) -> tuple[Array, Array, Array]:
 def resize(images: Array) -> Array:
     """uint8 or float32 (N, H, W, C) -> float32 (N, 299, 299, C) in the unit of the input, on the same device."""
     (device,) = images.devices()
-    left, product = _columns(images, *_axis(images.shape[2], device))
-    return _sum(*_rows(left, product, *_axis(images.shape[1], device)))
+    left, product = _x_terms(images, *_axis(images.shape[2], device))
+    return _sum(*_y_terms(left, product, *_axis(images.shape[1], device)))
 
 
 def preprocess(images: Array) -> Array:
@@ -94,8 +98,9 @@ def preprocess(images: Array) -> Array:
 
 
 def _convolve(x: Array, conv: table.Conv, parameters: Parameters) -> Array:
+    """Convolution and ReLU."""
     kernel, bias = parameters[conv.scope]
-    # XLA's CPU convolution takes four times as long without padding and stride: pad, then crop the border again.
+    # XLA's CPU convolution takes four times as long if it has neither padding nor stride: pad, then crop the border.
     cropped = conv.stride == 1 and not conv.same and conv.kernel != (1, 1)
     y = lax.conv_general_dilated(
         x, kernel, (conv.stride, conv.stride), "SAME" if conv.same or cropped else "VALID",
@@ -107,6 +112,7 @@ def _convolve(x: Array, conv: table.Conv, parameters: Parameters) -> Array:
 
 
 def _pool(x: Array, pool: table.Pool) -> Array:
+    """Maximum or average over windows; averages leave the padding out."""
     size, strides = (1, pool.kernel, pool.kernel, 1), (1, pool.stride, pool.stride, 1)
     padding = "SAME" if pool.same else "VALID"
     if not pool.average:
@@ -117,6 +123,7 @@ def _pool(x: Array, pool: table.Pool) -> Array:
 
 
 def _run(x: Array, layers: Sequence[table.Conv | table.Pool | table.Join], parameters: Parameters) -> Array:
+    """The output of consecutive layers."""
     for layer in layers:
         if isinstance(layer, table.Conv):
             x = _convolve(x, layer, parameters)

@@ -1,9 +1,9 @@
 """The layers of the Inception-v3 of 2015-12-05 (Szegedy et al., arXiv:1512.00567), under the names of its public graph.
 
-The second names are those of the public torch ports of the same weights. Every convolution is without bias and followed
-by batch normalisation (eps 1e-3, scale and shift) and ReLU. Padding is TensorFlow's SAME, which is symmetric for these
-kernels and strides, or VALID. Average pools divide by the number of pixels without the padding. The pool branch of the
-last block takes the maximum, that of the block before it the average.
+Each convolution also has a second name, that of the public torch ports of the same weights. Every convolution is
+without bias and followed by batch normalisation (eps 1e-3, scale and shift) and ReLU. Padding is TensorFlow's SAME,
+which is symmetric for these kernels and strides, or VALID. Average pools divide by the number of pixels without the
+padding. The pool branch of the last block takes the maximum, that of the block before it the average.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Conv:
     width: int
     kernel: tuple[int, int] = (1, 1)
     stride: int = 1
-    same: bool = True
+    same: bool = True  # padding SAME; False: VALID
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pool:
     average: bool
     kernel: int
     stride: int
-    same: bool
+    same: bool  # padding SAME; False: VALID
 
 
 @dataclass(frozen=True)

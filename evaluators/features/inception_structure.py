@@ -28,12 +28,12 @@ class _Structure:
         self.outputs: dict[str, str] = {}  # name of the last node of each convolution, by scope
 
     def check(self) -> None:
-        image = self._image()
+        image = self._check_image()
         node = self._resolve("pool_3")
-        node = self._pool(node, POOL_3)
+        node = self._check_pool(node, POOL_3)
         layers: tuple[Layer, ...] = (*STEM, *BLOCKS.values())
         for layer in reversed(layers):
-            node = self._layer(node, layer)
+            node = self._check_layer(node, layer)
         if node.name != image:
             raise Malformed(f"the input of its first convolution is {node.name}, not the normalised image")
         matmul = self._resolve("softmax/logits/MatMul")
@@ -48,32 +48,36 @@ class _Structure:
         return self.nodes[name]
 
     def _resolve(self, name: str) -> Node:
+        """The node of that name or, if it only passes its input through, the first one before it that does not."""
         for _ in range(16):
             node = self._node(name)
             if node.op not in _PASS_THROUGH:
                 return node
-            name = self._name(node, 0)
+            name = self._input_name(node, 0)
         raise Malformed(f"{name} passes through too many identities")
 
-    def _name(self, node: Node, index: int) -> str:
-        names = [each for each in node.inputs if not each.startswith("^")]
+    def _input_name(self, node: Node, index: int) -> str:
+        """Name of the node that gives input number `index`, not counting control inputs."""
+        names = [name for name in node.inputs if not name.startswith("^")]
         if index >= len(names):
             raise Malformed(f"{node.name} has no input {index}")
         return names[index].removesuffix(":0")
 
     def _input(self, node: Node, index: int) -> Node:
-        return self._resolve(self._name(node, index))
+        """As `_input_name`, but the resolved node."""
+        return self._resolve(self._input_name(node, index))
 
-    def _expect(self, node: Node, *ops: str) -> None:
+    def _expect_op(self, node: Node, *ops: str) -> None:
         if node.op not in ops:
             raise Malformed(f"{node.name} is {node.op}, expected {ops[0]}")
 
-    def _image(self) -> str:
+    def _check_image(self) -> str:
+        """Check resize and normalisation; returns the name of the node of normalised images."""
         scaled = self._resolve("Mul")
         shifted = self._input(scaled, 0)
         resized = self._input(shifted, 0)
         for node, op in ((scaled, "Mul"), (shifted, "Sub"), (resized, "ResizeBilinear")):
-            self._expect(node, op)
+            self._expect_op(node, op)
         if resized.flag("align_corners") or resized.flag("half_pixel_centers"):
             raise Malformed(
                 "it does not resize as TensorFlow 1 does (bilinear, no aligned corners or half-pixel centers)"
@@ -81,38 +85,40 @@ class _Structure:
         numbers = [self._input(node, 1).array().ravel().tolist() for node in (resized, shifted, scaled)]
         if numbers != [[SIDE, SIDE], [128.0], [1 / 128]]:
             raise Malformed(f"it resizes and normalises by {numbers}")
-        if self._name(resized, 0) != "ExpandDims":
+        if self._input_name(resized, 0) != "ExpandDims":
             raise Malformed("it does not resize ExpandDims")
         return scaled.name
 
-    def _layer(self, node: Node, layer: Layer) -> Node:
+    def _check_layer(self, node: Node, layer: Layer) -> Node:
+        """Check the layer whose output is `node`, by its kind; each check returns the node of the layer's input."""
         if isinstance(layer, Pool):
-            return self._pool(node, layer)
+            return self._check_pool(node, layer)
         if isinstance(layer, Conv):
-            return self._conv(node, layer)
-        return self._join(node, layer)
+            return self._check_conv(node, layer)
+        return self._check_join(node, layer)
 
-    def _window(self, node: Node, key: str, expected: Sequence[int]) -> None:
+    def _check_window(self, node: Node, key: str, expected: Sequence[int]) -> None:
+        """Check an attribute (1, height, width, 1), such as strides. expected: (height, width)."""
         if node.text("data_format") not in ("", "NHWC") or node.integers(key) != [1, *expected, 1]:
             raise Malformed(f"{node.name} has {key} {node.integers(key)}, expected {[1, *expected, 1]}")
 
-    def _padding(self, node: Node, same: bool, any_padding: bool = False) -> None:
+    def _check_padding(self, node: Node, same: bool, any_padding: bool = False) -> None:
         expected = "SAME" if same else "VALID"
         if node.text("padding") != expected and not any_padding:
             raise Malformed(f"{node.name} has padding {node.text('padding')}, expected {expected}")
 
-    def _pool(self, node: Node, pool: Pool) -> Node:
-        self._expect(node, _POOL[pool.average])
-        self._window(node, "ksize", (pool.kernel,) * 2)
+    def _check_pool(self, node: Node, pool: Pool) -> Node:
+        self._expect_op(node, _POOL[pool.average])
+        self._check_window(node, "ksize", (pool.kernel,) * 2)
         if pool is not POOL_3:  # its window covers everything, so any stride gives the same
-            self._window(node, "strides", (pool.stride,) * 2)
-        self._padding(node, pool.same)
+            self._check_window(node, "strides", (pool.stride,) * 2)
+        self._check_padding(node, pool.same)
         return self._input(node, 0)
 
-    def _conv(self, node: Node, conv: Conv) -> Node:
-        self._expect(node, "Relu")
+    def _check_conv(self, node: Node, conv: Conv) -> Node:
+        self._expect_op(node, "Relu")
         norm = self._input(node, 0)
-        self._expect(norm, "BatchNormWithGlobalNormalization")
+        self._expect_op(norm, "BatchNormWithGlobalNormalization")
         names = [self._input(norm, i).name for i in range(1, 5)]
         expected = [f"{conv.scope}/batchnorm/{name}" for name in ("moving_mean", "moving_variance", "beta", "gamma")]
         if names != expected:
@@ -120,29 +126,29 @@ class _Structure:
         if norm.real("variance_epsilon") != float(np.float32(EPSILON)):
             raise Malformed(f"{norm.name} has an epsilon of {norm.real('variance_epsilon')}, expected {EPSILON}")
         product = self._input(norm, 0)
-        self._expect(product, "Conv2D")
+        self._expect_op(product, "Conv2D")
         if self._input(product, 1).name != f"{conv.scope}/conv2d_params":
             raise Malformed(f"{product.name} does not use {conv.scope}/conv2d_params")
-        self._window(product, "strides", (conv.stride,) * 2)
+        self._check_window(product, "strides", (conv.stride,) * 2)
         if set(product.integers("dilations")) - {1}:
             raise Malformed(f"{product.name} is dilated")
-        self._padding(product, conv.same, any_padding=conv.kernel == (1, 1))
+        self._check_padding(product, conv.same, any_padding=conv.kernel == (1, 1))
         self.outputs[conv.scope] = node.name
         return self._input(product, 0)
 
-    def _join(self, node: Node, join: Join) -> Node:
-        self._expect(node, "Concat", "ConcatV2")
+    def _check_join(self, node: Node, join: Join) -> Node:
+        self._expect_op(node, "Concat", "ConcatV2")
         count = len(join.branches)
         first = 1 if node.op == "Concat" else 0  # the axis is the first input of Concat and the last of ConcatV2
         axis = self._input(node, 0 if first else count).array().ravel().tolist()
-        inputs = [each for each in node.inputs if not each.startswith("^")]
+        inputs = [name for name in node.inputs if not name.startswith("^")]
         if axis not in ([3], [-1]) or len(inputs) != count + 1:
             raise Malformed(f"{node.name} joins {len(inputs) - 1} branches on axis {axis}, not {count} on 3")
         sources: set[str] = set()
         for index, branch in enumerate(join.branches):
             source = self._input(node, first + index)
             for layer in reversed(branch):
-                source = self._layer(source, layer)
+                source = self._check_layer(source, layer)
             sources.add(source.name)
         if len(sources) != 1:
             raise Malformed(f"the branches of {node.name} start from {sorted(sources)}")

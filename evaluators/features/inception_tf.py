@@ -25,6 +25,7 @@ from harness.errors import UserError
 
 
 def _tensorflow() -> ModuleType:
+    """The imported package. Raises UserError if it is not installed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no start-up messages on stderr, where progress bars are drawn
     try:
         import tensorflow
@@ -81,6 +82,7 @@ class InceptionGraphFeatures:
         self.session = v1.Session(graph=self.graph, config=config)
 
     def _feed(self, batch: np.ndarray) -> dict[Any, np.ndarray]:
+        """The session's feed_dict for a batch uint8 (n, H, W, 1 or 3)."""
         # Grey is repeated; values are float32 and not scaled, as in ADM's evaluator
         return {self.batch: np.broadcast_to(batch, (*batch.shape[:3], 3)).astype(np.float32)}
 
@@ -97,7 +99,7 @@ class InceptionGraphFeatures:
         return extract_in_batches(self.name, images, self.batch_size, self._forward)
 
     def close(self) -> None:
-        """Release the session."""
+        """Release the session; the extractor cannot be used afterwards."""
         self.session.close()
 
 
@@ -105,7 +107,7 @@ def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None) ->
     """The loader of the FeatureSpec. weights: the frozen graph; TensorFlow cannot run a torch port."""
     if weights is None:
         raise missing_weights(spec.name)
-    read = read_weights(weights)
-    if not read.is_graph:
+    graph = read_weights(weights)
+    if not graph.is_graph:
         raise UserError(f"{weights} is a torch port: {spec.name} runs {GRAPH_NAME} itself; use inception-2015-12-05")
-    return InceptionGraphFeatures(spec, read, device)
+    return InceptionGraphFeatures(spec, graph, device)

@@ -40,7 +40,7 @@ class ConvReLU(nn.Conv2d):
         super().__init__(conv.width_in, conv.width, conv.kernel, conv.stride, padding)
 
     def fold(self, layer: Layer) -> None:
-        """Load the weights of a layer."""
+        """Load the weights of a layer, with its normalisation folded in."""
         kernel, bias = layer.folded()  # (height, width, in, out), (out,)
         assert self.bias is not None
         with torch.no_grad():
@@ -52,7 +52,7 @@ class ConvReLU(nn.Conv2d):
 
 
 class Pool(nn.Module):
-    """3x3 pooling; averages do not include the padding."""
+    """Pooling over a square window; averages do not include the padding."""
 
     def __init__(self, pool: table.Pool):
         super().__init__()
@@ -86,7 +86,7 @@ def _sequence(layers: Sequence[table.Layer]) -> nn.Sequential:
 
 
 class InceptionV3(nn.Module):
-    """The network: normalised float32 (N, 3, 299, 299) to pooled (N, 2048), spatial (N, 2023) and logits (N, 1008)."""
+    """From normalised images float32 (N, 3, 299, 299) to pooled (N, 2048), spatial (N, 2023) and logits (N, 1008)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a feature extractor is: its description, which loads it, and the activations that it gives.
+"""Interface of feature extractors: `FeatureSpec` describes and loads one, which returns `Features`.
 
 Importing this module loads no framework: a `FeatureSpec` names an extractor, which is imported when it is loaded.
 """

@@ -26,7 +26,7 @@ IMAGES_PER_CHUNK = 1  # the arrays of one image stay in the cache: 1.6 to 3.6 ti
 
 @lru_cache(maxsize=64)
 def axis_table(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """lo int64 (299,), hi int64 (299,) and f float32 (299,) for an axis of `size` pixels."""
+    """lo int64 (299,), hi int64 (299,) and f float32 (299,) of the formula above for an axis of `size` pixels."""
     position = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
     low = np.floor(position)
     fraction = position - low
@@ -43,7 +43,7 @@ def _torch_table(size: int, device: str) -> "tuple[torch.Tensor, torch.Tensor, t
 
 
 def _interpolate(first: "Numbers", last: "Numbers", weight: "Numbers") -> "Numbers":
-    """first + (last - first) * weight, in place in `last`; numpy or torch."""
+    """first + (last - first) * weight, computed in place in `last` and returned; numpy or torch."""
     last -= first
     last *= weight
     last += first

@@ -146,7 +146,10 @@ def _resize_by_pillow(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def preprocess(images: np.ndarray, shape: VitShape, device: str | torch.device = "cpu") -> Tensor:
-    """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 3, S, S), normalised; grey is repeated over the three channels."""
+    """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 3, S, S), resized to S = shape.input_size and normalised.
+
+    Grey is repeated over the three channels.
+    """
     if shape.resize == "pillow":
         images = _resize_by_pillow(images, shape.input_size)
     x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()  # copied: it may be a memory map
@@ -177,11 +180,11 @@ class VitFeatures:
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 64)
         with torch.device("meta"):  # so that the weights are in memory once, not twice
             net = VisionTransformer(shape)
-        read = read_state(find_weights(spec.name, shape, weights), net.state_dict(), spec.name)
-        net.load_state_dict(read.state, strict=True, assign=True)
+        loaded = read_state(find_weights(spec.name, shape, weights), net.state_dict(), spec.name)
+        net.load_state_dict(loaded.state, strict=True, assign=True)
         self.net = net.eval().requires_grad_(False).to(self.device)
-        self.sha256 = hashlib.sha256(f"{read.sha256}\n{spec.description}".encode()).hexdigest()
-        self.description = f"{spec.description}; {read.found}"
+        self.sha256 = hashlib.sha256(f"{loaded.sha256}\n{spec.description}".encode()).hexdigest()
+        self.description = f"{spec.description}; {loaded.found}"
 
     def __call__(self, images: np.ndarray) -> Features:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):

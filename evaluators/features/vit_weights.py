@@ -21,7 +21,8 @@ from harness.weights.maps import compare
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)")  # not a file's
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
-Names = Mapping[str, str | tuple[str, ...]]  # our name: the file's, or several that are concatenated
+# Our name, or a part of it -> that in the file, or several names whose tensors are concatenated.
+Names = Mapping[str, str | tuple[str, ...]]
 
 # fmt: off
 DINOV2: Names = {  # ours: transformers' Dinov2Model's
@@ -60,7 +61,7 @@ OPENAI: Names = {  # ours: openai/CLIP's
     "patch_embed.proj":     "visual.conv1",
     "norm_pre":             "visual.ln_pre",
     "norm":                 "visual.ln_post",
-    "proj.weight":          "visual.proj",  # stored the other way round
+    "proj.weight":          "visual.proj",  # stored transposed
     "blocks":               "visual.transformer.resblocks",
     "norm1":                "ln_1",
     "attn.qkv.weight":      "attn.in_proj_weight",
@@ -97,27 +98,27 @@ def sources(ours: str, names: Names) -> tuple[str, ...]:
     """Names in the file of the tensor that we call `ours`: one name, or three whose tensors are concatenated."""
     if not names:
         return (ours,)
-    stem, number, inner = "", "", ours
+    stem, inner = "", ours  # prefix of the block in the file; our name within the block
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", ours):
         number, inner = match.groups()
         stem = f"{names['blocks']}.{number}."
     if inner in names:
-        found, kind = names[inner], ""
+        theirs, kind = names[inner], ""
     else:
         inner, _, kind = inner.rpartition(".")
         if inner not in names:
-            return (f"({ours})",)  # this layout has no such tensor
-        found, kind = names[inner], f".{kind}"
-    return tuple(f"{stem}{name}{kind}" for name in ((found,) if isinstance(found, str) else found))
+            return (f"({ours})",)  # this layout has no such tensor, and no file has this name
+        theirs, kind = names[inner], f".{kind}"  # .weight or .bias
+    return tuple(f"{stem}{name}{kind}" for name in ((theirs,) if isinstance(theirs, str) else theirs))
 
 
 def _layout(weights: WeightFile, expected: Mapping[str, torch.Tensor]) -> tuple[str, Names, tuple[str, ...]]:
-    """The layout under which most of the expected tensors are in the file."""
+    """The item of LAYOUTS under which most of the expected tensors are in the file."""
 
-    def present(layout: tuple[str, Names, tuple[str, ...]]) -> int:
+    def count_present(layout: tuple[str, Names, tuple[str, ...]]) -> int:
         return sum(all(name in weights.tensors for name in sources(ours, layout[1])) for ours in expected)
 
-    return max(LAYOUTS, key=present)
+    return max(LAYOUTS, key=count_present)
 
 
 def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> ReadState:
@@ -148,7 +149,7 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
 def _stored_shape(
     shape: tuple[int, ...], theirs: tuple[str, ...], found: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...]:
-    """Shape that the file's tensor must have, so that `_read` gives our shape."""
+    """Shape that the file's tensors `theirs` must have, so that `_read` gives `shape`. found: shapes by name."""
     if len(theirs) > 1:
         return (shape[0] // len(theirs), *shape[1:])
     if theirs == ("visual.proj",):
@@ -160,6 +161,7 @@ def _stored_shape(
 
 
 def _read(weights: WeightFile, theirs: tuple[str, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    """One of our tensors, float32 of `shape`, from those of the file."""
     parts = []
     for name in theirs:
         stored = weights.tensors[name]
@@ -189,6 +191,7 @@ def find_weights(name: str, shape: VitShape, weights: Path | None) -> Path:
 
 
 def _from_hub(name: str, repository: str, known: str) -> Path:
+    """The weight file of a hub repository, downloaded unless it is cached. known: the options to name, for messages."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -225,18 +225,20 @@ def test_half_distances_are_those_of_half_arithmetic():
         return max(half(half(norm(a) - half(half(2) * dot)) + norm(b)), half(0))
 
     expected = np.array([[one(a, b) for b in v] for a in u], np.float32)
-    np.testing.assert_array_equal(adm.distances_float16(u, v), expected)
+    np.testing.assert_array_equal(adm.squared_distances_float16(u, v), expected)
 
 
 def test_half_mode_keeps_its_quirks_and_falls_back_by_the_block():
     r = np.random.RandomState(0)
     x = (np.abs(r.randn(60, 512)) * r.uniform(0.3, 1.5, (60, 1))).astype(np.float32)
-    d = adm.distances_float16(x, x)
+    d = adm.squared_distances_float16(x, x)
     assert d.diagonal().max() > 0 and (d != d.T).any() and d.max() > 100
-    assert adm.radii_float16(x).dtype == np.float32
-    np.testing.assert_array_equal(adm.radii_float16(x), np.sort(d, axis=1)[:, 3])
+    assert adm.squared_radii_float16(x).dtype == np.float32
+    np.testing.assert_array_equal(adm.squared_radii_float16(x), np.sort(d, axis=1)[:, 3])
     large = x * 100  # squared norms beyond 65,504: the block is taken in float32
-    np.testing.assert_array_equal(adm.radii_float16(large), np.sort(adm.distances_float32(large, large), axis=1)[:, 3])
+    np.testing.assert_array_equal(
+        adm.squared_radii_float16(large), np.sort(adm.squared_distances_float32(large, large), axis=1)[:, 3]
+    )
 
 
 def test_half_mode_does_not_depend_on_tiles(golden, monkeypatch):
@@ -305,7 +307,7 @@ def test_workers_do_not_show(monkeypatch, collapsed):
     for workers in (1, 3):
         monkeypatch.setattr(precision_recall, "_workers", lambda workers=workers: workers)
         found.append(precision_recall.precision_recall(y.astype(np.float32), x.astype(np.float32)))
-        found.append(precision_recall.radii(x.astype(np.float32)).tolist())
+        found.append(precision_recall.squared_radii(x.astype(np.float32)).tolist())
     assert found[:2] == found[2:]
     assert found[0] == whole_number_precision_recall(y, x, 3)
     wanted = {(workers, dtype) for workers in (1, 3) for dtype in (np.float32, np.float64)[: 1 + collapsed]}
@@ -316,9 +318,9 @@ def test_order_does_not_change_precision_and_recall(golden):
     a, b, _ = golden
     a, b = a[:900], b[:1100]
     r = np.random.RandomState(0)
-    whole = precision_recall.radii(a)
+    whole = precision_recall.squared_radii(a)
     order = r.permutation(900)
-    assert (precision_recall.radii(a[order]) == whole[order]).all()  # in every bit
+    assert (precision_recall.squared_radii(a[order]) == whole[order]).all()  # in every bit
     shuffled = precision_recall.precision_recall(a[order], b[r.permutation(1100)])
     assert shuffled == precision_recall.precision_recall(a, b)
 

@@ -248,7 +248,7 @@ def test_distances_are_within_their_rounding_and_exact_ones_are_exact(monkeypatc
     np.testing.assert_array_equal(distances.exact_squared_distances(x, y, i, j), direct[i, j])
     own = np.square(y[:, None] - y[None]).sum(axis=2)
     for k in (1, 4):
-        np.testing.assert_array_equal(distances.radii(y, k), np.sort(own, axis=1)[:, k])
+        np.testing.assert_array_equal(distances.squared_radii(y, k), np.sort(own, axis=1)[:, k])
 
 
 # --- intervals

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import harness
-from backbones.ldm.weights import COUNTERS, averaged
+from backbones.ldm.weights import COUNTERS, average_name
 from harness.errors import UserError
 from harness.weights.files import open_weights
 from harness.weights.identify import expected_shapes, identify
@@ -76,7 +76,7 @@ def ldm_checkpoint(state, *, average):
         "first_stage_model.quant_conv.bias": torch.randn(3),
     }
     if average:
-        tensors |= {averaged(name): tensor * 2 for name, tensor in state.items() if name.startswith("model.")}
+        tensors |= {average_name(name): tensor * 2 for name, tensor in state.items() if name.startswith("model.")}
         tensors |= {COUNTERS[0]: torch.tensor(0.9999), COUNTERS[1]: torch.tensor(5)}
     return {"epoch": 1, "global_step": 2, "state_dict": tensors, "callbacks": {}}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import harness
-from backbones.ldm.weights import averaged
+from backbones.ldm.weights import average_name
 from harness.errors import UserError
 from harness.weights.files import open_weights
 from harness.weights.load import load_into
@@ -112,11 +112,11 @@ def test_a_moving_average_of_a_part_is_refused(tmp_path):
     spec = harness.get_backbone("ldm-xs")
     state = spec.build().state_dict()
     network = [name for name in state if name.startswith("model.")]
-    averages = {averaged(name): state[name] for name in network}
+    averages = {average_name(name): state[name] for name in network}
     for lacking in (network[0], network[-1]):
-        some = {name: tensor for name, tensor in averages.items() if name != averaged(lacking)}
+        some = {name: tensor for name, tensor in averages.items() if name != average_name(lacking)}
         torch.save({"state_dict": {**state, **some}}, tmp_path / "a.ckpt")
-        message = re.escape(f"{lacking} has no moving average ({averaged(lacking)} is missing)")
+        message = re.escape(f"{lacking} has no moving average ({average_name(lacking)} is missing)")
         with pytest.raises(UserError, match=message):
             load_into(spec.build(), tmp_path / "a.ckpt", spec)
         with pytest.raises(UserError, match=message):
