@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from reports.columns import METADATA, count_text, guidance_text, key_text, metric_title, row_metadata
 from reports.rows import Cell, Row
 from reports.sections import DEVIATION_PARTS, Section, make_line
+from reports.texts import METADATA, count_text, guidance_text, key_text, metric_title, row_metadata
 from results.records import Record, comparable_key
 
 REMARK = (

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
-from reports.columns import count_text, guidance_text
 from reports.figures_study import Study, above_zero, block_of, name_of, places_of, pretty, steps_of, training_gflops
 from reports.fits import between, frontier
 from reports.points import (
@@ -23,6 +22,7 @@ from reports.points import (
     quality_axis,
     settings_of,
 )
+from reports.texts import count_text, guidance_text
 from results.records import Record, Sampling
 
 MAX_POINTS = 400  # of a panel

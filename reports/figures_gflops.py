@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
-from reports.columns import quantity_text
 from reports.figures_study import (
     DIT,
     SYSTEMS,
@@ -37,6 +36,7 @@ from reports.points import (
     quality,
     quality_axis,
 )
+from reports.texts import quantity_text
 from results.records import Record
 
 NEAR = 4.0  # predictions beyond the range of a law's points times this are only in the CSV file

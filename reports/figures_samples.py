@@ -11,9 +11,9 @@ import numpy as np
 from harness.errors import UserError
 from harness.images.npz import read_npz_head
 from reports.charts import Figure, Grid, model_of
-from reports.columns import count_text
 from reports.figures_study import DIT
 from reports.render import one_line
+from reports.texts import count_text
 from results.records import Record, canonical_json
 
 COLUMNS = 10  # samples of a model

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from reports.charts import Figure, Mark, Panel, Series
-from reports.columns import count_text
 from reports.points import (
     ALONG_TRAINING,
     BEYOND,
@@ -23,6 +22,7 @@ from reports.points import (
     quality,
     usual_sampling,
 )
+from reports.texts import count_text
 from results.records import Record, Training
 
 DETAILS, SYSTEMS = ("Table 4",), ("Table 2", "Table 3")

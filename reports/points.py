@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reports.charts import Axis, Mark, Series, model_of
-from reports.columns import count_text, guidance_text, measured_text, metric_name, row_metadata
 from reports.rows import groups
 from reports.tables import may_share
+from reports.texts import count_text, guidance_text, measured_text, metric_name, row_metadata
 from results.metrics import shared_direction
 from results.records import Record, Sampling, Training, comparable_key
 

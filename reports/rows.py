@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from reports.columns import (
+from reports.texts import (
     count_text,
     guidance_text,
     measured_text,

@@ -6,8 +6,8 @@ import operator
 import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from reports.columns import DISTINGUISHING_METADATA, METADATA, distinguishing_metadata, row_metadata
 from reports.rows import Cell, Row
+from reports.texts import DISTINGUISHING_METADATA, METADATA, distinguishing_metadata, row_metadata
 from results.metrics import rank
 
 DEVIATION_PARTS = ("paper", "deviation_percent")  # columns of a metric that compare it with the paper

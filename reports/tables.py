@@ -7,11 +7,11 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 
 from reports.best import best_marks, remark
-from reports.columns import key_text, metric_title
 from reports.counts import GFLOPS_COLUMNS, PARAMS_COLUMN, Counted, counted
 from reports.deviations import deviation_data, deviation_section, guidance_scale, may_share, model_text, pairs
 from reports.rows import Cell, Row, column_title, description, groups, make_rows, metrics_of
 from reports.sections import Section, Table, aligned, build_section, data_row, make_line, metric_columns
+from reports.texts import key_text, metric_title
 from results import paper
 from results.paper import PublishedValue
 from results.records import Record

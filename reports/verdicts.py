@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from reports.columns import count_text, key_text, measured_text, quantity_text, title_of
 from reports.rows import Cell
 from reports.sections import Section, Table, aligned, make_line
+from reports.texts import count_text, key_text, measured_text, quantity_text, title_of
 from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict, differing
 from results.matched import TOLERANCE, Matchup, Matchups, compute, matchups
 from results.records import Record, Training
@@ -59,7 +59,7 @@ def _section(found: Matchups, verdicts: Sequence[tuple[Matchup, Verdict]]) -> Se
 
 
 def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
-    noise = "" if verdict.noise is None else f" \u00b1 {verdict.noise:.2g}"
+    noise = "" if verdict.largest_tie is None else f" \u00b1 {verdict.largest_tie:.2g}"
     return (
         Cell(_name(matchup.group)),
         Cell(verdict.verdict),
@@ -71,7 +71,7 @@ def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
         _value(matchup.opponent),
         Cell(f"{verdict.difference:+.3g}{noise}", verdict.difference),
         Cell(verdict.scope),
-        Cell(verdict.again or "-"),
+        Cell(verdict.if_trained_again or "-"),
         Cell(_differences(matchup) or "-"),
     )
 
@@ -123,10 +123,10 @@ def _data(matchup: Matchup, verdict: Verdict, section: int) -> dict[str, object]
         }
     return entry | {
         "difference": verdict.difference,
-        "largest_tie": verdict.noise,
-        "degrees_of_freedom": verdict.degrees,
+        "largest_tie": verdict.largest_tie,
+        "degrees_of_freedom": verdict.degrees_of_freedom,
         "verdict": verdict.verdict,
         "scope": verdict.scope,
-        "if_trained_again": verdict.again,
+        "if_trained_again": verdict.if_trained_again,
         "opponent_differs_in": _differences(matchup),
     }

@@ -5,9 +5,9 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from reports.columns import count_text, guidance_text, measured_text, title_of
 from reports.commands import reproduction
 from reports.sections import Line, Section, Table, note_mark
+from reports.texts import count_text, guidance_text, measured_text, title_of
 from results import paper
 from results.metrics import rank
 from results.records import Record

@@ -11,8 +11,8 @@ from pathlib import Path
 from harness.errors import RunError, UserError
 from harness.io.files import sha256_json
 from harness.runs.run import open_run
-from reports.columns import count_text, guidance_text
 from reports.render import one_line
+from reports.texts import count_text, guidance_text
 from results.metrics import rank
 from results.records import Record, Sampling, Training
 
