@@ -12,8 +12,8 @@ from reports.points import (
     bars_note,
     by_metric,
     comparable_groups,
-    data_row,
-    left_out,
+    figure_row,
+    left_out_note,
     lines_of,
     longest_trained,
     marks_of,
@@ -68,7 +68,7 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
         notes = ["numbers at the marks: sampling steps"] if few else []
         notes += bars_note(series)
         notes += ["the longest training of each system"] if longest else []
-        notes += [left_out(omitted, more)] if omitted or more else []
+        notes += [left_out_note(omitted, more)] if omitted or more else []
         panels.append(
             Panel(
                 heading=group.heading,
@@ -82,7 +82,7 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
     for line in lines:
         for record in line.records:
             places = {name.replace(" ", "_"): gflops(record) for name, gflops in _GFLOPS.items()}
-            rows.append(data_row(record, len(panels) - len(choices) + 1, line.label, places))
+            rows.append(figure_row(record, len(panels) - len(choices) + 1, line.label, places))
 
 
 def _sampling_gflops(record: Record) -> float | None:
