@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Self
 
 from reports.charts import Figure, Style
-from reports.drawing import draw, get_ready
+from reports.drawing import draw, warm_up
 
 MAX_WORKERS = 7
 PANELS_PER_WORKER = 12  # about what a worker could draw in the time that it takes to start
@@ -114,7 +114,7 @@ class RenderPool:
 
 def serve_figures() -> None:
     """The loop of a worker: reads figures from standard input, writes the files of each to standard output."""
-    get_ready()
+    warm_up()
     gc.freeze()  # the collections after each figure skip the libraries
     gc.disable()
     while True:
