@@ -5,7 +5,7 @@ The one public import:
     import harness
 
     result = harness.run(backbone="dit-xs-2", steps=800)          # train, sample, evaluate, report
-    harness.load_records("runs")                                  # a pandas DataFrame, one row a record
+    harness.load_records("runs")                                  # a pandas DataFrame, one row per record
 
     spec = harness.get_backbone("dit-xl-2")
     net = spec.build("torch", input_size=32, in_channels=4, num_classes=1000)

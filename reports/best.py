@@ -15,11 +15,11 @@ MEASURED_RULE = (
 
 
 def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[dict[tuple[str, str], str]]:
-    """For each row: metric -> "best", or "tie" where several lead together.
+    """For each row a dict (metric, mode) -> "best", or "tie" for the best value and those tied with it.
 
-    Only columns of two values or more have marks, and only where the direction of the metric is known. Published values
-    compete as they are printed, measured ones with their intervals, and neither with the other: the noise of a published
-    number is not known.
+    metrics: (metric, mode) of the columns. A column has marks if it has two values or more and the metric's direction is
+    known. Published values are compared as printed, measured values with their intervals, and the two kinds not with each
+    other, because the noise of a published number is not known.
     """
     marks: list[dict[tuple[str, str], str]] = [{} for _ in rows]
     for metric in metrics:
@@ -27,18 +27,18 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
         if higher_is_better is None:
             continue
         for is_published in (True, False):
-            found = [
+            candidates = [
                 (index, row.records[metric])
                 for index, row in enumerate(rows)
                 if row.is_published == is_published and metric in row.records
             ]
-            if len(found) < 2:
+            if len(candidates) < 2:
                 continue
-            values = [record.value for _, record in found]
-            leader = found[values.index(max(values) if higher_is_better else min(values))][1]
+            values = [record.value for _, record in candidates]
+            leader = candidates[values.index(max(values) if higher_is_better else min(values))][1]
             leading = [
                 index
-                for index, record in found
+                for index, record in candidates
                 if record.value == leader.value or (not is_published and within_noise(leader, record))
             ]
             for index in leading:
@@ -46,11 +46,11 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
     return marks
 
 
-def remark(rows: Sequence[Row], marks: Sequence[dict[tuple[str, str], str]]) -> str:
-    """What bold means in a section with these marks; "" without marks."""
-    marked = {row.is_published for row, found in zip(rows, marks, strict=True) if found}
-    if not marked:
+def bold_remark(rows: Sequence[Row], marks: Sequence[dict[tuple[str, str], str]]) -> str:
+    """A sentence on what bold means in a section with these marks, those of `best_marks`; "" if there are none."""
+    kinds = {row.is_published for row, marks_of_row in zip(rows, marks, strict=True) if marks_of_row}
+    if not kinds:
         return ""
-    rules = [*([PUBLISHED_RULE] if True in marked else []), *([MEASURED_RULE] if False in marked else [])]
-    ties = " Bold with =: tied for the best." if any(TIE in found.values() for found in marks) else ""
+    rules = [*([PUBLISHED_RULE] if True in kinds else []), *([MEASURED_RULE] if False in kinds else [])]
+    ties = " Bold with =: tied for the best." if any(TIE in marks_of_row.values() for marks_of_row in marks) else ""
     return f"Bold: {'; '.join(rules)}.{ties}"

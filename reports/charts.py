@@ -1,7 +1,7 @@
-"""Figures as data: panels of series of marks, from which PNG, SVG, PDF, CSV and the page's charts are made.
+"""Figures as data: panels have series, series have marks. PNG, SVG, PDF, CSV and the page's charts are made of them.
 
-A figure is a pure function of records; nothing here draws. The style of a model is chosen here too, so that a model looks
-the same in every figure.
+A figure is a pure function of records; nothing here draws. Styles are chosen here too, so that a model looks the same in
+every figure.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ class Axis:
     title: str
     unit: str = ""
     scale: str = "linear"  # of SCALES
-    better: str = ""  # "lower", "higher", or "" where neither is
-    from_zero: bool = False  # a linear axis that begins at 0
+    better: str = ""  # "lower" or "higher" values are better; "": neither
+    from_zero: bool = False  # whether a linear axis begins at 0
 
     @property
     def text(self) -> str:
-        """`Sampling compute (Gflops per image)`, `FID-50K (lower is better)`."""
+        """The text beside the axis: `Sampling compute (Gflops per image)`, `FID-50K (lower is better)`."""
         words = [self.unit, f"{self.better} is better" if self.better else ""]
         inside = ", ".join(word for word in words if word)
         return f"{self.title} ({inside})" if inside else self.title
@@ -50,10 +50,11 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mark:
-    """One point, bubble, bar, or place on a line or band.
+    """One point, bubble or bar, or one point of a line or band.
 
     low, high: the ends of its interval, in the units of y. size: the area of a bubble is proportional to it.
-    text: written at the mark. record_ids: its records (of several, y is the mean). facts: (name, text) for the page.
+    text: written at the mark. record_ids: of the records that it shows; of several, y is the mean. facts: (name, text)
+    pairs that the page shows for the mark.
     """
 
     x: float
@@ -75,7 +76,7 @@ class Series:
     kind: str  # of KINDS
     provenance: str  # of PROVENANCES
     marks: tuple[Mark, ...]
-    faint: bool = False  # background to the other series
+    faint: bool = False  # drawn pale, behind the other series
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +87,9 @@ class Panel:
     x: Axis
     y: Axis
     series: tuple[Series, ...]
-    title: str = ""  # tells the panel from others of the same records
+    title: str = ""  # how the panel differs from others of the same records
     note: str = ""  # what bars are, what was left out, ...
-    starts_row: bool = False  # begins a new row of panels
+    starts_row: bool = False  # whether a new row of panels begins here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,14 +105,14 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure, and its data (rows, for CSV): nothing is rounded, and every row has the same keys."""
+    """One figure, and its data for CSV: unrounded rows, all with the same keys."""
 
     name: str  # file name without extension: "figure-8", "pareto"
     title: str
     panels: tuple[Panel, ...]
     rows: tuple[dict[str, object], ...]
     grids: tuple[Grid, ...] = ()
-    columns: int = 2  # the most panels in a row
+    columns: int = 2  # largest number of panels in a row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,52 +132,58 @@ def model_of(record: Record) -> str:
 def model_styles(records: Iterable[Record]) -> dict[str, Style]:
     """Model -> style for all figures made of these records, measured and published ones.
 
-    DiT-S, -B, -L and -XL have a colour for each size and a marker for each patch, as in the paper. The other models take
-    the remaining colours: first each measured model by name, then each published family, with a marker for each member.
-    After ten colours markers and dashes differ.
+    DiT-S, -B, -L and -XL have a colour for each size and a marker for each patch size, as in the paper. The other models
+    have the remaining colours: first one for each measured model, then one for each published family, whose members have
+    different markers. When all colours are used, they are used again with other markers and dashes. "" -> style of fits.
     """
-    measured: dict[str, bool] = {}
-    costed: dict[str, bool] = {}
+    measured: dict[str, bool] = {}  # model -> whether it has measured records
+    costed: dict[str, bool] = {}  # model -> whether its Gflops are known
     for record in records:
         model = model_of(record)
         measured[model] = measured.get(model, False) or record.provenance == "measured"
         costed[model] = costed.get(model, False) or record.gflops is not None
     styles = {"": Style(colour=NO_MODEL, marker="o", dash="solid")}
-    families: dict[str, list[str]] = {}
+    families: dict[str, list[str]] = {}  # measured model or published family -> models
     for model in sorted(measured, key=lambda model: (not measured[model], not costed[model], model)):
-        found = re.fullmatch(r"dit-(s|b|l|xl)-(2|4|8)", model)
+        found = re.fullmatch(r"dit-(?P<size>s|b|l|xl)-(?P<patch>2|4|8)", model)
         if found:
-            size, patch = (_DIT_SIZES.index(found[1]), _DIT_PATCHES.index(found[2]))
+            size, patch = (_DIT_SIZES.index(found["size"]), _DIT_PATCHES.index(found["patch"]))
             styles[model] = Style(colour=COLOURS[size], marker=MARKERS[patch], dash=DASHES[patch])
         else:
             families.setdefault(model if measured[model] else _family(model), []).append(model)
-    own = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])
+    colours = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])
     for index, members in enumerate(families.values()):
         # Published models never take the colour of a DiT size, because DiTs are in their panels.
-        order = own if measured[members[0]] else own[: -len(_DIT_SIZES)]
-        again, place = divmod(index, len(order))
-        for number, model in enumerate(members):
-            marker, dash = MARKERS[(again + number) % len(MARKERS)], DASHES[(again + number) % len(DASHES)]
-            styles[model] = Style(colour=order[place], marker=marker, dash=dash)
+        allowed = colours if measured[members[0]] else colours[: -len(_DIT_SIZES)]
+        times_used, place = divmod(index, len(allowed))
+        for number, model in enumerate(members, start=times_used):
+            marker, dash = MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
+            styles[model] = Style(colour=allowed[place], marker=marker, dash=dash)
     return styles
 
 
 def series_styles(panel: Panel, styles: Mapping[str, Style]) -> list[Style]:
-    """The style of each series of a panel: its model's, with other markers and dashes for further lines of the model."""
+    """The style of each series of a panel: that of its model; further series of a model and kind have other markers and dashes.
+
+    Points keep the marker of their model.
+    """
     found = []
     before: dict[tuple[str, str], int] = {}  # (model, kind) -> number of series so far
-    for each in panel.series:
-        again = 0 if each.kind == "points" else before.get((each.model, each.kind), 0)
-        before[each.model, each.kind] = again + 1
-        style = styles.get(each.model, styles[""])
-        marker, dash = MARKERS.index(style.marker) + again, DASHES.index(style.dash) + again
+    for series in panel.series:
+        shift = 0 if series.kind == "points" else before.get((series.model, series.kind), 0)
+        before[series.model, series.kind] = shift + 1
+        style = styles.get(series.model, styles[""])
+        marker, dash = MARKERS.index(style.marker) + shift, DASHES.index(style.dash) + shift
         changed = {"marker": MARKERS[marker % len(MARKERS)], "dash": DASHES[dash % len(DASHES)]}
         found.append(dataclasses.replace(style, **changed))
     return found
 
 
 def _family(model: str) -> str:
-    """`adm`, `adm-u`, `ldm`, ...: the name of a published network without sizes and without its guidance classifier."""
+    """The name of a published network without sizes and without its guidance classifier: `adm`, `adm-u`, `ldm`, ...
+
+    Of a cascade, the last of its networks by name. A DiT is its own family.
+    """
     if model.startswith("dit-"):
         return model
     names = sorted(re.sub(r"(-\d+)+$", "", part) for part in model.split("+") if "-classifier-" not in part)

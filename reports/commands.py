@@ -37,8 +37,8 @@ RECIPE_ITEMS = ("batch", "learning_rate", "ema_decay", "objective", "schedule") 
 class Reproduction:
     """Shell commands that measure a record again.
 
-    commands: in their order; empty if there are none. notes: sentences to be shown before them. brought: a sentence on
-    the files that the reader has to name in them, "" if there are none.
+    commands: in the order to run them; empty if the record cannot be reproduced. notes: sentences to show before them.
+    brought: a sentence on the placeholders in the commands for which the reader has to name files; "" if there are none.
     """
 
     commands: tuple[str, ...] = ()
@@ -49,9 +49,9 @@ class Reproduction:
 def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | None = None) -> Reproduction:
     """The commands that measure `record` again.
 
-    recipes: recipe hash -> the recipe's items without `steps`, as in a run.json. A recipe that is neither among them nor
-    the protocol's with the settings that the record states is known by its hash alone; then there is no command.
-    Never raises, whatever the record states.
+    recipes: recipe hash -> the recipe's items without `steps`, as in a run.json. There is no command for a recipe that is
+    neither one of them, nor the protocol's recipe with the settings that the record states.
+    Raises no UserError: if the record states something that no command can ask for, a note says so.
     """
     try:
         made = _reproduction(record, recipes or {})
@@ -71,29 +71,30 @@ def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | N
 
 
 def _reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
+    """`reproduction` without the sentence on files. Raises UserError for settings that no command accepts."""
     if record.provenance == "published":
-        return _published(record)
-    if record.sampling is not None and record.sampling.settings_hash is not None and not _is_of_a_run(record):
-        return _system(record)
+        return _published_reproduction(record)
+    if record.sampling is not None and record.sampling.settings_hash is not None and not _is_from_run(record):
+        return _system_reproduction(record)
     if record.training is not None and record.training.steps is not None and record.sampling is not None:
-        return _run(record, recipes)
-    return _samples(record)
+        return _run_reproduction(record, recipes)
+    return _samples_reproduction(record)
 
 
-def _is_of_a_run(record: Record) -> bool:
-    """Whether it is of a run, not of a system: records of systems do not state the precision of training."""
+def _is_from_run(record: Record) -> bool:
+    """Whether a run made the record, not a system: records of systems state neither precision nor micro-batch of training."""
     training = record.training
     return training is not None and (training.micro_batch is not None or training.precision is not None)
 
 
-def _run(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
-    """`harness run`, followed by `harness evaluate` if the record's suite is not the protocol's."""
+def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
+    """`harness run`, followed by `harness evaluate` if suite or name of the record are not those that the run itself uses."""
     training, sampling = record.training, record.sampling
     assert training is not None and sampling is not None
-    protocol, notes = _protocol(record)
+    protocol, notes = _protocol_and_notes(record)
     if training.recipe_hash is None or sampling.steps is None or sampling.sampler is None or record.backbone is None:
         return Reproduction(notes=("The record does not state all of its training and sampling.",))
-    recipe, reason = _recipe(training, protocol, recipes)
+    recipe, reason = _recipe_items(training, protocol, recipes)
     if reason:
         return Reproduction(notes=(reason,))
     if protocol is not None:
@@ -104,16 +105,16 @@ def _run(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reprodu
                 return Reproduction(notes=(f"{text}; a protocol file of your own can set it.",))
     if record.backbone not in registry.backbones:
         notes.append(f"Backbone {record.backbone!r} is not installed: install the plug-in that provides it.")
-    usual = dataclasses.asdict(protocol.recipe) if protocol else {}
+    defaults = dataclasses.asdict(protocol.recipe) if protocol else {}
     settings = _recorded(record, protocol)
-    settings["set"] = {name: value for name, value in recipe.items() if name not in usual or value != usual[name]}
-    if _evaluates_alike(record, protocol) and record.system == record.backbone:
+    settings["set"] = {name: value for name, value in recipe.items() if name not in defaults or value != defaults[name]}
+    if _has_suite_of_protocol(record, protocol) and record.system == record.backbone:
         return Reproduction(commands=(_run_command(record, settings | _evaluator_files(record)),), notes=tuple(notes))
     name = f"step{training.steps}-{sampling.sampler}{sampling.steps}-*/samples.npz"
     return Reproduction(
         commands=(
             _run_command(record, settings | {"out": OUT}),
-            _evaluate(record, f"{OUT}/samples/{_glob(name)}", named=False),
+            _evaluate_command(record, f"{OUT}/samples/{_glob(name)}", named=False),
         ),
         notes=tuple(notes),
     )
@@ -121,16 +122,16 @@ def _run(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reprodu
 
 def _run_command(record: Record, settings: Mapping[str, Any]) -> str:
     """`harness run` with these settings."""
-    options = RunOptions(**{"backbone": record.backbone, **settings, **_data(record)})
+    options = RunOptions(**{"backbone": record.backbone, **settings, **_data_setting(record)})
     return command_line(command_words("run", options))
 
 
 def _recorded(record: Record, protocol: Protocol | None) -> dict[str, Any]:
-    """The settings of a run that the record states, without those that the protocol has anyway."""
+    """The settings of a run that the record states, without those equal to the protocol's: name in RunOptions -> value."""
     stated = recorded_settings(RunOptions, record)
     usual = protocol.sampling if protocol is not None else None
     known = settings_of(RunOptions)
-    neutral = {"cfg": 1.0, "sampling_seed": 0}  # where the protocol is not known
+    neutral = {"cfg": 1.0, "sampling_seed": 0}  # defaults if the protocol is not known
     settings = {
         name: value
         for name, value in stated.items()
@@ -143,16 +144,16 @@ def _recorded(record: Record, protocol: Protocol | None) -> dict[str, Any]:
     return {**settings, "protocol": _protocol_word(record, protocol)}
 
 
-def _recipe(
+def _recipe_items(
     training: Training, protocol: Protocol | None, recipes: Mapping[str, Mapping[str, object]]
 ) -> tuple[dict[str, object], str]:
-    """The items of the recipe without `steps`, or a sentence on why they are not known."""
+    """(items of the recipe without `steps`, ""), or ({}, a sentence on why they are not known)."""
     digest = training.recipe_hash or ""
     if digest in recipes:
         return dict(recipes[digest]), ""
     if protocol is not None:
         stated = tuple((name, getattr(training, name)) for name in RECIPE_ITEMS if getattr(training, name) is not None)
-        hash_with_them, found = _overridden(protocol, stated)
+        hash_with_them, found = _recipe_with(protocol, stated)
         if hash_with_them == digest:
             return found, ""
     short = digest[:12]
@@ -163,8 +164,8 @@ def _recipe(
 
 
 @functools.lru_cache(maxsize=1024)
-def _overridden(protocol: Protocol, stated: tuple[tuple[str, object], ...]) -> tuple[str, dict[str, object]]:
-    """Hash and items of the protocol's recipe with these items; ("", {}) if no recipe can have them."""
+def _recipe_with(protocol: Protocol, stated: tuple[tuple[str, object], ...]) -> tuple[str, dict[str, object]]:
+    """(hash, items) of the protocol's recipe with these (name, value) items; ("", {}) if no recipe can have them."""
     try:
         found = recipe_identity(override(protocol.recipe, dict(stated)))
     except UserError:
@@ -172,8 +173,8 @@ def _overridden(protocol: Protocol, stated: tuple[tuple[str, object], ...]) -> t
     return sha256_json(found), found
 
 
-def _system(record: Record) -> Reproduction:
-    """`harness sample --system` and `harness evaluate`."""
+def _system_reproduction(record: Record) -> Reproduction:
+    """`harness sample --system` and `harness evaluate`, for a record of a system of several networks."""
     commands, notes = _system_commands(record)
     if not commands:
         text = f"System {record.system!r} is not in `harness list systems`: its TOML file is needed."
@@ -185,7 +186,10 @@ def _system(record: Record) -> Reproduction:
 
 
 def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Commands for the registered system of the record's name, and the reason if it cannot be run."""
+    """(commands for the registered system of the record's name, notes).
+
+    No commands if there is none (then no notes either), or if it cannot be run (then a note says why).
+    """
     if record.system not in registry.systems:
         return (), ()
     system, sampling = registry.systems.get(record.system), record.sampling
@@ -206,10 +210,10 @@ def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
         **(settings if settings.get("sampling_seed") else {**settings, "sampling_seed": None}),
     )
     folder = f"runs/systems/{_glob(f'{record.system}-n{record.n}-*/samples.npz')}"
-    return (command_line(command_words("sample", options)), _evaluate(record, folder, named=False)), ()
+    return (command_line(command_words("sample", options)), _evaluate_command(record, folder, named=False)), ()
 
 
-def _samples(record: Record) -> Reproduction:
+def _samples_reproduction(record: Record) -> Reproduction:
     """`harness evaluate` of samples that the harness did not make."""
     digest = record.sampling.samples_sha256 if record.sampling else None
     which = f"the samples with sha256 {digest[:12]}" if digest else "the samples, whose hash the record does not state"
@@ -218,11 +222,11 @@ def _samples(record: Record) -> Reproduction:
         return Reproduction(
             notes=("The record states neither how its samples were made nor which suite measured them.",)
         )
-    return Reproduction(commands=(_evaluate(record, "SAMPLES_FILE", named=True),), notes=(note,))
+    return Reproduction(commands=(_evaluate_command(record, "SAMPLES_FILE", named=True),), notes=(note,))
 
 
-def _published(record: Record) -> Reproduction:
-    """Where the number is printed, and the commands that would measure it."""
+def _published_reproduction(record: Record) -> Reproduction:
+    """Where the number is printed, and the commands that would measure the same."""
     source = record.source
     assert source is not None  # of every published record
     printed = f"Printed in {ORIGIN}, {source.table}, row {source.row!r}, column {source.column!r}."
@@ -231,8 +235,8 @@ def _published(record: Record) -> Reproduction:
     trainable = training is not None and training.steps is not None and record.backbone in registry.backbones
     if not commands and not notes and trainable:
         assert training is not None
-        protocol, _ = _protocol(record)
-        if protocol is not None and _evaluates_alike(record, protocol):
+        protocol, _ = _protocol_and_notes(record)
+        if protocol is not None and _has_suite_of_protocol(record, protocol):
             stated = {name: getattr(training, name) for name in RECIPE_ITEMS}
             recipe = {
                 name: value for name, value in stated.items() if value not in (None, getattr(protocol.recipe, name))
@@ -244,30 +248,34 @@ def _published(record: Record) -> Reproduction:
     return Reproduction(commands=commands, notes=(printed, *notes))
 
 
-def _evaluate(record: Record, samples: str, *, named: bool) -> str:
-    """`harness evaluate`. samples: already quoted for the shell. named: state protocol, data and name
-    as well, because the samples have no sidecar."""
+def _evaluate_command(record: Record, samples: str, *, named: bool) -> str:
+    """The `harness evaluate` command.
+
+    samples: already quoted for the shell. named: whether to state protocol, data and name too, because the samples have no
+    sidecar.
+    """
     settings = {"suite": _suite_word(record), **_evaluator_files(record)}
     if named:
-        settings |= {"protocol": _protocol_word(record, _protocol(record)[0]), **_data(record)}
+        settings |= {"protocol": _protocol_word(record, _protocol_and_notes(record)[0]), **_data_setting(record)}
     if named or record.system not in (record.backbone, None) and record.system not in registry.systems:
         settings["name"] = record.system
     words = command_words("evaluate", EvaluateOptions(samples=Path("SAMPLES"), **settings))
     return f"harness evaluate {samples} {command_line(words[2:-1])}"
 
 
-def _evaluates_alike(record: Record, protocol: Protocol | None) -> bool:
+def _has_suite_of_protocol(record: Record, protocol: Protocol | None) -> bool:
     """Whether `harness run` itself measures with the record's suite."""
     return protocol is not None and record.evaluation is not None and record.evaluation.suite == protocol.suite
 
 
 def _evaluator_files(record: Record) -> dict[str, Any]:
-    """The settings that name the files which the suite needs."""
+    """The settings that name the files which the suite needs: features_weights and reference; None: not needed."""
     weights, reference = _weights_file(record), _reference(record)
     return {"features_weights": weights or None, "reference": reference or None}
 
 
 def _suite_word(record: Record) -> str:
+    """The value of --suite."""
     suite = record.evaluation.suite if record.evaluation else ""
     if suite not in registry.suites and suite in registry.features:
         return f"{suite}:{record.metric}"  # a suite put together on the command line is named after its features
@@ -275,7 +283,7 @@ def _suite_word(record: Record) -> str:
 
 
 def _weights_file(record: Record) -> str:
-    """The file of a feature network that does not come with the harness; "": the network needs none."""
+    """The weights file of the suite's feature network, or a placeholder for it; "" if the network needs no file."""
     suite = record.evaluation.suite if record.evaluation else ""
     features = registry.suites.get(suite).features if suite in registry.suites else None
     if features is None and suite in registry.features:
@@ -286,7 +294,7 @@ def _weights_file(record: Record) -> str:
 
 
 def _reference(record: Record) -> str:
-    """The reference batch of ADM's evaluator for ImageNet, by the name that `harness data fetch` knows; "": none."""
+    """The file name of the reference batch of ADM's evaluator, as `harness data fetch` saves it; "" if none is needed."""
     from harness.data.public_files import FILES
 
     known = FILES.get(f"{record.dataset}-{record.resolution}")
@@ -294,18 +302,19 @@ def _reference(record: Record) -> str:
 
 
 def _decoder_word(name: str) -> str:
-    """The value of --decoder for the name of a decoder in records."""
+    """The value of --decoder for the name of a decoder in records; a placeholder for unknown decoders."""
     short = next((short for short, known in KNOWN.items() if known.record_name == name), None)
     return short or "DECODER_FOLDER"
 
 
-def _data(record: Record) -> dict[str, Any]:
+def _data_setting(record: Record) -> dict[str, Any]:
+    """The setting `data`, with a placeholder, if the data set needs a folder; else {}."""
     needs = record.dataset in registry.datasets and registry.datasets.get(record.dataset).needs_folder
     return {"data": "DATA_FOLDER"} if needs else {}
 
 
-def _protocol(record: Record) -> tuple[Protocol | None, list[str]]:
-    """The record's protocol, None if it is not registered, and notes on it."""
+def _protocol_and_notes(record: Record) -> tuple[Protocol | None, list[str]]:
+    """(the record's protocol, or None if it is not registered; notes on it)."""
     if record.protocol not in registry.protocols:
         return None, [f"Protocol {record.protocol!r} is not built in."]
     protocol, version = registry.protocols.get(record.protocol), record.protocol_version
@@ -320,5 +329,5 @@ def _protocol_word(record: Record, protocol: Protocol | None) -> str:
 
 
 def _glob(pattern: str) -> str:
-    """Quoted for a shell, but for the star."""
+    """The pattern quoted for a shell, except its stars."""
     return re.sub(r"[^*]+", lambda match: shlex.quote(match.group()), pattern)

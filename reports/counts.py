@@ -1,4 +1,4 @@
-"""Counts of the harness for the networks of the paper's tables, to be compared with the printed figures."""
+"""This harness's counts of Gflops and parameters of the networks in the paper's tables, to compare with the printed ones."""
 
 import functools
 from typing import NamedTuple
@@ -12,20 +12,22 @@ PARAMS_COLUMN = "Params (M)"
 
 
 class Counted(NamedTuple):
-    """A count and its deviation from the printed figure in %: 0 where the count rounds to the figure."""
+    """A count, and how far it deviates from the printed figure."""
 
     value: float
     text: str  # with the decimals of the printed figure
-    deviation: float
+    deviation: float  # in % of the printed figure; 0 if the count rounds to it
 
 
 def counted(cell: PublishedValue) -> Counted | None:
-    """The closed-form count for a printed figure of Gflops or parameters; None for other cells and blanks."""
+    """The closed-form count for a printed cell of Gflops or parameters, summed over the networks of a cascade.
+
+    None for cells of other columns, and for blank ones.
+    """
     if not cell.value or cell.column not in (*GFLOPS_COLUMNS, PARAMS_COLUMN):
         return None
     counts = [_count(name, cell.resolution) for name in cell.backbone.split("+")]
-    index = 0 if cell.column in GFLOPS_COLUMNS else 1
-    value = sum(each[index] for each in counts)
+    value = sum(gflops if cell.column in GFLOPS_COLUMNS else millions for gflops, millions in counts)
     decimals = len(cell.value.partition(".")[2])
     printed = float(cell.value)
     return Counted(value, f"{value:.{decimals}f}", 100 * (round(value, decimals) - printed) / printed)
@@ -33,7 +35,7 @@ def counted(cell: PublishedValue) -> Counted | None:
 
 @functools.cache
 def _count(backbone: str, resolution: int | None) -> tuple[float, float]:
-    """(Gflops, millions of parameters) of one forward pass; resolution None: at the network's default size."""
+    """(Gflops of one forward pass, millions of parameters). resolution None: at the network's default input size."""
     spec = backbones.get(backbone)
     sizes = {}
     if backbone.startswith("dit-") and resolution is not None:

@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from reports.columns import METADATA, count_text, guidance_text, key_text, metric_title, row_metadata
 from reports.rows import Cell, Row
 from reports.sections import DEVIATION_PARTS, Section, make_line
+from reports.texts import METADATA, count_text, guidance_text, key_text, metric_title, row_metadata
 from results.records import Record, comparable_key
 
 REMARK = (
     "Ours with the 95 % interval over the draw of the samples, which does not cover training again. Settings without a "
     "footnote agree with the paper or are not stated there."
 )
-# Settings in which the two must agree where both state them, besides the backbone and the comparable key.
+# Fields (part of the record, name) that must agree where both records state them, besides backbone and comparable key.
 _EXPERIMENT = (("training", "steps"), ("training", "batch"), ("sampling", "sampler"), ("sampling", "steps"))
 
 
@@ -24,15 +24,19 @@ class Pair(NamedTuple):
 
     @property
     def metrics(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-        """(published, measured) keys of each metric that both rows have, in the order of the published row."""
-        pairs: list[tuple[tuple[str, str], tuple[str, str]]] = []
+        """The metrics that both rows have, as ((metric, mode) of the published row, (metric, mode) of the measured row).
+
+        In the order of the published row. If the measured row has several modes of a metric, the first by name is taken.
+        """
+        found: list[tuple[tuple[str, str], tuple[str, str]]] = []
         for key in self.published.records:
             modes = sorted(mode for metric, mode in self.measured.records if metric == key[0])
-            pairs += [(key, (key[0], modes[0]))] if modes else []
-        return pairs
+            if modes:
+                found.append((key, (key[0], modes[0])))
+        return found
 
     def deviation(self, published: tuple[str, str], measured: tuple[str, str]) -> float | None:
-        """Deviation of our value from the printed one in %; None where that is 0."""
+        """Deviation of the measured value from the printed one, in % of the printed one; None if the printed value is 0."""
         printed = self.published.records[published].value
         return 100 * (self.measured.records[measured].value - printed) / printed if printed else None
 
@@ -42,24 +46,26 @@ def may_share(published: Record, record: Record) -> bool:
 
     The paper names its suite, but not the hashes of the feature network and the reference.
     """
-    pairs = zip(comparable_key(published), comparable_key(record), strict=True)
-    return all(stated is None or stated == found for stated, found in pairs)
+    keys = zip(comparable_key(published), comparable_key(record), strict=True)
+    return all(stated is None or stated == measured for stated, measured in keys)
 
 
-def pairs(published: Iterable[Row], measured: Iterable[Row]) -> list[Pair]:
-    """Each measured row with the published row of the same experiment, where exactly one is."""
+def matching_pairs(published: Iterable[Row], measured: Iterable[Row]) -> list[Pair]:
+    """A pair for each measured row that has exactly one published row of the same experiment."""
     published = [row for row in published if row.is_published]
     found = []
     for row in measured:
         twins = [other for other in published if _is_same_experiment(other.representative, row.representative)]
-        found += [Pair(twins[0], row)] if len(twins) == 1 else []
+        if len(twins) == 1:
+            found.append(Pair(twins[0], row))
     return found
 
 
 def _is_same_experiment(published: Record, record: Record) -> bool:
     """Whether backbone, training length, sampler, steps, guidance and decoder agree.
 
-    What a record does not state (the training of released weights) counts as the paper's if the systems agree.
+    If `record` does not state one of them, such as the training of released weights, it counts as agreeing if both have
+    the same system name.
     """
     if record.backbone is None or record.backbone != published.backbone or not may_share(published, record):
         return False
@@ -78,19 +84,22 @@ def _is_same_experiment(published: Record, record: Record) -> bool:
 
 
 def guidance_scale(record: Record) -> float | None:
-    """The guidance scale; None without guidance, or where it is not stated."""
+    """The guidance scale; None without guidance, or if it is not stated."""
     if record.sampling is None or guidance_text(record) in ("none", "-"):
         return None
     return record.sampling.guidance_scale
 
 
 def deviation_section(found: Sequence[Pair]) -> Section:
-    """A line for each metric of each pair: printed value, ours with its interval, deviation in %."""
-    footnotes: dict[str, int] = {}
+    """A section with a line for each metric of each pair: printed value, measured value with its interval, deviation in %.
+
+    found: pairs whose measured rows may share a table.
+    """
+    footnotes: dict[str, int] = {}  # text -> index
     lines = []
     for pair in found:
         differences = _differences(pair.published.representative, pair.measured.representative)
-        marks = [footnotes.setdefault(differences, len(footnotes))] if differences else []
+        notes = [footnotes.setdefault(differences, len(footnotes))] if differences else []
         for theirs, ours in pair.metrics:
             printed, measured = pair.published.records[theirs], pair.measured.records[ours]
             deviation = pair.deviation(theirs, ours)
@@ -106,7 +115,7 @@ def deviation_section(found: Sequence[Pair]) -> Section:
                 Cell("-") if deviation is None else Cell(f"{deviation:+.1f} %", deviation),
                 Cell(inside),
             )
-            lines.append(make_line(cells, published=False, notes=marks))
+            lines.append(make_line(cells, published=False, notes=notes))
     titles = ("Paper's row", "Our row", "Metric", "Paper", "Ours", "Deviation", "Paper's value in our interval")
     return Section(
         heading=f"Paper and ours: {key_text(found[0].measured.representative)}",
@@ -118,7 +127,7 @@ def deviation_section(found: Sequence[Pair]) -> Section:
 
 
 def deviation_data(pair: Pair) -> dict[str, object]:
-    """The columns that the pair adds to the data of its measured row."""
+    """The columns that a pair adds to the data of its measured row: "paper_row" and, for each metric, DEVIATION_PARTS."""
     entry: dict[str, object] = {"paper_row": pair.published.representative.row}
     for theirs, ours in pair.metrics:
         name = f"{ours[0]}_{ours[1]}" if ours[1] else ours[0]
@@ -128,7 +137,7 @@ def deviation_data(pair: Pair) -> dict[str, object]:
 
 
 def model_text(row: Row) -> str:
-    """The paper's name of a published row; system, training steps and seed of a measured one."""
+    """For a published row its name in the paper; for a measured one `dit-b-4 (400K steps, seed 0)`."""
     if row.is_published:
         return row.representative.row
     training = row.representative.training
@@ -141,6 +150,7 @@ def model_text(row: Row) -> str:
 
 
 def _differences(published: Record, record: Record) -> str:
+    """The metadata that both state differently: `batch 128 (paper: 256), ...`."""
     theirs, ours = row_metadata(published), row_metadata(record)
     names = [name for name in METADATA if name in theirs and name in ours and theirs[name] != ours[name]]
     return ", ".join(f"{name} {ours[name]} (paper: {theirs[name]})" for name in names)

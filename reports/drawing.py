@@ -1,6 +1,6 @@
 """Drawing of figures: PNG for screens, SVG and PDF for papers.
 
-Drawing is deterministic: the same figure gives the same bytes under one matplotlib version.
+Drawing is deterministic: with one matplotlib version, the same figure gives the same bytes.
 """
 
 import io
@@ -35,11 +35,11 @@ _HEADING = 8.2  # font size of the text above a panel
 
 
 def draw(figure: Figure, styles: Mapping[str, Style], kinds: Sequence[str] = tuple(_FILES)) -> dict[str, bytes]:
-    """The figure as {"png": ..., "svg": ..., "pdf": ...}. styles: of `charts.model_styles`."""
+    """The figure as {"png": bytes, "svg": bytes, "pdf": bytes}. styles: model -> style, of `charts.model_styles`."""
     with _theme():
         import matplotlib.pyplot as plt
 
-        sheet = _grids(figure) if figure.grids else _sheet(figure, styles)
+        sheet = _grid_sheet(figure) if figure.grids else _panel_sheet(figure, styles)
         for text in sheet.findobj(lambda artist: hasattr(artist, "set_fontfeatures")):  # from matplotlib 3.11 on
             text.set_fontfeatures(("-liga",))  # each font's ligatures would be a font of their own in the PDF
         files = {}
@@ -51,8 +51,8 @@ def draw(figure: Figure, styles: Mapping[str, Style], kinds: Sequence[str] = tup
     return files
 
 
-def get_ready() -> None:
-    """Load what the first figure needs: libraries, fonts, backends."""
+def warm_up() -> None:
+    """Draw a small figure, to load what the first figure needs: libraries, fonts, backends."""
     marks = (Mark(x=1.0, y=1.0, text="x"), Mark(x=2.0, y=2.0))
     series = Series(label="x", model="", kind="line", provenance="measured", marks=marks)
     panel = Panel(heading="x", title="x", x=Axis(title="x"), y=Axis(title="y"), series=(series,))
@@ -61,6 +61,7 @@ def get_ready() -> None:
 
 @contextmanager
 def _theme() -> Iterator[None]:
+    """A context with the style of all figures; matplotlib's settings are restored at its end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,11 +86,11 @@ def _theme() -> Iterator[None]:
             yield
 
 
-def _sheet(figure: Figure, styles: Mapping[str, Style]):
-    """The whole figure: panels in rows, at computed places, so that no layout has to be solved."""
+def _panel_sheet(figure: Figure, styles: Mapping[str, Style]):
+    """The matplotlib figure of all panels, in rows. Places are computed, so that no layout has to be solved."""
     import matplotlib.pyplot as plt
 
-    places = _places(figure)
+    places = _panel_places(figure)
     columns = max(column for _, column in places) + 1
     rows = max(row for row, _ in places) + 1
     left, right, below = _MARGINS
@@ -104,12 +105,12 @@ def _sheet(figure: Figure, styles: Mapping[str, Style]):
         x, y = column * width + left, size[1] - _TITLE - (row + 1) * height + below
         inset = _NAMES if any(each.kind == "bars" for each in panel.series) else 0.0
         axes = sheet.add_axes(((x + inset) / size[0], y / size[1], (_PANEL[0] - inset) / size[0], _PANEL[1] / size[1]))
-        _panel(axes, panel, styles)
+        _draw_panel(axes, panel, styles)
     return sheet
 
 
-def _grids(figure: Figure):
-    """A figure of pictures: a row of tiles for each model, enlarged by repeating pixels."""
+def _grid_sheet(figure: Figure):
+    """The matplotlib figure of all grids: a row of tiles for each model, enlarged by repeating pixels. Lengths: inches."""
     import matplotlib.pyplot as plt
 
     names = 0.3 + 0.085 * max(len(name) for grid in figure.grids for name in grid.rows)  # inches beside the tiles
@@ -124,7 +125,7 @@ def _grids(figure: Figure):
     sheet.text(0.1 / width, 1 - 0.14 / height, figure.title, fontsize=13, fontweight="bold", va="top", parse_math=False)
     top = height - _TITLE
     for head, grid, used in zip(heads, figure.grids, heights, strict=True):
-        rows, columns, tall, wide, channels = grid.tiles.shape
+        rows, columns, tall, wide, channels = grid.tiles.shape  # tall, wide: pixels of a tile
         left, edge = names, top - 0.3 - _LINE * len(head)
         for index, line in enumerate(head):
             place = (0.1 / width, (top - 0.1 - _LINE * (index + 0.5)) / height)
@@ -159,8 +160,8 @@ def _grids(figure: Figure):
     return sheet
 
 
-def _places(figure: Figure) -> list[tuple[int, int]]:
-    """(row, column) of each panel."""
+def _panel_places(figure: Figure) -> list[tuple[int, int]]:
+    """(row, column) of each panel, from 0."""
     places, row, column = [], 0, 0
     for panel in figure.panels:
         if column and (column == figure.columns or panel.starts_row):
@@ -170,17 +171,18 @@ def _places(figure: Figure) -> list[tuple[int, int]]:
     return places
 
 
-def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
+def _draw_panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
+    """Draw a panel into `axes`, whose size and place must be final."""
     labels: list[Label] = []
-    texts: list[Label] = []
+    texts: list[Label] = []  # small texts above marks of lines
     largest = max((mark.size or 0.0 for each in panel.series for mark in each.marks), default=0.0)
-    _set_axes(axes, panel)
+    _set_up_axes(axes, panel)
     looks = series_styles(panel, styles)
-    _intervals(axes, panel, looks)
-    _points(axes, panel, looks)
+    _draw_intervals(axes, panel, looks)
+    _draw_points(axes, panel, looks)
     for each, style in zip(panel.series, looks, strict=True):
-        if each.kind in _DRAW:
-            _DRAW[each.kind](axes, each, style, largest)
+        if each.kind in _DRAW_SERIES:
+            _DRAW_SERIES[each.kind](axes, each, style, largest)
         ink = style.colour
         if each.kind in ("line", "fit"):
             last = each.marks[-1]
@@ -189,7 +191,7 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
         elif each.kind in ("points", "bubbles"):
             labels += [(mark.x, mark.y, _drawable(mark.text), ink) for mark in each.marks if mark.text]
     bubbles = [
-        _radius(mark, largest) if each.kind == "bubbles" else 0.0 for each in panel.series for mark in each.marks
+        _bubble_radius(mark, largest) if each.kind == "bubbles" else 0.0 for each in panel.series for mark in each.marks
     ]
     if panel.x.scale != "names":
         place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks], bubbles)
@@ -199,13 +201,13 @@ def _panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
     place_texts(axes, texts, [(mark.x, mark.y) for each in panel.series for mark in each.marks])
 
 
-def _radius(mark: Mark, largest: float) -> float:
-    """Radius of a bubble in points."""
+def _bubble_radius(mark: Mark, largest: float) -> float:
+    """Radius of a bubble in font points. largest: the largest size in the panel; 0: no mark has a size."""
     area = max(_BUBBLE * (mark.size or 0.0) / largest, 12.0) if largest else 60.0
     return math.sqrt(area / math.pi)
 
 
-def _line(axes, series: Series, style: Style, largest: float) -> None:
+def _draw_line(axes, series: Series, style: Style, largest: float) -> None:
     published, fit = series.provenance == "published", series.kind == "fit"
     xs = [mark.x for mark in series.marks]
     many = len(xs) > 30
@@ -224,8 +226,9 @@ def _line(axes, series: Series, style: Style, largest: float) -> None:
     )
 
 
-def _points(axes, panel: Panel, styles: Sequence[Style]) -> None:
-    """Draw the marks of all series of points, as one artist for each kind of marker."""
+def _draw_points(axes, panel: Panel, styles: Sequence[Style]) -> None:
+    """Draw the marks of all series of points, as one artist for each kind of marker, because many artists are slow."""
+    # (marker, faint) -> (x, y, colour inside, colour of the edge) of each mark
     found: dict[tuple[str, bool], list[tuple[float, float, str, str]]] = {}
     for each, style in zip(panel.series, styles, strict=True):
         if each.kind == "points":
@@ -240,12 +243,12 @@ def _points(axes, panel: Panel, styles: Sequence[Style]) -> None:
         axes.scatter(xs, ys, s=size**2, marker=marker, alpha=alpha, linewidths=1.5, zorder=3, **colours)
 
 
-def _bubbles(axes, series: Series, style: Style, largest: float) -> None:
+def _draw_bubbles(axes, series: Series, style: Style, largest: float) -> None:
     published = series.provenance == "published"
     axes.scatter(
         [mark.x for mark in series.marks],
         [mark.y for mark in series.marks],
-        s=[math.pi * _radius(mark, largest) ** 2 for mark in series.marks],
+        s=[math.pi * _bubble_radius(mark, largest) ** 2 for mark in series.marks],
         facecolor=style.colour,
         alpha=0.45 if published else 0.85,
         edgecolor=style.colour,
@@ -254,7 +257,7 @@ def _bubbles(axes, series: Series, style: Style, largest: float) -> None:
     )
 
 
-def _bars(axes, series: Series, style: Style, largest: float) -> None:
+def _draw_bars(axes, series: Series, style: Style, largest: float) -> None:
     published = series.provenance == "published"
     axes.barh(
         [mark.x for mark in series.marks],
@@ -293,7 +296,7 @@ def _bars(axes, series: Series, style: Style, largest: float) -> None:
             )
 
 
-def _band(axes, series: Series, style: Style, largest: float) -> None:
+def _draw_band(axes, series: Series, style: Style, largest: float) -> None:
     marks = [mark for mark in series.marks if mark.low is not None]
     axes.fill_between(
         [mark.x for mark in marks],
@@ -306,11 +309,12 @@ def _band(axes, series: Series, style: Style, largest: float) -> None:
     )
 
 
-_DRAW = {"line": _line, "fit": _line, "bubbles": _bubbles, "bars": _bars, "band": _band}
+# kind -> function that draws a series into axes. largest: the largest size of a mark in the panel.
+_DRAW_SERIES = {"line": _draw_line, "fit": _draw_line, "bubbles": _draw_bubbles, "bars": _draw_bars, "band": _draw_band}
 
 
-def _intervals(axes, panel: Panel, styles: Sequence[Style]) -> None:
-    """Draw the intervals of all marks as one artist: one for each mark would take most of the time of a panel."""
+def _draw_intervals(axes, panel: Panel, styles: Sequence[Style]) -> None:
+    """Draw the intervals of all marks as one artist: an artist for each mark would take most of the time of a panel."""
     from matplotlib.collections import LineCollection
 
     bars, colours = [], []
@@ -323,11 +327,12 @@ def _intervals(axes, panel: Panel, styles: Sequence[Style]) -> None:
         axes.add_collection(LineCollection(bars, colors=colours, linewidths=1.4, zorder=2), autolim=False)
 
 
-def _set_axes(axes, panel: Panel) -> None:
+def _set_up_axes(axes, panel: Panel) -> None:
+    """Set limits, ticks and titles of the axes, and write the lines of text above the panel."""
     marks = [mark for each in panel.series for mark in each.marks]
     xs = [mark.x for mark in marks]
-    firm = [mark for each in panel.series if each.kind != "band" for mark in each.marks]
-    ys = [bound for mark in firm for bound in (mark.y, mark.low, mark.high) if bound is not None]
+    not_bands = [mark for each in panel.series if each.kind != "band" for mark in each.marks]  # bands may be cut off
+    ys = [bound for mark in not_bands for bound in (mark.y, mark.low, mark.high) if bound is not None]
     if panel.x.scale == "names":  # horizontal bars, so that names can be read
         names = {mark.x: mark.text for mark in marks}
         axes.set_yticks(list(names), [_drawable(text) for text in names.values()], fontsize=9, parse_math=False)
@@ -337,8 +342,8 @@ def _set_axes(axes, panel: Panel) -> None:
         axes.set_xlabel(_drawable(panel.y.text), fontsize=10.5, parse_math=False)
         axes.grid(visible=True, axis="x", color="0.92", zorder=0)
     else:
-        _scale(axes, "x", panel.x, xs, below=0.06, above=0.06)
-        _scale(axes, "y", panel.y, ys, below=0.1, above=0.12)
+        _set_scale(axes, "x", panel.x, xs, below=0.06, above=0.06)
+        _set_scale(axes, "y", panel.y, ys, below=0.1, above=0.12)
         axes.set_xlabel(_drawable(panel.x.text), fontsize=10.5, parse_math=False)
         axes.set_ylabel(_drawable(panel.y.text), fontsize=10.5, parse_math=False)
         axes.grid(visible=True, axis="y", color="0.92", zorder=0)
@@ -365,8 +370,11 @@ def _heading(panel: Panel) -> list[str]:
     return [_drawable(line) for line in lines if line]
 
 
-def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, above: float) -> None:
-    """Set limits with room around the values (below, above: shares of their range), and readable ticks."""
+def _set_scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, above: float) -> None:
+    """Set the limits of one axis with room around the values, and readable ticks.
+
+    name: "x" or "y". below, above: room, as shares of the range of the values.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -391,12 +399,16 @@ def _scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, a
 
 
 def _log_steps(ratio: float) -> tuple[int, ...]:
-    """The multiples of powers of ten that are ticks of a logarithmic axis from 1 to `ratio`: three to eight ticks."""
-    return (1, 2, 3, 5, 7) if ratio < 8 else (1, 2, 5) if ratio < 200 else (1, 3) if ratio < 3000 else (1,)
+    """Which multiples of powers of ten are ticks of a logarithmic axis. ratio: its right end over its left end."""
+    if ratio < 8:
+        return (1, 2, 3, 5, 7)
+    if ratio < 200:
+        return (1, 2, 5)
+    return (1, 3) if ratio < 3000 else (1,)
 
 
 def _tick_text(value: float, position: int | None = None) -> str:
-    """`0.05`, `2,000`, `400K`, `2M`, and powers of ten beyond."""
+    """The text of a tick: `0.05`, `2,000`, `400K`, `2M`; with a power of ten below 1e-4 and from 1e7 on."""
     size = abs(value)
     if size >= 1e7 or 0 < size < 1e-4:
         exponent = math.floor(math.log10(size) + 1e-9)
@@ -415,13 +427,14 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _drawable(text: str) -> str:
-    """The text with a question mark for each character that is not in the font and would be an empty box."""
+    """The text on one line, with question marks for characters that the font does not have and would draw as boxes."""
     known = _characters()
     return "".join(character if ord(character) in known else "?" for character in one_line(text))
 
 
 @cache
 def _characters() -> frozenset[int]:
+    """The code points that the font of all figures has."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())

@@ -1,4 +1,4 @@
-"""The figures of a report as data: which there are, and of which records they are made."""
+"""The list of a report's figures, as data, and the records that each is made of."""
 
 import contextlib
 import re
@@ -25,25 +25,25 @@ def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Fi
     measured = [record for record in every if record.provenance == "measured"]
     published = [record for record in every if record.provenance == "published"]
     index = index_of(measured)
-    found = studies(index, published)
+    all_studies = studies(index, published)
     made = [
-        figures_gflops.compute_efficiency(found, index, published),
-        figures_training.conditioning_blocks(found),
-        figures_training.size_and_patch(found),
+        figures_gflops.compute_efficiency(all_studies, index, published),
+        figures_training.conditioning_blocks(all_studies),
+        figures_training.size_and_patch(all_studies),
         figures_samples.same_noise(folders, measured),
-        figures_gflops.correlation_with_gflops(found),
-        figures_training.training_compute(found),
+        figures_gflops.correlation_with_gflops(all_studies),
+        figures_training.training_compute(all_studies),
         figures_sampling.sampling_compute(index, published),
         figures_training.other_metrics(index, published),
         figures_loss.training_loss(folders, measured),
-        figures_gflops.scaling_law(found, unseen_dits),
+        figures_gflops.scaling_law(all_studies, unseen_dits),
         figures_frontier.pareto(index, published),
-        figures_frontier.best_size(found),
+        figures_frontier.best_size(all_studies),
     ]
     return tuple(figure for figure in made if figure is not None)
 
 
-ABSENT = {
+ABSENT = {  # name of a figure -> why it is not drawn, if it is not
     "figure-7": "Figure 7 is not drawn: it needs sample sets of two models with the same sampling settings beside the records",
     "figure-13": "Figure 13 is not drawn: it needs the log.jsonl of a run beside its records",
 }
@@ -56,19 +56,22 @@ def absent(made: Iterable[Figure]) -> tuple[str, ...]:
 
 
 def unseen_dits(record: Record) -> dict[str, float]:
-    """Name -> Gflops of every registered DiT with adaLN-Zero at the input of the record's protocol; empty if not known."""
+    """Name -> Gflops of every registered DiT with adaLN-Zero, at the input size of the record's protocol.
+
+    Empty if the protocol is not registered. Without DiTs whose patch size does not divide the input.
+    """
     if record.protocol not in registry.protocols:
         return {}
     protocol = registry.protocols.get(record.protocol)
     found = {}
     for spec in registry.backbones:
         if spec.closed_form is not None and re.fullmatch(r"dit-[a-z]+-\d+", spec.name):
-            with contextlib.suppress(UserError):  # a patch that does not divide the input
+            with contextlib.suppress(UserError):  # its patch size does not divide the input
                 found[spec.name] = spec.count(**build_arguments(spec, protocol)).gflops
     return found
 
 
 def published_records(protocols: Iterable[str] | None = None) -> list[Record]:
-    """The paper's records; only those of `protocols` unless that is None."""
+    """The paper's records. protocols: only those of these; None: of all."""
     wanted = None if protocols is None else set(protocols)
     return [record for record in paper.records() if wanted is None or record.protocol in wanted]

@@ -5,28 +5,37 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
-from reports.columns import count_text, guidance_text
-from reports.figures_study import Study, above_zero, block_of, name_of, places_of, pretty, steps_of, training_gflops
+from reports.figures_study import (
+    Study,
+    block_of,
+    cost_columns,
+    cost_or_none,
+    dit_title,
+    name_of,
+    steps_of,
+    training_gflops,
+)
 from reports.fits import between, frontier
 from reports.points import (
     SIGNS,
     RecordIndex,
-    at_place,
     bars_note,
     better,
     comparable_groups,
-    data_row,
-    left_out,
+    constant_x,
+    figure_row,
+    group_by_settings,
+    left_out_note,
     marks_of,
     paper_name,
     quality,
     quality_axis,
-    settings_of,
 )
+from reports.texts import count_text, guidance_text
 from results.records import Record, Sampling
 
-MAX_POINTS = 400  # of a panel
-BUDGETS = 5
+MAX_POINTS = 400  # settings drawn in a panel
+BUDGETS = 5  # number of training budgets in a panel
 NOT_RECORDED = "energy is not in the records"
 
 
@@ -41,14 +50,14 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
         if not records:
             continue
         first = len(panels)
-        settings = _settings(records)
+        settings = _groups_by_seed(records)
         training = _timed(records, _training_seconds, "training_device")
         sampling = _timed(records, _image_seconds, "sampling_device")
         for title, unit, kept, cost, name, others in (
-            ("Training compute", "Gflops", settings, training_gflops, _trained, 0),
-            ("Sampling compute", "Gflops per image, decoder not counted", settings, _per_image, _sampled, 0),
-            ("Training time", f"seconds on {training[0]}", _settings(training[1]), _training_seconds, _trained, training[2]),
-            ("Sampling time", f"seconds an image on {sampling[0]}", _settings(sampling[1]), _image_seconds, _sampled, sampling[2]),
+            ("Training compute", "Gflops", settings, training_gflops, _training_label, 0),
+            ("Sampling compute", "Gflops per image, decoder not counted", settings, _image_gflops, _sampling_label, 0),
+            ("Training time", f"seconds on {training[0]}", _groups_by_seed(training[1]), _training_seconds, _training_label, training[2]),
+            ("Sampling time", f"seconds an image on {sampling[0]}", _groups_by_seed(sampling[1]), _image_seconds, _sampling_label, sampling[2]),
         ):  # fmt: skip
             made = _frontier_panel(kept, cost, name)
             if made is None:
@@ -68,7 +77,7 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
                             *bars_note(series),
                             f"{omitted} more results are not drawn" if omitted else "",
                             f"times on {others} more devices are not drawn" if others else "",
-                            left_out(0, more),
+                            left_out_note(0, more),
                             NOT_RECORDED,
                         )
                         if text
@@ -77,7 +86,7 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
                 )
             )
             rows += [
-                data_row(record, len(panels), name(record), places_of(record) | _costs(record))
+                figure_row(record, len(panels), name(record), cost_columns(record) | _costs(record))
                 | {"frontier": "yes" if on else "no"}
                 for record, on in found
             ]
@@ -87,78 +96,86 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
 
 
 def _timed(records: Sequence[Record], seconds: Callable[[Record], float | None], device: str):
-    """(device on which most models were timed, records with their time on it, number of other devices).
+    """(device on which most models were timed, records that were timed on it, number of other devices).
 
-    device: the field of the environment that names it. Times on different devices cannot be compared.
+    seconds: function from a record to its time. device: name of the field of `Environment` that states the device. Times
+    on different devices cannot be compared.
     """
     found: dict[str, list[Record]] = {}
     for record in records:
         if (name := getattr(record.environment, device, None)) and seconds(record):
             found.setdefault(name, []).append(record)
-    models = {name: len({model_of(record) for record in own}) for name, own in found.items()}
+    models = {name: len({model_of(record) for record in timed}) for name, timed in found.items()}
     most = max(found, key=lambda name: (models[name], len(found[name]), name), default="")
     return most, found.get(most, []), max(len(found) - 1, 0)
 
 
-def _settings(records: Sequence[Record]) -> list[list[Record]]:
-    """Groups of records that differ in seeds alone."""
-    settings = [sorted(own, key=lambda record: record.id) for own in settings_of(records, (), Sampling)]
-    return sorted(settings, key=lambda own: (model_of(own[0]), own[0].provenance, own[0].id))
+def _groups_by_seed(records: Sequence[Record]) -> list[list[Record]]:
+    """Groups of records that differ only in seeds."""
+    settings = [sorted(members, key=lambda record: record.id) for members in group_by_settings(records, (), Sampling)]
+    return sorted(settings, key=lambda members: (model_of(members[0]), members[0].provenance, members[0].id))
 
 
 def _frontier_panel(
     settings: Sequence[list[Record]], cost: Callable[[Record], float | None], name: Callable[[Record], str]
 ):
-    """(series, (record, on the frontier?) of each that is drawn, number not drawn); None for fewer than two models.
+    """(series, [(drawn record, whether it is on the frontier)], number of settings not drawn); None for fewer than two models.
 
-    A mark is one setting, or several of equal cost and value.
+    settings: groups of records that differ only in seeds; each is one mark. cost: of a record, the x of its mark.
+    name: of a record, the text of a mark on the frontier.
     """
-    settings = [own for own in settings if cost(own[0])]
-    direction = better(record for own in settings for record in own)
-    if len({model_of(own[0]) for own in settings}) < 2 or not direction:
+    settings = [members for members in settings if cost(members[0])]
+    direction = better(record for members in settings for record in members)
+    if len({model_of(members[0]) for members in settings}) < 2 or not direction:
         return None
-    places = []
-    for own in settings:
-        costs = [each for record in own if (each := cost(record)) is not None]
-        places.append((_mean(costs), sum(record.value for record in own) / len(own)))
+    places = []  # (cost, value) of each setting
+    for members in settings:
+        costs = [known for record in members if (known := cost(record)) is not None]
+        places.append((_mean(costs), sum(record.value for record in members) / len(members)))
     best = set(frontier(places, direction))
-    every = max(1, -(-len(settings) // MAX_POINTS))  # of too many settings only every so many, and the frontier
-    marks: dict[tuple[str, str, bool], list[Mark]] = {}
+    every = max(
+        1, -(-len(settings) // MAX_POINTS)
+    )  # of too many settings one in `every` is drawn, besides the frontier
+    marks: dict[tuple[str, str, bool], list[Mark]] = {}  # (model, provenance, not on the frontier) -> marks
     printed: dict[str, set[str]] = {}  # model -> what the paper calls it, with guidance and without
     found: list[tuple[Record, bool]] = []
-    for index, own in enumerate(settings):
+    for index, members in enumerate(settings):
         if index in best or index % every == 0:
-            (mark,) = marks_of(own, at_place(places[index][0]))
-            mark = dataclasses.replace(mark, text=name(own[0]) if index in best else "")
-            marks.setdefault((model_of(own[0]), own[0].provenance, index not in best), []).append(mark)
-            if own[0].source is not None:
-                printed.setdefault(model_of(own[0]), set()).add(paper_name(own[0]))
-            found += [(record, index in best) for record in own]
+            first = members[0]
+            (mark,) = marks_of(members, constant_x(places[index][0]))
+            mark = dataclasses.replace(mark, text=name(first) if index in best else "")
+            marks.setdefault((model_of(first), first.provenance, index not in best), []).append(mark)
+            if first.source is not None:
+                printed.setdefault(model_of(first), set()).add(paper_name(first))
+            found += [(record, index in best) for record in members]
     series = [
         Series(
-            label=_called(model, printed[model]) if origin == "published" else model,
+            label=_published_label(model, printed[model]) if origin == "published" else model,
             model=model,
             kind="points",
             provenance=origin,
-            marks=tuple(sorted(own, key=lambda mark: mark.x)),
+            marks=tuple(sorted(marks_of_series, key=lambda mark: mark.x)),
             faint=faint,
         )
-        for (model, origin, faint), own in sorted(marks.items(), key=lambda pair: not pair[0][2])
+        for (model, origin, faint), marks_of_series in sorted(marks.items(), key=lambda pair: not pair[0][2])
     ]
     corners = [Mark(x=places[index][0], y=places[index][1]) for index in sorted(best, key=lambda index: places[index])]
     line = Series(label="", model="", kind="fit", provenance="fit", marks=_stairs(corners))
-    return (line, *series), found, len(settings) - sum(len(own) for own in marks.values())
+    return (line, *series), found, len(settings) - sum(map(len, marks.values()))
 
 
-def _called(model: str, printed: Collection[str]) -> str:
-    """The name of a published model: a DiT's by size, patch and block, because some rows print only a decoder."""
-    if (block := block_of(model)) or pretty(model) != model:
-        return f"{pretty(model)} {block}".strip()
+def _published_label(model: str, printed: Collection[str]) -> str:
+    """The label of a published model: of a DiT its size, patch and block, of others the shortest of the printed names.
+
+    Some rows print only the name of a decoder, so a DiT's printed names are not used.
+    """
+    if (block := block_of(model)) or dit_title(model) != model:
+        return f"{dit_title(model)} {block}".strip()
     return min(printed, key=lambda name: (len(name), name))
 
 
 def _mean(costs: Sequence[float]) -> float:
-    """The mean over seeds; equal costs stay equal to the last bit."""
+    """The mean; of equal costs exactly this cost, without rounding."""
     return costs[0] if min(costs) == max(costs) else math.fsum(costs) / len(costs)
 
 
@@ -172,16 +189,16 @@ def _stairs(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     return tuple(places)
 
 
-def _trained(record: Record) -> str:
-    """`dit-xs-2, 400 steps`."""
+def _training_label(record: Record) -> str:
+    """The text of a mark over training cost: `dit-xs-2, 400 steps`, or the printed name."""
     steps = steps_of(record)
     if record.source is not None:
         return paper_name(record)
     return f"{record.system}, {count_text(steps)} steps" if steps else record.system
 
 
-def _sampled(record: Record) -> str:
-    """`dit-xs-2, 25 sampling steps, guidance 1.5`."""
+def _sampling_label(record: Record) -> str:
+    """The text of a mark over sampling cost: `dit-xs-2, 25 sampling steps, guidance 1.5`, or the printed name."""
     if record.source is not None:
         return paper_name(record)
     sampling = record.sampling or Sampling()
@@ -191,8 +208,9 @@ def _sampled(record: Record) -> str:
 
 
 def _costs(record: Record) -> dict[str, object]:
+    """Column -> value of the figure's data on the cost of sampling and the times."""
     return {
-        "gflops_per_image": _per_image(record),
+        "gflops_per_image": _image_gflops(record),
         "training_seconds": _training_seconds(record),
         "training_device": getattr(record.environment, "training_device", None),
         "seconds_per_image": _image_seconds(record),
@@ -200,24 +218,24 @@ def _costs(record: Record) -> dict[str, object]:
     }
 
 
-def _per_image(record: Record) -> float | None:
-    return above_zero(record.sampling.gflops_per_image) if record.sampling else None
+def _image_gflops(record: Record) -> float | None:
+    return cost_or_none(record.sampling.gflops_per_image) if record.sampling else None
 
 
 def _training_seconds(record: Record) -> float | None:
-    return above_zero(getattr(record.environment, "training_seconds", None))
+    return cost_or_none(getattr(record.environment, "training_seconds", None))
 
 
 def _image_seconds(record: Record) -> float | None:
-    return above_zero(getattr(record.environment, "sampling_seconds_per_image", None))
+    return cost_or_none(getattr(record.environment, "sampling_seconds_per_image", None))
 
 
-def best_size(made: Sequence[Study]) -> Figure | None:
+def best_size(all_studies: Sequence[Study]) -> Figure | None:
     """`budget`: at several training budgets, quality against Gflops a forward pass, read from the training curves."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in made:
-        curves = []
+    for study in all_studies:
+        curves = []  # (line, Gflops per forward pass, training Gflops of its marks, values of its marks)
         for line in study.lines:
             marks, gflops = marks_of(line.records, training_gflops), line.records[0].gflops
             if len(marks) > 1 and gflops:
@@ -228,7 +246,7 @@ def best_size(made: Sequence[Study]) -> Figure | None:
             continue
         series = []
         for budget in budgets:
-            read = [
+            read = [  # (line, Gflops per forward pass, value at this budget)
                 (line, gflops, value)
                 for line, gflops, xs, ys in curves
                 if (value := between(xs, ys, budget)) is not None
@@ -274,12 +292,15 @@ def best_size(made: Sequence[Study]) -> Figure | None:
 
 
 def _round(budget: float) -> str:
-    """Three significant digits."""
+    """The budget as text, with three significant digits."""
     return f"{float(f'{budget:.3g}'):,.0f}" if 100 <= budget < 1e7 else f"{budget:.3g}"
 
 
 def _budgets(ranges: Sequence[tuple[float, float]]) -> list[float]:
-    """Budgets, evenly spaced in logarithm, at which at least two curves can be read."""
+    """Budgets, evenly spaced in logarithms, that lie in the ranges of at least two curves; [] if there are none.
+
+    ranges: (lowest, highest) training Gflops of each curve.
+    """
     if len(ranges) < 2:
         return []
     low = sorted(start for start, _ in ranges)[1]

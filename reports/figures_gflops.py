@@ -5,22 +5,21 @@ import math
 from collections.abc import Callable, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
-from reports.columns import quantity_text
 from reports.figures_study import (
     DIT,
     SYSTEMS,
     Study,
-    above_zero,
     at_one_length,
+    best_at_usual_length,
     block_of,
-    figure_of,
+    cost_columns,
+    cost_or_none,
+    dit_title,
+    figure_or_none,
     mark_rows,
-    one_mark,
-    places_of,
-    pretty,
     recipes_note,
     records_of,
-    same_length,
+    single_mark_series,
 )
 from reports.fits import PowerLaw, correlation, power_law
 from reports.points import (
@@ -28,32 +27,34 @@ from reports.points import (
     SIGNS,
     Line,
     RecordIndex,
-    at_place,
     bars_note,
     better,
     comparable_groups,
-    data_row,
+    constant_x,
+    figure_row,
     marks_of,
     quality,
     quality_axis,
 )
+from reports.texts import quantity_text
 from results.records import Record
 
-NEAR = 4.0  # predictions beyond the range of a law's points times this are only in the CSV file
-CURVE_PLACES = 40  # of a fitted law
+NEAR = 4.0  # predictions outside [lowest / 4, highest * 4] of a law's points are only in the CSV file
+CURVE_PLACES = 40  # points of the curve of a fitted law
 
 
-def compute_efficiency(made: Sequence[Study], index: RecordIndex, published: Sequence[Record]) -> Figure | None:
+def compute_efficiency(all_studies: Sequence[Study], index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     """Figure 2: quality against Gflops with parameters as areas; and each system's best value with its Gflops."""
-    parts: list[tuple[Panel, list[dict]]] = []
-    for study in made:
+    parts: list[tuple[Panel, list[dict]]] = []  # (panel, its rows of data)
+    for study in all_studies:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         marked, note = at_one_length(study)
         marked = [(line, mark) for line, mark in marked if mark.size]
         if len(marked) < 2:
             continue
         series = tuple(
-            one_mark(line, dataclasses.replace(mark, text=_with_params(mark)), "bubbles") for line, mark in marked
+            single_mark_series(line, dataclasses.replace(mark, text=_with_params(mark)), "bubbles")
+            for line, mark in marked
         )
         panel = Panel(
             heading=study.group.heading,
@@ -65,25 +66,29 @@ def compute_efficiency(made: Sequence[Study], index: RecordIndex, published: Seq
             starts_row=True,
         )
         parts.append((panel, mark_rows(0, marked, {"shows": "bubble"})))
-    for panel, found in _best_systems(index, published):
-        beside = [place for place, (other, _) in enumerate(parts) if other.heading == panel.heading]
-        rows = [data_row(record, 0, name, places_of(record) | {"shows": "bar"}) for name, record in found]
-        parts.insert(beside[-1] + 1 if beside else len(parts), (panel, rows))
+    for panel, bars in _system_bars(index, published):
+        # After the panels of the same records, or at the end.
+        same_records = [place for place, (other, _) in enumerate(parts) if other.heading == panel.heading]
+        rows = [figure_row(record, 0, name, cost_columns(record) | {"shows": "bar"}) for name, record in bars]
+        parts.insert(same_records[-1] + 1 if same_records else len(parts), (panel, rows))
     if not parts:
         return None
-    rows = [row | {"panel": number} for number, (_, own) in enumerate(parts, start=1) for row in own]
+    rows = [row | {"panel": number} for number, (_, panel_rows) in enumerate(parts, start=1) for row in panel_rows]
     panels = [panel for panel, _ in parts]
-    return figure_of("figure-2", "Quality and compute", panels, rows, columns=3)
+    return figure_or_none("figure-2", "Quality and compute", panels, rows, columns=3)
 
 
-def _best_systems(index: RecordIndex, published: Sequence[Record]):
-    """For each set of comparable records: a panel with a bar for each system at its best setting, and (name, record)."""
+def _system_bars(index: RecordIndex, published: Sequence[Record]):
+    """Yields (panel, [(name, record) of each bar]) for each group of comparable records of two systems or more.
+
+    A bar is the best record of a system.
+    """
     printed = [r for r in published if r.metric == "fid" and r.table in SYSTEMS and r.gflops]
     groups, _ = comparable_groups(index.quality, printed)
     for group in groups:
-        best: dict[tuple, Record] = {}
+        best: dict[tuple, Record] = {}  # (provenance, name) -> record
         records = [
-            record for record in quality(group.records) if above_zero(record.gflops) and abs(record.value) < BEYOND
+            record for record in quality(group.records) if cost_or_none(record.gflops) and abs(record.value) < BEYOND
         ]
         if not (sign := SIGNS[better(records)]):
             continue
@@ -105,7 +110,7 @@ def _best_systems(index: RecordIndex, published: Sequence[Record]):
                 provenance=record.provenance,
                 marks=tuple(
                     dataclasses.replace(mark, text=name, size=record.gflops)
-                    for mark in marks_of([record], at_place(float(place)))
+                    for mark in marks_of([record], constant_x(float(place)))
                 ),
             )
             for place, (name, record) in enumerate(named)
@@ -129,24 +134,24 @@ def _best_systems(index: RecordIndex, published: Sequence[Record]):
         )
 
 
-def correlation_with_gflops(made: Sequence[Study]) -> Figure | None:
+def correlation_with_gflops(all_studies: Sequence[Study]) -> Figure | None:
     """Figure 8: quality against Gflops (log), Pearson's correlation, and a power law with its interval."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in made:
+    for study in all_studies:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         marked, note = at_one_length(study)
         if len(marked) < 2:
             continue
-        same = same_length(marked)
-        found = correlation([math.log10(mark.x) for _, mark in same], [mark.y for _, mark in same])
-        series = [one_mark(line, mark, "points") for line, mark in marked]
+        best = best_at_usual_length(marked)
+        found = correlation([math.log10(mark.x) for _, mark in best], [mark.y for _, mark in best])
+        series = [single_mark_series(line, mark, "points") for line, mark in marked]
         notes = [*study.notes, note, *bars_note(series)]
         if found is not None:
             interval = f" [{found.low:.2f}, {found.high:.2f}]" if found.low is not None else ""
             notes.append(f"correlation with log Gflops {found.r:.2f}{interval} ({found.n} models)")
             notes += recipes_note(marked)
-        law, family = law_of(same)
+        law, family = law_of(best)
         if law is not None:
             series = [*law_series(law), *series]
             notes.append(law_note(law, family))
@@ -160,21 +165,21 @@ def correlation_with_gflops(made: Sequence[Study]) -> Figure | None:
             )
         )
         rows += mark_rows(len(panels), marked, {})
-    return figure_of("figure-8", "Gflops and quality", panels, rows)
+    return figure_or_none("figure-8", "Gflops and quality", panels, rows)
 
 
-def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, float]]) -> Figure | None:
-    """Beyond the paper: the law of Figure 8 in logarithms, and its predictions for DiTs that were not trained.
+def scaling_law(all_studies: Sequence[Study], unseen: Callable[[Record], dict[str, float]]) -> Figure | None:
+    """Beyond the paper: the law of Figure 8 on logarithmic axes, and its predictions for DiTs that were not trained.
 
-    unseen: returns name -> Gflops of the backbones whose value may be predicted in a record's panel.
+    unseen: function from a record to name -> Gflops of the backbones whose value may be predicted in its panel.
     """
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in made:
+    for study in all_studies:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         marked, note = at_one_length(study)
-        same = same_length(marked)
-        law, family = law_of(same)
+        best = best_at_usual_length(marked)
+        law, family = law_of(best)
         if law is None or family != "DiTs":
             continue
         known = {line.model for line in study.lines}
@@ -182,9 +187,8 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
         if not wanted:
             continue
         axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
-        called = (
-            pretty if study.group.representative.provenance == "published" else str
-        )  # as the others of the panel are
+        # The names of predictions are written as those of the other models of the panel.
+        name_text = dit_title if study.group.representative.provenance == "published" else str
         far = any(not law.reaches(cost) for cost in wanted.values())
         notes = [*study.notes, note, law_note(law, family), *recipes_note(marked)]
         notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]
@@ -198,20 +202,24 @@ def scaling_law(made: Sequence[Study], unseen: Callable[[Record], dict[str, floa
                 y=axis,
                 series=(
                     *law_series(law),
-                    *(one_mark(*pair, "points") for pair in same),
-                    *_predictions(law, wanted, called),
+                    *(single_mark_series(*pair, "points") for pair in best),
+                    *_predictions(law, wanted, name_text),
                 ),
                 note="; ".join(notes),
             )
         )
-        rows += mark_rows(len(panels), same, {"shows": "mark"})
-        rows += _prediction_rows(len(panels), law, wanted, same[0][0].records[0])
-    return figure_of("scaling-law", "What the scaling law predicts", panels, rows)
+        rows += mark_rows(len(panels), best, {"shows": "mark"})
+        rows += _prediction_rows(len(panels), law, wanted, best[0][0].records[0])
+    return figure_or_none("scaling-law", "What the scaling law predicts", panels, rows)
 
 
 def law_of(marked: Sequence[tuple[Line, Mark]]) -> tuple[PowerLaw | None, str]:
-    """The power law of quality in Gflops, and the models it is fitted to: DiTs with adaLN-Zero where there are enough."""
-    dits = [mark for line, mark in marked if (found := DIT.fullmatch(line.model)) and not found[3]]
+    """(power law of quality in Gflops, models that it is fitted to).
+
+    These are the "DiTs" with adaLN-Zero if they are enough for a fit, else "models of every kind". The law is None if there
+    are too few models.
+    """
+    dits = [mark for line, mark in marked if (found := DIT.fullmatch(line.model)) and not found["block"]]
     law, family = power_law([mark.x for mark in dits], [mark.y for mark in dits]), "DiTs"
     if law is None:
         law, family = power_law([mark.x for _, mark in marked], [mark.y for _, mark in marked]), "models of every kind"
@@ -219,7 +227,7 @@ def law_of(marked: Sequence[tuple[Line, Mark]]) -> tuple[PowerLaw | None, str]:
 
 
 def law_series(law: PowerLaw, label: str = "") -> list[Series]:
-    """The law and the band of its 95 % interval, over the range of its points and a little farther."""
+    """[band of the law's 95 % interval, law], over the range of its points, widened by 6 % at both ends in logarithms."""
     ratio = (law.highest / law.lowest) ** 0.06
     low, high = law.lowest / ratio, law.highest * ratio
     xs = [low * (high / low) ** (place / (CURVE_PLACES - 1)) for place in range(CURVE_PLACES)]
@@ -232,18 +240,20 @@ def law_series(law: PowerLaw, label: str = "") -> list[Series]:
 
 
 def law_note(law: PowerLaw, family: str) -> str:
+    """The note on the formula of a law. family: of `law_of`."""
     return (
         f"dashed: {law.factor:.3g} Gflops^{law.exponent:.2f} [{law.low:.2f}, {law.high:.2f}], least squares in logarithms "
         f"over {law.n} {family}; band: 95 % interval of the law"
     )
 
 
-def _predictions(law: PowerLaw, wanted: dict[str, float], called: Callable[[str], str]) -> list[Series]:
+def _predictions(law: PowerLaw, wanted: dict[str, float], name_text: Callable[[str], str]) -> list[Series]:
+    """A series of one mark, with its prediction interval, for each backbone (name -> Gflops) near the law's points."""
     series = []
     near = {name: cost for name, cost in wanted.items() if law.lowest / NEAR <= cost <= law.highest * NEAR}
     for name, cost in sorted(near.items(), key=lambda pair: pair[1]):
         low, high = law.prediction(cost)
-        text = called(name) if law.reaches(cost) else f"{called(name)} (extrapolated)"
+        text = name_text(name) if law.reaches(cost) else f"{name_text(name)} (extrapolated)"
         facts = (("predicted", f"{law.at(cost):.4g} [{low:.4g}, {high:.4g}]"), ("Gflops", quantity_text(cost)))
         mark = Mark(x=cost, y=law.at(cost), low=low, high=high, text=text, facts=(("backbone", name), *facts))
         series.append(Series(label=name, model="", kind="points", provenance="fit", marks=(mark,)))
@@ -251,7 +261,11 @@ def _predictions(law: PowerLaw, wanted: dict[str, float], called: Callable[[str]
 
 
 def _prediction_rows(panel: int, law: PowerLaw, wanted: dict[str, float], peer: Record) -> list[dict]:
-    empty = dict.fromkeys(data_row(peer, panel, "", places_of(peer) | {"shows": ""}))
+    """The rows of data of all predictions, in the columns of the other rows.
+
+    panel: number from 1. wanted: name -> Gflops. peer: a record of the panel, for metric and N.
+    """
+    empty = dict.fromkeys(figure_row(peer, panel, "", cost_columns(peer) | {"shows": ""}))
     return [
         empty
         | {"panel": panel, "line": name, "provenance": "fit", "model": name, "gflops": cost, "metric": peer.metric}
@@ -262,6 +276,7 @@ def _prediction_rows(panel: int, law: PowerLaw, wanted: dict[str, float], peer: 
 
 
 def _with_params(mark: Mark) -> str:
+    """The text of a mark with its size, the number of parameters: `DiT-S/2, 33M`."""
     if not mark.size:
         return mark.text
     millions = mark.size / 1e6

@@ -17,9 +17,9 @@ from results.records import Record, canonical_json
 
 MAX_RUNS = 200  # the most runs whose logs are read
 PLACES = 200  # points of a curve
-WHOLE_BYTES = 4_000_000  # of a longer log only blocks are read
-BLOCKS, BLOCK_BYTES = 400, 8192
-EARLY = 0.1  # share of the training in the panel of early training
+WHOLE_BYTES = 4_000_000  # a longer log is not read whole, but in blocks
+BLOCKS, BLOCK_BYTES = 400, 8192  # number and size of the blocks, evenly spaced
+EARLY = 0.1  # share of the whole training that the panel of early training shows
 _MAX_BYTES = 1_000_000  # of a run file
 
 Terms = tuple[tuple[str, float], ...]  # (name, weight) of the logged terms that a loss is made of
@@ -40,18 +40,18 @@ class _Curve:
 
 
 def training_loss(folders: Sequence[Path], records: Iterable[Record]) -> Figure | None:
-    """Figure 13: the training loss over steps, early training by itself, and over compute. None without curves.
+    """Figure 13: the training loss over steps, over the steps of early training, and over compute. None without curves.
 
     folders: the folders of record files; a run is read from its run.json and log.jsonl. Only runs of protocols with
     records have a curve. Seeds of one model are one line, their mean, in a band from the lowest to the highest.
     """
-    curves = [curve for folder in folders[:MAX_RUNS] if (curve := _read(folder)) is not None]
+    curves = [curve for folder in folders[:MAX_RUNS] if (curve := _read_curve(folder)) is not None]
     if not curves:
         return None
     records = list(records)
     wanted = {record.protocol for record in records}
     curves = [curve for curve in curves if curve.protocol in wanted]
-    cost = {
+    step_gflops = {  # (model, protocol) -> training Gflops per step
         (model_of(record), record.protocol): record.training.gflops / record.training.steps
         for record in records
         if record.training is not None and record.training.gflops and record.training.steps
@@ -62,39 +62,41 @@ def training_loss(folders: Sequence[Path], records: Iterable[Record]) -> Figure 
     panels: list[Panel] = []
     rows: list[dict[str, object]] = []
     for (protocol, terms), members in sorted(comparable.items(), key=lambda pair: pair[0]):
-        _panels(protocol, terms, members, cost, panels, rows)
+        _add_panels(protocol, terms, members, step_gflops, panels, rows)
     if not panels:
         return None
     return Figure(name="figure-13", title="Training loss", panels=tuple(panels), rows=tuple(rows), columns=3)
 
 
-def _panels(
+def _add_panels(
     protocol: str,
     terms: Terms,
     curves: Sequence[_Curve],
-    cost: Mapping[tuple[str, str], float],  # (model, protocol) -> training Gflops of a step
+    step_gflops: Mapping[tuple[str, str], float],  # (model, protocol) -> training Gflops per step
     panels: list[Panel],
     rows: list[dict[str, object]],
 ) -> None:
-    """Add the panels and the data of comparable curves."""
-    lines: dict[str, list[_Curve]] = {}
+    """Append the panels of comparable curves to `panels`, and their data to `rows`."""
+    lines: dict[str, list[_Curve]] = {}  # key -> curves of its seeds
     for curve in sorted(curves, key=lambda curve: (curve.model, curve.key, curve.seed)):
         lines.setdefault(curve.key, []).append(curve)
     kept = dict(list(lines.items())[:MAX_LINES])
     names = _names(kept)
-    longest = max(float(own[0].steps[-1]) for own in kept.values())
-    title = _sum_text(terms)
+    longest = max(float(seeds[0].steps[-1]) for seeds in kept.values())
+    title = _terms_text(terms)
     notes = ["mean over about 2 % of the steps drawn"]
-    notes += ["lines: means over seeds, bands: lowest to highest"] if any(len(own) > 1 for own in kept.values()) else []
+    notes += (
+        ["lines: means over seeds, bands: lowest to highest"] if any(len(seeds) > 1 for seeds in kept.values()) else []
+    )
     notes += [f"{len(lines) - len(kept)} more lines are not drawn"] if len(lines) > len(kept) else []
     shown = [("Whole training", longest, False), ("Early training", EARLY * longest, False)]
-    if all((own[0].model, protocol) in cost for own in kept.values()):
+    if all((seeds[0].model, protocol) in step_gflops for seeds in kept.values()):
         shown.append(("Over training compute", longest, True))
     for number, (heading, end, over_compute) in enumerate(shown):
         series: list[Series] = []
-        for key, own in kept.items():
-            factor = cost[own[0].model, protocol] if over_compute else 1.0
-            series += _series(names[key], own, end, factor)
+        for key, seeds in kept.items():
+            factor = step_gflops[seeds[0].model, protocol] if over_compute else 1.0
+            series += _series(names[key], seeds, end, factor)
         if not series:
             continue
         panels.append(
@@ -110,36 +112,39 @@ def _panels(
                 starts_row=number == 0,
             )
         )
-    for key, own in kept.items():
-        rows += _rows(names[key], own, protocol, cost.get((own[0].model, protocol)))
+    for key, seeds in kept.items():
+        rows += _rows(names[key], seeds, protocol, step_gflops.get((seeds[0].model, protocol)))
 
 
-def _series(name: str, own: Sequence[_Curve], end: float, factor: float) -> list[Series]:
-    """The mean of a line's seeds up to step `end`, with a band if there are several; x is the step times `factor`."""
-    reach = min(min(float(curve.steps[-1]) for curve in own), end)
-    steps = own[0].steps[own[0].steps <= reach]
+def _series(name: str, seeds: Sequence[_Curve], end: float, factor: float) -> list[Series]:
+    """The series of a line: the mean over its seeds up to step `end`, and before it a band if there are several seeds.
+
+    x is the step times `factor`. [] for fewer than two steps.
+    """
+    last = min(min(float(curve.steps[-1]) for curve in seeds), end)
+    steps = seeds[0].steps[seeds[0].steps <= last]
     if len(steps) < 2:
         return []
     steps = steps[np.unique(np.linspace(0, len(steps) - 1, PLACES).round().astype(int))]
-    heights = np.stack([np.interp(steps, curve.steps, curve.loss) for curve in own])  # (seeds, places)
-    facts = (("backbone", own[0].model), ("seeds", ", ".join(str(curve.seed) for curve in own)))
+    heights = np.stack([np.interp(steps, curve.steps, curve.loss) for curve in seeds])  # (seeds, places)
+    facts = (("backbone", seeds[0].model), ("seeds", ", ".join(str(curve.seed) for curve in seeds)))
     mean, low, high = heights.mean(axis=0), heights.min(axis=0), heights.max(axis=0)
     marks = tuple(
         Mark(x=float(x * factor), y=float(y), facts=(*facts, ("step", f"{x:g}"), ("loss", f"{y:.4g}")))
         for x, y in zip(steps, mean, strict=True)
     )
-    line = Series(label=name, model=own[0].model, kind="line", provenance="measured", marks=marks)
-    if len(own) == 1:
+    line = Series(label=name, model=seeds[0].model, kind="line", provenance="measured", marks=marks)
+    if len(seeds) == 1:
         return [line]
     ends = zip(marks, low, high, strict=True)
     band = tuple(Mark(x=mark.x, y=mark.y, low=float(below), high=float(above)) for mark, below, above in ends)
-    return [Series(label="", model=own[0].model, kind="band", provenance="measured", marks=band), line]
+    return [Series(label="", model=seeds[0].model, kind="band", provenance="measured", marks=band), line]
 
 
-def _rows(name: str, own: Sequence[_Curve], protocol: str, step_gflops: float | None) -> list[dict[str, object]]:
-    """The data of a line's seeds; step_gflops: training Gflops of a step, if known."""
+def _rows(name: str, seeds: Sequence[_Curve], protocol: str, step_gflops: float | None) -> list[dict[str, object]]:
+    """The rows of data of a line's seeds. step_gflops: training Gflops per step; None: not known."""
     rows: list[dict[str, object]] = []
-    for curve in own:
+    for curve in seeds:
         places = np.unique(np.linspace(0, len(curve.steps) - 1, PLACES).round().astype(int))
         for place in places:
             step = float(curve.steps[place])
@@ -149,7 +154,7 @@ def _rows(name: str, own: Sequence[_Curve], protocol: str, step_gflops: float | 
                     "line": name,
                     "model": curve.model,
                     "training_seed": curve.seed,
-                    "terms": _sum_text(curve.terms),
+                    "terms": _terms_text(curve.terms),
                     "step": step,
                     "loss": float(curve.loss[place]),
                     "training_gflops": None if step_gflops is None else step * step_gflops,
@@ -159,22 +164,26 @@ def _rows(name: str, own: Sequence[_Curve], protocol: str, step_gflops: float | 
 
 
 def _names(lines: Mapping[str, Sequence[_Curve]]) -> dict[str, str]:
-    """Key -> the model's name, with the items of the recipe in which its lines differ."""
+    """Key of a line -> its label: the model, with at most three items of the recipe in which the model's lines differ.
+
+    Equal labels get " #2", " #3", ...
+    """
     recipes: dict[str, list[Mapping[str, object]]] = {}
-    for own in lines.values():
-        recipes.setdefault(own[0].model, []).append(own[0].recipe)
+    for seeds in lines.values():
+        recipes.setdefault(seeds[0].model, []).append(seeds[0].recipe)
     names: dict[str, str] = {}
-    for key, own in lines.items():
-        peers = recipes[own[0].model]
-        items = [item for item in own[0].recipe if len({str(peer.get(item)) for peer in peers}) > 1]
-        words = ", ".join(f"{item} {own[0].recipe[item]}" for item in sorted(items)[:3])
-        name = f"{own[0].model} ({words})" if words else own[0].model
+    for key, seeds in lines.items():
+        peers = recipes[seeds[0].model]
+        items = [item for item in seeds[0].recipe if len({str(peer.get(item)) for peer in peers}) > 1]
+        words = ", ".join(f"{item} {seeds[0].recipe[item]}" for item in sorted(items)[:3])
+        name = f"{seeds[0].model} ({words})" if words else seeds[0].model
         taken = sum(other == name or other.startswith(f"{name} #") for other in names.values())
         names[key] = one_line(f"{name} #{taken + 1}" if taken else name)
     return names
 
 
-def _read(folder: Path) -> _Curve | None:
+def _read_curve(folder: Path) -> _Curve | None:
+    """The curve of the run in a folder; None if there is no run, or fewer than two steps are logged."""
     path, run = folder / "log.jsonl", folder / "run.json"
     try:
         if not path.is_file() or run.stat().st_size > _MAX_BYTES:
@@ -201,18 +210,18 @@ def _weights(model: str) -> Mapping[str, float]:
     return LOSS_TERMS.get(registry.backbones.get(model).kind, {})
 
 
-def _sum_text(terms: Terms) -> str:
-    """`mse + 0.5 vb`."""
+def _terms_text(terms: Terms) -> str:
+    """The terms as a formula: `mse + 0.5 vb`."""
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in terms)
 
 
 def _losses(path: Path, weights: Mapping[str, float]) -> tuple[Terms, np.ndarray, np.ndarray]:
-    """(terms of the loss, steps (N,), losses (N,)) of a log; for a long log, the means over blocks of lines.
+    """(terms of the loss, steps (N,), losses (N,)) of a log; for a long log, means over blocks of lines.
 
-    weights: of the terms in the loss. A term of weight 0 is no part of it; a term without a weight has weight 1.
+    weights: term -> weight in the loss. A term of weight 0 is left out; a term that is not in `weights` has weight 1.
     """
     size = path.stat().st_size
-    blocks = [(0, size)]
+    blocks = [(0, size)]  # (offset, length) in bytes
     if size > WHOLE_BYTES:
         blocks = [(round(start), BLOCK_BYTES) for start in np.linspace(0, size - BLOCK_BYTES, BLOCKS)]
     names: tuple[str, ...] = ()
@@ -221,15 +230,15 @@ def _losses(path: Path, weights: Mapping[str, float]) -> tuple[Terms, np.ndarray
         for start, length in blocks:
             file.seek(start)
             lines = file.read(length).split(b"\n")
-            whole = lines[1 if start else 0 : -1]  # the first and the last line of a block may be torn
-            found: list[tuple[float, float]] = []
-            for line in whole:
+            complete = lines[1 if start else 0 : -1]  # the first and the last line of a block may be cut off
+            found: list[tuple[float, float]] = []  # (step, loss)
+            for line in complete:
                 try:
                     row = json.loads(line)
                     values = {name: float(value) for name, value in row.items() if name != "step"}
                     step = float(row["step"])
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    continue  # a torn or foreign line
+                    continue  # a line that is incomplete, or not of this harness
                 names = names or tuple(values)
                 loss = sum(weights.get(name, 1.0) * value for name, value in values.items() if weights.get(name, 1.0))
                 if tuple(values) == names and math.isfinite(loss) and math.isfinite(step):
@@ -244,7 +253,7 @@ def _losses(path: Path, weights: Mapping[str, float]) -> tuple[Terms, np.ndarray
 
 
 def _smoothed(values: np.ndarray, window: float) -> np.ndarray:
-    """Exponential mean whose weights sum to one from the first value on (bias-corrected)."""
+    """Exponential moving average with decay 1 - 1 / window, bias-corrected as in Adam. values, result: float64 (N,)."""
     keep = 1 - 1 / window
     mean, weight = 0.0, 0.0
     smooth = np.empty_like(values)

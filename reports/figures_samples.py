@@ -11,28 +11,28 @@ import numpy as np
 from harness.errors import UserError
 from harness.images.npz import read_npz_head
 from reports.charts import Figure, Grid, model_of
-from reports.columns import count_text
 from reports.figures_study import DIT
 from reports.render import one_line
+from reports.texts import count_text
 from results.records import Record, canonical_json
 
-COLUMNS = 10  # samples of a model
-MAX_ROWS = 16  # models
+COLUMNS = 10  # samples per model
+MAX_ROWS = 16  # models per grid
 MAX_SETS = 2000  # sidecars that are read
-MAX_GRIDS = 4
+MAX_GRIDS = 4  # one grid per protocol
 _MAX_BYTES = 1_000_000  # of a sidecar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Set:
+class _SampleSet:
     """A sample set of a run: its path and how it was made."""
 
     path: Path
     sha256: str
     model: str
-    run: Mapping[str, Any]
-    steps: int  # of the training
-    sampling: Mapping[str, Any]
+    run: Mapping[str, Any]  # the identity of the run, as in its run.json
+    steps: int  # training steps
+    sampling: Mapping[str, Any]  # the settings of sampling, as in the sidecar
 
 
 def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | None:
@@ -46,7 +46,7 @@ def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | N
         return None
     records = list(records)
     wanted = {record.protocol for record in records}
-    found: dict[str, list[_Set]] = {}
+    found: dict[str, list[_SampleSet]] = {}  # noise key -> sets
     for each in sets:
         if each.run["protocol"].get("name") in wanted:
             found.setdefault(_noise_key(each), []).append(each)
@@ -61,11 +61,12 @@ def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | N
         protocol = canonical_json(members[0].run["protocol"])
         if protocol in protocols or len(grids) == MAX_GRIDS:
             continue
-        made = _grid(members, gflops)
-        if made is not None:
+        grid_and_rows = _grid(members, gflops)
+        if grid_and_rows is not None:
+            grid, grid_rows = grid_and_rows
             protocols.add(protocol)
-            grids.append(made[0])
-            rows += [{"grid": len(grids), **row} for row in made[1]]
+            grids.append(grid)
+            rows += [{"grid": len(grids), **row} for row in grid_rows]
     if not grids:
         return None
     return Figure(
@@ -74,22 +75,25 @@ def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | N
     )  # fmt: skip
 
 
-def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, list[dict]] | None:
-    lengths: dict[int, set[str]] = {}
+def _grid(members: Sequence[_SampleSet], gflops: Mapping[str, float]) -> tuple[Grid, list[dict]] | None:
+    """(grid, its rows of data) of sample sets with the same noise key; None if fewer than two models can be shown.
+
+    gflops: model -> Gflops per forward pass.
+    """
+    lengths: dict[int, set[str]] = {}  # training steps -> models
     for each in members:
         lengths.setdefault(each.steps, set()).add(each.model)
     usual = max(lengths, key=lambda steps: (len(lengths[steps]), steps))
-    chosen: dict[str, _Set] = {}
+    chosen: dict[str, _SampleSet] = {}  # model -> its set: of the usual length, or else of the longest
     for each in sorted(
         members, key=lambda each: (each.steps != usual, -each.steps, each.run.get("seed", 0), each.sha256)
     ):
         chosen.setdefault(each.model, each)
     order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))[-MAX_ROWS:]
     families = list(dict.fromkeys(_family(each.model) for each in order))
-    order.sort(
-        key=lambda each: (families.index(_family(each.model)), _patch(each.model))
-    )  # stable: Gflops within these
-    read = []
+    # The sort is stable, so sets of one family and patch size stay in the order of Gflops.
+    order.sort(key=lambda each: (families.index(_family(each.model)), _negated_patch(each.model)))
+    read = []  # (set, images (COLUMNS, H, W, C), labels (COLUMNS,))
     for each in order:
         try:
             images, labels = read_npz_head(each.path, COLUMNS)
@@ -142,50 +146,53 @@ def _grid(members: Sequence[_Set], gflops: Mapping[str, float]) -> tuple[Grid, l
 
 
 def _family(model: str) -> str:
-    """`dit`, `adm`, ..."""
+    """The part of a model's name before the first dash: `dit`, `adm`, ..."""
     return model.partition("-")[0]
 
 
-def _patch(model: str) -> int:
-    """The patch size of a DiT, negated, so that the coarsest stands first; 0 for other models."""
+def _negated_patch(model: str) -> int:
+    """The patch size of a DiT, negated, so that the largest comes first; 0 for other models."""
     found = DIT.fullmatch(model)
-    return -int(found[2]) if found else 0
+    return -int(found["patch"]) if found else 0
 
 
-def _sets(folders: Sequence[Path]) -> list[_Set]:
+def _sets(folders: Sequence[Path]) -> list[_SampleSet]:
+    """The sample sets of runs in these folders, without those whose sidecar cannot be read."""
     paths = sorted({path for folder in folders for path in folder.glob("samples/*/samples.json")})[:MAX_SETS]
     found = []
     for path in paths:
         try:
             if path.stat().st_size > _MAX_BYTES or not path.with_suffix(".npz").is_file():
                 continue
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            identity = facts["identity"]
-            made = _Set(
+            sidecar = json.loads(path.read_text(encoding="utf-8"))
+            identity = sidecar["identity"]
+            sample_set = _SampleSet(
                 path=path.with_suffix(".npz"),
-                sha256=str(facts["sha256"]),
+                sha256=str(sidecar["sha256"]),
                 model=one_line(str(identity["run"]["backbone"])),
                 run={**identity["run"], "protocol": dict(identity["run"]["protocol"])},
                 steps=int(identity["training_steps"]),
                 sampling=dict(identity["sampling"]),
             )
-            _noise_key(made)
+            _noise_key(sample_set)  # raises if it cannot be written as JSON
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # of another kind or version, or damaged
-        found.append(made)
+        found.append(sample_set)
     return found
 
 
-def _noise_key(each: _Set) -> str:
-    """Equal for sets that have the same noise and label at the same index and were sampled alike."""
+def _noise_key(each: _SampleSet) -> str:
+    """A key that is equal for sets with the same sampling settings, and the same noise and label at the same index."""
     return canonical_json([each.run["protocol"], each.run.get("recipe", {}).get("schedule"), each.sampling])
 
 
-def _sampling_steps(each: _Set) -> int:
+def _sampling_steps(each: _SampleSet) -> int:
+    """The number of sampling steps; 0 if it is not known."""
     steps = each.sampling.get("steps")
     return steps if isinstance(steps, int) else 0
 
 
-def _guidance(each: _Set) -> str:
+def _guidance(each: _SampleSet) -> str:
+    """`, guidance 1.5`; "" without guidance."""
     scale = each.sampling.get("guidance_scale")
     return f", guidance {scale:g}" if isinstance(scale, float | int) and scale != 1 else ""

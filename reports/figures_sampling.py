@@ -12,8 +12,8 @@ from reports.points import (
     bars_note,
     by_metric,
     comparable_groups,
-    data_row,
-    left_out,
+    figure_row,
+    left_out_note,
     lines_of,
     longest_trained,
     marks_of,
@@ -44,11 +44,12 @@ def sampling_compute(index: RecordIndex, published: Sequence[Record]) -> Figure 
 
 
 def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], rows: list[dict], more: int) -> None:
+    """Append the panels of one metric of a group to `panels`, and their data to `rows`. more: groups that are not drawn."""
     lines, omitted = lines_of(records, ALONG_SAMPLING, Sampling)
-    longest = len(lines) > FEW_LINES
-    if longest:  # one line for each system and setting instead of one for each training length too
+    only_longest = len(lines) > FEW_LINES
+    if only_longest:  # the longest training of each system, instead of a line for each training length
         lines, omitted = lines_of(longest_trained(records), ALONG_SAMPLING, Sampling)
-        longest = sum(len(line.records) for line in lines) < len(records) and not omitted
+        only_longest = sum(len(line.records) for line in lines) < len(records) and not omitted
     choices: list[tuple[str, Callable[[Record], float | None]]] = [("decoder not counted", _sampling_gflops)]
     if any((record.sampling or Sampling()).decoder_gflops for line in lines for record in line.records):
         choices.append(("decoder counted", _decoded_gflops))
@@ -67,8 +68,8 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
         )
         notes = ["numbers at the marks: sampling steps"] if few else []
         notes += bars_note(series)
-        notes += ["the longest training of each system"] if longest else []
-        notes += [left_out(omitted, more)] if omitted or more else []
+        notes += ["the longest training of each system"] if only_longest else []
+        notes += [left_out_note(omitted, more)] if omitted or more else []
         panels.append(
             Panel(
                 heading=group.heading,
@@ -82,16 +83,16 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
     for line in lines:
         for record in line.records:
             places = {name.replace(" ", "_"): gflops(record) for name, gflops in _GFLOPS.items()}
-            rows.append(data_row(record, len(panels) - len(choices) + 1, line.label, places))
+            rows.append(figure_row(record, len(panels) - len(choices) + 1, line.label, places))
 
 
 def _sampling_gflops(record: Record) -> float | None:
-    """Gflops of an image without the decoder."""
+    """Gflops per image without the decoder."""
     return record.sampling.gflops_per_image if record.sampling else None
 
 
 def _decoded_gflops(record: Record) -> float | None:
-    """Gflops of an image with the decoder; None where the cost of a decoder is not known."""
+    """Gflops per image with the decoder; None if the cost of the decoder is not known."""
     sampling = record.sampling or Sampling()
     if sampling.gflops_per_image is None or (sampling.decoder is not None and sampling.decoder_gflops is None):
         return None
@@ -102,5 +103,6 @@ _GFLOPS = {"gflops per image": _sampling_gflops, "gflops per image with decoder"
 
 
 def _steps_text(record: Record) -> str:
+    """The number of sampling steps, `50` or `50 + 50`; "" if it is not known."""
     sampling = record.sampling or Sampling()
     return sampling.stage_steps or ("" if sampling.steps is None else str(sampling.steps))

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from reports.charts import Figure, Mark, Panel, Series
-from reports.columns import count_text
 from reports.points import (
     ALONG_TRAINING,
     BEYOND,
@@ -15,23 +14,27 @@ from reports.points import (
     RecordIndex,
     better,
     comparable_groups,
-    data_row,
-    left_out,
+    figure_row,
+    left_out_note,
     lines_of,
     marks_of,
     paper_name,
     quality,
     usual_sampling,
 )
+from reports.texts import count_text
 from results.records import Record, Training
 
-DETAILS, SYSTEMS = ("Table 4",), ("Table 2", "Table 3")
-DIT = re.compile(r"dit-(xs|s|b|l|xl)-(\d+)(?:-(in-context|cross-attention|adaln))?")
+DETAILS, SYSTEMS = ("Table 4",), ("Table 2", "Table 3")  # tables of the paper: of DiTs alone, and of all systems
+DIT = re.compile(r"dit-(?P<size>xs|s|b|l|xl)-(?P<patch>\d+)(?:-(?P<block>in-context|cross-attention|adaln))?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """The lines of one panel: comparable records of one metric, drawn with one usual sampling setting."""
+    """The lines of one panel: comparable records of one metric, with the sampling setting that most models share.
+
+    notes: sentences without a full stop, to be shown above the panel.
+    """
 
     group: Group
     lines: tuple[Line, ...]
@@ -43,7 +46,7 @@ class Study:
         return [record for line in self.lines for record in line.records]
 
     def only(self, wanted: Callable[[Line], bool]) -> "Study":
-        """The study with the wanted lines alone."""
+        """The study with only those lines for which `wanted` is true."""
         return dataclasses.replace(self, lines=tuple(line for line in self.lines if wanted(line)))
 
 
@@ -51,24 +54,29 @@ def studies(index: RecordIndex, published: Iterable[Record]) -> list[Study]:
     """A study of FID, or of FD where there is no FID, for each set of comparable records."""
     printed = [record for record in published if record.metric == "fid" and record.table in DETAILS]
     groups, more = comparable_groups(index.quality, printed)
-    made = [study_of(group, quality(group.records), more) for group in groups]
-    return [study for study in made if study is not None]
+    found = [study_of(group, quality(group.records), more) for group in groups]
+    return [study for study in found if study is not None]
 
 
 def study_of(group: Group, records: Sequence[Record], more: int) -> Study | None:
+    """The study of these records of a group, which have one metric; None without trained or published records.
+
+    more: number of groups that are not drawn, for the note on them.
+    """
     records = [record for record in records if record.training is not None or record.provenance == "published"]
     if not records:
         return None
     usual, note = usual_sampling(records)
     lines, omitted = lines_of(usual, ALONG_TRAINING, Training)
-    notes = [note, left_out(omitted, more)]
+    notes = [note, left_out_note(omitted, more)]
     return Study(group=group, lines=tuple(lines), notes=tuple(text for text in notes if text))
 
 
-def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambda record: above_zero(record.gflops)):
-    """(line, mark) of each line at the training length that most models share, and a note that names the length.
+def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambda record: cost_or_none(record.gflops)):
+    """([(line, mark), ...] of each line at the training length that most models share, note that names the length).
 
-    A line without that length is shown at its longest, which its text states.
+    gflops: the x of a mark. A mark's text is the name of its line, and its size the number of parameters. A line without
+    the usual length is shown at its longest training, which the mark's text states.
     """
     models: dict[int | None, set[str]] = {}
     for line in study.lines:
@@ -80,27 +88,32 @@ def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambd
     marked = []
     for line in study.lines:
         lengths = {steps_of(record) for record in line.records}
-        steps = usual if usual in lengths else max(lengths, key=lambda each: each or 0)
-        own = [record for record in line.records if steps_of(record) == steps]
-        for mark in marks_of(own, gflops):
+        steps = usual if usual in lengths else max(lengths, key=lambda length: length or 0)
+        records = [record for record in line.records if steps_of(record) == steps]
+        for mark in marks_of(records, gflops):
             text = name_of(line) if steps == usual else f"{name_of(line)} ({count_text(steps)} steps)"
-            marked.append((line, dataclasses.replace(mark, text=text, size=above_zero(own[0].params))))
+            marked.append((line, dataclasses.replace(mark, text=text, size=cost_or_none(records[0].params))))
     return marked, f"after {count_text(usual)} training steps" if usual else ""
 
 
-def same_length(marked: Sequence[tuple[Line, Mark]]) -> list[tuple[Line, Mark]]:
-    """One mark for each model at the usual training length: a measured one if there is one, of several the best."""
-    return [min(own, key=_how_bad) for own in _by_model(marked).values()]
+def best_at_usual_length(marked: Sequence[tuple[Line, Mark]]) -> list[tuple[Line, Mark]]:
+    """One (line, mark) for each model that has the usual training length: a measured one if there is one, of several the best.
+
+    marked: as `at_one_length` returns it.
+    """
+    return [min(pairs, key=_sort_key) for pairs in _at_usual_length_by_model(marked).values()]
 
 
 def recipes_note(marked: Sequence[tuple[Line, Mark]]) -> list[str]:
-    """A note on which value of a model enters a fit, where it has several at the usual training length."""
-    if all(sum(line.provenance == "measured" for line, _ in own) < 2 for own in _by_model(marked).values()):
+    """[note] on which value of a model enters a fit, if a model has several at the usual training length; else []."""
+    of_models = _at_usual_length_by_model(marked).values()
+    if all(sum(line.provenance == "measured" for line, _ in pairs) < 2 for pairs in of_models):
         return []
     return ["of a model's several recipes its best value counts in fit and correlation"]
 
 
-def _by_model(marked: Sequence[tuple[Line, Mark]]) -> dict[str, list[tuple[Line, Mark]]]:
+def _at_usual_length_by_model(marked: Sequence[tuple[Line, Mark]]) -> dict[str, list[tuple[Line, Mark]]]:
+    """Model -> the (line, mark)s at the usual training length, which are those whose text states no other length."""
     found: dict[str, list[tuple[Line, Mark]]] = {}
     for line, mark in marked:
         if mark.text == name_of(line):
@@ -108,36 +121,43 @@ def _by_model(marked: Sequence[tuple[Line, Mark]]) -> dict[str, list[tuple[Line,
     return found
 
 
-def _how_bad(pair: tuple[Line, Mark]) -> tuple[bool, float]:
+def _sort_key(pair: tuple[Line, Mark]) -> tuple[bool, float]:
+    """Sorts measured marks before published ones, and better values before worse."""
     line, mark = pair
     return line.provenance != "measured", SIGNS[better(line.records)] * mark.y
 
 
 def records_of(marked: Sequence[tuple[Line, Mark]]) -> list[Record]:
+    """The records that the marks show."""
     drawn = {record_id for _, mark in marked for record_id in mark.record_ids}
     return [record for line, _ in marked for record in line.records if record.id in drawn]
 
 
 def name_of(line: Line, *, plain: bool = True) -> str:
-    """`DiT-XL/2` for a published line, the label of a measured one. plain: without `(paper)` after published names."""
+    """The name of a line in a figure: `DiT-XL/2` for a published one, the label of a measured one.
+
+    plain: False adds " (paper)" to published names.
+    """
     if line.provenance == "measured":
         return line.label
     name = paper_name(line.records[0])
     return name if plain else f"{name} (paper)"
 
 
-def pretty(model: str) -> str:
+def dit_title(model: str) -> str:
+    """`DiT-XL/2` for dit-xl-2 and its blocks, such as dit-xl-2-adaln; the names of other models as they are."""
     found = DIT.fullmatch(model)
-    return model if found is None else f"DiT-{found[1].upper()}/{found[2]}"
+    return model if found is None else f"DiT-{found['size'].upper()}/{found['patch']}"
 
 
 def block_of(model: str) -> str:
-    """The name of a DiT's conditioning block where it is not the paper's own choice."""
+    """The block in a DiT's name: "in-context", "cross-attention" or "adaln"; "" for adaLN-Zero and for other models."""
     found = DIT.fullmatch(model)
-    return (found[3] or "") if found else ""
+    return (found["block"] or "") if found else ""
 
 
-def one_mark(line: Line, mark: Mark, kind: str) -> Series:
+def single_mark_series(line: Line, mark: Mark, kind: str) -> Series:
+    """A series of this mark alone, with the name and style of its line."""
     return Series(label=name_of(line), model=line.model, kind=kind, provenance=line.provenance, marks=(mark,))
 
 
@@ -146,27 +166,31 @@ def steps_of(record: Record) -> int | None:
 
 
 def training_gflops(record: Record) -> float | None:
-    return above_zero(record.training.gflops) if record.training else None
+    """Gflops of the whole training, if they fit on a logarithmic axis, else None."""
+    return cost_or_none(record.training.gflops) if record.training else None
 
 
-def above_zero(value: float | None) -> float | None:
-    """A cost if it fits on a logarithmic axis, else None."""
+def cost_or_none(value: float | None) -> float | None:
+    """The value, if it is above 0 and fits on a logarithmic axis, else None."""
     return float(value) if value is not None and 0 < value < BEYOND else None
 
 
-def places_of(record: Record) -> dict[str, object]:
+def cost_columns(record: Record) -> dict[str, object]:
+    """Column -> value of the figure's data that state the cost of a record."""
     return {"params": record.params, "gflops": record.gflops, "training_gflops": training_gflops(record)}
 
 
 def mark_rows(panel: int, marked: Sequence[tuple[Line, Mark]], more: dict[str, object]) -> list[dict]:
+    """The rows of data of the records that the marks show. panel: number from 1. more: further columns -> values."""
     rows = []
     for line, mark in marked:
         drawn = set(mark.record_ids)
-        rows += [data_row(r, panel, mark.text, places_of(r) | more) for r in line.records if r.id in drawn]
+        rows += [figure_row(r, panel, mark.text, cost_columns(r) | more) for r in line.records if r.id in drawn]
     return rows
 
 
-def figure_of(name: str, title: str, panels: list[Panel], rows: list[dict], columns: int = 2) -> Figure | None:
+def figure_or_none(name: str, title: str, panels: list[Panel], rows: list[dict], columns: int = 2) -> Figure | None:
+    """The figure; None without panels."""
     if not panels:
         return None
     return Figure(name=name, title=title, panels=tuple(panels), rows=tuple(rows), columns=columns)

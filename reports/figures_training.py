@@ -10,16 +10,16 @@ from reports.figures_study import (
     DIT,
     Study,
     at_one_length,
+    best_at_usual_length,
     block_of,
-    figure_of,
+    cost_columns,
+    dit_title,
+    figure_or_none,
     mark_rows,
     name_of,
-    one_mark,
-    places_of,
-    pretty,
     recipes_note,
     records_of,
-    same_length,
+    single_mark_series,
     steps_of,
     study_of,
     training_gflops,
@@ -31,7 +31,7 @@ from reports.points import (
     bars_note,
     by_metric,
     comparable_groups,
-    data_row,
+    figure_row,
     is_guided,
     marks_of,
     quality_axis,
@@ -43,60 +43,66 @@ _SIZE_ORDER = ("xs", "s", "b", "l", "xl")
 MAX_METRICS = 8  # rows of Figure 12
 
 
-def conditioning_blocks(made: Sequence[Study]) -> Figure | None:
+def conditioning_blocks(all_studies: Sequence[Study]) -> Figure | None:
     """Figure 5: the conditioning blocks of one DiT over training steps."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in made:
-        bases: dict[str, list[Line]] = {}
+    for study in all_studies:
+        bases: dict[str, list[Line]] = {}  # name without the block, as "dit-xl-2" -> lines
         for line in study.lines:
             found = DIT.fullmatch(line.model)
             if found:
-                bases.setdefault(f"dit-{found[1]}-{found[2]}", []).append(line)
+                bases.setdefault(f"dit-{found['size']}-{found['patch']}", []).append(line)
         for base, lines in sorted(bases.items()):
             if len({line.model for line in lines}) < 2:
                 continue
-            lines = _shared_stretch(lines)
+            lines = _up_to_shared_length(lines)
             blocks = {line.model: (block_of(line.model) or "adaLN-Zero").replace("adaln", "adaLN") for line in lines}
-            title = f"Conditioning blocks of {pretty(base)}"
+            title = f"Conditioning blocks of {dit_title(base)}"
             _steps_panel(study, lines, title, blocks.__getitem__, panels, rows)
-    return figure_of("figure-5", "Conditioning blocks over training", panels, rows)
+    return figure_or_none("figure-5", "Conditioning blocks over training", panels, rows)
 
 
-def _shared_stretch(lines: Sequence[Line]) -> list[Line]:
-    """The lines up to the last training length that two models reach."""
+def _up_to_shared_length(lines: Sequence[Line]) -> list[Line]:
+    """The lines, cut off at the longest training length that at least two models reach. Needs two models."""
     ends = sorted({line.model: max(steps_of(r) or 0 for r in line.records) for line in lines}.values())
-    reach = ends[-2]
+    last_shared = ends[-2]
     cut = [
-        dataclasses.replace(line, records=tuple(r for r in line.records if (steps_of(r) or 0) <= reach))
+        dataclasses.replace(line, records=tuple(r for r in line.records if (steps_of(r) or 0) <= last_shared))
         for line in lines
     ]
     kept = [line for line in cut if line.records]
-    # At matched compute a small model may begin where a large one ends; then both are shown whole.
+    # At matched compute a small model may begin where a large one ends; then both are shown uncut.
     return kept if len({line.model for line in kept}) > 1 else list(lines)
 
 
-def size_and_patch(made: Sequence[Study]) -> Figure | None:
+def size_and_patch(all_studies: Sequence[Study]) -> Figure | None:
     """Figure 6: quality over training steps, of several sizes at one patch size (above) and of several patch sizes."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in made:
-        dits = [(found, line) for line in study.lines if (found := DIT.fullmatch(line.model)) and not found[3]]
-        sizes = [size for size in _SIZE_ORDER if any(found[1] == size for found, _ in dits)]
-        patches = sorted({int(found[2]) for found, _ in dits}, reverse=True)
-        for part, kept in ((2, [str(patch) for patch in patches]), (1, sizes)):
+    for study in all_studies:
+        dits = [(found, line) for line in study.lines if (found := DIT.fullmatch(line.model)) and not found["block"]]
+        sizes = [size for size in _SIZE_ORDER if any(found["size"] == size for found, _ in dits)]
+        patches = sorted({int(found["patch"]) for found, _ in dits}, reverse=True)
+        for fixed, values in (("patch", [str(patch) for patch in patches]), ("size", sizes)):
             first = True
-            for value in kept:
-                lines = [line for found, line in dits if found[part] == value]
+            for value in values:
+                lines = [line for found, line in dits if found[fixed] == value]
                 if len({line.model for line in lines}) < 2:
                     continue
-                title = f"Patch size {value}, sizes differ" if part == 2 else f"DiT-{value.upper()}, patches differ"
-                _steps_panel(study, _shared_stretch(lines), title, pretty, panels, rows, starts_row=first)
+                title = (
+                    f"Patch size {value}, sizes differ" if fixed == "patch" else f"DiT-{value.upper()}, patches differ"
+                )
+                _steps_panel(study, _up_to_shared_length(lines), title, dit_title, panels, rows, starts_row=first)
                 first = False
-    return figure_of("figure-6", "Scaling size and patch over training", panels, rows, columns=4)
+    return figure_or_none("figure-6", "Scaling size and patch over training", panels, rows, columns=4)
 
 
 def _steps_panel(study, lines, title, name, panels, rows, *, starts_row=False) -> None:
+    """Append a panel of quality over training steps to `panels`, and its data to `rows`.
+
+    name: function from a model to the label of its line.
+    """
     mixed = len({line.provenance for line in lines}) > 1
     series = tuple(
         Series(
@@ -118,27 +124,29 @@ def _steps_panel(study, lines, title, name, panels, rows, *, starts_row=False) -
             x=axis,
             y=y,
             series=series,
-            note="; ".join([*study.notes, *_lone(series), *bars_note(series)]),
+            note="; ".join([*study.notes, *_single_values_note(series), *bars_note(series)]),
             starts_row=starts_row,
         )
     )
-    rows += [data_row(record, len(panels), line.label, places_of(record)) for line in lines for record in line.records]
+    rows += [
+        figure_row(record, len(panels), line.label, cost_columns(record)) for line in lines for record in line.records
+    ]
 
 
-def _lone(series: Sequence[Series]) -> list[str]:
-    """A note on why there are points instead of lines, where there are."""
-    alone = all(each.provenance == "published" and len(each.marks) == 1 for each in series)
-    return ["the paper states these values only"] if alone else []
+def _single_values_note(series: Sequence[Series]) -> list[str]:
+    """[note] on why there are points instead of lines, if the paper states only one value for each line; else []."""
+    only_points = all(each.provenance == "published" and len(each.marks) == 1 for each in series)
+    return ["the paper states these values only"] if only_points else []
 
 
-def training_compute(made: Sequence[Study]) -> Figure | None:
+def training_compute(all_studies: Sequence[Study]) -> Figure | None:
     """Figure 9: quality against the Gflops of the whole training, both logarithmic, a line for each model."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    for study in made:
+    for study in all_studies:
         study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
         _compute_panel(study, quality_axis(study.records), panels, rows, is_log=True)
-    return figure_of("figure-9", "Training compute and quality", panels, rows)
+    return figure_or_none("figure-9", "Training compute and quality", panels, rows)
 
 
 def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
@@ -157,8 +165,8 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
     ]
     groups, more = comparable_groups(index.every, printed)
     for group in groups:
-        starts = True
-        wanted = sorted(_directed(group.records), key=rank)
+        starts_row = True  # until the group has a panel
+        wanted = sorted(_quality_metrics(group.records), key=rank)
         for (metric, _), records in list(by_metric(group.records, wanted).items())[:MAX_METRICS]:
             study = study_of(group, records, more)
             if study is None:
@@ -166,16 +174,16 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
             axis = quality_axis(study.records)
             first = len(panels)
             _compute_panel(
-                study, axis, panels, rows, is_log=False, title=f"{axis.title} over training", starts_row=starts
+                study, axis, panels, rows, is_log=False, title=f"{axis.title} over training", starts_row=starts_row
             )
             marked, note = at_one_length(study)
-            same = same_length(marked)
-            found = correlation([math.log10(mark.x) for _, mark in same], [mark.y for _, mark in same])
+            best = best_at_usual_length(marked)
+            found = correlation([math.log10(mark.x) for _, mark in best], [mark.y for _, mark in best])
             if metric != "fid" and all(line.provenance == "published" for line, _ in marked):
                 marked = [(line, dataclasses.replace(mark, text=name_of(line))) for line, mark in marked]
                 note, found = "each trained as long as its authors did", None
             if len(marked) > 1:
-                series = tuple(one_mark(line, mark, "points") for line, mark in marked)
+                series = tuple(single_mark_series(line, mark, "points") for line, mark in marked)
                 notes = [*study.notes, note, *bars_note(series)]
                 notes += (
                     [f"correlation with log Gflops {found.r:.2f} ({found.n} models)", *recipes_note(marked)]
@@ -190,24 +198,28 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
                         y=quality_axis(records_of(marked)),
                         series=series,
                         note="; ".join(text for text in notes if text),
-                        starts_row=starts and len(panels) == first,
+                        starts_row=starts_row and len(panels) == first,
                     )
                 )
                 rows += mark_rows(len(panels), marked, {})
-            starts = starts and len(panels) == first
-    return figure_of("figure-12", "Scale and every metric", panels, rows, columns=4)
+            starts_row = starts_row and len(panels) == first
+    return figure_or_none("figure-12", "Scale and every metric", panels, rows, columns=4)
 
 
-def _directed(records: Iterable[Record]) -> set[str]:
-    """The metrics of known direction, without losses."""
+def _quality_metrics(records: Iterable[Record]) -> set[str]:
+    """The metrics whose direction is known, without losses."""
     examples = {(record.metric, record.higher_is_better): record for record in records}
-    found = {metric for (metric, _), record in examples.items() if higher_is_better(record) is not None}
-    return {metric for metric in found if not metric.startswith(LOSS)}
+    directed = {metric for (metric, _), record in examples.items() if higher_is_better(record) is not None}
+    return {metric for metric in directed if not metric.startswith(LOSS)}
 
 
 def _compute_panel(
     study: Study, y: Axis, panels, rows, *, is_log: bool, title: str = "", starts_row: bool = False
 ) -> None:
+    """Append a panel of quality over training Gflops to `panels`, and its data to `rows`; nothing for fewer than two marks.
+
+    y: the axis of quality; is_log makes it logarithmic.
+    """
     mixed = len({line.provenance for line in study.lines}) > 1
     series = []
     for line in study.lines:
@@ -230,4 +242,4 @@ def _compute_panel(
     )
     for line in study.lines:
         found = [record for record in line.records if training_gflops(record)]
-        rows += [data_row(record, len(panels), line.label, places_of(record)) for record in found]
+        rows += [figure_row(record, len(panels), line.label, cost_columns(record)) for record in found]

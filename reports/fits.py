@@ -12,49 +12,50 @@ from statistics import NormalDist
 
 from results.compare import student_t
 
-FEWEST = 4  # points of a power law, so that two degrees of freedom are left for its scatter
+FEWEST = 4  # points that a power law needs, so that two degrees of freedom are left for its scatter
 CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerLaw:
-    """y = factor * x ** exponent."""
+    """A fitted law y = factor * x ** exponent."""
 
     exponent: float
-    low: float  # ends of the exponent's interval
-    high: float
+    low: float  # lower end of the exponent's 95 % interval
+    high: float  # upper end
     factor: float
     n: int  # points
     scatter: float  # standard deviation of ln y about the line, n - 2 degrees of freedom
-    lowest: float  # the range of x that the points cover
-    highest: float
-    mean: float  # of ln x
+    lowest: float  # smallest x of the points
+    highest: float  # largest x
+    mean: float  # mean of ln x over the points
     spread: float  # sum of squares of ln x about its mean
 
     def at(self, x: float) -> float:
-        """The value of the law."""
+        """The value of the law at x."""
         return self.factor * x**self.exponent
 
     def interval(self, x: float) -> tuple[float, float]:
         """95 % interval of the law at x."""
-        return self._around(x, 0.0)
+        return self._interval(x, extra_variance=0.0)
 
     def prediction(self, x: float) -> tuple[float, float]:
         """95 % interval of a new measurement at x."""
-        return self._around(x, 1.0)
+        return self._interval(x, extra_variance=1.0)
 
     def reaches(self, x: float) -> bool:
         """Whether x lies in the range of the points."""
         return self.lowest <= x <= self.highest
 
-    def _around(self, x: float, own: float) -> tuple[float, float]:
-        error = self.scatter * math.sqrt(own + 1 / self.n + (math.log(x) - self.mean) ** 2 / self.spread)
+    def _interval(self, x: float, *, extra_variance: float) -> tuple[float, float]:
+        """95 % interval at x. extra_variance: of a new measurement about the law, in units of scatter**2."""
+        error = self.scatter * math.sqrt(extra_variance + 1 / self.n + (math.log(x) - self.mean) ** 2 / self.spread)
         factor = math.exp(student_t(self.n - 2) * error)
         return self.at(x) / factor, self.at(x) * factor
 
 
 def power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
-    """The law fitted to the points; None for fewer than 4 points with x and y above 0, or if all are at one x."""
+    """The law fitted to the points with x and y above 0; None if they are fewer than 4, or all at one x."""
     points = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True) if x > 0 and y > 0]
     if len(points) < FEWEST:
         return None
@@ -83,7 +84,7 @@ def power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """Pearson's r with its interval by Fisher's z (no interval below 4 points)."""
+    """Pearson's r of n points with its 95 % interval by Fisher's z; no interval (None) below 4 points or if |r| is 1."""
 
     r: float
     low: float | None
@@ -110,9 +111,9 @@ def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
 
 
 def frontier(points: Iterable[tuple[float, float]], better: str) -> list[int]:
-    """Indices of the points (cost, quality) that no other point beats in both, cheapest first.
+    """Indices of the points (cost, quality) for which no other point is at least as cheap and as good; cheapest first.
 
-    better: "lower" or "higher" quality. Of equal points only the first is on the frontier.
+    better: "lower" or "higher": which qualities are better. Of equal points only the first is on the frontier.
     """
     sign = -1.0 if better == "higher" else 1.0
     order = sorted(enumerate(points), key=lambda pair: (pair[1][0], sign * pair[1][1], pair[0]))
@@ -127,7 +128,7 @@ def frontier(points: Iterable[tuple[float, float]], better: str) -> list[int]:
 def between(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
     """The value at x of the curve through the points (x ascending and above 0), interpolated linearly in log x.
 
-    In log y too if all ys are above 0. None outside the range of the points.
+    Linear in log y if all ys are above 0, else in y. None outside the range of the points.
     """
     if not xs or not xs[0] <= x <= xs[-1]:
         return None

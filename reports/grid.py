@@ -11,7 +11,7 @@ from harness.errors import UserError
 from harness.io import files
 
 _BACKGROUND = 255
-_SMALLEST_TILE = 48  # side in pixels below which an image is hard to see on a screen
+_SMALLEST_TILE = 48  # pixels; an image whose shorter side is smaller is hard to see on a screen
 
 
 def write_grid(
@@ -59,6 +59,7 @@ def write_grid(
 
 
 def _check(images: np.ndarray, labels: np.ndarray, columns: int, scale: int | None) -> None:
+    """Raises UserError for arguments of `write_grid` that do not fit."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         raise UserError(
             f"a sample grid needs uint8 images of shape (N, H, W, 1 or 3), not {images.dtype} {images.shape}"
@@ -70,7 +71,7 @@ def _check(images: np.ndarray, labels: np.ndarray, columns: int, scale: int | No
 
 
 def _caption(text: str, size: int) -> np.ndarray:
-    """Dark text on white, (height, width) uint8, cropped to its ink."""
+    """Dark text on white, uint8 (height, width), cropped to the text. size: height of a line in pixels, about."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=max(size * 3 // 4, 8))

@@ -1,4 +1,4 @@
-"""Tables as HTML: as a fragment of a page and as a whole page. All text from records is escaped."""
+"""Tables as HTML: as a fragment of a page, and as a page of its own. All text from records is escaped."""
 
 import html
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ tr.measured > th { font-weight: 600; }
 
 
 def to_html(table: Table) -> str:
-    """A `<section class="table">` with a `<table>` for each section.
+    """The table as a `<section class="table">` with a `<table>` for each of its sections.
 
     Rows are `<tr class="published">` or `"measured"`; cells with numbers have the class `number`, those of the best
     values `best` or `tie`. `data-value` is the unrounded number, `data-record` the id of its record.
     """
     parts = [f'<section class="table" id="{_escape(table.name)}">', f"<h2>{_escape(table.title)}</h2>"]
     for section in table.sections:
-        parts += _section(section, table.title)
+        parts += _section_html(section, table.title)
     parts.append("</section>")
     return "\n".join(parts) + "\n"
 
 
 def to_html_page(table: Table) -> str:
-    """The table as a whole page, which loads nothing and runs no script."""
+    """The table as a page of its own, which loads no other files and runs no script."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
@@ -50,15 +50,16 @@ def to_html_page(table: Table) -> str:
     )
 
 
-def _section(section: Section, title: str) -> list[str]:
-    kinds = [' class="number"' if known else "" for known in section.numeric]
+def _section_html(section: Section, title: str) -> list[str]:
+    """The lines of HTML of a section. title: of the table, the caption of a section without a heading."""
+    kinds = [' class="number"' if is_number else "" for is_number in section.numeric]
     heads = (f'<th scope="col"{kind}>{_escape(text)}</th>' for kind, text in zip(kinds, section.columns, strict=True))
     parts = [
         '<div class="scroll"><table>',
         f"<caption>{_escape(section.heading or title)}</caption>",
         f"<thead><tr>{''.join(heads)}</tr></thead>",
         "<tbody>",
-        *(_line(line, section.numeric) for line in section.lines),
+        *(_line_html(line, section.numeric) for line in section.lines),
         "</tbody></table></div>",
     ]
     notes = [f"<li>{_superscript([mark])} {_escape(text)}</li>" for mark, text in section_notes(section)]
@@ -68,7 +69,8 @@ def _section(section: Section, title: str) -> list[str]:
     return parts
 
 
-def _line(line: Line, numeric: Sequence[bool]) -> str:
+def _line_html(line: Line, numeric: Sequence[bool]) -> str:
+    """A `<tr>`. numeric: for each column, whether it contains numbers."""
     count = len(line.cells)
     values, ids, marks = line.values or (None,) * count, line.record_ids or ("",) * count, line.marks or ("",) * count
     cells = [f'<th scope="row">{_escape(line.cells[0])}{_superscript(line_marks(line))}</th>']

@@ -10,8 +10,9 @@ Label = tuple[float, float, str, str]  # x, y, text, colour
 _LINE_SAMPLES = 12  # places on each segment of a line that a label should not cover
 MAX_LABELS = 40  # more would only cover one another
 CROWDED = 12  # if there are more labels, those without room are left out
-# Places to try around a point, as (x, y) offsets in font points and the side of the text that touches them.
-_PLACES = (
+# Places to try around a point: (dx, dy, horizontal alignment of the text there), offsets in font points.
+Place = tuple[float, float, str]
+_PLACES: tuple[Place, ...] = (
     *((9, 0, "left"), (8, 9, "left"), (8, -9, "left"), (0, 13, "center"), (0, -13, "center"), (-9, 0, "right")),
     *((8, 18, "left"), (8, -18, "left"), (-8, 9, "right"), (-8, -9, "right"), (0, 22, "center"), (0, -22, "center")),
     *((8, 30, "left"), (8, -30, "left"), (-9, 20, "right"), (-9, -20, "right"), (0, 34, "center"), (0, -34, "center")),
@@ -21,9 +22,10 @@ _PLACES = (
 def place_labels(
     axes, labels: Sequence[Label], points: Sequence[tuple[float, float]], radii: Sequence[float] = ()
 ) -> None:
-    """Write each label (x, y, text, colour) beside its point, at the first place that covers the least.
+    """Write each label (x, y, text, colour) beside its point, at the place where it covers the least.
 
-    Of more than a dozen labels those without room are left out. radii: of bubbles in font points, 0 for other points.
+    If there are more than CROWDED labels, those without room are left out. radii: of the bubbles at `points`, in font
+    points; 0 for other points.
     The x axis is widened so that the text fits inside the axes; the layout of the figure must be final.
     """
     texts = [
@@ -35,7 +37,7 @@ def place_labels(
     ]  # fmt: skip
     if not texts:
         return
-    scale = axes.figure.dpi / 72
+    scale = axes.figure.dpi / 72  # pixels per font point
     radii = radii or [0.0] * len(points)
     radius = dict(zip(points, radii, strict=True))
     sizes = [text.get_window_extent() for text in texts]  # independent of the place
@@ -45,7 +47,7 @@ def place_labels(
     marks, lines = _obstacles(axes, points)
     frame = axes.get_window_extent()
     discs = scale * np.array(radii)
-    taken = np.empty((0, 4))
+    taken = np.empty((0, 4))  # boxes of the labels placed so far
     for text, extent in zip(texts, sizes, strict=True):
         x, y = axes.transData.transform(text.xy)
         places = [_beyond(place, radius.get(text.xy, 0.0)) for place in _PLACES]
@@ -64,7 +66,7 @@ def place_labels(
 
 
 def place_texts(axes, texts: Sequence[Label], points: Sequence[tuple[float, float]]) -> None:
-    """Write small texts above their points, except those that would cover other text or points."""
+    """Write small texts (x, y, text, colour) above their points, except those that would cover other text or points."""
     if not texts:
         return
     others = [text for text in axes.texts if getattr(text, "xycoords", "") == "data"]
@@ -84,8 +86,8 @@ def place_texts(axes, texts: Sequence[Label], points: Sequence[tuple[float, floa
             taken = np.vstack([taken, box])
 
 
-def _beyond(place: tuple[float, float, str], radius: float) -> tuple[float, float, str]:
-    """The place moved out of a bubble of that radius, in points."""
+def _beyond(place: Place, radius: float) -> Place:
+    """The place moved outwards, so that the text is outside a bubble of this radius (font points)."""
     dx, dy, side = place
     out = max(radius - 4, 0.0)
     if side != "center":
@@ -93,8 +95,11 @@ def _beyond(place: tuple[float, float, str], radius: float) -> tuple[float, floa
     return (dx, dy + math.copysign(out, dy), side)
 
 
-def _box(x: float, y: float, width: float, height: float, place: tuple[float, float, str], scale: float) -> tuple:
-    """(left, bottom, right, top) of a text in pixels, with a margin of 2 pixels."""
+def _box(x: float, y: float, width: float, height: float, place: Place, scale: float) -> tuple:
+    """(left, bottom, right, top) of a text beside (x, y), in pixels, with a margin of 2 pixels.
+
+    x, y, width, height: in pixels. place: (dx, dy, horizontal alignment). scale: pixels per font point.
+    """
     dx, dy, side = place
     left = x + dx * scale - {"left": 0.0, "center": width / 2, "right": width}[side]
     bottom = y + dy * scale - height / 2
@@ -102,16 +107,16 @@ def _box(x: float, y: float, width: float, height: float, place: tuple[float, fl
 
 
 def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How many of `others` (M, 4) each of `boxes` (N, 4) overlaps; (N,)."""
+    """For each of `boxes` (N, 4), how many of `others` (M, 4) it overlaps: (N,)."""
     apart = (boxes[:, None, 0] > others[None, :, 2]) | (boxes[:, None, 2] < others[None, :, 0])
     apart |= (boxes[:, None, 1] > others[None, :, 3]) | (boxes[:, None, 3] < others[None, :, 1])
     return (~apart).sum(axis=1)
 
 
 def _make_room(axes, texts, widths: Sequence[float]) -> None:
-    """Move the right end of the x axis until the text beside each point ends within the axes.
+    """Move the right end of the x axis so far that the text beside each point fits in the axes.
 
-    widths: of the texts plus the radius of their bubbles, in pixels.
+    widths: of each text plus the radius of its bubble, in pixels.
     """
     low, high = axes.get_xlim()
     is_log = axes.get_xscale() == "log"
@@ -126,19 +131,21 @@ def _make_room(axes, texts, widths: Sequence[float]) -> None:
 
 
 def _inside(boxes: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many of `places` (M, 2) lie in each of `boxes` (N, 4); (N,)."""
+    """For each of `boxes` (N, 4), how many of `places` (M, 2) are in it: (N,)."""
     found = (places[None, :, :] >= boxes[:, None, :2]) & (places[None, :, :] <= boxes[:, None, 2:])
     return found.all(axis=2).sum(axis=1)
 
 
 def _touched(boxes: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """How many of the discs about `centres` (M, 2), with `radii` (M,), each of `boxes` (N, 4) touches; (N,)."""
-    nearest = np.clip(centres[None], boxes[:, None, :2], boxes[:, None, 2:])  # of each box, to each centre
+    """For each of `boxes` (N, 4), how many of the discs around `centres` (M, 2) with `radii` (M,) it touches: (N,)."""
+    nearest = np.clip(
+        centres[None], boxes[:, None, :2], boxes[:, None, 2:]
+    )  # point of a box nearest to a centre, (N, M, 2)
     return (((nearest - centres[None]) ** 2).sum(axis=2) <= radii**2).sum(axis=1)
 
 
 def _obstacles(axes, points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel positions of the points (N, 2) and of places on the lines (M, 2)."""
+    """(positions of the points (N, 2), positions of places along the lines (M, 2)), in pixels."""
     marks = axes.transData.transform(np.array(points, dtype=float).reshape(-1, 2))
     places = [np.empty((0, 2))]
     shares = np.linspace(0, 1, _LINE_SAMPLES, endpoint=False)[:, None, None]

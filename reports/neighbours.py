@@ -1,4 +1,4 @@
-"""Samples beside their nearest training images, to look at memorisation."""
+"""A picture of samples beside their nearest training images, to see whether training images were memorised."""
 
 import io
 import os
@@ -25,7 +25,7 @@ def write_neighbours(
     scale: int | None = None,  # integer enlargement; None: until tiles have at least 64 pixels
     gap: int = 4,  # pixels between tiles; four times as much after the sample
 ) -> Path:
-    """Write a PNG with a row for each sample: the sample, then its neighbours. Pixels are repeated. Returns its path.
+    """Write a PNG with a row for each sample: the sample, then its neighbours, enlarged by repeating pixels; returns its path.
 
     Raises UserError for arrays of a wrong dtype or shape, and RunError if the file cannot be written.
     """
@@ -37,7 +37,9 @@ def write_neighbours(
     scale = scale or max(1, -(-_SMALLEST_TILE // min(height, width)))
     tile_height, tile_width = height * scale, width * scale
     row_height = tile_height + _CAPTION + gap
-    left = [gap] + [gap + tile_width + 4 * gap + i * (tile_width + gap) for i in range(k)]
+    left = [gap] + [  # first pixel column of the sample and of each neighbour
+        gap + tile_width + 4 * gap + i * (tile_width + gap) for i in range(k)
+    ]
     canvas = np.full((rows * row_height + gap, left[-1] + tile_width + gap, channels), _BACKGROUND, np.uint8)
     for row in range(rows):
         top = gap + row * row_height
@@ -58,8 +60,9 @@ def write_neighbours(
 def _check(
     samples: np.ndarray, neighbours: np.ndarray, sample_captions: list[str], neighbour_captions: list[list[str]]
 ) -> None:
-    sound = samples.dtype == neighbours.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
-    if not sound or 0 in (*samples.shape, *neighbours.shape):
+    """Raises UserError for arguments of `write_neighbours` that do not fit."""
+    is_valid = samples.dtype == neighbours.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
+    if not is_valid or 0 in (*samples.shape, *neighbours.shape):
         raise UserError(
             f"a picture of neighbours needs uint8 images (N, H, W, 1 or 3), not {samples.dtype} {samples.shape}"
         )

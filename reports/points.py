@@ -1,6 +1,6 @@
-"""The material of figures: groups of comparable records, the lines through them, and means over seeds.
+"""What figures are made of: groups of comparable records, the lines through them, and means over seeds.
 
-Every function is one pass over the records with plain tuples as keys, so that a hundred thousand records are fast.
+Functions pass over the records once, with plain tuples as keys, so that a hundred thousand records are fast.
 """
 
 import dataclasses
@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reports.charts import Axis, Mark, Series, model_of
-from reports.columns import count_text, guidance_text, measured_text, metric_name, row_metadata
 from reports.rows import groups
 from reports.tables import may_share
+from reports.texts import count_text, guidance_text, measured_text, metric_name, row_metadata
 from results.metrics import shared_direction
 from results.records import Record, Sampling, Training, comparable_key
 
@@ -27,7 +27,9 @@ _LABEL_METADATA = (
     *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
     *("sampling precision", "framework", "protocol version", "suite version", "mode"),
 )
+# Metadata whose text needs no name before it.
 _WITHOUT_NAME = frozenset({"training steps", "sampler", "sampling steps", "guidance", "decoder", "framework"})
+# Fields of Training and Sampling that are seeds, follow from seeds, or change only low bits.
 _SEEDS = ("seed", "checkpoint_sha256", "micro_batch", "samples_sha256", "batch")
 ALONG_SAMPLING = ("steps", "stage_steps", "evaluations", "gflops_per_image")
 ALONG_TRAINING = ("steps", "images", "gflops")
@@ -35,14 +37,14 @@ ALONG_TRAINING = ("steps", "images", "gflops")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Records that may stand in one panel."""
+    """Comparable records, which may be in one panel."""
 
     heading: str
     records: tuple[Record, ...]  # published ones first
 
     @property
     def representative(self) -> Record:
-        """A record from which to read what all have in common: a measured one if there is one, because it states more."""
+        """A record for reading what all have in common: a measured one if there is one, because it states more."""
         return next((record for record in self.records if record.provenance == "measured"), self.records[0])
 
 
@@ -76,36 +78,37 @@ def index_of(measured: Iterable[Record]) -> RecordIndex:
     for record in measured:
         if abs(record.value) < BEYOND:
             every.setdefault(comparable_key(record), []).append(record)
-    best = {key: [record for record in own if record.metric in QUALITY_METRICS] for key, own in every.items()}
-    return RecordIndex(every=every, quality={key: own for key, own in best.items() if own})
+    best = {key: [record for record in found if record.metric in QUALITY_METRICS] for key, found in every.items()}
+    return RecordIndex(every=every, quality={key: found for key, found in best.items() if found})
 
 
 def comparable_groups(
     measured: Mapping[tuple, Sequence[Record]], published: Iterable[Record]
 ) -> tuple[list[Group], int]:
-    """Groups of comparable records, the paper's first, and the number of groups that are left out.
+    """(groups of comparable records, the paper's first; number of groups that are left out).
 
-    Published records join a measured group if they may share a table with exactly one; otherwise they are a group.
+    measured: comparable key -> records. Published records join a measured group if they may share a table with exactly
+    one; otherwise they are a group of their own. At most MAX_GROUPS other measured groups are kept, the largest.
     """
-    ours = dict(measured)
+    unjoined = dict(measured)
     papers: dict[tuple, list[Record]] = {}
     for record in published:
         papers.setdefault(comparable_key(record), []).append(record)
-    made = []
+    members_of_groups = []
     for members in papers.values():
-        joined = [key for key, own in ours.items() if may_share(members[0], own[0])]
-        own = ours.pop(joined[0]) if len(joined) == 1 else []
-        made.append([*members, *own])
-    kept = sorted(ours, key=lambda key: (-len(ours[key]), str(key)))[:MAX_GROUPS]
-    order = [found[0] for found in groups(ours[key][0] for key in kept)]
-    made += [ours[comparable_key(record)] for record in order]
-    found = [Group(heading="", records=tuple(members)) for members in made]
+        matching = [key for key, records in unjoined.items() if may_share(members[0], records[0])]
+        joined = unjoined.pop(matching[0]) if len(matching) == 1 else []
+        members_of_groups.append([*members, *joined])
+    kept = sorted(unjoined, key=lambda key: (-len(unjoined[key]), str(key)))[:MAX_GROUPS]
+    order = [firsts[0] for firsts in groups(unjoined[key][0] for key in kept)]
+    members_of_groups += [unjoined[comparable_key(record)] for record in order]
+    found = [Group(heading="", records=tuple(members)) for members in members_of_groups]
     found = [dataclasses.replace(group, heading=heading_of(group.representative)) for group in found]
-    return found, len(ours) - len(kept)
+    return found, len(unjoined) - len(kept)
 
 
 def heading_of(record: Record) -> str:
-    """In words, what the records of a group have in common."""
+    """What the records of a group have in common: `digits 8x8, N = 1,000, suite ..., features (hash), reference hash`."""
     text = f"{record.dataset} {record.resolution}x{record.resolution}, N = {record.n:,}"
     evaluation = record.evaluation
     if evaluation is None:
@@ -126,12 +129,12 @@ def by_metric(records: Iterable[Record], wanted: Sequence[str]) -> dict[tuple[st
 
 
 def quality(records: Sequence[Record]) -> list[Record]:
-    """The records of FID, or of FD where there is no FID, in the first mode by name."""
+    """The records of FID, or of FD if there are none of FID, without a mode or else in the first mode by name."""
     return next(iter(by_metric(records, QUALITY_METRICS).values()), [])
 
 
 def longest_trained(records: Iterable[Record]) -> list[Record]:
-    """The records of the longest training of each system, published and measured apart."""
+    """The records of the longest training of each system; published and measured systems count separately."""
     found: dict[tuple, list[Record]] = {}
     longest: dict[tuple, int] = {}
     for record in records:
@@ -140,7 +143,7 @@ def longest_trained(records: Iterable[Record]) -> list[Record]:
             longest[key], found[key] = steps, []
         if steps == longest[key]:
             found[key].append(record)
-    return [record for own in found.values() for record in own]
+    return [record for records_of_system in found.values() for record in records_of_system]
 
 
 def is_guided(record: Record) -> bool:
@@ -154,34 +157,36 @@ def is_guided(record: Record) -> bool:
 
 
 def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
-    """The records without guidance at the setting that most models share, and the name of that setting.
+    """(records without guidance at the sampling setting that most models share, note that names the setting).
 
-    Of several such settings it is the one with the most steps. A system without it has its setting of the most
-    steps. Where all records are guided, guidance is part of the setting.
+    If several settings are shared by equally many models, it is the one with the most sampling steps. A system that was
+    not sampled with it is shown at its own setting with the most steps. If all records are guided, the guided ones are
+    taken, and guidance is part of the setting.
     """
-    plain = [record for record in records if not is_guided(record)] or list(records)
-    models: dict[tuple, set[str]] = {}
-    own: dict[tuple, dict[tuple, list[Record]]] = {}  # system -> setting -> records
-    for record in plain:
-        setting = _setting(record)
+    candidates = [record for record in records if not is_guided(record)] or list(records)
+    models: dict[tuple, set[str]] = {}  # setting -> models
+    systems: dict[tuple, dict[tuple, list[Record]]] = {}  # system -> setting -> records
+    for record in candidates:
+        setting = _sampling_key(record)
         models.setdefault(setting, set()).add(model_of(record))
-        drawn = own.setdefault((record.provenance, record.system, record.backbone), {})
-        drawn.setdefault(setting, []).append(record)
+        of_system = systems.setdefault((record.provenance, record.system, record.backbone), {})
+        of_system.setdefault(setting, []).append(record)
     usual = max(models, key=lambda setting: (len(models[setting]), setting[1], str(setting)))
     kept, others = [], 0
-    for drawn in own.values():
-        others += usual not in drawn
-        most = usual if usual in drawn else max(drawn, key=lambda setting: (setting[1], str(setting)))
-        kept += drawn[most]
+    for of_system in systems.values():
+        others += usual not in of_system
+        shown = usual if usual in of_system else max(of_system, key=lambda setting: (setting[1], str(setting)))
+        kept += of_system[shown]
     words = []
-    if usual[0]:
-        guidance = f"guidance {usual[3]:g}" if usual[3] is not None else "no guidance"
-        words.append(f"sampled by {usual[0]} with {usual[1]} steps, {guidance}")
-    words += [f"{others} of {len(own)} systems at their own most steps"] if others and usual[0] else []
+    sampler, steps, _, scale = usual
+    if sampler:
+        guidance = f"guidance {scale:g}" if scale is not None else "no guidance"
+        words.append(f"sampled by {sampler} with {steps} steps, {guidance}")
+    words += [f"{others} of {len(systems)} systems at their own most steps"] if others and sampler else []
     return kept, "; ".join(words)
 
 
-def _setting(record: Record) -> tuple:
+def _sampling_key(record: Record) -> tuple:
     """(sampler, steps, eta, guidance scale)."""
     sampling = record.sampling
     if sampling is None:
@@ -191,7 +196,7 @@ def _setting(record: Record) -> tuple:
 
 
 def quality_axis(records: Sequence[Record]) -> Axis:
-    """The axis of a metric: logarithmic where its values are far apart."""
+    """The axis of these records' metric: logarithmic if the largest value is more than WIDE_RANGE times the smallest."""
     first = records[0]
     mode = (first.evaluation.mode if first.evaluation else None) or ""
     features = first.evaluation.features if first.evaluation else None
@@ -202,7 +207,7 @@ def quality_axis(records: Sequence[Record]) -> Axis:
 
 
 def bars_note(series: Iterable[Series]) -> list[str]:
-    """Notes on how the paper's marks look and what bars are; empty where there are neither."""
+    """Notes on how the paper's marks look, and on what the error bars are; empty if there is nothing to explain."""
     series = list(series)
     both = {each.provenance for each in series} >= {"published", "measured"}
     notes = ["hollow, dotted or pale: the paper's"] if both else []
@@ -212,16 +217,16 @@ def bars_note(series: Iterable[Series]) -> list[str]:
     return [*notes, "bars: 95 % intervals"] if marks else notes
 
 
-def settings_of(records: Iterable[Record], along: Sequence[str], part: type) -> list[list[Record]]:
-    """Groups of records that differ only in seeds, in settings that move low bits, and in the fields `along` of `part`."""
-    training = _getter(Training, along if part is Training else ())
-    sampling = _getter(Sampling, along if part is Sampling else ())
+def group_by_settings(records: Iterable[Record], along: Sequence[str], part: type) -> list[list[Record]]:
+    """Groups of records that differ only in metric, seeds, settings that change low bits, and the fields `along` of `part`."""
+    training_key = _fields_but_seeds(Training, along if part is Training else ())
+    sampling_key = _fields_but_seeds(Sampling, along if part is Sampling else ())
     found: dict[tuple, list[Record]] = {}
     for record in records:
         key = (
             *(record.provenance, record.system, record.backbone, record.framework, record.protocol_version),
-            training(record.training) if record.training is not None else None,
-            sampling(record.sampling) if record.sampling is not None else None,
+            training_key(record.training) if record.training is not None else None,
+            sampling_key(record.sampling) if record.sampling is not None else None,
             record.evaluation.suite_version if record.evaluation is not None else None,
             (record.table, record.row) if record.source is not None and not along else None,
         )
@@ -230,36 +235,43 @@ def settings_of(records: Iterable[Record], along: Sequence[str], part: type) -> 
 
 
 def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tuple[list[Line], int]:
-    """Lines by name, and the number of lines left out: published lines and the best MAX_LINES are kept.
+    """(lines, sorted by name; number of lines that are left out). At most MAX_LINES are kept: published ones, then the best.
 
     along: the fields of `part` (Training or Sampling) that may differ within a line.
     """
-    found = settings_of(records, along, part)
+    found = group_by_settings(records, along, part)
     kept = found
     if len(kept) > MAX_LINES:
         sign = SIGNS[better(records)]
-        order = [(own[0].provenance != "published", min(sign * r.value for r in own), own[0].system) for own in kept]
-        kept = [own for _, own in sorted(zip(order, kept, strict=True), key=lambda pair: pair[0])[:MAX_LINES]]
-    kept = [sorted(own, key=lambda record: record.id) for own in kept]
-    kept.sort(key=lambda own: (model_of(own[0]), own[0].system, own[0].provenance, own[0].id))
-    labels = _labels([own[0] for own in kept], along, part)
-    lines = [Line(label=label, records=tuple(own)) for label, own in zip(labels, kept, strict=True)]
+        order = [
+            (line[0].provenance != "published", min(sign * r.value for r in line), line[0].system) for line in kept
+        ]
+        kept = [line for _, line in sorted(zip(order, kept, strict=True), key=lambda pair: pair[0])[:MAX_LINES]]
+    kept = [sorted(line, key=lambda record: record.id) for line in kept]
+    kept.sort(key=lambda line: (model_of(line[0]), line[0].system, line[0].provenance, line[0].id))
+    labels = _labels([line[0] for line in kept], along, part)
+    lines = [Line(label=label, records=tuple(members)) for label, members in zip(labels, kept, strict=True)]
     return lines, len(found) - len(kept)
 
 
 def marks_of(
     records: Iterable[Record], x: Callable[[Record], float | None], text: Callable[[Record], str] = lambda record: ""
 ) -> tuple[Mark, ...]:
-    """One mark for each x, ascending: a record with its interval, or the mean of several with their range."""
+    """One mark for each x, ascending: a record with its interval, or the mean of several with lowest and highest value.
+
+    x: function from a record to its place; None: the record is not drawn. text: function from a mark's first record to the
+    text at the mark.
+    """
     found: dict[float, list[Record]] = {}
     for record in records:
         place = x(record)
         if place is not None and abs(place) < BEYOND:
             found.setdefault(float(place), []).append(record)
-    return tuple(_mark(place, own, text(own[0])) for place, own in sorted(found.items()))
+    return tuple(_mark(place, members, text(members[0])) for place, members in sorted(found.items()))
 
 
 def _mark(x: float, records: list[Record], text: str) -> Mark:
+    """The mark of records that differ in seeds; an interval that fits on no axis is left out."""
     records = sorted(records, key=lambda record: record.id)
     first, values = records[0], [record.value for record in records]
     mean, low, high = values[0], first.low, first.high
@@ -278,13 +290,13 @@ def _mark(x: float, records: list[Record], text: str) -> Mark:
     )
 
 
-def at_place(x: float) -> Callable[[Record], float]:
-    """A function that puts every record at `x`."""
+def constant_x(x: float) -> Callable[[Record], float]:
+    """A function from a record to `x`, whatever the record."""
     return lambda record: x
 
 
 def mark_details(record: Record, runs: int, value: str) -> tuple[tuple[str, str], ...]:
-    """(name, text) pairs that the page shows when the pointer is at a mark."""
+    """(name, text) pairs that the page shows when the pointer is at a mark. runs: number of records of the mark."""
     title = metric_name(record.metric, record.n)
     shown = {"system": record.system, title: value}
     if runs > 1:
@@ -303,8 +315,11 @@ def better(records: Iterable[Record]) -> str:
     return "" if direction is None else "higher" if direction else "lower"
 
 
-def data_row(record: Record, panel: int, line: str, x: Mapping[str, object]) -> dict[str, object]:
-    """A row of a figure's CSV: where the record is drawn, what it is, and its value, nothing rounded."""
+def figure_row(record: Record, panel: int, line: str, x: Mapping[str, object]) -> dict[str, object]:
+    """A row of a figure's CSV, column -> value: where the record is drawn, what it is, and its value, nothing rounded.
+
+    panel: number from 1. line: label of its line. x: column -> value of its places on the axes.
+    """
     training, sampling, source = record.training, record.sampling, record.source
     return {
         "panel": panel,
@@ -330,8 +345,8 @@ def data_row(record: Record, panel: int, line: str, x: Mapping[str, object]) -> 
     }
 
 
-def left_out(lines: int, groups: int = 0) -> str:
-    """A note on the lines and groups that are not drawn; "" where all are."""
+def left_out_note(lines: int, groups: int = 0) -> str:
+    """A note on the numbers of lines and groups that are not drawn; "" if both are 0."""
     words = [f"{lines} more lines are not drawn (the best {MAX_LINES} are)"] if lines else []
     words += (
         [f"{groups} more sets of comparable records are not drawn (the {MAX_GROUPS} largest are)"] if groups else []
@@ -339,7 +354,8 @@ def left_out(lines: int, groups: int = 0) -> str:
     return "; ".join(words)
 
 
-def _getter(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
+def _fields_but_seeds(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
+    """A function from a `part` to the tuple of its fields without seeds, settings that change low bits, and `along`."""
     names = [field.name for field in dataclasses.fields(part) if field.name not in (*along, *_SEEDS)]
     if part is Training:
         names.append("batch")  # of training it is part of the recipe; of sampling it moves low bits
@@ -347,12 +363,15 @@ def _getter(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
 
 
 def paper_name(record: Record) -> str:
-    """`DiT-XL/2`, `ADM-G, ADM-U`: the printed model of a published row, without the settings that follow it."""
+    """The printed model of a published row, without the settings that follow it: `DiT-XL/2`, `ADM-G, ADM-U`."""
     return re.split(r", (?=\d)", record.row)[0]
 
 
 def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list[str]:
-    """The system's name; where it has several lines, with the metadata in which they differ."""
+    """The label of each line: the system's name and, if it has several lines, the metadata in which they differ.
+
+    records: one of each line. along, part: as in `lines_of`. Equal labels get " #2", " #3", ...
+    """
     words = []
     for record in records:
         training, mode = record.training, record.evaluation.mode if record.evaluation else None
@@ -364,17 +383,17 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
         words.append({name: found.get(name, "") for name in _LABEL_METADATA})
     peers: dict[str, dict[str, set[str]]] = {}  # system -> name -> texts of its lines
     for record, found in zip(records, words, strict=True):
-        own = peers.setdefault(record.system, {name: set() for name in _LABEL_METADATA})
+        texts_of = peers.setdefault(record.system, {name: set() for name in _LABEL_METADATA})
         for name, text in found.items():
-            own[name].add(text)
+            texts_of[name].add(text)
     taken: dict[str, int] = {}
     labels = []
     for record, found in zip(records, words, strict=True):
-        own = peers[record.system]
+        texts_of = peers[record.system]
         differences = [
             text if name in _WITHOUT_NAME else f"{name} {text}"
             for name, text in found.items()
-            if text and len(own[name]) > 1
+            if text and len(texts_of[name]) > 1
         ]
         differences += ["paper"] if record.provenance == "published" else []
         label = f"{record.system} ({', '.join(differences)})" if differences else record.system

@@ -31,7 +31,7 @@ def to_csv(table: Table) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows with the same keys as CSV with one header line: floats in full, nothing for None, texts on one line."""
+    """Rows with the same keys as CSV with one header line: floats with all digits, None empty, control characters as spaces."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0])
@@ -43,7 +43,7 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """GitHub-flavoured Markdown, a table for each section, published rows marked with a dagger."""
+    """The table as GitHub-flavoured Markdown: a Markdown table for each section, published rows marked with a dagger."""
     parts = [f"# {escape_markdown(table.title)}"]
     for section in table.sections:
         if section.heading:
@@ -64,7 +64,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    r"""A `table*` for each section; needs \usepackage{booktabs} and \usepackage{graphicx}."""
+    r"""The table as LaTeX: a `table*` for each section. Needs \usepackage{booktabs} and \usepackage{graphicx}."""
     parts = [r"% needs \usepackage{booktabs,graphicx}"]
     title = re.sub(r"^Table (\d+)\. ", r"After Table \1 of the DiT paper. ", table.title)  # LaTeX numbers tables itself
     for index, section in enumerate(table.sections):
@@ -103,27 +103,31 @@ def to_latex(table: Table) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows literally: no markup, no HTML, no new table cell."""
+    """The text, escaped so that Markdown shows it literally: no markup, no HTML, no new table cell."""
     return one_line(text).translate(_MARKDOWN_ESCAPES)
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX shows literally."""
+    """The text, escaped so that LaTeX shows it literally."""
     return one_line(text).translate(_LATEX_ESCAPES)
 
 
 def one_line(text: str) -> str:
-    """Control characters (line breaks among them) become spaces."""
+    """The text with control characters, such as line breaks, replaced by spaces."""
     return text if text.isprintable() else "".join(character if character.isprintable() else " " for character in text)
 
 
 def _latex_line(line: Line) -> str:
+    """The row of a tabular."""
     first, *rest = _cells(line, escape_latex, r"\textbf{{{}}}", r"\textbf{{{}}}$^{{=}}$")
     return " & ".join([first + _latex_marks(line_marks(line)), *rest]) + r" \\"
 
 
 def _cells(line: Line, escape: Callable[[str], str], best: str, tie: str) -> list[str]:
-    """The escaped cells of a line; a marked value, without its interval, in the template of its mark."""
+    """The escaped cells of a line.
+
+    best, tie: templates, with {} for the text, of values with the mark "best" or "tie"; the interval stays outside.
+    """
     if not any(line.marks):
         return [escape(text) for text in line.cells]
     templates = {"best": best, "tie": tie}
@@ -135,15 +139,18 @@ def _cells(line: Line, escape: Callable[[str], str], best: str, tie: str) -> lis
 
 
 def line_marks(line: Line) -> list[str]:
+    """The superscripts of a line: a dagger if it is published, then the marks of its footnotes."""
     return ([PUBLISHED_MARK] if line.published else []) + [note_mark(index) for index in line.notes]
 
 
 def _latex_marks(marks: list[str]) -> str:
+    """The superscripts as LaTeX; "" for none."""
     names = [r"\dagger" if mark == PUBLISHED_MARK else mark for mark in marks]
     return f"$^{{{','.join(names)}}}$" if names else ""
 
 
 def section_notes(section: Section) -> list[tuple[str, str]]:
+    """(mark, text) of each footnote of a section, that of the dagger first."""
     notes = [(note_mark(index), text) for index, text in enumerate(section.footnotes)]
     if any(line.published for line in section.lines):
         text = f"as published ({section.origin})"

@@ -1,7 +1,8 @@
-"""Figures drawn in parallel: by worker processes, and by this process once it has nothing else to do.
+"""Figures drawn in parallel, by worker processes and, in `finish`, by this process too.
 
-Workers are plain child processes (not of `multiprocessing`, which would run a caller's script a second time). They read
-figures from a pipe and write the bytes of the files to another; one process would draw the same bytes.
+Workers are plain child processes, not those of `multiprocessing`, which would run a caller's script a second time. A
+worker reads figures from standard input and writes the bytes of their files to standard output. The bytes do not depend
+on which process draws.
 """
 
 import contextlib
@@ -18,28 +19,31 @@ from threading import Thread
 from typing import Self
 
 from reports.charts import Figure, Style
-from reports.drawing import draw, get_ready
+from reports.drawing import draw, warm_up
 
 MAX_WORKERS = 7
-PANELS_PER_WORKER = 12  # about what a worker could draw in the time that it takes to start
+PANELS_PER_WORKER = 12  # about as many as a worker draws in the time that it takes to start
 _ROOT = Path(__file__).resolve().parent.parent
 _SCRIPT = (
     f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from reports.render_pool import serve_figures; serve_figures()"
 )
 _COMMAND = (sys.executable, "-P", "-c", _SCRIPT)  # -P: nothing is imported from the current folder
 
-Files = dict[str, bytes]  # "png", "svg", "pdf" -> content
+Files = dict[str, bytes]  # "png", "svg" or "pdf" -> content
 
 
 class RenderPool:
-    """A pool of workers that draw figures. The first starts when the pool is entered; all end when it is left."""
+    """A pool of workers that draw figures, as a context manager.
+
+    The first worker starts when the context is entered; all end when it is left.
+    """
 
     def __init__(self) -> None:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._threads: list[Thread] = []
         self._figures: Sequence[Figure] = ()
         self._waiting: deque[Figure] = deque()
-        self._drawn: dict[str, Files] = {}
+        self._drawn: dict[str, Files] = {}  # name of a figure -> its files
         self._styles: dict[str, Style] = {}
 
     def __enter__(self) -> Self:
@@ -47,7 +51,7 @@ class RenderPool:
         return self
 
     def begin(self, figures: Sequence[Figure], styles: Mapping[str, Style]) -> None:
-        """Let the workers draw these figures, the most expensive first."""
+        """Start more workers if they pay, and let them draw these figures, the most expensive first; returns at once."""
         self._figures, self._styles = figures, dict(styles)
         self._start(int(sum(map(_cost, figures)) / PANELS_PER_WORKER) - 1)
         self._waiting.extend(sorted(figures, key=lambda figure: (-_cost(figure), figure.name)))
@@ -56,9 +60,9 @@ class RenderPool:
             thread.start()
 
     def finish(self, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Files]:
-        """Figure name -> files, in the order of the figures; draws the figures that no worker has begun.
+        """Wait for all figures: name -> files, in the order of `begin`. This process draws those that no worker has begun.
 
-        progress: called as ("figures", drawn, in all).
+        progress: called as ("figures", number drawn, number in all).
         """
         reported = -1
         while reported < len(self._figures):
@@ -78,11 +82,11 @@ class RenderPool:
         for thread in self._threads:
             thread.join()
         for worker in self._workers:
-            with contextlib.suppress(OSError):  # a broken pipe: the rest is not needed
+            with contextlib.suppress(OSError):  # a broken pipe: what the worker has not read is not needed
                 worker.communicate()
 
     def _start(self, wanted: int) -> None:
-        """Start workers until there are as many as wanted, or as processors allow."""
+        """Start workers until there are `wanted`, or MAX_WORKERS, or one fewer than there are processors."""
         for _ in range(min(wanted, MAX_WORKERS, _processors() - 1) - len(self._workers)):
             try:
                 pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
@@ -91,7 +95,7 @@ class RenderPool:
                 return
 
     def _feed(self, worker: subprocess.Popen[bytes]) -> None:
-        """Give figures to a worker, one after the other, until none is left or it fails."""
+        """Give waiting figures to a worker, one after the other, until none is left or one fails. Runs in a thread."""
         assert worker.stdin is not None and worker.stdout is not None
         while (figure := self._next()) is not None:
             try:
@@ -106,6 +110,7 @@ class RenderPool:
                 return
 
     def _next(self) -> Figure | None:
+        """Take a waiting figure; None if there is none."""
         try:
             return self._waiting.popleft()
         except IndexError:
@@ -114,8 +119,8 @@ class RenderPool:
 
 def serve_figures() -> None:
     """The loop of a worker: reads figures from standard input, writes the files of each to standard output."""
-    get_ready()
-    gc.freeze()  # the collections after each figure skip the libraries
+    warm_up()
+    gc.freeze()  # so that gc.collect() after each figure does not traverse the libraries
     gc.disable()
     while True:
         try:
@@ -128,6 +133,7 @@ def serve_figures() -> None:
 
 
 def _cost(figure: Figure) -> float:
+    """The cost of drawing a figure, in panels."""
     return max(len(figure.panels), 1)
 
 

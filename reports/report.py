@@ -28,8 +28,9 @@ TABLES = "tables and page"  # a stage of three parts, between "records" and "fig
 class ReportSummary:
     """What was written and what could not be used.
 
-    problems: unusable lines of record files. conflicts: identities with several values, which are in no table.
-    records: the records in the report. notes: a sentence for each figure that is not drawn because files are missing.
+    problems: unusable lines of record files. conflicts: a sentence for each identity with conflicting values, which
+    are in no table.
+    records: those that were loaded. notes: a sentence for each figure that is not drawn because files are missing.
     """
 
     files: tuple[Path, ...]
@@ -40,7 +41,7 @@ class ReportSummary:
 
     @property
     def measured(self) -> int:
-        """Number of the measured records."""
+        """Number of measured records."""
         return sum(record.provenance == "measured" for record in self.records)
 
 
@@ -49,7 +50,7 @@ def write_report(
     out: str | os.PathLike,
     *,
     protocol: str | None = None,  # only this protocol's table and figures; None: those of every protocol with records
-    progress: Callable[[str, int, int], None] | None = None,  # called as (stage, done, in all)
+    progress: Callable[[str, int, int], None] | None = None,  # called as (stage, number done, number in all)
 ) -> ReportSummary:
     """Write Tables 1-6, `table-<protocol>`, the figures and the page, from these records and those packaged in results/.
 
@@ -102,7 +103,7 @@ def write_report(
 
 @collector_paused()
 def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[list[Table], dict[str, bytes]]:
-    """The tables, and file name -> content of their files."""
+    """(tables, file name -> content of their CSV, Markdown, LaTeX and HTML files)."""
     tables = paper_tables(records)
     tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]
     verdicts = verdict_table([record for record in records if record.protocol in protocols])
@@ -114,6 +115,7 @@ def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[li
 
 
 def _write_all(out: Path, contents: dict[str, bytes]) -> tuple[Path, ...]:
+    """Write the files (name -> content) into the folder `out`; returns their paths."""
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
     for name, data in contents.items():

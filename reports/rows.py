@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from reports.columns import (
+from reports.texts import (
     count_text,
     guidance_text,
     measured_text,
@@ -30,22 +30,22 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table: records that differ in the metric alone."""
+    """One row of a table: records that differ only in the metric."""
 
     records: dict[tuple[str, str], Record]  # (metric, mode or "") -> record
 
     @functools.cached_property
     def representative(self) -> Record:
-        """A record from which to read what the row's records have in common."""
+        """One of the row's records, for reading what all of them have in common."""
         return self.records[min(self.records)]
 
     @functools.cached_property
     def is_published(self) -> bool:
-        """Whether the row is the paper's."""
+        """Whether the row is printed in the paper."""
         return self.representative.provenance == "published"
 
     def text(self, metric: tuple[str, str]) -> str:
-        """The text of a metric: as printed if published, value and interval if measured, a dash if missing."""
+        """The text of a (metric, mode): as printed if published, value and interval if measured, a dash if missing."""
         record = self.records.get(metric)
         if record is None:
             return "-"
@@ -54,49 +54,50 @@ class Row:
         return measured_text(record.value, record.low, record.high)
 
     def cell(self, metric: tuple[str, str], mark: str = "") -> Cell:
-        """The cell of a metric."""
+        """The cell of a (metric, mode); a dash if the row has no such record. mark: "best", "tie" or ""."""
         record = self.records.get(metric)
         return Cell("-") if record is None else Cell(self.text(metric), record.value, record.id, mark)
 
 
 def make_rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each (system, training, sampling, ...): records share a row only if they differ in the metric alone.
+    """One row for each (system, training, sampling, ...): records share a row only if nothing but the metric differs.
 
-    Published rows first, in the order given; measured rows after them, by compute, name, training and sampling.
+    Published rows come first, in the order given; then measured rows, sorted by Gflops, name, training and sampling.
     """
-    rows: dict[tuple, dict[tuple[str, str], Record]] = {}
+    rows: dict[tuple, dict[tuple[str, str], Record]] = {}  # row key -> (metric, mode) -> record
     for record in records:
         mode = record.evaluation.mode if record.evaluation is not None else None
         rows.setdefault(_row_key(record), {})[(record.metric, mode or "")] = record
-    made = [Row(records=found) for found in rows.values()]
-    published = [row for row in made if row.is_published]
-    return published + sorted((row for row in made if not row.is_published), key=_order)
+    all_rows = [Row(records=by_metric) for by_metric in rows.values()]
+    published = [row for row in all_rows if row.is_published]
+    return published + sorted((row for row in all_rows if not row.is_published), key=_sort_key)
 
 
 def metrics_of(rows: Iterable[Row]) -> list[tuple[str, str]]:
-    """The (metric, mode) columns of the rows, in the order of tables."""
+    """The (metric, mode) of each metric column of these rows, in the order of the columns."""
     return sorted({metric for row in rows for metric in row.records}, key=lambda pair: (rank(pair[0]), pair[1]))
 
 
 def column_title(metric: tuple[str, str], rows: Iterable[Row], *, names_n: bool = True) -> str:
-    """The title of a (metric, mode) column of these rows, of which at least one fills it."""
+    """The title of a (metric, mode) column; at least one of the rows must have the metric."""
     return title_of([row.records[metric] for row in rows if metric in row.records], names_n=names_n)
 
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:
-    """Records that may share a table, in groups, in a stable order."""
-    found: dict[tuple, list[Record]] = {}
+    """Records grouped by comparable key: each group may share a table. Records without a suite come last."""
+    by_key: dict[tuple, list[Record]] = {}
     for record in records:
-        found.setdefault(comparable_key(record), []).append(record)
+        by_key.setdefault(comparable_key(record), []).append(record)
 
     def order(pair: tuple[tuple, list[Record]]) -> tuple:
         (dataset, resolution, n, *rest), _ = pair
         return (rest[0] is None, dataset, resolution, -n, [text or "" for text in rest])
 
-    return [members for _, members in sorted(found.items(), key=order)]
+    return [members for _, members in sorted(by_key.items(), key=order)]
 
 
-# Metadata that a table on the terminal, which has no footnotes, shows where the rows differ in it.
+# Metadata (names of `row_metadata`) that a table on the terminal shows as columns if the rows differ in it, because such
+# a table has no footnotes.
 SHOWN_IF_DIFFERENT = (
     *("recipe", "batch", "training precision", "eta", "clip denoised", "label policy", "sampling precision"),
     *("sampling seed", "framework", "suite version"),
@@ -104,57 +105,59 @@ SHOWN_IF_DIFFERENT = (
 
 
 def console_table(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Rows for a terminal: column title -> text, the same keys in every row.
+    """Rows for a terminal: for each a dict of column title -> text, with the same keys in all.
 
-    Columns that contain only dashes are left out. Where N differs between rows, it gets a column and is left out of the
+    Columns that contain only dashes are left out. If N differs between rows, it has a column of its own and is not in the
     titles of metrics.
     """
     metrics = metrics_of(rows)
-    sizes = {row.representative.n for row in rows}
-    titles = {metric: column_title(metric, rows, names_n=len(sizes) == 1) for metric in metrics}
-    found = [row_metadata(row.representative) for row in rows]
-    differing = {name: len({known.get(name) for known in found}) for name in SHOWN_IF_DIFFERENT}
-    tables = []
-    for row, known in zip(rows, found, strict=True):
-        cells = {"System": row.representative.system, **{title: cell.text for title, cell in description(row).items()}}
-        cells |= {name.capitalize(): known.get(name, "-") for name in SHOWN_IF_DIFFERENT if differing[name] > 1}
-        if len(sizes) > 1:
+    sample_counts = {row.representative.n for row in rows}
+    titles = {metric: column_title(metric, rows, names_n=len(sample_counts) == 1) for metric in metrics}
+    metadata = [row_metadata(row.representative) for row in rows]
+    differing = [name for name in SHOWN_IF_DIFFERENT if len({words.get(name) for words in metadata}) > 1]
+    lines = []
+    for row, words in zip(rows, metadata, strict=True):
+        cells = {"System": row.representative.system, **{title: cell.text for title, cell in columns_of(row).items()}}
+        cells |= {name.capitalize(): words.get(name, "-") for name in differing}
+        if len(sample_counts) > 1:
             cells["N"] = str(row.representative.n)
         for metric in metrics:
             cells[titles[metric]] = row.text(metric)
-        tables.append(cells)
-    empty = [title for title in (tables[0] if tables else ()) if all(cells[title] == "-" for cells in tables)]
-    return [{title: text for title, text in cells.items() if title not in empty} for cells in tables]
+        lines.append(cells)
+    empty = [title for title in (lines[0] if lines else ()) if all(cells[title] == "-" for cells in lines)]
+    return [{title: text for title, text in cells.items() if title not in empty} for cells in lines]
 
 
-def description(row: Row) -> dict[str, Cell]:
+def columns_of(row: Row) -> dict[str, Cell]:
     """The columns of a measured row that are not metrics: title -> cell."""
     record, training, sampling = row.representative, row.representative.training, row.representative.sampling
     steps = sampling.steps if sampling else None
     stage_steps = sampling.stage_steps if sampling else None
     return {
         "Params (M)": Cell(params_text(record.params), record.params),
-        "Gflops": _quantity(record.gflops),
-        "Training steps": _number(training.steps if training else None, count_text),
-        "Training Gflops": _quantity(training.gflops if training else None),
-        "Seed": _number(training.seed if training else None),
+        "Gflops": _quantity_cell(record.gflops),
+        "Training steps": _number_cell(training.steps if training else None, count_text),
+        "Training Gflops": _quantity_cell(training.gflops if training else None),
+        "Seed": _number_cell(training.seed if training else None),
         "Sampler": Cell((sampling.sampler if sampling else None) or "-"),
         "Sampling steps": Cell("-") if steps is None else Cell(stage_steps or str(steps), steps),
         "Guidance": Cell(guidance_text(record), sampling.guidance_scale if sampling else None),
-        "Sampling Gflops": _quantity(sampling.gflops_per_image if sampling else None),
+        "Sampling Gflops": _quantity_cell(sampling.gflops_per_image if sampling else None),
     }
 
 
-def _number(value: float | None, write: Callable[[Any], str] = str) -> Cell:
+def _number_cell(value: float | None, write: Callable[[Any], str] = str) -> Cell:
+    """The cell of a number with the text `write(value)`; a dash for None."""
     return Cell("-") if value is None else Cell(write(value), value)
 
 
-def _quantity(value: float | None) -> Cell:
-    return _number(value, quantity_text)
+def _quantity_cell(value: float | None) -> Cell:
+    """The cell of a number of Gflops."""
+    return _number_cell(value, quantity_text)
 
 
 def _row_key(record: Record) -> tuple:
-    """A record's identity but for the metric and its mode, as texts and numbers that are quickly hashed."""
+    """A record's identity without the metric and its mode, as a tuple of texts and numbers, which is fast to hash."""
     evaluation, source = record.evaluation, record.source
     return (
         *(record.provenance, record.protocol, record.protocol_version, record.dataset, record.resolution, record.n),
@@ -168,7 +171,8 @@ def _row_key(record: Record) -> tuple:
     )
 
 
-def _order(row: Row) -> tuple:
+def _sort_key(row: Row) -> tuple:
+    """The order of measured rows."""
     record, training, sampling = row.representative, row.representative.training, row.representative.sampling
     return (
         record.gflops or 0.0,

@@ -1,4 +1,4 @@
-"""Tables: sections of lines as they are printed, with footnotes, and the same rows as data with nothing rounded."""
+"""Tables: sections of printed lines with footnotes, and the same rows as unrounded data."""
 
 import dataclasses
 import functools
@@ -6,8 +6,8 @@ import operator
 import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from reports.columns import DISTINGUISHING_METADATA, METADATA, distinguishing_metadata, row_metadata
 from reports.rows import Cell, Row
+from reports.texts import DISTINGUISHING_METADATA, METADATA, distinguishing_metadata, row_metadata
 from results.metrics import rank
 
 DEVIATION_PARTS = ("paper", "deviation_percent")  # columns of a metric that compare it with the paper
@@ -15,9 +15,10 @@ DEVIATION_PARTS = ("paper", "deviation_percent")  # columns of a metric that com
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One printed row. notes: indices into the section's footnotes.
+    """One printed row.
 
-    values, record_ids and marks have an entry for each cell, or are empty where no cell has one.
+    notes: indices into the section's footnotes. values, record_ids and marks have an entry for each cell, or are empty
+    if no cell has one.
     """
 
     cells: tuple[str, ...]
@@ -36,8 +37,8 @@ class Section:
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     footnotes: tuple[str, ...] = ()  # marked a, b, c, ...
-    remarks: tuple[str, ...] = ()  # hold for all rows
-    origin: str = "arXiv:2212.09748"  # of the published rows
+    remarks: tuple[str, ...] = ()  # sentences about all rows
+    origin: str = "arXiv:2212.09748"  # where the published rows are from
 
     @functools.cached_property
     def numeric(self) -> tuple[bool, ...]:
@@ -50,7 +51,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table: as it is printed (sections), and with nothing rounded or left out (data, for CSV)."""
+    """A table: as printed (sections), and as data for CSV, with nothing rounded or left out (data: a dict for each row)."""
 
     name: str  # file name without extension
     title: str
@@ -67,34 +68,35 @@ def make_line(cells: Sequence[Cell], *, published: bool, notes: Sequence[int] = 
 def build_section(
     heading: str, columns: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[Cell]], shown: Sequence[str]
 ) -> Section:
-    """A section whose footnotes state the metadata in which the rows differ, but for what the columns show.
+    """A section whose footnotes state the metadata in which the rows differ and that no column shows.
 
-    shown: metadata that a column shows. A row has one note for metadata that other rows do not state, and one for
-    metadata that other rows state differently. Rows that still look alike get a third note, which tells them apart.
+    cells: of each row. shown: names of the metadata that a column shows. A row has one note for metadata that other rows
+    do not state, and one for metadata that other rows state differently. Rows that still look alike get a third note,
+    which tells them apart. Metadata that all rows share are in a remark.
     """
-    found = [row_metadata(row.representative) for row in rows]
-    names = [name for name in METADATA if name not in shown and any(name in words for words in found)]
-    known = {name: {words[name] for words in found if name in words} for name in names}
-    common = [name for name in names if len(known[name]) == 1 and all(name in words for words in found)]
-    stated = [name for name in names if len(known[name]) == 1 and name not in common]
-    differing = [name for name in names if len(known[name]) > 1]
+    metadata = [row_metadata(row.representative) for row in rows]
+    names = [name for name in METADATA if name not in shown and any(name in words for words in metadata)]
+    texts_of = {name: {words[name] for words in metadata if name in words} for name in names}
+    common = [name for name in names if len(texts_of[name]) == 1 and all(name in words for words in metadata)]
+    partly_stated = [name for name in names if len(texts_of[name]) == 1 and name not in common]
+    differing = [name for name in names if len(texts_of[name]) > 1]
     notes = [
-        [", ".join(f"{name} {words[name]}" for name in group if name in words) for group in (stated, differing)]
-        for words in found
+        [", ".join(f"{name} {words[name]}" for name in group if name in words) for group in (partly_stated, differing)]
+        for words in metadata
     ]
     for alike in _alike(rows, cells, notes):
-        known_last = {index: distinguishing_metadata(rows[index].representative) for index in alike}
-        last = [name for name in DISTINGUISHING_METADATA if len({words.get(name) for words in known_last.values()}) > 1]
-        for index, words in known_last.items():
-            notes[index].append(", ".join(f"{name} {words.get(name, 'not stated')}" for name in last))
-    numbers: dict[str, int] = {}
+        further = {index: distinguishing_metadata(rows[index].representative) for index in alike}
+        telling = [name for name in DISTINGUISHING_METADATA if len({words.get(name) for words in further.values()}) > 1]
+        for index, words in further.items():
+            notes[index].append(", ".join(f"{name} {words.get(name, 'not stated')}" for name in telling))
+    footnotes: dict[str, int] = {}  # text -> index
     lines = []
-    for row, texts, own_notes in zip(rows, cells, notes, strict=True):
-        indices = [numbers.setdefault(note, len(numbers)) for note in own_notes if note]
-        lines.append(make_line(texts, published=row.is_published, notes=indices))
+    for row, cells_of_row, notes_of_row in zip(rows, cells, notes, strict=True):
+        indices = [footnotes.setdefault(note, len(footnotes)) for note in notes_of_row if note]
+        lines.append(make_line(cells_of_row, published=row.is_published, notes=indices))
     remarks = []
     if common:
-        remarks.append(f"All rows: {', '.join(f'{name} {found[0][name]}' for name in common)}.")
+        remarks.append(f"All rows: {', '.join(f'{name} {metadata[0][name]}' for name in common)}.")
     methods = sorted({record.interval for row in rows for record in row.records.values() if record.interval})
     if methods:
         remarks.append(f"Intervals in brackets: {'; '.join(methods)}.")
@@ -102,31 +104,31 @@ def build_section(
         heading=heading,
         columns=tuple(columns),
         lines=tuple(lines),
-        footnotes=tuple(numbers),
+        footnotes=tuple(footnotes),
         remarks=tuple(remarks),
     )
 
 
 def _alike(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], notes: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Sets of measured rows, as indices, that agree in their notes and in all cells without a record."""
+    """Groups of two or more measured rows, as indices, that agree in their notes and in all cells that are not metrics."""
     found: dict[tuple, list[int]] = {}
-    for index, (row, members) in enumerate(zip(rows, cells, strict=True)):
+    for index, (row, cells_of_row) in enumerate(zip(rows, cells, strict=True)):
         if not row.is_published:
-            texts = tuple(cell.text for cell in members if not cell.record_id)
+            texts = tuple(cell.text for cell in cells_of_row if not cell.record_id)
             found.setdefault((texts, *notes[index]), []).append(index)
     return [members for members in found.values() if len(members) > 1]
 
 
 def note_mark(index: int) -> str:
-    """a, b, ..., z, aa, ab, ..."""
+    """The mark of the footnote with this index: a, b, ..., z, aa, ab, ..."""
     letters = string.ascii_lowercase
     return letters[index] if index < 26 else note_mark(index // 26 - 1) + letters[index % 26]
 
 
 def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> dict[str, object]:
-    """A row of data: identity first, then value, interval, mark and record of each metric, nothing rounded.
+    """A row of a table's data, column -> value: identity first, then value, interval, mark and record of each metric.
 
-    marks: (metric, mode) -> "best" or "tie".
+    section: number of its section, from 1. marks: (metric, mode) -> "best" or "tie".
     """
     record = row.representative
     training, sampling, evaluation, source = record.training, record.sampling, record.evaluation, record.source
@@ -153,27 +155,30 @@ def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> di
             columns, values = _columns(prefix, kind)
             entry.update(zip(columns, values(part), strict=True))
     for key, mode in _in_order(tuple(row.records)):
-        metric = row.records[key, mode]
-        value = row.text((key, mode)) if row.is_published else metric.value
-        found = (value, metric.low, metric.high, metric.interval, marks.get((key, mode)), metric.id)
-        entry.update(zip(_metric_columns(key, mode), found, strict=True))
+        of_metric = row.records[key, mode]
+        value = row.text((key, mode)) if row.is_published else of_metric.value  # published: the text as printed
+        mark = marks.get((key, mode))
+        fields = (value, of_metric.low, of_metric.high, of_metric.interval, mark, of_metric.id)
+        entry.update(zip(_metric_columns(key, mode), fields, strict=True))
     return entry
 
 
 @functools.lru_cache(maxsize=1024)
 def _in_order(metrics: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """(metric, mode) pairs in the order of tables."""
     return tuple(sorted(metrics, key=lambda metric: (rank(metric[0]), metric[1])))
 
 
 @functools.lru_cache(maxsize=1024)
 def _metric_columns(key: str, mode: str) -> tuple[str, ...]:
+    """The data columns of a metric: value, low, high, interval, mark and record, as `fid`, `fid_low`, ..."""
     name = f"{key}_{mode}" if mode else key
     return (name, *(f"{name}_{part}" for part in ("low", "high", "interval", "mark", "record")))
 
 
 @functools.cache
 def _columns(prefix: str, part: type) -> tuple[tuple[str, ...], operator.attrgetter]:
-    """The columns of a part of a record and a function that returns their values; the mode belongs to the metric."""
+    """(columns, function that returns their values) of a part of a record, without `mode`, which is in the metric's columns."""
     names = [field.name for field in dataclasses.fields(part) if field.name != "mode"]
     return tuple(f"{prefix}_{name}" for name in names), operator.attrgetter(*names)
 
@@ -188,7 +193,7 @@ def metric_columns(rows: Iterable[Row]) -> frozenset[str]:
 
 
 def aligned(data: Sequence[dict[str, object]], last: Collection[str] = frozenset()) -> tuple[dict[str, object], ...]:
-    """The rows with the same columns in each, without columns that are empty in all. last: columns to be put last."""
+    """The rows with the same columns in each, without columns that are empty in all. last: columns that come last."""
     layouts = dict.fromkeys(tuple(entry) for entry in data)
     names = dict.fromkeys(name for layout in layouts for name in layout)
     kept = [name for name in names if any(entry.get(name) not in (None, "") for entry in data)]

@@ -6,12 +6,12 @@ import itertools
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 
-from reports.best import best_marks, remark
-from reports.columns import key_text, metric_title
+from reports.best import best_marks, bold_remark
 from reports.counts import GFLOPS_COLUMNS, PARAMS_COLUMN, Counted, counted
-from reports.deviations import deviation_data, deviation_section, guidance_scale, may_share, model_text, pairs
-from reports.rows import Cell, Row, column_title, description, groups, make_rows, metrics_of
+from reports.deviations import deviation_data, deviation_section, guidance_scale, matching_pairs, may_share, model_text
+from reports.rows import Cell, Row, column_title, columns_of, groups, make_rows, metrics_of
 from reports.sections import Section, Table, aligned, build_section, data_row, make_line, metric_columns
+from reports.texts import key_text, metric_title
 from results import paper
 from results.paper import PublishedValue
 from results.records import Record
@@ -22,14 +22,18 @@ COUNT_REMARK = (
     "Counted: by this harness, multiply-adds and one flop per element of the normalisations that the convention counts; "
     "in brackets the deviation from the printed figure where, rounded as that is, it is another."
 )
-_COUNT_TITLES = dict(
+_COUNT_TITLES = dict(  # title of a printed column -> title of the column of counts after it
     zip(
         (*GFLOPS_COLUMNS, PARAMS_COLUMN),
         ("Counted", "Counted (G)", "Base counted (G)", "Upsampler counted (G)", "Total counted (G)", "Counted (M)"),
         strict=True,
     )
 )
-_BLOCKS = {"in-context": "in-context", "cross-attention": "cross-attention", "adaln": "adaLN"}  # by suffix of the name
+_BLOCKS = {
+    "in-context": "in-context",
+    "cross-attention": "cross-attention",
+    "adaln": "adaLN",
+}  # suffix of a DiT's name -> its block
 
 
 def paper_tables(records: Iterable[Record]) -> list[Table]:
@@ -51,13 +55,16 @@ def protocol_table(protocol: str, records: Iterable[Record]) -> Table | None:
     members = [record for record in records if record.protocol == protocol]
     if not members:
         return None
-    rows = [make_rows(group) for group in groups(members)]
-    made = [_protocol_section(each, number) for number, each in enumerate(rows, start=1)]
+    rows_by_section = [make_rows(group) for group in groups(members)]
+    sections_and_data = [_protocol_section(rows, number) for number, rows in enumerate(rows_by_section, start=1)]
     return Table(
         name=protocol_file_name(protocol),
         title=f"Protocol {protocol}",
-        sections=tuple(section for section, _ in made),
-        data=aligned([entry for _, data in made for entry in data], metric_columns(itertools.chain(*rows))),
+        sections=tuple(section for section, _ in sections_and_data),
+        data=aligned(
+            [entry for _, data in sections_and_data for entry in data],
+            metric_columns(itertools.chain(*rows_by_section)),
+        ),
     )
 
 
@@ -70,35 +77,43 @@ def protocol_file_name(protocol: str) -> str:
 
 
 def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[dict[str, object]]]:
+    """(section, data of all rows) of comparable measured rows.
+
+    The section prints the first MAX_LINES rows and those that are best or tied in the first metric. number: of the
+    section, from 1.
+    """
     metrics = metrics_of(rows)
     marks = best_marks(rows, metrics)
-    printed = [
-        (row, description(row), marked)
-        for index, (row, marked) in enumerate(zip(rows, marks, strict=True))
-        if index < MAX_LINES or metrics[0] in marked
+    printed = [  # (row, its columns, its marks)
+        (row, columns_of(row), marks_of_row)
+        for index, (row, marks_of_row) in enumerate(zip(rows, marks, strict=True))
+        if index < MAX_LINES or metrics[0] in marks_of_row
     ]
-    titles = [title for title in printed[0][1] if any(found[title].text != "-" for _, found, _ in printed)]
-    head = rows[0].representative
+    all_titles = list(printed[0][1])
+    titles = [title for title in all_titles if any(columns[title].text != "-" for _, columns, _ in printed)]
     cells = [
         (
             Cell(row.representative.system),
-            *(found[title] for title in titles),
-            *(row.cell(metric, marked.get(metric, "")) for metric in metrics),
+            *(columns[title] for title in titles),
+            *(row.cell(metric, marks_of_row.get(metric, "")) for metric in metrics),
         )
-        for row, found, marked in printed
+        for row, columns, marks_of_row in printed
     ]
-    shown = ("training seed", "protocol", "metric mode", *(title.lower() for title in printed[0][1]))
-    columns = ("System", *titles, *(column_title(metric, rows) for metric in metrics))
-    section = build_section(key_text(head), columns, [row for row, _, _ in printed], cells, shown)
-    remarks = _with(section.remarks, remark(rows, marks))
+    shown = ("training seed", "protocol", "metric mode", *(title.lower() for title in all_titles))
+    heads = ("System", *titles, *(column_title(metric, rows) for metric in metrics))
+    section = build_section(key_text(rows[0].representative), heads, [row for row, _, _ in printed], cells, shown)
+    remarks = _with_remark(section.remarks, bold_remark(rows, marks))
     if left_out := len(rows) - len(printed):
         remarks = (f"{left_out:,} more rows are in the CSV file.", *remarks)
     section = dataclasses.replace(section, origin="source in the CSV file", remarks=remarks)
-    return section, [data_row(row, number, marked) for row, marked in zip(rows, marks, strict=True)]
+    return section, [data_row(row, number, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)]
 
 
 def _metric_table(table: str, title: str, measured: Sequence[Record], wanted: Callable[[Record], bool]) -> Table:
-    """Tables 2, 3 and 5: metrics alone, and the pairs of published and measured rows below."""
+    """Table 2, 3 or 5, which has only metrics, with measured rows and sections that compare them with published ones.
+
+    wanted: whether a measured record may be in this table.
+    """
     published = [record for record in paper.records() if record.table == table]
     joining = groups([record for record in measured if wanted(record) and may_share(published[0], record)])
     columns = ("Model", *(metric_title(key, published[0].n) for key in PAPER_METRICS), "Source")
@@ -109,11 +124,11 @@ def _metric_table(table: str, title: str, measured: Sequence[Record], wanted: Ca
     sections: list[Section] = []
     data: list[dict[str, object]] = []
     rows: list[Row] = []
-    for part in _parts(published, joining):
-        section, entries, members = _joint_section(part, columns, cells, ("protocol",), len(sections) + 1)
+    for records in _section_records(published, joining):
+        section, new_data, new_rows = _joint_section(records, columns, cells, ("protocol",), len(sections) + 1)
         sections.append(section)
-        data += entries
-        rows += members
+        data += new_data
+        rows += new_rows
     return _with_pairs(table, title, sections, data, rows)
 
 
@@ -121,16 +136,16 @@ def _details_table(measured: Sequence[Record]) -> Table:
     """Table 4, with measured rows without guidance, in one section for each resolution."""
     table = _published_table("Table 4", "")
     columns = table.sections[0].columns
-    lines = dict(zip((entry["model"] for entry in table.data), table.sections[0].lines, strict=True))
-    printed = {entry["model"]: entry for entry in table.data}
+    lines = dict(zip((entry["model"] for entry in table.data), table.sections[0].lines, strict=True))  # by model
+    printed = {entry["model"]: entry for entry in table.data}  # model -> the row of data with all printed columns
 
     def cells(row: Row, marks: dict) -> tuple[Cell, ...]:
         fid = _metric_cell(row, "fid", marks)
         if not row.is_published:
             return (*_details_cells(row), fid, _source_cell(row))
         line = lines[row.representative.row]
-        all_printed = tuple(map(Cell, line.cells, line.values))
-        return (*all_printed[:-2], fid, _source_cell(row))
+        *before_fid, _fid, _source = map(Cell, line.cells, line.values)
+        return (*before_fid, fid, _source_cell(row))
 
     sections: list[Section] = []
     data: list[dict[str, object]] = []
@@ -140,43 +155,51 @@ def _details_table(measured: Sequence[Record]) -> Table:
             record for record in paper.records() if record.table == "Table 4" and record.resolution == resolution
         ]
         joining = groups(r for r in measured if _is_unguided_dit(r) and may_share(published[0], r))
-        for part in _parts(published, joining):
+        for records in _section_records(published, joining):
             shown = ("protocol", "training steps", "batch", "learning rate")
-            section, entries, members = _joint_section(part, columns, cells, shown, len(sections) + 1)
+            section, new_data, new_rows = _joint_section(records, columns, cells, shown, len(sections) + 1)
             sections.append(dataclasses.replace(section, remarks=(COUNT_REMARK, *section.remarks)))
-            for row, entry in zip(members, entries, strict=True):
-                whole = printed.get(row.representative.row) if row.is_published else None
-                data.append({**entry, **whole, "section": len(sections)} if whole else entry)
-            rows += members
+            for row, entry in zip(new_rows, new_data, strict=True):
+                from_paper = printed.get(row.representative.row) if row.is_published else None
+                data.append({**entry, **from_paper, "section": len(sections)} if from_paper else entry)
+            rows += new_rows
     return _with_pairs("Table 4", "All DiT models, FID-50K without guidance", sections, data, rows)
 
 
-def _parts(published: list[Record], joining: list[list[Record]]) -> list[list[Record]]:
-    """The records of each section: a single measured group joins the published rows, several get sections of their own."""
+def _section_records(published: list[Record], joining: list[list[Record]]) -> list[list[Record]]:
+    """The records of each section: a single measured group is in the section of the published ones, several have their own."""
     return [published + joining[0]] if len(joining) == 1 else [published, *joining]
 
 
 def _joint_section(
     records: Sequence[Record], columns: Sequence[str], cells: Callable, shown: Sequence[str], number: int
 ) -> tuple[Section, list[dict[str, object]], list[Row]]:
-    """The section, data and rows of published records with measured ones below them."""
+    """(section, data, rows) of published records with measured ones below them.
+
+    cells: function from a row and its marks to the row's cells. shown: metadata that the columns show. number: of the
+    section, from 1.
+    """
     rows = make_rows(records)
     marks = best_marks(rows, metrics_of(rows))
-    # The name of a published row says how it differs from its neighbours; that of a measured row has steps and seed.
+    # Names of rows: a published one says how it differs from its neighbours, a measured one has steps and seed. Where
+    # there are no published rows, no footnote is needed for these two.
     if all(not row.is_published for row in rows):
         shown = (*shown, "training steps", "training seed")
     representative = next((row.representative for row in rows if not row.is_published), rows[0].representative)
-    texts = [cells(row, marked) for row, marked in zip(rows, marks, strict=True)]
-    section = build_section(key_text(representative), columns, rows, texts, shown)
-    section = dataclasses.replace(section, remarks=_with(section.remarks, remark(rows, marks)))
-    return section, [data_row(row, number, marked) for row, marked in zip(rows, marks, strict=True)], rows
+    cells_of_rows = [cells(row, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)]
+    section = build_section(key_text(representative), columns, rows, cells_of_rows, shown)
+    section = dataclasses.replace(section, remarks=_with_remark(section.remarks, bold_remark(rows, marks)))
+    return section, [data_row(row, number, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)], rows
 
 
 def _with_pairs(
     table: str, title: str, sections: list[Section], data: list[dict[str, object]], rows: list[Row]
 ) -> Table:
-    """The table with further sections that compare published and measured rows of the same experiment."""
-    found = pairs(rows, [row for row in rows if not row.is_published])
+    """The table with further sections that compare published and measured rows of the same experiment.
+
+    data: of `rows`, in the same order.
+    """
+    found = matching_pairs(rows, [row for row in rows if not row.is_published])
     for group in groups(pair.measured.representative for pair in found):
         members = [pair for pair in found if pair.measured.representative in group]
         sections = [*sections, deviation_section(members)]
@@ -193,16 +216,16 @@ def _with_pairs(
 
 def _details_cells(row: Row) -> tuple[Cell, ...]:
     """The cells of a measured row of Table 4 before FID."""
-    record, found, training = row.representative, description(row), row.representative.training
+    record, columns, training = row.representative, columns_of(row), row.representative.training
     steps, batch, rate = (training.steps, training.batch, training.learning_rate) if training else (None, None, None)
     suffix = next((suffix for suffix in _BLOCKS if (record.backbone or "").endswith(f"-{suffix}")), "")
     return (
         Cell(record.system),
         Cell(f"{record.resolution}x{record.resolution}"),
         Cell("-"),
-        found["Gflops"],
+        columns["Gflops"],
         Cell("-"),
-        found["Params (M)"],
+        columns["Params (M)"],
         Cell("-") if steps is None else Cell(f"{steps / 1000:g}", steps / 1000),
         Cell("-") if batch is None else Cell(str(batch), batch),
         Cell("-") if rate is None else Cell(f"{rate:g}", rate),
@@ -211,21 +234,21 @@ def _details_cells(row: Row) -> tuple[Cell, ...]:
 
 
 def _published_table(table: str, title: str) -> Table:
-    """A table of the paper, cell for cell, with the harness's counts beside the figures that it can count.
+    """A table of the paper, cell for cell, with a column of the harness's counts after each column that it can count.
 
-    The words after a row's name (", 256x256, 400K") have columns of their own.
+    Of a row's name only the model is printed; if the name has a resolution ("DiT-S/8, 256x256, ..."), that is a column.
     """
-    found: dict[str, dict[str, PublishedValue]] = {}
+    by_row: dict[str, dict[str, PublishedValue]] = {}  # row -> column -> cell
     for cell in paper.values():
         if cell.table == table:
-            found.setdefault(cell.row, {})[cell.column] = cell
-    titles = list(next(iter(found.values())))
-    is_sized = next(iter(found)).count(",") > 0
+            by_row.setdefault(cell.row, {})[cell.column] = cell
+    titles = list(next(iter(by_row.values())))
+    is_sized = "," in next(iter(by_row))
     columns = ["Model", "Resolution"] if is_sized else ["Model"]
     for title_of_cell in titles:
         columns += [title_of_cell, *([_COUNT_TITLES[title_of_cell]] if title_of_cell in _COUNT_TITLES else [])]
     lines, data = [], []
-    for row, printed in found.items():
+    for row, printed in by_row.items():
         first = printed[titles[0]]
         cells = [Cell(row.split(",")[0]), Cell(f"{first.resolution}x{first.resolution}")] if is_sized else [Cell(row)]
         entry = {"section": 1, "provenance": "published", "source": table, "model": row, "backbone": first.backbone}
@@ -244,6 +267,7 @@ def _published_table(table: str, title: str) -> Table:
 
 
 def _printed_cell(cell: PublishedValue) -> Cell:
+    """The cell as printed, with its number if it is one."""
     try:
         return Cell(cell.value or "-", float(cell.value))
     except ValueError:
@@ -251,18 +275,20 @@ def _printed_cell(cell: PublishedValue) -> Cell:
 
 
 def _count_cell(count: Counted | None) -> Cell:
+    """`118.64`, or with its deviation `118.64 (+0.5 %)`."""
     if count is None:
         return Cell("-")
     return Cell(f"{count.text} ({count.deviation:+.1f} %)" if count.deviation else count.text, count.value)
 
 
 def _metric_cell(row: Row, key: str, marks: dict[tuple[str, str], str]) -> Cell:
-    """The cell of a metric: in its plain mode, or else in the first mode by name."""
+    """The cell of a metric without a mode, or else with the first mode by name; a dash if the row does not have it."""
     modes = sorted(mode for metric, mode in row.records if metric == key)
     return row.cell((key, modes[0]), marks.get((key, modes[0]), "")) if modes else Cell("-")
 
 
-def _with(remarks: tuple[str, ...], further: str) -> tuple[str, ...]:
+def _with_remark(remarks: tuple[str, ...], further: str) -> tuple[str, ...]:
+    """The remarks and a further one, unless that is empty."""
     return (*remarks, further) if further else remarks
 
 
@@ -284,5 +310,5 @@ def _is_decoder_ablation(record: Record) -> bool:
 
 def _is_unguided_dit(record: Record) -> bool:
     backbone = record.backbone or ""
-    alone = "+" not in backbone  # no classifier, no upsampler
-    return record.metric == "fid" and alone and backbone.startswith("dit-") and guidance_scale(record) is None
+    is_single = "+" not in backbone  # no classifier, no upsampler
+    return record.metric == "fid" and is_single and backbone.startswith("dit-") and guidance_scale(record) is None

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from reports.columns import count_text, key_text, measured_text, quantity_text, title_of
 from reports.rows import Cell
 from reports.sections import Section, Table, aligned, make_line
+from reports.texts import count_text, key_text, measured_text, quantity_text, title_of
 from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict, differing
 from results.matched import TOLERANCE, Matchup, Matchups, compute, matchups
 from results.records import Record, Training
@@ -27,18 +27,19 @@ RULE = (
 
 def verdict_table(records: Sequence[Record]) -> Table | None:
     """The table, with a section for each set of comparable records that has a matchup; None without matchups."""
-    found = [each for each in matchups(records, MAX_LINES) if each.matchups]
-    if not found:
+    comparable = [each for each in matchups(records, MAX_LINES) if each.matchups]
+    if not comparable:
         return None
     sections, data = [], []
-    for each in found:
+    for each in comparable:
         verdicts = [(matchup, matchup.verdict()) for matchup in each.matchups]
         sections.append(_section(each, verdicts))
-        data += [_data(matchup, verdict, len(sections)) for matchup, verdict in verdicts]
+        data += [_csv_row(matchup, verdict, len(sections)) for matchup, verdict in verdicts]
     return Table(name=NAME, title="Who wins at the same training compute", sections=tuple(sections), data=aligned(data))
 
 
 def _section(found: Matchups, verdicts: Sequence[tuple[Matchup, Verdict]]) -> Section:
+    """The section of comparable records, with a line for each matchup."""
     lines = [make_line(_cells(matchup, verdict), published=False) for matchup, verdict in verdicts]
     remarks = [RULE]
     if found.alone:
@@ -59,7 +60,8 @@ def _section(found: Matchups, verdicts: Sequence[tuple[Matchup, Verdict]]) -> Se
 
 
 def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
-    noise = "" if verdict.noise is None else f" \u00b1 {verdict.noise:.2g}"
+    """The cells of COLUMNS."""
+    largest_tie = "" if verdict.largest_tie is None else f" \u00b1 {verdict.largest_tie:.2g}"
     return (
         Cell(_name(matchup.group)),
         Cell(verdict.verdict),
@@ -69,14 +71,15 @@ def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
         Cell(quantity_text(compute(matchup.group)), compute(matchup.group)),
         _value(matchup.group),
         _value(matchup.opponent),
-        Cell(f"{verdict.difference:+.3g}{noise}", verdict.difference),
+        Cell(f"{verdict.difference:+.3g}{largest_tie}", verdict.difference),
         Cell(verdict.scope),
-        Cell(verdict.again or "-"),
+        Cell(verdict.if_trained_again or "-"),
         Cell(_differences(matchup) or "-"),
     )
 
 
 def _name(group: Group) -> str:
+    """`dit-b-4 (400 steps, 3 seeds)`, `dit-b-4 (400 steps, seed 0)`."""
     training = group.records[0].training or Training()
     words = [f"{count_text(training.steps)} steps"] if training.steps is not None else []
     seeds = len(group.seeds)
@@ -85,7 +88,7 @@ def _name(group: Group) -> str:
 
 
 def _value(group: Group) -> Cell:
-    """The mean over seeds; for a single record its value with the interval."""
+    """The mean over seeds without an interval; for a single record its value with the interval."""
     if len(group.records) > 1:
         return Cell(f"{group.value:.4g}", group.value)
     (record,) = group.records
@@ -93,7 +96,10 @@ def _value(group: Group) -> Cell:
 
 
 def _differences(matchup: Matchup) -> str:
-    """The settings in which the two differ, other than the system and the training steps, which follow from compute."""
+    """The settings in which the opponent differs: `sampling eta 1.0 (here 0.0), ...`.
+
+    Without the training steps, which differ anyway if the two have the same compute.
+    """
     first, other = matchup.group.records[0], matchup.opponent.records[0]
     found = {name: values for name, values in differing(first, other).items() if name != "training steps"}
     if first.framework != other.framework:
@@ -101,7 +107,8 @@ def _differences(matchup: Matchup) -> str:
     return ", ".join(f"{name} {theirs} (here {ours})" for name, (ours, theirs) in sorted(found.items()))
 
 
-def _data(matchup: Matchup, verdict: Verdict, section: int) -> dict[str, object]:
+def _csv_row(matchup: Matchup, verdict: Verdict, section: int) -> dict[str, object]:
+    """A row of data, column -> value. section: number of the section, from 1."""
     first, other = matchup.group.records[0], matchup.opponent.records[0]
     entry: dict[str, object] = {
         "section": section,
@@ -123,10 +130,10 @@ def _data(matchup: Matchup, verdict: Verdict, section: int) -> dict[str, object]
         }
     return entry | {
         "difference": verdict.difference,
-        "largest_tie": verdict.noise,
-        "degrees_of_freedom": verdict.degrees,
+        "largest_tie": verdict.largest_tie,
+        "degrees_of_freedom": verdict.degrees_of_freedom,
         "verdict": verdict.verdict,
         "scope": verdict.scope,
-        "if_trained_again": verdict.again,
+        "if_trained_again": verdict.if_trained_again,
         "opponent_differs_in": _differences(matchup),
     }

@@ -34,35 +34,37 @@ RULE = (
 )
 Cell = tuple[str, str | None, str, ComparableKey]  # (metric, mode, way of sampling, comparable key)
 Cells = dict[Cell, "Group"]
-RETRAINING = 3.2  # ratio of the noise of training again to the noise of sampling again (arXiv:2606.20536)
+RETRAINING = 3.2  # how many times as large the noise of training again is as that of sampling again (arXiv:2606.20536)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """The records of one side for one metric and one way of sampling, by checkpoint.
 
-    Checkpoints of one training seed count as one: they differ in low bits or in the machine, and are averaged.
+    Checkpoints of one training seed count as one seed, and their values are averaged: they differ in low bits or in the
+    machine.
     """
 
-    checkpoints: tuple[tuple[Record, ...], ...]
+    checkpoints: tuple[tuple[Record, ...], ...]  # for each checkpoint its records, one for each sampling seed
 
     @functools.cached_property
     def records(self) -> tuple[Record, ...]:
+        """The records of all checkpoints."""
         return tuple(record for checkpoint in self.checkpoints for record in checkpoint)
 
     @functools.cached_property
     def seeds(self) -> tuple[tuple[tuple[Record, ...], ...], ...]:
-        """The checkpoints of each training seed; a checkpoint whose seed is not known counts as a seed."""
-        found: dict[object, list[tuple[Record, ...]]] = {}
-        for place, checkpoint in enumerate(self.checkpoints):
+        """[training seed][checkpoint][sampling seed] -> record. A checkpoint of unknown seed counts as a seed of its own."""
+        by_seed: dict[object, list[tuple[Record, ...]]] = {}
+        for index, checkpoint in enumerate(self.checkpoints):
             training = checkpoint[0].training
-            known = training is not None and training.seed is not None
-            found.setdefault(training.seed if training and known else ("unknown", place), []).append(checkpoint)
-        return tuple(map(tuple, found.values()))
+            is_known = training is not None and training.seed is not None
+            by_seed.setdefault(training.seed if training and is_known else ("unknown", index), []).append(checkpoint)
+        return tuple(map(tuple, by_seed.values()))
 
     @functools.cached_property
     def means(self) -> list[float]:
-        """The mean of each training seed over its checkpoints, each of which is a mean over its sampling seeds."""
+        """For each training seed, the mean over its checkpoints of their means over sampling seeds."""
         return [
             checkpoints[0][0].value
             if len(checkpoints) == len(checkpoints[0]) == 1
@@ -77,29 +79,30 @@ class Group:
 
     @property
     def n(self) -> int:
-        """Number of images that each record measured."""
+        """Number of images of each record's sample set."""
         return self.records[0].n
 
     def sampling_half_width(self, *, upward: bool) -> float | None:
-        """95 % half-width of the value over the draw of the samples; None where a record has no interval.
+        """95 % half-width of `value` from the randomness of sampling; None where a record has no interval.
 
-        A checkpoint with several sampling seeds has it from their spread, any other from its record's interval, on the
-        side that faces the other value (`upward`: the other value is higher): intervals of shares are not symmetric.
+        For a checkpoint with several sampling seeds it follows from their spread, for any other from its record's
+        interval. Intervals of shares are not symmetric: `upward` chooses the side above the value, which counts where
+        the value to compare with is higher.
         """
-        halves = []
+        seed_half_widths = []
         for checkpoints in self.seeds:
-            found = [half for records in checkpoints if (half := _half_width(records, upward=upward)) is not None]
-            if len(found) < len(checkpoints):
+            half_widths = [half for records in checkpoints if (half := _half_width(records, upward=upward)) is not None]
+            if len(half_widths) < len(checkpoints):
                 return None
-            halves.append(math.hypot(*found) / len(found))
-        return math.hypot(*halves) / len(halves)
+            seed_half_widths.append(math.hypot(*half_widths) / len(half_widths))
+        return math.hypot(*seed_half_widths) / len(seed_half_widths)
 
 
 def _half_width(records: Sequence[Record], *, upward: bool) -> float | None:
-    """`Group.sampling_half_width` of one checkpoint."""
+    """`Group.sampling_half_width` of one checkpoint, whose records differ in the sampling seed."""
     if len(records) > 1:
-        spread = math.sqrt(variance([record.value for record in records]) / len(records))
-        return student_t(len(records) - 1) * spread
+        standard_error = math.sqrt(variance([record.value for record in records]) / len(records))
+        return student_t(len(records) - 1) * standard_error
     (record,) = records
     if record.low is None or record.high is None:
         return None
@@ -108,11 +111,14 @@ def _half_width(records: Sequence[Record], *, upward: bool) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Win, loss or tie of A in one metric; unknown where an interval is missing, or where nobody knows the direction.
+    """The verdict on A against B in one metric.
 
-    noise: the largest difference that is a tie. degrees: degrees of freedom of the test over training seeds.
-    scope: "training seeds" or "these checkpoints". again: the verdict that would be left if both sides were trained
-    again, by the rule of thumb; None where several training seeds were compared, or where the verdict is unknown.
+    verdict: "win", "loss", "tie" or "unknown" for A; unknown where an interval is missing, or where the metric's direction
+    is unknown. largest_tie: the largest absolute difference that is a tie; None where an interval is missing.
+    degrees_of_freedom: of the test over training seeds; None where training seeds were not compared.
+    scope: "training seeds" or "these checkpoints", that is, what the verdict is about.
+    if_trained_again: the verdict if the noise is 3.2 times as large (RETRAINING), as it is when both sides are trained
+    again; None where several training seeds were compared, or where the verdict is unknown.
     """
 
     metric: str
@@ -120,19 +126,19 @@ class Verdict:
     a: Group
     b: Group
     difference: float  # a - b
-    noise: float | None
-    degrees: float | None
+    largest_tie: float | None
+    degrees_of_freedom: float | None
     scope: str
     verdict: str
-    again: str | None
+    if_trained_again: str | None
 
 
 def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
-    """Verdicts for every metric and sampling setting that both sides have, in a fixed order.
+    """The verdicts on A for every metric and sampling setting that both sides have, in a fixed order.
 
-    Records are compared only where data set, resolution, N, suite, features and reference agree. Where the two sides
-    share no way of sampling, but each has a single one (with the same steps, or at all), those are compared, and the
-    verdict's `sampling` names both.
+    Records are compared only where data set, resolution, N, suite, features and reference agree. If the two sides share
+    no sampling setting, but each side has only one (of the same number of steps, or else only one altogether), those two
+    are compared, and the verdict's `sampling` names both.
     Raises UserError where a side is ambiguous (records of one metric and one way of sampling differ in more than seeds,
     say in training length), and where the sides have nothing in common.
     """
@@ -142,75 +148,83 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
         return [verdict_of(cell[0], cell[2], left[cell], right[cell]) for cell in common]
     pairs = _one_way_each(left, right, by_steps=True) or _one_way_each(left, right, by_steps=False)
     if not pairs:
-        raise UserError(f"A and B have no measurement that may be compared: {_why(left, right)}")
+        raise UserError(f"A and B have no measurement that may be compared: {_reason_not_comparable(left, right)}")
     return [verdict_of(metric, text, x, y) for metric, text, x, y in pairs]
 
 
 def within_noise(a: Record, b: Record) -> bool | None:
-    """Whether two measurements of one metric tie given the noise of sampling; None where an interval is missing.
+    """Whether two measurements of one metric tie, given the noise of sampling; None where an interval is missing.
 
-    The rule for one training seed: they tie where the gap is at most the root of the sum of the squared half-widths on
-    the sides that face each other.
+    They tie if the gap is at most the root of the sum of two squared half-widths: the upper half of the lower value's
+    interval, and the lower half of the higher value's. This is the rule of `compare` for one training seed.
     """
     lower, upper = (a, b) if a.value <= b.value else (b, a)
-    above, below = _half_width([lower], upward=True), _half_width([upper], upward=False)
-    if above is None or below is None:
+    above_lower, below_upper = _half_width([lower], upward=True), _half_width([upper], upward=False)
+    if above_lower is None or below_upper is None:
         return None
-    return upper.value - lower.value <= math.hypot(above, below)
+    return upper.value - lower.value <= math.hypot(above_lower, below_upper)
 
 
 def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
-    """Name -> both values of the settings in which two records differ: no seeds, no hashes, nothing that sets compute."""
+    """Settings of training and sampling in which two records differ: name, as "training steps" -> (value of a, of b).
+
+    Without seeds, hashes, Gflops and batch sizes (`training.images` is left out with them). A setting that one of the
+    records does not state is left out too.
+    """
     skipped = {
         "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
         "decoder_gflops", "images", "micro_batch", "batch",
     }  # fmt: skip
-    found: dict[str, tuple[object, object]] = {}
+    differences: dict[str, tuple[object, object]] = {}
     for part in ("training", "sampling"):
-        one, other = getattr(a, part), getattr(b, part)
-        if one is None or other is None:
+        part_a, part_b = getattr(a, part), getattr(b, part)
+        if part_a is None or part_b is None:
             continue
-        for field in dataclasses.fields(one):
-            values = (getattr(one, field.name), getattr(other, field.name))
+        for field in dataclasses.fields(part_a):
+            values = (getattr(part_a, field.name), getattr(part_b, field.name))
             if field.name not in skipped and None not in values and values[0] != values[1]:
-                found[f"{part} {field.name}".replace("_", " ")] = values
-    return found
+                differences[f"{part} {field.name}".replace("_", " ")] = values
+    return differences
 
 
 def _one_way_each(left: Cells, right: Cells, *, by_steps: bool) -> list[tuple[str, str, Group, Group]]:
-    """(metric, text, A, B) where each side has exactly one way of sampling; with `by_steps`, one of each step count."""
+    """(metric, text of both samplings, A, B) for each metric of which both sides have exactly one way of sampling.
+
+    by_steps: exactly one of each number of sampling steps is enough.
+    """
     sides = []
     for side in (left, right):
-        found: dict[tuple, list[tuple[str, Group]]] = {}
+        found: dict[tuple, list[tuple[str, Group]]] = {}  # (metric, mode, comparable key, steps) -> (sampling, group)s
         for (metric, mode, sampling, key), group in side.items():
-            drawn = group.records[0].sampling
-            steps = (drawn.steps if drawn else None) if by_steps else None
+            settings = group.records[0].sampling
+            steps = settings.steps if settings and by_steps else None
             found.setdefault((metric, mode, key, steps), []).append((sampling, group))
         sides.append(found)
     pairs = []
     for cell in sorted(set(sides[0]) & set(sides[1]), key=lambda cell: (rank(cell[0]), str(cell))):
         if len(sides[0][cell]) == len(sides[1][cell]) == 1:
-            ((one, x),), ((other, y),) = sides[0][cell], sides[1][cell]
-            pairs.append((cell[0], f"{one} against {other}", x, y))
+            ((sampling_a, a),), ((sampling_b, b),) = sides[0][cell], sides[1][cell]
+            pairs.append((cell[0], f"{sampling_a} against {sampling_b}", a, b))
     return pairs
 
 
 def _cells(records: Iterable[Record], side: str) -> Cells:
-    cells: dict[Cell, dict[str, Record]] = {}
+    """The groups of one side. side: "A" or "B", for messages. UserError where a cell's records differ in more than seeds."""
+    cells: dict[Cell, dict[str, Record]] = {}  # cell -> record id -> record
     for record in records:
         mode = record.evaluation.mode if record.evaluation else None
         cell = (record.metric, mode, sampling_text(record), comparable_key(record))
         cells.setdefault(cell, {})[record.id] = record
-    return {cell: _group(list(found.values()), side) for cell, found in cells.items()}
+    return {cell: _group(list(by_id.values()), side) for cell, by_id in cells.items()}
 
 
 def _group(records: list[Record], side: str) -> Group:
-    """The records of a cell as a group; UserError where they differ in more than seeds."""
+    """The records of a cell as a group. UserError if they differ in more than seeds, or if two have the same seeds."""
     first = records[0]
     for other in records[1:]:
-        if experiment(first) == experiment(other):
+        if experiment_key(first) == experiment_key(other):
             continue
-        steps = [each.training.steps if each.training else None for each in (first, other)]
+        steps = [record.training.steps if record.training else None for record in (first, other)]
         if steps[0] != steps[1]:
             what, remedy = f"training steps {steps[0]} and {steps[1]}", "narrow it with --step"
         else:
@@ -219,131 +233,143 @@ def _group(records: list[Record], side: str) -> Group:
                 what = f"{name} {values[0]} and {values[1]}"
         raise UserError(f"{side} holds two results for {first.metric} at {sampling_text(first)} ({what}); {remedy}")
     checkpoints = _by_checkpoint(records)
-    seeds = [record.sampling.seed if record.sampling else None for found in checkpoints.values() for record in found]
-    pairs = list(zip((key for key, found in checkpoints.items() for _ in found), seeds, strict=True))
-    if len(set(pairs)) != len(pairs):
+    seeds = [(_checkpoint_key(record), record.sampling.seed if record.sampling else None) for record in records]
+    if len(set(seeds)) != len(seeds):
         raise UserError(
             f"{side} holds two results for {first.metric} at {sampling_text(first)} with the same seeds; name one run, or "
             "one record file"
         )
-    return _as_group(checkpoints)
+    return _group_of_checkpoints(checkpoints)
 
 
 def group_of(records: Iterable[Record]) -> Group:
-    """The records of one experiment as a group; of several with the same seeds, the first by id is taken."""
-    seeds: dict[tuple, Record] = {}
+    """The records of one experiment as a group. If several have the same seeds, the one with the smallest id is taken."""
+    seeds: dict[tuple, Record] = {}  # (checkpoint, sampling seed) -> record
     for record in sorted(records, key=lambda record: record.id):
-        seeds.setdefault((_checkpoint(record), record.sampling.seed if record.sampling else None), record)
-    return _as_group(_by_checkpoint(seeds.values()))
+        seeds.setdefault((_checkpoint_key(record), record.sampling.seed if record.sampling else None), record)
+    return _group_of_checkpoints(_by_checkpoint(seeds.values()))
 
 
 def _by_checkpoint(records: Iterable[Record]) -> dict[tuple, list[Record]]:
+    """`_checkpoint_key` -> records."""
     checkpoints: dict[tuple, list[Record]] = {}
     for record in records:
-        checkpoints.setdefault(_checkpoint(record), []).append(record)
+        checkpoints.setdefault(_checkpoint_key(record), []).append(record)
     return checkpoints
 
 
-def _checkpoint(record: Record) -> tuple:
+def _checkpoint_key(record: Record) -> tuple:
+    """(training seed, sha256 of the checkpoint); (None, None) where the training is not known."""
     return (record.training.seed, record.training.checkpoint_sha256) if record.training else (None, None)
 
 
-def _as_group(checkpoints: dict[tuple, list[Record]]) -> Group:
+def _group_of_checkpoints(checkpoints: dict[tuple, list[Record]]) -> Group:
+    """The group of these checkpoints (`_checkpoint_key` -> records), in the order of their keys."""
     ordered = sorted(checkpoints.items(), key=lambda item: str(item[0]))
-    return Group(checkpoints=tuple(tuple(found) for _, found in ordered))
+    return Group(checkpoints=tuple(tuple(records) for _, records in ordered))
 
 
-def experiment(record: Record) -> tuple:
-    """Equal for records of one group: everything but seeds, values, what follows from seeds, and what moves low bits."""
+def experiment_key(record: Record) -> tuple:
+    """A key that is equal for records of one experiment, that is, for those that differ only in seeds.
+
+    It leaves out metric and value, seeds, hashes of checkpoints and samples, and batch sizes that move only low bits. Its
+    last entry is the sampling; the others are the training.
+    """
     return (
         record.system,
         record.backbone,
         record.framework,
         record.protocol,
         record.protocol_version,
-        record.training and _trained(record.training),
-        record.sampling and _drawn(record.sampling),
+        record.training and _training_key(record.training),
+        record.sampling and _sampling_key(record.sampling),
     )
 
 
-def _but(part: type, *names: str) -> operator.attrgetter:
-    """A function that returns all fields of a part of a record but these."""
+def _fields_except(part: type, *names: str) -> operator.attrgetter:
+    """A function from a `part` (Training or Sampling) to the tuple of its fields other than `names`."""
     return operator.attrgetter(*(field.name for field in dataclasses.fields(part) if field.name not in names))
 
 
-_trained = _but(Training, "seed", "checkpoint_sha256", "micro_batch")
-_drawn = _but(Sampling, "seed", "samples_sha256", "batch")
+_training_key = _fields_except(Training, "seed", "checkpoint_sha256", "micro_batch")
+_sampling_key = _fields_except(Sampling, "seed", "samples_sha256", "batch")
 
 
 def sampling_text(record: Record) -> str:
-    """How the images were sampled, in words: equal for both sides of a comparison."""
-    drawn = record.sampling
-    if drawn is None or drawn.sampler is None:
+    """How the images were sampled, in words, as `ddim-50, eta 0.5`. Records are compared where this text is equal."""
+    settings = record.sampling
+    if settings is None or settings.sampler is None:
         return "samples as given"
-    words = [f"{drawn.sampler}-{drawn.steps}"]
-    if drawn.eta:
-        words.append(f"eta {drawn.eta:g}")
-    if drawn.guidance_scale not in (None, 1.0) or drawn.guidance_channels == "classifier":
-        words.append(f"guidance {drawn.guidance_scale:g} ({drawn.guidance_channels})")
-    if drawn.precision not in (None, "float32"):
-        words.append(drawn.precision)
+    words = [f"{settings.sampler}-{settings.steps}"]
+    if settings.eta:
+        words.append(f"eta {settings.eta:g}")
+    if settings.guidance_scale not in (None, 1.0) or settings.guidance_channels == "classifier":
+        words.append(f"guidance {settings.guidance_scale:g} ({settings.guidance_channels})")
+    if settings.precision not in (None, "float32"):
+        words.append(settings.precision)
     return ", ".join(words)
 
 
 def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
-    """The verdict on two groups of one metric, by the rule of training seeds where both have several."""
+    """The verdict on two groups of one metric: by SEEDS_RULE if both have several training seeds, else by SAMPLING_RULE.
+
+    sampling: the text of `Verdict.sampling`.
+    """
     difference = a.value - b.value
     higher_is_better = shared_direction((*a.records, *b.records))
 
-    def within(noise: float) -> str:
+    def verdict_at(largest_tie: float) -> str:
         if higher_is_better is None:
             return "unknown"
-        if abs(difference) <= noise:
+        if abs(difference) <= largest_tie:
             return "tie"
         return "win" if (difference > 0) == higher_is_better else "loss"
 
-    noise = degrees = again = None
+    largest_tie = degrees_of_freedom = if_trained_again = None
     verdict, scope = "unknown", "these checkpoints"
     if min(len(a.seeds), len(b.seeds)) > 1:
         scope = "training seeds"
-        noise, degrees = _welch(a.means, b.means)
-        verdict = within(noise)
+        largest_tie, degrees_of_freedom = _welch(a.means, b.means)
+        verdict = verdict_at(largest_tie)
     else:
         half_a, half_b = a.sampling_half_width(upward=difference < 0), b.sampling_half_width(upward=difference > 0)
         if half_a is not None and half_b is not None:
-            noise = math.hypot(half_a, half_b)
-            verdict = within(noise)
-            again = None if higher_is_better is None else within(RETRAINING * noise)
+            largest_tie = math.hypot(half_a, half_b)
+            verdict = verdict_at(largest_tie)
+            if_trained_again = None if higher_is_better is None else verdict_at(RETRAINING * largest_tie)
     return Verdict(
-        metric=metric, sampling=sampling, a=a, b=b, difference=difference, noise=noise, degrees=degrees, scope=scope,
-        verdict=verdict, again=again,
+        metric=metric, sampling=sampling, a=a, b=b, difference=difference, largest_tie=largest_tie,
+        degrees_of_freedom=degrees_of_freedom, scope=scope, verdict=verdict, if_trained_again=if_trained_again,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def student_t(degrees: float) -> float:
-    """The 97.5 % quantile of Student's t for `degrees` > 0 of freedom, not only whole ones."""
+    """The 97.5 % quantile of Student's t. degrees: degrees of freedom, above 0, not necessarily an integer."""
     from scipy.special import stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
 
     return float(stdtrit(degrees, CONFIDENCE))
 
 
 def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
-    """95 % half-width and degrees of freedom of the difference of two means of unequal variances (Welch 1947)."""
-    parts = [(variance(each) / len(each), len(each)) for each in (a, b)]
-    total = sum(part for part, _ in parts)
-    if total == 0:  # seeds that change nothing
+    """(95 % half-width, degrees of freedom) of mean(a) - mean(b), for samples of unequal variances (Welch 1947)."""
+    squared_errors = [
+        (variance(values) / len(values), len(values)) for values in (a, b)
+    ]  # of the mean; number of values
+    total = sum(squared for squared, _ in squared_errors)
+    if total == 0:  # the seed changes nothing
         return 0.0, math.inf
-    degrees = total**2 / sum(part**2 / (count - 1) for part, count in parts)
+    degrees = total**2 / sum(squared**2 / (count - 1) for squared, count in squared_errors)
     return student_t(degrees) * math.sqrt(total), degrees
 
 
-def _why(left: Cells, right: Cells) -> str:
+def _reason_not_comparable(left: Cells, right: Cells) -> str:
+    """Why no cell of one side may be compared with one of the other, by the example of the first group of each."""
     names = ("data set", "resolution", "N", "suite", "features", "reference")
     if not left or not right:
         return f"{'A' if not left else 'B'} holds no records"
-    one, other = next(iter(left.values())).records[0], next(iter(right.values())).records[0]
-    for name, x, y in zip(names, comparable_key(one), comparable_key(other), strict=True):
-        if x != y:
-            return f"{name} is {x} in A and {y} in B"
+    record_a, record_b = next(iter(left.values())).records[0], next(iter(right.values())).records[0]
+    for name, value_a, value_b in zip(names, comparable_key(record_a), comparable_key(record_b), strict=True):
+        if value_a != value_b:
+            return f"{name} is {value_a} in A and {value_b} in B"
     return "they share no metric at the same sampler and steps"

@@ -1,4 +1,4 @@
-"""Records as a table of pandas: one row a record, a column for each field of the record and of its parts."""
+"""Records as a table of pandas: one row per record, a column for each field of the record and of its parts."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ PARTS = {
     "environment": Environment,
     "source": Source,
 }
-MAX_BITS = 63  # of an Int64 without its sign
+MAX_BITS = 63  # of the absolute value of an integer that fits Int64
 _DTYPES = {str: "string", int: "Int64", float: "float64", bool: "boolean", Mapping: "object"}
 
 
 def load_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
-    """The records of record files as a DataFrame: one row a record, sorted by id, the same columns for every input.
+    """The records of record files as a DataFrame: one row per record, sorted by id, the same columns for every input.
 
     paths: a record file, a folder that is searched for every `records.jsonl` below it, or several of either.
 
-    Columns, in this order, with pandas' nullable dtypes (text: string, integers: Int64, truth values: boolean; floating
-    point numbers are float64). What is not known is missing (NA or NaN), as is an integer of more than 64 bits.
+    Columns, in this order, with pandas' nullable dtypes (text: string, integers: Int64, bools: boolean; floating
+    point numbers are float64). What is not known is missing (NA or NaN), as is an integer that does not fit Int64.
 
-    - `id`, `identity_sha256`: of the record; two values of one identity are a conflict.
-    - `metric`, `value`, `low`, `high`, `interval`: the measurement, the ends of its interval and how that was made;
+    - `id`, `identity_sha256`: of the record; two values of one identity that differ by more than 1e-5
+      (relative) are a conflict.
+    - `metric`, `value`, `low`, `high`, `interval`: the measurement, the ends of its interval and the interval's method;
       `higher_is_better`: from the record, or else from the registered metric; missing where neither states it.
-    - `n` (images judged), `provenance`, `protocol`, `protocol_version`, `resolution` (pixels a side), `dataset`,
-      `system`, `backbone`, `kind`, `framework`, `params`, `gflops` and `gflops_published_input` (of a forward pass).
+    - `n` (images evaluated), `provenance`, `protocol`, `protocol_version`, `resolution` (pixels per side), `dataset`,
+      `system`, `backbone`, `kind`, `framework`, `params`, `gflops` and `gflops_published_input` (per forward pass).
     - the fields of `results.records.Training`, `Sampling`, `Evaluation`, `Environment` and `Source`, with the name of the
       part in front: `training_steps`, `training_seed`, `sampling_steps`, `sampling_evaluations`, `evaluation_suite`,
-      `environment_device`, `source_table`, ... `environment_versions` holds a dict a record (library -> version).
+      `environment_device`, `source_table`, ... `environment_versions` holds a dict per record (library -> version).
 
     Lines that cannot be used and records in conflict are left out; each is logged as a warning.
     Raises UserError for a path that does not exist.
@@ -66,7 +67,7 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     columns: dict[str, pd.Series] = {}
 
     def add(name: str, values: list[Any], kind: type) -> None:
-        if kind is int:
+        if kind is int:  # pandas raises OverflowError for integers that do not fit Int64
             values = [None if value is None or value.bit_length() > MAX_BITS else value for value in values]
         columns[name] = pd.Series(values, dtype=_DTYPES[kind])
 
@@ -79,9 +80,9 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
         else:
             add(name, [getattr(record, name) for record in records], types[name])
     for part, kind in PARTS.items():
-        owners = [getattr(record, part) for record in records]
+        parts = [getattr(record, part) for record in records]
         for name, hint in field_types(kind).items():
-            add(f"{part}_{name}", [None if owner is None else getattr(owner, name) for owner in owners], hint)
+            add(f"{part}_{name}", [None if value is None else getattr(value, name) for value in parts], hint)
     return pd.DataFrame(columns)
 
 
@@ -90,4 +91,4 @@ RECORD_FIELDS = (
     *_FIRST,
     *(field.name for field in dataclasses.fields(Record) if field.name not in (*_FIRST, *PARTS, "schema")),
 )
-"""The fields of a record itself that a frame has a column of."""
+"""The fields of `Record` itself, not of its parts, in the order of their columns."""

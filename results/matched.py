@@ -7,29 +7,29 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from results.compare import Group, Verdict, experiment, group_of, sampling_text, verdict_of
+from results.compare import Group, Verdict, experiment_key, group_of, sampling_text, verdict_of
 from results.metrics import rank, shared_direction
 from results.records import ComparableKey, Record, comparable_key
 
-TOLERANCE = 0.02  # by which the larger training compute of two may exceed the smaller one
+TOLERANCE = 0.02  # the share by which the larger training compute of two may exceed the smaller one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matchup:
-    """An experiment and its opponent: of the others with the same compute, metric, sampling and comparable key the best.
+    """An experiment and its opponent: the best other experiment with the same compute, metric, sampling and comparable key.
 
-    Where two experiments are each other's opponent, only the better one has a matchup.
+    If two experiments are each other's opponent, only the better one has a matchup. "The same compute": within TOLERANCE.
     """
 
     metric: str
-    mode: str
-    sampling: str
+    mode: str  # "": none
+    sampling: str  # of `sampling_text`
     group: Group
     opponent: Group
 
     @property
     def gflops(self) -> tuple[float, float]:
-        """Training compute of both."""
+        """Training Gflops of (the experiment, its opponent)."""
         return compute(self.group), compute(self.opponent)
 
     def verdict(self) -> Verdict:
@@ -41,9 +41,9 @@ class Matchup:
 class Matchups:
     """The matchups of records that may share a table.
 
-    experiments: number of trained experiments, however sampled, among the metrics and ways of sampling that were looked
-    at. alone: number of those without an opponent. skipped: number of pairs of metric and way of sampling that were not
-    looked at.
+    A cell is a metric, its mode and a way of sampling. experiments: number of trainings in the cells that were looked at;
+    one training that was sampled in several ways counts once. alone: number of those without an opponent in any of these
+    cells. skipped: number of cells that were not looked at.
     """
 
     key: ComparableKey
@@ -59,9 +59,11 @@ def matchups(records: Iterable[Record], most: int = sys.maxsize) -> list[Matchup
     Metrics of unknown direction are left out. Once `most` matchups of a key are found, its remaining metrics and ways of
     sampling are skipped.
     """
-    records = list(records)  # held, so that the ids of their parts stay unique
+    records = list(records)  # keeps the records alive, so that `id` of their parts stays unique
+    # comparable key -> (metric, mode, sampling) -> experiment key -> records
     cells: dict[ComparableKey, dict[tuple[str, str, str], dict[tuple, list[Record]]]] = {}
-    known: dict[tuple, tuple[ComparableKey, tuple, str, str]] = {}  # the metrics of one sample set share their parts
+    # A cache, because the metrics of one sample set share their parts: parts -> what is computed from them.
+    known: dict[tuple, tuple[ComparableKey, tuple, str, str]] = {}
     for record in records:
         if record.provenance == "measured" and record.training and record.training.gflops:
             parts = (
@@ -70,40 +72,42 @@ def matchups(records: Iterable[Record], most: int = sys.maxsize) -> list[Matchup
             )  # fmt: skip
             if parts not in known:
                 mode = (record.evaluation.mode if record.evaluation else None) or ""
-                known[parts] = (comparable_key(record), experiment(record), mode, sampling_text(record))
-            key, trained, mode, sampling = known[parts]
+                known[parts] = (comparable_key(record), experiment_key(record), mode, sampling_text(record))
+            key, experiment, mode, sampling = known[parts]
             cell = cells.setdefault(key, {}).setdefault((record.metric, mode, sampling), {})
-            cell.setdefault(trained, []).append(record)
+            cell.setdefault(experiment, []).append(record)
     result = []
-    for key, found in cells.items():
+    for key, cells_of_key in cells.items():
         directions = {
-            names: shared_direction(record for members in experiments.values() for record in members)
-            for names, experiments in found.items()
+            cell: shared_direction(record for members in experiments.values() for record in members)
+            for cell, experiments in cells_of_key.items()
         }
-        ordered = sorted((names for names in found if directions[names] is not None), key=lambda names: _order(*names))
+        ordered = sorted(
+            (cell for cell in cells_of_key if directions[cell] is not None), key=lambda cell: _sort_key(*cell)
+        )
         if not ordered:
             continue
-        made: list[Matchup] = []
-        everyone: set[tuple] = set()
+        found: list[Matchup] = []
+        trainings: set[tuple] = set()
         looked_at = 0
         for metric, mode, sampling in ordered:
-            if len(made) >= most:
+            if len(found) >= most:
                 break
             looked_at += 1
-            experiments = found[metric, mode, sampling]
-            everyone |= {_run(members[0]) for members in experiments.values()}
+            experiments = cells_of_key[metric, mode, sampling]
+            trainings |= {_training_key(members[0]) for members in experiments.values()}
             sign = -1 if directions[metric, mode, sampling] else 1
-            made += [
+            found += [
                 Matchup(metric=metric, mode=mode, sampling=sampling, group=group, opponent=opponent)
                 for group, opponent in _pairs([group_of(members) for members in experiments.values()], sign)
             ]
-        matched = {_run(group.records[0]) for each in made for group in (each.group, each.opponent)}
+        matched = {_training_key(group.records[0]) for matchup in found for group in (matchup.group, matchup.opponent)}
         result.append(
             Matchups(
                 key=key,
-                matchups=tuple(made[:most]),
-                experiments=len(everyone),
-                alone=len(everyone - matched),
+                matchups=tuple(found[:most]),
+                experiments=len(trainings),
+                alone=len(trainings - matched),
                 skipped=len(ordered) - looked_at,
             )
         )
@@ -111,7 +115,7 @@ def matchups(records: Iterable[Record], most: int = sys.maxsize) -> list[Matchup
 
 
 def compute(group: Group) -> float:
-    """Gflops of the whole training of one checkpoint of the group. Raises ValueError where a record does not state it."""
+    """Gflops of the whole training of the group's first checkpoint. Raises ValueError if its record does not state them."""
     training = group.records[0].training
     if training is None or training.gflops is None:
         raise ValueError(f"the training compute of {group.records[0].system} is not known")
@@ -119,12 +123,16 @@ def compute(group: Group) -> float:
 
 
 def _pairs(groups: list[Group], sign: int) -> list[tuple[Group, Group]]:
-    """Each group that has others within the tolerance, with the best of them. sign: 1 where lower is better, else -1."""
+    """(group, its best opponent) for each group that has others within TOLERANCE of its compute.
+
+    Of two groups that are each other's best opponent, only the better one has a pair. sign: 1 if lower values are better,
+    else -1. Groups are sorted by compute, and a window of the groups within TOLERANCE moves over them.
+    """
     groups = sorted(groups, key=lambda group: (compute(group), group.records[0].system, group.records[0].id))
     costs = [compute(group) for group in groups]
-    window: list[tuple[float, int]] = []  # (how bad, index), best first
-    first = last = 0
-    opponents: dict[int, int] = {}
+    window: list[tuple[float, int]] = []  # (sign * value, index), best first
+    first = last = 0  # the window has the groups first, ..., last - 1
+    opponents: dict[int, int] = {}  # index of a group -> index of its opponent
     for index in range(len(groups)):
         while last < len(groups) and costs[last] <= costs[index] * (1 + TOLERANCE):
             bisect.insort(window, (sign * groups[last].value, last))
@@ -142,13 +150,13 @@ def _pairs(groups: list[Group], sign: int) -> list[tuple[Group, Group]]:
     ]
 
 
-def _order(metric: str, mode: str, sampling: str) -> tuple:
-    """Metrics as in the tables; ways of sampling by name and number of steps."""
+def _sort_key(metric: str, mode: str, sampling: str) -> tuple:
+    """Sorts metrics as in the tables, then ways of sampling by sampler and number of steps."""
     sampler, _, rest = sampling.partition("-")
     steps = rest.partition(",")[0]
     return (rank(metric), mode, sampler, int(steps) if steps.isdigit() else 0, sampling)
 
 
-def _run(record: Record) -> tuple:
-    """What was trained, however it was sampled: all of the experiment but the last entry."""
-    return experiment(record)[:-1]
+def _training_key(record: Record) -> tuple:
+    """A key that is equal for records of one training, however it was sampled: `experiment_key` without the sampling."""
+    return experiment_key(record)[:-1]

@@ -1,4 +1,7 @@
-"""What is known of a metric by its key, and which way it is better: as the record states it, else as the registry does."""
+"""What is known of a metric by its key, and whether higher or lower is better: by the record, else by the registry.
+
+Metrics are declared in `evaluators/metrics.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Protocol
 from harness import registry
 from results.records import Record
 
-LOSS = "loss_"  # what the keys of losses begin with: loss_mse, loss_vb
+LOSS = "loss_"  # the prefix of the keys of losses: loss_mse, loss_vb
 
 
 class KnownMetric(Protocol):
@@ -38,7 +41,7 @@ class Loss:
     key: str
     title_elsewhere: str = ""
     names_n: bool = False
-    rank: float = 500  # behind the built-in metrics, before metrics without a rank
+    rank: float = 500  # after the built-in metrics, before metrics without a rank
     higher_is_better: bool = False
 
     @property
@@ -48,7 +51,7 @@ class Loss:
 
 
 def known(key: str) -> KnownMetric | None:
-    """The metric of that key: a registered one, one that a registered suite measures, or a loss. None: not known."""
+    """The metric of that key: a registered one, else one that a registered suite measures, else a loss; None if unknown."""
     if key in registry.metrics:
         return registry.metrics.get(key)
     found = _of_suites(tuple(registry.suites.names())).get(key)
@@ -66,20 +69,20 @@ def higher_is_better(record: Record) -> bool | None:
 
 
 def shared_direction(records: Iterable[Record]) -> bool | None:
-    """Whether higher is better for records of one metric; None where none of them states it or two contradict."""
+    """Whether higher is better for records of one metric; None if none states it or two contradict each other."""
     stated = {higher_is_better(record) for record in records} - {None}
     return stated.pop() if len(stated) == 1 else None
 
 
 def rank(key: str) -> tuple[float, str]:
-    """A sort key: the metrics in the order of the tables, by rank and then by key."""
+    """A sort key that gives the order of metrics in the tables: by rank, then by key; unknown metrics last."""
     metric = known(key)
     return (math.inf if metric is None else metric.rank, key)
 
 
 @functools.lru_cache(maxsize=1)
 def _of_suites(names: tuple[str, ...]) -> dict[str, KnownMetric]:
-    """Key -> metric of these suites; the first suite that measures a key wins."""
+    """Key -> metric of these suites. If several suites measure a key, it is the first suite's metric."""
     found: dict[str, KnownMetric] = {}
     for name in names:
         for metric in registry.suites.get(name).metrics:

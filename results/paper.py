@@ -14,13 +14,13 @@ DATASET = "imagenet"
 SUITE = "adm"  # "all values reported in this paper are obtained ... using ADM's TensorFlow evaluation suite" (sec. 4)
 EMA_DECAY = 0.9999  # sec. 4
 Number = TypeVar("Number", int, float)
-_COUNTS = ("resolution", "n", "training_steps", "batch", "sampling_steps")
-_SCALES = ("learning_rate", "guidance_scale")
+_INTEGERS = ("resolution", "n", "training_steps", "batch", "sampling_steps")
+_FLOATS = ("learning_rate", "guidance_scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedValue:
-    """One cell of a table. Empty text and None: the paper does not state it."""
+    """One cell of a table. "" and None: the paper does not state it."""
 
     table: str  # "Table 2", "Section 5.2"
     row: str
@@ -32,7 +32,7 @@ class PublishedValue:
     backbone: str
     block: str  # conditioning block of a DiT
     resolution: int | None  # side of an image in pixels
-    n: int | None  # images measured
+    n: int | None  # number of images evaluated
     training_steps: int | None
     batch: int | None
     learning_rate: float | None
@@ -51,8 +51,8 @@ def values() -> tuple[PublishedValue, ...]:
         lines = folder.joinpath(name).read_text(encoding="utf-8").splitlines(keepends=True)
         for line in csv.DictReader(lines):
             fields: dict[str, Any] = dict(line)
-            fields |= {key: int(line[key]) if line[key] else None for key in _COUNTS}
-            fields |= {key: float(line[key]) if line[key] else None for key in _SCALES}
+            fields |= {key: int(line[key]) if line[key] else None for key in _INTEGERS}
+            fields |= {key: float(line[key]) if line[key] else None for key in _FLOATS}
             cells.append(PublishedValue(**fields))
     return tuple(cells)
 
@@ -65,13 +65,13 @@ def records() -> tuple[Record, ...]:
 
 @functools.cache
 def printed() -> dict[Source, str]:
-    """The text of each cell as it is printed: `171.4` stays `171.4`."""
+    """Place of a cell -> its text as printed: `171.4` stays `171.4`."""
     return {Source(table=cell.table, row=cell.row, column=cell.column): cell.value for cell in values()}
 
 
 @functools.cache
 def gflops() -> dict[tuple[str, int | None], float]:
-    """(backbone, resolution) -> Gflops per forward pass, from Tables 4 and 6; a cascade: one pass of each network."""
+    """(backbone, resolution) -> Gflops per forward pass, from Tables 4 and 6; for a cascade, the sum over its networks."""
     columns = ("Flops (G)", "Total Flops (G)")
     return {(cell.backbone, cell.resolution): float(cell.value) for cell in values() if cell.column in columns}
 
@@ -84,16 +84,17 @@ def params() -> dict[tuple[str, int | None], int]:
 
 
 def _stated(value: Number | None, cell: PublishedValue) -> Number:
-    """A number that the file must state for this cell."""
+    """`value`, which the CSV file must state for this cell. Raises ValueError for None."""
     if value is None:
         raise ValueError(f"{cell.table}, {cell.row}, {cell.column}: a number is missing in results/published")
     return value
 
 
 def _record(cell: PublishedValue) -> Record:
-    # Table 6 counts diffusion models alone, so a classifier that guides one does not change its figure.
+    """The published record of a cell that is a metric."""
+    # Table 6 counts diffusion models alone, so the guidance classifier is left out of the key.
     networks = "+".join(part for part in cell.backbone.split("+") if "-classifier-" not in part)
-    forward = gflops().get((networks, cell.resolution))
+    forward_gflops = gflops().get((networks, cell.resolution))
     is_dit = cell.backbone.startswith("dit-")
     return Record(
         provenance="published",
@@ -108,37 +109,39 @@ def _record(cell: PublishedValue) -> Record:
         kind="generator" if cell.backbone.startswith(("biggan", "stylegan")) else "denoiser",
         framework="jax" if is_dit else None,
         params=params().get((cell.backbone, cell.resolution)),
-        gflops=forward,
-        training=_training(cell, forward) if is_dit else None,
-        sampling=_sampling(cell, forward),
+        gflops=forward_gflops,
+        training=_training(cell, forward_gflops) if is_dit else None,
+        sampling=_sampling(cell, forward_gflops),
         evaluation=Evaluation(suite=SUITE, features="inception"),
         source=Source(table=cell.table, row=cell.row, column=cell.column),
     )
 
 
-def _training(cell: PublishedValue, forward: float | None) -> Training:
+def _training(cell: PublishedValue, forward_gflops: float | None) -> Training:
+    """The training of a DiT: steps and batch as printed, images and Gflops computed from them."""
     images = _stated(cell.training_steps, cell) * _stated(cell.batch, cell)
     return Training(
         steps=cell.training_steps,
         images=images,
-        gflops=_stated(forward, cell) * images * TRAINING_FACTOR,
+        gflops=_stated(forward_gflops, cell) * images * TRAINING_FACTOR,
         batch=cell.batch,
         learning_rate=cell.learning_rate,
         ema_decay=EMA_DECAY,
     )
 
 
-def _sampling(cell: PublishedValue, forward: float | None) -> Sampling | None:
+def _sampling(cell: PublishedValue, forward_gflops: float | None) -> Sampling | None:
+    """The sampling that the cell states; None if it states neither steps nor guidance."""
     if cell.sampling_steps is None:
         return None if cell.guidance_scale is None else Sampling(guidance_scale=cell.guidance_scale)
     guided = cell.guidance_scale is not None
-    evaluations = cell.sampling_steps * (2 if guided else 1)  # with and without the label
+    evaluations = cell.sampling_steps * (2 if guided else 1)  # one with and one without the label
     return Sampling(
         sampler=cell.sampler,
         steps=cell.sampling_steps,
         evaluations=evaluations,
         guidance_scale=cell.guidance_scale,
         guidance_channels="first-3" if guided else None,
-        gflops_per_image=_stated(forward, cell) * evaluations,
+        gflops_per_image=_stated(forward_gflops, cell) * evaluations,
         decoder=cell.decoder,
     )

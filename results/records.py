@@ -2,7 +2,8 @@
 
 Tables and curves are made of records. The *identity* of a record is everything that determines its number: all fields
 but value, interval, direction and environment. Its *id* is the identity together with the value: the same measurement
-made twice has one id, and two values of one identity are a conflict.
+made twice has one id, and two values of one identity that differ by more than 1e-5 (relative) are a conflict
+(see `results.store`).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from harness.errors import UserError
 
 SCHEMA_VERSION = 1
-ComparableKey = tuple[str, int, int, str | None, str | None, str | None]
+ComparableKey = tuple[str, int, int, str | None, str | None, str | None]  # see `comparable_key`
 PROVENANCES = ("measured", "published")
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -30,7 +31,7 @@ _NOT_IDENTITY = ("value", "low", "high", "interval", "higher_is_better", "enviro
 
 
 class BrokenRecord(UserError):
-    """A line or object that is no record; the text names the field that is missing, unknown, mistyped or out of range."""
+    """A line or object that is not a record; the message names the field that is missing, unknown, mistyped or out of range."""
 
 
 class NewerSchema(UserError):
@@ -38,7 +39,10 @@ class NewerSchema(UserError):
 
 
 class _Checked:
-    """Checks the types of its fields at construction by their annotations, the same for Python and JSON callers."""
+    """Base of the record classes: checks and converts the fields at construction, by their annotations.
+
+    Numpy scalars become Python numbers, and integers in float fields become floats.
+    """
 
     def __post_init__(self) -> None:
         cls: type = type(self)
@@ -47,7 +51,7 @@ class _Checked:
             if value is None and name not in required:
                 continue
             hint = hints[name]
-            if type(value) is hint and hint in _UNCHECKED:
+            if type(value) is hint and hint in _UNCHECKED:  # this and the next case are only shortcuts of _coerce
                 continue
             if hint is float and type(value) is float and value and math.isfinite(value):
                 continue
@@ -60,7 +64,7 @@ class _Checked:
 
     @functools.cached_property
     def canonical(self) -> str:
-        """Canonical JSON without the fields that are None: equal text, equal content."""
+        """Canonical JSON without the fields that are None: equal content gives equal text."""
         return canonical_json(_to_dict(self))
 
 
@@ -70,7 +74,7 @@ class Training(_Checked):
 
     steps: int | None = None  # optimizer steps
     images: int | None = None  # images seen: steps x batch
-    gflops: float | None = None  # whole training: Gflops per forward x images x 3 (sec. 5 of the DiT paper, Figure 9)
+    gflops: float | None = None  # whole training: Gflops per forward pass x images x 3 (DiT paper, sec. 5, Figure 9)
     batch: int | None = None  # images per optimizer step
     learning_rate: float | None = None
     ema_decay: float | None = None
@@ -117,7 +121,7 @@ class Evaluation(_Checked):
     features: str | None = None  # name of the feature network
     features_sha256: str | None = None
     reference_sha256: str | None = None
-    mode: str | None = None  # a named variant of the metric, e.g. "adm-fp16"
+    mode: str | None = None  # a named variant of the metrics: "adm", "exact", "clean", "torch-fidelity"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,11 +164,11 @@ class Record(_Checked):
     provenance: str  # "measured" or "published"
     metric: str  # "fd", "fid", "sfid", "kid", "is", "precision", "recall", "copies", "loss_mse", "loss_vb", ...
     value: float
-    low: float | None = None  # ends of the interval
-    high: float | None = None
-    interval: str | None = None  # how the interval was made, e.g. "95 % delete-block jackknife, 10 blocks"
+    low: float | None = None  # lower end of the 95 % interval
+    high: float | None = None  # upper end
+    interval: str | None = None  # method: "jackknife-20", "jackknife-20+halves", "clopper-pearson", "none"
     higher_is_better: bool | None = None  # None: not stated (`results.metrics` asks the registry then)
-    n: int  # images measured
+    n: int  # number of images evaluated
     protocol: str
     protocol_version: str | None = None
     resolution: int  # side of an image in pixels
@@ -202,17 +206,17 @@ class Record(_Checked):
 
     @property
     def identity_sha256(self) -> str:
-        """Hash of everything but value, low, high, interval, higher_is_better, environment and the schema number."""
+        """sha256 of everything but value, low, high, interval, higher_is_better, environment and the schema number."""
         return self._hashes[0]
 
     @property
     def id(self) -> str:
-        """Hash of identity and value: the same measurement made twice has one id."""
+        """sha256 of identity and value: the same measurement made twice has one id."""
         return self._hashes[1]
 
     @property
     def table(self) -> str:
-        """`Table 2`: where a published number is printed; "" for a measured one."""
+        """The table in which a published number is printed, as `Table 2`; "" for a measured one."""
         return self.source.table if self.source is not None else ""
 
     @property
@@ -222,15 +226,15 @@ class Record(_Checked):
 
     @functools.cached_property
     def _hashes(self) -> tuple[str, str]:
-        """The sha256 of the identity, and of the identity followed by the text of the value."""
+        """(sha256 of the identity, sha256 of the identity followed by the text of the value)."""
         identity = hashlib.sha256(self.identity_json.encode("ascii"))
-        whole = identity.copy()
-        whole.update(float.__repr__(self.value).encode("ascii"))
-        return identity.hexdigest(), whole.hexdigest()
+        with_value = identity.copy()
+        with_value.update(float.__repr__(self.value).encode("ascii"))
+        return identity.hexdigest(), with_value.hexdigest()
 
     @property
     def identity_json(self) -> str:
-        """Canonical JSON of the identity, made of the cached JSON of the parts, which many records share.
+        """Canonical JSON of the identity, put together from the cached JSON of the parts, which many records share.
 
         Fields that are None are left out, so a later schema can add optional fields without changing old hashes.
         """
@@ -245,11 +249,11 @@ class Record(_Checked):
 
 
 _IDENTITY = sorted(field.name for field in dataclasses.fields(Record) if field.name not in (*_NOT_IDENTITY, "schema"))
-_BLANK = {
+_DEFAULTS = {  # of all fields of a record; None for required ones, which have no default
     field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(Record)
 }
 _PARTS = frozenset((Training, Sampling, Evaluation, Environment, Source))
-_UNCHECKED = frozenset((str, int, bool)) | _PARTS  # types whose values need no further check
+_UNCHECKED = frozenset((str, int, bool)) | _PARTS  # types whose instances _coerce returns as they are
 # The functions by which canonical_json writes these types.
 _WRITERS: dict[type, Callable[[Any], str]] = {
     str: json.encoder.encode_basestring_ascii,
@@ -259,15 +263,15 @@ _WRITERS: dict[type, Callable[[Any], str]] = {
 
 
 def to_json(record: Record) -> str:
-    """One line of canonical JSON (ASCII, sorted keys, no newline), with the id; floats round-trip exactly."""
+    """The record as one line of canonical JSON (ASCII, sorted keys, no newline), with its id; floats round-trip exactly."""
     return canonical_json({**_to_dict(record), "id": record.id})
 
 
 def from_json(text: str) -> Record:
     """The record of one line of JSON.
 
-    Raises BrokenRecord that names the field (unknown, missing, of a wrong type, or an id that is not the content's), and
-    NewerSchema for a line of a later version, whatever else it holds.
+    Raises BrokenRecord that names the field (unknown, missing, of a wrong type, or an id that is not the hash of the
+    content), and NewerSchema for a line of a later schema, whatever its other fields are.
     """
     try:
         fields = _DECODER.decode(text)
@@ -280,11 +284,11 @@ def from_json(text: str) -> Record:
         raise BrokenRecord(f"record field Record.schema: {schema!r} is not a schema number")
     if schema > SCHEMA_VERSION:
         raise NewerSchema(f"schema {schema} is newer than {SCHEMA_VERSION}: upgrade backbone-harness to read it")
-    stated = fields.pop("id", None)
+    stated_id = fields.pop("id", None)
     record = _from_dict(Record, fields)
-    if stated != record.id:
+    if stated_id != record.id:
         raise BrokenRecord(
-            f"record field id: {stated!r} is not the content's, {record.id[:16]}...: the line was edited"
+            f"record field id: {stated_id!r} is not the content's, {record.id[:16]}...: the line was edited"
         )
     return record
 
@@ -304,6 +308,7 @@ def canonical_json(value: object) -> str:
 
 
 def _canonical_part(value: object) -> str:
+    """`canonical_json` of a field's value; a part of a record has its text cached."""
     return value.canonical if isinstance(value, _Checked) else canonical_json(value)
 
 
@@ -320,13 +325,17 @@ def field_types(cls: type) -> dict[str, type]:
 
 @functools.cache
 def _required(cls: type) -> frozenset[str]:
+    """The names of the fields of a record class that have no default."""
     absent = dataclasses.MISSING
     fields = dataclasses.fields(cls)
     return frozenset(field.name for field in fields if field.default is absent and field.default_factory is absent)
 
 
 def _coerce(value: object, kind: type) -> Any:
-    """`value` as `kind`; numpy scalars become Python numbers. TypeError or ValueError that quotes an unfit value."""
+    """`value` converted to `kind`; numpy scalars become Python numbers.
+
+    Raises TypeError, ValueError or OverflowError with a message that quotes the value.
+    """
     if kind is float:
         if type(value) is not float:
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -351,6 +360,7 @@ def _coerce(value: object, kind: type) -> Any:
 
 
 def _to_dict(node: _Checked) -> dict[str, Any]:
+    """The fields of a record or part that are not None, as a dict; parts as dicts too."""
     cls: type = type(node)
     hints = field_types(cls)
     return {
@@ -361,43 +371,49 @@ def _to_dict(node: _Checked) -> dict[str, Any]:
 
 
 def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
+    """The record or part with these fields, as JSON gives them. Replaces the dicts of parts in `fields` by the parts."""
     hints = field_types(cls)
     if not fields.keys() <= hints.keys():
         unknown = next(name for name in fields if name not in hints)
         raise BrokenRecord(f"record field {cls.__name__}.{unknown}: unknown to schema {SCHEMA_VERSION}")
-    for name in _part_names(cls) & fields.keys():
+    for name in _part_fields(cls) & fields.keys():
         value = fields[name]
         if value is not None:
             if not isinstance(value, dict):
                 raise BrokenRecord(f"record field {cls.__name__}.{name}: {value!r} is not an object")
-            fields[name] = _part(hints[name], value)
+            fields[name] = _shared_part(hints[name], value)
     if missing := _required(cls) - fields.keys():
         raise BrokenRecord(f"record field {cls.__name__}.{min(missing)}: missing")
     if cls is not Record:
         return cls(**fields)
     record = object.__new__(Record)  # like Record(**fields), without a slow call for each field of a frozen class
-    vars(record).update(_BLANK | fields)
+    vars(record).update(_DEFAULTS | fields)
     record.__post_init__()
     return record
 
 
 @functools.cache
-def _part_names(cls: type) -> frozenset[str]:
+def _part_fields(cls: type) -> frozenset[str]:
+    """The names of the fields that are parts of a record: of Record "training", "sampling", ..."""
     return frozenset(name for name, hint in field_types(cls).items() if hint in _PARTS)
 
 
 def _refuse_constant(name: str) -> NoReturn:
+    """Called by the JSON decoder for NaN, Infinity and -Infinity."""
     raise ValueError(f"{name} is not a number that a record may hold")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_SHARED: dict[tuple[type, bytes], _Checked] = {}
+_SHARED: dict[tuple[type, bytes], _Checked] = {}  # the cache of `_shared_part`
 _MAX_SHARED = 4096
 
 
-def _part(cls: type, fields: dict[str, Any]) -> _Checked:
-    """`_from_dict` for a part of a record: one object for equal content, because most records share their parts."""
-    key = (cls, marshal.dumps(fields, 2))  # 1, 1.0 and True differ; version 2 depends on the content alone
+def _shared_part(cls: type, fields: dict[str, Any]) -> _Checked:
+    """As `_from_dict`, for a part of a record: equal content gives the same object, because most records share their parts."""
+    key = (
+        cls,
+        marshal.dumps(fields, 2),
+    )  # unlike a dict key, it tells 1, 1.0 and True apart; version 2 depends on content only
     part = _SHARED.get(key)
     if part is None:
         if len(_SHARED) >= _MAX_SHARED:

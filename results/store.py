@@ -16,8 +16,9 @@ from results.records import BrokenRecord, NewerSchema, Record, to_json
 
 RECORDS_FILE = "records.jsonl"
 
-
-RELATIVE_TOLERANCE = 1e-5  # threads, processors and libraries move a metric by less; a conflict is a larger difference
+RELATIVE_TOLERANCE = (
+    1e-5  # threads, processors and libraries change a metric by less; a larger difference is a conflict
+)
 ABSOLUTE_TOLERANCE = 1e-6  # for metrics near 0, such as KID
 
 
@@ -26,7 +27,7 @@ class Conflict(UserError):
 
 
 def same_value(one: float, other: float) -> bool:
-    """Whether two values of one identity are the same measurement; float32 features differ between machines in low bits."""
+    """Whether two values of one identity count as equal: float32 features differ between machines in low bits."""
     return math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
 
 
@@ -35,7 +36,7 @@ class Problem:
     """A line of a record file that could not be used."""
 
     path: str
-    line: int  # from 1; 0: the file itself
+    line: int  # from 1; 0: the whole file
     reason: str
 
     def __str__(self) -> str:
@@ -47,7 +48,8 @@ class Loaded:
     """The records of some files, and what is wrong with the files.
 
     records: sorted by id, without duplicates and without records in conflict: a pure function of the set of lines.
-    problems: broken and newer lines. conflicts: one line of text for each identity with several values.
+    problems: unreadable files, broken lines, and lines of a newer schema. conflicts: a sentence for each identity with
+    conflicting values.
     """
 
     records: tuple[Record, ...]
@@ -56,21 +58,21 @@ class Loaded:
 
 
 def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
-    """Add records to a file with one write, flushed to disk; returns how many were new.
+    """Append records to a file with one write, flushed to disk; returns how many were new.
 
-    A line torn by a crash at the end of the file is cut off first; a record that the file has is not added again.
-    Raises Conflict where the file has another value of the same identity, and RunError (disk full, no permission); then
-    nothing is written.
+    An incomplete last line, left by a crash, is cut off first. A record whose identity the file already has is not added
+    again. Raises Conflict if the file has a different value of the same identity (see `same_value`), and RunError (disk
+    full, no permission); then no record is written.
     """
     path = Path(path)
     with files.appending(path) as file:
-        known = _repaired(file)
+        known = _repair_and_read(file)
         new: list[str] = []
         for record in records:
             other = known.setdefault(record.identity_sha256, record)
             if not same_value(other.value, record.value):
                 raise Conflict(_conflict_text([(other, str(path)), (record, "the new measurement")]))
-            if other is record:  # else the file has it, perhaps with other low bits
+            if other is record:  # else the file has this identity, perhaps with other low bits
                 new.append(to_json(record) + "\n")
         if new:
             files.append(file, "".join(new).encode("ascii"))
@@ -79,10 +81,10 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
 
 @contextlib.contextmanager
 def collector_paused():
-    """Pause the garbage collector around code that makes very many objects and no cycles of them.
+    """Pause the garbage collector around code that makes very many objects and no reference cycles.
 
-    Otherwise the collector takes half as long as the code itself. At the end the new objects count as old, so that they
-    are not traversed soon.
+    Otherwise the collector takes half as long as the code itself. At the end the new objects are moved to the oldest
+    generation, so that they are not traversed soon.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -99,8 +101,8 @@ def collector_paused():
 def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int], None] | None = None) -> Loaded:
     """Read record files. Broken and newer lines and unreadable files are listed in `problems`.
 
-    The same record in two places is one record. Records in conflict are listed in `conflicts` and left out, so that no
-    table shows a disputed number. progress: called as ("records", files read, files in all).
+    Copies of a record are loaded once, and values of one identity that `same_value` counts as equal are one record.
+    Records in conflict are listed in `conflicts` and left out, so that no table shows a disputed number. progress: called as ("records", files read, files in all).
     """
     reader = LineReader()
     problems: list[Problem] = []
@@ -122,18 +124,18 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
             except (BrokenRecord, NewerSchema) as error:
                 problems.append(Problem(path=path, line=number, reason=str(error)))
                 continue
-            same = found.setdefault(record.identity_sha256, {})
-            other = same.setdefault(record.id, (record, path))[0]
+            by_id = found.setdefault(record.identity_sha256, {})
+            other = by_id.setdefault(record.id, (record, path))[0]
             if other is not record and _preference(record) < _preference(other):
-                same[record.id] = (record, path)
+                by_id[record.id] = (record, path)
     if progress is not None:
         progress("records", len(names), len(names))
     records, disputed = [], []
-    for same in found.values():
-        if len(same) == 1:
-            records += [record for record, _ in same.values()]
+    for by_id in found.values():
+        if len(by_id) == 1:
+            records += [record for record, _ in by_id.values()]
             continue
-        pairs = sorted(same.values(), key=lambda pair: _preference(pair[0]))
+        pairs = sorted(by_id.values(), key=lambda pair: _preference(pair[0]))
         values = [record.value for record, _ in pairs]
         if same_value(min(values), max(values)):
             records.append(pairs[0][0])
@@ -147,7 +149,7 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
 
 
 def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
-    """The record files among `paths`: files, and every `records.jsonl` below folders.
+    """The record files in `paths`: files as they are, and every `records.jsonl` below folders; sorted.
 
     A file that is reached by two names or through a link is listed once.
     Raises UserError for a path that does not exist.
@@ -160,13 +162,14 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
             found.add(path)
         else:
             raise UserError(f"no record file or folder {path}: name a run, a folder of runs, or a records.jsonl")
-    once: dict[Path, Path] = {}
+    by_target: dict[Path, Path] = {}  # resolved path -> the first path that leads to it
     for path in sorted(found):
-        once.setdefault(path.resolve(), path)
-    return tuple(once.values())
+        by_target.setdefault(path.resolve(), path)
+    return tuple(by_target.values())
 
 
 def _parse(line: bytes, reader: LineReader) -> Record:
+    """The record of a line. Raises BrokenRecord and NewerSchema, also for a line that is not UTF-8."""
     try:
         return reader.read(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -174,11 +177,12 @@ def _parse(line: bytes, reader: LineReader) -> Record:
 
 
 def _preference(record: Record) -> tuple:
-    """A sort key: of two copies of one measurement, the smaller is kept. One with interval and direction comes first."""
+    """A sort key: of two records of one identity the smaller is kept. One with an interval and a direction comes first."""
     return (record.low is None, record.higher_is_better is None, to_json(record))
 
 
 def _conflict_text(pairs: list[tuple[Record, str]]) -> str:
+    """The message for records of one identity with conflicting values. pairs: (record, its file)."""
     first = pairs[0][0]
     values = " and ".join(f"{record.value!r} (id {record.id[:12]}, {path})" for record, path in pairs)
     return (
@@ -187,15 +191,19 @@ def _conflict_text(pairs: list[tuple[Record, str]]) -> str:
     )
 
 
-def _repaired(file: FileIO) -> dict[str, Record]:
-    """The records of an open file by identity, after a line torn at its end has been cut off or completed."""
+def _repair_and_read(file: FileIO) -> dict[str, Record]:
+    """Repair the end of an open file in place, and return its records: identity_sha256 -> record.
+
+    Without a newline at the end, the last line was left by a crash: a whole record gets its newline, anything else is cut
+    off.
+    """
     file.seek(0)
     content = file.read()
     *lines, tail = content.split(b"\n")
     known: dict[str, Record] = {}
     reader = LineReader()
     for line in lines:
-        with contextlib.suppress(BrokenRecord, NewerSchema):  # `load` lists them; they are not repaired here
+        with contextlib.suppress(BrokenRecord, NewerSchema):  # `load` reports such lines; here they stay in the file
             record = _parse(line, reader)
             known.setdefault(record.identity_sha256, record)
     if tail:

@@ -44,9 +44,9 @@ def command(as_json: bool, **options: Any) -> None:
         "A": lambda each: f"{each.a.value:.4g}",
         "B": lambda each: f"{each.b.value:.4g}",
         "A - B": lambda each: f"{each.difference:+.3g}",
-        "noise": lambda each: "-" if each.noise is None else f"{each.noise:.3g}",
+        "noise": lambda each: "-" if each.largest_tie is None else f"{each.largest_tie:.3g}",
         "A is a": lambda each: each.verdict,
-        "trained again": lambda each: each.again or "unknown",
+        "trained again": lambda each: each.if_trained_again or "unknown",
     }
     for name, needless in (("sampling", len(ways) == 1), ("trained again", seeds)):
         if needless:
@@ -65,18 +65,18 @@ def command(as_json: bool, **options: Any) -> None:
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
-    degrees = verdict.degrees
+    degrees = verdict.degrees_of_freedom
     return {
         "metric": verdict.metric,
         "sampling": verdict.sampling,
         "a": verdict.a.value,
         "b": verdict.b.value,
         "difference": verdict.difference,
-        "noise": verdict.noise,
+        "noise": verdict.largest_tie,
         "degrees_of_freedom": None if degrees is None or math.isinf(degrees) else degrees,
         "scope": verdict.scope,
         "verdict": verdict.verdict,
-        "trained_again": verdict.again,
+        "trained_again": verdict.if_trained_again,
         "a_seeds": [sum(map(len, own)) for own in verdict.a.seeds],
         "b_seeds": [sum(map(len, own)) for own in verdict.b.seeds],
         "a_ids": [each.id for each in verdict.a.records],

@@ -54,8 +54,8 @@ def print_records(records: Iterable[Record]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from reports.columns import features_of
     from reports.rows import console_table, groups, make_rows
+    from reports.texts import features_of
 
     console = Console()
     tables = groups(records)

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Verdicts for the first side, one for each metric and sampling setting; the settings that differ, with their
-    values on both sides; and the rule of the verdicts."""
+    """Verdicts for the first side, one for each metric and sampling setting; the settings that differ (of `differing` in
+    `results.compare`, without batch sizes) with their values on both sides; and the rule of the verdicts."""
 
     verdicts: tuple[Verdict, ...]
     differing: dict[str, tuple[Any, Any]]

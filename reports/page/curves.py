@@ -11,7 +11,7 @@ MAX_MARKS = 4000  # of one panel
 
 
 def figure_data(figure: Figure, styles: Mapping[str, Style]) -> Json:
-    """A figure as the script takes it, without the pictures of `figure_pictures`."""
+    """A figure for the script, without the pictures of `figure_pictures`."""
     number = re.fullmatch(r"figure-(\d+)", figure.name)
     return {
         "name": figure.name,
@@ -21,7 +21,10 @@ def figure_data(figure: Figure, styles: Mapping[str, Style]) -> Json:
 
 
 def figure_pictures(figure: Figure, files: Mapping[str, bytes]) -> list[dict[str, str]]:
-    """The PNG of a figure that shows pictures, from the report's other files; empty for other figures."""
+    """[{"src": data URI, "alt": text}] of the PNG of a figure that shows pictures; [] for other figures.
+
+    files: name -> content of the report's other files.
+    """
     if not figure.grids or f"{figure.name}.png" not in files:
         return []
     uri = picture_uri(files[f"{figure.name}.png"])
@@ -35,12 +38,13 @@ def record_ids(figures: Iterable[Figure]) -> list[str]:
 
 
 def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
+    """A panel for the script, with at most about MAX_MARKS marks."""
     x: dict[str, object] = {"text": panel.x.text, "scale": panel.x.scale}
     if panel.x.scale == "names":
         names = {int(mark.x): mark.text for series in panel.series for mark in series.marks}
         x["names"] = [names.get(index, "") for index in range(max(names, default=-1) + 1)]
     count = sum(len(series.marks) for series in panel.series)
-    every = -(-count // MAX_MARKS)  # long curves keep one of so many marks
+    every = -(-count // MAX_MARKS)  # of long curves, one in `every` marks is kept
     notes = [panel.note] if panel.note else []
     if every > 1:
         notes.append(f"one mark of {every} is drawn here")
@@ -59,6 +63,7 @@ def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
 
 
 def _series_data(series: Series, style: Style, every: int) -> dict[str, object]:
+    """A series for the script, with one in `every` marks."""
     return {
         "label": series.label or series.model,
         "kind": series.kind,
@@ -71,7 +76,7 @@ def _series_data(series: Series, style: Style, every: int) -> dict[str, object]:
 
 
 def _mark_data(mark: Mark) -> dict[str, object]:
-    """A mark without empty fields and with seven digits, because a training curve has thousands of marks."""
+    """A mark for the script, small because a training curve has thousands: no empty fields, numbers with seven digits."""
     found = {
         **{name: _rounded(getattr(mark, name)) for name in ("x", "y", "low", "high", "size")},
         "text": mark.text or None,

@@ -1,13 +1,13 @@
-"""The data of the page's script: plain and ready for JSON, of a size that a browser loads at once."""
+"""The data for the page's script: plain values for JSON, limited in size so that a browser loads them at once."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from reports.columns import count_text, guidance_text, measured_text, title_of
 from reports.commands import reproduction
 from reports.sections import Line, Section, Table, note_mark
+from reports.texts import count_text, guidance_text, measured_text, title_of
 from results import paper
 from results.metrics import rank
 from results.records import Record
@@ -15,14 +15,16 @@ from results.records import Record
 MAX_ROWS = 1000  # of one section of a table
 MAX_RECORDS = 5000
 Json = dict[str, Any]  # what json.dumps writes as an object
-_OWN = ("metric", "value", "low", "high", "interval", "higher_is_better", "n", "schema")
+_METRIC_FIELDS = ("metric", "value", "low", "high", "interval", "higher_is_better", "n", "schema")
 _PARTS = ("source", "training", "sampling", "evaluation", "environment")
-_SHARED = tuple(field.name for field in dataclasses.fields(Record) if field.name not in (*_OWN, *_PARTS))
+_COMMON_FIELDS = tuple(
+    field.name for field in dataclasses.fields(Record) if field.name not in (*_METRIC_FIELDS, *_PARTS)
+)
 MAX_PROBLEMS = 200  # of lines, and of conflicts
 
 
 def table_data(table: Table) -> Json:
-    """A table as the script takes it; `left_out` counts the rows beyond MAX_ROWS."""
+    """A table for the script; `left_out` of a section counts its rows beyond MAX_ROWS."""
     return {
         "name": table.name,
         "title": table.title,
@@ -31,7 +33,8 @@ def table_data(table: Table) -> Json:
 
 
 def _section_data(section: Section) -> Json:
-    lines = _kept(section.lines)
+    """A section for the script, with only the footnotes of the lines that are shown."""
+    lines = _shown_lines(section.lines)
     used = sorted({index for line in lines for index in line.notes})
     return {
         "heading": section.heading,
@@ -55,29 +58,30 @@ def _section_data(section: Section) -> Json:
     }
 
 
-def _kept(lines: Sequence[Line]) -> list[Line]:
-    """At most MAX_ROWS lines: published ones and those with marks first, then others, evenly spread."""
-    chosen = [at for at, line in enumerate(lines) if line.published or any(line.marks)][:MAX_ROWS]
+def _shown_lines(lines: Sequence[Line]) -> list[Line]:
+    """At most MAX_ROWS lines, in their order: published and marked ones, and of the others an evenly spaced choice."""
+    chosen = [index for index, line in enumerate(lines) if line.published or any(line.marks)][:MAX_ROWS]
     room = MAX_ROWS - len(chosen)
     others = sorted(set(range(len(lines))) - set(chosen))
     if len(others) > room:
         others = [others[step * len(others) // room] for step in range(room)]
-    return [lines[at] for at in sorted([*chosen, *others])]
+    return [lines[index] for index in sorted([*chosen, *others])]
 
 
 def shown_records(records: Iterable[Record], wanted: Sequence[str], most: int) -> tuple[list[Record], int]:
-    """At most `most` records, those of `wanted` before others, and the number of records that are left out.
+    """(at most `most` records, number of records that are left out). wanted: ids of the records to keep before others.
 
     They are in the order of the page's list: measured ones first, then by protocol, table, system and settings.
     """
-    everyone = {record.id: record for record in records}
-    first = [everyone[name] for name in dict.fromkeys(wanted) if name in everyone]
-    names = {record.id for record in first}
-    chosen = (first + [record for record in everyone.values() if record.id not in names])[:most]
-    return sorted(chosen, key=_order), len(everyone) - len(chosen)
+    by_id = {record.id: record for record in records}
+    first = [by_id[record_id] for record_id in dict.fromkeys(wanted) if record_id in by_id]
+    first_ids = {record.id for record in first}
+    chosen = (first + [record for record in by_id.values() if record.id not in first_ids])[:most]
+    return sorted(chosen, key=_sort_key), len(by_id) - len(chosen)
 
 
-def _order(record: Record) -> tuple:
+def _sort_key(record: Record) -> tuple:
+    """The order of the page's list of records."""
     training, sampling, source = record.training, record.sampling, record.source
     return (
         *(record.provenance != "measured", record.protocol, source.table if source else "", record.system),
@@ -94,7 +98,7 @@ class InternTable:
         self._numbers: dict[object, int] = {}
 
     def number(self, key: object, make: Callable[[], object]) -> int:
-        """The number of the item of `key`, which `make` makes if it is new."""
+        """The number of the item with this key, from 0. If the key is new, `make()` is stored as its item."""
         if key not in self._numbers:
             self._numbers[key] = len(self.items)
             self.items.append(make())
@@ -102,9 +106,9 @@ class InternTable:
 
 
 def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable) -> Json:
-    """A record for the page: its description, its groups of fields, and the command that measures it again.
+    """A record for the script: what the list shows, all of its fields, and the commands that measure it again.
 
-    `groups` and `again` are numbers of items of `interned`.
+    recipes: as for `reproduction`. `groups` and `again` are numbers of items in `interned`, to which new ones are added.
     """
     again = reproduction(record, recipes)
     training, sampling, source = record.training, record.sampling, record.source
@@ -125,21 +129,21 @@ def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], int
         "sampler": (sampling.sampler if sampling else None) or "-",
         "sampling_steps": sampling.steps if sampling else None,
         "guidance": guidance_text(record),
-        "own": _own_fields(record),
+        "own": _metric_fields(record),
         "groups": _groups(record, interned),
         "again": interned.number(again, lambda: dataclasses.asdict(again)),
     }
 
 
-def _own_fields(record: Record) -> list[list[str]]:
-    """[name, text] of the fields that differ between the records of a row; `_groups` has the others."""
-    return [["id", record.id], ["identity", record.identity_sha256], *_pairs(record, _OWN)]
+def _metric_fields(record: Record) -> list[list[str]]:
+    """[name, text] of the fields that differ between the records of one row; `_groups` has the others."""
+    return [["id", record.id], ["identity", record.identity_sha256], *_pairs(record, _METRIC_FIELDS)]
 
 
 def _groups(record: Record, interned: InternTable) -> list[int]:
-    """Numbers of [heading, [[name, text], ...]]; fields that are None are left out."""
-    what = tuple(getattr(record, name) for name in _SHARED)
-    numbers = [interned.number(what, lambda: ["what", _pairs(record, _SHARED)])]
+    """Numbers of the items [heading, [[name, text], ...]] in `interned`: the common fields, and each part of the record."""
+    what = tuple(getattr(record, name) for name in _COMMON_FIELDS)
+    numbers = [interned.number(what, lambda: ["what", _pairs(record, _COMMON_FIELDS)])]
     for name in _PARTS:
         part = getattr(record, name)
         if part is not None:
@@ -153,10 +157,12 @@ def _group(heading: str, part: Any) -> list[object]:
 
 
 def _pairs(part: object, names: Sequence[str]) -> list[list[str]]:
+    """[name, text] of these fields of a record or part, without those that are None or empty."""
     return [[name, text] for name in names if (text := _text(getattr(part, name)))]
 
 
 def _text(value: object) -> str:
+    """The value of a field as the page shows it; "" for None."""
     if value is None or type(value) is str:
         return value or ""
     if isinstance(value, bool):

@@ -11,8 +11,8 @@ from pathlib import Path
 from harness.errors import RunError, UserError
 from harness.io.files import sha256_json
 from harness.runs.run import open_run
-from reports.columns import count_text, guidance_text
 from reports.render import one_line
+from reports.texts import count_text, guidance_text
 from results.metrics import rank
 from results.records import Record, Sampling, Training
 
@@ -34,6 +34,7 @@ class SampleGrid:
 
     @property
     def title(self) -> str:
+        """`dit-b-4, 400 training steps, seed 0, ddim, 50 sampling steps, guidance 1.5`."""
         if not self.records:
             return one_line(self.path.parent.name)
         record = self.records[0]
@@ -51,25 +52,22 @@ class SampleGrid:
 
 
 def run_recipes(record_files: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """Recipe hash -> the recipe's items without `steps`, of the runs of these record files."""
+    """Recipe hash -> the recipe's items without `steps`, of the runs in the folders of these record files."""
     found = {}
     for folder in sorted({path.parent for path in record_files}):
         if (folder / "run.json").is_file():
             try:
                 recipe = open_run(folder).identity["recipe"]
-            except (
-                UserError,
-                RunError,
-            ):  # a run that cannot be opened tells no recipe; its records stand for themselves
+            except (UserError, RunError):  # its records are shown without the recipe
                 continue
             found[sha256_json(recipe)] = recipe
     return found
 
 
 def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> list[SampleGrid]:
-    """The grids of runs and of sample sets that lie beside record files.
+    """The grids of sample sets with records, from the folders of the record files.
 
-    In order of importance if not all have room: one seed of every model before the next seed.
+    In the order in which they are kept if not all fit: one seed of every model before the next seed.
     """
     pictures: set[Path] = set()
     for folder in {path.parent for path in record_files}:
@@ -83,15 +81,15 @@ def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> lis
     for members in found.values():
         members.sort(key=lambda record: rank(record.metric))
     grids = [SampleGrid(path=path, records=tuple(found.get(digest, ()))) for path, digest in samples.items()]
-    return sorted((grid for grid in grids if grid.records), key=_order)
+    return sorted((grid for grid in grids if grid.records), key=_sort_key)
 
 
 def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]], str]:
-    """Grids as data URIs, in the order of their models, and a note on the grids that are left out ("" if none)."""
+    """([(grid, data URI)] in the order of Gflops, note on the grids that are left out or downsampled, "" if none)."""
     made: list[tuple[SampleGrid, str]] = []
     total = broken = downsampled = 0
     for grid in grids[:MAX_GRIDS]:
-        read = _picture(grid.path)
+        read = _read_picture(grid.path)
         if read is None:
             broken += 1
             continue
@@ -101,7 +99,7 @@ def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]],
         total += len(uri)
         downsampled += is_small
         made.append((grid, uri))
-    made.sort(key=lambda pair: (pair[0].records[0].gflops or 0.0, *_order(pair[0])[1:], *_order(pair[0])[:1]))
+    made.sort(key=lambda pair: (pair[0].records[0].gflops or 0.0, *_sort_key(pair[0])[1:], *_sort_key(pair[0])[:1]))
     words = []
     if left := len(grids) - len(made) - broken:
         words.append(f"{left} of {len(grids)} grids have no room here; all lie beside their samples")
@@ -112,20 +110,23 @@ def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]],
     return made, f"{'; '.join(words)}." if words else ""
 
 
-def _order(grid: SampleGrid) -> tuple:
+def _sort_key(grid: SampleGrid) -> tuple:
+    """(training seed, system, training steps, sampling steps, path)."""
     record = grid.records[0]
     training, sampling = record.training or Training(), record.sampling or Sampling()
     return (training.seed or 0, record.system, training.steps or 0, sampling.steps or 0, str(grid.path))
 
 
 def _samples_sha256(sidecar: Path) -> str:
+    """The hash of a sample set by its sidecar; "" if it cannot be read."""
     try:
         return str(json.loads(sidecar.read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the samples of the grid are not known
         return ""
 
 
-def _picture(path: Path) -> tuple[str, bool] | None:
+def _read_picture(path: Path) -> tuple[str, bool] | None:
+    """`_data_uri` of a file; None also if it cannot be read or is larger than MAX_FILE_BYTES."""
     try:
         return _data_uri(path.read_bytes()) if path.stat().st_size <= MAX_FILE_BYTES else None
     except OSError:
@@ -139,7 +140,7 @@ def picture_uri(content: bytes) -> str:
 
 
 def _data_uri(content: bytes) -> tuple[str, bool] | None:
-    """A data URI and whether the picture was downsampled for it; None if the content is not a PNG."""
+    """(data URI, whether the picture was downsampled) of a PNG; None if the content is not a valid PNG."""
     from PIL import Image
 
     if not content.startswith(_PNG):

@@ -39,10 +39,10 @@ def page_data(
 ) -> Json:
     """The data of a report's page for `write_page`, without the pictures.
 
-    records: those that were loaded; published: the paper's. styles: of the models, as in the figures. record_files: their
-    folders have recipes and sample grids. What has no room is left out and counted on the page.
+    records: those that were loaded. published: the paper's. styles: model -> style, as in the figures. record_files: in
+    whose folders recipes and sample grids are looked for. What exceeds the limits is left out and counted on the page.
     """
-    shown_tables = [table_data(table) for table in sorted(tables, key=_place)]
+    shown_tables = [table_data(table) for table in sorted(tables, key=_sort_key)]
     wanted = [
         name
         for table in shown_tables
@@ -54,7 +54,7 @@ def page_data(
     grids, grids_left_out = pictures(sample_grids(record_files, records))
     wanted = [*record_ids(figures), *(record.id for grid, _ in grids for record in grid.records), *wanted]
     chosen, left_out = shown_records([*records, *published], wanted, MAX_RECORDS)
-    names = {record.id for record in chosen}
+    chosen_ids = {record.id for record in chosen}
     recipes, interned = run_recipes(record_files), InternTable()
     return {
         "version": VERSION,
@@ -69,7 +69,11 @@ def page_data(
         "tables": shown_tables,
         "figures": [figure_data(figure, styles) for figure in figures],
         "grids": [
-            {"src": uri, "title": grid.title, "records": [record.id for record in grid.records if record.id in names]}
+            {
+                "src": uri,
+                "title": grid.title,
+                "records": [record.id for record in grid.records if record.id in chosen_ids],
+            }
             for grid, uri in grids
         ],
         "grids_left_out": grids_left_out,
@@ -79,28 +83,29 @@ def page_data(
 
 
 def write_page(data: Json, figures: Sequence[Figure], files: Mapping[str, bytes]) -> bytes:
-    """The page of a report. data: of `page_data`, for the same figures.
+    """The content of the page's file. data: of `page_data`, for the same figures.
 
-    files: the report's other files; readers without scripts see its SVG figures.
+    files: name -> content of the report's other files; the page shows their SVG figures to readers without scripts.
     """
     drawn = [
         each | {"pictures": figure_pictures(figure, files)}
         for figure, each in zip(figures, data["figures"], strict=True)
     ]
-    return _assembled({**data, "figures": drawn}, files)
+    return _assemble({**data, "figures": drawn}, files)
 
 
-def _place(table: Table) -> int:
-    """A sort key: verdicts, then tables of protocols, then the paper's tables."""
+def _sort_key(table: Table) -> int:
+    """The order of tables on the page: verdicts, then tables of protocols, then the paper's tables."""
     return 0 if table.name == "table-verdicts" else 2 if re.fullmatch(r"table-\d", table.name) else 1
 
 
-def _assembled(data: Json, files: Mapping[str, bytes]) -> bytes:
+def _assemble(data: Json, files: Mapping[str, bytes]) -> bytes:
+    """page.html with its placeholders (@POLICY@, @STYLE@, ...) filled in."""
     style = _asset("page.css")
     script = "'use strict';\n(() => {\n" + "\n".join(_asset(name) for name in SCRIPTS) + "})();\n"
     policy = _POLICY.format(script=_hash(script), style=_hash(style))
     page = _asset("page.html")
-    # The data comes last, because it may contain text that looks like a mark.
+    # The data comes last, because it may contain text that looks like a placeholder.
     for mark, text in (
         ("POLICY", policy),
         ("STYLE", style),
@@ -118,7 +123,7 @@ def _json(data: object) -> str:
 
 
 def _fallback(files: Mapping[str, bytes]) -> str:
-    """What readers without scripts see: a hint at the tables, and the figures as far as there is room."""
+    """The HTML for readers without scripts: a hint at the tables, and SVG figures, at most MAX_FALLBACK_BYTES of them."""
     parts = ["<p>Without scripts this page shows figures alone; the tables lie beside it.</p>"]
     total = 0
     for name, content in files.items():
@@ -130,8 +135,9 @@ def _fallback(files: Mapping[str, bytes]) -> str:
 
 
 def _protocols(records: Sequence[Record], published: Sequence[Record]) -> list[dict[str, object]]:
+    """For each protocol its name and its numbers of measured and published records."""
     names = sorted({record.protocol for record in (*records, *published)})
-    counts = {name: [0, 0] for name in names}
+    counts = {name: [0, 0] for name in names}  # [measured, published]
     for index, members in enumerate((records, published)):
         for record in members:
             counts[record.protocol][index] += 1
@@ -139,6 +145,7 @@ def _protocols(records: Sequence[Record], published: Sequence[Record]) -> list[d
 
 
 def _capped(texts: list[str]) -> dict[str, object]:
+    """The number of the texts, and the first MAX_PROBLEMS of them."""
     return {"count": len(texts), "texts": texts[:MAX_PROBLEMS]}
 
 
@@ -147,4 +154,5 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
+    """The hash of a script or style as a Content-Security-Policy names it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"

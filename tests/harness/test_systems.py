@@ -25,9 +25,9 @@ from harness.runs.samples import read_samples, read_sidecar
 from harness.systems.binding import load_parts
 from harness.systems.read import get_system, load_system, system_from_dict
 from harness.systems.spec import Component, GuidanceClassifier, System
-from reports import columns
-from reports.columns import guidance_text
-from reports.rows import Row, description
+from reports import texts
+from reports.rows import Row, columns_of
+from reports.texts import guidance_text
 from results import paper
 from results.records import Record
 
@@ -321,8 +321,8 @@ def test_a_cascade_from_runs_is_drawn_measured_and_reported(parts, tmp_path):
         dataset="digits",
         **about.arguments(),
     )
-    assert description(Row(records={("fd", ""): record}))["Sampling steps"].text == "4 + 4"
-    assert columns.row_metadata(record)["system settings"].startswith("adm-u-xs by ddpm, conditioning noise 0.1 (")
+    assert columns_of(Row(records={("fd", ""): record}))["Sampling steps"].text == "4 + 4"
+    assert texts.row_metadata(record)["system settings"].startswith("adm-u-xs by ddpm, conditioning noise 0.1 (")
     before = path.read_bytes()
     assert drawn(parts, tmp_path / "runs", *arguments) == path and path.read_bytes() == before  # found, not drawn
 

@@ -144,13 +144,13 @@ def test_ticks_of_a_narrow_range_are_told_apart(record, monkeypatch):
     from reports import drawing
 
     panels = []
-    close = drawing._set_axes
+    close = drawing._set_up_axes
 
     def kept(axes, *rest):
         close(axes, *rest)
         panels.append(axes)
 
-    monkeypatch.setattr(drawing, "_set_axes", kept)
+    monkeypatch.setattr(drawing, "_set_up_axes", kept)
     costs = (4.7, 5.99)
     records = [
         dataclasses.replace(

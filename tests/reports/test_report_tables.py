@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from reports.columns import count_text, measured_text, metric_title, quantity_text
 from reports.render import escape_latex, to_csv, to_latex, to_markdown
 from reports.rows import console_table, make_rows
 from reports.sections import note_mark
 from reports.tables import MAX_LINES, paper_tables, protocol_file_name, protocol_table
+from reports.texts import count_text, measured_text, metric_title, quantity_text
 from results import paper
 from results.records import Sampling
 

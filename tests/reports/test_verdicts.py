@@ -56,8 +56,8 @@ def test_the_rule_is_that_of_compare(trained):
     (match,) = found.matchups
     (expected,) = compare([r for r in records if r.system == "a"], [r for r in records if r.system == "b"])
     verdict = match.verdict()
-    assert (verdict.verdict, verdict.scope, verdict.noise, verdict.degrees, verdict.difference) == (
-        expected.verdict, expected.scope, expected.noise, expected.degrees, expected.difference,
+    assert (verdict.verdict, verdict.scope, verdict.largest_tie, verdict.degrees_of_freedom, verdict.difference) == (
+        expected.verdict, expected.scope, expected.largest_tie, expected.degrees_of_freedom, expected.difference,
     )  # fmt: skip
     assert expected.scope == "training seeds" and expected.verdict == "win"
 

@@ -44,20 +44,20 @@ def test_verdicts(metric, a, b, verdict):
     (found,) = compare([record(metric, a)], [record(metric, b, system="b")])
     assert found.verdict == verdict
     assert found.difference == pytest.approx(a - b)
-    assert found.noise == pytest.approx(2**0.5)
+    assert found.largest_tie == pytest.approx(2**0.5)
 
 
 def test_the_side_of_an_asymmetric_interval_that_faces_the_other_counts():
     a = dataclasses.replace(record("recall", 0.5), low=0.1, high=0.6)
     b = dataclasses.replace(record("recall", 0.75, system="b"), low=0.7, high=0.9)
     (found,) = compare([a], [b])
-    assert found.noise == pytest.approx((0.1**2 + 0.05**2) ** 0.5)
+    assert found.largest_tie == pytest.approx((0.1**2 + 0.05**2) ** 0.5)
     assert found.verdict == "loss"
 
 
 def test_without_an_interval_there_is_no_verdict():
     (found,) = compare([record(half=None)], [record(value=20.0, system="b")])
-    assert (found.verdict, found.noise) == ("unknown", None)
+    assert (found.verdict, found.largest_tie) == ("unknown", None)
 
 
 def test_cells_are_matched_by_metric_and_sampling():

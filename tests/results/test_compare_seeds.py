@@ -9,7 +9,7 @@ from scipy.special import stdtrit
 from scipy.stats import ttest_ind
 
 from harness.errors import UserError
-from results.compare import RETRAINING, compare, differing, experiment
+from results.compare import RETRAINING, compare, differing, experiment_key
 from results.records import Evaluation, Record, Sampling, Training
 
 
@@ -43,8 +43,10 @@ def test_the_interval_over_seeds_is_welchs(counts):
     (found,) = compare(*sides)
     expected = ttest_ind(*values, equal_var=False)
     interval = expected.confidence_interval(0.95)
-    assert found.degrees == pytest.approx(expected.df)
-    assert (found.difference - found.noise, found.difference + found.noise) == pytest.approx(tuple(interval))
+    assert found.degrees_of_freedom == pytest.approx(expected.df)
+    assert (found.difference - found.largest_tie, found.difference + found.largest_tie) == pytest.approx(
+        tuple(interval)
+    )
 
 
 def test_training_seeds_are_welchs_test():
@@ -53,9 +55,9 @@ def test_training_seeds_are_welchs_test():
     (found,) = compare(a, b)
     variances = (1.5833333 / 3, 0.08 / 2)
     degrees = sum(variances) ** 2 / (variances[0] ** 2 / 2 + variances[1] ** 2 / 1)
-    assert found.scope == "training seeds" and found.again is None
-    assert found.degrees == pytest.approx(degrees, rel=1e-6)
-    assert found.noise == pytest.approx(stdtrit(degrees, 0.975) * math.sqrt(sum(variances)), rel=1e-6)
+    assert found.scope == "training seeds" and found.if_trained_again is None
+    assert found.degrees_of_freedom == pytest.approx(degrees, rel=1e-6)
+    assert found.largest_tie == pytest.approx(stdtrit(degrees, 0.975) * math.sqrt(sum(variances)), rel=1e-6)
     assert found.difference == pytest.approx(33.5 / 3 - 13.2) and found.verdict == "tie"
     assert [len(each) for each in found.a.checkpoints] == [1, 1, 1]
 
@@ -65,10 +67,10 @@ def test_sampling_seeds_of_one_checkpoint_are_averaged_and_tell_their_own_noise(
     (found,) = compare(a, [seeded(12.0, 0, system="b", half=0.3)])
     half = stdtrit(2, 0.975) * 0.2 / math.sqrt(3)
     assert found.scope == "these checkpoints" and found.a.value == pytest.approx(10.2)
-    assert found.noise == pytest.approx(math.hypot(half, 0.3), rel=1e-6)
-    assert found.verdict == "win" and found.again == "tie"  # 1.8 against 0.58, and 3.2 times that
-    (found,) = compare(a, [seeded(10.2 + 1.01 * RETRAINING * found.noise, 0, system="b", half=0.3)])
-    assert found.again == "win"
+    assert found.largest_tie == pytest.approx(math.hypot(half, 0.3), rel=1e-6)
+    assert found.verdict == "win" and found.if_trained_again == "tie"  # 1.8 against 0.58, and 3.2 times that
+    (found,) = compare(a, [seeded(10.2 + 1.01 * RETRAINING * found.largest_tie, 0, system="b", half=0.3)])
+    assert found.if_trained_again == "win"
 
 
 def test_what_differs_in_more_than_seeds_does_not_belong_together():
@@ -118,7 +120,7 @@ def test_a_micro_batch_makes_no_other_experiment():
     halved = dataclasses.replace(halved, training=dataclasses.replace(halved.training, micro_batch=16))
     (found,) = compare([seeded(10.0, 0), halved], [seeded(13.0, 0, system="b"), seeded(13.4, 1, system="b")])
     assert found.scope == "training seeds" and found.a.means == [10.0, 11.0]
-    assert experiment(halved) == experiment(seeded(10.0, 0))
+    assert experiment_key(halved) == experiment_key(seeded(10.0, 0))
 
 
 def test_a_seed_trained_twice_is_one_seed():
@@ -127,6 +129,6 @@ def test_a_seed_trained_twice_is_one_seed():
     b = [seeded(13.0, 0, system="b"), seeded(13.4, 1, system="b")]
     (found,) = compare([seeded(10.0, 0), again], b)
     assert found.scope == "these checkpoints" and found.a.means == [11.0] and len(found.a.checkpoints) == 2
-    assert found.noise == pytest.approx(math.hypot(0.5 / math.sqrt(2), 0.5 / math.sqrt(2)))
+    assert found.largest_tie == pytest.approx(math.hypot(0.5 / math.sqrt(2), 0.5 / math.sqrt(2)))
     (found,) = compare([seeded(10.0, 0), again, seeded(14.0, 1)], b)
     assert found.scope == "training seeds" and found.a.means == [11.0, 14.0] and found.a.value == 12.5

@@ -1,4 +1,4 @@
-"""Records as a DataFrame: one row a record, the same columns and dtypes whatever the input."""
+"""Records as a DataFrame: one row per record, the same columns and dtypes whatever the input."""
 
 import dataclasses
 import logging

@@ -7,25 +7,26 @@ from harness.settings import RunOptions, recorded_value, settings_of
 from results.metrics import known, shared_direction
 from results.records import Record, Sampling
 
-UP, DOWN = "\u2191", "\u2193"  # which way is better
+UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lower is better
 
 
-# The names of `row_metadata`, in the order in which notes state it. Footnotes of settings that are not named here or in
-# DISTINGUISHING_METADATA follow.
+# The keys of `row_metadata`, in their order in footnotes. METADATA adds those of settings that name a footnote which is
+# neither here nor in DISTINGUISHING_METADATA.
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("training precision", "training steps", "training seed", "sampler", "sampling steps", "eta", "guidance"),
     *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
     *("system settings", "metric mode", "protocol"),
 )
-# What notes state only of rows that would look alike otherwise: hashes, and settings that move low bits.
+# The keys of `distinguishing_metadata`. Footnotes state them only for rows that would otherwise look alike: hashes, and
+# settings that change only low bits.
 DISTINGUISHING_METADATA = (
     *("backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint"),
     "network evaluations",
     *("sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features"),
     "published-input Gflops",
 )
-# Footnote -> setting whose value records state under this name.
+# Name in footnotes -> the setting whose value is stated under this name.
 _FOOTNOTES = {
     known.footnote: known
     for known in settings_of(RunOptions).values()
@@ -35,9 +36,10 @@ METADATA = (*_METADATA, *(name for name in _FOOTNOTES if name not in _METADATA))
 
 
 def metric_name(key: str, n: int | None = None, mode: str = "", features: str | None = None) -> str:
-    """`FID-50K`, `Precision (adm)`. n None: without N; "-50K" stands for exactly 50,000.
+    """`FID-50K`, `Precision (adm)`. n None: without N. "-50K" stands for exactly 50,000 images.
 
-    features: name of the feature network; KID and IS have these names only on Inception's features. None: Inception's.
+    features: name of the feature network, None: Inception. Some metrics have another title on other features, because
+    "KID" and "IS" mean those on Inception's.
     """
     metric = known(key)
     name = key
@@ -50,13 +52,13 @@ def metric_name(key: str, n: int | None = None, mode: str = "", features: str | 
 
 
 def metric_title(key: str, n: int | None, mode: str = "", features: str | None = None) -> str:
-    """The name of a metric with an arrow to the better side, as the registry states it."""
+    """`metric_name` with an arrow, up if higher is better by the registry."""
     metric = known(key)
     return metric_name(key, n, mode, features) + _arrow(None if metric is None else metric.higher_is_better)
 
 
 def title_of(records: Sequence[Record], *, names_n: bool = True) -> str:
-    """The title of the metric of these comparable records; without an arrow where its direction is not known."""
+    """`metric_name` of these comparable records of one metric, with an arrow if the direction is known."""
     first = records[0]
     evaluation = first.evaluation
     mode, features = (evaluation.mode, evaluation.features) if evaluation is not None else (None, None)
@@ -65,16 +67,21 @@ def title_of(records: Sequence[Record], *, names_n: bool = True) -> str:
 
 
 def _arrow(higher_is_better: bool | None) -> str:
-    return "" if higher_is_better is None else UP if higher_is_better else DOWN
+    if higher_is_better is None:
+        return ""
+    return UP if higher_is_better else DOWN
 
 
 def features_of(record: Record) -> str | None:
-    """Name of the feature network of a record's evaluation."""
+    """The name of the feature network of a record's evaluation; None if it is not stated."""
     return record.evaluation.features if record.evaluation is not None else None
 
 
 def measured_text(value: float, low: float | None, high: float | None) -> str:
-    """`3.27 [3.21, 3.33]`: as many decimals as show two digits of the interval's width, or four significant digits."""
+    """`3.27 [3.21, 3.33]`, with as many decimals as show two digits of the interval's width.
+
+    Without an interval, or if its width is 0: four significant digits.
+    """
     if low is None or high is None:
         return f"{value:.4g}"
     width = high - low
@@ -95,7 +102,10 @@ def count_text(count: int | None) -> str:
 
 
 def quantity_text(value: float | None) -> str:
-    """Gflops and the like: two decimals as the paper prints them, four digits below 1, a dash for None."""
+    """`118.64`, `0.0312`, `1235`, `1.23e10`; a dash for None. For Gflops and similar quantities.
+
+    Below 1 four significant digits, from 1 two decimals as in the paper, from 1,000 none, from 100,000 three digits.
+    """
     if value is None:
         return "-"
     if abs(value) >= 1e5:
@@ -106,12 +116,14 @@ def quantity_text(value: float | None) -> str:
 
 
 def params_text(params: int | None) -> str:
-    """Millions of parameters."""
-    return "-" if params is None else f"{params / 1e6:.1f}" if params < 1e8 else f"{params / 1e6:.0f}"
+    """Millions of parameters: `32.9`, `675`; a dash for None."""
+    if params is None:
+        return "-"
+    return f"{params / 1e6:.1f}" if params < 1e8 else f"{params / 1e6:.0f}"
 
 
 def guidance_text(record: Record) -> str:
-    """`none`, `1.5`, `1.5 (first-3)` or `1 (classifier)`; a dash where it is not known."""
+    """The scale and, if stated, the channels: `none`, `1.5`, `1.5 (first-3)`, `1 (classifier)`; a dash if not known."""
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
         return "-"
@@ -122,15 +134,15 @@ def guidance_text(record: Record) -> str:
 
 
 def row_metadata(record: Record) -> dict[str, str]:
-    """Name -> text of what a row's columns do not show: the material of footnotes. What is not known is absent."""
+    """Name (of METADATA) -> text, for the footnotes of a row. Names whose value is not known are absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
-    found: dict[str, object] = {footnote: recorded_value(known, record) for footnote, known in _FOOTNOTES.items()}
-    found |= {
+    values: dict[str, object] = {footnote: recorded_value(known, record) for footnote, known in _FOOTNOTES.items()}
+    values |= {
         "protocol": record.protocol,
         "protocol version": record.protocol_version,
     }
     if training is not None:
-        found |= {
+        values |= {
             "recipe": _short(training.recipe_hash),
             "batch": training.batch,
             "learning rate": training.learning_rate,
@@ -141,7 +153,7 @@ def row_metadata(record: Record) -> dict[str, str]:
         }
     if sampling is not None:
         guidance = guidance_text(record)
-        found |= {
+        values |= {
             "sampling steps": sampling.stage_steps or sampling.steps,
             "guidance": None if guidance == "-" else guidance,
             "uint8 rule": sampling.uint8_rule,
@@ -149,14 +161,14 @@ def row_metadata(record: Record) -> dict[str, str]:
             "system settings": _settings_text(sampling),
         }
     if evaluation is not None:
-        found |= {"suite version": evaluation.suite_version, "metric mode": evaluation.mode}
-    return _words(found)
+        values |= {"suite version": evaluation.suite_version, "metric mode": evaluation.mode}
+    return _as_texts(values)
 
 
 def distinguishing_metadata(record: Record) -> dict[str, str]:
-    """Name -> text of DISTINGUISHING_METADATA. What is not known is absent."""
+    """Name (of DISTINGUISHING_METADATA) -> text. Names whose value is not known are absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
-    found: dict[str, object] = {
+    values: dict[str, object] = {
         "backbone": record.backbone,
         "kind": record.kind,
         "parameters": record.params,
@@ -164,14 +176,14 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
         "published-input Gflops": record.gflops_published_input,
     }
     if training is not None:
-        found |= {
+        values |= {
             "training images": training.images,
             "training Gflops": training.gflops,
             "micro-batch": training.micro_batch,
             "checkpoint": _short(training.checkpoint_sha256),
         }
     if sampling is not None:
-        found |= {
+        values |= {
             "network evaluations": sampling.evaluations,
             "sampling Gflops": sampling.gflops_per_image,
             "decoder Gflops": sampling.decoder_gflops,
@@ -180,20 +192,21 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
             "samples": _short(sampling.samples_sha256),
         }
     if evaluation is not None:
-        found |= {"features": evaluation.features}
-    return _words(found)
+        values |= {"features": evaluation.features}
+    return _as_texts(values)
 
 
-def _words(found: dict[str, object]) -> dict[str, str]:
+def _as_texts(values: dict[str, object]) -> dict[str, str]:
+    """The values as texts, floats with nine significant digits; without those that are None."""
     return {
         name: f"{value:.9g}" if isinstance(value, float) else str(value)
-        for name, value in found.items()
+        for name, value in values.items()
         if value is not None
     }
 
 
 def key_text(record: Record) -> str:
-    """In words, what all rows of one table have in common."""
+    """What all rows of one table have in common: `digits, 8x8, N = 1,000, suite ..., features (hash), reference (hash)`."""
     evaluation = record.evaluation
     text = f"{record.dataset}, {record.resolution}x{record.resolution}, N = {record.n:,}"
     if evaluation is None:
@@ -206,10 +219,11 @@ def key_text(record: Record) -> str:
 
 
 def _settings_text(sampling: Sampling) -> str | None:
-    """The settings of a system in words, with the hash of all of them."""
+    """The settings of a system in words, with the first digits of the hash of all of them; None if neither is stated."""
     digest = _short(sampling.settings_hash)
     return f"{sampling.settings} ({digest})" if sampling.settings else digest
 
 
 def _short(digest: str | None) -> str | None:
+    """The first 12 digits of a hash."""
     return None if digest is None else digest[:12]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from harness.settings import RunOptions, settings_of
-from reports.columns import (
+from reports.texts import (
     DISTINGUISHING_METADATA,
     METADATA,
     distinguishing_metadata,
