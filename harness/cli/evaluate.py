@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import json_option, settings_options
+from harness.cli.from_settings import json_option, settings_options
 from harness.settings import EvaluateOptions
 
 

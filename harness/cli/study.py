@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.options import Value, json_option
+from harness.cli.from_settings import Value, json_option
 from harness.cli.tables import print_report
 from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import json_option
+from harness.cli.from_settings import json_option
 
 PATH = click.Path(path_type=Path)
 NAMED = 5  # names of a list that are printed; --json has all
