@@ -35,9 +35,9 @@ def written(folder, **sidecar):
 def test_fields_come_back_as_they_were_written(tmp_path):
     path, sha256 = written(tmp_path, schema=2, record=FIELDS.as_dict())
     assert read_sidecar(path)["record"]["training"] == {"steps": 3, "learning_rate": 1e-4, "recipe_hash": "ab"}
-    assert read_fields(path, sha256) == FIELDS.of_samples(sha256)
+    assert read_fields(path, sha256) == FIELDS.with_samples(sha256)
     found = read_fields(path, sha256, "another name")
-    assert found == FIELDS.of_samples(sha256, "another name") and found.system == "another name"
+    assert found == FIELDS.with_samples(sha256, "another name") and found.system == "another name"
     assert found.sampling.samples_sha256 == sha256
     bare = RecordFields(system="a", sampling=Sampling(seed=0))
     path, sha256 = written(tmp_path, schema=2, record=bare.as_dict())
