@@ -119,5 +119,6 @@ def described(document: dict[str, Any]) -> list[str]:
 
 
 def _few(names: list[str]) -> str:
+    """The first names, and the number of the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

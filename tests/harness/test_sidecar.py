@@ -41,7 +41,7 @@ def test_fields_come_back_as_they_were_written(tmp_path):
     assert found.sampling.samples_sha256 == sha256
     bare = RecordFields(system="a", sampling=Sampling(seed=0))
     path, sha256 = written(tmp_path, schema=2, record=bare.as_dict())
-    assert read_fields(path, sha256) == bare.of_samples(sha256) and "training" not in bare.as_dict()
+    assert read_fields(path, sha256) == bare.with_samples(sha256) and "training" not in bare.as_dict()
 
 
 def test_samples_without_a_sidecar_are_known_by_a_name(tmp_path):
