@@ -1,6 +1,6 @@
 """Benchmarking and evaluation of generative image backbones.
 
-The one public import:
+Public API:
 
     import harness
 
@@ -11,8 +11,8 @@ The one public import:
     net = spec.build("torch", input_size=32, in_channels=4, num_classes=1000)
 
 `run`, `train`, `sample`, `evaluate`, `plan`, `report` and `compare` take the flags of the commands of the same names as
-keyword arguments and return typed results; `help(harness.run)` lists them. What they say on their way goes to the logger
-"harness". Names load what they need when they are first used; importing harness imports no framework.
+keyword arguments and return typed results; `help(harness.run)` lists them. Their messages go to the loggers "harness",
+"evaluators", "results" and "reports". Attributes are imported lazily; importing harness imports no framework.
 """
 
 from __future__ import annotations
@@ -28,30 +28,51 @@ from harness._version import VERSION
 from harness.spec import set_tracer
 
 if TYPE_CHECKING:
+    from harness.data.images import ImageSet as ImageSet
     from harness.errors import RunError as RunError
     from harness.errors import UserError as UserError
+    from harness.pipeline.compare import Comparison as Comparison
     from harness.pipeline.compare import compare as compare
+    from harness.pipeline.evaluate import EvaluateResult as EvaluateResult
     from harness.pipeline.evaluate import evaluate as evaluate
     from harness.pipeline.evaluate import evaluate_images as evaluate_images
+    from harness.pipeline.evaluation_config import EvaluationConfig as EvaluationConfig
     from harness.pipeline.plan import plan as plan
     from harness.pipeline.report import report as report
+    from harness.pipeline.run import RunResult as RunResult
     from harness.pipeline.run import run as run
+    from harness.pipeline.sample import SampleResult as SampleResult
     from harness.pipeline.sample import sample as sample
+    from harness.pipeline.train import TrainResult as TrainResult
     from harness.pipeline.train import train as train
+    from harness.planning.plan import Plan as Plan
     from harness.protocols import get_protocol as get_protocol
     from harness.spec import BackboneSpec as BackboneSpec
     from harness.spec import Compute as Compute
     from harness.spec import ComputeRow as ComputeRow
+    from reports.report import ReportSummary as ReportSummary
     from results.frame import load_records as load_records
+    from results.records import Record as Record
 
 __version__ = VERSION
-_SIBLINGS = ("backbones", "evaluators", "results", "reports")  # everyday names, which other distributions may use, too
+_SIBLINGS = ("backbones", "evaluators", "results", "reports")  # common names, which other distributions may use, too
 
 _HOMES = {
+    # public name: the module that defines it
     "BackboneSpec": "harness.spec",
     "Compute": "harness.spec",
+    "Comparison": "harness.pipeline.compare",
     "ComputeRow": "harness.spec",
+    "EvaluateResult": "harness.pipeline.evaluate",
+    "EvaluationConfig": "harness.pipeline.evaluation_config",
+    "ImageSet": "harness.data.images",
+    "Plan": "harness.planning.plan",
+    "Record": "results.records",
+    "ReportSummary": "reports.report",
     "RunError": "harness.errors",
+    "RunResult": "harness.pipeline.run",
+    "SampleResult": "harness.pipeline.sample",
+    "TrainResult": "harness.pipeline.train",
     "UserError": "harness.errors",
     "compare": "harness.pipeline.compare",
     "evaluate": "harness.pipeline.evaluate",
@@ -82,7 +103,10 @@ def list_backbones() -> list[str]:
 
 
 def register_backbone(spec: Any) -> Any:
-    """Register a `BackboneSpec` for this process. As a decorator: what a function without arguments returns."""
+    """Register a `BackboneSpec` for this process; returns its argument.
+
+    It can also decorate a function without arguments that returns one or several specs, which are then registered.
+    """
     from harness.registry import backbones
 
     return backbones.register(spec)
@@ -101,10 +125,10 @@ def _trace(spec: BackboneSpec, **overrides: Any) -> Compute:
 
 
 def _check_siblings() -> None:
-    """Raise ImportError naming the package, and the distribution, that stands where a sibling should."""
+    """Raise ImportError if another package has the name of one of `_SIBLINGS`; the message names its distribution."""
     root = Path(__file__).resolve().parent.parent
-    # `python -m harness` puts the working folder first on the path, where a folder named results/ or reports/ is common
-    # and has nothing to do with ours. While the package is being located for -m, argv[0] is "-m".
+    # `python -m harness` puts the working folder first on the import path, and a results/ or reports/ in it would hide
+    # ours, so the working folder is removed. While Python locates the package for -m, argv[0] is "-m".
     if sys.argv[:1] == ["-m"] and root != Path.cwd() and sys.path[:1] in ([""], [str(Path.cwd())]):
         del sys.path[0]
     for name in _SIBLINGS:

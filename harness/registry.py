@@ -36,7 +36,11 @@ class Problem(NamedTuple):
 
 
 class Registry(Generic[Item]):
-    """Items by name, from one entry-point group and from `register`. A name cannot be registered twice."""
+    """Items by name, from one entry-point group and from `register`. A name cannot be registered twice.
+
+    group: of the entry points, which are loaded at first use. noun: what an item is called in messages. of: the type of the
+    items; None: any. problems: the plug-ins that failed to load.
+    """
 
     def __init__(self, group: str, noun: str, of: type | None = None):
         self.group = group
@@ -91,6 +95,7 @@ class Registry(Generic[Item]):
         return name in self._items
 
     def _load(self) -> None:
+        """Load the entry points, at the first call only."""
         if self._loaded:
             return
         self._loaded = True
@@ -127,6 +132,8 @@ def unknown(noun: str, name: str, known: Iterable[str]) -> str:
 
 
 def _items(thing: object, of: type | None) -> list[Any]:
+    """The items in an entry point's attribute: `thing`, its elements, or what it returns (see the module's docstring)."""
+    # An instance of `of`, or an object with an attribute `name`, is an item even if it can be called.
     if (
         callable(thing)
         and not isinstance(thing, type)

@@ -48,7 +48,8 @@ LOGGERS = ("tensorboard", "wandb")  # names of harness.loggers
 class Setting:
     """The properties of a setting, besides its name, type and default.
 
-    flags: its flags, if they are not `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the
+    read: the function that parses text or a Python value; it raises ValueError. flags: its flags, if they are not
+    `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the
     flag may be given several times. default_text: the default as text, for the help. study: its key in a study file,
     "key" or "section.key"; empty: none. frozen: not None if the setting is frozen when a run is created, because it
     decides bits; the text is the value that means "not given". item: the item of the protocol's [sampling] that it
@@ -80,11 +81,11 @@ class Setting:
 REQUIRED: Any = dataclasses.MISSING
 
 
-def setting(help: str, read: Callable[[Any], Any], default: Any = None, **known: Any) -> Any:
-    """A dataclass field for a setting; `known` are further fields of `Setting`."""
-    metadata = {"setting": Setting(help=help, read=read, **known)}
+def setting(help: str, read: Callable[[Any], Any], default: Any = None, **properties: Any) -> Any:
+    """A dataclass field for a setting; `properties` are further fields of `Setting`."""
+    metadata = {"setting": Setting(help=help, read=read, **properties)}
     if default is REQUIRED:
-        return dataclasses.field(metadata=metadata, kw_only=not known.get("argument", False))
+        return dataclasses.field(metadata=metadata, kw_only=not properties.get("argument", False))
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -99,19 +100,19 @@ class Options:
     """Base of the options classes. Values are parsed and checked at construction; `UserError` names the setting."""
 
     def __post_init__(self) -> None:
-        for name, known in settings_of(self).items():
+        for name, info in settings_of(self).items():
             value = getattr(self, name)
             if value is None:
                 continue
             try:
-                read = known.read(value)
+                parsed = info.read(value)
             except ValueError as error:
-                raise UserError(f"{known.flag(name)}: {error}") from None
-            words = read if isinstance(read, tuple) else (read,)
-            for word in words if known.choices else ():
-                if word not in known.choices:
-                    raise UserError(f"{known.flag(name)} {shown(word)}: choose one of {', '.join(known.choices)}")
-            object.__setattr__(self, name, read)
+                raise UserError(f"{info.flag(name)}: {error}") from None
+            words = parsed if isinstance(parsed, tuple) else (parsed,)
+            for word in words if info.choices else ():
+                if word not in info.choices:
+                    raise UserError(f"{info.flag(name)} {shown(word)}: choose one of {', '.join(info.choices)}")
+            object.__setattr__(self, name, parsed)  # the dataclass is frozen
 
     def given(self) -> dict[str, Any]:
         """The settings that differ from their defaults."""
@@ -132,7 +133,8 @@ class _Backbone(Options):
 @dataclass(frozen=True, kw_only=True)
 class _OptionalBackbone(Options):
     backbone: str | None = setting(
-        "A name from `harness list backbones`; without it --budget or --match gives a table of all backbones.", read_text,
+        "A name from `harness list backbones`; on the command line, --budget or --match without it gives a table of all "
+        "backbones.", read_text,
         metavar="NAME",
     )  # fmt: skip
 
@@ -251,7 +253,7 @@ class SamplingSettings(Options):
 
     def overrides(self) -> dict[str, Any]:
         """The items of a protocol's [sampling], without steps, that these settings override; None: not given."""
-        return {known.item: getattr(self, name) for name, known in settings_of(self).items() if known.item}
+        return {info.item: getattr(self, name) for name, info in settings_of(self).items() if info.item}
 
 
 _LOGGER = {"choices": LOGGERS, "repeat": True, "study": "logger"}
@@ -360,8 +362,9 @@ class EvaluateOptions(Options):
         "features` and `harness list metrics`).", read_text, metavar="NAME|FEATURES:METRIC,..", default_text="the protocol's",
     )  # fmt: skip
     reference: Path | None = setting(
-        "Reference images; mu and sigma are used if the file has them.", read_path, metavar="PATH", type_name="path"
-    )
+        "Reference images; mu and sigma are used if the file has them and the suite allows it.", read_path, metavar="PATH",
+        type_name="path",
+    )  # fmt: skip
     features_weights: Path | None = setting(
         "Weights of the suite's network; for suite adm: classify_image_graph_def.pb, or its torch port.", read_path,
         metavar="FILE", flags=("--features-weights", "--inception"), type_name="path",
@@ -397,8 +400,9 @@ class ReportOptions(Options):
         "Folder of the report.", read_path, metavar="DIR", default_text="runs/report/", type_name="path"
     )
     protocol: str | None = setting(
-        "Only the table and the curve of this protocol.", read_text, metavar="NAME", default_text="every protocol"
-    )
+        "Only the table, the verdicts and the figures of this protocol, beside Tables 1-6.", read_text, metavar="NAME",
+        default_text="every protocol",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,9 +424,9 @@ Result = TypeVar("Result")
 
 
 def keyword_options(options: Callable[P, Chosen]) -> Callable[[Callable[[Chosen], Result]], Callable[P, Result]]:
-    """Decorator: a function of one options object becomes a function of its fields as keyword arguments.
+    """Decorator: turns a function of one options object into a function that takes its fields as keyword arguments.
 
-    One line for each setting is added to the docstring.
+    The docstring gets one line for each setting.
     """
 
     def decorate(function: Callable[[Chosen], Result]) -> Callable[P, Result]:
@@ -434,17 +438,19 @@ def keyword_options(options: Callable[P, Chosen]) -> Callable[[Callable[[Chosen]
         parameters = inspect.signature(options).parameters.values()
         returns = inspect.signature(function).return_annotation
         call.__signature__ = inspect.Signature(list(parameters), return_annotation=returns)  # type: ignore[attr-defined]
-        lines = [f"    {name}: {_described(known)}" for name, known in settings_of(options).items()]
-        call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nKeyword arguments:\n" + "\n".join(lines) + "\n"
+        lines = [f"    {name}: {_help_text(info)}" for name, info in settings_of(options).items()]
+        title = "Keyword arguments (--a-b is a_b; a repeatable flag takes a list, NAME=VALUE a dict):"
+        call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{title}\n" + "\n".join(lines) + "\n"
         return call
 
     return decorate
 
 
-def _described(known: Setting) -> str:
-    choices = f" One of {', '.join(known.choices)}." if known.choices else ""
-    default = f" Default: {known.default_text}." if known.default_text else ""
-    return f"{known.help}{choices}{default}"
+def _help_text(info: Setting) -> str:
+    """The help, the accepted values and the default of a setting."""
+    choices = f" One of {', '.join(info.choices)}." if info.choices else ""
+    default = f" Default: {info.default_text}." if info.default_text else ""
+    return f"{info.help}{choices}{default}"
 
 
 def command_words(command: str, options: Options, always: Collection[str] = ()) -> tuple[str, ...]:
@@ -454,28 +460,27 @@ def command_words(command: str, options: Options, always: Collection[str] = ()) 
     """
     arguments: list[str] = []
     words = ["harness", command]
-    known = settings_of(options)
     changed = options.given()
-    for name in known:
+    for name, info in settings_of(options).items():
         if name not in changed and name not in always:
             continue
         value = getattr(options, name)
-        if known[name].argument:
+        if info.argument:
             arguments.append(str(value))
         else:
-            words += flag_words(name, known[name], value)
+            words += flag_words(name, info, value)
     return (*words, *arguments)
 
 
-def flag_words(name: str, known: Setting, value: Any) -> list[str]:
+def flag_words(name: str, info: Setting, value: Any) -> list[str]:
     """The flag of one setting and its value, as words of a command line."""
-    flag = known.flag(name)
+    flag = info.flag(name)
     if isinstance(value, bool):
-        both = known.flags[0].split("/") if known.flags and "/" in known.flags[0] else [flag]
-        return [both[0]] if value else both[1:]
+        on_off = info.flags[0].split("/") if info.flags and "/" in info.flags[0] else [flag]  # --x, --no-x
+        return on_off[:1] if value else on_off[1:]
     if isinstance(value, Mapping):
         return [word for item, each in value.items() for word in (flag, f"{item}={value_text(each)}")]
-    if known.repeat:
+    if info.repeat:
         return [word for each in value for word in (flag, value_text(each))]
     return [flag, ",".join(map(str, value)) if isinstance(value, tuple) else value_text(value)]
 
@@ -493,21 +498,21 @@ def command_line(words: Iterable[str]) -> str:
 
 
 def frozen_settings(options: Options) -> dict[str, Any]:
-    """The values of the settings that are frozen when a run is created; None: not given."""
+    """The values of the settings that are frozen when a run is created, by name; None: not given."""
     values: dict[str, Any] = {}
-    for name, known in settings_of(options).items():
-        if known.frozen is not None:
+    for name, info in settings_of(options).items():
+        if info.frozen is not None:
             value = getattr(options, name)
-            values[name] = None if value in (None, False, known.frozen) else value
+            values[name] = None if value in (None, False, info.frozen) else value
     return values
 
 
 def study_settings(options: type[Options], section: str) -> dict[str, str]:
-    """The names of the settings by their keys in a section of a study file ("" for the top level)."""
+    """Study-file key -> name of the setting, for one section of a study file ("" for the top level)."""
     names = {}
-    for name, known in settings_of(options).items():
-        place, _, key = known.study.rpartition(".")
-        if key and place == section:
+    for name, info in settings_of(options).items():
+        key_section, _, key = info.study.rpartition(".")
+        if key and key_section == section:
             names[key] = name
     return names
 
@@ -520,14 +525,14 @@ def only_one(flags: Mapping[str, Any], what: str) -> None:
 
 
 def recorded_settings(options: type[Options], record: object) -> dict[str, Any]:
-    """The settings that a record states, by name; what it leaves open is left out."""
-    found = {name: recorded_value(known, record) for name, known in settings_of(options).items()}
-    return {name: value for name, value in found.items() if value is not None}
+    """The values of the settings that a record states, by name; settings that it does not state are left out."""
+    values = {name: recorded_value(info, record) for name, info in settings_of(options).items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def recorded_value(known: Setting, record: object) -> Any:
-    """What a record states of one setting; None where it leaves it open."""
-    value = record if known.recorded else None
-    for part in known.recorded.split("."):
+def recorded_value(info: Setting, record: object) -> Any:
+    """The value of one setting in a record; None if the record does not state it."""
+    value = record if info.recorded else None
+    for part in info.recorded.split("."):
         value = None if value is None else getattr(value, part)
     return value

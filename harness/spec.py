@@ -29,7 +29,7 @@ class ComputeRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Compute of one forward pass on one image (no guidance, no decoder) and the size of the network.
+    """Compute of one forward pass on one image (no guidance, no decoder) and the number of parameters.
 
     1 multiply-add = 1 flop, plus 1 flop per element of the normalisations that the convention counts.
     """

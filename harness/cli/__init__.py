@@ -75,12 +75,13 @@ def group() -> None:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 refused, 1 failed, 130 after Ctrl-C or SIGTERM and its checkpoint.
 
-    If torchrun started several processes, the first one prints why they all end, and the exit code of torchrun is 1.
+    If torchrun started several processes, only the first one prints the error, and the exit code of torchrun is 1.
     """
     from harness.distributed.launch import defer_to_rank_zero, is_main_process, report_elastic_error
     from harness.errors import RunError, UserError
 
     def end(code: int, reason: str, print_error: Callable[[], object]) -> NoReturn:
+        """Print the error, write `reason` for torchrun's report, and exit with `code`."""
         with contextlib.suppress(KeyboardInterrupt):  # torchrun ends this process once the first has reported
             defer_to_rank_zero(os.environ)
             print_error()

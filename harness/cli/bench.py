@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import COUNT, Value, json_option
+from harness.cli.from_settings import COUNT, Value, json_option
 from harness.errors import UserError
 from harness.io import files
 
@@ -16,6 +16,7 @@ STAGES = ("training", "sampling", "evaluation")
 
 
 def _stages(text: str) -> tuple[str, ...]:
+    """Names of STAGES, separated by commas, in the order of STAGES."""
     from harness.registry import unknown
 
     names = tuple(part.strip() for part in text.split(","))
@@ -87,7 +88,7 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def _show(measured: dict[str, Any]) -> None:
-    """Print the table."""
+    """Print the measurements (the JSON document of `harness.engines.torch.bench.measure`) as a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import json_option, settings_options
+from harness.cli.from_settings import json_option, settings_options
 from harness.pipeline.compare import compare
 from harness.settings import CompareOptions
 from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict
@@ -23,10 +23,10 @@ def command(as_json: bool, **options: Any) -> None:
     Several training seeds, or sampling seeds, of one experiment belong together: put their runs into one folder.
     """
     comparison = compare(**options)
-    verdicts, unlike = comparison.verdicts, comparison.differing
+    verdicts, differing = comparison.verdicts, comparison.differing
     first = verdicts[0]
     if as_json:
-        document = {"rule": comparison.rule, "differing": unlike, "rows": [_row(each) for each in verdicts]}
+        document = {"rule": comparison.rule, "differing": differing, "rows": [_row(verdict) for verdict in verdicts]}
         click.echo(json.dumps(document, indent=2))
         return
     from rich.console import Console
@@ -35,8 +35,8 @@ def command(as_json: bool, **options: Any) -> None:
 
     click.echo(f"A = {_name(first.a)}")
     click.echo(f"B = {_name(first.b)}")
-    ways = sorted({each.sampling for each in verdicts})
-    click.echo(f"N = {first.a.n:,}" + (f", {ways[0]}" if len(ways) == 1 else ""))
+    samplings = sorted({verdict.sampling for verdict in verdicts})
+    click.echo(f"N = {first.a.n:,}" + (f", {samplings[0]}" if len(samplings) == 1 else ""))
     seeds = first.scope == "training seeds"
     columns = {
         "metric": lambda each: each.metric,
@@ -48,8 +48,8 @@ def command(as_json: bool, **options: Any) -> None:
         "A is a": lambda each: each.verdict,
         "trained again": lambda each: each.if_trained_again or "unknown",
     }
-    for name, needless in (("sampling", len(ways) == 1), ("trained again", seeds)):
-        if needless:
+    for name, redundant in (("sampling", len(samplings) == 1), ("trained again", seeds)):
+        if redundant:
             del columns[name]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in columns:
@@ -58,8 +58,8 @@ def command(as_json: bool, **options: Any) -> None:
     for each in verdicts:
         table.add_row(*(text(each) for text in columns.values()))
     Console().print(table)
-    if unlike:
-        text = "; ".join(f"{name} {values[0]} and {values[1]}" for name, values in unlike.items())
+    if differing:
+        text = "; ".join(f"{name} {values[0]} and {values[1]}" for name, values in differing.items())
         click.echo(f"A and B also differ in: {text}")
     click.echo(SEEDS_RULE if seeds else SAMPLING_RULE)
 
@@ -85,6 +85,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
 
 
 def _name(group: Group) -> str:
+    """A side of the comparison in one line: system, training steps, training seeds, number of sampling seeds."""
     record = group.records[0]
     training = record.training
     if training is None or not training.steps:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from evaluators.features import INCEPTION_BACKENDS
-from harness.cli.options import COUNT, FOLDER, json_option
+from harness.cli.from_settings import COUNT, PATH, json_option
 
 
 @click.group("data")
@@ -19,8 +19,8 @@ def command() -> None:
 
 @command.command("prepare", short_help="Make a data set for training from images in classes.")
 @click.argument("name", metavar="NAME")
-@click.option("--from", "source", type=FOLDER, required=True, metavar="PATH", help="Where the images are.")
-@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="Where to write. Nothing is overwritten.")
+@click.option("--from", "source", type=PATH, required=True, metavar="PATH", help="Where the images are.")
+@click.option("--out", type=PATH, required=True, metavar="DIR", help="Where to write. Nothing is overwritten.")
 @click.option(
     "--resolution",
     type=click.IntRange(1, 4096),
@@ -57,13 +57,13 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
 
 @command.command("reference", short_help="Make an evaluation reference from images.")
 @click.argument("source")
-@click.option("--out", type=FOLDER, required=True, metavar="FILE.npz", help="Where to write. Nothing is overwritten.")
+@click.option("--out", type=PATH, required=True, metavar="FILE.npz", help="Where to write. Nothing is overwritten.")
 @click.option("--suite", default="adm", show_default=True, metavar="NAME", help="A name of `harness list suites`.")
 @click.option(
     "--inception",
     "--features-weights",
     "weights",
-    type=FOLDER,
+    type=PATH,
     metavar="FILE",
     help="Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.",
 )
@@ -79,7 +79,7 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the choice of N images."
 )
-@click.option("--data", type=FOLDER, metavar="PATH", help="Path of the data set, if SOURCE is one that needs it.")
+@click.option("--data", type=PATH, metavar="PATH", help="Path of the data set, if SOURCE is one that needs it.")
 @json_option
 def reference(
     source: str,
@@ -134,7 +134,7 @@ def reference(
 @click.option(
     "--vae", required=True, metavar="DIR|NAME", help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse."
 )
-@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The folder to make.")
+@click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to make.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
 @json_option
 def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool) -> None:
@@ -178,7 +178,7 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
 @click.argument("name", metavar="NAME", required=False)
 @click.option(
     "--out",
-    type=FOLDER,
+    type=PATH,
     metavar="PATH",
     help="Where to write: a file, or the folder of a data set. [default: the working folder; for a data set the folder "
     "where `harness run` finds it]",
@@ -220,7 +220,7 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
 
 
 @command.command("verify", short_help="Say what a file or data set is, and whether its hashes hold.")
-@click.argument("file", type=FOLDER, metavar="PATH")
+@click.argument("file", type=PATH, metavar="PATH")
 @json_option
 def verify(file: Path, as_json: bool) -> None:
     """Say what PATH is (a reference, weights of the Inception network, a prepared data set, a cache of latents), and

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import click
 
-from harness.cli.options import json_option
+from harness.cli.from_settings import json_option
 from harness.io.progress import Bar
 
 SIDE = 512  # rows and columns of the matrices in the timed product
@@ -35,7 +35,7 @@ OPTIONAL = (
 class Finding(NamedTuple):
     """One line of the report."""
 
-    status: str  # "ok", "note" (it works, with a limitation) or "lacks" (something is missing or does not work)
+    status: str  # "ok", "note" (it works, with a limitation) or "lacks" (something needed is missing or fails)
     what: str
     fix: str = ""
 
@@ -132,7 +132,7 @@ def _processor() -> list[Finding]:
     except ImportError:
         return []
     name = device_name(torch.device("cpu"))
-    return [Finding("ok", f"cpu {name}, matrix products in bfloat16 {relative_to_float32(_bfloat16())}")]
+    return [Finding("ok", f"cpu {name}, matrix products in bfloat16 {relative_to_float32(_bfloat16_speed_ratio())}")]
 
 
 def relative_to_float32(ratio: float) -> str:
@@ -144,7 +144,7 @@ def relative_to_float32(ratio: float) -> str:
 
 
 def _collectives() -> list[tuple[str, bool]]:
-    """The libraries for several processes, each with whether this torch has it."""
+    """(name, whether this torch has it) of each library for several processes."""
     import torch
 
     if not torch.distributed.is_available():
@@ -155,13 +155,13 @@ def _collectives() -> list[tuple[str, bool]]:
     ]
 
 
-def _bfloat16() -> float:
-    """Speed of a matrix product in bfloat16 on this CPU, relative to float32. A slow product is timed only once."""
+def _bfloat16_speed_ratio() -> float:
+    """Speed of a matrix product in bfloat16 on this CPU, divided by that in float32. A slow product is timed only once."""
     import time
 
     import torch
 
-    best = {}
+    seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(SIDE, SIDE, dtype=dtype)
         times: list[float] = []
@@ -169,11 +169,12 @@ def _bfloat16() -> float:
             begin = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - begin)
-        best[dtype] = min(times)
-    return best[torch.float32] / best[torch.bfloat16]
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def _features() -> list[Finding]:
+    """Load every feature extractor that needs no file of the user."""
     from harness import registry
 
     findings = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import json_option, settings_options
+from harness.cli.from_settings import json_option, settings_options
 from harness.settings import EvaluateOptions
 
 
@@ -27,7 +27,7 @@ def command(as_json: bool, **options: Any) -> None:
 
     result = evaluate(**options)
     if not result.records:
-        return  # of several processes the main one speaks
+        return  # not the main process of several
     if as_json:
         click.echo(json.dumps({"records": [json.loads(to_json(record)) for record in result.records]}, indent=2))
         return

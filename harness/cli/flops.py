@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import json_option
+from harness.cli.from_settings import json_option
 from harness.compute import CONVENTION
 from harness.errors import UserError
 from harness.planning.flops_table import (
@@ -48,12 +48,15 @@ def command(
             [get_system(name) for name in names] or [each for each in systems if not each.unavailable], as_json
         )
         return
-    of_systems = [name for name in names if name in systems and name not in backbones]
-    wanted_systems = [systems.get(name) for name in of_systems] if names else [] if protocol else cascades()
-    others = tuple(name for name in names if name not in of_systems)
-    requests = collect(others, protocol) if others or not names else []
+    system_names = [name for name in names if name in systems and name not in backbones]
+    if names:
+        wanted_systems = [systems.get(name) for name in system_names]
+    else:
+        wanted_systems = [] if protocol else cascades()
+    others = tuple(name for name in names if name not in system_names)
+    networks = networks_to_count(others, protocol) if others or not names else []
     rows, refused = [], []
-    for spec, overrides in requests:
+    for spec, overrides in networks:
         try:
             rows.append(make_row(spec, overrides, breakdown=breakdown, check=check))
         except UserError as error:
@@ -77,8 +80,8 @@ def command(
     click.echo(CONVENTION)
 
 
-def collect(names: tuple[str, ...], protocol: str | None) -> list[tuple[BackboneSpec, dict[str, Any]]]:
-    """The networks to count: for each its spec and the arguments that differ from the spec's defaults."""
+def networks_to_count(names: tuple[str, ...], protocol: str | None) -> list[tuple[BackboneSpec, dict[str, Any]]]:
+    """(spec, builder arguments that replace the spec's defaults) of each network to count. names empty: all backbones."""
     specs = [backbones.get(name) for name in names] if names else list(backbones)
     if protocol is not None:
         from harness.protocols import get_protocol
@@ -104,12 +107,12 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         size, channels = row["input_size"], row["in_channels"]
-        known = row["published_params_m"]
+        published_params = row["published_params_m"]
         cells = [
             row["name"],
             "x".join(str(each) for each in (size, size, channels) if each) if size else "-",
             f"{row['params'] / 1e6:.2f}",
-            "-" if known is None else f"{known:g}",
+            "-" if published_params is None else f"{published_params:g}",
             f"{row['gflops']:.2f}" if row["gflops"] >= 0.1 else f"{row['gflops']:.4f}",
             row.get("published_text", "-"),
             "-" if row["difference"] is None else f"{row['difference']:+.2f}" if row["difference"] else "0",

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from harness import registry
-from harness.cli.options import json_option
+from harness.cli.from_settings import json_option
 
 NOUNS = {
     "backbones": registry.backbones,
@@ -26,13 +26,13 @@ def system_metadata(item: Any) -> dict[str, Any]:
     """A system's parts, its published row and FID, and whether the harness can run it."""
     from results import paper
 
-    fid = [cell.value for cell in paper.values() if cell.system == item.name and cell.metric == "fid"]
+    fids = [cell.value for cell in paper.values() if cell.system == item.name and cell.metric == "fid"]
     return {
         "backbone": item.backbone,
         "protocol": item.protocol,
         "decoder": item.decoder or None,
         "published": item.row or None,
-        "published_fid": float(fid[0]) if item.row and fid else None,
+        "published_fid": float(fids[0]) if item.row and fids else None,
         "runs": not item.unavailable,
         "unavailable": item.unavailable or None,
         "weights": [*item.parts, *(["decoder"] if item.decoder else [])],
@@ -56,6 +56,7 @@ def suite_metadata(item: Any) -> dict[str, Any]:
 
 
 METADATA = {
+    # kind of item: function from an item to its further columns in --json
     "backbones": lambda item: {"kind": item.kind, "frameworks": list(item.builders)},
     "systems": system_metadata,
     "suites": suite_metadata,

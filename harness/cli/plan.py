@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from harness.cli.options import json_option, settings_options
+from harness.cli.from_settings import json_option, settings_options
 from harness.errors import UserError
 from harness.planning.matching import budget_table, checked_steps, request_from
 from harness.planning.plan import make_plan
@@ -16,7 +16,7 @@ from harness.planning.plan_text import costs_text, error_text, gflops_text, head
 from harness.protocols import get_protocol, override
 from harness.settings import DEFAULT_PROTOCOL, PlanOptions, settings_of
 
-TABLE_SETTINGS = {"protocol", "match", "budget", "set"}  # what the table of a budget listens to
+TABLE_SETTINGS = {"protocol", "match", "budget", "set"}  # the settings that the table of a budget uses
 
 
 @click.command("plan")
@@ -68,14 +68,14 @@ def command(ctx: click.Context, as_json: bool, **settings: Any) -> None:
 
 
 def _show_table(ctx: click.Context, options: PlanOptions, as_json: bool) -> None:
-    """What every backbone would get from one budget."""
+    """Print the training steps that every backbone gets from one budget, as a table or as JSON."""
     if options.match is None and options.budget is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
     checked_steps(options)
-    for name, known in settings_of(options).items():
+    for name, info in settings_of(options).items():
         given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         if name not in TABLE_SETTINGS and given and options.given().get(name) is not None:
-            raise UserError(f"{known.flag(name)} has no part in the table of a budget; name a --backbone with it")
+            raise UserError(f"{info.flag(name)} has no part in the table of a budget; name a --backbone with it")
     protocol = get_protocol(options.protocol or DEFAULT_PROTOCOL)
     document = budget_table(
         protocol, override(protocol.recipe, options.set), match=options.match, budget=options.budget
@@ -87,13 +87,13 @@ def _show_table(ctx: click.Context, options: PlanOptions, as_json: bool) -> None
 
 
 def _print_table(document: dict[str, Any]) -> None:
-    """The rows on the terminal."""
+    """Print the document of `budget_table` as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    named = f", those of {document['to']}" if document["to"] else ""
+    reference = f", those of {document['to']}" if document["to"] else ""
     click.echo(
-        f"{document['gflops_target']:.6g} Gflops of training{named}, on protocol {document['protocol']}"
+        f"{document['gflops_target']:.6g} Gflops of training{reference}, on protocol {document['protocol']}"
         f" in batches of {document['batch']} (Gflops x batch x steps x 3)"
     )
     table = Table(box=None, header_style="bold", pad_edge=False)

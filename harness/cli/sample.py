@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import settings_options
+from harness.cli.from_settings import settings_options
 from harness.settings import SampleOptions
 
 

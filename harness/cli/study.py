@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.options import Value, json_option
+from harness.cli.from_settings import Value, json_option
 from harness.cli.tables import print_report
 from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration
@@ -109,7 +109,7 @@ def command(
 
 
 def launch(study: Expansion, *, jobs: int, retry_failed: bool) -> tuple[Overview, bool]:
-    """Launch the remaining runs on this machine; returns the progress at the end, and whether it was stopped."""
+    """Launch the remaining runs on this machine; returns (progress at the end, whether a signal stopped the launcher)."""
     from rich.console import Console
     from rich.live import Live
 
@@ -188,6 +188,6 @@ def summary(state: Overview) -> str:
     unknown = data["runs_of_unknown_speed"]
     known = f"{duration(data['seconds_left'])} of work" if unknown < len(state.rows) and data["seconds_left"] else ""
     of_unknown = f"{unknown} runs whose speed is not known yet" if unknown else ""
-    hours = " and ".join(part for part in (known, of_unknown) if part)
+    time_left = " and ".join(part for part in (known, of_unknown) if part)
     disk = f"; the whole study needs {data['disk_bytes'] / 1e9:.2g} GB of disk"
-    return f"{text}; left: {data['gflops_left']:.4g} Gflops" + (f", {hours}" if hours else "") + disk
+    return f"{text}; left: {data['gflops_left']:.4g} Gflops" + (f", {time_left}" if time_left else "") + disk

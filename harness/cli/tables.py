@@ -20,7 +20,7 @@ MAX_PROBLEMS = 5  # unusable lines, and conflicts, that are printed
 
 
 def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None) -> None:
-    """Print a report: unusable lines, measured rows, files, the page. only: print rows and grids of that run only."""
+    """Print a report: unusable lines, measured rows, files, the page. only: a run; print rows and grids of it alone."""
     from reports.page.writer import NAME as PAGE
     from results.store import find_record_files, load
 
@@ -28,7 +28,9 @@ def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None)
     _print_problems(summary.conflicts, "conflicting measurements, which are left out of all tables")
     print_records(load(find_record_files([only])).records if only else summary.records)
     for path in summary.files:
-        if path.suffix == ".png" or re.fullmatch(r"table-\D.*\.md", path.name):  # the paper's tables have numbers
+        if path.suffix == ".png" or re.fullmatch(
+            r"table-\D.*\.md", path.name
+        ):  # without the paper's tables, table-1.md to table-6.md
             click.echo(f"  {path}")
     click.echo(f"{len(summary.files):,} file{'s' if len(summary.files) != 1 else ''} in {out}")
     for note in summary.notes:
@@ -62,12 +64,12 @@ def print_records(records: Iterable[Record]) -> None:
     if not tables:
         click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
     for members in tables:  # records that cannot be compared are in different tables
-        made = make_rows(members)
-        rows = console_table(made[:MAX_ROWS])
+        all_rows = make_rows(members)
+        rows = console_table(all_rows[:MAX_ROWS])  # each is a dict: column title -> text
         shared = {
             title: rows[0][title]
             for title in rows[0]
-            if len({row[title] for row in rows}) == 1 and "\u2191" not in title and "\u2193" not in title
+            if len({row[title] for row in rows}) == 1 and "\u2191" not in title and "\u2193" not in title  # metrics
         }
         varying = [title for title in rows[0] if title not in shared]
         console.print(
@@ -85,7 +87,7 @@ def print_records(records: Iterable[Record]) -> None:
                     escape(title), *(escape(row[title].replace(" [", "\n[")) for row in rows[start : start + columns])
                 )
             console.print(table)
-        if left_out := len(made[MAX_ROWS:]):
+        if left_out := len(all_rows[MAX_ROWS:]):
             console.print(f"{left_out:,} more rows are in the protocol's table.")
         extractors = sorted({features for each in members if (features := features_of(each))})
         console.print(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.options import json_option
+from harness.cli.from_settings import json_option
 
 PATH = click.Path(path_type=Path)
 NAMED = 5  # names of a list that are printed; --json has all
@@ -119,5 +119,6 @@ def described(document: dict[str, Any]) -> list[str]:
 
 
 def _few(names: list[str]) -> str:
+    """The first names, and the number of the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSpec:
-    """A named sampler. make: function of (schedule, steps, objective, eta, clip_denoised) that returns the plan."""
+    """A named sampler.
+
+    make: function of (schedule, steps, objective, eta, clip_denoised) that returns the plan. has_eta: whether the plan
+    depends on eta; if not, sample sets and records have no eta.
+    """
 
     name: str
     summary: str
     make: Callable[[Schedule, int, Objective, float, bool], SamplerPlan]
+    has_eta: bool = True
 
 
 def _ddpm(schedule: Schedule, steps: int, objective: Objective, eta: float, clip_denoised: bool) -> SamplerPlan:
@@ -44,7 +49,10 @@ def _ldm_ddim(schedule: Schedule, steps: int, objective: Objective, eta: float, 
 
 BUILT_IN = (
     SamplerSpec(
-        name="ddpm", summary="ancestral sampling over respaced steps (Ho et al. 2020; the paper's, 250)", make=_ddpm
+        name="ddpm",
+        summary="ancestral sampling over respaced steps (Ho et al. 2020; the paper's, 250)",
+        make=_ddpm,
+        has_eta=False,
     ),
     SamplerSpec(name="ddim", summary="DDIM (Song et al. 2021); --eta 0 is deterministic", make=_ddim),
     SamplerSpec(

@@ -1,1 +1,1 @@
-"""The stages of the main job as functions of settings: train, sample, evaluate, report."""
+"""The stages as functions of settings: run, train, sample, evaluate, report, plan and compare."""

@@ -40,10 +40,13 @@ def compare(options: CompareOptions) -> Comparison:
 
 
 def _records(path: Path, step: int | None) -> list[Record]:
+    """The records at `path` of training step `step` (None: of all). Raises `UserError` if there are none."""
     loaded = load(find_record_files([path]))
     for problem in (*loaded.problems, *loaded.conflicts):
         logger.warning(str(problem))
-    selected = [each for each in loaded.records if step is None or (each.training and each.training.steps == step)]
+    selected = [
+        record for record in loaded.records if step is None or (record.training and record.training.steps == step)
+    ]
     if not selected:
         raise UserError(f"{path} has no records{f' of step {step}' if step else ''}; `harness evaluate` makes them")
     return selected

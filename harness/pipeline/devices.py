@@ -9,11 +9,11 @@ from harness.runs.run import Run
 
 
 def device_of(run: Run, group: ProcessGroup) -> str:
-    """The name of the devices that work on `run` now, which may be others than it was created on."""
+    """The name of the devices that work on `run` now. They may differ from those that it was created on."""
     name = run.resolved.device if group.size == 1 else run.resolved.device.partition(":")[0]
     return device_names(get_backend(run.framework).resolve_device(name), group)
 
 
 def device_names(device: DeviceInfo, group: ProcessGroup) -> str:
-    """The name of the devices of all processes of a group, each taken to be the same as this one's."""
+    """The name of the devices of all processes of a group; all are assumed to be like this process's device."""
     return device.name if group.size == 1 else f"{group.size} x {device.name}"

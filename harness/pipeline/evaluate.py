@@ -37,7 +37,7 @@ from results.store import append, load
 if TYPE_CHECKING:
     from evaluators.suites import Suite
 
-PARTS = "parts"  # folder in the cache: features computed by one process of a group for the main one
+SHARDS_FOLDER = "parts"  # in the cache: features that the other processes of a group compute for the main one
 CACHE = "cache"  # folder next to the runs: features of reference images, by content
 
 logger = logging.getLogger(__name__)
@@ -57,9 +57,10 @@ class EvaluateResult:
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """Evaluate a sample set and write its records; if they exist, return them.
 
-    Without `protocol`, it is the protocol of the samples' run or sidecar. UserError: too few samples, shapes or labels
-    that are not the protocol's, or samples that a guard refuses. If there are several processes, only the main one
-    returns records.
+    If `features_weights`, statistics from `reference`, or `neighbours` are given, the samples are always measured again.
+    Without `protocol`, the protocol is that of the samples' run or sidecar, or else digits. UserError: too few samples,
+    shapes or labels that are not the protocol's, or samples that a guard refuses. If there are several processes, the
+    main one returns the records; the others may return none.
     """
     from evaluators.suites import get_suite
 
@@ -88,11 +89,11 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
     config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
     with group.collective_scope():
-        made = evaluate_and_record(
+        result = evaluate_and_record(
             path, protocol, images, records, cache=(run_folder.parent if run else path.parent) / CACHE, name=options.name,
             config=config, group=group,
         )  # fmt: skip
-    return EvaluateResult(records=tuple(made), records_file=records, suite=config.suite.name, note=config.suite.note)
+    return EvaluateResult(records=tuple(result), records_file=records, suite=config.suite.name, note=config.suite.note)
 
 
 def evaluate_samples_file(
@@ -127,13 +128,17 @@ def evaluate_images(
     cache: Path | None = None,
     config: EvaluationConfig | None = None,
 ) -> list[Record]:
-    """Records of images that a program makes: the same as those of `harness evaluate` for these images in a file.
+    """Records of images that a program makes. Nothing is written to a record file.
 
-    images: uint8 arrays (n, H, W, C) with values 0 to 255, any n, from a list, a generator or any other iterable; each
-    is read once and copied, so its buffer may be reused. Images of more than 512 MiB are stored in a temporary file in
-    `cache`. protocol: a protocol or its name. data: the reference images; None: the protocol's data set. name: of the
-    row. count: number of images to take, for example from an endless generator; None: all. labels: int64, one for each
-    image. cache: folder for features of the reference; None: they are not stored. config: None: the protocol's suite.
+    The numbers are those of `harness evaluate` for these images in a file. The ids of the records differ, because
+    `samples_sha256` is here the hash of the pixels, not of a file.
+
+    images: uint8 arrays (n, H, W, C) with values 0 to 255, any n, from a list, a generator or any other iterable; a
+    generator may reuse its buffer. Images of more than 512 MiB in total are stored in a temporary file, in `cache` or
+    in the system's folder. protocol: a protocol or its name. data: the reference images; None: the protocol's data set.
+    name: of the row. count: number of images to take, for example from an endless generator; None: all. labels:
+    integers, one for each image. cache: folder for features of the reference; None: they are not stored. config: None:
+    the protocol's suite.
 
         records = evaluate_images(my_sampler(batch=100), "digits", name="mine", count=1000)
 
@@ -169,9 +174,9 @@ def _measure(
     config: EvaluationConfig,
     timing: Timing | None = None,
 ) -> list[Record]:
-    """Records of spooled images, with the fields `about` and the timing of their generation."""
+    """Records of spooled images; `about` and `timing` say how they were made. Empty in all but the main process."""
     suite = config.suite
-    assert source.count is not None, source  # it is spooled
+    assert source.count is not None, source  # known for spooled images
     suite.check_count(source.count)
     if config.sharding is not None and config.sharding.index:
         _compute_shard(source, data, cache, config)
@@ -192,9 +197,9 @@ def _measure(
         measurements = evaluate_samples(
             samples, reference, suite, progress=progress, picture=config.picture, sharding=config.sharding
         )
-    for each in measurements:
-        if each.warning:
-            logger.warning(f"{each.metric}: {each.warning}")
+    for measurement in measurements:
+        if measurement.warning:
+            logger.warning(f"{measurement.metric}: {measurement.warning}")
     evaluation = Evaluation(
         suite=suite.name,
         suite_version=str(suite.version),
@@ -206,13 +211,13 @@ def _measure(
     return [
         Record(
             provenance="measured",
-            metric=each.metric,
-            value=each.value,
-            higher_is_better=each.higher_is_better,
-            low=each.low,
-            high=each.high,
-            interval=each.interval,
-            n=each.n,
+            metric=measurement.metric,
+            value=measurement.value,
+            higher_is_better=measurement.higher_is_better,
+            low=measurement.low,
+            high=measurement.high,
+            interval=measurement.interval,
+            n=measurement.n,
             protocol=protocol.name,
             protocol_version=str(protocol.version),
             resolution=protocol.resolution,
@@ -221,12 +226,12 @@ def _measure(
             environment=Environment(**environment(config.device), **(timing or {})),
             **about.arguments(),
         )
-        for each in measurements
+        for measurement in measurements
     ]
 
 
 def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, config: EvaluationConfig) -> None:
-    """Compute this process's part of the features; the main process collects them."""
+    """Compute this process's part of the features and store it in the cache, where the main process collects it."""
     from evaluators.reference import cached_features, compute_shard, images_sha256
 
     assert config.sharding is not None
@@ -269,7 +274,7 @@ def evaluate_and_record(
     cache: Path,
     name: str | None = None,
     config: EvaluationConfig | None = None,  # None: the protocol's suite
-    group: ProcessGroup = SINGLE_PROCESS,  # its processes share the extraction; only the main one gets the records
+    group: ProcessGroup = SINGLE_PROCESS,  # its processes share the extraction; the others may return no records
 ) -> list[Record]:
     """The records of a sample set: those in the file `records`, or else new ones, which are appended to it."""
     from evaluators.reference import images_sha256
@@ -277,7 +282,7 @@ def evaluate_and_record(
 
     config = config or EvaluationConfig.of(protocol)
     about = read_fields(path, samples_sha256(path), name)
-    # Weights or statistics from the user must be read to know what is measured, and a picture is drawn in any case.
+    # Which weights or statistics a file of the user holds is known only after reading it; a picture is always drawn.
     must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
     existing = (
         None if must_measure else existing_records(records, about, protocol, config.suite, images_sha256(data.images))
@@ -285,23 +290,23 @@ def evaluate_and_record(
     if group.broadcast(int(existing is not None)):
         return existing or []
     if group.size > 1:
-        sharding = ShardedExtraction(index=group.index, size=group.size, folder=cache / PARTS)
+        sharding = ShardedExtraction(index=group.index, size=group.size, folder=cache / SHARDS_FOLDER)
         config = dataclasses.replace(config, sharding=sharding)
-    made = evaluate_samples_file(path, protocol, data, cache=cache, config=config, name=name)
+    new = evaluate_samples_file(path, protocol, data, cache=cache, config=config, name=name)
     if group.is_main:
-        append(records, made)
+        append(records, new)
     group.barrier("all is measured")
     if group.is_main and group.size > 1:
-        files.remove(cache / PARTS)  # parts left by an evaluation that was killed
-    return made
+        files.remove(cache / SHARDS_FOLDER)  # it may hold parts of an evaluation that was killed
+    return new
 
 
 def existing_records(
     records: Path, about: RecordFields, protocol: Protocol, suite: Suite, reference_sha256: str | None
 ) -> list[Record] | None:
-    """The records of the samples with the fields `about` (from `read_fields`); None if a metric is missing.
+    """The records in the file `records` of the samples described by `about`; None if a metric of the suite is missing.
 
-    reference_sha256: of the reference images; None if they are known to be the run's data set.
+    about: from `read_fields`. reference_sha256: of the reference images; None: records of any reference match.
     """
     measured_on = (protocol.name, str(protocol.version), protocol.dataset)
     measured_by = (suite.name, str(suite.version), suite.features.name)

@@ -78,7 +78,10 @@ def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | N
 def make_config(
     suite: Suite, weights: Path | None, backend: str, reference: Path | None, device: str = "cpu"
 ) -> EvaluationConfig:
-    """The configuration of a suite on a backend. Raises `UserError` for a file that is missing or not used."""
+    """The configuration of a suite on a backend: "torch", "jax" or "tensorflow".
+
+    Raises `UserError` if weights are needed and not given, or given and not used.
+    """
     from evaluators.reference_file import read_about
 
     torch, extractor = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]
@@ -113,7 +116,7 @@ def open_reference(path: Path) -> ImageSource:
 
 
 def reference_images(source: ImageSource) -> ImageSet:
-    """The images of a source; labels are 0 if the source has none."""
+    """The images of a source as a data set; all labels are 0 if the source has none."""
     images = source.array()
     labels = np.zeros(len(images), np.int64) if source.labels is None else source.labels
     return ImageSet(name=Path(source.name).stem, images=images, labels=labels)

@@ -30,15 +30,17 @@ BATCH = 256  # images read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """A reference file. about: its description. written: False if the same reference existed already."""
+class ReferenceResult:
+    """What `make_reference` returns. about: the description of the file. written: False if it existed already."""
 
     about: About
     written: bool
 
 
 def open_source(source: str, data: Path | None = None) -> ImageSource:
-    """The images of a data set of that name, or at that path (write ./digits for a path that is also a name).
+    """The images of the data set named `source`, or else of the file, folder or pattern `source`.
+
+    For a path that is also the name of a data set, write ./digits.
 
     data: path of the data set, if it needs one.
     """
@@ -64,19 +66,20 @@ def make_reference(
     seed: int = 0,
     cache: Path | None = None,
     device: str = "cpu",
-) -> Made:
+) -> ReferenceResult:
     """Write the reference of `source` for `suite` to `out`, unless it exists already.
 
     weights: of the suite's network, if it needs a file. images: number of images that are kept for precision and recall;
-    None: all. seed: of their choice. cache: folder of features and statistics, found by content. UserError for fewer
-    than MINIMUM_IMAGES images, for more images than there are, and for another file at `out`.
+    None: all. seed: for choosing these. cache: folder where features and statistics are stored under hashes of the
+    images and the network. UserError: fewer than MINIMUM_IMAGES images, more images than there are, or another file at
+    `out`.
     """
     count = source.count
     assert count is not None, source
     kept_count = count if images is None else images
     if min(count, kept_count) < MINIMUM_IMAGES:
-        few = count if count < MINIMUM_IMAGES else kept_count
-        raise UserError(f"a reference of {few} images is too small: give {MINIMUM_IMAGES}, better thousands")
+        too_few = count if count < MINIMUM_IMAGES else kept_count
+        raise UserError(f"a reference of {too_few} images is too small: give {MINIMUM_IMAGES}, better thousands")
     if images is not None and images > count:
         raise UserError(f"--images {images} is more than the {count} images of {source.name}; leave it out to keep all")
     if out.suffix != ".npz":
@@ -86,7 +89,7 @@ def make_reference(
         raise UserError(f"{out} exists and is no reference of `harness data reference`; give another --out")
     with files.claimed(out), Stages() as progress:
         extractor = suite.features.load(device, weights=weights)
-        kept = _choose(source, count, kept_count, seed, progress)
+        kept = _choose_kept(source, count, kept_count, seed, progress)
         images_sha256, choice_seed = source.sha256(), None if kept_count == count else seed
         if existing is not None:
             for field, found, wanted in (
@@ -100,7 +103,7 @@ def make_reference(
                         f"{out} is another reference ({field} {found} there, {wanted} here); give another --out, or move "
                         "it away"
                     )
-            return Made(about=existing, written=False)
+            return ReferenceResult(about=existing, written=False)
         statistics = feature_statistics(source, extractor, cache=cache, progress=progress).arrays()
         kept_images = _KeptImages(source, kept, progress)
 
@@ -127,16 +130,16 @@ def make_reference(
             return {**_labels(source, kept), **statistics}, about
 
         about = write(out, (kept_count, *source.shape), kept_images, finish)
-    return Made(about=about, written=True)
+    return ReferenceResult(about=about, written=True)
 
 
-def _choose(source: ImageSource, count: int, kept: int, seed: int, progress: Stages) -> np.ndarray:
-    """bool (count,): the `kept` images to keep.
+def _choose_kept(source: ImageSource, count: int, kept: int, seed: int, progress: Stages) -> np.ndarray:
+    """A mask of the images to keep: bool (count,), of which `kept` are True.
 
     Each image gets a random number that is a function of the seed and its pixels, so the choice does not depend on the
     order of images; those with the smallest numbers are kept.
     """
-    keys = np.zeros(count, np.int64)
+    keys = np.zeros(count, np.int64)  # 63 bits of each image's hash
     done = 0
     for batch in source.batches(BATCH):
         if kept < count:
@@ -153,7 +156,11 @@ def _choose(source: ImageSource, count: int, kept: int, seed: int, progress: Sta
 
 
 class _KeptImages:
-    """The images to keep, in batches; after a complete pass it has the hashes of all images and of the kept ones."""
+    """Iterates over the images to keep, uint8 (n, H, W, C) batches.
+
+    kept: bool mask over all images. After a complete pass, `all_sha256` and `kept_sha256` are the hashes of all images
+    and of the kept ones.
+    """
 
     def __init__(self, source: ImageSource, kept: np.ndarray, progress: Stages):
         self._source, self._kept, self._progress = source, kept, progress
@@ -174,7 +181,10 @@ class _KeptImages:
 
 
 def _labels(source: ImageSource, kept: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of labels: arr_1 of the kept images, and the counts of all; empty where there are no labels."""
+    """The label arrays of the file, by name: arr_1 of the kept images, and the count of each label among all images.
+
+    Empty if the source has no labels.
+    """
     if source.labels is None:
         return {}
     values, counts = np.unique(source.labels, return_counts=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from harness.compute import TRAINING_FACTOR
 from harness.engines.backend import get_backend
 from harness.engines.memory import Measured, NotEnoughMemory
 from harness.errors import UserError
@@ -27,8 +28,8 @@ def plan(options: PlanOptions) -> Plan:
 
 
 def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan:
-    """The plan with speed and memory measured here; too little memory is added to `missing`."""
-    requested = options.compile or "off"  # auto: a plan does not compile only to measure whether that pays off
+    """A copy of the plan with speed and memory measured here. If memory is too small, `missing` says so."""
+    requested = options.compile or "off"  # for auto, a plan does not compile: that would take too long
     try:
         _, measured = get_backend(request.framework).measure(
             request,
@@ -47,12 +48,12 @@ def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan
 
 def measured_cost(request: Request, measured: Measured) -> MeasuredCost:
     """The cost of the whole request, from the measured time of one image."""
-    resolved, best = measured.resolved, min(measured.seconds.values())
+    resolved, image_seconds = measured.resolved, min(measured.seconds.values())  # of training on one image
     if resolved.compile == "on" and measured.compiled_seconds is not None:
-        best = measured.compiled_seconds
-    forward = best / 3  # training compute is counted as 3 forward passes
-    sampled = request.sampling.steps if request.spec.kind == "denoiser" else ()
-    passes = sum(request.gflops_image(steps) for steps in sampled) / request.compute.gflops
+        image_seconds = measured.compiled_seconds
+    forward_seconds = image_seconds / TRAINING_FACTOR
+    sampler_steps = request.sampling.steps if request.spec.kind == "denoiser" else ()
+    forward_passes = sum(request.gflops_image(steps) for steps in sampler_steps) / request.compute.gflops
     return MeasuredCost(
         device=resolved.device_name,
         precision=resolved.precision,
@@ -61,7 +62,7 @@ def measured_cost(request: Request, measured: Measured) -> MeasuredCost:
         memory_bytes=measured.memory_bytes,
         free_bytes=measured.free_bytes,
         images_per_second={name: 1 / seconds for name, seconds in measured.seconds.items()},
-        steps_per_second=1 / (best * request.recipe.batch),
-        training_seconds=best * request.recipe.batch * request.recipe.steps,
-        sampling_seconds=passes * forward * request.samples,
+        steps_per_second=1 / (image_seconds * request.recipe.batch),
+        training_seconds=image_seconds * request.recipe.batch * request.recipe.steps,
+        sampling_seconds=forward_passes * forward_seconds * request.samples,
     )

@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 class RunResult:
     """The results of a run.
 
-    folder: of the run. records: of all its sample sets. samples: the samples.npz files. report: the report that was
-    written; None: no report. evaluate_commands: if the suite needs files that were not given, the commands that
-    evaluate the samples later. If there are several processes, only the main one has records, report and commands.
+    folder: of the run. samples: the samples.npz files of this call. records: of these sample sets. report: the report
+    that was written; None: no report. evaluate_commands: if the suite needs files that were not given, the commands that
+    evaluate the samples later. If there are several processes, only the main one has the report and the commands, and
+    the others may have no records.
     """
 
     folder: Path
@@ -52,7 +53,7 @@ def run(options: RunOptions) -> RunResult:
 
     The same call continues a run that was killed; with more steps it continues a finished run. Work that is done is not
     repeated. UserError: the request cannot be carried out; RunError: it failed while it ran (a loss that is not finite,
-    a full disk). Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
+    a full disk). During training, Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt (in the main thread).
     """
     request = request_from(options)
     if request.spec.kind != "denoiser":
@@ -69,7 +70,7 @@ def run(options: RunOptions) -> RunResult:
         )
     group, samples, records = session.group, [], []
     with group.locked(session.folder):
-        # Files that may be missing are opened before the training, which takes time.
+        # Before the training, which takes long: these files may be missing.
         decoder = decoder_of(session, options.decoder, options.device)
         images = None if evaluator is None else evaluator.images or training_images(session)
         run = session.begin(options)
@@ -111,7 +112,7 @@ def training_images(session: RunSession) -> ImageSet:
 
 
 def write_run_report(run: Run, protocol: str) -> ReportSummary:
-    """The report of all runs in runs/ if the run is there, else of this run only."""
+    """Write the report: of all runs in runs/ if the run is there, else of this run only."""
     in_runs_folder = run.folder.parent == RUNS_FOLDER
     return report(
         results=(run.folder.parent if in_runs_folder else run.folder,),

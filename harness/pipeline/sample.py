@@ -26,17 +26,17 @@ from harness.settings import SampleOptions, keyword_options, only_one
 
 @dataclass(frozen=True, kw_only=True)
 class SampleResult:
-    """The samples.npz files that were drawn, or found drawn."""
+    """The samples.npz files, whether this call made them or they existed."""
 
     samples: tuple[Path, ...]
 
 
 @keyword_options(SampleOptions)
 def sample(options: SampleOptions) -> SampleResult:
-    """Draw sample sets: samples.npz in ADM's layout, a sidecar that says how it was made, and a grid to look at.
+    """Make sample sets: samples.npz in ADM's layout, a sidecar that says how it was made, and a grid of images.
 
-    Of a trained run (`run`), or of a system (`system`) with weights of its parts from anywhere. What is drawn is not
-    repeated; a killed call continues shard by shard. UserError: settings that do not belong together, missing weights.
+    Give `run`, a trained run, or `system` with `weights` (checkpoints or runs). Existing sample sets are returned; a
+    killed call continues shard by shard. UserError: settings that do not fit together, missing weights.
     """
     if (options.run is None) == (options.system is None):
         raise UserError("give either --run DIR or --system NAME (see `harness list systems`)")
@@ -45,14 +45,15 @@ def sample(options: SampleOptions) -> SampleResult:
 
 
 def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
+    """Sample the run in `folder`; one samples.npz for each number of sampler steps."""
     for name in ("weights", "framework", "device", "out"):
         if getattr(options, name):
             raise UserError(f"--{name} belongs to --system; a run has its own")
     run = open_run(folder)
     if not (step := options.step or max(run.ema_checkpoint_steps(), default=0)):
         raise UserError(f"{folder} has no EMA checkpoint yet; train it to the end with `harness train` first")
-    ways = {"--sampling-steps": options.sampling_steps, "--match-sampling": options.match_sampling}
-    only_one(ways, "the sampling steps")
+    flags = {"--sampling-steps": options.sampling_steps, "--match-sampling": options.match_sampling}
+    only_one(flags, "the sampling steps")
     overrides = {**options.overrides(), "steps": options.sampling_steps}
     request = request_of_run(run, sampling=overrides, samples=options.samples)
     if request.spec.kind != "denoiser":
@@ -74,10 +75,12 @@ def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
         ]  # fmt: skip
 
 
+# settings that a system fixes
 FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "match_sampling")
 
 
 def _sample_system(options: SampleOptions) -> list[Path]:
+    """Sample a system; one samples.npz for each number of sampler steps (default: the system's own steps)."""
     from harness.pipeline.sample_system import sample_system
     from harness.systems.binding import load_parts, with_steps
     from harness.systems.read import get_system
@@ -95,8 +98,10 @@ def _sample_system(options: SampleOptions) -> list[Path]:
     framework = options.framework or "torch"
     group = join_processes(framework)
     loaded = load_parts(system, {part: Path(path) for part, path in options.weights.items()})
-    # All of them first, so that steps that do not fit are refused before anything is drawn.
-    wanted = [with_steps(loaded, steps) for steps in options.sampling_steps] if options.sampling_steps else [loaded]
+    # All are made before the first is sampled, so that invalid steps are refused at once.
+    loaded_systems = (
+        [with_steps(loaded, steps) for steps in options.sampling_steps] if options.sampling_steps else [loaded]
+    )
     return [
         sample_system(
             each,
@@ -110,53 +115,53 @@ def _sample_system(options: SampleOptions) -> list[Path]:
             device=options.device,
             group=group,
         )
-        for each in wanted
+        for each in loaded_systems
     ]
 
 
 def decoder_of(run: Run | RunSession, name: str | None, device: str | None = None) -> Decoder | None:
-    """The decoder of a run's samples; None: the run is in pixels.
+    """The decoder of a run's samples; None if the run is in pixels.
 
-    run: may be one that does not exist yet, for which device is what --device says. name: of the decoder; None: the
-    autoencoder that made the latents, loaded from where it was then. Raises `UserError` where that is gone or has
-    other weights by now, and for a decoder that takes other latents or makes other images.
+    name: of the decoder; None: the autoencoder that made the latents, loaded from the path that it had then. device: the
+    value of --device, used only if the run does not exist yet. Raises `UserError` if that autoencoder is gone or its
+    weights have changed, and for a decoder that takes other latents or makes other images.
     """
     protocol = run.protocol
     if protocol.space != "latents":
         if name is not None:
             raise UserError(f"--decoder belongs to runs in latents, and {run.folder} is in pixels; leave it out")
         return None
-    flag, made_by = "--decoder DIR", run.identity["latents"]
-    if run.framework != "torch":  # decoders are torch's
+    flag, latents = "--decoder DIR", run.identity["latents"]
+    if run.framework != "torch":  # decoders are torch modules, and this torch may not see jax's accelerator
         device = "cpu"
     elif run.resolved is not None:
         device = run.resolved.device
     else:
         device = get_backend("torch").resolve_device(device).platform
-    place = run.source_paths.get("vae", "")
+    vae_path = run.source_paths.get("vae", "")
     try:
-        decoder = load_autoencoder(name or place, device=device, flag=flag)
+        decoder = load_autoencoder(name or vae_path, device=device, flag=flag)
     except UserError as error:
         if name is not None:
             raise
-        text = f"the autoencoder behind {run.folder} ({made_by['vae_sha256'][:12]}) is not available from {place}"
+        text = f"the autoencoder behind {run.folder} ({latents['vae_sha256'][:12]}) is not available from {vae_path}"
         raise UserError(f"{text}; name it, or another decoder, with {flag} ({error})") from error
     if name is None:
         for what, now, before in (
-            ("weights", decoder.sha256, made_by["vae_sha256"]),
-            ("settings", decoder.identity["config_sha256"], made_by["vae_config_sha256"]),
+            ("weights", decoder.sha256, latents["vae_sha256"]),
+            ("settings", decoder.identity["config_sha256"], latents["vae_config_sha256"]),
         ):
             if now != before:
                 raise UserError(
-                    f"{place} has other {what} by now ({now[:12]}) than the autoencoder behind {run.folder} "
+                    f"{vae_path} has other {what} by now ({now[:12]}) than the autoencoder behind {run.folder} "
                     f"({before[:12]}); put the right ones back, or name a decoder with {flag}"
                 )
     for what, found, wanted in (
         ("channels of latents", decoder.channels, protocol.in_channels),
         ("pixels a side", decoder.factor * protocol.input_size, protocol.resolution),
         ("channels of images", decoder.image_channels, protocol.image_channels),
-        ("scale_factor", decoder.scale_factor, made_by["scale_factor"]),
-        ("shift_factor", decoder.shift_factor, made_by["shift_factor"]),
+        ("scale_factor", decoder.scale_factor, latents["scale_factor"]),
+        ("shift_factor", decoder.shift_factor, latents["shift_factor"]),
     ):
         if found != wanted:
             raise UserError(
@@ -177,10 +182,10 @@ def sample_run(
     decoder: Decoder | None = None,  # of latents
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Make one sample set of a run, with a grid beside it, or find it; returns the path of its samples.npz.
+    """Make one sample set of a run with its grid, unless it exists; returns the path of its samples.npz.
 
-    step: of training, whose EMA checkpoint is sampled. steps: of the sampler. batch: None: by the cost of an image.
-    Raises `UserError` where the checkpoint is missing or damaged.
+    step: the training step whose EMA checkpoint is sampled. steps: of the sampler. batch: batch size; None: chosen by the
+    cost of an image. Raises `UserError` if the checkpoint is missing or damaged.
     """
     assert (decoder is None) == (run.protocol.space != "latents")
     wanted = sample_request(

@@ -37,10 +37,11 @@ def sample_system(
     device: str | None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Make one sample set below `folder`, with a grid beside it, or find it; returns the path of its samples.npz.
+    """Make one sample set in a folder below `folder`, with its grid, unless it exists; returns its samples.npz.
 
-    batch: None: by the cost of an image. device: None: an accelerator if there is one. Raises `UserError` for a
-    backbone without a network of the framework, and for a decoder that takes other latents or makes other images.
+    batch: batch size; None: chosen by the cost of an image. device: None: an accelerator if there is one. Raises
+    `UserError` for a backbone without a network in the framework, and for a decoder that takes other latents or makes
+    other images.
     """
     engine = get_backend(framework)
     system = loaded.system
@@ -73,7 +74,7 @@ def sample_system(
         "count": count,
         "batch": batch,
     }
-    identity = json.loads(json.dumps(identity))  # as the sidecar gives it back: without tuples
+    identity = json.loads(json.dumps(identity))  # tuples become lists, as when the sidecar is read back
     job = Job(
         folder=folder / f"{Path(system.name).name}-n{count}-{files.sha256_json(identity)[:8]}",
         identity=identity,
@@ -117,12 +118,12 @@ def sample_system(
 
 
 def _decoder_device(framework: str, device_info: DeviceInfo) -> str:
-    """The decoder's device: decoders are torch's, which may not see the accelerator of jax."""
+    """The decoder's device. Decoders are torch modules, and torch may not see the accelerator of jax."""
     return device_info.platform if framework == "torch" else "cpu"
 
 
 def _check_decoder(system: System, decoder: Decoder) -> None:
-    """Refuse a decoder that does not take the base's latents, or whose images are not the protocol's."""
+    """Raise `UserError` if the decoder does not take the base's latents or does not make the protocol's images."""
     assert system.base is not None
     protocol = get_protocol(system.protocol)
     latent = system.base.spec.arguments(**system.base.arguments)

@@ -1,7 +1,7 @@
-"""The loop of sampling: shard by shard into one samples.npz with its sidecar.
+"""The sampling loop: makes one samples.npz, with its sidecar, from shards of one batch each.
 
-A killed process repeats at most one shard, and the same command ends with the same bytes. Image i depends on checkpoint,
-settings, seed and i alone; the batch that it is sampled in is recorded because it can move the last bits of float32
+A killed process loses at most one shard, and the same command ends with the same bytes. Image i depends only on the
+checkpoint, the settings, the seed and i. The batch size is recorded too, because it can change the last bits of float32
 arithmetic.
 """
 
@@ -27,11 +27,11 @@ from harness.runs.samples import read_sidecar, sidecar_path, write_samples
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A sample set to make: its folder, what decides its bytes, what records say of it, and the shape of the work."""
+    """A sample set to make: its folder, its identity, the fields of its records, and the shape of the work."""
 
     folder: Path
     identity: dict[str, Any]  # everything that decides the bytes, as JSON reads it back
-    record: RecordFields  # all but the hash of the samples
+    record: RecordFields  # without the hash of the samples
     labels: np.ndarray  # int64 (N,)
     image: tuple[int, int, int]  # (H, W, C)
     batch: int
@@ -46,34 +46,38 @@ def run_job(
     device: Callable[[], str],
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Make the sample set, or find it complete; returns the path of its samples.npz.
+    """Make the sample set unless it is complete; returns the path of its samples.npz.
 
-    description: what the sidecar says beside identity and record, such as the environment. device: gives the display
-    name of the devices, once they are in use. Every process of a group makes shards of its own, and the main one joins
-    them. Raises `UserError` where the folder holds other samples.
+    description: further items of the sidecar, such as the environment. device: a function that returns the display name
+    of the devices; it is called after sampling. Each process of a group makes some of the shards, and the main process
+    joins them. Raises `UserError` if the folder holds other samples.
     """
     target = job.folder / "samples.npz"
-    if group.broadcast(int(group.is_main and _complete(target, job))):  # another machine may see the folder differently
+    if group.broadcast(
+        int(group.is_main and _is_complete(target, job))
+    ):  # another machine may see the folder differently
         return target
-    shards, count = job.folder / "shards", len(job.labels)
+    shards_folder, count = job.folder / "shards", len(job.labels)
     with files.explained(job.folder):
-        shards.mkdir(parents=True, exist_ok=True)
+        shards_folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, count, job.batch)
-    mine = group.local_part(starts)
+    local_starts = group.local_part(starts)
     missing = [
-        start for start in mine if not _whole(_shard(shards, start), (min(job.batch, count - start), *job.image))
+        start
+        for start in local_starts
+        if not _is_intact(_shard_path(shards_folder, start), (min(job.batch, count - start), *job.image))
     ]
     sampler, begin = make_sampler(), time.monotonic()
-    assert sampler.evaluations == job.record.sampling.evaluations  # the sampler's count and the plan's
-    total, done = len(mine) * job.steps, (len(mine) - len(missing)) * job.steps
+    assert sampler.evaluations == job.record.sampling.evaluations  # counted by the sampler, and by its plan
+    total, done = len(local_starts) * job.steps, (len(local_starts) - len(missing)) * job.steps
     with Bar(job.title, total, "steps", done) as bar:
         for start in missing:
             index = np.arange(start, min(start + job.batch, count), dtype=np.int64)
             advance = functools.partial(bar.advance, 1, f"image {start + len(index)} of {count}")
-            _save(_shard(shards, start), sampler.draw(index, job.labels[index], advance))
+            _save_shard(_shard_path(shards_folder, start), sampler.draw(index, job.labels[index], advance))
     group.barrier("all shards are sampled")
-    in_part = group.all_max(int(len(missing) < len(mine)))
-    seconds = None if in_part else time.monotonic() - begin  # of a part of the images it would say nothing
+    resumed = group.all_max(int(len(missing) < len(local_starts)))
+    seconds = None if resumed else time.monotonic() - begin  # None: the time for the earlier shards is not known
     if group.is_main:
         data = {
             "schema": SCHEMA,
@@ -83,18 +87,18 @@ def run_job(
             **description,
             "drawn": {"device": device(), "seconds": seconds},
         }
-        write_samples(target, _load(shards, starts), job.labels, data)
-        files.remove(shards)
+        write_samples(target, _load_shards(shards_folder, starts), job.labels, data)
+        files.remove(shards_folder)
     group.barrier("the samples are written")
     return target
 
 
-def _complete(target: Path, job: Job) -> bool:
-    """Whether the sample set is there; another one in its place is refused."""
+def _is_complete(target: Path, job: Job) -> bool:
+    """Whether the sample set exists. Raises `UserError` if another one is in its place."""
     if not (sidecar_path(target).exists() and target.exists()):
         return False
-    found = read_sidecar(target)
-    if found.get("identity") != job.identity or found.get("sha256") != files.sha256_file(target):
+    sidecar = read_sidecar(target)
+    if sidecar.get("identity") != job.identity or sidecar.get("sha256") != files.sha256_file(target):
         raise UserError(
             f"{job.folder} holds other samples than its name and sidecar say; move it away and sample again"
         )
@@ -102,7 +106,7 @@ def _complete(target: Path, job: Job) -> bool:
 
 
 def write_grid_beside(path: Path) -> None:
-    """Draw a picture of the first samples beside their npz, if it is not there."""
+    """Write grid.png, a picture of the first samples, beside their npz, unless it exists."""
     grid = path.with_name("grid.png")
     if not grid.exists():
         from harness.runs.samples import read_samples
@@ -113,11 +117,12 @@ def write_grid_beside(path: Path) -> None:
         write_grid(samples.images, samples.labels, grid)
 
 
-def _shard(folder: Path, start: int) -> Path:
+def _shard_path(folder: Path, start: int) -> Path:
     return folder / f"shard-{start:08d}.npy"
 
 
-def _save(path: Path, images: np.ndarray) -> None:
+def _save_shard(path: Path, images: np.ndarray) -> None:
+    """Write a shard atomically: under another name first, which is renamed when it is complete."""
     partial = path.with_name(path.name + files.PARTIAL)
     with files.explained(path):
         with partial.open("wb") as file:
@@ -126,8 +131,8 @@ def _save(path: Path, images: np.ndarray) -> None:
         partial.replace(path)
 
 
-def _whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the shard is there and intact; a damaged one is sampled again."""
+def _is_intact(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether the shard exists as uint8 of that shape; otherwise it is sampled again."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # EOFError: an empty file
@@ -135,6 +140,6 @@ def _whole(path: Path, shape: tuple[int, ...]) -> bool:
     return images.shape == shape and images.dtype == np.uint8
 
 
-def _load(folder: Path, starts: range) -> Iterator[np.ndarray]:
+def _load_shards(folder: Path, starts: range) -> Iterator[np.ndarray]:
     for start in starts:
-        yield np.load(_shard(folder, start), allow_pickle=False)
+        yield np.load(_shard_path(folder, start), allow_pickle=False)

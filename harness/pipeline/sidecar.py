@@ -1,8 +1,8 @@
-"""What the sidecar of a sample set says for records: written by the sampler, read by the evaluation.
+"""The part of a sidecar that goes into records: written by the sampler, read by the evaluation.
 
-Under its key `record` a samples.json holds the fields of `results.records.Record` that the samples bring with them. The
-sampler makes them from typed values (`fields_of_run`, `fields_of_system`), and `read_fields` gives them back. Sidecars of
-schema 1, which had no such key, are read through `upgrade_v1`.
+The key `record` of a samples.json holds the fields of `results.records.Record` that describe the samples. The sampler
+makes them with `fields_of_run` or `fields_of_system`; the evaluation reads them with `read_fields`. Sidecars of schema 1,
+which have no such key, are converted by `upgrade_v1`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.images.open import open_images
 from harness.io import files
 from harness.runs.run import Resolved, recipe_identity
-from harness.runs.sample_set import SampleRequest
+from harness.runs.sample_set import SampleRequest, has_eta
 from harness.runs.samples import read_sidecar, sidecar_path
 from harness.systems.binding import Source
 from harness.systems.spec import System
@@ -30,7 +30,7 @@ SCHEMA = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RecordFields:
-    """The fields of a `results.records.Record` that say what made the images. None: not known."""
+    """The fields of a `results.records.Record` that say how the images were made. None: not known."""
 
     system: str
     backbone: str | None = None
@@ -47,43 +47,42 @@ class RecordFields:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, JSON-ready, without what is None."""
-        parts = {name: _known(dataclasses.asdict(part)) for name, part in self._parts().items()}
-        return {**_known(self.arguments()), **parts}
+        """The fields as plain data, ready for JSON; fields that are None are left out."""
+        nested = {"sampling": _without_none(dataclasses.asdict(self.sampling))}
+        if self.training is not None:
+            nested["training"] = _without_none(dataclasses.asdict(self.training))
+        return {**_without_none(self.arguments()), **nested}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RecordFields:
-        """The fields of what `as_dict` gives. Raises KeyError, TypeError or UserError for anything else."""
+        """The inverse of `as_dict`. Raises KeyError, TypeError or UserError for data of another form."""
         training = data.get("training")
-        parts = {
+        nested = {
             "training": None if training is None else Training(**training),
             "sampling": Sampling(**data["sampling"]),
         }
-        return cls(**{**data, **parts})
+        return cls(**{**data, **nested})
 
-    def of_samples(self, sha256: str, name: str | None = None) -> RecordFields:
-        """The same with the hash of the samples, and with `name` for the row where it is given."""
+    def with_samples(self, sha256: str, name: str | None = None) -> RecordFields:
+        """A copy with the hash of the samples and, if given, with `name` as the row name."""
         sampling = dataclasses.replace(self.sampling, samples_sha256=sha256)
         return dataclasses.replace(self, system=name or self.system, sampling=sampling)
 
-    def _parts(self) -> dict[str, Training | Sampling]:
-        return {"sampling": self.sampling, **({} if self.training is None else {"training": self.training})}
 
-
-def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def samples_sha256(path: Path) -> str:
-    """The hash of a file's bytes, or of the images in a folder or behind a pattern."""
+    """The hash of the file's bytes; for a folder or a pattern, the hash of the images."""
     return files.sha256_file(path) if path.is_file() else open_images(path).sha256()
 
 
 def read_fields(path: Path, sha256: str, name: str | None = None) -> RecordFields:
-    """What the sidecar of the samples at `path`, whose hash is `sha256`, says for their records.
+    """The record fields of the samples at `path`, from their sidecar. sha256: of the samples.
 
-    name: of the row, in place of the sidecar's. Samples without a sidecar are known by `name`, or by the file's.
-    Raises `UserError` for the sidecar of other samples, of a newer harness or of another program.
+    name: row name, instead of the sidecar's. Without a sidecar, the fields are only `name` (default: the name of the
+    file) and the hash. Raises `UserError` for the sidecar of other samples, of a newer harness or of another program.
     """
     sidecar = sidecar_path(path)
     if not sidecar.exists():
@@ -96,7 +95,7 @@ def read_fields(path: Path, sha256: str, name: str | None = None) -> RecordField
         if schema > SCHEMA:
             raise UserError(f"{sidecar} was written by a newer harness (schema {schema}); update this one")
         data = upgrade_v1(data) if schema < 2 else data
-        return RecordFields.from_dict(data["record"]).of_samples(sha256, name)
+        return RecordFields.from_dict(data["record"]).with_samples(sha256, name)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{sidecar} does not say how the samples were made ({error}); give --name and move it away"
@@ -104,7 +103,7 @@ def read_fields(path: Path, sha256: str, name: str | None = None) -> RecordField
 
 
 def fields_of_run(
-    wanted: SampleRequest,
+    sample_set: SampleRequest,
     *,
     backbone: str,
     framework: str,
@@ -117,9 +116,9 @@ def fields_of_run(
     evaluations: int,
     decoder_gflops: float | None,  # of an image; None: nothing to decode
 ) -> RecordFields:
-    """What records say of a sample set of a run."""
-    images, sampling = wanted.step * recipe.batch, wanted.sampling
-    decoder = wanted.decoder
+    """The record fields of a sample set of a run."""
+    images, sampling = sample_set.step * recipe.batch, sample_set.sampling
+    decoder = sample_set.decoder
     return RecordFields(
         system=backbone,
         backbone=backbone,
@@ -129,31 +128,31 @@ def fields_of_run(
         gflops=gflops,
         gflops_published_input=gflops_published_input,
         training=Training(
-            steps=wanted.step,
+            steps=sample_set.step,
             images=images,
-            gflops=gflops * wanted.step * recipe.batch * TRAINING_FACTOR,
+            gflops=gflops * sample_set.step * recipe.batch * TRAINING_FACTOR,
             precision=resolved.precision,
             micro_batch=resolved.micro_batch,
-            checkpoint_sha256=wanted.checkpoint_sha256,
-            **_of_recipe(recipe, seed),
+            checkpoint_sha256=sample_set.checkpoint_sha256,
+            **_recipe_fields(recipe, seed),
         ),
         sampling=Sampling(
             sampler=sampling.sampler,
-            steps=wanted.steps,
+            steps=sample_set.steps,
             evaluations=evaluations,
-            eta=wanted.eta,
+            eta=sample_set.eta,
             guidance_scale=sampling.guidance_scale,
-            guidance_channels=wanted.guidance_channels,
+            guidance_channels=sample_set.guidance_channels,
             gflops_per_image=gflops * evaluations,
             decoder=None if decoder is None else decoder["name"],
             decoder_gflops=decoder_gflops,
             uint8_rule=sampling.uint8_rule,
             label_policy=sampling.label_policy,
             clip_denoised=sampling.clip_denoised,
-            precision=wanted.precision,
-            batch=wanted.batch,
+            precision=sample_set.precision,
+            batch=sample_set.batch,
             seed=sampling.seed,
-            # A name alone does not say which weights the decoder had.
+            # The name of the decoder does not say which weights it had.
             settings_hash=None if decoder is None else files.sha256_json({"decoder": decoder}),
         ),
     )
@@ -168,13 +167,13 @@ def fields_of_system(
     precision: str,
     batch: int,
     params: int,
-    gflops: float,  # of a forward pass of each network but the classifier
+    gflops: float,  # one forward pass of each network except the classifier, in sum
     gflops_image: float,
     evaluations: int,
     decoder: Mapping[str, Any] | None,  # its identity; None: nothing to decode
     decoder_gflops: float | None,
 ) -> RecordFields:
-    """What records say of a sample set of a system. Where a field has room for one network, it is the base's."""
+    """The record fields of a sample set of a system. A field for a single network describes the base."""
     base = system.base
     assert base is not None
     generator = base.spec.kind == "generator"
@@ -192,7 +191,7 @@ def fields_of_system(
             sampler=None if generator else base.sampler,
             steps=None if generator else base.steps,
             evaluations=evaluations,
-            eta=None if generator or base.sampler == "ddpm" else base.eta,
+            eta=None if generator or not has_eta(base.sampler) else base.eta,
             guidance_scale=scale,
             guidance_channels=channels,
             gflops_per_image=gflops_image,
@@ -205,13 +204,13 @@ def fields_of_system(
             batch=batch,
             seed=seed,
             stage_steps=" + ".join(str(each.steps) for each in components) if len(components) > 1 else None,
-            settings=_settings_in_words(system),
+            settings=_settings_text(system),
             settings_hash=_settings_hash(system, decoder),
         ),
     )
 
 
-def _of_recipe(recipe: protocols.Recipe, seed: int) -> dict[str, Any]:
+def _recipe_fields(recipe: protocols.Recipe, seed: int) -> dict[str, Any]:
     """The fields of `Training` that a recipe and a seed decide."""
     return {
         "batch": recipe.batch,
@@ -225,7 +224,10 @@ def _of_recipe(recipe: protocols.Recipe, seed: int) -> dict[str, Any]:
 
 
 def _guidance(system: System) -> tuple[float, str | None]:
-    """Scale and channels of classifier-free guidance, or scale and "classifier": a record has one scale."""
+    """(scale, channels) of classifier-free guidance; (scale, "classifier") if only a classifier guides.
+
+    A record has room for one scale. channels None: no guidance.
+    """
     base, classifier = system.base, system.classifier
     assert base is not None
     if classifier is not None and base.guidance_scale == 1:
@@ -233,20 +235,20 @@ def _guidance(system: System) -> tuple[float, str | None]:
     return base.guidance_scale, base.guidance_channels if base.guidance_scale != 1 else None
 
 
-def _settings_in_words(system: System) -> str | None:
-    """What the columns of a table, which speak of the base, leave out of a system of several networks."""
-    words = []
+def _settings_text(system: System) -> str | None:
+    """The settings of upsamplers and classifier as text, because the columns of a table describe only the base."""
+    texts = []
     for each in system.upsamplers:
-        eta = f", eta {each.eta:g}" if each.sampler != "ddpm" else ""
+        eta = f", eta {each.eta:g}" if has_eta(each.sampler) else ""
         noise = f", conditioning noise {each.conditioning_noise:g}" if each.conditioning_noise else ""
-        words.append(f"{each.backbone} by {each.sampler}{eta}{noise}")
+        texts.append(f"{each.backbone} by {each.sampler}{eta}{noise}")
     if system.classifier is not None and system.base is not None and system.base.guidance_scale != 1:
-        words.append(f"guided by {system.classifier.backbone} too, scale {system.classifier.scale:g}")
-    return "; ".join(words) or None
+        texts.append(f"guided by {system.classifier.backbone} too, scale {system.classifier.scale:g}")
+    return "; ".join(texts) or None
 
 
 def _settings_hash(system: System, decoder: Mapping[str, Any] | None) -> str:
-    """Hash of all settings of all parts but the system's name and the steps, which have columns."""
+    """Hash of all settings of all parts, except the system's name and the steps, which have columns."""
     data = system.as_dict()
     stages = [{**each, "steps": None} for each in (data["base"], *data["upsamplers"])]
     rest = {name: value for name, value in data.items() if name not in ("name", "base", "upsamplers")}
@@ -254,7 +256,10 @@ def _settings_hash(system: System, decoder: Mapping[str, Any] | None) -> str:
 
 
 def _training_of_parts(system: System, sources: Mapping[str, Source]) -> Training:
-    """Steps, images and recipe of the base; the compute of all parts, if all are runs."""
+    """The training fields: steps, images and recipe of the base; the compute of all parts, None unless all are runs.
+
+    Only the hash of the weights is set if the weights of the base are a file.
+    """
     checkpoint = files.sha256_json(sorted((part, source.sha256) for part, source in sources.items()))
     base = sources["base"]
     if base.trained is None:
@@ -271,34 +276,34 @@ def _training_of_parts(system: System, sources: Mapping[str, Source]) -> Trainin
         images=base.trained.images,
         gflops=gflops,
         checkpoint_sha256=checkpoint,
-        **_of_recipe(base.trained.recipe, base.trained.seed),
+        **_recipe_fields(base.trained.recipe, base.trained.seed),
     )
 
 
 def upgrade_v1(sidecar: Mapping[str, Any]) -> dict[str, Any]:
-    """A sidecar of schema 1 as one of schema 2, which has the same facts under `record`.
+    """A copy of a sidecar of schema 1 in the form of schema 2, where `record` holds the record fields.
 
-    Schema 1 said them in pieces: identity, compute, evaluations and, of a run, what its training had frozen. Raises
-    KeyError or TypeError where one is missing or of another form.
+    In schema 1 they are spread over the keys identity, compute, evaluations and, for a run, trained (its frozen
+    settings). Raises KeyError or TypeError if one is missing or of another form.
     """
     identity, compute = sidecar["identity"], sidecar["compute"]
     fields = (
-        _system_v1(identity, compute, sidecar["evaluations"])
+        _fields_of_system_v1(identity, compute, sidecar["evaluations"])
         if "system" in identity
-        else _run_v1(identity, compute, sidecar["evaluations"], sidecar["trained"])
+        else _fields_of_run_v1(identity, compute, sidecar["evaluations"], sidecar["trained"])
     )
     rest = {name: value for name, value in sidecar.items() if name not in ("compute", "trained")}
     return {**rest, "schema": 2, "record": fields.as_dict()}
 
 
-def _run_v1(
+def _fields_of_run_v1(
     identity: Mapping[str, Any], compute: Mapping[str, Any], evaluations: int, trained: Mapping[str, Any]
 ) -> RecordFields:
     run, settings = identity["run"], identity["sampling"]
     names = {field.name for field in dataclasses.fields(protocols.Sampling)}
     given = {name: value for name, value in settings.items() if name in names and value is not None}
     steps = identity["training_steps"]
-    wanted = SampleRequest(
+    sample_set = SampleRequest(
         step=steps,
         sampling=protocols.Sampling(**{**given, "steps": (settings["steps"],)}),
         steps=settings["steps"],
@@ -310,7 +315,7 @@ def _run_v1(
         decoder=identity.get("decoder"),
     )
     return fields_of_run(
-        wanted,
+        sample_set,
         backbone=run["backbone"],
         framework=run["framework"],
         seed=run["seed"],
@@ -320,11 +325,11 @@ def _run_v1(
         gflops=compute["gflops"],
         gflops_published_input=compute["gflops_published_input"],
         evaluations=evaluations,
-        decoder_gflops=None if wanted.decoder is None else compute["decoder_gflops"],
+        decoder_gflops=None if sample_set.decoder is None else compute["decoder_gflops"],
     )
 
 
-def _system_v1(identity: Mapping[str, Any], compute: Mapping[str, Any], evaluations: int) -> RecordFields:
+def _fields_of_system_v1(identity: Mapping[str, Any], compute: Mapping[str, Any], evaluations: int) -> RecordFields:
     settings = identity["sampling"]
     sources = {
         part: Source(path=Path(), sha256=each["sha256"], run=each["run"], steps=each["training_steps"])

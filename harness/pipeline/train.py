@@ -50,7 +50,7 @@ def train(options: TrainOptions) -> TrainResult:
 
     The backbone is a denoiser, an upsampler (trained on pairs of resolutions) or a classifier of noised images.
     UserError: the request cannot be carried out; RunError: a loss or a weight is not finite, or the disk is full.
-    Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
+    During training, Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt (in the main thread).
     """
     request = request_from(options)
     session = open_session(request, options)
@@ -87,7 +87,10 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
 
 
 class RunSession:
-    """An open run with its network, which is built once, when a stage first needs it."""
+    """A run that is being created or continued, with its data and its process group.
+
+    run: None until the run exists on disk. loggers: names of `harness.loggers.LOGGERS`. mesh: as --mesh gives it.
+    """
 
     def __init__(
         self,
@@ -112,7 +115,7 @@ class RunSession:
         if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, because it decides memory
             frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
-        self._net: Any = None  # initialised network; given to one engine only, because an engine changes it
+        self._net: Any = None  # the network that `measure` built; for one engine only, because training changes it
 
     @property
     def protocol(self) -> Protocol:
@@ -138,7 +141,7 @@ class RunSession:
         return None if self.run is None else self.run.resolved
 
     def begin(self, options: TrainOptions) -> Run:
-        """The run, created if it does not exist. Raises `UserError` if a frozen setting of it would change."""
+        """Return the run; create it if it does not exist. Raises `UserError` if a frozen setting of it would change."""
         if self.run is None:
             measured = self.measure(
                 device=options.device,
@@ -172,7 +175,7 @@ class RunSession:
     def measure(
         self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
     ) -> Measured:
-        """The settings that `create` would freeze, with measurements. Builds the network."""
+        """Measure speed and memory, and choose the settings that `create` freezes. Builds the network and keeps it."""
         self._net, measured = get_backend(self.request.framework).measure(
             self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=compile
         )

@@ -1,6 +1,6 @@
-"""The training loop, the same for every framework: log, checkpoints and Ctrl-C around the steps of an engine.
+"""The training loop of every framework: it calls the steps of an engine and handles log, checkpoints and Ctrl-C.
 
-A run that is killed at any instant and started again has bit for bit the losses of a run that was never interrupted.
+A run that is killed at any time and started again has the same losses, bit for bit, as a run without interruption.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from harness.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
-MAX_LOST_SECONDS = 300.0  # a kill loses at most so much work, or one step
-# Checkpoints take this share of the time, unless more than MAX_LOST_SECONDS would then be lost: a checkpoint that takes
-# longer than 9 s, as the 11 GB of XL/2 do on a slow disk, takes more than 3 %.
+MAX_LOST_SECONDS = 300.0  # a kill loses at most this much work, or one step
+# Checkpoints take at most this share of the time, unless more than MAX_LOST_SECONDS of work could then be lost, which is
+# so if one takes more than CHECKPOINT_SHARE * MAX_LOST_SECONDS = 6 s (the 11 GB of XL/2 on a slow disk).
 CHECKPOINT_SHARE = 0.02
 MIN_CHECKPOINT_SECONDS = 2.0  # between two checkpoints
-DISK_BYTES_PER_SECOND = 1e9  # a guess, until a checkpoint has been written
+DISK_BYTES_PER_SECOND = 1e9  # assumed until a checkpoint has been written
 LOG_SECONDS = 0.5  # between two transfers of losses from the device to the log
-AGREE_STEPS = 10  # after so many steps, or AGREE_SECONDS, a process group agrees on stopping and on a checkpoint
+# The processes of a group agree on stopping and on checkpoints every AGREE_STEPS steps, or about every AGREE_SECONDS if
+# that is sooner. They exchange one number: STOP (if interrupted) + 2 * (steps to the next agreement) + (checkpoint due).
+AGREE_STEPS = 10
 AGREE_SECONDS = 2.0
-STOP = 1 << 16  # added to the number that a group agrees on: a process was interrupted
+STOP = 1 << 16
 
 
 def train(
@@ -54,12 +56,12 @@ def train(
 ) -> None:
     """Train `run` from its newest checkpoint until `until` steps are done, and keep the EMA weights of that step.
 
-    gflops_step: training compute of a step, for the progress bar. state_bytes: size of a checkpoint. device: the name under
-    which checkpoints count the training time. group: the processes that train together. loggers: names of
+    gflops_step: training compute of a step, for the progress bar. state_bytes: size of a checkpoint. device: the device's
+    name, under which checkpoints record the training time. group: the processes that train together. loggers: names of
     `harness.loggers.LOGGERS`.
 
-    Raises Stopped after Ctrl-C or SIGTERM and its checkpoint, UserError where training is past step `until` and its weights
-    were not kept, and RunError where a loss or a weight is not finite.
+    Raises Stopped after Ctrl-C or SIGTERM, when the checkpoint is written; UserError if the run is past step `until` and
+    the EMA weights of that step were not kept; RunError if a loss or a weight is not finite.
     """
     if group.broadcast(int(until in run.ema_checkpoint_steps())):
         return
@@ -80,24 +82,24 @@ def train(
             engine.load(name, checkpoint.part(name))
         logger.info(f"continues from the checkpoint of step {done}")
     training_time = TrainingTime(None if checkpoint is None else checkpoint.state, device)
-    images = run.recipe.batch
+    batch = run.recipe.batch
     with (
         _log(run.log, done, group) as log,
-        closing(Loggers(loggers if group.is_main else (), run, done, engine.loss_terms)) as opened,
+        closing(Loggers(loggers if group.is_main else (), run, done, engine.loss_terms)) as open_loggers,
         _interrupt(group) as interrupted,
         Bar("train", until, "it", done) as bar,
     ):
         manager = CheckpointManager(
-            run, engine, log, opened, done, training_time, cost=state_bytes / DISK_BYTES_PER_SECOND, group=group
+            run, engine, log, open_loggers, done, training_time, cost=state_bytes / DISK_BYTES_PER_SECOND, group=group
         )
         stop = bool(group.all_max(int(interrupted())))
         while manager.done < until and not stop:
             if engine.step(manager.done + 1, interrupted if group.size == 1 else lambda: False):
-                manager.stepped()
+                manager.count_step()
                 note = ""
                 if manager.loss is not None:
                     speed = (
-                        f"{bar.rate:.2f} it/s  {bar.rate * images:.0f} images/s  {bar.rate * gflops_step:.0f} Gflop/s"
+                        f"{bar.rate:.2f} it/s  {bar.rate * batch:.0f} images/s  {bar.rate * gflops_step:.0f} Gflop/s"
                     )
                     note = f"loss {manager.loss:.4f}  {speed}"
                 bar.advance(1, note)
@@ -116,7 +118,7 @@ def train(
 
 
 def keep_ema_checkpoint(run: Run, step: int) -> None:
-    """Keep the EMA weights of the checkpoint of `step` for sampling. A hard link, which takes no space on the disk."""
+    """Keep the EMA weights of the checkpoint of `step` for sampling, as a hard link, which takes no disk space."""
     checkpoint = checkpoints.verify(run.checkpoints / f"step-{step:08d}")
     folder = run.ema_checkpoint(step)
     with files.explained(folder):
@@ -133,9 +135,9 @@ def keep_ema_checkpoint(run: Run, step: int) -> None:
 
 
 class CheckpointManager:
-    """The log and the checkpoints of one stretch of training.
+    """Writes the log and the checkpoints while a run is trained.
 
-    done: steps that are trained. cost: seconds that writing a checkpoint takes, a guess until one has been written.
+    done: training steps done so far. cost: estimated seconds for writing a checkpoint; measured once one is written.
     """
 
     def __init__(
@@ -150,20 +152,20 @@ class CheckpointManager:
         group: ProcessGroup = SINGLE_PROCESS,
     ):
         self.run, self.engine, self.log, self.loggers, self.group = run, engine, log, loggers, group
-        self.done = self.logged = self.saved = done  # steps: trained, in the log, in a checkpoint
+        self.done = self.logged = self.saved = done  # last step that is trained, in the log, in a checkpoint
         self.loss: float | None = None  # of the newest step in the log
         self._training_time = training_time
         self._cost = cost
         self._logged_at = self._saved_at = self._agreed_at = time.monotonic()
-        self._agreed = done  # the step of the last agreement of the group
-        self._agree_steps = 1  # from there to the next
+        self._agreed = done  # step at which the group last agreed
+        self._agree_steps = 1  # steps from there to the next agreement
 
-    def stepped(self) -> None:
-        """Count a step, and log the losses where that is due."""
+    def count_step(self) -> None:
+        """Count a step as done, and log the losses if that is due."""
         self.done += 1
         if self.group.size > 1:
-            # All processes at the same step: one that stopped alone, for a loss that is not finite, would leave the others
-            # waiting in a collective.
+            # All processes log at the same step, because logging raises for a loss that is not finite: a process that
+            # stopped alone would leave the others waiting in a collective.
             due = self.done == self._agreed + self._agree_steps
         else:
             due = time.monotonic() - self._logged_at > LOG_SECONDS
@@ -173,7 +175,7 @@ class CheckpointManager:
     def log_losses(self) -> None:
         """Move the losses from the device to the log and the loggers. Raises RunError for one that is not finite."""
         before, self._logged_at = self._logged_at, time.monotonic()
-        speed = (self.done - self.logged) / max(self._logged_at - before, 1e-9)
+        steps_per_second = (self.done - self.logged) / max(self._logged_at - before, 1e-9)
         loss_terms = self.engine.loss_terms
         for values in self.engine.pop_losses():
             step, row = self.logged + 1, dict(zip(loss_terms, values, strict=True))
@@ -181,36 +183,37 @@ class CheckpointManager:
                 text = ", ".join(f"{name} {value}" for name, value in row.items())
                 self._fail(f"the loss is not finite at step {step} ({text})")
             self.log.write(json.dumps({"step": step, **row}) + "\n")
-            self.loggers.write(step, row, speed if step == self.done else None)
+            self.loggers.write(step, row, steps_per_second if step == self.done else None)
             self.logged = step
             self.loss = sum(weight * row[name] for name, weight in loss_terms.items())
         with files.explained(self.run.log):
             self.log.flush()  # for people who watch the file
 
     def decide(self, interrupted: bool) -> tuple[bool, bool]:
-        """(whether to stop, whether to write a checkpoint): the same in every process of the group.
+        """Return (stop, checkpoint): whether to stop, and whether to write a checkpoint now; the same in every process.
 
-        Any process may be interrupted. The main process decides on checkpoints, and after how many steps to agree again.
+        All stop if any process was interrupted. The main process decides whether a checkpoint is due, and after how many
+        steps the group agrees again.
         """
         if self.group.size == 1:
             return interrupted, self.due()
         if self.done != self._agreed + self._agree_steps:
             return False, False
         now = time.monotonic()
-        seconds = (now - self._agreed_at) / self._agree_steps
+        step_seconds = (now - self._agreed_at) / self._agree_steps
         self._agreed, self._agreed_at = self.done, now
-        steps = min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(seconds, 1e-9))))
+        steps = min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(step_seconds, 1e-9))))
         agreed = self.group.all_max(STOP * interrupted + (2 * steps + self.due()) * self.group.is_main)
         self._agree_steps = agreed % STOP // 2 or 1
         return agreed >= STOP, bool(agreed & 1)
 
     def due(self) -> bool:
-        """Whether the work since the last checkpoint is worth the cost of the next, or too much to lose."""
+        """Whether a checkpoint is due: the last one is old enough for CHECKPOINT_SHARE, or MAX_LOST_SECONDS old."""
         wait = min(MAX_LOST_SECONDS, max(MIN_CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE))
         return time.monotonic() - self._saved_at >= wait
 
     def checkpoint(self) -> None:
-        """Log the losses, and write a checkpoint unless this step has one. Raises RunError where a weight is not finite."""
+        """Log the losses, and write a checkpoint unless this step has one. Raises RunError if a weight is not finite."""
         self.log_losses()
         if self.saved == self.done:
             return
@@ -224,8 +227,8 @@ class CheckpointManager:
         begin = time.monotonic()
         with files.explained(self.run.log):
             self.log.flush()
-            os.fsync(self.log.fileno())  # the log is never behind a checkpoint
-        self.loggers.flush()  # and neither are the loggers
+            os.fsync(self.log.fileno())  # so that the log holds all steps of a checkpoint
+        self.loggers.flush()  # and so do the loggers
         spent = self._training_time.now()
         state = {"seconds": sum(spent.values()), "spent": spent}
         checkpoints.write(self.run.checkpoints, self.done, self.engine.state_dicts(), state)
@@ -234,17 +237,18 @@ class CheckpointManager:
         self._cost = self._saved_at - begin
 
     def _fail(self, what: str) -> None:
+        """Raise RunError with the reason `what` and the last good checkpoint."""
         self.log.flush()
-        good = f"the last good checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
+        last_good = f"the last good checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
         raise RunError(
-            f"{what}; {good} in {self.run.checkpoints}. Try a lower learning rate (--set learning_rate=...), "
+            f"{what}; {last_good} in {self.run.checkpoints}. Try a lower learning rate (--set learning_rate=...), "
             "--set clip_norm=1, or --precision float32, with another --out"
         )
 
 
 @contextmanager
 def _log(path: Path, done: int, group: ProcessGroup) -> Iterator[IO[str]]:
-    """The log, cut to its first `done` steps and open for appending. Only the main process of a group writes it."""
+    """The log, cut to its first `done` steps and open for appending; /dev/null in all but the main process."""
     if not group.is_main:
         with Path(os.devnull).open("a", encoding="ascii") as file:
             yield file
@@ -262,19 +266,19 @@ def _log(path: Path, done: int, group: ProcessGroup) -> Iterator[IO[str]]:
 
 @contextmanager
 def _interrupt(group: ProcessGroup = SINGLE_PROCESS) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag, which the function that this yields returns. A second Ctrl-C stops at once.
+    """Yields a function that returns whether Ctrl-C or SIGTERM was received. A second Ctrl-C raises KeyboardInterrupt.
 
-    A second SIGTERM does not: a scheduler that stops a job sends it to every process, and some launchers pass it on.
+    A second SIGTERM has no effect: a scheduler sends one to every process, and some launchers pass theirs on as well.
     """
-    asked = False
+    received = False
 
     def handle(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
+        nonlocal received
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if asked:
+        if received:
             return
-        asked = True
+        received = True
         logger.info("stopping: writing a checkpoint (Ctrl-C once more to stop at once)")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
@@ -282,7 +286,7 @@ def _interrupt(group: ProcessGroup = SINGLE_PROCESS) -> Iterator[Callable[[], bo
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,14 +11,15 @@ from harness.registry import systems
 from harness.spec import BackboneSpec, Compute
 from harness.systems.spec import System
 
+# columns of the paper's Tables 4 and 6
 GFLOPS_COLUMNS = (
     "Flops (G)",
     "Total Flops (G)",
     "Base Flops (G)",
     "Upsampler Flops (G)",
-)  # of the paper's Tables 4 and 6
+)
 PARAMS_COLUMN = "Params (M)"
-PROTOCOL_ARGUMENTS = ("input_size", "in_channels", "num_classes")
+PROTOCOL_ARGUMENTS = ("input_size", "in_channels", "num_classes")  # builder arguments that a protocol sets
 
 
 class Published(NamedTuple):
@@ -46,14 +47,17 @@ def published(spec: BackboneSpec, input_size: int | None) -> Published:
 
 
 def input_sizes(spec: BackboneSpec) -> list[int | None]:
-    """The native input size (None: no input size), and twice that if the paper prints Gflops for it too."""
+    """The input sizes to count at: the native one (None: there is none), and twice that if the paper prints Gflops for it."""
     native = spec.defaults.get("input_size")
     return [native, 2 * native] if native and published(spec, 2 * native).gflops else [native]
 
 
 def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, check: str | None) -> dict[str, Any]:
-    """One row. `difference` is our Gflops, rounded to the decimals of the paper's value, minus that value."""
-    count = spec.count(**overrides)
+    """The row of a network, as plain data. overrides: builder arguments. check: "fvcore" also counts with that package.
+
+    `difference` is our Gflops, rounded to the decimals of the paper's value, minus that value; None without one.
+    """
+    compute = spec.count(**overrides)
     arguments = spec.arguments(**overrides)
     others = {name: value for name, value in arguments.items() if name != "input_size"}
     as_published = all(spec.defaults[name] == value for name, value in others.items())
@@ -61,30 +65,30 @@ def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, 
     row: dict[str, Any] = {
         "name": spec.name,
         **{name: arguments.get(name) for name in PROTOCOL_ARGUMENTS},
-        "params": count.params,
-        "flops": count.flops,
-        "gflops": count.gflops,
-        "gmacs": count.gmacs,
+        "params": compute.params,
+        "flops": compute.flops,
+        "gflops": compute.gflops,
+        "gmacs": compute.gmacs,
         "published_gflops": float(printed.gflops) if printed.gflops else None,
         "published_params_m": float(printed.params) if printed.params else None,
         "difference": None,
-        "source": count.source,
+        "source": compute.source,
     }
     if printed.gflops:
         decimals = len(printed.gflops.partition(".")[2])
-        row["difference"] = round(round(count.gflops, decimals) - float(printed.gflops), decimals)
+        row["difference"] = round(round(compute.gflops, decimals) - float(printed.gflops), decimals)
         row["published_text"] = printed.gflops
     if check == "fvcore":
         from harness.compute.check_fvcore import count_fvcore
 
         row["fvcore_gflops"] = count_fvcore(spec, **overrides) / 1e9
     if breakdown:
-        row["breakdown"] = grouped(count)
+        row["breakdown"] = breakdown_rows(compute)
     return row
 
 
 def system_row(system: System) -> dict[str, Any]:
-    """The row of a system of several denoisers: one forward pass of each, as in Table 6, without a classifier."""
+    """The row of a cascade: the sum of one forward pass of each denoiser, as in Table 6, without a classifier."""
     from results import paper
 
     computes = [part.compute() for part in system.components]
@@ -144,13 +148,16 @@ def sampling_row(system: System) -> dict[str, Any]:
     }
 
 
-def grouped(count: Compute) -> list[dict[str, Any]]:
-    """Flops by part and kind; equal parts of all blocks are one row, as in `blocks.*.mlp.fc1`, 28 times."""
-    table: dict[tuple[str, str], list[int]] = {}
-    for (part, kind), flops in count.breakdown.items():
-        stem = re.sub(r"\.\d+(?=\.)", ".*", part)
-        table.setdefault((stem, kind), []).append(flops)
-    return [{"part": p, "kind": k, "times": len(each), "flops": sum(each)} for (p, k), each in table.items()]
+def breakdown_rows(compute: Compute) -> list[dict[str, Any]]:
+    """Flops by part and kind. The same part of all blocks is one row: `blocks.*.mlp.fc1`, with `times` 28."""
+    flops_of_blocks: dict[tuple[str, str], list[int]] = {}  # (part with * for the numbers of blocks, kind) -> flops
+    for (part, kind), flops in compute.breakdown.items():
+        pattern = re.sub(r"\.\d+(?=\.)", ".*", part)
+        flops_of_blocks.setdefault((pattern, kind), []).append(flops)
+    return [
+        {"part": part, "kind": kind, "times": len(flops), "flops": sum(flops)}
+        for (part, kind), flops in flops_of_blocks.items()
+    ]
 
 
 def footnotes(rows: list[dict[str, Any]]) -> list[str]:
@@ -158,8 +165,10 @@ def footnotes(rows: list[dict[str, Any]]) -> list[str]:
     notes = []
     for row in rows:
         if row["difference"]:
-            why = "probably an error in the paper, because no natural convention gives it and the other values"
-            why = why if row["name"] == "dit-b-4" else "the paper uses another convention"
+            if row["name"] == "dit-b-4":
+                why = "probably an error in the paper, because no natural convention gives it and the other values"
+            else:
+                why = "the paper uses another convention"
             notes.append(
                 f"{row['name']}: {row['gflops']:.2f} by the convention, {row['published_text']} in the paper; {why}."
             )

@@ -1,10 +1,9 @@
-"""Matched compute: the number of steps of one backbone that cost as much as steps of another one, or as a budget.
+"""Matched compute: how many steps of a backbone cost as much as given steps of a reference backbone, or as a budget.
 
 Training compute is Gflops x batch x steps x 3. Sampling compute of one image is Gflops x network evaluations: those of
 the sampler's plan, doubled by guidance. Both backbones are counted at the input of the same protocol and with the same
-recipe (`--set` included), and so with the same batch: the cost of the reference is what it would cost here, not what
-its paper spent. The arithmetic uses whole flops, so the only error, which is reported, comes from rounding to whole
-steps.
+recipe (`--set` included), hence with the same batch: the cost of the reference is its cost in this protocol, not in its
+paper. The arithmetic uses integer flops, so the only error comes from rounding to whole steps, and it is reported.
 """
 
 from __future__ import annotations
@@ -32,13 +31,14 @@ MAX_STEPS = 2**63 - 1  # largest value of a step counter
 
 
 def request_from(options: TrainOptions | RunOptions | PlanOptions) -> Request:
-    """The request that the options describe; if compute is matched, with the matching steps."""
+    """The request that the options describe. If compute is matched, the request has the matched steps."""
     sampling: dict[str, Any] = {}
     samples, match_sampling_to = None, None
     if isinstance(options, SamplingSettings):
         flags = {"--sampling-steps": options.sampling_steps, "--match-sampling": options.match_sampling}
         only_one(flags, "the sampling steps")
-        # Matched steps, computed below, replace the protocol's, which may then be invalid here.
+        # (1,) is a placeholder that always passes the checks; `matched` below replaces it. The protocol's own steps might
+        # not pass.
         steps = (1,) if options.match_sampling else options.sampling_steps
         sampling, samples = {**options.overrides(), "steps": steps}, options.samples
         match_sampling_to = options.match_sampling
@@ -59,7 +59,7 @@ def request_from(options: TrainOptions | RunOptions | PlanOptions) -> Request:
 
 
 def checked_steps(options: TrainOptions | RunOptions | PlanOptions) -> int | None:
-    """The value of --steps. Raises `UserError` if more than one setting sets the training steps."""
+    """The value of --steps; None if not given. Raises `UserError` if more than one setting sets the training steps."""
     matching = {"--match": options.match, "--budget": options.budget}
     flags: dict[str, Any] = {"--steps": options.steps, **matching}
     if any(value is not None for value in matching.values()):
@@ -71,49 +71,49 @@ def checked_steps(options: TrainOptions | RunOptions | PlanOptions) -> int | Non
 def matched(
     request: Request, *, match: Reference | None = None, budget: float | None = None, sampling: Reference | None = None
 ) -> Request:
-    """`request` with the training steps that cost as much as `match`, or as `budget` Gflops, and with the sampler steps
-    that cost as much as `sampling`.
+    """A copy of `request` with matched steps: training steps that cost as much as `match`, or as `budget` Gflops, and
+    sampler steps that cost as much as `sampling`. None: these steps are not changed.
 
     Raises `UserError` if both `match` and `budget` are given, if a backbone does not exist or does not fit the
     protocol, or if no possible number of sampler steps matches.
     """
     if match is not None or budget is not None:
         to, target = training_target(request.protocol, request.recipe, match=match, budget=budget)
-        solved = solve_training(request.compute, request.recipe, to, target)
-        recipe = dataclasses.replace(request.recipe, steps=solved.steps)
-        request = dataclasses.replace(request, recipe=recipe, match=solved)
+        result = solve_training(request.compute, request.recipe, to, target)
+        recipe = dataclasses.replace(request.recipe, steps=result.steps)
+        request = dataclasses.replace(request, recipe=recipe, match=result)
     return request if sampling is None else match_sampling(request, sampling)
 
 
 def training_target(
     protocol: Protocol, recipe: Recipe, *, match: Reference | None, budget: float | None
 ) -> tuple[str | None, Fraction]:
-    """The name of the reference (None for a budget) and its training compute in flops."""
+    """(name of the reference, or None for a budget; the training compute to match, in flops)."""
     if match is None or budget is not None:
         if match is not None or budget is None:
             raise UserError("--match and --budget both set the training steps; give one of them")
         return None, Fraction(budget) * 10**9
     (steps,) = match.steps
-    text = match.name(steps)
-    compute = compute_of(_reference_spec(match, f"--match {text}"), protocol, recipe, f"--match {text}: ")
-    return text, Fraction(step_flops(compute, recipe) * steps)
+    name = match.name(steps)
+    compute = compute_of(_reference_spec(match, f"--match {name}"), protocol, recipe, f"--match {name}: ")
+    return name, Fraction(step_flops(compute, recipe) * steps)
 
 
 def solve_training(compute: Compute, recipe: Recipe, to: str | None, target: Fraction) -> Match:
-    """The whole number of steps, at least 1, whose training compute is nearest to `target` flops."""
-    step = step_flops(compute, recipe)
-    steps = max(1, nearest_count(target, step))
+    """The whole number of steps, at least 1, whose training compute is nearest to `target` flops. to: as in `Match`."""
+    flops_of_step = step_flops(compute, recipe)
+    steps = max(1, nearest_count(target, flops_of_step))
     if steps > MAX_STEPS:
         raise UserError(
             f"--budget {float(target / 10**9):g} Gflops are {float(steps):.3g} steps; give a smaller budget"
         )
-    return Match.of(to, steps, target, steps * step)
+    return Match.of(to, steps, target, steps * flops_of_step)
 
 
 def match_sampling(request: Request, reference: Reference) -> Request:
-    """`request` with the sampler steps that cost as much per image as each of `reference`'s steps.
+    """A copy of `request` with the sampler steps that cost as much per image as the steps of `reference`.
 
-    Raises `UserError`, which gives the nearest possible steps, if steps round to 0 or to more than the diffusion has.
+    Raises `UserError`, which names the nearest possible steps, if matched steps are 0 or more than the diffusion has.
     """
     name, recipe, flag = request.spec.name, request.recipe, f"--match-sampling {reference.backbone}"
     other = _reference_spec(reference, flag)
@@ -123,38 +123,38 @@ def match_sampling(request: Request, reference: Reference) -> Request:
         raise UserError(
             f"{flag}@{max(reference.steps)}: more sampling steps than the {recipe.diffusion_steps} of the diffusion"
         )
-    evaluation = evaluation_flops(request.compute, request.sampling.guidance_scale)
+    own_flops = evaluation_flops(request.compute, request.sampling.guidance_scale)  # of one evaluation
     compute = compute_of(other, request.protocol, recipe, f"{flag}: ")
-    reference_evaluation = evaluation_flops(compute, reference.guidance_scale)
+    reference_flops = evaluation_flops(compute, reference.guidance_scale)
     evaluations = evaluation_counts(recipe, request.sampling)
     all_steps = range(1, MAX_STEPS)
-    solved = []
-    for each in reference.steps:
-        target, text = Fraction(reference_evaluation * evaluations(each)), reference.name(each)
-        steps = nearest_steps(target / evaluation, evaluations)
+    matches = []
+    for reference_steps in reference.steps:
+        target, text = Fraction(reference_flops * evaluations(reference_steps)), reference.name(reference_steps)
+        steps = nearest_steps(target / own_flops, evaluations)
         if steps > recipe.diffusion_steps:
-            spent = evaluation * evaluations(recipe.diffusion_steps)
-            most = bisect.bisect_right(all_steps, spent, key=lambda steps: reference_evaluation * evaluations(steps))
+            limit = own_flops * evaluations(recipe.diffusion_steps)
+            most = bisect.bisect_right(all_steps, limit, key=lambda steps: reference_flops * evaluations(steps))
             at_most = f"at most {reference.name(most)}" if most else "less than one of its steps"
             raise UserError(
                 f"--match-sampling {text} needs {steps} sampling steps of {name!r}, but the diffusion has"
                 f" {recipe.diffusion_steps}, which cost {at_most}"
             )
-        one = evaluation * evaluations(1)
-        if 2 * target <= one:
-            least = bisect.bisect_left(all_steps, one, key=lambda steps: reference_evaluation * evaluations(steps)) + 1
+        one_step = own_flops * evaluations(1)
+        if 2 * target <= one_step:
+            least = bisect.bisect_left(all_steps, one_step, key=lambda steps: reference_flops * evaluations(steps)) + 1
             raise UserError(
                 f"--match-sampling {text} costs less than half a sampling step of {name!r}; one step costs"
                 f" as much as {reference.name(least)}"
             )
-        solved.append(Match.of(text, steps, target, evaluation * evaluations(steps)))
-    sampling = dataclasses.replace(request.sampling, steps=tuple(sorted({each.steps for each in solved})))
+        matches.append(Match.of(text, steps, target, own_flops * evaluations(steps)))
+    sampling = dataclasses.replace(request.sampling, steps=tuple(sorted({match.steps for match in matches})))
     check_plans(recipe, sampling)
-    return dataclasses.replace(request, sampling=sampling, match_sampling=tuple(solved))
+    return dataclasses.replace(request, sampling=sampling, match_sampling=tuple(matches))
 
 
 def nearest_count(target: Fraction, unit: int) -> int:
-    """The whole number of units nearest to `target`; a tie is rounded down, so that it does not cost more."""
+    """The whole number n for which n * unit is nearest to `target`; a tie is rounded down, so that it costs less."""
     return math.ceil(target / unit - Fraction(1, 2))
 
 
@@ -168,27 +168,28 @@ def nearest_steps(target: Fraction, evaluations: Callable[[int], int]) -> int:
 
 
 def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int]:
-    """The function from a number of sampler steps to the network evaluations of one image, without guidance.
+    """Returns a function from a number of sampler steps to the network evaluations of one image, without guidance.
 
-    It is defined for all numbers. Steps that the sampler refuses count one evaluation each; `check_plans` refuses them
-    later. Each step beyond those of the diffusion counts as many evaluations as the last one of these.
+    The function is defined for all numbers. If the sampler refuses a number of steps, each step counts as one evaluation
+    here, and `check_plans` raises later. A step beyond the diffusion's steps counts as much as the last one of these.
     """
     limit = recipe.diffusion_steps
 
     @functools.cache
-    def within(steps: int) -> int:
+    def evaluations_of_plan(steps: int) -> int:
         try:
             return plan_of(recipe, sampling, steps).evaluations
         except UserError:
             return steps
 
-    def counted(steps: int) -> int:
+    def evaluations(steps: int) -> int:
         if steps <= limit:
-            return within(steps)
-        last = within(limit) - within(limit - 1) if limit > 1 else within(limit)
-        return within(limit) + (steps - limit) * max(1, last)
+            return evaluations_of_plan(steps)
+        at_limit = evaluations_of_plan(limit)
+        last_step = at_limit - evaluations_of_plan(limit - 1) if limit > 1 else at_limit
+        return at_limit + (steps - limit) * max(1, last_step)
 
-    return counted
+    return evaluations
 
 
 def step_flops(compute: Compute, recipe: Recipe) -> int:
@@ -202,7 +203,10 @@ def evaluation_flops(compute: Compute, guidance_scale: float) -> int:
 
 
 def compute_of(spec: BackboneSpec, protocol: Protocol, recipe: Recipe, where: str = "") -> Compute:
-    """Compute of a denoiser at the protocol's input, with the output channels that the recipe's objective needs."""
+    """Compute of a denoiser at the protocol's input, with the output channels that the recipe's objective needs.
+
+    where: begins the messages of `UserError`.
+    """
     objective = registry.objectives.get(recipe.objective)
     try:
         compute = spec.count(**build_arguments(spec, protocol, objective.out_channels(protocol.in_channels)))
@@ -214,6 +218,7 @@ def compute_of(spec: BackboneSpec, protocol: Protocol, recipe: Recipe, where: st
 
 
 def _reference_spec(reference: Reference, where: str) -> BackboneSpec:
+    """The backbone of a reference. Raises `UserError`, which names the flag `where`, unless it is a denoiser."""
     try:
         spec = registry.backbones.get(reference.backbone)
     except UserError as error:
@@ -226,32 +231,35 @@ def _reference_spec(reference: Reference, where: str) -> BackboneSpec:
 def budget_table(
     protocol: Protocol, recipe: Recipe, *, match: Reference | None, budget: float | None
 ) -> dict[str, Any]:
-    """The training steps of all denoisers for one budget, ready for JSON; `left_out` lists those that do not fit."""
+    """The training steps of all denoisers for one budget, ready for JSON.
+
+    Its `left_out` lists the backbones that do not fit the protocol, with the reasons.
+    """
     to, target = training_target(protocol, recipe, match=match, budget=budget)
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
-    in_epoch = registry.datasets.get(protocol.dataset).images if protocol.dataset in registry.datasets else None
+    epoch_images = registry.datasets.get(protocol.dataset).images if protocol.dataset in registry.datasets else None
     for spec in registry.backbones:
         if spec.kind != "denoiser":
             continue
         try:
             compute = compute_of(spec, protocol, recipe)
-            solved = solve_training(compute, recipe, to, target)
+            match_of_backbone = solve_training(compute, recipe, to, target)
         except UserError as error:
             left_out.append({"name": spec.name, "reason": str(error)})
             continue
-        images = solved.steps * recipe.batch
+        images = match_of_backbone.steps * recipe.batch
         rows.append(
             {
                 "name": spec.name,
                 "params": compute.params,
                 "gflops": compute.gflops,
                 "gflops_source": compute.source,
-                "steps": solved.steps,
+                "steps": match_of_backbone.steps,
                 "images": images,
-                "epochs": None if in_epoch is None else images / in_epoch,
-                "training_gflops": solved.gflops,
-                "relative_error": solved.relative_error,
+                "epochs": None if epoch_images is None else images / epoch_images,
+                "training_gflops": match_of_backbone.gflops,
+                "relative_error": match_of_backbone.relative_error,
             }
         )
     return {

@@ -1,4 +1,4 @@
-"""Plans: what a run costs and what it needs that is missing, by arithmetic and before anything expensive begins."""
+"""Plans: what a run costs and what is missing for it, calculated before anything expensive begins."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class SamplingCost:
 class MeasuredCost:
     """Measurements on this machine: speed, memory, time.
 
-    compile: the effect of --compile, as text; None: no text. images_per_second: of training, by precision.
+    compile: whether the network is compiled and why, such as "on (...)"; None: the framework has no choice, or the plan
+    did not measure it. memory_bytes: needed; free_bytes: available. images_per_second: of training, by precision.
+    training_seconds, sampling_seconds: of the whole run.
     """
 
     device: str
@@ -59,7 +61,11 @@ class MeasuredCost:
 class Plan:
     """What a run would cost.
 
-    gflops: of one forward pass at the protocol's input; gflops_published_input: at the paper's input, if that differs.
+    input: of the network, as "32x32x4" (side, side, channels). gflops: of one forward pass at that input. gflops_source:
+    "closed form" or "traced". gflops_published_input: gflops at the paper's input, if that differs. match: how the
+    training steps were matched; None: they were not. match_sampling: the same for sampler steps, one for each number.
+    samples: of each sample set. disk_bytes: two checkpoints and the samples; EMA checkpoints, latents and the report are
+    not counted.
     missing: what prevents the run on this machine, one sentence each. missing_evaluator_files: files that the
     evaluation needs; without them a run ends after sampling. measured: None if nothing was measured.
     """
@@ -83,7 +89,7 @@ class Plan:
     measured: MeasuredCost | None = field(default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain data, JSON-ready."""
+        """The plan as plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -95,7 +101,7 @@ def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
     compute, recipe, sampling, protocol = request.compute, request.recipe, request.sampling, request.protocol
     images = recipe.steps * recipe.batch
     # A part of a system, such as an upsampler, cannot generate images alone.
-    sampled = sampling.steps if request.spec.kind == "denoiser" else ()
+    sampler_steps = sampling.steps if request.spec.kind == "denoiser" else ()
     return Plan(
         backbone=request.spec.name,
         protocol=protocol.name,
@@ -115,13 +121,13 @@ def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
                 gflops_per_image=request.gflops_image(steps),
                 gflops=request.gflops_image(steps) * request.samples,
             )
-            for steps in sampled
+            for steps in sampler_steps
         ),
         match=request.match,
         match_sampling=request.match_sampling,
         samples=request.samples,
         disk_bytes=2 * CHECKPOINT_BYTES * compute.params
-        + len(sampled) * request.samples * protocol.resolution**2 * protocol.image_channels,
+        + len(sampler_steps) * request.samples * protocol.resolution**2 * protocol.image_channels,
         recipe=dataclasses.asdict(recipe),
         missing=(*missing(request), *(() if decoder_given else missing_decoder(request))),
         missing_evaluator_files=tuple(missing_evaluator_files(protocol)),
@@ -129,7 +135,7 @@ def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
 
 
 def missing(request: Request) -> list[str]:
-    """What the request needs and this machine does not have, each with the fix."""
+    """What the request needs and this machine does not have: one sentence for each, with the fix."""
     from evaluators.suites import get_suite
 
     protocol, reasons = request.protocol, []
@@ -156,7 +162,7 @@ def missing(request: Request) -> list[str]:
 
 
 def missing_decoder(request: Request) -> list[str]:
-    """A sentence if the autoencoder that made the latents was given by a path that no longer exists."""
+    """One sentence if the autoencoder that made the latents was given by a path that no longer exists; else nothing."""
     from harness.data import latents
 
     if request.data is None or request.protocol.space != "latents":
@@ -172,7 +178,7 @@ def missing_decoder(request: Request) -> list[str]:
 
 
 def missing_evaluator_files(protocol: Protocol) -> list[str]:
-    """Files that the user must give to the protocol's suite; without them a run ends after sampling."""
+    """One sentence if the user must give files for the protocol's suite; without them a run ends after sampling."""
     flag = _weights_flag(protocol)
     if not flag:
         return []

@@ -8,13 +8,13 @@ from harness.planning.request import Match, Request
 
 
 def headline(request: Request, by_default: bool) -> str:
-    """The request in one line. by_default: the user gave no protocol."""
+    """The request in one line. by_default: whether the protocol is the default, because the user gave none."""
     text = f"{request.spec.name} on protocol {request.protocol.name} v{request.protocol.version}, seed {request.seed}"
     return text + ("  (the default protocol; the paper's: --protocol imagenet-256)" if by_default else "")
 
 
 def costs_text(plan: Plan) -> str:
-    """The costs that are calculated, not measured."""
+    """The calculated costs as text."""
     training, gflops = plan.training, f"{gflops_text(plan.gflops)} a forward pass at {plan.input}"
     if plan.gflops_published_input is not None:
         gflops += f"; {plan.gflops_published_input:.2f} at the paper's input"
@@ -37,7 +37,7 @@ def costs_text(plan: Plan) -> str:
 
 
 def match_text(match: Match) -> str:
-    """The matched steps, their target and the rounding error."""
+    """The matched steps, their target and the rounding error, as text."""
     target = f"the {match.gflops_target:.6g} Gflops of {match.to or '--budget'}"
     steps = "1 step" if match.steps == 1 else f"{match.steps:,} steps"
     text = f"{steps} for {target}; rounding to whole steps: {error_text(match.relative_error)}"
@@ -60,7 +60,7 @@ def gflops_text(gflops: float) -> str:
 
 
 def measured_text(measured: MeasuredCost) -> str:
-    """The measurements: device, memory, speed, time."""
+    """The measurements as text: device, memory, speed, time."""
     speeds = ", ".join(f"{name} {speed:.3g}" for name, speed in measured.images_per_second.items())
     compiled = [f"  compile     {measured.compile}"] if measured.compile else []
     return "\n".join(

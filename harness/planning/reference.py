@@ -43,13 +43,13 @@ def parse_sampling_reference(text: object) -> Reference:
     if isinstance(text, Reference):
         return text
     name, *rest = str(text).split("@")
-    form = ValueError(f"{text!r} is not of the form BACKBONE@STEPS[,STEPS][@cfgSCALE], as in dit-xl-2@250@cfg1.5")
+    wrong_form = ValueError(f"{text!r} is not of the form BACKBONE@STEPS[,STEPS][@cfgSCALE], as in dit-xl-2@250@cfg1.5")
     if not name or len(rest) not in (1, 2) or len(rest) == 2 and not rest[1].startswith("cfg"):
-        raise form
+        raise wrong_form
     try:
         scale = float(rest[1].removeprefix("cfg")) if len(rest) == 2 else 1.0
     except ValueError:
-        raise form from None
+        raise wrong_form from None
     if not (math.isfinite(scale) and scale >= 1):
         raise ValueError(f"{text!r}: a guidance scale is a finite number of at least 1 (1: no guidance)")
     steps = sorted({_steps(each.strip(), text) for each in rest[0].split(",")})
@@ -58,18 +58,19 @@ def parse_sampling_reference(text: object) -> Reference:
 
 def parse_budget(text: object) -> float:
     """Gflops from text such as 1e12, 3.2e9, 0.5 or 400k. Raises `ValueError` for other text."""
-    words = str(text)
-    factor = {"k": 1e3, "m": 1e6}.get(words[-1:].lower(), 1)
+    word = str(text)
+    factor = {"k": 1e3, "m": 1e6}.get(word[-1:].lower(), 1)
     try:
-        budget = float(words[:-1] if factor > 1 else words) * factor
+        budget = float(word[:-1] if factor > 1 else word) * factor
     except ValueError:
         budget = math.nan
     if not (math.isfinite(budget) and budget > 0):
-        raise ValueError(f"{words!r} is not a number of Gflops above 0, such as 1e12, 3.2e9 or 400k")
+        raise ValueError(f"{word!r} is not a number of Gflops above 0, such as 1e12, 3.2e9 or 400k")
     return budget
 
 
 def _steps(text: str, reference: object) -> int:
+    """A number of steps from text; `reference` is the whole text, for messages."""
     try:
         steps = count(text)
     except (ValueError, IndexError):

@@ -35,7 +35,7 @@ class Request:
     seed: int
     framework: str
     data: Path | None
-    arguments: dict[str, Any]  # of the network's builder
+    arguments: dict[str, Any]  # of the network's builder, where they may differ from its defaults
     compute: Compute
     match: Match | None = None  # set if the training steps were matched
     match_sampling: tuple[Match, ...] = ()  # set if the sampler steps were matched
@@ -81,7 +81,8 @@ def make_request(
 ) -> Request:
     """The request with names resolved and defaults filled in. Imports no framework.
 
-    Raises `UserError` for an unknown name, and for settings that do not fit together.
+    protocol: a name, or a path that ends in .toml. settings: overrides of the recipe. sampling: overrides of the protocol's
+    sampling settings; None values are ignored. Raises `UserError` for an unknown name, and for settings that do not fit together.
     """
     loaded = get_protocol(protocol)
     recipe = override(loaded.recipe, {**(settings or {}), **({"steps": steps} if steps else {})})
@@ -180,7 +181,11 @@ def published_input_gflops(request: Request) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Matched steps. `to` names the reference; None for a budget. The Gflops are of the training or of one image."""
+    """Matched steps.
+
+    to: name of the reference, such as dit-xl-2@400000; None: a budget. gflops, gflops_target: of the whole training, or
+    of sampling one image.
+    """
 
     to: str | None
     steps: int

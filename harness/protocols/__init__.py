@@ -24,7 +24,9 @@ LONGEST_NAME = 100
 # that older runs keep their identity.
 ADDED_LATER = {"added_later": True}
 
-UINT8_RULES = {  # x, about [-1, 1], to 0 ... 255: (x + shift) * factor + offset, clamped and truncated
+# name: (shift, factor, offset). A sample x, about in [-1, 1], becomes (x + shift) * factor + offset, clamped to 0 ... 255
+# and truncated to an integer.
+UINT8_RULES = {
     "dit": (0.0, 127.5, 128.0),  # facebookresearch/DiT sample_ddp.py; StyleGAN's too
     "adm": (1.0, 127.5, 0.0),  # openai/guided-diffusion scripts/*_sample.py: half a level darker
     "ldm": (1.0, 127.5, 0.0),  # CompVis/latent-diffusion: clamp((x + 1) / 2, 0, 1) x 255
@@ -37,14 +39,14 @@ class Recipe:
     """How a network is trained. The defaults are the paper's (DiT sec. 4 and its released train.py)."""
 
     steps: int = 400_000
-    batch: int = 256  # images a step over all devices
+    batch: int = 256  # images per step, over all devices
     learning_rate: float = 1e-4  # AdamW, constant
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     warmup_steps: int = 0  # linear warm-up of the learning rate; 0 = none
     clip_norm: float = 0.0  # global gradient norm; 0 = no clipping
-    ema_decay: float = 0.9999  # every step, from the initial weights, no bias correction
+    ema_decay: float = 0.9999  # per step; the EMA starts at the initial weights, without bias correction
     ema_ramp: bool = False  # True: decay at step s is min(ema_decay, (1 + s) / (10 + s)), for short runs
     label_dropout: float = 0.1  # share of labels replaced by the null label; ignored by a backbone without one
     flip: bool = True  # horizontal mirror with probability 1/2
@@ -76,10 +78,10 @@ class Sampling:
 
     sampler: str = "ddpm"
     steps: tuple[int, ...] = (250,)  # each number gives one sample set
-    eta: float = 0.0  # of DDIM; ignored by DDPM
+    eta: float = 0.0  # share of fresh noise in DDIM; ignored by DDPM
     guidance_scale: float = 1.0  # classifier-free; 1 = none
     guidance_channels: str = "first-3"  # or "all"; the published DiT guides three of its four latent channels
-    clip_denoised: bool = False  # clamp the predicted image to [-1, 1]; for pixels
+    clip_denoised: bool = False  # clamp the predicted image to [-1, 1]; for images in pixels
     label_policy: str = "random"  # uniform at random, as published; or "balanced"
     seed: int = 0
     uint8_rule: str = "dit"
@@ -188,15 +190,16 @@ def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
     return dataclasses.replace(item, **values)
 
 
-def _parse(name: str, text: str, like: Any) -> Any:
+def _parse(name: str, text: str, old: Any) -> Any:
+    """`text` as a value of the type of `old`, the present value of the item `name`."""
     try:
-        if isinstance(like, bool):
+        if isinstance(old, bool):
             return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[text.lower()]
-        if isinstance(like, int):
+        if isinstance(old, int):
             return count(text)
-        return type(like)(text)
+        return type(old)(text)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{name}={text!r} cannot be read as {type(like).__name__}, as in {name}={like}") from error
+        raise UserError(f"{name}={text!r} cannot be read as {type(old).__name__}, as in {name}={old}") from error
 
 
 def check_name(noun: str, name: str) -> None:
@@ -206,6 +209,7 @@ def check_name(noun: str, name: str) -> None:
 
 
 def _check_finite(item: Recipe | Sampling | Protocol, what: str) -> None:
+    """Raise `UserError`, which begins with `what`, for a number that is not finite or too large."""
     for each in dataclasses.fields(item):
         value = getattr(item, each.name)
         if isinstance(value, float) and not math.isfinite(value):
@@ -215,7 +219,10 @@ def _check_finite(item: Recipe | Sampling | Protocol, what: str) -> None:
 
 
 def _fill(cls: type, data: Any, where: str) -> Any:
-    """An instance of the dataclass `cls` from a table of a file; `where` names the table in messages."""
+    """An instance of the dataclass `cls` from a table of a file; `where` names the table in messages.
+
+    Raises `UserError`, which names the item, if one is unknown, is missing or has another type.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table, not {type(data).__name__}")
     fields = {each.name: each for each in dataclasses.fields(cls)}

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors parts and a JSON state, in a folder that is renamed when it is complete.
+"""Checkpoints: safetensors files and a JSON state in a folder, which gets its name when it is complete.
 
     step-00000400/{model,ema,first_moment,second_moment}.safetensors, state.json (step, checksums, training time)
 
@@ -22,7 +22,7 @@ from harness.io import files
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-KEPT = 2  # the newest, and the one before in case the newest is damaged
+KEPT = 2  # checkpoints that are kept: the newest, and the one before it in case the newest is damaged
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -48,9 +48,9 @@ def write(
 ) -> Checkpoint:
     """Write the checkpoint of `step` below `root`, and remove all but the newest two.
 
-    parts: (name, function that returns its tensors), called one at a time: safetensors copies a part while it writes it,
-    and the four parts of XL/2 would not fit in memory beside the training state. state: what state.json holds beside the
-    checksums. Raises OSError where the disk is full; the folder is then as before.
+    parts: pairs of a name and a function that returns the tensors. The functions are called one at a time, because
+    safetensors copies what it writes, and copies of all four parts of XL/2 would not fit in memory beside the training
+    state. state: further items of state.json. Raises OSError if the disk is full; no partial checkpoint is left then.
     """
     from safetensors.numpy import save_file
 
@@ -85,9 +85,9 @@ def write(
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest intact checkpoint below `root`; None: there is none. Warns of damaged ones.
+    """The newest intact checkpoint below `root`; None if there are no checkpoints. Logs a warning for damaged ones.
 
-    Raises UserError where all are damaged.
+    Raises UserError if all are damaged.
     """
     steps = _steps(root)
     damage = ""
@@ -103,9 +103,9 @@ def newest(root: Path) -> Checkpoint | None:
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Open the checkpoint in `folder`, or the EMA checkpoint of a run's `snapshots`, once all its checksums are compared.
+    """Compare all checksums of the checkpoint, or EMA checkpoint, in `folder`, and open it.
 
-    Raises UserError that names the missing or damaged part.
+    Raises UserError, which names the part, if one is missing or damaged.
     """
     state = files.read_json(folder / "state.json", "checkpoint")
     try:
@@ -122,14 +122,14 @@ def verify(folder: Path) -> Checkpoint:
         raise UserError(f"checkpoint {folder} has a state.json of another form ({error})") from error
 
 
-# (name and shape of a tensor) -> a slice for each axis; None: all of it
+# (name, shape) of a tensor -> one slice for each axis; None: the whole tensor
 Slices = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]
 
 
 def tensors(path: Path, slices: Slices | None = None) -> Iterable[tuple[str, np.ndarray]]:
-    """The tensors of a safetensors file by name, one at a time.
+    """Yields (name, tensor) for each tensor of a safetensors file.
 
-    slices: the part of each tensor that is read and returned; None: all of it. Raises UserError for an unreadable file.
+    slices: the part of each tensor that is read; None: whole tensors. Raises UserError for an unreadable file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -137,6 +137,7 @@ def tensors(path: Path, slices: Slices | None = None) -> Iterable[tuple[str, np.
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 wanted = slices and slices(name, tuple(file.get_slice(name).get_shape()))
+                # safetensors cannot read an empty slice, so such a tensor is read whole and sliced by numpy.
                 if not wanted or any(each.start == each.stop is not None for each in wanted):
                     array = file.get_tensor(name)
                     yield name, array[wanted] if wanted else array
@@ -147,8 +148,9 @@ def tensors(path: Path, slices: Slices | None = None) -> Iterable[tuple[str, np.
 
 
 def _steps(root: Path) -> list[int]:
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in root.glob("step-*"))
-    return sorted(int(match.group(1)) for match in found if match)
+    """The steps of the complete checkpoints below `root`, ascending."""
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in root.glob("step-*"))
+    return sorted(int(match.group(1)) for match in matches if match)
 
 
 def _disk_full(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""The environment of a number: where it was made, with what, and how long it took. Description, never identity."""
+"""How a number was made: device, library versions and times. These facts are never part of an identity."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIBRARIES = (
 )
 
 
-UNKNOWN = "not recorded"  # the device of old checkpoints, whose state has seconds alone
+UNKNOWN = "not recorded"  # name of the device of old checkpoints, whose state has only seconds
 
 
 class EnvironmentFields(TypedDict):
@@ -64,49 +64,54 @@ def environment(device: str) -> EnvironmentFields:
 
 
 class TrainingTime:
-    """Seconds of a run's training by device, added to those in the state of a checkpoint (None: to nothing)."""
+    """Measures the training time of a run, in seconds by device.
+
+    state: state of the checkpoint from which training continues, whose seconds are added; None: training begins. device:
+    name of the device that trains now.
+    """
 
     def __init__(self, state: Mapping[str, Any] | None, device: str):
         self._before = {} if state is None else dict(state.get("spent", {UNKNOWN: state["seconds"]}))
         self._device, self._began = device, time.monotonic()
 
     def now(self) -> dict[str, float]:
-        """The seconds up to now, without pauses and without work that a kill has lost."""
-        here = self._before.get(self._device, 0.0) + time.monotonic() - self._began
-        return self._before | {self._device: here}
+        """Seconds of training up to now by device, without pauses and without work that a kill has lost."""
+        on_this_device = self._before.get(self._device, 0.0) + time.monotonic() - self._began
+        return self._before | {self._device: on_this_device}
 
 
 def timing_of(samples: Path) -> Timing:
-    """The times in the sidecar of a sample set.
+    """The times that the sidecar of a sample set states; empty without a sidecar of the harness.
 
-    Seconds are left out where several devices shared the work: they compare with nothing. Without a sidecar all are.
+    Training time is left out if several devices shared the training, because such a sum cannot be compared.
     """
-    found: Timing = {}
+    timing: Timing = {}
     try:
         data = read_sidecar(samples)
         spent, drawn = data.get("spent", {}), data.get("drawn", {})
         if len(spent) == 1 and UNKNOWN not in spent:
-            ((found["training_device"], found["training_seconds"]),) = spent.items()
+            ((timing["training_device"], timing["training_seconds"]),) = spent.items()
         if drawn.get("seconds") is not None:
-            found["sampling_device"] = drawn["device"]
-            found["sampling_seconds_per_image"] = drawn["seconds"] / data["images"]
+            timing["sampling_device"] = drawn["device"]
+            timing["sampling_seconds_per_image"] = drawn["seconds"] / data["images"]
     except (UserError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return {}  # no sidecar, or one of another program
-    return found
+    return timing
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    """The versions of those LIBRARIES that are installed, by name."""
+    versions: dict[str, str] = {}
     for library in LIBRARIES:
         try:
-            found[library] = metadata.version(library)
+            versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code runs from, "+" behind it if files differ; None when installed."""
+    """The git commit of the checkout that this code runs from, with "+" if files were changed; None if installed."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,7 +1,7 @@
 """Runs: one backbone trained on one protocol with one seed for a number of steps, in one folder.
 
     RUN/run.json                identity, resolved settings (measured when it was created), environment, source paths
-    RUN/log.jsonl               one line per step: step, mse, vb
+    RUN/log.jsonl               one line per step: step, mse, vb (of a classifier: step, cross_entropy, accuracy)
     RUN/checkpoints/            the newest two checkpoints, from which training continues
     RUN/snapshots/step-N/       EMA checkpoint, for sampling
     RUN/samples/NAME/           samples.npz, samples.json, grid.png
@@ -46,7 +46,7 @@ class RunSpec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Plain data. The number of steps is not part of it, because more steps continue the run."""
+        """What defines the run, as plain data. The number of steps is no part of it, because more steps continue the run."""
         protocol = self.protocol.as_dict()
         for part in ("recipe", "sampling", "summary", "samples", "suite"):
             del protocol[part]  # the recipe is an item of its own; the others do not change the training
@@ -62,7 +62,7 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Folder name, with a hash of the identity if the recipe differs from the protocol's."""
+        """Folder name; it ends with 8 digits of the identity's hash if the recipe differs from the protocol's."""
         protocol = Path(self.protocol.name).name
         base = f"{protocol}-{self.backbone}-seed{self.seed}"
         if self.framework != "torch":

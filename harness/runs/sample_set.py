@@ -1,6 +1,6 @@
-"""What a sample set of a run is: its request, everything that decides its bytes, its folder's name, its labels.
+"""Sample sets of runs: the request, the identity (all that decides the bytes), the folder's name and the labels.
 
-Sampling and studies both call `sample_request`, so that what one has made the other finds.
+Sampling and studies both call `sample_request`, so that both look for the same folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from harness import registry
 from harness.autoencoders.files import identity_behind_latents
 from harness.errors import UserError
 from harness.io import files
@@ -18,9 +19,9 @@ from harness.protocols import Sampling
 from harness.randomness import Purpose, integers
 from harness.runs.run import Run
 
-PRECISION = "float32"  # of the network's arithmetic in sampling, unless another one is named
-BATCH = 128  # images of one batch on an accelerator
-SHARD_GFLOPS = 500_000.0  # of a batch on a CPU, where a shard should be minutes, not hours, of work
+PRECISION = "float32"  # default arithmetic of the network in sampling
+BATCH = 128  # default batch size on an accelerator
+SHARD_GFLOPS = 500_000.0  # at most, of a batch on a CPU, so that a shard takes minutes and not hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +33,15 @@ class SampleRequest:
     steps: int
     count: int
     precision: str
-    batch: int  # can move the last bits of float32 arithmetic
-    compile: str  # "on" or "off"; can move the last bits, too
+    batch: int  # can change the last bits of float32 arithmetic
+    compile: str  # "on" or "off"; can change the last bits, too
     checkpoint_sha256: str
-    decoder: dict[str, Any] | None  # identity of what decodes latents (`harness.autoencoders.files.identity`)
+    decoder: dict[str, Any] | None  # identity of the decoder (`harness.autoencoders.files.identity`); None: in pixels
 
     @property
     def eta(self) -> float | None:
-        """DDIM's share of noise; None for DDPM, which has no such setting."""
-        return None if self.sampling.sampler == "ddpm" else self.sampling.eta
+        """DDIM's share of noise; None for a sampler without this setting, such as DDPM."""
+        return self.sampling.eta if has_eta(self.sampling.sampler) else None
 
     @property
     def guidance_channels(self) -> str | None:
@@ -49,7 +50,7 @@ class SampleRequest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The sampling settings as plain data, with the one number of steps; None for what has no effect."""
+        """The sampling settings as plain data, with `steps` as one number. Settings without effect are None."""
         settings = {
             **dataclasses.asdict(self.sampling),
             "steps": self.steps,
@@ -74,10 +75,15 @@ class SampleRequest:
         }
 
     def name(self, run: Run) -> str:
-        """The folder's name below RUN/samples: readable, and unique through a part of the identity's hash."""
+        """The folder's name below RUN/samples; 8 digits of the identity's hash make it unique."""
         guidance = f"-cfg{self.sampling.guidance_scale:g}" if self.sampling.guidance_scale != 1 else ""
         short = files.sha256_json(self.identity(run))[:8]
         return f"step{self.step}-{self.sampling.sampler}{self.steps}{guidance}-n{self.count}-{short}"
+
+
+def has_eta(sampler: str) -> bool:
+    """Whether the sampler has the setting eta; also for a sampler of a plug-in that is not installed now."""
+    return sampler not in registry.samplers or getattr(registry.samplers.get(sampler), "has_eta", True)
 
 
 def sample_request(
@@ -93,10 +99,10 @@ def sample_request(
     compile: str | None = None,  # None: as the run was created
     decoder: dict[str, Any] | None = None,  # identity; None: `default_decoder`
 ) -> SampleRequest:
-    """The sample set that these settings stand for. Reads a few small files and imports no framework.
+    """The request of a sample set, with all defaults filled in. Reads a few small files and imports no framework.
 
-    The checkpoint's hash is taken as its state.json states it; `harness.runs.checkpoints.verify` compares it with the
-    weights. Raises `UserError` where the run has no checkpoint of `step`.
+    The hash of the checkpoint is read from its state.json and not compared with the weights, as
+    `harness.runs.checkpoints.verify` does. Raises `UserError` if the run has no EMA checkpoint of `step`.
     """
     available = run.ema_checkpoint_steps()
     if step not in available:
@@ -123,16 +129,16 @@ def sample_request(
 
 
 def default_decoder(run: Run) -> dict[str, Any] | None:
-    """The identity of what decodes the samples of a run in latents: the autoencoder that made them. None: pixels.
+    """The identity of the autoencoder that made the latents of a run, its default decoder. None: the run is in pixels.
 
-    Known from run.json alone: the weights, which may be large or gone, are neither read nor hashed.
+    It comes from run.json: the weights, which may be large or gone, are neither read nor hashed.
     """
     latents = run.identity.get("latents")
     return None if latents is None else identity_behind_latents(latents, run.source_paths.get("vae", ""))
 
 
 def default_batch(gflops_per_image: float, device: str) -> int:
-    """The batch size of sampling."""
+    """The default batch size in sampling. device: as in `Resolved.device`, such as "cpu" or "cuda:1"."""
     if not device.startswith("cpu"):
         return BATCH
     return max(1, min(BATCH, int(SHARD_GFLOPS / max(gflops_per_image, 1e-9))))
@@ -141,7 +147,7 @@ def default_batch(gflops_per_image: float, device: str) -> int:
 def labels_of(policy: str, seed: int, count: int, num_classes: int) -> np.ndarray:
     """Labels of samples 0 ... count-1, int64 (count,).
 
-    policy: "random" draws each uniformly, "balanced" goes through the classes in turn.
+    policy: "random": each label is uniform over the classes; "balanced": 0, 1, ..., num_classes - 1, 0, 1, ...
     """
     index = np.arange(count, dtype=np.int64)
     if policy == "balanced":

@@ -1,8 +1,8 @@
-"""Sample sets on disk: samples.npz in the layout of ADM's evaluator, and a JSON sidecar that says how it was made.
+"""Sample sets on disk: samples.npz in the layout of ADM's evaluator, and a JSON sidecar that states how it was made.
 
 Layout (openai/guided-diffusion, evaluations/README.md): `arr_0` uint8 (N, H, W, C), RGB or grey, 0 to 255; `arr_1`
-int64 (N,) labels. The file is an uncompressed zip, so it can be written and read a shard at a time: 50,000 images at
-256 pixels are 10 GB.
+int64 (N,) labels. The file is an uncompressed zip, so it can be written and read one shard at a time: 50,000 images
+at 256 pixels are 10 GB.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from harness.io.files import replacing, sha256_file
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """A sample set that was checked.
+    """A sample set that was read and checked.
 
-    images: uint8 (N, H, W, C), read-only; mapped from the file where it is stored uncompressed. labels: int64 (N,);
-    None where the file has no arr_1. sha256: of the whole file.
+    images: uint8 (N, H, W, C), read-only; memory-mapped if they are stored uncompressed. labels: int64 (N,); None if the
+    file has no arr_1. sha256: of the whole file.
     """
 
     images: np.ndarray
@@ -45,7 +45,8 @@ def sidecar_path(path: Path) -> Path:
 def write_samples(path: Path, shards: Iterable[np.ndarray], labels: np.ndarray, sidecar: dict[str, Any]) -> str:
     """Write a sample set and its sidecar; returns the sha256 of the npz. The same content gives the same bytes.
 
-    shards: uint8 (n, H, W, C) arrays in the order of samples, N = len(labels) images in all; one is held at a time.
+    shards: uint8 (n, H, W, C) arrays in the order of samples, N = len(labels) images in all; they are consumed one at a
+    time.
     labels: integers (N,). sidecar: JSON data; `images`, `shape` and `sha256` are added to it. The sidecar is written
     last: a sample set is complete when its sidecar names the hash of its npz.
     """
@@ -71,36 +72,36 @@ def write_samples(path: Path, shards: Iterable[np.ndarray], labels: np.ndarray, 
         with _member(archive, "arr_1.npy") as out:
             np.lib.format.write_array(out, labels, version=(1, 0), allow_pickle=False)
     digest = sha256_file(path)
-    facts = {**sidecar, "images": shape[0], "shape": list(shape[1:]), "sha256": digest}
+    contents = {**sidecar, "images": shape[0], "shape": list(shape[1:]), "sha256": digest}
     with replacing(sidecar_path(path)) as file:
-        file.write((json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
+        file.write((json.dumps(contents, indent=2, sort_keys=True) + "\n").encode())
     return digest
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    # with the present date the same samples would have another hash each time
+    # A fixed date: with the current time, the same samples would have another hash each time.
     return archive.open(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The JSON object beside the npz at `path`; UserError where it is missing or broken."""
+    """The sidecar of the npz at `path`, as a dictionary. Raises UserError if it is missing or not a JSON object."""
     side = sidecar_path(path)
     try:
-        facts = json.loads(side.read_text(encoding="utf-8"))
+        sidecar = json.loads(side.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{side} is missing: it says how {Path(path).name} was made") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{side} cannot be read as JSON: {error}") from error
-    if not isinstance(facts, dict):
+    if not isinstance(sidecar, dict):
         raise UserError(f"{side} must hold one JSON object")
-    return facts
+    return sidecar
 
 
 def read_samples(path: Path, classes: int | None = None, minimum: int = 1) -> SampleSet:
-    """Open a sample set and check it from end to end, every byte against the zip's checksums; nothing is executed.
+    """Open a sample set and check all of it against the checksums of the zip; nothing in it is executed.
 
-    classes: labels must lie in 0 .. classes - 1; None: not checked. minimum: fewest images that are accepted.
-    UserError, in one line, for whatever is wrong with the file.
+    classes: labels must lie in 0 ... classes - 1; None: not checked. minimum: fewest images that are accepted. Raises
+    UserError if anything is wrong with the file.
     """
     path = Path(path)
     images, labels = read_npz(path)

@@ -52,7 +52,7 @@ class Study:
     backbones: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     budgets: tuple[str, tuple[Any, ...]] | None = None  # kind and values; None: the protocol's steps
-    evaluate_at: tuple[int, ...] = ()  # more training steps that are sampled
+    evaluate_at: tuple[int, ...] = ()  # further training steps at which the run is sampled
     guidance_scales: tuple[float, ...] | None = None  # None: the protocol's
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`, for all runs
     recipe: dict[str, str] = field(default_factory=dict)
@@ -99,27 +99,30 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
     scales = sampling.pop(GUIDANCE_SCALES, None)
     settings = {RUN_KEYS[key]: items.pop(key) for key in RUN_KEYS if key in items}
     settings |= {SAMPLING_KEYS[key]: value for key, value in sampling.items()}
-    for setting, known in settings_of(RunOptions).items():
-        if setting in settings and known.type_name == "path":
+    for setting, info in settings_of(RunOptions).items():
+        if setting in settings and info.type_name == "path":
             settings[setting] = str(path.parent / settings[setting])
     return Study(name=name, file=path, guidance_scales=scales, settings=settings, **items)
 
 
-def _read(data: object, known: dict[str, Callable[[Any, str], Any]], where: str) -> dict[str, Any]:
-    """The items of the table `data`, each parsed by its function in `known`; `where` names the table in messages."""
+def _read(data: object, readers: dict[str, Callable[[Any, str], Any]], where: str) -> dict[str, Any]:
+    """The items of the table `data`, each parsed by its function in `readers`; `where` names the table in messages."""
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table, not {shown(data)}")
     items = {}
     for name, value in data.items():
-        if name not in known:
-            raise UserError(f"{where}: {unknown('item', name, known)}")
+        if name not in readers:
+            raise UserError(f"{where}: {unknown('item', name, readers)}")
         try:
-            items[name] = known[name](value, f"{where}: [{name}]")
+            items[name] = readers[name](value, f"{where}: [{name}]")
         except UserError:
             raise
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(f"{where}: {name} = {shown(value)}: {error}") from error
     return items
+
+
+# The functions below parse one item each. They raise ValueError, or UserError if they name the table (`where`) themselves.
 
 
 def _text(value: object, where: str) -> str:
@@ -147,7 +150,7 @@ def _number(value: object, where: str) -> float:
 
 
 def _list(read_item: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
-    """The parser of a list of items: not empty and without duplicates. A single item is a list of one."""
+    """Returns the parser of a list of items, which must not be empty or have duplicates. A single item is a list of one."""
 
     def read(value: object, where: str) -> tuple[Any, ...]:
         values = [read_item(each, where) for each in (value if isinstance(value, list) else [value])]
@@ -171,6 +174,7 @@ def _recipe_value(value: object) -> str:
 
 
 def _recipe(value: object, where: str) -> dict[str, str]:
+    """Overrides of the recipe: name -> text."""
     if not isinstance(value, dict):
         raise ValueError("must be a table")
     if "steps" in value:
@@ -179,12 +183,14 @@ def _recipe(value: object, where: str) -> dict[str, str]:
 
 
 def _recipes(value: object, where: str) -> dict[str, dict[str, str]]:
+    """Overrides of the recipe by backbone."""
     if not isinstance(value, dict):
         raise ValueError('must hold tables, as in [backbone."dit-xs-2"]')
     return {name: _recipe(each, f"{where[:-1]}.{name}]") for name, each in value.items()}
 
 
 def _budgets(value: object, where: str) -> tuple[str, tuple[Any, ...]]:
+    """(one of BUDGET_KINDS, its values)."""
     from harness.planning.reference import parse_budget, parse_reference
 
     def gflops(each: object, where: str) -> float:
@@ -201,18 +207,19 @@ def _budgets(value: object, where: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def _sampling(value: object, where: str) -> dict[str, Any]:
-    known = {key: _reader(name) for key, name in SAMPLING_KEYS.items()}
-    return _read(value, {**known, GUIDANCE_SCALES: _list(_number)}, where)
+    """The table [sampling]: key -> parsed value."""
+    readers = {key: _reader(name) for key, name in SAMPLING_KEYS.items()}
+    return _read(value, {**readers, GUIDANCE_SCALES: _list(_number)}, where)
 
 
 def _reader(name: str) -> Callable[[Any, str], Any]:
-    """The parser of a run's setting from TOML. It is stricter than the flag: a number is not accepted as text."""
-    known = settings_of(RunOptions)[name]
+    """Returns the parser of a run's setting from TOML. It is stricter than the flag: a number is not accepted as text."""
+    info = settings_of(RunOptions)[name]
 
     def word(value: object, where: str) -> str:
         text = _text(value, where)
-        if known.choices and text not in known.choices:
-            raise ValueError(f"choose one of {', '.join(known.choices)}")
+        if info.choices and text not in info.choices:
+            raise ValueError(f"choose one of {', '.join(info.choices)}")
         return text
 
     readers: dict[str, Callable[[Any, str], Any]] = {
@@ -221,9 +228,9 @@ def _reader(name: str) -> Callable[[Any, str], Any]:
         "seed": _integer,
         "float": _number,
     }
-    if known.read is read_switch:
+    if info.read is read_switch:
         return _switch
-    return _list(word) if known.repeat else readers.get(known.type_name, word)
+    return _list(word) if info.repeat else readers.get(info.type_name, word)
 
 
 def _switch(value: object, where: str) -> bool:
@@ -242,6 +249,7 @@ GUIDANCE_SCALES = "guidance_scales"  # key of [sampling]: a list; each scale has
 RUN_KEYS = study_settings(RunOptions, "")  # top-level key -> setting of a run
 SAMPLING_KEYS = {key: name for key, name in study_settings(RunOptions, "sampling").items() if key != GUIDANCE_SCALES}
 ITEMS: dict[str, Callable[[Any, str], Any]] = {
+    # top-level key: its parser, a function of (value, name of the table in messages)
     "name": _text,
     "protocol": _text,
     "backbones": _list(_text),

@@ -1,7 +1,8 @@
-"""The runs of a study: for each its identity, folder, commands and cost.
+"""Expands a study into its runs, each with its identity, folder, commands and cost.
 
-All budgets of one backbone and seed belong to one run, which is sampled at several steps, because more steps continue a
-run. The runs are in the folders of `harness run`, so work that another study or a user has done is not repeated.
+All budgets of one backbone and seed belong to one run, which is sampled at several training steps, because a longer
+training continues a shorter one. The runs are in the folders of `harness run`, so that work which another study or a user
+has done is not repeated.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ WEIGHT_BYTES = 4  # per parameter of an EMA checkpoint (float32)
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRun:
-    """One run of a study. Its requests differ only in guidance; each has a command, which a user can also run."""
+    """One run of a study. It has one request, and one command that a user can also run, for each guidance scale."""
 
     spec: RunSpec
     milestones: tuple[int, ...]  # training steps that are sampled, ascending; the last one ends the training
-    options: tuple[RunOptions, ...]  # one for each guidance scale
+    options: tuple[RunOptions, ...]  # one for each guidance scale; `requests` and `commands` are in the same order
     requests: tuple[Request, ...]
     commands: tuple[tuple[str, ...], ...]  # as words of a command line
 
@@ -44,11 +45,12 @@ class StudyRun:
 
     @property
     def steps(self) -> int:
+        """Training steps in all."""
         return self.milestones[-1]
 
     @property
     def gflops_step(self) -> float:
-        """Training compute of one step."""
+        """Training compute of one optimiser step, in Gflops."""
         return self.requests[0].gflops_step
 
     @property
@@ -56,9 +58,10 @@ class StudyRun:
         """Disk space of two checkpoints, the EMA checkpoints and the samples."""
         request, protocol = self.requests[0], self.requests[0].protocol
         sets = len(self.milestones) * sum(len(each.sampling.steps) for each in self.requests)
-        image = protocol.resolution**2 * protocol.image_channels
-        weights = (2 * CHECKPOINT_BYTES + (len(self.milestones) - 1) * WEIGHT_BYTES) * request.compute.params
-        return weights + sets * request.samples * image
+        image_bytes = protocol.resolution**2 * protocol.image_channels
+        # The EMA checkpoint of the last milestone is a hard link into the newest checkpoint.
+        weight_bytes = (2 * CHECKPOINT_BYTES + (len(self.milestones) - 1) * WEIGHT_BYTES) * request.compute.params
+        return weight_bytes + sets * request.samples * image_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,8 @@ def expand(study: Study) -> Expansion:
         if request.spec.kind != "denoiser":
             raise UserError(f"{where}: backbone {name!r} is one part of a system and cannot generate images alone")
     first = next(iter(requests.values()))[0]
-    given = {"features_weights", "reference"} & study.settings.keys()
-    if reasons := [*missing(first), *([] if given else missing_evaluator_files(protocol))]:
+    evaluator_files = {"features_weights", "reference"} & study.settings.keys()
+    if reasons := [*missing(first), *([] if evaluator_files else missing_evaluator_files(protocol))]:
         raise UserError(f"{where}: protocol {protocol.name!r} cannot run here: {'; '.join(reasons)}")
     data = training_data(protocol, first.data)
     return Expansion(
@@ -113,6 +116,7 @@ def expand(study: Study) -> Expansion:
 
 
 def _recipe(study: Study, name: str, protocol: Protocol) -> Recipe:
+    """The recipe of the backbone `name` in the study."""
     try:
         return override(protocol.recipe, study.recipe_of(name))
     except UserError as error:
@@ -120,32 +124,36 @@ def _recipe(study: Study, name: str, protocol: Protocol) -> Recipe:
 
 
 def _milestones(study: Study, name: str, protocol: Protocol) -> tuple[int, ...]:
-    """The training steps at which the backbone is sampled, ascending."""
+    """The training steps at which the backbone `name` is sampled, ascending."""
     recipe = _recipe(study, name, protocol)
     kind, values = study.budgets or ("steps", (recipe.steps,))
     if kind == "steps":
-        solved = set(values)
+        budget_steps = set(values)
     elif kind == "images":
-        solved = {max(1, nearest_count(value, recipe.batch)) for value in values}
+        budget_steps = {max(1, nearest_count(value, recipe.batch)) for value in values}
     else:
         spec = registry.backbones.get(name)
         compute = compute_of(spec, protocol, recipe, f"{study.file}: ")
-        solved = set()
+        budget_steps = set()
         for value in values:
             # The reference is counted with its own recipe in this study, so that all backbones have the same target.
             reference_recipe = recipe if kind == "gflops" else _recipe(study, value.backbone, protocol)
-            aim = {"budget": value, "match": None} if kind == "gflops" else {"match": value, "budget": None}
-            target = training_target(protocol, reference_recipe, **aim)
-            solved.add(solve_training(compute, recipe, *target).steps)
-    if study.evaluate_at and max(study.evaluate_at) > max(solved):
+            to, target = training_target(
+                protocol,
+                reference_recipe,
+                match=None if kind == "gflops" else value,
+                budget=value if kind == "gflops" else None,
+            )
+            budget_steps.add(solve_training(compute, recipe, to, target).steps)
+    if study.evaluate_at and max(study.evaluate_at) > max(budget_steps):
         raise UserError(
-            f"{study.file}: evaluate_at {max(study.evaluate_at)} is more than the {max(solved)} training steps of {name}; lower it"
+            f"{study.file}: evaluate_at {max(study.evaluate_at)} is more than the {max(budget_steps)} training steps of {name}; lower it"
         )
-    return tuple(sorted({*solved, *study.evaluate_at}))
+    return tuple(sorted({*budget_steps, *study.evaluate_at}))
 
 
 def _options(study: Study, name: str, seed: int, milestones: tuple[int, ...], scale: float | None) -> RunOptions:
-    """The settings of a run at one guidance scale, only those that the study sets. scale None: the protocol's scale."""
+    """The options of a run at one guidance scale, with only the settings that the study sets. scale None: the protocol's."""
     try:
         return RunOptions(
             backbone=name, protocol=study.protocol, seed=seed, steps=milestones[-1], evaluate_at=milestones[:-1] or None,

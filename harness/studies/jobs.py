@@ -1,6 +1,6 @@
-"""The commands of a run as processes, with their output in a log and the reason of the last failure in a file.
+"""Starts and stops the commands of a run, with their output in a log and the reason of the last failure in a file.
 
-The process itself holds the lock of its log, so the log stays locked if the launcher dies and the process does not.
+The process, not the launcher, holds the lock of the log, so the log stays locked if only the launcher dies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXIT_STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a process
 PROGRAMS = {"harness": "harness", "torchrun": "torch.distributed.run"}  # command -> Python module
 PROMPT = "$ "  # before a command in a log
 STOPPED = "harness: interrupted"  # printed after the checkpoint, once for several processes
-TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 16  # end of a log that is read
 LONGEST_REASON = 400
 
 
@@ -54,7 +54,8 @@ def write_failure(path: Path, words: Sequence[str], log: Path, code: int, reason
 
 
 def reason_of(log: Path, code: int) -> str:
-    """Why the last command in the log failed: its last line of output, or the signal that ended it."""
+    """Why the last command in the log failed: its last line that begins with "harness: ", else its last line of output;
+    or, for a negative exit code, the signal that ended it."""
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -66,8 +67,8 @@ def reason_of(log: Path, code: int) -> str:
         lines = _output_lines(log)
     except OSError as error:
         return f"exit code {code}; its log cannot be read: {error.strerror or error}"
-    messages = [line for line in lines if line.startswith("harness: ")]
-    line = (messages or lines or [f"exit code {code}"])[-1].removeprefix("harness: ")
+    errors = [line for line in lines if line.startswith("harness: ")]
+    line = (errors or lines or [f"exit code {code}"])[-1].removeprefix("harness: ")
     line = "".join(each if each.isprintable() else " " for each in line)
     return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 3]}..."
 
@@ -92,8 +93,8 @@ def _output_lines(log: Path) -> list[str]:
 def stop(process: subprocess.Popen, seconds: float) -> None:
     """Terminate the process and wait for its end; kill it after `seconds`.
 
-    It is for signal handlers. A handler may interrupt `process.wait()`, which holds a lock that `poll` and `wait` need,
-    so neither of them is used here.
+    Signal handlers call this. A handler may interrupt `process.wait()`, which holds a lock that `poll` and `wait` need, so
+    neither of them is used here.
     """
     process.terminate()
     end = time.monotonic() + seconds
@@ -104,6 +105,7 @@ def stop(process: subprocess.Popen, seconds: float) -> None:
 
 
 def _ended(process: subprocess.Popen) -> bool:
+    """Whether the process has ended, without `poll` (see `stop`)."""
     if process.returncode is not None:
         return True
     try:  # WNOWAIT: the exit code stays available for `process.wait()`

@@ -1,7 +1,7 @@
 """The local launcher: runs the commands of a study on this machine, a fixed number at a time, until all are done.
 
-It can be killed at any time and started again. It reads from the runs what is done, and it detects by their locks the
-processes that are still running, and waits for them.
+It can be killed at any time and started again. It reads from the folders of the runs what is done, detects by their locks
+which runs still have a process, and waits for these processes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class _Active:
 
 
 class Launcher:
-    """Launches the runs of a study that are not done. `draw` is called every two seconds with the progress."""
+    """Launches the runs of a study that are not done.
+
+    processes: number of runs at the same time. draw: called about every two seconds with the progress.
+    """
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class Launcher:
         self._devices = accelerators() if processes > 1 else []
 
     def launch(self) -> Overview:
-        """Work until nothing is left that can be done now, or until a signal to stop. Returns the progress then."""
+        """Launch runs until nothing is left that can be done now, or until a signal to stop. Returns the final progress."""
         try:
             with lock_folder(self.study.folder), self._signals():
                 self._rows = {run.name: progress_of(self.study, run) for run in self.study.runs}
@@ -79,10 +82,12 @@ class Launcher:
         return Overview(study=self.study, rows=tuple(self._rows.values()))
 
     def _to_launch(self, run: StudyRun) -> bool:
+        """Whether the run has work that this launcher does or waits for."""
         state = self._rows[run.name].state
         return state in ("to do", "interrupted", "running") or (state == "failed" and self.retry_failed)
 
     def _loop(self, queue: list[StudyRun]) -> None:
+        """Run the queue to its end. The queue is changed in place."""
         # Runs on which another process works come first: they occupy a slot until that process ends.
         queue.sort(key=lambda run: self._rows[run.name].state != "running")
         stops_handled, last_draw = 0, 0.0
@@ -121,12 +126,13 @@ class Launcher:
         logger.info(f"started {run.name}  (log {log_path(self.study, run)})")
 
     def _start(self, active: _Active) -> None:
+        """Start the first of the remaining commands; `active.process` stays None if another process has the log."""
         active.process = jobs.start(
             active.commands[0], log_path(self.study, active.run), self._environment(active.slot)
         )
 
     def _environment(self, slot: int) -> dict[str, str]:
-        """Environment of one of several processes: its share of the CPU cores and, if there are several, one GPU."""
+        """Environment variables of the process in `slot`: its share of the CPU cores and, if there are several, one GPU."""
         share: dict[str, str] = {}
         if self.processes > 1 and "OMP_NUM_THREADS" not in os.environ:
             share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
@@ -135,12 +141,16 @@ class Launcher:
         return share
 
     def _ended(self, active: _Active) -> bool:
+        """Whether the run's process, or the other process that the launcher waits for, has ended."""
         if active.process is None:
             return self.stopping > 0 or not is_running(self.study, active.run)
         return active.process.poll() is not None
 
     def _finish(self, active: _Active) -> list[StudyRun]:
-        """Start the next command of a run whose process has ended, or log its result; returns a run to begin again."""
+        """After a process of a run has ended: start the run's next command, or log the result.
+
+        Returns the runs to put into the queue again: [run] if another process worked on it, else [].
+        """
         run, process = active.run, active.process
         if process is not None and process.returncode == 0 and active.commands[1:] and not self.stopping:
             active.commands.pop(0)
@@ -153,7 +163,7 @@ class Launcher:
         if code and not other_process and not self.stopping and not jobs.interrupted(log, code):
             jobs.write_failure(failure_path(self.study, run), active.commands[0], log, code)
         self._rows[run.name] = row = progress_of(self.study, run)
-        if code == 0 and not self.stopping and row.state != "done":  # it must not be started again and again
+        if code == 0 and not self.stopping and row.state != "done":  # a failure, so that it is not started forever
             missing = f"ended without an error, but {row.sets - row.sets_done} sample sets are missing"
             jobs.write_failure(failure_path(self.study, run), active.commands[0], log, 0, missing)
             self._rows[run.name] = row = progress_of(self.study, run)
@@ -180,6 +190,8 @@ class Launcher:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
+        """Count Ctrl-C and SIGTERM in `self.stopping`: 1 stops the runs, 2 kills them."""
+
         def handle(number: int, frame: object) -> None:
             self.stopping += number == signal.SIGINT or not self.stopping  # a second SIGTERM has no effect
 

@@ -32,7 +32,7 @@ LIST_SETTINGS = ("setup", "teardown", "srun_args")  # settings that are lists of
 # Boolean settings of submitit, where false is a value. An option of sbatch that is false is left out.
 SUBMITIT_SWITCHES = ("use_srun", "stderr_to_stdout")
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")  # states of a job that has not started
-MAX_TIMEOUTS = 1_000_000  # how often a job may be requeued; a run of two weeks in jobs of four hours needs 84
+MAX_TIMEOUTS = 1_000_000  # how often a job may be requeued: no limit in practice
 
 
 class Command:
@@ -155,7 +155,7 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
 
 
 def command_of(study: Expansion, row: Progress, seconds: float) -> Command:
-    """The function that a job of the run calls. seconds: what its checkpoint may take."""
+    """The callable of the run's job. seconds: time that a checkpoint may take."""
     return Command(
         commands=[list(words) for words in row.pending],
         log=str(log_path(study, row.run)),
@@ -170,7 +170,7 @@ def job_name(study: Expansion, run: StudyRun) -> str:
 
 
 def queue(study: Expansion) -> dict[str, str]:
-    """The runs of the study that are in the queue: "running" or "queued" by name. Empty on a machine without SLURM."""
+    """Name -> "running" or "queued", for the runs of the study that have a job. Empty on a machine without SLURM."""
     if shutil.which("squeue") is None or not (study.folder / "slurm").exists():
         return {}
     words = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%T %j"]
@@ -189,22 +189,22 @@ def queue(study: Expansion) -> dict[str, str]:
 
 
 def submit(study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool) -> Overview:
-    """Submit a job for each run that has work left and is neither running nor in the queue."""
-    configured = executor(study, settings)
+    """Submit a job for each run that has work left and is neither running nor in the queue; returns the progress."""
+    slurm_executor = executor(study, settings)
     before = overview(study, queue(study))
     states = ("to do", "interrupted", *(["failed"] if retry_failed else []))
     to_submit = [row for row in before.rows if row.state in states and row.pending]
     if shutil.which("sbatch") is None:
-        return _write_scripts(study, configured, to_submit)
+        return _write_scripts(study, slurm_executor, to_submit)
     with lock_folder(study.folder):
         for row in to_submit:
             with files.explained(study.folder):
                 failure_path(study, row.run).unlink(missing_ok=True)
                 log_path(study, row.run).parent.mkdir(parents=True, exist_ok=True)
-            configured.update_parameters(job_name=job_name(study, row.run))
-            seconds = configured.parameters["signal_delay_s"] - REQUEUE_SECONDS
+            slurm_executor.update_parameters(job_name=job_name(study, row.run))
+            seconds = slurm_executor.parameters["signal_delay_s"] - REQUEUE_SECONDS
             try:
-                job = configured.submit(command_of(study, row, seconds))
+                job = slurm_executor.submit(command_of(study, row, seconds))
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 raise RunError(f"sbatch has refused the job of {row.run.name}: {lines[-1]}") from error
@@ -212,12 +212,12 @@ def submit(study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool)
     return overview(study, queue(study))
 
 
-def _write_scripts(study: Expansion, configured: Any, rows: list[Progress]) -> Overview:
+def _write_scripts(study: Expansion, slurm_executor: Any, rows: list[Progress]) -> Overview:
     """On a machine without SLURM: write the job scripts for inspection, and raise `UserError`."""
     folder = study.folder / "slurm"
     for row in rows:
-        configured.update_parameters(job_name=job_name(study, row.run))
-        text = configured._make_submission_file_text(configured._submitit_command_str, "")
+        slurm_executor.update_parameters(job_name=job_name(study, row.run))
+        text = slurm_executor._make_submission_file_text(slurm_executor._submitit_command_str, "")
         files.write_bytes(folder / f"{row.run.name}.sh", text.encode())
     raise UserError(
         f"sbatch is not on this machine; the {len(rows)} scripts that it would get are in {folder}, for inspection: run "

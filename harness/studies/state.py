@@ -1,7 +1,7 @@
-"""The progress of a study, read from the folders of its runs only, so that no second file can contradict them.
+"""The progress of a study. It is read from the folders of the runs; no other file stores it, so none can contradict them.
 
-The study's folder holds the rest: `logs/RUN.log` is the output of a run's commands and is locked while one of them
-runs; `failures/RUN.json` is the reason of the last failure.
+The study's folder has only logs and failures: `logs/RUN.log` is the output of a run's commands and is locked while one of
+them runs; `failures/RUN.json` is the reason of the last failure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from harness.settings import RunOptions
 from harness.studies.expand import Expansion, StudyRun
 
 STATES = ("done", "running", "queued", "failed", "interrupted", "to do")
-TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 16  # end of a training log that is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Progress:
 
     @property
     def training_steps_left(self) -> float:
-        """The remaining work, sampling included, in units of one training step."""
+        """The remaining compute, sampling included, divided by that of one training step."""
         return self.gflops_left / self.run.gflops_step
 
 
@@ -63,7 +63,7 @@ def failure_path(study: Expansion, run: StudyRun) -> Path:
 
 
 def is_running(study: Expansion, run: StudyRun) -> bool:
-    """Whether a process works on the run, whether the study or a user started it."""
+    """Whether a process works on the run, started by the study or by a user."""
     return files.is_locked(log_path(study, run)) or files.is_locked(run.folder / "lock")
 
 
@@ -71,7 +71,7 @@ def progress_of(study: Expansion, run: StudyRun, in_queue: str | None = None) ->
     """The progress of a run. in_queue: "running" or "queued" if a cluster has a job for it."""
     log = log_path(study, run)
     reason, existing = None, None
-    running = is_running(study, run)  # checked first: a process that ends while the files are read counts as running
+    running = is_running(study, run)  # before the files are read: if it ends meanwhile, it counts as running
     try:
         existing = open_run(run.folder) if (run.folder / "run.json").exists() else None
         if existing is not None and existing.identity != run.spec.identity:
@@ -164,19 +164,21 @@ def _seconds_step(run: Run | None) -> float | None:
     if run is None:
         return None
     state_files = [*run.checkpoints.glob("step-*/state.json"), *(run.folder / "snapshots").glob("step-*/state.json")]
-    newest: tuple[int, float | None] = (0, None)
+    newest_step = 0
+    seconds_step: float | None = None
     for path in state_files:
         try:
             state = files.read_json(path, "state")
             step, seconds = int(state["step"]), float(state["seconds"])
         except (UserError, KeyError, TypeError, ValueError):
             continue
-        if step > newest[0] and math.isfinite(seconds):
-            newest = (step, seconds / step)
-    return newest[1]
+        if step > newest_step and math.isfinite(seconds):
+            newest_step, seconds_step = step, seconds / step
+    return seconds_step
 
 
 def _failure(path: Path) -> str | None:
+    """The reason of the last failure; None if there is no readable failure file."""
     try:
         return str(files.read_json(path, "failure")["reason"])
     except (UserError, KeyError, TypeError):
@@ -203,9 +205,9 @@ class Overview:
         """Seconds per training step: of the run, or the median of its backbone's runs; None if not measured yet."""
         if row.seconds_step is not None:
             return row.seconds_step
-        of_same = [each for each in self.rows if each.run.spec.backbone == row.run.spec.backbone]
-        known = sorted(each.seconds_step for each in of_same if each.seconds_step is not None)
-        return known[len(known) // 2] if known else None
+        same_backbone = [other for other in self.rows if other.run.spec.backbone == row.run.spec.backbone]
+        speeds = sorted(other.seconds_step for other in same_backbone if other.seconds_step is not None)
+        return speeds[len(speeds) // 2] if speeds else None
 
     def seconds_left(self, row: Progress) -> float | None:
         """Seconds of the remaining work at the speed of training; None if that speed is not known."""

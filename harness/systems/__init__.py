@@ -1,1 +1,1 @@
-"""Systems: what a table row stands for, as networks with weights, sampler, guidance and decoder."""
+"""Systems: one or several networks with sampler, guidance and decoder, which together make the samples of a table row."""

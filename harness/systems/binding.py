@@ -1,4 +1,4 @@
-"""A system with weights for each of its parts: matched, checked against each other, and read when they are needed."""
+"""Loads a system: matches weights to its parts, checks them against each other, and reads a network when it is needed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DECODER = "decoder"  # the name of the decoder's weights beside those of the parts
+DECODER = "decoder"  # the name of the decoder's weights; the other names are those of `System.parts`
 
 Part = TypeVar("Part", Component, GuidanceClassifier)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """How the weights of a part were trained, where they are those of a run."""
+    """How the weights of a part were trained, if they come from a run."""
 
     recipe: Recipe
     steps: int
@@ -50,7 +50,7 @@ class Source:
 
     @property
     def trained(self) -> Trained | None:
-        """The training behind the weights; None: they are a file."""
+        """How the weights were trained; None: they are a file."""
         if self.run is None or self.steps is None:
             return None
         recipe = Recipe(**{"steps": self.steps, **self.run["recipe"]})
@@ -63,12 +63,12 @@ class LoadedSystem:
 
     system: System
     sources: dict[str, Source]
-    decoder: Path | None  # where the decoder's weights lie; None: by its name, or nothing to decode
+    decoder: Path | None  # the decoder's weights; None: found by the decoder's name, or there is no decoder
     notes: tuple[str, ...] = ()  # one line for each item that a run changed in the system
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the images of every sample set of it, as plain data; the settings of one set come on top."""
+        """What decides the images of all its sample sets, as plain data. A sample set adds its own settings."""
         weights = {
             name: {"sha256": source.sha256, "run": source.run, "training_steps": source.steps}
             for name, source in self.sources.items()
@@ -83,15 +83,15 @@ class LoadedSystem:
 
 
 def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
-    """Match `weights` (name of a part: path) with the system's parts.
+    """Match `weights` (name of a part: path) to the system's parts.
 
-    A run brings its arguments, objective and schedule. Raises `UserError` for a part without weights, weights without
-    a part, a file that is not there, and a run of another kind or another number of classes.
+    If weights are a run, its backbone, arguments, objective and schedule replace the part's. Raises `UserError` for a part
+    without weights, weights without a part, a file that does not exist, and a run of another kind or number of classes.
     """
     system.check()
-    wanted = [*system.parts, *([DECODER] if system.decoder else [])]
-    if strange := [name for name in weights if name not in wanted]:
-        raise UserError(f"system {system.name!r} has no part {strange[0]!r}; it has {', '.join(wanted)}")
+    names = [*system.parts, *([DECODER] if system.decoder else [])]
+    if unknown := [name for name in weights if name not in names]:
+        raise UserError(f"system {system.name!r} has no part {unknown[0]!r}; it has {', '.join(names)}")
     if missing := [name for name in system.parts if name not in weights]:
         part = system.parts[missing[0]]
         raise UserError(
@@ -100,7 +100,8 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
         )
     sources: dict[str, Source] = {}
 
-    def loaded(name: str, part: Part) -> Part:
+    def resolve(name: str, part: Part) -> Part:
+        """The part, as its run trained it if its weights are a run; adds its weights to `sources`."""
         path = weights[name].expanduser()
         if not path.exists():
             raise UserError(f"--weights {name}={path}: no such file or folder")
@@ -113,9 +114,9 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
     assert system.base is not None
     changed = replace(
         system,
-        base=loaded("base", system.base),
-        classifier=None if system.classifier is None else loaded("classifier", system.classifier),
-        upsamplers=tuple(loaded(name, part) for name, part in system.named_upsamplers.items()),
+        base=resolve("base", system.base),
+        classifier=None if system.classifier is None else resolve("classifier", system.classifier),
+        upsamplers=tuple(resolve(name, part) for name, part in system.named_upsamplers.items()),
     )
     changed.check()
     notes = tuple(note for name, part in changed.parts.items() for note in _notes(name, system.parts[name], part))
@@ -123,7 +124,7 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
 
 
 def _notes(name: str, before: Component | GuidanceClassifier, after: Component | GuidanceClassifier) -> Iterator[str]:
-    """One line for each item that a run changed in a part: nobody should have to find it out from the images."""
+    """Yields one line for each item of a part that a run has changed, for the user."""
     for item in ("backbone", "objective", "schedule", "diffusion_steps"):
         old, new = getattr(before, item, None), getattr(after, item, None)
         if old != new:
@@ -131,7 +132,7 @@ def _notes(name: str, before: Component | GuidanceClassifier, after: Component |
 
 
 def with_steps(loaded: LoadedSystem, steps: int) -> LoadedSystem:
-    """The same system with `steps` sampler steps in every component."""
+    """A copy of the system with `steps` sampler steps in every component."""
     system = loaded.system
     assert system.base is not None
     changed = replace(
@@ -144,6 +145,7 @@ def with_steps(loaded: LoadedSystem, steps: int) -> LoadedSystem:
 
 
 def _from_file(path: Path) -> Source:
+    """The weights in the file or folder `path`, hashed but not loaded."""
     from harness.weights.files import open_weights, sha256
 
     file = open_weights(path).path
@@ -151,7 +153,7 @@ def _from_file(path: Path) -> Source:
 
 
 def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
-    """The part as the run in `folder` trained it, and the run's newest EMA checkpoint."""
+    """(the part as the run in `folder` trained it, the run's newest EMA checkpoint). name: of the part."""
     run = open_run(folder)
     steps = max(run.ema_checkpoint_steps(), default=0)
     if not steps:
@@ -189,9 +191,9 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
 
 
 def read_network(part: Component | GuidanceClassifier, source: Source) -> torch.nn.Module:
-    """The torch network of a part, filled tensor by tensor from its weights, which are in memory only once.
+    """The torch network of a part, with its weights, which are in memory only once.
 
-    Raises `UserError` for weights that do not fit, and for a file that is another one by now.
+    Raises `UserError` for weights that do not fit, and for a file that has changed since `load_parts`.
     """
     from harness.compute.meta_torch import build_on_meta
     from harness.weights.load import load_into
@@ -199,10 +201,12 @@ def read_network(part: Component | GuidanceClassifier, source: Source) -> torch.
     logger.info("reading %s from %s ...", part.backbone, source.path)
     arguments = part.build_arguments()
     net = build_on_meta(part.spec, arguments)
-    if set(dict(net.named_buffers())) - set(net.state_dict()):  # computed when it is built, and in no file
+    if set(dict(net.named_buffers())) - set(
+        net.state_dict()
+    ):  # such buffers are in no file; only a real build computes them
         net = part.spec.build("torch", **arguments)
     provenance = load_into(net, source.path, part.spec)
-    if provenance.sha256 != source.sha256:  # hashed when it was named, read when it is needed
+    if provenance.sha256 != source.sha256:  # the hash that `load_parts` computed
         raise UserError(f"{source.path} has changed since sampling began; give the same command again")
     for note in provenance.notes:
         logger.info("  %s", note)

@@ -1,4 +1,4 @@
-"""Systems by name, or from a TOML file (its form: `spec.py`), every item of which is checked."""
+"""Reads systems: by name, or from a TOML file (for its form see `spec.py`), in which every item is checked."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Item = TypeVar("Item", Component, GuidanceClassifier, System)
 
 
 def system_from_dict(data: dict[str, Any], where: str) -> System:
-    """A `System` from plain data. where: the file, for messages.
+    """A `System` from plain data. where: names the file in messages.
 
-    Raises `UserError` for an unknown, missing or mistyped item, by its name.
+    Raises `UserError`, which names the item, if one is unknown, is missing or has another type.
     """
     data = dict(data)
     for name in ("row", "unavailable"):
@@ -40,7 +40,7 @@ def system_from_dict(data: dict[str, Any], where: str) -> System:
 
 
 def load_system(path: Path) -> System:
-    """A system from a TOML file."""
+    """The system in a TOML file. Raises `UserError` if the file cannot be read or is not valid."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -51,40 +51,43 @@ def load_system(path: Path) -> System:
 
 
 def get_system(name: str) -> System:
-    """The system called `name`, or the one in that file when the name ends in .toml."""
+    """The system of that name, or the one in the file if the name ends in .toml."""
     return load_system(Path(name)) if name.endswith(".toml") else registry.systems.get(name)
 
 
-def _fill(of: type[Item], data: object, where: str) -> Item:
-    """An `of` from a table. Raises `UserError` for an unknown, missing or mistyped item."""
+def _fill(cls: type[Item], data: object, where: str) -> Item:
+    """An instance of the dataclass `cls` from a table of a file; `where` names the table in messages.
+
+    Raises `UserError` if an item is unknown, is missing or has another type.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table, not {type(data).__name__}")
-    fields = {each.name: each for each in dataclasses.fields(of)}
+    fields = {each.name: each for each in dataclasses.fields(cls)}
     values = {}
     for name, value in data.items():
         if name not in fields:
             raise UserError(f"{where}: {unknown('item', name, fields)}")
-        wanted = str(fields[name].type)
+        type_name = str(fields[name].type)
         if type(value) is int and abs(value) > MAX_INT:
             raise UserError(f"{where}: {name} = {shown(value)} is out of range")
-        if wanted == "float" and type(value) is int:
+        if type_name == "float" and type(value) is int:
             value = float(value)
-        fits = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
-        if wanted in fits and type(value) is not fits[wanted]:
-            raise UserError(f"{where}: {name} = {shown(value)} must be of type {wanted.partition('[')[0]}")
+        types = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
+        if type_name in types and type(value) is not types[type_name]:
+            raise UserError(f"{where}: {name} = {shown(value)} must be of type {type_name.partition('[')[0]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {name} must be a finite number, not {value}")
-        if wanted.startswith("dict"):  # TOML has no tuples
-            if strange := [key for key, each in value.items() if not _is_argument(each)]:
+        if type_name.startswith("dict"):  # arguments of a network; TOML has no tuples
+            if invalid := [key for key, each in value.items() if not _is_argument(each)]:
                 raise UserError(
-                    f"{where}: {name}: {strange[0]} = {shown(value[strange[0]])} is no argument of a network"
+                    f"{where}: {name}: {invalid[0]} = {shown(value[invalid[0]])} is no argument of a network"
                 )
             value = {key: tuple(each) if isinstance(each, list) else each for key, each in value.items()}
         values[name] = value
     for name, each in fields.items():
         if name not in values and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: {name} is missing")
-    return of(**values)
+    return cls(**values)
 
 
 def _is_argument(value: object, depth: int = 2) -> bool:

@@ -1,8 +1,8 @@
-"""Systems: ways to make samples that a row of a table stands for.
+"""Systems: one or several networks with all settings that make the samples of a table row.
 
-A system is one backbone or several, with the sampler, steps, guidance and decoder behind a number: a base; optionally a
-classifier that guides it, upsamplers that each take the image before them, and a decoder of latents. The systems of the
-DiT paper's Tables 2, 3 and 5 are in `paper.py`; a user writes a TOML file:
+A system has a base and, optionally, a classifier that guides it, upsamplers (each takes the image of the component before
+it) and a decoder of latents; each component has its sampler, steps and guidance. The systems of the DiT paper's Tables 2,
+3 and 5 are in `paper.py`; a user writes a TOML file:
 
     name = "my-cascade"
     protocol = "digits"
@@ -37,12 +37,12 @@ from harness.spec import BackboneSpec, Compute
 if TYPE_CHECKING:
     from harness.diffusion.plans import SamplerPlan
 
-CLASSIFIER_PASSES = 2  # of a guiding classifier: forward, and backward to the image alone, counted as one more
+CLASSIFIER_PASSES = 2  # of a guiding classifier: one forward, and one for the gradient with respect to the image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """A network that makes images, and how it is sampled: the base (a denoiser or generator), or an upsampler."""
+    """A network that makes images, and how it is sampled: the base (a denoiser or a generator) or an upsampler."""
 
     backbone: str
     arguments: dict[str, Any] = field(default_factory=dict)  # of the builder, where they differ from its defaults
@@ -55,8 +55,8 @@ class Component:
     clip_denoised: bool = False
     guidance_scale: float = 1.0  # classifier-free; 1 = none
     guidance_channels: str = "all"
-    truncation: float = 1.0  # a generator's
-    conditioning_noise: float = 0.0  # an upsampler's: std of Gaussian noise on the image it is given
+    truncation: float = 1.0  # for a generator
+    conditioning_noise: float = 0.0  # for an upsampler: std of the Gaussian noise that is added to its input image
 
     @property
     def spec(self) -> BackboneSpec:
@@ -65,12 +65,12 @@ class Component:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one image before guidance doubles them: the sampler plan's; 1 for a generator."""
+        """Network evaluations for one image without guidance: those of the sampler's plan, or 1 for a generator."""
         return 1 if self.spec.kind == "generator" else self.plan().evaluations
 
     @property
     def advances(self) -> int:
-        """Steps that a progress bar counts: the sampler's, or 1 for a generator."""
+        """Progress-bar units for one batch: the sampler steps, or 1 for a generator."""
         return 1 if self.spec.kind == "generator" else self.steps
 
     @property
@@ -83,14 +83,14 @@ class Component:
         return self.spec.count(**self.build_arguments())
 
     def plan(self) -> SamplerPlan:
-        """The plan of the sampler. Raises `UserError` where sampler, schedule and steps do not fit each other."""
+        """The plan of the sampler. Raises `UserError` if sampler, schedule and steps do not fit together."""
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
             objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised,
         )  # fmt: skip
 
     def build_arguments(self) -> dict[str, Any]:
-        """Arguments of the builder, the output channels set by the objective."""
+        """Arguments of the builder, with the output channels that the objective needs."""
         arguments = dict(self.arguments)
         full = self.spec.arguments(**arguments)
         if self.spec.kind != "generator" and full.get("out_channels") is None:
@@ -125,10 +125,10 @@ class GuidanceClassifier:
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A way to make samples.
+    """One or several networks with all settings that make samples.
 
-    decoder: name of what turns latents into images; "" in pixels. unavailable: why the harness cannot run the system,
-    which then exists as published rows and as samples to evaluate; "" where it can.
+    decoder: name of the decoder of latents; "": the system is in pixels. unavailable: why the harness cannot run the
+    system, which then has only published rows, and samples made elsewhere can be evaluated; "": it can be run.
     """
 
     name: str
@@ -155,7 +155,7 @@ class System:
 
     @property
     def parts(self) -> dict[str, Component | GuidanceClassifier]:
-        """The networks by the name that --weights gives them: base, classifier, upsampler, upsampler-2, ..."""
+        """The networks by their names in --weights: base, classifier, upsampler, upsampler-2, ..."""
         parts: dict[str, Component | GuidanceClassifier] = {} if self.base is None else {"base": self.base}
         if self.classifier is not None:
             parts["classifier"] = self.classifier
@@ -163,13 +163,13 @@ class System:
 
     @property
     def named_upsamplers(self) -> dict[str, Component]:
-        """The upsamplers among `parts`."""
+        """The upsamplers by their names in `parts`: upsampler, upsampler-2, ..."""
         numbered = enumerate(self.upsamplers, start=1)
         return {"upsampler" if number == 1 else f"upsampler-{number}": part for number, part in numbered}
 
     @property
     def backbone(self) -> str:
-        """The networks' names joined by "+", as records have them."""
+        """The names of the backbones of all parts, joined by "+", as in records."""
         return "+".join(part.backbone for part in self.parts.values())
 
     @property
@@ -183,22 +183,22 @@ class System:
         return sum(part.passes for part in self.components)
 
     def gflops_forward(self) -> float:
-        """Gflops of one forward pass of every component, as the paper's Table 6 counts."""
+        """Gflops of one forward pass of every component, in sum, as in the paper's Table 6."""
         return sum(part.compute().gflops for part in self.components)
 
     def gflops_image(self) -> float:
-        """Sampling compute of one image, with guidance of either kind and without decoding."""
+        """Sampling compute of one image in Gflops: with both kinds of guidance, without decoding."""
         total = sum(part.compute().gflops * part.passes for part in self.components)
         if self.classifier is not None and self.base is not None:
             total += self.classifier.compute().gflops * CLASSIFIER_PASSES * self.base.evaluations
         return total
 
     def params(self) -> int:
-        """Parameters of all networks."""
+        """Number of parameters of all networks."""
         return sum(part.compute().params for part in self.parts.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """What decides the images, as plain data, JSON-ready. The decoder is not in it: it has an identity by itself."""
+        """All that decides the images, as plain data, except the decoder, which has an identity of its own."""
         data = dataclasses.asdict(self)
         for name in ("summary", "row", "unavailable", "decoder"):
             del data[name]
@@ -206,7 +206,7 @@ class System:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> System:
-        """The system of what `as_dict` gives, read back from JSON. Raises KeyError or TypeError for other data."""
+        """The inverse of `as_dict`, from JSON. Raises KeyError or TypeError for data of another form."""
         classifier = data["classifier"]
         parts = {
             "base": Component(**_with_tuples(data["base"])),
@@ -216,22 +216,22 @@ class System:
         return cls(**{**data, **parts})
 
     def check(self) -> None:
-        """Compare the parts with each other. Raises `UserError` for the first that does not fit."""
+        """Check that the parts fit together and fit the protocol. Raises `UserError` for the first that does not."""
         where = f"system {self.name!r}"
         if self.unavailable:
             raise UserError(f"{where} cannot be run: {self.unavailable}")
         assert self.base is not None
         kinds = {"base": ("denoiser", "generator"), "classifier": ("classifier",)}
         for name, part in self.parts.items():
-            fitting = kinds.get(name, ("upsampler",))
-            if part.spec.kind not in fitting:
+            allowed = kinds.get(name, ("upsampler",))
+            if part.spec.kind not in allowed:
                 raise UserError(
-                    f"{where}: {name} is {part.backbone!r}, of kind {part.spec.kind}; it must be a {' or '.join(fitting)}"
+                    f"{where}: {name} is {part.backbone!r}, of kind {part.spec.kind}; it must be a {' or '.join(allowed)}"
                 )
         for name, part in self.parts.items():
             if isinstance(part, Component):
-                check = _check_generator if part.spec.kind == "generator" else _check_sampling
-                check(f"{where}: {name}", part)
+                check_settings = _check_generator if part.spec.kind == "generator" else _check_sampling
+                check_settings(f"{where}: {name}", part)
         if self.classifier is not None and not self.classifier.scale > 0:
             raise UserError(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
         if self.classifier is not None and self.base.spec.kind == "generator":
@@ -240,61 +240,61 @@ class System:
             raise UserError(f"{where}: upsamplers after a decoder are not supported; leave out one of them")
         if self.classifier is not None:
             for item in ("schedule", "diffusion_steps"):
-                seen, guided = getattr(self.classifier, item), getattr(self.base, item)
-                if seen != guided:
+                of_classifier, of_base = getattr(self.classifier, item), getattr(self.base, item)
+                if of_classifier != of_base:
                     raise UserError(
-                        f"{where}: the classifier was trained on noise of {item} {_plain(seen)}, and the base that it "
-                        f"guides has {guided}"
+                        f"{where}: the classifier was trained on noise of {item} {_plain(of_classifier)}, and the base that it "
+                        f"guides has {of_base}"
                     )
         self._check_sizes(where)
 
     def _check_sizes(self, where: str) -> None:
-        """Compare classes, channels and sides of the parts with each other and with the protocol."""
+        """Compare classes, channels and image sizes of the parts with each other and with the protocol."""
         protocol = get_protocol(self.protocol)
-        full = {name: part.spec.arguments(**part.arguments) for name, part in self.parts.items()}
-        for name, arguments in full.items():
+        arguments_of = {name: part.spec.arguments(**part.arguments) for name, part in self.parts.items()}
+        for name, arguments in arguments_of.items():
             if arguments.get("num_classes", protocol.num_classes) != protocol.num_classes:
                 raise UserError(
                     f"{where}: {name} has {arguments['num_classes']} classes and protocol {protocol.name!r} has "
                     f"{protocol.num_classes}; choose weights, or arguments, of {protocol.num_classes}"
                 )
         if self.classifier is not None:
-            seen, guided = full["classifier"], full["base"]
+            classifier, base = arguments_of["classifier"], arguments_of["base"]
             for name in ("input_size", "in_channels"):
-                if seen[name] != guided[name]:
+                if classifier[name] != base[name]:
                     raise UserError(
-                        f"{where}: the classifier has {name} {seen[name]} and the base that it guides {guided[name]}"
+                        f"{where}: the classifier has {name} {classifier[name]} and the base that it guides {base[name]}"
                     )
-        made = {name: arguments for name, arguments in full.items() if name != "classifier"}
-        before = None
-        for name, arguments in made.items():
+        components = {name: arguments for name, arguments in arguments_of.items() if name != "classifier"}
+        previous = None  # name of the component whose image this one takes
+        for name, arguments in components.items():
             low = arguments.get("low_res_size")
-            if before is not None and low is not None and low != made[before]["input_size"]:
+            if previous is not None and low is not None and low != components[previous]["input_size"]:
                 raise UserError(
-                    f"{where}: {name} was made for images of {low} pixels and {before} makes them of "
-                    f"{made[before]['input_size']}"
+                    f"{where}: {name} was made for images of {low} pixels and {previous} makes them of "
+                    f"{components[previous]['input_size']}"
                 )
             channels = protocol.image_channels
-            if before is not None:
-                channels = made[before].get("in_channels", channels)
-            if before is not None and arguments["in_channels"] != channels:
+            if previous is not None:
+                channels = components[previous].get("in_channels", channels)
+            if previous is not None and arguments["in_channels"] != channels:
                 raise UserError(
-                    f"{where}: {name} takes {arguments['in_channels']} channels and {before} makes {channels}"
+                    f"{where}: {name} takes {arguments['in_channels']} channels and {previous} makes {channels}"
                 )
-            before = name
+            previous = name
         if not self.decoder:
-            last = list(made.values())[-1]
+            last = list(components.values())[-1]
             size, channels = last["input_size"], last.get("in_channels", protocol.image_channels)
             if (size, channels) != (protocol.resolution, protocol.image_channels):
                 raise UserError(
-                    f"{where}: {before} makes images of {size}x{size}x{channels} and protocol {protocol.name!r} has "
+                    f"{where}: {previous} makes images of {size}x{size}x{channels} and protocol {protocol.name!r} has "
                     f"{protocol.resolution}x{protocol.resolution}x{protocol.image_channels}; choose arguments or "
                     "protocol to fit"
                 )
 
 
 def _check_generator(where: str, part: Component) -> None:
-    """Refuse a truncation out of range, and the settings of a diffusion."""
+    """Raise `UserError` for a truncation out of range, and for settings that only a diffusion has."""
     if not 0 < part.truncation <= 1:
         raise UserError(f"{where}: truncation {part.truncation:g} must lie above 0 and be at most 1")
     for name in ("eta", "guidance_scale", "conditioning_noise", "clip_denoised"):
@@ -304,7 +304,7 @@ def _check_generator(where: str, part: Component) -> None:
 
 
 def _check_sampling(where: str, part: Component) -> None:
-    """Refuse settings that no sampler can be made from. The plan is made here, before anything expensive begins."""
+    """Raise `UserError` for invalid sampler settings. The sampler's plan is made here, before anything expensive begins."""
     arguments = part.spec.arguments(**part.arguments)
     for name, least, most in (
         ("eta", 0.0, 1.0),
@@ -328,10 +328,11 @@ def _check_sampling(where: str, part: Component) -> None:
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a part from JSON, which has lists where the arguments of networks are tuples."""
+    """A copy of the fields of a part, read from JSON, with tuples instead of lists in its network arguments."""
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in part["arguments"].items()}
     return {**part, "arguments": arguments}
 
 
 def _plain(value: object) -> str:
+    """The value as in messages (`shown`), without quotes."""
     return shown(value).strip("'")

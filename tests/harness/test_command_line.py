@@ -198,7 +198,7 @@ def test_doctor_says_what_it_is_at_and_loses_no_time_on_a_slow_product(monkeypat
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "ones", lambda *_, dtype: Slow(dtype))
-    assert doctor._bfloat16() == pytest.approx(0.01 / 60)
+    assert doctor._bfloat16_speed_ratio() == pytest.approx(0.01 / 60)
     assert products == [torch.float32] * doctor.PRODUCTS + [torch.bfloat16]
 
     for part in ("_torch", "_processor", "_features", "_plugins", "_optional"):

@@ -155,3 +155,10 @@ def test_a_plan_is_typed_and_says_what_is_missing(monkeypatch, caplog):
     assert isinstance(found, Plan) and found.measured is None and found.training.steps == 400_000
     assert round(found.gflops, 2) == 118.64 and any("imagenet" in sentence for sentence in found.missing)
     assert found.as_dict()["training"]["gflops"] == found.training.gflops
+
+
+@pytest.mark.parametrize("name", harness.__all__)
+def test_every_public_name_is_reachable(name):
+    value = getattr(harness, name)
+    if name in harness._HOMES:
+        assert value.__module__ == harness._HOMES[name]

@@ -35,13 +35,13 @@ def written(folder, **sidecar):
 def test_fields_come_back_as_they_were_written(tmp_path):
     path, sha256 = written(tmp_path, schema=2, record=FIELDS.as_dict())
     assert read_sidecar(path)["record"]["training"] == {"steps": 3, "learning_rate": 1e-4, "recipe_hash": "ab"}
-    assert read_fields(path, sha256) == FIELDS.of_samples(sha256)
+    assert read_fields(path, sha256) == FIELDS.with_samples(sha256)
     found = read_fields(path, sha256, "another name")
-    assert found == FIELDS.of_samples(sha256, "another name") and found.system == "another name"
+    assert found == FIELDS.with_samples(sha256, "another name") and found.system == "another name"
     assert found.sampling.samples_sha256 == sha256
     bare = RecordFields(system="a", sampling=Sampling(seed=0))
     path, sha256 = written(tmp_path, schema=2, record=bare.as_dict())
-    assert read_fields(path, sha256) == bare.of_samples(sha256) and "training" not in bare.as_dict()
+    assert read_fields(path, sha256) == bare.with_samples(sha256) and "training" not in bare.as_dict()
 
 
 def test_samples_without_a_sidecar_are_known_by_a_name(tmp_path):

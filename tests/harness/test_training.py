@@ -328,7 +328,7 @@ def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):
             at = []
             for step in range(1, 11):
                 before = engine.read
-                manager.stepped()
+                manager.count_step()
                 at += [step] * (engine.read - before)
                 stop, due = manager.decide(False)
                 assert not stop and due == (name == "two" and step in (1, 5, 9))
@@ -340,7 +340,7 @@ def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):
             whole.run, Counted(), io.StringIO(), unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0, group=Two()
         )
         other["stop"] = 0 if interrupted else STOP
-        manager.stepped()
+        manager.count_step()
         assert manager.decide(interrupted)[0]
 
 
