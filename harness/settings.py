@@ -99,14 +99,19 @@ class Options:
     """Base of the options classes. Values are parsed and checked at construction; `UserError` names the setting."""
 
     def __post_init__(self) -> None:
-        for name, known in settings_of(self).items():
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, known = field.name, field.metadata["setting"]
             value = getattr(self, name)
-            if value is None:
+            if value is None and field.default is None:
                 continue
             try:
+                if value is None:
+                    raise TypeError
                 read = known.read(value)
             except ValueError as error:
                 raise UserError(f"{known.flag(name)}: {error}") from None
+            except (TypeError, OverflowError):  # of another type than the reader looks at, or infinite
+                raise UserError(f"{known.flag(name)}: {shown(value)} is not a value of this setting") from None
             words = read if isinstance(read, tuple) else (read,)
             for word in words if known.choices else ():
                 if word not in known.choices:
@@ -477,7 +482,7 @@ def value_text(value: object) -> str:
     """The value as text that a flag or --set parses back to the same value."""
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, float) else str(value)
+    return repr(float(value)) if isinstance(value, float) else str(value)  # numpy's floats have another repr
 
 
 def command_line(words: Iterable[str]) -> str:

@@ -47,8 +47,10 @@ def read_seed(value: Any) -> int:
 def read_number(value: Any) -> float:
     """A number; NaN and infinity are left for the owner of the setting to judge."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{value!r} is not a valid float.") from None
 
 

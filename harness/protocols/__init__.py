@@ -177,18 +177,23 @@ def get_protocol(name: str) -> Protocol:
 
 
 def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
-    """A copy of `item` with `settings` (name: text or value) in place of its values; text is parsed as the type of the
-    old value. Raises `UserError` for an unknown name or text that cannot be parsed."""
+    """A copy of `item` with `settings` (name: text or value) in place of its values, as the type of the old value.
+
+    So 1, 1.0 and "1" are one learning rate, and one identity. Raises `UserError` for an unknown name, and for what
+    cannot be read as that type.
+    """
     known = {each.name: each for each in dataclasses.fields(item)}
     values = {}
     for name, value in settings.items():
         if name not in known:
             raise UserError(unknown(f"{type(item).__name__.lower()} item", name, known))
-        values[name] = _parse(name, value, getattr(item, name)) if isinstance(value, str) else value
+        like = getattr(item, name)
+        values[name] = value if type(value) is type(like) and not isinstance(value, str) else _parse(name, value, like)
     return dataclasses.replace(item, **values)
 
 
-def _parse(name: str, text: str, like: Any) -> Any:
+def _parse(name: str, value: object, like: Any) -> Any:
+    text = str(value)  # of numbers, numpy's included, the same text as on the command line
     try:
         if isinstance(like, bool):
             return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[text.lower()]
@@ -196,7 +201,7 @@ def _parse(name: str, text: str, like: Any) -> Any:
             return count(text)
         return type(like)(text)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{name}={text!r} cannot be read as {type(like).__name__}, as in {name}={like}") from error
+        raise UserError(f"{name}={shown(value)} cannot be read as {type(like).__name__}, as in {name}={like}") from error
 
 
 def check_name(noun: str, name: str) -> None:
