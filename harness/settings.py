@@ -100,14 +100,19 @@ class Options:
     """Base of the options classes. Values are parsed and checked at construction; `UserError` names the setting."""
 
     def __post_init__(self) -> None:
-        for name, info in settings_of(self).items():
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, info = field.name, field.metadata["setting"]
             value = getattr(self, name)
-            if value is None:
+            if value is None and field.default is None:
                 continue
             try:
+                if value is None:
+                    raise TypeError
                 parsed = info.read(value)
             except ValueError as error:
                 raise UserError(f"{info.flag(name)}: {error}") from None
+            except (TypeError, OverflowError):  # of a type that the reader does not know, or infinite
+                raise UserError(f"{info.flag(name)}: {shown(value)} is not a value of this setting") from None
             words = parsed if isinstance(parsed, tuple) else (parsed,)
             for word in words if info.choices else ():
                 if word not in info.choices:
@@ -489,7 +494,7 @@ def value_text(value: object) -> str:
     """The value as text that a flag or --set parses back to the same value."""
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, float) else str(value)
+    return repr(float(value)) if isinstance(value, float) else str(value)  # numpy's floats have another repr
 
 
 def command_line(words: Iterable[str]) -> str:

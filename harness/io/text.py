@@ -48,8 +48,10 @@ def read_seed(value: Any) -> int:
 def read_number(value: Any) -> float:
     """A number; NaN and infinity are accepted here, so a setting that excludes them checks that itself."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{value!r} is not a valid float.") from None
 
 

@@ -28,6 +28,8 @@ class Reference:
 def parse_reference(text: object) -> Reference:
     """A reference from BACKBONE@STEPS, as in dit-xl-2@400k. Raises `ValueError` for other text."""
     if isinstance(text, Reference):
+        if len(text.steps) != 1 or text.guidance_scale != 1:
+            raise ValueError(f"{str(text)!r} is not of the form BACKBONE@STEPS, as in dit-xl-2@400k")
         return text
     name, at, steps = str(text).rpartition("@")
     if not (name and at and "@" not in name):

@@ -179,19 +179,24 @@ def get_protocol(name: str) -> Protocol:
 
 
 def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
-    """A copy of `item` with `settings` (name: text or value) in place of its values; text is parsed as the type of the
-    old value. Raises `UserError` for an unknown name or text that cannot be parsed."""
+    """A copy of `item` with `settings` (name: text or value) in place of its values, as the type of the old value.
+
+    So 1, 1.0 and "1" are one learning rate, and one identity. Raises `UserError` for an unknown name, and for what
+    cannot be read as that type.
+    """
     known = {each.name: each for each in dataclasses.fields(item)}
     values = {}
     for name, value in settings.items():
         if name not in known:
             raise UserError(unknown(f"{type(item).__name__.lower()} item", name, known))
-        values[name] = _parse(name, value, getattr(item, name)) if isinstance(value, str) else value
+        old = getattr(item, name)
+        values[name] = value if type(value) is type(old) and not isinstance(value, str) else _parse(name, value, old)
     return dataclasses.replace(item, **values)
 
 
-def _parse(name: str, text: str, old: Any) -> Any:
-    """`text` as a value of the type of `old`, the present value of the item `name`."""
+def _parse(name: str, value: object, old: Any) -> Any:
+    """`value`, text or a number, as a value of the type of `old`, the present value of the item `name`."""
+    text = str(value)  # of numbers, numpy's included, the same text as on the command line
     try:
         if isinstance(old, bool):
             return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[text.lower()]
@@ -199,7 +204,7 @@ def _parse(name: str, text: str, old: Any) -> Any:
             return count(text)
         return type(old)(text)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{name}={text!r} cannot be read as {type(old).__name__}, as in {name}={old}") from error
+        raise UserError(f"{name}={shown(value)} cannot be read as {type(old).__name__}, as in {name}={old}") from error
 
 
 def check_name(noun: str, name: str) -> None:

@@ -1,15 +1,21 @@
 """The commands as functions: what README shows, the same settings as the command line, typed results, nothing printed."""
 
+import dataclasses
 import inspect
+import json
 import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import harness
 from harness.cli import group
+from harness.errors import UserError
 from harness.planning.plan import Plan
+from harness.planning.reference import Reference
+from harness.protocols import get_protocol, override
 from harness.settings import (
     CompareOptions,
     EvaluateOptions,
@@ -162,3 +168,44 @@ def test_every_public_name_is_reachable(name):
     value = getattr(harness, name)
     if name in harness._HOMES:
         assert value.__module__ == harness._HOMES[name]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"learning_rate": 1}, {"learning_rate": "1"}),
+        ({"learning_rate": np.float64(0.5)}, {"learning_rate": "0.5"}),
+        ({"weight_decay": 0, "label_dropout": 1}, {"weight_decay": "0", "label_dropout": "1"}),
+        ({"batch": 64.0}, {"batch": "64"}),
+        ({"batch": np.int64(64)}, {"batch": "64"}),
+        ({"flip": 1, "ema_ramp": 0}, {"flip": "yes", "ema_ramp": "no"}),
+    ],
+)
+def test_a_recipe_of_python_values_is_that_of_the_command_line(values, text):
+    one, other = (override(get_protocol("digits").recipe, items) for items in (values, text))
+    assert json.dumps(dataclasses.asdict(one)) == json.dumps(dataclasses.asdict(other))  # and so is its hash
+    words = command_words("run", RunOptions(backbone="dit-xs-2", set=values))
+    given = dict(word.split("=") for word in words if "=" in word)
+    assert override(get_protocol("digits").recipe, given) == one
+
+
+@pytest.mark.parametrize(
+    "values", [{"batch": 64.5}, {"batch": True}, {"learning_rate": None}, {"learning_rate": [1]}, {"clip_norm": True}]
+)
+def test_a_recipe_refuses_python_values_of_another_type(values):
+    with pytest.raises(UserError, match=f"{next(iter(values))}=.* cannot be read as"):
+        override(get_protocol("digits").recipe, values)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": None}, {"seed": float("inf")}, {"framework": None}, {"sampling_precision": None}, {"set": None},
+        {"set": 5}, {"data": 5}, {"sampling_steps": 1.5}, {"cfg": True}, {"cfg": 10**400}, {"logger": 5},
+        {"match": Reference(backbone="dit-xs-2", steps=(1, 2))},
+        {"match": Reference(backbone="dit-xs-2", steps=(1,), guidance_scale=1.5)},
+    ],
+)  # fmt: skip
+def test_values_that_no_setting_has_are_refused_by_its_name(settings):
+    with pytest.raises(UserError, match=f"--{next(iter(settings)).replace('_', '-')}: "):
+        RunOptions(backbone="dit-xs-2", **settings)
