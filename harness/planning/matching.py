@@ -163,24 +163,37 @@ def nearest_steps(target: Fraction, evaluations: Callable[[int], int]) -> int:
 
     evaluations: function of the number of steps, not decreasing.
     """
-    above = bisect.bisect_left(range(1, MAX_STEPS), math.ceil(target), key=evaluations) + 1
-    return min(range(max(1, above - 1), above + 1), key=lambda steps: (abs(evaluations(steps) - target), steps))
+    all_steps = range(1, MAX_STEPS)
+    above = bisect.bisect_left(all_steps, math.ceil(target), key=evaluations) + 1
+    nearest = min(range(max(1, above - 1), above + 1), key=lambda steps: (abs(evaluations(steps) - target), steps))
+    return bisect.bisect_left(all_steps, evaluations(nearest), key=evaluations) + 1
 
 
 def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int]:
     """The function from a number of sampler steps to the network evaluations of one image, without guidance.
 
-    It is defined for all numbers. Steps that the sampler refuses count one evaluation each; `check_plans` refuses them
-    later. Each step beyond those of the diffusion counts as many evaluations as the last one of these.
+    It is defined for all numbers, and not decreasing. Steps that the sampler refuses count in proportion between the
+    nearest that it accepts; `check_plans` refuses them later. Each step beyond those of the diffusion counts as many
+    evaluations as the last one of these.
     """
     limit = recipe.diffusion_steps
 
     @functools.cache
-    def within(steps: int) -> int:
+    def accepted(steps: int) -> int | None:
         try:
             return plan_of(recipe, sampling, steps).evaluations
         except UserError:
-            return steps
+            return None
+
+    @functools.cache
+    def within(steps: int) -> int:
+        if (own := accepted(steps)) is not None:
+            return own
+        below = next(((at, count) for at in range(steps - 1, 0, -1) if (count := accepted(at)) is not None), (0, 0))
+        above = next(((at, count) for at in range(steps + 1, limit + 1) if (count := accepted(at)) is not None), None)
+        if above is None:
+            return below[1] * steps // below[0] if below[0] else steps
+        return below[1] + (above[1] - below[1]) * (steps - below[0]) // (above[0] - below[0])
 
     def counted(steps: int) -> int:
         if steps <= limit:
