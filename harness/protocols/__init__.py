@@ -201,7 +201,9 @@ def _parse(name: str, value: object, like: Any) -> Any:
             return count(text)
         return type(like)(text)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{name}={shown(value)} cannot be read as {type(like).__name__}, as in {name}={like}") from error
+        raise UserError(
+            f"{name}={shown(value)} cannot be read as {type(like).__name__}, as in {name}={like}"
+        ) from error
 
 
 def check_name(noun: str, name: str) -> None:
