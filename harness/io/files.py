@@ -97,12 +97,21 @@ def claimed(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + PARTIAL)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+    while True:
+        with explained(path):
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock_or_refuse(descriptor, path)
+            if _is_at(descriptor, partial):  # else its last holder removed or renamed it before it was locked here
+                break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
     try:
-        _lock_or_refuse(descriptor, path)
         yield partial
-    finally:
-        if partial.exists() and partial.stat().st_size == 0:
+    finally:  # only what is locked here is removed: under the name may be a file of another process by now
+        if _is_at(descriptor, partial) and os.fstat(descriptor).st_size == 0:
             partial.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -118,6 +127,14 @@ def claimed_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock_or_refuse(descriptor: int, path: Path) -> None:

@@ -42,7 +42,7 @@ class Bar:
         self._marks = deque([(self._last_line, done)])  # (time, units done) within the window
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty() and not _silent:
+        if sys.stderr is not None and sys.stderr.isatty() and not _silent:
             drawing = _begin_drawing()
             self._bar = drawing, drawing.add_task(self.title, total=self.total, completed=self.done, note="", left="")
         return self
@@ -109,7 +109,7 @@ def write_line(text: str) -> None:
     """Write a line to stderr, above the bars that are drawn there."""
     if _drawing is not None:
         _drawing.console.print(text, markup=False, highlight=False, soft_wrap=True)
-    else:
+    elif sys.stderr is not None:  # None where a program was started without one; print would take stdout then
         print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -8,6 +8,7 @@ which have no such key, are converted by `upgrade_v1`.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from harness import protocols
 from harness.compute import TRAINING_FACTOR
-from harness.errors import UserError
+from harness.errors import UserError, shown
 from harness.images.open import open_images
 from harness.io import files
 from harness.runs.run import Resolved, recipe_identity
@@ -23,7 +24,7 @@ from harness.runs.sample_set import SampleRequest, has_eta
 from harness.runs.samples import read_sidecar, sidecar_path
 from harness.systems.binding import Source
 from harness.systems.spec import System
-from results.records import Sampling, Training
+from results.records import Record, Sampling, Training
 
 SCHEMA = 2
 
@@ -90,13 +91,20 @@ def read_fields(path: Path, sha256: str, name: str | None = None) -> RecordField
     data = read_sidecar(path)
     if data.get("sha256") != sha256:
         raise UserError(f"{path} is not the file that {sidecar} describes (its hash differs); put the right one back")
+    schema = data.get("schema", 1)
+    if type(schema) is int and schema > SCHEMA:
+        raise UserError(f"{sidecar} was written by a newer harness (schema {schema}); update this one")
     try:
-        schema = data.get("schema", 1)
-        if schema > SCHEMA:
-            raise UserError(f"{sidecar} was written by a newer harness (schema {schema}); update this one")
-        data = upgrade_v1(data) if schema < 2 else data
-        return RecordFields.from_dict(data["record"]).with_samples(sha256, name)
-    except (KeyError, TypeError) as error:
+        if type(schema) is not int or schema < 1:
+            raise TypeError(f"schema {shown(schema)} is not a schema number")
+        data = upgrade_v1(data) if schema == 1 else data
+        fields = RecordFields.from_dict(data["record"]).with_samples(sha256, name)
+        # A record of them is made here to check their types before the evaluation, which takes time.
+        Record(
+            provenance="measured", metric="fd", value=0.0, n=1, protocol="", resolution=1, dataset="", **fields.arguments()
+        )  # fmt: skip
+        return fields
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{sidecar} does not say how the samples were made ({error}); give --name and move it away"
         ) from error
@@ -284,7 +292,8 @@ def upgrade_v1(sidecar: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a sidecar of schema 1 in the form of schema 2, where `record` holds the record fields.
 
     In schema 1 they are spread over the keys identity, compute, evaluations and, for a run, trained (its frozen
-    settings). Raises KeyError or TypeError if one is missing or of another form.
+    settings). Raises KeyError, TypeError, ValueError or AttributeError if one is missing or of another form: today's
+    defaults do not stand in for what an old sidecar leaves out.
     """
     identity, compute = sidecar["identity"], sidecar["compute"]
     fields = (
@@ -300,9 +309,13 @@ def _fields_of_run_v1(
     identity: Mapping[str, Any], compute: Mapping[str, Any], evaluations: int, trained: Mapping[str, Any]
 ) -> RecordFields:
     run, settings = identity["run"], identity["sampling"]
-    names = {field.name for field in dataclasses.fields(protocols.Sampling)}
-    given = {name: value for name, value in settings.items() if name in names and value is not None}
+    given = {field.name: settings[field.name] for field in dataclasses.fields(protocols.Sampling)}
+    without_effect = {"eta": settings["sampler"] == "ddpm", "guidance_channels": settings["guidance_scale"] == 1}
+    given = {name: value for name, value in given.items() if value is not None or not without_effect.get(name)}
+    if None in given.values():
+        raise TypeError("a setting of the sampling is null")
     steps = identity["training_steps"]
+    recipe = _recipe_v1(run, steps)
     sample_set = SampleRequest(
         step=steps,
         sampling=protocols.Sampling(**{**given, "steps": (settings["steps"],)}),
@@ -319,7 +332,7 @@ def _fields_of_run_v1(
         backbone=run["backbone"],
         framework=run["framework"],
         seed=run["seed"],
-        recipe=protocols.Recipe(**{"steps": steps, **run["recipe"]}),
+        recipe=recipe,
         resolved=Resolved(**trained),
         params=compute["params"],
         gflops=compute["gflops"],
@@ -329,14 +342,30 @@ def _fields_of_run_v1(
     )
 
 
+def _recipe_v1(run: Mapping[str, Any], steps: int) -> protocols.Recipe:
+    """The recipe of a run, all of whose items the sidecar states."""
+    recipe = protocols.Recipe(**{"steps": steps, **run["recipe"]})
+    if missing := recipe_identity(recipe).keys() - run["recipe"].keys():
+        raise KeyError(min(missing))
+    return recipe
+
+
 def _fields_of_system_v1(identity: Mapping[str, Any], compute: Mapping[str, Any], evaluations: int) -> RecordFields:
-    settings = identity["sampling"]
+    settings, system = identity["sampling"], System.from_dict(identity["system"])
+    diffusions = (identity["system"]["base"], *identity["system"]["upsamplers"])
+    if json.loads(json.dumps(system.as_dict())) != identity["system"] or any(
+        None in each.values() for each in diffusions
+    ):
+        raise TypeError("a setting of the system is missing")
     sources = {
         part: Source(path=Path(), sha256=each["sha256"], run=each["run"], steps=each["training_steps"])
         for part, each in identity["weights"].items()
     }
+    for source in sources.values():
+        if source.run is not None and source.steps is not None:
+            _recipe_v1(source.run, source.steps)
     return fields_of_system(
-        System.from_dict(identity["system"]),
+        system,
         sources,
         framework=settings.get("framework", "torch"),
         seed=settings["seed"],

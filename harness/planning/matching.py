@@ -163,24 +163,38 @@ def nearest_steps(target: Fraction, evaluations: Callable[[int], int]) -> int:
 
     evaluations: function of the number of steps, not decreasing.
     """
-    above = bisect.bisect_left(range(1, MAX_STEPS), math.ceil(target), key=evaluations) + 1
-    return min(range(max(1, above - 1), above + 1), key=lambda steps: (abs(evaluations(steps) - target), steps))
+    all_steps = range(1, MAX_STEPS)
+    above = bisect.bisect_left(all_steps, math.ceil(target), key=evaluations) + 1
+    nearest = min(range(max(1, above - 1), above + 1), key=lambda steps: (abs(evaluations(steps) - target), steps))
+    return bisect.bisect_left(all_steps, evaluations(nearest), key=evaluations) + 1
 
 
 def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int]:
     """Returns a function from a number of sampler steps to the network evaluations of one image, without guidance.
 
-    The function is defined for all numbers. If the sampler refuses a number of steps, each step counts as one evaluation
-    here, and `check_plans` raises later. A step beyond the diffusion's steps counts as much as the last one of these.
+    The function is defined for all numbers and does not decrease. Numbers of steps that the sampler refuses are
+    interpolated between the nearest that it accepts; `check_plans` raises later. A step beyond the diffusion's steps
+    counts as much as the last one of these.
     """
     limit = recipe.diffusion_steps
 
     @functools.cache
-    def evaluations_of_plan(steps: int) -> int:
+    def accepted(steps: int) -> int | None:
         try:
             return plan_of(recipe, sampling, steps).evaluations
         except UserError:
-            return steps
+            return None
+
+    @functools.cache
+    def evaluations_of_plan(steps: int) -> int:
+        if (stated := accepted(steps)) is not None:
+            return stated
+        fewer = next((n for n in range(steps - 1, 0, -1) if accepted(n) is not None), 0)
+        more = next((n for n in range(steps + 1, limit + 1) if accepted(n) is not None), None)
+        at_fewer = (accepted(fewer) or 0) if fewer else 0
+        if more is None:
+            return at_fewer * steps // fewer if fewer else steps
+        return at_fewer + ((accepted(more) or 0) - at_fewer) * (steps - fewer) // (more - fewer)
 
     def evaluations(steps: int) -> int:
         if steps <= limit:

@@ -197,8 +197,31 @@ def test_other_evaluations_are_searched_for_the_nearest(evaluations):
     assert nearest_steps(Fraction(4), lambda steps: 2 * steps - 1) == 2  # 3 and 5 are as near: the fewer
 
 
+def test_of_steps_with_as_many_evaluations_the_fewest_are_taken():
+    evaluations = lambda steps: 4 * (steps // 3) + 1  # noqa: E731
+    assert [nearest_steps(Fraction(part), evaluations) for part in (5, 6, 7, 8)] == [3, 3, 3, 6]
+
+
+def test_steps_that_a_sampler_refuses_count_like_those_it_accepts(monkeypatch):
+    """A sampler with two evaluations a step that takes whole strides only: matched to itself it takes the same steps."""
+
+    def twice(schedule, steps, objective, eta, clip_denoised):
+        found = registry.samplers.get("ddim-ldm").make(schedule, steps, objective, eta, clip_denoised)
+        return dataclasses.replace(found, evaluations=2 * steps)
+
+    registry.samplers.names()
+    for name, item in (("_items", SamplerSpec(name="twice", summary="", make=twice)), ("_owners", "the tests")):
+        monkeypatch.setattr(registry.samplers, name, {**getattr(registry.samplers, name), "twice": item})
+    request = make_request(backbone="dit-xs-4", protocol="digits", sampling={"sampler": "twice", "steps": (1,)})
+    counts = evaluation_counts(request.recipe, request.sampling)
+    assert [counts(steps) for steps in (1, 5, 7, 333, 500, 999, 1000, 1001)] == [2, 10, 14, 666, 1000, 1998, 2000, 2002]
+    for steps in (1, 5, 10, 125, 500):
+        solved = matched(request, sampling=parse_sampling_reference(f"dit-xs-4@{steps}"))
+        assert solved.sampling.steps == (steps,) and solved.match_sampling[0].relative_error == 0
+
+
 def test_evaluations_are_counted_for_every_number_of_steps(monkeypatch):
-    """Those of the plan; one a step where the sampler refuses; beyond the diffusion's steps as the last one's."""
+    """Those of the plan; in proportion where the sampler refuses; beyond the diffusion's steps as the last one's."""
     request = make_request(
         backbone="dit-xs-4", protocol="digits", settings={"diffusion_steps": "40"}, sampling={"steps": (8,)}
     )

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from harness.cli import group
 from harness.engines.interfaces import DeviceInfo
+from harness.errors import UserError
 from harness.io.files import sha256_file, write_json
 from harness.pipeline import sample, sample_system
 from harness.pipeline.sidecar import read_fields, upgrade_v1
@@ -212,3 +213,40 @@ def test_a_sample_set_that_was_interrupted_is_continued(folder, again):
     new = read_sidecar(copy / "samples.npz")
     assert new["schema"] == 2 and new["identity"] == old["identity"] and new["evaluations"] == old["evaluations"]
     assert (new["drawn"]["seconds"] is None) == bool(half) and not (copy / "shards").exists()
+
+
+def places(data, below=()):
+    """The path of every value in JSON data."""
+    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        yield (*below, key)
+        yield from places(data[key], (*below, key))
+
+
+@pytest.mark.parametrize("folder", SETS, ids=of)
+def test_what_an_old_sidecar_leaves_out_is_not_made_up(folder, tmp_path):
+    """Without any one value, or with null or a list in its place, it is refused in one line, or means the same or less."""
+    shutil.copy(folder / "samples.npz", tmp_path)
+    sidecar = read_sidecar(folder / "samples.npz")
+    complete = known(read_fields(folder / "samples.npz", sidecar["sha256"]))
+    stated = {"training": ("batch", "learning_rate", "images"), "sampling": ("eta", "guidance_scale", "clip_denoised")}
+    for place in places(sidecar):
+        for change in ("left out", None, []):
+            changed = json.loads(json.dumps(sidecar))
+            *outer, last = place
+            holder = changed
+            for key in outer:
+                holder = holder[key]
+            if change == "left out":
+                del holder[last]
+            else:
+                holder[last] = change
+            (tmp_path / "samples.json").write_text(json.dumps(changed))
+            try:
+                found = known(read_fields(tmp_path / "samples.npz", sidecar["sha256"]))
+            except UserError as error:
+                assert "\n" not in str(error)
+                continue
+            for part, names in stated.items():
+                for name in names:
+                    value = found.get(part, {}).get(name)
+                    assert value in (None, complete.get(part, {}).get(name)), (place, change, name, value)

@@ -58,3 +58,11 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "distances: 40/100 tiles 1 min 0 s left", "distances: 80/100 tiles 20 s left",
     ]  # fmt: skip
+
+
+def test_without_stderr_nothing_is_written_anywhere(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python starts where descriptor 2 is closed
+    with progress.Bar("work", 3) as bar:
+        bar.advance(3)
+    progress.write_line("a line")
+    assert capsys.readouterr().out == ""

@@ -25,6 +25,7 @@ from evaluators.statistics import statistics
 from harness.cli import group
 from harness.data.digits import load
 from harness.errors import RunError, UserError
+from harness.io import files
 
 N = 700  # more than one call of the network
 
@@ -402,3 +403,29 @@ def test_killed_in_the_middle_it_leaves_no_half_file_and_continues(tmp_path, pic
     assert [path.suffix for path in (killed / "cache").iterdir()] == [".npz"]
     calls = -(-N // 20)
     assert calls <= seen() <= calls + kills  # at most the call that was under way is repeated
+
+
+def test_a_refused_process_leaves_the_claim_of_another_alone(tmp_path):
+    """The claimed file may be empty for minutes: as long, a second and a third process are refused."""
+    target = tmp_path / "r.npz"
+    with files.claimed(target) as partial:
+        for _ in range(2):
+            with pytest.raises(UserError, match="another process is making"), files.claimed(target):
+                pass
+        assert partial.exists()
+    assert not partial.exists()
+
+
+def test_a_claim_is_of_the_file_under_the_name(tmp_path, monkeypatch):
+    """Where the last holder removes its file between the opening and the locking here, the claim begins again."""
+    target, lock, taken = tmp_path / "r.npz", files.lock, []
+
+    def removed_before(descriptor):
+        if not taken:
+            (tmp_path / "r.npz.partial").unlink()
+        taken.append(descriptor)
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "lock", removed_before)
+    with files.claimed(target) as partial:
+        assert len(taken) == 2 and partial.exists() and files.is_locked(partial)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -60,6 +61,14 @@ def test_samples_without_a_sidecar_are_known_by_a_name(tmp_path):
         ({"record": {**FIELDS.as_dict(), "colour": "red"}}, "does not say how the samples were made .*colour"),
         ({"record": {**FIELDS.as_dict(), "sampling": {"steps": "four"}}}, "Sampling.steps: 'four' is not an integer"),
         ({"schema": "new"}, "does not say how the samples were made"),
+        *(
+            ({"schema": each}, "is no schema number")
+            for each in (0, -1, True, False, 1.0, 1.5, 2.0, math.nan, "2", None)
+        ),
+        *(({"record": each}, "does not say how the samples were made") for each in (None, 5, "x", [])),
+        ({"record": {**FIELDS.as_dict(), "params": "x"}}, "Record.params: 'x' is not an integer"),
+        ({"record": {**FIELDS.as_dict(), "system": 5}}, "Record.system: 5 is not a str"),
+        ({"record": {**FIELDS.as_dict(), "gflops": math.inf}}, "Record.gflops: inf is not finite"),
         ({"schema": 1}, r"does not say how the samples were made \('identity'\)"),
     ],
 )
