@@ -62,7 +62,7 @@ def test_samples_without_a_sidecar_are_known_by_a_name(tmp_path):
         ({"record": {**FIELDS.as_dict(), "sampling": {"steps": "four"}}}, "Sampling.steps: 'four' is not an integer"),
         ({"schema": "new"}, "does not say how the samples were made"),
         *(
-            ({"schema": each}, "is no schema number")
+            ({"schema": each}, "is not a schema number")
             for each in (0, -1, True, False, 1.0, 1.5, 2.0, math.nan, "2", None)
         ),
         *(({"record": each}, "does not say how the samples were made") for each in (None, 5, "x", [])),
