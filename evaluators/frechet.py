@@ -162,11 +162,14 @@ def estimate(
     reference: Statistics,
     block: np.ndarray,
     *,
-    sample_statistics: Statistics | None = None,  # exact statistics of the features; None: computed here
-    value_statistics: Statistics
-    | None = None,  # for the value alone, such as those with ADM's float32 mean; None: exact
+    # Exact statistics of the features; None: computed here.
+    sample_statistics: Statistics | None = None,
+    # For the value alone, such as those with ADM's float32 mean; None: exact.
+    value_statistics: Statistics | None = None,
 ) -> Estimate:
-    """Frechet distance of features (N, D) from a reference; block int64 (N,).
+    """Frechet distance of features (N, D) from a reference.
+
+    block int64 (N,): the block of each sample, from intervals.assign_blocks.
 
     The distances without a block reuse one matrix product over all rows, of size (N, N) if N <= D and at most (D, D)
     otherwise. Beyond the features, memory depends on N only through the size of a block.
@@ -179,9 +182,8 @@ def estimate(
         scaled = (features - samples.mean) @ factor  # (N, r): centred rows times F of the reference
         inner = scaled @ scaled.T  # (N, N)
     else:
-        inner = (n - 1) * (
-            factor.T @ samples.covariance @ factor
-        )  # (r, r), with the nonzero eigenvalues of the (N, N) product
+        # (r, r), with the nonzero eigenvalues of the (N, N) product
+        inner = (n - 1) * (factor.T @ samples.covariance @ factor)
         inner = (inner + inner.T) / 2
     sample_trace, reference_trace = float(np.trace(samples.covariance)), float(np.trace(reference.covariance))
     value = frechet_distance(value_statistics or samples, reference)  # exact statistics do not depend on the row order

@@ -184,12 +184,12 @@ class Moments:
         for start in range(0, self.dim, ROWS_PER_FINISH):
             rows = slice(start, start + ROWS_PER_FINISH)
             high, low = _double_double(self._products, rows, -2 * UNIT)  # sum of x x^T
-            high, error = _two_product(np.array(n), high)  # n * sum of x x^T
-            low = error + n * low
-            outer, error = _two_product(total[rows, None], total[None, :])
-            error += total[rows, None] * total_low[None, :] + total_low[rows, None] * total[None, :]
-            difference, rounding = _two_sum(high, -outer)
-            covariance[rows] = (difference + (rounding + (low - error))) / (n * (n - ddof))
+            scaled, scaled_error = _two_product(np.array(n), high)  # n * sum of x x^T
+            scaled_low = scaled_error + n * low
+            outer, outer_low = _two_product(total[rows, None], total[None, :])
+            outer_low += total[rows, None] * total_low[None, :] + total_low[rows, None] * total[None, :]
+            difference, rounding = _two_sum(scaled, -outer)
+            covariance[rows] = (difference + (rounding + (scaled_low - outer_low))) / (n * (n - ddof))
         return Statistics(n=self.n, mean=total / n, covariance=covariance)
 
 

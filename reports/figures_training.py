@@ -158,9 +158,8 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
         for record in published
         if record.gflops
         and record.resolution == 256
-        and (record.metric == "fid" if record.table in DETAILS else record.table == "Table 2")
+        and (record.table in DETAILS if record.metric == "fid" else record.table == "Table 2")
         and not is_guided(record)
-        and (record.metric != "fid" or record.table in DETAILS)
         and not block_of(model_of(record))
     ]
     groups, more = comparable_groups(index.every, printed)
