@@ -35,14 +35,15 @@ def unavailable_reason(device: torch.device) -> str | None:
     """Why torch.compile is not available on this machine, and the fix. None: it is available."""
     if device.type not in ("cpu", "cuda"):
         return f"torch.compile is not used on {device.type}; leave out --compile"
-    compilers = ["g++", "clang++"] if device.type == "cpu" else ["gcc", "cc", "clang"]
-    variable = "CXX" if device.type == "cpu" else "CC"
-    if device.type == "cpu" and sys.platform != "darwin":
-        compilers = ["g++"]  # what torch calls unless CXX names another
+    if device.type == "cuda":
+        variable, language, compilers = "CC", "C", ["gcc", "cc", "clang"]
+    elif sys.platform == "darwin":
+        variable, language, compilers = "CXX", "C++", ["g++", "clang++"]
+    else:
+        variable, language, compilers = "CXX", "C++", ["g++"]  # what torch calls unless CXX names another
     if named := os.environ.get(variable):
         compilers = [named]
     if not any(map(shutil.which, compilers)):
-        language = "C++" if device.type == "cpu" else "C"
         return f"torch.compile needs a {language} compiler and there is no {' or '.join(compilers)}; install one (apt install g++)"
     if device.type == "cuda" and find_spec("triton") is None:
         return "torch.compile needs triton on a GPU; run: pip install triton"
@@ -151,12 +152,13 @@ def choose(
         return Choice("off", f"a run of {seconds * images:.0f} s is over before compiling pays off")
     logger.info("compiling, and measuring what it gains ...")
     begin = time.perf_counter()
-    # compiled: seconds of training on one image, compiled. cause: the error of this process.
-    compiled, reason, cause = 0.0, "torch.compile failed in another process", None
+    compiled_seconds = 0.0  # of training on one image, compiled
+    # Unless this process fails (cause), a failure is another process's.
+    reason, cause = "torch.compile failed in another process", None
     try:
         compile_network(net)
         measure()  # compiles, which may take longer than a measurement allows
-        compiled = measure()
+        compiled_seconds = measure()
     except UserError:
         raise
     except Exception as error:  # the compiler's are of many kinds
@@ -165,12 +167,13 @@ def choose(
     finally:
         undo(net)
     cost = time.perf_counter() - begin
-    if all_max(float(cause is not None)):
+    any_failed = all_max(float(cause is not None)) > 0
+    if any_failed:
         if wanted == "on":
             raise UserError(f"--compile on: {reason}; leave it out") from cause
         return Choice("off", reason)
-    compiled, cost = all_max(compiled), all_max(cost)
-    gain = f"{seconds / compiled:.2f} times as fast, {cost:.0f} s to compile"
-    if wanted == "on" or cost + compiled * images < MARGIN * seconds * images:
-        return Choice("on", gain, compiled)
-    return Choice("off", f"it does not pay off: {gain}", compiled)
+    compiled_seconds, cost = all_max(compiled_seconds), all_max(cost)
+    gain = f"{seconds / compiled_seconds:.2f} times as fast, {cost:.0f} s to compile"
+    if wanted == "on" or cost + compiled_seconds * images < MARGIN * seconds * images:
+        return Choice("on", gain, compiled_seconds)
+    return Choice("off", f"it does not pay off: {gain}", compiled_seconds)

@@ -74,7 +74,10 @@ def gpu(local_rank: int) -> int:
 
 
 def all_max(value: float) -> float:
-    """The largest value of all processes, in every process. Several processes round a float to float32."""
+    """The largest value of all processes, in every process.
+
+    With several processes the value is rounded to float32; with one it is returned unchanged.
+    """
     if _launch is None:
         return value
     tensor = torch.tensor([value])

@@ -208,14 +208,15 @@ def resolve(
 ) -> Measured:
     """Choose precision, micro-batch and compilation if they are "auto" or None. The weights of `net` stay as they are."""
     parameters = sum(weight.numel() for weight in net.parameters())
-    if mesh.model > 1:  # parameters in the memory of each process: its shard, and the block that is gathered
-        parameters = parameters // mesh.model + parallel.largest_block(net)
+    local_parameters = parameters  # in the memory of each process
+    if mesh.model > 1:  # its shard, and the block that is gathered
+        local_parameters = parameters // mesh.model + parallel.largest_block(net)
     batch = parallel.local_batch(batch)
-    free = free_bytes(device) + 4 * parameters  # the network is already in memory and was counted as used
+    free = free_bytes(device) + 4 * local_parameters  # the network is already in memory and was counted as used
     # The smallest of the micro-batches that fit in the processes.
-    fitting = -int(process_group.all_max(-fit_micro_batch(batch, parameters, activation_bytes, free)))
+    fitting = -int(process_group.all_max(-fit_micro_batch(batch, local_parameters, activation_bytes, free)))
     if fitting == 0:
-        raise one_image_error(spec.name, parameters, activation_bytes, str(device), free)
+        raise one_image_error(spec.name, local_parameters, activation_bytes, str(device), free)
     chosen = min(micro_batch or fitting, batch)
     images = min(chosen, PROBE_IMAGES)
     check_precision(device, precision)
@@ -223,7 +224,7 @@ def resolve(
     processes = process_group.size()
     seconds: dict[str, float] = {}  # of training on one image, by precision, with all processes at work
     for candidate in candidates:
-        local_seconds = None  # seconds in one process
+        local_seconds = None  # of one image in one process, the slowest; None: to be measured
         if seconds:
             other_seconds = min(seconds.values()) * processes
             local_seconds = seconds_if_far_slower(net, arguments, device, candidate, spec.kind, other_seconds)
@@ -248,7 +249,7 @@ def resolve(
         mesh=str(mesh),
         compile=choice.mode,
     )
-    need = state_bytes(parameters, fastest) + chosen * activation_bytes
+    need = state_bytes(local_parameters, fastest) + chosen * activation_bytes
     return Measured(
         resolved=resolved, seconds=seconds, memory_bytes=need, free_bytes=free, compiled=f"{choice.mode} ({choice.reason})",
         compiled_seconds=None if choice.seconds is None else choice.seconds / processes,
