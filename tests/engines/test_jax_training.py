@@ -18,7 +18,7 @@ from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.backend import get_backend
 from harness.engines.jax import mesh
-from harness.engines.jax.errors import one_line
+from harness.engines.jax.errors import errors_in_one_line
 from harness.engines.torch.sampling import load_weights
 from harness.errors import RunError, UserError
 
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_missing_memory_is_one_line():
     with pytest.raises(RunError, match="out of memory in training step 7: .*; take less") as caught:  # noqa: SIM117
-        with one_line("training step 7", "take less"):
+        with errors_in_one_line("training step 7", "take less"):
             jax.jit(lambda: jnp.ones(1 << 46))().block_until_ready()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
@@ -188,7 +188,7 @@ def test_a_shape_that_does_not_fit_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"input of shape \(24, 2, 8, 8\), but this network takes \(N, 1, 8, 8\)"):
         engine(shop).step(1, lambda: False)
     with pytest.raises(RunError, match="the network cannot be run in training step 7: TypeError: ") as caught:  # noqa: SIM117
-        with one_line("training step 7", ""):  # of a plug-in that does not look
+        with errors_in_one_line("training step 7", ""):  # of a plug-in that does not look
             jax.jit(lambda x: x @ jnp.ones((3, 3)))(jnp.ones((4, 4)))
     assert "\n" not in str(caught.value)
 

@@ -13,7 +13,7 @@ MAX_LENGTH = 200  # characters that are quoted from jax
 
 
 @contextmanager
-def one_line(where: str, remedy: str) -> Iterator[None]:
+def errors_in_one_line(where: str, remedy: str) -> Iterator[None]:
     """Context that turns errors of jax, and of a network that cannot be traced, into a RunError of one line.
 
     where: the place, as in "training step 3". remedy: what to do when memory runs out.

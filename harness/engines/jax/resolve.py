@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from backbones.flax_layers import set_compute_dtype
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
-from harness.engines.jax.errors import one_line
+from harness.engines.jax.errors import errors_in_one_line
 from harness.engines.jax.trainer import COMPUTE_DTYPES, matmul_context, split
 from harness.engines.memory import Measured, fit_micro_batch, one_image_error, state_bytes
 from harness.errors import UserError
@@ -71,7 +71,7 @@ def measure(
     sharding, shardings = devices.batch_sharding(mesh), devices.weight_shardings(mesh, (params, rest))
     function = jit(jax.grad(loss), mesh.devices.flat[0].platform, out_shardings=shardings[0])
     best = float("inf")
-    with one_line("a first training step", LESS_MEMORY), matmul_context(precision):
+    with errors_in_one_line("a first training step", LESS_MEMORY), matmul_context(precision):
         inputs = tuple(devices.to_device(array, sharding) for array in inputs_of(kind, images, arguments))
         params, rest = devices.to_device((params, rest), shardings)
         compiled = function.lower(params, rest, *inputs).compile()

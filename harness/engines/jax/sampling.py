@@ -20,7 +20,7 @@ from harness.diffusion.sampler_plan import guided_evaluations
 from harness.engines.guidance import divergence_error
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
-from harness.engines.jax.errors import one_line
+from harness.engines.jax.errors import errors_in_one_line
 from harness.engines.jax.sampler import classifier_guide, guided, sample_steps
 from harness.engines.jax.trainer import COMPUTE_DTYPES, matmul_context
 from harness.errors import RunError
@@ -58,7 +58,7 @@ class Network(NamedTuple):
         set_compute_dtype(net, COMPUTE_DTYPES[precision])
         state = from_torch(net, weights)
         graph, _ = nnx.split(net)
-        with one_line(f"loading the weights of {spec.name}", "take a smaller backbone, or another --device"):
+        with errors_in_one_line(f"loading the weights of {spec.name}", "take a smaller backbone, or another --device"):
             return cls(graph, devices.to_device(state, devices.weight_shardings(mesh, state)))
 
 
@@ -111,7 +111,7 @@ class JaxStage:
         """Images, or latents of a latent-space network: float32 (N, C, H, W)."""
         steps, done = self._plan.steps, 0
         states = (self._net.state, None if self._classifier is None else self._classifier.state)
-        with one_line("sampling", LESS_MEMORY), matmul_context(self._precision):
+        with errors_in_one_line("sampling", LESS_MEMORY), matmul_context(self._precision):
             x, low_res = self._jit_prepare(seed, index, low_res)
             while done < steps:
                 end, began = min(done + self._steps_per_call, steps), time.monotonic()

@@ -27,7 +27,7 @@ from harness.data.examples import Examples
 from harness.engines.ema import ema_decay
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
-from harness.engines.jax.errors import one_line
+from harness.engines.jax.errors import errors_in_one_line
 from harness.engines.jax.loss_functions import LossFunction
 from harness.engines.learning_rate import learning_rate
 from harness.errors import UserError
@@ -49,7 +49,7 @@ LESS_MEMORY = (
 
 def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> nnx.Module:
     """The network before step 1, initialised by its own rule from jax's generator; `seed` keys that generator."""
-    with one_line(f"the initialisation of {spec.name}", "choose a smaller backbone"):
+    with errors_in_one_line(f"the initialisation of {spec.name}", "choose a smaller backbone"):
         return spec.builder("jax")(**spec.arguments(**arguments), rngs=initial_rngs(seed))
 
 
@@ -95,7 +95,7 @@ class JaxEngine:
         self._adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
         shapes = State(params, rest, params, jax.eval_shape(self._adam.init, params))
         self._shardings = devices.weight_shardings(self._mesh, shapes)  # a sharding in place of each array
-        with one_line("the set-up of training", LESS_MEMORY):
+        with errors_in_one_line("the set-up of training", LESS_MEMORY):
             self._state = State(
                 params=devices.to_device(params, self._shardings.params),
                 rest=devices.to_device(rest, self._shardings.rest),
@@ -169,7 +169,7 @@ class JaxEngine:
         ema_weight = np.float32(1 - ema_decay(recipe, step))  # 1 - 0.9999 in float32 would lose four digits
         positions = (step - 1) * recipe.batch + np.arange(recipe.batch)  # in the stream of examples
         chunks = np.split(positions, range(self.resolved.micro_batch, recipe.batch, self.resolved.micro_batch))
-        with one_line(f"training step {step}", LESS_MEMORY), matmul_context(self.resolved.precision):
+        with errors_in_one_line(f"training step {step}", LESS_MEMORY), matmul_context(self.resolved.precision):
             if len(chunks) == 1:
                 self._state, sums = self._step(self._state, self._batch(positions), lr, ema_weight)
             else:
@@ -203,16 +203,16 @@ class JaxEngine:
 
     def pop_losses(self) -> list[tuple[float, ...]]:
         losses, self._losses = self._losses, []
-        with one_line("training", LESS_MEMORY):
+        with errors_in_one_line("training", LESS_MEMORY):
             return [tuple(map(float, np.asarray(terms))) for terms in losses]
 
     def finite(self) -> bool:
-        with one_line("training", LESS_MEMORY):  # the devices may fail after a step has returned
+        with errors_in_one_line("training", LESS_MEMORY):  # the devices may fail after a step has returned
             return bool(self._finite(self._state.params))
 
     def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         state = self._state
-        with one_line("the reading of a checkpoint's part from the devices", LESS_MEMORY):
+        with errors_in_one_line("reading the weights from the devices", LESS_MEMORY):
             count = {"step": np.asarray([devices.gather(state.adam.count)], np.float32)}
         return [
             ("model", lambda: self._arrays(nnx.merge_state(state.params, state.rest))),
@@ -224,7 +224,7 @@ class JaxEngine:
     @staticmethod
     def _arrays(state: nnx.State) -> dict[str, np.ndarray]:
         """Whole arrays on the host, by torch's names and in torch's shapes. All processes must call this."""
-        with one_line("the reading of a checkpoint's part from the devices", LESS_MEMORY):
+        with errors_in_one_line("reading the weights from the devices", LESS_MEMORY):
             return state_to_torch(_without_rngs(state), devices.gather)
 
     def load(self, part: str, path: Path) -> None:
