@@ -51,8 +51,8 @@ class Setting:
     read: the function that parses text or a Python value; it raises ValueError. flags: its flags, if they are not
     `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the
     flag may be given several times. default_text: the default as text, for the help. study: its key in a study file,
-    "key" or "section.key"; empty: none. frozen: not None if the setting is frozen when a run is created, because it
-    decides bits; the text is the value that means "not given". item: the item of the protocol's [sampling] that it
+    "key" or "section.key"; empty: none. frozen_unless: not None if the setting is frozen when a run is created, because it
+    decides bits; the text is the value that means "not given", such as "auto". item: the item of the protocol's [sampling] that it
     overrides. recorded: the field of `results.records.Record` that states it, such as "sampling.eta". footnote: its
     name in footnotes. argument: whether it is a positional argument of the command line.
     """
@@ -66,7 +66,7 @@ class Setting:
     default_text: str = ""
     show_default: bool = False
     study: str = ""
-    frozen: str | None = None
+    frozen_unless: str | None = None
     item: str = ""
     recorded: str = ""
     footnote: str = ""
@@ -182,20 +182,20 @@ class TrainingSettings(Options):
     precision: str = setting(
         "Arithmetic of the network in training. auto: float32 or bfloat16, measured when the run is created; the faster one "
         "is used. tf32: NVIDIA GPUs.", read_text, "auto", choices=("auto", *PRECISIONS), show_default=True,
-        study="precision", frozen="auto", recorded="training.precision", footnote="training precision",
+        study="precision", frozen_unless="auto", recorded="training.precision", footnote="training precision",
     )  # fmt: skip
     compile: str | None = setting(
         "torch.compile, for training and sampling. auto: compile if a measurement shows that a run of an hour or more ends "
-        "sooner, including the compilation.", read_text, choices=("auto", "on", "off"), study="compile", frozen="auto",
+        "sooner, including the compilation.", read_text, choices=("auto", "on", "off"), study="compile", frozen_unless="auto",
         default_text="off, or as the run was created",
     )  # fmt: skip
     micro_batch: int | None = setting(
         "Batch size of one forward pass in training.", read_count, default_text="as large as fits in free memory", type_name="count",
-        study="micro_batch", frozen="", recorded="training.micro_batch", footnote="micro-batch",
+        study="micro_batch", frozen_unless="", recorded="training.micro_batch", footnote="micro-batch",
     )  # fmt: skip
     device: str | None = setting(
         "cpu, cuda, cuda:1, tpu.", read_text, metavar="NAME", default_text="an accelerator if there is one", study="device",
-        frozen="",
+        frozen_unless="",
     )  # fmt: skip
     mesh: str | None = setting(
         "Device mesh DATAxMODEL: batch is sharded over DATA, weights over MODEL (FSDP). In torch the devices are processes "
@@ -203,7 +203,7 @@ class TrainingSettings(Options):
     )  # fmt: skip
     gradient_checkpointing: bool = setting(
         "Activation checkpointing: less memory, more compute.", read_switch, False, study="gradient_checkpointing",
-        frozen="",
+        frozen_unless="",
     )  # fmt: skip
     out: Path | None = setting(
         "Folder of the run.", read_path, metavar="DIR", default_text="runs/NAME", type_name="path"
@@ -506,9 +506,10 @@ def frozen_settings(options: Options) -> dict[str, Any]:
     """The values of the settings that are frozen when a run is created, by name; None: not given."""
     values: dict[str, Any] = {}
     for name, info in settings_of(options).items():
-        if info.frozen is not None:
+        if info.frozen_unless is not None:
             value = getattr(options, name)
-            values[name] = None if value in (None, False, info.frozen) else value
+            # "Not given" is None, a switch that is off (False), or the setting's own text for it, such as "auto".
+            values[name] = None if value in (None, False, info.frozen_unless) else value
     return values
 
 

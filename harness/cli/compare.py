@@ -1,4 +1,7 @@
-"""`harness compare`: win, loss or tie."""
+"""`harness compare`: win, loss or tie.
+
+Its flags are the fields of `CompareOptions` in `harness/settings.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`harness evaluate`: the third stage of run."""
+"""`harness evaluate`: the third stage of run.
+
+Its flags are the fields of `EvaluateOptions` in `harness/settings.py`.
+"""
 
 from __future__ import annotations
 

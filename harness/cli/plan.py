@@ -1,4 +1,7 @@
-"""`harness plan`: what a run would cost."""
+"""`harness plan`: what a run would cost.
+
+Its flags are the fields of `PlanOptions` in `harness/settings.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`harness report`: tables and figures."""
+"""`harness report`: tables and figures.
+
+Its flags are the fields of `ReportOptions` in `harness/settings.py`.
+"""
 
 from __future__ import annotations
 

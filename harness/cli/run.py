@@ -1,4 +1,7 @@
-"""`harness run`: the main job, end to end."""
+"""`harness run`: the main job, end to end.
+
+Its flags are the fields of `RunOptions` in `harness/settings.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`harness sample`: the second stage of run, or a system with weights from anywhere."""
+"""`harness sample`: the second stage of run, or a system with weights from anywhere.
+
+Its flags are the fields of `SampleOptions` in `harness/settings.py`.
+"""
 
 from __future__ import annotations
 

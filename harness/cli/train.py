@@ -1,4 +1,7 @@
-"""`harness train`: the first stage of run."""
+"""`harness train`: the first stage of run.
+
+Its flags are the fields of `TrainOptions` in `harness/settings.py`.
+"""
 
 from __future__ import annotations
 
