@@ -1,11 +1,11 @@
 """Printed and measured values of the same experiment, side by side."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reports.rows import Cell, Row
 from reports.sections import DEVIATION_PARTS, Section, make_line
-from reports.texts import METADATA, count_text, guidance_text, key_text, metric_title, row_metadata
+from reports.texts import METADATA, count_text, key_text, metric_title, row_metadata, states_guidance
 from results.records import Record, comparable_key
 
 REMARK = (
@@ -71,7 +71,7 @@ def _is_same_experiment(published: Record, record: Record) -> bool:
         return False
     is_same_system = record.system == published.system
     for part, name in _EXPERIMENT:
-        stated, found = (getattr(getattr(each, part), name, None) for each in (published, record))
+        stated, found = _stated(published, part, name), _stated(record, part, name)
         if stated is not None and stated != found and not (found is None and is_same_system):
             return False
     if published.sampling is None:  # the paper describes another paper's system by its name
@@ -79,13 +79,18 @@ def _is_same_experiment(published: Record, record: Record) -> bool:
     if guidance_scale(published) != guidance_scale(record):
         return False
     decoder = published.sampling.decoder
-    found = record.sampling.decoder if record.sampling else None
-    return decoder is None or decoder == found or (found is None and is_same_system)
+    found_decoder = record.sampling.decoder if record.sampling else None
+    return decoder is None or decoder == found_decoder or (found_decoder is None and is_same_system)
+
+
+def _stated(record: Record, part: str, name: str) -> Any:
+    """The field `name` of a part of a record, such as "steps" of "training"; None if the record does not state it."""
+    return getattr(getattr(record, part), name, None)
 
 
 def guidance_scale(record: Record) -> float | None:
     """The guidance scale; None without guidance, or if it is not stated."""
-    if record.sampling is None or guidance_text(record) in ("none", "-"):
+    if record.sampling is None or not states_guidance(record):
         return None
     return record.sampling.guidance_scale
 

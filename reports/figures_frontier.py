@@ -31,7 +31,7 @@ from reports.points import (
     quality,
     quality_axis,
 )
-from reports.texts import count_text, guidance_text
+from reports.texts import count_text, guidance_text, states_guidance
 from results.records import Record, Sampling
 
 MAX_POINTS = 400  # settings drawn in a panel
@@ -203,8 +203,7 @@ def _sampling_label(record: Record) -> str:
         return paper_name(record)
     sampling = record.sampling or Sampling()
     words = [record.system, f"{sampling.stage_steps or sampling.steps} sampling steps"]
-    guided = guidance_text(record) not in ("-", "none")
-    return ", ".join([*words, f"guidance {guidance_text(record)}"] if guided else words)
+    return ", ".join([*words, f"guidance {guidance_text(record)}"] if states_guidance(record) else words)
 
 
 def _costs(record: Record) -> dict[str, object]:

@@ -122,12 +122,20 @@ def params_text(params: int | None) -> str:
     return f"{params / 1e6:.1f}" if params < 1e8 else f"{params / 1e6:.0f}"
 
 
+def states_guidance(record: Record) -> bool:
+    """Whether the record states that its images were sampled with guidance."""
+    sampling = record.sampling
+    if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
+        return False
+    return sampling.guidance_scale not in (None, 1.0) or sampling.guidance_channels == "classifier"
+
+
 def guidance_text(record: Record) -> str:
     """The scale and, if stated, the channels: `none`, `1.5`, `1.5 (first-3)`, `1 (classifier)`; a dash if not known."""
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
         return "-"
-    if sampling.guidance_scale in (None, 1.0) and sampling.guidance_channels != "classifier":
+    if not states_guidance(record):
         return "none"
     channels = f" ({sampling.guidance_channels})" if sampling.guidance_channels else ""
     return f"{sampling.guidance_scale:g}{channels}"

@@ -12,7 +12,7 @@ from harness.errors import RunError, UserError
 from harness.io.files import sha256_json
 from harness.runs.run import open_run
 from reports.render import one_line
-from reports.texts import count_text, guidance_text
+from reports.texts import count_text, guidance_text, states_guidance
 from results.metrics import rank
 from results.records import Record, Sampling, Training
 
@@ -46,7 +46,7 @@ class SampleGrid:
             words.append(f"seed {training.seed}")
         if sampling is not None and sampling.sampler:
             words.append(f"{sampling.sampler}, {sampling.stage_steps or sampling.steps} sampling steps")
-        if guidance_text(record) not in ("-", "none"):
+        if states_guidance(record):
             words.append(f"guidance {guidance_text(record)}")
         return one_line(", ".join(words))
 
