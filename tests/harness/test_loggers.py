@@ -13,7 +13,7 @@ from command_process import start
 from small_runs import request, workshop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import loggers
+from harness import loggers, settings
 from harness.errors import UserError
 from harness.pipeline import training_loop
 from harness.runs import checkpoints
@@ -235,3 +235,7 @@ def test_a_missing_library_is_refused_before_anything_is_trained(monkeypatch):
         UserError, match=r"--logger tensorboard needs tensorboard: pip install 'backbone-harness\[tensorboard\]'"
     ):
         loggers.check_installed(["tensorboard"])
+
+
+def test_the_settings_offer_every_logger():
+    assert set(settings.LOGGERS) == set(loggers.LOGGERS)
