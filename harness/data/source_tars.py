@@ -138,7 +138,7 @@ def _index(
     classes: list[str] | None,  # None: named by their numbers
     labels: list[int],
     found: _TarImages,
-    others: list[str],  # names of the members that are no images
+    others: list[str],  # names of the members that are not images
     dataset: str,
 ) -> ImageIndex:
     """The index of the images `found`, with a note on other members; UserError where there are no images.
@@ -148,7 +148,7 @@ def _index(
     if not labels:
         raise UserError(f"--from {source}: no images ({', '.join(SUFFIXES)}) in it")
     notes = (
-        [f"{len(others)} members that are no images were left out (first: {printable(others[0])})"] if others else []
+        [f"{len(others)} members that are not images were left out (first: {printable(others[0])})"] if others else []
     )
     if dataset == imagenet.NAME:
         notes += imagenet.check_labels(str(source), np.array(labels), found.names)

@@ -151,5 +151,5 @@ def open_tar(path: Path) -> ImageSource:
         labels = [classes[key] for key in keys]
     notes = ["a tar has no checksum for labels"] if labels else []
     if ignored:
-        notes.append(f"{path.name}: {ignored} members that are no images were left out")
+        notes.append(f"{path.name}: {ignored} members that are not images were left out")
     return source_of_files(str(path), entries, labels, notes)

@@ -94,16 +94,17 @@ def system_row(system: System) -> dict[str, Any]:
     computes = [part.compute() for part in system.components]
     total = sum(each.flops for each in computes) / 1e9
     cells = [cell for cell in paper.values() if cell.system == system.name and cell.column == "Total Flops (G)"]
-    last = system.components[-1].spec.arguments(**system.components[-1].arguments)
+    last_arguments = system.components[-1].spec.arguments(**system.components[-1].arguments)
     row: dict[str, Any] = {
         "name": system.name,
-        **{name: last.get(name) for name in PROTOCOL_ARGUMENTS},
+        **{name: last_arguments.get(name) for name in PROTOCOL_ARGUMENTS},
         "params": sum(each.params for each in computes),
         "flops": sum(each.flops for each in computes),
         "gflops": total,
         "gmacs": sum(each.macs for each in computes) / 1e9,
         "published_gflops": float(cells[0].value) if cells else None,
         "published_params_m": None,
+        # compared as printed: in whole Gflops
         "difference": round(round(total) - float(cells[0].value)) if cells else None,
         "source": "closed form",
         "parts": [

@@ -141,9 +141,9 @@ def _blocks(
 def _sample_keys(
     seed: int, purpose: Purpose, index: torch.Tensor, step: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Word 0 and word 1 of the sample keys, and the low word of step: int32 (N, 1), on the device of `index`.
+    """Word 0 and word 1 of the sample keys, int32 (N, 1), and the low word of step, on the device of `index`.
 
-    The low word is (1, 1) if all samples share a step, which is then a tensor (1,).
+    step: (N,), with a low word (N, 1); or (1,) if all samples share it, with a low word (1, 1).
     """
     seed_bits = torch.from_numpy(np.atleast_1d(reference._checked_seed(seed)).view(np.int64)).to(index.device)
     step_high, step_low = _split64(step)
