@@ -28,12 +28,12 @@ class Pair(NamedTuple):
 
         In the order of the published row. If the measured row has several modes of a metric, the first by name is taken.
         """
-        found: list[tuple[tuple[str, str], tuple[str, str]]] = []
+        matches: list[tuple[tuple[str, str], tuple[str, str]]] = []
         for key in self.published.records:
             modes = sorted(mode for metric, mode in self.measured.records if metric == key[0])
             if modes:
-                found.append((key, (key[0], modes[0])))
-        return found
+                matches.append((key, (key[0], modes[0])))
+        return matches
 
     def deviation(self, published: tuple[str, str], measured: tuple[str, str]) -> float | None:
         """Deviation of the measured value from the printed one, in % of the printed one; None if the printed value is 0."""
@@ -52,13 +52,13 @@ def may_share(published: Record, record: Record) -> bool:
 
 def matching_pairs(published: Iterable[Row], measured: Iterable[Row]) -> list[Pair]:
     """A pair for each measured row that has exactly one published row of the same experiment."""
-    published = [row for row in published if row.is_published]
-    found = []
+    published_rows = [row for row in published if row.is_published]
+    pairs = []
     for row in measured:
-        twins = [other for other in published if _is_same_experiment(other.representative, row.representative)]
+        twins = [other for other in published_rows if _is_same_experiment(other.representative, row.representative)]
         if len(twins) == 1:
-            found.append(Pair(twins[0], row))
-    return found
+            pairs.append(Pair(twins[0], row))
+    return pairs
 
 
 def _is_same_experiment(published: Record, record: Record) -> bool:
@@ -95,14 +95,14 @@ def guidance_scale(record: Record) -> float | None:
     return record.sampling.guidance_scale
 
 
-def deviation_section(found: Sequence[Pair]) -> Section:
+def deviation_section(pairs: Sequence[Pair]) -> Section:
     """A section with a line for each metric of each pair: printed value, measured value with its interval, deviation in %.
 
-    found: pairs whose measured rows may share a table.
+    pairs: pairs whose measured rows may share a table.
     """
     footnotes: dict[str, int] = {}  # text -> index
     lines = []
-    for pair in found:
+    for pair in pairs:
         differences = _differences(pair.published.representative, pair.measured.representative)
         notes = [footnotes.setdefault(differences, len(footnotes))] if differences else []
         for theirs, ours in pair.metrics:
@@ -123,7 +123,7 @@ def deviation_section(found: Sequence[Pair]) -> Section:
             lines.append(make_line(cells, published=False, notes=notes))
     titles = ("Paper's row", "Our row", "Metric", "Paper", "Ours", "Deviation", "Paper's value in our interval")
     return Section(
-        heading=f"Paper and ours: {key_text(found[0].measured.representative)}",
+        heading=f"Paper and ours: {key_text(pairs[0].measured.representative)}",
         columns=titles,
         lines=tuple(lines),
         footnotes=tuple(footnotes),

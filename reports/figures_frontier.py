@@ -59,10 +59,10 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
             ("Training time", f"seconds on {training[0]}", _groups_by_seed(training[1]), _training_seconds, _training_label, training[2]),
             ("Sampling time", f"seconds an image on {sampling[0]}", _groups_by_seed(sampling[1]), _image_seconds, _sampling_label, sampling[2]),
         ):  # fmt: skip
-            made = _frontier_panel(kept, cost, name)
-            if made is None:
+            panel = _frontier_panel(kept, cost, name)
+            if panel is None:
                 continue
-            series, found, omitted = made
+            series, drawn, omitted = panel
             panels.append(
                 Panel(
                     heading=group.heading,
@@ -87,8 +87,8 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
             )
             rows += [
                 figure_row(record, len(panels), name(record), cost_columns(record) | _costs(record))
-                | {"frontier": "yes" if on else "no"}
-                for record, on in found
+                | {"frontier": "yes" if on_frontier else "no"}
+                for record, on_frontier in drawn
             ]
     if not panels:
         return None
@@ -101,13 +101,13 @@ def _timed(records: Sequence[Record], seconds: Callable[[Record], float | None],
     seconds: function from a record to its time. device: name of the field of `Environment` that states the device. Times
     on different devices cannot be compared.
     """
-    found: dict[str, list[Record]] = {}
+    by_device: dict[str, list[Record]] = {}
     for record in records:
         if (name := getattr(record.environment, device, None)) and seconds(record):
-            found.setdefault(name, []).append(record)
-    models = {name: len({model_of(record) for record in timed}) for name, timed in found.items()}
-    most = max(found, key=lambda name: (models[name], len(found[name]), name), default="")
-    return most, found.get(most, []), max(len(found) - 1, 0)
+            by_device.setdefault(name, []).append(record)
+    models = {name: len({model_of(record) for record in timed}) for name, timed in by_device.items()}
+    most = max(by_device, key=lambda name: (models[name], len(by_device[name]), name), default="")
+    return most, by_device.get(most, []), max(len(by_device) - 1, 0)
 
 
 def _groups_by_seed(records: Sequence[Record]) -> list[list[Record]]:
@@ -133,12 +133,11 @@ def _frontier_panel(
         costs = [known for record in members if (known := cost(record)) is not None]
         places.append((_mean(costs), sum(record.value for record in members) / len(members)))
     best = set(frontier(places, direction))
-    every = max(
-        1, -(-len(settings) // MAX_POINTS)
-    )  # of too many settings one in `every` is drawn, besides the frontier
+    # Of too many settings one in `every` is drawn, besides the frontier.
+    every = max(1, -(-len(settings) // MAX_POINTS))
     marks: dict[tuple[str, str, bool], list[Mark]] = {}  # (model, provenance, not on the frontier) -> marks
     printed: dict[str, set[str]] = {}  # model -> what the paper calls it, with guidance and without
-    found: list[tuple[Record, bool]] = []
+    drawn: list[tuple[Record, bool]] = []
     for index, members in enumerate(settings):
         if index in best or index % every == 0:
             first = members[0]
@@ -147,7 +146,7 @@ def _frontier_panel(
             marks.setdefault((model_of(first), first.provenance, index not in best), []).append(mark)
             if first.source is not None:
                 printed.setdefault(model_of(first), set()).add(paper_name(first))
-            found += [(record, index in best) for record in members]
+            drawn += [(record, index in best) for record in members]
     series = [
         Series(
             label=_published_label(model, printed[model]) if origin == "published" else model,
@@ -161,7 +160,7 @@ def _frontier_panel(
     ]
     corners = [Mark(x=places[index][0], y=places[index][1]) for index in sorted(best, key=lambda index: places[index])]
     line = Series(label="", model="", kind="fit", provenance="fit", marks=_stairs(corners))
-    return (line, *series), found, len(settings) - sum(map(len, marks.values()))
+    return (line, *series), drawn, len(settings) - sum(map(len, marks.values()))
 
 
 def _published_label(model: str, printed: Collection[str]) -> str:

@@ -98,10 +98,10 @@ def _system_bars(index: RecordIndex, published: Sequence[Record]):
                 best[key] = record
         if len(best) < 2:
             continue
-        found = sorted(best.items(), key=lambda pair: (sign * pair[1].value, pair[0]))[:20]
-        named = [(name if origin == "published" else f"{name} (measured)", r) for (origin, name), r in found]
-        if all(origin == "measured" for (origin, _), _ in found):
-            named = [(name, record) for (_, name), record in found]
+        ranked = sorted(best.items(), key=lambda pair: (sign * pair[1].value, pair[0]))[:20]
+        named = [(name if origin == "published" else f"{name} (measured)", r) for (origin, name), r in ranked]
+        if all(origin == "measured" for (origin, _), _ in ranked):
+            named = [(name, record) for (_, name), record in ranked]
         series = tuple(
             Series(
                 label=name,
@@ -144,12 +144,12 @@ def correlation_with_gflops(all_studies: Sequence[Study]) -> Figure | None:
         if len(marked) < 2:
             continue
         best = best_at_usual_length(marked)
-        found = correlation([math.log10(mark.x) for _, mark in best], [mark.y for _, mark in best])
+        pearson = correlation([math.log10(mark.x) for _, mark in best], [mark.y for _, mark in best])
         series = [single_mark_series(line, mark, "points") for line, mark in marked]
         notes = [*study.notes, note, *bars_note(series)]
-        if found is not None:
-            interval = f" [{found.low:.2f}, {found.high:.2f}]" if found.low is not None else ""
-            notes.append(f"correlation with log Gflops {found.r:.2f}{interval} ({found.n} models)")
+        if pearson is not None:
+            interval = f" [{pearson.low:.2f}, {pearson.high:.2f}]" if pearson.low is not None else ""
+            notes.append(f"correlation with log Gflops {pearson.r:.2f}{interval} ({pearson.n} models)")
             notes += recipes_note(marked)
         law, family = law_of(best)
         if law is not None:
@@ -219,7 +219,7 @@ def law_of(marked: Sequence[tuple[Line, Mark]]) -> tuple[PowerLaw | None, str]:
     These are the "DiTs" with adaLN-Zero if they are enough for a fit, else "models of every kind". The law is None if there
     are too few models.
     """
-    dits = [mark for line, mark in marked if (found := DIT.fullmatch(line.model)) and not found["block"]]
+    dits = [mark for line, mark in marked if (dit := DIT.fullmatch(line.model)) and not dit["block"]]
     law, family = power_law([mark.x for mark in dits], [mark.y for mark in dits]), "DiTs"
     if law is None:
         law, family = power_law([mark.x for _, mark in marked], [mark.y for _, mark in marked]), "models of every kind"

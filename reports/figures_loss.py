@@ -121,8 +121,8 @@ def _series(name: str, seeds: Sequence[_Curve], end: float, factor: float) -> li
 
     x is the step times `factor`. [] for fewer than two steps.
     """
-    last = min(min(float(curve.steps[-1]) for curve in seeds), end)
-    steps = seeds[0].steps[seeds[0].steps <= last]
+    last_step = min(min(float(curve.steps[-1]) for curve in seeds), end)
+    steps = seeds[0].steps[seeds[0].steps <= last_step]
     if len(steps) < 2:
         return []
     steps = steps[np.unique(np.linspace(0, len(steps) - 1, PLACES).round().astype(int))]
@@ -231,7 +231,7 @@ def _losses(path: Path, weights: Mapping[str, float]) -> tuple[Terms, np.ndarray
             file.seek(start)
             lines = file.read(length).split(b"\n")
             complete = lines[1 if start else 0 : -1]  # the first and the last line of a block may be cut off
-            found: list[tuple[float, float]] = []  # (step, loss)
+            block_points: list[tuple[float, float]] = []  # (step, loss)
             for line in complete:
                 try:
                     row = json.loads(line)
@@ -242,11 +242,11 @@ def _losses(path: Path, weights: Mapping[str, float]) -> tuple[Terms, np.ndarray
                 names = names or tuple(values)
                 loss = sum(weights.get(name, 1.0) * value for name, value in values.items() if weights.get(name, 1.0))
                 if tuple(values) == names and math.isfinite(loss) and math.isfinite(step):
-                    found.append((step, loss))
-            if len(blocks) > 1 and found:
-                step, loss = np.mean(found, axis=0)
-                found = [(float(step), float(loss))]
-            points += found
+                    block_points.append((step, loss))
+            if len(blocks) > 1 and block_points:
+                step, loss = np.mean(block_points, axis=0)
+                block_points = [(float(step), float(loss))]
+            points += block_points
     points.sort(key=lambda point: point[0])
     terms = tuple((name, weights.get(name, 1.0)) for name in names if weights.get(name, 1.0))
     return terms, np.array([step for step, _ in points]), np.array([loss for _, loss in points])

@@ -46,12 +46,12 @@ def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | N
         return None
     records = list(records)
     wanted = {record.protocol for record in records}
-    found: dict[str, list[_SampleSet]] = {}  # noise key -> sets
+    by_noise: dict[str, list[_SampleSet]] = {}  # noise key -> sets
     for each in sets:
         if each.run["protocol"].get("name") in wanted:
-            found.setdefault(_noise_key(each), []).append(each)
+            by_noise.setdefault(_noise_key(each), []).append(each)
     gflops = {model_of(record): record.gflops or 0.0 for record in records}
-    candidates = [(key, members) for key, members in found.items() if len({each.model for each in members}) > 1]
+    candidates = [(key, members) for key, members in by_noise.items() if len({each.model for each in members}) > 1]
     # For each protocol the setting with the most models; of several, the one with the most sampling steps.
     candidates.sort(key=lambda pair: (-len({each.model for each in pair[1]}), -_sampling_steps(pair[1][0]), pair[0]))
     grids: list[Grid] = []
@@ -152,14 +152,14 @@ def _family(model: str) -> str:
 
 def _negated_patch(model: str) -> int:
     """The patch size of a DiT, negated, so that the largest comes first; 0 for other models."""
-    found = DIT.fullmatch(model)
-    return -int(found["patch"]) if found else 0
+    dit = DIT.fullmatch(model)
+    return -int(dit["patch"]) if dit else 0
 
 
 def _sets(folders: Sequence[Path]) -> list[_SampleSet]:
     """The sample sets of runs in these folders, without those whose sidecar cannot be read."""
     paths = sorted({path for folder in folders for path in folder.glob("samples/*/samples.json")})[:MAX_SETS]
-    found = []
+    sample_sets = []
     for path in paths:
         try:
             if path.stat().st_size > _MAX_BYTES or not path.with_suffix(".npz").is_file():
@@ -177,8 +177,8 @@ def _sets(folders: Sequence[Path]) -> list[_SampleSet]:
             _noise_key(sample_set)  # raises if it cannot be written as JSON
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # of another kind or version, or damaged
-        found.append(sample_set)
-    return found
+        sample_sets.append(sample_set)
+    return sample_sets
 
 
 def _noise_key(each: _SampleSet) -> str:

@@ -54,8 +54,8 @@ def studies(index: RecordIndex, published: Iterable[Record]) -> list[Study]:
     """A study of FID, or of FD where there is no FID, for each set of comparable records."""
     printed = [record for record in published if record.metric == "fid" and record.table in DETAILS]
     groups, more = comparable_groups(index.quality, printed)
-    found = [study_of(group, quality(group.records), more) for group in groups]
-    return [study for study in found if study is not None]
+    group_studies = [study_of(group, quality(group.records), more) for group in groups]
+    return [study for study in group_studies if study is not None]
 
 
 def study_of(group: Group, records: Sequence[Record], more: int) -> Study | None:
@@ -114,11 +114,11 @@ def recipes_note(marked: Sequence[tuple[Line, Mark]]) -> list[str]:
 
 def _at_usual_length_by_model(marked: Sequence[tuple[Line, Mark]]) -> dict[str, list[tuple[Line, Mark]]]:
     """Model -> the (line, mark)s at the usual training length, which are those whose text states no other length."""
-    found: dict[str, list[tuple[Line, Mark]]] = {}
+    by_model: dict[str, list[tuple[Line, Mark]]] = {}
     for line, mark in marked:
         if mark.text == name_of(line):
-            found.setdefault(line.model, []).append((line, mark))
-    return found
+            by_model.setdefault(line.model, []).append((line, mark))
+    return by_model
 
 
 def _sort_key(pair: tuple[Line, Mark]) -> tuple[bool, float]:
@@ -146,14 +146,14 @@ def name_of(line: Line, *, plain: bool = True) -> str:
 
 def dit_title(model: str) -> str:
     """`DiT-XL/2` for dit-xl-2 and its blocks, such as dit-xl-2-adaln; the names of other models as they are."""
-    found = DIT.fullmatch(model)
-    return model if found is None else f"DiT-{found['size'].upper()}/{found['patch']}"
+    dit = DIT.fullmatch(model)
+    return model if dit is None else f"DiT-{dit['size'].upper()}/{dit['patch']}"
 
 
 def block_of(model: str) -> str:
     """The block in a DiT's name: "in-context", "cross-attention" or "adaln"; "" for adaLN-Zero and for other models."""
-    found = DIT.fullmatch(model)
-    return (found["block"] or "") if found else ""
+    dit = DIT.fullmatch(model)
+    return (dit["block"] or "") if dit else ""
 
 
 def single_mark_series(line: Line, mark: Mark, kind: str) -> Series:

@@ -50,9 +50,9 @@ def conditioning_blocks(all_studies: Sequence[Study]) -> Figure | None:
     for study in all_studies:
         bases: dict[str, list[Line]] = {}  # name without the block, as "dit-xl-2" -> lines
         for line in study.lines:
-            found = DIT.fullmatch(line.model)
-            if found:
-                bases.setdefault(f"dit-{found['size']}-{found['patch']}", []).append(line)
+            dit = DIT.fullmatch(line.model)
+            if dit:
+                bases.setdefault(f"dit-{dit['size']}-{dit['patch']}", []).append(line)
         for base, lines in sorted(bases.items()):
             if len({line.model for line in lines}) < 2:
                 continue
@@ -81,13 +81,13 @@ def size_and_patch(all_studies: Sequence[Study]) -> Figure | None:
     panels: list[Panel] = []
     rows: list[dict] = []
     for study in all_studies:
-        dits = [(found, line) for line in study.lines if (found := DIT.fullmatch(line.model)) and not found["block"]]
-        sizes = [size for size in _SIZE_ORDER if any(found["size"] == size for found, _ in dits)]
-        patches = sorted({int(found["patch"]) for found, _ in dits}, reverse=True)
+        dits = [(dit, line) for line in study.lines if (dit := DIT.fullmatch(line.model)) and not dit["block"]]
+        sizes = [size for size in _SIZE_ORDER if any(dit["size"] == size for dit, _ in dits)]
+        patches = sorted({int(dit["patch"]) for dit, _ in dits}, reverse=True)
         for fixed, values in (("patch", [str(patch) for patch in patches]), ("size", sizes)):
             first = True
             for value in values:
-                lines = [line for found, line in dits if found[fixed] == value]
+                lines = [line for dit, line in dits if dit[fixed] == value]
                 if len({line.model for line in lines}) < 2:
                     continue
                 title = (
@@ -177,16 +177,16 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
             )
             marked, note = at_one_length(study)
             best = best_at_usual_length(marked)
-            found = correlation([math.log10(mark.x) for _, mark in best], [mark.y for _, mark in best])
+            pearson = correlation([math.log10(mark.x) for _, mark in best], [mark.y for _, mark in best])
             if metric != "fid" and all(line.provenance == "published" for line, _ in marked):
                 marked = [(line, dataclasses.replace(mark, text=name_of(line))) for line, mark in marked]
-                note, found = "each trained as long as its authors did", None
+                note, pearson = "each trained as long as its authors did", None
             if len(marked) > 1:
                 series = tuple(single_mark_series(line, mark, "points") for line, mark in marked)
                 notes = [*study.notes, note, *bars_note(series)]
                 notes += (
-                    [f"correlation with log Gflops {found.r:.2f} ({found.n} models)", *recipes_note(marked)]
-                    if found
+                    [f"correlation with log Gflops {pearson.r:.2f} ({pearson.n} models)", *recipes_note(marked)]
+                    if pearson
                     else []
                 )
                 panels.append(
@@ -240,5 +240,5 @@ def _compute_panel(
         )
     )
     for line in study.lines:
-        found = [record for record in line.records if training_gflops(record)]
-        rows += [figure_row(record, len(panels), line.label, cost_columns(record)) for record in found]
+        drawn = [record for record in line.records if training_gflops(record)]
+        rows += [figure_row(record, len(panels), line.label, cost_columns(record)) for record in drawn]
