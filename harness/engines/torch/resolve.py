@@ -191,6 +191,22 @@ def set_arithmetic(device: torch.device, precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+def _seconds_by_precision(
+    net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precisions: list[str], kind: str,
+) -> dict[str, float]:  # fmt: skip
+    """Precision -> seconds of training on one image with all processes at work. All processes must call this."""
+    processes = process_group.size()
+    seconds: dict[str, float] = {}
+    for precision in precisions:
+        local_seconds = None  # of one image in one process, the slowest; None: to be measured
+        if seconds:
+            other_seconds = min(seconds.values()) * processes
+            local_seconds = seconds_if_far_slower(net, arguments, device, precision, kind, other_seconds)
+        local_seconds = local_seconds or measure(net, images, arguments, device, precision, kind)
+        seconds[precision] = local_seconds / processes
+    return seconds
+
+
 def resolve(
     spec: BackboneSpec,
     net: torch.nn.Module,
@@ -211,31 +227,24 @@ def resolve(
     local_parameters = parameters  # in the memory of each process
     if mesh.model > 1:  # its shard, and the block that is gathered
         local_parameters = parameters // mesh.model + parallel.largest_block(net)
-    batch = parallel.local_batch(batch)
+    local_batch = parallel.local_batch(batch)
     free = free_bytes(device) + 4 * local_parameters  # the network is already in memory and was counted as used
     # The smallest of the micro-batches that fit in the processes.
-    fitting = -int(process_group.all_max(-fit_micro_batch(batch, local_parameters, activation_bytes, free)))
+    fitting = -int(process_group.all_max(-fit_micro_batch(local_batch, local_parameters, activation_bytes, free)))
     if fitting == 0:
         raise one_image_error(spec.name, local_parameters, activation_bytes, str(device), free)
-    chosen = min(micro_batch or fitting, batch)
+    chosen = min(micro_batch or fitting, local_batch)  # micro-batch
     images = min(chosen, PROBE_IMAGES)
     check_precision(device, precision)
     candidates = list(PRECISIONS) if precision == "auto" else [precision]
     processes = process_group.size()
-    seconds: dict[str, float] = {}  # of training on one image, by precision, with all processes at work
-    for candidate in candidates:
-        local_seconds = None  # of one image in one process, the slowest; None: to be measured
-        if seconds:
-            other_seconds = min(seconds.values()) * processes
-            local_seconds = seconds_if_far_slower(net, arguments, device, candidate, spec.kind, other_seconds)
-        local_seconds = local_seconds or measure(net, images, arguments, device, candidate, spec.kind)
-        seconds[candidate] = local_seconds / processes
+    seconds = _seconds_by_precision(net, images, arguments, device, candidates, spec.kind)
     fastest = min(seconds, key=lambda name: seconds[name])
     unavailable = compiling.unavailable_reason(device)
     if process_group.all_max(float(unavailable is not None)) and unavailable is None:  # all processes measure, or none
         unavailable = "torch.compile is not available in another process"
     choice = compiling.choose(
-        compile, net, unavailable=unavailable, seconds=seconds[fastest] * processes, images=batch * steps,
+        compile, net, unavailable=unavailable, seconds=seconds[fastest] * processes, images=local_batch * steps,
         measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind), all_max=process_group.all_max,
     )  # fmt: skip
     name = device_name(device)
