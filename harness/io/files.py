@@ -110,10 +110,9 @@ def claimed(path: Path) -> Iterator[Path]:
         os.close(descriptor)
     try:
         yield partial
-    finally:  # only what is locked here is removed: under the name may be a file of another process by now
-        if _is_at(descriptor, partial) and os.fstat(descriptor).st_size == 0:
-            partial.unlink(missing_ok=True)
+    finally:
         os.close(descriptor)
+        _remove_empty(partial)
 
 
 @contextmanager
@@ -127,6 +126,17 @@ def claimed_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove the file at `path` if it is empty and no process has locked it: the name may be another's by now."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if lock(descriptor) and _is_at(descriptor, path) and os.fstat(descriptor).st_size == 0:
+                path.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
