@@ -167,7 +167,7 @@ def footnotes(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row["difference"]:
             if row["name"] == "dit-b-4":
-                why = "probably an error in the paper, because no natural convention gives it and the other values"
+                why = "taken for a slip of the paper, as no natural convention gives it with the others"
             else:
                 why = "the paper uses another convention"
             notes.append(
