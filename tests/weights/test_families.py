@@ -154,7 +154,7 @@ def test_networks_of_the_paper_are_recognised_at_full_size(name, tmp_path):
     shapes = expected_shapes(spec, {})
     tensors = {key: Stored(file=tmp_path, dtype="F32", shape=shape, start=0) for key, shape in shapes.items()}
     weights = WeightFile(
-        path=tmp_path, state=(), container="torch zip", wrapping="state dict", tensors=tensors, symbols=()
+        path=tmp_path, stat=(), container="torch zip", wrapping="state dict", tensors=tensors, symbols=()
     )
     match = identify(weights, backbones)
     assert match.exact and match.spec is spec and match.arguments == {}
