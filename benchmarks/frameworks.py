@@ -27,8 +27,7 @@ from backbones.flax_layers import attend
 from backbones.flax_weights import from_torch
 from harness import registry
 from harness.data.images import ImageSet
-from harness.diffusion.plans import ddpm_plan
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.sampling import Network, make_run_sampler
@@ -77,7 +76,9 @@ class Bench:
             ),
             "jax": JaxEngine(self.spec, flax_net, resolved=Resolved(**common, threads=devices.threads()), **settings),
         }
-        plan = ddpm_plan(Schedule.named("linear", 1000), SAMPLER_STEPS)
+        plan = sampler_plan(
+            "ddpm", SAMPLER_STEPS, schedule="linear", diffusion_steps=1000, objective="epsilon-learned-range"
+        )
         mesh = devices.make_mesh(devices.pick_devices(device)[:1], None)
         again = self.spec.build("torch", **arguments)
         again.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})

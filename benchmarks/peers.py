@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness import registry
 from harness.data.images import ImageSet
 from harness.diffusion.respacing import space_timesteps
 from harness.diffusion.schedule import Schedule
-from harness.engines.torch.loss import LossTables, training_losses
+from harness.diffusion.training import TrainingObjective
+from harness.engines.torch.loss import DenoisingLoss
 from harness.engines.torch.resolve import PRECISIONS, device_name, measure
 from harness.engines.torch.trainer import build
+from harness.protocols import Recipe
 
 INPUT = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "out_channels": 8}
 CPU = torch.device("cpu")
@@ -234,8 +235,7 @@ def recipe_step(spec, batch: int) -> Callable[[], None]:
     net = PublicNetwork(build(spec, INPUT, 0)).train()
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0)
-    tables = LossTables(Schedule.named("linear", 1000))
-    objective = registry.objectives.get("epsilon-learned-range")
+    loss = DenoisingLoss(TrainingObjective.from_recipe(Recipe()))
     data = noise_images()
     pixels = torch.from_numpy(data.images).permute(0, 3, 1, 2)
     labels = torch.from_numpy(data.labels)
@@ -246,7 +246,7 @@ def recipe_step(spec, batch: int) -> Callable[[], None]:
         t = torch.randint(0, 1000, (batch,))
         noise = torch.randn_like(x)
         y = torch.where(torch.rand(batch) < 0.1, 1000, labels[rows])
-        mse, vb = training_losses(objective, tables, net(tables.q_sample(x, t, noise), t, y), x, t, noise)
+        mse, vb = loss.terms(net(loss.noised(x, t, noise), t, y), x, t, noise)
         (mse + vb).mean().item()
         optimizer.zero_grad()
         (mse + vb).mean().backward()

@@ -27,7 +27,7 @@ import peers
 from peers import CPU, INPUT, PublicDiffusion, PublicNetwork, ceiling, compare, diffusers_pipeline, faster, show
 
 from harness import registry
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.torch.compiling import unavailable_reason
 from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import build
@@ -52,8 +52,7 @@ def harness_draw(
     spec, sampler: str, batch: int, steps: int, precision: str, compile: str = "off"
 ) -> Callable[[], np.ndarray]:
     """One batch of the sampler that `harness sample` uses."""
-    objective = registry.objectives.get("epsilon-learned-range")
-    plan = registry.samplers.get(sampler).make(Schedule.named("linear", 1000), steps, objective, 0.0, False)
+    plan = sampler_plan(sampler, steps, schedule="linear", diffusion_steps=1000, objective="epsilon-learned-range")
     channels = "first-3" if sampler == "ddpm" else "all"  # as the peer of each has it
     sampling = Sampling(sampler=sampler, guidance_scale=GUIDANCE, guidance_channels=channels)
     drawn = TorchSampler(

@@ -230,6 +230,11 @@ class SamplingSettings(Options):
         "Share of fresh noise in DDIM, from 0 to 1.", read_fraction, study="sampling.eta", item="eta", type_name="float",
         recorded="sampling.eta", footnote="eta",
     )  # fmt: skip
+    spacing: str | None = setting(
+        "Spacing of the times at which the network is asked: respaced, trailing, linspace, uniform, karras, log-snr or "
+        "shift:C.", read_text, metavar="NAME", default_text="the schedule's", study="sampling.spacing", item="spacing",
+        recorded="sampling.spacing", footnote="spacing",
+    )  # fmt: skip
     cfg: float | None = setting(
         "Scale of classifier-free guidance; 1 = no guidance.", read_number, metavar="SCALE",
         study="sampling.guidance_scales", item="guidance_scale", recorded="sampling.guidance_scale", footnote="guidance",

@@ -30,7 +30,10 @@ from results.records import Record, Training
 
 OUT = "runs/again"  # the folder of the run, if a second command has to find its samples
 ORIGIN = "arXiv:2212.09748"
-RECIPE_ITEMS = ("batch", "learning_rate", "ema_decay", "objective", "schedule")  # those that a record states
+# Those that a record states; one with its usual value is None there.
+RECIPE_ITEMS = (
+    "batch", "learning_rate", "ema_decay", "objective", "schedule", "time_distribution", "loss_weight", "noise_scale",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,17 @@ UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lowe
 # neither here nor in DISTINGUISHING_METADATA.
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
-    *("training precision", "training steps", "training seed", "sampler", "sampling steps", "eta", "guidance"),
+    *("time distribution", "loss weight", "noise scale"),
+    *(
+        "training precision",
+        "training steps",
+        "training seed",
+        "sampler",
+        "sampling steps",
+        "eta",
+        "spacing",
+        "guidance",
+    ),
     *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
     *("system settings", "metric mode", "protocol"),
 )
@@ -157,6 +167,9 @@ def row_metadata(record: Record) -> dict[str, str]:
             "EMA decay": training.ema_decay,
             "objective": training.objective,
             "schedule": training.schedule,
+            "time distribution": training.time_distribution,
+            "loss weight": training.loss_weight,
+            "noise scale": training.noise_scale,
             "training steps": count_text(training.steps) if training.steps is not None else None,
         }
     if sampling is not None:

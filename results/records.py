@@ -81,6 +81,9 @@ class Training(_Checked):
     seed: int | None = None
     objective: str | None = None
     schedule: str | None = None  # noise schedule
+    time_distribution: str | None = None  # of t in training; None: uniform, as for the two below their usual values
+    loss_weight: str | None = None  # of the squared error; None: 1
+    noise_scale: float | None = None  # factor of the noise in continuous time; None: 1
     precision: str | None = None  # of the network's arithmetic in training
     micro_batch: int | None = None  # images per forward pass; changes low bits
     recipe_hash: str | None = None  # sha256 of the resolved recipe
@@ -95,6 +98,7 @@ class Sampling(_Checked):
     steps: int | None = None
     evaluations: int | None = None  # network evaluations per image; a step with classifier-free guidance counts two
     eta: float | None = None  # DDIM's noise share, in [0, 1]
+    spacing: str | None = None  # of the times at which the network is asked; None: the usual one of the schedule
     guidance_scale: float | None = None  # None or 1.0: no guidance
     guidance_channels: str | None = None  # "first-3" as published, "all", or "classifier": by a classifier's gradient
     gflops_per_image: float | None = None  # all evaluations of one image, without the decoder

@@ -47,7 +47,7 @@ def continuous_grid(process: Process, steps: int, kind: str, *, first: float, la
     """
     name, _, parameter = kind.partition(":")
     if name not in CONTINUOUS_GRIDS:
-        raise UserError(unknown("grid of sampling times", kind, [*CONTINUOUS_GRIDS]))
+        raise UserError(unknown("spacing of sampling times", kind, [*CONTINUOUS_GRIDS]))
     times = CONTINUOUS_GRIDS[name](process, steps, first, last, parameter)
     return at_times(process, np.append(times, 0.0))
 
@@ -66,10 +66,12 @@ def discrete_grid(schedule: Schedule, steps: int | str, kind: str = "respaced") 
     kind: a key of DISCRETE_GRIDS. Raises UserError for an unknown kind and for steps that do not fit.
     """
     if kind not in DISCRETE_GRIDS:
-        raise UserError(unknown("grid of sampling timesteps", kind, [*DISCRETE_GRIDS]))
+        raise UserError(unknown("spacing of sampling timesteps", kind, [*DISCRETE_GRIDS]))
     timesteps = DISCRETE_GRIDS[kind](schedule, steps)
     if len(np.unique(timesteps)) != len(timesteps):
-        raise UserError(f"{steps} sampling steps on the grid {kind} ask for the same timestep twice: give fewer steps")
+        raise UserError(
+            f"{steps} sampling steps with the spacing {kind} ask for the same timestep twice: give fewer steps"
+        )
     a, s = schedule.sqrt_abar[timesteps], schedule.sqrt_one_minus_abar[timesteps]
     return Grid(times=np.append(timesteps, -1), a=np.append(a, 1.0), s=np.append(s, 0.0), da=None, ds=None)
 
@@ -97,7 +99,7 @@ def _shift(process: Process, steps: int, first: float, last: float, parameter: s
     except ValueError:
         c = 0.0
     if not 0 < c < np.inf:
-        raise UserError(f"the grid shift:{parameter} is not understood: give a positive number, as in shift:3")
+        raise UserError(f"the spacing shift:{parameter} is not understood: give a positive number, as in shift:3")
     t = _uniform(process, steps, first, last, "")
     return c * t / (1 + (c - 1) * t)
 

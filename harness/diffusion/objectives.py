@@ -1,31 +1,109 @@
-"""Objectives: what a denoiser predicts, and the loss that it is trained with."""
+"""Objectives: what a denoiser predicts and how its error is weighed, as plain arithmetic that numpy, torch and JAX share.
+
+A network is trained to give the target u = from_x0 x_0 + from_noise eps. With x_t = a x_0 + s eps, both x_0 and eps then
+follow from x_t and u by linear equations, so the two coefficients of the target are all that an objective has to state.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from harness.diffusion.processes import Coefficients, Floats, Namespace
+
+
+class Target(NamedTuple):
+    """u = from_x0 x_0 + from_noise eps. A coefficient that does not depend on t is a float; 0.0 and 1.0 cost nothing."""
+
+    from_x0: Floats
+    from_noise: Floats
+
+
+def _epsilon(at: Coefficients, xp: Namespace) -> Target:
+    return Target(0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Prediction of the noise epsilon, with or without the variance of the reverse step."""
+    """A kind of prediction.
+
+    target: function of (the coefficients of the process at t, the module of their arrays).
+    input_scale: what x_t is multiplied with before the network sees it, a function of the same; None: nothing.
+    margin: distance in t that is kept from an end of the process at which x_0 does not follow from x_t and u.
+    schedules: names of the noise schedules that it is defined on; None: all that have what its target needs.
+    """
 
     name: str
-    learned_variance: bool  # True: hybrid loss mse + vb (Nichol & Dhariwal 2021, eq. 16); False: mse alone
+    learned_variance: bool = False  # True: hybrid loss mse + vb (Nichol & Dhariwal 2021, eq. 16); False: mse alone
+    target: Callable[[Coefficients, Namespace], Target] = _epsilon
+    input_scale: Callable[[Coefficients, Namespace], Floats] | None = None
+    margin: float = 0.0
+    schedules: tuple[str, ...] | None = None
 
     def out_channels(self, in_channels: int) -> int:
-        """Output channels of a network for inputs of `in_channels`: epsilon first, then the variance if learned."""
+        """Output channels of a network for inputs of `in_channels`: the prediction first, then the variance if learned."""
         return 2 * in_channels if self.learned_variance else in_channels
 
-    @property
-    def variance(self) -> str:
-        """The argument `variance` of `ddpm_plan` for networks of this objective."""
-        return "learned-range" if self.learned_variance else "fixed-small"
+
+def image_from(at: Coefficients, target: Target) -> tuple[Floats, Floats]:
+    """The coefficients (of x_t, of u) with which x_0 = from_x x_t + from_u u.
+
+    Solves x_t = a x_0 + s eps and u = from_x0 x_0 + from_noise eps. Where the target holds no noise, u is x_0 itself up
+    to a factor, also where s = 0.
+    """
+    if is_constant(target.from_noise, 0.0):
+        return 0.0, 1.0 / target.from_x0
+    determinant = at.a * target.from_noise - at.s * target.from_x0
+    return target.from_noise / determinant, -at.s / determinant
+
+
+def is_constant(coefficient: Floats, value: float) -> bool:
+    """Whether a coefficient is this float; an array is not, whatever it holds."""
+    return isinstance(coefficient, float) and coefficient == value
+
+
+SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1] that EDM assumes (Karras et al. 2022, table 1)
+
+
+def _edm_target(at: Coefficients, xp: Namespace) -> Target:
+    """F of D(x) = c_skip x + c_out F(c_in x): (x_0 - c_skip x_t) / c_out, at sigma = s with a = 1.
+
+    Karras et al. 2022, table 1. EDM's loss, (sigma^2 + sd^2) / (sigma sd)^2 |D - x_0|^2, is |F - target|^2.
+    """
+    norm = xp.sqrt(at.s**2 + SIGMA_DATA**2)
+    return Target(at.s / (SIGMA_DATA * norm), -SIGMA_DATA / norm)
+
+
+def _edm_input_scale(at: Coefficients, xp: Namespace) -> Floats:
+    return 1.0 / xp.sqrt(at.s**2 + SIGMA_DATA**2)
 
 
 OBJECTIVES = {
     objective.name: objective
     for objective in (
         Objective(name="epsilon-learned-range", learned_variance=True),  # ADM and DiT
-        Objective(name="epsilon-fixed", learned_variance=False),  # DDPM's L_simple (Ho et al. 2020, eq. 14)
+        # DDPM's L_simple (Ho et al. 2020, eq. 14). margin: as SiT trains it on flow (transport.py, check_interval)
+        Objective(name="epsilon-fixed", margin=1e-3),
+        Objective(name="x0", target=lambda at, xp: Target(1.0, 0.0)),
+        Objective(name="v", target=lambda at, xp: Target(-at.s, at.a)),  # Salimans & Ho 2022, sec. 4
+        Objective(name="velocity", target=lambda at, xp: Target(at.da, at.ds)),  # dx_t / dt; flow matching
+        Objective(name="edm", target=_edm_target, input_scale=_edm_input_scale, schedules=("ve",)),
     )
+}
+
+# What `objective=NAME` in a recipe stands for besides an objective: the recipe items that a paper trains with.
+PRESETS: Mapping[str, Mapping[str, str]] = {
+    "dit": {"objective": "epsilon-learned-range", "schedule": "linear"},
+    "sit": {"objective": "velocity", "schedule": "flow"},  # Ma et al. 2024, arXiv:2401.08740
+    "sd3": {"objective": "velocity", "schedule": "flow", "time_distribution": "logit-normal:0:1"},  # arXiv:2403.03206
+    "v-cosine": {"objective": "v", "schedule": "cosine"},  # Salimans & Ho 2022, arXiv:2202.00512
+    "edm": {"objective": "edm", "schedule": "ve", "time_distribution": "log-normal:-1.2:1.2"},  # arXiv:2206.00364
+    # arXiv:2511.13720, whose t is 1 - t here: its logit-normal has the mean -0.8
+    "jit": {
+        "objective": "x0",
+        "schedule": "flow",
+        "time_distribution": "logit-normal:0.8:0.8",
+        "loss_weight": "velocity-of-x0",
+    },
 }

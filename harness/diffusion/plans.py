@@ -1,187 +1,112 @@
-"""Sampler plans: every per-step coefficient of a sampler, computed once in float64.
+"""Sampler plans: a sampler's table with what the objective adds, computed once in float64.
 
-All plans share one form, which a framework applies with plain arithmetic. At step k, with the network's epsilon:
+All plans share one form, which a framework applies with plain arithmetic. At row k, with the network's output u:
 
-    x0   = x0_from_x[k] x - x0_from_eps[k] eps             clamped to [-1, 1] with clip_denoised
-    mean = mean_from_x0[k] x0 + mean_from_x[k] x
-    x    = mean + std noise                                where adds_noise[k], else x = mean
+    D    = x0_from_x[k] x - x0_from_output[k] u            clamped to [-1, 1] with clip_denoised
+    x    = x_from[k]    . (x, base, D, D', ...) + noise_to_x[k]    noise
+    base = base_from[k] . (x, base, D, D', ...) + noise_to_base[k] noise
 
-std is exp(log variance / 2) with log variance = frac log_variance_high[k] + (1 - frac) log_variance_low[k] and
-frac = (v + 1) / 2 of the network's variance channels v (Nichol & Dhariwal 2021, eq. 15) when learned_variance,
-else noise_std[k].
+D', D'', ... are the images predicted at the rows before. With log_variances, exp(log variance / 2) replaces noise_to_x:
+log variance = frac high[k] + (1 - frac) low[k], frac = (v + 1) / 2 of the network's variance channels v (Nichol & Dhariwal
+2021, eq. 15).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from harness.diffusion.respacing import space_timesteps
+from harness.diffusion.objectives import Objective, image_from
+from harness.diffusion.processes import Coefficients, Process
 from harness.diffusion.schedule import Schedule
+from harness.diffusion.solvers import SamplerTable
 from harness.errors import UserError
-
-VARIANCES = ("learned-range", "fixed-small")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SamplerPlan:
-    """A sampler over one schedule. Arrays are (S,) in the order of execution, float64 unless noted, read-only."""
+    """A sampler over one process for one objective. Arrays have E rows, one for each network evaluation of an image.
 
-    name: str  # "ddpm", "ddim" or "ddim-ldm"
+    Guidance may make a row's evaluation two; it is no part of the plan.
+    """
+
+    name: str  # of the sampler
     schedule: str  # name of the noise schedule
-    steps: int  # S
-    evaluations: int  # network evaluations for each image, without those that classifier-free guidance adds
-    eta: float | None  # DDIM's share of DDPM noise; None for DDPM
-    learned_variance: bool  # True: the network must give 2 C channels
-    clip_denoised: bool  # clamp x0 to [-1, 1]; for pixels, never for latents
-    timesteps: np.ndarray  # int64: original timesteps, the network's input, descending
-    x0_from_x: np.ndarray
-    x0_from_eps: np.ndarray
-    mean_from_x0: np.ndarray
-    mean_from_x: np.ndarray
-    log_variance_low: np.ndarray  # posterior log variance, clipped
-    log_variance_high: np.ndarray  # log beta
-    noise_std: np.ndarray  # of the fixed variance; 0 where no noise is added
-    adds_noise: np.ndarray  # bool; False at the last step
+    steps: int  # as the user counts them; evaluations >= steps
+    eta: float | None  # DDIM's share of DDPM noise; None for a sampler without one
+    clip_denoised: bool  # clamp the predicted image to [-1, 1]; for pixels, never for latents
+    table: SamplerTable
+    network_times: np.ndarray  # (E,): int64 timesteps, or float64
+    input_scale: np.ndarray | None  # float64 (E,): the network sees input_scale x; None: x
+    x0_from_x: np.ndarray  # float64 (E,)
+    x0_from_output: np.ndarray  # float64 (E,)
+    x0_from_gradient: np.ndarray  # float64 (E,): s^2 / a, of a classifier's gradient that shifts epsilon
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, np.ndarray):
-                assert value.shape == (self.steps,) and np.isfinite(value).all(), item.name
-                value.flags.writeable = False
+        for values in (self.x0_from_x, self.x0_from_output, self.x0_from_gradient):
+            assert values.shape == (self.evaluations,)
+            values.flags.writeable = False
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for each image, without those that classifier-free guidance adds."""
+        return len(self.table.times)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network must give 2 C channels."""
+        return self.table.log_variances is not None
+
+    @property
+    def adds_noise(self) -> np.ndarray:
+        """bool (E,): whether a row draws noise."""
+        return (self.table.noise_to_x != 0) | (self.table.noise_to_base != 0)
 
 
-def ddpm_plan(
-    schedule: Schedule,  # not respaced, as from Schedule.named
-    steps: int | str,  # a count, or another spacing of `space_timesteps`
-    *,
-    variance: str = "learned-range",  # or "fixed-small", the posterior variance
-    clip_denoised: bool = False,  # off in the paper's sampling script
-) -> SamplerPlan:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2) over `steps` of the schedule's timesteps.
-
-    Raises UserError for an unknown variance and for steps that do not fit.
-    """
-    if variance not in VARIANCES:
-        raise UserError(f"unknown sampling variance {variance!r}: known are {', '.join(VARIANCES)}")
-    spaced = schedule.respaced(space_timesteps(len(schedule), steps))
-    adds_noise = np.arange(len(spaced)) > 0
-    return _plan(
-        spaced,
-        name="ddpm",
-        eta=None,
-        learned_variance=variance == "learned-range",
-        clip_denoised=clip_denoised,
-        mean_from_x0=spaced.posterior_mean_from_x0,
-        mean_from_x=spaced.posterior_mean_from_xt,
-        noise_std=np.exp(0.5 * spaced.posterior_log_variance_clipped) * adds_noise,
-        adds_noise=adds_noise,
-    )
-
-
-def ddim_plan(
-    schedule: Schedule,  # not respaced
-    steps: int | str,  # "ddim50" gives the paper's whole strides; 50 the evenly rounded ones
-    *,
-    eta: float = 0.0,  # 0 is deterministic, 1 has DDPM's noise
-    clip_denoised: bool = False,
-) -> SamplerPlan:
-    """DDIM (Song et al. 2021, eq. 12 and 16). The network's variance channels, if any, are not used.
-
-    Eq. 12 adds sqrt(1 - abar_prev - sigma^2) eps to sqrt(abar_prev) x0. Here eps is written as
-    (x0_from_x x - x0) / x0_from_eps, from the clamped x0, which gives the common form in x0 and x.
-    Raises UserError for eta outside [0, 1] and for steps that do not fit.
-    """
-    if not (math.isfinite(eta) and 0 <= eta <= 1):
-        raise UserError(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
-    spaced = schedule.respaced(space_timesteps(len(schedule), steps))
-    sigma = eta * np.sqrt(spaced.posterior_variance)  # eq. 16: the posterior's standard deviation times eta
-    direction = np.sqrt(1.0 - spaced.abar_prev - sigma**2) / spaced.sqrt_recipm1_abar
-    return _plan(
-        spaced,
-        name="ddim",
-        eta=float(eta),
-        learned_variance=False,
-        clip_denoised=clip_denoised,
-        mean_from_x0=np.sqrt(spaced.abar_prev) - direction,
-        mean_from_x=direction * spaced.sqrt_recip_abar,
-        noise_std=sigma,
-        adds_noise=sigma > 0,
-    )
-
-
-def ldm_ddim_plan(
-    schedule: Schedule,  # not respaced
-    steps: int,
-    *,
-    eta: float = 0.0,
-    clip_denoised: bool = False,
-) -> SamplerPlan:
-    """DDIM as in LDM's code: timesteps 1, 1 + c, 1 + 2c, ... for an integer stride c; the last step goes to abar[0].
-
-    CompVis/latent-diffusion a506df5, ldm/modules/diffusionmodules/util.py (make_ddim_timesteps,
-    make_ddim_sampling_parameters). So the noise of timestep 0 is left after the last step, which also adds noise if
-    eta > 0. Raises UserError for eta outside [0, 1] and for steps that do not fit.
-    """
-    if not (math.isfinite(eta) and 0 <= eta <= 1):
-        raise UserError(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
-    timesteps = np.arange(0, len(schedule), max(len(schedule) // max(int(steps), 1), 1)) + 1
-    if len(timesteps) != int(steps) or timesteps[-1] >= len(schedule):
-        fitting = [n for n in range(1, len(schedule) // 2 + 1) if len(schedule) % n == 0]
-        nearest = min(fitting, key=lambda n: abs(n - int(steps)), default=None)
-        remedy = "use the sampler ddim" if nearest is None else f"{nearest} steps fit"
-        raise UserError(
-            f"ddim-ldm takes whole strides, and no stride takes {steps} of {len(schedule)} timesteps; {remedy}"
-        )
-    spaced = schedule.respaced(timesteps)  # gives sqrt_recip_abar and sqrt_recipm1_abar of these timesteps
-    abar = schedule.abar[timesteps]
-    abar_prev = np.append(schedule.abar[0], abar[:-1])
-    sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
-    direction = np.sqrt(1.0 - abar_prev - sigma**2) / spaced.sqrt_recipm1_abar
-    return _plan(
-        spaced,
-        name="ddim-ldm",
-        eta=float(eta),
-        learned_variance=False,
-        clip_denoised=clip_denoised,
-        mean_from_x0=np.sqrt(abar_prev) - direction,
-        mean_from_x=direction * spaced.sqrt_recip_abar,
-        noise_std=sigma,
-        adds_noise=sigma > 0,
-    )
-
-
-def _plan(
-    spaced: Schedule,
-    *,
+def make_plan(
     name: str,
+    table: SamplerTable,
+    objective: Objective,
+    process: Schedule | Process,
+    *,
+    steps: int,
     eta: float | None,
-    learned_variance: bool,
     clip_denoised: bool,
-    mean_from_x0: np.ndarray,  # these four arrays are in the order of ascending timesteps
-    mean_from_x: np.ndarray,
-    noise_std: np.ndarray,
-    adds_noise: np.ndarray,
 ) -> SamplerPlan:
-    """The plan over the timesteps of `spaced`, with all arrays reversed into the order of execution."""
+    """The plan of a sampler's table for networks of `objective`.
+
+    Raises UserError where the image does not follow from the network's output at one of the times.
+    """
+    if isinstance(process, Schedule):
+        at = Coefficients(table.a, table.s, np.nan, np.nan)  # a table of timesteps has no derivatives
+        network_times = table.times
+    else:
+        at = process.coefficients(table.times, np)
+        network_times = process.network_time(table.times, np)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        from_x, from_output = image_from(at, objective.target(at, np))
+        x0_from_x, x0_from_output = (
+            np.broadcast_to(each, len(table.times)).astype(np.float64) for each in (from_x, -from_output)
+        )
+        x0_from_gradient = table.s**2 / table.a
+    for values in (x0_from_x, x0_from_output):
+        if not np.isfinite(values).all():
+            t = table.times[~np.isfinite(values)][0]
+            raise UserError(
+                f"a network of the objective {objective.name} cannot be sampled on {process.name} at t = {t:g}: its output "
+                "does not tell the image there; choose another objective or grid"
+            )
     return SamplerPlan(
         name=name,
-        schedule=spaced.name,
-        steps=len(spaced),
-        evaluations=len(spaced),
+        schedule=process.name,
+        steps=steps,
         eta=eta,
-        learned_variance=learned_variance,
         clip_denoised=clip_denoised,
-        timesteps=spaced.timesteps[::-1].copy(),
-        x0_from_x=spaced.sqrt_recip_abar[::-1].copy(),
-        x0_from_eps=spaced.sqrt_recipm1_abar[::-1].copy(),
-        mean_from_x0=mean_from_x0[::-1].copy(),
-        mean_from_x=mean_from_x[::-1].copy(),
-        log_variance_low=spaced.posterior_log_variance_clipped[::-1].copy(),
-        log_variance_high=spaced.log_betas[::-1].copy(),
-        noise_std=noise_std[::-1].copy(),
-        adds_noise=adds_noise[::-1].copy(),
+        table=table,
+        network_times=network_times,
+        input_scale=None if objective.input_scale is None else objective.input_scale(at, np),
+        x0_from_x=x0_from_x,
+        x0_from_output=x0_from_output,
+        x0_from_gradient=x0_from_gradient,
     )

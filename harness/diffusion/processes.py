@@ -6,6 +6,7 @@ arithmetic, so that numpy in float64 (samplers), torch and JAX in float32 (train
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,12 +25,17 @@ class Coefficients(NamedTuple):
     ds: Floats
 
 
+def _thousandfold(t: Floats, xp: Namespace) -> Floats:
+    return 1000.0 * t
+
+
 @dataclass(frozen=True, kw_only=True)
 class Process:
     """A process in continuous time.
 
     coefficients: function of (t, the module of the array t) that returns `Coefficients`; a derivative that does not
-    depend on t may be a float. Its arithmetic must stay accurate in float32.
+    depend on t may be a float. Its arithmetic must stay accurate in float32. network_time: function of the same that
+    returns what the network is given as time: about 0 ... 1000, as timesteps are, unless a paper has it otherwise.
     """
 
     name: str
@@ -37,6 +43,7 @@ class Process:
     first: float = 0.0  # smallest t that training and samplers ask for; below it the derivatives are not finite
     last: float = 1.0  # t at which sampling begins
     is_bounded: bool = True  # False: t has no upper limit in training (it is the noise level itself)
+    network_time: Callable[[Floats, Namespace], Floats] = _thousandfold
 
     def scaled(self, noise_scale: float) -> Process:
         """The process with noise_scale x s(t) in place of s(t) (JiT, arXiv:2511.13720, sec. 4: 2 at 512 x 512)."""
@@ -47,9 +54,7 @@ class Process:
             a, s, da, ds = self.coefficients(t, xp)
             return Coefficients(a, noise_scale * s, da, noise_scale * ds)
 
-        return Process(
-            name=self.name, coefficients=coefficients, first=self.first, last=self.last, is_bounded=self.is_bounded
-        )
+        return dataclasses.replace(self, coefficients=coefficients)
 
 
 def _flow(t: Floats, xp: Namespace) -> Coefficients:
@@ -72,6 +77,10 @@ def _vp_continuous(t: Floats, xp: Namespace) -> Coefficients:
     return Coefficients(a, s, a * slope, -(a**2) * slope / s)
 
 
+def _quarter_log(t: Floats, xp: Namespace) -> Floats:
+    return xp.log(t) / 4
+
+
 def _ve(t: Floats, xp: Namespace) -> Coefficients:
     return Coefficients(1.0, t, 0.0, 1.0)
 
@@ -82,6 +91,8 @@ PROCESSES: Mapping[str, Process] = {
         Process(name="flow", coefficients=_flow),  # rectified flow: a straight line from noise to data
         Process(name="gvp", coefficients=_gvp),  # a quarter of a circle (SiT, arXiv:2401.08740, sec. 2; its GVP)
         Process(name="vp-continuous", coefficients=_vp_continuous, first=1e-5),
-        Process(name="ve", coefficients=_ve, first=0.002, last=80.0, is_bounded=False),  # EDM: t is sigma
+        Process(  # EDM (Karras et al. 2022, table 1): t is sigma itself
+            name="ve", coefficients=_ve, first=0.002, last=80.0, is_bounded=False, network_time=_quarter_log
+        ),
     )
 }

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 from harness import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from harness.diffusion.objectives import Objective
     from harness.diffusion.plans import SamplerPlan
-    from harness.diffusion.schedule import Schedule
+    from harness.diffusion.samplers import SamplerSpec
 
 
 def sampler_plan(
@@ -24,13 +22,17 @@ def sampler_plan(
     objective: str,
     eta: float = 0.0,
     clip_denoised: bool = False,
+    spacing: str = "",
+    noise_scale: float = 1.0,
 ) -> SamplerPlan:
     """The plan of `sampler` with `steps` steps. Cached, because cost estimates need the same plan many times.
 
-    Raises UserError for an unknown name, and for a sampler, schedule and steps that do not fit each other.
+    Raises UserError for an unknown name, and for a sampler, schedule, objective and steps that do not fit each other.
     """
-    make = registry.samplers.get(sampler).make
-    return _cached_plan(make, registry.objectives.get(objective), schedule, diffusion_steps, steps, eta, clip_denoised)
+    return _cached_plan(
+        registry.samplers.get(sampler), registry.objectives.get(objective), schedule, diffusion_steps, steps, eta,
+        clip_denoised, spacing, noise_scale,
+    )  # fmt: skip
 
 
 def guided_evaluations(evaluations: int, guidance_scale: float) -> int:
@@ -40,14 +42,39 @@ def guided_evaluations(evaluations: int, guidance_scale: float) -> int:
 
 @functools.lru_cache(maxsize=128)
 def _cached_plan(
-    make: Callable[[Schedule, int, Objective, float, bool], SamplerPlan],
+    spec: SamplerSpec,
     objective: Objective,
     schedule: str,
     diffusion_steps: int,
     steps: int,
     eta: float,
     clip_denoised: bool,
+    spacing: str,
+    noise_scale: float,
 ) -> SamplerPlan:
-    from harness.diffusion.schedule import Schedule
+    from harness.diffusion.plans import make_plan
+    from harness.diffusion.processes import Process
+    from harness.diffusion.samplers import SamplerTask
+    from harness.diffusion.training import check_fit, process_named, time_range
 
-    return make(Schedule.named(schedule, diffusion_steps), steps, objective, eta, clip_denoised)
+    process = process_named(schedule, diffusion_steps, noise_scale)
+    check_fit(objective, process)
+    first, last = time_range(objective, process) if isinstance(process, Process) else (0.0, 0.0)
+    task = SamplerTask(
+        process=process,
+        steps=steps,
+        eta=eta,
+        spacing=spacing,
+        learned_variance=objective.learned_variance,
+        first=first,
+        last=last,
+    )
+    return make_plan(
+        spec.name,
+        spec.make(task),
+        objective,
+        process,
+        steps=steps,
+        eta=eta if spec.has_eta else None,
+        clip_denoised=clip_denoised,
+    )

@@ -36,6 +36,10 @@ class SamplerTable:
     noise_to_x: np.ndarray  # (E,)
     noise_to_base: np.ndarray  # (E,)
     initial_noise: float  # standard deviation of x at the first row
+    # (low, high), (E,) each: log variances between which the variance channels of the network choose (Nichol & Dhariwal
+    # 2021, eq. 15) and so replace noise_to_x. None: the variance is fixed.
+    log_variances: tuple[np.ndarray, np.ndarray] | None = None
+    shifts_mean: bool = False  # a classifier's gradient shifts the mean of a step by its variance; else epsilon
 
     def __post_init__(self) -> None:
         rows = len(self.times)
@@ -302,7 +306,9 @@ def euler_maruyama(grid: Grid, diffusion: str = "sigma") -> SamplerTable:
     if diffusion not in DIFFUSIONS:
         raise UserError(unknown("diffusion of euler-maruyama", diffusion, DIFFUSIONS))
     if grid.da is None or grid.ds is None:
-        raise UserError("the sampler euler-maruyama needs a process in continuous time, and this one is a table of timesteps")
+        raise UserError(
+            "the sampler euler-maruyama needs a process in continuous time, and this one is a table of timesteps"
+        )
     rows = _Rows(grid)
     for k in range(len(grid)):
         w = DIFFUSIONS[diffusion](grid, k)

@@ -58,6 +58,6 @@ def check_channels(plan: SamplerPlan, output_channels: int, channels: int) -> No
 def divergence_error(plan: SamplerPlan, done: int) -> RunError:
     """The error of a sampler with non-finite values after `done` steps of the plan."""
     return RunError(
-        f"sampling diverged: non-finite values after {plan.name} step {done} of {plan.steps} "
-        f"(timestep {int(plan.timesteps[done - 1])}); check the checkpoint, or sample in float32"
+        f"sampling diverged: non-finite values after {plan.name} evaluation {done} of {plan.evaluations} "
+        f"(t = {plan.table.times[done - 1]:g}); check the checkpoint, or sample in float32"
     )

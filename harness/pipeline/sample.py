@@ -213,7 +213,7 @@ def sample_run(
         labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, protocol.num_classes),
         image=(protocol.resolution, protocol.resolution, protocol.image_channels),
         batch=wanted.batch,
-        steps=steps,
+        steps=plan_of(run.recipe, request.sampling, steps).evaluations,
         title=f"sample {wanted.sampling.sampler}-{steps}",
     )
 

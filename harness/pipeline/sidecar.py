@@ -149,6 +149,7 @@ def fields_of_run(
             steps=sample_set.steps,
             evaluations=evaluations,
             eta=sample_set.eta,
+            spacing=sampling.spacing or None,
             guidance_scale=sampling.guidance_scale,
             guidance_channels=sample_set.guidance_channels,
             gflops_per_image=gflops * evaluations,
@@ -227,6 +228,9 @@ def _recipe_fields(recipe: protocols.Recipe, seed: int) -> dict[str, Any]:
         "seed": seed,
         "objective": recipe.objective,
         "schedule": recipe.schedule,
+        "time_distribution": None if recipe.time_distribution == "uniform" else recipe.time_distribution,
+        "loss_weight": None if recipe.loss_weight == "none" else recipe.loss_weight,
+        "noise_scale": None if recipe.noise_scale == 1 else recipe.noise_scale,
         "recipe_hash": files.sha256_json(recipe_identity(recipe)),
     }
 

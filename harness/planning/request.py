@@ -154,7 +154,10 @@ def resolve_request(
 
 
 def check_plans(recipe: Recipe, sampling: Sampling) -> None:
-    """Raise `UserError` if schedule, sampler and steps do not fit together, before anything is trained."""
+    """Raise `UserError` if objective, schedule, sampler and steps do not fit together, before anything is trained."""
+    from harness.diffusion.training import TrainingObjective
+
+    TrainingObjective.from_recipe(recipe)
     for steps in sampling.steps:
         plan_of(recipe, sampling, steps)
 
@@ -166,7 +169,8 @@ def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> SamplerPlan:
     """
     return sampler_plan(
         sampling.sampler, steps, schedule=recipe.schedule, diffusion_steps=recipe.diffusion_steps,
-        objective=recipe.objective, eta=sampling.eta, clip_denoised=sampling.clip_denoised,
+        objective=recipe.objective, eta=sampling.eta, clip_denoised=sampling.clip_denoised, spacing=sampling.spacing,
+        noise_scale=recipe.noise_scale,
     )  # fmt: skip
 
 

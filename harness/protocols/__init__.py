@@ -55,10 +55,15 @@ class Recipe:
     diffusion_steps: int = 1000
     # An upsampler's low-resolution image gets noise of std U[0, this); 0 = none.
     conditioning_noise: float = field(default=0.0, metadata=ADDED_LATER)
+    time_distribution: str = field(
+        default="uniform", metadata=ADDED_LATER
+    )  # or "logit-normal:0:1", "log-normal:-1.2:1.2"
+    loss_weight: str = field(default="none", metadata=ADDED_LATER)  # of the squared error: "min-snr", "min-snr:5", ...
+    noise_scale: float = field(default=1.0, metadata=ADDED_LATER)  # factor of the noise, in continuous time
 
     def __post_init__(self) -> None:
         _check_finite(self, "recipe")
-        for name in ("steps", "batch", "learning_rate", "diffusion_steps"):
+        for name in ("steps", "batch", "learning_rate", "diffusion_steps", "noise_scale"):
             if not getattr(self, name) > 0:
                 raise UserError(f"recipe: {name} must be positive, not {getattr(self, name)}")
         for name in ("ema_decay", "label_dropout"):
@@ -85,6 +90,8 @@ class Sampling:
     label_policy: str = "random"  # uniform at random, as published; or "balanced"
     seed: int = 0
     uint8_rule: str = "dit"
+    # Of the times at which the network is asked: "trailing", "karras", "shift:3", ...; "": the usual one of the schedule.
+    spacing: str = field(default="", metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         _check_finite(self, "sampling")
@@ -154,7 +161,10 @@ def from_dict(data: dict[str, Any], where: str) -> Protocol:
     Raises `UserError`, which names the item, if an item is unknown, is missing or has another type.
     """
     data = dict(data)
-    recipe = _fill(Recipe, data.pop("recipe", {}), f"{where}: [recipe]")
+    recipe_data = data.pop("recipe", {})
+    if isinstance(recipe_data, dict) and isinstance(recipe_data.get("objective"), str):
+        recipe_data = _with_preset(recipe_data)
+    recipe = _fill(Recipe, recipe_data, f"{where}: [recipe]")
     sampling_data = data.pop("sampling", {})
     if isinstance(sampling_data, dict) and isinstance(sampling_data.get("steps"), list):
         sampling_data = {**sampling_data, "steps": tuple(sampling_data["steps"])}
@@ -186,12 +196,27 @@ def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
     """
     known = {each.name: each for each in dataclasses.fields(item)}
     values = {}
+    if isinstance(item, Recipe):
+        settings = _with_preset(settings)
     for name, value in settings.items():
         if name not in known:
             raise UserError(unknown(f"{type(item).__name__.lower()} item", name, known))
         old = getattr(item, name)
         values[name] = value if type(value) is type(old) and not isinstance(value, str) else _parse(name, value, old)
     return dataclasses.replace(item, **values)
+
+
+def _with_preset(items: dict[str, Any]) -> dict[str, Any]:
+    """Recipe items in which a preset's name as objective (sit, edm, ...) is replaced by the items that it stands for.
+
+    Items that are given beside it stay as they are.
+    """
+    from harness.diffusion.objectives import PRESETS
+
+    preset = PRESETS.get(items.get("objective", ""))
+    return (
+        items if preset is None else {**preset, **{name: value for name, value in items.items() if name != "objective"}}
+    )
 
 
 def _parse(name: str, value: object, old: Any) -> Any:

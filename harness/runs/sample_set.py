@@ -58,6 +58,8 @@ class SampleRequest:
             "guidance_channels": self.guidance_channels,
             "precision": self.precision,
         }
+        if not self.sampling.spacing:  # added later: older sample sets keep their identity
+            del settings["spacing"]
         if self.compile != "off":
             settings["compile"] = self.compile
         return settings

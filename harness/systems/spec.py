@@ -70,8 +70,8 @@ class Component:
 
     @property
     def advances(self) -> int:
-        """Progress-bar units for one batch: the sampler steps, or 1 for a generator."""
-        return 1 if self.spec.kind == "generator" else self.steps
+        """Progress-bar units for one batch: the rows of the sampler's plan, or 1 for a generator."""
+        return self.evaluations
 
     @property
     def passes(self) -> int:

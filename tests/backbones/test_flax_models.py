@@ -22,10 +22,11 @@ from backbones.dit.spec import BLOCKS
 from backbones.flax_weights import from_torch, to_torch, torch_shapes
 from harness.compute.meta_torch import build_on_meta
 from harness.diffusion.objectives import OBJECTIVES
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.training import TrainingObjective
 from harness.engines.jax.resolve import inputs_of
-from harness.engines.torch.loss import LossTables, training_losses
+from harness.engines.torch.loss import DenoisingLoss
 from harness.errors import UserError
+from harness.protocols import Recipe
 from harness.randomness import Purpose, bits
 from harness.registry import backbones
 from harness.spec import load_attribute
@@ -110,7 +111,7 @@ def batch(name, overrides, n=3):
 
 
 def jax_loss(objective, tables, output, x0, t, noise):
-    """`harness.engines.torch.loss.training_losses` in jax.numpy, summed up."""
+    """`harness.engines.torch.loss.DenoisingLoss.terms` in jax.numpy, summed up."""
     if not objective.learned_variance:
         return ((output - noise) ** 2).mean()
 
@@ -141,16 +142,16 @@ def test_outputs_and_gradients_of_the_training_loss_are_torchs(case):
     spec = backbones.get(name)
     x0, t, y, noise, more = batch(name, overrides)
     objective = OBJECTIVES["epsilon-fixed" if spec.family == "ldm" else "epsilon-learned-range"]
-    tables = LossTables(Schedule.named("linear", 1000))
+    tables = DenoisingLoss(TrainingObjective.from_recipe(Recipe(objective=objective.name)))
 
     torch_net = drawn(spec.build("torch", **overrides)).eval()
     given = [torch.from_numpy(each) for each in (x0, t, noise)]
-    xt = tables.q_sample(*given)
+    xt = tables.noised(*given)
     expected = torch_net(xt, given[1], *(torch.from_numpy(each) for each in more))
     if spec.kind == "classifier":
         torch_loss = F.cross_entropy(expected, torch.from_numpy(y))
     else:
-        torch_loss = sum(training_losses(objective, tables, expected, *given)).mean()
+        torch_loss = sum(tables.terms(expected, *given)).mean()
     torch_loss.backward()
 
     net = filled(name, overrides, torch_net)

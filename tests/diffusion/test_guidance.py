@@ -9,8 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from sampler_plans import ddim_plan, ddpm_plan
 
-from harness.diffusion.plans import ddim_plan, ddpm_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.sampler import classifier_guide, sample_loop
 from harness.errors import UserError
@@ -141,7 +141,7 @@ def test_the_classifier_sees_what_the_network_sees(eta):
     for k in range(STEPS):
         (_, x, t), (_, seen, at) = calls[2 * k : 2 * k + 2]
         assert torch.equal(x, seen) and torch.equal(t, at)
-        assert t.tolist() == [plan.timesteps[k]] * 2
+        assert t.tolist() == [plan.network_times[k]] * 2
 
 
 @pytest.mark.parametrize("v", [-1.0, 0.0, 1.0, None])
@@ -168,7 +168,7 @@ def test_ddim_clamps_before_guidance():
     """One step to abar = 1: the result is the predicted image, clamped to 1 and then shifted."""
     z = torch.full((1, 1, 2, 2), 3.0)
     plan = ddim_plan(LINEAR, 1, clip_denoised=True)
-    abar = float(LINEAR.abar[plan.timesteps[0]])
+    abar = float(LINEAR.abar[plan.network_times[0]])
     out = sample_loop(
         lambda x, t: torch.zeros_like(x), plan, z, lambda k: z, guide=lambda x, t: torch.full_like(x, 400.0)
     )

@@ -8,10 +8,8 @@ float32, with the network below.
 import numpy as np
 import pytest
 import torch
+from sampler_plans import ldm_ddim_plan
 
-from harness import registry
-from harness.diffusion.objectives import OBJECTIVES
-from harness.diffusion.plans import ldm_ddim_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
 from harness.errors import UserError
@@ -81,15 +79,15 @@ def test_samples(case):
 def test_timesteps_and_the_last_step(steps, stride):
     plan = ldm_ddim_plan(SCHEDULE, steps, eta=1.0)
     assert (plan.name, plan.schedule, plan.steps, plan.evaluations) == ("ddim-ldm", "sqrt-linear", steps, steps)
-    assert plan.timesteps.tolist() == list(range(1, 1001, stride))[:steps][::-1] and plan.timesteps[-1] == 1
+    assert plan.network_times.tolist() == list(range(1, 1001, stride))[:steps][::-1] and plan.network_times[-1] == 1
     # ddim_sigmas[0] of DDIMSampler.make_schedule, for eta 1; in float32, where 1 - abar[0] has lost four digits.
-    assert plan.adds_noise.all() and plan.noise_std[-1] == pytest.approx(0.02743204779, rel=1e-5)
+    assert plan.adds_noise.all() and plan.table.noise_to_x[-1] == pytest.approx(0.02743204779, rel=1e-5)
     assert not ldm_ddim_plan(SCHEDULE, steps).adds_noise.any()
     z = torch.zeros(1, 1, 1, 1)
     one = torch.ones(1, 1, 1, 1)
     last = steps - 1
     out = sample_loop(lambda x, t: torch.zeros_like(x), plan, z, lambda k: one * (k == last))
-    assert out.item() == pytest.approx(plan.noise_std[-1], rel=1e-6)  # the last step's noise stays in the sample
+    assert out.item() == pytest.approx(plan.table.noise_to_x[-1], rel=1e-6)  # the last step's noise stays in the sample
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -121,7 +119,7 @@ def test_schedule():
 def test_clip_and_a_classifier_work_as_in_ddim():
     """The guided epsilon of eq. 12 in one step of two; the clamp comes before."""
     plan = ldm_ddim_plan(SCHEDULE, 2, clip_denoised=True)
-    assert plan.timesteps.tolist() == [501, 1]
+    assert plan.network_times.tolist() == [501, 1]
     x = torch.full((1, 1, 1, 1), 3.0)
     guide = classifier_guide(lambda x, t: torch.stack([x.flatten(), 0 * x.flatten()], dim=1), torch.tensor([0]), 2.0)
     out = sample_loop(lambda x, t: torch.zeros_like(x), plan, x, lambda k: x, guide=guide).item()
@@ -136,7 +134,7 @@ def test_clip_and_a_classifier_work_as_in_ddim():
 
 
 def test_by_name_and_refused():
-    plan = registry.samplers.get("ddim-ldm").make(SCHEDULE, 50, OBJECTIVES["epsilon-fixed"], 0.5, True)
+    plan = ldm_ddim_plan(SCHEDULE, 50, eta=0.5, clip_denoised=True)
     assert (plan.name, plan.eta, plan.clip_denoised, plan.learned_variance) == ("ddim-ldm", 0.5, True, False)
     for steps, near in ((300, 250), (7, 8), (51, 50), (999, 500), (1000, 500)):
         with pytest.raises(UserError, match=rf"no stride takes {steps} of 1000 timesteps; {near} steps fit"):

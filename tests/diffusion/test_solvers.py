@@ -8,7 +8,7 @@ import pytest
 
 from harness.diffusion import solvers
 from harness.diffusion.grids import at_times, continuous_grid, discrete_grid
-from harness.diffusion.predictions import PREDICTIONS, image_from
+from harness.diffusion.objectives import OBJECTIVES, image_from
 from harness.diffusion.processes import PROCESSES
 from harness.diffusion.schedule import Schedule
 from harness.errors import UserError
@@ -98,7 +98,9 @@ def test_end_point(sampler, name):
     table = SAMPLERS[sampler](grid)
     x = table.initial_noise * np.linspace(-2, 2, 101)
     found = run(table, x, gaussian(table))
-    np.testing.assert_allclose(found, exact(x, (grid.a[0], grid.s[0]), (1, 0)), atol=2e-2 if sampler == "euler" else 1e-3)
+    np.testing.assert_allclose(
+        found, exact(x, (grid.a[0], grid.s[0]), (1, 0)), atol=2e-2 if sampler == "euler" else 1e-3
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -184,7 +186,10 @@ def from_stand_in(table, prediction):
 
     def predict(x, k):
         at = (table.a[k], table.s[k], 0.0, 0.0)
-        from_x, from_u = image_from(_coefficients(*at), PREDICTIONS[prediction].target(_coefficients(*at), np))
+        from_x, from_u = image_from(
+            _coefficients(*at),
+            OBJECTIVES[{"eps": "epsilon-fixed"}.get(prediction, prediction)].target(_coefficients(*at), np),
+        )
         return from_x * x + from_u * stand_in(x, table.times[k])
 
     return predict
@@ -282,7 +287,7 @@ def test_diffusers_edm_euler():
 
     def predict(x, k):
         at = process.coefficients(table.times[k], np)
-        prediction = PREDICTIONS["edm"]
+        prediction = OBJECTIVES["edm"]
         from_x, from_u = image_from(at, prediction.target(at, np))
         return from_x * x + from_u * stand_in(prediction.input_scale(at, np) * x, float(timesteps[k]))
 

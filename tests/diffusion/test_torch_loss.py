@@ -8,9 +8,13 @@ import torch
 
 from harness.diffusion.objectives import OBJECTIVES
 from harness.diffusion.schedule import Schedule
-from harness.engines.torch.loss import LossTables, hybrid_loss, training_losses
+from harness.diffusion.training import TrainingObjective
+from harness.engines.torch.loss import DenoisingLoss, LossTables, hybrid_loss
+from harness.protocols import Recipe
 
 TABLES = LossTables(Schedule.named("linear"))
+HYBRID_LOSS = DenoisingLoss(TrainingObjective.from_recipe(Recipe()))
+FIXED_LOSS = DenoisingLoss(TrainingObjective.from_recipe(Recipe(objective="epsilon-fixed")))
 HYBRID = OBJECTIVES["epsilon-learned-range"]
 
 
@@ -24,7 +28,7 @@ def test_golden():
     x0 = torch.randn(4, 4, 8, 8)
     t = torch.tensor([0, 1, 500, 999])
     noise = torch.randn_like(x0)
-    terms = training_losses(HYBRID, TABLES, toy_network(TABLES.q_sample(x0, t, noise), t), x0, t, noise)
+    terms = HYBRID_LOSS.terms(toy_network(HYBRID_LOSS.noised(x0, t, noise), t), x0, t, noise)
     for term, golden in (
         (terms.mse, [1.1095242500, 0.9403723478, 1.1909056902, 1.8073136806]),
         (terms.vb, [2.0801875591, 0.6391848922, 0.0094727874, 0.0266072340]),
@@ -39,7 +43,7 @@ def test_q_sample_moments():
     x0 = torch.full((1000, 1, 1, 1), 0.5)
     noise = torch.randn(1000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     for t, abar in ((0, 0.9999), (999, 4.035829765375676e-05)):
-        x = TABLES.q_sample(x0, torch.full((1000,), t), noise)
+        x = HYBRID_LOSS.noised(x0, torch.full((1000,), t), noise)
         assert x.dtype == torch.float32 and x.shape == x0.shape
         torch.testing.assert_close(x, math.sqrt(abar) * x0 + math.sqrt(1 - abar) * noise, rtol=1e-6, atol=1e-6)
 
@@ -100,15 +104,15 @@ def test_likelihood_of_a_pixel_at_step_0(level):
 
 def test_fixed_variance_has_no_bound():
     output, x0, t, noise = make_batch(3)
-    terms = training_losses(OBJECTIVES["epsilon-fixed"], TABLES, output, x0, t, noise)
+    terms = FIXED_LOSS.terms(output, x0, t, noise)
     torch.testing.assert_close(terms.mse, (output - noise).square().mean(dim=(1, 2, 3)))
     assert terms.vb.dtype == torch.float32 and terms.vb.tolist() == [0.0] * 4
 
 
 def test_half_precision_output_gives_a_float32_loss():
     output, x0, t, noise = make_batch(6)
-    terms = training_losses(HYBRID, TABLES, output.bfloat16(), x0, t, noise)
-    exact = training_losses(HYBRID, TABLES, output.bfloat16().float(), x0, t, noise)
+    terms = HYBRID_LOSS.terms(output.bfloat16(), x0, t, noise)
+    exact = HYBRID_LOSS.terms(output.bfloat16().float(), x0, t, noise)
     assert terms.mse.dtype == terms.vb.dtype == torch.float32
     assert torch.equal(terms.mse, exact.mse) and torch.equal(terms.vb, exact.vb)
 
@@ -116,4 +120,4 @@ def test_half_precision_output_gives_a_float32_loss():
 def test_wrong_channels():
     output, x0, t, noise = make_batch(3)
     with pytest.raises(AssertionError):
-        training_losses(HYBRID, TABLES, output, x0, t, noise)
+        HYBRID_LOSS.terms(output, x0, t, noise)

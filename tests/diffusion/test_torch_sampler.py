@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from sampler_plans import ddim_plan, ddpm_plan
 
-from harness.diffusion.plans import ddim_plan, ddpm_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.guidance import GUIDED_CHANNELS
 from harness.engines.torch.sampler import guided, sample_loop
@@ -91,7 +91,7 @@ def test_noise_is_asked_only_where_it_is_added():
         sample_loop(network, plan, z, noise, progress=lambda k, n, done=done: done.append((k, n)))
         assert asked == expected
         assert done == [(k, 10) for k in range(1, 11)]
-        assert seen == [[t] for t in plan.timesteps] and seen[0] == [999]
+        assert seen == [[t] for t in plan.network_times] and seen[0] == [999]
 
 
 def test_clip_denoised():
@@ -109,9 +109,9 @@ def test_divergence_is_a_failure_that_names_the_step():
         return torch.full_like(x, math.nan if t[0] < 500 else 0.0)
 
     plan = ddpm_plan(LINEAR, 200, variance="fixed-small")
-    with pytest.raises(RunError, match=r"ddpm step 150 of 200 \(timestep 251\)"):
+    with pytest.raises(RunError, match=r"ddpm evaluation 150 of 200 \(t = 251\)"):
         sample_loop(network, plan, torch.zeros(1, 1, 2, 2), lambda k: torch.zeros(1, 1, 2, 2))
-    with pytest.raises(RunError, match="step 10 of 10"):
+    with pytest.raises(RunError, match="evaluation 10 of 10"):
         sample_loop(network, ddim_plan(LINEAR, 10), torch.zeros(1, 1, 2, 2), lambda k: torch.zeros(1, 1, 2, 2))
 
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sampler_plans import ddpm_plan
 
 from harness import registry
-from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.jax.resolve import refuse_torch_options
 from harness.engines.torch import compiling, sampling

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from jax_runs import KINDS, engine, flax_net, request, workshop
+from sampler_plans import ddim_plan, ddpm_plan
 
-from harness.diffusion.plans import ddim_plan, ddpm_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.jax.loss_functions import area_means
 from harness.engines.jax.mesh import make_mesh, pick_devices

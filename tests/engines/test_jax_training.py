@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from jax_runs import engine, losses, request, workshop
+from sampler_plans import ddpm_plan
 
-from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
 from harness.engines.backend import get_backend
 from harness.engines.jax import mesh

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from sampler_plans import ddpm_plan
 from scipy import stats
 
 from harness import randomness
 from harness.data.images import ImageSet
-from harness.diffusion.objectives import OBJECTIVES
-from harness.diffusion.plans import ddpm_plan
 from harness.diffusion.schedule import Schedule
+from harness.diffusion.training import TrainingObjective
 from harness.engines.loss_terms import LOSS_TERMS
 from harness.engines.torch import sampling
-from harness.engines.torch.loss import LossTables, training_losses
+from harness.engines.torch.loss import DenoisingLoss
 from harness.engines.torch.loss_functions import LossFunction
 from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage, random, to_uint8
 from harness.engines.torch.trainer import TorchEngine
@@ -89,8 +89,8 @@ def test_an_upsampler_learns_to_denoise_given_the_averaged_image(low):
     np.testing.assert_allclose(seen_low, area, atol=1e-6)
     assert torch.equal(seen_t, t) and torch.equal(seen_y, y)
     output = Recorder("upsampler")(seen_x, t, y, torch.from_numpy(area).float())
-    tables = LossTables(Schedule.named("linear"))
-    expected = training_losses(OBJECTIVES["epsilon-learned-range"], tables, output, x0, t, noise)
+    tables = DenoisingLoss(TrainingObjective.from_recipe(Recipe()))
+    expected = tables.terms(output, x0, t, noise)
     assert terms.keys() == LOSS_TERMS["upsampler"].keys() == {"mse", "vb"}
     for name in ("mse", "vb"):
         assert terms[name].shape == (24,) and terms[name].dtype == torch.float32

@@ -13,8 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from harness.diffusion.objectives import Objective
+from harness.diffusion.processes import Coefficients
 from harness.diffusion.schedule import Schedule
+from harness.diffusion.training import TrainingObjective
+from harness.randomness import Purpose
+from harness.randomness import threefry_jax as random
+from harness.randomness.threefry_jax import Words
 
 LN2 = math.log(2.0)
 TANH_CDF = math.sqrt(2.0 / math.pi)  # Phi(x) ~ (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 (Page 1977)
@@ -23,12 +27,76 @@ TANH_CDF = math.sqrt(2.0 / math.pi)  # Phi(x) ~ (1 + tanh(sqrt(2/pi) (x + 0.0447
 class LossTerms(NamedTuple):
     """Per-sample terms, float32 (N,) each. The loss of a batch is (mse + vb).mean()."""
 
-    mse: Array  # mean over C, H, W of the squared error of epsilon
+    mse: Array  # mean over C, H, W of the squared error of the prediction
     vb: Array  # mean over C, H, W of the variational bound's term, in bits; zeros without a learned variance
 
 
+class DenoisingLoss:
+    """The forward process of a recipe, and the loss of a denoiser trained on it.
+
+    t is int32 timesteps, or float32 times of a process in continuous time, (N,) either way.
+    """
+
+    def __init__(self, training: TrainingObjective) -> None:
+        self.training = training
+        self._tables = LossTables(training.process) if isinstance(training.process, Schedule) else None
+
+    def times(self, seed: int, positions: Words) -> Array:
+        """t of the training examples at these positions (N,) of the stream."""
+        training, process = self.training, self.training.process
+        if training.draws_normal:
+            draw = random.normal(seed, Purpose.TIMESTEP, positions, 0, (1,))[:, 0]  # (N,)
+        elif isinstance(process, Schedule):
+            return random.integers(seed, Purpose.TIMESTEP, positions, 0, len(process))
+        else:
+            draw = random.uniform(seed, Purpose.TIMESTEP, positions, 0)
+        t: Array = training.continuous_times(draw, jnp)
+        if isinstance(process, Schedule):
+            return jnp.minimum((t * len(process)).astype(jnp.int32), len(process) - 1)
+        return t
+
+    def noised(self, x0: Array, t: Array, noise: Array) -> Array:
+        """x_t = a x_0 + s noise, float32 (N, C, H, W) as x0 and noise are."""
+        at = self._coefficients(t)
+        result: Array = at.a * x0 + at.s * noise
+        return result
+
+    def network_inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
+        """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int32 or float32 (N,)."""
+        process, scale = self.training.process, self.training.objective.input_scale
+        if isinstance(process, Schedule):
+            return xt, t
+        seen = xt if scale is None else scale(self._coefficients(t), jnp) * xt
+        return seen, process.network_time(t, jnp)
+
+    def terms(self, output: Array, x0: Array, t: Array, noise: Array) -> LossTerms:
+        """The terms of the objective: `hybrid_loss` where the variance is learned, the squared error alone where not.
+
+        output: (N, objective.out_channels(C), H, W), any float type: the network at (x_t, t). x0, noise: float32
+        (N, C, H, W), noise what x_t was made with.
+        """
+        objective = self.training.objective
+        assert output.shape[1] == objective.out_channels(x0.shape[1]), (output.shape, x0.shape)
+        if objective.learned_variance:
+            assert self._tables is not None  # `check_fit` refuses it in continuous time
+            return hybrid_loss(self._tables, output, x0, t, noise)
+        at = self._coefficients(t)
+        error = self.training.squared_error(output.astype(jnp.float32), x0, noise, t[:, None, None, None], at, jnp)
+        mse = _mean(error)
+        return LossTerms(mse, jnp.zeros_like(mse))
+
+    def _coefficients(self, t: Array) -> Coefficients:
+        """The process at t: float32 (N, 1, 1, 1) each, or floats."""
+        process = self.training.process
+        if isinstance(process, Schedule):
+            assert self._tables is not None
+            nan = float("nan")  # a table has no derivatives
+            return Coefficients(_at(self._tables.sqrt_abar, t), _at(self._tables.sqrt_one_minus_abar, t), nan, nan)
+        return process.coefficients(t[:, None, None, None], jnp)
+
+
 class LossTables:
-    """The tables that training needs: float32 (T,), indexed by timestep; constants in a traced function.
+    """The tables of a process over timesteps: float32 (T,), indexed by timestep; constants in a traced function.
 
     They are those of `schedule.respaced()`: the public code trains on a respaced schedule with all steps kept.
     """
@@ -45,29 +113,6 @@ class LossTables:
         self.log_variance_high = table(spaced.log_betas)
         # Error of the reverse step's mean for an error of 1 in epsilon.
         self.mean_error_per_eps = table(spaced.posterior_mean_from_x0 * spaced.sqrt_recipm1_abar)
-
-    def q_sample(self, x0: Array, t: Array, noise: Array) -> Array:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4).
-
-        x0, noise: float32 (N, C, H, W). t: int32 (N,) in 0 ... T - 1. Returns float32 (N, C, H, W).
-        """
-        return _at(self.sqrt_abar, t) * x0 + _at(self.sqrt_one_minus_abar, t) * noise
-
-
-def training_losses(
-    objective: Objective,
-    tables: LossTables,
-    output: Array,  # (N, objective.out_channels(C), H, W), any float type: the network at (x_t, t)
-    x0: Array,  # float32 (N, C, H, W)
-    t: Array,  # int32 (N,)
-    noise: Array,  # float32 (N, C, H, W): what x_t was made with
-) -> LossTerms:
-    """The terms of `objective`: `hybrid_loss` where the variance is learned, the mean squared error alone where not."""
-    assert output.shape[1] == objective.out_channels(x0.shape[1]), (output.shape, x0.shape)
-    if objective.learned_variance:
-        return hybrid_loss(tables, output, x0, t, noise)
-    mse = _mean((output.astype(jnp.float32) - noise) ** 2)
-    return LossTerms(mse, jnp.zeros_like(mse))
 
 
 def hybrid_loss(

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from harness.diffusion.schedule import Schedule
-from harness.engines.jax.loss import LossTables, training_losses
+from harness.diffusion.training import TrainingObjective
+from harness.engines.jax.loss import DenoisingLoss
 from harness.engines.loss_terms import loss_terms_of
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import threefry_jax as random
 from harness.randomness.threefry_jax import Words
-from harness.registry import objectives
 from harness.spec import BackboneSpec
 
 
@@ -28,8 +27,7 @@ class LossFunction:
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null_label = spec.null_index(arguments["num_classes"])
-        self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps))
-        self._objective = objectives.get(recipe.objective)
+        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe))
 
     def losses(self, net: Callable[..., Array], x0: Array, y: Array, positions: Words) -> dict[str, Array]:
         """The loss terms by name, float32 (N,) each.
@@ -37,21 +35,21 @@ class LossFunction:
         x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int32 (N,). positions: (N,) in the stream of examples.
         """
         recipe, seed = self._recipe, self._seed
-        t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)  # (N,)
+        t = self._loss.times(seed, positions)  # (N,)
         noise = random.normal(seed, Purpose.TRAINING_NOISE, positions, 0, x0.shape[1:])  # (N, C, H, W)
-        xt = self._tables.q_sample(x0, t, noise)  # (N, C, H, W)
+        xt, network_t = self._loss.network_inputs(self._loss.noised(x0, t, noise), t)  # (N, C, H, W), (N,)
         if self._kind == "classifier":
-            logits = net(xt, t).astype(jnp.float32)  # (N, num_classes)
+            logits = net(xt, network_t).astype(jnp.float32)  # (N, num_classes)
             log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]  # (N,)
             return {"cross_entropy": -log_likelihood, "accuracy": (logits.argmax(axis=1) == y).astype(jnp.float32)}
         if self._null_label is not None and recipe.label_dropout:
             dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
             y = jnp.where(dropped, self._null_label, y)
         if self._kind == "upsampler":
-            output = net(xt, t, y, self._low_resolution(x0, positions))
+            output = net(xt, network_t, y, self._low_resolution(x0, positions))
         else:
-            output = net(xt, t, y)
-        mse, vb = training_losses(self._objective, self._tables, output, x0, t, noise)
+            output = net(xt, network_t, y)
+        mse, vb = self._loss.terms(output, x0, t, noise)
         return {"mse": mse, "vb": vb}
 
     def _low_resolution(self, x0: Array, positions: Words) -> Array:

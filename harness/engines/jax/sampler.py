@@ -6,7 +6,8 @@ busy and short enough for a progress bar and Ctrl-C. The lengths of the stretche
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,61 +15,101 @@ import numpy as np
 from jax import Array
 
 from harness.diffusion.plans import SamplerPlan
+from harness.diffusion.solvers import BASE, D, X
 from harness.engines.guidance import check_channels, check_classifier_scale, check_guidance, guided_channels
 
 Predict = Callable[[Array, Array], Array]  # (x (N, C, H, W), t (N,)) -> (N, C or 2 C, H, W)
 Guide = Callable[[Array, Array], Array]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
 
 
+class Carry(NamedTuple):
+    """The state between two rows of a plan."""
+
+    x: Array  # float32 (N, C, H, W)
+    base: Array | None  # the same; zeros until a row makes one; None in a plan that keeps none
+    images: tuple[Array, ...]  # predicted by the last rows, newest first, as many as the plan uses: (N, C, H, W) each
+
+
+def first_carry(plan: SamplerPlan, noise: Array) -> Carry:
+    """The state before row 0, from standard normal noise float32 (N, C, H, W)."""
+    table = plan.table
+    x = noise if table.initial_noise == 1.0 else np.float32(table.initial_noise) * noise
+    base = jnp.zeros_like(x) if table.base_from.any() else None
+    return Carry(x, base, (jnp.zeros_like(x),) * (table.x_from.shape[1] - D - 1))
+
+
 def sample_steps(
     predict: Predict,
     plan: SamplerPlan,
-    x: Array,  # float32 (N, C, H, W)
-    first: Array | int,  # the first plan step to run; x is the initial noise if it is 0
-    end: Array | int,  # the plan step after the last one to run
-    noise: Callable[[Array], Array],  # plan step k -> float32 (N, C, H, W)
+    carry: Carry,  # as of `first_carry` before row 0
+    first: Array | int,  # the first plan row to run
+    end: Array | int,  # the row after the last one to run
+    noise: Callable[[Array], Array],  # plan row k -> float32 (N, C, H, W)
     guide: Guide | None = None,  # scale x gradient of a classifier's log-likelihood
-) -> Array:
-    """x after steps first ... end - 1 of `plan`, float32 (N, C, H, W). May be traced.
+) -> Carry:
+    """The state after rows first ... end - 1 of `plan`. May be traced.
 
-    A guide shifts the mean of a DDPM step and the score of a DDIM step (Dhariwal and Nichol 2021, algorithms 1 and 2),
+    A guide shifts the mean of a DDPM step and the score of other samplers (Dhariwal and Nichol 2021, algorithms 1 and 2),
     as in torch's `sample_loop`, which explains each step. Everything but the network is float32. Raises UserError where
     the network's channels do not fit the plan.
     """
-    samples, channels = x.shape[:2]
-    table = {
-        name: jnp.asarray(getattr(plan, name).astype(np.float32))
-        for name in ("x0_from_x", "x0_from_eps", "mean_from_x0", "mean_from_x", "log_variance_low", "log_variance_high", "noise_std")
-    }  # fmt: skip
-    # x0 + (this) x gradient is the x0 of the shifted epsilon: torch's `sample_loop` derives it.
-    x0_from_gradient = jnp.asarray((plan.x0_from_eps**2 / plan.x0_from_x).astype(np.float32))
-    timesteps, adds_noise = jnp.asarray(plan.timesteps.astype(np.int32)), jnp.asarray(plan.adds_noise)
+    table = plan.table
+    samples, channels = carry.x.shape[:2]
 
-    def step(k: Array, x: Array) -> Array:
-        at = {name: values[k] for name, values in table.items()}
-        t = jnp.full((samples,), timesteps[k])  # (N,)
-        out = predict(x, t).astype(jnp.float32)  # (N, C or 2 C, H, W)
+    def rows(values: np.ndarray) -> Array:
+        return jnp.asarray(values.astype(np.float32))
+
+    x_from, base_from = rows(table.x_from), rows(table.base_from)
+    noise_to_x, noise_to_base = rows(table.noise_to_x), rows(table.noise_to_base)
+    x0_from_x, x0_from_output, x0_from_gradient = map(
+        rows, (plan.x0_from_x, plan.x0_from_output, plan.x0_from_gradient)
+    )
+    input_scale = None if plan.input_scale is None else rows(plan.input_scale)
+    log_variances = None if table.log_variances is None else tuple(map(rows, table.log_variances))
+    integer = plan.network_times.dtype == np.int64
+    times = jnp.asarray(plan.network_times.astype(np.int32 if integer else np.float32))
+    adds_noise = jnp.asarray(plan.adds_noise)
+
+    def combined(table_rows: np.ndarray, values: Array, k: Array, states: Sequence[Array | None]) -> Array:
+        """The sum of row k's coefficients times the states: the image D first, then x, then those that the table uses."""
+        result: Array = values[k, D] * states[D] + values[k, X] * states[X]
+        for column in (BASE, *range(D + 1, len(states))):
+            if table_rows[:, column].any():
+                result = result + values[k, column] * states[column]
+        return result
+
+    def step(k: Array, carry: Carry) -> Carry:
+        x = carry.x
+        t = jnp.full((samples,), times[k])  # (N,)
+        out = predict(x if input_scale is None else input_scale[k] * x, t).astype(jnp.float32)  # (N, C or 2 C, H, W)
         check_channels(plan, out.shape[1], channels)
-        x0 = at["x0_from_x"] * x - at["x0_from_eps"] * out[:, :channels]
+        x0 = x0_from_x[k] * x - x0_from_output[k] * out[:, :channels]
         if plan.clip_denoised:
             x0 = x0.clip(-1.0, 1.0)
         gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
-        if gradient is not None and plan.eta is not None:
+        if gradient is not None and not table.shifts_mean:
             x0 = x0 + x0_from_gradient[k] * gradient
-        mean = at["mean_from_x0"] * x0 + at["mean_from_x"] * x
-        if plan.learned_variance:
+        images = (x0, *carry.images)
+        states = [x, carry.base, *images]
+        mean = combined(table.x_from, x_from, k, states)
+        base = combined(table.base_from, base_from, k, states) if table.base_from.any() else carry.base
+        if log_variances is not None:
             frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
-            log_variance = frac * at["log_variance_high"] + (1 - frac) * at["log_variance_low"]
+            log_variance = frac * log_variances[1][k] + (1 - frac) * log_variances[0][k]
             std = jnp.exp(0.5 * log_variance)  # (N, C, H, W)
         else:
-            std = at["noise_std"]
-        if gradient is not None and plan.eta is None:
+            std = noise_to_x[k]
+        if gradient is not None and table.shifts_mean:
             mean = mean + std**2 * gradient
-        if not plan.adds_noise.any():  # DDIM with eta 0 draws nothing
-            return mean
-        return jnp.where(adds_noise[k], mean + std * noise(k), mean)
+        if not plan.adds_noise.any():  # an ODE draws nothing
+            return Carry(mean, base, images[:-1])
+        n = noise(k)
+        if table.noise_to_base.any():
+            assert base is not None
+            base = base + noise_to_base[k] * n
+        return Carry(jnp.where(adds_noise[k], mean + std * n, mean), base, images[:-1])
 
-    return jax.lax.fori_loop(first, end, step, x)
+    return jax.lax.fori_loop(first, end, step, carry)
 
 
 def guided(

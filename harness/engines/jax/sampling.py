@@ -21,7 +21,7 @@ from harness.engines.guidance import divergence_error
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import errors_in_one_line
-from harness.engines.jax.sampler import classifier_guide, guided, sample_steps
+from harness.engines.jax.sampler import Carry, classifier_guide, first_carry, guided, sample_steps
 from harness.engines.jax.trainer import COMPUTE_DTYPES, matmul_context
 from harness.errors import RunError
 from harness.protocols import UINT8_RULES, Sampling
@@ -109,13 +109,13 @@ class JaxStage:
         advance: Callable[[], None],  # called after each step of the plan
     ) -> Array:
         """Images, or latents of a latent-space network: float32 (N, C, H, W)."""
-        steps, done = self._plan.steps, 0
+        rows, done = self._plan.evaluations, 0
         states = (self._net.state, None if self._classifier is None else self._classifier.state)
         with errors_in_one_line("sampling", LESS_MEMORY), matmul_context(self._precision):
-            x, low_res = self._jit_prepare(seed, index, low_res)
-            while done < steps:
-                end, began = min(done + self._steps_per_call, steps), time.monotonic()
-                x, finite = self._jit_steps(seed, states, x, np.int32(done), np.int32(end), index, y, low_res)
+            carry, low_res = self._jit_prepare(seed, index, low_res)
+            while done < rows:
+                end, began = min(done + self._steps_per_call, rows), time.monotonic()
+                carry, finite = self._jit_steps(seed, states, carry, np.int32(done), np.int32(end), index, y, low_res)
                 if not bool(finite):
                     raise divergence_error(self._plan, end)
                 if done and time.monotonic() - began < CALL_SECONDS / 2:  # the first call may have compiled
@@ -123,16 +123,18 @@ class JaxStage:
                 for _ in range(done, end):
                     advance()
                 done = end
-        return x
+        return carry.x
 
-    def _prepare(self, seed: int, index: Words, low_res: Array | None) -> tuple[Array, Array | None]:
-        """The initial noise x_T, and `low_res` with its conditioning noise added."""
+    def _prepare(self, seed: int, index: Words, low_res: Array | None) -> tuple[Carry, Array | None]:
+        """The state before the first row, of the initial noise, and `low_res` with its conditioning noise added."""
         if low_res is not None and self._conditioning_noise:
             noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._number, low_res.shape[1:])
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
         if self._number:
-            return self._upsampler_noise(seed, index, np.asarray(0, np.uint32)), low_res
-        return random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape), low_res
+            x = self._upsampler_noise(seed, index, np.asarray(0, np.uint32))
+        else:
+            x = random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape)
+        return first_carry(self._plan, x), low_res
 
     def _upsampler_noise(self, seed: int, index: Words, word: Array | np.ndarray) -> Array:
         """Noise float32 (N, C, H, W) of random step (stage number) x 2**32 + word, so that no two stages share a step.
@@ -146,14 +148,14 @@ class JaxStage:
         self,
         seed: int,
         states: tuple[nnx.State, nnx.State | None],
-        x: Array,
+        carry: Carry,
         first: Array,
         end: Array,
         index: Words,
         y: Array,
         low_res: Array | None,
-    ) -> tuple[Array, Array]:
-        """x after steps first ... end - 1 of the plan, and whether all of it is finite (bool scalar).
+    ) -> tuple[Carry, Array]:
+        """The state after rows first ... end - 1 of the plan, and whether all of x is finite (bool scalar).
 
         states: the weights of the network, and of the classifier if there is one. Other arguments as in `draw`.
         """
@@ -174,8 +176,8 @@ class JaxStage:
         if self._classifier is not None:
             classifier = nnx.merge(self._classifier.graph, states[1])
             guide = classifier_guide(classifier, y, self._classifier_scale)
-        x = sample_steps(guided(call, y, *self._guidance), self._plan, x, first, end, noise_of, guide)
-        return x, jnp.isfinite(x).all()
+        carry = sample_steps(guided(call, y, *self._guidance), self._plan, carry, first, end, noise_of, guide)
+        return carry, jnp.isfinite(carry.x).all()
 
 
 class JaxChain:

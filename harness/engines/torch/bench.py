@@ -23,7 +23,7 @@ from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.compute.activations import activation_bytes
 from harness.data.images import ImageSet
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.memory import check_room, fit_micro_batch, one_image_error
 from harness.engines.torch import compiling, resolve
 from harness.engines.torch.roofline import RUNS, Roofline, measure_roofline, seconds_of, wait
@@ -181,12 +181,10 @@ class Bench:
         # calls: images that the network computes in a step for each sample
         scale, calls = (1.0, 1) if null is None else (GUIDANCE, 2)
         images = max(1, self.batch // calls)
-        objective = registry.objectives.get("epsilon-learned-range")
-        if self.arguments.get("out_channels") not in (None, objective.out_channels(self.arguments["in_channels"])):
-            objective = registry.objectives.get("epsilon-fixed")
-        plan = registry.samplers.get("ddpm").make(
-            Schedule.named("linear", 1000), self.sampler_steps, objective, 0.0, False
-        )
+        objective, channels = "epsilon-learned-range", self.arguments["in_channels"]
+        if self.arguments.get("out_channels") not in (None, registry.objectives.get(objective).out_channels(channels)):
+            objective = "epsilon-fixed"
+        plan = sampler_plan("ddpm", self.sampler_steps, schedule="linear", diffusion_steps=1000, objective=objective)
         sampler = TorchSampler(
             self.spec,
             build(self.spec, self.arguments, 0),

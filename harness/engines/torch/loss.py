@@ -11,8 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from harness.diffusion.objectives import Objective
+from harness.diffusion.processes import Coefficients
 from harness.diffusion.schedule import Schedule
+from harness.diffusion.training import TrainingObjective
+from harness.randomness import Purpose
+from harness.randomness import threefry_torch as random
 
 LN2 = math.log(2.0)
 TANH_CDF = math.sqrt(2.0 / math.pi)  # Phi(x) ~ (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 (Page 1977)
@@ -21,12 +24,74 @@ TANH_CDF = math.sqrt(2.0 / math.pi)  # Phi(x) ~ (1 + tanh(sqrt(2/pi) (x + 0.0447
 class LossTerms(NamedTuple):
     """Per-sample terms, float32 (N,) each. The loss of a batch is (mse + vb).mean()."""
 
-    mse: torch.Tensor  # mean over C, H, W of the squared error of epsilon
+    mse: torch.Tensor  # mean over C, H, W of the squared error of the prediction
     vb: torch.Tensor  # mean over C, H, W of the variational bound's term, in bits; zeros without a learned variance
 
 
+class DenoisingLoss:
+    """The forward process of a recipe, and the loss of a denoiser trained on it, on one device.
+
+    t is int64 timesteps, or float32 times of a process in continuous time, (N,) either way.
+    """
+
+    def __init__(self, training: TrainingObjective, device: torch.device | str = "cpu") -> None:
+        self.training = training
+        self._tables = LossTables(training.process, device) if isinstance(training.process, Schedule) else None
+
+    def times(self, seed: int, positions: torch.Tensor) -> torch.Tensor:
+        """t of the training examples at these positions int64 (N,) of the stream."""
+        training, process = self.training, self.training.process
+        if training.draws_normal:
+            draw = random.normal(seed, Purpose.TIMESTEP, positions, 0, (1,))[:, 0]  # (N,)
+        elif isinstance(process, Schedule):
+            return random.integers(seed, Purpose.TIMESTEP, positions, 0, len(process))
+        else:
+            draw = random.uniform(seed, Purpose.TIMESTEP, positions, 0)
+        t = training.continuous_times(draw, torch)
+        if isinstance(process, Schedule):
+            return (t * len(process)).long().clamp(max=len(process) - 1)
+        return t
+
+    def noised(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x_t = a x_0 + s noise, float32 (N, C, H, W) as x0 and noise are."""
+        at = self._coefficients(t)
+        return at.a * x0 + at.s * noise
+
+    def network_inputs(self, xt: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int64 or float32 (N,)."""
+        process, scale = self.training.process, self.training.objective.input_scale
+        if isinstance(process, Schedule):
+            return xt, t
+        seen = xt if scale is None else scale(self._coefficients(t), torch) * xt
+        return seen, process.network_time(t, torch)
+
+    def terms(self, output: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> LossTerms:
+        """The terms of the objective: `hybrid_loss` where the variance is learned, the squared error alone where not.
+
+        output: (N, objective.out_channels(C), H, W), any float type: the network at (x_t, t). x0, noise: float32
+        (N, C, H, W), noise what x_t was made with.
+        """
+        objective = self.training.objective
+        assert output.shape[1] == objective.out_channels(x0.shape[1]), (output.shape, x0.shape)
+        if objective.learned_variance:
+            assert self._tables is not None  # `check_fit` refuses it in continuous time
+            return hybrid_loss(self._tables, output, x0, t, noise)
+        at = self._coefficients(t)
+        mse = _mean(self.training.squared_error(output.float(), x0, noise, t[:, None, None, None], at, torch))
+        return LossTerms(mse, torch.zeros_like(mse))
+
+    def _coefficients(self, t: torch.Tensor) -> Coefficients:
+        """The process at t: float32 (N, 1, 1, 1) each, or floats."""
+        process = self.training.process
+        if isinstance(process, Schedule):
+            assert self._tables is not None
+            nan = float("nan")  # a table has no derivatives
+            return Coefficients(_at(self._tables.sqrt_abar, t), _at(self._tables.sqrt_one_minus_abar, t), nan, nan)
+        return process.coefficients(t[:, None, None, None], torch)
+
+
 class LossTables:
-    """The tables that training needs: float32 (T,) on one device, indexed by timestep.
+    """The tables of a process over timesteps: float32 (T,) on one device, indexed by timestep.
 
     They are those of `schedule.respaced()`: the public code trains on a respaced schedule with all steps kept.
     """
@@ -43,29 +108,6 @@ class LossTables:
         self.log_variance_high = table(spaced.log_betas)
         # Error of the reverse step's mean for an error of 1 in epsilon.
         self.mean_error_per_eps = table(spaced.posterior_mean_from_x0 * spaced.sqrt_recipm1_abar)
-
-    def q_sample(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4).
-
-        x0, noise: float32 (N, C, H, W). t: int64 (N,) in 0 ... T - 1. Returns float32 (N, C, H, W).
-        """
-        return _at(self.sqrt_abar, t) * x0 + _at(self.sqrt_one_minus_abar, t) * noise
-
-
-def training_losses(
-    objective: Objective,
-    tables: LossTables,
-    output: torch.Tensor,  # (N, objective.out_channels(C), H, W), any float type: the network at (x_t, t)
-    x0: torch.Tensor,  # float32 (N, C, H, W)
-    t: torch.Tensor,  # int64 (N,)
-    noise: torch.Tensor,  # float32 (N, C, H, W): what x_t was made with
-) -> LossTerms:
-    """The terms of `objective`: `hybrid_loss` where the variance is learned, the mean squared error alone where not."""
-    assert output.shape[1] == objective.out_channels(x0.shape[1]), (output.shape, x0.shape)
-    if objective.learned_variance:
-        return hybrid_loss(tables, output, x0, t, noise)
-    mse = _mean((output.float() - noise) ** 2)
-    return LossTerms(mse, torch.zeros_like(mse))
 
 
 def hybrid_loss(

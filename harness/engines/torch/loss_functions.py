@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.training import TrainingObjective
 from harness.engines.loss_terms import loss_terms_of
-from harness.engines.torch.loss import LossTables, training_losses
+from harness.engines.torch.loss import DenoisingLoss
 from harness.protocols import Recipe
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
-from harness.registry import objectives
 from harness.spec import BackboneSpec
 
 
@@ -34,8 +33,7 @@ class LossFunction:
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null_label = spec.null_index(arguments["num_classes"])
-        self._tables = LossTables(Schedule.named(recipe.schedule, recipe.diffusion_steps), device)
-        self._objective = objectives.get(recipe.objective)
+        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe), device)
 
     def losses(self, net: Callable[..., Tensor], x0: Tensor, y: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """The loss terms by name, float32 (N,) each.
@@ -44,21 +42,21 @@ class LossFunction:
         `net` sets its own autocast. Everything else is float32.
         """
         recipe, seed = self._recipe, self._seed
-        t = random.integers(seed, Purpose.TIMESTEP, positions, 0, recipe.diffusion_steps)  # (N,)
+        t = self._loss.times(seed, positions)  # (N,)
         noise = random.normal(seed, Purpose.TRAINING_NOISE, positions, 0, tuple(x0.shape[1:]))  # (N, C, H, W)
-        xt = self._tables.q_sample(x0, t, noise)  # (N, C, H, W)
+        xt, network_t = self._loss.network_inputs(self._loss.noised(x0, t, noise), t)  # (N, C, H, W), (N,)
         if self._kind == "classifier":
-            logits = net(xt, t).float()  # (N, num_classes)
+            logits = net(xt, network_t).float()  # (N, num_classes)
             cross_entropy = F.cross_entropy(logits, y, reduction="none")  # (N,)
             return {"cross_entropy": cross_entropy, "accuracy": (logits.argmax(dim=1) == y).float()}
         if self._null_label is not None and recipe.label_dropout:
             dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
             y = torch.where(dropped, self._null_label, y)
         if self._kind == "upsampler":
-            output = net(xt, t, y, self._low_resolution(x0, positions))
+            output = net(xt, network_t, y, self._low_resolution(x0, positions))
         else:
-            output = net(xt, t, y)
-        mse, vb = training_losses(self._objective, self._tables, output, x0, t, noise)
+            output = net(xt, network_t, y)
+        mse, vb = self._loss.terms(output, x0, t, noise)
         return {"mse": mse, "vb": vb}
 
     def _low_resolution(self, x0: Tensor, positions: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from harness.diffusion.plans import SamplerPlan
+from harness.diffusion.solvers import BASE, D, X
 from harness.engines.guidance import (
     check_channels,
     check_classifier_scale,
@@ -17,60 +19,95 @@ from harness.engines.guidance import (
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C or 2 C, H, W)
 Guide = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
-CHECK_EVERY_STEPS = 50  # whether x is finite: a check waits for the accelerator
+CHECK_EVERY_ROWS = 50  # whether x is finite: a check waits for the accelerator
 
 
 @torch.inference_mode()
 def sample_loop(
     predict: Predict,
     plan: SamplerPlan,
-    x: torch.Tensor,  # float32 (N, C, H, W): the initial noise
-    noise: Callable[[int], torch.Tensor],  # plan step k -> float32 (N, C, H, W); called where the plan adds noise
-    progress: Callable[[int, int], None] | None = None,  # called with (steps done, steps)
+    x: torch.Tensor,  # float32 (N, C, H, W): the initial noise, standard normal
+    noise: Callable[[int], torch.Tensor],  # plan row k -> float32 (N, C, H, W); called where the plan adds noise
+    progress: Callable[[int, int], None] | None = None,  # called with (rows done, rows)
     guide: Guide | None = None,  # the scaled gradient of a log likelihood with respect to x
 ) -> torch.Tensor:
     """Run the plan and return x_0, an inference tensor float32 (N, C, H, W). `x` is not changed.
 
-    A guide shifts the mean of a DDPM step by its variance times the gradient, and epsilon of a DDIM step by
-    -sqrt(1 - abar) times the gradient (Dhariwal and Nichol 2021, algorithms 1 and 2). As in the public code, the predicted
-    image of a DDIM step is clamped before that and not after.
+    A guide shifts the mean of a DDPM step by its variance times the gradient, and epsilon of other samplers by
+    -s times the gradient (Dhariwal and Nichol 2021, algorithms 1 and 2). As in the public code, the predicted image is
+    clamped before that and not after.
 
     Everything but the network is float32. Raises UserError where the network's channels do not fit the plan, and RunError
-    with the step where x is infinite or NaN (checked every 50 steps and at the end).
+    with the row where x is infinite or NaN (checked every 50 rows and at the end).
     """
+    table = plan.table
     x = x.float()
+    if table.initial_noise != 1.0:
+        x = table.initial_noise * x
     samples, channels = x.shape[:2]
-    for k in range(plan.steps):
-        t = torch.full((samples,), int(plan.timesteps[k]), dtype=torch.int64, device=x.device)  # (N,)
-        out = predict(x, t).float()  # (N, C or 2 C, H, W)
+    integer = plan.network_times.dtype == np.int64
+    base: torch.Tensor | None = None  # until a row makes one
+    images: list[torch.Tensor] = []  # predicted by the last rows, newest first: (N, C, H, W) each
+    for k in range(plan.evaluations):
+        if integer:
+            t = torch.full((samples,), int(plan.network_times[k]), dtype=torch.int64, device=x.device)  # (N,)
+        else:
+            t = torch.full((samples,), float(plan.network_times[k]), dtype=torch.float32, device=x.device)
+        seen = x if plan.input_scale is None else float(plan.input_scale[k]) * x
+        out = predict(seen, t).float()  # (N, C or 2 C, H, W)
         if k == 0:
             check_channels(plan, out.shape[1], channels)
-        x0 = float(plan.x0_from_x[k]) * x - float(plan.x0_from_eps[k]) * out[:, :channels]
+        x0 = float(plan.x0_from_x[k]) * x - float(plan.x0_from_output[k]) * out[:, :channels]
         if plan.clip_denoised:
             x0.clamp_(-1.0, 1.0)
         gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
-        if gradient is not None and plan.eta is not None:
-            # -x0_from_eps times -sqrt(1 - abar), where abar = 1 / x0_from_x ** 2 and 1 / abar - 1 = x0_from_eps ** 2
-            x0 = x0 + float(plan.x0_from_eps[k] ** 2 / plan.x0_from_x[k]) * gradient
-        x = float(plan.mean_from_x0[k]) * x0 + float(plan.mean_from_x[k]) * x  # the mean of the step
-        mean_gradient = gradient if plan.eta is None else None  # DDPM shifts the mean; DDIM has shifted x0
+        if gradient is not None and not table.shifts_mean:
+            x0 = x0 + float(plan.x0_from_gradient[k]) * gradient
+        images = [x0, *images][: table.x_from.shape[1] - D]
+        states = [x, base, *images]
+        x, base = _combined(table.x_from[k], states), _combined_base(table.base_from[k], states)
+        mean_gradient = gradient if table.shifts_mean else None
         std: torch.Tensor | float
-        if plan.learned_variance and (plan.adds_noise[k] or mean_gradient is not None):
+        if table.log_variances is not None and (plan.adds_noise[k] or mean_gradient is not None):
+            low, high = table.log_variances
             frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
-            log_variance = frac * float(plan.log_variance_high[k]) + (1 - frac) * float(plan.log_variance_low[k])
+            log_variance = frac * float(high[k]) + (1 - frac) * float(low[k])
             std = torch.exp(0.5 * log_variance)  # (N, C, H, W)
         else:
-            std = float(plan.noise_std[k])
+            std = float(table.noise_to_x[k])
         if mean_gradient is not None:
             x = x + std**2 * mean_gradient
         if plan.adds_noise[k]:
-            x = x + std * noise(k)
+            n = noise(k)  # (N, C, H, W)
+            if table.noise_to_x[k]:
+                x = x + std * n
+            if table.noise_to_base[k]:
+                assert base is not None
+                base = base + float(table.noise_to_base[k]) * n
         done = k + 1
-        if (done % CHECK_EVERY_STEPS == 0 or done == plan.steps) and not torch.isfinite(x).all():
+        if (done % CHECK_EVERY_ROWS == 0 or done == plan.evaluations) and not torch.isfinite(x).all():
             raise divergence_error(plan, done)
         if progress is not None:
-            progress(done, plan.steps)
+            progress(done, plan.evaluations)
     return x
+
+
+def _combined(coefficients: np.ndarray, states: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The sum of a row's coefficients (x, base, D, D', ...) times these states: the image D first, then x, then others."""
+    x, image = states[X], states[D]
+    assert x is not None and image is not None
+    result = float(coefficients[D]) * image + float(coefficients[X]) * x
+    for column in (BASE, *range(D + 1, len(states))):
+        state = states[column]
+        if coefficients[column]:
+            assert state is not None
+            result = result + float(coefficients[column]) * state
+    return result
+
+
+def _combined_base(coefficients: np.ndarray, states: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """As `_combined`; None where the row keeps no base."""
+    return _combined(coefficients, states) if coefficients.any() else None
 
 
 def guided(
