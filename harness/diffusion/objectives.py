@@ -18,7 +18,7 @@ class Objective:
 
     @property
     def variance(self) -> str:
-        """The argument `variance` of `ddpm_plan` for networks of this objective."""
+        """The argument `variance` of `harness.diffusion.plans.ddpm_plan` for networks trained with this objective."""
         return "learned-range" if self.learned_variance else "fixed-small"
 
 

@@ -33,7 +33,7 @@ class SamplerPlan:
     schedule: str  # name of the noise schedule
     steps: int  # S
     evaluations: int  # network evaluations for each image, without those that classifier-free guidance adds
-    eta: float | None  # DDIM's share of DDPM noise; None for DDPM
+    eta: float | None  # DDIM's share of DDPM noise; None for DDPM, by which engines tell the two apart
     learned_variance: bool  # True: the network must give 2 C channels
     clip_denoised: bool  # clamp x0 to [-1, 1]; for pixels, never for latents
     timesteps: np.ndarray  # int64: original timesteps, the network's input, descending
@@ -43,8 +43,8 @@ class SamplerPlan:
     mean_from_x: np.ndarray
     log_variance_low: np.ndarray  # posterior log variance, clipped
     log_variance_high: np.ndarray  # log beta
-    noise_std: np.ndarray  # of the fixed variance; 0 where no noise is added
-    adds_noise: np.ndarray  # bool; False at the last step
+    noise_std: np.ndarray  # of the fixed variance, not used with learned_variance; 0 where no noise is added
+    adds_noise: np.ndarray  # bool; False at the last step of ddpm and ddim, and everywhere with eta 0
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -68,7 +68,7 @@ def ddpm_plan(
     if variance not in VARIANCES:
         raise UserError(f"unknown sampling variance {variance!r}: known are {', '.join(VARIANCES)}")
     spaced = schedule.respaced(space_timesteps(len(schedule), steps))
-    adds_noise = np.arange(len(spaced)) > 0
+    adds_noise = np.arange(len(spaced)) > 0  # not at the first timestep, which is the last step
     return _plan(
         spaced,
         name="ddpm",
@@ -130,13 +130,16 @@ def ldm_ddim_plan(
         raise UserError(f"DDIM eta {eta:g} is out of range: give a number from 0 to 1")
     timesteps = np.arange(0, len(schedule), max(len(schedule) // max(int(steps), 1), 1)) + 1
     if len(timesteps) != int(steps) or timesteps[-1] >= len(schedule):
+        # The counts that fit are the divisors of the length, except the length itself: with stride 1, the first timestep
+        # being 1, the last would be beyond the schedule.
         fitting = [n for n in range(1, len(schedule) // 2 + 1) if len(schedule) % n == 0]
         nearest = min(fitting, key=lambda n: abs(n - int(steps)), default=None)
         remedy = "use the sampler ddim" if nearest is None else f"{nearest} steps fit"
         raise UserError(
             f"ddim-ldm takes whole strides, and no stride takes {steps} of {len(schedule)} timesteps; {remedy}"
         )
-    spaced = schedule.respaced(timesteps)  # gives sqrt_recip_abar and sqrt_recipm1_abar of these timesteps
+    # Only sqrt_recip_abar and sqrt_recipm1_abar of `spaced` are used: its abar_prev begins with 1, and LDM's with abar[0].
+    spaced = schedule.respaced(timesteps)
     abar = schedule.abar[timesteps]
     abar_prev = np.append(schedule.abar[0], abar[:-1])
     sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
@@ -166,7 +169,7 @@ def _plan(
     noise_std: np.ndarray,
     adds_noise: np.ndarray,
 ) -> SamplerPlan:
-    """The plan over the timesteps of `spaced`, with all arrays reversed into the order of execution."""
+    """The plan over the timesteps of `spaced`, with all arrays reversed into the order of execution, descending timesteps."""
     return SamplerPlan(
         name=name,
         schedule=spaced.name,

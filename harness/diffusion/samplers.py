@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class SamplerSpec:
     """A named sampler.
 
-    make: function of (schedule, steps, objective, eta, clip_denoised) that returns the plan. has_eta: whether the plan
-    depends on eta; if not, sample sets and records have no eta.
+    make: function of (schedule, steps, objective, eta, clip_denoised) that returns the plan; the schedule is not respaced.
+    has_eta: whether the plan depends on eta; if not, sample sets and records have no eta.
     """
 
     name: str
