@@ -27,7 +27,7 @@ def sample_loop(
     x: torch.Tensor,  # float32 (N, C, H, W): the initial noise
     noise: Callable[[int], torch.Tensor],  # plan step k -> float32 (N, C, H, W); called where the plan adds noise
     progress: Callable[[int, int], None] | None = None,  # called with (steps done, steps)
-    guide: Guide | None = None,  # the scaled gradient of a log likelihood with respect to x
+    guide: Guide | None = None,  # returns the scaled gradient of a log likelihood with respect to x
 ) -> torch.Tensor:
     """Run the plan and return x_0, an inference tensor float32 (N, C, H, W). `x` is not changed.
 
@@ -49,11 +49,12 @@ def sample_loop(
         if plan.clip_denoised:
             x0.clamp_(-1.0, 1.0)
         gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
-        if gradient is not None and plan.eta is not None:
-            # -x0_from_eps times -sqrt(1 - abar), where abar = 1 / x0_from_x ** 2 and 1 / abar - 1 = x0_from_eps ** 2
+        if gradient is not None and plan.eta is not None:  # DDIM; eta is None for DDPM
+            # x0 contains -x0_from_eps eps, and eps is shifted by -sqrt(1 - abar) gradient. The factor is x0_from_eps ** 2 /
+            # x0_from_x, because abar = 1 / x0_from_x ** 2 and 1 / abar - 1 = x0_from_eps ** 2.
             x0 = x0 + float(plan.x0_from_eps[k] ** 2 / plan.x0_from_x[k]) * gradient
         x = float(plan.mean_from_x0[k]) * x0 + float(plan.mean_from_x[k]) * x  # the mean of the step
-        mean_gradient = gradient if plan.eta is None else None  # DDPM shifts the mean; DDIM has shifted x0
+        mean_gradient = gradient if plan.eta is None else None  # of DDPM, which shifts the mean; DDIM has shifted x0
         std: torch.Tensor | float
         if plan.learned_variance and (plan.adds_noise[k] or mean_gradient is not None):
             frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
@@ -116,7 +117,8 @@ def classifier_guide(
 
     def guide(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.clone().requires_grad_(True)  # (N, C, H, W), an ordinary tensor
+            # Autograd cannot use the tensors of `sample_loop`, which are made in inference mode; their clones are ordinary.
+            x = x.clone().requires_grad_(True)  # (N, C, H, W)
             log_probs = classifier(x, t.clone()).float().log_softmax(dim=-1)  # (N, num_classes)
             # The sum over the batch: images are independent, so each gets its own gradient.
             log_likelihood = log_probs.gather(1, y.clone()[:, None]).sum()
