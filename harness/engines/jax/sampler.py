@@ -24,14 +24,14 @@ def sample_steps(
     predict: Predict,
     plan: SamplerPlan,
     x: Array,  # float32 (N, C, H, W)
-    first: Array | int,  # the first plan step to run; x is the initial noise if it is 0
+    first: Array | int,  # the first plan step to run; for step 0, x is the initial noise
     end: Array | int,  # the plan step after the last one to run
     noise: Callable[[Array], Array],  # plan step k -> float32 (N, C, H, W)
-    guide: Guide | None = None,  # scale x gradient of a classifier's log-likelihood
+    guide: Guide | None = None,  # returns the scaled gradient of a log likelihood with respect to x
 ) -> Array:
     """x after steps first ... end - 1 of `plan`, float32 (N, C, H, W). May be traced.
 
-    A guide shifts the mean of a DDPM step and the score of a DDIM step (Dhariwal and Nichol 2021, algorithms 1 and 2),
+    A guide shifts the mean of a DDPM step and epsilon of a DDIM step (Dhariwal and Nichol 2021, algorithms 1 and 2),
     as in torch's `sample_loop`, which explains each step. Everything but the network is float32. Raises UserError where
     the network's channels do not fit the plan.
     """
@@ -45,23 +45,23 @@ def sample_steps(
     timesteps, adds_noise = jnp.asarray(plan.timesteps.astype(np.int32)), jnp.asarray(plan.adds_noise)
 
     def step(k: Array, x: Array) -> Array:
-        at = {name: values[k] for name, values in table.items()}
+        coefficient = {name: values[k] for name, values in table.items()}  # of this step
         t = jnp.full((samples,), timesteps[k])  # (N,)
         out = predict(x, t).astype(jnp.float32)  # (N, C or 2 C, H, W)
-        check_channels(plan, out.shape[1], channels)
-        x0 = at["x0_from_x"] * x - at["x0_from_eps"] * out[:, :channels]
+        check_channels(plan, out.shape[1], channels)  # at tracing time
+        x0 = coefficient["x0_from_x"] * x - coefficient["x0_from_eps"] * out[:, :channels]
         if plan.clip_denoised:
             x0 = x0.clip(-1.0, 1.0)
         gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
-        if gradient is not None and plan.eta is not None:
+        if gradient is not None and plan.eta is not None:  # DDIM; eta is None for DDPM
             x0 = x0 + x0_from_gradient[k] * gradient
-        mean = at["mean_from_x0"] * x0 + at["mean_from_x"] * x
+        mean = coefficient["mean_from_x0"] * x0 + coefficient["mean_from_x"] * x
         if plan.learned_variance:
             frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
-            log_variance = frac * at["log_variance_high"] + (1 - frac) * at["log_variance_low"]
+            log_variance = frac * coefficient["log_variance_high"] + (1 - frac) * coefficient["log_variance_low"]
             std = jnp.exp(0.5 * log_variance)  # (N, C, H, W)
         else:
-            std = at["noise_std"]
+            std = coefficient["noise_std"]
         if gradient is not None and plan.eta is None:
             mean = mean + std**2 * gradient
         if not plan.adds_noise.any():  # DDIM with eta 0 draws nothing
@@ -103,10 +103,15 @@ def classifier_guide(
     y: Array,  # int32 (N,)
     scale: float,
 ) -> Guide:
-    """A function (x, t) -> scale x gradient of log p(y | x, t) with respect to x (Dhariwal and Nichol 2021, sec. 4)."""
+    """A guide for `sample_steps`: scale x the gradient of log p(y | x, t) with respect to x.
+
+    Dhariwal and Nichol 2021, sec. 4.
+    """
     check_classifier_scale(scale)
 
-    def log_likelihood(x: Array, t: Array) -> Array:  # the sum over the batch: its gradient is that of each image
+    def log_likelihood(
+        x: Array, t: Array
+    ) -> Array:  # summed over the batch: images are independent, each gets its gradient
         logits = classifier(x, t).astype(jnp.float32)  # (N, num_classes)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).sum()
 
