@@ -81,7 +81,7 @@ class Schedule:
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"a noise schedule cannot have {steps} timesteps: give 1 to {MAX_STEPS:,}")
         betas = SCHEDULES[name](steps)
-        # Only "linear" can be: its betas grow as the schedule gets shorter, up to 20 / steps.
+        # The betas of "linear" go up to 20 / steps, so they reach 1 below 21 steps. Those of the others do not.
         if not (betas < 1).all():
             raise UserError(f"noise schedule {name!r} is too steep at {steps} timesteps: give at least 21")
         return cls(name=name, original_steps=steps, timesteps=np.arange(steps), betas=betas)

@@ -15,7 +15,7 @@ GUIDED_CHANNELS = {  # how many of the epsilon channels are guided; None: all
 
 
 def guided_channels(rule: str, channels: int) -> int:
-    """The number of epsilon channels that are guided: always the first ones.
+    """The number of epsilon channels that are guided; they are the first ones.
 
     rule: a key of GUIDED_CHANNELS. channels: the number of all epsilon channels.
     """

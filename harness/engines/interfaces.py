@@ -41,8 +41,8 @@ class Engine(Protocol):
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Do optimiser step `step` (from 1), and return True.
 
-        `interrupted` is called between micro-batches. If it returns True, the step is given up: nothing has changed, and
-        the result is False.
+        `interrupted` may be called before each micro-batch. If it returns True, the step is given up: nothing has changed,
+        and the result is False.
         """
 
     def pop_losses(self) -> list[tuple[float, ...]]:

@@ -87,7 +87,7 @@ def make_mesh(devices: list[jax.Device], shape: str | None) -> Mesh:
     Raises UserError if there are too few devices, or if several processes would leave some out.
     """
     sides = MeshShape(len(devices), 1) if shape is None else MeshShape.parse(shape)
-    # With several processes no device may be left out, because each process computes on its own.
+    # With several processes no device may be left out: every process takes part in the computation, with all its devices.
     if sides.size > len(devices) or (jax.process_count() > 1 and sides.size != len(devices)):
         raise UserError(f"--mesh {sides} takes {sides.size} devices, and jax sees {len(devices)}")
     return Mesh(np.asarray(devices[: sides.size]).reshape(sides), AXES)

@@ -109,9 +109,8 @@ def classifier_guide(
     """
     check_classifier_scale(scale)
 
-    def log_likelihood(
-        x: Array, t: Array
-    ) -> Array:  # summed over the batch: images are independent, each gets its gradient
+    def log_likelihood(x: Array, t: Array) -> Array:
+        # The sum over the batch: images are independent, so each gets its own gradient.
         logits = classifier(x, t).astype(jnp.float32)  # (N, num_classes)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).sum()
 

@@ -115,9 +115,9 @@ def seconds_if_far_slower(
 ) -> float | None:
     """Seconds of forward and backward for one image, if they already show that this precision is not worth measuring.
 
-    None: the precision has to be measured. It has not, if each of two passes over a single image takes more than
-    PATIENCE_SECONDS and more than FAR_SLOWER times `other_seconds`, the seconds of another precision. An example is
-    bfloat16 on a CPU without units for it. The result is of the slowest process, and all processes must call this.
+    They do if each of two passes over a single image takes more than PATIENCE_SECONDS and more than FAR_SLOWER times
+    `other_seconds`, the seconds of another precision. An example is bfloat16 on a CPU without units for it. None: they do
+    not, and the precision has to be measured. The seconds are of the slowest process. All processes must call this.
     """
     seconds = 0.0
     for _ in range(2):  # the first pass may include set-up

@@ -161,6 +161,7 @@ class TorchGenerator:
         assert low_res is None
         set_arithmetic(self._device, self._precision)
         u = random.uniform(seed, Purpose.INITIAL_NOISE, index, 0, (self._latent_size,)).double()  # (N, Z)
+        # The inverse of the normal distribution function, at u scaled to the interval between the two tails.
         tail = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))  # the probability below -2
         z = torch.special.ndtri(tail + u * (1 - 2 * tail)).clamp(-2, 2) * self._truncation  # (N, Z)
         with autocast(self._device, self._precision):
@@ -216,8 +217,7 @@ class TorchChain:
         seed: int,
         uint8_rule: str,
         device: torch.device,
-        fill: int
-        | None = None,  # smaller batches are filled up to so many images by repeating the last; None: they are not
+        fill: int | None = None,  # smaller batches are filled up to this size, by repeating the last image; None: not
     ):
         self._stages, self._decode, self._fill = tuple(stages), decode, fill
         self._seed, self._rule, self._device = seed, uint8_rule, device

@@ -41,7 +41,7 @@ class Watch:
     ):
         self._index, self._size, self._connections = index, size, connections
         self._reports_main_exit = reports_main_exit
-        self._announced = False  # whether this process has announced its own end, which others can then not cause
+        self._announced = False  # whether this process has announced its own end; from then on no other process ends it
         self._selector = selectors.DefaultSelector()
         for number, connection in connections.items():
             self._selector.register(connection, selectors.EVENT_READ, number)
