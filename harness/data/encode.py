@@ -132,7 +132,7 @@ def _check_same(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 
 def _latents_path(out: Path) -> Path:
-    """The file of latents: with its final name if a process was killed after the renaming, else with its partial name."""
+    """The file of latents: its final path if a process was killed after the renaming, else its partial path."""
     return out / LATENTS if (out / LATENTS).exists() else out / f"{LATENTS}{files.PARTIAL}"
 
 
