@@ -170,7 +170,7 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
         click.echo(json.dumps({"folder": str(out), "written": new, **facts}, indent=2))
         return
     click.echo(f"{out}: {'written' if new else 'exists already, the same latents'}")
-    click.echo(f"  {meta.shape[0]:,} images of {meta.images['name']}, latents {'x'.join(map(str, meta.latent))}")
+    click.echo(f"  {meta.shape[0]:,} images of {meta.images['name']}, latents {'x'.join(map(str, meta.latent_shape))}")
     click.echo(f"  by {meta.vae['name']} ({meta.vae['weights_sha256'][:12]}), scale {meta.scale:g}; {meta.sha256[:12]}")
 
 
