@@ -111,7 +111,7 @@ def claimed(path: Path) -> Iterator[Path]:
     try:
         yield partial
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # releases the lock, which `_remove_empty` takes again
         _remove_empty(partial)
 
 
@@ -176,7 +176,7 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # fails only if a process holds the exclusive lock
         return False
     except BlockingIOError:
         return True

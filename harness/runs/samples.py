@@ -79,6 +79,7 @@ def write_samples(path: Path, shards: Iterable[np.ndarray], labels: np.ndarray, 
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A new file `name` in the archive, open for writing."""
     # A fixed date: with the current time, the same samples would have another hash each time.
     return archive.open(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
