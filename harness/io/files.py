@@ -154,7 +154,7 @@ def _lock_or_refuse(descriptor: int, path: Path) -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Lock an open file or folder exclusively, until the last copy of its descriptor is closed. Returns whether it did.
+    """Lock an open file or folder exclusively, until the last copy of its descriptor is closed. Returns whether it is locked.
 
     False: another process holds the lock. The attempts take LOCK_SECONDS, because `is_locked` in another process holds
     the lock for an instant.

@@ -56,8 +56,8 @@ class Bar:
         left = f"{duration(seconds)} left"
         if self._bar is not None:
             drawing, task = self._bar
-            note = self._note or f"{self.rate:.1f} {self.unit}/s"
-            drawing.update(task, completed=self.done, note=note, left=left if self.done < self.total else "")
+            text = self._note or f"{self.rate:.1f} {self.unit}/s"
+            drawing.update(task, completed=self.done, note=text, left=left if self.done < self.total else "")
         elif time.monotonic() - self._last_line > QUIET_SECONDS and not _silent:
             self._last_line = time.monotonic()
             text = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._note}  {left}"

@@ -140,7 +140,7 @@ class Run:
 
     def ema_checkpoint_steps(self) -> list[int]:
         """Steps that have an EMA checkpoint, ascending."""
-        states = (self.folder / "snapshots").glob("step-*/state.json")
+        states = (self.folder / "snapshots").glob("step-*/state.json")  # written last, when the weights are complete
         return sorted(int(path.parent.name.removeprefix("step-")) for path in states)
 
 
