@@ -440,7 +440,7 @@ def keyword_options(options: Callable[P, Chosen]) -> Callable[[Callable[[Chosen]
         def call(*args: P.args, **kwargs: P.kwargs) -> Result:
             return function(options(*args, **kwargs))
 
-        assert isinstance(options, type)
+        assert isinstance(options, type)  # declared as a Callable, so that P takes its parameters
         parameters = inspect.signature(options).parameters.values()
         returns = inspect.signature(function).return_annotation
         call.__signature__ = inspect.Signature(list(parameters), return_annotation=returns)  # type: ignore[attr-defined]

@@ -247,7 +247,7 @@ def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, conf
 def guard(
     source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: RecordFields
 ) -> None:
-    """Check samples and reference: log warnings, and raise `UserError` if the evaluation would make no sense."""
+    """Run the guards (`evaluators.guards`): log their warnings, and raise `UserError` if one refuses the evaluation."""
     from evaluators.guards import GuardContext, check, collect_image_stats, enforce
 
     context = GuardContext(
