@@ -103,10 +103,10 @@ class RunSession:
     ):
         self.request, self.data, self.folder, self.group = request, data, folder, group
         self.loggers, self.mesh = loggers, mesh
-        self.run_spec = request.run_spec(data)
+        self.spec = request.run_spec(data)  # of the run; the backbone's is request.spec
         data.check(request.protocol)
         check_labels(data, request.protocol.num_classes)
-        self.run: Run | None = find_run(folder, self.run_spec)
+        self.run: Run | None = find_run(folder, self.spec)
         exists = self.run is not None
         # Checked by all processes before the main one creates the run.
         if group.broadcast(int(exists)) != exists:
@@ -130,7 +130,7 @@ class RunSession:
     @property
     def identity(self) -> dict[str, Any]:
         """Identity of the run, which may not exist yet."""
-        return self.run_spec.identity
+        return self.spec.identity
 
     @property
     def source_paths(self) -> dict[str, str]:
@@ -189,9 +189,9 @@ class RunSession:
     def create(self, resolved: Resolved) -> Run:
         """Create the run's folder, with `resolved` frozen in it."""
         if self.group.is_main:
-            create_run(self.folder, self.run_spec, resolved, environment(resolved.device_name), self.data.source_paths)
+            create_run(self.folder, self.spec, resolved, environment(resolved.device_name), self.data.source_paths)
         self.group.barrier("the run is created")
-        self.run = find_run(self.folder, self.run_spec)
+        self.run = find_run(self.folder, self.spec)
         if self.run is None:
             raise UserError(
                 f"process {self.group.index} does not see {self.folder}; the processes of a run need a shared file system"
@@ -204,9 +204,9 @@ class RunSession:
         checkpoint = checkpoints.newest(parent.checkpoints)
         if checkpoint is None:
             raise UserError(f"--fork {source} has no checkpoint yet")
-        if parent.identity != self.run_spec.identity:
+        if parent.identity != self.spec.identity:
             raise UserError(
-                f"--fork {source} is another experiment: {identity_difference(parent.identity, self.run_spec.identity)}"
+                f"--fork {source} is another experiment: {identity_difference(parent.identity, self.spec.identity)}"
             )
         target = self.folder / "checkpoints" / checkpoint.folder.name
         if self.group.is_main:
