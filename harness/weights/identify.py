@@ -165,8 +165,9 @@ def _choose_family(
 ) -> tuple[float, Layout, WeightMap, list[BackboneSpec]]:
     """The family that fits the names of a file best.
 
-    Returns (share of the layout's marks in the file, layout, map of the family, its backbones in `specs`). If all `specs` are of one family, the result is that one, even if the share is 0. If several families all have a share
-    of 0, it is OWN, with those of `specs` whose family has no map.
+    Returns (share of the layout's marks in the file, layout, map of the family, its backbones in `specs`). If all `specs`
+    are of one family, the result is that one, even if the share is 0. If several families all have a share of 0, it is
+    OWN, with those of `specs` whose family has no map.
     """
     families: dict[int, tuple[WeightMap, list[BackboneSpec]]] = {}  # by the id of the map: the map and its backbones
     for spec in specs:

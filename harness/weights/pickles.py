@@ -333,8 +333,9 @@ def to_dict(items: list[Any], budget: Budget | None = None) -> dict[Any, Any]:
 def _keys(items: list[Any], budget: Budget) -> list[Any]:
     """The items as keys of a dictionary or members of a set.
 
-    Text, bytes, small integers, None, symbols and calls stay as they are; every other item becomes a new `Call`. A `Call` is hashed by identity. Hashing a tuple nested a million deep would overflow the C stack, and large integers
-    can be chosen to have equal hashes, so that building a dictionary of them takes quadratic time.
+    Text, bytes, small integers, None, symbols and calls stay as they are; every other item becomes a new `Call`, which is
+    hashed by identity. Hashing a tuple nested a million deep would overflow the C stack, and large integers can be chosen
+    to have equal hashes, so that building a dictionary of them takes quadratic time.
     """
     keys = []
     for item in items:
