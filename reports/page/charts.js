@@ -20,18 +20,20 @@ function tone(colour) {
 
 function figureSection(figure) {
   return el("section", { id: figure.name, class: "block figure" }, el("h2", {}, figure.title),
-    el("div", { class: "panels" }, ...figure.panels.map((panel) => chart(whole(panel), figure.title))),
+    el("div", { class: "panels" }, ...figure.panels.map((panel) => chart(completed(panel), figure.title))),
     ...figure.pictures.map((picture) => el("figure", {}, el("div", { class: "scroll" }, el("img", { src: picture.src, alt: picture.alt, loading: "lazy" })),
       el("figcaption", {}, picture.alt))));
 }
 
-// Empty fields of marks are not in the data; the axis already has the names of bars.
-function whole(panel) {
+// The panel with all fields of its marks: the data has no empty ones. beside: the text written at the mark; none for bars,
+// whose names are on the axis.
+function completed(panel) {
   const empty = { low: null, high: null, size: null, text: "", records: [], facts: [] };
-  const complete = (mark) => ({ ...empty, said: panel.x.scale === "names" ? "" : mark.text, ...mark });
+  const complete = (mark) => ({ ...empty, beside: panel.x.scale === "names" ? "" : mark.text, ...mark });
   return { ...panel, series: panel.series.map((series) => ({ ...series, marks: series.marks.map(complete) })) };
 }
 
+// A panel as a <figure>: keys that switch series off and on, and the plot.
 function chart(data, title) {
   const off = new Set(); // labels of the series that are switched off
   const tip = el("div", { class: "tip", hidden: true, role: "status" });
@@ -63,21 +65,25 @@ function chart(data, title) {
     el("figcaption", {}, [data.heading, data.note].filter(Boolean).join("; ")));
 }
 
+// [label, the series to show in its key] of each label; of a band and a line with one label, the line. Names on the axis
+// need no key.
 function labelsOf(data) {
   const found = new Map();
-  for (const series of data.series) { // names on the axis need no key
+  for (const series of data.series) {
     const known = found.get(series.label);
     if (series.label && !(data.x.names || []).includes(series.label) && (!known || known.kind === "band")) found.set(series.label, series);
   }
   return [...found];
 }
 
+// The small picture of a series in its key.
 function swatch(series) {
   return svg("svg", { width: 26, height: 12, "aria-hidden": "true" },
     ["line", "fit"].includes(series.kind) ? svg("line", { x1: 1, x2: 25, y1: 6, y2: 6, ...strokeOf(series) }) : null,
     series.kind === "fit" || isBare(series) ? null : svg("path", { d: shape(series.marker, 13, 6, 4), ...fillOf(series) }));
 }
 
+// Whether a line is drawn without its marks.
 function isBare(series) {
   return series.kind === "line" && series.marks.length > MANY;
 }
@@ -94,7 +100,7 @@ function fillOf(series) {
   return { fill: open ? "var(--ground)" : tone(series.colour), stroke: tone(series.colour), "stroke-width": 1.6 };
 }
 
-// matplotlib's letters, as the static figures have them.
+// The path of a mark. marker: matplotlib's letter, as in the static figures; any other than these is a circle.
 function shape(marker, x, y, r) {
   const corners = {
     s: [[-1, -1], [1, -1], [1, 1], [-1, 1]], D: [[0, -1.3], [1.3, 0], [0, 1.3], [-1.3, 0]], "^": [[0, -1.2], [1.15, 0.9], [-1.15, 0.9]],
@@ -106,18 +112,18 @@ function shape(marker, x, y, r) {
   return `M${corners.map(([a, b]) => `${(x + a * r).toFixed(1)} ${(y + b * r).toFixed(1)}`).join("L")}z`;
 }
 
-// A scale: pixel(value), ticks [[value, text]] and takes(value), whether the scale can show a value.
+// A scale from the pixels `from` to `to`: pixel(value), ticks [[value, text]] and takes(value), whether it can show a value.
 function scaleOf(axis, values, from, to) {
   const log = axis.scale === "log";
   const usable = values.filter((value) => Number.isFinite(value) && (!log || value > 0));
-  let only = null;
+  let only = null; // the value, if all are equal
   let [low, high] = usable.length ? [Math.min(...usable), Math.max(...usable)] : [1, 10];
   if (axis.scale === "names") [low, high] = [-0.6, axis.names.length - 0.4];
   else if (log) {
     const room = Math.max((high / low) ** 0.06, 1.15);
     [low, high] = [low / room, high * room];
   } else {
-    if (high === low && !axis.zero) only = high; // only its tick
+    if (high === low && !axis.zero) only = high;
     const room = (high - low) * 0.07 || Math.abs(high) * 0.1 || 1;
     [low, high] = [axis.zero ? Math.min(0, low) : low - room, high + room];
   }
@@ -193,8 +199,8 @@ function drawChart(data, { width, off, tip, title }) {
     }
   }
   const largest = Math.max(...marks.map(({ mark }) => mark.size ?? 0), 0);
-  marks.filter((each) => !each.bare).forEach((each) => drawMark(each, { root, place, zero: box.left, beside: box.right + 22, largest, low: ys.takes }));
-  sayBeside(root, marks.filter((each) => !each.bare), box);
+  marks.filter((each) => !each.bare).forEach((each) => drawMark(each, { root, place, zero: box.left, bubbleX: box.right + 22, largest, takes: ys.takes }));
+  placeTexts(root, marks.filter((each) => !each.bare), box);
   listen(root, marks, tip, width);
   return root;
 }
@@ -229,17 +235,19 @@ function axes({ across, down, box, named, below, beside }) {
   return group;
 }
 
-function drawMark(each, { root, place, zero, beside, largest, low }) {
+// zero: pixel at which bars begin. bubbleX: of the bubbles beside bars. takes: whether the scale of y can show a value.
+// Adds to `each` its element and the radius of the ring around it.
+function drawMark(each, { root, place, zero, bubbleX, largest, takes }) {
   const { series, mark, x, y } = each;
   const bar = series.kind === "bars";
   const group = svg("g", { class: "mark", tabindex: "-1", role: "button", "aria-label": labelOf(each) });
   if (bar) group.append(svg("rect", { x: Math.min(x, zero), width: Math.abs(x - zero), y: y - 8, height: 16, ...fillOf(series) }));
-  if (mark.low !== null && mark.high !== null && low(mark.low)) {
+  if (mark.low !== null && mark.high !== null && takes(mark.low)) {
     const [[x1, y1], [x2, y2]] = [place(mark.x, mark.low), place(mark.x, mark.high)];
     group.append(svg("line", { x1, x2, y1, y2, stroke: bar ? "var(--ink)" : tone(series.colour), "stroke-width": 1.6 }));
   }
   const r = series.kind === "bubbles" && largest ? Math.max(4, 22 * Math.sqrt((mark.size ?? 0) / largest)) : 4.2;
-  if (bar && mark.size) group.append(svg("circle", { cx: beside, cy: y, r: Math.max(1.5, 11 * Math.sqrt(mark.size / largest)), ...fillOf(series) }));
+  if (bar && mark.size) group.append(svg("circle", { cx: bubbleX, cy: y, r: Math.max(1.5, 11 * Math.sqrt(mark.size / largest)), ...fillOf(series) }));
   if (!bar) group.append(svg("path", { d: shape(series.kind === "bubbles" ? "o" : series.marker, x, y, r), ...fillOf(series) }));
   each.group = group;
   each.ring = r + 4;
@@ -247,37 +255,40 @@ function drawMark(each, { root, place, zero, beside, largest, low }) {
 }
 
 // Texts of marks, where they cover neither marks nor other texts.
-function sayBeside(root, marks, box) {
+function placeTexts(root, marks, box) {
   const taken = marks.map(({ x, y, ring }) => [x - ring, y - ring, x + ring, y + ring]);
-  for (const { mark, x, y, ring } of marks.filter((each) => each.mark.said)) {
-    const [wide, high] = [mark.said.length * 6.1, 12];
+  for (const { mark, x, y, ring } of marks.filter((each) => each.mark.beside)) {
+    const [wide, high] = [mark.beside.length * 6.1, 12];
     const places = [[x + ring, y - high / 2], [x - ring - wide, y - high / 2], [x - wide / 2, y - ring - high], [x - wide / 2, y + ring]];
     const free = places.map(([left, top]) => [left, top, left + wide, top + high]).find(([left, top, right, bottom]) =>
       left >= box.left && right <= box.right && top >= box.top && bottom <= box.bottom &&
       taken.every((other) => left >= other[2] || right <= other[0] || top >= other[3] || bottom <= other[1]));
     if (!free) continue;
     taken.push(free);
-    root.append(svg("text", { class: "said", x: free[0], y: free[3] - 2 }, mark.said));
+    root.append(svg("text", { class: "beside", x: free[0], y: free[3] - 2 }, mark.beside));
   }
 }
 
+// "dit-b-4: 3.27 [3.21, 3.33]".
 function labelOf({ series, mark }) {
   const value = mark.low === null ? short(mark.y) : `${short(mark.y)} [${short(mark.low)}, ${short(mark.high)}]`;
   return `${series.label || mark.text}: ${value}`;
 }
 
+// Shows the tip of the mark near the pointer or with the focus; a click, Enter or space pins a mark.
 function listen(root, marks, tip, width) {
   if (!marks.length) return;
   const drawn = marks.filter((each) => each.group);
   drawn[0]?.group.setAttribute("tabindex", "0"); // one stop of the tab key; the arrow keys move on from there
-  const show = (each) => say(each, tip, width);
+  const show = (each) => showTip(each, tip, width);
   const hide = () => { tip.hidden = true; };
   const nearest = (event) => {
     const frame = root.getBoundingClientRect();
     const [x, y] = [event.clientX - frame.left, event.clientY - frame.top];
-    const far = (each) => Math.hypot(each.series.kind === "bars" ? Math.max(0, x - each.x) : each.x - x, each.y - y);
-    const found = marks.reduce((best, each) => (far(each) < far(best) ? each : best));
-    return far(found) <= NEAR ? found : null;
+    // To a bar, from anywhere beside it; to other marks, from their centre.
+    const distance = (each) => Math.hypot(each.series.kind === "bars" ? Math.max(0, x - each.x) : each.x - x, each.y - y);
+    const found = marks.reduce((best, each) => (distance(each) < distance(best) ? each : best));
+    return distance(found) <= NEAR ? found : null;
   };
   const ring = (each) => root.append(svg("circle", { class: "pin", cx: each.x, cy: each.y, r: each.ring }));
   const pin = (each) => {
@@ -306,16 +317,16 @@ function listen(root, marks, tip, width) {
   });
 }
 
-// The tip of a mark: the description of its record, or mean and number of several records.
-function say({ series, mark, x, y }, tip, width) {
+// Fills and places the tip of a mark: the description of its record, or mean and number of several records.
+function showTip({ series, mark, x, y }, tip, width) {
   const records = mark.records.map(recordOf).filter(Boolean);
   const [record] = records;
   const lines = [];
   if (records.length === 1) {
-    lines.push([`${record.metric} `, el("strong", {}, ...measured(record.text))]);
-    const drawn = record.sampling_steps === null ? [] : [`${record.sampler}, ${record.sampling_steps} sampling steps, guidance ${record.guidance}`];
+    lines.push([`${record.metric} `, el("strong", {}, ...valueParts(record.text))]);
+    const sampled = record.sampling_steps === null ? [] : [`${record.sampler}, ${record.sampling_steps} sampling steps, guidance ${record.guidance}`];
     const trained = record.steps === null ? "" : `${record.steps_text} training steps${record.seed === null ? "" : `, seed ${record.seed}`}`;
-    lines.push(...[trained, ...drawn, `N = ${record.n.toLocaleString("en")}`].filter(Boolean).map((text) => [text]));
+    lines.push(...[trained, ...sampled, `N = ${record.n.toLocaleString("en")}`].filter(Boolean).map((text) => [text]));
     lines.push([record.published ? `published, ${record.where}` : `measured, record ${record.id.slice(0, 12)}`]);
   } else {
     lines.push([labelOf({ series, mark })]);
