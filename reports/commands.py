@@ -241,7 +241,7 @@ def _samples_reproduction(record: Record) -> Reproduction:
 
 
 def _published_reproduction(record: Record) -> Reproduction:
-    """Where the number is printed, and the commands that would measure the same; notes alone if there are no such commands."""
+    """Where the number is printed, and the commands that would measure the same if there are any."""
     source = record.source
     assert source is not None  # of every published record
     printed = f"Printed in {PAPER}, {source.table}, row {source.row!r}, column {source.column!r}."

@@ -130,7 +130,7 @@ def _groups_by_seed(records: Sequence[Record]) -> list[list[Record]]:
 
 def _frontier_panel(
     settings: Sequence[list[Record]], cost: Callable[[Record], float | None], label: Callable[[Record], str]
-):
+) -> tuple[tuple[Series, ...], list[tuple[Record, bool]], int] | None:
     """(series, [(drawn record, whether it is on the frontier)], number of settings not drawn).
 
     None for fewer than two models, or if it is not known which values are better.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
 from reports.figures_study import (
@@ -79,7 +79,7 @@ def compute_efficiency(all_studies: Sequence[Study], index: RecordIndex, publish
     return figure_or_none("figure-2", "Quality and compute", panels, rows, columns=3)
 
 
-def _system_bars(index: RecordIndex, published: Sequence[Record]):
+def _system_bars(index: RecordIndex, published: Sequence[Record]) -> Iterator[tuple[Panel, list[tuple[str, Record]]]]:
     """Yields (panel, [(name, record) of each bar]) for each group of comparable records of two systems or more.
 
     A bar is the best record of a system, with its Gflops as size. Groups whose metric has no known direction are left out.

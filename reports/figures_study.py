@@ -47,7 +47,7 @@ class Study:
         return [record for line in self.lines for record in line.records]
 
     def without_published_blocks(self) -> "Study":
-        """The study without the paper's DiTs of other blocks than adaLN-Zero, which it compares in Figure 5 alone."""
+        """The study without the paper's DiTs of other blocks than adaLN-Zero, which only Figure 5 shows."""
         kept = tuple(line for line in self.lines if line.provenance == "measured" or not block_of(line.model))
         return dataclasses.replace(self, lines=kept)
 
@@ -74,11 +74,13 @@ def study_of(group: Group, records: Sequence[Record], more: int) -> Study | None
     return Study(group=group, lines=tuple(lines), notes=tuple(text for text in notes if text))
 
 
-def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambda record: cost_or_none(record.gflops)):
+def at_one_length(
+    study: Study, gflops: Callable[[Record], float | None] = lambda record: cost_or_none(record.gflops)
+) -> tuple[list[tuple[Line, Mark]], str]:
     """([(line, mark), ...] of each line at the training length that most models share, note that names the length).
 
-    gflops: function from a record to the x of its mark; None: no mark. A mark's text is the name of its line, and its size the number of parameters. A line without
-    the usual length is shown at its longest training, which the mark's text states.
+    gflops: function from a record to the x of its mark; None: no mark. A mark's text is the name of its line, and its size
+    the number of parameters. A line without the usual length is shown at its longest training, which the mark's text states.
     """
     models: dict[int | None, set[str]] = {}
     for line in study.lines:
@@ -184,7 +186,7 @@ def cost_columns(record: Record) -> dict[str, object]:
 
 
 def mark_rows(panel: int, marked: Sequence[tuple[Line, Mark]], more: dict[str, object]) -> list[dict]:
-    """The rows of data of the records that the marks show. panel: number from 1. more: column -> value, added to each row."""
+    """The rows of data of the records that the marks show. panel: number from 1. more: column -> value of further columns."""
     rows = []
     for line, mark in marked:
         drawn = set(mark.record_ids)

@@ -123,7 +123,7 @@ def heading_of(record: Record) -> str:
 
 
 def by_metric(records: Iterable[Record], wanted: Sequence[str]) -> dict[tuple[str, str], list[Record]]:
-    """(metric, mode) -> records, for the metrics in `wanted`, in that order, then by mode. The mode of most records is ""."""
+    """(metric, mode) -> records of the metrics in `wanted`, in that order, then by mode; most records have the mode ""."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record.metric in wanted:
@@ -383,7 +383,7 @@ def left_out_note(lines: int, groups: int = 0) -> str:
 
 
 def _settings_getter(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
-    """A function from a `part` (Training or Sampling) to the tuple of its fields that are neither `along` nor in _IGNORED."""
+    """A function from a part (Training or Sampling) to the tuple of its fields that are neither `along` nor _IGNORED."""
     names = [field.name for field in dataclasses.fields(part) if field.name not in (*along, *_IGNORED)]
     if part is Training:
         names.append(

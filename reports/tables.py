@@ -188,8 +188,8 @@ def _joint_section(
     """
     rows = make_rows(records)
     marks = best_marks(rows, metrics_of(rows))
-    # The name of a measured row states training steps and seed (`model_text`), that of a published row may state neither.
-    # So footnotes state both only where the section has published rows.
+    # The names of measured rows state training steps and seed (`model_text`; Table 4 has a column of steps), those of
+    # published rows may state neither. So footnotes state both only where the section has published rows.
     if all(not row.is_published for row in rows):
         shown = (*shown, "training steps", "training seed")
     representative = next((row.representative for row in rows if not row.is_published), rows[0].representative)

@@ -91,7 +91,7 @@ def _name(group: Group) -> str:
 
 
 def _value(group: Group) -> Cell:
-    """The cell of a group's value: of several records their mean, without an interval; of one its value with the interval."""
+    """The cell of a group's value: the mean of several records, without an interval, or one value with its interval."""
     if len(group.records) > 1:
         return Cell(f"{group.value:.4g}", group.value)
     (record,) = group.records

@@ -2,7 +2,7 @@
 // a click or Enter pins it and opens its records.
 
 const NEAR = 28; // pixels within which the pointer finds a mark
-const MANY = 30; // a line with more marks is drawn without them, as in the static figures
+const MANY = 30; // a line with more marks is drawn without them, as in the static figures (_MANY of drawing.py)
 let pinned = null; // the mark whose records are open; a redrawn chart rings it again
 
 const DARK = window.matchMedia("(prefers-color-scheme: dark)");
@@ -88,12 +88,14 @@ function isBare(series) {
   return series.kind === "line" && series.marks.length > MANY;
 }
 
+// The attributes of a line. Published lines are dotted, fits dashed, as in the static figures.
 function strokeOf(series) {
   const kind = series.provenance === "published" ? "dotted" : series.kind === "fit" ? "dashed" : series.dash;
   const dash = { solid: null, dashed: "6 3", dashdot: "6 3 1.5 3", dotted: "1.5 3" }[kind];
   return { stroke: tone(series.colour), "stroke-width": series.kind === "fit" ? 1.5 : 2, "stroke-dasharray": dash, fill: "none" };
 }
 
+// The attributes of a mark: published ones are hollow, or pale if they are bubbles or bars.
 function fillOf(series) {
   const open = series.provenance === "published";
   if (["bubbles", "bars"].includes(series.kind)) return { fill: tone(series.colour), "fill-opacity": open ? 0.45 : 0.85, stroke: tone(series.colour), "stroke-width": 1.2 };
@@ -136,6 +138,7 @@ function scaleOf(axis, values, from, to) {
   return { pixel, ticks, takes: (value) => Number.isFinite(value) && (!log || value > 0) };
 }
 
+// Ticks at multiples of powers of ten, for an axis `room` pixels long; the digits are fewer if the axis has more decades.
 function logTicks(low, high, room) {
   const decades = Math.log10(high / low);
   const digits = decades < 0.7 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : decades < 3 ? [1, 2, 5] : [1];
@@ -152,6 +155,7 @@ function logTicks(low, high, room) {
   return found.filter((_, index) => index % every === 0);
 }
 
+// Ticks about 70 pixels apart, at multiples of 1, 2 or 5 times a power of ten.
 function linearTicks(low, high, room) {
   const rough = (high - low) / Math.max(2, room / 70);
   if (!(rough > 0)) return [low];
@@ -162,6 +166,7 @@ function linearTicks(low, high, room) {
   return found;
 }
 
+// The SVG of a panel. off: labels of series that are not drawn. tip: the element for tips.
 function drawChart(data, { width, off, tip, title }) {
   const named = data.x.scale === "names"; // horizontal bars, so that names can be read
   const texts = titleLines(data, width, named);
@@ -215,6 +220,8 @@ function titleLines(data, width, named) {
   return lines;
 }
 
+// Frame, grid lines, ticks and titles. across, down: scales of the horizontal and the vertical axis. below: lines of the title
+// of the horizontal one. beside: title of the vertical one. named: whether the chart has horizontal bars.
 function axes({ across, down, box, named, below, beside }) {
   const group = svg("g", { class: "axes" });
   for (const [value, text] of down.ticks) {
@@ -226,7 +233,7 @@ function axes({ across, down, box, named, below, beside }) {
   }
   for (const [value, text] of across.ticks) {
     const x = across.pixel(value);
-    const inside = Math.min(x, box.right + 14 - text.length * 3.6); // the last one would be cut off
+    const inside = Math.min(x, box.right + 14 - text.length * 3.6); // moved left if it would be cut off
     group.append(svg("line", { x1: x, x2: x, y1: box.top, y2: box.bottom }), svg("text", { x: inside, y: box.bottom + 17, "text-anchor": "middle" }, text));
   }
   group.append(svg("path", { class: "frame", d: `M${box.left} ${box.top}V${box.bottom}H${box.right}` }),
