@@ -44,7 +44,7 @@ def zero_conv(inputs: int, outputs: int, kernel: int, *, padding: int = 0, axes:
 
 
 def group_norm(channels: int, rngs: nnx.Rngs, eps: float = NORM_EPS) -> GroupNorm:
-    """The normalisation of every block."""
+    """The group norm of every block."""
     return GroupNorm(channels, plan.GROUPS, eps=eps, rngs=rngs)
 
 
@@ -92,7 +92,7 @@ class ResBlock(nnx.Module):
         emb = self.emb_layers(emb)[:, None, None]  # (N, 1, 1, C_out or 2 C_out)
         layers = self.out_layers
         norm, activation, dropout, conv = layers
-        if self.scale_shift:
+        if self.scale_shift:  # ADM; LDM adds the embedding
             scale, shift = jnp.split(emb, 2, axis=-1)  # (N, 1, 1, C_out) each
             h = norm(h).astype(scale.dtype) * (1 + scale) + shift  # (N, S', S', C_out)
         else:
@@ -232,9 +232,11 @@ class Upsample(nnx.Module):
 class Encoder(nnx.Module):
     """The downsampling half of a U-Net and its middle block: the trunk of classifiers, and the first half of U-Nets.
 
-    context: (width, transformer depth) of spatial transformers; None: ADM's attention blocks. labels: number of classes
-    of the table `label_emb`, which subclasses add to the timestep embedding; 0: no table. gradient_checkpointing: store
-    only the input of each block for the backward pass and recompute the rest.
+    scale_shift: residual blocks scale and shift by the embedding instead of adding it. context: (width of the context,
+    transformer depth) of spatial transformers; None: ADM's attention blocks, whose channels are in the order `qkv_first`
+    (see `split_heads`). labels: number of classes of the table `label_emb`, which subclasses add to the timestep
+    embedding; 0: no table. gradient_checkpointing: store only the input of each block for the backward pass and recompute
+    the rest.
     """
 
     def __init__(
@@ -252,6 +254,7 @@ class Encoder(nnx.Module):
         self.width, self.gradient_checkpointing, self.has_dropout = layout.width, gradient_checkpointing, dropout > 0
 
         def build(block: tuple[plan.Part, ...]) -> nnx.List:
+            """The modules of the parts of one block."""
             parts: list[nnx.Module] = []
             for part in block:
                 if isinstance(part, plan.InputConv):
@@ -275,7 +278,7 @@ class Encoder(nnx.Module):
                 Linear(layout.embedding, layout.embedding, force_float32=True, rngs=rngs),
             ]
         )
-        normal = nnx.initializers.normal(1.0)
+        normal = nnx.initializers.normal(1.0)  # as torch's nn.Embedding
         table = nnx.Embed(labels, layout.embedding, embedding_init=normal, rngs=rngs) if labels else None
         self.label_emb = table
         self.input_blocks = nnx.List([build(block) for block in layout.input_blocks])
@@ -288,7 +291,8 @@ class Encoder(nnx.Module):
 
     def run_block(self, block: nnx.List, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
         """The output of one block, a list of parts that are applied one after another."""
-        # One key per block, drawn outside of it: recomputed for the backward pass, the block has the same dropout mask.
+        # The key is drawn here and not in `parts`, which may be run again for the backward pass: both runs need the same
+        # dropout masks.
         key = rngs.dropout() if rngs is not None and self.has_dropout else None
 
         def parts(block: nnx.List, x: Array, emb: Array, context: Array | None, key: Array | None) -> Array:

@@ -26,7 +26,7 @@ TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a spatial transformer
 
 
 def group_norm(channels: int, eps: float = NORM_EPS) -> nn.GroupNorm:
-    """The normalisation of every block."""
+    """The group norm of every block."""
     return nn.GroupNorm(plan.GROUPS, channels, eps=eps)
 
 
@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
         h = conv(self.change_side(activation(norm(x))))  # (N, C_out, S', S')
         emb = self.emb_layers(emb)[:, :, None, None]  # (N, C_out or 2 C_out, 1, 1)
         norm, *activation_dropout_conv = self.out_layers
-        if self.scale_shift:
+        if self.scale_shift:  # ADM; LDM adds the embedding
             scale, shift = emb.chunk(2, dim=1)  # (N, C_out, 1, 1) each
             h = torch.addcmul(shift, norm(h).to(scale.dtype), 1 + scale)  # (N, C_out, S', S')
         else:
@@ -213,9 +213,11 @@ def _zero(layer: nn.Module) -> None:
 class Encoder(nn.Module):
     """The downsampling half of a U-Net and its middle block: the trunk of classifiers, and the first half of U-Nets.
 
-    context: (width, transformer depth) of spatial transformers; None: ADM's attention blocks. labels: number of classes
-    of the table `label_emb`, which subclasses add to the timestep embedding; 0: no table. gradient_checkpointing: store
-    only the input of each block for the backward pass and recompute the rest.
+    scale_shift: residual blocks scale and shift by the embedding instead of adding it. context: (width of the context,
+    transformer depth) of spatial transformers; None: ADM's attention blocks, whose channels are in the order `qkv_first`
+    (see `split_heads`). labels: number of classes of the table `label_emb`, which subclasses add to the timestep
+    embedding; 0: no table. gradient_checkpointing: store only the input of each block for the backward pass and recompute
+    the rest.
     """
 
     def __init__(
@@ -233,6 +235,7 @@ class Encoder(nn.Module):
         self.layout, self.gradient_checkpointing, self.has_dropout = layout, gradient_checkpointing, dropout > 0
 
         def build(block: tuple[plan.Part, ...]) -> nn.ModuleList:
+            """The modules of the parts of one block."""
             parts: list[nn.Module] = []
             for part in block:
                 if isinstance(part, plan.InputConv):
@@ -256,7 +259,7 @@ class Encoder(nn.Module):
             self.label_emb = nn.Embedding(labels, layout.embedding)
         self.input_blocks = nn.ModuleList([build(block) for block in layout.input_blocks])
         self.middle_block = build(layout.middle_block)
-        if layout.output_blocks:
+        if layout.output_blocks:  # empty for classifiers
             self.output_blocks = nn.ModuleList([build(block) for block in layout.output_blocks])
 
     def embed(self, t: Tensor) -> Tensor:
