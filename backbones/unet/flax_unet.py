@@ -130,13 +130,13 @@ class AttentionBlock(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention from (N, T, C) to a context (N, K, context), or self-attention without a context."""
+    """Multi-head attention from (N, T, C) to a context (N, K, context width), or self-attention without a context."""
 
-    def __init__(self, width: int, context: int, heads: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, context_width: int, heads: int, rngs: nnx.Rngs):
         self.heads = heads
         self.to_q = Linear(width, width, bias=False, rngs=rngs)
-        self.to_k = Linear(context, width, bias=False, rngs=rngs)
-        self.to_v = Linear(context, width, bias=False, rngs=rngs)
+        self.to_k = Linear(context_width, width, bias=False, rngs=rngs)
+        self.to_v = Linear(context_width, width, bias=False, rngs=rngs)
         self.to_out = Sequence([Linear(width, width, rngs=rngs)])
 
     def __call__(self, x: Array, context: Array | None = None) -> Array:
@@ -176,10 +176,10 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention, attention to the context, feed-forward."""
 
-    def __init__(self, width: int, context: int, heads: int, dropout: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, context_width: int, heads: int, dropout: float, rngs: nnx.Rngs):
         self.attn1 = CrossAttention(width, width, heads, rngs)
         self.ff = FeedForward(width, dropout, rngs)
-        self.attn2 = CrossAttention(width, context, heads, rngs)
+        self.attn2 = CrossAttention(width, context_width, heads, rngs)
         self.norm1 = LayerNorm(width, eps=1e-5, rngs=rngs)  # torch's default
         self.norm2 = LayerNorm(width, eps=1e-5, rngs=rngs)
         self.norm3 = LayerNorm(width, eps=1e-5, rngs=rngs)
@@ -193,12 +193,12 @@ class TransformerBlock(nnx.Module):
 class SpatialTransformer(nnx.Module):
     """LDM's transformer over the positions of a feature map, with a skip connection."""
 
-    def __init__(self, part: plan.Attention, context: int, depth: int, dropout: float, rngs: nnx.Rngs):
+    def __init__(self, part: plan.Attention, context_width: int, depth: int, dropout: float, rngs: nnx.Rngs):
         width = part.channels
         self.norm = group_norm(width, rngs, TRANSFORMER_NORM_EPS)
         self.proj_in = Conv(width, width, 1, rngs=rngs)
         self.transformer_blocks = nnx.List(
-            [TransformerBlock(width, context, part.heads, dropout, rngs) for _ in range(depth)]
+            [TransformerBlock(width, context_width, part.heads, dropout, rngs) for _ in range(depth)]
         )
         self.proj_out = zero_conv(width, width, 1, rngs=rngs)
 
@@ -323,7 +323,7 @@ class UNetBase(Encoder):
         self.out = Sequence([group_norm(layout.channels, rngs), jax.nn.silu, last])
 
     def run_unet(self, x: Array, emb: Array, context: Array | None = None, *, rngs: nnx.Rngs | None = None) -> Array:
-        """The output for x (N, S, S, C), an embedding (N, E) and a context (N, K, context)."""
+        """The output for x (N, S, S, C), an embedding (N, E) and a context (N, K, context width)."""
         x, skips = self.encode(x, emb, context, rngs)  # (N, S_min, S_min, C)
         for block in self.output_blocks:
             x = jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1)  # (N, S, S, C)

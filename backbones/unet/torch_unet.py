@@ -102,14 +102,14 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from (N, T, C) to a context (N, K, context), or self-attention without a context."""
+    """Multi-head attention from (N, T, C) to a context (N, K, context width), or self-attention without a context."""
 
-    def __init__(self, width: int, context: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context, width, bias=False)
-        self.to_v = nn.Linear(context, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -147,11 +147,11 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward."""
 
-    def __init__(self, width: int, context: int, heads: int, dropout: float):
+    def __init__(self, width: int, context_width: int, heads: int, dropout: float):
         super().__init__()
         self.attn1 = CrossAttention(width, width, heads)
         self.ff = FeedForward(width, dropout)
-        self.attn2 = CrossAttention(width, context, heads)
+        self.attn2 = CrossAttention(width, context_width, heads)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
@@ -165,13 +165,13 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """LDM's transformer over the positions of a feature map, with a skip connection."""
 
-    def __init__(self, part: plan.Attention, context: int, depth: int, dropout: float):
+    def __init__(self, part: plan.Attention, context_width: int, depth: int, dropout: float):
         super().__init__()
         width = part.channels
         self.norm = group_norm(width, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(width, context, part.heads, dropout) for _ in range(depth)]
+            [TransformerBlock(width, context_width, part.heads, dropout) for _ in range(depth)]
         )
         self.proj_out = nn.Conv2d(width, width, 1)
 
@@ -318,7 +318,7 @@ class UNetBase(Encoder):
         _zero(self.out[2])
 
     def run_unet(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
-        """The output for x (N, C, S, S), an embedding (N, E) and a context (N, K, context)."""
+        """The output for x (N, C, S, S), an embedding (N, E) and a context (N, K, context width)."""
         x, skips = self.encode(x, emb, context)  # (N, C, S_min, S_min)
         for block in self.output_blocks:
             x = self.run_block(block, torch.cat([x, skips.pop().to(x.dtype)], dim=1), emb, context)  # (N, C, S, S)
