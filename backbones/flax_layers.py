@@ -33,8 +33,8 @@ class Frozen(nnx.Variable):
 
 
 def initial_rngs(seed: int) -> nnx.Rngs:
-    """The generator of a run's initial weights: jax's Threefry with 64 of our random bits as its key."""
-    words = bits(seed, Purpose.INITIALISATION, np.zeros(1, np.int64), 0, 2)[0]  # (2,) uint32
+    """The generator of a run's initial weights: jax's Threefry, whose key is 64 bits drawn from `harness.randomness`."""
+    words = bits(seed, Purpose.INITIALISATION, index=np.zeros(1, np.int64), step=0, count=2)[0]  # (2,) uint32
     return nnx.Rngs(params=jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"))
 
 
@@ -107,7 +107,7 @@ class Conv(nnx.Conv):
             bias_init=bias_init or default,
             rngs=rngs,
         )
-        self.non_overlapping = kernel == stride and padding == 0
+        self.non_overlapping = kernel == stride and padding == 0  # a patch embedding, or a 1x1 convolution
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]  # without nnx's out_sharding
         if not self.non_overlapping:
@@ -116,7 +116,9 @@ class Conv(nnx.Conv):
         assert self.bias is not None
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
         axes = len(self.kernel_size)
-        sides = [length for side, k in zip(x.shape[1:-1], self.kernel_size, strict=True) for length in (side // k, k)]
+        sides: list[int] = []  # H/p, p, W/p, p
+        for side, k in zip(x.shape[1:-1], self.kernel_size, strict=True):
+            sides += (side // k, k)
         x = x.reshape(x.shape[0], *sides, x.shape[-1])  # (N, H/p, p, W/p, p, C)
         x = x.transpose(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)  # (N, H/p, W/p, p, p, C)
         return x.reshape(*x.shape[: axes + 1], -1) @ kernel.reshape(-1, kernel.shape[-1]) + bias  # (N, ..., C_out)
@@ -203,21 +205,24 @@ def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
     """
     for axis, outputs in enumerate(size, start=1):
         inputs = x.shape[axis]
+        # The centres of the outputs, in units of the inputs' indices.
         position = (np.arange(outputs, dtype=np.float64) + 0.5) * (inputs / outputs) - 0.5
         position = np.clip(position, 0, inputs - 1)
+        # Each output is interpolated between the inputs `low` and `high`.
         low = np.floor(position).astype(np.int32)
         high = np.minimum(low + 1, inputs - 1)
-        fraction = (position - low).astype(np.float32).reshape(-1, *[1] * (x.ndim - 1 - axis))
+        fraction = (position - low).astype(np.float32)  # (outputs,)
+        fraction = fraction.reshape(-1, *[1] * (x.ndim - 1 - axis))  # broadcasts along `axis`
         x = x.take(low, axis) * (1 - fraction) + x.take(high, axis) * fraction
     return x
 
 
 def checkpointed(function: Callable[..., Array], module: nnx.Module, *inputs: Any) -> Array:
-    """function(module, *inputs), with only the inputs stored for the backward pass.
+    """function(module, *inputs), with only the inputs stored for the backward pass, which computes the rest again.
 
     The function must not change the state of the module.
     """
-    graph, state = nnx.split(module)
+    graph, state = nnx.split(module)  # jax.checkpoint takes functions of pytrees, so the weights become an argument
 
     def pure(state: nnx.State, *inputs: Any) -> Array:
         return function(nnx.merge(graph, state), *inputs)

@@ -34,12 +34,17 @@ def _axes(path: Path, dimensions: int, *, to_torch: bool) -> tuple[int, ...]:
     """The axes argument of `transpose` between the two layouts of the parameter at `path`: to torch's, or from it."""
     if path[-1] != "kernel":
         return tuple(range(dimensions))
-    space = tuple(range(dimensions - 2))  # the spatial axes, first in Flax
-    return (dimensions - 1, dimensions - 2, *space) if to_torch else (*(i + 2 for i in space), 1, 0)
+    spatial = range(dimensions - 2)
+    if to_torch:  # from (*spatial, in, out)
+        return (dimensions - 1, dimensions - 2, *spatial)
+    return (*(axis + 2 for axis in spatial), 1, 0)  # from (out, in, *spatial)
 
 
 def variables(net: nnx.Module) -> nnx.State:
-    """All variables of the network that a weight file holds, trained or not. `net` may be abstract."""
+    """All variables of the network that a weight file holds, trained or not: all but the states of random generators.
+
+    `net` may be abstract.
+    """
     return nnx.state(net, nnx.Not(nnx.RngState))
 
 

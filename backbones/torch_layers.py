@@ -50,7 +50,8 @@ class _SigmoidGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.addcmul(x.new_tensor(SLOPE), x, x, value=CUBIC).mul_(x).sigmoid_().mul_(x)
+        slope_and_cubic = torch.addcmul(x.new_tensor(SLOPE), x, x, value=CUBIC)  # 2 u / x
+        return slope_and_cubic.mul_(x).sigmoid_().mul_(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -24,6 +24,7 @@ from harness.io.progress import Bar
 SPLIT_ROWS = 5000
 BLOCK_ROWS = 10_000  # rows and columns in one evaluation of ADM's distance graph
 TILE_ROWS = 512
+ROWS_PER_UPDATE = 8192
 K = 3
 EPS = 1e-6
 ORDER_SEED = 5000  # seed of the random orders
@@ -47,6 +48,7 @@ class StreamedStatistics:
         """Add the next rows, float32 (n, D), in place; returns self."""
         rows = np.ascontiguousarray(features, dtype=np.float32)
         self._moments.update(rows)
+        # one reduction over the sum so far and the rows: they are added one after the other
         self._sum = np.add.reduce(np.concatenate([self._sum[None], rows]), axis=0)
         return self
 
@@ -68,8 +70,8 @@ def statistics(features: np.ndarray) -> Statistics:
 def _stream(features: np.ndarray) -> StreamedStatistics:
     """The accumulated statistics of features (N, D), read a block of rows at a time."""
     stream = StreamedStatistics(features.shape[1])
-    for start in range(0, len(features), 8192):
-        stream.update(features[start : start + 8192])
+    for start in range(0, len(features), ROWS_PER_UPDATE):
+        stream.update(features[start : start + ROWS_PER_UPDATE])
         release_pages(features)
     return stream
 
@@ -87,7 +89,7 @@ def fid(features: "np.ndarray | Statistics", reference: Statistics, *, eps: floa
     if eps == 0.0:
         return distance
     # ADM adds eps only under the root. Each of the two traces in the distance below is larger by eps * D: subtract
-    # both.
+    # both. n is None because a diagonal that was raised has full rank, whatever the number of rows.
     shifted = [
         replace(side, n=None, covariance=side.covariance + eps * np.eye(len(side.mean)))
         for side in (samples, reference)
@@ -110,7 +112,7 @@ def score(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> float:
     scores = []
     for start in range(0, len(logits), split_rows):
         p = np.maximum(softmax(logits[start : start + split_rows]), np.finfo(np.float32).tiny)
-        scores.append(inception_score.inception_score_by_splits(p, split_rows))
+        scores.append(inception_score.inception_score_by_splits(p, split_rows))  # p is a single split
         release_pages(logits)
     return float(np.mean(scores))
 
@@ -140,6 +142,7 @@ def sample_order_warning(logits: np.ndarray, split_rows: int = SPLIT_ROWS) -> st
         ]
     )
     file_order, shuffled = scores[0], scores[1:]
+    # at least the rounding error, where all random orders have the same score
     spread = max(float(shuffled.std(ddof=1)), 1e-9 * shuffled.mean())
     if abs(file_order - shuffled.mean()) <= MAX_ORDER_DEVIATIONS * spread:
         return ""
@@ -182,9 +185,9 @@ def _round_to_float16(x: np.ndarray) -> np.ndarray:
     size = np.abs(x)
     irregular = (size < 2.0**-14) | ~(size < 65_504.0)
     special = x[irregular].astype(np.float16) if irregular.any() else None
-    bits = x.view(
-        np.uint32
-    )  # float16 has 13 mantissa bits less: add half of the last bit that stays, then clear the 13
+    # float16 has 13 mantissa bits less. Add half of the last bit that stays (if that bit is 0, a little less than half,
+    # so that a tie is rounded to even), then clear the 13.
+    bits = x.view(np.uint32)
     bits += (bits >> np.uint32(13) & np.uint32(1)) + np.uint32(0xFFF)
     bits &= np.uint32(0xFFFFE000)
     if special is not None:
@@ -210,7 +213,7 @@ def _float16_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _float16_distances(u: np.ndarray, u_norm: np.ndarray, v: np.ndarray, v_norm: np.ndarray) -> np.ndarray:
-    """As `squared_distances_float16`, from rows and squared norms of `_float16_rows`."""
+    """As `squared_distances_float16`, from the rows and squared norms that `_float16_rows` returns."""
     with np.errstate(over="ignore", invalid="ignore"):
         d = _round_to_float16(u @ v.T)
         d *= np.float32(-2.0)
@@ -257,7 +260,7 @@ def _tiles(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, slice, np.ndar
 def _fits_float16(u: np.ndarray, v: np.ndarray) -> bool:
     """True if every term and every partial sum of the squared distances is certain to stay below float16's 65,504.
 
-    False if that is not certain.
+    False if that is not certain. (|u| + |v|)^2 is at least as large as each of them; 60,000 leaves room for rounding.
     """
     sum_of_largest_norms = sum(float(np.sqrt(np.einsum("nd,nd->n", x, x).max())) for x in (u, v))
     return sum_of_largest_norms**2 < 60_000.0
@@ -269,7 +272,7 @@ def squared_radii_float16(x: np.ndarray, k: int = K) -> np.ndarray:
     Entry 0 is usually the row itself.
     """
     smallest = np.full((len(x), k + 1), np.inf, np.float32)
-    for rows, _, d in _tiles(x, x):
+    for rows, _, d in _tiles(x, x):  # several tiles, one for each block of columns, have the same rows
         release_pages(x)
         near = np.partition(d, k, axis=1)[:, : k + 1] if d.shape[1] > k + 1 else d  # the k + 1 smallest, unsorted
         smallest[rows] = np.sort(np.concatenate([smallest[rows], near], axis=1), axis=1)[:, : k + 1]

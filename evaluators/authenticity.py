@@ -72,7 +72,7 @@ def estimate(features: np.ndarray, training: np.ndarray, block: np.ndarray) -> E
 
 
 def training_features(inputs: MetricInputs) -> np.ndarray:
-    """Features (T, D) of the training images: the reference's features if both are the same images, else computed."""
+    """Features (T, D) of the training images: the reference's if both are the same array of images, else computed."""
     if inputs.training is inputs.reference.images:
         return inputs.reference.features.pooled
     from evaluators.reference import extract

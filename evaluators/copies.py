@@ -1,7 +1,7 @@
 """The share of samples that are copies of training images: a cheap test of memorisation.
 
-Nearest neighbours in pixels, Euclidean. A sample counts as a copy if its distance to the nearest training image is at
-most the 1 % quantile of the distances between training images and their nearest neighbours. So held-out real images
+Images are compared by the Euclidean distance of their pixels. A sample counts as a copy if its distance to the nearest
+training image is at most the 1 % quantile of the distances between training images and their nearest neighbours. So held-out real images
 score about 1 % by construction (`EXPECTED_SHARE`), the threshold follows data set and resolution, and an exact copy
 always counts.
 Pixel distances find exact or nearly exact copies only: a shifted or recoloured training image is not found.
@@ -40,7 +40,8 @@ class Copies:
 def _box_sums(images: np.ndarray) -> tuple[np.ndarray, float]:
     """Images uint8 (N, H, W, C) as rows uint32 (N, P), and the divisor from a distance of rows to RMS grey levels.
 
-    A row holds the sums of boxes of pixels, at most MAX_SIDE along a side; small images keep their pixels.
+    A row holds the sums of square boxes of pixels, at most MAX_SIDE boxes along a side; small images keep their pixels.
+    Pixels right of and below the last whole box are left out.
     """
     n, height, width, channels = images.shape
     box = -(-max(height, width) // MAX_SIDE)  # side of a box in pixels

@@ -50,7 +50,10 @@ def exact_squared_distances(u: np.ndarray, v: np.ndarray, i: np.ndarray, j: np.n
 
 
 def squared_radii(x: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance float64 (N,) from every row of x float64 (N, D) to its k-th nearest other row, N > k; exact."""
+    """Squared distance float64 (N,) from every row of x float64 (N, D) to its k-th nearest other row, N > k.
+
+    `squared_distances` decides which row that is; the distance is then computed from the difference of both rows.
+    """
     index = np.empty(len(x), dtype=np.int64)
     for rows, d in squared_distances(x, x):
         d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = np.inf  # a row is not its own neighbour

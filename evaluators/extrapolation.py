@@ -70,6 +70,7 @@ def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray, see
     # One subset per thread, for the reason given in `frechet.estimate`.
     workers = min(os.cpu_count() or 1, frechet.MAX_WORKERS)
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        # the last subset is all samples, whose distance is full.value
         distances = list(pool.map(lambda rows: _distance(features, rows, reference), drawn[:-1]))
     value = float(weights @ [*distances, full.value])
     widening = np.sqrt(1.0 + weights**2 @ (len(features) / size - 1.0))

@@ -56,12 +56,12 @@ def _sum_of_roots(matrix: np.ndarray, rank: int, symmetric: bool = False) -> flo
 
 
 def _rank(s: Statistics) -> int:
-    """Largest rank that the covariance can have: n - 1 rows or D features; D if n is not known."""
+    """Largest rank that the covariance can have, min(n - 1, D); D if n is not known."""
     return len(s.mean) if s.n is None else min(s.n - 1, len(s.mean))
 
 
 def _factor(s: Statistics) -> np.ndarray:
-    """F (D, r) with F F^T = covariance."""
+    """F (D, r) with F F^T = covariance, r = `_rank(s)`."""
     if _rank(s) == len(s.mean):
         # Fails for a numerically singular covariance, such as that of a feature that is always 0; then eigenvectors.
         with contextlib.suppress(np.linalg.LinAlgError):
@@ -92,6 +92,7 @@ def _one_order(a: Statistics, b: Statistics, rank: int) -> float | None:
     else:
         return None
     matrix, _ = lapack.dsygst(other.covariance.T, factor, itype=2, lower=1)  # lower triangle of F^T S F, S of `other`
+    # Only one triangle of the symmetric matrix is filled; the sum of all squared elements counts it twice.
     triangle, diagonal = np.triu(matrix.T), np.diagonal(matrix)
     squared_norm = 2.0 * float(np.einsum("ij,ij->", triangle, triangle)) - float(diagonal @ diagonal)
     product_trace = float(np.einsum("ij,ij->", a.covariance, b.covariance))
@@ -105,12 +106,13 @@ def _one_order(a: Statistics, b: Statistics, rank: int) -> float | None:
     largest = values[max(len(values) - rank, 0) :]  # (rank,); the others are rounding errors
     rounding = np.finfo(np.float64).eps * np.linalg.norm(a.covariance) * np.linalg.norm(b.covariance)
     roots = np.sqrt(np.clip(largest, 0.0, None))
+    # A change d of an eigenvalue v changes its root by less than d / sqrt(v), and by at most sqrt(d) where v is near 0.
     error = np.minimum(np.sqrt(rounding), rounding / np.maximum(roots, 1e-300)).sum()
     return float(roots.sum()) if sums_hold and error <= ORDER_TOLERANCE * roots.sum() else None
 
 
 def _agree(one: float, other: float) -> bool:
-    """Whether the traces of the two orders are equal up to rounding."""
+    """Whether the traces of the two orders, (a, b) and (b, a), are equal up to ORDER_TOLERANCE."""
     return abs(one - other) <= ORDER_TOLERANCE * max(one, other)
 
 
@@ -127,7 +129,7 @@ def _root_trace_of_significant(a: Statistics, b: Statistics) -> float:
         keep = values > len(values) * np.finfo(np.float64).eps * values[-1]
         factors.append(vectors[:, keep] * np.sqrt(values[keep]))
     product = factors[0].T @ factors[1]  # (r_a, r_b)
-    if product.size == 0:
+    if product.size == 0:  # a covariance is 0
         return 0.0
     rank = min(product.shape)
     one, other = _sum_of_roots(product @ product.T, rank), _sum_of_roots(product.T @ product, rank)
@@ -164,7 +166,8 @@ def estimate(
     *,
     # Exact statistics of the features; None: computed here.
     sample_statistics: Statistics | None = None,
-    # For the value alone, such as those with ADM's float32 mean; None: exact.
+    # Statistics that the value is computed from, such as those with ADM's float32 mean; the distances without a block
+    # always use the exact ones. None: the exact ones for the value, too.
     value_statistics: Statistics | None = None,
 ) -> Estimate:
     """Frechet distance of features (N, D) from a reference.
@@ -186,7 +189,7 @@ def estimate(
         inner = (n - 1) * (factor.T @ samples.covariance @ factor)
         inner = (inner + inner.T) / 2
     sample_trace, reference_trace = float(np.trace(samples.covariance)), float(np.trace(reference.covariance))
-    value = frechet_distance(value_statistics or samples, reference)  # exact statistics do not depend on the row order
+    value = frechet_distance(value_statistics or samples, reference)
 
     def distance_without(b: int) -> float:
         """The distance of the m samples outside block b."""
@@ -194,6 +197,7 @@ def estimate(
         m = int(kept.sum())
         removed = chosen_rows(features, ~kept) - samples.mean  # (N - m, D)
         shift = -removed.sum(axis=0) / m  # mean of the kept rows, relative to the mean of all rows
+        # of the kept rows' covariance: all rows' sum of squares, less that of the removed rows and that of the shift
         trace = ((n - 1) * sample_trace - np.einsum("nd,nd->", removed, removed) - m * (shift @ shift)) / (m - 1)
         if few_rows:
             matrix = inner[np.ix_(kept, kept)]
@@ -204,9 +208,8 @@ def estimate(
             np.matmul(removed, factor, out=downdate[:-1])
             downdate[-1] = np.sqrt(m) * (shift @ factor)  # subtracts the mean of the kept rows, m times
             del removed
-            matrix = (
-                downdate.T @ downdate
-            )  # the one (r, r) matrix of this thread; numpy computes one half and mirrors it
+            # The one (r, r) matrix of this thread. It is symmetric to the bit: numpy computes one half and mirrors it.
+            matrix = downdate.T @ downdate
             np.subtract(inner, matrix, out=matrix)
             del downdate
         matrix /= m - 1
@@ -229,7 +232,7 @@ def _assemble(delta: np.ndarray, sample_trace: float, reference_trace: float, ro
 
 
 def compute(inputs: MetricInputs) -> dict[str, Estimate]:
-    """The metric "fd", on Inception's features also called "fid"; "sfid" if the features have a spatial part."""
+    """The metric "fd", also under the key "fid", its name on Inception's features; "sfid" of spatial features, if any."""
     features, reference = inputs.features, inputs.reference
     pooled = estimate(features.pooled, reference.statistics, inputs.block)
     estimates = {"fd": pooled, "fid": pooled}

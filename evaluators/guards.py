@@ -168,7 +168,8 @@ def collect_image_stats(
         constant += len(constant_rows)
         batch_hashes = [hash(row.tobytes()) for row in pixels]  # SipHash of 64 bits: equal pixels have equal hashes
         hashes += batch_hashes
-        picked = range(0, len(batch), -(-len(batch) * blocks_per_image // TRACE_BLOCKS))  # evenly spaced images
+        # evenly spaced images, as many as have TRACE_BLOCKS blocks together
+        picked = range(0, len(batch), -(-len(batch) * blocks_per_image // TRACE_BLOCKS))
         histogram += np.bincount(batch[picked][..., 0].ravel(), minlength=256)
         # hash -> index in the batch, without images that were added before: copies would look like a comb
         new = {batch_hashes[i]: i for i in picked if batch_hashes[i] not in traced}
@@ -216,9 +217,9 @@ def check(
         findings += [*_check_pair(samples, reference), *_check_jpeg(samples, reference)]
         findings += _check_reference(samples, reference, context)
     elif samples.lossy:
-        findings.append(_warn("jpeg", f"{samples.name} was stored with loss (JPEG); save PNG files or an npz"))
+        findings.append(_warning("jpeg", f"{samples.name} was stored with loss (JPEG); save PNG files or an npz"))
     findings = [
-        _warn(finding.name, f"{finding.text} (allowed)") if finding.name in context.allow else finding
+        _warning(finding.name, f"{finding.text} (allowed)") if finding.name in context.allow else finding
         for finding in findings
     ]
     return sorted(findings, key=lambda finding: finding.level != "refuse")
@@ -236,11 +237,11 @@ def enforce(findings: list[Finding]) -> None:
         raise UserError(f"{first.text} ({first.name}{f'; also {others}' if others else ''})")
 
 
-def _refuse(name: str, text: str) -> Finding:
+def _refusal(name: str, text: str) -> Finding:
     return Finding(name=name, level="refuse", text=text)
 
 
-def _warn(name: str, text: str) -> Finding:
+def _warning(name: str, text: str) -> Finding:
     return Finding(name=name, level="warn", text=text)
 
 
@@ -248,12 +249,12 @@ def _check_counts(samples: ImageStats, context: GuardContext) -> Iterator[Findin
     """Findings of the guards too-few and name-of-count."""
     short = [f"{metric} needs {least}" for metric, least in context.minimum.items() if samples.count < least]
     if short:
-        yield _refuse("too-few", f"{samples.name}: {samples.count} images are too few: {', '.join(short)}; draw more")
+        yield _refusal("too-few", f"{samples.name}: {samples.count} images are too few: {', '.join(short)}; draw more")
     for name in context.names:
         promised = re.search(r"(?i)(?<![a-z])s?(?:fid|fd|kid|is|inception)[-_ ]?([0-9]+)k(?![a-z0-9])", name)
         if promised and samples.count < int(promised[1]) * 1000:
             text = f"{samples.name}: {name!r} promises {promised[1]},000 images, there are {samples.count}"
-            yield _refuse("name-of-count", f"{text}; draw more, or choose another name")
+            yield _refusal("name-of-count", f"{text}; draw more, or choose another name")
 
 
 def _check_content(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
@@ -267,48 +268,55 @@ def _check_content(samples: ImageStats, reference: ImageStats | None, context: G
             hint = "was the same noise drawn in every process or batch?"
         else:
             hint = "make the reference again"
+        # `least <= count`: with fewer images than a metric needs, the finding is too-few
         if images.count > 1 and (
             images.distinct == 1 or (images is samples and images.distinct < least <= images.count)
         ):
-            yield _refuse("duplicates", f"{text}; {hint}")
+            yield _refusal("duplicates", f"{text}; {hint}")
         elif share > MAX_DUPLICATES and (images is reference or share > 2 * reference_share):
-            yield _warn("duplicates", f"{text}; {hint}")
+            yield _warning("duplicates", f"{text}; {hint}")
         if images.constant > MAX_CONSTANT * images.count:
             text = f"{images.name}: {images.constant} of {images.count} images are one flat colour"
-            yield _refuse("constant", f"{text}; look at image {images.first_constant}: its decoding failed")
+            yield _refusal("constant", f"{text}; look at image {images.first_constant}: its decoding failed")
         elif images.constant and (
             images is reference
             or reference is None
             or images.constant / images.count > reference.constant / reference.count
         ):
             text = f"{images.name}: {images.constant} of {images.count} images are one flat colour"
-            yield _warn("constant", f"{text} (first: image {images.first_constant}); black is often a NaN")
+            yield _warning("constant", f"{text} (first: image {images.first_constant}); black is often a NaN")
 
 
 def _check_range(samples: ImageStats, reference: ImageStats | None) -> Iterator[Finding]:
     """Findings of the guards unit-range, signed-range and half-range."""
     for images in (samples, reference) if reference is not None else (samples,):
         if images.lowest == images.highest:
-            continue  # a finding of constant or duplicates
+            continue  # all pixels of the set are equal: a finding of constant or duplicates
         if images.highest <= 1:
-            yield _refuse(
+            yield _refusal(
                 "unit-range", f"{images.name}: values are 0 and 1 only; multiply by 255 before the cast to uint8"
             )
         elif images.only_0_1_255 and images.has_ones:
             text = f"{images.name}: values are 0, 1 and 255 only, as when [-1, 1] is cast to uint8"
-            yield _refuse("signed-range", f"{text}; scale to 0..255 first")
+            yield _refusal("signed-range", f"{text}; scale to 0..255 first")
     if reference is None:
         return
     bilevel = samples.only_0_1_255 and not samples.has_ones and (samples.lowest, samples.highest) == (0, 255)
     if bilevel and not reference.only_0_1_255:
-        yield _warn("signed-range", f"{samples.name}: values are 0 and 255 only, the reference's are not")
+        yield _warning("signed-range", f"{samples.name}: values are 0 and 255 only, the reference's are not")
     half = _half_range(samples)
+    # the last two conditions: other samples have a finding of unit-range, constant or duplicates
     if half and half != _half_range(reference) and samples.highest > 1 and samples.lowest < samples.highest:
-        yield _warn("half-range", f"{samples.name}: values lie {half} only, the reference's do not; were they scaled?")
+        yield _warning(
+            "half-range", f"{samples.name}: values lie {half} only, the reference's do not; were they scaled?"
+        )
 
 
 def _half_range(images: ImageStats) -> str | None:
-    """The half of 0..255 with all but 0.1 % of the values; None: there is no such half."""
+    """The half of 0..255, in words, with all but 0.1 % of the values; None: there is no such half.
+
+    Both halves include 127 and 128, the values of mid-grey.
+    """
     total = images.histogram.sum()
     if images.histogram[129:].sum() <= 0.001 * total:
         return "in 0..128"
@@ -319,44 +327,48 @@ def _check_pair(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]
     """Findings of the guards resolution, same-images, swapped (by images) and copies."""
     if samples.shape != reference.shape:
         text = f"{samples.name} has images {samples.shape}, {reference.name} {reference.shape} (H, W, C)"
-        yield _refuse("resolution", f"{text}; use a reference of the samples' resolution")
+        yield _refusal("resolution", f"{text}; use a reference of the samples' resolution")
         return
     if samples.sha256 is not None and samples.sha256 == reference.sha256:
-        yield _refuse("same-images", f"{samples.name} and {reference.name} are the same images; name the samples first")
+        yield _refusal(
+            "same-images", f"{samples.name} and {reference.name} are the same images; name the samples first"
+        )
         return
     reference_among_samples = float(np.isin(reference.hashes, samples.hashes).mean())
     samples_among_reference = float(np.isin(samples.hashes, reference.hashes).mean())
     if reference_among_samples >= MIN_SWAPPED:
         text = f"{samples.name} contains {reference_among_samples:.0%} of the images of {reference.name}"
-        yield _refuse("swapped", f"{text}; are the arguments swapped, or is it training data?")
+        yield _refusal("swapped", f"{text}; are the arguments swapped, or is it training data?")
     elif samples_among_reference > MAX_COPIES:
-        yield _warn(
+        yield _warning(
             "copies", f"{samples_among_reference:.1%} of {samples.name} are images of {reference.name}, pixel by pixel"
         )
 
 
 def _check_jpeg(samples: ImageStats, reference: ImageStats) -> Iterator[Finding]:
-    """Findings of the guard jpeg, if there is a reference."""
+    """Findings of the guard jpeg for samples that have a reference; none if both or neither were ever JPEG."""
     samples_lossy = samples.lossy or samples.jpeg_traces
     reference_lossy = reference.lossy or reference.jpeg_traces
     if samples_lossy == reference_lossy:
         return
     if samples.lossy:
         text = f"{samples.name} is stored as JPEG, {reference.name} is lossless: the distance would measure the JPEG"
-        yield _refuse("jpeg", f"{text}; save the samples as PNG files or npz")
+        yield _refusal("jpeg", f"{text}; save the samples as PNG files or npz")
         return
     lossy, clean = (samples, reference) if samples_lossy else (reference, samples)
     how = "is stored as JPEG" if lossy.lossy else "shows JPEG's quantisation in its pixels"
-    yield _warn("jpeg", f"{lossy.name} {how}, {clean.name} does not: the distance measures that too")
+    yield _warning("jpeg", f"{lossy.name} {how}, {clean.name} does not: the distance measures that too")
 
 
 def _check_reference(samples: ImageStats, reference: ImageStats, context: GuardContext) -> Iterator[Finding]:
     """Findings of the guards swapped (by mu and sigma), statistics-in-samples and reference-statistics."""
     if samples.has_statistics and not reference.has_statistics:
         text = f"{samples.name} has mu and sigma, as references do, and {reference.name} does not"
-        yield _refuse("swapped", f"{text}; swap the arguments")
+        yield _refusal("swapped", f"{text}; swap the arguments")
     elif samples.has_statistics:
-        yield _warn("statistics-in-samples", f"{samples.name} has mu and sigma; they are ignored, its images are used")
+        yield _warning(
+            "statistics-in-samples", f"{samples.name} has mu and sigma; they are ignored, its images are used"
+        )
     if reference.has_statistics:
         return
     is_adm = reference.count == ADM_IMAGES
@@ -364,43 +376,51 @@ def _check_reference(samples: ImageStats, reference: ImageStats, context: GuardC
     text = f"{reference.name} has no mu and sigma{what}"
     if context.reference_statistics and is_adm:
         advice = "use the file that has them, or make one from all training images"
-        yield _refuse("reference-statistics", f"{text}; {advice}")
+        yield _refusal("reference-statistics", f"{text}; {advice}")
     elif context.reference_statistics or is_adm:
-        yield _warn("reference-statistics", f"{text}: the distance is to its {reference.count} images")
+        yield _warning("reference-statistics", f"{text}: the distance is to its {reference.count} images")
 
 
 def _check_labels(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
-    """Findings of the guards labels-missing, labels-outside and labels-uneven."""
+    """Findings of the guards labels-missing, labels-outside and labels-uneven.
+
+    Labels of an unknown policy are tested as random labels.
+    """
     if context.classes is None or context.classes < 2:
         return
     if samples.labels is None:
-        yield _warn("labels-missing", f"{samples.name} has no labels, so the balance of its classes is not known")
+        yield _warning("labels-missing", f"{samples.name} has no labels, so the balance of its classes is not known")
         return
     outside = (samples.labels < 0) | (samples.labels >= context.classes)
     if outside.any():
         i = int(np.argmax(outside))
         text = f"{samples.name}: label {samples.labels[i]} of image {i} is outside the {context.classes} classes"
-        yield _refuse("labels-outside", f"{text}; are they labels of another data set?")
+        yield _refusal("labels-outside", f"{text}; are they labels of another data set?")
         return
     counts = np.bincount(samples.labels, minlength=context.classes)
     low, high = int(counts.min()), int(counts.max())
     span = f"{samples.name}: {low} to {high} images a class ({context.classes} classes)"
     if context.label_policy == "balanced":
         if high - low > 1:
-            yield _warn("labels-uneven", f"{span}, but the label policy is balanced")
+            yield _warning("labels-uneven", f"{span}, but the label policy is balanced")
         return
     p = _chi_square_p(counts, np.full(context.classes, 1 / context.classes))
-    if p < UNEVEN_P and reference is not None and reference.labels is not None:  # the reference may be uneven as well
+    # Uneven samples are right if the reference is as uneven: test against its class shares, too. That test does not hold
+    # for samples of a class that the reference does not have.
+    if p < UNEVEN_P and reference is not None and reference.labels is not None:
         inside = reference.labels[(reference.labels >= 0) & (reference.labels < context.classes)]
         expected = np.bincount(inside, minlength=context.classes)
         if expected.any() and not counts[expected == 0].any():
             p = _chi_square_p(counts[expected > 0], expected[expected > 0] / expected.sum())
     if p < UNEVEN_P:
-        yield _warn("labels-uneven", f"{span}: random labels are so uneven once in {1 / max(p, 1e-300):.0e} draws")
+        yield _warning("labels-uneven", f"{span}: random labels are so uneven once in {1 / max(p, 1e-300):.0e} draws")
 
 
 def _chi_square_p(counts: np.ndarray, shares: np.ndarray) -> float:
-    """p-value of Pearson's chi-square test of class counts (K,) against shares (K,); 1.0 if a class expects under 1."""
+    """p-value of Pearson's chi-square test of class counts (K,) against shares (K,).
+
+    1.0 where the test does not apply: fewer than two classes, or an expected count below 1.
+    """
     from scipy.special import chdtrc
 
     expected = counts.sum() * shares

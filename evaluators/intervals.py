@@ -79,7 +79,8 @@ def interval(estimate: Estimate, confidence: float = 0.95) -> Interval:
         return Interval(low=None, high=None, method="none")
     method = f"jackknife-{blocks}"
     if estimate.half_variance is not None and estimate.half_variance > 0.0:
-        variance = np.sqrt(variance * min(estimate.half_variance, variance))  # geometric mean of the two variances
+        # geometric mean of the two variances; min, so that it is not above the jackknife's
+        variance = np.sqrt(variance * min(estimate.half_variance, variance))
         method += "+halves"
     half_width = float(stdtrit(blocks - 1, 1.0 - tail)) * float(np.sqrt(variance))
     return Interval(low=value - half_width, high=value + half_width, method=method)

@@ -23,7 +23,7 @@ FREQUENCIES = len(AXIS_FREQUENCIES) ** 2
 STEPS = np.arange(3, 129)  # quantisation steps that are tested
 BINS_PER_UNIT, MAX_COEFFICIENT = 16, 256  # of the histogram of the coefficients' magnitudes
 MIN_COEFFICIENTS = 20  # for a decision about a frequency and a step
-MIN_Z, MIN_MEAN_COSINE = 6.0, 0.3  # lower bounds for a comb: of its mean cosine in standard errors, and as it is
+MIN_Z, MIN_MEAN_COSINE = 6.0, 0.3  # lower bounds of a comb's mean cosine: in standard errors, and of the cosine itself
 # Of 36 frequencies. Measured: at most 16 in lossless images (two-valued digits), at least 23 in images after JPEG 75 to 97.
 MIN_COMBS = 20
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in JFIF
@@ -76,7 +76,7 @@ class JpegTraces:
     def combs(self) -> int:
         """Number of the 36 frequencies that show a comb."""
         counts = self._counts.reshape(FREQUENCIES, -1).astype(np.float64)
-        counts[:, -1] = 0  # the overflow bin
+        counts[:, -1] = 0  # the last bin also holds all larger magnitudes
         cosine_sum, number = np.einsum("fb,bsx->xfs", counts, _table(), optimize=True)  # (36, steps) each
         number = np.where(number >= MIN_COEFFICIENTS, number, np.nan)  # comparisons with nan are False
         mean_cosine = cosine_sum / number

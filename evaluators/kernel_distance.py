@@ -28,7 +28,10 @@ def _kernel_rows(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarr
 
 
 def _zero_diagonal(rows: slice, kernel: np.ndarray) -> np.ndarray:
-    """Set the kernel value of every row with itself to 0, in place: such pairs are left out of the sums."""
+    """Set the kernel value of every row with itself to 0, in place: such pairs are left out of the sums.
+
+    kernel: (rows, N), of x[rows] with all rows of x.
+    """
     kernel[np.arange(len(kernel)), np.arange(rows.start, rows.stop)] = 0.0
     return kernel
 
@@ -51,6 +54,7 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray) -> 
         """KID of `count` samples, from their kernel sums over pairs of samples and over pairs with the reference."""
         return within_sum / (count * (count - 1)) + reference_mean - 2.0 * across_sum / (count * m)
 
+    # [b]: over the pairs of samples of which neither is in block b
     kept_within = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)
     left_out = value_from_sums(n - member.sum(axis=0), kept_within, across.sum() - across)
     return Estimate(value=float(value_from_sums(n, within.sum(), across.sum())), left_out=left_out)

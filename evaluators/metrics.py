@@ -20,7 +20,7 @@ class Metric:
     paper: str
     compute: str  # "module:attribute" of a function MetricInputs -> {key: Estimate}; called once for all metrics that name it
     needs_logits: bool = False
-    bounds: tuple[float, float] | None = None  # what the value cannot leave: its interval is cut there
+    bounds: tuple[float, float] | None = None  # smallest and largest possible value; the interval is clipped to them
     title: str = ""  # in tables and figures; "": the key
     title_elsewhere: str = ""  # on features other than Inception's, where `title` would mislead; "": `title`
     names_n: bool = False  # the estimate depends on N, so N belongs to its title: FID-50K
@@ -33,7 +33,7 @@ class Metric:
 
     @property
     def higher_is_better(self) -> bool:
-        """The direction, as records state it."""
+        """Whether a higher value is better; records state the direction in this form."""
         return self.direction == "higher"
 
     @property
@@ -170,7 +170,8 @@ METRICS = {
     )
 }
 
-# FID and sFID are named so on Inception's features alone: suites measure them, some by their own definition.
+# The names FID and sFID are for Inception's features alone. So they are not in METRICS, which work on any features;
+# suites measure them, and some replace `compute` by their own definition.
 FID = Metric(
     key="fid",
     title="FID",

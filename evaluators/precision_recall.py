@@ -35,7 +35,8 @@ LIMIT_COLUMNS = 64  # columns of a tile, per wanted neighbour, from which a row 
 PAIRS_PER_CALL = 512
 PAIRS_AT_ONCE = 1 << 17  # pairs that are decided at a time
 
-Tile = tuple[np.ndarray, np.ndarray, np.ndarray]  # lower bounds (r, c), gap (r,) of the rows, gap (c,) of the columns
+# Lower bounds (r, c), gap (r,) of the rows, gap (c,) of the columns; upper bound = lower bound + both gaps.
+Tile = tuple[np.ndarray, np.ndarray, np.ndarray]
 Dtype = type[np.float32] | type[np.float64]
 
 
@@ -57,13 +58,16 @@ class DistanceBounds:
         # Any centre gives the same distances; the mean gives the least cancellation. In float32, so that subtracting it
         # does not promote float32 rows.
         self.centre = v.mean(axis=0, dtype=np.float64).astype(np.float32)
-        # (rows are of u, not v; start; stop; dtype) -> squared norms float64 (r,)
+        # (whether the rows are of u, start, stop, dtype) -> squared norms float64 (r,) of the centred rows
         self._norms: dict[tuple[bool, int, int, Dtype], np.ndarray] = {}
         self._pool: ThreadPoolExecutor | None = None  # only while `tiles` uses several workers
         self._workers = 1
 
     def _centred(self, of_u: bool, rows: slice, dtype: Dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of u (of_u) or v minus the centre (r, D), rounded once, and their squared norms float64 (r,)."""
+        """Rows (r, D) minus the centre, rounded to dtype once, and their squared norms float64 (r,).
+
+        of_u: whether they are rows of u; else of v.
+        """
         x = self.u if of_u else self.v
         wide = np.result_type(x.dtype, dtype)
         centred = (x[rows].astype(wide, copy=False) - self.centre).astype(dtype, copy=False)
@@ -74,33 +78,36 @@ class DistanceBounds:
         return centred, self._norms[key]
 
     def _tile(self, left: tuple[np.ndarray, np.ndarray], rows: slice, columns: slice, dtype: Dtype) -> Tile:
-        """As `tile`; left: the result of `_centred` for the rows of u.
+        """As `tile`. left: what `_centred` returns for the rows of u.
 
         A dot product of D terms, added in any order, has an error below D units of rounding times |u||v|; the rounding
         of the centred rows and three sums add less than 16 units (Higham, Accuracy and Stability, 2002, sec. 3.1).
         `error` is the error of a squared distance relative to |u|^2 + |v|^2.
         """
         same = self.u is self.v and rows == columns
-        (a, a_norm), (b, b_norm) = left, left if same else self._centred(False, columns, dtype)
+        a, a_norm = left
+        b, b_norm = left if same else self._centred(False, columns, dtype)
         error = (self.dim + 16) * float(np.finfo(dtype).eps) / 2
         if dtype is np.float64 and self._pool is not None:  # each float32 tile is already computed by one worker
             d = np.empty((len(a), len(b)))
             chunks = np.array_split(np.arange(len(a)), self._workers)
             parts = [slice(chunk[0], chunk[-1] + 1) for chunk in chunks if len(chunk)]
-            list(self._pool.map(lambda part: np.matmul(a[part], b.T, out=d[part]), parts))
+            list(self._pool.map(lambda part: np.matmul(a[part], b.T, out=d[part]), parts))  # waits for all parts
         else:
             d = a @ b.T  # numpy computes only one half if a is b
+        # |a|^2 + |b|^2 - 2 a.b, less its largest error
         d *= dtype(-2.0)  # exact
         d += (a_norm * (1.0 - error)).astype(dtype)[:, None]
         d += (b_norm * (1.0 - error)).astype(dtype)
         if dtype is np.float64:
-            d[d <= 0.0] = -np.inf
+            d[d <= 0.0] = -np.inf  # below the resolution: see `tile`
         return d, (2.0 * error * a_norm).astype(dtype), (2.0 * error * b_norm).astype(dtype)
 
     def tile(self, rows: slice, columns: slice, dtype: Dtype = np.float32) -> Tile:
         """Lower bounds (r, c) and gaps (r,) and (c,): upper bound = lower bound + row gap + column gap.
 
-        In float64 a pair below the resolution has the bounds -inf and 0: it counts as equal.
+        In float64, a pair whose distance may be 0 within the error has the bounds -inf and 0 (users of the upper bound
+        raise it to at least 0): it counts as equal.
         """
         return self._tile(self._centred(True, rows, dtype), rows, columns, dtype)
 
@@ -116,6 +123,7 @@ class DistanceBounds:
                 bar.advance()
 
     def _tiles(self, slices: list[tuple[slice, slice]]) -> Iterator[Tile]:
+        """As `tiles`, without the progress bar."""
         workers = _workers() if len(slices) >= MIN_TILES_FOR_WORKERS else 1
         left: tuple[np.ndarray, np.ndarray] | None = None
         last: slice | None = None
@@ -132,11 +140,10 @@ class DistanceBounds:
                 yield self._tile(left_of(rows), rows, columns, np.float32)
             return
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-            self._pool, self._workers = pool, workers
+            self._pool, self._workers = pool, workers  # also for the float64 tiles that the caller needs meanwhile
             try:
-                todo = (
-                    pool.submit(self._tile, left_of(rows), rows, columns, np.float32) for rows, columns in slices
-                )  # a generator: a tile is submitted when the next item is taken
+                # a generator: a tile is submitted when the next item is taken
+                todo = (pool.submit(self._tile, left_of(rows), rows, columns, np.float32) for rows, columns in slices)
                 ahead = deque(islice(todo, workers + 1))
                 while ahead:
                     tile = ahead.popleft().result()
@@ -154,21 +161,22 @@ def _workers() -> int:
 
 def _nonzero(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns where near, bool (r, c), is true; np.nonzero of one dimension is several times as fast."""
-    if not near.flags.c_contiguous and near.T.flags.c_contiguous:
+    if not near.flags.c_contiguous and near.T.flags.c_contiguous:  # `flatnonzero` would copy it
         j, i = _nonzero(near.T)
         return i, j
     return np.divmod(np.flatnonzero(near), near.shape[1])
 
 
-def _blocks(n: int) -> list[slice]:
+def _row_slices(n: int) -> list[slice]:
     return [slice(start, min(start + ROWS_PER_BLOCK, n)) for start in range(0, n, ROWS_PER_BLOCK)]
 
 
 class _Candidates:
-    """Candidates for the `count` nearest neighbours of the rows of one block.
+    """Candidates for the `count` nearest neighbours of the rows in one slice.
 
-    candidates: row, column, lower bound and upper bound of each pair; rows count from the block's start. limit: upper
-    bound on each row's count-th smallest distance. Bounds and distances are squared.
+    candidates: row, column, lower bound and upper bound of each pair; rows count from the start of the slice. limit: upper
+    bound on each row's count-th smallest distance, inf at first. A pair whose lower bound is above the limit of its row
+    is no candidate. Bounds and distances are squared.
     """
 
     def __init__(self, rows: slice, count: int) -> None:
@@ -177,10 +185,14 @@ class _Candidates:
         self.candidates = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
 
     def set_limits(self, low: np.ndarray, row_gap: np.ndarray, column_gap: np.ndarray) -> None:
-        """If a row has no limit yet, set or lower the limits from upper bounds in some columns of a tile."""
+        """If a row has no limit yet, set or lower the limits from upper bounds in some columns of a tile.
+
+        Without a limit, all pairs of the row's first tile would become candidates.
+        """
         if np.isinf(self.limit).any() and low.shape[1] > self.count:
             some = slice(None, None, max(low.shape[1] // (self.count * LIMIT_COLUMNS), 1))
             high = np.partition(low[:, some] + column_gap[some], self.count - 1, axis=1)[:, self.count - 1]
+            # the next larger number, because the sum may have been rounded down
             self.limit = np.minimum(self.limit, np.nextafter(high + row_gap, np.float32(np.inf)))
 
     def add(
@@ -197,11 +209,15 @@ class _Candidates:
         first = np.searchsorted(row, np.arange(len(self.limit)))
         rank = np.arange(len(row)) - first[row]  # of each candidate among those of its row, by upper bound
         self.limit[row[rank == self.count - 1]] = high[rank == self.count - 1]
-        keep = (rank < self.count) | ((value <= self.limit[row]) & (high > 0.0))  # `count` distances of 0 are enough
+        # of the pairs at distance 0, a row needs no more than `count`
+        keep = (rank < self.count) | ((value <= self.limit[row]) & (high > 0.0))
         self.candidates = row[keep], column[keep], value[keep], high[keep]
 
     def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Columns and exact squared distances of the `count` nearest rows of x, nearest first: (rows, count) each."""
+        """Columns and exact squared distances of the `count` nearest rows of x, nearest first: (rows, count) each.
+
+        Call it after the last `add`; each row then has at least `count` candidates.
+        """
         row, column, _, _ = self.candidates
         exact = pair_distances(x, x, row + self.rows.start, column)
         order = np.lexsort((column, exact, row))
@@ -216,27 +232,31 @@ def nearest(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     Returns indices int64 (N, count) and squared distances float64 (N, count).
     """
     assert len(x) > count, (x.shape, count)
-    bounds, blocks = DistanceBounds(x, x), _blocks(len(x))
-    candidates = [_Candidates(rows, count) for rows in blocks]
-    pairs = [(p, q) for p in range(len(blocks)) for q in range(p, len(blocks))]  # tile (p, q) also serves as (q, p)
-    tiles = bounds.tiles([(blocks[p], blocks[q]) for p, q in pairs])
-    dtypes: tuple[Dtype, ...] = (np.float32, np.float64)
+    bounds, slices = DistanceBounds(x, x), _row_slices(len(x))
+    candidates = [_Candidates(rows, count) for rows in slices]
+    pairs = [(p, q) for p in range(len(slices)) for q in range(p, len(slices))]  # tile (p, q) also serves as (q, p)
+    tiles = bounds.tiles([(slices[p], slices[q]) for p, q in pairs])
+    dtypes: tuple[Dtype, ...] = (np.float32, np.float64)  # float64 only if float32 leaves too many pairs undecided
     for (p, q), float32_tile in zip(pairs, tiles, strict=True):
         for dtype in dtypes:
-            tile = float32_tile if dtype is np.float32 else bounds.tile(blocks[p], blocks[q], dtype)
+            tile = float32_tile if dtype is np.float32 else bounds.tile(slices[p], slices[q], dtype)
             low, row_gap, column_gap = tile
-            # per side: candidates, lower bounds with its rows first, gaps of its rows, gaps of the others, other block
-            sides = [(candidates[p], low, row_gap, column_gap, blocks[q])]
+            # A side is one of the two slices, whose rows search neighbours in the other: its candidates, the lower bounds
+            # with its rows first, the gaps of its rows, the gaps of the other slice's rows, and the other slice.
+            sides = [(candidates[p], low, row_gap, column_gap, slices[q])]
             if p == q:
                 np.fill_diagonal(low, np.inf)  # a row is not its own neighbour
             else:
-                sides.append((candidates[q], low.T, column_gap, row_gap, blocks[p]))
+                sides.append((candidates[q], low.T, column_gap, row_gap, slices[p]))
             for side, side_low, own_gap, other_gap, _ in sides:
                 side.set_limits(side_low, own_gap, other_gap)
             near = [side_low <= _next_above(side.limit, dtype)[:, None] for side, side_low, *_ in sides]
             undecided = [np.count_nonzero(pair_is_near) / pair_is_near.size for pair_is_near in near]
-            limits = [max(MAX_UNDECIDED_SHARE, 4 * count / pair_is_near.shape[1]) for pair_is_near in near]
-            if dtype is np.float64 or all(share <= limit for share, limit in zip(undecided, limits, strict=True)):
+            # a few times `count` neighbours per row are always allowed: in a narrow tile they are a large share
+            max_shares = [max(MAX_UNDECIDED_SHARE, 4 * count / pair_is_near.shape[1]) for pair_is_near in near]
+            if dtype is np.float64 or all(
+                share <= max_share for share, max_share in zip(undecided, max_shares, strict=True)
+            ):
                 break
         for (side, side_low, own_gap, other_gap, columns), pair_is_near in zip(sides, near, strict=True):
             side.add(side_low, own_gap, other_gap, pair_is_near, columns.start)
@@ -250,7 +270,10 @@ def squared_radii(x: np.ndarray, k: int = K) -> np.ndarray:
 
 
 def _next_above(squared_radius: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """Squared radii in dtype, raised to the next larger number: a comparison with them loses no pair to rounding."""
+    """Squared radii, converted to dtype and raised to the next larger number.
+
+    So a comparison `bound <= radius` does not miss a pair because the radius was rounded down.
+    """
     return np.nextafter(squared_radius.astype(dtype), dtype(np.inf))
 
 
@@ -273,7 +296,8 @@ def memberships(
         Returns False if the float32 bounds leave too many pairs undecided. The pairs decided until then stay recorded.
         """
         low, x_gap, y_gap = tile
-        open_x, open_y = ~inside[x_slice], ~covered[:, y_slice].all(axis=0)  # rows not decided by earlier tiles
+        # rows that are not finished: of x, those not yet inside a ball of y; of y, those not yet covered in every variant
+        open_x, open_y = ~inside[x_slice], ~covered[:, y_slice].all(axis=0)
         relevant = low <= _next_above(y_squared_radii[y_slice], dtype)
         relevant &= open_x[:, None]
         relevant |= (low <= _next_above(largest[x_slice], dtype)[:, None]) & open_y
@@ -283,9 +307,9 @@ def memberships(
             ii, jj = i[start : start + PAIRS_AT_ONCE], j[start : start + PAIRS_AT_ONCE]
             lower = low[ii, jj].astype(np.float64)
             upper = np.maximum(lower + (x_gap[ii].astype(np.float64) + y_gap[jj]), 0.0)
-            squared_radius = np.concatenate(
-                [y_squared_radii[y_slice][jj][None], active[:, x_slice][:, ii]]
-            )  # (1 + V, P)
+            # (1 + V, P): of the ball around the row of y, and of that around the row of x in each variant
+            squared_radius = np.concatenate([y_squared_radii[y_slice][jj][None], active[:, x_slice][:, ii]])
+            # `>= 0`: a ball that contains nothing needs no decision, also where the lower bound is -inf
             undecided = np.flatnonzero(
                 ((lower <= squared_radius) & (squared_radius < upper) & (squared_radius >= 0.0)).any(axis=0)
             )
@@ -293,13 +317,15 @@ def memberships(
             if budget < 0:
                 return False
             upper[undecided] = pair_distances(x, y, ii[undecided] + x_slice.start, jj[undecided] + y_slice.start)
-            hit = upper <= squared_radius  # row 0: x in a ball of y; row 1 + v: y in a ball of x in variant v
+            # `upper` is now the exact distance where it matters. hit, bool (1 + V, P), row 0: x is in the ball of y; row
+            # 1 + v: y is in the ball of x in variant v
+            hit = upper <= squared_radius
             inside[ii[hit[0]] + x_slice.start] = True
             for v in range(len(active)):
                 covered[v, jj[hit[1 + v]] + y_slice.start] = True
         return True
 
-    slices = [(x_slice, y_slice) for x_slice in _blocks(len(x)) for y_slice in _blocks(len(y))]
+    slices = [(x_slice, y_slice) for x_slice in _row_slices(len(x)) for y_slice in _row_slices(len(y))]
     for (x_slice, y_slice), tile in zip(slices, bounds.tiles(slices), strict=True):
         if not decide(x_slice, y_slice, tile, np.float32):
             decide(x_slice, y_slice, bounds.tile(x_slice, y_slice, np.float64), np.float64)
@@ -321,8 +347,10 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = K) -> 
 def _squared_radii_in_subsets(x: np.ndarray, block: np.ndarray, halves: np.ndarray, k: int) -> np.ndarray:
     """Squared radii of the rows of x (N, D) in subsets of x, for the error bar: float64 (1 + B + S, N).
 
-    Row 0: all of x. Rows 1 to B: without block b of block int64 (N,); the rows of that block get -1, a ball that contains
-    nothing. Rows B + 1 on: for split s of halves, bool (S, N), each row within its half.
+    block: int64 (N,), the jackknife block of each row. halves: bool (S, N), which half a row is in, for each split.
+
+    Row 0: all of x. Rows 1 to B: without block b; the rows of that block get -1, a ball that contains nothing. Rows B + 1
+    on: for split s, each row within its half.
     """
     index, squared = nearest(x, min(max(NEIGHBOURS, k), len(x) - 1))
     blocks = int(block.max()) + 1
@@ -334,6 +362,7 @@ def _squared_radii_in_subsets(x: np.ndarray, block: np.ndarray, halves: np.ndarr
         i, which is searched if fewer than k of its known neighbours are kept.
         """
         kept_so_far = np.cumsum(kept, axis=1)
+        # argmax is the first column where k neighbours are kept; 0 where there is none, and the loop replaces that value
         out = np.take_along_axis(squared, np.argmax(kept_so_far == k, axis=1)[:, None], axis=1)[:, 0]
         for i in map(int, np.flatnonzero(kept_so_far[:, -1] < k)):
             others = np.flatnonzero(kept_rows(i))
@@ -371,6 +400,8 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: 
     squared_radius = _squared_radii_in_subsets(x, block, halves, k)  # (1 + B + S, N)
     all_rows = np.ones((1 + blocks, n), bool)
     jackknife, split = squared_radius[: 1 + blocks], squared_radius[1 + blocks :]
+    # Variants: all samples and those without each block, then both halves of each split. A removed block needs no
+    # exclusion, its squared radii are -1 already.
     inside, covered = memberships(
         y,
         x,
@@ -382,6 +413,7 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: 
     recall_halves = recall[1 + blocks :].reshape(2, SPLITS)
     hits = block_sums(inside.astype(np.float64), block)  # (B,)
     precision_left = (hits.sum() - hits) / (n - np.bincount(block))
+    # The squared difference of two halves estimates twice the variance of one half, and half of that variance is wanted.
     half_variance = float(np.mean((recall_halves[0] - recall_halves[1]) ** 2)) / 4.0
     return (
         Estimate(value=float(inside.mean()), left_out=precision_left, trials=n),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluators.features.spec import FeatureExtractor, Features
+from evaluators.features.spec import KINDS, FeatureExtractor, Features
 from evaluators.reference_file import STATISTICS, check_content, check_network, read_about
 from evaluators.sharded_extraction import ShardedExtraction
 from evaluators.statistics import Statistics, statistics
@@ -24,15 +24,15 @@ Progress = Callable[[str, int, int], None]  # (stage, images done, total)
 CACHE_FORMAT = 2
 IMAGES_PER_CALL = 512
 MINIMUM_IMAGES = 20  # enough for a third nearest neighbour and a covariance
-KINDS = ("pooled", "logits", "spatial")  # of features
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """M real images, and their features by one extractor.
 
-    images: uint8 (M, H, W, C). statistics: of the pooled features, or those of the reference's file (`with_statistics`).
-    sha256: of the images' shape and pixels, or of the file. extractor: samples must use the same one.
+    images: uint8 (M, H, W, C). statistics: of the pooled features, or those of the reference's file. sha256: of the images'
+    shape and pixels or, with statistics of a file, the hash that `with_statistics` describes. extractor: samples must use
+    the same one.
     """
 
     images: np.ndarray
@@ -62,7 +62,7 @@ def extract(
     extractor: FeatureExtractor,
     stage: str,
     progress: Progress | None = None,
-    sharding: ShardedExtraction | None = None,  # division among processes, of which this one collects the features
+    sharding: ShardedExtraction | None = None,  # of several processes, in process 0; None: this one computes all
 ) -> Features:
     """Features of all images. stage: a description for progress and errors.
 
@@ -119,7 +119,7 @@ def build_reference(
     *,
     cache: Path | None = None,  # folder of feature files; None: no cache
     progress: Progress | None = None,
-    sharding: ShardedExtraction | None = None,  # division among processes, of which this one collects the features
+    sharding: ShardedExtraction | None = None,  # of several processes, in process 0; None: this one computes all
 ) -> Reference:
     """The reference of images uint8 (M, H, W, C), M >= 20. A damaged cache file is replaced.
 
@@ -136,7 +136,7 @@ def build_reference(
         features = extract(images, extractor, "reference features", progress, sharding)
         if cache is not None:
             key = cache_key(digest, extractor.sha256)
-            _write_cache(_cache_path(cache, key), key, features)
+            _write_cache(cache_path(cache, key), key, features)
     return Reference(
         images=images,
         features=features,
@@ -165,6 +165,7 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
                 path, about, {name: data[name] for name in STATISTICS if name in data.files}, reference.sha256
             )
         given = {}  # "mu" and "mu_s" -> statistics of the pooled and of the spatial features
+        # dim None: the length of mu_s, because an extractor does not state the number of its spatial features
         for mean, covariance, dim in (("mu", "sigma", reference.extractor.dim), ("mu_s", "sigma_s", None)):
             if mean not in data.files or covariance not in data.files:
                 continue
@@ -179,9 +180,9 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
                 raise UserError(f"{path}: {mean} or {covariance} is not finite; fetch the file again")
             given[mean] = Statistics(n=None, mean=mu.astype(np.float64), covariance=(sigma + sigma.T) / 2)
     digest = hashlib.sha256(reference.sha256.encode())
-    for moments in given.values():
-        digest.update(moments.mean.tobytes())
-        digest.update(moments.covariance.tobytes())
+    for from_file in given.values():
+        digest.update(from_file.mean.tobytes())
+        digest.update(from_file.covariance.tobytes())
     return replace(
         reference,
         statistics=given["mu"],
@@ -191,7 +192,7 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
 
 
 def _checksum(key: str, features: Features) -> str:
-    """Hash of the key and of all features, by which a damaged cache file is found."""
+    """Hash of the key and of all features, by which a damaged cache file is detected."""
     digest = hashlib.sha256(key.encode())
     for rows in (features.pooled, features.logits, features.spatial):
         if rows is not None:
@@ -204,10 +205,11 @@ def cached_features(
 ) -> Features | None:
     """Cached features of images with the hash `digest`; None: not in the cache, or damaged."""
     key = cache_key(digest, extractor.sha256)
-    return None if cache is None else read_cache(_cache_path(cache, key), key, len(images), extractor.dim)
+    return None if cache is None else read_cache(cache_path(cache, key), key, len(images), extractor.dim)
 
 
-def _cache_path(cache: Path, key: str) -> Path:
+def cache_path(cache: Path, key: str) -> Path:
+    """The file of cached features in the folder `cache`."""
     return Path(cache) / f"features-{key[:32]}.npz"
 
 
@@ -231,7 +233,7 @@ def _write_cache(path: Path, key: str, features: Features) -> None:
     for name in ("logits", "spatial"):
         if getattr(features, name) is not None:
             arrays[name] = getattr(features, name)
-    named: dict[str, Any] = arrays  # numpy's stub takes keywords for savez's other parameters
+    named: dict[str, Any] = arrays  # not ndarray: mypy would check it against savez's parameter allow_pickle
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

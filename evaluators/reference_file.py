@@ -22,14 +22,10 @@ from harness.images.npz import open_npz_file
 from harness.io import files
 
 FORMAT = 1
-ABOUT_CHARACTERS = 1 << 16
+ABOUT_CHARACTERS = 1 << 16  # of the longest `about` that is read; numpy stores 4 bytes for each
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-READ_ERRORS = (
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-)  # `open_npz_file` turns other errors into UserError, which is a ValueError
+# What `read_about` may meet in a damaged file; `open_npz_file` turns other errors into UserError, a ValueError.
+READ_ERRORS = (ValueError, KeyError, TypeError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +59,7 @@ class About:
     def sha256(self) -> str:
         """The reference's hash in records. It depends on the images, not on the machine that computed the statistics.
 
-        If all images were kept, it is their hash, as for images that are used without a reference file.
+        If all images were kept, it is their hash: the same as if they were used without a reference file.
         """
         if self.kept_sha256 == self.images_sha256:
             return self.images_sha256
@@ -145,7 +141,9 @@ def read_about(path: Path) -> About | None:
         ) from error
 
 
-_RUNTIME_TYPES: dict[object, tuple[type, ...]] = {  # of the fields of About
+# Declared type of a field of About -> types that its value may have. The keys are types, not texts: this module has no
+# `from __future__ import annotations`.
+_RUNTIME_TYPES: dict[object, tuple[type, ...]] = {
     str: (str,),
     int: (int,),
     bool: (bool,),
@@ -156,6 +154,7 @@ _RUNTIME_TYPES: dict[object, tuple[type, ...]] = {  # of the fields of About
 
 def _check_type(name: str, declared: object, value: object) -> None:
     """Raise ValueError unless a field's value has its declared type."""
+    # for isinstance, a bool is also an int
     if not isinstance(value, _RUNTIME_TYPES[declared]) or (isinstance(value, bool) and declared is not bool):
         raise ValueError(f"{name} is {value!r}")
 
@@ -174,7 +173,10 @@ def check_network(path: Path, extractor: FeatureExtractor) -> None:
 
 
 def check_content(path: Path, about: About, arrays: Mapping[str, np.ndarray], kept_sha256: str) -> None:
-    """Raise UserError if the file's images or statistics do not match the hashes in its metadata."""
+    """Raise UserError if the file's images or statistics do not match the hashes in its metadata.
+
+    arrays: its statistics, by the names in STATISTICS. kept_sha256: hash of its images, as they were read.
+    """
     if kept_sha256 != about.kept_sha256:
         raise UserError(f"{path}: its images do not match the hash in its metadata; make the reference again")
     if statistics_sha256(arrays) != about.statistics_sha256:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluators.features.spec import Features
+from evaluators.features.spec import KINDS, Features
 from harness.io import files
 
 POLL_SECONDS = 0.02
@@ -32,8 +32,8 @@ class ShardedExtraction:
         return call % self.size == self.index
 
     def save(self, key: str, call: int, features: Features) -> None:
-        """Save the features of a call for process 0. key: hash of images and extractor."""
-        arrays = {name: getattr(features, name) for name in ("pooled", "logits", "spatial")}
+        """Save the features of call number `call` for process 0. key: hash of images and extractor."""
+        arrays = {name: getattr(features, name) for name in KINDS}
         with files.replacing(self._path(key, call)) as file:
             np.savez(file, **{name: rows for name, rows in arrays.items() if rows is not None})
 
@@ -42,7 +42,7 @@ class ShardedExtraction:
         return self._path(key, call).exists()
 
     def wait_for(self, key: str, call: int) -> Features:
-        """The features of a call from another process, as soon as they are saved; removes their file."""
+        """Wait until another process has saved the features of a call; returns them and removes their file."""
         path = self._path(key, call)
         while not path.exists():
             time.sleep(POLL_SECONDS)

@@ -43,7 +43,8 @@ def _transport(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Move i carries mass[i] from the number at index source[i] to that at index target[i]; the masses add up to 1.
     """
     common = n // gcd(n, m) * m  # least common multiple; the total mass in integer units
-    ends = np.union1d(np.arange(1, n + 1) * (common // n), np.arange(1, m + 1) * (common // m))  # of the moves
+    # cumulated mass after each move: a move ends where a number of either side has no mass left
+    ends = np.union1d(np.arange(1, n + 1) * (common // n), np.arange(1, m + 1) * (common // m))
     starts = np.concatenate([[0], ends[:-1]])
     return starts // (common // n), starts // (common // m), (ends - starts) / common
 
@@ -88,6 +89,6 @@ def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metric "mind"."""
     features, reference = inputs.features.pooled, inputs.reference.features.pooled
     n = min(len(features), len(reference), SAMPLES)
-    block = inputs.block if n == len(features) else assign_blocks(n)
+    block = inputs.block if n == len(features) else assign_blocks(n)  # of the chosen samples
     features, reference = features[choose(len(features), n)], reference[choose(len(reference), n)]
     return {"mind": estimate(features, reference, block, directions(features.shape[1]))}

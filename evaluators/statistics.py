@@ -16,9 +16,11 @@ from harness.errors import RunError
 from harness.io.arrays import release_pages
 
 BITS = 20
-UNIT = 52  # the unit of slice b is 2^(20 b - 52); float32 starts at slice 1
+UNIT = (
+    52  # the unit of slice b is 2^(20 b - 52): 2^-52 for slice 0, the lowest of float64; 2^-32 for 1, that of float32
+)
 ROWS_PER_PRODUCT = 1024  # sums of 1024 products below 2^40 stay below 2^53; 2048 were no faster and need more memory
-MAX_ROWS = 2**22  # int64 sums of at most five products below 2^38 each
+MAX_ROWS = 2**22  # int64 sums of at most six products of at most 2^38 for each row
 MAX_SLICE = 5  # |feature| <= 2^67
 ROWS_PER_FINISH = 256
 
@@ -38,13 +40,13 @@ class Statistics:
 
 
 def _slices(x: np.ndarray, lowest: int) -> dict[int, np.ndarray]:
-    """Slice number -> slice of x float64 (rows, D), which is first rounded to the grid of the lowest slice.
+    """Slice number -> slice of x float64 (rows, D), which is first rounded to a multiple of the lowest slice's unit.
 
-    A slice is float64 (rows, D) and holds integers up to 2^19 in magnitude; x is the sum of slice b times its unit.
-    Overwrites x. The slices of an element depend on that element alone; slices above its magnitude are 0. Raises
-    RunError for elements above 2^67.
+    lowest: number of the lowest slice. A slice is float64 (rows, D) and holds integers up to 2^19 in magnitude; the
+    rounded x is the sum of slice b times its unit over all b. Overwrites x. The slices of an element depend on that
+    element alone: in slices that only larger elements need, it is 0. Raises RunError for elements above 2^67.
     """
-    largest = float(max(x.max(initial=0.0), -x.min(initial=0.0)))
+    largest = float(max(x.max(initial=0.0), -x.min(initial=0.0)))  # for the message
     x *= 2.0 ** (UNIT - BITS * lowest)  # in units of the lowest slice
     rest = np.rint(x, out=x)
     magnitude = float(max(rest.max(initial=0.0), -rest.min(initial=0.0)))
@@ -81,11 +83,12 @@ class Moments:
     """
 
     def __init__(self, dim: int) -> None:
-        self.n = 0
+        self.n = 0  # rows, those in `_waiting` included
         self.dim = dim
         self._sums: dict[int, np.ndarray] = {}  # slice -> int64 (D,)
-        self._products: dict[int, np.ndarray] = {}  # slice + slice -> int64 (D, D)
-        self._waiting: list[np.ndarray] = []  # up to ROWS_PER_PRODUCT rows of one dtype, not yet added
+        self._products: dict[int, np.ndarray] = {}  # sum of the numbers of both slices -> int64 (D, D)
+        # Up to ROWS_PER_PRODUCT rows of one dtype that `_flush` adds, so that small updates share a matrix product.
+        self._waiting: list[np.ndarray] = []
 
     @classmethod
     def from_features(cls, features: np.ndarray) -> "Moments":
@@ -115,7 +118,7 @@ class Moments:
         """Add the waiting rows to the sums and products."""
         if not self._waiting:
             return
-        lowest = 0 if self._waiting[0].dtype == np.float64 else 1
+        lowest = 0 if self._waiting[0].dtype == np.float64 else 1  # see UNIT
         rows = np.concatenate(self._waiting, dtype=np.float64)
         self._waiting = []
         parts = _slices(rows, lowest)
@@ -147,11 +150,14 @@ class Moments:
         for name in ("_sums", "_products"):
             mine, theirs, into = getattr(self, name), getattr(other, name), getattr(union, name)
             for key in mine.keys() | theirs.keys():
-                into[key] = sum(part[key] for part in (mine, theirs) if key in part)
+                into[key] = sum(part[key] for part in (mine, theirs) if key in part)  # a new array, also of one part
         return union
 
     def state(self) -> dict[str, np.ndarray]:
-        """The whole state as arrays, for a file; `from_state` restores it to the same bits."""
+        """The whole state as arrays for a file: n, dim, sums-SLICE and products-SUM, where SUM is of two slice numbers.
+
+        `from_state` restores the same bits.
+        """
         self._flush()
         arrays = {"n": np.array(self.n, np.int64), "dim": np.array(self.dim, np.int64)}
         for name in ("_sums", "_products"):
@@ -165,7 +171,7 @@ class Moments:
         self.n = int(arrays["n"])
         for name, level in arrays.items():
             kind, dash, key = name.partition("-")
-            if not dash:
+            if not dash:  # n or dim
                 continue
             into, shape = {"sums": (self._sums, (self.dim,)), "products": (self._products, (self.dim, self.dim))}[kind]
             if level.dtype != np.int64 or level.shape != shape:
@@ -223,10 +229,8 @@ def _double_double(levels: dict[int, np.ndarray], rows: slice, exponent: int) ->
     high = low = np.zeros(1)
     for key in sorted(levels, reverse=True):
         level, unit = levels[key][rows], 2.0 ** (BITS * key + exponent)
-        for part, scale in (
-            (level >> 32, unit * 2.0**32),
-            (level & 0xFFFFFFFF, unit),
-        ):  # both halves are exact in float64
+        # an int64 may have more bits than a float64 holds, its upper and lower 32 bits are exact
+        for part, scale in ((level >> 32, unit * 2.0**32), (level & 0xFFFFFFFF, unit)):
             high, error = _two_sum(high, part.astype(np.float64) * scale)
             high, low = _two_sum(high, low + error)
     return high, low

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.features.spec import FeatureExtractor, Features
-from evaluators.reference import IMAGES_PER_CALL, Progress, cache_key, extract, read_cache
+from evaluators.reference import IMAGES_PER_CALL, Progress, cache_key, cache_path, extract, read_cache
 from evaluators.statistics import Moments, Statistics
 from harness.images.source import ImageSource
 from harness.io import files
@@ -47,7 +47,10 @@ def feature_statistics(
     cache: Path | None = None,  # folder of features and statistics by content hash; None: no cache
     progress: Progress | None = None,
 ) -> FeatureStatistics:
-    """Feature statistics of N >= 2 images. Statistics and features in the cache are used and not computed again.
+    """Feature statistics of N >= 2 images. What the cache holds is not computed again.
+
+    The cache may hold sums that this function saved, perhaps of a part of the images, or the features of all of them,
+    which `evaluators.reference.build_reference` saved.
 
     Raises UserError for images that cannot be read, RunError as `evaluators.reference.extract`.
     """
@@ -57,18 +60,21 @@ def feature_statistics(
     stage = "reference features"
     sums: dict[str, Moments] = {} if path is None else _read(path, key)
     if not sums and cache is not None:
-        features = read_cache(Path(cache) / f"features-{key[:32]}.npz", key, source.count, extractor.dim)
+        features = read_cache(cache_path(cache, key), key, source.count, extractor.dim)
         if features is not None:
             sums = _add_batch({}, features)
     n = sums["pooled"].n if sums else 0  # images in the sums
     if n < source.count:
         if progress is not None:
             progress(stage, n, source.count)
-        saved_at, interval, read = time.monotonic(), MIN_SAVE_INTERVAL_SECONDS, 0  # seconds, seconds, images
+        saved_at, interval = time.monotonic(), MIN_SAVE_INTERVAL_SECONDS
+        read = 0  # images that the source has yielded
         for batch in source.batches(IMAGES_PER_CALL):
             read += len(batch)
             if read <= n:
-                continue  # in the sums already; a source can only be read from its start
+                # In the sums already, and as a whole, because sums are saved between batches. A source can only be read
+                # from its start.
+                continue
             batch_stage = f"{stage}, the batch that begins at image {read - len(batch)}"
             sums = _add_batch(sums, extract(batch, extractor, batch_stage))
             if progress is not None:
@@ -97,6 +103,7 @@ def _arrays(sums: dict[str, Moments]) -> dict[str, np.ndarray]:
 
 
 def _checksum(key: str, arrays: dict[str, np.ndarray]) -> str:
+    """Hash of the key and of all arrays, by which a damaged file is detected."""
     digest = hashlib.sha256(key.encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].shape}\n".encode())
@@ -105,14 +112,15 @@ def _checksum(key: str, arrays: dict[str, np.ndarray]) -> str:
 
 
 def _write(path: Path, key: str, sums: dict[str, Moments]) -> None:
+    """Save the sums atomically, for `_read`."""
     arrays = _arrays(sums)
-    named: dict[str, Any] = arrays  # numpy's stub takes keywords for savez's other parameters
+    named: dict[str, Any] = arrays  # not ndarray: mypy would check it against savez's parameter allow_pickle
     with files.replacing(path) as file:
         np.savez(file, **named, checksum=np.array(_checksum(key, arrays)))
 
 
 def _read(path: Path, key: str) -> dict[str, Moments]:
-    """The saved sums, by kind of feature; empty if the file is missing, damaged, or of another key."""
+    """The saved sums, "pooled" and "spatial" -> Moments; empty if the file is missing, damaged, or of another key."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}

@@ -31,9 +31,9 @@ class Suite:
 
     mode: name of this variant of the metrics in records; None: the metrics' default definitions. note: one line that
     explains what the names of the numbers do not say; printed with them. reference_statistics: whether mu and sigma in
-    the reference's file are used instead of the statistics of its images: "optional" (if there are any), "expected"
-    (10,000 images without them are refused), "declared" (only from a file whose metadata names their network: public
-    files have those of another one) or "never".
+    the reference's file are used instead of the statistics of its images: "optional" (if there are any), "expected" (the
+    same, but a file of 10,000 images without them is refused), "declared" (only if the file's metadata names the network
+    that they are of: public files have statistics of another network, and no metadata) or "never".
     """
 
     name: str
@@ -49,7 +49,7 @@ class Suite:
         assert self.reference_statistics in known, self.reference_statistics
 
     def takes_statistics(self, *, declared: bool) -> bool:
-        """Whether statistics in the reference's file are used. declared: its metadata names their network."""
+        """Whether mu and sigma in the reference's file are used. declared: the file's metadata names their network."""
         return self.reference_statistics != "never" and (declared or self.reference_statistics != "declared")
 
     @property
@@ -89,7 +89,7 @@ _TORCH_FIDELITY = "Obukhov et al. 2020, doi:10.5281/zenodo.4957738; torch-fideli
 
 
 def _adm(metric: Metric) -> Metric:
-    """The metric by the definition of ADM's evaluator."""
+    """A copy of the metric that is computed as in ADM's evaluator."""
     return replace(metric, paper=_ADM_EVALUATOR, compute="evaluators.adm_suite:compute")
 
 
@@ -131,7 +131,7 @@ CLEAN = Suite(
 
 
 def _fidelity(metric: Metric, minimum: int = 100) -> Metric:
-    """The metric by torch-fidelity's definition."""
+    """A copy of the metric that is computed as in torch-fidelity."""
     return replace(metric, paper=_TORCH_FIDELITY, compute="evaluators.torch_fidelity_suite:compute", minimum=minimum)
 
 
@@ -195,6 +195,7 @@ def get_suite(text: str) -> Suite:
     for metric in metrics:
         if metric.needs_logits and features.classes is None:
             raise UserError(f"{metric.key} needs class logits, but {features.name} has no classifier; leave it out")
+    # mu and sigma without metadata, as in public files, are taken to be of the 2015 Inception
     use = "optional" if features == INCEPTION_2015 else "declared"
     return Suite(name=features.name, version=1, features=features, metrics=metrics, reference_statistics=use)
 
@@ -226,7 +227,7 @@ def evaluate_samples(
     training: "np.ndarray | None" = None,  # images that may have been memorised; None: the reference's
     progress: "Progress | None" = None,
     picture: "Path | None" = None,  # file for a picture of the samples nearest to training images; None: no picture
-    sharding: "ShardedExtraction | None" = None,  # of extraction among processes; this one collects the features
+    sharding: "ShardedExtraction | None" = None,  # of several processes, in process 0; None: one process extracts all
 ) -> list[Measurement]:
     """All metrics of the suite for images uint8 (N, H, W, C), in the suite's order.
 
@@ -273,7 +274,7 @@ def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") 
 
     from evaluators.intervals import interval
 
-    # Metric.compute -> metric key -> estimate; precision and recall have the same compute function
+    # Metric.compute -> metric key -> estimate: one call gives all metrics that share a function, as precision and recall do
     computed: dict[str, dict[str, Estimate]] = {}
     measurements = []
     if progress is not None:

@@ -33,7 +33,7 @@ def score(logits: np.ndarray, splits: int = SPLITS, seed: int = SEED) -> float:
     n = len(logits)
     log_p = inception_score.log_softmax(logits)[np.random.RandomState(seed).permutation(n)]
     p = np.exp(log_p)
-    edges = [i * n // splits for i in range(splits + 1)]
+    edges = [i * n // splits for i in range(splits + 1)]  # first row of each split, and n
     scores = []
     for start, stop in zip(edges, edges[1:], strict=False):
         mean = p[start:stop].mean(axis=0)
@@ -45,7 +45,7 @@ def score(logits: np.ndarray, splits: int = SPLITS, seed: int = SEED) -> float:
 def kid(
     features: np.ndarray, reference: np.ndarray, subsets: int = SUBSETS, rows: int = SUBSET_ROWS, seed: int = SEED
 ) -> float:
-    """KID: the mean over random subsets of `rows` samples and `rows` reference images, drawn without replacement.
+    """KID: the mean over `subsets` random choices of `rows` samples and `rows` reference images, without replacement.
 
     Kernels are float32, as in the package; their sums are float64. Raises UserError if either set has fewer rows.
     """
@@ -84,11 +84,11 @@ def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     if features.logits is None:
         raise UserError("suite torch-fidelity needs logits, which only the 2015 Inception network gives")
     pooled, reference_pooled = features.pooled, reference.features.pooled
-    distance = kid(pooled, reference_pooled)  # first, because it raises for small sets
+    kid_value = kid(pooled, reference_pooled)  # first, because it raises for small sets
     precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
     return {
         "fid": replace(frechet.estimate(pooled, reference.statistics, block), value=fid(pooled, reference_pooled)),
-        "kid": replace(kernel_distance.estimate(pooled, reference_pooled, block), value=distance),
+        "kid": replace(kernel_distance.estimate(pooled, reference_pooled, block), value=kid_value),
         "is": replace(inception_score.estimate(features.logits, block), value=score(features.logits)),
         "precision": precision,
         "recall": recall,

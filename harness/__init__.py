@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from results.records import Record as Record
 
 __version__ = VERSION
-_SIBLINGS = ("backbones", "evaluators", "results", "reports")  # common names, which other distributions may use, too
+# The other packages of this distribution. Their names are common, so another distribution may use them, too.
+_SIBLINGS = ("backbones", "evaluators", "results", "reports")
 
 _HOMES = {
     # public name: the module that defines it
@@ -119,13 +120,17 @@ def __getattr__(name: str) -> Any:
 
 
 def _trace(spec: BackboneSpec, **overrides: Any) -> Compute:
+    """Compute of a network without a closed form; see `harness.spec.set_tracer`. Imports torch when it is called."""
     from harness.compute.trace_torch import trace
 
     return trace(spec, **overrides)
 
 
 def _check_siblings() -> None:
-    """Raise ImportError if another package has the name of one of `_SIBLINGS`; the message names its distribution."""
+    """Raise ImportError if one of `_SIBLINGS` is missing, or if another package hides it; the message names the culprit.
+
+    For `python -m harness`, the working folder is first removed from the import path.
+    """
     root = Path(__file__).resolve().parent.parent
     # `python -m harness` puts the working folder first on the import path, and a results/ or reports/ in it would hide
     # ours, so the working folder is removed. While Python locates the package for -m, argv[0] is "-m".
@@ -138,6 +143,7 @@ def _check_siblings() -> None:
             continue
         if spec is None:
             raise ImportError(f"the package {name!r} of backbone-harness is missing; install backbone-harness again")
+        # A folder without __init__.py is a namespace package, which has no origin.
         where = origin or Path(next(iter(spec.submodule_search_locations or ["?"])))
         owners = metadata.packages_distributions().get(name, [])
         others = [owner for owner in owners if owner != "backbone-harness"]

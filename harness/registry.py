@@ -52,9 +52,10 @@ class Registry(Generic[Item]):
         self._loaded = False
 
     def register(self, item: Item | Callable[[], Any], owner: str = "this process") -> Any:
-        """Add an item, or the items that a function without arguments returns. It can be used as a decorator.
+        """Add an item, or the items that a function without arguments returns. Returns `item`, to serve as a decorator.
 
-        Raises `UserError` for an item without a name, of another type, or with a name that is taken.
+        owner: the distribution that adds it, for messages. Raises `UserError` for an item without a name, of another
+        type, or with a name that is taken.
         """
         for each in _items(item, self._of):
             name = getattr(each, "name", None)
@@ -98,7 +99,7 @@ class Registry(Generic[Item]):
         """Load the entry points, at the first call only."""
         if self._loaded:
             return
-        self._loaded = True
+        self._loaded = True  # before loading, because an entry point may use this registry while it is loaded
         # Built-in entry points come first, so that a plug-in cannot take a built-in name.
         points = sorted(
             _entry_points().select(group=self.group),
@@ -108,10 +109,8 @@ class Registry(Generic[Item]):
             owner = _distribution(point)
             try:
                 self.register(point.load(), owner)
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # third-party code can raise anything; the other plug-ins must still load
+            except (Exception, SystemExit) as error:
+                # Third-party code can raise anything, and the other plug-ins must still load.
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.problems.append(Problem(owner, f"{point.name} = {point.value}", reason))
 
@@ -125,6 +124,7 @@ def _entry_points() -> metadata.EntryPoints:
 def unknown(noun: str, name: str, known: Iterable[str]) -> str:
     """The message for an unknown name: one line, with similar names or else the known ones."""
     known = list(known)
+    # cut, because the time of difflib grows with the square of the length
     near = difflib.get_close_matches(name[:LONGEST_SHOWN].lower(), known, n=3, cutoff=0.5)
     names = ", ".join(known[:MAX_NAMES]) + (f" and {len(known) - MAX_NAMES} more" if len(known) > MAX_NAMES else "")
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {names or 'none'}"
@@ -133,7 +133,7 @@ def unknown(noun: str, name: str, known: Iterable[str]) -> str:
 
 def _items(thing: object, of: type | None) -> list[Any]:
     """The items in an entry point's attribute: `thing`, its elements, or what it returns (see the module's docstring)."""
-    # An instance of `of`, or an object with an attribute `name`, is an item even if it can be called.
+    # A class, an instance of `of` and an object with an attribute `name` are items even though they can be called.
     if (
         callable(thing)
         and not isinstance(thing, type)

@@ -50,8 +50,8 @@ class Setting:
 
     read: the function that parses text or a Python value; it raises ValueError. flags: its flags, if they are not
     `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the
-    flag may be given several times. default_text: the default as text, for the help. study: its key in a study file,
-    "key" or "section.key"; empty: none. frozen_unless: not None if the setting is frozen when a run is created, because it
+    flag may be given several times. default_text: the default as text, for the help; show_default: the help shows the
+    default itself. study: its key in a study file, "key" or "section.key"; empty: none. frozen_unless: not None if the setting is frozen when a run is created, because it
     decides bits; the text is the value that means "not given", such as "auto". item: the item of the protocol's [sampling] that it
     overrides. recorded: the field of `results.records.Record` that states it, such as "sampling.eta". footnote: its
     name in footnotes. argument: whether it is a positional argument of the command line.
@@ -82,11 +82,12 @@ REQUIRED: Any = dataclasses.MISSING
 
 
 def setting(help: str, read: Callable[[Any], Any], default: Any = None, **properties: Any) -> Any:
-    """A dataclass field for a setting; `properties` are further fields of `Setting`."""
+    """A dataclass field for a setting; `properties` are further fields of `Setting`. default: REQUIRED if it has none."""
     metadata = {"setting": Setting(help=help, read=read, **properties)}
     if default is REQUIRED:
+        # A positional argument of the command line is positional in a Python call, too.
         return dataclasses.field(metadata=metadata, kw_only=not properties.get("argument", False))
-    if isinstance(default, dict):
+    if isinstance(default, dict):  # always {}; dataclasses refuse a mutable default
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -103,10 +104,10 @@ class Options:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name, info = field.name, field.metadata["setting"]
             value = getattr(self, name)
-            if value is None and field.default is None:
+            if value is None and field.default is None:  # not given
                 continue
             try:
-                if value is None:
+                if value is None:  # None was given, and the setting has another default
                     raise TypeError
                 parsed = info.read(value)
             except ValueError as error:
@@ -120,7 +121,7 @@ class Options:
             object.__setattr__(self, name, parsed)  # the dataclass is frozen
 
     def given(self) -> dict[str, Any]:
-        """The settings that differ from their defaults."""
+        """The settings that differ from their defaults, by name; required settings have no default and always differ."""
         changed = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             factory = field.default_factory
@@ -262,7 +263,7 @@ class SamplingSettings(Options):
     )  # fmt: skip
 
     def overrides(self) -> dict[str, Any]:
-        """The items of a protocol's [sampling], without steps, that these settings override; None: not given."""
+        """Item of a protocol's [sampling], without steps -> the value of the setting that overrides it; None: not given."""
         return {info.item: getattr(self, name) for name, info in settings_of(self).items() if info.item}
 
 
@@ -444,7 +445,7 @@ def keyword_options(options: Callable[P, Chosen]) -> Callable[[Callable[[Chosen]
         def call(*args: P.args, **kwargs: P.kwargs) -> Result:
             return function(options(*args, **kwargs))
 
-        assert isinstance(options, type)
+        assert isinstance(options, type)  # declared as a Callable, so that P takes its parameters
         parameters = inspect.signature(options).parameters.values()
         returns = inspect.signature(function).return_annotation
         call.__signature__ = inspect.Signature(list(parameters), return_annotation=returns)  # type: ignore[attr-defined]
@@ -486,7 +487,8 @@ def flag_words(name: str, info: Setting, value: Any) -> list[str]:
     """The flag of one setting and its value, as words of a command line."""
     flag = info.flag(name)
     if isinstance(value, bool):
-        on_off = info.flags[0].split("/") if info.flags and "/" in info.flags[0] else [flag]  # --x, --no-x
+        # [--x, --no-x], or [--x] for a switch that is off without a flag
+        on_off = info.flags[0].split("/") if info.flags and "/" in info.flags[0] else [flag]
         return on_off[:1] if value else on_off[1:]
     if isinstance(value, Mapping):
         return [word for item, each in value.items() for word in (flag, f"{item}={value_text(each)}")]
@@ -542,8 +544,8 @@ def recorded_settings(options: type[Options], record: object) -> dict[str, Any]:
 
 
 def recorded_value(info: Setting, record: object) -> Any:
-    """The value of one setting in a record; None if the record does not state it."""
+    """The value of one setting in a record; None if the record does not state it, or if no record states the setting."""
     value = record if info.recorded else None
-    for part in info.recorded.split("."):
+    for part in info.recorded.split("."):  # "sampling.eta": record.sampling.eta, where record.sampling may be None
         value = None if value is None else getattr(value, part)
     return value

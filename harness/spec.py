@@ -74,7 +74,7 @@ class BackboneSpec:
     `null_label` is the label for "no class": an index, or "num_classes" for the index after the last class. None means
     that the backbone has no null label: labels are not dropped, and classifier-free guidance is refused.
     `builders` maps a framework to "module:attribute", a callable that takes the arguments of `defaults` by keyword.
-    `closed_form` is "module:attribute" of a function with the same arguments that returns a `Compute`, and raises
+    `closed_form` is a function with the same arguments, or its "module:attribute". It returns a `Compute`, and raises
     `UserError` if the arguments do not fit the architecture. Without it the compute is traced, and marked as traced.
     `uncounted_norms` are glob patterns of module paths; the compute convention does not count their normalisations.
     """
@@ -135,7 +135,8 @@ class BackboneSpec:
         return function(**self.arguments(**overrides))
 
     def null_index(self, num_classes: int) -> int | None:
-        """The label that means "no class" in a network of `num_classes` classes, or None."""
+        """The label that means "no class" in a network of `num_classes` classes; None: there is none."""
+        # The only text that is allowed is "num_classes".
         return num_classes if isinstance(self.null_label, str) else self.null_label
 
 
@@ -157,6 +158,6 @@ def load_attribute(address: str, what: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        missing = (getattr(error, "name", None) or "").partition(".")[0]
+        missing = (getattr(error, "name", None) or "").partition(".")[0]  # top-level package that was not found
         remedy = "; run: pip install 'backbone-harness[jax]'" if missing in ("jax", "jaxlib", "flax") else ""
         raise UserError(f"{what} cannot be loaded from {address!r}: {error}{remedy}") from error

@@ -15,8 +15,9 @@ MEASURED_RULE = (
 
 
 def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[dict[tuple[str, str], str]]:
-    """For each row a dict (metric, mode) -> "best", or "tie" for the best value and those tied with it.
+    """For each row a dict with its marked cells: (metric, mode) -> "best" or "tie".
 
+    The best value of a column has the mark "best"; if others are tied with it, it and they have the mark "tie".
     metrics: (metric, mode) of the columns. A column has marks if it has two values or more and the metric's direction is
     known. Published values are compared as printed, measured values with their intervals, and the two kinds not with each
     other, because the noise of a published number is not known.
@@ -48,9 +49,10 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
 
 def bold_remark(rows: Sequence[Row], marks: Sequence[dict[tuple[str, str], str]]) -> str:
     """A sentence on what bold means in a section with these marks, those of `best_marks`; "" if there are none."""
-    kinds = {row.is_published for row, marks_of_row in zip(rows, marks, strict=True) if marks_of_row}
-    if not kinds:
+    marked = [row for row, marks_of_row in zip(rows, marks, strict=True) if marks_of_row]
+    if not marked:
         return ""
-    rules = [*([PUBLISHED_RULE] if True in kinds else []), *([MEASURED_RULE] if False in kinds else [])]
+    rules = [PUBLISHED_RULE] if any(row.is_published for row in marked) else []
+    rules += [MEASURED_RULE] if any(not row.is_published for row in marked) else []
     ties = " Bold with =: tied for the best." if any(TIE in marks_of_row.values() for marks_of_row in marks) else ""
     return f"Bold: {'; '.join(rules)}.{ties}"

@@ -52,9 +52,9 @@ class Axis:
 class Mark:
     """One point, bubble or bar, or one point of a line or band.
 
-    low, high: the ends of its interval, in the units of y. size: the area of a bubble is proportional to it.
-    text: written at the mark. record_ids: of the records that it shows; of several, y is the mean. facts: (name, text)
-    pairs that the page shows for the mark.
+    low, high: the ends of its interval, in the units of y; None: no interval. size: the area of a bubble is proportional to
+    it. text: written at the mark. record_ids: the ids of the records that the mark shows; if they are several, y is their
+    mean. facts: (name, text) pairs that the page shows for the mark.
     """
 
     x: float
@@ -137,7 +137,7 @@ def model_styles(records: Iterable[Record]) -> dict[str, Style]:
     different markers. When all colours are used, they are used again with other markers and dashes. "" -> style of fits.
     """
     measured: dict[str, bool] = {}  # model -> whether it has measured records
-    costed: dict[str, bool] = {}  # model -> whether its Gflops are known
+    costed: dict[str, bool] = {}  # model -> whether its Gflops are known: most figures show only such models
     for record in records:
         model = model_of(record)
         measured[model] = measured.get(model, False) or record.provenance == "measured"
@@ -151,21 +151,22 @@ def model_styles(records: Iterable[Record]) -> dict[str, Style]:
             styles[model] = Style(colour=COLOURS[size], marker=MARKERS[patch], dash=DASHES[patch])
         else:
             families.setdefault(model if measured[model] else _family(model), []).append(model)
-    colours = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])
+    colours = (*COLOURS[len(_DIT_SIZES) :], *COLOURS[: len(_DIT_SIZES)])  # those of the DiT sizes last
     for index, members in enumerate(families.values()):
         # Published models never take the colour of a DiT size, because DiTs are in their panels.
         allowed = colours if measured[members[0]] else colours[: -len(_DIT_SIZES)]
         times_used, place = divmod(index, len(allowed))
-        for number, model in enumerate(members, start=times_used):
+        for number, model in enumerate(members, start=times_used):  # a colour used again begins with the next marker
             marker, dash = MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
             styles[model] = Style(colour=allowed[place], marker=marker, dash=dash)
     return styles
 
 
 def series_styles(panel: Panel, styles: Mapping[str, Style]) -> list[Style]:
-    """The style of each series of a panel: that of its model; further series of a model and kind have other markers and dashes.
+    """The style of each series of a panel, in the order of the series: that of its model.
 
-    Points keep the marker of their model.
+    The second and further series of one model and kind have other markers and dashes; points always keep those of their
+    model.
     """
     found = []
     before: dict[tuple[str, str], int] = {}  # (model, kind) -> number of series so far
@@ -182,14 +183,15 @@ def series_styles(panel: Panel, styles: Mapping[str, Style]) -> list[Style]:
 def _family(model: str) -> str:
     """The name of a published network without sizes and without its guidance classifier: `adm`, `adm-u`, `ldm`, ...
 
-    Of a cascade, the last of its networks by name. A DiT is its own family.
+    The model of a cascade is the names of its networks, joined with "+"; its family is that of the last of them by name. A
+    DiT is its own family.
     """
     if model.startswith("dit-"):
         return model
     names = sorted(re.sub(r"(-\d+)+$", "", part) for part in model.split("+") if "-classifier-" not in part)
-    return names[-1] if names else model
+    return names[-1] if names else model  # no names: a guidance classifier alone
 
 
 def to_csv(figure: Figure) -> str:
-    """The figure's data, one header line; floats with every digit."""
+    """The figure's data as CSV with one header line, floats with all digits; "" for a figure without rows."""
     return csv_text(figure.rows) if figure.rows else ""

@@ -26,10 +26,10 @@ from harness.settings import (
     recorded_settings,
     settings_of,
 )  # fmt: skip
+from reports.sections import PAPER
 from results.records import Record, Training
 
 OUT = "runs/again"  # the folder of the run, if a second command has to find its samples
-ORIGIN = "arXiv:2212.09748"
 # Those that a record states; one with its usual value is None there.
 RECIPE_ITEMS = (
     "batch", "learning_rate", "ema_decay", "objective", "schedule", "time_distribution", "loss_weight", "noise_scale",
@@ -41,12 +41,13 @@ class Reproduction:
     """Shell commands that measure a record again.
 
     commands: in the order to run them; empty if the record cannot be reproduced. notes: sentences to show before them.
-    brought: a sentence on the placeholders in the commands for which the reader has to name files; "" if there are none.
+    placeholders: a sentence to show after them, on the names in the commands that the reader replaces by files or folders;
+    "" if there are none.
     """
 
     commands: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    brought: str = ""
+    placeholders: str = ""
 
 
 def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | None = None) -> Reproduction:
@@ -62,19 +63,20 @@ def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | N
         return Reproduction(notes=(f"No command can ask for what this record says: {error}.",))
     if not all(command.isprintable() for command in made.commands):
         return Reproduction(notes=("A name in this record has control characters, so no command is given.",))
-    brought = sorted(
+    names = sorted(
         {word for command in made.commands for word in re.findall(r"\b[A-Z_0-9]+_(?:FILE|FOLDER)\b", command)}
     )
-    if brought:
-        is_cache = "DATA_FOLDER" in brought and record.sampling is not None and record.sampling.decoder is not None
+    if names:
+        # A run with a decoder is trained on latents, not on images.
+        is_cache = "DATA_FOLDER" in names and record.sampling is not None and record.sampling.decoder is not None
         made_by = " (DATA_FOLDER: latents, made by `harness data latents`)" if is_cache else ""
-        text = f"In place of {', '.join(brought)} name what you have{made_by}."
-        made = dataclasses.replace(made, brought=text)
+        text = f"In place of {', '.join(names)} name what you have{made_by}."
+        made = dataclasses.replace(made, placeholders=text)
     return made
 
 
 def _reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
-    """`reproduction` without the sentence on files. Raises UserError for settings that no command accepts."""
+    """`reproduction` without the sentence on placeholders. Raises UserError for settings that no command accepts."""
     if record.provenance == "published":
         return _published_reproduction(record)
     if record.sampling is not None and record.sampling.settings_hash is not None and not _is_from_run(record):
@@ -85,13 +87,19 @@ def _reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]]) -
 
 
 def _is_from_run(record: Record) -> bool:
-    """Whether a run made the record, not a system: records of systems state neither precision nor micro-batch of training."""
+    """Whether the record was made by a run, and not by a system of several networks.
+
+    Told by the training: only records of runs state its precision or micro-batch.
+    """
     training = record.training
     return training is not None and (training.micro_batch is not None or training.precision is not None)
 
 
 def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]]) -> Reproduction:
-    """`harness run`, followed by `harness evaluate` if suite or name of the record are not those that the run itself uses."""
+    """`harness run`; followed by `harness evaluate` if the record has another suite or name than the run itself would use.
+
+    recipes: as for `reproduction`.
+    """
     training, sampling = record.training, record.sampling
     assert training is not None and sampling is not None
     protocol, notes = _protocol_and_notes(record)
@@ -113,6 +121,7 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
     settings["set"] = {name: value for name, value in recipe.items() if name not in defaults or value != defaults[name]}
     if _has_suite_of_protocol(record, protocol) and record.system == record.backbone:
         return Reproduction(commands=(_run_command(record, settings | _evaluator_files(record)),), notes=tuple(notes))
+    # A sample set of the run. The star stands for the rest of its name: guidance, number of images, hash of all settings.
     name = f"step{training.steps}-{sampling.sampler}{sampling.steps}-*/samples.npz"
     return Reproduction(
         commands=(
@@ -124,7 +133,7 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
 
 
 def _run_command(record: Record, settings: Mapping[str, Any]) -> str:
-    """`harness run` with these settings."""
+    """`harness run` with the record's backbone, its data and these settings. settings: name in RunOptions -> value."""
     options = RunOptions(**{"backbone": record.backbone, **settings, **_data_setting(record)})
     return command_line(command_words("run", options))
 
@@ -132,15 +141,15 @@ def _run_command(record: Record, settings: Mapping[str, Any]) -> str:
 def _recorded(record: Record, protocol: Protocol | None) -> dict[str, Any]:
     """The settings of a run that the record states, without those equal to the protocol's: name in RunOptions -> value."""
     stated = recorded_settings(RunOptions, record)
-    usual = protocol.sampling if protocol is not None else None
-    known = settings_of(RunOptions)
+    table = settings_of(RunOptions)
     neutral = {"cfg": 1.0, "sampling_seed": 0}  # defaults if the protocol is not known
-    settings = {
-        name: value
-        for name, value in stated.items()
-        if not known[name].item or value != (getattr(usual, known[name].item) if usual else neutral.get(name))
-    }
-    if stated.get("cfg") in (None, 1.0):
+    settings = {}
+    for name, value in stated.items():
+        item = table[name].item  # of the protocol's [sampling]; "": the protocol has no such item
+        usual = getattr(protocol.sampling, item) if item and protocol is not None else neutral.get(name)
+        if not item or value != usual:
+            settings[name] = value
+    if stated.get("cfg") in (None, 1.0):  # without guidance there are no guided channels
         settings.pop("guidance_channels", None)
     if "decoder" in settings:
         settings["decoder"] = _decoder_word(settings["decoder"])
@@ -150,7 +159,11 @@ def _recorded(record: Record, protocol: Protocol | None) -> dict[str, Any]:
 def _recipe_items(
     training: Training, protocol: Protocol | None, recipes: Mapping[str, Mapping[str, object]]
 ) -> tuple[dict[str, object], str]:
-    """(items of the recipe without `steps`, ""), or ({}, a sentence on why they are not known)."""
+    """(items of the recipe without `steps`, ""), or ({}, a sentence on why they are not known).
+
+    The record has only the hash of its recipe. The items are those of the recipe in `recipes` with this hash, or else of
+    the protocol's recipe changed as the record states, if that has this hash.
+    """
     digest = training.recipe_hash or ""
     if digest in recipes:
         return dict(recipes[digest]), ""
@@ -200,17 +213,19 @@ def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), (f"{record.system} cannot be run here: {system.unavailable}.",)
     settings: dict[str, Any] = {}
     if sampling is not None and record.provenance == "measured":
-        names = {"sampling_seed": sampling.seed, "sampling_precision": sampling.precision, "batch": sampling.batch}
-        settings = {name: value for name, value in names.items() if value is not None}
-        settings["framework"] = None if record.framework == "torch" else record.framework
+        stated = {"sampling_seed": sampling.seed, "sampling_precision": sampling.precision, "batch": sampling.batch}
+        settings = {name: value for name, value in stated.items() if value is not None}
+        settings["framework"] = None if record.framework == "torch" else record.framework  # torch is the default
     steps = sampling.steps if sampling is not None else None
     weights = {part: Path(f"{part.replace('-', '_').upper()}_FILE") for part in system.parts}
+    # None for what need not be stated: the system's own number of steps, and seed 0, which is the default.
+    settings["sampling_seed"] = settings.get("sampling_seed") or None
     options = SampleOptions(
         system=record.system,
         weights=weights | ({"decoder": Path("DECODER_FILE")} if system.decoder else {}),
         samples=record.n,
         sampling_steps=None if steps is None or steps == system.base.steps else (steps,),
-        **(settings if settings.get("sampling_seed") else {**settings, "sampling_seed": None}),
+        **settings,
     )
     folder = f"runs/systems/{_glob(f'{record.system}-n{record.n}-*/samples.npz')}"
     return (command_line(command_words("sample", options)), _evaluate_command(record, folder, named=False)), ()
@@ -229,10 +244,10 @@ def _samples_reproduction(record: Record) -> Reproduction:
 
 
 def _published_reproduction(record: Record) -> Reproduction:
-    """Where the number is printed, and the commands that would measure the same."""
+    """Where the number is printed, and the commands that would measure the same if there are any."""
     source = record.source
     assert source is not None  # of every published record
-    printed = f"Printed in {ORIGIN}, {source.table}, row {source.row!r}, column {source.column!r}."
+    printed = f"Printed in {PAPER}, {source.table}, row {source.row!r}, column {source.column!r}."
     commands, notes = _system_commands(record)
     training = record.training
     trainable = training is not None and training.steps is not None and record.backbone in registry.backbones
@@ -254,16 +269,17 @@ def _published_reproduction(record: Record) -> Reproduction:
 def _evaluate_command(record: Record, samples: str, *, named: bool) -> str:
     """The `harness evaluate` command.
 
-    samples: already quoted for the shell. named: whether to state protocol, data and name too, because the samples have no
-    sidecar.
+    samples: their path, already quoted for the shell. named: True states protocol, data and name too, as samples without a
+    sidecar require.
     """
     settings = {"suite": _suite_word(record), **_evaluator_files(record)}
     if named:
         settings |= {"protocol": _protocol_word(record, _protocol_and_notes(record)[0]), **_data_setting(record)}
-    if named or record.system not in (record.backbone, None) and record.system not in registry.systems:
+    # The sidecar gives samples the name of their backbone or system; any other name has to be stated.
+    if named or (record.system != record.backbone and record.system not in registry.systems):
         settings["name"] = record.system
-    words = command_words("evaluate", EvaluateOptions(samples=Path("SAMPLES"), **settings))
-    return f"harness evaluate {samples} {command_line(words[2:-1])}"
+    _, _, *flags, _samples = command_words("evaluate", EvaluateOptions(samples=Path("SAMPLES"), **settings))
+    return f"harness evaluate {samples} {command_line(flags)}"
 
 
 def _has_suite_of_protocol(record: Record, protocol: Protocol | None) -> bool:
@@ -286,7 +302,10 @@ def _suite_word(record: Record) -> str:
 
 
 def _weights_file(record: Record) -> str:
-    """The weights file of the suite's feature network, or a placeholder for it; "" if the network needs no file."""
+    """The weights file of the suite's feature network, or a placeholder for it; "" if the network needs no file.
+
+    The weights of Inception (option --inception) are a public file, so they have its name.
+    """
     suite = record.evaluation.suite if record.evaluation else ""
     features = registry.suites.get(suite).features if suite in registry.suites else None
     if features is None and suite in registry.features:
@@ -301,6 +320,7 @@ def _reference(record: Record) -> str:
     from harness.data.public_files import FILES
 
     known = FILES.get(f"{record.dataset}-{record.resolution}")
+    # A suite without a weights file measures against the images of the data set.
     return known.file if known is not None and _weights_file(record) else ""
 
 
@@ -328,6 +348,7 @@ def _protocol_and_notes(record: Record) -> tuple[Protocol | None, list[str]]:
 
 
 def _protocol_word(record: Record, protocol: Protocol | None) -> str:
+    """The value of --protocol; a placeholder for a protocol that is not registered. protocol: of `_protocol_and_notes`."""
     return record.protocol if protocol is not None else "PROTOCOL_FILE.toml"
 
 

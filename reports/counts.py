@@ -14,7 +14,7 @@ PARAMS_COLUMN = "Params (M)"
 class Counted(NamedTuple):
     """A count, and how far it deviates from the printed figure."""
 
-    value: float
+    value: float  # Gflops, or millions of parameters
     text: str  # with the decimals of the printed figure
     deviation: float  # in % of the printed figure; 0 if the count rounds to it
 
@@ -22,7 +22,7 @@ class Counted(NamedTuple):
 def counted(cell: PublishedValue) -> Counted | None:
     """The closed-form count for a printed cell of Gflops or parameters, summed over the networks of a cascade.
 
-    None for cells of other columns, and for blank ones.
+    None for cells of other columns, and for blank ones. The names of the networks of a cascade are joined with "+".
     """
     if not cell.value or cell.column not in (*GFLOPS_COLUMNS, PARAMS_COLUMN):
         return None
@@ -35,7 +35,11 @@ def counted(cell: PublishedValue) -> Counted | None:
 
 @functools.cache
 def _count(backbone: str, resolution: int | None) -> tuple[float, float]:
-    """(Gflops of one forward pass, millions of parameters). resolution None: at the network's default input size."""
+    """(Gflops of one forward pass, millions of parameters) of one network.
+
+    resolution: side of the images that a DiT is counted at; None: that of its default input. Networks other than DiTs are
+    always counted at their default input, because their names fix the resolution.
+    """
     spec = backbones.get(backbone)
     sizes = {}
     if backbone.startswith("dit-") and resolution is not None:

@@ -36,7 +36,10 @@ class Pair(NamedTuple):
         return matches
 
     def deviation(self, published: tuple[str, str], measured: tuple[str, str]) -> float | None:
-        """Deviation of the measured value from the printed one, in % of the printed one; None if the printed value is 0."""
+        """Deviation of the measured value from the printed one, in % of the printed one; None if the printed value is 0.
+
+        published, measured: a pair of `metrics`, the (metric, mode) in the published and in the measured row.
+        """
         printed = self.published.records[published].value
         return 100 * (self.measured.records[measured].value - printed) / printed if printed else None
 
@@ -51,7 +54,10 @@ def may_share(published: Record, record: Record) -> bool:
 
 
 def matching_pairs(published: Iterable[Row], measured: Iterable[Row]) -> list[Pair]:
-    """A pair for each measured row that has exactly one published row of the same experiment."""
+    """A pair for each measured row that has exactly one published row of the same experiment.
+
+    published: may contain measured rows too, which are passed over.
+    """
     published_rows = [row for row in published if row.is_published]
     pairs = []
     for row in measured:
@@ -71,8 +77,8 @@ def _is_same_experiment(published: Record, record: Record) -> bool:
         return False
     is_same_system = record.system == published.system
     for part, name in _EXPERIMENT:
-        stated, found = _stated(published, part, name), _stated(record, part, name)
-        if stated is not None and stated != found and not (found is None and is_same_system):
+        printed, found = _stated(published, part, name), _stated(record, part, name)
+        if printed is not None and printed != found and not (found is None and is_same_system):
             return False
     if published.sampling is None:  # the paper describes another paper's system by its name
         return is_same_system
@@ -98,14 +104,14 @@ def guidance_scale(record: Record) -> float | None:
 def deviation_section(pairs: Sequence[Pair]) -> Section:
     """A section with a line for each metric of each pair: printed value, measured value with its interval, deviation in %.
 
-    pairs: pairs whose measured rows may share a table.
+    pairs: one or more, whose measured rows may share a table.
     """
     footnotes: dict[str, int] = {}  # text -> index
     lines = []
     for pair in pairs:
         differences = _differences(pair.published.representative, pair.measured.representative)
         notes = [footnotes.setdefault(differences, len(footnotes))] if differences else []
-        for theirs, ours in pair.metrics:
+        for theirs, ours in pair.metrics:  # (metric, mode) in the paper's and in our row
             printed, measured = pair.published.records[theirs], pair.measured.records[ours]
             deviation = pair.deviation(theirs, ours)
             inside = "no interval"
@@ -135,7 +141,7 @@ def deviation_data(pair: Pair) -> dict[str, object]:
     """The columns that a pair adds to the data of its measured row: "paper_row" and, for each metric, DEVIATION_PARTS."""
     entry: dict[str, object] = {"paper_row": pair.published.representative.row}
     for theirs, ours in pair.metrics:
-        name = f"{ours[0]}_{ours[1]}" if ours[1] else ours[0]
+        name = f"{ours[0]}_{ours[1]}" if ours[1] else ours[0]  # the metric's column in `sections.data_row`
         values = (pair.published.text(theirs), pair.deviation(theirs, ours))
         entry |= {f"{name}_{part}": value for part, value in zip(DEVIATION_PARTS, values, strict=True)}
     return entry
@@ -155,7 +161,7 @@ def model_text(row: Row) -> str:
 
 
 def _differences(published: Record, record: Record) -> str:
-    """The metadata that both state differently: `batch 128 (paper: 256), ...`."""
+    """The metadata that both state, and differently: `batch 128 (paper: 256), ...`; "" if there are none."""
     theirs, ours = row_metadata(published), row_metadata(record)
     names = [name for name in METADATA if name in theirs and name in ours and theirs[name] != ours[name]]
     return ", ".join(f"{name} {ours[name]} (paper: {theirs[name]})" for name in names)

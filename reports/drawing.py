@@ -30,7 +30,8 @@ _LINE = 11.5 / 72  # height of a line of the text above a panel
 _TITLE = 0.36  # above all panels
 _TILE = 0.72  # side of a picture in a grid of samples, inches
 _NAMES = 0.85  # room for names beside bars, within the width of a panel
-_BUBBLE = 900.0  # area of the largest, in square points
+_BUBBLE = 900.0  # area of the largest bubble, in square points
+_MANY = 30  # a line with more marks is drawn without them, as in charts.js
 _HEADING = 8.2  # font size of the text above a panel
 
 
@@ -41,7 +42,7 @@ def draw(figure: Figure, styles: Mapping[str, Style], kinds: Sequence[str] = tup
 
         sheet = _grid_sheet(figure) if figure.grids else _panel_sheet(figure, styles)
         for text in sheet.findobj(lambda artist: hasattr(artist, "set_fontfeatures")):  # from matplotlib 3.11 on
-            text.set_fontfeatures(("-liga",))  # each font's ligatures would be a font of their own in the PDF
+            text.set_fontfeatures(("-liga",))  # no ligatures: a PDF would embed a further font for them
         files = {}
         for kind in kinds:
             buffer = io.BytesIO()
@@ -113,8 +114,8 @@ def _grid_sheet(figure: Figure):
     """The matplotlib figure of all grids: a row of tiles for each model, enlarged by repeating pixels. Lengths: inches."""
     import matplotlib.pyplot as plt
 
-    names = 0.3 + 0.085 * max(len(name) for grid in figure.grids for name in grid.rows)  # inches beside the tiles
-    widths = [names + 0.1 + _TILE * len(grid.columns) for grid in figure.grids]
+    left = 0.3 + 0.085 * max(len(name) for grid in figure.grids for name in grid.rows)  # of the tiles: room for names
+    widths = [left + 0.1 + _TILE * len(grid.columns) for grid in figure.grids]
     heads = [
         [_drawable(line) for text in (grid.heading, grid.note) for line in _wrapped(text) if line]
         for grid in figure.grids
@@ -123,15 +124,15 @@ def _grid_sheet(figure: Figure):
     width, height = max(widths), sum(heights) + _TITLE + 0.2
     sheet = plt.figure(figsize=(width, height))
     sheet.text(0.1 / width, 1 - 0.14 / height, figure.title, fontsize=13, fontweight="bold", va="top", parse_math=False)
-    top = height - _TITLE
-    for head, grid, used in zip(heads, figure.grids, heights, strict=True):
+    top = height - _TITLE  # of the next grid, from the bottom of the figure
+    for head, grid, grid_height in zip(heads, figure.grids, heights, strict=True):
         rows, columns, tall, wide, channels = grid.tiles.shape  # tall, wide: pixels of a tile
-        left, edge = names, top - 0.3 - _LINE * len(head)
+        tiles_top = top - 0.3 - _LINE * len(head)
         for index, line in enumerate(head):
             place = (0.1 / width, (top - 0.1 - _LINE * (index + 0.5)) / height)
             sheet.text(*place, line, fontsize=_HEADING, color="0.35", va="center", parse_math=False)
         gap = 1 + max(tall, wide) // 24
-        scale = max(1, -(-48 // max(tall, wide)))
+        scale = max(1, -(-48 // max(tall, wide)))  # to at least 48 pixels, enlarged here so that no viewer smooths them
         canvas = np.full((rows * (tall * scale + gap), columns * (wide * scale + gap), channels), 255, np.uint8)
         for row in range(rows):
             for column in range(columns):
@@ -139,7 +140,7 @@ def _grid_sheet(figure: Figure):
                 y, x = row * (tall * scale + gap), column * (wide * scale + gap)
                 canvas[y : y + tall * scale, x : x + wide * scale] = tile
         axes = sheet.add_axes(
-            (left / width, (edge - _TILE * rows) / height, _TILE * columns / width, _TILE * rows / height)
+            (left / width, (tiles_top - _TILE * rows) / height, _TILE * columns / width, _TILE * rows / height)
         )
         axes.imshow(
             canvas.squeeze(-1) if channels == 1 else canvas,
@@ -151,12 +152,12 @@ def _grid_sheet(figure: Figure):
         )
         axes.axis("off")
         for row, name in enumerate(grid.rows):
-            place = ((left - 0.08) / width, (edge - _TILE * (row + 0.47)) / height)
+            place = ((left - 0.08) / width, (tiles_top - _TILE * (row + 0.47)) / height)
             sheet.text(*place, _drawable(name), fontsize=9, ha="right", va="center", parse_math=False)
         for column, name in enumerate(grid.columns):
-            place = ((left + _TILE * (column + 0.46)) / width, (edge + 0.05) / height)
+            place = ((left + _TILE * (column + 0.46)) / width, (tiles_top + 0.05) / height)
             sheet.text(*place, _drawable(name), fontsize=8, ha="center", va="bottom", color="0.35", parse_math=False)
-        top -= used
+        top -= grid_height
     return sheet
 
 
@@ -173,7 +174,7 @@ def _panel_places(figure: Figure) -> list[tuple[int, int]]:
 
 def _draw_panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
     """Draw a panel into `axes`, whose size and place must be final."""
-    labels: list[Label] = []
+    labels: list[Label] = []  # names of lines, and the texts of points and bubbles
     texts: list[Label] = []  # small texts above marks of lines
     largest = max((mark.size or 0.0 for each in panel.series for mark in each.marks), default=0.0)
     _set_up_axes(axes, panel)
@@ -195,22 +196,26 @@ def _draw_panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
     ]
     if panel.x.scale != "names":
         place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks], bubbles)
-        low, high = axes.get_xlim()  # widened for the labels
+        low, high = axes.get_xlim()  # widened for the labels, so the ticks are chosen again
         if axes.get_xscale() == "log":
             axes.xaxis.get_major_locator().set_params(subs=_log_steps(high / low))
     place_texts(axes, texts, [(mark.x, mark.y) for each in panel.series for mark in each.marks])
 
 
 def _bubble_radius(mark: Mark, largest: float) -> float:
-    """Radius of a bubble in font points. largest: the largest size in the panel; 0: no mark has a size."""
+    """Radius of a bubble in font points; a very small one is enlarged, to be visible.
+
+    largest: the largest size in the panel; 0: no mark has a size, and all bubbles are equal.
+    """
     area = max(_BUBBLE * (mark.size or 0.0) / largest, 12.0) if largest else 60.0
     return math.sqrt(area / math.pi)
 
 
 def _draw_line(axes, series: Series, style: Style, largest: float) -> None:
+    """Draw a line with its marks, or a fit without marks."""
     published, fit = series.provenance == "published", series.kind == "fit"
     xs = [mark.x for mark in series.marks]
-    many = len(xs) > 30
+    many = len(xs) > _MANY
     axes.plot(
         xs,
         [mark.y for mark in series.marks],
@@ -258,6 +263,7 @@ def _draw_bubbles(axes, series: Series, style: Style, largest: float) -> None:
 
 
 def _draw_bars(axes, series: Series, style: Style, largest: float) -> None:
+    """Draw horizontal bars: a mark's x is its place from top to bottom, its y the length of the bar, its size the Gflops."""
     published = series.provenance == "published"
     axes.barh(
         [mark.x for mark in series.marks],
@@ -314,10 +320,13 @@ _DRAW_SERIES = {"line": _draw_line, "fit": _draw_line, "bubbles": _draw_bubbles,
 
 
 def _draw_intervals(axes, panel: Panel, styles: Sequence[Style]) -> None:
-    """Draw the intervals of all marks as one artist: an artist for each mark would take most of the time of a panel."""
+    """Draw the intervals of all marks as one artist: an artist for each mark would take most of the time of a panel.
+
+    Not those of bars and bands, which are drawn with them, of faint series, and of series where they would merge.
+    """
     from matplotlib.collections import LineCollection
 
-    bars, colours = [], []
+    bars, colours = [], []  # bars: ((x, low), (x, high)) of each interval
     for each, style in zip(panel.series, styles, strict=True):
         ends = [(mark.x, mark.low, mark.high) for mark in each.marks if mark.low is not None and mark.high is not None]
         if each.kind in ("line", "fit", "points", "bubbles") and not each.faint and len(ends) <= 100:
@@ -337,8 +346,8 @@ def _set_up_axes(axes, panel: Panel) -> None:
         names = {mark.x: mark.text for mark in marks}
         axes.set_yticks(list(names), [_drawable(text) for text in names.values()], fontsize=9, parse_math=False)
         axes.tick_params(axis="y", length=0)
-        axes.set_ylim(max(xs) + 0.6, min(xs) - 0.9)
-        axes.set_xlim(0, 1.45 * max(ys))
+        axes.set_ylim(max(xs) + 0.6, min(xs) - 0.9)  # the first at the top, below the title of the Gflops' column
+        axes.set_xlim(0, 1.45 * max(ys))  # room for values and bubbles right of the bars
         axes.set_xlabel(_drawable(panel.y.text), fontsize=10.5, parse_math=False)
         axes.grid(visible=True, axis="x", color="0.92", zorder=0)
     else:
@@ -390,7 +399,8 @@ def _set_scale(axes, name: str, axis: Axis, values: Sequence[float], below: floa
         side.set_major_formatter(FuncFormatter(_tick_text))
         side.set_minor_locator(NullLocator())  # drawing hundreds of minor ticks is slow
     else:
-        room = high - low or 0.2 * abs(high) or 1.0
+        room = high - low or 0.2 * abs(high) or 1.0  # also where all values are equal, or all are 0
+        # Values above 0, but close to it in comparison with the largest: the axis does not extend below 0.
         floor = 0.0 if low >= 0 and low < 0.25 * high else -math.inf
         start = 0.0 if axis.from_zero else max(low - below * room, floor)
         set_limits(start, high + above * room)
@@ -408,10 +418,13 @@ def _log_steps(ratio: float) -> tuple[int, ...]:
 
 
 def _tick_text(value: float, position: int | None = None) -> str:
-    """The text of a tick: `0.05`, `2,000`, `400K`, `2M`; with a power of ten below 1e-4 and from 1e7 on."""
+    """The text of a tick: `0.05`, `2,000`, `400K`, `2M`; with a power of ten below 1e-4 and from 1e7 on.
+
+    position: the tick's number, which matplotlib passes and which is not used.
+    """
     size = abs(value)
     if size >= 1e7 or 0 < size < 1e-4:
-        exponent = math.floor(math.log10(size) + 1e-9)
+        exponent = math.floor(math.log10(size) + 1e-9)  # the log of a power of ten may be rounded down
         factor = value / 10**exponent
         power = str(exponent).translate(
             str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
@@ -423,6 +436,7 @@ def _tick_text(value: float, position: int | None = None) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
+    """The text in lines of at most 94 characters, which fit the width of a panel at the size _HEADING."""
     return textwrap.wrap(text, 94)
 
 

@@ -17,7 +17,7 @@ from results.records import Record
 
 
 def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Figure, ...]:
-    """Every figure that these records can fill, in the order of the paper.
+    """Every figure that these records can fill, in the order of the paper; those beyond the paper come last.
 
     records: measured and published ones. folders: the folders of the record files, with the logs and samples of runs.
     """
@@ -36,35 +36,37 @@ def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Fi
         figures_sampling.sampling_compute(index, published),
         figures_training.other_metrics(index, published),
         figures_loss.training_loss(folders, measured),
-        figures_gflops.scaling_law(all_studies, unseen_dits),
+        figures_gflops.scaling_law(all_studies, registered_dits),
         figures_frontier.pareto(index, published),
         figures_frontier.best_size(all_studies),
     ]
     return tuple(figure for figure in made if figure is not None)
 
 
-ABSENT = {  # name of a figure -> why it is not drawn, if it is not
+ABSENT = {  # name of a figure that needs further files beside the records -> what to say if it is not drawn
     "figure-7": "Figure 7 is not drawn: it needs sample sets of two models with the same sampling settings beside the records",
     "figure-13": "Figure 13 is not drawn: it needs the log.jsonl of a run beside its records",
 }
 
 
 def absent(made: Iterable[Figure]) -> tuple[str, ...]:
-    """A sentence for each figure of the paper that needs more files than records and was not made."""
+    """A sentence for each figure in ABSENT that was not made. made: the figures of `figures`."""
     names = {figure.name for figure in made}
     return tuple(text for name, text in ABSENT.items() if name not in names)
 
 
-def unseen_dits(record: Record) -> dict[str, float]:
+def registered_dits(record: Record) -> dict[str, float]:
     """Name -> Gflops of every registered DiT with adaLN-Zero, at the input size of the record's protocol.
 
-    Empty if the protocol is not registered. Without DiTs whose patch size does not divide the input.
+    Whether a DiT has records does not matter. Empty if the protocol is not registered. Without DiTs whose patch size does
+    not divide the input.
     """
     if record.protocol not in registry.protocols:
         return {}
     protocol = registry.protocols.get(record.protocol)
     found = {}
     for spec in registry.backbones:
+        # Without a closed form, counting would build the network in torch, which reports never import.
         if spec.closed_form is not None and re.fullmatch(r"dit-[a-z]+-\d+", spec.name):
             with contextlib.suppress(UserError):  # its patch size does not divide the input
                 found[spec.name] = spec.count(**build_arguments(spec, protocol)).gflops
@@ -72,6 +74,6 @@ def unseen_dits(record: Record) -> dict[str, float]:
 
 
 def published_records(protocols: Iterable[str] | None = None) -> list[Record]:
-    """The paper's records. protocols: only those of these; None: of all."""
+    """The paper's records of these protocols; None: of all protocols."""
     wanted = None if protocols is None else set(protocols)
     return [record for record in paper.records() if wanted is None or record.protocol in wanted]

@@ -3,9 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
+from reports.figures_sampling import FIGURE_10_SOURCE
 from reports.figures_study import (
+    DIT,
     Study,
     block_of,
     cost_columns,
@@ -15,7 +18,7 @@ from reports.figures_study import (
     steps_of,
     training_gflops,
 )
-from reports.fits import between, frontier
+from reports.fits import frontier, interpolate
 from reports.points import (
     SIGNS,
     RecordIndex,
@@ -43,7 +46,7 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     """`pareto`: quality against the cost of training and of an image, and the results that no other beats in both."""
     panels: list[Panel] = []
     rows: list[dict] = []
-    printed = [record for record in published if record.metric == "fid" and record.table != "Section 5.2"]
+    printed = [record for record in published if record.metric == "fid" and record.table != FIGURE_10_SOURCE]
     groups, more = comparable_groups(index.quality, printed)
     for group in groups:
         records = quality(group.records)
@@ -53,13 +56,15 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
         settings = _groups_by_seed(records)
         training = _timed(records, _training_seconds, "training_device")
         sampling = _timed(records, _image_seconds, "sampling_device")
-        for title, unit, kept, cost, name, others in (
+        # Of each panel: title and unit of the x axis, groups of records, function from a record to its x, function from a
+        # record to its label, number of other devices.
+        for title, unit, kept, cost, label, others in (
             ("Training compute", "Gflops", settings, training_gflops, _training_label, 0),
             ("Sampling compute", "Gflops per image, decoder not counted", settings, _image_gflops, _sampling_label, 0),
-            ("Training time", f"seconds on {training[0]}", _groups_by_seed(training[1]), _training_seconds, _training_label, training[2]),
-            ("Sampling time", f"seconds an image on {sampling[0]}", _groups_by_seed(sampling[1]), _image_seconds, _sampling_label, sampling[2]),
+            ("Training time", f"seconds on {training.device}", _groups_by_seed(training.records), _training_seconds, _training_label, training.others),
+            ("Sampling time", f"seconds an image on {sampling.device}", _groups_by_seed(sampling.records), _image_seconds, _sampling_label, sampling.others),
         ):  # fmt: skip
-            panel = _frontier_panel(kept, cost, name)
+            panel = _frontier_panel(kept, cost, label)
             if panel is None:
                 continue
             series, drawn, omitted = panel
@@ -86,7 +91,7 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
                 )
             )
             rows += [
-                figure_row(record, len(panels), name(record), cost_columns(record) | _costs(record))
+                figure_row(record, len(panels), label(record), cost_columns(record) | _costs(record))
                 | {"frontier": "yes" if on_frontier else "no"}
                 for record, on_frontier in drawn
             ]
@@ -95,34 +100,42 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     return Figure(name="pareto", title="The frontier of quality and compute", panels=tuple(panels), rows=tuple(rows))
 
 
-def _timed(records: Sequence[Record], seconds: Callable[[Record], float | None], device: str):
-    """(device on which most models were timed, records that were timed on it, number of other devices).
+class _Timed(NamedTuple):
+    """The records that were timed on one device. Times on different devices cannot be compared."""
 
-    seconds: function from a record to its time. device: name of the field of `Environment` that states the device. Times
-    on different devices cannot be compared.
+    device: str  # "": no record states a time
+    records: list[Record]
+    others: int  # number of other devices with times
+
+
+def _timed(records: Sequence[Record], seconds: Callable[[Record], float | None], device: str) -> _Timed:
+    """The records that were timed on the device on which most models were.
+
+    seconds: function from a record to its time. device: name of the field of `Environment` that states the device.
     """
     by_device: dict[str, list[Record]] = {}
     for record in records:
         if (name := getattr(record.environment, device, None)) and seconds(record):
             by_device.setdefault(name, []).append(record)
     models = {name: len({model_of(record) for record in timed}) for name, timed in by_device.items()}
-    most = max(by_device, key=lambda name: (models[name], len(by_device[name]), name), default="")
-    return most, by_device.get(most, []), max(len(by_device) - 1, 0)
+    usual = max(by_device, key=lambda name: (models[name], len(by_device[name]), name), default="")
+    return _Timed(usual, by_device.get(usual, []), max(len(by_device) - 1, 0))
 
 
 def _groups_by_seed(records: Sequence[Record]) -> list[list[Record]]:
-    """Groups of records that differ only in seeds."""
+    """Groups of records of one metric that differ only in seeds, in a fixed order."""
     settings = [sorted(members, key=lambda record: record.id) for members in group_by_settings(records, (), Sampling)]
     return sorted(settings, key=lambda members: (model_of(members[0]), members[0].provenance, members[0].id))
 
 
 def _frontier_panel(
-    settings: Sequence[list[Record]], cost: Callable[[Record], float | None], name: Callable[[Record], str]
-):
-    """(series, [(drawn record, whether it is on the frontier)], number of settings not drawn); None for fewer than two models.
+    settings: Sequence[list[Record]], cost: Callable[[Record], float | None], label: Callable[[Record], str]
+) -> tuple[tuple[Series, ...], list[tuple[Record, bool]], int] | None:
+    """(series, [(drawn record, whether it is on the frontier)], number of settings not drawn).
 
-    settings: groups of records that differ only in seeds; each is one mark. cost: of a record, the x of its mark.
-    name: of a record, the text of a mark on the frontier.
+    None for fewer than two models, or if it is not known which values are better.
+    settings: groups of records that differ only in seeds; each is one mark. cost: function from a record to the x of its
+    mark; None: not known. label: function from a record to the text of its mark, if it is on the frontier.
     """
     settings = [members for members in settings if cost(members[0])]
     direction = better(record for members in settings for record in members)
@@ -142,7 +155,7 @@ def _frontier_panel(
         if index in best or index % every == 0:
             first = members[0]
             (mark,) = marks_of(members, constant_x(places[index][0]))
-            mark = dataclasses.replace(mark, text=name(first) if index in best else "")
+            mark = dataclasses.replace(mark, text=label(first) if index in best else "")
             marks.setdefault((model_of(first), first.provenance, index not in best), []).append(mark)
             if first.source is not None:
                 printed.setdefault(model_of(first), set()).add(paper_name(first))
@@ -156,6 +169,7 @@ def _frontier_panel(
             marks=tuple(sorted(marks_of_series, key=lambda mark: mark.x)),
             faint=faint,
         )
+        # Faint ones first, behind the others.
         for (model, origin, faint), marks_of_series in sorted(marks.items(), key=lambda pair: not pair[0][2])
     ]
     corners = [Mark(x=places[index][0], y=places[index][1]) for index in sorted(best, key=lambda index: places[index])]
@@ -168,8 +182,8 @@ def _published_label(model: str, printed: Collection[str]) -> str:
 
     Some rows print only the name of a decoder, so a DiT's printed names are not used.
     """
-    if (block := block_of(model)) or dit_title(model) != model:
-        return f"{dit_title(model)} {block}".strip()
+    if DIT.fullmatch(model):
+        return f"{dit_title(model)} {block_of(model)}".strip()
     return min(printed, key=lambda name: (len(name), name))
 
 
@@ -244,14 +258,14 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
             continue
         series = []
         for budget in budgets:
-            read = [  # (line, Gflops per forward pass, value at this budget)
+            points = [  # (line, Gflops per forward pass, value at this budget)
                 (line, gflops, value)
                 for line, gflops, xs, ys in curves
-                if (value := between(xs, ys, budget)) is not None
+                if (value := interpolate(xs, ys, budget)) is not None
             ]
-            read.sort(key=lambda point: (point[1], point[0].label))
-            winner = min(read, key=lambda point: sign * point[2])[0]
-            facts = (("budget", f"{_round(budget)} Gflops"),)
+            points.sort(key=lambda point: (point[1], point[0].label))
+            winner = min(points, key=lambda point: sign * point[2])[0]
+            facts = (("budget", f"{_budget_text(budget)} Gflops"),)
             marks = tuple(
                 Mark(
                     x=gflops,
@@ -259,15 +273,15 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
                     text=name_of(line) if line is winner else "",
                     facts=(("model", name_of(line)), *facts, ("read from its curve", f"{value:.4g}")),
                 )
-                for line, gflops, value in read
+                for line, gflops, value in points
             )
-            label = f"{_round(budget)} Gflops"
+            label = f"{_budget_text(budget)} Gflops"
             series.append(Series(label=label, model="", kind="line", provenance="measured", marks=marks))
             rows += [
                 {"panel": len(panels) + 1, "budget_gflops": budget, "model": line.model, "system": name_of(line)}
                 | {"gflops": gflops, "metric": line.records[0].metric, "n": line.records[0].n, "value": value}
                 | {"best": "yes" if line is winner else "no"}
-                for line, gflops, value in read
+                for line, gflops, value in points
             ]
         panels.append(
             Panel(
@@ -289,7 +303,7 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
     return Figure(name="budget", title="The best size at a training budget", panels=tuple(panels), rows=tuple(rows))
 
 
-def _round(budget: float) -> str:
+def _budget_text(budget: float) -> str:
     """The budget as text, with three significant digits."""
     return f"{float(f'{budget:.3g}'):,.0f}" if 100 <= budget < 1e7 else f"{budget:.3g}"
 
@@ -301,10 +315,11 @@ def _budgets(ranges: Sequence[tuple[float, float]]) -> list[float]:
     """
     if len(ranges) < 2:
         return []
+    # Below the second lowest start and above the second highest end there is at most one curve.
     low = sorted(start for start, _ in ranges)[1]
     high = sorted((end for _, end in ranges), reverse=True)[1]
     if not 0 < low < high:
         return []
     spaced = [low * (high / low) ** (place / (BUDGETS - 1)) for place in range(BUDGETS)]
-    spaced[-1] = high
+    spaced[-1] = high  # exactly: rounded up, it would lie beyond the curve that ends there
     return [budget for budget in spaced if sum(start <= budget <= end for start, end in ranges) > 1]

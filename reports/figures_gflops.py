@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
 from reports.figures_study import (
@@ -11,7 +11,6 @@ from reports.figures_study import (
     Study,
     at_one_length,
     best_at_usual_length,
-    block_of,
     cost_columns,
     cost_or_none,
     dit_title,
@@ -41,15 +40,17 @@ from results.records import Record
 
 NEAR = 4.0  # predictions outside [lowest / 4, highest * 4] of a law's points are only in the CSV file
 CURVE_PLACES = 40  # points of the curve of a fitted law
+MAX_BARS = 20  # systems in a panel of bars, the best ones
+DITS = "DiTs"  # what a law is fitted to: DiTs with adaLN-Zero, or else models of every kind
 
 
 def compute_efficiency(all_studies: Sequence[Study], index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     """Figure 2: quality against Gflops with parameters as areas; and each system's best value with its Gflops."""
     parts: list[tuple[Panel, list[dict]]] = []  # (panel, its rows of data)
     for study in all_studies:
-        study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
+        study = study.without_published_blocks()
         marked, note = at_one_length(study)
-        marked = [(line, mark) for line, mark in marked if mark.size]
+        marked = [(line, mark) for line, mark in marked if mark.size]  # those whose number of parameters is known
         if len(marked) < 2:
             continue
         series = tuple(
@@ -65,7 +66,7 @@ def compute_efficiency(all_studies: Sequence[Study], index: RecordIndex, publish
             note="; ".join([*study.notes, note, "area: parameters", *bars_note(series)]),
             starts_row=True,
         )
-        parts.append((panel, mark_rows(0, marked, {"shows": "bubble"})))
+        parts.append((panel, mark_rows(0, marked, {"shows": "bubble"})))  # 0: panels are numbered at the end
     for panel, bars in _system_bars(index, published):
         # After the panels of the same records, or at the end.
         same_records = [place for place, (other, _) in enumerate(parts) if other.heading == panel.heading]
@@ -78,10 +79,10 @@ def compute_efficiency(all_studies: Sequence[Study], index: RecordIndex, publish
     return figure_or_none("figure-2", "Quality and compute", panels, rows, columns=3)
 
 
-def _system_bars(index: RecordIndex, published: Sequence[Record]):
+def _system_bars(index: RecordIndex, published: Sequence[Record]) -> Iterator[tuple[Panel, list[tuple[str, Record]]]]:
     """Yields (panel, [(name, record) of each bar]) for each group of comparable records of two systems or more.
 
-    A bar is the best record of a system.
+    A bar is the best record of a system, with its Gflops as size. Groups whose metric has no known direction are left out.
     """
     printed = [r for r in published if r.metric == "fid" and r.table in SYSTEMS and r.gflops]
     groups, _ = comparable_groups(index.quality, printed)
@@ -90,7 +91,8 @@ def _system_bars(index: RecordIndex, published: Sequence[Record]):
         records = [
             record for record in quality(group.records) if cost_or_none(record.gflops) and abs(record.value) < BEYOND
         ]
-        if not (sign := SIGNS[better(records)]):
+        sign = SIGNS[better(records)]
+        if not sign:  # which value is best is not known
             continue
         for record in records:
             key = (record.provenance, record.row if record.source else record.system)
@@ -98,10 +100,12 @@ def _system_bars(index: RecordIndex, published: Sequence[Record]):
                 best[key] = record
         if len(best) < 2:
             continue
-        ranked = sorted(best.items(), key=lambda pair: (sign * pair[1].value, pair[0]))[:20]
-        named = [(name if origin == "published" else f"{name} (measured)", r) for (origin, name), r in ranked]
-        if all(origin == "measured" for (origin, _), _ in ranked):
-            named = [(name, record) for (_, name), record in ranked]
+        ranked = sorted(best.items(), key=lambda pair: (sign * pair[1].value, pair[0]))[:MAX_BARS]
+        has_published = any(origin == "published" for (origin, _), _ in ranked)
+        named = [
+            (f"{name} (measured)" if has_published and origin == "measured" else name, record)
+            for (origin, name), record in ranked
+        ]
         series = tuple(
             Series(
                 label=name,
@@ -139,7 +143,7 @@ def correlation_with_gflops(all_studies: Sequence[Study]) -> Figure | None:
     panels: list[Panel] = []
     rows: list[dict] = []
     for study in all_studies:
-        study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
+        study = study.without_published_blocks()
         marked, note = at_one_length(study)
         if len(marked) < 2:
             continue
@@ -168,22 +172,23 @@ def correlation_with_gflops(all_studies: Sequence[Study]) -> Figure | None:
     return figure_or_none("figure-8", "Gflops and quality", panels, rows)
 
 
-def scaling_law(all_studies: Sequence[Study], unseen: Callable[[Record], dict[str, float]]) -> Figure | None:
+def scaling_law(all_studies: Sequence[Study], dits: Callable[[Record], dict[str, float]]) -> Figure | None:
     """Beyond the paper: the law of Figure 8 on logarithmic axes, and its predictions for DiTs that were not trained.
 
-    unseen: function from a record to name -> Gflops of the backbones whose value may be predicted in its panel.
+    dits: function from a record to name -> Gflops of every DiT at the input size of its protocol. Those that have a line in
+    the panel of the record are not predicted.
     """
     panels: list[Panel] = []
     rows: list[dict] = []
     for study in all_studies:
-        study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
+        study = study.without_published_blocks()
         marked, note = at_one_length(study)
         best = best_at_usual_length(marked)
         law, family = law_of(best)
-        if law is None or family != "DiTs":
+        if law is None or family != DITS:
             continue
-        known = {line.model for line in study.lines}
-        wanted = {name: cost for name, cost in unseen(study.group.representative).items() if name not in known}
+        trained = {line.model for line in study.lines}
+        wanted = {name: cost for name, cost in dits(study.group.representative).items() if name not in trained}
         if not wanted:
             continue
         axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
@@ -216,18 +221,21 @@ def scaling_law(all_studies: Sequence[Study], unseen: Callable[[Record], dict[st
 def law_of(marked: Sequence[tuple[Line, Mark]]) -> tuple[PowerLaw | None, str]:
     """(power law of quality in Gflops, models that it is fitted to).
 
-    These are the "DiTs" with adaLN-Zero if they are enough for a fit, else "models of every kind". The law is None if there
-    are too few models.
+    marked: a (line, mark) for each model. The models are DITS, those with adaLN-Zero, if they are enough for a fit, else
+    "models of every kind". The law is None if there are too few models.
     """
     dits = [mark for line, mark in marked if (dit := DIT.fullmatch(line.model)) and not dit["block"]]
-    law, family = power_law([mark.x for mark in dits], [mark.y for mark in dits]), "DiTs"
+    law, family = power_law([mark.x for mark in dits], [mark.y for mark in dits]), DITS
     if law is None:
         law, family = power_law([mark.x for _, mark in marked], [mark.y for _, mark in marked]), "models of every kind"
     return law, family
 
 
 def law_series(law: PowerLaw, label: str = "") -> list[Series]:
-    """[band of the law's 95 % interval, law], over the range of its points, widened by 6 % at both ends in logarithms."""
+    """[band of the law's 95 % interval, the law as a curve].
+
+    Both reach over the range of the law's points, widened by 6 % at both ends in logarithms. label: of the curve.
+    """
     ratio = (law.highest / law.lowest) ** 0.06
     low, high = law.lowest / ratio, law.highest * ratio
     xs = [low * (high / low) ** (place / (CURVE_PLACES - 1)) for place in range(CURVE_PLACES)]
@@ -240,7 +248,7 @@ def law_series(law: PowerLaw, label: str = "") -> list[Series]:
 
 
 def law_note(law: PowerLaw, family: str) -> str:
-    """The note on the formula of a law. family: of `law_of`."""
+    """The note on the formula of a law. family: the models that it is fitted to, as `law_of` returns them."""
     return (
         f"dashed: {law.factor:.3g} Gflops^{law.exponent:.2f} [{law.low:.2f}, {law.high:.2f}], least squares in logarithms "
         f"over {law.n} {family}; band: 95 % interval of the law"
@@ -263,8 +271,9 @@ def _predictions(law: PowerLaw, wanted: dict[str, float], name_text: Callable[[s
 def _prediction_rows(panel: int, law: PowerLaw, wanted: dict[str, float], peer: Record) -> list[dict]:
     """The rows of data of all predictions, in the columns of the other rows.
 
-    panel: number from 1. wanted: name -> Gflops. peer: a record of the panel, for metric and N.
+    panel: number from 1. wanted: name -> Gflops. peer: any record of the panel; all of them have its metric and N.
     """
+    # None in every column, because a prediction has no record.
     empty = dict.fromkeys(figure_row(peer, panel, "", cost_columns(peer) | {"shows": ""}))
     return [
         empty
@@ -276,7 +285,7 @@ def _prediction_rows(panel: int, law: PowerLaw, wanted: dict[str, float], peer: 
 
 
 def _with_params(mark: Mark) -> str:
-    """The text of a mark with its size, the number of parameters: `DiT-S/2, 33M`."""
+    """The text of a mark with its size, the number of parameters: `DiT-S/2, 33M`; without a size only the text."""
     if not mark.size:
         return mark.text
     millions = mark.size / 1e6

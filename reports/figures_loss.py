@@ -18,7 +18,8 @@ from results.records import Record, canonical_json
 MAX_RUNS = 200  # the most runs whose logs are read
 PLACES = 200  # points of a curve
 WHOLE_BYTES = 4_000_000  # a longer log is not read whole, but in blocks
-BLOCKS, BLOCK_BYTES = 400, 8192  # number and size of the blocks, evenly spaced
+BLOCKS, BLOCK_BYTES = 400, 8192  # number and size of the blocks, which are evenly spaced in the log
+SMOOTHED = 0.02  # share of a curve's points that its moving average reaches over
 EARLY = 0.1  # share of the whole training that the panel of early training shows
 _MAX_BYTES = 1_000_000  # of a run file
 
@@ -83,16 +84,16 @@ def _add_panels(
     kept = dict(list(lines.items())[:MAX_LINES])
     names = _names(kept)
     longest = max(float(seeds[0].steps[-1]) for seeds in kept.values())
-    title = _terms_text(terms)
-    notes = ["mean over about 2 % of the steps drawn"]
+    notes = [f"mean over about {100 * SMOOTHED:g} % of the steps drawn"]
     notes += (
         ["lines: means over seeds, bands: lowest to highest"] if any(len(seeds) > 1 for seeds in kept.values()) else []
     )
     notes += [f"{len(lines) - len(kept)} more lines are not drawn"] if len(lines) > len(kept) else []
+    # Of each panel: title, last step, whether x is the compute of the steps instead of their number.
     shown = [("Whole training", longest, False), ("Early training", EARLY * longest, False)]
     if all((seeds[0].model, protocol) in step_gflops for seeds in kept.values()):
         shown.append(("Over training compute", longest, True))
-    for number, (heading, end, over_compute) in enumerate(shown):
+    for number, (title, end, over_compute) in enumerate(shown):
         series: list[Series] = []
         for key, seeds in kept.items():
             factor = step_gflops[seeds[0].model, protocol] if over_compute else 1.0
@@ -102,12 +103,12 @@ def _add_panels(
         panels.append(
             Panel(
                 heading=one_line(protocol),
-                title=heading,
+                title=title,
                 x=Axis(title="Training compute", unit="Gflops", scale="log")
                 if over_compute
                 else Axis(title="Training steps", from_zero=True),
-                y=Axis(title=f"Training loss ({title})", scale="log", better="lower"),
-                series=tuple(sorted(series, key=lambda each: each.kind != "band")),
+                y=Axis(title=f"Training loss ({_terms_text(terms)})", scale="log", better="lower"),
+                series=tuple(sorted(series, key=lambda each: each.kind != "band")),  # bands first, behind the lines
                 note="; ".join(notes),
                 starts_row=number == 0,
             )
@@ -119,13 +120,14 @@ def _add_panels(
 def _series(name: str, seeds: Sequence[_Curve], end: float, factor: float) -> list[Series]:
     """The series of a line: the mean over its seeds up to step `end`, and before it a band if there are several seeds.
 
-    x is the step times `factor`. [] for fewer than two steps.
+    x is the step times `factor`. [] for fewer than two steps. Losses of the other seeds are interpolated at the steps of the
+    first seed.
     """
     last_step = min(min(float(curve.steps[-1]) for curve in seeds), end)
     steps = seeds[0].steps[seeds[0].steps <= last_step]
     if len(steps) < 2:
         return []
-    steps = steps[np.unique(np.linspace(0, len(steps) - 1, PLACES).round().astype(int))]
+    steps = steps[_evenly_spaced(len(steps))]
     heights = np.stack([np.interp(steps, curve.steps, curve.loss) for curve in seeds])  # (seeds, places)
     facts = (("backbone", seeds[0].model), ("seeds", ", ".join(str(curve.seed) for curve in seeds)))
     mean, low, high = heights.mean(axis=0), heights.min(axis=0), heights.max(axis=0)
@@ -141,12 +143,16 @@ def _series(name: str, seeds: Sequence[_Curve], end: float, factor: float) -> li
     return [Series(label="", model=seeds[0].model, kind="band", provenance="measured", marks=band), line]
 
 
+def _evenly_spaced(count: int) -> np.ndarray:
+    """The indices of at most PLACES of `count` points, evenly spaced, the first and the last included: int64 (N,)."""
+    return np.unique(np.linspace(0, count - 1, PLACES).round().astype(int))
+
+
 def _rows(name: str, seeds: Sequence[_Curve], protocol: str, step_gflops: float | None) -> list[dict[str, object]]:
     """The rows of data of a line's seeds. step_gflops: training Gflops per step; None: not known."""
     rows: list[dict[str, object]] = []
     for curve in seeds:
-        places = np.unique(np.linspace(0, len(curve.steps) - 1, PLACES).round().astype(int))
-        for place in places:
+        for place in _evenly_spaced(len(curve.steps)):
             step = float(curve.steps[place])
             rows.append(
                 {
@@ -177,6 +183,7 @@ def _names(lines: Mapping[str, Sequence[_Curve]]) -> dict[str, str]:
         items = [item for item in seeds[0].recipe if len({str(peer.get(item)) for peer in peers}) > 1]
         words = ", ".join(f"{item} {seeds[0].recipe[item]}" for item in sorted(items)[:3])
         name = f"{seeds[0].model} ({words})" if words else seeds[0].model
+        # Number of lines before that have this name, with a number or without.
         taken = sum(other == name or other.startswith(f"{name} #") for other in names.values())
         names[key] = one_line(f"{name} #{taken + 1}" if taken else name)
     return names
@@ -192,19 +199,19 @@ def _read_curve(folder: Path) -> _Curve | None:
         recipe, seed = dict(identity["recipe"]), int(identity["seed"])
         model, protocol = str(identity["backbone"]), str(identity["protocol"]["name"])
         key = canonical_json([identity["backbone"], identity["protocol"], recipe, identity.get("framework")])
-        terms, steps, loss = _losses(path, _weights(model))
+        terms, steps, loss = _losses(path, _term_weights(model))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # not a run of this harness
     if len(steps) < 2:
         return None
     return _Curve(
         model=one_line(model), seed=seed, protocol=protocol, key=key, recipe=recipe, terms=terms, steps=steps,
-        loss=_smoothed(loss, max(2.0, 0.02 * len(loss))),
+        loss=_smoothed(loss, max(2.0, SMOOTHED * len(loss))),
     )  # fmt: skip
 
 
-def _weights(model: str) -> Mapping[str, float]:
-    """Term -> weight in the loss of the backbone of that name; empty if it is not installed."""
+def _term_weights(model: str) -> Mapping[str, float]:
+    """Term -> weight of the terms in the loss of the backbone of that name; empty if it is not installed."""
     if model not in registry.backbones:
         return {}
     return LOSS_TERMS.get(registry.backbones.get(model).kind, {})
@@ -218,7 +225,8 @@ def _terms_text(terms: Terms) -> str:
 def _losses(path: Path, weights: Mapping[str, float]) -> tuple[Terms, np.ndarray, np.ndarray]:
     """(terms of the loss, steps (N,), losses (N,)) of a log; for a long log, means over blocks of lines.
 
-    weights: term -> weight in the loss. A term of weight 0 is left out; a term that is not in `weights` has weight 1.
+    weights: term -> weight in the loss. A term of weight 0 is left out; a term that is not in `weights` has weight 1. The
+    terms are those of the first line that can be read; lines with other terms are left out.
     """
     size = path.stat().st_size
     blocks = [(0, size)]  # (offset, length) in bytes

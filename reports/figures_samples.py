@@ -32,7 +32,7 @@ class _SampleSet:
     model: str
     run: Mapping[str, Any]  # the identity of the run, as in its run.json
     steps: int  # training steps
-    sampling: Mapping[str, Any]  # the settings of sampling, as in the sidecar
+    sampling: Mapping[str, Any]  # the settings of sampling, the seed included, as in the sidecar
 
 
 def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | None:
@@ -52,11 +52,11 @@ def same_noise(folders: Sequence[Path], records: Iterable[Record]) -> Figure | N
             by_noise.setdefault(_noise_key(each), []).append(each)
     gflops = {model_of(record): record.gflops or 0.0 for record in records}
     candidates = [(key, members) for key, members in by_noise.items() if len({each.model for each in members}) > 1]
-    # For each protocol the setting with the most models; of several, the one with the most sampling steps.
+    # A protocol's grid is its first candidate: the most models, and of several of these the most sampling steps.
     candidates.sort(key=lambda pair: (-len({each.model for each in pair[1]}), -_sampling_steps(pair[1][0]), pair[0]))
     grids: list[Grid] = []
     rows: list[dict[str, object]] = []
-    protocols: set[str] = set()
+    protocols: set[str] = set()  # those that have a grid
     for _, members in candidates:
         protocol = canonical_json(members[0].run["protocol"])
         if protocol in protocols or len(grids) == MAX_GRIDS:
@@ -83,34 +83,36 @@ def _grid(members: Sequence[_SampleSet], gflops: Mapping[str, float]) -> tuple[G
     lengths: dict[int, set[str]] = {}  # training steps -> models
     for each in members:
         lengths.setdefault(each.steps, set()).add(each.model)
-    usual = max(lengths, key=lambda steps: (len(lengths[steps]), steps))
+    usual = max(lengths, key=lambda steps: (len(lengths[steps]), steps))  # the training length of most models
     chosen: dict[str, _SampleSet] = {}  # model -> its set: of the usual length, or else of the longest
     for each in sorted(
         members, key=lambda each: (each.steps != usual, -each.steps, each.run.get("seed", 0), each.sha256)
     ):
         chosen.setdefault(each.model, each)
-    order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))[-MAX_ROWS:]
+    order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))[
+        -MAX_ROWS:
+    ]  # the largest models
     families = list(dict.fromkeys(_family(each.model) for each in order))
     # The sort is stable, so sets of one family and patch size stay in the order of Gflops.
     order.sort(key=lambda each: (families.index(_family(each.model)), _negated_patch(each.model)))
-    read = []  # (set, images (COLUMNS, H, W, C), labels (COLUMNS,))
+    shown = []  # (set, its first images (COLUMNS, H, W, C), their labels (COLUMNS,))
     for each in order:
         try:
             images, labels = read_npz_head(each.path, COLUMNS)
         except UserError:
             continue
         if labels is not None:
-            read.append((each, images, labels))
-    if not read:
+            shown.append((each, images, labels))
+    if not shown:
         return None
-    # Samples of another shape or with other labels do not correspond.
-    shape, shared = read[0][1].shape, read[0][2]
-    read = [row for row in read if row[1].shape == shape and np.array_equal(row[2], shared)]
-    if len(read) < 2:
+    # Samples of another shape or with other labels than those of the first model do not correspond to them.
+    shape, shared = shown[0][1].shape, shown[0][2]
+    shown = [row for row in shown if row[1].shape == shape and np.array_equal(row[2], shared)]
+    if len(shown) < 2:
         return None
-    first = read[0][0]
+    first = shown[0][0]
     names = [
-        each.model if each.steps == usual else f"{each.model}, {count_text(each.steps)} steps" for each, _, _ in read
+        each.model if each.steps == usual else f"{each.model}, {count_text(each.steps)} steps" for each, _, _ in shown
     ]
     protocol = first.run["protocol"]
     heading = (
@@ -122,7 +124,7 @@ def _grid(members: Sequence[_SampleSet], gflops: Mapping[str, float]) -> tuple[G
         heading=one_line(heading),
         rows=tuple(names),
         columns=tuple(f"label {label}" for label in shared),
-        tiles=np.stack([images for _, images, _ in read]),
+        tiles=np.stack([images for _, images, _ in shown]),
         note=f"samples 0 to {shape[0] - 1}; models by family, DiTs by patch size, then from the fewest Gflops (above) to the most",
     )
     rows = [
@@ -139,7 +141,7 @@ def _grid(members: Sequence[_SampleSet], gflops: Mapping[str, float]) -> tuple[G
             "sampling_steps": _sampling_steps(each),
         }
         | {"sampling_seed": each.sampling.get("seed"), "samples_sha256": each.sha256}
-        for each, _, labels in read
+        for each, _, labels in shown
         for index, label in enumerate(labels)
     ]
     return grid, rows

@@ -44,17 +44,22 @@ def sampling_compute(index: RecordIndex, published: Sequence[Record]) -> Figure 
 
 
 def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], rows: list[dict], more: int) -> None:
-    """Append the panels of one metric of a group to `panels`, and their data to `rows`. more: groups that are not drawn."""
+    """Append the panels of one metric of a group to `panels`, and their data to `rows`.
+
+    more: number of groups that are not drawn, for the note on them.
+    """
     lines, omitted = lines_of(records, ALONG_SAMPLING, Sampling)
     only_longest = len(lines) > FEW_LINES
     if only_longest:  # the longest training of each system, instead of a line for each training length
         lines, omitted = lines_of(longest_trained(records), ALONG_SAMPLING, Sampling)
+        # Whether the note on it is due: records were left out, and for this reason alone.
         only_longest = sum(len(line.records) for line in lines) < len(records) and not omitted
     choices: list[tuple[str, Callable[[Record], float | None]]] = [("decoder not counted", _sampling_gflops)]
     if any((record.sampling or Sampling()).decoder_gflops for line in lines for record in line.records):
         choices.append(("decoder counted", _decoded_gflops))
     few = len(lines) <= FEW_LINES
     mixed = len({line.provenance for line in lines}) > 1
+    first_panel = len(panels) + 1  # number of the first panel; its rows of data have the values of both
     for title, gflops in choices:
         series = tuple(
             Series(
@@ -82,8 +87,8 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
         )
     for line in lines:
         for record in line.records:
-            places = {name.replace(" ", "_"): gflops(record) for name, gflops in _GFLOPS.items()}
-            rows.append(figure_row(record, len(panels) - len(choices) + 1, line.label, places))
+            places = {column: gflops(record) for column, gflops in _GFLOPS.items()}
+            rows.append(figure_row(record, first_panel, line.label, places))
 
 
 def _sampling_gflops(record: Record) -> float | None:
@@ -99,7 +104,8 @@ def _decoded_gflops(record: Record) -> float | None:
     return sampling.gflops_per_image + (sampling.decoder_gflops or 0.0)
 
 
-_GFLOPS = {"gflops per image": _sampling_gflops, "gflops per image with decoder": _decoded_gflops}
+# Column of the figure's data -> function from a record to its value.
+_GFLOPS = {"gflops_per_image": _sampling_gflops, "gflops_per_image_with_decoder": _decoded_gflops}
 
 
 def _steps_text(record: Record) -> str:

@@ -25,7 +25,8 @@ from reports.points import (
 from reports.texts import count_text
 from results.records import Record, Training
 
-DETAILS, SYSTEMS = ("Table 4",), ("Table 2", "Table 3")  # tables of the paper: of DiTs alone, and of all systems
+# Tables of the paper: DETAILS has all DiTs with their training, SYSTEMS compare the best of them with other systems.
+DETAILS, SYSTEMS = ("Table 4",), ("Table 2", "Table 3")
 DIT = re.compile(r"dit-(?P<size>xs|s|b|l|xl)-(?P<patch>\d+)(?:-(?P<block>in-context|cross-attention|adaln))?")
 
 
@@ -45,9 +46,10 @@ class Study:
         """The records of all lines."""
         return [record for line in self.lines for record in line.records]
 
-    def only(self, wanted: Callable[[Line], bool]) -> "Study":
-        """The study with only those lines for which `wanted` is true."""
-        return dataclasses.replace(self, lines=tuple(line for line in self.lines if wanted(line)))
+    def without_published_blocks(self) -> "Study":
+        """The study without the paper's DiTs of other blocks than adaLN-Zero, which only Figure 5 shows."""
+        kept = tuple(line for line in self.lines if line.provenance == "measured" or not block_of(line.model))
+        return dataclasses.replace(self, lines=kept)
 
 
 def studies(index: RecordIndex, published: Iterable[Record]) -> list[Study]:
@@ -72,11 +74,13 @@ def study_of(group: Group, records: Sequence[Record], more: int) -> Study | None
     return Study(group=group, lines=tuple(lines), notes=tuple(text for text in notes if text))
 
 
-def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambda record: cost_or_none(record.gflops)):
+def at_one_length(
+    study: Study, gflops: Callable[[Record], float | None] = lambda record: cost_or_none(record.gflops)
+) -> tuple[list[tuple[Line, Mark]], str]:
     """([(line, mark), ...] of each line at the training length that most models share, note that names the length).
 
-    gflops: the x of a mark. A mark's text is the name of its line, and its size the number of parameters. A line without
-    the usual length is shown at its longest training, which the mark's text states.
+    gflops: function from a record to the x of its mark; None: no mark. A mark's text is the name of its line, and its size
+    the number of parameters. A line without the usual length is shown at its longest training, which the mark's text states.
     """
     models: dict[int | None, set[str]] = {}
     for line in study.lines:
@@ -99,7 +103,7 @@ def at_one_length(study: Study, gflops: Callable[[Record], float | None] = lambd
 def best_at_usual_length(marked: Sequence[tuple[Line, Mark]]) -> list[tuple[Line, Mark]]:
     """One (line, mark) for each model that has the usual training length: a measured one if there is one, of several the best.
 
-    marked: as `at_one_length` returns it.
+    marked: as `at_one_length` returns it. Models without the usual length are left out.
     """
     return [min(pairs, key=_sort_key) for pairs in _at_usual_length_by_model(marked).values()]
 
@@ -116,7 +120,7 @@ def _at_usual_length_by_model(marked: Sequence[tuple[Line, Mark]]) -> dict[str, 
     """Model -> the (line, mark)s at the usual training length, which are those whose text states no other length."""
     by_model: dict[str, list[tuple[Line, Mark]]] = {}
     for line, mark in marked:
-        if mark.text == name_of(line):
+        if mark.text == name_of(line):  # otherwise `at_one_length` has added another length
             by_model.setdefault(line.model, []).append((line, mark))
     return by_model
 
@@ -162,6 +166,7 @@ def single_mark_series(line: Line, mark: Mark, kind: str) -> Series:
 
 
 def steps_of(record: Record) -> int | None:
+    """Training steps; None if they are not stated."""
     return record.training.steps if record.training else None
 
 
@@ -181,7 +186,7 @@ def cost_columns(record: Record) -> dict[str, object]:
 
 
 def mark_rows(panel: int, marked: Sequence[tuple[Line, Mark]], more: dict[str, object]) -> list[dict]:
-    """The rows of data of the records that the marks show. panel: number from 1. more: further columns -> values."""
+    """The rows of data of the records that the marks show. panel: number from 1. more: column -> value of further columns."""
     rows = []
     for line, mark in marked:
         drawn = set(mark.record_ids)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from reports.charts import Axis, Figure, Panel, Series, model_of
 from reports.figures_study import (
@@ -57,6 +57,7 @@ def conditioning_blocks(all_studies: Sequence[Study]) -> Figure | None:
             if len({line.model for line in lines}) < 2:
                 continue
             lines = _up_to_shared_length(lines)
+            # model -> the name of its block
             blocks = {line.model: (block_of(line.model) or "adaLN-Zero").replace("adaln", "adaLN") for line in lines}
             title = f"Conditioning blocks of {dit_title(base)}"
             _steps_panel(study, lines, title, blocks.__getitem__, panels, rows)
@@ -85,7 +86,7 @@ def size_and_patch(all_studies: Sequence[Study]) -> Figure | None:
         sizes = [size for size in _SIZE_ORDER if any(dit["size"] == size for dit, _ in dits)]
         patches = sorted({int(dit["patch"]) for dit, _ in dits}, reverse=True)
         for fixed, values in (("patch", [str(patch) for patch in patches]), ("size", sizes)):
-            first = True
+            first = True  # whether the next panel is the first with `fixed`, which begins a row
             for value in values:
                 lines = [line for dit, line in dits if dit[fixed] == value]
                 if len({line.model for line in lines}) < 2:
@@ -98,10 +99,19 @@ def size_and_patch(all_studies: Sequence[Study]) -> Figure | None:
     return figure_or_none("figure-6", "Scaling size and patch over training", panels, rows, columns=4)
 
 
-def _steps_panel(study, lines, title, name, panels, rows, *, starts_row=False) -> None:
+def _steps_panel(
+    study: Study,
+    lines: Sequence[Line],
+    title: str,
+    name: Callable[[str], str],
+    panels: list[Panel],
+    rows: list[dict],
+    *,
+    starts_row: bool = False,
+) -> None:
     """Append a panel of quality over training steps to `panels`, and its data to `rows`.
 
-    name: function from a model to the label of its line.
+    lines: those of the study that the panel shows. name: function from a model to the label of its line.
     """
     mixed = len({line.provenance for line in lines}) > 1
     series = tuple(
@@ -144,7 +154,7 @@ def training_compute(all_studies: Sequence[Study]) -> Figure | None:
     panels: list[Panel] = []
     rows: list[dict] = []
     for study in all_studies:
-        study = study.only(lambda line: line.provenance == "measured" or not block_of(line.model))
+        study = study.without_published_blocks()
         _compute_panel(study, quality_axis(study.records), panels, rows, is_log=True)
     return figure_or_none("figure-9", "Training compute and quality", panels, rows)
 
@@ -178,6 +188,7 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
             marked, note = at_one_length(study)
             best = best_at_usual_length(marked)
             pearson = correlation([math.log10(mark.x) for _, mark in best], [mark.y for _, mark in best])
+            # Of the other metrics the paper prints only Table 2, whose systems are trained for different lengths.
             if metric != "fid" and all(line.provenance == "published" for line, _ in marked):
                 marked = [(line, dataclasses.replace(mark, text=name_of(line))) for line, mark in marked]
                 note, pearson = "each trained as long as its authors did", None
@@ -201,23 +212,31 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
                     )
                 )
                 rows += mark_rows(len(panels), marked, {})
-            starts_row = starts_row and len(panels) == first
+            starts_row = starts_row and len(panels) == first  # False once this metric has made a panel
     return figure_or_none("figure-12", "Scale and every metric", panels, rows, columns=4)
 
 
 def _quality_metrics(records: Iterable[Record]) -> set[str]:
-    """The metrics whose direction is known, without losses."""
+    """The metrics of these records whose direction is known, without losses."""
+    # One record for each metric and stated direction: all others have the same answer.
     examples = {(record.metric, record.higher_is_better): record for record in records}
     directed = {metric for (metric, _), record in examples.items() if higher_is_better(record) is not None}
     return {metric for metric in directed if not metric.startswith(LOSS)}
 
 
 def _compute_panel(
-    study: Study, y: Axis, panels, rows, *, is_log: bool, title: str = "", starts_row: bool = False
+    study: Study,
+    y: Axis,
+    panels: list[Panel],
+    rows: list[dict],
+    *,
+    is_log: bool,
+    title: str = "",
+    starts_row: bool = False,
 ) -> None:
     """Append a panel of quality over training Gflops to `panels`, and its data to `rows`; nothing for fewer than two marks.
 
-    y: the axis of quality; is_log makes it logarithmic.
+    y: the axis of quality. is_log: True makes it logarithmic, False leaves it as it is.
     """
     mixed = len({line.provenance for line in study.lines}) > 1
     series = []

@@ -24,7 +24,7 @@ class PowerLaw:
     low: float  # lower end of the exponent's 95 % interval
     high: float  # upper end
     factor: float
-    n: int  # points
+    n: int  # number of points
     scatter: float  # standard deviation of ln y about the line, n - 2 degrees of freedom
     lowest: float  # smallest x of the points
     highest: float  # largest x
@@ -55,14 +55,14 @@ class PowerLaw:
 
 
 def power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
-    """The law fitted to the points with x and y above 0; None if they are fewer than 4, or all at one x."""
+    """The law fitted to the points with x and y above 0; None if they are fewer than FEWEST, or all at one x."""
     points = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True) if x > 0 and y > 0]
     if len(points) < FEWEST:
         return None
     n = len(points)
     mean_x, mean_y = math.fsum(x for x, _ in points) / n, math.fsum(y for _, y in points) / n
     spread = math.fsum((x - mean_x) ** 2 for x, _ in points)
-    if spread < 1e-12:
+    if spread < 1e-12:  # one x; by rounding, the sum is not exactly 0
         return None
     exponent = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / spread
     offset = mean_y - exponent * mean_x
@@ -93,7 +93,7 @@ class Correlation:
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
-    """Pearson's correlation; None for fewer than 3 points, or if x or y is constant."""
+    """Pearson's correlation with its interval; None for fewer than 3 points, or if x or y is constant."""
     n = len(xs)
     if n < 3:
         return None
@@ -103,7 +103,7 @@ def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
     if not (xx > 0 and yy > 0):
         return None
     r = math.fsum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / math.sqrt(xx * yy)
-    r = max(-1.0, min(1.0, r))
+    r = max(-1.0, min(1.0, r))  # rounding can exceed 1, where atanh below is not defined
     if n < 4 or abs(r) == 1:
         return Correlation(r=r, low=None, high=None, n=n)
     half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) / math.sqrt(n - 3)
@@ -115,7 +115,7 @@ def frontier(points: Iterable[tuple[float, float]], better: str) -> list[int]:
 
     better: "lower" or "higher": which qualities are better. Of equal points only the first is on the frontier.
     """
-    sign = -1.0 if better == "higher" else 1.0
+    sign = -1.0 if better == "higher" else 1.0  # sign * quality: lower is better
     order = sorted(enumerate(points), key=lambda pair: (pair[1][0], sign * pair[1][1], pair[0]))
     kept, best = [], math.inf
     for index, (_, quality) in order:
@@ -125,7 +125,7 @@ def frontier(points: Iterable[tuple[float, float]], better: str) -> list[int]:
     return kept
 
 
-def between(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
     """The value at x of the curve through the points (x ascending and above 0), interpolated linearly in log x.
 
     Linear in log y if all ys are above 0, else in y. None outside the range of the points.
@@ -139,4 +139,4 @@ def between(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
             share = math.log(x / xs[left]) / math.log(xs[left + 1] / xs[left])
             height = heights[left] + share * (heights[left + 1] - heights[left])
             return math.exp(height) if is_log else height
-    return ys[-1]
+    return ys[-1]  # the curve is a single point

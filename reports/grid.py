@@ -10,6 +10,7 @@ import numpy as np
 from harness.errors import UserError
 from harness.io import files
 
+MAX_ROWS = 20  # rows of a grid whose classes are not given
 _BACKGROUND = 255
 _SMALLEST_TILE = 48  # pixels; an image whose shorter side is smaller is hard to see on a screen
 
@@ -20,8 +21,8 @@ def write_grid(
     path: str | os.PathLike,
     *,
     columns: int = 10,  # images of each class; the row of a class with fewer is shorter
-    scale: int | None = None,  # integer enlargement; None: until tiles have at least 48 pixels
-    classes: Sequence[int] | None = None,  # rows from top to bottom; None: every label, ascending, at most 20
+    scale: int | None = None,  # integer enlargement; None: as much as a shorter side of _SMALLEST_TILE pixels needs
+    classes: Sequence[int] | None = None,  # rows from top to bottom; None: the MAX_ROWS smallest labels, ascending
     gap: int = 2,  # pixels between tiles
 ) -> Path:
     """Write a PNG with the first `columns` images of each class, enlarged by repeating pixels; returns its path.
@@ -35,7 +36,7 @@ def write_grid(
         raise UserError("a sample grid needs at least one class")
     height, width = images.shape[1:3]
     scale = scale or max(1, -(-_SMALLEST_TILE // min(height, width)))
-    rows = sorted({int(label) for label in labels})[:20] if classes is None else [int(label) for label in classes]
+    rows = sorted({int(label) for label in labels})[:MAX_ROWS] if classes is None else [int(label) for label in classes]
     tile_height, tile_width = height * scale, width * scale
     captions = [_caption(str(label), min(tile_height, 24)) for label in rows]
     margin = max(caption.shape[1] for caption in captions) + 12
@@ -44,9 +45,9 @@ def write_grid(
     canvas = np.full((total_height, total_width, images.shape[3]), _BACKGROUND, np.uint8)
     for row, (label, caption) in enumerate(zip(rows, captions, strict=True)):
         top = gap + row * (tile_height + gap)
-        middle = top + max((tile_height - caption.shape[0]) // 2, 0)
+        caption_top = top + max((tile_height - caption.shape[0]) // 2, 0)  # in the middle of the row
         right = margin - 6
-        canvas[middle : middle + caption.shape[0], right - caption.shape[1] : right] = caption[..., None]
+        canvas[caption_top : caption_top + caption.shape[0], right - caption.shape[1] : right] = caption[..., None]
         for column, index in enumerate(np.flatnonzero(labels == label)[:columns]):
             left = margin + gap + column * (tile_width + gap)
             tile = images[index].repeat(scale, axis=0).repeat(scale, axis=1)  # (H * scale, W * scale, C)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from reports.render import line_marks, one_line, section_notes
 from reports.sections import Line, Section, Table
 
-_WORDS = {"best": "the best of the column", "tie": "tied with the best of the column"}
+_TIPS = {"best": "the best of the column", "tie": "tied with the best of the column"}
 _ESCAPES = str.maketrans({character: html.escape(character) for character in "&<>\"'"})
 _STYLE = """
 body { font: 13.5px/1.4 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 1.5rem; }
@@ -70,7 +70,7 @@ def _section_html(section: Section, title: str) -> list[str]:
 
 
 def _line_html(line: Line, numeric: Sequence[bool]) -> str:
-    """A `<tr>`. numeric: for each column, whether it contains numbers."""
+    """The `<tr>` of a line. numeric: for each column, whether it contains numbers."""
     count = len(line.cells)
     values, ids, marks = line.values or (None,) * count, line.record_ids or ("",) * count, line.marks or ("",) * count
     cells = [f'<th scope="row">{_escape(line.cells[0])}{_superscript(line_marks(line))}</th>']
@@ -81,13 +81,14 @@ def _line_html(line: Line, numeric: Sequence[bool]) -> str:
             attributes += f' data-value="{values[index]!r}"'
         if ids[index]:
             attributes += f' data-record="{_escape(ids[index])}"'
-        if marks[index] in _WORDS:
-            attributes += f' title="{_WORDS[marks[index]]}"'
+        if marks[index] in _TIPS:
+            attributes += f' title="{_TIPS[marks[index]]}"'
         cells.append(f"<td{attributes}>{_escape(line.cells[index])}</td>")
     return f'<tr class="{"published" if line.published else "measured"}">{"".join(cells)}</tr>'
 
 
 def _superscript(marks: Sequence[str]) -> str:
+    """The marks of footnotes as a `<sup>`; "" for none."""
     return f"<sup>{','.join(marks)}</sup>" if marks else ""
 
 

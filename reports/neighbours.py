@@ -17,12 +17,12 @@ _CAPTION = 14  # height in pixels, below each tile
 
 def write_neighbours(
     samples: np.ndarray,  # (R, H, W, C) uint8, the samples from top to bottom, C 1 or 3
-    neighbours: np.ndarray,  # (R, k, H, W, C) uint8, the training images nearest to each, nearest first
+    neighbours: np.ndarray,  # (R, k, H, W, C) uint8, the training images nearest to each sample, nearest first
     path: str | os.PathLike,
     *,
     sample_captions: list[str],  # below each sample, such as its number
     neighbour_captions: list[list[str]],  # below each neighbour, such as its number and distance
-    scale: int | None = None,  # integer enlargement; None: until tiles have at least 64 pixels
+    scale: int | None = None,  # integer enlargement; None: as much as a shorter side of _SMALLEST_TILE pixels needs
     gap: int = 4,  # pixels between tiles; four times as much after the sample
 ) -> Path:
     """Write a PNG with a row for each sample: the sample, then its neighbours, enlarged by repeating pixels; returns its path.
@@ -37,7 +37,7 @@ def write_neighbours(
     scale = scale or max(1, -(-_SMALLEST_TILE // min(height, width)))
     tile_height, tile_width = height * scale, width * scale
     row_height = tile_height + _CAPTION + gap
-    left = [gap] + [  # first pixel column of the sample and of each neighbour
+    left = [gap] + [  # first pixel column of the sample and of each neighbour, the same in every row
         gap + tile_width + 4 * gap + i * (tile_width + gap) for i in range(k)
     ]
     canvas = np.full((rows * row_height + gap, left[-1] + tile_width + gap, channels), _BACKGROUND, np.uint8)
@@ -79,7 +79,7 @@ def _check(
 
 
 def _caption(text: str, width: int) -> np.ndarray:
-    """Dark text on white, cut off at the end of the tile: uint8 (_CAPTION, width)."""
+    """Dark text on white, cut off after `width` pixels: uint8 (_CAPTION, width)."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.new("L", (width, _CAPTION), _BACKGROUND)

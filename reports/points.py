@@ -7,6 +7,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from reports.charts import Axis, Mark, Series, model_of
 from reports.rows import groups
@@ -19,7 +20,8 @@ QUALITY_METRICS = ("fid", "fd")
 MAX_LINES = 24  # in a panel; more cannot be told apart
 WIDE_RANGE = 8.0  # largest over smallest value from which the axis of quality is logarithmic
 BEYOND = 1e60  # larger numbers are no measurements and fit on no axis
-SIGNS = {"lower": 1, "higher": -1, "": 0}  # the factor of a value that makes the best the smallest
+# Which values are better -> the factor that makes the best value the smallest. "": not known, so all become equal.
+SIGNS = {"lower": 1, "higher": -1, "": 0}
 MAX_GROUPS = 6  # of comparable records in a figure
 # Metadata that the label of a line may name, where another line of the same system differs in it.
 _LABEL_METADATA = (
@@ -30,8 +32,9 @@ _LABEL_METADATA = (
 )
 # Metadata whose text needs no name before it.
 _WITHOUT_NAME = frozenset({"training steps", "sampler", "sampling steps", "guidance", "decoder", "framework"})
-# Fields of Training and Sampling that are seeds, follow from seeds, or change only low bits.
-_SEEDS = ("seed", "checkpoint_sha256", "micro_batch", "samples_sha256", "batch")
+# Fields of Training and Sampling in which records of one line may differ: seeds, what follows from seeds, and what changes
+# only low bits.
+_IGNORED = ("seed", "checkpoint_sha256", "micro_batch", "samples_sha256", "batch")
 ALONG_SAMPLING = ("steps", "stage_steps", "evaluations", "gflops_per_image")
 ALONG_TRAINING = ("steps", "images", "gflops")
 
@@ -70,17 +73,17 @@ class RecordIndex:
     """Measured records by comparable key, sorted once for all figures."""
 
     every: Mapping[tuple, Sequence[Record]]  # comparable key -> records
-    quality: Mapping[tuple, Sequence[Record]]  # those of FID or FD
+    quality: Mapping[tuple, Sequence[Record]]  # of these the records of FID and FD; only keys that have some
 
 
 def index_of(measured: Iterable[Record]) -> RecordIndex:
-    """The index of measured records, without values that fit on no axis."""
+    """The index of measured records, without those whose values fit on no axis."""
     every: dict[tuple, list[Record]] = {}
     for record in measured:
         if abs(record.value) < BEYOND:
             every.setdefault(comparable_key(record), []).append(record)
-    best = {key: [record for record in found if record.metric in QUALITY_METRICS] for key, found in every.items()}
-    return RecordIndex(every=every, quality={key: found for key, found in best.items() if found})
+    with_empty = {key: [record for record in found if record.metric in QUALITY_METRICS] for key, found in every.items()}
+    return RecordIndex(every=every, quality={key: found for key, found in with_empty.items() if found})
 
 
 def comparable_groups(
@@ -101,8 +104,9 @@ def comparable_groups(
         joined = unjoined.pop(matching[0]) if len(matching) == 1 else []
         members_of_groups.append([*members, *joined])
     kept = sorted(unjoined, key=lambda key: (-len(unjoined[key]), str(key)))[:MAX_GROUPS]
-    order = [firsts[0] for firsts in groups(unjoined[key][0] for key in kept)]
-    members_of_groups += [unjoined[comparable_key(record)] for record in order]
+    # In the order of tables, as `groups` sorts them; the first record of each key is enough for that.
+    firsts = [record for (record,) in groups(unjoined[key][0] for key in kept)]
+    members_of_groups += [unjoined[comparable_key(record)] for record in firsts]
     found = [Group(heading="", records=tuple(members)) for members in members_of_groups]
     found = [dataclasses.replace(group, heading=heading_of(group.representative)) for group in found]
     return found, len(unjoined) - len(kept)
@@ -120,7 +124,7 @@ def heading_of(record: Record) -> str:
 
 
 def by_metric(records: Iterable[Record], wanted: Sequence[str]) -> dict[tuple[str, str], list[Record]]:
-    """(metric, mode) -> records, in the order of `wanted`."""
+    """(metric, mode) -> records of the metrics in `wanted`, in that order, then by mode; most records have the mode ""."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record.metric in wanted:
@@ -130,14 +134,20 @@ def by_metric(records: Iterable[Record], wanted: Sequence[str]) -> dict[tuple[st
 
 
 def quality(records: Sequence[Record]) -> list[Record]:
-    """The records of FID, or of FD if there are none of FID, without a mode or else in the first mode by name."""
+    """The records of FID, or of FD if there are none of FID; [] if there are neither.
+
+    Of several modes: those without a mode, or else those of the first mode by name.
+    """
     return next(iter(by_metric(records, QUALITY_METRICS).values()), [])
 
 
 def longest_trained(records: Iterable[Record]) -> list[Record]:
-    """The records of the longest training of each system; published and measured systems count separately."""
-    found: dict[tuple, list[Record]] = {}
-    longest: dict[tuple, int] = {}
+    """The records of the longest training of each system; published and measured systems count separately.
+
+    Training steps that are not stated count as 0.
+    """
+    found: dict[tuple, list[Record]] = {}  # (provenance, system) -> records of its longest training so far
+    longest: dict[tuple, int] = {}  # (provenance, system) -> steps of that training
     for record in records:
         key, steps = (record.provenance, record.system), (record.training.steps or 0) if record.training else 0
         if steps > longest.get(key, -1):
@@ -148,9 +158,9 @@ def longest_trained(records: Iterable[Record]) -> list[Record]:
 
 
 def is_guided(record: Record) -> bool:
-    """Whether the images were sampled with guidance."""
+    """Whether the images were sampled with guidance, as the record states or, for a published one, as its name says."""
     sampling = record.sampling
-    if record.source is not None and "-G" in record.row:  # the paper names guided systems so
+    if record.source is not None and "-G" in record.row:  # "ADM-G", "LDM-4-G", "DiT-XL/2-G": G is for guided
         return True
     if sampling is None:
         return False
@@ -165,35 +175,40 @@ def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
     taken, and guidance is part of the setting.
     """
     candidates = [record for record in records if not is_guided(record)] or list(records)
-    models: dict[tuple, set[str]] = {}  # setting -> models
-    systems: dict[tuple, dict[tuple, list[Record]]] = {}  # system -> setting -> records
+    models: dict[_SamplingSetting, set[str]] = {}  # setting -> models
+    systems: dict[tuple, dict[_SamplingSetting, list[Record]]] = {}  # system -> setting -> records
     for record in candidates:
-        setting = _sampling_key(record)
+        setting = _sampling_setting(record)
         models.setdefault(setting, set()).add(model_of(record))
         of_system = systems.setdefault((record.provenance, record.system, record.backbone), {})
         of_system.setdefault(setting, []).append(record)
-    usual = max(models, key=lambda setting: (len(models[setting]), setting[1], str(setting)))
-    kept, others = [], 0
+    usual = max(models, key=lambda setting: (len(models[setting]), setting.steps, str(setting)))
+    kept, others = [], 0  # others: number of systems without the usual setting
     for of_system in systems.values():
         others += usual not in of_system
-        shown = usual if usual in of_system else max(of_system, key=lambda setting: (setting[1], str(setting)))
+        shown = usual if usual in of_system else max(of_system, key=lambda setting: (setting.steps, str(setting)))
         kept += of_system[shown]
     words = []
-    sampler, steps, _, scale = usual
-    if sampler:
-        guidance = f"guidance {scale:g}" if scale is not None else "no guidance"
-        words.append(f"sampled by {sampler} with {steps} steps, {guidance}")
-    words += [f"{others} of {len(systems)} systems at their own most steps"] if others and sampler else []
+    if usual.sampler:
+        guidance = f"guidance {usual.scale:g}" if usual.scale is not None else "no guidance"
+        words.append(f"sampled by {usual.sampler} with {usual.steps} steps, {guidance}")
+        words += [f"{others} of {len(systems)} systems at their own most steps"] if others else []
     return kept, "; ".join(words)
 
 
-def _sampling_key(record: Record) -> tuple:
-    """(sampler, steps, eta, guidance scale)."""
-    sampling = record.sampling
-    if sampling is None:
-        return ("", 0, None, None)
+class _SamplingSetting(NamedTuple):
+    """How images were sampled, without seeds and precision."""
+
+    sampler: str  # "": not stated
+    steps: int  # 0: not stated
+    eta: float | None
+    scale: float | None  # of guidance; None: without guidance, or not stated
+
+
+def _sampling_setting(record: Record) -> _SamplingSetting:
+    sampling = record.sampling or Sampling()
     scale = None if sampling.guidance_scale == 1.0 else sampling.guidance_scale
-    return (sampling.sampler or "", sampling.steps or 0, sampling.eta, scale)
+    return _SamplingSetting(sampling.sampler or "", sampling.steps or 0, sampling.eta, scale)
 
 
 def quality_axis(records: Sequence[Record]) -> Axis:
@@ -210,8 +225,8 @@ def quality_axis(records: Sequence[Record]) -> Axis:
 def bars_note(series: Iterable[Series]) -> list[str]:
     """Notes on how the paper's marks look, and on what the error bars are; empty if there is nothing to explain."""
     series = list(series)
-    both = {each.provenance for each in series} >= {"published", "measured"}
-    notes = ["hollow, dotted or pale: the paper's"] if both else []
+    has_both = {each.provenance for each in series} >= {"published", "measured"}
+    notes = ["hollow, dotted or pale: the paper's"] if has_both else []
     marks = [mark for each in series for mark in each.marks if mark.low is not None]
     if any(len(mark.record_ids) > 1 for mark in marks):
         return [*notes, "marks: means over seeds, bars: lowest and highest seed"]
@@ -219,9 +234,12 @@ def bars_note(series: Iterable[Series]) -> list[str]:
 
 
 def group_by_settings(records: Iterable[Record], along: Sequence[str], part: type) -> list[list[Record]]:
-    """Groups of records that differ only in metric, seeds, settings that change low bits, and the fields `along` of `part`."""
-    training_key = _fields_but_seeds(Training, along if part is Training else ())
-    sampling_key = _fields_but_seeds(Sampling, along if part is Sampling else ())
+    """Groups of records that differ only in metric, seeds, settings that change low bits, and the fields `along` of `part`.
+
+    part: Training or Sampling, the part of a record that has the fields `along`.
+    """
+    training_key = _settings_getter(Training, along if part is Training else ())
+    sampling_key = _settings_getter(Sampling, along if part is Sampling else ())
     found: dict[tuple, list[Record]] = {}
     for record in records:
         key = (
@@ -229,6 +247,7 @@ def group_by_settings(records: Iterable[Record], along: Sequence[str], part: typ
             training_key(record.training) if record.training is not None else None,
             sampling_key(record.sampling) if record.sampling is not None else None,
             record.evaluation.suite_version if record.evaluation is not None else None,
+            # The paper does not state every setting, so its rows stay apart, except as points along a line.
             (record.table, record.row) if record.source is not None and not along else None,
         )
         found.setdefault(key, []).append(record)
@@ -238,11 +257,11 @@ def group_by_settings(records: Iterable[Record], along: Sequence[str], part: typ
 def lines_of(records: Sequence[Record], along: Sequence[str], part: type) -> tuple[list[Line], int]:
     """(lines, sorted by name; number of lines that are left out). At most MAX_LINES are kept: published ones, then the best.
 
-    along: the fields of `part` (Training or Sampling) that may differ within a line.
+    records: of one metric. along: the fields of `part` (Training or Sampling) that may differ within a line.
     """
     found = group_by_settings(records, along, part)
     kept = found
-    if len(kept) > MAX_LINES:
+    if len(kept) > MAX_LINES:  # published lines first, then by the best value of a line
         sign = SIGNS[better(records)]
         order = [
             (line[0].provenance != "published", min(sign * r.value for r in line), line[0].system) for line in kept
@@ -260,8 +279,8 @@ def marks_of(
 ) -> tuple[Mark, ...]:
     """One mark for each x, ascending: a record with its interval, or the mean of several with lowest and highest value.
 
-    x: function from a record to its place; None: the record is not drawn. text: function from a mark's first record to the
-    text at the mark.
+    x: function from a record to its x; if it returns None, the record is not drawn. text: function from a mark's first
+    record to the text at the mark.
     """
     found: dict[float, list[Record]] = {}
     for record in records:
@@ -272,7 +291,11 @@ def marks_of(
 
 
 def _mark(x: float, records: list[Record], text: str) -> Mark:
-    """The mark of records that differ in seeds; an interval that fits on no axis is left out."""
+    """The mark of records that differ in seeds.
+
+    y, low, high: of one record its value and interval, of several the mean, the lowest and the highest value. An interval
+    that fits on no axis is left out.
+    """
     records = sorted(records, key=lambda record: record.id)
     first, values = records[0], [record.value for record in records]
     mean, low, high = values[0], first.low, first.high
@@ -297,7 +320,10 @@ def constant_x(x: float) -> Callable[[Record], float]:
 
 
 def mark_details(record: Record, runs: int, value: str) -> tuple[tuple[str, str], ...]:
-    """(name, text) pairs that the page shows when the pointer is at a mark. runs: number of records of the mark."""
+    """(name, text) pairs that the page shows when the pointer is at a mark.
+
+    record: one of the mark's records. runs: their number. value: the text of the mark's value and interval.
+    """
     title = metric_name(record.metric, record.n)
     shown = {"system": record.system, title: value}
     if runs > 1:
@@ -311,15 +337,17 @@ def mark_details(record: Record, runs: int, value: str) -> tuple[tuple[str, str]
 
 
 def better(records: Iterable[Record]) -> str:
-    """Which way is better for records of one metric: "higher" or "lower", or "" where that is not known."""
-    direction = shared_direction(records)
-    return "" if direction is None else "higher" if direction else "lower"
+    """Which values are better, for records of one metric: "higher" or "lower", or "" where that is not known."""
+    higher_is_better = shared_direction(records)
+    if higher_is_better is None:
+        return ""
+    return "higher" if higher_is_better else "lower"
 
 
 def figure_row(record: Record, panel: int, line: str, x: Mapping[str, object]) -> dict[str, object]:
     """A row of a figure's CSV, column -> value: where the record is drawn, what it is, and its value, nothing rounded.
 
-    panel: number from 1. line: label of its line. x: column -> value of its places on the axes.
+    panel: number from 1. line: label of its line. x: column -> value for further columns, above all the place on the x axis.
     """
     training, sampling, source = record.training, record.sampling, record.source
     return {
@@ -355,16 +383,18 @@ def left_out_note(lines: int, groups: int = 0) -> str:
     return "; ".join(words)
 
 
-def _fields_but_seeds(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
-    """A function from a `part` to the tuple of its fields without seeds, settings that change low bits, and `along`."""
-    names = [field.name for field in dataclasses.fields(part) if field.name not in (*along, *_SEEDS)]
+def _settings_getter(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
+    """A function from a part (Training or Sampling) to the tuple of its fields that are neither `along` nor _IGNORED."""
+    names = [field.name for field in dataclasses.fields(part) if field.name not in (*along, *_IGNORED)]
     if part is Training:
-        names.append("batch")  # of training it is part of the recipe; of sampling it moves low bits
+        names.append(
+            "batch"
+        )  # in _IGNORED because of sampling, where it moves low bits; of training it is in the recipe
     return operator.attrgetter(*names)
 
 
 def paper_name(record: Record) -> str:
-    """The printed model of a published row, without the settings that follow it: `DiT-XL/2`, `ADM-G, ADM-U`."""
+    """The model in the name of a published row, without the settings that follow it: `DiT-XL/2`, `ADM-G, ADM-U`."""
     return re.split(r", (?=\d)", record.row)[0]
 
 
@@ -373,23 +403,23 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
 
     records: one of each line. along, part: as in `lines_of`. Equal labels get " #2", " #3", ...
     """
-    words = []
+    metadata = []  # of each line: name -> text, for all names of _LABEL_METADATA; "" where there is nothing to name
     for record in records:
         training, mode = record.training, record.evaluation.mode if record.evaluation else None
         found = row_metadata(record) | {"guidance": f"guidance {guidance_text(record)}", "mode": mode or ""}
         found["training steps"] = f"{count_text(training.steps)} steps" if training else ""
         found["sampling steps"] = f"{found['sampling steps']} sampling steps" if "sampling steps" in found else ""
-        if "steps" in along:
+        if "steps" in along:  # they differ within a line
             found["training steps" if part is Training else "sampling steps"] = ""
-        words.append({name: found.get(name, "") for name in _LABEL_METADATA})
+        metadata.append({name: found.get(name, "") for name in _LABEL_METADATA})
     peers: dict[str, dict[str, set[str]]] = {}  # system -> name -> texts of its lines
-    for record, found in zip(records, words, strict=True):
+    for record, found in zip(records, metadata, strict=True):
         texts_of = peers.setdefault(record.system, {name: set() for name in _LABEL_METADATA})
         for name, text in found.items():
             texts_of[name].add(text)
-    taken: dict[str, int] = {}
+    taken: dict[str, int] = {}  # label -> number of lines that have it so far
     labels = []
-    for record, found in zip(records, words, strict=True):
+    for record, found in zip(records, metadata, strict=True):
         texts_of = peers[record.system]
         differences = [
             text if name in _WITHOUT_NAME else f"{name} {text}"

@@ -31,11 +31,14 @@ def to_csv(table: Table) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows with the same keys as CSV with one header line: floats with all digits, None empty, control characters as spaces."""
+    """CSV with one header line: floats with all digits, None empty, control characters as spaces.
+
+    rows: at least one, all with the same keys, at least two.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0])
-    cells = map(operator.itemgetter(*rows[0]), rows)
+    cells = map(operator.itemgetter(*rows[0]), rows)  # a tuple for each row
     writer.writerows(
         [value if type(value) is not str or value.isprintable() else one_line(value) for value in row] for row in cells
     )
@@ -88,6 +91,7 @@ def to_latex(table: Table) -> str:
                     r"\centering",
                     rf"\caption{{{escape_latex(caption)}.}}",
                     rf"\label{{{label}}}",
+                    # A table that is wider than the page is scaled down, others stay as they are.
                     r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
                     rf"\begin{{tabular}}{{{''.join('r' if is_number else 'l' for is_number in section.numeric)}}}",
                     r"\toprule",
@@ -118,7 +122,7 @@ def one_line(text: str) -> str:
 
 
 def _latex_line(line: Line) -> str:
-    """The row of a tabular."""
+    """A line as a row of a tabular."""
     first, *rest = _cells(line, escape_latex, r"\textbf{{{}}}", r"\textbf{{{}}}$^{{=}}$")
     return " & ".join([first + _latex_marks(line_marks(line)), *rest]) + r" \\"
 
@@ -126,7 +130,8 @@ def _latex_line(line: Line) -> str:
 def _cells(line: Line, escape: Callable[[str], str], best: str, tie: str) -> list[str]:
     """The escaped cells of a line.
 
-    best, tie: templates, with {} for the text, of values with the mark "best" or "tie"; the interval stays outside.
+    best, tie: templates for cells with the mark "best" or "tie", with {} for the value; the interval after it, as in
+    "3.27 [3.21, 3.33]", stays outside.
     """
     if not any(line.marks):
         return [escape(text) for text in line.cells]
@@ -150,7 +155,7 @@ def _latex_marks(marks: list[str]) -> str:
 
 
 def section_notes(section: Section) -> list[tuple[str, str]]:
-    """(mark, text) of each footnote of a section, that of the dagger first."""
+    """(mark, text) of each footnote of a section, first the dagger's, which says that a row is published."""
     notes = [(note_mark(index), text) for index, text in enumerate(section.footnotes)]
     if any(line.published for line in section.lines):
         text = f"as published ({section.origin})"

@@ -22,7 +22,7 @@ from reports.charts import Figure, Style
 from reports.drawing import draw, warm_up
 
 MAX_WORKERS = 7
-PANELS_PER_WORKER = 12  # about as many as a worker draws in the time that it takes to start
+PANELS_PER_WORKER = 12  # about as many as a process draws in the time that a worker takes to start
 _ROOT = Path(__file__).resolve().parent.parent
 _SCRIPT = (
     f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from reports.render_pool import serve_figures; serve_figures()"
@@ -53,7 +53,7 @@ class RenderPool:
     def begin(self, figures: Sequence[Figure], styles: Mapping[str, Style]) -> None:
         """Start more workers if they pay, and let them draw these figures, the most expensive first; returns at once."""
         self._figures, self._styles = figures, dict(styles)
-        self._start(int(sum(map(_cost, figures)) / PANELS_PER_WORKER) - 1)
+        self._start(int(sum(map(_cost, figures)) / PANELS_PER_WORKER) - 1)  # minus one: this process draws, too
         self._waiting.extend(sorted(figures, key=lambda figure: (-_cost(figure), figure.name)))
         self._threads = [Thread(target=self._feed, args=(worker,)) for worker in self._workers]
         for thread in self._threads:
@@ -64,7 +64,7 @@ class RenderPool:
 
         progress: called as ("figures", number drawn, number in all).
         """
-        reported = -1
+        reported = -1  # so that 0 is reported, too
         while reported < len(self._figures):
             if reported < (done := len(self._drawn)):
                 reported = done
@@ -81,12 +81,12 @@ class RenderPool:
             worker.kill()
         for thread in self._threads:
             thread.join()
-        for worker in self._workers:
+        for worker in self._workers:  # close the pipes and collect the exit status
             with contextlib.suppress(OSError):  # a broken pipe: what the worker has not read is not needed
                 worker.communicate()
 
     def _start(self, wanted: int) -> None:
-        """Start workers until there are `wanted`, or MAX_WORKERS, or one fewer than there are processors."""
+        """Start workers until there are `wanted` in all, or MAX_WORKERS, or one fewer than there are processors."""
         for _ in range(min(wanted, MAX_WORKERS, _processors() - 1) - len(self._workers)):
             try:
                 pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
@@ -138,4 +138,5 @@ def _cost(figure: Figure) -> float:
 
 
 def _processors() -> int:
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,7 +11,7 @@ from harness.io.files import write_bytes
 from reports import charts
 from reports.figures import absent, figures, published_records
 from reports.html_tables import to_html_page
-from reports.page.writer import NAME, page_data, write_page
+from reports.page.writer import NAME, page_bytes, page_data
 from reports.render import to_csv, to_latex, to_markdown
 from reports.render_pool import RenderPool
 from reports.sections import Table
@@ -28,9 +28,9 @@ TABLES = "tables and page"  # a stage of three parts, between "records" and "fig
 class ReportSummary:
     """What was written and what could not be used.
 
-    problems: unusable lines of record files. conflicts: a sentence for each identity with conflicting values, which
-    are in no table.
-    records: those that were loaded. notes: a sentence for each figure that is not drawn because files are missing.
+    files: the paths of the written files. problems: unusable lines of record files. conflicts: a sentence for each
+    identity with several values; its records are in no table. records: those that were loaded, packaged ones included.
+    notes: a sentence for each figure that is not drawn because files are missing.
     """
 
     files: tuple[Path, ...]
@@ -59,7 +59,7 @@ def write_report(
     byte.
     Raises UserError (no such path) and RunError (a file cannot be written).
     """
-    report = progress or (lambda stage, done, total: None)
+    notify = progress or (lambda stage, done, total: None)
     found = find_record_files(record_paths)
     packaged = resources.files("results").joinpath("measured")
     with RenderPool() as pool:
@@ -68,16 +68,17 @@ def write_report(
                 loaded = load([*found, *sorted(folder.glob("*.jsonl"))], progress)
             records = loaded.records
             protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
-            drawn = [record for record in records if record.protocol in protocols]
-            drawn += published_records(None if protocol is None else protocols)
-            styles = charts.model_styles(drawn)
-            report(TABLES, 0, 3)
-            shown = figures(drawn, [path.parent for path in found])
+            figure_records = [record for record in records if record.protocol in protocols]
+            # Without `protocol`, all of the paper's records: also those of protocols that nobody has measured.
+            figure_records += published_records(None if protocol is None else protocols)
+            styles = charts.model_styles(figure_records)
+            notify(TABLES, 0, 3)
+            shown = figures(figure_records, [path.parent for path in found])
             pool.begin(shown, styles)  # the workers draw while this process makes the rest
-            report(TABLES, 1, 3)
+            notify(TABLES, 1, 3)
             tables, contents = table_files(records, protocols)
             contents |= {f"{figure.name}.csv": charts.to_csv(figure).encode("utf-8") for figure in shown}
-            report(TABLES, 2, 3)
+            notify(TABLES, 2, 3)
             page = page_data(
                 tables,
                 shown,
@@ -88,10 +89,10 @@ def write_report(
                 problems=loaded.problems,
                 conflicts=loaded.conflicts,
             )
-            report(TABLES, 3, 3)
+            notify(TABLES, 3, 3)
         for name, files in pool.finish(progress).items():
             contents |= {f"{name}.{kind}": data for kind, data in files.items()}
-    contents[NAME] = write_page(page, shown, contents)
+    contents[NAME] = page_bytes(page, shown, contents)
     return ReportSummary(
         files=_write_all(Path(out), contents),
         problems=loaded.problems,
@@ -103,7 +104,10 @@ def write_report(
 
 @collector_paused()
 def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[list[Table], dict[str, bytes]]:
-    """(tables, file name -> content of their CSV, Markdown, LaTeX and HTML files)."""
+    """(tables, file name -> content of their CSV, Markdown, LaTeX and HTML files).
+
+    The tables: the paper's, that of each of these protocols with records, and the verdicts on records of these protocols.
+    """
     tables = paper_tables(records)
     tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]
     verdicts = verdict_table([record for record in records if record.protocol in protocols])

@@ -36,7 +36,7 @@ class Row:
 
     @functools.cached_property
     def representative(self) -> Record:
-        """One of the row's records, for reading what all of them have in common."""
+        """One of the row's records, the first by metric and mode, for reading what all of them have in common."""
         return self.records[min(self.records)]
 
     @functools.cached_property
@@ -45,7 +45,10 @@ class Row:
         return self.representative.provenance == "published"
 
     def text(self, metric: tuple[str, str]) -> str:
-        """The text of a (metric, mode): as printed if published, value and interval if measured, a dash if missing."""
+        """The text of a (metric, mode): as printed if published, value and interval if measured, a dash if missing.
+
+        Published records of record files, which are not among the DiT paper's, are written with their value.
+        """
         record = self.records.get(metric)
         if record is None:
             return "-"
@@ -90,8 +93,8 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
         by_key.setdefault(comparable_key(record), []).append(record)
 
     def order(pair: tuple[tuple, list[Record]]) -> tuple:
-        (dataset, resolution, n, *rest), _ = pair
-        return (rest[0] is None, dataset, resolution, -n, [text or "" for text in rest])
+        (dataset, resolution, n, suite, *hashes), _ = pair
+        return (suite is None, dataset, resolution, -n, [text or "" for text in (suite, *hashes)])
 
     return [members for _, members in sorted(by_key.items(), key=order)]
 
@@ -152,7 +155,7 @@ def _number_cell(value: float | None, write: Callable[[Any], str] = str) -> Cell
 
 
 def _quantity_cell(value: float | None) -> Cell:
-    """The cell of a number of Gflops."""
+    """The cell of a number of Gflops; a dash for None."""
     return _number_cell(value, quantity_text)
 
 
@@ -172,7 +175,7 @@ def _row_key(record: Record) -> tuple:
 
 
 def _sort_key(row: Row) -> tuple:
-    """The order of measured rows."""
+    """The sort key of a measured row."""
     record, training, sampling = row.representative, row.representative.training, row.representative.sampling
     return (
         record.gflops or 0.0,

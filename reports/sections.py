@@ -10,6 +10,7 @@ from reports.rows import Cell, Row
 from reports.texts import DISTINGUISHING_METADATA, METADATA, distinguishing_metadata, row_metadata
 from results.metrics import rank
 
+PAPER = "arXiv:2212.09748"  # where the DiT paper is found
 DEVIATION_PARTS = ("paper", "deviation_percent")  # columns of a metric that compare it with the paper
 
 
@@ -38,15 +39,15 @@ class Section:
     lines: tuple[Line, ...]
     footnotes: tuple[str, ...] = ()  # marked a, b, c, ...
     remarks: tuple[str, ...] = ()  # sentences about all rows
-    origin: str = "arXiv:2212.09748"  # where the published rows are from
+    origin: str = PAPER  # where the published rows are from
 
     @functools.cached_property
     def numeric(self) -> tuple[bool, ...]:
         """For each column, whether it contains numbers."""
         filled = [line.values for line in self.lines if line.values]
-        return tuple(any(value is not None for value in column) for column in zip(*filled, strict=True)) or (
-            (False,) * len(self.columns)
-        )
+        if not filled:
+            return (False,) * len(self.columns)
+        return tuple(any(value is not None for value in column) for column in zip(*filled, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def build_section(
 
     cells: of each row. shown: names of the metadata that a column shows. A row has one note for metadata that other rows
     do not state, and one for metadata that other rows state differently. Rows that still look alike get a third note,
-    which tells them apart. Metadata that all rows share are in a remark.
+    which tells them apart. Metadata that all rows state with the same text are in a remark instead.
     """
     metadata = [row_metadata(row.representative) for row in rows]
     names = [name for name in METADATA if name not in shown and any(name in words for words in metadata)]
@@ -80,7 +81,7 @@ def build_section(
     common = [name for name in names if len(texts_of[name]) == 1 and all(name in words for words in metadata)]
     partly_stated = [name for name in names if len(texts_of[name]) == 1 and name not in common]
     differing = [name for name in names if len(texts_of[name]) > 1]
-    notes = [
+    notes = [  # of each row its two notes; "" where it states none of their metadata
         [", ".join(f"{name} {words[name]}" for name in group if name in words) for group in (partly_stated, differing)]
         for words in metadata
     ]
@@ -178,24 +179,30 @@ def _metric_columns(key: str, mode: str) -> tuple[str, ...]:
 
 @functools.cache
 def _columns(prefix: str, part: type) -> tuple[tuple[str, ...], operator.attrgetter]:
-    """(columns, function that returns their values) of a part of a record, without `mode`, which is in the metric's columns."""
+    """(columns, function from a part of a record to their values), without `mode`, which is in the names of metric columns.
+
+    prefix: of the columns' names. part: the class, such as Training.
+    """
     names = [field.name for field in dataclasses.fields(part) if field.name != "mode"]
     return tuple(f"{prefix}_{name}" for name in names), operator.attrgetter(*names)
 
 
 def metric_columns(rows: Iterable[Row]) -> frozenset[str]:
-    """The names of the data columns that belong to the metrics of these rows."""
-    metrics = {metric for row in rows for metric in row.records}
-    names = {name for metric in metrics for name in _metric_columns(*metric)}
-    return frozenset(
-        names | {f"{_metric_columns(*metric)[0]}_{part}" for metric in metrics for part in DEVIATION_PARTS}
-    )
+    """The names of the data columns that belong to the metrics of these rows, those of `deviation_data` included."""
+    names: set[str] = set()
+    for metric in {metric for row in rows for metric in row.records}:
+        columns = _metric_columns(*metric)
+        names.update(columns, (f"{columns[0]}_{part}" for part in DEVIATION_PARTS))
+    return frozenset(names)
 
 
 def aligned(data: Sequence[dict[str, object]], last: Collection[str] = frozenset()) -> tuple[dict[str, object], ...]:
-    """The rows with the same columns in each, without columns that are empty in all. last: columns that come last."""
-    layouts = dict.fromkeys(tuple(entry) for entry in data)
-    names = dict.fromkeys(name for layout in layouts for name in layout)
+    """The rows with the same columns in each, None where a row had no value, without columns that are empty in all rows.
+
+    last: columns that come last.
+    """
+    layouts = dict.fromkeys(tuple(entry) for entry in data)  # the different tuples of columns, of which there are few
+    names = dict.fromkeys(name for layout in layouts for name in layout)  # every column once, in order of appearance
     kept = [name for name in names if any(entry.get(name) not in (None, "") for entry in data)]
-    kept.sort(key=last.__contains__)
+    kept.sort(key=last.__contains__)  # False sorts before True; otherwise the order stays
     return tuple(dict(zip(kept, map(entry.get, kept), strict=True)) for entry in data)

@@ -42,8 +42,8 @@ def paper_tables(records: Iterable[Record]) -> list[Table]:
     title = "Decoder ablation, DiT-XL/2-G (cfg=1.5), 256x256"
     return [
         _published_table("Table 1", "DiT models"),
-        _metric_table("Table 2", "Class-conditional ImageNet 256x256", measured, _is_of_the_paper),
-        _metric_table("Table 3", "Class-conditional ImageNet 512x512", measured, _is_of_the_paper),
+        _metric_table("Table 2", "Class-conditional ImageNet 256x256", measured, _has_paper_metric),
+        _metric_table("Table 3", "Class-conditional ImageNet 512x512", measured, _has_paper_metric),
         _details_table(measured),
         _metric_table("Table 5", title, measured, _is_decoder_ablation),
         _published_table("Table 6", "Gflops of the U-Net baselines, diffusion models only"),
@@ -73,7 +73,8 @@ def protocol_file_name(protocol: str) -> str:
     safe = urllib.parse.quote(protocol, safe="", errors="backslashreplace")
     if len(safe) > 100:
         safe = f"{safe[:80]}-{hashlib.sha256(safe.encode()).hexdigest()[:12]}"
-    return f"table-protocol-{safe}" if safe.isdigit() or safe == "verdicts" else f"table-{safe}"
+    is_taken = safe.isdigit() or safe == "verdicts"  # by the paper's Tables 1-6 and by the table of verdicts
+    return f"table-protocol-{safe}" if is_taken else f"table-{safe}"
 
 
 def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[dict[str, object]]]:
@@ -99,12 +100,14 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
         )
         for row, columns, marks_of_row in printed
     ]
+    # The metadata that need no footnote. In lower case, the titles of columns are names of metadata.
     shown = ("training seed", "protocol", "metric mode", *(title.lower() for title in all_titles))
     heads = ("System", *titles, *(column_title(metric, rows) for metric in metrics))
     section = build_section(key_text(rows[0].representative), heads, [row for row, _, _ in printed], cells, shown)
     remarks = _with_remark(section.remarks, bold_remark(rows, marks))
     if left_out := len(rows) - len(printed):
         remarks = (f"{left_out:,} more rows are in the CSV file.", *remarks)
+    # `origin` is for published rows, which record files may contain; the CSV file names the source of each.
     section = dataclasses.replace(section, origin="source in the CSV file", remarks=remarks)
     return section, [data_row(row, number, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)]
 
@@ -112,7 +115,7 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
 def _metric_table(table: str, title: str, measured: Sequence[Record], wanted: Callable[[Record], bool]) -> Table:
     """Table 2, 3 or 5, which has only metrics, with measured rows and sections that compare them with published ones.
 
-    wanted: whether a measured record may be in this table.
+    table: its name in the paper. wanted: whether a measured record may be in this table.
     """
     published = [record for record in paper.records() if record.table == table]
     joining = groups([record for record in measured if wanted(record) and may_share(published[0], record)])
@@ -136,7 +139,7 @@ def _details_table(measured: Sequence[Record]) -> Table:
     """Table 4, with measured rows without guidance, in one section for each resolution."""
     table = _published_table("Table 4", "")
     columns = table.sections[0].columns
-    lines = dict(zip((entry["model"] for entry in table.data), table.sections[0].lines, strict=True))  # by model
+    lines = dict(zip((entry["model"] for entry in table.data), table.sections[0].lines, strict=True))  # model -> line
     printed = {entry["model"]: entry for entry in table.data}  # model -> the row of data with all printed columns
 
     def cells(row: Row, marks: dict) -> tuple[Cell, ...]:
@@ -144,7 +147,7 @@ def _details_table(measured: Sequence[Record]) -> Table:
         if not row.is_published:
             return (*_details_cells(row), fid, _source_cell(row))
         line = lines[row.representative.row]
-        *before_fid, _fid, _source = map(Cell, line.cells, line.values)
+        *before_fid, _fid, _source = map(Cell, line.cells, line.values)  # the last two are made anew, with marks
         return (*before_fid, fid, _source_cell(row))
 
     sections: list[Section] = []
@@ -154,7 +157,7 @@ def _details_table(measured: Sequence[Record]) -> Table:
         published = [
             record for record in paper.records() if record.table == "Table 4" and record.resolution == resolution
         ]
-        joining = groups(r for r in measured if _is_unguided_dit(r) and may_share(published[0], r))
+        joining = groups(r for r in measured if _is_fid_of_unguided_dit(r) and may_share(published[0], r))
         for records in _section_records(published, joining):
             shown = ("protocol", "training steps", "batch", "learning rate")
             section, new_data, new_rows = _joint_section(records, columns, cells, shown, len(sections) + 1)
@@ -167,7 +170,11 @@ def _details_table(measured: Sequence[Record]) -> Table:
 
 
 def _section_records(published: list[Record], joining: list[list[Record]]) -> list[list[Record]]:
-    """The records of each section: a single measured group is in the section of the published ones, several have their own."""
+    """The records of each section.
+
+    joining: groups of comparable measured records. A single group shares the section of the published records; of several,
+    which may not be compared with each other, each has its own section after the published one.
+    """
     return [published + joining[0]] if len(joining) == 1 else [published, *joining]
 
 
@@ -176,13 +183,13 @@ def _joint_section(
 ) -> tuple[Section, list[dict[str, object]], list[Row]]:
     """(section, data, rows) of published records with measured ones below them.
 
-    cells: function from a row and its marks to the row's cells. shown: metadata that the columns show. number: of the
-    section, from 1.
+    records: published and measured ones, or only one kind. cells: function from a row and its marks to the row's cells.
+    shown: metadata that the columns show. number: of the section, from 1.
     """
     rows = make_rows(records)
     marks = best_marks(rows, metrics_of(rows))
-    # Names of rows: a published one says how it differs from its neighbours, a measured one has steps and seed. Where
-    # there are no published rows, no footnote is needed for these two.
+    # The names of measured rows state training steps and seed (`model_text`; Table 4 has a column of steps), those of
+    # published rows may state neither. So footnotes state both only where the section has published rows.
     if all(not row.is_published for row in rows):
         shown = (*shown, "training steps", "training seed")
     representative = next((row.representative for row in rows if not row.is_published), rows[0].representative)
@@ -203,7 +210,7 @@ def _with_pairs(
     for group in groups(pair.measured.representative for pair in found):
         members = [pair for pair in found if pair.measured.representative in group]
         sections = [*sections, deviation_section(members)]
-    by_row = {id(pair.measured): pair for pair in found}
+    by_row = {id(pair.measured): pair for pair in found}  # by identity, because rows cannot be hashed
     data = [
         entry | (deviation_data(by_row[id(row)]) if id(row) in by_row else {})
         for row, entry in zip(rows, data, strict=True)
@@ -215,7 +222,11 @@ def _with_pairs(
 
 
 def _details_cells(row: Row) -> tuple[Cell, ...]:
-    """The cells of a measured row of Table 4 before FID."""
+    """The cells of a measured row of Table 4 before FID.
+
+    Its Gflops and parameters are counts of the harness, so they are in the columns of counts; the columns of the paper's
+    figures have dashes.
+    """
     record, columns, training = row.representative, columns_of(row), row.representative.training
     steps, batch, rate = (training.steps, training.batch, training.learning_rate) if training else (None, None, None)
     suffix = next((suffix for suffix in _BLOCKS if (record.backbone or "").endswith(f"-{suffix}")), "")
@@ -236,7 +247,8 @@ def _details_cells(row: Row) -> tuple[Cell, ...]:
 def _published_table(table: str, title: str) -> Table:
     """A table of the paper, cell for cell, with a column of the harness's counts after each column that it can count.
 
-    Of a row's name only the model is printed; if the name has a resolution ("DiT-S/8, 256x256, ..."), that is a column.
+    Of a row's name only the model is printed; if the names have more after a comma ("DiT-S/8, 256x256, ..."), the
+    resolution has a column of its own.
     """
     by_row: dict[str, dict[str, PublishedValue]] = {}  # row -> column -> cell
     for cell in paper.values():
@@ -267,7 +279,7 @@ def _published_table(table: str, title: str) -> Table:
 
 
 def _printed_cell(cell: PublishedValue) -> Cell:
-    """The cell as printed, with its number if it is one."""
+    """The cell as printed, with its number if it is one; a dash for a blank cell."""
     try:
         return Cell(cell.value or "-", float(cell.value))
     except ValueError:
@@ -275,7 +287,7 @@ def _printed_cell(cell: PublishedValue) -> Cell:
 
 
 def _count_cell(count: Counted | None) -> Cell:
-    """`118.64`, or with its deviation `118.64 (+0.5 %)`."""
+    """`118.64`, or with its deviation from the printed figure `118.64 (+0.5 %)`; a dash for None."""
     if count is None:
         return Cell("-")
     return Cell(f"{count.text} ({count.deviation:+.1f} %)" if count.deviation else count.text, count.value)
@@ -300,7 +312,7 @@ def _file_name(table: str) -> str:
     return table.lower().replace(" ", "-")
 
 
-def _is_of_the_paper(record: Record) -> bool:
+def _has_paper_metric(record: Record) -> bool:
     return record.metric in PAPER_METRICS
 
 
@@ -308,7 +320,7 @@ def _is_decoder_ablation(record: Record) -> bool:
     return record.metric in PAPER_METRICS and record.backbone == "dit-xl-2" and guidance_scale(record) == 1.5
 
 
-def _is_unguided_dit(record: Record) -> bool:
+def _is_fid_of_unguided_dit(record: Record) -> bool:
     backbone = record.backbone or ""
     is_single = "+" not in backbone  # no classifier, no upsampler
     return record.metric == "fid" and is_single and backbone.startswith("dit-") and guidance_scale(record) is None

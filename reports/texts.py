@@ -10,8 +10,8 @@ from results.records import Record, Sampling
 UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lower is better
 
 
-# The keys of `row_metadata`, in their order in footnotes. METADATA adds those of settings that name a footnote which is
-# neither here nor in DISTINGUISHING_METADATA.
+# The keys of `row_metadata`, in their order in footnotes. METADATA is complete: it adds the footnote names of settings
+# (`Setting.footnote`) that are neither here nor in DISTINGUISHING_METADATA.
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("time distribution", "loss weight", "noise scale"),
@@ -38,15 +38,17 @@ DISTINGUISHING_METADATA = (
 )
 # Name in footnotes -> the setting whose value is stated under this name.
 _FOOTNOTES = {
-    known.footnote: known
-    for known in settings_of(RunOptions).values()
-    if known.footnote and known.footnote not in DISTINGUISHING_METADATA
+    setting.footnote: setting
+    for setting in settings_of(RunOptions).values()
+    if setting.footnote and setting.footnote not in DISTINGUISHING_METADATA
 }
 METADATA = (*_METADATA, *(name for name in _FOOTNOTES if name not in _METADATA))
 
 
 def metric_name(key: str, n: int | None = None, mode: str = "", features: str | None = None) -> str:
-    """`FID-50K`, `Precision (adm)`. n None: without N. "-50K" stands for exactly 50,000 images.
+    """`FID-50K`, `Precision (adm)`; the key itself for an unknown metric. n None: without N. mode "": without a mode.
+
+    "-50K" stands for exactly 50,000 images.
 
     features: name of the feature network, None: Inception. Some metrics have another title on other features, because
     "KID" and "IS" mean those on Inception's.
@@ -54,8 +56,9 @@ def metric_name(key: str, n: int | None = None, mode: str = "", features: str | 
     metric = known(key)
     name = key
     if metric is not None:
-        is_usual = features is None or features.startswith("inception")
-        name = (not is_usual and metric.title_elsewhere) or metric.title or key
+        name = metric.title or key
+        if metric.title_elsewhere and features is not None and not features.startswith("inception"):
+            name = metric.title_elsewhere
         if metric.names_n and n is not None:
             name = f"{name}-{count_text(n)}"
     return f"{name} ({mode})" if mode else name
@@ -77,6 +80,7 @@ def title_of(records: Sequence[Record], *, names_n: bool = True) -> str:
 
 
 def _arrow(higher_is_better: bool | None) -> str:
+    """The arrow after a metric's name; "" if the direction is not known."""
     if higher_is_better is None:
         return ""
     return UP if higher_is_better else DOWN
@@ -133,7 +137,10 @@ def params_text(params: int | None) -> str:
 
 
 def states_guidance(record: Record) -> bool:
-    """Whether the record states that its images were sampled with guidance."""
+    """Whether the record states that its images were sampled with guidance.
+
+    A record without scale and sampling steps states nothing about guidance; one with steps alone states that there is none.
+    """
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
         return False
@@ -141,7 +148,10 @@ def states_guidance(record: Record) -> bool:
 
 
 def guidance_text(record: Record) -> str:
-    """The scale and, if stated, the channels: `none`, `1.5`, `1.5 (first-3)`, `1 (classifier)`; a dash if not known."""
+    """The scale and, if stated, the channels: `none`, `1.5`, `1.5 (first-3)`, `1 (classifier)`; a dash if not stated.
+
+    What counts as stated: see `states_guidance`.
+    """
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
         return "-"
@@ -154,7 +164,7 @@ def guidance_text(record: Record) -> str:
 def row_metadata(record: Record) -> dict[str, str]:
     """Name (of METADATA) -> text, for the footnotes of a row. Names whose value is not known are absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
-    values: dict[str, object] = {footnote: recorded_value(known, record) for footnote, known in _FOOTNOTES.items()}
+    values: dict[str, object] = {name: recorded_value(setting, record) for name, setting in _FOOTNOTES.items()}
     values |= {
         "protocol": record.protocol,
         "protocol version": record.protocol_version,

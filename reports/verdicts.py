@@ -15,6 +15,7 @@ COLUMNS = (
     "System", "Verdict", "Best opponent", "Metric", "Sampling", "Training Gflops", "Value", "Opponent's value",
     "Difference", "Scope", "If trained again", "Opponent differs in",
 )  # fmt: skip
+# The rules of `results.compare` without the condition before their colon, for which this sentence has its own words.
 RULE = (
     f"Each line compares an experiment with its best opponent: of the others whose training compute differs by at most "
     f"{100 * TOLERANCE:g} %, at the same sampler, steps and guidance, the best one (where two are each other's best "
@@ -79,16 +80,18 @@ def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
 
 
 def _name(group: Group) -> str:
-    """`dit-b-4 (400 steps, 3 seeds)`, `dit-b-4 (400 steps, seed 0)`."""
+    """`dit-b-4 (400 steps, 3 seeds)`, `dit-b-4 (400 steps, seed 0)`; `1 seed` if the only seed is not stated."""
     training = group.records[0].training or Training()
     words = [f"{count_text(training.steps)} steps"] if training.steps is not None else []
-    seeds = len(group.seeds)
-    words.append(f"{seeds} seeds" if seeds > 1 else f"seed {training.seed}" if training.seed is not None else "1 seed")
+    if len(group.seeds) > 1:
+        words.append(f"{len(group.seeds)} seeds")
+    else:
+        words.append("1 seed" if training.seed is None else f"seed {training.seed}")
     return f"{group.records[0].system} ({', '.join(words)})"
 
 
 def _value(group: Group) -> Cell:
-    """The mean over seeds without an interval; for a single record its value with the interval."""
+    """The cell of a group's value: the mean of several records, without an interval, or one value with its interval."""
     if len(group.records) > 1:
         return Cell(f"{group.value:.4g}", group.value)
     (record,) = group.records
@@ -96,13 +99,13 @@ def _value(group: Group) -> Cell:
 
 
 def _differences(matchup: Matchup) -> str:
-    """The settings in which the opponent differs: `sampling eta 1.0 (here 0.0), ...`.
+    """The settings in which the opponent differs: `sampling eta 1.0 (here 0.0), ...`; "" if there are none.
 
-    Without the training steps, which differ anyway if the two have the same compute.
+    Without the training steps: at equal compute, models of different cost always differ in them.
     """
     first, other = matchup.group.records[0], matchup.opponent.records[0]
     found = {name: values for name, values in differing(first, other).items() if name != "training steps"}
-    if first.framework != other.framework:
+    if first.framework != other.framework:  # `differing` has settings of training and sampling only
         found["framework"] = (first.framework, other.framework)
     return ", ".join(f"{name} {theirs} (here {ours})" for name, (ours, theirs) in sorted(found.items()))
 

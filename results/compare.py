@@ -19,6 +19,7 @@ from results.metrics import rank, shared_direction
 from results.records import ComparableKey, Record, Sampling, Training, comparable_key
 
 CONFIDENCE = 0.975  # two-sided 95 %
+RETRAINING = 3.2  # how many times as large the noise of training again is as that of sampling again (arXiv:2606.20536)
 SEEDS_RULE = (
     "training seeds on both sides: win or loss where the 95 % interval of the difference of the means over training "
     "seeds (Welch, Satterthwaite's degrees of freedom) does not contain 0; the verdict is about the two experiments"
@@ -27,14 +28,13 @@ SAMPLING_RULE = (
     "one training seed on a side: win or loss where the difference exceeds the root of the sum of the squared 95 % "
     "half-widths of sampling; the verdict is about these checkpoints, not about the backbones. Training again moves a "
     "Frechet distance about 3 times as far as sampling again does (arXiv:2606.20536), so the last column has the verdict "
-    "at 3.2 times that noise"
+    f"at {RETRAINING} times that noise"
 )
 RULE = (
     f"{SEEDS_RULE}. {SAMPLING_RULE}. Lines are tested one by one: of twenty ties one shows a win or a loss by chance."
 )
 Cell = tuple[str, str | None, str, ComparableKey]  # (metric, mode, way of sampling, comparable key)
 Cells = dict[Cell, "Group"]
-RETRAINING = 3.2  # how many times as large the noise of training again is as that of sampling again (arXiv:2606.20536)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +57,16 @@ class Group:
         """[training seed][checkpoint][sampling seed] -> record. A checkpoint of unknown seed counts as a seed of its own."""
         by_seed: dict[object, list[tuple[Record, ...]]] = {}
         for index, checkpoint in enumerate(self.checkpoints):
-            training = checkpoint[0].training
-            is_known = training is not None and training.seed is not None
-            by_seed.setdefault(training.seed if training and is_known else ("unknown", index), []).append(checkpoint)
+            training = checkpoint[0].training  # the same seed in all records of a checkpoint
+            seed = None if training is None else training.seed
+            by_seed.setdefault(("unknown", index) if seed is None else seed, []).append(checkpoint)
         return tuple(map(tuple, by_seed.values()))
 
     @functools.cached_property
     def means(self) -> list[float]:
         """For each training seed, the mean over its checkpoints of their means over sampling seeds."""
         return [
-            checkpoints[0][0].value
+            checkpoints[0][0].value  # a shortcut: fmean of a single value is that value, but slow
             if len(checkpoints) == len(checkpoints[0]) == 1
             else fmean(fmean(record.value for record in checkpoint) for checkpoint in checkpoints)
             for checkpoints in self.seeds
@@ -86,9 +86,11 @@ class Group:
         """95 % half-width of `value` from the randomness of sampling; None where a record has no interval.
 
         For a checkpoint with several sampling seeds it follows from their spread, for any other from its record's
-        interval. Intervals of shares are not symmetric: `upward` chooses the side above the value, which counts where
-        the value to compare with is higher.
+        interval. Intervals of shares, such as precision, are not symmetric. upward: take the side above the value,
+        as in a comparison with a higher value; False: the side below it.
         """
+        # The half-width of a mean of independent values is the root of the sum of their squared half-widths, divided by
+        # their number: first over the checkpoints of a seed, then over the seeds.
         seed_half_widths = []
         for checkpoints in self.seeds:
             half_widths = [half for records in checkpoints if (half := _half_width(records, upward=upward)) is not None]
@@ -117,12 +119,12 @@ class Verdict:
     is unknown. largest_tie: the largest absolute difference that is a tie; None where an interval is missing.
     degrees_of_freedom: of the test over training seeds; None where training seeds were not compared.
     scope: "training seeds" or "these checkpoints", that is, what the verdict is about.
-    if_trained_again: the verdict if the noise is 3.2 times as large (RETRAINING), as it is when both sides are trained
-    again; None where several training seeds were compared, or where the verdict is unknown.
+    if_trained_again: the verdict if the noise is RETRAINING times as large, as it is when both sides are trained again;
+    None where several training seeds were compared, or where the verdict is unknown.
     """
 
     metric: str
-    sampling: str  # the way of sampling, of both sides
+    sampling: str  # how the images were sampled (`sampling_text`); names both ways if the sides differ
     a: Group
     b: Group
     difference: float  # a - b
@@ -137,8 +139,9 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     """The verdicts on A for every metric and sampling setting that both sides have, in a fixed order.
 
     Records are compared only where data set, resolution, N, suite, features and reference agree. If the two sides share
-    no sampling setting, but each side has only one (of the same number of steps, or else only one altogether), those two
-    are compared, and the verdict's `sampling` names both.
+    no sampling setting, a metric is compared at two different ones: at those with the same number of steps if each side
+    has exactly one of them, or, if this gives no pair for any metric, where each side has exactly one setting at all. The
+    verdict's `sampling` then names both settings.
     Raises UserError where a side is ambiguous (records of one metric and one way of sampling differ in more than seeds,
     say in training length), and where the sides have nothing in common.
     """
@@ -146,7 +149,7 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     common = sorted(set(left) & set(right), key=lambda cell: (rank(cell[0]), str(cell)))
     if common:
         return [verdict_of(cell[0], cell[2], left[cell], right[cell]) for cell in common]
-    pairs = _one_way_each(left, right, by_steps=True) or _one_way_each(left, right, by_steps=False)
+    pairs = _pairs_of_settings(left, right, by_steps=True) or _pairs_of_settings(left, right, by_steps=False)
     if not pairs:
         raise UserError(f"A and B have no measurement that may be compared: {_reason_not_comparable(left, right)}")
     return [verdict_of(metric, text, x, y) for metric, text, x, y in pairs]
@@ -168,10 +171,9 @@ def within_noise(a: Record, b: Record) -> bool | None:
 def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     """Settings of training and sampling in which two records differ: name, as "training steps" -> (value of a, of b).
 
-    Without seeds, hashes, Gflops and batch sizes (`training.images` is left out with them). A setting that one of the
-    records does not state is left out too.
+    Seeds, hashes, Gflops and batch sizes are left out, as is a setting that one of the records does not state.
     """
-    skipped = {
+    skipped = {  # `images` too, because it is steps x batch
         "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
         "decoder_gflops", "images", "micro_batch", "batch",
     }  # fmt: skip
@@ -187,30 +189,34 @@ def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     return differences
 
 
-def _one_way_each(left: Cells, right: Cells, *, by_steps: bool) -> list[tuple[str, str, Group, Group]]:
-    """(metric, text of both samplings, A, B) for each metric of which both sides have exactly one way of sampling.
+def _pairs_of_settings(left: Cells, right: Cells, *, by_steps: bool) -> list[tuple[str, str, Group, Group]]:
+    """(metric, text of both sampling settings, A, B) for each metric that both sides measured at exactly one setting.
 
-    by_steps: exactly one of each number of sampling steps is enough.
+    by_steps: settings are counted for each number of sampling steps, so a metric has a pair for each number of which
+    both sides have exactly one setting.
     """
-    sides = []
-    for side in (left, right):
-        found: dict[tuple, list[tuple[str, Group]]] = {}  # (metric, mode, comparable key, steps) -> (sampling, group)s
-        for (metric, mode, sampling, key), group in side.items():
-            settings = group.records[0].sampling
-            steps = settings.steps if settings and by_steps else None
-            found.setdefault((metric, mode, key, steps), []).append((sampling, group))
-        sides.append(found)
+
+    def by_metric(cells: Cells) -> dict[tuple, list[tuple[str, Group]]]:
+        """(metric, mode, comparable key, steps or None) -> (sampling setting, group) of each setting."""
+        settings: dict[tuple, list[tuple[str, Group]]] = {}
+        for (metric, mode, setting, key), group in cells.items():
+            sampling = group.records[0].sampling
+            steps = sampling.steps if sampling and by_steps else None
+            settings.setdefault((metric, mode, key, steps), []).append((setting, group))
+        return settings
+
+    of_a, of_b = by_metric(left), by_metric(right)
     pairs = []
-    for cell in sorted(set(sides[0]) & set(sides[1]), key=lambda cell: (rank(cell[0]), str(cell))):
-        if len(sides[0][cell]) == len(sides[1][cell]) == 1:
-            ((sampling_a, a),), ((sampling_b, b),) = sides[0][cell], sides[1][cell]
-            pairs.append((cell[0], f"{sampling_a} against {sampling_b}", a, b))
+    for metric in sorted(set(of_a) & set(of_b), key=lambda metric: (rank(metric[0]), str(metric))):
+        if len(of_a[metric]) == len(of_b[metric]) == 1:
+            (setting_a, a), (setting_b, b) = of_a[metric][0], of_b[metric][0]
+            pairs.append((metric[0], f"{setting_a} against {setting_b}", a, b))
     return pairs
 
 
 def _cells(records: Iterable[Record], side: str) -> Cells:
     """The groups of one side. side: "A" or "B", for messages. UserError where a cell's records differ in more than seeds."""
-    cells: dict[Cell, dict[str, Record]] = {}  # cell -> record id -> record
+    cells: dict[Cell, dict[str, Record]] = {}  # cell -> record id -> record, so that copies of a record count once
     for record in records:
         mode = record.evaluation.mode if record.evaluation else None
         cell = (record.metric, mode, sampling_text(record), comparable_key(record))
@@ -229,25 +235,24 @@ def _group(records: list[Record], side: str) -> Group:
             what, remedy = f"training steps {steps[0]} and {steps[1]}", "narrow it with --step"
         else:
             what, remedy = f"{first.system} and {other.system}", "name one run, or one record file"
-            for name, values in differing(first, other).items():
-                what = f"{name} {values[0]} and {values[1]}"
+            if differences := differing(first, other):
+                name, (value, other_value) = differences.popitem()  # the last one; one is enough for the message
+                what = f"{name} {value} and {other_value}"
         raise UserError(f"{side} holds two results for {first.metric} at {sampling_text(first)} ({what}); {remedy}")
-    checkpoints = _by_checkpoint(records)
-    seeds = [(_checkpoint_key(record), record.sampling.seed if record.sampling else None) for record in records]
-    if len(set(seeds)) != len(seeds):
+    if len({_seeds(record) for record in records}) != len(records):
         raise UserError(
             f"{side} holds two results for {first.metric} at {sampling_text(first)} with the same seeds; name one run, or "
             "one record file"
         )
-    return _group_of_checkpoints(checkpoints)
+    return _group_of_checkpoints(_by_checkpoint(records))
 
 
 def group_of(records: Iterable[Record]) -> Group:
     """The records of one experiment as a group. If several have the same seeds, the one with the smallest id is taken."""
-    seeds: dict[tuple, Record] = {}  # (checkpoint, sampling seed) -> record
+    by_seeds: dict[tuple, Record] = {}
     for record in sorted(records, key=lambda record: record.id):
-        seeds.setdefault((_checkpoint_key(record), record.sampling.seed if record.sampling else None), record)
-    return _group_of_checkpoints(_by_checkpoint(seeds.values()))
+        by_seeds.setdefault(_seeds(record), record)
+    return _group_of_checkpoints(_by_checkpoint(by_seeds.values()))
 
 
 def _by_checkpoint(records: Iterable[Record]) -> dict[tuple, list[Record]]:
@@ -263,9 +268,14 @@ def _checkpoint_key(record: Record) -> tuple:
     return (record.training.seed, record.training.checkpoint_sha256) if record.training else (None, None)
 
 
+def _seeds(record: Record) -> tuple:
+    """(`_checkpoint_key`, sampling seed): different for any two records of one group."""
+    return (_checkpoint_key(record), record.sampling.seed if record.sampling else None)
+
+
 def _group_of_checkpoints(checkpoints: dict[tuple, list[Record]]) -> Group:
     """The group of these checkpoints (`_checkpoint_key` -> records), in the order of their keys."""
-    ordered = sorted(checkpoints.items(), key=lambda item: str(item[0]))
+    ordered = sorted(checkpoints.items(), key=lambda item: str(item[0]))  # as text, because keys may hold None
     return Group(checkpoints=tuple(tuple(records) for _, records in ordered))
 
 
@@ -303,6 +313,7 @@ def sampling_text(record: Record) -> str:
     words = [f"{settings.sampler}-{settings.steps}"]
     if settings.eta:
         words.append(f"eta {settings.eta:g}")
+    # Classifier-free guidance of scale 1 is no guidance, but with a classifier scale 1 adds its gradient once.
     if settings.guidance_scale not in (None, 1.0) or settings.guidance_channels == "classifier":
         words.append(f"guidance {settings.guidance_scale:g} ({settings.guidance_channels})")
     if settings.precision not in (None, "float32"):
@@ -319,6 +330,7 @@ def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
     higher_is_better = shared_direction((*a.records, *b.records))
 
     def verdict_at(largest_tie: float) -> str:
+        """The verdict on A if `largest_tie` is the largest absolute difference that is a tie."""
         if higher_is_better is None:
             return "unknown"
         if abs(difference) <= largest_tie:
@@ -332,6 +344,7 @@ def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
         largest_tie, degrees_of_freedom = _welch(a.means, b.means)
         verdict = verdict_at(largest_tie)
     else:
+        # of each interval the side towards the other value
         half_a, half_b = a.sampling_half_width(upward=difference < 0), b.sampling_half_width(upward=difference > 0)
         if half_a is not None and half_b is not None:
             largest_tie = math.hypot(half_a, half_b)
@@ -353,9 +366,8 @@ def student_t(degrees: float) -> float:
 
 def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
     """(95 % half-width, degrees of freedom) of mean(a) - mean(b), for samples of unequal variances (Welch 1947)."""
-    squared_errors = [
-        (variance(values) / len(values), len(values)) for values in (a, b)
-    ]  # of the mean; number of values
+    # (squared standard error of the mean, number of values) of each sample
+    squared_errors = [(variance(values) / len(values), len(values)) for values in (a, b)]
     total = sum(squared for squared, _ in squared_errors)
     if total == 0:  # the seed changes nothing
         return 0.0, math.inf
@@ -365,7 +377,7 @@ def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def _reason_not_comparable(left: Cells, right: Cells) -> str:
     """Why no cell of one side may be compared with one of the other, by the example of the first group of each."""
-    names = ("data set", "resolution", "N", "suite", "features", "reference")
+    names = ("data set", "resolution", "N", "suite", "features", "reference")  # of the items of `comparable_key`
     if not left or not right:
         return f"{'A' if not left else 'B'} holds no records"
     record_a, record_b = next(iter(left.values())).records[0], next(iter(right.values())).records[0]

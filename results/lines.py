@@ -26,52 +26,57 @@ MAX_KNOWN = 10_000  # sample sets in the cache of a reader
 
 
 class _Known(NamedTuple):
-    """What the lines of one sample set share: a record's fields, and the canonical JSON of its identity without the metric.
+    """What the lines of one sample set share: a record's fields, and its identity's canonical JSON around the metric's name.
 
-    fields: of the first record, field name -> value. before: the sha256 state after the JSON up to the metric's name.
-    after: the JSON after the metric's name.
+    fields: of the first record that was read, field name -> value. hash_before: the sha256 state after the JSON before
+    the metric's name. json_after: the JSON after the metric's name.
     """
 
     fields: dict[str, object]
-    before: "hashlib._Hash"
-    after: bytes
+    hash_before: "hashlib._Hash"
+    json_after: bytes
 
 
 class LineReader:
     """Reads as `from_json` does, but many lines faster: the same records, the same errors, the same check of the id."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str, str], _Known] = {}  # the shared pieces of the text of a line -> ...
+        # The three pieces of a line's text that all lines of a sample set share -> what was read from the first line.
+        self._known: dict[tuple[str, str, str], _Known] = {}
 
     def read(self, text: str) -> Record:
         """The record of a line; BrokenRecord and NewerSchema as `from_json` raises them."""
         start, end = text.find('"high":'), text.rfind('"value":')
+        if start < 0 or end < 0:
+            return from_json(text)
         middle, last = _MIDDLE.match(text, start), _VALUE.fullmatch(text, end)
-        if start < 0 or end < 0 or middle is None or last is None:
+        if middle is None or last is None:
             return from_json(text)
         high_text, direction, id_, interval, kind, low_text, metric = middle.groups()  # named groups are slower
         common = (text[:start], kind, text[middle.end() : end])
+        # -0.0 becomes 0.0, as in Record
         value, low, high = float(last[1]) or 0.0, float(low_text) or 0.0, float(high_text) or 0.0
         known = self._known.get(common)
         if known is None:
             record = from_json(text)
             parsed = (metric, value, low, high, interval, _DIRECTIONS[direction])
-            if parsed == (  # else the text was not canonical, and cannot be shared
+            if parsed == (  # else the patterns misread a line that is not canonical, one with a key twice, say
                 record.metric, record.value, record.low, record.high, record.interval, record.higher_is_better,
             ):  # fmt: skip
                 self._remember(common, record)
             return record
-        identity = known.before.copy()
-        identity.update(metric.encode("ascii") + known.after)
-        with_value = identity.copy()
-        with_value.update(float.__repr__(value).encode("ascii"))
-        if with_value.hexdigest() != id_ or not -math.inf < low <= high < math.inf:
-            return from_json(text)  # which names what is wrong
+        # As in Record._hashes, the id is the sha256 of the identity's JSON followed by the value. It does not cover low,
+        # high, interval and direction, so the interval's ends are checked on their own.
+        state = known.hash_before.copy()
+        state.update(metric.encode("ascii") + known.json_after)
+        identity_sha256 = state.hexdigest()
+        state.update(float.__repr__(value).encode("ascii"))
+        if state.hexdigest() != id_ or not -math.inf < low <= high < math.inf:
+            return from_json(text)  # raises the error that names what is wrong
         record = object.__new__(Record)  # without the checks of Record(...): all fields have been checked
-        hashes = (identity.hexdigest(), id_)
         vars(record).update(
             known.fields, metric=metric, value=value, low=low, high=high, interval=interval,
-            higher_is_better=_DIRECTIONS[direction], _hashes=hashes,
+            higher_is_better=_DIRECTIONS[direction], _hashes=(identity_sha256, id_),
         )  # fmt: skip
         return record
 
@@ -82,6 +87,6 @@ class LineReader:
         before, _, after = record.identity_json.partition(f'"metric":"{record.metric}"')
         self._known[common] = _Known(
             fields={name: getattr(record, name) for name in _FIELDS},
-            before=hashlib.sha256(before.encode("ascii") + b'"metric":"'),
-            after=b'"' + after.encode("ascii"),
+            hash_before=hashlib.sha256(before.encode("ascii") + b'"metric":"'),
+            json_after=b'"' + after.encode("ascii"),
         )

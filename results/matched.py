@@ -12,6 +12,8 @@ from results.metrics import rank, shared_direction
 from results.records import ComparableKey, Record, comparable_key
 
 TOLERANCE = 0.02  # the share by which the larger training compute of two may exceed the smaller one
+# (metric, mode, sampling) -> experiment key -> records
+_RecordsByCell = dict[tuple[str, str, str], dict[tuple, list[Record]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,8 @@ class Matchup:
     """
 
     metric: str
-    mode: str  # "": none
-    sampling: str  # of `sampling_text`
+    mode: str  # variant of the metric (`Evaluation.mode`); "": none
+    sampling: str  # how the images were sampled (`sampling_text`)
     group: Group
     opponent: Group
 
@@ -41,9 +43,9 @@ class Matchup:
 class Matchups:
     """The matchups of records that may share a table.
 
-    A cell is a metric, its mode and a way of sampling. experiments: number of trainings in the cells that were looked at;
-    one training that was sampled in several ways counts once. alone: number of those without an opponent in any of these
-    cells. skipped: number of cells that were not looked at.
+    A cell is a metric, its mode and a way of sampling. experiments: number of trainings in the cells that were searched
+    for matchups; one training that was sampled in several ways counts once. alone: number of those without an opponent in
+    any of these cells. skipped: number of cells that were not searched, because there were enough matchups.
     """
 
     key: ComparableKey
@@ -53,16 +55,21 @@ class Matchups:
     skipped: int
 
 
-def matchups(records: Iterable[Record], most: int = sys.maxsize) -> list[Matchups]:
+def matchups(records: Iterable[Record], limit: int = sys.maxsize) -> list[Matchups]:
     """The matchups of measured records whose training compute is known, for each comparable key.
 
-    Metrics of unknown direction are left out. Once `most` matchups of a key are found, its remaining metrics and ways of
-    sampling are skipped.
+    Metrics of unknown direction are left out, and so is a comparable key without any other metric. A key has at most
+    `limit` matchups; once they are found, its remaining metrics and ways of sampling are skipped.
     """
-    records = list(records)  # keeps the records alive, so that `id` of their parts stays unique
-    # comparable key -> (metric, mode, sampling) -> experiment key -> records
-    cells: dict[ComparableKey, dict[tuple[str, str, str], dict[tuple, list[Record]]]] = {}
-    # A cache, because the metrics of one sample set share their parts: parts -> what is computed from them.
+    found = (_matchups_of_key(key, cells, limit) for key, cells in _cells_by_key(list(records)).items())
+    return sorted((each for each in found if each is not None), key=lambda each: str(each.key))
+
+
+def _cells_by_key(records: list[Record]) -> dict[ComparableKey, _RecordsByCell]:
+    """The cells of the measured records whose training compute is known, by comparable key."""
+    cells: dict[ComparableKey, _RecordsByCell] = {}
+    # A cache, because the metrics of one sample set share their parts: parts -> what is computed from them. `records`
+    # keeps the parts alive, so that their `id` stays unique.
     known: dict[tuple, tuple[ComparableKey, tuple, str, str]] = {}
     for record in records:
         if record.provenance == "measured" and record.training and record.training.gflops:
@@ -76,42 +83,40 @@ def matchups(records: Iterable[Record], most: int = sys.maxsize) -> list[Matchup
             key, experiment, mode, sampling = known[parts]
             cell = cells.setdefault(key, {}).setdefault((record.metric, mode, sampling), {})
             cell.setdefault(experiment, []).append(record)
-    result = []
-    for key, cells_of_key in cells.items():
-        directions = {
-            cell: shared_direction(record for members in experiments.values() for record in members)
-            for cell, experiments in cells_of_key.items()
-        }
-        ordered = sorted(
-            (cell for cell in cells_of_key if directions[cell] is not None), key=lambda cell: _sort_key(*cell)
-        )
-        if not ordered:
-            continue
-        found: list[Matchup] = []
-        trainings: set[tuple] = set()
-        looked_at = 0
-        for metric, mode, sampling in ordered:
-            if len(found) >= most:
-                break
-            looked_at += 1
-            experiments = cells_of_key[metric, mode, sampling]
-            trainings |= {_training_key(members[0]) for members in experiments.values()}
-            sign = -1 if directions[metric, mode, sampling] else 1
-            found += [
-                Matchup(metric=metric, mode=mode, sampling=sampling, group=group, opponent=opponent)
-                for group, opponent in _pairs([group_of(members) for members in experiments.values()], sign)
-            ]
-        matched = {_training_key(group.records[0]) for matchup in found for group in (matchup.group, matchup.opponent)}
-        result.append(
-            Matchups(
-                key=key,
-                matchups=tuple(found[:most]),
-                experiments=len(trainings),
-                alone=len(trainings - matched),
-                skipped=len(ordered) - looked_at,
-            )
-        )
-    return sorted(result, key=lambda each: str(each.key))
+    return cells
+
+
+def _matchups_of_key(key: ComparableKey, cells: _RecordsByCell, limit: int) -> Matchups | None:
+    """The matchups in the cells of one comparable key; None if no metric has a known direction."""
+    directions = {
+        cell: shared_direction(record for members in experiments.values() for record in members)
+        for cell, experiments in cells.items()
+    }
+    ordered = sorted((cell for cell in cells if directions[cell] is not None), key=lambda cell: _sort_key(*cell))
+    if not ordered:
+        return None
+    found: list[Matchup] = []
+    trainings: set[tuple] = set()
+    searched = 0  # number of cells
+    for metric, mode, sampling in ordered:
+        if len(found) >= limit:
+            break
+        searched += 1
+        experiments = cells[metric, mode, sampling]
+        trainings |= {_training_key(members[0]) for members in experiments.values()}
+        groups = [group_of(members) for members in experiments.values()]
+        found += [
+            Matchup(metric=metric, mode=mode, sampling=sampling, group=group, opponent=opponent)
+            for group, opponent in _pairs(groups, higher_is_better=directions[metric, mode, sampling] is True)
+        ]
+    matched = {_training_key(group.records[0]) for matchup in found for group in (matchup.group, matchup.opponent)}
+    return Matchups(
+        key=key,
+        matchups=tuple(found[:limit]),
+        experiments=len(trainings),
+        alone=len(trainings - matched),
+        skipped=len(ordered) - searched,
+    )
 
 
 def compute(group: Group) -> float:
@@ -122,12 +127,13 @@ def compute(group: Group) -> float:
     return training.gflops
 
 
-def _pairs(groups: list[Group], sign: int) -> list[tuple[Group, Group]]:
-    """(group, its best opponent) for each group that has others within TOLERANCE of its compute.
+def _pairs(groups: list[Group], *, higher_is_better: bool) -> list[tuple[Group, Group]]:
+    """(group, its best opponent) for each group that has others within TOLERANCE of its compute, by compute.
 
-    Of two groups that are each other's best opponent, only the better one has a pair. sign: 1 if lower values are better,
-    else -1. Groups are sorted by compute, and a window of the groups within TOLERANCE moves over them.
+    Of two groups that are each other's best opponent, only the better one has a pair.
     """
+    sign = -1 if higher_is_better else 1  # sign * value is lower for the better group
+    # A window of the groups within TOLERANCE of the current one moves over the groups, which are sorted by compute.
     groups = sorted(groups, key=lambda group: (compute(group), group.records[0].system, group.records[0].id))
     costs = [compute(group) for group in groups]
     window: list[tuple[float, int]] = []  # (sign * value, index), best first
@@ -140,6 +146,7 @@ def _pairs(groups: list[Group], sign: int) -> list[tuple[Group, Group]]:
         while costs[first] * (1 + TOLERANCE) < costs[index]:
             window.remove((sign * groups[first].value, first))
             first += 1
+        # The best other group is among the first two, of which the group itself may be one.
         best = next((other for _, other in window[:2] if other != index), None)
         if best is not None:
             opponents[index] = best
@@ -151,8 +158,8 @@ def _pairs(groups: list[Group], sign: int) -> list[tuple[Group, Group]]:
 
 
 def _sort_key(metric: str, mode: str, sampling: str) -> tuple:
-    """Sorts metrics as in the tables, then ways of sampling by sampler and number of steps."""
-    sampler, _, rest = sampling.partition("-")
+    """A sort key: metrics as in the tables, then modes, then sampler and number of steps, read from `sampling_text`."""
+    sampler, _, rest = sampling.partition("-")  # "ddim-50, eta 0.5" -> "ddim", "50, eta 0.5"
     steps = rest.partition(",")[0]
     return (rank(metric), mode, sampler, int(steps) if steps.isdigit() else 0, sampling)
 

@@ -18,7 +18,7 @@ LOSS = "loss_"  # the prefix of the keys of losses: loss_mse, loss_vb
 
 
 class KnownMetric(Protocol):
-    """The part of `evaluators.metrics.Metric` that tables use."""
+    """The part of `evaluators.metrics.Metric` that tables use; its fields are described there."""
 
     @property
     def key(self) -> str: ...
@@ -82,7 +82,10 @@ def rank(key: str) -> tuple[float, str]:
 
 @functools.lru_cache(maxsize=1)
 def _of_suites(names: tuple[str, ...]) -> dict[str, KnownMetric]:
-    """Key -> metric of these suites. If several suites measure a key, it is the first suite's metric."""
+    """Key -> metric of these suites. If several suites measure a key, it is the first suite's metric.
+
+    The cache has the names as its key, so that suites which are registered later are found.
+    """
     found: dict[str, KnownMetric] = {}
     for name in names:
         for metric in registry.suites.get(name).metrics:

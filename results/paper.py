@@ -65,7 +65,7 @@ def records() -> tuple[Record, ...]:
 
 @functools.cache
 def printed() -> dict[Source, str]:
-    """Place of a cell -> its text as printed: `171.4` stays `171.4`."""
+    """The place of a cell in the paper -> its text as printed, trailing zeros included; "" for a dash or a blank."""
     return {Source(table=cell.table, row=cell.row, column=cell.column): cell.value for cell in values()}
 
 
@@ -84,7 +84,7 @@ def params() -> dict[tuple[str, int | None], int]:
 
 
 def _stated(value: Number | None, cell: PublishedValue) -> Number:
-    """`value`, which the CSV file must state for this cell. Raises ValueError for None."""
+    """`value`, a number that the published tables must state for this cell. Raises ValueError for None."""
     if value is None:
         raise ValueError(f"{cell.table}, {cell.row}, {cell.column}: a number is missing in results/published")
     return value

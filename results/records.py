@@ -1,8 +1,8 @@
 """The record: one immutable measurement with its whole identity.
 
 Tables and curves are made of records. The *identity* of a record is everything that determines its number: all fields
-but value, interval, direction and environment. Its *id* is the identity together with the value: the same measurement
-made twice has one id, and two values of one identity that differ by more than 1e-5 (relative) are a conflict
+but value, interval, direction and environment. Its *id* is a hash of the identity together with the value: the same
+measurement made twice has one id, and two values of one identity that differ by more than 1e-5 (relative) are a conflict
 (see `results.store`).
 """
 
@@ -51,7 +51,9 @@ class _Checked:
             if value is None and name not in required:
                 continue
             hint = hints[name]
-            if type(value) is hint and hint in _UNCHECKED:  # this and the next case are only shortcuts of _coerce
+            # Two shortcuts for values that _coerce would return as they are. 0.0 takes the long way, because it may be
+            # -0.0, which becomes 0.0.
+            if type(value) is hint and hint in _UNCHECKED:
                 continue
             if hint is float and type(value) is float and value and math.isfinite(value):
                 continue
@@ -99,7 +101,7 @@ class Sampling(_Checked):
     evaluations: int | None = None  # network evaluations per image; a step with classifier-free guidance counts two
     eta: float | None = None  # DDIM's noise share, in [0, 1]
     spacing: str | None = None  # of the times at which the network is asked; None: the usual one of the schedule
-    guidance_scale: float | None = None  # None or 1.0: no guidance
+    guidance_scale: float | None = None  # None: no guidance; so is 1.0, except with a classifier
     guidance_channels: str | None = None  # "first-3" as published, "all", or "classifier": by a classifier's gradient
     gflops_per_image: float | None = None  # all evaluations of one image, without the decoder
     decoder: str | None = None  # None: the model makes pixels
@@ -238,7 +240,7 @@ class Record(_Checked):
 
     @property
     def identity_json(self) -> str:
-        """Canonical JSON of the identity, put together from the cached JSON of the parts, which many records share.
+        """Canonical JSON of the identity, joined from the JSON of its fields; that of a part is cached in the part.
 
         Fields that are None are left out, so a later schema can add optional fields without changing old hashes.
         """
@@ -252,13 +254,14 @@ class Record(_Checked):
         return f"{{{','.join(texts)}}}"
 
 
+# The names of the identity's fields, sorted as the keys of canonical JSON are.
 _IDENTITY = sorted(field.name for field in dataclasses.fields(Record) if field.name not in (*_NOT_IDENTITY, "schema"))
 _DEFAULTS = {  # of all fields of a record; None for required ones, which have no default
     field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(Record)
 }
 _PARTS = frozenset((Training, Sampling, Evaluation, Environment, Source))
 _UNCHECKED = frozenset((str, int, bool)) | _PARTS  # types whose instances _coerce returns as they are
-# The functions by which canonical_json writes these types.
+# The functions by which canonical_json writes these types; called directly, they are faster.
 _WRITERS: dict[type, Callable[[Any], str]] = {
     str: json.encoder.encode_basestring_ascii,
     int: int.__repr__,
@@ -318,7 +321,7 @@ def _canonical_part(value: object) -> str:
 
 @functools.cache
 def field_types(cls: type) -> dict[str, type]:
-    """The type of each field of a record class, without "or None"."""
+    """The type of each field of a record class, without "or None" and type arguments: Mapping for Mapping[str, str]."""
     hints = {}
     for name, hint in typing.get_type_hints(cls).items():
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -390,7 +393,8 @@ def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
         raise BrokenRecord(f"record field {cls.__name__}.{min(missing)}: missing")
     if cls is not Record:
         return cls(**fields)
-    record = object.__new__(Record)  # like Record(**fields), without a slow call for each field of a frozen class
+    # As Record(**fields), without the slow object.__setattr__ for each field of a frozen dataclass.
+    record = object.__new__(Record)
     vars(record).update(_DEFAULTS | fields)
     record.__post_init__()
     return record
@@ -414,10 +418,9 @@ _MAX_SHARED = 4096
 
 def _shared_part(cls: type, fields: dict[str, Any]) -> _Checked:
     """As `_from_dict`, for a part of a record: equal content gives the same object, because most records share their parts."""
-    key = (
-        cls,
-        marshal.dumps(fields, 2),
-    )  # unlike a dict key, it tells 1, 1.0 and True apart; version 2 depends on content only
+    # The bytes of marshal tell 1, 1.0 and True apart, as a key made of the values would not. In its version 2 they depend
+    # on the content alone, in later ones also on which objects are shared.
+    key = (cls, marshal.dumps(fields, 2))
     part = _SHARED.get(key)
     if part is None:
         if len(_SHARED) >= _MAX_SHARED:

@@ -72,7 +72,7 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
             other = known.setdefault(record.identity_sha256, record)
             if not same_value(other.value, record.value):
                 raise Conflict(_conflict_text([(other, str(path)), (record, "the new measurement")]))
-            if other is record:  # else the file has this identity, perhaps with other low bits
+            if other is record:  # else the file has this identity already, perhaps with other low bits of the value
                 new.append(to_json(record) + "\n")
         if new:
             files.append(file, "".join(new).encode("ascii"))
@@ -102,7 +102,8 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
     """Read record files. Broken and newer lines and unreadable files are listed in `problems`.
 
     Copies of a record are loaded once, and values of one identity that `same_value` counts as equal are one record.
-    Records in conflict are listed in `conflicts` and left out, so that no table shows a disputed number. progress: called as ("records", files read, files in all).
+    Records in conflict are listed in `conflicts` and left out, so that no table shows a disputed number. progress: called
+    as ("records", files read, files in all).
     """
     reader = LineReader()
     problems: list[Problem] = []
@@ -126,6 +127,7 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
                 continue
             by_id = found.setdefault(record.identity_sha256, {})
             other = by_id.setdefault(record.id, (record, path))[0]
+            # Two records of one id may still differ in interval, direction and environment.
             if other is not record and _preference(record) < _preference(other):
                 by_id[record.id] = (record, path)
     if progress is not None:

@@ -43,7 +43,7 @@ class _ADM(UNetBase):
     def denoise(self, x: Array, t: Array, y: Array, rngs: nnx.Rngs | None) -> Array:
         """The U-Net's output (N, S, S, C_out) for its input channels x (N, S, S, C), timesteps t and labels y."""
         emb = self.embed(t)  # (N, E) float32
-        if self.label_emb is not None:
+        if self.label_emb is not None:  # None if num_classes is 0
             emb = emb + self.label_emb(y)  # (N, E)
         return self.run_unet(x, emb, rngs=rngs)  # (N, S, S, C_out)
 

@@ -14,7 +14,10 @@ from harness.errors import UserError
 
 
 def adm_layout(kind: str, arguments: Mapping[str, Any]) -> Layout:
-    """The layout of a network of `kind` with these arguments. Raises UserError if there is no such network."""
+    """The layout of a network with these arguments. Raises UserError if there is no such network.
+
+    kind: "denoiser", "upsampler" or "classifier"; arguments: of the builder.
+    """
     check_arguments("ADM", arguments)
     low = arguments.get("low_res_size")
     if kind == "upsampler" and not (type(low) is int and 1 <= low <= arguments["input_size"]):
@@ -23,7 +26,7 @@ def adm_layout(kind: str, arguments: Mapping[str, Any]) -> Layout:
         raise UserError("ADM: a classifier needs num_classes of at least 1")
     return unet_layout(
         input_size=arguments["input_size"],
-        in_channels=arguments["in_channels"] * (2 if kind == "upsampler" else 1),
+        in_channels=arguments["in_channels"] * (2 if kind == "upsampler" else 1),  # and those of the resized image
         width=arguments["width"],
         multipliers=tuple(arguments["multipliers"]),
         res_blocks=arguments["res_blocks"],

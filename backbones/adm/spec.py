@@ -47,7 +47,8 @@ CLASSIFIERS = {
 
 
 def _specs() -> tuple[BackboneSpec, ...]:
-    families = (
+    """The specs of the rows of the three tables above."""
+    families = (  # (kind, class of the network, its rows, summary with the row's arguments in braces)
         ("denoiser", "ADM", DENOISERS, "pixel-space U-Net for {input_size}x{input_size}"),
         ("upsampler", "ADMUpsampler", UPSAMPLERS, "ADM-U, {low_res_size}x{low_res_size} to {input_size}x{input_size}"),
         ("classifier", "ADMClassifier", CLASSIFIERS, "classifier of noised {input_size}x{input_size} images"),
@@ -57,7 +58,7 @@ def _specs() -> tuple[BackboneSpec, ...]:
         for name, row in rows.items():
             defaults = {**SHARED, **row}
             if kind == "classifier":
-                del defaults["out_channels"]
+                del defaults["out_channels"]  # the outputs are num_classes logits
             specs.append(
                 BackboneSpec(
                     name=name,

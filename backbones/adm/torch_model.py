@@ -40,7 +40,7 @@ class _ADM(UNetBase):
     def denoise(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The U-Net's output (N, C_out, S, S) for its input channels x (N, C, S, S), timesteps t and labels y."""
         emb = self.embed(t)  # (N, E) float32
-        if hasattr(self, "label_emb"):
+        if hasattr(self, "label_emb"):  # not if num_classes is 0
             emb = emb + self.label_emb(y)  # (N, E)
         return self.run_unet(x, emb)  # (N, C_out, S, S)
 

@@ -14,6 +14,7 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
     if len(embedding := shapes.get("time_embed.0.weight", ())) == 2:
         found["width"] = embedding[1]
     if len(first := shapes.get("input_blocks.0.0.weight", ())) == 4:
+        # An upsampler's input is concatenated with the low-resolution image, of as many channels.
         found["in_channels"] = first[1] // 2 if spec.kind == "upsampler" else first[1]
     if spec.kind == "classifier":
         if logits := shapes.get("out.2.c_proj.bias"):
@@ -21,7 +22,8 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
         return found
     found["num_classes"] = shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else 0
     if (last := shapes.get("out.2.bias")) and "in_channels" in found:
-        found["out_channels"] = None if last[0] == 2 * found["in_channels"] else last[0]
+        outputs = last[0]
+        found["out_channels"] = None if outputs == 2 * found["in_channels"] else outputs  # None: 2 * in_channels
     return found
 
 

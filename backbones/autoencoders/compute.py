@@ -51,7 +51,7 @@ def count(
     if image_size < 1 or image_size % factor(multipliers):
         raise UserError(f"autoencoder: image size {image_size} is not a multiple of its factor {factor(multipliers)}")
     widths = [width * multiplier for multiplier in multipliers]
-    attended = [resolution >> level in attention_resolutions for level in range(len(multipliers))]
+    attended = [(resolution >> level) in attention_resolutions for level in range(len(multipliers))]
     moments = 1 if codes is not None else 2  # a Gaussian posterior has a mean and a log-variance
     last = len(widths) - 1
     inner = image_size >> last  # side of the latent
@@ -77,11 +77,12 @@ def count(
         decode.params += codes * code_channels
         decode.rows.append(ComputeRow("quantize", "linear", inner**2 * codes * code_channels))
     decode.conv("post_quant_conv", code_channels, latent_channels, 1, inner)
+    channels = widths[last]
     decode.conv("decoder.conv_in", latent_channels, channels, 3, inner)
     decode.middle("decoder.mid", channels, inner)
     for level in reversed(range(len(widths))):
         side = image_size >> level
-        for index in range(blocks + 1):
+        for index in range(blocks + 1):  # one more than in the encoder
             decode.residual(f"decoder.up.{level}.block.{index}", channels, widths[level], side)
             channels = widths[level]
             if attended[level]:
@@ -108,10 +109,12 @@ class _Tally:
         self.rows.append(ComputeRow(part, "conv", inputs * outputs * kernel**2 * side**2))
 
     def norm(self, part: str, channels: int, side: int) -> None:
+        """A group norm with scale and shift."""
         self.params += 2 * channels
         self.rows.append(ComputeRow(part, "norm", channels * side**2))
 
     def residual(self, part: str, inputs: int, outputs: int, side: int) -> None:
+        """A residual block of two 3x3 convolutions, with a 1x1 convolution as its skip if the channels change."""
         self.norm(f"{part}.norm1", inputs, side)
         self.conv(f"{part}.conv1", inputs, outputs, 3, side)
         self.norm(f"{part}.norm2", outputs, side)
@@ -120,13 +123,16 @@ class _Tally:
             self.conv(f"{part}.nin_shortcut", inputs, outputs, 1, side)
 
     def attention(self, part: str, channels: int, side: int) -> None:
+        """An attention block: group norm, 1x1 convolutions for q, k, v and the output, and self-attention of all cells."""
         self.norm(f"{part}.norm", channels, side)
         for name in ("q", "k", "v"):
             self.conv(f"{part}.{name}", channels, channels, 1, side)
-        self.rows.append(ComputeRow(part, "attention", 2 * side**4 * channels))  # scores, and the sum of values
+        # Scores and weighted sum of values, for side**2 queries and side**2 keys.
+        self.rows.append(ComputeRow(part, "attention", 2 * side**4 * channels))
         self.conv(f"{part}.proj_out", channels, channels, 1, side)
 
     def middle(self, part: str, channels: int, side: int) -> None:
+        """Residual block, attention block, residual block."""
         self.residual(f"{part}.block_1", channels, channels, side)
         self.attention(f"{part}.attn_1", channels, side)
         self.residual(f"{part}.block_2", channels, channels, side)

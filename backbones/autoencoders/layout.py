@@ -12,6 +12,7 @@ from typing import Any
 from harness.errors import UserError
 
 GROUPS = 32  # of every group normalisation
+RESOLUTION = 256  # image side in pixels that the attention resolutions of the public networks refer to
 
 
 def factor(multipliers: tuple[int, ...]) -> int:
@@ -39,7 +40,7 @@ def check_arguments(
         "blocks": blocks,
         "latent_channels": latent_channels,
         "code_channels": code_channels,
-        "codes": 1 if codes is None else codes,
+        "codes": 1 if codes is None else codes,  # None is valid, so a number that passes stands for it
         **{f"multipliers[{i}]": value for i, value in enumerate(multipliers)},
     }
     for name, value in numbers.items():
@@ -60,23 +61,23 @@ def check_arguments(
 def infer_arguments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Arguments of the VQ network whose parameters have these names and shapes, in the public layout.
 
-    Attention resolutions are relative to a resolution of 256. Raises KeyError with the name of a missing parameter; the
-    other parameters are not checked.
+    Attention resolutions are relative to RESOLUTION. Raises KeyError with the name of a missing parameter; the other
+    parameters are not checked.
     """
     codes, code_channels = shapes["quantize.embedding.weight"]
     width, image_channels = shapes["encoder.conv_in.weight"][:2]
     levels = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.(\d+)\.", name))}
     blocks = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
     return {
-        "resolution": 256,
+        "resolution": RESOLUTION,
         "image_channels": image_channels,
         "width": width,
-        "multipliers": tuple(
+        "multipliers": tuple(  # without any level, level 0 raises the KeyError
             shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // width for i in range(max(levels, default=0) + 1)
         ),
         "blocks": max(blocks, default=0) + 1,
         "attention_resolutions": tuple(
-            256 >> i for i in sorted(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes
+            RESOLUTION >> i for i in sorted(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes
         ),
         "latent_channels": shapes["post_quant_conv.weight"][0],
         "code_channels": code_channels,

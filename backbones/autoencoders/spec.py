@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backbones.autoencoders.layout import factor
+from backbones.autoencoders.layout import RESOLUTION, factor
 from harness.errors import UserError
 from harness.spec import Compute, load_attribute
 
@@ -99,35 +99,38 @@ def diffusers_layout(tensors: Mapping[str, Any], levels: int) -> dict[str, Any]:
     """The tensors under diffusers' current names, from LDM's layout (kl-f8) or diffusers' older names of attention."""
     result = {}
     for name, value in tensors.items():
-        name = diffusers_name(name, levels)  # does not change diffusers' names
+        name = diffusers_name(name, levels)  # leaves a name that is diffusers' already as it is
         path, _, kind = name.rpartition(".")  # kind: weight or bias
         parent, _, layer = path.rpartition(".")
         if ".attentions." in name:
             name = f"{parent}.{_OLD_ATTENTION.get(layer, layer)}.{kind}"
-            value = value.flatten(1) if value.dim() == 4 else value  # a 1x1 convolution is a matrix
+            value = value.flatten(1) if value.dim() == 4 else value  # from a 1x1 convolution to a matrix
         result[name] = value
     return result
 
 
 def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The autoencoder's tensors in a file, without the prefix of an LDM checkpoint, and its notes.
+    """The autoencoder's own tensors in a file, without the prefix of an LDM checkpoint, and notes for the user.
 
-    path: of the file, for messages. The notes are one line on the number of tensors that are not used, or empty. Raises
-    UserError if there is no decoder.
+    tensors: all tensors of the file, which is a checkpoint of a whole LDM or of an autoencoder alone. path: of the file,
+    for messages. The notes are one line on the number of tensors that are not used, or empty. Raises UserError if there
+    is no decoder.
     """
     prefix = "first_stage_model."
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    own = {name: value for name, value in (own or tensors).items() if not name.startswith("loss.")}
+    in_ldm = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    # loss.* are the perceptual network and the discriminator of the autoencoder's training.
+    own = {name: value for name, value in (in_ldm or tensors).items() if not name.startswith("loss.")}
     if not any(name.startswith("decoder.") for name in own):
         first = next(iter(tensors), "nothing at all")
         raise UserError(
             f"{path} holds no autoencoder (no decoder.*; it begins with {first}); give one, or a model.ckpt"
         )
     unused = len(tensors) - len(own)
-    return own, (f"tensors of other networks in the file, not used: {unused}",) if unused else ()
+    notes = (f"tensors of other networks in the file, not used: {unused}",) if unused else ()
+    return own, notes
 
 
-_COMMON = {"resolution": 256, "image_channels": 3, "width": 128, "blocks": 2}
+_COMMON = {"resolution": RESOLUTION, "image_channels": 3, "width": 128, "blocks": 2}
 _TORCH = {"torch": "backbones.autoencoders.vq_torch:VQAutoencoder"}
 
 
@@ -179,7 +182,7 @@ BY_NAME = {spec.name: spec for spec in SPECS}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """Weight files of an autoencoder in diffusers' layout. safetensors is preferred, because it cannot hold code."""
 
-KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; for a weight file without a config
+KL_CONFIG: dict[str, Any] = {  # stabilityai/sd-vae-ft-ema, config.json; assumed for a weight file without a config
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
@@ -211,7 +214,10 @@ KL_DEFAULTS = {  # of diffusers' AutoencoderKL, for items that are not in a conf
 
 
 def kl_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The items of an AutoencoderKL's config that define its network, with defaults: equal for configs of one network."""
+    """The items of an AutoencoderKL's config that define its network, with diffusers' defaults for missing ones.
+
+    They are equal for two configs of the same network.
+    """
     return {name: config.get(name, default) for name, default in KL_DEFAULTS.items()}
 
 

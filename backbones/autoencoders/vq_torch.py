@@ -23,7 +23,7 @@ CELLS = 1024  # latent cells whose distances to all codes are computed at a time
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """The normalisation of every layer."""
+    """The group norm of every layer."""
     return nn.GroupNorm(GROUPS, channels, eps=EPS)
 
 
@@ -89,7 +89,10 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, each followed by attention if `attended`, and then a downsampling or upsampling layer if set."""
+    """Residual blocks, each followed by attention if `attended`, and then a downsampling or upsampling layer or neither.
+
+    Encoder and Decoder set `downsample` or `upsample` of the levels that have one.
+    """
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attended: bool):
         super().__init__()
@@ -131,7 +134,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(image_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
-            level = Level(widths[max(index - 1, 0)], width, blocks, attended[index])
+            inputs = widths[max(index - 1, 0)]  # of the level before; of conv_in at level 0
+            level = Level(inputs, width, blocks, attended[index])
             if index != len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
@@ -159,7 +163,10 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList()
         for index, width in enumerate(widths):
-            level = Level(widths[min(index + 1, len(widths) - 1)], width, blocks + 1, attended[index])
+            inputs = widths[
+                min(index + 1, len(widths) - 1)
+            ]  # of the next level, which runs before; of `mid` at the last
+            level = Level(inputs, width, blocks + 1, attended[index])
             if index:
                 level.upsample = Upsample(width)
             self.up.append(level)
@@ -174,7 +181,7 @@ class Decoder(nn.Module):
 
 
 class CodeBook(nn.Module):
-    """K vectors of E features."""
+    """K vectors of E features. `forward` replaces every cell of z (N, E, h, w) by its nearest vector."""
 
     def __init__(self, codes: int, channels: int):
         super().__init__()
@@ -191,7 +198,7 @@ class CodeBook(nn.Module):
         codes = self.embedding.weight.to(dtype)  # (K, E)
         half_norms = codes.square().sum(dim=1) / 2  # (K,)
         cells = z.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)  # (N h w, E)
-        # |z - e|^2 / 2 without |z|^2 / 2, which is the same for every code
+        # Minimises |z - e|^2 / 2 = |e|^2 / 2 - z e + |z|^2 / 2 without the last term, which is the same for every code.
         nearest = [torch.addmm(half_norms, part, codes.T, alpha=-1).min(dim=1).indices for part in cells.split(CELLS)]
         return torch.cat(nearest).view(len(z), *z.shape[2:])  # (N, h, w)
 
@@ -229,14 +236,14 @@ class VQAutoencoder(nn.Module):
             code_channels=code_channels,
             codes=codes,
         )
-        if codes is None:
+        if codes is None:  # the arguments of a KL autoencoder
             raise UserError("autoencoder: codes is None, but a VQ autoencoder has a codebook; give a number of codes")
         super().__init__()
         self.factor = factor(multipliers)
         self.image_channels = image_channels
         self.code_channels = code_channels
         widths = [width * multiplier for multiplier in multipliers]
-        attended = [resolution >> level in attention_resolutions for level in range(len(multipliers))]
+        attended = [(resolution >> level) in attention_resolutions for level in range(len(multipliers))]
         self.encoder = Encoder(image_channels, widths, blocks, attended, latent_channels)
         self.decoder = Decoder(image_channels, widths, blocks, attended, latent_channels)
         self.quantize = CodeBook(codes, code_channels)

@@ -22,7 +22,10 @@ def count(
     blocks: Sequence[Sequence[int]] | None,
     attention: int | None,
 ) -> Compute:
-    """Compute of generating one image, by part. Raises UserError for arguments from which no network can be built."""
+    """Compute of generating one image, by part. Raises UserError for arguments from which no network can be built.
+
+    blocks and attention: see `layout`.
+    """
     block_layout = layout(
         input_size=input_size,
         num_classes=num_classes,
@@ -53,17 +56,18 @@ def count(
         linear(f"{part}.offset", condition, channels, bias=False)
         rows.append(ComputeRow(part, "norm", channels * cells))
 
-    cells = START**2
+    cells = START**2  # of the current feature map, from here to the end
     linear("generator.gen_z", condition, START_MULTIPLE * width * cells, bias=True)
     layer_index = 0  # in generator.layers, where self-attention is a separate layer
     for number, block in enumerate(block_layout):
         inputs, outputs = block.inputs * width, block.outputs * width
         inner = inputs // BOTTLENECK
-        if number == attention:
+        if number == attention:  # self-attention comes before this block
             path = f"generator.layers.{layer_index}"
             conv(f"{path}.snconv1x1_theta", inputs, inputs // 8, 1, cells, bias=False)
             conv(f"{path}.snconv1x1_phi", inputs, inputs // 8, 1, cells, bias=False)
             conv(f"{path}.snconv1x1_g", inputs, inputs // 2, 1, cells, bias=False)
+            # Scores of inputs // 8 features and the weighted sum of inputs // 2; keys and values are max-pooled 2x2.
             rows.append(ComputeRow(path, "attention", cells * (cells // 4) * (inputs // 8 + inputs // 2)))
             conv(f"{path}.snconv1x1_o_conv", inputs // 2, inputs, 1, cells, bias=False)
             params += 1  # gamma

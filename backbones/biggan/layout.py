@@ -50,7 +50,11 @@ def layout(
     blocks: Sequence[Sequence[int]] | None,
     attention: int | None,
 ) -> tuple[Block, ...]:
-    """The blocks of the generator with these arguments. Raises UserError if there is no such generator."""
+    """The blocks of the generator with these arguments. Raises UserError if there is no such generator.
+
+    blocks: (up, inputs, outputs) of every block, as in `Block`; None: those of input_size in BLOCKS. attention: index of
+    the block that follows self-attention; None: no self-attention.
+    """
     numbers = {"input_size": input_size, "num_classes": num_classes, "width": width, "latent_size": latent_size}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -67,14 +71,14 @@ def layout(
                 " choose one of these or give your own blocks"
             )
         blocks = BLOCKS[input_size]
-    checked = _checked(blocks, input_size)
+    checked = _checked_blocks(blocks, input_size)
     if attention is not None:
         if isinstance(attention, bool) or not isinstance(attention, int) or not 0 <= attention < len(checked):
             raise UserError(
                 f"BigGAN-deep: attention is {attention!r}; it must be the index of the block that follows it,"
                 f" 0 to {len(checked) - 1}, or None"
             )
-        if (channels := checked[attention].inputs * width) % 8:
+        if (channels := checked[attention].inputs * width) % 8:  # queries and keys have an eighth of the channels
             raise UserError(
                 f"BigGAN-deep: self-attention on {channels} channels, which are not divisible by 8; choose another"
                 " width or an earlier block"
@@ -82,7 +86,7 @@ def layout(
     return checked
 
 
-def _checked(blocks: Sequence[Sequence[int]], input_size: int) -> tuple[Block, ...]:
+def _checked_blocks(blocks: Sequence[Sequence[int]], input_size: int) -> tuple[Block, ...]:
     """The blocks as `Block`. Raises UserError if they do not fit together or do not end at input_size."""
     try:
         found = tuple(Block(bool(up), int(inputs), int(outputs)) for up, inputs, outputs in blocks)

@@ -7,10 +7,7 @@ convert_tf_to_pytorch.py, for the blocks of the released networks.
 
 from __future__ import annotations
 
-from backbones.biggan.layout import (
-    ATTENTION,
-    BLOCKS,
-)
+from backbones.biggan.layout import ATTENTION, BLOCKS
 from harness.spec import BackboneSpec
 
 SPECS: tuple[BackboneSpec, ...] = tuple(
@@ -25,7 +22,7 @@ SPECS: tuple[BackboneSpec, ...] = tuple(
             "width": 128,  # ch of the paper's tables
             "latent_size": 128,  # of z, and of a class vector
             "blocks": None,  # None: those of input_size in BLOCKS; else (up, inputs, outputs) of every block
-            "attention": ATTENTION,  # None: no self-attention
+            "attention": ATTENTION,  # index of the block that follows self-attention; None: no self-attention
         },
         builders={"torch": "backbones.biggan.torch_model:BigGAN"},
         closed_form="backbones.biggan.compute:count",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.biggan.layout import BOTTLENECK, IMAGE_CHANNELS, START, START_MULTIPLE, STATISTICS, layout
+from backbones.biggan.layout import BOTTLENECK, IMAGE_CHANNELS, START, START_MULTIPLE, STATISTICS, Block, layout
 from harness.errors import UserError
 
 EPS = 1e-4  # of every batch normalisation
@@ -107,7 +107,7 @@ class StandingNorm(nn.Module):
         row = int(whole)
         if fraction == 0:
             return self.running_means[row], self.running_vars[row]
-        two_rows = slice(row, row + 2)
+        two_rows = slice(row, row + 2)  # the rows on either side of the truncation
         below, above = self.running_means[two_rows]
         mean = below * fraction + above * (1 - fraction)  # (C,)
         below, above = self.running_vars[two_rows]
@@ -172,7 +172,7 @@ class GeneratorBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, condition: int, up: bool):
         super().__init__()
         inner = inputs // BOTTLENECK
-        self.up = up
+        self.up = up  # whether the block doubles the side
         self.outputs = outputs
         self.bn_0 = ConditionalNorm(inputs, condition)
         self.conv_0 = SpectralConv2d(inputs, inner, 1)
@@ -199,12 +199,12 @@ class GeneratorBlock(nn.Module):
 class Generator(nn.Module):
     """From the condition (N, D) to images (N, 3, input_size, input_size)."""
 
-    def __init__(self, width: int, condition: int, blocks: Sequence[tuple[bool, int, int]], attention: int | None):
+    def __init__(self, width: int, condition: int, blocks: Sequence[Block], attention: int | None):
         super().__init__()
         self.gen_z = SpectralLinear(condition, START**2 * START_MULTIPLE * width, bias=True)
         layers: list[nn.Module] = []
         for number, (up, inputs, outputs) in enumerate(blocks):
-            if number == attention:
+            if number == attention:  # self-attention comes before this block
                 layers.append(SelfAttention(inputs * width))
             layers.append(GeneratorBlock(inputs * width, outputs * width, condition, up))
         self.layers = nn.ModuleList(layers)
@@ -248,7 +248,8 @@ class BigGAN(nn.Module):
         num_classes: int,
         width: int,  # ch of the paper's tables
         latent_size: int,
-        blocks: Sequence[Sequence[int]] | None,  # None: those of backbones.biggan.spec.BLOCKS
+        blocks: Sequence[Sequence[int]]
+        | None,  # (up, inputs, outputs) of each; None: those of backbones.biggan.layout.BLOCKS
         attention: int | None,  # index of the block that follows self-attention; None: no self-attention
     ):
         super().__init__()
@@ -262,7 +263,7 @@ class BigGAN(nn.Module):
         )
         self.latent_size = latent_size
         self.embeddings = ClassVectors(num_classes, latent_size)
-        self.generator = Generator(width, 2 * latent_size, block_layout, attention)
+        self.generator = Generator(width, condition=2 * latent_size, blocks=block_layout, attention=attention)
         self.initialise()
 
     @torch.no_grad()

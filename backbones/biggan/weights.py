@@ -17,7 +17,7 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
     if len(labels := shapes.get("embeddings.weight", ())) == 2:
         found |= {"latent_size": labels[0], "num_classes": labels[1]}
     if len(read_out := shapes.get("generator.conv_to_rgb.weight_orig", ())) == 4:
-        found["width"] = read_out[0]
+        found["width"] = read_out[0]  # the read-out has `width` output channels, of which three are used
     return found
 
 

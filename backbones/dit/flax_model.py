@@ -101,7 +101,10 @@ class Mlp(nnx.Module):
 
 
 class AdaLNBlock(nnx.Module):
-    """adaLN and adaLN-Zero (`gated`): scales, shifts and, if gated, gates are regressed from timestep and class."""
+    """ViT block whose layer norms are modulated by timestep and class: adaLN-Zero if `gated`, else adaLN.
+
+    A linear layer regresses scales and shifts, and if gated also gates of the two residual branches.
+    """
 
     def __init__(self, width: int, heads: int, gated: bool, rngs: nnx.Rngs):
         self.gated = gated
@@ -110,7 +113,7 @@ class AdaLNBlock(nnx.Module):
         self.norm2 = plain_norm(width, rngs)
         self.mlp = Mlp(width, rngs)
         # With adaLN-Zero, every block starts as the identity.
-        regression = linear(width, (6 if gated else 4) * width, rngs, zeros if gated else None)
+        regression = linear(width, (6 if gated else 4) * width, rngs, kernel_init=zeros if gated else None)
         self.adaLN_modulation = Sequence([jax.nn.silu, regression])
 
     def __call__(self, x: Array, c: Array) -> Array:
@@ -156,12 +159,12 @@ class CrossAttentionBlock(nnx.Module):
 
 
 def build_block(block: str, width: int, heads: int, rngs: nnx.Rngs) -> nnx.Module:
-    """A block of the named design; every block is called as block(x, c)."""
+    """A block of the named design, one of backbones.dit.layout.BLOCKS; every block is called as block(x, c)."""
     if block == "in-context":
         return InContextBlock(width, heads, rngs)
     if block == "cross-attention":
         return CrossAttentionBlock(width, heads, rngs)
-    return AdaLNBlock(width, heads, block == "adaln-zero", rngs)
+    return AdaLNBlock(width, heads, gated=block == "adaln-zero", rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
@@ -207,9 +210,11 @@ class FinalLayer(nnx.Module):
 
     def __init__(self, width: int, outputs: int, adaptive: bool, rngs: nnx.Rngs):
         self.norm_final = LayerNorm(width, eps=EPS, affine=not adaptive, rngs=rngs)
-        self.linear = linear(width, outputs, rngs, zeros)
-        regression = linear(width, 2 * width, rngs, zeros) if adaptive else None
-        self.adaLN_modulation = Sequence([jax.nn.silu, regression]) if adaptive else None
+        self.linear = linear(width, outputs, rngs, kernel_init=zeros)
+        modulation: Sequence | None = None
+        if adaptive:
+            modulation = Sequence([jax.nn.silu, linear(width, 2 * width, rngs, kernel_init=zeros)])
+        self.adaLN_modulation = modulation
 
     def __call__(self, x: Array, c: Array) -> Array:
         if self.adaLN_modulation is None:
@@ -240,7 +245,7 @@ class DiT(nnx.Module):
         width: int,
         heads: int,
         patch: int,
-        block: str,  # one of backbones.dit.spec.BLOCKS
+        block: str,  # one of backbones.dit.layout.BLOCKS
         gradient_checkpointing: bool = False,
         rngs: nnx.Rngs | None = None,  # for the initial weights; None: seed 0
     ):
@@ -279,7 +284,7 @@ class DiT(nnx.Module):
                 f"DiT: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, self.input_shape))});"
                 " build it with the input_size and in_channels of the data"
             )
-        tokens = self.grid**2
+        tokens = self.grid**2  # T, of the image
         t_embedding = self.t_embedder(t)  # (N, D) float32
         y_embedding = self.y_embedder(y)  # (N, D) float32
         x = self.x_embedder(channels_last(x)) + self.pos_embed[...]  # (N, T, D), T = (input_size / p) ** 2
@@ -294,7 +299,7 @@ class DiT(nnx.Module):
                 x = checkpointed(lambda block, x, c: block(x, c), block, x, c)
             else:
                 x = block(x, c)  # (N, T, D), in-context T + 2
-        x = self.final_layer(x[:, :tokens], c)  # (N, T, p*p*C_out)
+        x = self.final_layer(x[:, :tokens], c)  # (N, T, p*p*C_out), without the conditioning tokens
         return channels_first(self.unpatchify(x))  # (N, C_out, input_size, input_size)
 
     def unpatchify(self, x: Array) -> Array:

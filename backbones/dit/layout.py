@@ -44,7 +44,8 @@ def check_arguments(
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"DiT: {name} is {value!r}; it must be a whole number of at least 1")
-        if value > (limit := MAX_BLOCKS if name == "depth" else MAX_INT):
+        limit = MAX_BLOCKS if name == "depth" else MAX_INT
+        if value > limit:
             raise UserError(f"DiT: {name} is {value}; more than {limit:,} cannot be built")
     if not isinstance(gradient_checkpointing, bool):
         raise UserError(f"DiT: gradient_checkpointing is {gradient_checkpointing!r}; it must be true or false")

@@ -33,6 +33,7 @@ SIZES = {           #      depth  width  heads  patches
 
 
 def _specs() -> tuple[BackboneSpec, ...]:
+    """The specs of every block design, size and patch size."""
     specs = []
     for block in BLOCKS:
         for size, row in SIZES.items():

@@ -30,8 +30,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x (N, T, D) plus gate (N, D) times branch (N, T, D)."""
-    if branch.dtype != x.dtype:  # under autocast the product is rounded before it is added
+    """x (N, T, D) plus gate (N, D) times branch (N, T, D): one fused operator where the dtypes agree."""
+    if branch.dtype != x.dtype:  # under autocast, whose product is rounded to the lower precision before the sum
         return x + gate.unsqueeze(1) * branch
     return torch.addcmul(x, gate.unsqueeze(1), branch)
 
@@ -94,7 +94,10 @@ class Mlp(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """adaLN and adaLN-Zero (`gated`): scales, shifts and, if gated, gates are regressed from timestep and class."""
+    """ViT block whose layer norms are modulated by timestep and class: adaLN-Zero if `gated`, else adaLN.
+
+    A linear layer regresses scales and shifts, and if gated also gates of the two residual branches.
+    """
 
     def __init__(self, width: int, heads: int, gated: bool):
         super().__init__()
@@ -150,7 +153,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 def build_block(block: str, width: int, heads: int) -> nn.Module:
-    """A block of the named design; every block is called as block(x, c)."""
+    """A block of the named design, one of backbones.dit.layout.BLOCKS; every block is called as block(x, c)."""
     if block == "in-context":
         return InContextBlock(width, heads)
     if block == "cross-attention":
@@ -211,7 +214,7 @@ class FinalLayer(nn.Module):
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer in a container; type checkers do not know the type of its items."""
+    """The weight of a linear layer; for items of an nn.Sequential, of which type checkers do not know the type."""
     assert isinstance(layer, nn.Linear)
     return layer.weight
 
@@ -238,7 +241,7 @@ class DiT(nn.Module):
         width: int,
         heads: int,
         patch: int,
-        block: str,  # one of backbones.dit.spec.BLOCKS
+        block: str,  # one of backbones.dit.layout.BLOCKS
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
@@ -287,7 +290,7 @@ class DiT(nn.Module):
         self.pos_embed.copy_(torch.from_numpy(sincos_table(self.pos_embed.shape[-1], self.grid)))
         # The patch embedding is initialised as a linear map of p*p*C inputs, although it is stored as a convolution.
         patch_embedding = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch_embedding.weight.flatten(1))
+        nn.init.xavier_uniform_(patch_embedding.weight.flatten(1))  # a view, so this sets the weight
         assert patch_embedding.bias is not None
         nn.init.zeros_(patch_embedding.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -306,7 +309,7 @@ class DiT(nn.Module):
                 f"DiT: input of shape {tuple(x.shape)}, but this network takes (N, {', '.join(map(str, self.input_shape))});"
                 " build it with the input_size and in_channels of the data"
             )
-        tokens = self.grid**2
+        tokens = self.grid**2  # T, of the image
         with full_precision(x.device.type):
             t_embedding = self.t_embedder(t)  # (N, D) float32
             y_embedding = self.y_embedder(y)  # (N, D) float32
@@ -322,7 +325,7 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block is deterministic
             else:
                 x = block(x, c)  # (N, T, D), in-context T + 2
-        x = self.final_layer(x[:, :tokens], c)  # (N, T, p*p*C_out)
+        x = self.final_layer(x[:, :tokens], c)  # (N, T, p*p*C_out), without the conditioning tokens
         return self.unpatchify(x)  # (N, C_out, input_size, input_size)
 
     def unpatchify(self, x: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ def count_blocks(shapes: Shapes, stem: str) -> int:
 def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
     """Recipes of our tensors from those of a diffusers transformer. A position table that is not stored is computed.
 
-    known: "config" -> diffusers' config, "expected" -> shapes of the network that is loaded; both may be missing.
+    known: "config" -> diffusers' config, "expected" -> shapes of the network that is loaded; both may be missing. They are
+    used for the size of a position table that is not stored.
     """
     depth = count_blocks(shapes, "transformer_blocks")
     recipes: Recipes = {}
@@ -99,8 +100,9 @@ def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
         for kind in KINDS:
             names = tuple(f"transformer_blocks.{n}.{part}.{kind}" for part in QKV)
             recipes[f"blocks.{n}.attn.qkv.{kind}"] = Join(names)
-    for ours, theirs in COPIED.items() if depth else ():
-        recipes[ours] = Same(tuple(f"transformer_blocks.{n}.{theirs}" for n in range(depth)))
+    if depth:  # without a block there is no copy to take
+        for ours, theirs in COPIED.items():
+            recipes[ours] = Same(tuple(f"transformer_blocks.{n}.{theirs}" for n in range(depth)))
     used = {name for recipe in recipes.values() for name in recipe.sources}
     for name in shapes:  # unknown tensors keep their names, so that they are reported
         if name not in used:
@@ -113,14 +115,16 @@ def to_diffusers(shapes: Shapes) -> Recipes:
     depth = count_blocks(shapes, "blocks")
     if block_design(shapes) != "adaln-zero":
         raise UserError(f"diffusers has no DiT with {block_design(shapes)} blocks; export this one with --format dit")
-    recipes: Recipes = {f"{theirs}.{k}": Take(f"{ours}.{k}") for ours, theirs in SHARED.items() for k in KINDS}
+    recipes: Recipes = {}
+    for ours, theirs in SHARED.items():
+        recipes |= {f"{theirs}.{kind}": Take(f"{ours}.{kind}") for kind in KINDS}
     for n in range(depth):
         block = f"transformer_blocks.{n}"
         for ours, theirs in IN_BLOCK.items():
             recipes |= {f"{block}.{theirs}.{kind}": Take(f"blocks.{n}.{ours}.{kind}") for kind in KINDS}
         for kind in KINDS:
             qkv = f"blocks.{n}.attn.qkv.{kind}"
-            recipes |= {f"{block}.{part}.{kind}": Part(qkv, i, 3) for i, part in enumerate(QKV)}
+            recipes |= {f"{block}.{part}.{kind}": Part(qkv, i, of=len(QKV)) for i, part in enumerate(QKV)}
         recipes |= {f"{block}.{theirs}": Take(ours) for ours, theirs in COPIED.items()}
     return recipes
 
@@ -146,14 +150,14 @@ def diffusers_config(arguments: Mapping[str, Any], shapes: Shapes) -> dict[str, 
 
 
 def block_design(shapes: Shapes) -> str:
-    """The block design that the names and shapes belong to."""
+    """The block design that the names and shapes of our tensors imply; "adaln-zero" if the width is missing."""
     if "blocks.0.cross_attn.q.weight" in shapes:
         return "cross-attention"
     modulation = shapes.get("blocks.0.adaLN_modulation.1.bias")
     if modulation is None:
         return "in-context"
     width = shapes.get("blocks.0.attn.proj.bias", modulation)
-    return "adaln" if modulation[0] == 4 * width[0] else "adaln-zero"
+    return "adaln" if modulation[0] == 4 * width[0] else "adaln-zero"  # 6 * width: with gates
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
@@ -165,15 +169,18 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
         if len(shapes.get("pos_embed", ())) == 3:
             found["input_size"] = math.isqrt(_check_tokens(shapes["pos_embed"][1])) * patches[2]
         if outputs := shapes.get("final_layer.linear.bias"):
-            channels = outputs[0] // max(1, patches[2] * patches[2])
-            found["out_channels"] = None if channels == 2 * patches[1] else channels
+            channels = outputs[0] // max(1, patches[2] * patches[2])  # max: a broken file may have a side of 0
+            found["out_channels"] = None if channels == 2 * patches[1] else channels  # None: 2 * in_channels
     if labels := shapes.get("y_embedder.embedding_table.weight"):
-        found["num_classes"] = labels[0] - 1
+        found["num_classes"] = labels[0] - 1  # without the "no class" label
     return found
 
 
 def _grid(known: Mapping[str, Any], patch: int) -> int:
-    """Side of the token grid, from config.json beside the file, or else from the network that is loaded."""
+    """Side of the token grid, from config.json beside the file, or else from the network that is loaded.
+
+    Raises Mismatch if neither states it, or if it is out of range.
+    """
     size = (known.get("config") or {}).get("sample_size")
     if size is not None:
         if type(size) is not int or not 0 < size <= MAX_SAMPLE_SIZE or patch < 1 or size % patch:
@@ -205,6 +212,7 @@ def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) 
     shapes: under our names. heads: None if the number of heads is not known.
     """
     for name, allowed in EXPECTED_CONFIG.items():
+        # The types are compared, too, because 1 == True.
         if name in config and not any(type(config[name]) is type(value) and config[name] == value for value in allowed):
             return _contradicts(name, config[name], " or ".join(_short(value) for value in allowed))
     width, channels, _, patch = shapes["x_embedder.proj.weight"]
@@ -223,7 +231,7 @@ def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) 
         given = config.get(name)  # null means the default
         if given is not None and (type(given) is not int or given != expected):
             return _contradicts(name, given, str(expected))
-    if heads is None and {"num_attention_heads", "attention_head_dim"} <= set(config):
+    if heads is None and {"num_attention_heads", "attention_head_dim"} <= set(config):  # their product is the width
         given = [config["num_attention_heads"], config["attention_head_dim"]]
         if not all(type(value) is int for value in given) or given[0] * given[1] != width:
             return _contradicts("num_attention_heads x attention_head_dim", given, str(width))
@@ -231,10 +239,12 @@ def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) 
 
 
 def _contradicts(name: str, given: Any, expected: str) -> str:
+    """The message on an item of the config. expected: the network's value, as text."""
     return f"config.json gives {name} {_short(given)}, but the network has {expected}"
 
 
 def _diffusers_notes(shapes: Shapes) -> tuple[str, ...]:
+    """Lines for the user on a file in diffusers' layout: its position table, and how diffusers' own network differs."""
     stored = any(name in shapes for name in STORED_POSITIONS)
     table = "is in the file" if stored else "is not in the file and was computed, as facebookresearch/DiT does"
     return (f"the position table {table}", *DIFFERENCES)

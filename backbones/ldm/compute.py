@@ -24,6 +24,7 @@ def count(**arguments: Any) -> Compute:
     count_parts(tally, layout, scale_shift=False, context=context)
     tally.norm("out.0", layout.channels, layout.side**2)
     outputs = arguments["out_channels"] or arguments["in_channels"]
-    tally.conv("out.2", layout.channels, outputs, 9, layout.side**2)
-    tally.params += (arguments["num_classes"] + arguments["null_class"]) * arguments["context_width"]
+    tally.conv("out.2", layout.channels, outputs, kernel_area=9, positions=layout.side**2)
+    labels = arguments["num_classes"] + arguments["null_class"]  # null_class is a bool
+    tally.params += labels * arguments["context_width"]  # label table: a look-up is free
     return tally.compute()

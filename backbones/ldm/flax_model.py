@@ -22,7 +22,7 @@ class ClassEmbedder(nnx.Module):
         self.embedding = nnx.Embed(labels, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
 
     def __call__(self, y: Array) -> Array:
-        return self.embedding(y[:, None])  # (N, 1, context)
+        return self.embedding(y[:, None])  # (N, 1, context): the context is a single token
 
 
 class LDM(nnx.Module):
@@ -48,9 +48,8 @@ class LDM(nnx.Module):
             rngs=rngs,
         )
         self.model = nnx.Dict(diffusion_model=unet)
-        self.cond_stage_model = ClassEmbedder(
-            arguments["num_classes"] + arguments["null_class"], arguments["context_width"], rngs
-        )
+        labels = arguments["num_classes"] + arguments["null_class"]  # null_class is a bool
+        self.cond_stage_model = ClassEmbedder(labels, arguments["context_width"], rngs)
 
     def __call__(self, x: Array, t: Array, y: Array, *, rngs: nnx.Rngs | None = None) -> Array:
         check_input("LDM", x, self.input_shape)

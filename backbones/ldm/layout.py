@@ -20,15 +20,16 @@ def ldm_layout(arguments: Mapping[str, Any]) -> Layout:
     for name in ("num_classes", "context_width"):
         check_whole("LDM", name, arguments[name], 1)
     check_whole("LDM", "transformer_depth", arguments["transformer_depth"], 1, MAX_BLOCKS)
+    size = arguments["input_size"]
+    # A feature map that is downsampled by `rate` has side size // rate. A rate above the size has no feature map.
+    attention_sides = frozenset(size // rate for rate in arguments["attention_rates"] if rate <= size)
     return unet_layout(
-        input_size=arguments["input_size"],
+        input_size=size,
         in_channels=arguments["in_channels"],
         width=arguments["width"],
         multipliers=tuple(arguments["multipliers"]),
         res_blocks=arguments["res_blocks"],
-        attention_sides=frozenset(
-            arguments["input_size"] // rate for rate in arguments["attention_rates"] if arguments["input_size"] >= rate
-        ),
+        attention_sides=attention_sides,
         heads_of=heads_rule("LDM", arguments["heads"], arguments["head_channels"]),
         residual_resampling=False,
     )

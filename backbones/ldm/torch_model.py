@@ -23,7 +23,7 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(labels, width)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.embedding(y[:, None])  # (N, 1, context)
+        return self.embedding(y[:, None])  # (N, 1, context): the context is a single token
 
 
 class LDM(nn.Module):
@@ -47,9 +47,8 @@ class LDM(nn.Module):
             gradient_checkpointing=arguments["gradient_checkpointing"],
         )
         self.model = nn.ModuleDict({"diffusion_model": unet})
-        self.cond_stage_model = ClassEmbedder(
-            arguments["num_classes"] + arguments["null_class"], arguments["context_width"]
-        )
+        labels = arguments["num_classes"] + arguments["null_class"]  # null_class is a bool
+        self.cond_stage_model = ClassEmbedder(labels, arguments["context_width"])
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_input("LDM", x, self.input_shape)

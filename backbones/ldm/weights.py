@@ -47,10 +47,13 @@ def average_names(shapes: Shapes) -> dict[str, str]:
 
 
 def inward(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
-    """Recipes of all tensors under their names; those of the U-Net from their moving averages if there are any."""
+    """Recipes of all tensors under their names; those of the U-Net from their moving averages if there are any.
+
+    The averages and their counters have no recipes under their own names. `known` is not used.
+    """
     averages = average_names(shapes)
-    not_ours = {*averages.values(), *COUNTERS}
-    return {name: Take(averages.get(name, name)) for name in shapes if name not in not_ours}
+    only_in_file = {*averages.values(), *COUNTERS}
+    return {name: Take(averages.get(name, name)) for name in shapes if name not in only_in_file}
 
 
 def outward(shapes: Shapes) -> Recipes:
@@ -80,9 +83,10 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
     if len(first := shapes.get(f"{UNET}input_blocks.0.0.weight", ())) == 4:
         found["in_channels"] = first[1]
     if (last := shapes.get(f"{UNET}out.2.bias")) and "in_channels" in found:
-        found["out_channels"] = None if last[0] == found["in_channels"] else last[0]
+        found["out_channels"] = None if last[0] == found["in_channels"] else last[0]  # None: the default, in_channels
     if len(labels := shapes.get("cond_stage_model.embedding.weight", ())) == 2:
         found["context_width"] = labels[1]
+        # The shapes do not tell whether the last label is the null class; the named network does.
         found["num_classes"] = labels[0] - (1 if spec.defaults.get("null_class") else 0)
     return found
 

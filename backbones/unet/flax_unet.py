@@ -44,7 +44,7 @@ def zero_conv(inputs: int, outputs: int, kernel: int, *, padding: int = 0, axes:
 
 
 def group_norm(channels: int, rngs: nnx.Rngs, eps: float = NORM_EPS) -> GroupNorm:
-    """The normalisation of every block."""
+    """The group norm of every block."""
     return GroupNorm(channels, plan.GROUPS, eps=eps, rngs=rngs)
 
 
@@ -92,7 +92,7 @@ class ResBlock(nnx.Module):
         emb = self.emb_layers(emb)[:, None, None]  # (N, 1, 1, C_out or 2 C_out)
         layers = self.out_layers
         norm, activation, dropout, conv = layers
-        if self.scale_shift:
+        if self.scale_shift:  # ADM; LDM adds the embedding
             scale, shift = jnp.split(emb, 2, axis=-1)  # (N, 1, 1, C_out) each
             h = norm(h).astype(scale.dtype) * (1 + scale) + shift  # (N, S', S', C_out)
         else:
@@ -130,13 +130,13 @@ class AttentionBlock(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention from (N, T, C) to a context (N, K, context), or self-attention without a context."""
+    """Multi-head attention from (N, T, C) to a context (N, K, context width), or self-attention without a context."""
 
-    def __init__(self, width: int, context: int, heads: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, context_width: int, heads: int, rngs: nnx.Rngs):
         self.heads = heads
         self.to_q = Linear(width, width, bias=False, rngs=rngs)
-        self.to_k = Linear(context, width, bias=False, rngs=rngs)
-        self.to_v = Linear(context, width, bias=False, rngs=rngs)
+        self.to_k = Linear(context_width, width, bias=False, rngs=rngs)
+        self.to_v = Linear(context_width, width, bias=False, rngs=rngs)
         self.to_out = Sequence([Linear(width, width, rngs=rngs)])
 
     def __call__(self, x: Array, context: Array | None = None) -> Array:
@@ -176,10 +176,10 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention, attention to the context, feed-forward."""
 
-    def __init__(self, width: int, context: int, heads: int, dropout: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, context_width: int, heads: int, dropout: float, rngs: nnx.Rngs):
         self.attn1 = CrossAttention(width, width, heads, rngs)
         self.ff = FeedForward(width, dropout, rngs)
-        self.attn2 = CrossAttention(width, context, heads, rngs)
+        self.attn2 = CrossAttention(width, context_width, heads, rngs)
         self.norm1 = LayerNorm(width, eps=1e-5, rngs=rngs)  # torch's default
         self.norm2 = LayerNorm(width, eps=1e-5, rngs=rngs)
         self.norm3 = LayerNorm(width, eps=1e-5, rngs=rngs)
@@ -193,12 +193,12 @@ class TransformerBlock(nnx.Module):
 class SpatialTransformer(nnx.Module):
     """LDM's transformer over the positions of a feature map, with a skip connection."""
 
-    def __init__(self, part: plan.Attention, context: int, depth: int, dropout: float, rngs: nnx.Rngs):
+    def __init__(self, part: plan.Attention, context_width: int, depth: int, dropout: float, rngs: nnx.Rngs):
         width = part.channels
         self.norm = group_norm(width, rngs, TRANSFORMER_NORM_EPS)
         self.proj_in = Conv(width, width, 1, rngs=rngs)
         self.transformer_blocks = nnx.List(
-            [TransformerBlock(width, context, part.heads, dropout, rngs) for _ in range(depth)]
+            [TransformerBlock(width, context_width, part.heads, dropout, rngs) for _ in range(depth)]
         )
         self.proj_out = zero_conv(width, width, 1, rngs=rngs)
 
@@ -232,9 +232,11 @@ class Upsample(nnx.Module):
 class Encoder(nnx.Module):
     """The downsampling half of a U-Net and its middle block: the trunk of classifiers, and the first half of U-Nets.
 
-    context: (width, transformer depth) of spatial transformers; None: ADM's attention blocks. labels: number of classes
-    of the table `label_emb`, which subclasses add to the timestep embedding; 0: no table. gradient_checkpointing: store
-    only the input of each block for the backward pass and recompute the rest.
+    scale_shift: residual blocks scale and shift by the embedding instead of adding it. context: (width of the context,
+    transformer depth) of spatial transformers; None: ADM's attention blocks, whose channels are in the order `qkv_first`
+    (see `split_heads`). labels: number of classes of the table `label_emb`, which subclasses add to the timestep
+    embedding; 0: no table. gradient_checkpointing: store only the input of each block for the backward pass and recompute
+    the rest.
     """
 
     def __init__(
@@ -252,6 +254,7 @@ class Encoder(nnx.Module):
         self.width, self.gradient_checkpointing, self.has_dropout = layout.width, gradient_checkpointing, dropout > 0
 
         def build(block: tuple[plan.Part, ...]) -> nnx.List:
+            """The modules of the parts of one block."""
             parts: list[nnx.Module] = []
             for part in block:
                 if isinstance(part, plan.InputConv):
@@ -275,7 +278,7 @@ class Encoder(nnx.Module):
                 Linear(layout.embedding, layout.embedding, force_float32=True, rngs=rngs),
             ]
         )
-        normal = nnx.initializers.normal(1.0)
+        normal = nnx.initializers.normal(1.0)  # as torch's nn.Embedding
         table = nnx.Embed(labels, layout.embedding, embedding_init=normal, rngs=rngs) if labels else None
         self.label_emb = table
         self.input_blocks = nnx.List([build(block) for block in layout.input_blocks])
@@ -288,7 +291,8 @@ class Encoder(nnx.Module):
 
     def run_block(self, block: nnx.List, x: Array, emb: Array, context: Array | None, rngs: nnx.Rngs | None) -> Array:
         """The output of one block, a list of parts that are applied one after another."""
-        # One key per block, drawn outside of it: recomputed for the backward pass, the block has the same dropout mask.
+        # The key is drawn here and not in `parts`, which may be run again for the backward pass: both runs need the same
+        # dropout masks.
         key = rngs.dropout() if rngs is not None and self.has_dropout else None
 
         def parts(block: nnx.List, x: Array, emb: Array, context: Array | None, key: Array | None) -> Array:
@@ -319,7 +323,7 @@ class UNetBase(Encoder):
         self.out = Sequence([group_norm(layout.channels, rngs), jax.nn.silu, last])
 
     def run_unet(self, x: Array, emb: Array, context: Array | None = None, *, rngs: nnx.Rngs | None = None) -> Array:
-        """The output for x (N, S, S, C), an embedding (N, E) and a context (N, K, context)."""
+        """The output for x (N, S, S, C), an embedding (N, E) and a context (N, K, context width)."""
         x, skips = self.encode(x, emb, context, rngs)  # (N, S_min, S_min, C)
         for block in self.output_blocks:
             x = jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1)  # (N, S, S, C)

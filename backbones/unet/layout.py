@@ -31,7 +31,7 @@ class InputConv(NamedTuple):
 
 
 class ResBlock(NamedTuple):
-    """Residual block conditioned on the timestep. resample: "", "down" or "up", by a factor of 2."""
+    """Residual block conditioned on the timestep. resample: "down" or "up" by a factor of 2; "": it keeps the side."""
 
     path: str
     inputs: int
@@ -104,13 +104,13 @@ def unet_layout(
     residual_resampling: bool,  # resample by residual blocks (ADM) or by plain convolutions (LDM)
     encoder_only: bool = False,
 ) -> Layout:
-    """The layout of a U-Net. The side must be divisible by 2 at every level: see `check_arguments`."""
-    channels, side = int(width * multipliers[0]), input_size
+    """The layout of a U-Net. The arguments must have passed `check_arguments`; the side is halved without a check."""
+    channels, side = int(width * multipliers[0]), input_size  # of the current feature map, from here to the end
     inputs: list[tuple[Part, ...]] = [(InputConv("input_blocks.0.0", in_channels, channels, side),)]
-    skips = [channels]  # channels of the feature maps that the output blocks concatenate, last one first
+    skips = [channels]  # channels of the input blocks' outputs; an output block concatenates the last one that is left
 
     def attention(path: str) -> tuple[Part, ...]:
-        """An attention part if the present side has attention, else nothing."""
+        """An attention part if the current side has attention, else nothing."""
         return (Attention(path, channels, side, heads_of(channels)),) if side in attention_sides else ()
 
     for level, multiplier in enumerate(multipliers):
@@ -135,13 +135,16 @@ def unet_layout(
         ResBlock("middle_block.2", channels, channels, side),
     )
     outputs: list[tuple[Part, ...]] = []
-    for level, multiplier in [] if encoder_only else reversed(list(enumerate(multipliers))):
-        for index in range(res_blocks + 1):
+    decoder_levels = [] if encoder_only else reversed(list(enumerate(multipliers)))
+    for level, multiplier in decoder_levels:
+        for index in range(
+            res_blocks + 1
+        ):  # one more than in the encoder, for the skip from the layer that downsamples
             path = f"output_blocks.{len(outputs)}"
             parts: tuple[Part, ...] = (ResBlock(f"{path}.0", channels + skips.pop(), int(width * multiplier), side),)
             channels = int(width * multiplier)
             parts += attention(f"{path}.1")
-            if level and index == res_blocks:
+            if level and index == res_blocks:  # the last block of a level upsamples, except at the outermost level, 0
                 last = f"{path}.{len(parts)}"
                 if residual_resampling:
                     parts += (ResBlock(last, channels, channels, side, "up"),)
@@ -172,10 +175,10 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
         raise UserError(
             f"{family}: multipliers are {multipliers!r}; give one positive number per level, as in (1, 2, 4)"
         )
-    for name in ("attention_resolutions", "attention_rates"):
-        sides = arguments.get(name, ())
-        if not isinstance(sides, (tuple, list)) or not all(type(side) is int and side > 0 for side in sides):
-            raise UserError(f"{family}: {name} is {sides!r}; give whole numbers of at least 1, as in (32, 16, 8)")
+    for name in ("attention_resolutions", "attention_rates"):  # of ADM, of LDM
+        numbers = arguments.get(name, ())
+        if not isinstance(numbers, (tuple, list)) or not all(type(value) is int and value > 0 for value in numbers):
+            raise UserError(f"{family}: {name} is {numbers!r}; give whole numbers of at least 1, as in (32, 16, 8)")
     for name in ("qkv_first", "null_class", "gradient_checkpointing"):
         if not isinstance(arguments.get(name, False), bool):
             raise UserError(f"{family}: {name} is {arguments[name]!r}; it must be true or false")
@@ -193,6 +196,8 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
                 "groups of its normalisations; choose another width"
             )
     halvings, size = len(multipliers) - 1, arguments["input_size"]
+    # A group norm of GROUPS channels has groups of one channel; at one position, such a group is a single number. The
+    # first block of the last level normalises the channels of the level before.
     if size == 2**halvings and GROUPS in [arguments["width"] * multiplier for multiplier in multipliers[-2:]]:
         raise UserError(
             f"{family}: its last level has one position and {GROUPS} channels, so every group would normalise a single "

@@ -26,7 +26,7 @@ TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a spatial transformer
 
 
 def group_norm(channels: int, eps: float = NORM_EPS) -> nn.GroupNorm:
-    """The normalisation of every block."""
+    """The group norm of every block."""
     return nn.GroupNorm(plan.GROUPS, channels, eps=eps)
 
 
@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
         h = conv(self.change_side(activation(norm(x))))  # (N, C_out, S', S')
         emb = self.emb_layers(emb)[:, :, None, None]  # (N, C_out or 2 C_out, 1, 1)
         norm, *activation_dropout_conv = self.out_layers
-        if self.scale_shift:
+        if self.scale_shift:  # ADM; LDM adds the embedding
             scale, shift = emb.chunk(2, dim=1)  # (N, C_out, 1, 1) each
             h = torch.addcmul(shift, norm(h).to(scale.dtype), 1 + scale)  # (N, C_out, S', S')
         else:
@@ -102,14 +102,14 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from (N, T, C) to a context (N, K, context), or self-attention without a context."""
+    """Multi-head attention from (N, T, C) to a context (N, K, context width), or self-attention without a context."""
 
-    def __init__(self, width: int, context: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context, width, bias=False)
-        self.to_v = nn.Linear(context, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -147,11 +147,11 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward."""
 
-    def __init__(self, width: int, context: int, heads: int, dropout: float):
+    def __init__(self, width: int, context_width: int, heads: int, dropout: float):
         super().__init__()
         self.attn1 = CrossAttention(width, width, heads)
         self.ff = FeedForward(width, dropout)
-        self.attn2 = CrossAttention(width, context, heads)
+        self.attn2 = CrossAttention(width, context_width, heads)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
@@ -165,13 +165,13 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """LDM's transformer over the positions of a feature map, with a skip connection."""
 
-    def __init__(self, part: plan.Attention, context: int, depth: int, dropout: float):
+    def __init__(self, part: plan.Attention, context_width: int, depth: int, dropout: float):
         super().__init__()
         width = part.channels
         self.norm = group_norm(width, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(width, context, part.heads, dropout) for _ in range(depth)]
+            [TransformerBlock(width, context_width, part.heads, dropout) for _ in range(depth)]
         )
         self.proj_out = nn.Conv2d(width, width, 1)
 
@@ -213,9 +213,11 @@ def _zero(layer: nn.Module) -> None:
 class Encoder(nn.Module):
     """The downsampling half of a U-Net and its middle block: the trunk of classifiers, and the first half of U-Nets.
 
-    context: (width, transformer depth) of spatial transformers; None: ADM's attention blocks. labels: number of classes
-    of the table `label_emb`, which subclasses add to the timestep embedding; 0: no table. gradient_checkpointing: store
-    only the input of each block for the backward pass and recompute the rest.
+    scale_shift: residual blocks scale and shift by the embedding instead of adding it. context: (width of the context,
+    transformer depth) of spatial transformers; None: ADM's attention blocks, whose channels are in the order `qkv_first`
+    (see `split_heads`). labels: number of classes of the table `label_emb`, which subclasses add to the timestep
+    embedding; 0: no table. gradient_checkpointing: store only the input of each block for the backward pass and recompute
+    the rest.
     """
 
     def __init__(
@@ -233,6 +235,7 @@ class Encoder(nn.Module):
         self.layout, self.gradient_checkpointing, self.has_dropout = layout, gradient_checkpointing, dropout > 0
 
         def build(block: tuple[plan.Part, ...]) -> nn.ModuleList:
+            """The modules of the parts of one block."""
             parts: list[nn.Module] = []
             for part in block:
                 if isinstance(part, plan.InputConv):
@@ -256,7 +259,7 @@ class Encoder(nn.Module):
             self.label_emb = nn.Embedding(labels, layout.embedding)
         self.input_blocks = nn.ModuleList([build(block) for block in layout.input_blocks])
         self.middle_block = build(layout.middle_block)
-        if layout.output_blocks:
+        if layout.output_blocks:  # empty for classifiers
             self.output_blocks = nn.ModuleList([build(block) for block in layout.output_blocks])
 
     def embed(self, t: Tensor) -> Tensor:
@@ -315,7 +318,7 @@ class UNetBase(Encoder):
         _zero(self.out[2])
 
     def run_unet(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
-        """The output for x (N, C, S, S), an embedding (N, E) and a context (N, K, context)."""
+        """The output for x (N, C, S, S), an embedding (N, E) and a context (N, K, context width)."""
         x, skips = self.encode(x, emb, context)  # (N, C, S_min, S_min)
         for block in self.output_blocks:
             x = self.run_block(block, torch.cat([x, skips.pop().to(x.dtype)], dim=1), emb, context)  # (N, C, S, S)

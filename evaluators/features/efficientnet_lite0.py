@@ -41,7 +41,7 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         pads = []  # left, right, top, bottom, as `functional.pad` takes them
-        # x.shape[:1:-1] is (W, H)
+        # kernel_size and stride are (height, width), reversed here to match x.shape[:1:-1], which is (W, H)
         for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             pads += [total // 2, total - total // 2]
@@ -178,6 +178,7 @@ class EfficientNetLite0Features:
         # The activations of 32 images at 96 pixels stay in a CPU's cache: twice as fast as batches of 128.
         self.name, self.dim, self.description = spec.name, spec.dim, spec.description
         self.input_size, self.batch_size, self.device = spec.input_size, batch_size, torch.device(device)
+        # The description states the preprocessing, so it is part of the hash.
         self.sha256 = hashlib.sha256(f"{WEIGHTS_SHA256}\n{spec.description}".encode()).hexdigest()
         net = EfficientNetLite0()
         net.load_state_dict(read_weights(weights_path()), strict=True)

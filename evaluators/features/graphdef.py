@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; _BYTES is also that of texts and messages
 
 # Element types of an image network's constants: number in types.proto -> (numpy's dtype, the field of TensorProto that
 # holds typed values, such as float_val).
@@ -25,47 +25,47 @@ _DTYPES: dict[int, tuple[np.dtype[Any], int]] = {
     3: (np.dtype("<i4"), 7),
     9: (np.dtype("<i8"), 10),
 }
-_FLOATS = (5, 6)  # of these fields, those whose elements have a fixed width: float_val and double_val
+_FLOATS = (5, 6)  # float_val and double_val, the fields above whose values are not varints
 
 
 class Malformed(ValueError):
     """The bytes are not a complete GraphDef."""
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The unsigned varint that begins at index `at`, and the index after it."""
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    """The unsigned varint that begins at index `position`, and the index after it."""
     value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
+    for shift in range(0, 70, 7):  # at most 10 bytes
+        if position >= len(data):
             break
-        byte = data[at]
-        at += 1
+        byte = data[position]
+        position += 1
         value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
+        if byte < 0x80:  # the last byte
+            return value, position
     raise Malformed("a number runs off the end")
 
 
 def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Yields (field number, value) of a message in file order; value is an int for varints, else the field's bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, kind = key >> 3, key & 7
-        if kind == _VARINT:
-            value, at = _varint(data, at)
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == _VARINT:
+            value, position = _varint(data, position)
             yield number, value
             continue
-        if kind == _BYTES:
-            length, at = _varint(data, at)
-        elif kind in (_FIXED32, _FIXED64):
-            length = 4 if kind == _FIXED32 else 8
+        if wire_type == _BYTES:
+            length, position = _varint(data, position)
+        elif wire_type in (_FIXED32, _FIXED64):
+            length = 4 if wire_type == _FIXED32 else 8
         else:
-            raise Malformed(f"a field of kind {kind}")
-        if length > len(data) - at:
+            raise Malformed(f"a field of kind {wire_type}")
+        if length > len(data) - position:
             raise Malformed("a field is longer than its message; the file is cut short")
-        yield number, data[at : at + length]
-        at += length
+        yield number, data[position : position + length]
+        position += length
 
 
 def _text(value: int | memoryview) -> str:
@@ -91,15 +91,18 @@ def _signed(value: int) -> int:
 
 
 def _integers(values: list[int | memoryview]) -> list[int]:
-    """The int64 values of a repeated integer field, whose occurrences in the file are `values`; packed or not."""
+    """The int64 values of a repeated integer field, whose occurrences in the file are `values`.
+
+    An occurrence is one number or, if the field is packed, the varints of many numbers.
+    """
     out = []
     for value in values:
         if isinstance(value, int):
             out.append(_signed(value))
             continue
-        at = 0
-        while at < len(value):
-            number, at = _varint(value, at)
+        position = 0
+        while position < len(value):
+            number, position = _varint(value, position)
             out.append(_signed(number))
     return out
 
@@ -107,7 +110,8 @@ def _integers(values: list[int | memoryview]) -> list[int]:
 class Node:
     """An operation of a graph.
 
-    inputs: as in the file, "name", "name:1" or "^control". Attributes are parsed when they are asked for.
+    inputs: as in the file, "name", "name:1" (output number 1 of that node) or "^name" (a control input, which only orders
+    the operations). Attributes are parsed when they are asked for.
     """
 
     def __init__(self, data: memoryview):
@@ -122,17 +126,17 @@ class Node:
             elif number == 3:
                 self.inputs.append(_text(value))
             elif number == 5:
-                entry = dict(fields(_message(value)))
+                entry = dict(fields(_message(value)))  # of the map of attributes: 1 is the key, 2 the AttrValue
                 self._attributes[_text(entry.get(1, memoryview(b"")))] = _message(entry.get(2, memoryview(b"")))
 
     def _attribute(self, key: str) -> dict[int, int | memoryview]:
-        """Field number of AttrValue -> value of the attribute `key`; empty if it is missing."""
+        """The fields of the AttrValue of the attribute `key`, by number; empty if there is no such attribute."""
         return dict(fields(self._attributes.get(key, memoryview(b""))))
 
     def integers(self, key: str) -> list[int]:
         """An attribute that is a list of integers; empty if it is missing."""
         items = self._attribute(key).get(1, memoryview(b""))
-        return _integers([value for number, value in fields(_message(items)) if number == 3])
+        return _integers([value for number, value in fields(_message(items)) if number == 3])  # 3: ListValue's integers
 
     def text(self, key: str) -> str:
         """An attribute that is a string; empty if it is missing."""
@@ -148,7 +152,7 @@ class Node:
         return struct.unpack("<f", value)[0]
 
     def flag(self, key: str) -> bool | None:
-        """An attribute that is true or false; None if it is missing (protocol 3 may omit false)."""
+        """An attribute that is true or false; None if it is missing, which may also mean false (proto3 may omit it)."""
         value = self._attribute(key).get(5)
         return None if value is None else bool(value)
 
@@ -182,10 +186,11 @@ class Node:
             return np.frombuffer(content, dtype).reshape(shape)
         values = typed.get(field, [])
         if field in _FLOATS:
+            # a run is the bytes of one element or, if the field is packed, of all
             runs = [value for value in values if not isinstance(value, int) and len(value) % dtype.itemsize == 0]
             if len(runs) < len(values):
                 raise Malformed(f"the values of {self.name} are not floats")
-            # one packed run is used as a view; the unpacked form, one run per element, is joined
+            # a view of one run; several runs have to be joined, which copies them
             flat = np.frombuffer(runs[0] if len(runs) == 1 else b"".join(runs), dtype)
         else:
             flat = np.array(_integers(values), np.int64).astype(dtype)
@@ -213,6 +218,6 @@ def read_graph(data: memoryview) -> dict[str, Node]:
 def map_file(path: Path) -> memoryview:
     """The memory-mapped bytes of a file; valid as long as a view of them exists. Raises OSError as `open` does."""
     with path.open("rb") as file:
-        if not file.seek(0, 2):
+        if not file.seek(0, 2):  # an empty file cannot be mapped
             return memoryview(b"")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -32,6 +32,7 @@ class CleanInceptionFeatures(InceptionFeatures):
         self, spec: FeatureSpec, weights: InceptionWeights, device: str = "cpu", batch_size: int | None = None
     ):
         super().__init__(spec, weights, device, batch_size)
+        # weights.sha256 includes the TF1 resize, which is replaced here; the description states the one of clean-fid.
         self.sha256 = hashlib.sha256(f"{weights.sha256}\n{spec.description}".encode()).hexdigest()
         self._resize = build_resizer(MODE)
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS))  # Pillow releases the interpreter lock

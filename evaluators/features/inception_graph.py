@@ -8,7 +8,6 @@ unknown weights.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -82,17 +81,17 @@ def read_weights(path: Path) -> InceptionWeights:
     except (OSError, ValueError) as error:
         raise UserError(f"--inception {path}: {getattr(error, 'strerror', None) or error}; {_remedy()}") from error
     head = bytes(data[:2])
-    if head == b"\x1f\x8b":
+    if head == b"\x1f\x8b":  # gzip
         raise UserError(f"{path} is a compressed archive: unpack it (tar -xzf) and name the {GRAPH_NAME} in it")
     if not head or head[:1] == b"<":
         raise UserError(f"{path} is {'a web page' if head else 'empty'}; {_remedy()}")
-    if head == b"PK" or head[:1] == b"\x80":
+    if head == b"PK" or head[:1] == b"\x80":  # a zip or a pickle, as torch saves them
         return _from_port(path, data)
     return _from_graph(path, data)
 
 
 def _remedy() -> str:
-    """The advice at the end of error messages."""
+    """How to get the public file, for the end of error messages."""
     return f"fetch {GRAPH_NAME} ({GRAPH_SIZE:,} bytes, md5 {GRAPH_MD5}) from {GRAPH_URL}"
 
 
@@ -118,7 +117,7 @@ def _sha256(layers: dict[str, Layer], classifier: np.ndarray) -> str:
 
 
 def _checked(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The array itself. Raises UserError unless it is finite and float32 of `shape`."""
+    """The array itself. Raises UserError unless it is finite and float32 of `shape`. name: of the tensor, for messages."""
     if array.dtype != np.float32 or array.shape != shape:
         raise UserError(
             f"{path} holds another network: {name} is {array.dtype} {array.shape}, not float32 {shape}; {_remedy()}"
@@ -137,7 +136,7 @@ def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
     known = len(data) == GRAPH_SIZE and md5 == GRAPH_MD5
     try:
         nodes = read_graph(data)
-        if not known:
+        if not known:  # the public file needs no check
             check_structure(nodes)
         layers = {}
         for conv in convolutions():
@@ -178,6 +177,7 @@ def _graph_layer(path: Path, nodes: dict[str, Node], conv: Conv) -> Layer:
 
     kernel = f"{conv.scope}/conv2d_params"
     norm = nodes.get(f"{conv.scope}/batchnorm")
+    # with scale_after_normalization=False the operation does not multiply by gamma
     unscaled = norm is not None and norm.flag("scale_after_normalization") is False
     return Layer(
         kernel=_checked(path, kernel, _constant(nodes, kernel), (*conv.kernel, conv.width_in, conv.width)),
@@ -203,9 +203,8 @@ def _from_port(path: Path, data: memoryview) -> InceptionWeights:
     if not isinstance(tensors, dict):
         raise UserError(f"{path} is not a state dict; {_remedy()}")
 
-    @cache
     def read(name: str) -> np.ndarray:
-        if not hasattr(tensors.get(name), "read"):
+        if not hasattr(tensors.get(name), "read"):  # missing, or not a tensor
             raise UserError(f"{path} is not a torch port of this Inception-v3: {name} is missing; {_remedy()}")
         return tensors[name].read()
 

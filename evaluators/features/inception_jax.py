@@ -67,7 +67,7 @@ def _sum(top: Array, product: Array) -> Array:
 @jax.jit
 def _normalise(pixels: Array) -> Array:
     """(x - 128) / 128 with three channels: (N, H, W, 1 or 3) -> (N, H, W, 3)."""
-    x = (pixels - 128.0) * 0.0078125
+    x = (pixels - 128.0) * 0.0078125  # 1 / 128, exact in float32
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
 
 
@@ -107,7 +107,7 @@ def _convolve(x: Array, conv: table.Conv, parameters: Parameters) -> Array:
         dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_EXACT,
     )  # fmt: skip
     if cropped:
-        y = y[:, 1:-1, 1:-1]  # the kernel is 3x3
+        y = y[:, 1:-1, 1:-1]  # all kernels of this kind are 3x3
     return jnp.maximum(y + bias, 0)  # (N, H / stride, W / stride, out)
 
 
@@ -172,6 +172,7 @@ class InceptionFeatures:
         self.classifier = self.put(np.ascontiguousarray(weights.classifier))
 
     def _forward(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pooled, spatial and logits of a batch uint8 (n, H, W, C), n <= batch_size; it is padded with black images."""
         count = len(batch)
         if count < self.batch_size:
             batch = np.concatenate([batch, np.zeros((self.batch_size - count, *batch.shape[1:]), batch.dtype)])

@@ -58,13 +58,19 @@ POOL_3 = Pool(average=True, kernel=8, stride=1, same=False)
 
 
 def _chain(scope: str, port: str, width_in: int, *links: tuple[Any, ...]) -> tuple[Conv, ...]:
-    """Consecutive convolutions scope/conv, scope/conv_1, ...; a link is (suffix of port, width, kernel[, stride, same])."""
+    """Consecutive convolutions scope/conv, scope/conv_1, ...; a link is (suffix of port, width, kernel[, stride, same]).
+
+    A kernel given as one number is square. width_in: input channels of the first convolution.
+    """
     chain = []
     for i, (suffix, width, kernel, *rest) in enumerate(links):
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         chain.append(Conv(f"{scope}/conv{f'_{i}' if i else ''}", f"{port}.{suffix}", width_in, width, kernel, *rest))
         width_in = width
     return tuple(chain)
+
+
+# The blocks have the letters of torchvision's classes InceptionA to InceptionE.
 
 
 def _block_a(scope: str, port: str, width_in: int, pool_width: int) -> Join:
@@ -110,6 +116,7 @@ def _block_d(scope: str, port: str) -> Join:
 
 def _block_e(scope: str, port: str, width_in: int, pool: Pool) -> Join:
     def fork(tower: str, name: str) -> Join:
+        """A 1x3 and a 3x1 convolution of the same input, side by side. name: of both in the torch ports, without a or b."""
         return Join((
             (Conv(f"{tower}/mixed/conv", f"{port}.{name}a", 384, 384, (1, 3)),),
             (Conv(f"{tower}/mixed/conv_1", f"{port}.{name}b", 384, 384, (3, 1)),),

@@ -11,12 +11,12 @@ import numpy as np
 from evaluators.features.graphdef import Malformed, Node
 from evaluators.features.inception_layers import BLOCKS, EPSILON, POOL_3, SIDE, STEM, Conv, Join, Layer, Pool
 
-_POOL = {True: "AvgPool", False: "MaxPool"}
+_POOL = {True: "AvgPool", False: "MaxPool"}  # operation by `Pool.average`
 _PASS_THROUGH = ("Identity", "CheckNumerics")  # operations that return their input unchanged
 
 
 def check_structure(nodes: dict[str, Node]) -> None:
-    """Raise Malformed unless the graph computes exactly this network from ExpandDims to pool_3 and the logits."""
+    """Raise Malformed unless the graph computes exactly this network from ExpandDims, its input, to pool_3 and the logits."""
     _Structure(nodes).check()
 
 
@@ -39,7 +39,8 @@ class _Structure:
         matmul = self._resolve("softmax/logits/MatMul")
         if matmul.op != "MatMul" or self._input(matmul, 1).name != "softmax/weights":
             raise Malformed("its classifier does not multiply by softmax/weights")
-        if self._resolve("mixed_6/conv").name != self.outputs["mixed_6/conv"]:  # taken by this name
+        # the spatial features are read from the node of this name
+        if self._resolve("mixed_6/conv").name != self.outputs["mixed_6/conv"]:
             raise Malformed("mixed_6/conv is not the first branch of its block")
 
     def _node(self, name: str) -> Node:
@@ -49,7 +50,7 @@ class _Structure:
 
     def _resolve(self, name: str) -> Node:
         """The node of that name or, if it only passes its input through, the first one before it that does not."""
-        for _ in range(16):
+        for _ in range(16):  # a limit, because a damaged graph may have a cycle
             node = self._node(name)
             if node.op not in _PASS_THROUGH:
                 return node
@@ -64,10 +65,11 @@ class _Structure:
         return names[index].removesuffix(":0")
 
     def _input(self, node: Node, index: int) -> Node:
-        """As `_input_name`, but the resolved node."""
+        """The node that computes input number `index`, as `_resolve` returns it."""
         return self._resolve(self._input_name(node, index))
 
     def _expect_op(self, node: Node, *ops: str) -> None:
+        """Check that the node's operation is one of `ops`."""
         if node.op not in ops:
             raise Malformed(f"{node.name} is {node.op}, expected {ops[0]}")
 
@@ -103,6 +105,7 @@ class _Structure:
             raise Malformed(f"{node.name} has {key} {node.integers(key)}, expected {[1, *expected, 1]}")
 
     def _check_padding(self, node: Node, same: bool, any_padding: bool = False) -> None:
+        """Check that the padding is SAME (same) or VALID. any_padding: accept both, which agree for a 1x1 kernel."""
         expected = "SAME" if same else "VALID"
         if node.text("padding") != expected and not any_padding:
             raise Malformed(f"{node.name} has padding {node.text('padding')}, expected {expected}")
@@ -139,14 +142,15 @@ class _Structure:
     def _check_join(self, node: Node, join: Join) -> Node:
         self._expect_op(node, "Concat", "ConcatV2")
         count = len(join.branches)
-        first = 1 if node.op == "Concat" else 0  # the axis is the first input of Concat and the last of ConcatV2
-        axis = self._input(node, 0 if first else count).array().ravel().tolist()
+        # the axis is the first input of Concat and the last of ConcatV2
+        first_branch, axis_input = (1, 0) if node.op == "Concat" else (0, count)
+        axis = self._input(node, axis_input).array().ravel().tolist()
         inputs = [name for name in node.inputs if not name.startswith("^")]
         if axis not in ([3], [-1]) or len(inputs) != count + 1:
             raise Malformed(f"{node.name} joins {len(inputs) - 1} branches on axis {axis}, not {count} on 3")
-        sources: set[str] = set()
+        sources: set[str] = set()  # names of the nodes where the branches start: one, if they have the same input
         for index, branch in enumerate(join.branches):
-            source = self._input(node, first + index)
+            source = self._input(node, first_branch + index)
             for layer in reversed(branch):
                 source = self._check_layer(source, layer)
             sources.add(source.name)

@@ -25,7 +25,7 @@ from harness.errors import UserError
 
 
 def _tensorflow() -> ModuleType:
-    """The imported package. Raises UserError if it is not installed."""
+    """The package tensorflow, imported now. Raises UserError if it is not installed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no start-up messages on stderr, where progress bars are drawn
     try:
         import tensorflow
@@ -71,11 +71,12 @@ class InceptionGraphFeatures:
             self.outputs = (
                 pooled,
                 tf.reshape(spatial[..., :SPATIAL_CHANNELS], [-1, SPATIAL]),
-                tf.matmul(pooled, matmul.inputs[1]),
+                tf.matmul(pooled, matmul.inputs[1]),  # softmax/weights; the graph's own logits have a bias
             )
-        config = v1.ConfigProto(device_count={} if on_gpu else {"GPU": 0})
+        config = v1.ConfigProto(device_count={} if on_gpu else {"GPU": 0})  # {}: all devices
         config.gpu_options.allow_growth = True
-        threads = os.environ.get("OMP_NUM_THREADS", "")  # TensorFlow ignores it, unlike the other libraries
+        # TensorFlow ignores OMP_NUM_THREADS, unlike the other libraries. 0 threads: TensorFlow's default
+        threads = os.environ.get("OMP_NUM_THREADS", "")
         config.intra_op_parallelism_threads = config.inter_op_parallelism_threads = (
             int(threads) if threads.isdigit() else 0
         )
@@ -92,6 +93,7 @@ class InceptionGraphFeatures:
         return self.session.run(tensors, self._feed(images))
 
     def _forward(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pooled, spatial and logits of a batch uint8 (n, H, W, C)."""
         pooled, spatial, logits = self.session.run(self.outputs, self._feed(batch))
         return pooled, spatial, logits
 

@@ -56,7 +56,8 @@ class Pool(nn.Module):
 
     def __init__(self, pool: table.Pool):
         super().__init__()
-        self.average, self.window = pool.average, (pool.kernel, pool.stride, pool.kernel // 2 if pool.same else 0)
+        padding = pool.kernel // 2 if pool.same else 0
+        self.average, self.window = pool.average, (pool.kernel, pool.stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.average:
@@ -96,6 +97,7 @@ class InceptionV3(nn.Module):
 
     def load(self, weights: InceptionWeights) -> "InceptionV3":
         """Load all weights; returns self, ready for inference."""
+        # in the order of `table.convolutions()`, as weights.layers
         convolutions = [module for module in self.modules() if isinstance(module, ConvReLU)]
         for module, layer in zip(convolutions, weights.layers.values(), strict=True):
             module.fold(layer)
@@ -122,7 +124,7 @@ class InceptionV3(nn.Module):
 def preprocess(images: Tensor) -> Tensor:
     """uint8 (N, H, W, C), C 1 or 3 -> float32 (N, 3, 299, 299), channels last in memory, (x - 128) / 128."""
     x = resize_torch(images)  # (N, 299, 299, C)
-    x = x.sub_(128.0).mul_(0.0078125)
+    x = x.sub_(128.0).mul_(0.0078125)  # 1 / 128, exact in float32
     return x.expand(-1, -1, -1, 3).contiguous().permute(0, 3, 1, 2)  # (N, 3, 299, 299)
 
 
@@ -155,6 +157,7 @@ class InceptionFeatures:
         return preprocess(torch.from_numpy(batch).to(self.device))
 
     def _forward(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pooled, spatial and logits of a batch uint8 (n, H, W, C)."""
         pooled, spatial, logits = self.net(self.prepare(batch))
         return pooled.cpu().numpy(), spatial.cpu().numpy(), logits.cpu().numpy()
 

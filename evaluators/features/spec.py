@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+KINDS = ("pooled", "logits", "spatial")  # the fields of Features
+
+
 @dataclass(frozen=True, kw_only=True)
 class Features:
     """Activations of a network for N images.

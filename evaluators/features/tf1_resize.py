@@ -36,6 +36,7 @@ def axis_table(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=64)
 def _torch_table(size: int, device: str) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+    """The arrays of `axis_table` as tensors on a device."""
     import torch
 
     lo, hi, f = axis_table(size)
@@ -43,7 +44,7 @@ def _torch_table(size: int, device: str) -> "tuple[torch.Tensor, torch.Tensor, t
 
 
 def _interpolate(first: "Numbers", last: "Numbers", weight: "Numbers") -> "Numbers":
-    """first + (last - first) * weight, computed in place in `last` and returned; numpy or torch."""
+    """first + (last - first) * weight, for numpy and torch. Overwrites `last` with the result and returns it."""
     last -= first
     last *= weight
     last += first
@@ -70,7 +71,7 @@ def resize_torch(images: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     n, height, width, channels = images.shape
-    if (height, width) == (SIDE, SIDE):  # every fraction is 0
+    if (height, width) == (SIDE, SIDE):  # every fraction is 0; a copy, because callers change the result in place
         return images.to(torch.float32, copy=True)
     out = torch.empty((n, SIDE, SIDE, channels), dtype=torch.float32, device=images.device)
     y_lo, y_hi, y_f = _torch_table(height, str(images.device))

@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of the patches, row by row."""
+    """Linear embedding of the patches, which are numbered row by row."""
 
     def __init__(self, patch: int, width: int, bias: bool):
         super().__init__()
@@ -164,7 +164,7 @@ def preprocess(images: np.ndarray, shape: VitShape, device: str | torch.device =
 class VitFeatures:
     """The extractor; see `evaluators.features.FeatureExtractor` for the contract.
 
-    weights: a file, or a repository on the Hugging Face hub; None: the file in torch.hub's cache.
+    weights: a file or folder, or the name of a repository on the Hugging Face hub; None: the file in torch.hub's cache.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ class VitFeatures:
         loaded = read_state(find_weights(spec.name, shape, weights), net.state_dict(), spec.name)
         net.load_state_dict(loaded.state, strict=True, assign=True)
         self.net = net.eval().requires_grad_(False).to(self.device)
+        # The description states the preprocessing, so it is part of the hash.
         self.sha256 = hashlib.sha256(f"{loaded.sha256}\n{spec.description}".encode()).hexdigest()
         self.description = f"{spec.description}; {loaded.found}"
 

@@ -41,6 +41,7 @@ class VitShape:
 
 
 def _dinov2(width: int, depth: int, heads: int, letter: str, size: str) -> VitShape:
+    """A DINOv2 model. letter, size: how its files and its repository name it, such as "b" and "base"."""
     name = f"dinov2_vit{letter}14"
     return VitShape(
         input_size=224,

@@ -20,6 +20,7 @@ _CLIP = (
 
 
 def _spec(name: str, title: str) -> FeatureSpec:
+    """The FeatureSpec of the item `name` of SHAPES. Only CLIP has a projection. title: its name in the description."""
     shape = SHAPES[name]
     return FeatureSpec(
         name=name,

@@ -18,7 +18,8 @@ from harness.weights.files import WeightFile, open_weights, sha256
 from harness.weights.load import as_torch
 from harness.weights.maps import compare
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)")  # not a file's
+# owner/name of a repository; not a path with the ending of a weight file
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Our name, or a part of it -> that in the file, or several names whose tensors are concatenated.
@@ -80,6 +81,7 @@ LAYOUTS: tuple[tuple[str, Names, tuple[str, ...]], ...] = (  # title, names, pre
 )
 # fmt: on
 PREFIX = "dinov2."  # of the backbone in transformers' classifiers
+TRANSPOSED = ("visual.proj",)  # result of `sources` for proj.weight in openai/CLIP's files, which store it transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,27 +97,31 @@ class ReadState:
 
 
 def sources(ours: str, names: Names) -> tuple[str, ...]:
-    """Names in the file of the tensor that we call `ours`: one name, or three whose tensors are concatenated."""
-    if not names:
+    """Names in the file of the tensor that we call `ours`: one name, or three whose tensors are concatenated.
+
+    names: of an item of LAYOUTS. A name that is in no file stands for a tensor that the layout does not have.
+    """
+    if not names:  # facebookresearch/dinov2, whose names are ours
         return (ours,)
     stem, inner = "", ours  # prefix of the block in the file; our name within the block
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", ours):
         number, inner = match.groups()
         stem = f"{names['blocks']}.{number}."
-    if inner in names:
-        theirs, kind = names[inner], ""
-    else:
-        inner, _, kind = inner.rpartition(".")
+    suffix = ""
+    if inner not in names:
+        inner, _, parameter = inner.rpartition(".")
         if inner not in names:
-            return (f"({ours})",)  # this layout has no such tensor, and no file has this name
-        theirs, kind = names[inner], f".{kind}"  # .weight or .bias
-    return tuple(f"{stem}{name}{kind}" for name in ((theirs,) if isinstance(theirs, str) else theirs))
+            return (f"({ours})",)  # so that `count_present` and `compare` treat it as missing
+        suffix = f".{parameter}"  # .weight or .bias
+    theirs = names[inner]
+    return tuple(f"{stem}{name}{suffix}" for name in ((theirs,) if isinstance(theirs, str) else theirs))
 
 
 def _layout(weights: WeightFile, expected: Mapping[str, torch.Tensor]) -> tuple[str, Names, tuple[str, ...]]:
     """The item of LAYOUTS under which most of the expected tensors are in the file."""
 
     def count_present(layout: tuple[str, Names, tuple[str, ...]]) -> int:
+        """Number of expected tensors that the file has under the layout's names."""
         return sum(all(name in weights.tensors for name in sources(ours, layout[1])) for ours in expected)
 
     return max(LAYOUTS, key=count_present)
@@ -128,6 +134,7 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
     """
     weights = open_weights(path)
     weights.refuse_code()
+    # transformers' classifiers: a prefix before all names except those of the last layer
     if all(key.startswith((PREFIX, "classifier.")) for key in weights.tensors):
         kept = {key.removeprefix(PREFIX): tensor for key, tensor in weights.tensors.items()}
         weights = replace(weights, tensors=kept)
@@ -149,10 +156,13 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
 def _stored_shape(
     shape: tuple[int, ...], theirs: tuple[str, ...], found: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...]:
-    """Shape that the file's tensors `theirs` must have, so that `_read` gives `shape`. found: shapes by name."""
+    """Shape that each of the file's tensors `theirs` must have, so that `_read` gives `shape`.
+
+    found: shapes of the file's tensors by name.
+    """
     if len(theirs) > 1:
         return (shape[0] // len(theirs), *shape[1:])
-    if theirs == ("visual.proj",):
+    if theirs == TRANSPOSED:
         return shape[::-1]
     stored = found.get(theirs[0])
     if stored is not None and len(stored) < len(shape) and (1,) * (len(shape) - len(stored)) + tuple(stored) == shape:
@@ -167,7 +177,7 @@ def _read(weights: WeightFile, theirs: tuple[str, ...], shape: tuple[int, ...]) 
         stored = weights.tensors[name]
         parts.append(as_torch(np.ascontiguousarray(stored.read()), stored.dtype).float())
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if theirs == ("visual.proj",):
+    if theirs == TRANSPOSED:
         tensor = tensor.T.contiguous()
     return tensor.reshape(shape)
 
@@ -177,21 +187,21 @@ def find_weights(name: str, shape: VitShape, weights: Path | None) -> Path:
 
     weights: as the user named them; None: the file in torch.hub's cache. Raises UserError if there are none.
     """
-    known = f"{FLAG} FILE or {FLAG} {shape.repository}"
+    options = f"{FLAG} FILE or {FLAG} {shape.repository}"
     if weights is None:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / shape.file
         if shape.file and cached.is_file():
             return cached
         where = f", for instance from {shape.url}" if shape.url else ""
-        raise UserError(f"features {name} need weights that are not shipped: name them with {known}{where}")
+        raise UserError(f"features {name} need weights that are not shipped: name them with {options}{where}")
     weights = Path(weights)
     if weights.exists() or not HUB_NAME.fullmatch(weights.as_posix()):
         return weights
-    return _from_hub(name, weights.as_posix(), known)
+    return _from_hub(name, weights.as_posix(), options)
 
 
-def _from_hub(name: str, repository: str, known: str) -> Path:
-    """The weight file of a hub repository, downloaded unless it is cached. known: the options to name, for messages."""
+def _from_hub(name: str, repository: str, options: str) -> Path:
+    """The weight file of a hub repository, downloaded unless it is cached. options: those that messages advise."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -207,10 +217,10 @@ def _from_hub(name: str, repository: str, known: str) -> Path:
                 return Path(hf_hub_download(repository, file, local_files_only=local))
             except (EntryNotFoundError, LocalEntryNotFoundError) as error:
                 reason = error
-            except Exception as error:  # of the hub's client, the network or the disk
+            except Exception as error:  # of the hub's client, the network or the disk, whichever file is asked for
                 reason = error
                 break
     text = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
     raise UserError(
-        f"features {name}: {repository} is not a file and was not fetched from the hub ({text}); name {known}"
+        f"features {name}: {repository} is not a file and was not fetched from the hub ({text}); name {options}"
     )

@@ -18,7 +18,8 @@ SCALE_KL = 0.18215
 
 
 def resolve(name: str) -> Known | Path:
-    """The known autoencoder of that short name or repository, or the existing path `name`; UserError for other names.
+    """The known autoencoder with the short name `name`, else the path `name` if it exists, else the known autoencoder with
+    the repository `name`; UserError if it is none of these.
 
     A short name has precedence over a file of that name; write ./NAME for the file. Imports no framework.
     """
@@ -70,8 +71,9 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
         config = fetch("config.json")
         try:
             fetch(WEIGHTS[0])
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and not local:  # no connection, rather than no such file
+        except EntryNotFoundError as error:  # no such file in the repository, or in the cache if `local`
+            # LocalEntryNotFoundError is a subclass; if not `local`, it means that there is no connection.
+            if isinstance(error, LocalEntryNotFoundError) and not local:
                 raise
             fetch(WEIGHTS[1])
         return config.parent
@@ -91,7 +93,7 @@ def _from_hub(name: str, known: Known, flag: str) -> tuple[Path, str]:
             ) from error
         finally:
             logging.set_verbosity(verbosity)
-    parts = found.parts
+    parts = found.parts  # (..., "snapshots", revision, ...)
     revision = f"@{parts[parts.index('snapshots') + 1]}" if "snapshots" in parts else ""
     return found, f"{known.repository}{revision}"
 
@@ -129,7 +131,7 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
     scale = config.get("scaling_factor", SCALE_KL)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
         raise UserError(f"{folder / 'config.json'}: scaling_factor is {scale!r}; it must be a number above 0")
-    shift = config.get("shift_factor") or 0.0
+    shift = config.get("shift_factor") or 0.0  # diffusers writes null for no shift
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not abs(shift) < float("inf"):
         raise UserError(f"{folder / 'config.json'}: shift_factor is {shift!r}; it must be a number")
     if not isinstance(config.get("block_out_channels"), list):
@@ -140,7 +142,8 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
 
 def scale_and_shift(config: Mapping[str, Any]) -> tuple[float, float]:
     """(scale, shift) of an AutoencoderKL: a sampler's latents are (z - shift) x scale of the autoencoder's z."""
-    return float(config.get("scaling_factor", SCALE_KL)), float(config.get("shift_factor") or 0.0)
+    shift = config.get("shift_factor") or 0.0  # diffusers writes null for no shift
+    return float(config.get("scaling_factor", SCALE_KL)), float(shift)
 
 
 def record_name(known: Known | None, kind: str, sha256: str) -> str:
@@ -187,7 +190,7 @@ def _identity(name: str, sha256: str, scale: float, shift: float, config_sha256:
 def read_identity(name: str, flag: str) -> dict[str, Any]:
     """`Decoder.identity` of the AutoencoderKL `name`, computed from its files without loading it.
 
-    For an autoencoder of another kind the result equals no decoder's identity.
+    The kind is not checked: for an autoencoder with a codebook, the result is different from all decoders' identities.
     """
     known, path, _ = find(name, None, flag)
     config, file = locate(path, flag)

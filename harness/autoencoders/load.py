@@ -6,7 +6,7 @@ An autoencoder is named "ft-ema", "ft-mse" or "original" (Stable Diffusion's, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -89,12 +89,12 @@ class Decoder:
         device = next(self.net.parameters()).device
         images: list[torch.Tensor] = []
         with torch.inference_mode(), exact_float32(device.type):
-            for part in z.split(self.batch) if len(z) else ():
+            for part in z.split(self.batch) if len(z) else ():  # split gives one part of 0 latents for an empty z
                 latent = part.to(device, torch.float32) / self.scale_factor + self.shift_factor  # (n, C, h, w)
                 x = _decode(self.kind, self.net, latent)  # (n, 3, H, W)
                 finite = torch.isfinite(x).flatten(1).all(dim=1)  # (n,)
                 if not finite.all():
-                    at = sum(map(len, images)) + int(finite.int().argmin())
+                    at = sum(map(len, images)) + int(finite.int().argmin())  # index of the first one
                     raise RunError(
                         f"decoder {self.name}: image {at} of {len(z)} is not finite; check its latent and the weights"
                     )
@@ -158,6 +158,7 @@ def load_autoencoder(
                     " give it as a path, without a name"
                 )
         scale, shift = scale_and_shift(config)
+        # each level but the last halves the image's sides
         channels, factor_ = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
         tensors = diffusers_layout(tensors, len(config["block_out_channels"]))
     net = _build(kind, config, file)
@@ -199,32 +200,27 @@ def traced_compute(
     import torch
 
     from harness.compute.meta_torch import FusedAttention, neutral_state
-    from harness.compute.trace_torch import _Counter, follow_modules
+    from harness.compute.trace_torch import OperatorCounter, follow_modules
 
     if kind == "vq":
-        step, channels, image_channels = (
-            factor(config["multipliers"]),
-            config["code_channels"],
-            config["image_channels"],
-        )
+        factor_ = factor(config["multipliers"])
+        latent_channels, image_channels = config["code_channels"], config["image_channels"]
     else:
-        step = 2 ** (len(config["block_out_channels"]) - 1)
-        channels, image_channels = config.get("latent_channels", 4), config.get("in_channels", 3)
-    if image_size < 1 or image_size % step:
-        raise UserError(f"image size {image_size} is not a multiple of the autoencoder's factor {step}")
-    # by direction: the function, and (channels, side) of its input
-    calls: dict[str, tuple[Callable[[str, nn.Module, torch.Tensor], torch.Tensor], tuple[int, int]]] = {
-        "decode": (_decode, (channels, image_size // step)),
-        "encode": (_encode, (image_channels, image_size)),
-    }
-    if direction not in calls:
-        raise UserError(unknown("direction", direction, calls))
-    call, (inputs, side) = calls[direction]
+        factor_ = 2 ** (len(config["block_out_channels"]) - 1)
+        latent_channels, image_channels = config.get("latent_channels", 4), config.get("in_channels", 3)
+    if image_size < 1 or image_size % factor_:
+        raise UserError(f"image size {image_size} is not a multiple of the autoencoder's factor {factor_}")
+    if direction not in ("decode", "encode"):
+        raise UserError(unknown("direction", direction, ("decode", "encode")))
     with neutral_state():
-        net = _build(kind, config, Path("config"))
-        counter = _Counter(f"autoencoder {kind}", ())
+        net = _build(kind, config, Path("config"))  # no config.json: the path is only for messages
+        counter = OperatorCounter(f"autoencoder {kind}", uncounted_norms=())
         with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
-            call(kind, net, torch.zeros(1, inputs, side, side, device="meta"))
+            if direction == "decode":
+                latent_side = image_size // factor_
+                _decode(kind, net, torch.zeros(1, latent_channels, latent_side, latent_side, device="meta"))
+            else:
+                _encode(kind, net, torch.zeros(1, image_channels, image_size, image_size, device="meta"))
     params = sum(each.numel() for each in net.parameters())
     return Compute(params=params, rows=tuple(counter.rows), source="traced")
 
@@ -298,7 +294,7 @@ def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
             return VQAutoencoder(**config).eval()
         from harness.frameworks.torchvision import make_importable
 
-        make_importable()  # diffusers imports torchvision where it is installed
+        make_importable()  # before diffusers imports torchvision, which fails beside a torch that it was not built for
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:

@@ -52,6 +52,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
+        # click's own message for an unknown command suggests no similar names.
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in COMMANDS:
             from harness.registry import unknown
@@ -81,7 +82,7 @@ def main() -> None:
     from harness.errors import RunError, UserError
 
     def end(code: int, reason: str, print_error: Callable[[], object]) -> NoReturn:
-        """Print the error, write `reason` for torchrun's report, and exit with `code`."""
+        """Print the error, write `reason` for torchrun's report, and exit with `code`. Under torchrun, rank 0 comes first."""
         with contextlib.suppress(KeyboardInterrupt):  # torchrun ends this process once the first has reported
             defer_to_rank_zero(os.environ)
             print_error()
@@ -99,7 +100,7 @@ def main() -> None:
             if is_main_process(os.environ):
                 click.echo(f"harness: interrupted {by}".strip(), err=True)
             sys.exit(130)
-        except BrokenPipeError:
+        except BrokenPipeError:  # the reader of stdout has ended, such as `head`; nothing can be printed
             sys.exit(1)
         except (UserError, RunError) as error:
             end(
@@ -130,4 +131,6 @@ def _terminable() -> Iterator[list[float]]:
     try:
         yield arrivals
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if arrivals else signal.SIG_DFL)  # the command is ending
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN if arrivals else signal.SIG_DFL
+        )  # ignored once the process is ending

@@ -15,8 +15,8 @@ from harness.io import files
 STAGES = ("training", "sampling", "evaluation")
 
 
-def _stages(text: str) -> tuple[str, ...]:
-    """Names of STAGES, separated by commas, in the order of STAGES."""
+def _parse_stages(text: str) -> tuple[str, ...]:
+    """The stages in a text such as "sampling,training", in the order of STAGES. ValueError for an unknown one."""
     from harness.registry import unknown
 
     names = tuple(part.strip() for part in text.split(","))
@@ -45,7 +45,7 @@ def _stages(text: str) -> tuple[str, ...]:
     show_default=True,
     help="torch.compile of the network. auto: on a GPU only.",
 )
-@click.option("--stages", type=Value("stages", _stages), default=",".join(STAGES), show_default=True)
+@click.option("--stages", type=Value("stages", _parse_stages), default=",".join(STAGES), show_default=True)
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the measurements to this file."
@@ -89,8 +89,9 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
 
 def _show(measured: dict[str, Any]) -> None:
     """Print the measurements (the JSON document of `harness.engines.torch.bench.measure`) as a table."""
-    from rich.console import Console
     from rich.table import Table
+
+    from harness.cli.tables import table_console
 
     roofline = measured["roofline"]
     products = ", ".join(f"{name} {value:.3g}" for name, value in roofline["tflops"].items())
@@ -109,6 +110,7 @@ def _show(measured: dict[str, Any]) -> None:
     table.add_column("", no_wrap=True)
     for row in measured["rows"]:
         batch = f"{row['batch']}" + (f" ({row['micro_batch']})" if row["micro_batch"] != row["batch"] else "")
+        # MFU, and the share of the speed of the matrix products that were measured here
         shares = ["-" if row[key] is None else f"{row[key]:.1%}" for key in ("utilisation", "of_measured")]
         table.add_row(
             row["stage"],
@@ -121,7 +123,7 @@ def _show(measured: dict[str, Any]) -> None:
             "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
             row["note"],
         )
-    Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+    table_console().print(table)
     click.echo(
         f"MFU over {measured['peak_tflops']:.3g} TFLOP/s ({measured['peak_from']}); {measured['convention']}. "
         "In brackets: images in one call of the network."

@@ -41,7 +41,7 @@ def command(as_json: bool, **options: Any) -> None:
     samplings = sorted({verdict.sampling for verdict in verdicts})
     click.echo(f"N = {first.a.n:,}" + (f", {samplings[0]}" if len(samplings) == 1 else ""))
     seeds = first.scope == "training seeds"
-    columns = {
+    columns = {  # heading: function from a verdict to its cell
         "metric": lambda each: each.metric,
         "sampling": lambda each: escape(each.sampling),
         "A": lambda each: f"{each.a.value:.4g}",
@@ -51,9 +51,10 @@ def command(as_json: bool, **options: Any) -> None:
         "A is a": lambda each: each.verdict,
         "trained again": lambda each: each.if_trained_again or "unknown",
     }
-    for name, redundant in (("sampling", len(samplings) == 1), ("trained again", seeds)):
-        if redundant:
-            del columns[name]
+    if len(samplings) == 1:  # printed above
+        del columns["sampling"]
+    if seeds:  # the verdicts are about training again already
+        del columns["trained again"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in columns:
         number = heading in ("A", "B", "A - B", "noise")
@@ -68,6 +69,7 @@ def command(as_json: bool, **options: Any) -> None:
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as a row of --json. "a_seeds" and "b_seeds" have, for each training seed, the number of its records."""
     degrees = verdict.degrees_of_freedom
     return {
         "metric": verdict.metric,
@@ -80,8 +82,8 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "scope": verdict.scope,
         "verdict": verdict.verdict,
         "trained_again": verdict.if_trained_again,
-        "a_seeds": [sum(map(len, own)) for own in verdict.a.seeds],
-        "b_seeds": [sum(map(len, own)) for own in verdict.b.seeds],
+        "a_seeds": [sum(map(len, checkpoints)) for checkpoints in verdict.a.seeds],
+        "b_seeds": [sum(map(len, checkpoints)) for checkpoints in verdict.b.seeds],
         "a_ids": [each.id for each in verdict.a.records],
         "b_ids": [each.id for each in verdict.b.records],
     }

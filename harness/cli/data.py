@@ -40,10 +40,10 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
         harness data prepare imagenet --from ILSVRC2012_img_train.tar --out imagenet-256
         harness data prepare birds --from birds/train --out birds-64 --resolution 64
     """
-    from harness.data.prepare import prepare as prepared
+    from harness.data.prepare import prepare as prepare_dataset
     from harness.data.prepared import facts
 
-    made = prepared(name, source, out, resolution=resolution)
+    made = prepare_dataset(name, source, out, resolution=resolution)
     meta = made.meta
     if as_json:
         click.echo(json.dumps({"folder": str(made.folder), "new": made.new, **facts(meta)}, indent=2))
@@ -156,7 +156,7 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
     source = open_image_set(images)
     meta = existing_cache(source, vae, out)
     new = False
-    if meta is None:
+    if meta is None:  # no cache, an incomplete one, or one of other images or another VAE, which make_cache refuses
         from harness.autoencoders.load import load_autoencoder
         from harness.engines.torch.resolve import device_name, pick_device
         from harness.runs.provenance import environment
@@ -170,7 +170,7 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
         click.echo(json.dumps({"folder": str(out), "written": new, **facts}, indent=2))
         return
     click.echo(f"{out}: {'written' if new else 'exists already, the same latents'}")
-    click.echo(f"  {meta.shape[0]:,} images of {meta.images['name']}, latents {'x'.join(map(str, meta.latent))}")
+    click.echo(f"  {meta.shape[0]:,} images of {meta.images['name']}, latents {'x'.join(map(str, meta.latent_shape))}")
     click.echo(f"  by {meta.vae['name']} ({meta.vae['weights_sha256'][:12]}), scale {meta.scale:g}; {meta.sha256[:12]}")
 
 
@@ -225,7 +225,7 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
 def verify(file: Path, as_json: bool) -> None:
     """Say what PATH is (a reference, weights of the Inception network, a prepared data set, a cache of latents), and
     compare every byte with its own or the published hashes. Exit code 2 if one differs."""
-    from harness.data.verify import verify as verified
+    from harness.data.verify import verify as verify_path
 
-    verdict = verified(file)
+    verdict = verify_path(file)
     click.echo(json.dumps(verdict._asdict(), indent=2) if as_json else f"{file}: {verdict.text}")

@@ -69,6 +69,7 @@ def command(as_json: bool) -> None:
 
 
 def _system() -> list[Finding]:
+    """Python, processors, memory and disk."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -90,6 +91,7 @@ def _system() -> list[Finding]:
 
 
 def _torch() -> list[Finding]:
+    """torch, its libraries for several processes, the CUDA devices and torch.compile."""
     try:
         import torch
 
@@ -125,6 +127,7 @@ def _torch() -> list[Finding]:
 
 
 def _processor() -> list[Finding]:
+    """The CPU and its speed in bfloat16; [] without torch, which `_torch` reports."""
     try:
         import torch
 
@@ -140,7 +143,8 @@ def relative_to_float32(ratio: float) -> str:
     times = max(ratio, 1 / ratio)
     if times < 1.05:
         return "as fast as in float32"
-    return f"{times:.{1 if times < 10 else 0}f} times {'as fast as' if ratio > 1 else 'slower than'} in float32"
+    decimals = 1 if times < 10 else 0
+    return f"{times:.{decimals}f} times {'as fast as' if ratio > 1 else 'slower than'} in float32"
 
 
 def _collectives() -> list[tuple[str, bool]]:
@@ -174,7 +178,7 @@ def _bfloat16_speed_ratio() -> float:
 
 
 def _features() -> list[Finding]:
-    """Load every feature extractor that needs no file of the user."""
+    """Whether each feature extractor can be loaded; one that needs a file of the user is not tried."""
     from harness import registry
 
     findings = []
@@ -193,6 +197,7 @@ def _features() -> list[Finding]:
 
 
 def _plugins() -> list[Finding]:
+    """The plug-ins, those that failed to load, and registries that are empty because the installation is broken."""
     from harness import registry
 
     findings = []
@@ -225,6 +230,7 @@ def _plugins() -> list[Finding]:
 
 
 def _optional() -> list[Finding]:
+    """The packages of OPTIONAL."""
     findings = []
     for module, distribution, purpose, extra in OPTIONAL:
         if importlib.util.find_spec(module):

@@ -48,12 +48,14 @@ def command(
             [get_system(name) for name in names] or [each for each in systems if not each.unavailable], as_json
         )
         return
+    # a name that a backbone and a system have in common means the backbone
     system_names = [name for name in names if name in systems and name not in backbones]
     if names:
         wanted_systems = [systems.get(name) for name in system_names]
     else:
         wanted_systems = [] if protocol else cascades()
     others = tuple(name for name in names if name not in system_names)
+    # without others, networks_to_count would count all backbones: only right if no name was given
     networks = networks_to_count(others, protocol) if others or not names else []
     rows, refused = [], []
     for spec, overrides in networks:
@@ -63,6 +65,7 @@ def command(
             if names or check:  # the user named it, so this is an error
                 raise
             refused.append({"name": spec.name, "reason": str(error)})
+    # a system that is only in the paper has no components
     rows += [system_row(each) for each in wanted_systems if each.components]
     notes = footnotes(rows)
     if as_json:
@@ -81,7 +84,11 @@ def command(
 
 
 def networks_to_count(names: tuple[str, ...], protocol: str | None) -> list[tuple[BackboneSpec, dict[str, Any]]]:
-    """(spec, builder arguments that replace the spec's defaults) of each network to count. names empty: all backbones."""
+    """(spec, builder arguments that replace the spec's defaults) of each network to count.
+
+    names empty: all backbones, each at every size of `input_sizes` if `protocol` is None. protocol: counts each network
+    at the protocol's input; None: at the native input.
+    """
     specs = [backbones.get(name) for name in names] if names else list(backbones)
     if protocol is not None:
         from harness.protocols import get_protocol
@@ -96,9 +103,10 @@ def networks_to_count(names: tuple[str, ...], protocol: str | None) -> list[tupl
 
 
 def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
-    """Print the rows as a table."""
-    from rich.console import Console
+    """Print the rows as a table. check: "fvcore" adds a column with that package's count; None: no such column."""
     from rich.table import Table
+
+    from harness.cli.tables import table_console
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("backbone", no_wrap=True)
@@ -108,6 +116,10 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
     for row in rows:
         size, channels = row["input_size"], row["in_channels"]
         published_params = row["published_params_m"]
+        if row["difference"] is None:  # no published value
+            difference = "-"
+        else:
+            difference = f"{row['difference']:+.2f}" if row["difference"] else "0"
         cells = [
             row["name"],
             "x".join(str(each) for each in (size, size, channels) if each) if size else "-",
@@ -115,14 +127,14 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
             "-" if published_params is None else f"{published_params:g}",
             f"{row['gflops']:.2f}" if row["gflops"] >= 0.1 else f"{row['gflops']:.4f}",
             row.get("published_text", "-"),
-            "-" if row["difference"] is None else f"{row['difference']:+.2f}" if row["difference"] else "0",
+            difference,
             f"{row['gmacs']:.4f}",
             row["source"],
         ]
-        table.add_row(
-            *cells, *([f"{row.get('fvcore_gflops', 0):.4f}" if "fvcore_gflops" in row else "-"] if check else [])
-        )
-    Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+        if check:
+            cells.append(f"{row['fvcore_gflops']:.4f}" if "fvcore_gflops" in row else "-")  # "-" for a system
+        table.add_row(*cells)
+    table_console().print(table)
 
 
 def show_sampling(chosen: list[System], as_json: bool) -> None:
@@ -136,8 +148,9 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"convention": CONVENTION, "note": note, "rows": rows}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from harness.cli.tables import table_console
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("system", no_wrap=True)
@@ -147,7 +160,7 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
         costs = [row[name] for name in ("gflops_unguided", "gflops_guidance", "gflops_decode", "gflops_image")]
         cells = [f"{cost:,.0f}" if cost >= 100 else f"{cost:.4g}" if cost else "-" for cost in costs]
         table.add_row(row["name"], " + ".join(map(str, row["steps"])), *cells)
-    Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+    table_console().print(table)
     click.echo(note)
     click.echo(CONVENTION)
 

@@ -52,6 +52,7 @@ def _parameter(name: str, info: Setting, default: object) -> Callable[[Function]
     if info.argument:
         return click.argument(name, type=_type(info), metavar=info.metavar or name.upper())
     flags = info.flags or (info.flag(name),)
+    # A setting that holds a dict has a default factory, so its default is MISSING, too; all these are repeatable.
     required = default is dataclasses.MISSING and not info.repeat
     attributes: dict[str, Any] = {"help": _help(info), "required": required}
     if isinstance(default, bool):
@@ -68,6 +69,7 @@ def _parameter(name: str, info: Setting, default: object) -> Callable[[Function]
 
 
 def _type(info: Setting) -> click.ParamType:
+    """The click type of one value of a setting."""
     if info.choices:
         return click.Choice(info.choices)
     if info.type_name == "path":

@@ -77,7 +77,7 @@ def command(noun: str | None, as_json: bool) -> None:
                 "name": item.name,
                 "summary": getattr(item, "summary", "") or getattr(item, "description", ""),
                 "from": items.owner(item.name),
-                **METADATA.get(name, lambda item: {})(item),
+                **(METADATA[name](item) if name in METADATA else {}),
             }
             for item in items
         ]
@@ -85,7 +85,7 @@ def command(noun: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(document, indent=2))
         return
-    for name in chosen:
+    for name in chosen:  # not document, which also has "problems"
         click.secho(f"{name} ({len(document[name])})", bold=True)
         width = max((len(row["name"]) for row in document[name]), default=0)
         for row in document[name]:

@@ -74,7 +74,8 @@ def _show_table(ctx: click.Context, options: PlanOptions, as_json: bool) -> None
     """Print the training steps that every backbone gets from one budget, as a table or as JSON."""
     if options.match is None and options.budget is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
-    checked_steps(options)
+    checked_steps(options)  # for its UserError, if several settings give the training steps
+    # Refuse a flag that the table does not use, unless its value is the default.
     for name, info in settings_of(options).items():
         given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         if name not in TABLE_SETTINGS and given and options.given().get(name) is not None:
@@ -91,8 +92,9 @@ def _show_table(ctx: click.Context, options: PlanOptions, as_json: bool) -> None
 
 def _print_table(document: dict[str, Any]) -> None:
     """Print the document of `budget_table` as a table."""
-    from rich.console import Console
     from rich.table import Table
+
+    from harness.cli.tables import table_console
 
     reference = f", those of {document['to']}" if document["to"] else ""
     click.echo(
@@ -114,7 +116,7 @@ def _print_table(document: dict[str, Any]) -> None:
             "-" if epochs is None else f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}",
             error_text(row["relative_error"]),
         )
-    Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+    table_console().print(table)
     if any(one_is_too_much(row["steps"], row["relative_error"]) for row in document["rows"]):
         click.echo("1 step, and more than 0 % over: a single step costs more than the budget.")
     for each in document["left_out"]:

@@ -25,9 +25,11 @@ def command(**options: Any) -> None:
     from harness.pipeline.run import run
 
     result = run(**options)
+    # There are no commands (strict=False) if the samples were evaluated.
     for path, measure in zip(result.samples, result.evaluate_commands, strict=False):
         click.echo(f"samples: {path}; measure them with: {measure}")
     if result.report is not None:
         from harness.cli.tables import print_report
 
-        print_report(result.report, result.report.files[0].parent, only=result.folder)
+        report_folder = result.report.files[0].parent
+        print_report(result.report, report_folder, only=result.folder)

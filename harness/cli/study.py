@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli.from_settings import Value, json_option
-from harness.cli.tables import print_report
+from harness.cli.tables import print_report, table_console
 from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration
 from harness.io.text import read_pair
@@ -81,7 +81,7 @@ def command(
         now = overview(study, slurm.queue(study))
         click.echo(json.dumps(now.as_dict(), indent=2)) if as_json else print_overview(now)
         return
-    state: Overview | None = None
+    state: Overview | None = None  # None: nothing was launched, because of --report
     stopped = False
     if launcher == "slurm" and not only_report:
         overrides = {name: slurm.parse_setting(text) for name, text in settings}
@@ -103,7 +103,7 @@ def command(
     if state.count("done") == len(state.rows):
         return
     click.echo(summary(state), err=True)
-    if launcher == "local":
+    if launcher == "local":  # the jobs of slurm still run
         click.echo("some runs are not done; the same command continues", err=True)
         sys.exit(130)
 
@@ -118,6 +118,7 @@ def launch(study: Expansion, *, jobs: int, retry_failed: bool) -> tuple[Overview
         last_summary = 0.0
 
         def draw(state: Overview) -> None:
+            """Show the progress: on a terminal as a table, elsewhere as a line every QUIET_SECONDS."""
             nonlocal last_summary
             if console.is_terminal:
                 live.update(table_of(state, console.width), refresh=True)
@@ -144,9 +145,7 @@ def report(study: Expansion) -> None:
 
 def print_overview(state: Overview) -> None:
     """Print the runs as a table, the failures, and the remaining work."""
-    from rich.console import Console
-
-    console = Console(width=None if Console().is_terminal else 140, highlight=False)
+    console = table_console()
     console.print(table_of(state, console.width))
     for row in state.rows:
         if row.reason and row.state == "failed":
@@ -181,7 +180,7 @@ def table_of(state: Overview, width: int) -> Table:
 def summary(state: Overview) -> str:
     """One line: the number of runs in each state, and the remaining work."""
     data: dict[str, Any] = state.as_dict()
-    counts = ", ".join(f"{number} {state}" for state, number in data["counts"].items() if number)
+    counts = ", ".join(f"{number} {name}" for name, number in data["counts"].items() if number)
     text = f"{state.study.study.name}: {counts} of {len(state.rows)} runs"
     if not data["gflops_left"]:
         return text

@@ -12,11 +12,22 @@ import click
 from results.records import Record
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from reports.report import ReportSummary
 
 CELL_WIDTH = 19  # characters of one column on the terminal
+TITLES_WIDTH = 20  # characters of the column of titles
 MAX_ROWS = 50  # records shown in one table
 MAX_PROBLEMS = 5  # unusable lines, and conflicts, that are printed
+PIPED_WIDTH = 140  # characters of a line where stdout is no terminal; rich's 80 would cut the columns of tables
+
+
+def table_console() -> Console:
+    """The console for a table on stdout: as wide as the terminal, or PIPED_WIDTH where stdout is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if Console().is_terminal else PIPED_WIDTH, highlight=False)
 
 
 def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None) -> None:
@@ -28,9 +39,8 @@ def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None)
     _print_problems(summary.conflicts, "conflicting measurements, which are left out of all tables")
     print_records(load(find_record_files([only])).records if only else summary.records)
     for path in summary.files:
-        if path.suffix == ".png" or re.fullmatch(
-            r"table-\D.*\.md", path.name
-        ):  # without the paper's tables, table-1.md to table-6.md
+        # the tables of protocols, table-<protocol>.md, but not those of the paper, table-1.md to table-6.md
+        if path.suffix == ".png" or re.fullmatch(r"table-\D.*\.md", path.name):
             click.echo(f"  {path}")
     click.echo(f"{len(summary.files):,} file{'s' if len(summary.files) != 1 else ''} in {out}")
     for note in summary.notes:
@@ -42,7 +52,7 @@ def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None)
 
 
 def _print_problems(problems: Sequence[object], what: str) -> None:
-    """Print the first few problems, and their number if there is more than one."""
+    """Print the first few problems, and their number if there is more than one. what: names them beside the number."""
     for problem in problems[:MAX_PROBLEMS]:
         click.echo(f"harness: {problem}" + ("; left out" if len(problems) == 1 else ""), err=True)
     if len(problems) > 1:
@@ -57,7 +67,7 @@ def print_records(records: Iterable[Record]) -> None:
     from rich.table import Table
 
     from reports.rows import console_table, groups, make_rows
-    from reports.texts import features_of
+    from reports.texts import DOWN, UP, features_of
 
     console = Console()
     tables = groups(records)
@@ -66,10 +76,10 @@ def print_records(records: Iterable[Record]) -> None:
     for members in tables:  # records that cannot be compared are in different tables
         all_rows = make_rows(members)
         rows = console_table(all_rows[:MAX_ROWS])  # each is a dict: column title -> text
-        shared = {
+        shared = {  # without metrics, whose titles have an arrow
             title: rows[0][title]
             for title in rows[0]
-            if len({row[title] for row in rows}) == 1 and "\u2191" not in title and "\u2193" not in title  # metrics
+            if len({row[title] for row in rows}) == 1 and UP not in title and DOWN not in title
         }
         varying = [title for title in rows[0] if title not in shared]
         console.print(
@@ -78,7 +88,8 @@ def print_records(records: Iterable[Record]) -> None:
                 for title, text in shared.items()
             )
         )
-        columns = max(1, (console.width - 20) // CELL_WIDTH)
+        # The printed table is turned: a row for each varying title, a column for each of as many records as fit.
+        columns = max(1, (console.width - TITLES_WIDTH) // CELL_WIDTH)
         for start in range(0, len(rows), columns):
             table = Table(show_header=False)
             for title in varying:

@@ -11,7 +11,7 @@ import click
 from harness.cli.from_settings import json_option
 
 PATH = click.Path(path_type=Path)
-NAMED = 5  # names of a list that are printed; --json has all
+MAX_LISTED = 5  # names of a list that are printed; --json has all
 
 backbone_option = click.option(
     "--backbone", metavar="NAME", help="Backbone of the weights. [default: recognised by names and shapes]"
@@ -36,7 +36,7 @@ def inspect(file: Path, backbone: str | None, as_json: bool) -> None:
     from harness.weights.transfer import inspect_file
 
     document = inspect_file(file, backbone)
-    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(described(document)))
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(description_lines(document)))
 
 
 @command.command("import", short_help="Convert to safetensors with the harness's names.")
@@ -78,7 +78,7 @@ def export(file: Path, layout: str, backbone: str | None, out: Path | None) -> N
     click.echo(f"{export_file(file, layout, out, backbone)}: {layout}")
 
 
-def described(document: dict[str, Any]) -> list[str]:
+def description_lines(document: dict[str, Any]) -> list[str]:
     """The document of `inspect_file` as lines of text."""
     known = document["known"]
     dtypes = ", ".join(f"{count} {name}" for name, count in document["dtypes"].items())
@@ -120,5 +120,5 @@ def described(document: dict[str, Any]) -> list[str]:
 
 def _few(names: list[str]) -> str:
     """The first names, and the number of the others."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

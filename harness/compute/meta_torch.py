@@ -22,7 +22,7 @@ def build_on_meta(spec: BackboneSpec, overrides: dict[str, Any]) -> nn.Module:
 
 
 def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Meta tensors for one image, in the order in which a network of `spec.kind` is called.
+    """Meta tensors for one image, in the order in which a network of `spec.kind` is called (`harness.spec.KINDS`).
 
     Images are float32 (1, C, H, W), t and y int64 (1,), z float32 (1, Z). Sizes come from the network's arguments
     input_size and in_channels, low_res_size of an upsampler (default input_size // 4), and latent_size of a generator
@@ -57,7 +57,7 @@ class FusedAttention(TorchFunctionMode):
     """Mode in which scaled_dot_product_attention is one fused operator on the meta device too, as on a real device.
 
     Without it, the meta device decomposes attention, and autograd saves the (T, T) scores. Calls that are not plain
-    4-dimensional attention, such as those with a mask, are decomposed as before.
+    4-dimensional attention with positional query, key and value, such as those with a mask, are decomposed as before.
     """
 
     def __torch_function__(

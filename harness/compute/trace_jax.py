@@ -54,7 +54,7 @@ _FREE_NAMES = """
 FREE = frozenset(_FREE_NAMES.split())
 """Primitives that are free in the convention: element-wise, reductions, shapes, look-ups, pooling, random bits."""
 
-_PATCHING = threading.Lock()
+_PATCHING = threading.Lock()  # of `_marking_calls`: the classes that it patches are shared by all threads
 
 
 def _dot(eqn: Any) -> tuple[str, int]:

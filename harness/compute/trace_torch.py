@@ -41,6 +41,7 @@ def _attention(args: tuple[Any, ...], out: object) -> int:
     return n * heads * tokens * key.shape[-2] * (features + value.shape[-1])
 
 
+# The arguments of addmm, addmv and baddbmm begin with the tensor that is added, such as a bias.
 COUNTED: dict[str, tuple[str, Callable[[tuple[Any, ...], Any], int]]] = {
     "aten::mm": ("linear", lambda args, out: _matmul(args[0], args[1])),
     "aten::addmm": ("linear", lambda args, out: _matmul(args[1], args[2])),
@@ -104,8 +105,12 @@ FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
 """Operators that are free in the convention: element-wise, reductions, shapes, look-ups, pooling, resampling."""
 
 
-class _Counter(TorchDispatchMode):
-    """Makes a row for every counted operator, named by the innermost module that is running."""
+class OperatorCounter(TorchDispatchMode):
+    """Mode that makes a row for every counted operator that runs in it, named by the innermost running module.
+
+    backbone: name of the network, for messages. uncounted_norms: see `BackboneSpec`. RunError for an operator that is
+    neither counted nor known to be free.
+    """
 
     def __init__(self, backbone: str, uncounted_norms: tuple[str, ...]):
         super().__init__()
@@ -148,7 +153,7 @@ def trace(spec: BackboneSpec, **overrides: object) -> Compute:
     with neutral_state():
         net = build_on_meta(spec, overrides).eval()
         inputs = example_inputs(spec, arguments)
-        counter = _Counter(spec.name, spec.uncounted_norms)
+        counter = OperatorCounter(spec.name, spec.uncounted_norms)
         with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
             net(*inputs)
     params = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -157,7 +162,8 @@ def trace(spec: BackboneSpec, **overrides: object) -> Compute:
 
 @contextlib.contextmanager
 def follow_modules(net: nn.Module, running: list[str]) -> Iterator[None]:
-    """Context in which `running` holds the qualified names of the modules whose forward is running, outermost first."""
+    """Context in which the list `running` is kept up to date: the qualified names of the modules whose forward is running,
+    outermost first."""
 
     def enter(name: str) -> Callable[..., None]:
         return lambda *_: running.append(name)

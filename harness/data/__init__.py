@@ -42,7 +42,8 @@ class DatasetSpec:
         """What is missing before the data set can be loaded, and how to get it, in one line; None: nothing, so far as
         is known without reading the images.
 
-        folder: as --data names it. resolution: pixels per side that the images must have; None: any.
+        folder: what --data names, for some data sets a file; None: not given. resolution: pixels per side that the
+        images must have; None: any.
         """
         if folder is not None and not folder.exists():
             return f"{folder} does not exist"
@@ -52,7 +53,7 @@ class DatasetSpec:
         return "name its path with --data PATH" if self.needs_folder and folder is None else None
 
     def load(self, folder: Path | None = None) -> ImageSet:
-        """The images and labels. UserError, with the way to get the data set, where it is missing."""
+        """The images and labels. UserError, which says how to get it, where it is missing. folder: as in `missing`."""
         if self.needs_folder and folder is None:
             raise UserError(f"data set {self.name!r} is not on this machine: {self.missing()}")
         loader: Loader = load_attribute(self.loader, f"loader of data set {self.name!r}")

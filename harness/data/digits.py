@@ -9,7 +9,7 @@ import numpy as np
 from harness.data.images import ImageSet
 from harness.errors import UserError
 
-LEVELS = 16  # a value is the number of inked pixels in a cell of 4x4: 0..16
+MAX_COUNT = 16  # a value is the number of inked pixels in a cell of 4x4: 0..16
 
 
 def load(folder: Path | None = None) -> ImageSet:
@@ -19,5 +19,5 @@ def load(folder: Path | None = None) -> ImageSet:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.rint(digits.images * (255 / LEVELS)).astype(np.uint8)[..., np.newaxis]
+    images = np.rint(digits.images * (255 / MAX_COUNT)).astype(np.uint8)[..., np.newaxis]
     return ImageSet(name="digits", images=images, labels=digits.target.astype(np.int64))

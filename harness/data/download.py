@@ -33,7 +33,7 @@ START_BYTES = 16  # enough of a file to recognise it
 
 
 class Unreachable(UserError):
-    """An address gives nothing."""
+    """An address cannot be reached, or the server does not give the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def download(
         except _Interrupted as error:
             progressed = job.received > before
             tries, pause = (1, PAUSE_SECONDS) if progressed else (tries + 1, pause)
-            if not job.connected:
+            if not job.connected:  # not tried again: the caller may know another address
                 raise Unreachable(f"{url} cannot be reached ({error})") from error
             if tries >= TRIES:
                 total = "" if job.total is None else f" of {job.total:,}"
@@ -91,7 +91,11 @@ class _Interrupted(Exception):
 
 
 class _Job:
-    """A download and its state. connected: whether the server has answered. total: bytes of the whole file, if known."""
+    """A download and its state; arguments as in `download`.
+
+    connected: whether the server has answered, so that another attempt makes sense. total: bytes of the whole file;
+    None: unknown.
+    """
 
     def __init__(
         self, url: str, partial: Path, title: str, check: Callable[[bytes, int | None], object], max_bytes: int
@@ -116,7 +120,7 @@ class _Job:
         request = urllib.request.Request(self.url, headers={"User-Agent": f"backbone-harness/{VERSION}"})
         if origin is not None:
             if received == origin.total:
-                return  # killed between the last byte and the end
+                return  # complete: an earlier process was killed after the last byte
             request.add_header("Range", f"bytes={received}-")
             if origin.validator:
                 request.add_header("If-Range", origin.validator)
@@ -125,7 +129,7 @@ class _Job:
         except urllib.error.HTTPError as error:
             with error:
                 self._handle_status(error, received)
-            return self.attempt()  # 416: from the start
+            return self.attempt()  # only after 416: the origin is forgotten, so this one begins at the start
         except (OSError, http.client.HTTPException) as error:
             raise _Interrupted(_reason(error)) from error
         with response:
@@ -136,7 +140,7 @@ class _Job:
             if start is None:
                 if not received:
                     raise Unreachable(f"{self.url} answers with a part of the file where all of it was requested")
-                _origin_path(self.partial).unlink(missing_ok=True)
+                _origin_path(self.partial).unlink(missing_ok=True)  # so that the next attempt begins at the start
                 return self.attempt()
             if self.total is not None and self.total > self.max_bytes:
                 raise UserError(f"{self.url} is {self.total:,} bytes, more than the {self.max_bytes:,} it may be")
@@ -174,6 +178,7 @@ class _Job:
     ) -> None:
         """Append the response to `file` until it ends; _Interrupted if bytes are missing then.
 
+        UserError from `check`, and where the file is larger than `max_bytes`.
         done: bytes of the file so far. head: b"" at the start of the file, where the first bytes are collected and given
         to `check`; None: they were checked before.
         """
@@ -227,8 +232,9 @@ _OPENER = _opener()
 def _span(response: http.client.HTTPResponse, received: int) -> tuple[int | None, int | None]:
     """(position of the response's first byte in the file, bytes of the whole file).
 
-    received: bytes that were not requested because the partial file has them. The position is None if the response is
-    not what was requested, the number of bytes if it is unknown.
+    The position is 0 if the server sends the whole file, whether or not a part was requested, and None if it sends
+    something else than what was requested. The number of bytes is None if it is unknown. received: bytes that were not
+    requested because the partial file has them.
     """
     length = response.headers.get("Content-Length", "")
     if response.status != 206:
@@ -240,8 +246,8 @@ def _span(response: http.client.HTTPResponse, received: int) -> tuple[int | None
 
 
 def _validator(response: http.client.HTTPResponse) -> str | None:
-    """The header's value for If-Range: a strong ETag, or a date."""
-    tag = response.headers.get("ETag", "").strip()
+    """The value for If-Range: the response's strong ETag or else its date; None: it has neither."""
+    tag = response.headers.get("ETag", "").strip()  # a weak one begins with W/ and is not allowed in If-Range
     return tag if tag.startswith('"') else response.headers.get("Last-Modified")
 
 
@@ -253,7 +259,7 @@ def _origin_path(partial: Path) -> Path:
 def _read_origin(partial: Path) -> _Origin | None:
     """Where the bytes of a partial file came from; None: unknown."""
     try:
-        data = files.read_json(_origin_path(partial), "")
+        data = files.read_json(_origin_path(partial), "")  # "": the error is not shown, so it needs no name
         return _Origin(url=str(data["url"]), validator=data["validator"], total=data["total"])
     except (UserError, KeyError, TypeError):
         return None
@@ -266,7 +272,7 @@ def _megabytes(count: int) -> int:
 
 def _reason(error: Exception) -> str:
     """What failed, in one line."""
-    reason = getattr(error, "reason", None) or error
+    reason = getattr(error, "reason", None) or error  # urllib's URLError has the original error as `reason`
     if isinstance(reason, TimeoutError):
         return f"no answer in {TIMEOUT_SECONDS:.0f} s"
     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__

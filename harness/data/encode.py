@@ -32,7 +32,8 @@ from harness.runs.run import identity_difference
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "chunks.partial"
+JOURNAL = f"chunks{files.PARTIAL}"
+# what a folder may hold before it has its meta.json
 OWN_FILES = {JOURNAL, LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS}{files.PARTIAL}", f"{META}{files.PARTIAL}"}  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def existing_cache(source: NamedImages, vae: str, out: Path) -> Meta | None:
     if (meta.images, meta.vae) != (_image_facts(source), read_identity(vae, "--vae DIR")):
         return None
     try:
-        latents.load(out)
+        latents.load(out)  # for its errors only: arrays that do not fit meta.json
     except UserError as error:
         raise UserError(
             f"{out} was complete once and is damaged ({error}); delete it and repeat the command"
@@ -74,8 +75,9 @@ def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: Map
             f"{vae.image_channels} channels whose side is a multiple of {vae.factor}"
         )
     shape = (count, 2, 2, vae.channels, height // vae.factor, width // vae.factor)
+    # as it is read back from the journal, where tuples have become lists
     contents = json.loads(json.dumps({"images": images, "vae": vae.identity, "shape": shape}))
-    vae_path = Path(vae.source)
+    vae_path = Path(vae.source)  # unless it is "repository@revision"
     source_paths = {
         "images": source.name,
         "vae": str(vae_path.resolve()) if vae_path.exists() else vae.source.partition("@")[0],
@@ -86,18 +88,19 @@ def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: Map
         raise UserError(
             f"--out {out} holds other files ({sorted(strange)[0]}) and no latents; name a new or empty folder"
         )
-    with files.claimed(out / "chunks") as journal:
+    with files.claimed(out / JOURNAL.removesuffix(files.PARTIAL)) as journal:  # yields out / JOURNAL
         if (out / META).exists():
             meta = latents.read_meta(out)
             _check_same(out, {"images": meta.images, "vae": meta.vae, "shape": list(meta.shape)}, contents)
-            journal.unlink(missing_ok=True)  # of a process that was killed after its last write, or of this one
+            # just made by `claimed`, or left by a process that was killed after it wrote meta.json
+            journal.unlink(missing_ok=True)
             return False
         with files.explained(out):
             chunks = _encode_chunks(data, vae, out, journal, contents, shape)
             labels = BytesIO()
             np.save(labels, data.labels.astype("<i8"), allow_pickle=False)
             files.write_bytes(out / LABELS, labels.getvalue())
-            _latents_path(out).rename(out / LATENTS)
+            _latents_path(out).rename(out / LATENTS)  # no effect where a killed process has done it
             files.sync_folder(out)
             Meta(
                 images=images,
@@ -129,7 +132,7 @@ def _check_same(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 
 def _latents_path(out: Path) -> Path:
-    """The file of latents: under its final name if it has that already, otherwise under its partial name."""
+    """The file of latents: its final path if a process was killed after the renaming, else its partial path."""
     return out / LATENTS if (out / LATENTS).exists() else out / f"{LATENTS}{files.PARTIAL}"
 
 
@@ -195,7 +198,7 @@ def encode(vae: Decoder, images: np.ndarray) -> np.ndarray:
 
 def _allocate(path: Path, total: int) -> None:
     """Make the file `total` bytes large; RunError where the disk has too little space, before anything is encoded."""
-    allocated = path.stat().st_blocks * 512 if path.exists() else 0  # bytes
+    allocated = path.stat().st_blocks * 512 if path.exists() else 0  # bytes on the disk; a block of stat is 512 bytes
     free = shutil.disk_usage(path.parent).free
     begun = ", begun already" if allocated else ""
     logger.info(f"latents: {total / 1e9:.2f} GB on the disk, {free / 1e9:.2f} GB free{begun}")
@@ -204,22 +207,24 @@ def _allocate(path: Path, total: int) -> None:
             f"{path.parent}: latents take {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some space"
         )
     with path.open("r+b" if path.exists() else "w+b") as file:
-        file.truncate(total)
+        file.truncate(total)  # sets the size only; posix_fallocate reserves the space, where the system has it
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, total)
 
 
 def _read_journal(journal: Path) -> tuple[dict[str, Any] | None, dict[int, str]]:
-    """(first line of the journal, hash of each chunk by its number). The first line is None if there is none.
+    """(first line of the journal, hash of each chunk by its number); (None, {}) if there is no line or one is damaged.
 
     A last line that was cut off is ignored.
     """
     lines = journal.read_bytes().split(b"\n")[:-1]
     try:
         entries = [json.loads(line) for line in lines]
-        return (entries[0], dict(entries[1:])) if entries and isinstance(entries[0], dict) else (None, {})
+        if entries and isinstance(entries[0], dict):
+            return entries[0], dict(entries[1:])
     except (ValueError, TypeError):
-        return None, {}
+        pass
+    return None, {}
 
 
 def _complete_lines_bytes(lines: IO[bytes]) -> int:

@@ -18,17 +18,15 @@ class EpochSampler:
 
     def __init__(self, seed: int, data: Examples, flip: bool):
         self._seed, self._data, self._flip, self._count = seed, data, flip, len(data.labels)
-        self._order: tuple[int, np.ndarray] = (
-            -1,
-            np.empty(0, np.int64),
-        )  # the last epoch asked for, and its permutation
+        # (the epoch that `rows` used last, its permutation), because consecutive calls need the same one; -1: none yet
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The examples at `positions`, int64 (n,): (stored values (n, ...) as `Examples.gather` returns them, labels int64 (n,))."""
+        """(what `Examples.gather` returns for the examples at `positions`, int64 (n,); their labels, int64 (n,))."""
         rows = self.rows(positions)
         mirrored = np.zeros(len(rows), bool)
         if self._flip:
-            mirrored = uniform(self._seed, Purpose.FLIP, positions, 0) < 0.5
+            mirrored = uniform(self._seed, Purpose.FLIP, positions, step=0) < 0.5
         return self._data.gather(rows, mirrored), self._data.labels[rows]
 
     def rows(self, positions: np.ndarray) -> np.ndarray:

@@ -36,7 +36,10 @@ class Examples(Protocol):
 
     @property
     def source_paths(self) -> dict[str, str]:
-        """Where a run finds what it needs later: "vae" and "images" of latents. No part of the identity."""
+        """Paths or names of what a run needs later: of latents "vae", their autoencoder, and "images"; else empty.
+
+        They are no part of the identity.
+        """
 
     def check(self, protocol: protocols.Protocol) -> None:
         """UserError where `protocol` wants other images or other latents."""

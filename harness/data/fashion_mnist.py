@@ -48,7 +48,7 @@ def load(folder: Path | None = None) -> ImageSet:
     """
     paths = _files(folder)
     arrays = [_read(path, dimensions, sha256) for path, (_, dimensions, sha256) in zip(paths, FILES, strict=True)]
-    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
+    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])  # images and labels alternate in FILES
     images = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)), constant_values=BACKGROUND)
     return ImageSet(name="fashion-mnist", images=images[..., np.newaxis], labels=labels.astype(np.int64))
 

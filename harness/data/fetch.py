@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from evaluators.reference_file import STATISTICS
 from harness.data import download
 from harness.data.cache_dir import downloads
 from harness.data.public_files import PublicDataset, PublicFile
@@ -54,9 +55,11 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
     with files.claimed(out) as partial:
         if out.exists():
             found = _check_file(public, out, new=False)
-            download.forget(partial)  # of a process that was killed in its last step
+            download.forget(partial)  # left by a process that was killed after it had renamed the file
             return found
         reasons = []
+        # an address may give an archive that holds the file, so the download may be larger than the file
+        max_bytes = download.MAX_BYTES if public.size is None else 2 * public.size
         for address in (url,) if url is not None else public.urls:
             try:
                 download.download(
@@ -64,7 +67,7 @@ def fetch(public: PublicFile, out: Path | None = None, url: str | None = None) -
                     partial,
                     title=public.file,
                     check=lambda head, total: _check_start(public, head, total),
-                    max_bytes=download.MAX_BYTES if public.size is None else 2 * public.size,
+                    max_bytes=max_bytes,
                 )
                 return _finish(public, partial, out)
             except download.Unreachable as error:
@@ -149,7 +152,7 @@ def _check_file(public: PublicFile, path: Path, *, new: bool) -> Fetched:
             sha256.update(data)
     if public.md5 is not None and md5.hexdigest() != public.md5:
         raise UserError(f"{what}: its md5 is {md5.hexdigest()} instead of {public.md5}{advice}")
-    if public.md5 is None:
+    if public.md5 is None:  # only ADM's reference batches; every other public file has a published hash
         try:
             _check_batch(path)
         except UserError as error:
@@ -162,7 +165,7 @@ def _check_file(public: PublicFile, path: Path, *, new: bool) -> Fetched:
 def _check_batch(path: Path) -> None:
     """UserError unless `path` is a complete reference batch, every byte compared with the zip's checksums."""
     with open_npz_file(path) as file:
-        missing = [name for name in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if name not in file.names]
+        missing = [name for name in ("arr_0", *STATISTICS) if name not in file.names]
         if missing:
             raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in it")
         if (damaged := file.damaged_member()) is not None:

@@ -42,7 +42,10 @@ def devkit_ids() -> dict[str, int]:
 
 
 def plain_name(name: str) -> str:
-    """The file name as in ImageNet's tar. The copy on the Hugging Face hub appends the class, which is removed here."""
+    """The file name as in ImageNet's tar. The copy on the Hugging Face hub appends the class, which is removed here:
+
+    n01440764_10026_n01440764.JPEG becomes n01440764_10026.JPEG.
+    """
     return re.sub(rf"^((?:{WORDNET_ID}|ILSVRC2012_val)_[0-9]+)_{WORDNET_ID}(?=\.|$)", r"\1", name)
 
 

@@ -69,7 +69,8 @@ class ImageSet:
         return images
 
     def to_model_input(self, stored: Any, normal: Normal) -> Any:
-        """uint8 (n, H, W, C), a torch tensor or a jax array, to float32 (n, C, H, W) in [-1, 1]."""
+        """uint8 (n, H, W, C), a torch tensor or a jax array, to float32 (n, C, H, W) in [-1, 1]. normal: not used."""
+        # n H W C -> n C W H -> n C H W; torch and jax both have `swapaxes`
         return stored.swapaxes(1, 3).swapaxes(2, 3) / 127.5 - 1
 
     def downsampled(self, side: int) -> ImageSet:

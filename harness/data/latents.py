@@ -80,7 +80,7 @@ class Meta:
         return float(self.vae.get("shift_factor", 0.0))
 
     @property
-    def latent(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, int, int]:
         """Shape of a latent, (C, h, w)."""
         return self.shape[3:]
 
@@ -137,7 +137,8 @@ class LatentSet:
 
         rows: images, int64 (n,). mirrored: where to take the mirror image instead, bool (n,).
         """
-        views = self.latents.reshape(-1, *self.latents.shape[2:])  # (2N, 2, C, h, w), the same map
+        # (2N, 2, C, h, w), the same map: image i is row 2i, its mirror image row 2i + 1
+        views = self.latents.reshape(-1, *self.latents.shape[2:])
         view_rows, nbytes = 2 * rows + mirrored, views[0].nbytes
         prefetch(self.latents, view_rows * nbytes, nbytes)  # three times as fast from the disk
         return np.asarray(views[view_rows])
@@ -187,7 +188,7 @@ def read_meta(folder: Path) -> Meta:
             and {"name", "sha256", "resolution"} <= set(meta.images)
         )
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError):  # a ValueError, too
             raise
         raise UserError(f"{path} is not a latents file of this harness ({type(error).__name__}: {error})") from error
     if not sound:
@@ -205,7 +206,7 @@ def load(folder: Path) -> LatentSet:
             (LABELS, np.dtype("<i8"), meta.shape[:1]),
         )
     )
-    return LatentSet(meta=meta, latents=latents, labels=np.array(labels))
+    return LatentSet(meta=meta, latents=latents, labels=np.array(labels))  # the labels are copied into memory
 
 
 def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -224,23 +225,28 @@ def missing(folder: Path | None, protocol: Protocol) -> str | None:
 
     folder: as --data names it; None: not given.
     """
+    dataset = registry.datasets.get(protocol.dataset)
     name = "NAME" if protocol.dataset == "prepared" else protocol.dataset
-    images, prepare = f"{name}-{protocol.resolution}", ""
-    out = f"{images}-latents"
-    if registry.datasets.get(protocol.dataset).needs_folder and name != "npz":
-        prepare = f"`harness data prepare {name} --from PATH --out {images} --resolution {protocol.resolution}`, then "
-    else:
-        images = "FILE.npz" if name == "npz" else name
     vae, explanation = _autoencoder_for(protocol)
-    encode = f"`harness data latents {{}} --vae {vae} --out {{}}`{explanation}"
-    commands = f"make it by {prepare}{encode.format(images, out)}, and give --data {out}"
+
+    def encode(images: object, out: str) -> str:
+        return f"`harness data latents {images} --vae {vae} --out {out}`{explanation}"
+
+    # `images` in the commands: the .npz, the prepared folder that a first command makes, or the data set's name
+    images, prepare, out = name, "", f"{name}-{protocol.resolution}-latents"
+    if name == "npz":
+        images = "FILE.npz"
+    elif dataset.needs_folder:
+        images = f"{name}-{protocol.resolution}"
+        prepare = f"`harness data prepare {name} --from PATH --out {images} --resolution {protocol.resolution}`, then "
+    commands = f"make it by {prepare}{encode(images, out)}, and give --data {out}"
     if folder is None:
         return f"name its cache of latents with --data; without one, {commands}"
     if is_prepared(folder):
-        if (problem := registry.datasets.get(protocol.dataset).missing(folder, protocol.resolution)) is not None:
+        if (problem := dataset.missing(folder, protocol.resolution)) is not None:
             return str(problem)
         cache = f"{folder}-latents"
-        return f"{folder} holds images; encode them once by {encode.format(folder, cache)}, and give --data {cache}"
+        return f"{folder} holds images; encode them once by {encode(folder, cache)}, and give --data {cache}"
     if not is_cache(folder):
         return f"{folder} {'is no cache of latents' if folder.exists() else 'does not exist'}; {commands}"
     try:
@@ -250,8 +256,8 @@ def missing(folder: Path | None, protocol: Protocol) -> str | None:
 
 
 def _autoencoder_for(protocol: Protocol) -> tuple[str, str]:
-    """What to give --vae for latents of the protocol's size: a name, or "DIR" and an explanation of it."""
-    # image channels, latent channels, pixels per latent cell along a side
+    """(what to give --vae for latents of the protocol's size, its explanation); ("ft-ema", "") if that one fits."""
+    # image channels, latent channels, pixels per latent cell along a side; KL_CONFIG is the configuration of ft-ema
     ft_ema = (KL_CONFIG["in_channels"], KL_CONFIG["latent_channels"], 2 ** (len(KL_CONFIG["block_out_channels"]) - 1))
     side = protocol.resolution // protocol.input_size
     if (protocol.image_channels, protocol.in_channels, side) == ft_ema:
@@ -262,7 +268,7 @@ def _autoencoder_for(protocol: Protocol) -> tuple[str, str]:
 
 def _mismatch(meta: Meta, protocol: Protocol) -> str | None:
     """How a cache differs from what the protocol wants, in one line; None: it does not."""
-    found = (*meta.latent, meta.images["resolution"])
+    found = (*meta.latent_shape, meta.images["resolution"])
     wanted = (protocol.in_channels, protocol.input_size, protocol.input_size, protocol.resolution)
     if found == wanted:
         return None
@@ -286,7 +292,7 @@ def verify(folder: Path) -> str:
                 )
             bar.advance(part.stop - part.start)
     side, vae = meta.images["resolution"], meta.vae
-    size = "x".join(map(str, meta.latent))
+    size = "x".join(map(str, meta.latent_shape))
     return (
         f"latents {size} of {count:,} images of {cache.name} at {side} pixels ({meta.images['sha256'][:12]}) by {vae['name']}"
         f" ({vae['weights_sha256'][:12]}), scale {meta.scale:g}; {len(meta.chunks):,} chunks, every hash holds"

@@ -31,11 +31,11 @@ class IndexEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageIndex:
-    """All images of a source, to be read unit by unit.
+    """All images of a source, to be read unit by unit: a unit is a part of the source that is read at once.
 
-    kind: of source, in words. classes: names, in the order of labels. labels: int64 (N,), ascending. names: of the image
-    files, in the same order. A unit is a part of the source that is read at once. sizes: number of images of each unit.
-    in_order: whether unit i holds exactly the rows of chunk i, in order; otherwise a unit holds any rows. read:
+    kind: of source, in words. classes: names, in the order of labels. labels: int64 (N,), ascending, one per row of the
+    prepared data set. names: of the image files, in the same order. sizes: number of images of each unit. in_order:
+    whether unit i holds exactly the rows of chunk i, in order; otherwise a unit holds any rows, in any order. read:
     read(unit) yields the images of that unit. notes: lines for the user.
     """
 
@@ -67,7 +67,7 @@ def index_files(
 ) -> ImageIndex:
     """The index of files that can be opened in any order, so that they are read in the order of rows.
 
-    labels, names: of the files in the order in which they were found. entry: entry(i) is the i-th file in that order.
+    labels, names: of the files, in any order. entry: entry(i) is the i-th file in that order.
     """
     order = row_order(labels, names)
 
@@ -91,7 +91,7 @@ def index_files(
 def named_classes(source: Path, names: Iterable[str]) -> tuple[list[str], dict[str, int]]:
     """(names of all classes in the order of labels, label by name) of the class folders `names`, as in `class_labels`.
 
-    If the folders are numbers, the classes are 0 to the largest one, also those without a folder.
+    If the folders are numbers, the classes are 0 to the largest one, also those without a folder. source: for messages.
     """
     labels, numbered = class_labels(names)
     return (numbered_classes(source, max(labels.values())) if numbered else list(labels)), labels
@@ -105,6 +105,9 @@ def numbered_classes(source: Path, last: int) -> list[str]:
 
 
 def row_order(labels: Sequence[int] | np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """The order of rows: positions in `labels` sorted by (label, name without its suffix, name), int64 (N,)."""
+    """The order of rows: positions in `labels` sorted by (label, name without its suffix, name), int64 (N,).
+
+    The suffix comes last, so that the order does not depend on whether a source writes .JPEG or .jpg.
+    """
     keys = [(int(label), name.rpartition(".")[0] or name, name) for label, name in zip(labels, names, strict=True)]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)

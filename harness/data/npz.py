@@ -16,4 +16,4 @@ def load(path: Path) -> ImageSet:
     images, labels = read_npz(Path(path))
     if labels is None:
         raise UserError(f"{path} has no labels (arr_1); a class-conditional model needs one for each image")
-    return ImageSet(name="npz", images=np.array(images), labels=labels)
+    return ImageSet(name="npz", images=np.array(images), labels=labels)  # a copy: `read_npz` may have mapped the file

@@ -90,6 +90,7 @@ def _note(image: Image, name: str) -> str | None:
     """A note on a conversion to RGB, or on a suffix .jpg of a file that is no JPEG; None: neither."""
     if image.mode not in PLAIN_MODES:
         return f"{image.mode} {image.format} converted to RGB"
+    # Pillow calls a JPEG that holds further pictures MPO
     if image.format not in ("JPEG", "MPO") and name.lower().endswith((".jpg", ".jpeg")):
         return f"{image.format} under the name of a JPEG"
     return None

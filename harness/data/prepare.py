@@ -67,8 +67,8 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
     index = open_index(source, dataset)
     threads = threads or usable_cores()
     job = _Job(dataset=dataset, index=index, resolution=resolution, out=out)
-    if job.exists():
-        return Prepared(out, job.existing_meta(), False)
+    if job.out_exists():
+        return Prepared(out, job.existing_meta(), new=False)
     need = job.needed_bytes()
     free = shutil.disk_usage(next(each for each in out.absolute().parents if each.is_dir())).free
     size = f"{need / 1e9:,.1f} GB" if need >= 1e8 else f"{need / 1e6:,.1f} MB"
@@ -81,9 +81,9 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
             f"{out} needs {size} more, and {free / 1e9:,.1f} GB are free there; free some, or name another --out"
         )
     with files.claimed_folder(job.partial), files.explained(job.partial):
-        if job.exists():  # another process has made it since
-            job.partial.rmdir()
-            return Prepared(out, job.existing_meta(), False)
+        if job.out_exists():  # another process has made it since
+            job.partial.rmdir()  # empty: that process has renamed its own, and `claimed_folder` made this one
+            return Prepared(out, job.existing_meta(), new=False)
         job.resume()
         if job.done:
             logger.info(f"continues after {job.done:,} of {len(index.labels):,} images")
@@ -96,7 +96,7 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
             logger.info(f"stopped after {job.done:,} of {len(index.labels):,} images; the same command continues")
             raise
         meta = job.finish()
-    return Prepared(out, meta, True)
+    return Prepared(out, meta, new=True)
 
 
 def usable_cores() -> int:
@@ -131,7 +131,7 @@ class _Job:
         """Number of images on the disk."""
         return sum(self.index.sizes[unit] for unit in self.units)
 
-    def exists(self) -> bool:
+    def out_exists(self) -> bool:
         """Whether `out` is a file or a folder that is not empty."""
         return self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
 
@@ -146,7 +146,7 @@ class _Job:
                 f"--out {self.out} holds another data set ({meta.name}, {meta.images:,} images, {meta.resolution} pixels); "
                 "name another folder"
             )
-        (self.out / JOURNAL).unlink(missing_ok=True)  # of a process that was killed in its last step
+        (self.out / JOURNAL).unlink(missing_ok=True)  # left by a process that was killed after the renaming
         return meta
 
     def resume(self) -> None:
@@ -165,8 +165,11 @@ class _Job:
         for i, line in enumerate(lines):
             try:
                 entry = json.loads(line)
-                self._apply(entry) if i else self._check_first_line(entry, first_line)
-            except UserError:
+                if i == 0:
+                    self._check_first_line(entry, first_line)
+                else:
+                    self.apply_line(entry)
+            except UserError:  # a ValueError, too
                 raise
             except (ValueError, TypeError, KeyError, IndexError):
                 break  # damaged by a power cut: this line and the rest are dropped
@@ -196,13 +199,16 @@ class _Job:
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
         return out.getvalue()
 
-    def _apply(self, entry: dict[str, Any]) -> None:
-        """Record in this job what a line of the journal says: a unit that is on the disk, or the hash of a chunk."""
+    def apply_line(self, entry: dict[str, Any]) -> None:
+        """Record in this job what a line of the journal says: a unit that is on the disk, or the hash of a chunk.
+
+        A line cannot be used if this raises ValueError, TypeError, KeyError or IndexError; the job is then unchanged.
+        """
         if "chunk" in entry:
             self.chunks[int(entry["chunk"])] = str(entry["sha256"])
             return
         unit, image_notes = int(entry["unit"]), {int(row): str(text) for row, text in entry["remarks"]}
-        self.index.sizes[unit]  # IndexError for a unit that does not exist
+        self.index.sizes[unit]  # the value is not used: IndexError for a unit that does not exist
         if self.index.in_order:
             self.chunks[unit] = str(entry["sha256"])
         self.units.add(unit)
@@ -211,8 +217,9 @@ class _Job:
     def needed_bytes(self) -> int:
         """Bytes of the disk that are still needed: for pixels, labels and SPARE_BYTES."""
         images = self.partial / prepared.IMAGES
-        allocated = images.stat().st_blocks * 512 if images.exists() else 0
-        return max(0, int(np.prod(self.shape, dtype=np.int64)) - allocated) + 8 * self.shape[0] + SPARE_BYTES
+        allocated = images.stat().st_blocks * 512 if images.exists() else 0  # a block of stat is 512 bytes
+        label_bytes = 8 * self.shape[0]  # int64
+        return max(0, int(np.prod(self.shape, dtype=np.int64)) - allocated) + label_bytes + SPARE_BYTES
 
     def decode_missing(self, threads: int) -> None:
         """Decode and write the units that are not on the disk yet.
@@ -221,6 +228,7 @@ class _Job:
         MAX_BROKEN images that cannot be used.
         """
         with _Writer(self) as writer, ThreadPoolExecutor(threads) as pool:
+            # first in, first out, because `store` needs the units one after the other
             waiting: deque[tuple[int, IndexEntry, Future[Photograph]]] = deque()
             for unit in range(len(self.index.sizes)):
                 if unit in self.units:
@@ -231,7 +239,7 @@ class _Job:
                         writer.store(*waiting.popleft())
             while waiting:
                 writer.store(*waiting.popleft())
-            writer.refuse_broken()
+            writer.raise_for_broken()
 
     def hash_chunks(self, threads: int) -> None:
         """Hash the chunks that were not hashed while they were written."""
@@ -243,7 +251,7 @@ class _Job:
         with (
             (self.partial / JOURNAL).open("ab") as journal,
             ThreadPoolExecutor(threads) as pool,
-            Bar("hash", self.shape[0], "images", self.shape[0] - sum(sizes[chunk] for chunk in missing)) as bar,
+            Bar("hash", self.shape[0], "images", done=self.shape[0] - sum(sizes[chunk] for chunk in missing)) as bar,
         ):
             hashes = pool.map(
                 lambda chunk: prepared.stored_chunk_sha256(images, data_start, self.shape, chunk, self.index.labels),
@@ -264,7 +272,7 @@ class _Job:
             classes=self.index.classes,
             chunks=tuple(self.chunks[chunk] for chunk in range(chunk_count(self.shape[0]))),
             source={"kind": self.index.kind, "listing_sha256": self.index.sha256},
-            notes=(*self.index.notes, *self._summary()),
+            notes=(*self.index.notes, *self._notes_on_images()),
             software=_software(),
         )
         labels = io.BytesIO()
@@ -273,10 +281,10 @@ class _Job:
         meta.write(self.partial)
         self.partial.replace(self.out)
         files.sync_folder(self.out.parent)
-        (self.out / JOURNAL).unlink()
+        (self.out / JOURNAL).unlink()  # only now: a process that is killed before the renaming is continued from it
         return meta
 
-    def _summary(self) -> list[str]:
+    def _notes_on_images(self) -> list[str]:
         """The notes on single images, one line for each text: the number of its images, and the names of the first."""
         rows_by_text: dict[str, list[int]] = {}
         for row in sorted(self.image_notes):
@@ -294,7 +302,7 @@ class _Writer:
         self._job = job
         self._data_start, self._image_bytes = len(job.npy_header()), int(np.prod(job.shape[1:]))
         self._left: dict[int, int] = {}  # by unit: number of its images that are still to come
-        self._digest = hashlib.sha256()  # of the images of the current unit
+        self._digest = hashlib.sha256()  # of the images of the current unit; used if units are chunks (`in_order`)
         self._notes: list[tuple[int, str]] = []  # (row, note) of the current unit
         self._broken: list[str] = []  # "name: reason" of images that cannot be used
         self._incomplete: set[int] = set()  # units with such images
@@ -303,7 +311,7 @@ class _Writer:
         self._stack = contextlib.ExitStack()
         self._images = self._stack.enter_context((self._job.partial / prepared.IMAGES).open("r+b"))
         self._journal = self._stack.enter_context((self._job.partial / JOURNAL).open("ab"))
-        self._bar = self._stack.enter_context(Bar("prepare", self._job.shape[0], "images", self._job.done))
+        self._bar = self._stack.enter_context(Bar("prepare", self._job.shape[0], "images", done=self._job.done))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -315,7 +323,7 @@ class _Writer:
         All images of a unit must be stored before those of the next. photograph: the result of decoding; an image that
         cannot be used is recorded, and UserError is raised after MAX_BROKEN of them.
         """
-        left = self._left.setdefault(unit, self._job.index.sizes[unit]) - 1
+        left = self._left.setdefault(unit, self._job.index.sizes[unit]) - 1  # images to come after this one
         self._left[unit] = left
         try:
             pixels, note = photograph.result()
@@ -324,11 +332,12 @@ class _Writer:
             self._broken.append(f"{image.name}: {error}")
             logger.warning(f"cannot be used: {self._broken[-1]}")
             if len(self._broken) == MAX_BROKEN:
-                self.refuse_broken()
+                self.raise_for_broken()
         else:
             offset = self._data_start + image.row * self._image_bytes
-            _write_at(self._images.fileno(), np.ascontiguousarray(pixels).data, offset)
-            self._digest.update(pixels.data if pixels.flags.c_contiguous else pixels.tobytes())
+            data = np.ascontiguousarray(pixels).data
+            _write_at(self._images.fileno(), data, offset)
+            self._digest.update(data)
             if note is not None:
                 self._notes.append((image.row, note))
         self._bar.advance()
@@ -339,7 +348,7 @@ class _Writer:
         """Write the unit's line into the journal, unless one of its images cannot be used; begin the next unit."""
         job = self._job
         entry: dict[str, Any] = {"unit": unit, "remarks": self._notes}
-        if job.index.in_order:
+        if job.index.in_order:  # the unit is a chunk: with its labels the digest is `chunk_sha256`
             first = unit * CHUNK_IMAGES
             self._digest.update(np.ascontiguousarray(job.index.labels[first : first + CHUNK_IMAGES], "<i8").data)
             entry["sha256"] = self._digest.hexdigest()
@@ -350,9 +359,9 @@ class _Writer:
         self._journal.write(json.dumps(entry).encode() + b"\n")
         self._journal.flush()
         _sync(self._journal.fileno())
-        job._apply(entry)
+        job.apply_line(entry)
 
-    def refuse_broken(self) -> None:
+    def raise_for_broken(self) -> None:
         """UserError that names the images that cannot be used, if there are any."""
         if not self._broken:
             return

@@ -94,18 +94,18 @@ def chunk_sizes(images: int) -> list[int]:
     return [min(CHUNK_IMAGES, images - start) for start in range(0, images, CHUNK_IMAGES)]
 
 
-def stored_chunk_sha256(path: Path, start: int, shape: tuple[int, ...], chunk: int, labels: np.ndarray) -> str:
+def stored_chunk_sha256(path: Path, data_start: int, shape: tuple[int, ...], chunk: int, labels: np.ndarray) -> str:
     """`chunk_sha256` of chunk number `chunk` in a file of images.
 
-    start: byte of `path` where the images begin. shape: (N, H, W, C). labels: int64 (N,), of all images. The file is
-    read and not mapped, because mapped pages count as this process's memory.
+    data_start: byte of `path` where the images begin. shape: (N, H, W, C). labels: int64 (N,), of all images. The file
+    is read and not mapped, because mapped pages count as this process's memory.
     """
-    first, size = chunk * CHUNK_IMAGES, int(np.prod(shape[1:]))
-    here = labels[first : first + CHUNK_IMAGES]
+    first, image_bytes = chunk * CHUNK_IMAGES, int(np.prod(shape[1:]))
+    chunk_labels = labels[first : first + CHUNK_IMAGES]
     with path.open("rb") as file:
-        file.seek(start + first * size)
-        data = file.read(len(here) * size)
-    return chunk_sha256(np.frombuffer(data, np.uint8), here)
+        file.seek(data_start + first * image_bytes)
+        data = file.read(len(chunk_labels) * image_bytes)
+    return chunk_sha256(np.frombuffer(data, np.uint8), chunk_labels)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -142,7 +142,7 @@ def read_meta(folder: Path) -> Meta:
             and data["sha256"] == meta.sha256
         )
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError):  # a ValueError, too
             raise
         raise UserError(f"{path} is not a data set file of this harness ({type(error).__name__}: {error})") from error
     if not sound:
@@ -159,6 +159,7 @@ def damaged_chunks(folder: Path, meta: Meta, progress: Callable[[int], object], 
     with ThreadPoolExecutor(threads) as pool:
 
         def sound(chunk: int) -> bool:
+            # `offset` of a memory map: the byte of the file where its data begin
             sha256 = stored_chunk_sha256(folder / IMAGES, images.offset, meta.shape, chunk, labels)
             return sha256 == meta.chunks[chunk]
 
@@ -240,11 +241,12 @@ def _mismatch(folder: Path, resolution: int | None, name: str) -> str | None:
 
 
 def _command(name: str, resolution: int | None) -> str:
-    """The end of a message: the command that makes the data set."""
+    """The end of a message, from the semicolon on: the command that makes the data set."""
     size = "" if resolution is None else f" --resolution {resolution}"
     return f"; `harness data prepare {name} --from PATH --out DIR{size}` makes it"
 
 
 def facts(meta: Meta) -> dict[str, Any]:
     """The data set as `harness data prepare --json` prints it: meta.json, but "chunks" is their number."""
-    return {**json.loads(json.dumps(dataclasses.asdict(meta))), "sha256": meta.sha256, "chunks": len(meta.chunks)}
+    plain = json.loads(json.dumps(dataclasses.asdict(meta)))  # tuples as lists
+    return {**plain, "sha256": meta.sha256, "chunks": len(meta.chunks)}

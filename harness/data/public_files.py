@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from evaluators.features.inception_graph import GRAPH_MD5, GRAPH_NAME, GRAPH_SIZE, GRAPH_URL
 
-_BATCHES = GRAPH_URL.rpartition("/")[0]
+_BATCHES = GRAPH_URL.rpartition("/")[
+    0
+]  # address of the folder of ADM's evaluation: the graph and the reference batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ def _batch(name: str, path: str, summary: str, size: int | None = None, md5: str
         urls=(f"{_BATCHES}/{path}",),
         size=size,
         md5=md5,
-        start=b"PK",
+        start=b"PK",  # an npz is a zip
     )
 
 

@@ -38,7 +38,7 @@ def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
                 group_labels = table.column("label").to_pylist()
                 if None in group_labels:
                     raise UserError(f"{path}: image {group_labels.index(None)} of row group {group} has no label")
-                if group_labels:
+                if group_labels:  # an empty row group is no unit
                     groups.append((path, group, len(labels)))
                     sizes.append(len(group_labels))
                 labels += group_labels
@@ -71,9 +71,10 @@ def index_parquet(source: Path, files: list[Path], dataset: str) -> ImageIndex:
             i = first
             for batch in file.iter_batches(ROWS_PER_READ, row_groups=[group], columns=["image.bytes"]):
                 for image in batch.column("image"):
-                    data: bytes = image["bytes"].as_py() or b""
+                    data: bytes = image["bytes"].as_py() or b""  # None becomes an empty file, which `decode` reports
                     name = f"{path.name}:{printable(names[i])}"
-                    yield IndexEntry(int(rows[i]), name, functools.partial(bytes, data))  # a call returns `data`
+                    # bytes(data) is `data`; a lambda would return the `data` of the loop's last image
+                    yield IndexEntry(int(rows[i]), name, functools.partial(bytes, data))
                     i += 1
 
     return ImageIndex(
@@ -111,7 +112,7 @@ def _check_columns(path: Path, schema: Any) -> None:
 
     try:
         sound = has_columns()
-    except (KeyError, AttributeError):
+    except (KeyError, AttributeError):  # one of the columns or of their parts does not exist
         sound = False
     if not sound:
         raise UserError(
@@ -121,7 +122,7 @@ def _check_columns(path: Path, schema: Any) -> None:
 
 
 def _class_names(schema: Any) -> tuple[str, ...] | None:
-    """The names of a ClassLabel, which the datasets library stores in the schema; None: there are none."""
+    """The class names that the datasets library stores in the schema (its type ClassLabel); None: there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(str(each) for each in features["label"]["names"])
@@ -130,6 +131,6 @@ def _class_names(schema: Any) -> tuple[str, ...] | None:
 
 
 def _name(path: str | None, i: int) -> str:
-    """The file name of image number `i` in the files, without its folder; if it has none, the number."""
+    """The file name in `path`, without its folder; where it has none, `i`, the image's position in all files."""
     base = (path or "").replace("\\", "/").rpartition("/")[2]
     return imagenet.plain_name(base) if base else f"{i:010d}"

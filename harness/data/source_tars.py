@@ -45,20 +45,20 @@ class _TarImages:
         self.names: list[str] = []
         self._tars: list[Path] = []
         # of each image: index of its tar in _tars, byte of the tar where it begins, size in bytes
-        self._tar, self._begin, self._size = array("q"), array("q"), array("q")
+        self._tar_index, self._begin, self._size = array("q"), array("q"), array("q")
 
     def add(self, path: Path, name: str, begin: int, size: int) -> None:
         """Add the image of `size` bytes from byte `begin` of the tar in `path`."""
         if not self._tars or self._tars[-1] != path:
             self._tars.append(path)
         self.names.append(name)
-        self._tar.append(len(self._tars) - 1)
+        self._tar_index.append(len(self._tars) - 1)
         self._begin.append(begin)
         self._size.append(size)
 
     def entry(self, i: int) -> Entry:
         """The image that was added as number `i`, from 0."""
-        path = self._tars[self._tar[i]]
+        path = self._tars[self._tar_index[i]]
         name = printable(f"{path.name}:{self.names[i]}")
         return Entry(name=name, path=path, offset=self._begin[i], size=self._size[i])
 
@@ -89,7 +89,7 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
 
 def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
     """The index of webdataset's shards, KEY.jpg beside KEY.cls."""
-    found, total = _TarImages(), 0
+    found, earlier = _TarImages(), 0  # earlier: number of images in the shards before the current one
     labels: list[int] = []
     others: list[str] = []
     for path in tars:
@@ -107,23 +107,23 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
                     keys.append((folder, key))
                     found.add(path, base, offset, size)
                 elif kind == "cls":
-                    classes[folder, key] = _label(path, name, offset, size)
+                    classes[folder, key] = _read_label(path, name, offset, size)
+                # metadata, which webdataset packs beside an image, needs no note
                 elif not base.startswith(".") and kind not in ("json", "txt", "__key__"):
                     others.append(base)
         if len(set(keys)) != len(keys):
             raise UserError(f"{path}: two images share a name up to the first dot, so one .cls would label both")
-        bare = next((found.names[total + i] for i, key in enumerate(keys) if key not in classes), None)
-        if bare is not None or len(classes) != len(keys):
-            raise UserError(
-                f"{path}: {printable(bare) if bare else 'a .cls'} has no partner; every image needs one KEY.cls"
-            )
+        unlabelled = next((found.names[earlier + i] for i, key in enumerate(keys) if key not in classes), None)
+        if unlabelled is not None or len(classes) != len(keys):  # more classes than keys: a .cls without an image
+            alone = "a .cls" if unlabelled is None else printable(unlabelled)
+            raise UserError(f"{path}: {alone} has no partner; every image needs one KEY.cls")
         labels += [classes[key] for key in keys]
-        total += len(keys)
+        earlier += len(keys)
     return _index(source, "webdataset shards", None, labels, found, others, dataset)
 
 
-def _label(path: Path, name: str, offset: int, size: int) -> int:
-    """The number in a .cls member."""
+def _read_label(path: Path, name: str, offset: int, size: int) -> int:
+    """The number in the .cls member `name`, `size` bytes from byte `offset` of the tar."""
     text = Entry(name=name, path=path, offset=offset, size=size).read(20).strip()
     if re.fullmatch(rb"[0-9]{1,9}", text) is None:
         raise UserError(

@@ -40,7 +40,7 @@ def open_index(source: Path, dataset: str) -> ImageIndex:
             if source.suffix.lower() == ".tar":
                 return source_tars.index_tars(source, [source], dataset)
             raise UserError(f"--from {source}: this kind of file cannot be prepared; wanted are {KINDS}")
-        for folder in (source, source / "data"):  # data sets of the hub have their files in data/
+        for folder in (source, source / "data"):  # repositories of the hub have their files in data/
             if parquet := _training_split(folder.glob("*.parquet")):
                 return source_parquet.index_parquet(source, parquet, dataset)
         inside = _visible(source)
@@ -83,7 +83,8 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
     others: list[str] = []
     for folder in folders:
         with readable(folder), os.scandir(folder) as inside:
-            for each in inside:  # an entry of scandir knows whether it is a folder: a million system calls less
+            # in arbitrary order. An entry of scandir knows whether it is a folder: a million system calls less
+            for each in inside:
                 if each.name.startswith("."):
                     continue
                 if each.is_dir():

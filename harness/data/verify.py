@@ -38,14 +38,15 @@ def verify(path: Path) -> Verdict:
     if path.is_dir() and latents.is_cache(path):
         return Verdict("latents", True, latents.verify(path))
     if path.is_dir():
-        return _prepared(path)
+        return _verify_prepared(path)
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; name a reference (.npz), {FILES['inception'].file}, or a folder of `harness data "
             "prepare` or `harness data latents`"
         )
     if path.suffix.lower() == ".npz":
-        return _npz(path)
+        return _verify_npz(path)
+    # any other file can only be the weights
     from evaluators.features.inception_graph import read_weights
 
     weights = read_weights(path)
@@ -54,11 +55,12 @@ def verify(path: Path) -> Verdict:
     return Verdict("weights", True, f"weights of ADM's evaluator: {weights.found}; features {weights.sha256[:12]}")
 
 
-def _prepared(folder: Path) -> Verdict:
-    """Compare every chunk of a prepared data set with its hash."""
+def _verify_prepared(folder: Path) -> Verdict:
+    """Compare every chunk of a prepared data set with its hash, and the classes of ImageNet with the 1,000."""
     meta = read_meta(folder)
     if meta.name == imagenet.NAME and meta.classes != imagenet.classes():
         pairs = enumerate(zip(meta.classes, imagenet.classes(), strict=False))
+        # 0 if one list of classes is the beginning of the other
         label = next((label for label, (found, wanted) in pairs if found != wanted), 0)
         raise UserError(f"{folder}: its classes are not ImageNet's in their order (label {label}); prepare it again")
     with Bar("verify", meta.images, "images") as bar:
@@ -76,7 +78,7 @@ def _prepared(folder: Path) -> Verdict:
     return Verdict("prepared data set", True, f"{text}; all {len(meta.chunks):,} chunks as hashed; {meta.sha256[:12]}")
 
 
-def _npz(path: Path) -> Verdict:
+def _verify_npz(path: Path) -> Verdict:
     """Check a reference of this harness against its description, or a reference batch of ADM against its published md5."""
     source = open_images(path)
     with open_npz_file(path) as file:

@@ -20,7 +20,8 @@ def ddpm(schedule: Schedule, steps: int | str, *, learned_variance: bool) -> Sam
     learned variance the variance is the posterior's ("fixed small"). Raises UserError for steps that do not fit.
     """
     spaced = schedule.respaced(space_timesteps(len(schedule), steps))
-    noise = np.exp(0.5 * spaced.posterior_log_variance_clipped) * (np.arange(len(spaced)) > 0)
+    adds_noise = np.arange(len(spaced)) > 0  # not at the first timestep, which is the last step
+    noise = np.exp(0.5 * spaced.posterior_log_variance_clipped) * adds_noise
     table = _table(spaced, spaced.posterior_mean_from_xt, spaced.posterior_mean_from_x0, noise, shifts_mean=True)
     if not learned_variance:
         return table
@@ -53,13 +54,16 @@ def ddim_ldm(schedule: Schedule, steps: int | str, *, eta: float) -> SamplerTabl
     _check_eta(eta)
     timesteps = np.arange(0, len(schedule), max(len(schedule) // max(int(steps), 1), 1)) + 1
     if len(timesteps) != int(steps) or timesteps[-1] >= len(schedule):
+        # The counts that fit are the divisors of the length, except the length itself: with stride 1, the first timestep
+        # being 1, the last would be beyond the schedule.
         fitting = [n for n in range(1, len(schedule) // 2 + 1) if len(schedule) % n == 0]
         nearest = min(fitting, key=lambda n: abs(n - int(steps)), default=None)
         remedy = "use the sampler ddim" if nearest is None else f"{nearest} steps fit"
         raise UserError(
             f"ddim-ldm takes whole strides, and no stride takes {steps} of {len(schedule)} timesteps; {remedy}"
         )
-    spaced = schedule.respaced(timesteps)  # gives sqrt_recip_abar and sqrt_recipm1_abar of these timesteps
+    # Of `spaced` only entries of each timestep by itself are used: its abar_prev begins with 1, and LDM's with abar[0].
+    spaced = schedule.respaced(timesteps)
     abar = schedule.abar[timesteps]
     abar_prev = np.append(schedule.abar[0], abar[:-1])
     sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
@@ -80,7 +84,7 @@ def _table(
     *,
     shifts_mean: bool = False,
 ) -> SamplerTable:
-    """The table over the timesteps of `spaced`, with all arrays reversed into the order of execution."""
+    """The table over the timesteps of `spaced`, with all arrays reversed into the order of execution, descending timesteps."""
     x_from = np.zeros((len(spaced), 3))
     x_from[:, X], x_from[:, D] = from_x[::-1], from_image[::-1]
     return SamplerTable(

@@ -24,10 +24,10 @@ def space_timesteps(original_steps: int, spacing: int | str) -> np.ndarray:
     size, extra = divmod(original_steps, len(counts))  # the first `extra` sections are longer by one
     timesteps, start = [], 0
     for section, count in enumerate(counts):
-        length = size + (section < extra)
+        length = size + (1 if section < extra else 0)
         if count > length:
             raise UserError(f"sampling steps {text!r} do not fit: {count} steps of only {length} timesteps")
-        stride = 1.0 if count == 1 else (length - 1) / (count - 1)
+        stride = 1.0 if count == 1 else (length - 1) / (count - 1)  # a count of 1 takes the first timestep alone
         position = 0.0
         for _ in range(count):
             timesteps.append(start + round(position))

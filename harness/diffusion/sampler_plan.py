@@ -1,4 +1,4 @@
-"""The plan of a sampler, schedule and objective, all given by name; and the network evaluations of guidance."""
+"""The plan for a sampler, a schedule and an objective, all given by name; and the network evaluations of guidance."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def sampler_plan(
 ) -> SamplerPlan:
     """The plan of `sampler` with `steps` steps. Cached, because cost estimates need the same plan many times.
 
+    diffusion_steps: length of a schedule over timesteps, of which the sampler takes some. eta: for samplers that have it.
     Raises UserError for an unknown name, and for a sampler, schedule, objective and steps that do not fit each other.
     """
+    # The key of the cache holds what the names stand for: a name that is registered anew gets a new plan.
     return _cached_plan(
         registry.samplers.get(sampler), registry.objectives.get(objective), schedule, diffusion_steps, steps, eta,
         clip_denoised, spacing, noise_scale,

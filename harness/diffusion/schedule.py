@@ -21,7 +21,8 @@ MAX_STEPS = 100_000  # of a schedule; usual are 1000
 class Schedule:
     """A noise schedule and its tables: all arrays float64 (S,) and read-only, entry k for timestep `timesteps[k]`.
 
-    A respaced schedule keeps the original numbers of its timesteps, which are the network's input.
+    name, original_steps, timesteps and betas are given; the other tables are computed from betas. A respaced schedule
+    keeps the original numbers of its timesteps, which are the network's input.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Schedule:
         }
         for name, table in tables.items():
             table.flags.writeable = False
-            object.__setattr__(self, name, table)
+            object.__setattr__(self, name, table)  # the dataclass is frozen
 
     @classmethod
     def named(cls, name: str = "linear", steps: int = 1000) -> Schedule:
@@ -80,6 +81,7 @@ class Schedule:
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"a noise schedule cannot have {steps} timesteps: give 1 to {MAX_STEPS:,}")
         betas = SCHEDULES[name](steps)
+        # The betas of "linear" go up to 20 / steps, so they reach 1 below 21 steps. Those of the others do not.
         if not (betas < 1).all():
             raise UserError(f"noise schedule {name!r} is too steep at {steps} timesteps: give at least 21")
         return cls(name=name, original_steps=steps, timesteps=np.arange(steps), betas=betas)
@@ -109,7 +111,7 @@ def _linear_betas(steps: int) -> np.ndarray:
 
 
 def _cosine_betas(steps: int) -> np.ndarray:
-    def abar(time: float) -> float:  # time: 0 ... 1
+    def abar(time: float) -> float:  # time: 0 ... 1, the share of the schedule
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
     return np.array([min(1 - abar((k + 1) / steps) / abar(k / steps), 0.999) for k in range(steps)])

@@ -31,7 +31,7 @@ class ProcessGroup:
         return self.index == 0
 
     def barrier(self, where: str) -> None:
-        """Wait until all processes have called this. where: a name for this point of the program."""
+        """Wait until all processes have called this. where: a name for this point of the program, the same in all."""
 
     def broadcast(self, value: int) -> int:
         """The main process's value, in every process."""
@@ -42,7 +42,10 @@ class ProcessGroup:
         return value
 
     def collective_scope(self) -> AbstractContextManager[None]:
-        """Context for work that all processes do together: an error in one of them ends the others."""
+        """Context for work that all processes do together: an error in one of them ends the others.
+
+        A command enters it once, around all common work. After it a process may end at any time without ending the others.
+        """
         return nullcontext()
 
     @contextmanager

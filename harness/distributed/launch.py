@@ -41,10 +41,11 @@ def is_distributed(environment: Mapping[str, str]) -> bool:
 
 def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
     """The LaunchInfo of this process, one of several. Raises UserError if a variable is missing or out of range."""
-    # The names of the launcher's variables.
-    rank, world_size, local_rank, local_world_size = LAUNCHERS[0 if "WORLD_SIZE" in environment else 1]
+    like_torchrun = "WORLD_SIZE" in environment
+    # The names of the launcher's variables, not their values.
+    rank, world_size, local_rank, local_world_size = LAUNCHERS[0 if like_torchrun else 1]
     missing = [name for name in (rank, world_size, "MASTER_ADDR") if not environment.get(name)]
-    if rank == LAUNCHERS[0][0] and not environment.get("MASTER_PORT"):
+    if like_torchrun and not environment.get("MASTER_PORT"):  # srun sets no port: DEFAULT_PORT
         missing.append("MASTER_PORT")
     if missing:
         raise UserError(
@@ -54,7 +55,7 @@ def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
         )
 
     def integer(name: str, default: int | None = None, low: int = 0, high: int | None = None) -> int:
-        """The value of a variable, low <= value < high."""
+        """The value of a variable, low <= value < high. default: for a variable that is not set; None: it must be."""
         text = environment.get(name)
         if text is None and default is not None:
             return default
@@ -67,7 +68,7 @@ def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
     return LaunchInfo(
         rank=integer(rank, high=count),
         world_size=count,
-        local_rank=integer(local_rank, default=integer(rank)),
+        local_rank=integer(local_rank, default=integer(rank)),  # by default all processes are on one machine
         local_world_size=integer(local_world_size, default=count, low=1),
         address=environment["MASTER_ADDR"],
         port=integer("MASTER_PORT", default=DEFAULT_PORT, low=1, high=1 << 16),
@@ -75,22 +76,25 @@ def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
 
 
 def is_main_process(environment: Mapping[str, str]) -> bool:
-    """Whether this process prints what all would print. Under torchrun, where all share a terminal, only rank 0 does."""
+    """Whether this process is to print what every process would print, such as that it was interrupted.
+
+    Under torchrun, whose processes share a terminal, it is True in rank 0 alone; without torchrun, in every process.
+    """
     return "TORCHELASTIC_RUN_ID" not in environment or environment.get(LAUNCHERS[0][0], "0") == "0"
 
 
 def defer_to_rank_zero(environment: Mapping[str, str]) -> None:
-    """Under torchrun, in every process but rank 0: wait RANK_ZERO_SECONDS before an error is printed.
+    """Wait RANK_ZERO_SECONDS before an error is printed, in every process of torchrun but rank 0. Elsewhere do nothing.
 
     If rank 0 meets the same error, it prints it and ends, and torchrun then ends this process during the wait. A process
-    that outlives the wait has an error of its own, which its caller has to print.
+    that outlives the wait has an error that rank 0 does not have, and the caller has to print it.
     """
     if not is_main_process(environment):
         time.sleep(RANK_ZERO_SECONDS)
 
 
 def report_elastic_error(environment: Mapping[str, str], reason: str) -> None:
-    """Write `reason` where torchrun's report of a failed process takes it from; without it, the report gives only a link.
+    """Write `reason` to the file from which torchrun reports why a process failed; without it torchrun gives only a link.
 
     The file has the form of torch.distributed.elastic's ErrorHandler. Does nothing without torchrun.
     """

@@ -16,7 +16,7 @@ class MeshShape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> MeshShape:
-        """From "DATAxMODEL", as in "4x2". Raises UserError for any other form."""
+        """The shape that `text` gives as "DATAxMODEL", as in "4x2". Raises UserError for any other form."""
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
         if match is None:
             raise UserError(f"--mesh {text} is not of the form DATAxMODEL, as in 4x2")

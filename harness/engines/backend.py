@@ -29,7 +29,10 @@ def get_backend(framework: str) -> Backend:
 
 
 def join_processes(framework: str) -> ProcessGroup:
-    """Join the processes that a launcher of the framework started for this run; without one, this process is alone."""
+    """Join the processes that a launcher of the framework started for this run, and return their group.
+
+    Without such a launcher, the group of a single process.
+    """
     check_installed(framework)
     if framework == "jax" and "JAX_NUM_PROCESSES" in os.environ:
         from harness.engines.jax.process_group import JaxProcessGroup

@@ -15,13 +15,19 @@ GUIDED_CHANNELS = {  # how many of the epsilon channels are guided; None: all
 
 
 def guided_channels(rule: str, channels: int) -> int:
-    """How many of the first epsilon channels are guided. rule: a key of GUIDED_CHANNELS. channels: epsilon channels."""
+    """The number of epsilon channels that are guided; they are the first ones.
+
+    rule: a key of GUIDED_CHANNELS. channels: the number of all epsilon channels.
+    """
     count = GUIDED_CHANNELS[rule]
     return channels if count is None else min(count, channels)
 
 
 def check_guidance(scale: float, channels: str, null_label: int | None) -> None:
-    """Raise UserError for an unknown channel rule, a scale that is not finite, and guidance without a null label."""
+    """Raise UserError for an unknown channel rule, a scale that is not finite, and guidance without a null label.
+
+    channels: the rule, a key of GUIDED_CHANNELS. null_label: None for a network that was trained without label dropout.
+    """
     if channels not in GUIDED_CHANNELS:
         closest = get_close_matches(channels, GUIDED_CHANNELS, n=1)
         hint = f"did you mean {closest[0]!r}? " if closest else ""
@@ -46,6 +52,7 @@ def check_channels(plan: SamplerPlan, output_channels: int, channels: int) -> No
 
     output_channels: channels of the network's output. channels: channels of the images.
     """
+    # A plan with a fixed variance ignores the variance channels of a network that has them.
     fitting = (2 * channels,) if plan.learned_variance else (channels, 2 * channels)
     if output_channels not in fitting:
         raise UserError(

@@ -39,10 +39,14 @@ class Engine(Protocol):
         """The terms that are logged, in their order, with their weights in the loss: {"mse": 1, "vb": 1}."""
 
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
-        """Do optimiser step `step` (from 1). False: interrupted before the update, and nothing has changed."""
+        """Do optimiser step `step` (from 1), and return True.
+
+        `interrupted` may be called before each micro-batch. If it returns True, the step is given up: nothing has changed,
+        and the result is False.
+        """
 
     def pop_losses(self) -> list[tuple[float, ...]]:
-        """A tuple for each step since the last call, oldest first: its values in the order of `loss_terms`."""
+        """The values of the loss terms since the last call: a tuple for each step, in the order of `loss_terms`."""
 
     def finite(self) -> bool:
         """Whether every weight is finite."""
@@ -50,7 +54,8 @@ class Engine(Protocol):
     def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         """The parts of a checkpoint: (part name, function that returns its tensors by name). One part is "ema".
 
-        The functions must be called in every process.
+        Every process must call the functions, because they gather sharded tensors. The result counts in the main process
+        alone; in the others it may be empty.
         """
 
     def load(self, part: str, path: Path) -> None:
@@ -62,7 +67,7 @@ class Sampler(Protocol):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for an image; classifier-free guidance doubles them."""
+        """Network evaluations for an image, those that classifier-free guidance adds included."""
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None]) -> np.ndarray:
         """Images uint8 (N, H, W, C) of the sample indices int64 (N,) with labels int64 (N,).
@@ -89,10 +94,11 @@ class Backend(Protocol):
     def make_engine(
         self, request: Request, run: Run, data: Examples, net: Network | None, mesh: str | None = None
     ) -> Engine:
-        """The training state of `run` before step 1.
+        """The training state of `run` before step 1; `Engine.load` then restores a checkpoint, if there is one.
 
-        net: the network at its initialisation, which the engine takes over and may change; None builds it. mesh: of the
-        processes at work now; None keeps MODEL of the run's mesh. jax ignores it: a run in jax keeps its mesh.
+        net: the network at its initialisation, which the engine takes over and may change; None builds it. mesh:
+        "DATAxMODEL" for the processes at work now; None keeps MODEL of the run's mesh. jax ignores it: a run in jax keeps
+        its mesh.
         """
 
     def make_sampler(

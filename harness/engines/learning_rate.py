@@ -7,4 +7,6 @@ from harness.protocols import Recipe
 
 def learning_rate(recipe: Recipe, step: int) -> float:
     """The learning rate at optimiser step `step` (from 1): a linear warmup over `warmup_steps`, then constant."""
-    return recipe.learning_rate * min(1.0, step / recipe.warmup_steps if recipe.warmup_steps else 1.0)
+    if not recipe.warmup_steps:
+        return recipe.learning_rate
+    return recipe.learning_rate * min(1.0, step / recipe.warmup_steps)

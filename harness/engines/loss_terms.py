@@ -1,4 +1,4 @@
-"""The terms of the loss that the log holds of each step, by kind of backbone."""
+"""The loss terms that the log holds for each step, by kind of backbone."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def host_free_bytes() -> int:
     """Memory of the host that a process can allocate now, in bytes."""
     free = psutil.virtual_memory().available
     cgroup = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # a container may be allowed less than the machine has
+    # A container may be allowed less than the machine has. ValueError: the limit is "max", which means none.
+    with contextlib.suppress(OSError, ValueError):
         limit, used = ((cgroup / name).read_text() for name in ("memory.max", "memory.current"))
         free = min(free, int(limit) - int(used))
     return max(free, 0)
@@ -65,10 +66,11 @@ def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: in
     """A micro-batch that fits in `free` bytes; 0 if not even one image fits.
 
     The batch is divided into as few micro-batches as possible, of about equal size: a batch of 100, of which 64 images
-    fit, gives 50. activation_bytes: of one image in float32. bfloat16 needs less, so the result fits in either precision.
+    fit, gives 50. The result fits in either precision: activations are counted in float32, which needs more for them, and
+    the training state in bfloat16, which needs more for that. activation_bytes: of one image in float32.
     """
     room = int(free * USABLE_SHARE) - state_bytes(parameters, "bfloat16")
-    fitting = min(batch, room // max(activation_bytes, 1))
+    fitting = min(batch, room // max(activation_bytes, 1))  # 0 activation bytes: not counted, so that all images fit
     if fitting < 1:
         return 0
     passes = -(-batch // fitting)  # rounded up
@@ -77,7 +79,7 @@ def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: in
 
 def check_room(name: str, parameters: int, device: str, free: int) -> None:
     """Raise NotEnoughMemory where the training state alone does not fit in `free` bytes, before the network is built."""
-    need = state_bytes(parameters, "bfloat16")
+    need = state_bytes(parameters, "bfloat16")  # which needs more than float32
     if need > free * USABLE_SHARE:
         raise NotEnoughMemory(
             f"{name} needs {need / 1e9:.1f} GB on {device} for weights, gradients and optimiser, and "

@@ -20,7 +20,7 @@ _declared: list[object] = []  # torch keeps a declaration as long as its Library
 def make_importable() -> None:
     """Declare torchvision's missing operators, so that it can be imported. Call this before a package may import it.
 
-    Does nothing if torchvision is not installed or can be imported already.
+    Does nothing if torchvision is not installed, can be imported already, or fails for another reason. Never raises.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
@@ -28,13 +28,14 @@ def make_importable() -> None:
         importlib.import_module("torchvision")
     except RuntimeError as error:
         if MISSING_OPERATOR not in str(error) or _declared:
-            return  # another fault: the package that imports torchvision reports it
+            return  # a fault that declaring does not repair: the package that imports torchvision will report it
         import torch
 
-        _declared.append(library := torch.library.Library("torchvision", "DEF"))
+        library = torch.library.Library("torchvision", "DEF")
+        _declared.append(library)
         for name in OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        with contextlib.suppress(Exception):  # a fault that remains is reported likewise
+        with contextlib.suppress(Exception):  # a fault that remains will be reported in the same way
             importlib.import_module("torchvision")
-    except (ImportError, OSError):
+    except (ImportError, OSError):  # a broken installation, which will be reported in the same way
         return

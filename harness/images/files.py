@@ -58,7 +58,7 @@ def _sniff(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]:
     if head[:3] == b"\xff\xd8\xff":
         return "JPEG", True, None
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP", head[12:16] != b"VP8L", None
+        return "WEBP", head[12:16] != b"VP8L", None  # VP8L is lossless; VP8X, which may be either, counts as lossy
     raise UserError(f"{name}: neither PNG, JPEG nor WebP inside; remove it, or make it again")
 
 
@@ -79,7 +79,7 @@ def _check_png(data: bytes) -> None:
             raise Damaged("a checksum differs")
         if first and (kind != b"IHDR" or length != 13):
             raise Damaged("it does not start with its header")
-        if kind == b"IHDR" and data[position + 16] == 16:
+        if kind == b"IHDR" and data[position + 16] == 16:  # the bit depth
             raise UserError("16 bits a channel; convert it to 8 bits")
         if kind == b"acTL":
             raise UserError("an animation; keep one picture a file")
@@ -87,7 +87,10 @@ def _check_png(data: bytes) -> None:
 
 
 def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
-    """(the image, uint8 (H, W, C); a note on how it was converted, or None). UserError, with the file's name, for others."""
+    """(the image, uint8 (H, W, C); a note on how it was converted, or None).
+
+    UserError, which begins with the entry's name, where the file cannot be read or the image cannot be used.
+    """
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     plugins: dict[str, Callable[[io.BytesIO], Image]] = {
@@ -113,7 +116,7 @@ def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError("an animation; keep one picture a file")
             image.load()
-            array, note = _plain(image)
+            array, note = _as_grey_or_rgb(image)
     except UserError as error:
         raise UserError(f"{entry.name}: {error}") from None
     except Exception as error:  # Pillow's plug-ins raise anything on broken bytes
@@ -122,7 +125,7 @@ def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
     return array, note
 
 
-def _plain(image: Image) -> tuple[np.ndarray, str | None]:
+def _as_grey_or_rgb(image: Image) -> tuple[np.ndarray, str | None]:
     """(a Pillow image as grey or RGB, uint8 (H, W, C); a note on the conversion, or None).
 
     UserError for a mode whose conversion would lose something.
@@ -157,7 +160,7 @@ def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, n
     height, width, channels = first.shape
     for entry, (_, _, size) in zip(entries, sniffed, strict=True):
         if size is not None and size != (height, width):
-            raise _mixed(entries[0], first.shape, entry, (*size, channels))
+            raise _mixed_sizes(entries[0], first.shape, entry, (*size, channels))
     lossy = [entry for entry, (_, loss, _) in zip(entries, sniffed, strict=True) if loss]
     if lossy:
         notes = [*notes, f"{len(lossy)} of {len(entries)} images were stored with loss (first: {lossy[0].name})"]
@@ -170,9 +173,9 @@ def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, n
                 images = []
                 for entry, (image, note) in zip(part, pool.map(_decode, part), strict=True):
                     if image.shape != first.shape:
-                        raise _mixed(entries[0], first.shape, entry, image.shape)
+                        raise _mixed_sizes(entries[0], first.shape, entry, image.shape)
                     if note is not None:
-                        source.note(note)
+                        source.note(note)  # `source` is the one returned below
                     images.append(image)
                 yield np.stack(images)
 
@@ -189,7 +192,7 @@ def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, n
     return source
 
 
-def _mixed(one: Entry, shape: tuple[int, ...], other: Entry, other_shape: tuple[int, ...]) -> UserError:
+def _mixed_sizes(one: Entry, shape: tuple[int, ...], other: Entry, other_shape: tuple[int, ...]) -> UserError:
     """The error for two images of different shapes."""
     return UserError(
         f"{one.name} is {shape} and {other.name} {other_shape} (H, W, C): bring all images to one size first"

@@ -41,7 +41,7 @@ NO_CHECKSUM = "an npy has no checksum: damaged pixels cannot be detected"
 
 
 class Header(NamedTuple):
-    """The header of an npy. fortran: whether the array is in Fortran order. raw: the bytes of the file before the array."""
+    """The header of an npy. fortran: whether the array is in Fortran order. raw: bytes of the npy before the array."""
 
     dtype: np.dtype
     fortran: bool
@@ -69,12 +69,12 @@ def _read_header(stream: IO[bytes], name: str) -> Header:
 
     name: used in messages.
     """
-    start = stream.read(8)
+    start = stream.read(8)  # six bytes that every npy begins with, then the major and minor version of the format
     if len(start) < 8 or start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
         raise Damaged(f"{name} is not an npy array")
     field = stream.read(2 if start[6] == 1 else 4)
     size = int.from_bytes(field, "little")
-    text = stream.read(size) if size <= 1 << 16 else b""
+    text = stream.read(size) if size <= 1 << 16 else b""  # a longer header is not read, and is broken as well
     if len(text) != size or size == 0:
         raise Damaged(f"{name} has a broken npy header")
     fields: dict[str, str] = {}  # descr, fortran and shape as text
@@ -113,7 +113,7 @@ class NpzFile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the arrays, as they are in the file; `printable` ones are for messages."""
+        """Names of the arrays as the file gives them; apply `printable` before one is shown in a message."""
         return tuple(name.removesuffix(".npy") for name in self._infos)
 
     def info(self, name: str) -> zipfile.ZipInfo:
@@ -162,7 +162,9 @@ def open_npz_file(path: Path) -> Iterator[NpzFile]:
     """The npz at `path`, opened; UserError where it cannot be read, also within the block."""
     with readable(path):
         if not zipfile.is_zipfile(path):
-            with path.open("rb"):  # a missing file has its own message
+            # is_zipfile is False also for a file that does not exist or cannot be opened. `open` then raises an OSError
+            # that says so, and `readable` reports it instead of the next line.
+            with path.open("rb"):
                 raise Damaged("it is not an npz")
         with zipfile.ZipFile(path) as archive:
             yield NpzFile(path, archive)
@@ -211,7 +213,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if header.fortran or info.compress_type != zipfile.ZIP_STORED:
             return file.read("arr_0"), labels
         stored = _StoredImages(path, info, header, shape)
-        for _ in stored.chunks(shape[0]):
+        for _ in stored.chunks(shape[0]):  # a complete pass compares the checksum
             pass
         return stored.images, labels
 
@@ -257,6 +259,7 @@ def _check_images(name: str, header: Header, stream: IO[bytes]) -> tuple[int, in
         return (shape[0], shape[1], shape[2], shape[3])
     head = None
     if dtype.kind in "iufb" and dtype.itemsize and header.nbytes:
+        # some of the values, for a hint in the message
         head = np.frombuffer(stream.read(min(header.nbytes, HEAD_BYTES) // dtype.itemsize * dtype.itemsize), dtype)
     raise UserError(f"{name} is {dtype} {shape}{mistake_hint(shape, head)}; {WANTED}")
 
@@ -299,7 +302,7 @@ def _from_fortran(name: str, stream: IO[bytes], header: Header) -> np.ndarray:
     if header.nbytes > WHOLE_BYTES:
         raise UserError(f"{name} is {header.nbytes / 2**30:.1f} GiB in Fortran order; save np.ascontiguousarray of it")
     data = np.frombuffer(stream.read(header.nbytes), np.uint8)
-    if stream.read(1):
+    if stream.read(1):  # at a member's end zipfile compares its checksum
         raise Damaged("there are more bytes than images")
     return np.ascontiguousarray(data.reshape(header.shape, order="F"))
 
@@ -321,13 +324,14 @@ class _StoredImages:
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
         """Yields uint8 (n, H, W, C), views of the map; UserError after the last one where the checksum differs."""
-        crc, step = zlib.crc32(self._raw), images_per_chunk(self.images.shape[1:], size)
+        crc = zlib.crc32(self._raw)  # the zip's checksum covers the npy's header, too
+        step = images_per_chunk(self.images.shape[1:], size)
         for i in range(0, len(self.images), step):
             chunk = self.images[i : i + step]
             if not self._sound:
                 crc = zlib.crc32(chunk.data, crc)
             yield chunk
-            release_pages(self.images)  # 50,000 images of 256x256 are 10 GB
+            release_pages(self.images)  # otherwise 50,000 images of 256x256 would count as 10 GB of memory in use
         if not self._sound and crc != self._info.CRC:
             raise UserError(f"{self._path}: arr_0 differs from its checksum: damaged; make it again")
         self._sound = True

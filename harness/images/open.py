@@ -42,7 +42,7 @@ def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
     else:
         raise UserError(f"{path}: no such file or folder; images are read from {LAYOUTS}")
     if source.labels is not None and classes is not None and (text := label_outside(source.labels, classes)):
-        raise UserError(f"{path}: {text} (labels-outside)")
+        raise UserError(f"{path}: {text} (labels-outside)")  # the name of this check in `evaluators.guards`
     return source
 
 
@@ -75,7 +75,7 @@ def open_folder(path: Path) -> ImageSource:
     if sum(map(bool, (shards[".npz"], shards[".tar"], images))) > 1:
         raise UserError(f"{path} holds npz, tar or image files side by side; name the ones to read")
     for found in shards.values():
-        if found:
+        if found:  # the others are empty (see above)
             return concatenated(str(path), [open_file(each) for each in natural_sorted(found)])
     notes: list[str] = []
     labels: list[int] | None = None
@@ -83,7 +83,7 @@ def open_folder(path: Path) -> ImageSource:
         images, labels, ignored = _class_folders(path, folders, notes)
     else:
         ignored = len(inside) - len(images) - len(folders)
-        if any(_image_files(folder)[0] for folder in folders):
+        if any(_image_files(folder)[0] for folder in folders):  # folders beside `images`
             raise UserError(f"{path} holds images and folders of images: are these classes? Keep one of the two")
         images = natural_sorted(images, lambda each: each.name)
     if not images:

@@ -30,9 +30,8 @@ T = TypeVar("T")
 
 WANTED = "wanted uint8 (N, H, W, C) in [0, 255] with C 1 or 3"
 LAYOUTS = "an .npz, an .npy, a folder of PNG files, shards (*.npz or *.tar, a folder or a pattern of them)"
-WHOLE_BYTES = (
-    2 << 30
-)  # limit of `ImageSource.array` and of arrays in Fortran order, which are held in memory as a whole
+# limit of `ImageSource.array` and of arrays in Fortran order, which are held in memory as a whole
+WHOLE_BYTES = 2 << 30
 CHUNK_BYTES = 1 << 26  # of pixels that a reader decodes at once; more only if one image is larger
 
 
@@ -54,8 +53,8 @@ class ImageSource:
     `size`. count: N; None for a generator that has not been read to its end. labels: int64 (N,), or None. lossy: whether
     any image was stored with loss (JPEG, lossy WebP). notes: lines to show with every number that is computed from the
     images; readers add to them. extra_arrays: names of the other arrays of an npz (mu, sigma, ...). mapped: the same
-    images as one array uint8 (N, H, W, C), if they are one in memory or in a map; the property `mapped` says whether it
-    was given. once: whether `chunks` can be called only once.
+    images as one array uint8 (N, H, W, C), in memory or mapped; None: there is none (the property `mapped` is only
+    whether there is one). once: whether `chunks` can be called only once.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class ImageSource:
         A memory map where the storage allows it. Otherwise it is in memory, and UserError above `limit` bytes.
         """
         if self._mapped is not None:
-            self.sha256()
+            self.sha256()  # unless its result is known, this is a pass over all images, which finds damage
             return self._mapped
         if self.count is not None and self.count * int(np.prod(self.shape)) > limit:
             size = self.count * int(np.prod(self.shape)) / 2**30
@@ -158,7 +157,7 @@ class ImageSource:
 
     @property
     def mapped(self) -> bool:
-        """Whether the images are one array already, mapped or in memory."""
+        """Whether the images are one array already, mapped or in memory, so that `array` copies nothing."""
         return self._mapped is not None
 
     def backed_by(self, images: np.ndarray) -> ImageSource:
@@ -203,7 +202,7 @@ def from_batches(
     if count is not None and count < 1:
         raise UserError(f"{name}: count is {count}; give 1 or more")
     iterator = iter(batches)
-    once = iterator is batches
+    once = iterator is batches  # iter() of an iterator is the iterator itself, of a list a new one
     first = next(iterator, None)
     if first is None:
         raise UserError(f"{name}: there are no images")
@@ -259,7 +258,7 @@ def readable(name: str | Path) -> Iterator[None]:
     """Turn the exceptions of readers on damaged bytes (`BROKEN`) into a UserError of one line that begins with `name`."""
     try:
         yield
-    except (UserError, RunError):
+    except (UserError, RunError):  # a ValueError and a RuntimeError, which BROKEN contains
         raise
     except BROKEN as error:
         reason = printable(str(error) or type(error).__name__)
@@ -305,8 +304,10 @@ def concatenated(name: str, parts: list[ImageSource]) -> ImageSource:
         if part.shape != first.shape:
             raise UserError(f"{first.name} has images {first.shape}, {part.name} {part.shape} (H, W, C); keep one size")
         if (part.labels is None) != (first.labels is None):
-            bare = part if part.labels is None else first
-            raise UserError(f"{bare.name} has no labels, other shards have; add them or leave them out everywhere")
+            unlabelled = part if part.labels is None else first
+            raise UserError(
+                f"{unlabelled.name} has no labels, other shards have; add them or leave them out everywhere"
+            )
     counts = [part.count for part in parts if part.count is not None]
     labels = [part.labels for part in parts if part.labels is not None]
     whole = ImageSource(
@@ -320,7 +321,7 @@ def concatenated(name: str, parts: list[ImageSource]) -> ImageSource:
         extra_arrays=dict.fromkeys(each for part in parts for each in part.extra_arrays),
     )
     for part in parts:
-        part._notes = whole._notes  # one dictionary, so that notes added to a shard while it is read are the whole's
+        part._notes = whole._notes  # one dictionary: a note that a shard adds while it is read is a note of the whole
     return whole
 
 

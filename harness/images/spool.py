@@ -41,7 +41,7 @@ class _Store:
     def __init__(self, folder: Path | None):
         self._folder = folder or Path(tempfile.gettempdir())
         self._parts: list[np.ndarray] = []  # batches that are not in the file
-        self._bytes = 0
+        self._bytes = 0  # of all images so far
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> _Store:

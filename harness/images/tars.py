@@ -15,7 +15,7 @@ from harness.images.source import Damaged, ImageSource, printable
 def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator[tuple[str, int, int]]:
     """Yields (name, offset in `path`, size in bytes) of each file in a tar.
 
-    The tar is the file `path` or, with `span`, the `span` bytes from byte `begin` of it.
+    The tar is `span` bytes of the file `path` from byte `begin` on; span None: all bytes from there on.
 
     Formats: POSIX.1-1988, pax and GNU long names. Stricter than `tarfile`, which takes a broken header for the end of
     the archive: checksums of headers, sizes and closing zeros must all be right, otherwise `Damaged`. Links, devices and
@@ -31,9 +31,11 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
             if len(block) < 512 or offset + 512 > end:
                 raise Damaged("it is cut off")
             if not any(block):
-                if end - offset < 1024 or not _zeros(file, end - offset - 512):
+                # a tar ends with at least two blocks of zeros, and `block` was the first
+                if end - offset < 1024 or not _zeros_follow(file, end - offset - 512):
                     raise Damaged("it does not end as a tar does")
                 return
+            # the checksum is the sum of the header's bytes, with its own field (148 to 155) as 8 spaces: 8 * 32 = 256
             if sum(block[:148]) + 256 + sum(block[156:]) != _tar_number(block[148:156]):
                 raise Damaged(f"the header at byte {offset} differs from its checksum")
             size = _tar_number(block[124:136]) if extended_size is None else extended_size
@@ -41,12 +43,13 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
             if start + size > end:
                 raise Damaged("it is cut off")
             offset = start + -(-size // 512) * 512
+            # extended headers: x (pax) and L (GNU) describe the next file; g (pax, for all files) is skipped
             if kind in b"xgL":
                 data = file.read(size) if size <= 1 << 20 else b""
                 if kind == b"L":
                     extended_name = data.rstrip(b"\0").decode("utf-8", "replace")
                 elif kind == b"x":
-                    records = _pax(data)
+                    records = _pax_records(data)
                     extended_name = records.get("path", extended_name)
                     extended_size = _pax_size(records["size"]) if "size" in records else None
                 continue
@@ -54,7 +57,7 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
             extended_name, extended_size = None, None
             if kind == b"5" or (kind in b"0\0" and name.endswith("/")):  # a folder
                 continue
-            if kind not in (b"0", b"\0", b"7"):
+            if kind not in (b"0", b"\0", b"7"):  # the kinds of a plain file
                 raise UserError(
                     f"{path}: {printable(name)} is a link or a device, which is never followed; pack files only"
                 )
@@ -65,7 +68,7 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
             yield name.removeprefix("./"), start, size
 
 
-def _zeros(file: IO[bytes], count: int) -> bool:
+def _zeros_follow(file: IO[bytes], count: int) -> bool:
     """Whether the next `count` bytes exist and are all zero."""
     while count:
         part = file.read(min(count, 1 << 16))
@@ -76,7 +79,7 @@ def _zeros(file: IO[bytes], count: int) -> bool:
 
 
 def _tar_number(field: bytes) -> int:
-    """A number in a field of a header: octal digits, or the byte 0x80 and a big-endian number (GNU)."""
+    """The number in a field of a header: octal digits (none: 0), or the byte 0x80 and a big-endian number (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.strip(b" \0")
@@ -92,7 +95,7 @@ def _tar_name(block: bytes) -> str:
     return whole.decode("utf-8", "replace")
 
 
-def _pax(data: bytes) -> dict[str, str]:
+def _pax_records(data: bytes) -> dict[str, str]:
     """The values of a pax header's records, "LENGTH KEY=VALUE\\n", by key."""
     records = {}
     while data:

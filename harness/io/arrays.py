@@ -28,13 +28,13 @@ class RowsInOrder:
 
     def __init__(self, count: int, width: int) -> None:
         self._shape, self._added = (count, width), 0
-        self._file: IO[bytes] | None = None
-        size = 4 * count * width
+        self._file: IO[bytes] | None = None  # None: the rows are in memory, in `_rows`
+        size = 4 * count * width  # bytes of float32
         if size > IN_MEMORY_BYTES and hasattr(os, "posix_fallocate"):
-            with contextlib.suppress(OSError), contextlib.ExitStack() as on_error:
-                file = on_error.enter_context(tempfile.TemporaryFile(prefix="harness-rows-"))
+            with contextlib.suppress(OSError), contextlib.ExitStack() as close_on_error:
+                file = close_on_error.enter_context(tempfile.TemporaryFile(prefix="harness-rows-"))
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is found here, not halfway
-                on_error.pop_all()
+                close_on_error.pop_all()  # no error: the file stays open
                 self._file = file
         self._rows = np.empty(self._shape if self._file is None else (0, width), np.float32)
 
@@ -52,7 +52,7 @@ class RowsInOrder:
         assert self._added == self._shape[0], (self._added, self._shape)
         if self._file is None:
             return self._rows
-        with self._file as file:
+        with self._file as file:  # the map stays valid when the file is closed
             file.flush()
             return np.memmap(file, np.float32, "r", shape=self._shape)
 
@@ -62,7 +62,7 @@ def release_pages(array: np.ndarray) -> None:
 
     Does nothing for other arrays, nor for a map that may have been written to, so no data can be lost.
     """
-    pages = getattr(array, "_mmap", None)
+    pages = getattr(array, "_mmap", None)  # of np.memmap, and of its slices, which share the map
     if isinstance(pages, mmap.mmap) and getattr(array, "mode", None) == "r" and hasattr(mmap, "MADV_DONTNEED"):
         pages.madvise(mmap.MADV_DONTNEED)
 
@@ -75,9 +75,10 @@ def prefetch(array: np.ndarray, starts: np.ndarray, size: int) -> None:
     """
     pages = getattr(array, "_mmap", None)
     if isinstance(pages, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
-        first = getattr(array, "offset", 0) % mmap.ALLOCATIONGRANULARITY  # byte of the map where the array begins
+        # Byte of the map where the array begins: a map can begin only at a multiple of the granularity of the file.
+        first = getattr(array, "offset", 0) % mmap.ALLOCATIONGRANULARITY
         for start in (starts + first).tolist():
-            begin = start - start % mmap.PAGESIZE
+            begin = start - start % mmap.PAGESIZE  # madvise takes whole pages
             pages.madvise(mmap.MADV_WILLNEED, begin, start - begin + size)
 
 
@@ -88,9 +89,10 @@ def chosen_rows(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     READ_BYTES at a time.
     """
     out = np.empty((int(np.count_nonzero(chosen)), *array.shape[1:]), array.dtype)
-    step, done = max(READ_BYTES * len(array) // max(array.nbytes, 1), 1), 0  # rows
-    for start in range(0, len(array), step):
-        part = array[start : start + step][chosen[start : start + step]]
+    rows_per_read = max(READ_BYTES * len(array) // max(array.nbytes, 1), 1)
+    done = 0  # rows of `out` that are filled
+    for start in range(0, len(array), rows_per_read):
+        part = array[start : start + rows_per_read][chosen[start : start + rows_per_read]]
         release_pages(array)
         out[done : done + len(part)] = part
         done += len(part)

@@ -111,7 +111,7 @@ def claimed(path: Path) -> Iterator[Path]:
     try:
         yield partial
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # releases the lock, which `_remove_empty` takes again
         _remove_empty(partial)
 
 
@@ -154,7 +154,7 @@ def _lock_or_refuse(descriptor: int, path: Path) -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Lock an open file or folder exclusively, until the last copy of its descriptor is closed. Returns whether it did.
+    """Lock an open file or folder exclusively, until the last copy of its descriptor is closed. Returns whether it is locked.
 
     False: another process holds the lock. The attempts take LOCK_SECONDS, because `is_locked` in another process holds
     the lock for an instant.
@@ -176,7 +176,7 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # fails only if a process holds the exclusive lock
         return False
     except BlockingIOError:
         return True

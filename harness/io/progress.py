@@ -56,15 +56,15 @@ class Bar:
         left = f"{duration(seconds)} left"
         if self._bar is not None:
             drawing, task = self._bar
-            note = self._note or f"{self.rate:.1f} {self.unit}/s"
-            drawing.update(task, completed=self.done, note=note, left=left if self.done < self.total else "")
+            text = self._note or f"{self.rate:.1f} {self.unit}/s"
+            drawing.update(task, completed=self.done, note=text, left=left if self.done < self.total else "")
         elif time.monotonic() - self._last_line > QUIET_SECONDS and not _silent:
             self._last_line = time.monotonic()
             text = f"{self.title}: {self.done}/{self.total} {self.unit}  {self._note}  {left}"
             print(" ".join(text.split()), file=sys.stderr, flush=True)  # noqa: T201
 
     def _mark(self) -> None:
-        """Record (now, units done) and drop the records from before the window."""
+        """Add (now, units done) to `_marks`, and drop those from before the window, except the last: the window's start."""
         now = time.monotonic()
         self._marks.append((now, self.done))
         while len(self._marks) > 2 and self._marks[1][0] < now - WINDOW_SECONDS:
@@ -81,7 +81,7 @@ class Bar:
         if self._bar is None:
             return
         drawing, task = self._bar
-        if len(drawing.tasks) > 1:
+        if len(drawing.tasks) > 1:  # an inner bar disappears; the outermost one stays on the screen as it is
             drawing.remove_task(task)
         else:
             drawing.stop()
@@ -121,7 +121,7 @@ class Stages:
 
     def __init__(self, units: Mapping[str, str] | None = None):
         self._units = units or {}
-        self._bars: dict[str, Bar] = {}
+        self._bars: dict[str, Bar] = {}  # by stage; those of earlier stages are closed
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +133,7 @@ class Stages:
         self._bars[stage].advance(done - self._bars[stage].done)
 
     def close(self) -> None:
-        """Remove the bars that are drawn."""
+        """Close the bar that is open, if there is one."""
         for bar in self._bars.values():
             bar.__exit__(None, None, None)
 
@@ -142,7 +142,7 @@ class Stages:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as text: 42 s, 3 min 20 s, 5 h 10 min, 12 days, 3.4 years."""
+    """Seconds as text: 42 s, 3 min 20 s, 5 h 10 min, 12 days, 3.4 years; "unknown time" for NaN and infinity."""
     if seconds != seconds or seconds == float("inf"):
         return "unknown time"
     if seconds < 60:

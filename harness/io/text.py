@@ -27,7 +27,9 @@ def read_count(value: Any) -> int:
 
 def read_counts(value: Any) -> tuple[int, ...]:
     """Counts in ascending order, without repetition: a number, a sequence of numbers, or text such as 16,32,64."""
-    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    parts = [value] if isinstance(value, int) else value
+    if isinstance(value, str):
+        parts = value.split(",")
     return tuple(sorted({read_count(part.strip() if isinstance(part, str) else part) for part in parts}))
 
 
@@ -37,8 +39,9 @@ def read_seed(value: Any) -> int:
         number = int(value)
     except (TypeError, ValueError):
         raise ValueError(f"{value!r} is not a valid integer.") from None
-    # int() accepts True and cuts 2.5 to 2
-    if isinstance(value, bool) or number != (float(value) if not isinstance(value, str | int) else number):
+    # int() accepts True, and it cuts the float 2.5 to 2.
+    was_cut = not isinstance(value, str | int) and number != float(value)
+    if isinstance(value, bool) or was_cut:
         raise ValueError(f"{value!r} is not a valid integer.")
     if not 0 <= number <= MAX_INT:
         raise ValueError(f"{number} is not in the range 0<=x<={MAX_INT}.")
@@ -83,9 +86,9 @@ def read_switch(value: object) -> bool:
 
 
 def read_pairs(form: str, example: str) -> Callable[[Any], dict[str, Any]]:
-    """Returns a reader of a mapping, or of a sequence of pairs as `read_pair` takes them. The reader returns a dictionary.
+    """Returns a reader, which turns a mapping, or a sequence of pairs as `read_pair` takes them, into a dictionary.
 
-    form, example: as in `read_pair`. ValueError where a name occurs twice.
+    form, example: as in `read_pair`. The reader raises ValueError if a name occurs twice.
     """
 
     def read(value: Any) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def read_pairs(form: str, example: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def read_pair(value: Any, form: str, example: str) -> tuple[str, Any]:
-    """(name, text) of "NAME=VALUE"; a tuple is returned unchanged.
+    """(name, text) of "NAME=VALUE"; a tuple counts as a parsed pair and is returned unchanged.
 
     form, example: what the message of the ValueError gives as the form of a pair, and as an example.
     """
@@ -123,7 +126,7 @@ def read_paths(value: Any) -> tuple[Path, ...]:
 
 
 def count(text: str) -> int:
-    """A count such as 250, 400k or 7M; ValueError for anything else."""
+    """The whole number that text such as 250, 400k or 7M means, 0 included; ValueError for anything else."""
     factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
     number = float(text[:-1] if factor > 1 else text.replace("_", ""))
     if not math.isfinite(number):

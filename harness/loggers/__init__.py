@@ -84,7 +84,7 @@ class Loggers:
 
     def _call_all(self, do: Callable[[Logger], None]) -> None:
         """Call `do` with every logger that has not failed."""
-        for name, opened in list(self._open.items()):
+        for name, opened in list(self._open.items()):  # a copy, because `_guarded` removes a logger that fails
             with self._guarded(name):
                 do(opened)
 

@@ -26,6 +26,7 @@ class TensorBoard:
 
     def __init__(self, run: Run, done: int):
         folder = run.folder / "tensorboard"
+        # earlier stretches of training have written their own files, unless this is the first with --logger tensorboard
         self.needs_past_steps = not any(folder.glob("events.out.tfevents.*"))
         self._writer = EventFileWriter(str(folder))
         if not self.needs_past_steps:

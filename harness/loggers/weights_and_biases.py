@@ -48,6 +48,7 @@ class WeightsAndBiases:
         # Online, earlier steps are on the server already.
         self._next_step = self._run.step if mode == "online" else 0
         if mode == "offline":
+            # the old file of this run, unless `wandb sync` has uploaded it: then a file *.synced is beside it
             own_folder = Path(self._run.dir).parent
             for old in folder.glob("wandb/offline-run-*"):
                 if old != own_folder and not any(old.glob("*.synced")):

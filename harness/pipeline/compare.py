@@ -35,7 +35,7 @@ def compare(options: CompareOptions) -> Comparison:
     be in one folder. UserError: a side has no records or is ambiguous, or the two sides cannot be compared.
     """
     verdicts = compare_records(_records(options.a, options.step), _records(options.b, options.step))
-    first = verdicts[0]
+    first = verdicts[0]  # the settings that differ are those of its records, the first of each side
     return Comparison(verdicts=tuple(verdicts), differing=differing(first.a.records[0], first.b.records[0]))
 
 

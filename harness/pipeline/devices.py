@@ -10,6 +10,7 @@ from harness.runs.run import Run
 
 def device_of(run: Run, group: ProcessGroup) -> str:
     """The name of the devices that work on `run` now. They may differ from those that it was created on."""
+    # One of several processes works on a device of its own, so the index of the run's device does not hold for it.
     name = run.resolved.device if group.size == 1 else run.resolved.device.partition(":")[0]
     return device_names(get_backend(run.framework).resolve_device(name), group)
 

@@ -74,7 +74,10 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     name = options.protocol
     if name is None and run is None and sidecar_path(path).exists():
         name = read_sidecar(path).get("identity", {}).get("protocol")
-    protocol = get_protocol(name) if name else run.protocol if run else get_protocol(DEFAULT_PROTOCOL)
+    if not name and run is not None:
+        protocol = run.protocol
+    else:
+        protocol = get_protocol(name or DEFAULT_PROTOCOL)
     records = options.out or (run.records if run else path.with_name("records.jsonl"))
     if options.reference is not None and options.data is not None:
         raise UserError("--data and --reference both set the reference images; give one of them")
@@ -178,7 +181,7 @@ def _measure(
     suite = config.suite
     assert source.count is not None, source  # known for spooled images
     suite.check_count(source.count)
-    if config.sharding is not None and config.sharding.index:
+    if config.sharding is not None and config.sharding.index > 0:  # not the main process
         _compute_shard(source, data, cache, config)
         return []
     guard(source, data, protocol, config, about)
@@ -244,7 +247,7 @@ def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, conf
 def guard(
     source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: RecordFields
 ) -> None:
-    """Check samples and reference: log warnings, and raise `UserError` if the evaluation would make no sense."""
+    """Run the guards (`evaluators.guards`): log their warnings, and raise `UserError` if one refuses the evaluation."""
     from evaluators.guards import GuardContext, check, collect_image_stats, enforce
 
     context = GuardContext(
@@ -321,5 +324,5 @@ def existing_records(
     ]
     if not {record.metric for record in matching} >= {metric.key for metric in suite.metrics}:
         return None
-    order = [metric.key for metric in suite.metrics]  # the order of a new evaluation
+    order = [metric.key for metric in suite.metrics]  # the order of a new evaluation; other metrics come last
     return sorted(matching, key=lambda record: order.index(record.metric) if record.metric in order else len(order))

@@ -80,27 +80,31 @@ def make_config(
 ) -> EvaluationConfig:
     """The configuration of a suite on a backend: "torch", "jax" or "tensorflow".
 
-    Raises `UserError` if weights are needed and not given, or given and not used.
+    weights: file of the network's weights. reference: path of the reference images; mu and sigma are used if the file has
+    them and the suite allows it. Raises `UserError` if weights are needed and not given, or given and not used.
     """
     from evaluators.reference_file import read_about
 
-    torch, extractor = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]
+    inception_torch, inception = INCEPTION_BACKENDS["torch"], INCEPTION_BACKENDS[backend]
     flag = suite.features.weights_option
     if weights is not None and not flag:
         raise UserError(f"suite {suite.name!r} includes the weights of its network; leave out {weights}")
-    if weights is None and flag == torch.weights_option:
+    if weights is None and flag == inception_torch.weights_option:
         raise UserError(
             f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({INCEPTION_FILE})"
         )
-    if extractor != torch:
-        if suite.features != torch:
-            raise UserError(f"--backend {backend} is for suites on {torch.name}, such as adm, not for {suite.name!r}")
-        suite = dataclasses.replace(suite, features=extractor)
+    if inception != inception_torch:
+        if suite.features != inception_torch:
+            raise UserError(
+                f"--backend {backend} is for suites on {inception_torch.name}, such as adm, not for {suite.name!r}"
+            )
+        suite = dataclasses.replace(suite, features=inception)
     elif device != "cpu":
         from harness.engines.torch.resolve import pick_device
 
         device = str(pick_device(device))  # raises if the device does not exist; the other backends check it themselves
     statistics = reference if reference is not None and reference.suffix == ".npz" and reference.is_file() else None
+    # A file of `harness data reference` declares the network of its statistics.
     if statistics is not None and not suite.takes_statistics(declared=read_about(statistics) is not None):
         statistics = None
     return EvaluationConfig(suite=suite, weights=weights, statistics=statistics, device=device)

@@ -108,6 +108,7 @@ def make_reference(
         kept_images = _KeptImages(source, kept, progress)
 
         def finish() -> tuple[dict[str, np.ndarray], About]:
+            """The arrays beside the images, and the description; `write` calls it when it has written the images."""
             if kept_images.all_sha256 != images_sha256:
                 raise RunError(f"{source.name} changed while it was read; repeat the command when it no longer changes")
             height, width, channels = source.shape
@@ -141,7 +142,7 @@ def _choose_kept(source: ImageSource, count: int, kept: int, seed: int, progress
     """
     keys = np.zeros(count, np.int64)  # 63 bits of each image's hash
     done = 0
-    for batch in source.batches(BATCH):
+    for batch in source.batches(BATCH):  # also if all images are kept: this pass gives the source its own hash
         if kept < count:
             digests = (hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in batch)
             keys[done : done + len(batch)] = [int.from_bytes(digest[:8], "little") >> 1 for digest in digests]
@@ -151,7 +152,7 @@ def _choose_kept(source: ImageSource, count: int, kept: int, seed: int, progress
     if kept < count:
         words = bits(seed, Purpose.EVALUATION, keys, 0, 2).astype(np.uint64)
         numbers = (words[:, 0] << np.uint64(32)) | words[:, 1]
-        mask[np.lexsort((keys, numbers))[kept:]] = False
+        mask[np.lexsort((keys, numbers))[kept:]] = False  # sorted by number; equal numbers by key
     return mask
 
 

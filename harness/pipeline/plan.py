@@ -29,7 +29,9 @@ def plan(options: PlanOptions) -> Plan:
 
 def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan:
     """A copy of the plan with speed and memory measured here. If memory is too small, `missing` says so."""
-    requested = options.compile or "off"  # for auto, a plan does not compile: that would take too long
+    requested = options.compile or "off"
+    # For auto, a plan does not compile, which would take too long, and so does not say whether the run will. Only torch
+    # has the option; jax gets it unchanged.
     try:
         _, measured = get_backend(request.framework).measure(
             request,
@@ -48,11 +50,13 @@ def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan
 
 def measured_cost(request: Request, measured: Measured) -> MeasuredCost:
     """The cost of the whole request, from the measured time of one image."""
-    resolved, image_seconds = measured.resolved, min(measured.seconds.values())  # of training on one image
+    # Seconds of training on one image. If several precisions were measured, the run uses the fastest.
+    resolved, image_seconds = measured.resolved, min(measured.seconds.values())
     if resolved.compile == "on" and measured.compiled_seconds is not None:
         image_seconds = measured.compiled_seconds
     forward_seconds = image_seconds / TRAINING_FACTOR
     sampler_steps = request.sampling.steps if request.spec.kind == "denoiser" else ()
+    # of one image in each of the sample sets, in sum
     forward_passes = sum(request.gflops_image(steps) for steps in sampler_steps) / request.compute.gflops
     return MeasuredCost(
         device=resolved.device_name,

@@ -72,7 +72,9 @@ def run(options: RunOptions) -> RunResult:
     with group.locked(session.folder):
         # Before the training, which takes long: these files may be missing.
         decoder = decoder_of(session, options.decoder, options.device)
-        images = None if evaluator is None else evaluator.images or training_images(session)
+        images = None
+        if evaluator is not None:
+            images = evaluator.images or training_images(session)
         run = session.begin(options)
         for step in milestones:
             session.train(step)
@@ -84,23 +86,26 @@ def run(options: RunOptions) -> RunResult:
                 for steps in request.sampling.steps
             ]  # fmt: skip
             samples += paths
-            if evaluator is None or images is None:
+            if evaluator is None:
                 continue
+            assert images is not None
             for path in paths:
                 records += evaluate_and_record(
                     path, request.protocol, images, run.records, cache=run.folder.parent / CACHE,
                     config=evaluator.config, group=group,
                 )  # fmt: skip
-    commands = tuple(evaluate_command(request.protocol, path.parent) for path in samples if group.is_main)
+    commands: list[str] = []
     run_report = None
-    if group.is_main and options.report and evaluator is not None:
+    if group.is_main and evaluator is None:
+        commands = [evaluate_command(request.protocol, path.parent) for path in samples]
+    if group.is_main and evaluator is not None and options.report:
         run_report = write_run_report(run, request.protocol.name)
     return RunResult(
         folder=run.folder,
         records=tuple(records),
         samples=tuple(samples),
         report=run_report,
-        evaluate_commands=commands if evaluator is None else (),
+        evaluate_commands=tuple(commands),
     )
 
 
@@ -113,9 +118,5 @@ def training_images(session: RunSession) -> ImageSet:
 
 def write_run_report(run: Run, protocol: str) -> ReportSummary:
     """Write the report: of all runs in runs/ if the run is there, else of this run only."""
-    in_runs_folder = run.folder.parent == RUNS_FOLDER
-    return report(
-        results=(run.folder.parent if in_runs_folder else run.folder,),
-        out=(run.folder.parent if in_runs_folder else run.folder) / "report",
-        protocol=protocol,
-    )
+    folder = RUNS_FOLDER if run.folder.parent == RUNS_FOLDER else run.folder
+    return report(results=(folder,), out=folder / "report", protocol=protocol)

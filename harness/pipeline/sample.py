@@ -50,7 +50,8 @@ def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
         if getattr(options, name):
             raise UserError(f"--{name} belongs to --system; a run has its own")
     run = open_run(folder)
-    if not (step := options.step or max(run.ema_checkpoint_steps(), default=0)):
+    step = options.step or max(run.ema_checkpoint_steps(), default=0)  # 0: there is none
+    if not step:
         raise UserError(f"{folder} has no EMA checkpoint yet; train it to the end with `harness train` first")
     flags = {"--sampling-steps": options.sampling_steps, "--match-sampling": options.match_sampling}
     only_one(flags, "the sampling steps")
@@ -89,7 +90,8 @@ def _sample_system(options: SampleOptions) -> list[Path]:
         raise UserError("--decoder belongs to --run; a system has its own, whose weights are --weights decoder=PATH")
     if options.step is not None:
         raise UserError("--step belongs to --run; of a run given as weights the newest EMA checkpoint is taken")
-    system = get_system(options.system or "")
+    assert options.system is not None  # `sample` checks it
+    system = get_system(options.system)
     if given := [name for name in FIXED_BY_SYSTEM if getattr(options, name) is not None]:
         raise UserError(
             f"--{given[0].replace('_', '-')} is fixed by the system {system.name!r}; write a system of your own as a TOML "
@@ -122,9 +124,10 @@ def _sample_system(options: SampleOptions) -> list[Path]:
 def decoder_of(run: Run | RunSession, name: str | None, device: str | None = None) -> Decoder | None:
     """The decoder of a run's samples; None if the run is in pixels.
 
-    name: of the decoder; None: the autoencoder that made the latents, loaded from the path that it had then. device: the
-    value of --device, used only if the run does not exist yet. Raises `UserError` if that autoencoder is gone or its
-    weights have changed, and for a decoder that takes other latents or makes other images.
+    run: a `RunSession` if the run may not exist yet. name: of the decoder; None: the autoencoder that made the latents,
+    loaded from the path that it had then. device: the value of --device, used only if the run does not exist yet. Raises
+    `UserError` if that autoencoder is gone or its weights have changed, and for a decoder that takes other latents or
+    makes other images.
     """
     protocol = run.protocol
     if protocol.space != "latents":
@@ -134,7 +137,7 @@ def decoder_of(run: Run | RunSession, name: str | None, device: str | None = Non
     flag, latents = "--decoder DIR", run.identity["latents"]
     if run.framework != "torch":  # decoders are torch modules, and this torch may not see jax's accelerator
         device = "cpu"
-    elif run.resolved is not None:
+    elif run.resolved is not None:  # the run exists
         device = run.resolved.device
     else:
         device = get_backend("torch").resolve_device(device).platform
@@ -231,9 +234,9 @@ def sample_run(
 
     description = {
         "environment": environment(run.resolved.device_name),
-        "spent": checkpoint.state.get("spent", {}),
+        "spent": checkpoint.state.get("spent", {}),  # seconds of training by device; older checkpoints do not have them
     }
-    path = run_job(job, make, description, lambda: device_of(run, group), group)
+    path = run_job(job, make, description, device=lambda: device_of(run, group), group=group)
     if group.is_main:
         write_grid_beside(path)
     return path

@@ -61,6 +61,7 @@ def sample_system(
             system.decoder, weights=loaded.decoder, device=_decoder_device(framework, device_info)
         )
         _check_decoder(system, decoder)
+    # The framework and compile are left out at their defaults, as in the identities from before these settings existed.
     settings = {
         "seed": seed, "precision": precision, "uint8_rule": system.uint8_rule, "label_policy": system.label_policy,
         **({} if framework == "torch" else {"framework": framework}),
@@ -109,8 +110,8 @@ def sample_system(
                 loaded, decoder, device_info, seed=seed, precision=precision, batch=batch, compile=compile
             ),
             description,
-            lambda: device_names(device_info, group),
-            group,
+            device=lambda: device_names(device_info, group),
+            group=group,
         )
         if group.is_main:
             write_grid_beside(path)
@@ -127,7 +128,7 @@ def _check_decoder(system: System, decoder: Decoder) -> None:
     assert system.base is not None
     protocol = get_protocol(system.protocol)
     latent = system.base.spec.arguments(**system.base.arguments)
-    made = (latent["in_channels"], latent["input_size"] * decoder.factor)
+    made = (latent["in_channels"], latent["input_size"] * decoder.factor)  # channels of latents, side of images
     wanted = (decoder.channels, protocol.resolution)
     if made != wanted or protocol.image_channels != 3:
         raise UserError(

@@ -48,14 +48,14 @@ def run_job(
 ) -> Path:
     """Make the sample set unless it is complete; returns the path of its samples.npz.
 
-    description: further items of the sidecar, such as the environment. device: a function that returns the display name
-    of the devices; it is called after sampling. Each process of a group makes some of the shards, and the main process
-    joins them. Raises `UserError` if the folder holds other samples.
+    make_sampler: builds the network; called only if the sample set is not complete. description: further items of the
+    sidecar, such as the environment. device: a function that returns the display name of the devices; it is called after
+    sampling. Each process of a group makes some of the shards, and the main process joins them. Raises `UserError` if the
+    folder holds other samples.
     """
     target = job.folder / "samples.npz"
-    if group.broadcast(
-        int(group.is_main and _is_complete(target, job))
-    ):  # another machine may see the folder differently
+    complete = group.is_main and _is_complete(target, job)
+    if group.broadcast(int(complete)):  # the main process decides: another machine may see the folder differently
         return target
     shards_folder, count = job.folder / "shards", len(job.labels)
     with files.explained(job.folder):
@@ -69,6 +69,7 @@ def run_job(
     ]
     sampler, begin = make_sampler(), time.monotonic()
     assert sampler.evaluations == job.record.sampling.evaluations  # counted by the sampler, and by its plan
+    # of the progress bar, in sampler steps of this process
     total, done = len(local_starts) * job.steps, (len(local_starts) - len(missing)) * job.steps
     with Bar(job.title, total, "steps", done) as bar:
         for start in missing:
@@ -94,7 +95,7 @@ def run_job(
 
 
 def _is_complete(target: Path, job: Job) -> bool:
-    """Whether the sample set exists. Raises `UserError` if another one is in its place."""
+    """Whether the sample set exists with its sidecar, which is written last. Raises `UserError` if another one is there."""
     if not (sidecar_path(target).exists() and target.exists()):
         return False
     sidecar = read_sidecar(target)

@@ -75,7 +75,7 @@ def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def samples_sha256(path: Path) -> str:
-    """The hash of the file's bytes; for a folder or a pattern, the hash of the images."""
+    """The hash by which records name samples: of the file's bytes; for a folder or a pattern, of the images' pixels."""
     return files.sha256_file(path) if path.is_file() else open_images(path).sha256()
 
 
@@ -276,7 +276,7 @@ def _training_of_parts(system: System, sources: Mapping[str, Source]) -> Trainin
     base = sources["base"]
     if base.trained is None:
         return Training(checkpoint_sha256=checkpoint)
-    gflops: float | None = 0.0
+    gflops: float | None = 0.0  # None from the first part on that is not a run
     for name, part in sorted(system.parts.items()):
         trained = sources[name].trained
         if trained is None or gflops is None:
@@ -312,8 +312,10 @@ def upgrade_v1(sidecar: Mapping[str, Any]) -> dict[str, Any]:
 def _fields_of_run_v1(
     identity: Mapping[str, Any], compute: Mapping[str, Any], evaluations: int, trained: Mapping[str, Any]
 ) -> RecordFields:
+    """The record fields of a sample set of a run, from a sidecar of schema 1. trained: the frozen settings of the run."""
     run, settings = identity["run"], identity["sampling"]
     given = {field.name: settings[field.name] for field in dataclasses.fields(protocols.Sampling)}
+    # Settings without effect are null: they are left out here and get a default, which has no effect either.
     without_effect = {"eta": settings["sampler"] == "ddpm", "guidance_channels": settings["guidance_scale"] == 1}
     given = {name: value for name, value in given.items() if value is not None or not without_effect.get(name)}
     if None in given.values():
@@ -347,7 +349,10 @@ def _fields_of_run_v1(
 
 
 def _recipe_v1(run: Mapping[str, Any], steps: int) -> protocols.Recipe:
-    """The recipe of a run, all of whose items the sidecar states."""
+    """The recipe of a run from its identity `run`, which has no steps. Raises KeyError if one of the other items is missing.
+
+    Items that were added later may be missing: they then have their default value.
+    """
     recipe = protocols.Recipe(**{"steps": steps, **run["recipe"]})
     if missing := recipe_identity(recipe).keys() - run["recipe"].keys():
         raise KeyError(min(missing))
@@ -355,8 +360,11 @@ def _recipe_v1(run: Mapping[str, Any], steps: int) -> protocols.Recipe:
 
 
 def _fields_of_system_v1(identity: Mapping[str, Any], compute: Mapping[str, Any], evaluations: int) -> RecordFields:
+    """The record fields of a sample set of a system, from a sidecar of schema 1."""
     settings, system = identity["sampling"], System.from_dict(identity["system"])
     diffusions = (identity["system"]["base"], *identity["system"]["upsamplers"])
+    # `from_dict` gives a missing item its default, so the comparison finds what the sidecar does not state. Null states
+    # nothing either.
     if json.loads(json.dumps(system.as_dict())) != identity["system"] or any(
         None in each.values() for each in diffusions
     ):
@@ -367,7 +375,7 @@ def _fields_of_system_v1(identity: Mapping[str, Any], compute: Mapping[str, Any]
     }
     for source in sources.values():
         if source.run is not None and source.steps is not None:
-            _recipe_v1(source.run, source.steps)
+            _recipe_v1(source.run, source.steps)  # called for its KeyError
     return fields_of_system(
         system,
         sources,

@@ -75,9 +75,8 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
         for sentence in plan.missing:
             logger.info(f"missing  {sentence}")
         text = f"protocol {request.protocol.name!r} cannot run here; see the lines above for what is missing"
-        if (
-            request.protocol.name != DEFAULT_PROTOCOL and request.spec.family == "dit"
-        ):  # each DiT size works on the digits
+        # Every DiT fits the default protocol, the digits, which needs no files.
+        if request.protocol.name != DEFAULT_PROTOCOL and request.spec.family == "dit":
             steps = request.recipe.steps
             text += f"; this works now: harness run --backbone {request.spec.name} --protocol digits --steps {steps}"
         raise UserError(text)
@@ -89,7 +88,8 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
 class RunSession:
     """A run that is being created or continued, with its data and its process group.
 
-    run: None until the run exists on disk. loggers: names of `harness.loggers.LOGGERS`. mesh: as --mesh gives it.
+    run: None until the run exists on disk. loggers: names of `harness.loggers.LOGGERS`. mesh: as --mesh gives it; None:
+    not given. Raises `UserError` if the data do not fit the protocol, or if the folder holds another run or other files.
     """
 
     def __init__(
@@ -103,16 +103,18 @@ class RunSession:
     ):
         self.request, self.data, self.folder, self.group = request, data, folder, group
         self.loggers, self.mesh = loggers, mesh
-        self.spec = request.run_spec(data)
+        self.spec = request.run_spec(data)  # of the run; the backbone's is request.spec
         data.check(request.protocol)
         check_labels(data, request.protocol.num_classes)
         self.run: Run | None = find_run(folder, self.spec)
         exists = self.run is not None
-        if group.broadcast(int(exists)) != exists:  # before the main process creates the run
+        # Checked by all processes before the main one creates the run.
+        if group.broadcast(int(exists)) != exists:
             raise UserError(
                 f"process {group.index} and the main process see different contents of {folder}; they need a shared file system"
             )
-        if self.run is not None and "gradient_checkpointing" in request.arguments:  # frozen, because it decides memory
+        # The argument is there only if --gradient-checkpointing is given; `begin` raises if the run was created without it.
+        if self.run is not None and "gradient_checkpointing" in request.arguments:
             frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
             self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
         self._net: Any = None  # the network that `measure` built; for one engine only, because training changes it
@@ -141,7 +143,10 @@ class RunSession:
         return None if self.run is None else self.run.resolved
 
     def begin(self, options: TrainOptions) -> Run:
-        """Return the run; create it if it does not exist. Raises `UserError` if a frozen setting of it would change."""
+        """Return the run; create it if it does not exist, from another run if --fork is given.
+
+        Raises `UserError` if `options` give a frozen setting another value than the run has.
+        """
         if self.run is None:
             measured = self.measure(
                 device=options.device,
@@ -208,7 +213,7 @@ class RunSession:
             with files.explained(self.folder):
                 files.remove(target)  # a copy left by a fork that was killed
                 shutil.copytree(checkpoint.folder, target)
-                lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]
+                lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]  # one line per step
                 files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
         logger.info(f"forked from step {checkpoint.step} of {source}")
         return self.create(resolved)
@@ -220,12 +225,12 @@ class RunSession:
         if self.group.broadcast(int(done)):  # the main process decides: another machine may not see the file yet
             return
         request, run = self.request, self.run
-        net, self._net = self._net, None
+        net, self._net = self._net, None  # None, if `measure` was not called: the engine builds the network
         engine = get_backend(run.framework).make_engine(request, run, self.data, net, self.mesh)
         train_loop(
             run,
             engine,
-            until,
+            until=until,
             gflops_step=request.gflops_step,
             state_bytes=CHECKPOINT_BYTES * request.compute.params,
             device=device_of(run, self.group),

@@ -37,7 +37,8 @@ MIN_CHECKPOINT_SECONDS = 2.0  # between two checkpoints
 DISK_BYTES_PER_SECOND = 1e9  # assumed until a checkpoint has been written
 LOG_SECONDS = 0.5  # between two transfers of losses from the device to the log
 # The processes of a group agree on stopping and on checkpoints every AGREE_STEPS steps, or about every AGREE_SECONDS if
-# that is sooner. They exchange one number: STOP (if interrupted) + 2 * (steps to the next agreement) + (checkpoint due).
+# that is sooner. They exchange one number, and each gets the largest: STOP (of an interrupted process), plus, of the main
+# process only, 2 * (steps to the next agreement) + (1 if a checkpoint is due), which is always less than STOP.
 AGREE_STEPS = 10
 AGREE_SECONDS = 2.0
 STOP = 1 << 16
@@ -93,8 +94,10 @@ def train(
             run, engine, log, open_loggers, done, training_time, cost=state_bytes / DISK_BYTES_PER_SECOND, group=group
         )
         stop = bool(group.all_max(int(interrupted())))
+        # A process of a group must not leave a step alone: the others would wait for it. `decide` stops all of them.
+        interrupted_in_step = interrupted if group.size == 1 else lambda: False
         while manager.done < until and not stop:
-            if engine.step(manager.done + 1, interrupted if group.size == 1 else lambda: False):
+            if engine.step(manager.done + 1, interrupted_in_step):
                 manager.count_step()
                 note = ""
                 if manager.loss is not None:
@@ -106,7 +109,7 @@ def train(
                 stop, due = manager.decide(interrupted())
                 if due:
                     manager.checkpoint()
-            else:
+            else:  # interrupted within the step, which does not count
                 stop = True
         manager.checkpoint()
     if stop:
@@ -118,7 +121,10 @@ def train(
 
 
 def keep_ema_checkpoint(run: Run, step: int) -> None:
-    """Keep the EMA weights of the checkpoint of `step` for sampling, as a hard link, which takes no disk space."""
+    """Keep the EMA weights of the checkpoint of `step` for sampling, in the folder of the EMA checkpoint.
+
+    They are a hard link where the file system has these: it takes no disk space while the checkpoint exists.
+    """
     checkpoint = checkpoints.verify(run.checkpoints / f"step-{step:08d}")
     folder = run.ema_checkpoint(step)
     with files.explained(folder):
@@ -156,6 +162,7 @@ class CheckpointManager:
         self.loss: float | None = None  # of the newest step in the log
         self._training_time = training_time
         self._cost = cost
+        # times at which losses were last logged, a checkpoint was last written, and the group last agreed
         self._logged_at = self._saved_at = self._agreed_at = time.monotonic()
         self._agreed = done  # step at which the group last agreed
         self._agree_steps = 1  # steps from there to the next agreement
@@ -174,8 +181,8 @@ class CheckpointManager:
 
     def log_losses(self) -> None:
         """Move the losses from the device to the log and the loggers. Raises RunError for one that is not finite."""
-        before, self._logged_at = self._logged_at, time.monotonic()
-        steps_per_second = (self.done - self.logged) / max(self._logged_at - before, 1e-9)
+        previous, self._logged_at = self._logged_at, time.monotonic()
+        steps_per_second = (self.done - self.logged) / max(self._logged_at - previous, 1e-9)
         loss_terms = self.engine.loss_terms
         for values in self.engine.pop_losses():
             step, row = self.logged + 1, dict(zip(loss_terms, values, strict=True))
@@ -183,6 +190,7 @@ class CheckpointManager:
                 text = ", ".join(f"{name} {value}" for name, value in row.items())
                 self._fail(f"the loss is not finite at step {step} ({text})")
             self.log.write(json.dumps({"step": step, **row}) + "\n")
+            # The speed is the mean over these steps, so it is written once, with the last of them.
             self.loggers.write(step, row, steps_per_second if step == self.done else None)
             self.logged = step
             self.loss = sum(weight * row[name] for name, weight in loss_terms.items())
@@ -192,8 +200,8 @@ class CheckpointManager:
     def decide(self, interrupted: bool) -> tuple[bool, bool]:
         """Return (stop, checkpoint): whether to stop, and whether to write a checkpoint now; the same in every process.
 
-        All stop if any process was interrupted. The main process decides whether a checkpoint is due, and after how many
-        steps the group agrees again.
+        interrupted: whether this process was. All stop if any process was interrupted. The main process decides whether
+        a checkpoint is due, and after how many steps the group agrees again; at the steps between, both are False.
         """
         if self.group.size == 1:
             return interrupted, self.due()
@@ -204,11 +212,15 @@ class CheckpointManager:
         self._agreed, self._agreed_at = self.done, now
         steps = min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(step_seconds, 1e-9))))
         agreed = self.group.all_max(STOP * interrupted + (2 * steps + self.due()) * self.group.is_main)
+        # The number is STOP alone, with 0 steps, if only another process than the main one was interrupted.
         self._agree_steps = agreed % STOP // 2 or 1
         return agreed >= STOP, bool(agreed & 1)
 
     def due(self) -> bool:
-        """Whether a checkpoint is due: the last one is old enough for CHECKPOINT_SHARE, or MAX_LOST_SECONDS old."""
+        """Whether a checkpoint is due: the last one is old enough for CHECKPOINT_SHARE, or MAX_LOST_SECONDS old.
+
+        Only the main process's answer counts: the others do not note when a checkpoint was written.
+        """
         wait = min(MAX_LOST_SECONDS, max(MIN_CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE))
         return time.monotonic() - self._saved_at >= wait
 
@@ -256,10 +268,9 @@ def _log(path: Path, done: int, group: ProcessGroup) -> Iterator[IO[str]]:
     with files.explained(path):
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)[:done]
+            # A regular file that needs no cut is left as it is.
             if not (path.is_file() and sum(map(len, lines)) == path.stat().st_size):
                 files.write_bytes(path, b"".join(lines))
-        elif done == 0:
-            path.touch()
         with path.open("a", encoding="ascii") as file:
             yield file
 

@@ -30,7 +30,10 @@ class Published(NamedTuple):
 
 
 def published(spec: BackboneSpec, input_size: int | None) -> Published:
-    """The paper's values for `spec` at an input whose side is `input_size` latent cells or pixels."""
+    """The paper's values for `spec`, with its default arguments, at an input of `input_size` latent cells or pixels a side.
+
+    The strings are empty if the paper has no values, or if `input_size` is None.
+    """
     from results import paper
 
     columns = (*GFLOPS_COLUMNS, PARAMS_COLUMN)
@@ -41,6 +44,7 @@ def published(spec: BackboneSpec, input_size: int | None) -> Published:
         return Published("", "")
     # The paper gives image resolutions. The network's default input corresponds to the smallest one (32 cells to 256).
     resolution = input_size * min(cell.resolution for cell in cells if cell.resolution is not None) // native
+    # reversed, so that the first of several cells of a column counts
     at_size = {cell.column: cell.value for cell in reversed(cells) if cell.resolution == resolution}
     gflops = next((at_size[column] for column in GFLOPS_COLUMNS if column in at_size), "")
     return Published(gflops, at_size.get(PARAMS_COLUMN, ""))
@@ -53,12 +57,16 @@ def input_sizes(spec: BackboneSpec) -> list[int | None]:
 
 
 def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, check: str | None) -> dict[str, Any]:
-    """The row of a network, as plain data. overrides: builder arguments. check: "fvcore" also counts with that package.
+    """The row of a network, as plain data.
+
+    overrides: builder arguments. breakdown: whether the row has the flops by part. check: "fvcore" also counts with that
+    package; None: no check.
 
     `difference` is our Gflops, rounded to the decimals of the paper's value, minus that value; None without one.
     """
     compute = spec.count(**overrides)
     arguments = spec.arguments(**overrides)
+    # The paper varies only the size of the input, so its values hold for the defaults of all other arguments.
     others = {name: value for name, value in arguments.items() if name != "input_size"}
     as_published = all(spec.defaults[name] == value for name, value in others.items())
     printed = published(spec, arguments.get("input_size")) if as_published else Published("", "")
@@ -132,7 +140,7 @@ def sampling_row(system: System) -> dict[str, Any]:
     if system.unavailable:
         raise UserError(f"system {system.name!r} cannot be counted: {system.unavailable}")
     steps = [part.advances for part in system.components]
-    plain = sum(part.compute().gflops * part.evaluations for part in system.components)
+    unguided = sum(part.compute().gflops * part.evaluations for part in system.components)
     resolution = get_protocol(system.protocol).resolution
     decode = decoder_compute(system.decoder, resolution).gflops if system.decoder else 0.0
     total = system.gflops_image()
@@ -142,8 +150,8 @@ def sampling_row(system: System) -> dict[str, Any]:
         "gflops": system.gflops_forward(),
         "steps": steps,
         "evaluations": system.evaluations,
-        "gflops_unguided": plain,
-        "gflops_guidance": total - plain,
+        "gflops_unguided": unguided,
+        "gflops_guidance": total - unguided,
         "gflops_decode": decode,
         "gflops_image": total + decode,
     }
@@ -151,7 +159,8 @@ def sampling_row(system: System) -> dict[str, Any]:
 
 def breakdown_rows(compute: Compute) -> list[dict[str, Any]]:
     """Flops by part and kind. The same part of all blocks is one row: `blocks.*.mlp.fc1`, with `times` 28."""
-    flops_of_blocks: dict[tuple[str, str], list[int]] = {}  # (part with * for the numbers of blocks, kind) -> flops
+    # (part with * for the numbers of blocks, kind) -> flops in each block
+    flops_of_blocks: dict[tuple[str, str], list[int]] = {}
     for (part, kind), flops in compute.breakdown.items():
         pattern = re.sub(r"\.\d+(?=\.)", ".*", part)
         flops_of_blocks.setdefault((pattern, kind), []).append(flops)

@@ -28,13 +28,14 @@ from harness.settings import DEFAULT_PROTOCOL, PlanOptions, RunOptions, Sampling
 from harness.spec import BackboneSpec, Compute
 
 MAX_STEPS = 2**63 - 1  # largest value of a step counter
+ALL_STEPS = range(1, MAX_STEPS)  # for bisection over numbers of steps
 
 
 def request_from(options: TrainOptions | RunOptions | PlanOptions) -> Request:
     """The request that the options describe. If compute is matched, the request has the matched steps."""
     sampling: dict[str, Any] = {}
     samples, match_sampling_to = None, None
-    if isinstance(options, SamplingSettings):
+    if isinstance(options, SamplingSettings):  # not the options of `harness train`
         flags = {"--sampling-steps": options.sampling_steps, "--match-sampling": options.match_sampling}
         only_one(flags, "the sampling steps")
         # (1,) is a placeholder that always passes the checks; `matched` below replaces it. The protocol's own steps might
@@ -62,6 +63,7 @@ def checked_steps(options: TrainOptions | RunOptions | PlanOptions) -> int | Non
     """The value of --steps; None if not given. Raises `UserError` if more than one setting sets the training steps."""
     matching = {"--match": options.match, "--budget": options.budget}
     flags: dict[str, Any] = {"--steps": options.steps, **matching}
+    # --steps and --set steps=... may both be given: --steps counts then.
     if any(value is not None for value in matching.values()):
         flags["--set steps"] = options.set.get("steps")
     only_one(flags, "the training steps")
@@ -78,8 +80,8 @@ def matched(
     protocol, or if no possible number of sampler steps matches.
     """
     if match is not None or budget is not None:
-        to, target = training_target(request.protocol, request.recipe, match=match, budget=budget)
-        result = solve_training(request.compute, request.recipe, to, target)
+        reference, target = training_target(request.protocol, request.recipe, match=match, budget=budget)
+        result = solve_training(request.compute, request.recipe, reference, target)
         recipe = dataclasses.replace(request.recipe, steps=result.steps)
         request = dataclasses.replace(request, recipe=recipe, match=result)
     return request if sampling is None else match_sampling(request, sampling)
@@ -88,26 +90,33 @@ def matched(
 def training_target(
     protocol: Protocol, recipe: Recipe, *, match: Reference | None, budget: float | None
 ) -> tuple[str | None, Fraction]:
-    """(name of the reference, or None for a budget; the training compute to match, in flops)."""
-    if match is None or budget is not None:
-        if match is not None or budget is None:
-            raise UserError("--match and --budget both set the training steps; give one of them")
+    """(name of the reference, or None for a budget; the training compute to match, in flops).
+
+    budget: in Gflops. Raises `UserError` unless exactly one of `match` and `budget` is given.
+    """
+    if (match is None) == (budget is None):
+        raise UserError("--match and --budget both set the training steps; give one of them")
+    if budget is not None:
         return None, Fraction(budget) * 10**9
-    (steps,) = match.steps
+    assert match is not None
+    (steps,) = match.steps  # `parse_reference` accepts one number only
     name = match.name(steps)
     compute = compute_of(_reference_spec(match, f"--match {name}"), protocol, recipe, f"--match {name}: ")
     return name, Fraction(step_flops(compute, recipe) * steps)
 
 
-def solve_training(compute: Compute, recipe: Recipe, to: str | None, target: Fraction) -> Match:
-    """The whole number of steps, at least 1, whose training compute is nearest to `target` flops. to: as in `Match`."""
+def solve_training(compute: Compute, recipe: Recipe, reference: str | None, target: Fraction) -> Match:
+    """The whole number of steps, at least 1, whose training compute is nearest to `target` flops.
+
+    reference, target: as `training_target` returns them.
+    """
     flops_of_step = step_flops(compute, recipe)
     steps = max(1, nearest_count(target, flops_of_step))
     if steps > MAX_STEPS:
         raise UserError(
             f"--budget {float(target / 10**9):g} Gflops are {float(steps):.3g} steps; give a smaller budget"
         )
-    return Match.of(to, steps, target, steps * flops_of_step)
+    return Match.of(reference, steps, target, steps * flops_of_step)
 
 
 def match_sampling(request: Request, reference: Reference) -> Request:
@@ -127,27 +136,32 @@ def match_sampling(request: Request, reference: Reference) -> Request:
     compute = compute_of(other, request.protocol, recipe, f"{flag}: ")
     reference_flops = evaluation_flops(compute, reference.guidance_scale)
     evaluations = evaluation_counts(recipe, request.sampling)
-    all_steps = range(1, MAX_STEPS)
+
+    def reference_cost(steps: int) -> int:
+        """Flops of an image with `steps` steps of the reference."""
+        return reference_flops * evaluations(steps)
+
     matches = []
     for reference_steps in reference.steps:
-        target, text = Fraction(reference_flops * evaluations(reference_steps)), reference.name(reference_steps)
+        target, reference_name = Fraction(reference_cost(reference_steps)), reference.name(reference_steps)
         steps = nearest_steps(target / own_flops, evaluations)
         if steps > recipe.diffusion_steps:
             limit = own_flops * evaluations(recipe.diffusion_steps)
-            most = bisect.bisect_right(all_steps, limit, key=lambda steps: reference_flops * evaluations(steps))
+            # the number of entries that cost at most `limit`, which is also the largest such number of steps
+            most = bisect.bisect_right(ALL_STEPS, limit, key=reference_cost)
             at_most = f"at most {reference.name(most)}" if most else "less than one of its steps"
             raise UserError(
-                f"--match-sampling {text} needs {steps} sampling steps of {name!r}, but the diffusion has"
+                f"--match-sampling {reference_name} needs {steps} sampling steps of {name!r}, but the diffusion has"
                 f" {recipe.diffusion_steps}, which cost {at_most}"
             )
         one_step = own_flops * evaluations(1)
-        if 2 * target <= one_step:
-            least = bisect.bisect_left(all_steps, one_step, key=lambda steps: reference_flops * evaluations(steps)) + 1
+        if 2 * target <= one_step:  # would be rounded to 0 steps
+            least = _first_steps(one_step, reference_cost)
             raise UserError(
-                f"--match-sampling {text} costs less than half a sampling step of {name!r}; one step costs"
+                f"--match-sampling {reference_name} costs less than half a sampling step of {name!r}; one step costs"
                 f" as much as {reference.name(least)}"
             )
-        matches.append(Match.of(text, steps, target, own_flops * evaluations(steps)))
+        matches.append(Match.of(reference_name, steps, target, own_flops * evaluations(steps)))
     sampling = dataclasses.replace(request.sampling, steps=tuple(sorted({match.steps for match in matches})))
     check_plans(recipe, sampling)
     return dataclasses.replace(request, sampling=sampling, match_sampling=tuple(matches))
@@ -163,10 +177,14 @@ def nearest_steps(target: Fraction, evaluations: Callable[[int], int]) -> int:
 
     evaluations: function of the number of steps, not decreasing.
     """
-    all_steps = range(1, MAX_STEPS)
-    above = bisect.bisect_left(all_steps, math.ceil(target), key=evaluations) + 1
+    above = _first_steps(math.ceil(target), evaluations)
     nearest = min(range(max(1, above - 1), above + 1), key=lambda steps: (abs(evaluations(steps) - target), steps))
-    return bisect.bisect_left(all_steps, evaluations(nearest), key=evaluations) + 1
+    return _first_steps(evaluations(nearest), evaluations)  # several numbers of steps may have the same evaluations
+
+
+def _first_steps(least: int, function: Callable[[int], int]) -> int:
+    """The smallest number of steps, from 1, at which `function`, which does not decrease, is at least `least`."""
+    return bisect.bisect_left(ALL_STEPS, least, key=function) + 1  # the entry at index i is i + 1
 
 
 def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int]:
@@ -174,33 +192,39 @@ def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int
 
     The function is defined for all numbers and does not decrease. Numbers of steps that the sampler refuses are
     interpolated between the nearest that it accepts; `check_plans` raises later. A step beyond the diffusion's steps
-    counts as much as the last one of these.
+    counts as much as the last one of these, and at least 1.
     """
     limit = recipe.diffusion_steps
 
     @functools.cache
-    def accepted(steps: int) -> int | None:
+    def of_plan(steps: int) -> int | None:
+        """The evaluations of the sampler's plan; None if the sampler refuses this number of steps."""
         try:
             return plan_of(recipe, sampling, steps).evaluations
         except UserError:
             return None
 
+    def first_accepted(candidates: range) -> tuple[int, int] | None:
+        """(steps, evaluations) of the first of `candidates` that the sampler accepts; None if it refuses all."""
+        return next(((steps, count) for steps in candidates if (count := of_plan(steps)) is not None), None)
+
     @functools.cache
-    def evaluations_of_plan(steps: int) -> int:
-        if (stated := accepted(steps)) is not None:
-            return stated
-        fewer = next((n for n in range(steps - 1, 0, -1) if accepted(n) is not None), 0)
-        more = next((n for n in range(steps + 1, limit + 1) if accepted(n) is not None), None)
-        at_fewer = (accepted(fewer) or 0) if fewer else 0
-        if more is None:
+    def up_to_limit(steps: int) -> int:
+        """The evaluations of 1 ... `limit` steps, interpolated where the sampler refuses them."""
+        if (count := of_plan(steps)) is not None:
+            return count
+        fewer, at_fewer = first_accepted(range(steps - 1, 0, -1)) or (0, 0)  # 0 steps need 0 evaluations
+        above = first_accepted(range(steps + 1, limit + 1))
+        if above is None:  # in proportion to the last accepted number; 1 per step if the sampler refuses all
             return at_fewer * steps // fewer if fewer else steps
-        return at_fewer + ((accepted(more) or 0) - at_fewer) * (steps - fewer) // (more - fewer)
+        more, at_more = above
+        return at_fewer + (at_more - at_fewer) * (steps - fewer) // (more - fewer)
 
     def evaluations(steps: int) -> int:
         if steps <= limit:
-            return evaluations_of_plan(steps)
-        at_limit = evaluations_of_plan(limit)
-        last_step = at_limit - evaluations_of_plan(limit - 1) if limit > 1 else at_limit
+            return up_to_limit(steps)
+        at_limit = up_to_limit(limit)
+        last_step = at_limit - up_to_limit(limit - 1) if limit > 1 else at_limit
         return at_limit + (steps - limit) * max(1, last_step)
 
     return evaluations
@@ -245,11 +269,11 @@ def _reference_spec(reference: Reference, where: str) -> BackboneSpec:
 def budget_table(
     protocol: Protocol, recipe: Recipe, *, match: Reference | None, budget: float | None
 ) -> dict[str, Any]:
-    """The training steps of all denoisers for one budget, ready for JSON.
+    """The training steps of all denoisers for the compute of `match`, or for `budget` Gflops, ready for JSON.
 
-    Its `left_out` lists the backbones that do not fit the protocol, with the reasons.
+    Its `left_out` lists the denoisers that do not fit the protocol or the budget, with the reasons.
     """
-    to, target = training_target(protocol, recipe, match=match, budget=budget)
+    reference, target = training_target(protocol, recipe, match=match, budget=budget)
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
     epoch_images = registry.datasets.get(protocol.dataset).images if protocol.dataset in registry.datasets else None
@@ -258,7 +282,7 @@ def budget_table(
             continue
         try:
             compute = compute_of(spec, protocol, recipe)
-            match_of_backbone = solve_training(compute, recipe, to, target)
+            match_of_backbone = solve_training(compute, recipe, reference, target)
         except UserError as error:
             left_out.append({"name": spec.name, "reason": str(error)})
             continue
@@ -277,7 +301,7 @@ def budget_table(
             }
         )
     return {
-        "to": to,
+        "to": reference,
         "gflops_target": float(target / 10**9),
         "protocol": protocol.name,
         "input": f"{protocol.input_size}x{protocol.input_size}x{protocol.in_channels}",

@@ -13,6 +13,7 @@ from harness.data.public_files import FILES
 from harness.errors import UserError
 from harness.planning.request import CHECKPOINT_BYTES, Match, Request, published_input_gflops
 from harness.protocols import Protocol
+from harness.runs import checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
         match=request.match,
         match_sampling=request.match_sampling,
         samples=request.samples,
-        disk_bytes=2 * CHECKPOINT_BYTES * compute.params
+        disk_bytes=checkpoints.KEPT * CHECKPOINT_BYTES * compute.params
         + len(sampler_steps) * request.samples * protocol.resolution**2 * protocol.image_channels,
         recipe=dataclasses.asdict(recipe),
         missing=(*missing(request), *(() if decoder_given else missing_decoder(request))),
@@ -155,9 +156,9 @@ def missing(request: Request) -> list[str]:
     except UserError as error:
         reasons.append(f"suite {protocol.suite!r}: {error} (see `harness list suites`)")
     else:
-        short = [each for each in suite.metrics if request.samples < each.minimum]
-        if short:
-            reasons.append(f"samples: {short[0].key} needs at least {short[0].minimum} samples, not {request.samples}")
+        unmet = [metric for metric in suite.metrics if request.samples < metric.minimum]
+        if unmet:
+            reasons.append(f"samples: {unmet[0].key} needs at least {unmet[0].minimum} samples, not {request.samples}")
     return reasons
 
 
@@ -167,10 +168,10 @@ def missing_decoder(request: Request) -> list[str]:
 
     if request.data is None or request.protocol.space != "latents":
         return []
-    if latents.missing(request.data, request.protocol) is not None:
+    if latents.missing(request.data, request.protocol) is not None:  # `missing` reports it
         return []
     path = latents.read_meta(request.data).source_paths.get("vae", "")
-    if not Path(path).is_absolute() or Path(path).exists():  # a name: its files are on the hub
+    if not Path(path).is_absolute() or Path(path).exists():  # not absolute: a name, whose files are on the hub
         return []
     return [
         f"the autoencoder behind {request.data} is no longer at {path}; give it, or another one, with --decoder DIR"
@@ -188,7 +189,11 @@ def missing_evaluator_files(protocol: Protocol) -> list[str]:
 
 
 def evaluate_command(protocol: Protocol, samples: Path) -> str:
-    """The command that evaluates a sample set later, with the files that the suite needs."""
+    """The command that evaluates a sample set later, with the files that the suite needs.
+
+    Files that `harness data fetch` downloads have their names, the others are placeholders such as REFERENCE.npz. Call it
+    only if the suite needs weights.
+    """
     flag = _weights_flag(protocol)
     reference = FILES[protocol.name].file if protocol.name in FILES else "REFERENCE.npz"
     weights = FILES["inception"].file if flag == "--inception" else "FILE"
@@ -200,6 +205,6 @@ def _weights_flag(protocol: Protocol) -> str:
     from evaluators.suites import get_suite
 
     try:
-        return getattr(get_suite(protocol.suite).features, "weights_option", "")
+        return get_suite(protocol.suite).features.weights_option
     except UserError:  # `missing` reports it
         return ""

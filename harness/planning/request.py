@@ -46,7 +46,7 @@ class Request:
         return self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
 
     def run_spec(self, data: Examples) -> RunSpec:
-        """The identity of the run that trains on `data`."""
+        """The definition of the run that trains on `data`, whose identity adds dataset_sha256 and, if any, latents."""
         return RunSpec(
             backbone=self.spec.name,
             protocol=self.protocol,
@@ -81,8 +81,10 @@ def make_request(
 ) -> Request:
     """The request with names resolved and defaults filled in. Imports no framework.
 
-    protocol: a name, or a path that ends in .toml. settings: overrides of the recipe. sampling: overrides of the protocol's
-    sampling settings; None values are ignored. Raises `UserError` for an unknown name, and for settings that do not fit together.
+    protocol: a name, or a path that ends in .toml. settings: overrides of the recipe. steps: training steps, which also
+    override `settings`; None: those of `settings` or the protocol. sampling: overrides of the protocol's sampling
+    settings; None values are ignored. samples: None: the protocol's number. Raises `UserError` for an unknown name, and
+    for settings that do not fit together.
     """
     loaded = get_protocol(protocol)
     recipe = override(loaded.recipe, {**(settings or {}), **({"steps": steps} if steps else {})})
@@ -114,7 +116,7 @@ def resolve_request(
 ) -> Request:
     """The request, after checking that backbone, protocol, recipe and sampling settings fit together.
 
-    Raises `UserError` if they do not, or if the framework is not installed.
+    sampling, samples: as in `make_request`. Raises `UserError` for what does not fit, or if the framework is not installed.
     """
     spec = registry.backbones.get(backbone)
     if spec.kind == "generator":
@@ -127,29 +129,30 @@ def resolve_request(
             f"backbone {backbone!r} has no {framework} network; use --framework {next(iter(spec.builders))}"
         )
     check_installed(framework)
-    settings = override(
+    sampling_settings = override(
         protocol.sampling, {name: value for name, value in (sampling or {}).items() if value is not None}
     )
     objective = registry.objectives.get(recipe.objective)
-    if max(settings.steps) > recipe.diffusion_steps:
+    most_steps = max(sampling_settings.steps)
+    if most_steps > recipe.diffusion_steps:
         raise UserError(
-            f"{max(settings.steps)} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
+            f"{most_steps} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
         )
-    if settings.guidance_scale != 1 and spec.null_label is None:
+    if sampling_settings.guidance_scale != 1 and spec.null_label is None:
         raise UserError(
             f"backbone {backbone!r} has no null label, so it cannot use classifier-free guidance; leave out --cfg"
         )
-    if settings.guidance_scale != 1 and recipe.label_dropout == 0:
+    if sampling_settings.guidance_scale != 1 and recipe.label_dropout == 0:
         raise UserError("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
-    check_plans(recipe, settings)
+    check_plans(recipe, sampling_settings)
     arguments = build_arguments(spec, protocol, objective.out_channels(protocol.in_channels))
     if gradient_checkpointing:
         if "gradient_checkpointing" not in spec.defaults:
             raise UserError(f"backbone {backbone!r} has no gradient checkpointing; leave out --gradient-checkpointing")
         arguments["gradient_checkpointing"] = True
     return Request(
-        spec=spec, protocol=protocol, recipe=recipe, sampling=settings, samples=samples or protocol.samples, seed=seed,
-        framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
+        spec=spec, protocol=protocol, recipe=recipe, sampling=sampling_settings, samples=samples or protocol.samples,
+        seed=seed, framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
     )  # fmt: skip
 
 
@@ -177,8 +180,8 @@ def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> SamplerPlan:
 def published_input_gflops(request: Request) -> float | None:
     """Gflops at the backbone's default input (the paper's); None if the protocol has the same input."""
     defaults = request.spec.arguments()
-    published = {name: defaults.get(name) for name in ("input_size", "in_channels")}
-    if published == {name: request.arguments.get(name) for name in published}:
+    published_input = {name: defaults.get(name) for name in ("input_size", "in_channels")}
+    if published_input == {name: request.arguments.get(name) for name in published_input}:
         return None
     return request.spec.count().gflops
 

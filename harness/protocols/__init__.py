@@ -166,6 +166,7 @@ def from_dict(data: dict[str, Any], where: str) -> Protocol:
         recipe_data = _with_preset(recipe_data)
     recipe = _fill(Recipe, recipe_data, f"{where}: [recipe]")
     sampling_data = data.pop("sampling", {})
+    # Anything else is passed on unchanged, and `_fill` refuses it.
     if isinstance(sampling_data, dict) and isinstance(sampling_data.get("steps"), list):
         sampling_data = {**sampling_data, "steps": tuple(sampling_data["steps"])}
     sampling = _fill(Sampling, sampling_data, f"{where}: [sampling]")
@@ -189,10 +190,11 @@ def get_protocol(name: str) -> Protocol:
 
 
 def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
-    """A copy of `item` with `settings` (name: text or value) in place of its values, as the type of the old value.
+    """A copy of `item` with new values for some of its fields.
 
-    So 1, 1.0 and "1" are one learning rate, and one identity. Raises `UserError` for an unknown name, and for what
-    cannot be read as that type.
+    settings: name -> text or value. Each is converted to the type of the old value, so 1, 1.0 and "1" are the same
+    learning rate, with the same identity. Raises `UserError` for an unknown name, and for a value that cannot be
+    converted.
     """
     known = {each.name: each for each in dataclasses.fields(item)}
     values = {}
@@ -202,7 +204,7 @@ def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
         if name not in known:
             raise UserError(unknown(f"{type(item).__name__.lower()} item", name, known))
         old = getattr(item, name)
-        values[name] = value if type(value) is type(old) and not isinstance(value, str) else _parse(name, value, old)
+        values[name] = value if type(value) is type(old) else _parse(name, value, old)
     return dataclasses.replace(item, **values)
 
 
@@ -221,9 +223,9 @@ def _with_preset(items: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(name: str, value: object, old: Any) -> Any:
     """`value`, text or a number, as a value of the type of `old`, the present value of the item `name`."""
-    text = str(value)  # of numbers, numpy's included, the same text as on the command line
+    text = str(value)  # a number, numpy's included, has the same text as on the command line
     try:
-        if isinstance(old, bool):
+        if isinstance(old, bool):  # before int, of which bool is a subclass
             return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[text.lower()]
         if isinstance(old, int):
             return count(text)
@@ -259,17 +261,17 @@ def _fill(cls: type, data: Any, where: str) -> Any:
     for name, value in data.items():
         if name not in fields:
             raise UserError(f"{where}: {unknown('item', name, fields)}")
-        type_name = str(fields[name].type)
+        type_name = str(fields[name].type)  # the annotation as text
         fits = {
             "int": isinstance(value, int) and not isinstance(value, bool),
             "float": isinstance(value, (int, float)) and not isinstance(value, bool),
             "str": isinstance(value, str),
             "bool": isinstance(value, bool),
             "tuple[int, ...]": isinstance(value, tuple) and all(type(each) is int for each in value),
-        }.get(type_name, True)
+        }.get(type_name, True)  # the other types, Recipe and Sampling, are made by `from_dict`
         if not fits:
             raise UserError(f"{where}: {name} = {shown(value)} must be of type {type_name}")
-        if type_name == "float" and abs(value) > MAX_INT and isinstance(value, int):
+        if type_name == "float" and abs(value) > MAX_INT and isinstance(value, int):  # float() below could overflow
             raise UserError(f"{where}: {name} = {shown(value)} is out of range")
     # 0 and 0.0 are the same setting and must have the same hash
     data = {name: float(value) if fields[name].type == "float" else value for name, value in data.items()}

@@ -27,7 +27,7 @@ class Words(NamedTuple):
 
 
 def words(value: int | Sequence[int] | np.ndarray) -> Words:
-    """Integers 0 <= . < 2**63 of any shape as `Words` of numpy arrays."""
+    """Integers 0 <= . < 2**63 of any shape as `Words` of numpy arrays. Called on the host, not on traced arrays."""
     return Words(*reference._split64(value))
 
 

@@ -158,7 +158,10 @@ def _blocks(
 def _sample_keys(
     seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Word 0 and word 1 of the sample keys, and the low word of step: uint32 (N, 1) each."""
+    """Word 0 and word 1 of the sample keys, and the low word of step: uint32 (N, 1) each.
+
+    The high word of step is in the sample key; the low word is left for the counter (key schedule in the file's head).
+    """
     step = np.asarray(_checked_step(step) if isinstance(step, int) else step)
     index = np.asarray(index)
     if index.ndim != 1 or step.shape not in ((), index.shape):
@@ -179,7 +182,7 @@ def _split64(value: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked_seed(seed: int) -> np.uint64:
-    """`seed` as uint64. Raises UserError if it is out of range."""
+    """`seed` as a uint64, which `_split64` takes. Raises UserError if it is out of range."""
     if not 0 <= seed < 2**64:
         raise UserError(f"seed {seed} is out of range: give an integer from 0 to 2**64 - 1")
     return np.uint64(seed)
@@ -193,10 +196,12 @@ def _checked_step(step: int) -> int:
 
 
 def _check_count(count: int) -> None:
+    """Raise UserError for more words for a sample than the block counter can number."""
     if not 0 <= count <= MAX_WORDS:
         raise UserError(f"{count} random words for each sample are out of range: give 0 to 2**33")
 
 
 def _check_high(high: int) -> None:
+    """Raise UserError for an upper bound that `integers` cannot compute with."""
     if not 1 <= high <= MAX_INTEGER:
         raise UserError(f"upper bound {high} of random integers is out of range: give an integer from 1 to 2**31")

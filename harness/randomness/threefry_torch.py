@@ -95,7 +95,7 @@ def _words(seed: int, purpose: Purpose, index: torch.Tensor, step: int | torch.T
 
 
 def _unit(words: torch.Tensor) -> torch.Tensor:
-    """The upper 24 bits as float32 in [0, 1)."""
+    """The upper 24 bits as float32 in [0, 1). words: int32 bit patterns, so the shift copies the sign and is masked."""
     return (words >> 8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
 
 
@@ -120,16 +120,16 @@ def _blocks(
     samples, pairs = len(index), (count + 1) // 2
     if _uses_numpy(index):
         host_step = step.numpy() if isinstance(step, torch.Tensor) else step
-        keys = reference._sample_keys(seed, purpose, index.numpy(), host_step)
-        width = max(1, min(pairs, CHUNK))
-        height = max(1, CHUNK // width)
+        host_key0, host_key1, host_step_low = reference._sample_keys(seed, purpose, index.numpy(), host_step)
+        width = max(1, min(pairs, CHUNK))  # blocks of each sample in a chunk; at least 1, for count 0
+        height = max(1, CHUNK // width)  # samples in a chunk
         for left in range(0, pairs, width):
-            columns = np.arange(left, min(left + width, pairs), dtype=np.uint32)
+            host_block = np.arange(left, min(left + width, pairs), dtype=np.uint32)
             for top in range(0, samples, height):
                 rows = slice(top, top + height)
-                words = reference.threefry2x32(keys[0][rows], keys[1][rows], columns, keys[2][rows])
+                words = reference.threefry2x32(host_key0[rows], host_key1[rows], host_block, host_step_low[rows])
                 x0, x1 = (torch.from_numpy(word.view(np.int32)) for word in words)
-                yield rows, slice(left, left + width), x0, x1
+                yield rows, slice(left, left + width), x0, x1  # a slice may end beyond its axis
         return
     if not isinstance(step, torch.Tensor):
         step = torch.tensor([step], device=index.device)

@@ -7,6 +7,7 @@ Nothing in them can execute code. Every part is checked against its SHA-256 befo
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -46,11 +47,12 @@ class Checkpoint:
 def write(
     root: Path, step: int, parts: Iterable[tuple[str, Callable[[], Tensors]]], state: dict[str, Any]
 ) -> Checkpoint:
-    """Write the checkpoint of `step` below `root`, and remove all but the newest two.
+    """Write the checkpoint of `step` below `root`, and remove older ones, so that at most KEPT exist.
 
     parts: pairs of a name and a function that returns the tensors. The functions are called one at a time, because
     safetensors copies what it writes, and copies of all four parts of XL/2 would not fit in memory beside the training
-    state. state: further items of state.json. Raises OSError if the disk is full; no partial checkpoint is left then.
+    state. state: further items of state.json. Raises RunError if it cannot be written, for example because the disk is
+    full; no partial checkpoint is left then.
     """
     from safetensors.numpy import save_file
 
@@ -60,14 +62,15 @@ def write(
         root.mkdir(parents=True, exist_ok=True)
         for stale in root.glob(f"*{files.PARTIAL}"):
             files.remove(stale)
-        for old in _steps(root)[: -(KEPT - 1)]:  # before writing, so that the disk holds at most two and a partial one
+        # Before writing, so that the disk never needs room for more than KEPT, the new one included.
+        for old in _steps(root)[: -(KEPT - 1)]:
             files.remove(root / f"step-{old:08d}")
         partial.mkdir()
         entries = {}
         try:
-            for name, tensors in parts:
+            for name, get_tensors in parts:
                 path = partial / f"{name}.safetensors"
-                save_file(dict(tensors()), path)
+                save_file(dict(get_tensors()), path)
                 path.chmod(0o644)  # safetensors lets only the owner read it, but people share runs
                 files.sync_file(path)
                 entries[path.name] = {"sha256": files.sha256_file(path), "bytes": path.stat().st_size}
@@ -78,8 +81,8 @@ def write(
             files.sync_folder(root)
         except BaseException as error:
             files.remove(partial)
-            if _disk_full(error):
-                raise OSError(28, "No space left on device") from error
+            if _disk_full(error):  # as OSError, which `files.explained` turns into the RunError for a full disk
+                raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
     return Checkpoint(folder=final, step=step, state=files.read_json(final / "state.json", "checkpoint"))
 
@@ -90,20 +93,22 @@ def newest(root: Path) -> Checkpoint | None:
     Raises UserError if all are damaged.
     """
     steps = _steps(root)
-    damage = ""
+    newest_damage = ""
     for step in reversed(steps):
         try:
             return verify(root / f"step-{step:08d}")
         except UserError as error:
-            damage = damage or str(error)
+            newest_damage = newest_damage or str(error)
             logger.warning(f"{error}; trying the one before it")
     if steps:
-        raise UserError(f"no intact checkpoint is left in {root} (newest: {damage}); begin again with another --out")
+        raise UserError(
+            f"no intact checkpoint is left in {root} (newest: {newest_damage}); begin again with another --out"
+        )
     return None
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Compare all checksums of the checkpoint, or EMA checkpoint, in `folder`, and open it.
+    """The checkpoint, or EMA checkpoint, in `folder`, after a comparison of all its files with their checksums.
 
     Raises UserError, which names the part, if one is missing or damaged.
     """
@@ -129,7 +134,8 @@ Slices = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]
 def tensors(path: Path, slices: Slices | None = None) -> Iterable[tuple[str, np.ndarray]]:
     """Yields (name, tensor) for each tensor of a safetensors file.
 
-    slices: the part of each tensor that is read; None: whole tensors. Raises UserError for an unreadable file.
+    slices: a function that chooses the part of each tensor that is read; None: whole tensors. Raises UserError for an
+    unreadable file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -137,8 +143,9 @@ def tensors(path: Path, slices: Slices | None = None) -> Iterable[tuple[str, np.
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 wanted = slices and slices(name, tuple(file.get_slice(name).get_shape()))
-                # safetensors cannot read an empty slice, so such a tensor is read whole and sliced by numpy.
-                if not wanted or any(each.start == each.stop is not None for each in wanted):
+                # safetensors cannot read an empty slice, so such a tensor is read whole and sliced by numpy. A scalar has
+                # no slices: ().
+                if not wanted or any(each.stop is not None and each.start == each.stop for each in wanted):
                     array = file.get_tensor(name)
                     yield name, array[wanted] if wanted else array
                 else:
@@ -154,5 +161,5 @@ def _steps(root: Path) -> list[int]:
 
 
 def _disk_full(error: BaseException) -> bool:
-    # safetensors reports errors of the system as text only
+    """Whether the error means that the disk is full; safetensors reports errors of the system as text only."""
     return "No space left on device" in str(error) or "os error 28" in str(error)

@@ -71,6 +71,7 @@ class TrainingTime:
     """
 
     def __init__(self, state: Mapping[str, Any] | None, device: str):
+        # seconds by device, at the checkpoint
         self._before = {} if state is None else dict(state.get("spent", {UNKNOWN: state["seconds"]}))
         self._device, self._began = device, time.monotonic()
 
@@ -83,14 +84,16 @@ class TrainingTime:
 def timing_of(samples: Path) -> Timing:
     """The times that the sidecar of a sample set states; empty without a sidecar of the harness.
 
-    Training time is left out if several devices shared the training, because such a sum cannot be compared.
+    Training time is left out if several devices shared the training, because such a sum cannot be compared. Sampling time
+    is left out if the sampling was resumed, because the time before is not known.
     """
     timing: Timing = {}
     try:
         data = read_sidecar(samples)
         spent, drawn = data.get("spent", {}), data.get("drawn", {})
         if len(spent) == 1 and UNKNOWN not in spent:
-            ((timing["training_device"], timing["training_seconds"]),) = spent.items()
+            (device_and_seconds,) = spent.items()
+            timing["training_device"], timing["training_seconds"] = device_and_seconds
         if drawn.get("seconds") is not None:
             timing["sampling_device"] = drawn["device"]
             timing["sampling_seconds_per_image"] = drawn["seconds"] / data["images"]
@@ -111,7 +114,10 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The git commit of the checkout that this code runs from, with "+" if files were changed; None if installed."""
+    """The git commit of the checkout that this code runs from, with "+" if tracked files were changed.
+
+    None if the code does not run from a checkout, or if git fails.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -63,10 +63,11 @@ class RunSpec:
     @property
     def name(self) -> str:
         """Folder name; it ends with 8 digits of the identity's hash if the recipe differs from the protocol's."""
-        protocol = Path(self.protocol.name).name
+        protocol = Path(self.protocol.name).name  # a name may contain slashes
         base = f"{protocol}-{self.backbone}-seed{self.seed}"
         if self.framework != "torch":
             base += f"-{self.framework}"
+        # steps=1 in both: the number of steps is not compared
         if dataclasses.replace(self.recipe, steps=1) != dataclasses.replace(self.protocol.recipe, steps=1):
             base += f"-{files.sha256_json(self.identity)[:8]}"
         return base
@@ -139,7 +140,7 @@ class Run:
 
     def ema_checkpoint_steps(self) -> list[int]:
         """Steps that have an EMA checkpoint, ascending."""
-        states = (self.folder / "snapshots").glob("step-*/state.json")
+        states = (self.folder / "snapshots").glob("step-*/state.json")  # written last, when the weights are complete
         return sorted(int(path.parent.name.removeprefix("step-")) for path in states)
 
 
@@ -175,6 +176,8 @@ def open_run(folder: Path) -> Run:
         if data["schema"] > SCHEMA:
             raise UserError(f"{path} was written by a newer harness (schema {data['schema']}); update this one")
         protocol = from_dict(data["protocol"], str(path))
+        # The recipe of an identity has no steps. `recipe_identity` makes the identity the same, whether or not the file
+        # states the default of an item that was added later.
         recipe = Recipe(**{"steps": protocol.recipe.steps, **data["identity"]["recipe"]})
         resolved = Resolved(**data["resolved"])
         return Run(
@@ -204,7 +207,7 @@ def find_run(folder: Path, spec: RunSpec) -> Run | None:
 
 
 def identity_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
-    """The first item that differs between two identities, as text."""
+    """The first item that differs between two identities, as text. path: keys of the enclosing items, as "protocol."."""
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if before == after:
@@ -241,7 +244,7 @@ def build_arguments(spec: BackboneSpec, protocol: Protocol, out_channels: int | 
         "out_channels": out_channels,
     }
     arguments = {name: value for name, value in values.items() if name in spec.defaults and value is not None}
-    if "low_res_size" in spec.defaults:  # the factor of an upsampler does not change
+    if "low_res_size" in spec.defaults:  # an upsampler keeps the factor that its defaults have
         factor = spec.defaults["input_size"] / spec.defaults["low_res_size"]
         arguments["low_res_size"] = max(1, round(protocol.input_size / factor))
     return arguments

@@ -21,7 +21,8 @@ from harness.runs.run import Run
 
 PRECISION = "float32"  # default arithmetic of the network in sampling
 BATCH = 128  # default batch size on an accelerator
-SHARD_GFLOPS = 500_000.0  # at most, of a batch on a CPU, so that a shard takes minutes and not hours
+# Largest sampling compute of a batch on a CPU, so that a shard (one batch) takes minutes and not hours.
+SHARD_GFLOPS = 500_000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,10 @@ class SampleRequest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The sampling settings as plain data, with `steps` as one number. Settings without effect are None."""
+        """The sampling settings as plain data, with `steps` as one number. Settings without effect are None.
+
+        `compile` is left out when it is "off", as in the identities of sample sets from before this setting existed.
+        """
         settings = {
             **dataclasses.asdict(self.sampling),
             "steps": self.steps,
@@ -84,7 +88,8 @@ class SampleRequest:
 
 
 def has_eta(sampler: str) -> bool:
-    """Whether the sampler has the setting eta; also for a sampler of a plug-in that is not installed now."""
+    """Whether the sampler has the setting eta. True if that is not known: for a sampler that is not installed now, and
+    for one whose plug-in does not say."""
     return sampler not in registry.samplers or getattr(registry.samplers.get(sampler), "has_eta", True)
 
 

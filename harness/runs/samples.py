@@ -46,9 +46,8 @@ def write_samples(path: Path, shards: Iterable[np.ndarray], labels: np.ndarray, 
     """Write a sample set and its sidecar; returns the sha256 of the npz. The same content gives the same bytes.
 
     shards: uint8 (n, H, W, C) arrays in the order of samples, N = len(labels) images in all; they are consumed one at a
-    time.
-    labels: integers (N,). sidecar: JSON data; `images`, `shape` and `sha256` are added to it. The sidecar is written
-    last: a sample set is complete when its sidecar names the hash of its npz.
+    time. labels: integers (N,). sidecar: JSON data; `images`, `shape` and `sha256` are added to it. The sidecar is
+    written last: a sample set is complete when its sidecar names the hash of its npz.
     """
     path = Path(path)
     labels = np.ascontiguousarray(labels, dtype="<i8")
@@ -79,6 +78,7 @@ def write_samples(path: Path, shards: Iterable[np.ndarray], labels: np.ndarray, 
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A new file `name` in the archive, open for writing."""
     # A fixed date: with the current time, the same samples would have another hash each time.
     return archive.open(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 

@@ -102,6 +102,7 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
     for setting, info in settings_of(RunOptions).items():
         if setting in settings and info.type_name == "path":
             settings[setting] = str(path.parent / settings[setting])
+    # the items that are left have the names of fields of `Study`
     return Study(name=name, file=path, guidance_scales=scales, settings=settings, **items)
 
 
@@ -122,7 +123,8 @@ def _read(data: object, readers: dict[str, Callable[[Any, str], Any]], where: st
     return items
 
 
-# The functions below parse one item each. They raise ValueError, or UserError if they name the table (`where`) themselves.
+# The functions below parse one item each, with the parameters that `_read` gives them: the value and the name of the
+# table in messages. They raise ValueError, or UserError if they name the table themselves.
 
 
 def _text(value: object, where: str) -> str:
@@ -186,6 +188,7 @@ def _recipes(value: object, where: str) -> dict[str, dict[str, str]]:
     """Overrides of the recipe by backbone."""
     if not isinstance(value, dict):
         raise ValueError('must hold tables, as in [backbone."dit-xs-2"]')
+    # `where` ends with "[backbone]"; in messages on one backbone it becomes "[backbone.NAME]"
     return {name: _recipe(each, f"{where[:-1]}.{name}]") for name, each in value.items()}
 
 
@@ -216,7 +219,7 @@ def _reader(name: str) -> Callable[[Any, str], Any]:
     """Returns the parser of a run's setting from TOML. It is stricter than the flag: a number is not accepted as text."""
     info = settings_of(RunOptions)[name]
 
-    def word(value: object, where: str) -> str:
+    def word(value: object, where: str) -> str:  # any text, or one of the setting's choices
         text = _text(value, where)
         if info.choices and text not in info.choices:
             raise ValueError(f"choose one of {', '.join(info.choices)}")

@@ -18,6 +18,7 @@ from harness.planning.matching import compute_of, nearest_count, request_from, s
 from harness.planning.plan import missing, missing_evaluator_files
 from harness.planning.request import CHECKPOINT_BYTES, Request
 from harness.protocols import Protocol, Recipe, get_protocol, override
+from harness.runs import checkpoints
 from harness.runs.run import RUNS_FOLDER, RunSpec
 from harness.settings import RunOptions, command_words
 from harness.studies import Study
@@ -55,12 +56,13 @@ class StudyRun:
 
     @property
     def disk_bytes(self) -> int:
-        """Disk space of two checkpoints, the EMA checkpoints and the samples."""
+        """Disk space of the checkpoints that are kept at the end, the EMA checkpoints and the samples."""
         request, protocol = self.requests[0], self.requests[0].protocol
         sets = len(self.milestones) * sum(len(each.sampling.steps) for each in self.requests)
         image_bytes = protocol.resolution**2 * protocol.image_channels
         # The EMA checkpoint of the last milestone is a hard link into the newest checkpoint.
-        weight_bytes = (2 * CHECKPOINT_BYTES + (len(self.milestones) - 1) * WEIGHT_BYTES) * request.compute.params
+        ema_bytes = (len(self.milestones) - 1) * WEIGHT_BYTES  # per parameter
+        weight_bytes = (checkpoints.KEPT * CHECKPOINT_BYTES + ema_bytes) * request.compute.params
         return weight_bytes + sets * request.samples * image_bytes
 
 
@@ -88,16 +90,17 @@ def expand(study: Study) -> Expansion:
     protocol = get_protocol(study.protocol)
     milestones = {name: _milestones(study, name, protocol) for name in study.backbones}
     scales: tuple[float | None, ...] = study.guidance_scales or (None,)
+    # by backbone and seed of a run, in launch order: its options, one for each guidance scale
     options_of = {
         (name, seed): [_options(study, name, seed, milestones[name], scale) for scale in scales]
         for seed in study.seeds
         for name in study.backbones
     }
-    requests = {run: [_request(study, options) for options in of_run] for run, of_run in options_of.items()}
+    requests = {key: [_request(study, options) for options in of_run] for key, of_run in options_of.items()}
     for (name, _), (request, *_) in requests.items():
         if request.spec.kind != "denoiser":
             raise UserError(f"{where}: backbone {name!r} is one part of a system and cannot generate images alone")
-    first = next(iter(requests.values()))[0]
+    first = next(iter(requests.values()))[0]  # stands for all: protocol and data are those of the study
     evaluator_files = {"features_weights", "reference"} & study.settings.keys()
     if reasons := [*missing(first), *([] if evaluator_files else missing_evaluator_files(protocol))]:
         raise UserError(f"{where}: protocol {protocol.name!r} cannot run here: {'; '.join(reasons)}")
@@ -136,15 +139,13 @@ def _milestones(study: Study, name: str, protocol: Protocol) -> tuple[int, ...]:
         compute = compute_of(spec, protocol, recipe, f"{study.file}: ")
         budget_steps = set()
         for value in values:
-            # The reference is counted with its own recipe in this study, so that all backbones have the same target.
-            reference_recipe = recipe if kind == "gflops" else _recipe(study, value.backbone, protocol)
-            to, target = training_target(
-                protocol,
-                reference_recipe,
-                match=None if kind == "gflops" else value,
-                budget=value if kind == "gflops" else None,
-            )
-            budget_steps.add(solve_training(compute, recipe, to, target).steps)
+            if kind == "gflops":
+                reference_name, target = training_target(protocol, recipe, match=None, budget=value)
+            else:
+                # The reference is counted with its own recipe in this study: the same target for all backbones.
+                reference_recipe = _recipe(study, value.backbone, protocol)
+                reference_name, target = training_target(protocol, reference_recipe, match=value, budget=None)
+            budget_steps.add(solve_training(compute, recipe, reference_name, target).steps)
     if study.evaluate_at and max(study.evaluate_at) > max(budget_steps):
         raise UserError(
             f"{study.file}: evaluate_at {max(study.evaluate_at)} is more than the {max(budget_steps)} training steps of {name}; lower it"
@@ -172,7 +173,7 @@ def _request(study: Study, options: RunOptions) -> Request:
 
 def _command(study: Study, options: RunOptions) -> tuple[str, ...]:
     """The command of a run at one guidance scale, as words."""
-    words = command_words("run", options, always=("seed",))
+    words = command_words("run", options, always=("seed",))  # begins with "harness"
     if study.processes == 1:
         return words
     return ("torchrun", "--standalone", "--nproc-per-node", str(study.processes), "-m", *words)

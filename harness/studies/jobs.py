@@ -31,7 +31,7 @@ def start(words: Sequence[str], log: Path, environment: Mapping[str, str] | None
     with files.explained(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab", buffering=0) as file:
-            if not files.lock(file.fileno()):
+            if not files.lock(file.fileno()):  # the process inherits the lock with its stdout
                 return None
             file.write(f"{PROMPT}{shlex.join(words)}\n".encode())
             return subprocess.Popen(  # in a new session: Ctrl-C reaches only the launcher, which passes it on once
@@ -74,7 +74,10 @@ def reason_of(log: Path, code: int) -> str:
 
 
 def interrupted(log: Path, code: int) -> bool:
-    """Whether the last command in the log ended because it was asked to stop."""
+    """Whether the last command in the log ended because it was asked to stop. code: its exit code.
+
+    That of torchrun is 1 in any case, so the line STOPPED in the log counts as well.
+    """
     try:
         return code in EXIT_STOPPED or (code != 0 and STOPPED in _output_lines(log))
     except OSError:
@@ -82,7 +85,7 @@ def interrupted(log: Path, code: int) -> bool:
 
 
 def _output_lines(log: Path) -> list[str]:
-    """The output of the last command in the log, without empty lines."""
+    """The output of the last command in the log, without empty lines; of a long one only the last TAIL_BYTES."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         text = file.read().decode("utf-8", "replace")
@@ -110,5 +113,5 @@ def _ended(process: subprocess.Popen) -> bool:
         return True
     try:  # WNOWAIT: the exit code stays available for `process.wait()`
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
+    except ChildProcessError:  # `process.wait()`, which was interrupted, has taken the exit code already
         return True

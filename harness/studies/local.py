@@ -32,7 +32,10 @@ DRAW_SECONDS = 2.0  # between two updates of the display
 
 @dataclass(kw_only=True)
 class _Active:
-    """A run in progress. process None: another process works on the run, and the launcher waits for it."""
+    """A run that occupies a slot.
+
+    process: started by the launcher; None: another process works on the run, and the launcher waits until it ends.
+    """
 
     run: StudyRun
     slot: int
@@ -60,8 +63,10 @@ class Launcher:
         self.stopping = 0  # number of requests to stop
         self._rows: dict[str, Progress] = {}
         self._active: dict[str, _Active] = {}
-        self._waited: set[str] = set()  # runs whose other process the launcher has already waited for once
-        self._devices = accelerators() if processes > 1 else []
+        # Runs that were queued again after another process had worked on them. This is done once for each: if the other
+        # process failed, the launcher's own attempt reports the error.
+        self._queued_again: set[str] = set()
+        self._devices = accelerators() if processes > 1 else []  # assigned to slots; a single slot sees all of them
 
     def launch(self) -> Overview:
         """Launch runs until nothing is left that can be done now, or until a signal to stop. Returns the final progress."""
@@ -71,7 +76,7 @@ class Launcher:
                 queue = [run for run in self.study.runs if self._to_launch(run)]
                 self._loop(queue)
         except UserError as error:
-            if "another process is using" not in str(error):
+            if "another process is using" not in str(error):  # the message of `lock_folder`
                 raise
             raise UserError(
                 f"another `harness study` is already running study {self.study.study.name!r}; `--status` shows its progress"
@@ -117,7 +122,7 @@ class Launcher:
             return
         self._rows[run.name] = row = progress_of(self.study, run)
         active.commands = list(row.pending)
-        if row.state == "done" or not active.commands:
+        if row.state == "done" or not active.commands:  # another process has finished it since it was queued
             del self._active[run.name]
             return
         with files.explained(self.study.folder):
@@ -126,7 +131,7 @@ class Launcher:
         logger.info(f"started {run.name}  (log {log_path(self.study, run)})")
 
     def _start(self, active: _Active) -> None:
-        """Start the first of the remaining commands; `active.process` stays None if another process has the log."""
+        """Start the first of the remaining commands. `active.process` is then None if another process has the log."""
         active.process = jobs.start(
             active.commands[0], log_path(self.study, active.run), self._environment(active.slot)
         )
@@ -141,7 +146,9 @@ class Launcher:
         return share
 
     def _ended(self, active: _Active) -> bool:
-        """Whether the run's process, or the other process that the launcher waits for, has ended."""
+        """Whether there is nothing to wait for: the launcher's process has ended or, where another process works on the
+        run, that one has ended or the launcher is asked to stop.
+        """
         if active.process is None:
             return self.stopping > 0 or not is_running(self.study, active.run)
         return active.process.poll() is not None
@@ -158,17 +165,18 @@ class Launcher:
             return []
         del self._active[run.name]
         code = None if process is None else process.returncode
+        # exit code 2 is a UserError: here that of `lock_folder`, because another process works on the run
         other_process = code is None or (code == 2 and files.is_locked(run.folder / "lock"))
         log = log_path(self.study, run)
         if code and not other_process and not self.stopping and not jobs.interrupted(log, code):
             jobs.write_failure(failure_path(self.study, run), active.commands[0], log, code)
         self._rows[run.name] = row = progress_of(self.study, run)
-        if code == 0 and not self.stopping and row.state != "done":  # a failure, so that it is not started forever
+        if code == 0 and not self.stopping and row.state != "done":  # a failure, or each launch would start it again
             missing = f"ended without an error, but {row.sets - row.sets_done} sample sets are missing"
             jobs.write_failure(failure_path(self.study, run), active.commands[0], log, 0, missing)
             self._rows[run.name] = row = progress_of(self.study, run)
-        if other_process and not self.stopping and row.state != "done" and run.name not in self._waited:
-            self._waited.add(run.name)  # only once: if the run has an error, the next attempt reports it
+        if other_process and not self.stopping and row.state != "done" and run.name not in self._queued_again:
+            self._queued_again.add(run.name)
             return [run]
         messages = {
             "done": f"done    {run.name} in {duration(time.monotonic() - active.began)}",
@@ -193,7 +201,8 @@ class Launcher:
         """Count Ctrl-C and SIGTERM in `self.stopping`: 1 stops the runs, 2 kills them."""
 
         def handle(number: int, frame: object) -> None:
-            self.stopping += number == signal.SIGINT or not self.stopping  # a second SIGTERM has no effect
+            if number == signal.SIGINT or not self.stopping:  # a second SIGTERM has no effect
+                self.stopping += 1
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from harness.errors import RunError, UserError, shown
 from harness.io import files
@@ -36,13 +36,17 @@ MAX_TIMEOUTS = 1_000_000  # how often a job may be requeued: no limit in practic
 
 
 class Command:
-    """The commands of one run. submitit calls it on the node, and it runs them one after the other."""
+    """The commands of one run. submitit calls this object on the node, and it runs the commands one after the other.
+
+    log, failure: paths, as in `log_path` and `failure_path`. seconds: time that a checkpoint may take.
+    """
 
     def __init__(self, *, commands: list[list[str]], log: str, failure: str, seconds: float):
         self.commands, self.log, self.failure, self.seconds = commands, log, failure, seconds
         self._process: subprocess.Popen | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        """The state for pickle, which cannot store a process."""
         return {**self.__dict__, "_process": None}
 
     def __call__(self) -> int:
@@ -51,7 +55,7 @@ class Command:
         for words in self.commands:
             self._process = jobs.start(words, Path(self.log))
             if self._process is None:
-                return 2  # another job works on this run
+                return 2  # another job works on this run; exit code of a UserError
             code = self._process.wait()
             if code:
                 break
@@ -88,7 +92,7 @@ def time_limit_minutes(value: Any) -> int:
     first, second, third = (int(match[group] or 0) for group in (2, 3, 4))
     if match[1] is not None:  # days-hours[:minutes[:seconds]]
         seconds = ((int(match[1]) * 24 + first) * 60 + second) * 60 + third
-    elif match[4] is not None:
+    elif match[4] is not None:  # hours:minutes:seconds
         seconds = (first * 60 + second) * 60 + third
     else:  # minutes[:seconds]
         seconds = first * 60 + second
@@ -126,11 +130,11 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
     class Executor(SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 2  # so that scripts can be written on a machine without SLURM
+            return 2  # "available", also without SLURM: `_write_scripts` needs an executor on any machine
 
     merged: dict[str, Any] = {"signal_delay_s": SIGNAL_SECONDS, "comment": f"harness study {study.study.name}"}
     merged |= {**study.study.slurm, **settings}
-    known = SlurmExecutor._valid_parameters() - {"job_name"}
+    known = SlurmExecutor._valid_parameters() - {"job_name"}  # `submit` sets the name of each job
     for name in merged:
         if name not in known:
             raise UserError(f"{study.study.file}: [slurm]: {unknown('setting', name, sorted(known))}")
@@ -140,6 +144,7 @@ def executor(study: Expansion, settings: Mapping[str, Any]) -> Any:
             f"{study.study.file}: [slurm]: time, the time limit of a job, is missing; a run that takes longer is requeued"
         )
     merged["time"] = time_limit_minutes(merged["time"])
+    # `type`: isinstance would accept true as an integer
     if type(merged["signal_delay_s"]) is not int or merged["signal_delay_s"] <= REQUEUE_SECONDS:
         raise UserError(
             f"[slurm]: signal_delay_s must be more than {REQUEUE_SECONDS} seconds, because a checkpoint takes time"
@@ -170,7 +175,7 @@ def job_name(study: Expansion, run: StudyRun) -> str:
 
 
 def queue(study: Expansion) -> dict[str, str]:
-    """Name -> "running" or "queued", for the runs of the study that have a job. Empty on a machine without SLURM."""
+    """Name of the run -> "running" or "queued", for the runs that have a job. Empty on a machine without SLURM."""
     if shutil.which("squeue") is None or not (study.folder / "slurm").exists():
         return {}
     words = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%T %j"]
@@ -195,7 +200,7 @@ def submit(study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool)
     states = ("to do", "interrupted", *(["failed"] if retry_failed else []))
     to_submit = [row for row in before.rows if row.state in states and row.pending]
     if shutil.which("sbatch") is None:
-        return _write_scripts(study, slurm_executor, to_submit)
+        _write_scripts(study, slurm_executor, to_submit)  # raises in any case
     with lock_folder(study.folder):
         for row in to_submit:
             with files.explained(study.folder):
@@ -212,7 +217,7 @@ def submit(study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool)
     return overview(study, queue(study))
 
 
-def _write_scripts(study: Expansion, slurm_executor: Any, rows: list[Progress]) -> Overview:
+def _write_scripts(study: Expansion, slurm_executor: Any, rows: list[Progress]) -> NoReturn:
     """On a machine without SLURM: write the job scripts for inspection, and raise `UserError`."""
     folder = study.folder / "slurm"
     for row in rows:

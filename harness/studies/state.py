@@ -82,7 +82,7 @@ def progress_of(study: Expansion, run: StudyRun, in_queue: str | None = None) ->
     missing = list(_missing_sets(existing, run))
     steps_done = _steps_done(existing, run.steps)
     sets = len(run.milestones) * sum(len(request.sampling.steps) for request in run.requests)
-    failure = _failure(failure_path(study, run))
+    failure = _failure_reason(failure_path(study, run))
     if not missing:
         state, failure = "done", None
     elif running or in_queue == "running":  # locks of another machine may not be visible here
@@ -133,7 +133,10 @@ def _complete(run: Run, request: Request, options: RunOptions, milestone: int, s
         if sidecar["identity"] != expected.identity(run):
             return False
         fields, protocol = read_fields(path, sidecar["sha256"]), request.protocol
-        return existing_records(run.records, fields, protocol, get_suite(protocol.suite), None) is not None
+        return (
+            existing_records(run.records, fields, protocol, get_suite(protocol.suite), reference_sha256=None)
+            is not None
+        )
     except (UserError, KeyError, TypeError):  # missing or damaged: the run's command reports it
         return False
 
@@ -152,15 +155,15 @@ def _steps_done(run: Run | None, limit: int) -> int:
     try:
         with run.log.open("rb") as file:
             file.seek(max(0, run.log.stat().st_size - TAIL_BYTES))
-            complete = file.read().rpartition(b"\n")[0]
-        done = max(done, int(json.loads(complete.rpartition(b"\n")[2])["step"]))
+            complete_lines = file.read().rpartition(b"\n")[0]  # without a last line that is not complete
+        done = max(done, int(json.loads(complete_lines.rpartition(b"\n")[2])["step"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no complete line yet
     return min(done, limit)
 
 
 def _seconds_step(run: Run | None) -> float | None:
-    """Seconds per training step, from the newest checkpoint of either kind; None if there is none."""
+    """Mean seconds per training step, by the newest checkpoint or EMA checkpoint; None if there is none."""
     if run is None:
         return None
     state_files = [*run.checkpoints.glob("step-*/state.json"), *(run.folder / "snapshots").glob("step-*/state.json")]
@@ -172,12 +175,12 @@ def _seconds_step(run: Run | None) -> float | None:
             step, seconds = int(state["step"]), float(state["seconds"])
         except (UserError, KeyError, TypeError, ValueError):
             continue
-        if step > newest_step and math.isfinite(seconds):
+        if step > newest_step and math.isfinite(seconds):  # seconds: of all steps so far
             newest_step, seconds_step = step, seconds / step
     return seconds_step
 
 
-def _failure(path: Path) -> str | None:
+def _failure_reason(path: Path) -> str | None:
     """The reason of the last failure; None if there is no readable failure file."""
     try:
         return str(files.read_json(path, "failure")["reason"])

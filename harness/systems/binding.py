@@ -53,7 +53,7 @@ class Source:
         """How the weights were trained; None: they are a file."""
         if self.run is None or self.steps is None:
             return None
-        recipe = Recipe(**{"steps": self.steps, **self.run["recipe"]})
+        recipe = Recipe(**self.run["recipe"], steps=self.steps)  # the recipe of an identity has no steps
         return Trained(recipe=recipe, steps=self.steps, seed=self.run["seed"])
 
 
@@ -78,6 +78,7 @@ class LoadedSystem:
     @property
     def components(self) -> list[tuple[Component, Source]]:
         """The base and the upsamplers in their order, each with its weights."""
+        # `System.parts` has them in the order of `System.components`, with the classifier in between.
         names = [name for name in self.system.parts if name != "classifier"]
         return [(part, self.sources[name]) for part, name in zip(self.system.components, names, strict=True)]
 
@@ -111,7 +112,7 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
             sources[name] = _from_file(path)
         return part
 
-    assert system.base is not None
+    assert system.base is not None  # system.check() has refused a system without one
     changed = replace(
         system,
         base=resolve("base", system.base),
@@ -126,7 +127,7 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
 def _notes(name: str, before: Component | GuidanceClassifier, after: Component | GuidanceClassifier) -> Iterator[str]:
     """Yields one line for each item of a part that a run has changed, for the user."""
     for item in ("backbone", "objective", "schedule", "diffusion_steps"):
-        old, new = getattr(before, item, None), getattr(after, item, None)
+        old, new = getattr(before, item, None), getattr(after, item, None)  # a classifier has no objective
         if old != new:
             yield f"{name}: {item} {new}, as its run was trained; the system has {old}"
 
@@ -201,9 +202,8 @@ def read_network(part: Component | GuidanceClassifier, source: Source) -> torch.
     logger.info("reading %s from %s ...", part.backbone, source.path)
     arguments = part.build_arguments()
     net = build_on_meta(part.spec, arguments)
-    if set(dict(net.named_buffers())) - set(
-        net.state_dict()
-    ):  # such buffers are in no file; only a real build computes them
+    non_persistent = {name for name, _ in net.named_buffers()} - set(net.state_dict())
+    if non_persistent:  # no file holds these buffers; their values are computed only by a build outside the meta device
         net = part.spec.build("torch", **arguments)
     provenance = load_into(net, source.path, part.spec)
     if provenance.sha256 != source.sha256:  # the hash that `load_parts` computed

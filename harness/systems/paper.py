@@ -15,7 +15,8 @@ from harness.systems.spec import Component, GuidanceClassifier, System
 SAMPLES_ONLY = "; samples made elsewhere can be measured with `harness evaluate`"
 
 
-def _dit(resolution: int, scale: float, decoder: str, suffix: str, row: str) -> System:
+def _dit(resolution: int, scale: float, decoder: str, *, suffix: str = "", row: str) -> System:
+    """DiT-XL/2 with classifier-free guidance of `scale` (1: none). suffix: of the system's name. row: see `System.row`."""
     guidance = f"-cfg{scale:g}" if scale != 1 else ""
     words = f"classifier-free guidance {scale:g}" if scale != 1 else "no guidance"
     return System(
@@ -39,6 +40,7 @@ def _adm(resolution: int) -> tuple[System, ...]:
     low = {256: 64, 512: 128}[resolution]
     upsampler = Component(backbone=f"adm-u-{low}-{resolution}", clip_denoised=True)
     low_base = Component(backbone=f"adm-{low}", schedule="cosine" if low == 64 else "linear", clip_denoised=True)
+    # scales of the classifiers that guide ADM at `resolution`, and ADM at `low` pixels below an upsampler
     scale = {256: 1.0, 512: 4.0}[resolution]
     low_scale = {64: 1.0, 128: 0.5}[low]
     plain = System(
@@ -75,7 +77,8 @@ def _adm(resolution: int) -> tuple[System, ...]:
     return plain, upsampled, guided, both
 
 
-def _ldm(name: str, factor: int, scale: float, row: str, steps: int) -> System:
+def _ldm(name: str, *, factor: int, scale: float, steps: int, row: str) -> System:
+    """LDM with an autoencoder of `factor` and classifier-free guidance of `scale` (1: none). row: see `System.row`."""
     words = f"classifier-free guidance {scale:g}" if scale != 1 else "no guidance"
     return System(
         name=name,
@@ -122,11 +125,14 @@ def _stylegan(resolution: int) -> System:
 def _dits(resolution: int) -> tuple[System, ...]:
     table = f"Table {2 if resolution == 256 else 3}"
     rows = {1.0: "DiT-XL/2", 1.25: "DiT-XL/2-G (cfg=1.25)", 1.5: "DiT-XL/2-G (cfg=1.50)"}
-    return tuple(_dit(resolution, scale, "ft-ema", "", f"{table}: {row}") for scale, row in rows.items())
+    return tuple(_dit(resolution, scale, "ft-ema", row=f"{table}: {row}") for scale, row in rows.items())
 
 
 def _augmented_cascade() -> System:
-    """A cascade over 32, 64 and 256 pixels as CDM's (arXiv:2106.15282), of ADM networks, to be trained; not Google's."""
+    """A cascade of ADM networks over 32, 64 and 256 pixels, after CDM (arXiv:2106.15282), for users to train.
+
+    There are no public weights for it, and the networks are not those of CDM.
+    """
     first = Component(backbone="adm-64", arguments={"input_size": 32}, schedule="cosine", clip_denoised=True)
     upsamplers = tuple(
         Component(backbone=name, clip_denoised=True, conditioning_noise=0.1) for name in ("adm-u-32-64", "adm-u-64-256")
@@ -142,11 +148,9 @@ def _augmented_cascade() -> System:
 
 
 def _small() -> tuple[System, ...]:
-    """The same constructions for the digits, at a size that a laptop trains."""
+    """A guided ADM, a cascade and an augmented cascade of the digits, at a size that a laptop trains."""
     image = {"in_channels": 1, "num_classes": 10}
-    base = Component(
-        backbone="adm-xs", arguments={"input_size": 8, **image}, steps=50, clip_denoised=True
-    )  # fmt: skip
+    base = Component(backbone="adm-xs", arguments={"input_size": 8, **image}, steps=50, clip_denoised=True)
     low = replace(base, arguments={"input_size": 4, **image})
     classifier = GuidanceClassifier(backbone="adm-classifier-xs", arguments=dict(base.arguments), scale=1.0)
     upsampler = Component(
@@ -188,7 +192,7 @@ BUILT_IN: tuple[System, ...] = (
         unavailable="neither code nor weights nor samples were released; only the numbers of its paper are there",
         row="Table 2: CDM",
     ),
-    _ldm("ldm-8", 8, 1.0, "Table 2: LDM-8", 200),
+    _ldm("ldm-8", factor=8, scale=1.0, steps=200, row="Table 2: LDM-8"),
     System(
         name="ldm-8-g",
         summary="LDM-8, 200 DDIM steps, guided by a classifier of latents, scale 10",
@@ -196,12 +200,12 @@ BUILT_IN: tuple[System, ...] = (
         unavailable="the classifier of latents that guides it was not released" + SAMPLES_ONLY,
         row="Table 2: LDM-8-G",
     ),
-    _ldm("ldm-4", 4, 1.0, "Table 2: LDM-4", 250),
-    _ldm("ldm-4-cfg1.25", 4, 1.25, "Table 2: LDM-4-G (cfg=1.25)", 250),
-    _ldm("ldm-4-cfg1.5", 4, 1.5, "Table 2: LDM-4-G (cfg=1.50)", 250),
+    _ldm("ldm-4", factor=4, scale=1.0, steps=250, row="Table 2: LDM-4"),
+    _ldm("ldm-4-cfg1.25", factor=4, scale=1.25, steps=250, row="Table 2: LDM-4-G (cfg=1.25)"),
+    _ldm("ldm-4-cfg1.5", factor=4, scale=1.5, steps=250, row="Table 2: LDM-4-G (cfg=1.50)"),
     *_dits(256),
-    _dit(256, 1.5, "original", "-vae-original", "Table 5: original"),
-    _dit(256, 1.5, "ft-mse", "-vae-ft-mse", "Table 5: ft-MSE"),
+    _dit(256, 1.5, "original", suffix="-vae-original", row="Table 5: original"),
+    _dit(256, 1.5, "ft-mse", suffix="-vae-ft-mse", row="Table 5: ft-MSE"),
     _biggan(512),
     _stylegan(512),
     *_adm(512),

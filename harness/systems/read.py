@@ -27,16 +27,16 @@ def system_from_dict(data: dict[str, Any], where: str) -> System:
         if name in data:
             raise UserError(f"{where}: {name} is for the built-in systems; leave it out")
     if "base" in data:
-        data["base"] = _fill(Component, data["base"], f"{where}: [base]")
+        data["base"] = _from_table(Component, data["base"], f"{where}: [base]")
     if "classifier" in data:
-        data["classifier"] = _fill(GuidanceClassifier, data["classifier"], f"{where}: [classifier]")
+        data["classifier"] = _from_table(GuidanceClassifier, data["classifier"], f"{where}: [classifier]")
     upsamplers = data.get("upsamplers", [])
     if not isinstance(upsamplers, list):
         raise UserError(f"{where}: upsamplers must be tables, written [[upsamplers]]")
     if isinstance(data.get("name"), str) and data["name"] in registry.systems:
         raise UserError(f"{where}: the name {data['name']!r} is that of a built-in system; choose another")
-    data["upsamplers"] = tuple(_fill(Component, each, f"{where}: [[upsamplers]]") for each in upsamplers)
-    return _fill(System, data, where)
+    data["upsamplers"] = tuple(_from_table(Component, each, f"{where}: [[upsamplers]]") for each in upsamplers)
+    return _from_table(System, data, where)
 
 
 def load_system(path: Path) -> System:
@@ -55,7 +55,7 @@ def get_system(name: str) -> System:
     return load_system(Path(name)) if name.endswith(".toml") else registry.systems.get(name)
 
 
-def _fill(cls: type[Item], data: object, where: str) -> Item:
+def _from_table(cls: type[Item], data: object, where: str) -> Item:
     """An instance of the dataclass `cls` from a table of a file; `where` names the table in messages.
 
     Raises `UserError` if an item is unknown, is missing or has another type.
@@ -67,7 +67,7 @@ def _fill(cls: type[Item], data: object, where: str) -> Item:
     for name, value in data.items():
         if name not in fields:
             raise UserError(f"{where}: {unknown('item', name, fields)}")
-        type_name = str(fields[name].type)
+        type_name = str(fields[name].type)  # already text, because `spec.py` postpones annotations
         if type(value) is int and abs(value) > MAX_INT:
             raise UserError(f"{where}: {name} = {shown(value)} is out of range")
         if type_name == "float" and type(value) is int:
@@ -91,7 +91,10 @@ def _fill(cls: type[Item], data: object, where: str) -> Item:
 
 
 def _is_argument(value: object, depth: int = 2) -> bool:
-    """Whether `value` can be an argument of a network: a number, true or false, a name, or a list of such values."""
+    """Whether `value` can be an argument of a network: a number, true or false, a name, or a list of such values.
+
+    depth: lists within lists that are allowed.
+    """
     if isinstance(value, list):
         return depth > 0 and all(_is_argument(each, depth - 1) for each in value)
     if isinstance(value, str):

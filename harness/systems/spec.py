@@ -206,7 +206,10 @@ class System:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> System:
-        """The inverse of `as_dict`, from JSON. Raises KeyError or TypeError for data of another form."""
+        """The system of which `as_dict` is `data`, read from JSON; fields that `as_dict` leaves out have their defaults.
+
+        Raises KeyError or TypeError for data of another form.
+        """
         classifier = data["classifier"]
         parts = {
             "base": Component(**_with_tuples(data["base"])),
@@ -223,7 +226,7 @@ class System:
         assert self.base is not None
         kinds = {"base": ("denoiser", "generator"), "classifier": ("classifier",)}
         for name, part in self.parts.items():
-            allowed = kinds.get(name, ("upsampler",))
+            allowed = kinds.get(name, ("upsampler",))  # all other parts are upsamplers: see `named_upsamplers`
             if part.spec.kind not in allowed:
                 raise UserError(
                     f"{where}: {name} is {part.backbone!r}, of kind {part.spec.kind}; it must be a {' or '.join(allowed)}"
@@ -268,19 +271,19 @@ class System:
         components = {name: arguments for name, arguments in arguments_of.items() if name != "classifier"}
         previous = None  # name of the component whose image this one takes
         for name, arguments in components.items():
-            low = arguments.get("low_res_size")
-            if previous is not None and low is not None and low != components[previous]["input_size"]:
-                raise UserError(
-                    f"{where}: {name} was made for images of {low} pixels and {previous} makes them of "
-                    f"{components[previous]['input_size']}"
-                )
-            channels = protocol.image_channels
             if previous is not None:
-                channels = components[previous].get("in_channels", channels)
-            if previous is not None and arguments["in_channels"] != channels:
-                raise UserError(
-                    f"{where}: {name} takes {arguments['in_channels']} channels and {previous} makes {channels}"
-                )
+                made = components[previous]
+                low = arguments.get("low_res_size")
+                if low is not None and low != made["input_size"]:
+                    raise UserError(
+                        f"{where}: {name} was made for images of {low} pixels and {previous} makes them of "
+                        f"{made['input_size']}"
+                    )
+                channels = made.get("in_channels", protocol.image_channels)  # a generator has no in_channels
+                if arguments["in_channels"] != channels:
+                    raise UserError(
+                        f"{where}: {name} takes {arguments['in_channels']} channels and {previous} makes {channels}"
+                    )
             previous = name
         if not self.decoder:
             last = list(components.values())[-1]
@@ -320,11 +323,12 @@ def _check_sampling(where: str, part: Component) -> None:
         raise UserError(f"{where}: truncation is a generator's, and {part.backbone!r} is none; leave it out")
     if part.conditioning_noise and part.spec.kind != "upsampler":
         raise UserError(f"{where}: conditioning_noise is an upsampler's, and {part.backbone!r} is none")
+    # null_class: an argument of LDM's networks; False: this one is built without the null label
     if part.guidance_scale != 1 and (part.spec.null_label is None or arguments.get("null_class") is False):
         raise UserError(f"{where}: {part.backbone!r} has no null label, which classifier-free guidance needs")
     if not 1 <= part.steps <= part.diffusion_steps:
         raise UserError(f"{where}: {part.steps} sampling steps do not lie in 1 to {part.diffusion_steps}")
-    part.plan()
+    part.plan()  # for its UserError
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["Provenance", "export_file", "import_file", "inspect_file", "load_into", "open_weights"]
 
-_HOMES = {
+_HOMES = {  # public name: the module that defines it
     "load_into": "harness.weights.load",
     "Provenance": "harness.weights.load",
     "open_weights": "harness.weights.files",
@@ -26,6 +26,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    """Imports the module of a public name at its first use, so that `import harness.weights` needs no torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'harness.weights' has no attribute {name!r}")

@@ -56,17 +56,17 @@ def open_file(path: Path) -> FileContents:
         with path.open("rb") as file:
             head = file.read(512)
             file.seek(0)
-            if head[:4] == b"PK\x03\x04":
+            if head[:4] == b"PK\x03\x04":  # zip
                 return _open_zip(path, file)
             if head[257:262] == b"ustar":
                 raise UserError(
                     f"{path} is in torch's tar format of before 2017, which is not supported; save it again"
                 )
-            if len(head) > 8 and head[8:9] == b"{":
+            if len(head) > 8 and head[8:9] == b"{":  # JSON after the 8 bytes of its length
                 return _open_safetensors(path, file)
-            if head[:1] == b"\x80":
+            if head[:1] == b"\x80":  # opcode PROTO, with which a pickle begins
                 return _open_legacy(path, file)
-            raise UserError(f"{path} {_nature(head)}")
+            raise UserError(f"{path} {_reason_not_weights(head)}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Unsuitable as error:
@@ -75,10 +75,10 @@ def open_file(path: Path) -> FileContents:
         raise UserError(f"{path} is damaged or no weight file: {escaped(str(error))}") from error
 
 
-def _nature(head: bytes) -> str:
-    """The end of a message that begins with the name of a file that holds no weights: what it is, and what to do.
+def _reason_not_weights(head: bytes) -> str:
+    """What a file without weights is, and what to do about it: a message that continues the file's name.
 
-    head: its first bytes.
+    head: the first bytes of the file.
     """
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)"
@@ -93,12 +93,17 @@ def _nature(head: bytes) -> str:
 
 
 class _LimitedReads:
-    """A file of which one call reads at most LONGEST_DIRECTORY bytes: `zipfile` reads the whole directory in one call."""
+    """A file in which one read of more than LONGEST_DIRECTORY bytes raises `Unsuitable`.
+
+    `zipfile` reads the whole directory (the list of members) in one call, so a directory that would fill the memory is
+    refused before it is read.
+    """
 
     def __init__(self, file: IO[bytes]):
         self.file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, count: int = -1) -> bytes:
+        # Without a count, zipfile reads only the end record: at most the last 64 kB of the file.
         if count > LONGEST_DIRECTORY:
             raise Unsuitable("is a zip file of more members than weights have; save the state dict alone")
         return self.file.read(count)
@@ -110,7 +115,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
         with zipfile.ZipFile(_LimitedReads(file)) as archive:
             members = {info.filename: info for info in archive.infolist()}
             listed = len(archive.infolist())
-    except Malformed:
+    except Malformed:  # of _LimitedReads; it is a ValueError, which the next clause would catch
         raise
     except (
         zipfile.BadZipFile, struct.error, EOFError, ValueError, KeyError, IndexError, NotImplementedError,
@@ -124,6 +129,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
         raise UserError(f"{path} is a zip file, but not one of torch.save; name the file inside it")
     if listed != len(members):
         raise Malformed("two of its members have one name")
+    # Tensors are read straight from their bytes in the file, so nothing may be compressed.
     if any(
         info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in members.values()
     ):
@@ -132,17 +138,14 @@ def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
     folder = pickled[0].removesuffix("data.pkl")
     big_endian = f"{folder}byteorder" in stored and _read_small(file, stored[f"{folder}byteorder"], 16) != b"little"
     program = io.BytesIO(_read_small(file, stored[pickled[0]], LONGEST_PICKLE))
-    storages = {
-        name.removeprefix(prefix): storage
-        for name, storage in stored.items()
-        if name.startswith(prefix := f"{folder}data/")
-    }
+    data = f"{folder}data/"
+    storages = {name.removeprefix(data): storage for name, storage in stored.items() if name.startswith(data)}
     budget = pickles.Budget()
-    seen: set[str] = set()
+    seen: set[str] = set()  # keys of storages for which the budget was raised
 
     def persistent(identifier: object) -> StorageKey:
-        storage = storage_of(identifier)  # the budget grows with the number of storages that the file really has
-        if storage.key in storages and storage.key not in seen:
+        storage = storage_of(identifier)
+        if storage.key in storages and storage.key not in seen:  # a storage that the file really has
             seen.add(storage.key)
             budget.grant(pickles.UNITS_A_STORAGE)
         return storage
@@ -162,6 +165,8 @@ def _storages(path: Path, file: IO[bytes], members: Mapping[str, zipfile.ZipInfo
         if not end <= info.header_offset < size:
             raise Malformed(f"member {name} is not where the directory says")
         file.seek(info.header_offset)
+        # The header before a member's bytes: 30 bytes, of which the last four are the lengths of the two fields that
+        # follow it (name and extra).
         header = file.read(30)
         if header[:4] != b"PK\x03\x04" or len(header) < 30:
             raise Malformed(f"member {name} is not where the directory says")
@@ -194,18 +199,19 @@ def _open_legacy(path: Path, file: IO[bytes]) -> FileContents:
     def read_next(
         constructors: pickles.Constructors, persistent: Callable[[Any], Any] | None = None
     ) -> pickles.Reading:
-        """Read the pickle at the position of `file`, and move behind it."""
+        """Read the pickle at the position of `file`, of at most LONGEST_PICKLE bytes, and move behind it."""
         begin = file.tell()
         stream = io.BytesIO(file.read(LONGEST_PICKLE))
         reading = pickles.read(stream, constructors, persistent, budget)
         file.seek(begin + stream.tell())
         return reading
 
+    # The five pickles in their order: magic number, version, system, object, keys of storages.
     try:
         magic = read_next({}).value
     except Unsuitable:
         raise
-    except Malformed:
+    except Malformed:  # a pickle of something else, which the next lines refuse
         magic = None
     if type(magic) is not int or magic != MAGIC_NUMBER:
         raise UserError(f"{path} is a pickle, but not one of torch.save; such files hold programs and are not read")
@@ -217,7 +223,8 @@ def _open_legacy(path: Path, file: IO[bytes]) -> FileContents:
 
     def persistent(identifier: object) -> Any:
         if isinstance(identifier, tuple) and identifier and identifier[0] == "module":
-            return identifier[1] if len(identifier) > 1 else None  # a class with its source code: its name
+            # ("module", class, source file, source code): the class of a pickled network, as a Symbol
+            return identifier[1] if len(identifier) > 1 else None
         storage = storage_of(identifier)
         storages.setdefault(storage.key, storage)
         return storage
@@ -236,7 +243,7 @@ def _open_legacy(path: Path, file: IO[bytes]) -> FileContents:
         if struct.unpack("<q", count)[0] != storages[key].count:
             raise Malformed(f"storage {key} is not of the size that its tensors have")
         by_key[key] = Storage(file.tell(), nbytes)
-        file.seek(nbytes, 1)
+        file.seek(nbytes, io.SEEK_CUR)
     value = resolve_tensors(reading.value, path, by_key, big_endian)
     return FileContents(path=path, container="torch legacy", value=value, symbols=foreign_symbols(reading.symbols))
 
@@ -245,14 +252,14 @@ def _open_safetensors(path: Path, file: IO[bytes]) -> FileContents:
     """A safetensors file; UserError where header, shapes and offsets contradict each other or the file's size."""
     size = path.stat().st_size
     (length,) = struct.unpack("<Q", file.read(8))
-    if 8 + length <= size and length > LONGEST_HEADER:
-        raise Unsuitable(f"asks for more than weights need (a header of {length:,} bytes) and is not read")
     if 8 + length > size:
         raise UserError(f"{path} is damaged or cut short: its header is longer than the file; fetch it again")
+    if length > LONGEST_HEADER:
+        raise Unsuitable(f"asks for more than weights need (a header of {length:,} bytes) and is not read")
     try:
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
-        tensors, end = {}, 0
+        tensors, end = {}, 0  # end: of the tensor before; each tensor must begin there
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
             if len(entry["shape"]) > MAX_AXES:
@@ -273,5 +280,5 @@ def _open_safetensors(path: Path, file: IO[bytes]) -> FileContents:
         raise UserError(f"{path} is damaged: it is {what}; fetch it again")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} is a damaged safetensors file: its metadata is not text")
-    ordered = {name: tensors[name] for name in header}
+    ordered = {name: tensors[name] for name in header}  # the order of the header, not that of the bytes
     return FileContents(path=path, container="safetensors", value=ordered, metadata=metadata)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ IN_FOLDER = tuple(
 )  # fmt: skip
 METADATA = "harness"  # key of the safetensors metadata in which an import says where it comes from
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
-MAX_WRAPPERS = 8  # prefixes of one name
+MAX_WRAPPERS = 8  # prefixes that are dropped from a name, at most
 LONGEST_CONFIG = 1 << 20  # characters of config.json that are read
 
 # Names that do not belong in a weight file: a file that has one was made to run something, and its tensors are not to be
@@ -116,7 +116,7 @@ class WeightFile:
 
     @property
     def code(self) -> tuple[str, ...]:
-        """Those of `symbols` that have a name of CODE in them."""
+        """Those of `symbols` with a part in CODE, such as "os" in "os.system"."""
         return tuple(name for name in self.symbols if CODE.intersection(name.split(".")))
 
     def refuse_code(self) -> None:
@@ -141,6 +141,7 @@ def open_weights(path: Path) -> WeightFile:
     notes: list[str] = []
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no state dict, but {_describe(value)}; save net.state_dict()")
+    # of a state dict: all that is no tensor; of a checkpoint (below): all but its state dict
     other_names = [_escaped_key(name) for name, item in value.items() if not isinstance(item, Stored)]
     part = next((name for name in ("state_dict", "ema", "model") if _holds_tensors(value.get(name))), None)
     if part is not None:
@@ -174,7 +175,7 @@ def open_weights(path: Path) -> WeightFile:
 
 @contextmanager
 def unchanged(weights: WeightFile) -> Iterator[None]:
-    """Read the tensors of `weights` within this block. UserError where the file was changed after it was opened.
+    """Context in which the tensors of `weights` are read. UserError where the file was changed after it was opened.
 
     The file is checked before and after the block.
     """
@@ -239,11 +240,11 @@ def _find_file(path: Path) -> Path:
 
 
 def _escaped_key(key: object) -> str:
-    """A key of a dictionary in a file, for messages and records; of a key that is no text, its type."""
+    """A key of a dictionary in a file, for messages and records; its type in brackets if it is not text."""
     return escaped(key) if isinstance(key, str) else f"({type(key).__name__})"
 
 
-def _wrapper_prefix(names: Iterable[str]) -> str:
+def _wrapper_prefix(names: Collection[str]) -> str:
     """The prefix of all `names` that wrappers of the network have added, such as "module._orig_mod."; "" if there is none."""
     prefix = ""
     for _ in range(MAX_WRAPPERS):
@@ -260,7 +261,7 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _describe(value: object) -> str:
-    """The type of a value, with an article, for messages; of a placeholder the name of its function."""
+    """The type of a value, with an article, for messages; for a placeholder (`pickles.Call`), the name of its function."""
     name = getattr(getattr(value, "function", None), "full", None)
     name = escaped(name) if name else type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -8,7 +8,7 @@ arithmetic) and compared tensor by tensor.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile
 from harness.weights.maps import Differences, Layout, Mismatch, Recipes, Shapes, WeightMap, compare, take_all
 
-INPUT_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
+INPUT_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)  # tried where no shape implies the input size
 FREE_ARGUMENTS = (
     "input_size",
     "in_channels",
@@ -50,13 +50,16 @@ class Match:
 
 def weight_map(spec: BackboneSpec) -> WeightMap:
     """The map of the backbone's family: MAP in the module `weights` beside its torch network; OWN if there is none."""
+    # "backbones.dit.torch_model:DiT" -> "backbones.dit"; "": no torch network, or one in a module without a package
     package = spec.builders.get("torch", "").partition(":")[0].rpartition(".")[0]
+    if not package:
+        return OWN
     address = f"{package}.weights"
     try:
-        found: WeightMap = getattr(importlib.import_module(address), "MAP", OWN) if package else OWN
+        found: WeightMap = getattr(importlib.import_module(address), "MAP", OWN)
         return found
     except ModuleNotFoundError as error:
-        if error.name in (address, package):
+        if error.name in (address, package):  # no module `weights`; any other name is an import that fails inside it
             return OWN
         raise
 
@@ -64,6 +67,7 @@ def weight_map(spec: BackboneSpec) -> WeightMap:
 def choose_layout(layouts: Iterable[Layout], names: Iterable[str]) -> tuple[float, Layout]:
     """The layout with the largest share of its marks among `names`, as (share from 0 to 1, layout)."""
     names = set(names)
+    # max(..., 1): OWN_NAMES has no marks, and its share is 0
     scores = [(sum(mark in names for mark in each.marks) / max(len(each.marks), 1), each) for each in layouts]
     return max(scores, key=lambda score: score[0])
 
@@ -117,18 +121,10 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
     the shapes in the file allow no comparison, or config.json contradicts tensors that fit.
     """
     specs = list(specs)
-    families: dict[int, tuple[WeightMap, list[BackboneSpec]]] = {}  # by the id of the map: the map and its backbones
-    for spec in specs:
-        spec_map = weight_map(spec)
-        families.setdefault(id(spec_map), (spec_map, []))[1].append(spec)
-    share, layout, family = 0.0, OWN_NAMES, OWN
-    for spec_map, _ in families.values():
-        score, candidate = choose_layout(spec_map.layouts, weights.tensors)
-        if score > share or (len(families) == 1 and share == 0):
-            share, layout, family = score, candidate, spec_map
+    share, layout, family, members = _choose_family(weights.tensors, specs)
     try:
         recipes, ours, missing = translate(weights, layout)
-        implied = [(spec, family.facts(spec, ours)) for spec in families.get(id(family), (family, []))[1]]
+        implied = [(spec, family.facts(spec, ours)) for spec in members]
     except Mismatch as error:
         raise UserError(f"{weights.path} ({layout.title}): {error}") from error
     ranked = sorted(implied, key=lambda each: _disagreements(*each))
@@ -156,11 +152,34 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
         if text := contradiction(weights, layout, ours, best.spec.defaults.get("heads")):
             raise UserError(f"{weights.path} ({layout.title}): {text}")
         return best
+    # The nearest of several backbones means nothing if the file has no mark of any family.
     if best is not None and (share > 0 or len(specs) == 1):
         return best
     return Match(
         spec=None, arguments={}, layout=layout, recipes=recipes, differences=Differences(), notes=weights.notes
     )
+
+
+def _choose_family(
+    names: Collection[str], specs: Iterable[BackboneSpec]
+) -> tuple[float, Layout, WeightMap, list[BackboneSpec]]:
+    """The family that fits the names of a file best.
+
+    Returns (share of the layout's marks in the file, layout, map of the family, its backbones in `specs`). If all `specs`
+    are of one family, the result is that one, even if the share is 0. If several families all have a share of 0, it is
+    OWN, with those of `specs` whose family has no map.
+    """
+    families: dict[int, tuple[WeightMap, list[BackboneSpec]]] = {}  # by the id of the map: the map and its backbones
+    for spec in specs:
+        spec_map = weight_map(spec)
+        families.setdefault(id(spec_map), (spec_map, []))[1].append(spec)
+    share, layout, family = 0.0, OWN_NAMES, OWN
+    for spec_map, _ in families.values():
+        score, candidate = choose_layout(spec_map.layouts, names)
+        if score > share or (len(families) == 1 and share == 0):
+            share, layout, family = score, candidate, spec_map
+    members = families[id(family)][1] if id(family) in families else []
+    return share, layout, family, members
 
 
 def contradiction(weights: WeightFile, layout: Layout, ours: Shapes, heads: int | None) -> str | None:
@@ -169,7 +188,7 @@ def contradiction(weights: WeightFile, layout: Layout, ours: Shapes, heads: int 
 
 
 def recognised(weights: WeightFile, layout: Layout) -> bool:
-    """Whether the file has at least one of the marks of `layout`."""
+    """Whether the file has at least one of the marks of `layout`; also True for a layout without marks."""
     return not layout.marks or choose_layout([layout], weights.tensors)[0] > 0
 
 

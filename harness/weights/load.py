@@ -13,7 +13,7 @@ from harness import registry
 from harness.errors import UserError
 from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile, open_weights, sha256, unchanged, with_progress
-from harness.weights.identify import OWN, choose_layout, contradiction, differences, misfit, translate, weight_map
+from harness.weights.identify import OWN_NAMES, choose_layout, contradiction, differences, misfit, translate, weight_map
 from harness.weights.maps import Layout, Mismatch, Recipe, Take
 from harness.weights.tensors import BY_TORCH_NAME, DTYPES, all_finite, raw_dtype, refuse_not_finite
 
@@ -41,7 +41,7 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
     """
     weights = open_weights(path)
     weights.refuse_code()
-    state = net.state_dict(keep_vars=True)
+    state = net.state_dict(keep_vars=True)  # the parameters themselves, which `_fill` replaces on the meta device
     expected = {prefix + name: tuple(tensor.shape) for name, tensor in state.items()}
     layout = _layout(weights, spec)
     name = spec.name if spec is not None else type(net).__name__
@@ -49,7 +49,7 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
         recipes, ours, missing = translate(weights, layout, expected)
     except Mismatch as error:
         raise UserError(misfit(weights, layout, name, str(error))) from error
-    if prefix:  # one part, and nothing else
+    if prefix:  # the file may hold other parts, but in this part every tensor must be one of the network
         ours = {key: shape for key, shape in ours.items() if key.startswith(prefix)}
         layout = replace(layout, beside=lambda key: False)
     problems = differences(ours, expected, missing, layout)
@@ -57,6 +57,7 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
         raise UserError(f"{weights.path}, {prefix}*, does not fit {name}: {problems.first()}")
     if problems:
         raise UserError(misfit(weights, layout, name, problems.first()))
+    # With a prefix there is no such check: config.json describes a whole file.
     if not prefix and (problem := contradiction(weights, layout, ours, _heads(net))):
         raise UserError(f"{weights.path} ({layout.title}) does not fit {name}: {problem}")
     with unchanged(weights):
@@ -87,7 +88,7 @@ def _layout(weights: WeightFile, spec: BackboneSpec | None) -> Layout:
     maps = [weight_map(spec)] if spec is not None else [weight_map(each) for each in registry.backbones]
     share, layout = choose_layout([layout for each in maps for layout in each.layouts], weights.tensors)
     if share == 0 and spec is None:
-        return OWN.layouts[0]
+        return OWN_NAMES
     return layout
 
 
@@ -100,17 +101,18 @@ def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Rec
     replaced: dict[int, torch.Tensor] = {}  # by the meta tensor's id: a tensor that the network uses twice stays one
 
     def load_one(name: str) -> torch.Tensor:
+        """Read one tensor; returns the network's tensor, whose bytes the progress bar counts."""
         target = state[name]
         if target.is_meta:
             if id(target) in replaced:
-                _put(net, name, replaced[id(target)])
+                _replace(net, name, replaced[id(target)])
                 return replaced[id(target)]
             real = torch.empty(target.shape, dtype=target.dtype, device="cpu")
             _read(name, recipes[name], weights, real)
             if isinstance(target, nn.Parameter):
                 real = nn.Parameter(real, requires_grad=target.requires_grad)
             replaced[id(target)] = real
-            _put(net, name, real)
+            _replace(net, name, real)
             return real
         _read(name, recipes[name], weights, target)
         return target
@@ -119,7 +121,7 @@ def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Rec
     for _ in with_progress(f"load {weights.path.name}", (load_one(name) for name in state), nbytes):
         pass
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-        if tensor.is_meta:  # a buffer that no file holds
+        if tensor.is_meta:  # a non-persistent buffer, which is not in the state dict
             raise UserError(f"{name} is on the meta device and in no file; build the network on the CPU, then load it")
 
 
@@ -129,46 +131,44 @@ def _read(name: str, recipe: Recipe, weights: WeightFile, target: torch.Tensor) 
     name: of the tensor, for messages. A tensor that is taken unchanged is read directly into the target's memory if
     device, dtype and layout allow it.
     """
-    source = weights.tensors[recipe.sources[0]].dtype if recipe.sources else "F32"
-    dtype = getattr(torch, DTYPES[source][1])
+    stored_dtype = weights.tensors[recipe.sources[0]].dtype if recipe.sources else "F32"  # `Made` has no sources
+    dtype = getattr(torch, DTYPES[stored_dtype][1])
     direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
-    if isinstance(recipe, Take) and direct and target.dim():
-        weights.tensors[recipe.name].read_into(target.detach().view(_raw(dtype)).numpy())
+    if isinstance(recipe, Take) and direct:
+        weights.tensors[recipe.name].read_into(target.detach().view(_integer_dtype(dtype)).numpy())
     else:
         array = recipe.evaluate(lambda source: weights.tensors[source].read())
-        target.copy_(as_torch(array, source))
-    if target.is_floating_point() and not _finite(target.detach()):
+        target.copy_(as_torch(array, stored_dtype))
+    if target.is_floating_point() and not _is_finite(target.detach()):
         refuse_not_finite(weights.path, name)
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether all values are finite, without a temporary copy of a tensor on the CPU."""
     if tensor.device.type != "cpu":
         return bool(torch.isfinite(tensor).all())
     dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
-    raw = tensor.reshape(-1).view(_raw(tensor.dtype)).numpy()
+    raw = tensor.reshape(-1).view(_integer_dtype(tensor.dtype)).numpy()
     return all_finite(raw.view(raw_dtype(dtype)), dtype)
 
 
 def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
     """A torch tensor of `dtype` (safetensors' name) that shares the memory of `array`, which `Stored.read` returned."""
     wanted = getattr(torch, DTYPES[dtype][1])
-    if array.ndim == 0:
-        return torch.from_numpy(array.reshape(1).view(_numpy_raw(array))).view(wanted).reshape(())
-    return torch.from_numpy(array.view(_numpy_raw(array))).view(wanted)
+    return torch.from_numpy(array.view(_numpy_integer_dtype(array))).view(wanted)
 
 
-def _numpy_raw(array: np.ndarray) -> np.dtype:
+def _numpy_integer_dtype(array: np.ndarray) -> np.dtype:
     """An integer dtype of the same width as the array's, which torch.from_numpy accepts."""
     return np.dtype({1: "u1", 2: "i2", 4: "i4", 8: "i8"}[array.itemsize])
 
 
-def _raw(dtype: torch.dtype) -> torch.dtype:
-    """An integer dtype of the same width, which numpy has too."""
+def _integer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """torch's integer dtype of the same width, which numpy has, too (numpy has no bfloat16)."""
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 
-def _put(net: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _replace(net: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Replace the parameter or buffer `name` of `net`."""
     path, _, leaf = name.rpartition(".")
     module = net.get_submodule(path)

@@ -231,5 +231,8 @@ def compare(found: Shapes, expected: Shapes, beside: Callable[[str], bool] = lam
 
 
 def take_all(shapes: Shapes, known: Mapping[str, Any] | None = None) -> Recipes:
-    """Recipes that take every tensor unchanged, under its own name."""
+    """Recipes that take every tensor unchanged, under its own name.
+
+    known: not used; with it the function can be both `inward` and `outward` of a `Layout`.
+    """
     return {name: Take(name) for name in shapes}

@@ -65,13 +65,16 @@ def _ordered_dict(*arguments: Any) -> dict[Any, Any]:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise Malformed("an ordered dictionary of something other than pairs")
         items += pair
-    return pickles.pairs(items)
+    return pickles.to_dict(items)
 
 
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, *more: Any, dtype: str | None = None, metadata: Any = None
 ) -> _PendingTensor:
-    """torch._utils._rebuild_tensor and _rebuild_tensor_v2, whose seventh argument, more[2], is the metadata."""
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2, whose seventh argument, more[2], is the metadata.
+
+    dtype, metadata: passed by `_rebuild_tensor_v3`; dtype None: that of the storage.
+    """
     if not isinstance(storage, StorageKey):
         raise Malformed("a tensor without a storage")
     if not all(isinstance(each, (tuple, list)) and len(each) <= MAX_AXES for each in (shape, strides)):
@@ -79,9 +82,10 @@ def _rebuild_tensor(
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
         raise Malformed("a tensor of an impossible shape")
-    flags = metadata if metadata is not None else more[2] if len(more) > 2 else None
-    if flags:  # torch's bits "neg" and "conj": values that differ from the bytes
-        named = [name for name in flags if isinstance(name, str)] if isinstance(flags, dict) else []
+    if metadata is None and len(more) > 2:
+        metadata = more[2]
+    if metadata:  # torch's bits "neg" and "conj": values that differ from the bytes
+        named = [name for name in metadata if isinstance(name, str)] if isinstance(metadata, dict) else []
         raise Unsuitable(
             f"holds a tensor whose values are not its bytes (marked {', '.join(named)[:40] or 'oddly'}); save it with"
             " .resolve_neg() or .resolve_conj()"
@@ -100,7 +104,7 @@ def _rebuild_tensor_v3(
 
 
 def _torch_size(*shape: Any) -> tuple[Any, ...]:
-    """torch.Size."""
+    """torch.Size(shape) as a plain tuple; () without arguments."""
     if shape and not (isinstance(shape[0], (tuple, list)) and len(shape[0]) <= MAX_AXES):
         raise Malformed(f"a shape of more than {MAX_AXES} axes")
     return tuple(shape[0]) if shape else ()
@@ -133,7 +137,9 @@ CONSTRUCTORS: dict[str, Any] = {
     "torch.Size": _torch_size,
     "_codecs.encode": _codecs_encode,
 }
+# functions that `_rebuild_from_type` may call
 _REBUILT = frozenset(name for name in CONSTRUCTORS if name.startswith("torch._utils."))
+# names that the files of plain tensors have, and that are not reported; see also `foreign_symbols`
 _NEEDED = {
     *CONSTRUCTORS,
     "torch.Tensor",
@@ -183,12 +189,13 @@ def storage_of(identifier: Any) -> StorageKey:
 def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big_endian: bool) -> Any:
     """Replace every pending tensor by a `Stored`, in place in `value` and its nested dictionaries and lists; returns `value`.
 
-    If `value` is a pending tensor itself, its `Stored` is returned. storages: bytes of each storage, by key. big_endian: whether the file was written on a big-endian machine.
+    If `value` is a pending tensor itself, its `Stored` is returned. storages: bytes of each storage, by key. big_endian:
+    whether the file was written on a big-endian machine.
     """
     visited: dict[int, Any] = {}  # by id: a file may hold one object twice, or within itself
-    resolved: dict[
-        int, tuple[_PendingTensor, Stored]
-    ] = {}  # by id; the pending tensor is kept so that its id is not reused
+    # by id of the pending tensor, which is stored as well so that its id is not reused
+    resolved: dict[int, tuple[_PendingTensor, Stored]] = {}
+    # dictionaries and lists whose items are not resolved yet; a list, because they may be nested too deep for recursion
     waiting = [value] if isinstance(value, (dict, list)) else []
 
     def resolve(item: Any) -> Any:
@@ -209,7 +216,7 @@ def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big
 
 
 def _stored(tensor: _PendingTensor, path: Path, storages: Mapping[str, Storage], big_endian: bool) -> Stored:
-    """Where a tensor is in the file; `Malformed` where it reaches beyond its storage or uses an element twice."""
+    """The place of a pending tensor in the file; `Malformed` where it reaches beyond its storage or uses an element twice."""
     storage = storages.get(tensor.storage.key)
     if storage is None:
         raise Malformed(f"the bytes of storage {tensor.storage.key} are missing")
@@ -217,7 +224,7 @@ def _stored(tensor: _PendingTensor, path: Path, storages: Mapping[str, Storage],
     width, storage_width = raw_dtype(tensor.dtype).itemsize, raw_dtype(tensor.storage.dtype).itemsize
     if big_endian and width > 1:
         raise UserError(f"{path} was written on a big-endian machine; load it there and save it as safetensors")
-    begin = tensor.storage.first * storage_width + tensor.offset * width  # byte of the storage
+    begin = tensor.storage.first * storage_width + tensor.offset * width  # in bytes, from the storage's first
     count = prod(tensor.shape)
     # elements of the storage from the tensor's first to its last
     reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) if count else 0

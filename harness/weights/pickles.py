@@ -168,13 +168,13 @@ class _Machine:
 
         name, argument: as pickletools.genops gives them.
         """
-        stack, budget = self.stack, self.budget
-        budget.used += 1
+        stack, budget = self.stack, self.budget  # `_pop_mark` replaces self.stack: after it, `stack` is out of date
+        budget.used += 1  # as budget.spend(1), but faster: this is done for each opcode
         if budget.used > budget.limit:
             budget.spend(0)  # raises
         if name in _PUSHED:
             if isinstance(argument, (str, bytes, bytearray)):
-                budget.spend(len(argument) >> 6)
+                budget.spend(len(argument) >> 6)  # a unit for 64 bytes
             stack.append(argument)
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(self.memo[argument])
@@ -203,10 +203,10 @@ class _Machine:
             self.stack.append(items)
         elif name == "DICT":
             items = self._pop_mark()
-            self.stack.append(pairs(items, budget))
+            self.stack.append(to_dict(items, budget))
         elif name in ("EMPTY_SET", "FROZENSET"):
             items = [] if name == "EMPTY_SET" else self._pop_mark()
-            budget.spend(3)
+            budget.spend(3)  # an empty set takes about 200 bytes
             self.stack.append(set(_keys(items, budget)))
         elif name in ("APPEND", "APPENDS", "ADDITEMS"):
             items = [stack.pop()] if name == "APPEND" else self._pop_mark()
@@ -222,7 +222,7 @@ class _Machine:
         elif name == "POP":
             if stack:
                 stack.pop()
-            else:
+            else:  # as in CPython: what is on top is the mark
                 self._pop_mark()
         elif name == "POP_MARK":
             self._pop_mark()
@@ -295,7 +295,7 @@ class _Machine:
             if isinstance(each, (tuple, list, dict)):
                 self.budget.spend(len(each))
             elif isinstance(each, (str, bytes)):
-                self.budget.spend(len(each) >> 6)
+                self.budget.spend(len(each) >> 6)  # a unit for 64 bytes
         return constructor(*arguments)
 
     def _pop_mark(self) -> list[Any]:
@@ -318,23 +318,24 @@ class _Machine:
     def _update(self, target: Any, items: list[Any]) -> None:
         """Set items of a dictionary or placeholder, in place. items: alternating keys and values."""
         if isinstance(target, Call):
-            target.items.extend(pairs(items, self.budget).items())
+            target.items.extend(to_dict(items, self.budget).items())
         elif isinstance(target, dict):
-            target.update(pairs(items, self.budget))
+            target.update(to_dict(items, self.budget))
         else:
             raise Malformed("it sets items of what is no dictionary")
 
 
-def pairs(items: list[Any], budget: Budget | None = None) -> dict[Any, Any]:
+def to_dict(items: list[Any], budget: Budget | None = None) -> dict[Any, Any]:
     """The dictionary of `items`, alternating keys and values. budget: charged for keys that are replaced; None: a new one."""
     return dict(zip(_keys(items[::2], budget or Budget()), items[1::2], strict=True))
 
 
 def _keys(items: list[Any], budget: Budget) -> list[Any]:
-    """The items as dictionary keys: text, bytes, small integers, None, symbols and calls as they are, others in a new `Call`.
+    """The items as keys of a dictionary or members of a set.
 
-    A `Call` is hashed by identity. Hashing a tuple nested a million deep would overflow the C stack, and large integers
-    can be chosen to have equal hashes, so that building a dictionary of them takes quadratic time.
+    Text, bytes, small integers, None, symbols and calls stay as they are; every other item becomes a new `Call`, which is
+    hashed by identity. Hashing a tuple nested a million deep would overflow the C stack, and large integers can be chosen
+    to have equal hashes, so that building a dictionary of them takes quadratic time.
     """
     keys = []
     for item in items:

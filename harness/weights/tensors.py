@@ -10,6 +10,7 @@ import zlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class Stored:
     shape: tuple[int, ...]
     start: int  # byte of its first element in the file
     strides: tuple[int, ...] | None = None  # in elements; None: row-major
-    storage: Storage | None = None  # that the tensor is a part of, if it has a checksum
+    storage: Storage | None = None  # which holds the bytes; None: of safetensors, which has no storages or checksums
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +76,7 @@ class Stored:
     @property
     def is_row_major(self) -> bool:
         """Whether it is stored in row-major order."""
-        return self.strides is None or self.strides == row_major(self.shape) or prod(self.shape) <= 1
+        return self.strides is None or self.strides == row_major_strides(self.shape) or prod(self.shape) <= 1
 
     def read(self) -> np.ndarray:
         """The values in a new row-major array of `shape` and dtype `raw_dtype(self.dtype)`; UserError for damage."""
@@ -88,7 +89,7 @@ class Stored:
         assert out.shape == self.shape and out.flags.c_contiguous and out.itemsize == raw_dtype(self.dtype).itemsize
         if out.size == 0:
             return
-        if self.is_row_major or self.strides is None:
+        if self.is_row_major or self.strides is None:  # None is row-major, too; the second test is for mypy
             self._fill(out)
             self._verify(out)
             return
@@ -100,23 +101,23 @@ class Stored:
         strides = [stride * out.itemsize for stride in self.strides]
         np.copyto(out, np.lib.stride_tricks.as_strided(span, self.shape, strides, writeable=False))
 
-    def _verify(self, read: np.ndarray) -> None:
-        """UserError where the storage differs from its checksum. read: the bytes just read, from `start`.
+    def _verify(self, just_read: np.ndarray) -> None:
+        """UserError where the storage differs from its checksum. just_read: the bytes from `start` on.
 
         If they are only a part of the storage, the whole storage is read for its checksum, once for all its tensors.
         """
         storage = self.storage
         if storage is None or storage.crc is None:
             return
-        if (self.start, read.nbytes) == (storage.start, storage.nbytes):
-            crc = zlib.crc32(read.reshape(-1).view(np.uint8).data)
+        if (self.start, just_read.nbytes) == (storage.start, storage.nbytes):
+            crc = zlib.crc32(just_read.reshape(-1).view(np.uint8).data)
         elif not storage.checked:
             crc, block = 0, np.empty(min(BLOCK, storage.nbytes), np.uint8)
             for done in range(0, storage.nbytes, BLOCK):
                 part = block[: storage.nbytes - done]
                 self._fill(part, storage.start + done)
                 crc = zlib.crc32(part.data, crc)
-        else:
+        else:  # checked for another tensor, or an earlier read
             return
         if crc != storage.crc:
             raise UserError(
@@ -142,7 +143,7 @@ class Stored:
 
 
 def all_finite(array: np.ndarray, dtype: str) -> bool:
-    """Whether `array` has no infinity and no NaN. array: as `Stored.read` returns a tensor of `dtype`."""
+    """Whether `array` has no infinity and no NaN; True for integers. array: as `Stored.read` returns a tensor of `dtype`."""
     flat = array.reshape(-1)
     # in small parts: temporary arrays as large as a tensor would fragment the memory
     for begin in range(0, flat.size, FINITE_BLOCK):
@@ -156,15 +157,15 @@ def all_finite(array: np.ndarray, dtype: str) -> bool:
     return True
 
 
-def refuse_not_finite(path: Path, name: str) -> None:
-    """UserError for weights with an infinity or NaN: their output would be noise or NaN."""
+def refuse_not_finite(path: Path, name: str) -> NoReturn:
+    """Raises the UserError for a tensor `name` with an infinity or NaN: the network's output would be noise or NaN."""
     raise UserError(
         f"{path}: {name} has values that are infinite or not a number; the file is damaged, or of a training that"
         " diverged: use another"
     )
 
 
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of an array in row-major order."""
     strides, step = [], 1
     for n in reversed(shape):

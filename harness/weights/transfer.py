@@ -46,7 +46,7 @@ class IdentifiedWeights:
     def dtype(self, name: str) -> str:
         """The dtype of our tensor `name`, as safetensors names it."""
         sources = self.match.recipes[name].sources
-        return self.file.tensors[sources[0]].dtype if sources else "F32"
+        return self.file.tensors[sources[0]].dtype if sources else "F32"  # `maps.Made` has no sources
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -55,7 +55,7 @@ class IdentifiedWeights:
 
 
 def candidates(backbone: str | None) -> list[BackboneSpec]:
-    """The backbone of that name; None: all."""
+    """The backbones to choose from when a file is identified: the one of that name; None: all."""
     return [registry.backbones.get(backbone)] if backbone else list(registry.backbones)
 
 
@@ -77,12 +77,12 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
         "fits": False, "problem": None, "missing": [], "unexpected": [], "wrong_shape": [], "beside": {},
     }  # fmt: skip
     notes = weights.notes
-    network = list(weights.tensors)
     try:
         match = identify(weights, candidates(backbone))
         notes = match.notes
         ours = IdentifiedWeights(file=weights, match=match)
         shapes = ours.shapes
+        # Tensors of the file that are no part of the network are "beside" it, such as LDM's autoencoder.
         beside = [name for name in match.recipes if match.layout.beside(name)]
         network = [name for name in match.recipes if name not in set(beside)]
         document["values"] = sum(prod(shapes[name]) for name in network)
@@ -103,7 +103,8 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
             }
         else:
             document["problem"] = f"no backbone has such names; the first is {network[0]}"
-        for name in network:  # only the values show damage, copies that differ, and infinities
+        # Only the values show damage, copies that differ, and infinities: read them for these errors.
+        for name in network:
             if match.exact or isinstance(match.recipes[name], Same):
                 ours.read(name)
     except UserError as error:
@@ -124,7 +125,7 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
 
 
 def _likely_layout(weights: WeightFile, specs: Iterable[BackboneSpec]) -> str | None:
-    """Title of the layout that fits the names best, for a file that could not be read; None: no layout has a mark in it."""
+    """Title of the layout that fits the names in a file best; None: no layout has a mark in it."""
     share, layout = choose_layout([layout for spec in specs for layout in weight_map(spec).layouts], weights.tensors)
     return layout.title if share > 0 else None
 
@@ -267,7 +268,9 @@ def write_safetensors(
 
     title: of the progress bar. The file must not exist.
     """
-    names = sorted(entries, key=lambda name: -raw_dtype(entries[name][0]).itemsize)  # widest first: all are aligned
+    names = sorted(
+        entries, key=lambda name: -raw_dtype(entries[name][0]).itemsize
+    )  # widest first: then all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
@@ -275,7 +278,7 @@ def write_safetensors(
         begin, end = end, end + prod(shape) * raw_dtype(dtype).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in with_progress(title, _read_all(names, entries, read), end):
@@ -301,6 +304,7 @@ def _write_torch(path: Path, entries: Entries, read: Read, store: str, title: st
     nbytes = sum(prod(shape) * raw_dtype(dtype).itemsize for dtype, shape in entries.values())
     state = {}
     for name, array in zip(entries, with_progress(title, _read_all(entries, entries, read), nbytes), strict=True):
-        state[name] = as_torch(array.reshape(entries[name][1]), entries[name][0])
+        dtype, shape = entries[name]
+        state[name] = as_torch(array.reshape(shape), dtype)  # np.ascontiguousarray gives a scalar one axis
     with path.open("xb") as file:
         torch.save({"state_dict": state} if store == "lightning" else state, file)

@@ -2,7 +2,7 @@
 // a click or Enter pins it and opens its records.
 
 const NEAR = 28; // pixels within which the pointer finds a mark
-const MANY = 30; // a line with more marks is drawn without them, as in the static figures
+const MANY = 30; // a line with more marks is drawn without them, as in the static figures (_MANY of drawing.py)
 let pinned = null; // the mark whose records are open; a redrawn chart rings it again
 
 const DARK = window.matchMedia("(prefers-color-scheme: dark)");
@@ -20,18 +20,20 @@ function tone(colour) {
 
 function figureSection(figure) {
   return el("section", { id: figure.name, class: "block figure" }, el("h2", {}, figure.title),
-    el("div", { class: "panels" }, ...figure.panels.map((panel) => chart(whole(panel), figure.title))),
+    el("div", { class: "panels" }, ...figure.panels.map((panel) => chart(completed(panel), figure.title))),
     ...figure.pictures.map((picture) => el("figure", {}, el("div", { class: "scroll" }, el("img", { src: picture.src, alt: picture.alt, loading: "lazy" })),
       el("figcaption", {}, picture.alt))));
 }
 
-// Empty fields of marks are not in the data; the axis already has the names of bars.
-function whole(panel) {
+// The panel with all fields of its marks: the data has no empty ones. beside: the text written at the mark; none for bars,
+// whose names are on the axis.
+function completed(panel) {
   const empty = { low: null, high: null, size: null, text: "", records: [], facts: [] };
-  const complete = (mark) => ({ ...empty, said: panel.x.scale === "names" ? "" : mark.text, ...mark });
+  const complete = (mark) => ({ ...empty, beside: panel.x.scale === "names" ? "" : mark.text, ...mark });
   return { ...panel, series: panel.series.map((series) => ({ ...series, marks: series.marks.map(complete) })) };
 }
 
+// A panel as a <figure>: keys that switch series off and on, and the plot.
 function chart(data, title) {
   const off = new Set(); // labels of the series that are switched off
   const tip = el("div", { class: "tip", hidden: true, role: "status" });
@@ -63,38 +65,44 @@ function chart(data, title) {
     el("figcaption", {}, [data.heading, data.note].filter(Boolean).join("; ")));
 }
 
+// [label, the series to show in its key] of each label; of a band and a line with one label, the line. Names on the axis
+// need no key.
 function labelsOf(data) {
   const found = new Map();
-  for (const series of data.series) { // names on the axis need no key
+  for (const series of data.series) {
     const known = found.get(series.label);
     if (series.label && !(data.x.names || []).includes(series.label) && (!known || known.kind === "band")) found.set(series.label, series);
   }
   return [...found];
 }
 
+// The small picture of a series in its key.
 function swatch(series) {
   return svg("svg", { width: 26, height: 12, "aria-hidden": "true" },
     ["line", "fit"].includes(series.kind) ? svg("line", { x1: 1, x2: 25, y1: 6, y2: 6, ...strokeOf(series) }) : null,
     series.kind === "fit" || isBare(series) ? null : svg("path", { d: shape(series.marker, 13, 6, 4), ...fillOf(series) }));
 }
 
+// Whether a line is drawn without its marks.
 function isBare(series) {
   return series.kind === "line" && series.marks.length > MANY;
 }
 
+// The attributes of a line. Published lines are dotted, fits dashed, as in the static figures.
 function strokeOf(series) {
   const kind = series.provenance === "published" ? "dotted" : series.kind === "fit" ? "dashed" : series.dash;
   const dash = { solid: null, dashed: "6 3", dashdot: "6 3 1.5 3", dotted: "1.5 3" }[kind];
   return { stroke: tone(series.colour), "stroke-width": series.kind === "fit" ? 1.5 : 2, "stroke-dasharray": dash, fill: "none" };
 }
 
+// The attributes of a mark: published ones are hollow, or pale if they are bubbles or bars.
 function fillOf(series) {
   const open = series.provenance === "published";
   if (["bubbles", "bars"].includes(series.kind)) return { fill: tone(series.colour), "fill-opacity": open ? 0.45 : 0.85, stroke: tone(series.colour), "stroke-width": 1.2 };
   return { fill: open ? "var(--ground)" : tone(series.colour), stroke: tone(series.colour), "stroke-width": 1.6 };
 }
 
-// matplotlib's letters, as the static figures have them.
+// The path of a mark. marker: matplotlib's letter, as in the static figures; any other than these is a circle.
 function shape(marker, x, y, r) {
   const corners = {
     s: [[-1, -1], [1, -1], [1, 1], [-1, 1]], D: [[0, -1.3], [1.3, 0], [0, 1.3], [-1.3, 0]], "^": [[0, -1.2], [1.15, 0.9], [-1.15, 0.9]],
@@ -106,18 +114,18 @@ function shape(marker, x, y, r) {
   return `M${corners.map(([a, b]) => `${(x + a * r).toFixed(1)} ${(y + b * r).toFixed(1)}`).join("L")}z`;
 }
 
-// A scale: pixel(value), ticks [[value, text]] and takes(value), whether the scale can show a value.
+// A scale from the pixels `from` to `to`: pixel(value), ticks [[value, text]] and takes(value), whether it can show a value.
 function scaleOf(axis, values, from, to) {
   const log = axis.scale === "log";
   const usable = values.filter((value) => Number.isFinite(value) && (!log || value > 0));
-  let only = null;
+  let only = null; // the value, if all are equal
   let [low, high] = usable.length ? [Math.min(...usable), Math.max(...usable)] : [1, 10];
   if (axis.scale === "names") [low, high] = [-0.6, axis.names.length - 0.4];
   else if (log) {
     const room = Math.max((high / low) ** 0.06, 1.15);
     [low, high] = [low / room, high * room];
   } else {
-    if (high === low && !axis.zero) only = high; // only its tick
+    if (high === low && !axis.zero) only = high;
     const room = (high - low) * 0.07 || Math.abs(high) * 0.1 || 1;
     [low, high] = [axis.zero ? Math.min(0, low) : low - room, high + room];
   }
@@ -130,6 +138,7 @@ function scaleOf(axis, values, from, to) {
   return { pixel, ticks, takes: (value) => Number.isFinite(value) && (!log || value > 0) };
 }
 
+// Ticks at multiples of powers of ten, for an axis `room` pixels long; the digits are fewer if the axis has more decades.
 function logTicks(low, high, room) {
   const decades = Math.log10(high / low);
   const digits = decades < 0.7 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : decades < 3 ? [1, 2, 5] : [1];
@@ -146,6 +155,7 @@ function logTicks(low, high, room) {
   return found.filter((_, index) => index % every === 0);
 }
 
+// Ticks about 70 pixels apart, at multiples of 1, 2 or 5 times a power of ten.
 function linearTicks(low, high, room) {
   const rough = (high - low) / Math.max(2, room / 70);
   if (!(rough > 0)) return [low];
@@ -156,6 +166,7 @@ function linearTicks(low, high, room) {
   return found;
 }
 
+// The SVG of a panel. off: labels of series that are not drawn. tip: the element for tips.
 function drawChart(data, { width, off, tip, title }) {
   const named = data.x.scale === "names"; // horizontal bars, so that names can be read
   const texts = titleLines(data, width, named);
@@ -193,8 +204,8 @@ function drawChart(data, { width, off, tip, title }) {
     }
   }
   const largest = Math.max(...marks.map(({ mark }) => mark.size ?? 0), 0);
-  marks.filter((each) => !each.bare).forEach((each) => drawMark(each, { root, place, zero: box.left, beside: box.right + 22, largest, low: ys.takes }));
-  sayBeside(root, marks.filter((each) => !each.bare), box);
+  marks.filter((each) => !each.bare).forEach((each) => drawMark(each, { root, place, zero: box.left, bubbleX: box.right + 22, largest, takes: ys.takes }));
+  placeTexts(root, marks.filter((each) => !each.bare), box);
   listen(root, marks, tip, width);
   return root;
 }
@@ -209,6 +220,8 @@ function titleLines(data, width, named) {
   return lines;
 }
 
+// Frame, grid lines, ticks and titles. across, down: scales of the horizontal and the vertical axis. below: lines of the title
+// of the horizontal one. beside: title of the vertical one. named: whether the chart has horizontal bars.
 function axes({ across, down, box, named, below, beside }) {
   const group = svg("g", { class: "axes" });
   for (const [value, text] of down.ticks) {
@@ -220,7 +233,7 @@ function axes({ across, down, box, named, below, beside }) {
   }
   for (const [value, text] of across.ticks) {
     const x = across.pixel(value);
-    const inside = Math.min(x, box.right + 14 - text.length * 3.6); // the last one would be cut off
+    const inside = Math.min(x, box.right + 14 - text.length * 3.6); // moved left if it would be cut off
     group.append(svg("line", { x1: x, x2: x, y1: box.top, y2: box.bottom }), svg("text", { x: inside, y: box.bottom + 17, "text-anchor": "middle" }, text));
   }
   group.append(svg("path", { class: "frame", d: `M${box.left} ${box.top}V${box.bottom}H${box.right}` }),
@@ -229,17 +242,19 @@ function axes({ across, down, box, named, below, beside }) {
   return group;
 }
 
-function drawMark(each, { root, place, zero, beside, largest, low }) {
+// zero: pixel at which bars begin. bubbleX: of the bubbles beside bars. takes: whether the scale of y can show a value.
+// Adds to `each` its element and the radius of the ring around it.
+function drawMark(each, { root, place, zero, bubbleX, largest, takes }) {
   const { series, mark, x, y } = each;
   const bar = series.kind === "bars";
   const group = svg("g", { class: "mark", tabindex: "-1", role: "button", "aria-label": labelOf(each) });
   if (bar) group.append(svg("rect", { x: Math.min(x, zero), width: Math.abs(x - zero), y: y - 8, height: 16, ...fillOf(series) }));
-  if (mark.low !== null && mark.high !== null && low(mark.low)) {
+  if (mark.low !== null && mark.high !== null && takes(mark.low)) {
     const [[x1, y1], [x2, y2]] = [place(mark.x, mark.low), place(mark.x, mark.high)];
     group.append(svg("line", { x1, x2, y1, y2, stroke: bar ? "var(--ink)" : tone(series.colour), "stroke-width": 1.6 }));
   }
   const r = series.kind === "bubbles" && largest ? Math.max(4, 22 * Math.sqrt((mark.size ?? 0) / largest)) : 4.2;
-  if (bar && mark.size) group.append(svg("circle", { cx: beside, cy: y, r: Math.max(1.5, 11 * Math.sqrt(mark.size / largest)), ...fillOf(series) }));
+  if (bar && mark.size) group.append(svg("circle", { cx: bubbleX, cy: y, r: Math.max(1.5, 11 * Math.sqrt(mark.size / largest)), ...fillOf(series) }));
   if (!bar) group.append(svg("path", { d: shape(series.kind === "bubbles" ? "o" : series.marker, x, y, r), ...fillOf(series) }));
   each.group = group;
   each.ring = r + 4;
@@ -247,37 +262,40 @@ function drawMark(each, { root, place, zero, beside, largest, low }) {
 }
 
 // Texts of marks, where they cover neither marks nor other texts.
-function sayBeside(root, marks, box) {
+function placeTexts(root, marks, box) {
   const taken = marks.map(({ x, y, ring }) => [x - ring, y - ring, x + ring, y + ring]);
-  for (const { mark, x, y, ring } of marks.filter((each) => each.mark.said)) {
-    const [wide, high] = [mark.said.length * 6.1, 12];
+  for (const { mark, x, y, ring } of marks.filter((each) => each.mark.beside)) {
+    const [wide, high] = [mark.beside.length * 6.1, 12];
     const places = [[x + ring, y - high / 2], [x - ring - wide, y - high / 2], [x - wide / 2, y - ring - high], [x - wide / 2, y + ring]];
     const free = places.map(([left, top]) => [left, top, left + wide, top + high]).find(([left, top, right, bottom]) =>
       left >= box.left && right <= box.right && top >= box.top && bottom <= box.bottom &&
       taken.every((other) => left >= other[2] || right <= other[0] || top >= other[3] || bottom <= other[1]));
     if (!free) continue;
     taken.push(free);
-    root.append(svg("text", { class: "said", x: free[0], y: free[3] - 2 }, mark.said));
+    root.append(svg("text", { class: "beside", x: free[0], y: free[3] - 2 }, mark.beside));
   }
 }
 
+// "dit-b-4: 3.27 [3.21, 3.33]".
 function labelOf({ series, mark }) {
   const value = mark.low === null ? short(mark.y) : `${short(mark.y)} [${short(mark.low)}, ${short(mark.high)}]`;
   return `${series.label || mark.text}: ${value}`;
 }
 
+// Shows the tip of the mark near the pointer or with the focus; a click, Enter or space pins a mark.
 function listen(root, marks, tip, width) {
   if (!marks.length) return;
   const drawn = marks.filter((each) => each.group);
   drawn[0]?.group.setAttribute("tabindex", "0"); // one stop of the tab key; the arrow keys move on from there
-  const show = (each) => say(each, tip, width);
+  const show = (each) => showTip(each, tip, width);
   const hide = () => { tip.hidden = true; };
   const nearest = (event) => {
     const frame = root.getBoundingClientRect();
     const [x, y] = [event.clientX - frame.left, event.clientY - frame.top];
-    const far = (each) => Math.hypot(each.series.kind === "bars" ? Math.max(0, x - each.x) : each.x - x, each.y - y);
-    const found = marks.reduce((best, each) => (far(each) < far(best) ? each : best));
-    return far(found) <= NEAR ? found : null;
+    // To a bar, from anywhere beside it; to other marks, from their centre.
+    const distance = (each) => Math.hypot(each.series.kind === "bars" ? Math.max(0, x - each.x) : each.x - x, each.y - y);
+    const found = marks.reduce((best, each) => (distance(each) < distance(best) ? each : best));
+    return distance(found) <= NEAR ? found : null;
   };
   const ring = (each) => root.append(svg("circle", { class: "pin", cx: each.x, cy: each.y, r: each.ring }));
   const pin = (each) => {
@@ -306,16 +324,16 @@ function listen(root, marks, tip, width) {
   });
 }
 
-// The tip of a mark: the description of its record, or mean and number of several records.
-function say({ series, mark, x, y }, tip, width) {
+// Fills and places the tip of a mark: the description of its record, or mean and number of several records.
+function showTip({ series, mark, x, y }, tip, width) {
   const records = mark.records.map(recordOf).filter(Boolean);
   const [record] = records;
   const lines = [];
   if (records.length === 1) {
-    lines.push([`${record.metric} `, el("strong", {}, ...measured(record.text))]);
-    const drawn = record.sampling_steps === null ? [] : [`${record.sampler}, ${record.sampling_steps} sampling steps, guidance ${record.guidance}`];
+    lines.push([`${record.metric} `, el("strong", {}, ...valueParts(record.text))]);
+    const sampled = record.sampling_steps === null ? [] : [`${record.sampler}, ${record.sampling_steps} sampling steps, guidance ${record.guidance}`];
     const trained = record.steps === null ? "" : `${record.steps_text} training steps${record.seed === null ? "" : `, seed ${record.seed}`}`;
-    lines.push(...[trained, ...drawn, `N = ${record.n.toLocaleString("en")}`].filter(Boolean).map((text) => [text]));
+    lines.push(...[trained, ...sampled, `N = ${record.n.toLocaleString("en")}`].filter(Boolean).map((text) => [text]));
     lines.push([record.published ? `published, ${record.where}` : `measured, record ${record.id.slice(0, 12)}`]);
   } else {
     lines.push([labelOf({ series, mark })]);

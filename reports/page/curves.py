@@ -21,7 +21,7 @@ def figure_data(figure: Figure, styles: Mapping[str, Style]) -> Json:
 
 
 def figure_pictures(figure: Figure, files: Mapping[str, bytes]) -> list[dict[str, str]]:
-    """[{"src": data URI, "alt": text}] of the PNG of a figure that shows pictures; [] for other figures.
+    """[{"src": data URI, "alt": text}] of the PNG of a figure of sample grids, which the script cannot draw; else [].
 
     files: name -> content of the report's other files.
     """
@@ -32,19 +32,19 @@ def figure_pictures(figure: Figure, files: Mapping[str, bytes]) -> list[dict[str
 
 
 def record_ids(figures: Iterable[Figure]) -> list[str]:
-    """The ids of the records of all marks."""
+    """The ids of the records of all marks, with repetitions."""
     marks = (mark for figure in figures for panel in figure.panels for series in panel.series for mark in series.marks)
-    return [name for mark in marks for name in mark.record_ids]
+    return [record_id for mark in marks for record_id in mark.record_ids]
 
 
 def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
     """A panel for the script, with at most about MAX_MARKS marks."""
     x: dict[str, object] = {"text": panel.x.text, "scale": panel.x.scale}
-    if panel.x.scale == "names":
+    if panel.x.scale == "names":  # the script needs a name for each of 0, 1, 2, ..., also where no mark is
         names = {int(mark.x): mark.text for series in panel.series for mark in series.marks}
         x["names"] = [names.get(index, "") for index in range(max(names, default=-1) + 1)]
     count = sum(len(series.marks) for series in panel.series)
-    every = -(-count // MAX_MARKS)  # of long curves, one in `every` marks is kept
+    every = -(-count // MAX_MARKS)  # one in `every` marks of each series is kept
     notes = [panel.note] if panel.note else []
     if every > 1:
         notes.append(f"one mark of {every} is drawn here")
@@ -69,7 +69,7 @@ def _series_data(series: Series, style: Style, every: int) -> dict[str, object]:
         "kind": series.kind,
         "provenance": series.provenance,
         "colour": style.colour,
-        "marker": "X" if series.provenance == "fit" else style.marker,  # the prediction of a law
+        "marker": "X" if series.provenance == "fit" else style.marker,  # points of fits are predictions: crosses
         "dash": style.dash,
         "marks": [_mark_data(mark) for mark in series.marks[::every]],
     }
@@ -87,4 +87,5 @@ def _mark_data(mark: Mark) -> dict[str, object]:
 
 
 def _rounded(value: float | None) -> float | None:
+    """The value with seven significant digits."""
     return None if value is None else float(f"{value:.7g}")

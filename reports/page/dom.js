@@ -10,15 +10,18 @@ function svg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
+// attributes: "on..." are event listeners, true is an attribute without value; null, undefined and false are left out.
+// Children that are null, undefined or "" are left out too.
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value); // a function of the page's scripts
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
   return node;
 }
 
+// "1 row", "1,234 rows".
 function countOf(number, one, many) {
   return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 }
@@ -28,8 +31,9 @@ function wordsOf(text) {
   return text.split(" ").flatMap((word, index) => [index ? " " : "", el("span", { class: "word" }, word)]);
 }
 
-// "3.27 [3.21, 3.33]": the interval in smaller type, and on a separate line where there is no room.
-function measured(text) {
+// The parts of a value's text as children of an element. "3.27 [3.21, 3.33]": the interval in smaller type, and on a
+// separate line where there is no room.
+function valueParts(text) {
   const at = text.indexOf(" [");
   return at < 0 ? [text] : [text.slice(0, at), el("span", { class: "interval" }, text.slice(at))];
 }

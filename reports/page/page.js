@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 POOL = data.pool;
 for (const record of data.records) RECORDS.set(record.id, record);
 
+// left: a note on the grids that are left out.
 function samplesSection(grids, left) {
   return el("section", { id: "samples", class: "block" }, el("h2", {}, "Samples"),
     left ? el("p", { class: "note" }, left) : null,
@@ -13,15 +14,16 @@ function samplesSection(grids, left) {
         grid.records.length ? el("button", { type: "button", class: "value", onclick: () => showRecords(grid.records) }, "records") : "")))));
 }
 
-function summary(found) {
+// The numbers of records, and what was not used.
+function summary(counts) {
   const protocols = el("table", {}, el("thead", {}, el("tr", {}, ...["Protocol", "Measured", "Published"].map((text, index) =>
-    el("th", { scope: "col", class: index ? "number" : null }, text)))), el("tbody", {}, ...found.protocols.map((each) =>
+    el("th", { scope: "col", class: index ? "number" : null }, text)))), el("tbody", {}, ...counts.protocols.map((each) =>
     el("tr", {}, el("th", { scope: "row" }, each.name), el("td", { class: "number" }, each.measured.toLocaleString("en")),
       el("td", { class: "number" }, each.published.toLocaleString("en"))))));
   return el("section", { id: "summary" },
-    el("p", {}, `${countOf(found.measured, "measured record", "measured records")}, ${countOf(found.published, "published", "published")}; `,
-      found.problems.count || found.conflicts.count
-        ? el("a", { href: "#left-out" }, `${countOf(found.problems.count, "line", "lines")} skipped, ${countOf(found.conflicts.count, "conflict", "conflicts")}`)
+    el("p", {}, `${countOf(counts.measured, "measured record", "measured records")}, ${countOf(counts.published, "published", "published")}; `,
+      counts.problems.count || counts.conflicts.count
+        ? el("a", { href: "#left-out" }, `${countOf(counts.problems.count, "line", "lines")} skipped, ${countOf(counts.conflicts.count, "conflict", "conflicts")}`)
         : "no line skipped, no conflict", "."),
     el("div", { class: "scroll" }, protocols));
 }
@@ -36,7 +38,7 @@ function leftOut({ problems, conflicts }) {
 
 function build() {
   const { problems, conflicts } = data.summary;
-  const blocks = [
+  const blocks = [ // [id, title in the contents, element]
     ...data.tables.map((table) => [table.name, table.title, tableSection(table)]),
     ...data.figures.map((figure) => [figure.name, figure.title, figureSection(figure)]),
     ...(data.grids.length || data.grids_left_out ? [["samples", "Samples", samplesSection(data.grids, data.grids_left_out)]] : []),
@@ -49,12 +51,12 @@ function build() {
     ...blocks.map(([, , node]) => node));
   document.body.append(panel);
   document.body.append(el("footer", { class: "note" }, `backbone-harness ${data.version}`));
-  follow();
-  window.addEventListener("hashchange", follow);
+  openLinkedRecord();
+  window.addEventListener("hashchange", openLinkedRecord);
 }
 
-// The fragment of a record's address: #record- and the beginning of its id.
-function follow() {
+// Opens the record that the page's address names: its fragment is #record- and the beginning of the record's id.
+function openLinkedRecord() {
   const asked = window.location.hash.slice(1);
   const found = asked.startsWith("record-") && data.records.find((record) => record.id.startsWith(asked.slice(7)));
   if (found) showRecords([found.id]);

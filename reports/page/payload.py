@@ -20,7 +20,7 @@ _PARTS = ("source", "training", "sampling", "evaluation", "environment")
 _COMMON_FIELDS = tuple(
     field.name for field in dataclasses.fields(Record) if field.name not in (*_METRIC_FIELDS, *_PARTS)
 )
-MAX_PROBLEMS = 200  # of lines, and of conflicts
+MAX_PROBLEMS = 200  # unusable lines, and as many conflicts, whose texts are on the page
 
 
 def table_data(table: Table) -> Json:
@@ -71,7 +71,7 @@ def _shown_lines(lines: Sequence[Line]) -> list[Line]:
 def shown_records(records: Iterable[Record], wanted: Sequence[str], most: int) -> tuple[list[Record], int]:
     """(at most `most` records, number of records that are left out). wanted: ids of the records to keep before others.
 
-    They are in the order of the page's list: measured ones first, then by protocol, table, system and settings.
+    The records are in the order of the page's list: measured ones first, then by protocol, table, system and settings.
     """
     by_id = {record.id: record for record in records}
     first = [by_id[record_id] for record_id in dict.fromkeys(wanted) if record_id in by_id]
@@ -81,7 +81,7 @@ def shown_records(records: Iterable[Record], wanted: Sequence[str], most: int) -
 
 
 def _sort_key(record: Record) -> tuple:
-    """The order of the page's list of records."""
+    """The sort key of a record in the page's list."""
     training, sampling, source = record.training, record.sampling, record.source
     return (
         *(record.provenance != "measured", record.protocol, source.table if source else "", record.system),
@@ -91,7 +91,7 @@ def _sort_key(record: Record) -> tuple:
 
 
 class InternTable:
-    """Data that many records share: each item is stored once and referred to by its number."""
+    """Data that many records share: each item is stored once and referred to by its number, the index in `items`."""
 
     def __init__(self) -> None:
         self.items: list[object] = []
@@ -108,7 +108,9 @@ class InternTable:
 def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], interned: InternTable) -> Json:
     """A record for the script: what the list shows, all of its fields, and the commands that measure it again.
 
-    recipes: as for `reproduction`. `groups` and `again` are numbers of items in `interned`, to which new ones are added.
+    recipes: as for `reproduction`. The fields of the record are in "own", those of this record alone, and in "groups", those
+    that it shares with others. "groups" and "again" (the commands) are numbers of items in `interned`, to which new items
+    are added.
     """
     again = reproduction(record, recipes)
     training, sampling, source = record.training, record.sampling, record.source
@@ -142,8 +144,10 @@ def _metric_fields(record: Record) -> list[list[str]]:
 
 def _groups(record: Record, interned: InternTable) -> list[int]:
     """Numbers of the items [heading, [[name, text], ...]] in `interned`: the common fields, and each part of the record."""
-    what = tuple(getattr(record, name) for name in _COMMON_FIELDS)
-    numbers = [interned.number(what, lambda: ["what", _pairs(record, _COMMON_FIELDS)])]
+    common = tuple(getattr(record, name) for name in _COMMON_FIELDS)
+    numbers = [
+        interned.number(common, lambda: ["what", _pairs(record, _COMMON_FIELDS)])
+    ]  # "what": a heading of the page
     for name in _PARTS:
         part = getattr(record, name)
         if part is not None:

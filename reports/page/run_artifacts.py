@@ -67,15 +67,15 @@ def run_recipes(record_files: Iterable[Path]) -> dict[str, dict[str, object]]:
 def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> list[SampleGrid]:
     """The grids of sample sets with records, from the folders of the record files.
 
-    In the order in which they are kept if not all fit: one seed of every model before the next seed.
+    The first ones are kept if not all fit on the page: one seed of every model comes before the next seed.
     """
     pictures: set[Path] = set()
     for folder in {path.parent for path in record_files}:
         pictures.update(folder.glob(f"samples/*/{GRID}"))
         pictures.update(folder.glob(GRID))
     samples = {path: _samples_sha256(path.with_name("samples.json")) for path in sorted(pictures)}
-    found: dict[str, list[Record]] = {digest: [] for digest in samples.values() if digest}
-    for record in records if found else ():
+    found: dict[str, list[Record]] = {digest: [] for digest in samples.values() if digest}  # hash of samples -> records
+    for record in records if found else ():  # without grids, many records need not be read
         if record.sampling is not None and record.sampling.samples_sha256 in found:
             found[record.sampling.samples_sha256].append(record)
     for members in found.values():
@@ -85,7 +85,10 @@ def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> lis
 
 
 def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]], str]:
-    """([(grid, data URI)] in the order of Gflops, note on the grids that are left out or downsampled, "" if none)."""
+    """([(grid, data URI)] in the order of Gflops, note on the grids that are left out or downsampled, "" if none).
+
+    grids: in the order in which they are kept if not all fit, with records.
+    """
     made: list[tuple[SampleGrid, str]] = []
     total = broken = downsampled = 0
     for grid in grids[:MAX_GRIDS]:
@@ -93,12 +96,13 @@ def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]],
         if read is None:
             broken += 1
             continue
-        uri, is_small = read
+        uri, was_downsampled = read
         if total + len(uri) > MAX_PICTURE_BYTES:
             break
         total += len(uri)
-        downsampled += is_small
+        downsampled += was_downsampled
         made.append((grid, uri))
+    # By Gflops, then as `_sort_key` but with the seed last, so that the seeds of a model are side by side.
     made.sort(key=lambda pair: (pair[0].records[0].gflops or 0.0, *_sort_key(pair[0])[1:], *_sort_key(pair[0])[:1]))
     words = []
     if left := len(grids) - len(made) - broken:
@@ -111,14 +115,14 @@ def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]],
 
 
 def _sort_key(grid: SampleGrid) -> tuple:
-    """(training seed, system, training steps, sampling steps, path)."""
+    """(training seed, system, training steps, sampling steps, path); what is not stated counts as 0."""
     record = grid.records[0]
     training, sampling = record.training or Training(), record.sampling or Sampling()
     return (training.seed or 0, record.system, training.steps or 0, sampling.steps or 0, str(grid.path))
 
 
 def _samples_sha256(sidecar: Path) -> str:
-    """The hash of a sample set by its sidecar; "" if it cannot be read."""
+    """The hash of the samples that the sidecar states; "" if it cannot be read."""
     try:
         return str(json.loads(sidecar.read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the samples of the grid are not known
@@ -151,12 +155,12 @@ def _data_uri(content: bytes) -> tuple[str, bool] | None:
             with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
                 shrink = len(content) > MAX_GRID_BYTES
                 if shrink:
-                    picture.thumbnail((WIDEST, 4 * WIDEST))
+                    picture.thumbnail((WIDEST, 4 * WIDEST))  # keeps the ratio of the sides
                     small = io.BytesIO()
                     picture.convert("RGB").save(small, format="JPEG", quality=85)
                     content = small.getvalue()
                 else:
-                    picture.verify()
+                    picture.verify()  # raises if the file is damaged
     except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError):
         return None
     return f"data:image/{'jpeg' if shrink else 'png'};base64,{base64.b64encode(content).decode('ascii')}", shrink

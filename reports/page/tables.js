@@ -2,10 +2,12 @@
 
 const ROWS_AT_ONCE = 200;
 
-// rows: {cells, values, published, search, draw}, draw() makes the <tr> once. Returns {node, filter(words, kinds)}.
+// rows: [{cells, values, published, search, draw}]; search: the text in which filters look, in lower case; draw() makes the
+// <tr> and is called once. atOnce: number of rows shown at first. after: called with the rows that pass the filter.
+// Returns {node, filter}: filter({words, published, measured}) shows the rows that match and returns their number.
 function sortableTable({ columns, numeric, rows, name, atOnce = ROWS_AT_ONCE, after }) {
-  let order = null; // {column, direction}
-  let most = atOnce;
+  let order = null; // {column, direction}; null: the order of the report
+  let most = atOnce; // rows to show
   let wanted = { words: [], published: true, measured: true };
   const body = el("tbody");
   const more = el("button", { type: "button", class: "more", onclick: () => { most += 4 * ROWS_AT_ONCE; show(); } });
@@ -27,6 +29,7 @@ function sortableTable({ columns, numeric, rows, name, atOnce = ROWS_AT_ONCE, af
     show();
   }
 
+  // Shows the rows that pass the filter, in the order chosen; returns their number.
   function show() {
     const chosen = rows.filter((row) =>
       (row.published ? wanted.published : wanted.measured) && wanted.words.every((word) => row.search.includes(word)));
@@ -57,25 +60,26 @@ function sortableTable({ columns, numeric, rows, name, atOnce = ROWS_AT_ONCE, af
 // direction.
 function compareCells(a, b, column, direction) {
   const [x, y] = [a.values[column], b.values[column]];
-  const numbers = (x !== null) - (y !== null);
-  if (numbers) return -numbers;
+  const withNumber = (x !== null) - (y !== null); // not 0: only one of them has a number, and comes first
+  if (withNumber) return -withNumber;
   if (x !== null) return (x - y) * direction;
   const dashes = (a.cells[column] === "-") - (b.cells[column] === "-");
   return dashes || a.cells[column].localeCompare(b.cells[column], "en", { numeric: true }) * direction;
 }
 
-// A search field and, if there are both kinds, boxes for published and measured; calls apply() and shows its count.
+// A search field and, if `both` kinds of rows exist, boxes for published and measured. apply: function that filters the rows
+// as sortableTable's filter does and returns the number that match, which is shown. total: number of all rows.
 function filterBar({ label, total, both, apply }) {
   const words = el("input", { type: "search", placeholder: "Filter rows", "aria-label": `Filter rows of ${label}`, oninput: run });
   const boxes = ["published", "measured"].map((kind) => el("input", { type: "checkbox", checked: true, "data-kind": kind, onchange: run }));
-  const said = el("output", { class: "count" });
+  const count = el("output", { class: "count" });
   function run() {
     const [published, measured] = boxes.map((box) => box.checked);
     const shown = apply({ words: words.value.toLowerCase().split(/\s+/).filter(Boolean), published, measured });
-    said.textContent = shown === total ? countOf(total, "row", "rows") : `${shown.toLocaleString("en")} of ${countOf(total, "row", "rows")}`;
+    count.textContent = shown === total ? countOf(total, "row", "rows") : `${shown.toLocaleString("en")} of ${countOf(total, "row", "rows")}`;
   }
   run();
-  return el("div", { class: "bar" }, words, ...(both ? boxes.map((box) => el("label", {}, box, ` ${box.dataset.kind}`)) : []), said);
+  return el("div", { class: "bar" }, words, ...(both ? boxes.map((box) => el("label", {}, box, ` ${box.dataset.kind}`)) : []), count);
 }
 
 function tableSection(table) {
@@ -98,22 +102,26 @@ function withoutConstants(section) {
     lines.every((line) => line.cells[column] === lines[0].cells[column] && !line.records[column]));
   if (!constant.includes(true)) return section;
   const kept = (list) => list.filter((_, column) => !constant[column]);
-  const said = section.columns.map((name, column) => `${name} ${lines[0].cells[column]}`).filter((text, column) => constant[column] && text !== "Source paper");
+  // Where all rows are the paper's, their footnote says so.
+  const texts = section.columns.map((name, column) => `${name} ${lines[0].cells[column]}`).filter((text, column) => constant[column] && text !== "Source paper");
   return {
-    ...section, columns: kept(section.columns), numeric: kept(section.numeric), remarks: withSaid(said, section.remarks),
+    ...section, columns: kept(section.columns), numeric: kept(section.numeric), remarks: inAllRows(texts, section.remarks),
     lines: lines.map((line) => ({ ...line, cells: kept(line.cells), values: kept(line.values), records: kept(line.records), marks: kept(line.marks) })),
   };
 }
 
-function withSaid(said, remarks) {
-  if (!said.length) return remarks;
-  const at = remarks.findIndex((text) => text.startsWith("All rows: "));
-  const rest = at < 0 ? "." : `, ${remarks[at].slice(10)}`;
-  return [`All rows: ${said.join(", ")}${rest}`, ...remarks.filter((_, index) => index !== at)];
+// The remarks with these texts in the remark on what all rows share, which is the first; it is made if it is missing.
+function inAllRows(texts, remarks) {
+  if (!texts.length) return remarks;
+  const start = "All rows: ";
+  const at = remarks.findIndex((text) => text.startsWith(start));
+  const rest = at < 0 ? "." : `, ${remarks[at].slice(start.length)}`;
+  return [`${start}${texts.join(", ")}${rest}`, ...remarks.filter((_, index) => index !== at)];
 }
 
-function sectionOf(whole, title) {
-  const section = withoutConstants(whole);
+// A section as {node, filter}, as of sortableTable. title: of the table, for a section without a heading.
+function sectionOf(complete, title) {
+  const section = withoutConstants(complete);
   const notes = el("ul", { class: "notes" });
   const published = `as published (${section.origin})`;
   const rows = section.lines.map((line) => ({
@@ -143,7 +151,7 @@ function drawLine(line, section) {
     if (index === 0) {
       return el("th", { scope: "row", class: text.length > 24 ? null : "short" }, text, marks.length ? el("sup", { title: title || null }, marks.join(",")) : null);
     }
-    const shown = measured(text);
+    const shown = valueParts(text);
     if (line.marks[index] === "tie") shown.splice(1, 0, el("span", { class: "sign", title: "tied with the best" }, "\u2009="));
     const id = line.records[index];
     return el("td", { class: kind || null },

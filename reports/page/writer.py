@@ -15,6 +15,7 @@ from reports.page.curves import figure_data, figure_pictures, record_ids
 from reports.page.payload import MAX_PROBLEMS, MAX_RECORDS, InternTable, Json, record_data, shown_records, table_data
 from reports.page.run_artifacts import pictures, run_recipes, sample_grids
 from reports.sections import Table
+from reports.verdicts import NAME as VERDICTS
 from results.records import Record
 from results.store import Problem
 
@@ -37,22 +38,23 @@ def page_data(
     problems: Sequence[Problem],
     conflicts: Sequence[str],
 ) -> Json:
-    """The data of a report's page for `write_page`, without the pictures.
+    """The data of a report's page for `page_bytes`, without the pictures of figures, which are drawn later.
 
     records: those that were loaded. published: the paper's. styles: model -> style, as in the figures. record_files: in
-    whose folders recipes and sample grids are looked for. What exceeds the limits is left out and counted on the page.
+    their folders, recipes and sample grids are looked for. What exceeds the limits is left out and counted on the page.
     """
     shown_tables = [table_data(table) for table in sorted(tables, key=_sort_key)]
-    wanted = [
-        name
+    in_tables = [
+        record_id
         for table in shown_tables
         for section in table["sections"]
         for line in section["lines"]
-        for name in line["records"]
-        if name
+        for record_id in line["records"]
+        if record_id
     ]
     grids, grids_left_out = pictures(sample_grids(record_files, records))
-    wanted = [*record_ids(figures), *(record.id for grid, _ in grids for record in grid.records), *wanted]
+    # In the order in which records are kept if not all fit on the page.
+    wanted = [*record_ids(figures), *(record.id for grid, _ in grids for record in grid.records), *in_tables]
     chosen, left_out = shown_records([*records, *published], wanted, MAX_RECORDS)
     chosen_ids = {record.id for record in chosen}
     recipes, interned = run_recipes(record_files), InternTable()
@@ -82,21 +84,24 @@ def page_data(
     }
 
 
-def write_page(data: Json, figures: Sequence[Figure], files: Mapping[str, bytes]) -> bytes:
+def page_bytes(data: Json, figures: Sequence[Figure], files: Mapping[str, bytes]) -> bytes:
     """The content of the page's file. data: of `page_data`, for the same figures.
 
-    files: name -> content of the report's other files; the page shows their SVG figures to readers without scripts.
+    files: name -> content of the report's other files. Of these the page shows the pictures of figures that have some and,
+    to readers without scripts, the SVG figures.
     """
-    drawn = [
+    figures_data = [
         each | {"pictures": figure_pictures(figure, files)}
         for figure, each in zip(figures, data["figures"], strict=True)
     ]
-    return _assemble({**data, "figures": drawn}, files)
+    return _assemble({**data, "figures": figures_data}, files)
 
 
 def _sort_key(table: Table) -> int:
     """The order of tables on the page: verdicts, then tables of protocols, then the paper's tables."""
-    return 0 if table.name == "table-verdicts" else 2 if re.fullmatch(r"table-\d", table.name) else 1
+    if table.name == VERDICTS:
+        return 0
+    return 2 if re.fullmatch(r"table-\d", table.name) else 1
 
 
 def _assemble(data: Json, files: Mapping[str, bytes]) -> bytes:
@@ -150,6 +155,7 @@ def _capped(texts: list[str]) -> dict[str, object]:
 
 
 def _asset(name: str) -> str:
+    """The text of a file of this package."""
     return resources.files("reports.page").joinpath(name).read_text(encoding="ascii")
 
 

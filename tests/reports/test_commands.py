@@ -195,7 +195,7 @@ def test_a_run_in_latents_names_its_decoder_and_what_judges_it():
     for name, word in (("sd-vae-ft-mse", "ft-mse"), ("vae-123456789abc", "DECODER_FOLDER")):
         drawn = dataclasses.replace(record.sampling, decoder=name, decoder_gflops=1.0, settings_hash="bb" * 32)
         again = reproduction(dataclasses.replace(record, sampling=drawn))
-        (command,), note = again.commands, again.brought
+        (command,), note = again.commands, again.placeholders
         _, options = _parsed(command)
         assert options["decoder"] == word and str(options["data"]) == "DATA_FOLDER"
         assert (

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from reports.fits import FEWEST, between, correlation, frontier, power_law
+from reports.fits import FEWEST, correlation, frontier, interpolate, power_law
 
 
 def test_a_known_law_is_recovered_exactly():
@@ -77,7 +77,7 @@ def test_frontier():
 
 def test_curves_are_read_between_their_points_and_never_beyond():
     xs = [1.0, 10.0, 1000.0]
-    assert between(xs, [100 * x**-0.5 for x in xs], 50.0) == pytest.approx(100 * 50**-0.5)
-    assert between(xs, [-1.0, 0.0, 1.0], 100.0) == pytest.approx(0.5)
-    assert between(xs, xs, 0.9) is None and between(xs, xs, 1001) is None and between([], [], 1) is None
-    assert between([2.0], [3.0], 2.0) == 3.0 and between(xs, xs, 1000.0) == pytest.approx(1000.0)
+    assert interpolate(xs, [100 * x**-0.5 for x in xs], 50.0) == pytest.approx(100 * 50**-0.5)
+    assert interpolate(xs, [-1.0, 0.0, 1.0], 100.0) == pytest.approx(0.5)
+    assert interpolate(xs, xs, 0.9) is None and interpolate(xs, xs, 1001) is None and interpolate([], [], 1) is None
+    assert interpolate([2.0], [3.0], 2.0) == 3.0 and interpolate(xs, xs, 1000.0) == pytest.approx(1000.0)

@@ -11,7 +11,7 @@ from page_figures import bubbles, curves
 from PIL import Image
 
 from reports.charts import model_styles
-from reports.page.writer import page_data, write_page
+from reports.page.writer import page_bytes, page_data
 from reports.report import write_report
 from reports.tables import paper_tables, protocol_table
 from results import paper
@@ -68,7 +68,7 @@ def shown(folder):
         conflicts=loaded.conflicts,
     )
     red = b"<svg xmlns='http://www.w3.org/2000/svg' width='40' height='30'><rect width='40' height='30' fill='#cc0000'/></svg>"
-    page = write_page(data, figures, {"figure-10.svg": red})
+    page = page_bytes(data, figures, {"figure-10.svg": red})
     path = folder / "report.html"
     path.write_bytes(page)
     return path, {record.id: record for record in loaded.records}, figures[0]
@@ -389,7 +389,7 @@ def test_rows_and_records_beyond_the_caps_are_counted(browser, folder, shown, mo
     data = page_data(
         [table], [], records, styles={}, published=(), record_files=find_record_files([folder / "runs"]), problems=(), conflicts=()
     )  # fmt: skip
-    content = write_page(data, [], {})
+    content = page_bytes(data, [], {})
     path = folder / "small.html"
     path.write_bytes(content)
     page = browser.page(path)

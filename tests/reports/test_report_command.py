@@ -64,7 +64,7 @@ def test_files_and_figures_are_counted_while_the_report_is_made(record, tmp_path
     monkeypatch.setattr("reports.render_pool.draw", lambda figure, styles: {"png": b""})
     monkeypatch.setattr("reports.report.charts.to_csv", lambda figure: "")
     monkeypatch.setattr("reports.report.page_data", lambda *_, **__: {})
-    monkeypatch.setattr("reports.report.write_page", lambda *_: b"")
+    monkeypatch.setattr("reports.report.page_bytes", lambda *_: b"")
     _write(tmp_path / "runs" / "a" / "records.jsonl", [to_json(record())])
     done = CliRunner().invoke(command, ["--results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output

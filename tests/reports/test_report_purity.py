@@ -57,7 +57,7 @@ def _write(folder: Path, parts):
 @pytest.fixture
 def made(monkeypatch, undrawn):
     monkeypatch.setattr("reports.report.page_data", lambda *_, **__: {})  # the page has tests of its own
-    monkeypatch.setattr("reports.report.write_page", lambda *_: b"")
+    monkeypatch.setattr("reports.report.page_bytes", lambda *_: b"")
 
     def write(folder: Path) -> tuple[dict[str, bytes], int]:
         summary = write_report([folder], folder / "out")

@@ -17,7 +17,7 @@ from harness.errors import UserError
 from harness.weights import pickles
 from harness.weights.containers import LONGEST_DIRECTORY, LONGEST_HEADER, LONGEST_PICKLE, open_file
 from harness.weights.files import open_weights
-from harness.weights.tensors import Stored, row_major
+from harness.weights.tensors import Stored, row_major_strides
 
 MANY = 100_000
 SECONDS, MEGABYTES = 4, 500  # measured: 1.0 s and 106 MB at most, but for the header (420 MB)
@@ -193,7 +193,10 @@ def test_keys_that_are_no_names_stand_in(tmp_path):
 
 
 def test_strides_row_by_row():
-    assert row_major((2, 3, 5)) == tuple(s // 8 for s in np.empty((2, 3, 5)).strides) and row_major(()) == ()
+    assert (
+        row_major_strides((2, 3, 5)) == tuple(s // 8 for s in np.empty((2, 3, 5)).strides)
+        and row_major_strides(()) == ()
+    )
 
 
 @pytest.mark.parametrize("config", ["[" * 200_000, '{"sample_size": 8, "x": "' + "a" * (1 << 20) + '"}'])

@@ -72,7 +72,7 @@ def make_engine(
 ) -> JaxEngine:
     """The training state of `run` before step 1.
 
-    net: the network at its initialisation, which the engine takes over; None builds it. mesh: not used, because a run in
+    net: the network at its initialisation, which the engine takes over; None builds it. mesh: ignored, because a run in
     jax keeps its mesh.
     """
     return JaxEngine(
@@ -97,7 +97,10 @@ def make_sampler(
     compile: str = "off",
     decoder: Decoder | None = None,  # of latents
 ) -> JaxChain:
-    """The sampler of a run's network with these weights, under the request's guidance."""
+    """The sampler of a run's network with these weights, under the request's guidance.
+
+    Every batch is filled up to `batch` images. Of several processes, each samples on its own devices.
+    """
     resolve.refuse_torch_options(precision, compile)
     mesh = devices.local_mesh(devices.apply_resolved(run.resolved))
     arguments = request.spec.arguments(**request.arguments)

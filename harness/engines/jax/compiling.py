@@ -29,7 +29,10 @@ def jit(function: Callable[..., object], platform: str, **settings: Unpack[JitSe
 
 @cache
 def _options(platform: str) -> dict[str, str] | None:
-    """The compiler options for a platform; None if there are none, or if this version of XLA does not know them."""
+    """The compiler options for a platform; None if there are none, or if this version of XLA does not know them.
+
+    A trial compilation shows whether it does. The result is cached.
+    """
     if platform != "cpu":
         return None
     try:

@@ -20,7 +20,7 @@ def errors_in_one_line(where: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, RunError):
+    except (UserError, RunError):  # a ValueError and a RuntimeError that are one line already
         raise
     except jax.errors.JaxRuntimeError as error:
         text = _first_line(error)
@@ -30,7 +30,7 @@ def errors_in_one_line(where: str, remedy: str) -> Iterator[None]:
     except MemoryError as error:
         raise RunError(f"out of memory in {where}; {remedy}") from error
     except (TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError) as error:
-        # From tracing: shapes, types, code that cannot be compiled.
+        # What tracing raises for wrong shapes, wrong types and code that cannot be compiled.
         raise RunError(f"the network cannot be run in {where}: {type(error).__name__}: {_first_line(error)}") from error
 
 

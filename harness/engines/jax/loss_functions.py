@@ -30,9 +30,10 @@ class LossFunction:
         self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe))
 
     def losses(self, net: Callable[..., Array], x0: Array, y: Array, positions: Words) -> dict[str, Array]:
-        """The loss terms by name, float32 (N,) each.
+        """The loss terms by name, float32 (N,) each; the names are those of `loss_terms`.
 
-        x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int32 (N,). positions: (N,) in the stream of examples.
+        net: called as networks of this kind are (`harness.spec.KINDS`). x0: images float32 (N, C, H, W) in [-1, 1], or
+        latents. y: labels int32 (N,). positions: (N,) in the stream of examples.
         """
         recipe, seed = self._recipe, self._seed
         t = self._loss.times(seed, positions)  # (N,)
@@ -70,7 +71,7 @@ def area_means(x: Array, side: int) -> Array:
     for axis in (2, 3):
         size = x.shape[axis]
         cells = [
-            # from floor(cell size / side) to ceil((cell + 1) size / side)
+            # from floor(cell * size / side) to ceil((cell + 1) * size / side)
             x.take(jnp.arange(cell * size // side, -(-(cell + 1) * size // side)), axis).mean(axis, keepdims=True)
             for cell in range(side)
         ]

@@ -70,20 +70,24 @@ def _unavailable(name: str | None, error: RuntimeError) -> str:
     """The message for a device that jax does not find. error: jax's, from the search for it."""
     try:
         platforms = ", ".join(sorted({device.platform for device in jax.devices()}))
-    except RuntimeError:  # JAX_PLATFORMS names an absent one, whatever --device says
+    except RuntimeError:  # JAX_PLATFORMS names a platform that is absent, so no --device works
         return f"jax finds no devices here ({str(error).splitlines()[0]})"
     return f"--device {name} is not available to jax here (it has: {platforms}); see `harness doctor`"
 
 
 def platform_name(mesh: Mesh) -> str:
-    """The name by which `pick_devices` finds the devices of the mesh."""
+    """The name of the mesh's platform, for `pick_devices`: "cuda" where jax itself says "gpu" for NVIDIA's."""
     platform = mesh.devices.flat[0].platform
     return "cuda" if platform == "gpu" and "cuda" in mesh.devices.flat[0].client.platform_version.lower() else platform
 
 
 def make_mesh(devices: list[jax.Device], shape: str | None) -> Mesh:
-    """The mesh of `shape`, "DATAxMODEL"; None puts all devices along "data". Raises UserError where they do not suffice."""
+    """The mesh of `shape`, "DATAxMODEL", over the first devices; None puts all devices along "data".
+
+    Raises UserError if there are too few devices, or if several processes would leave some out.
+    """
     sides = MeshShape(len(devices), 1) if shape is None else MeshShape.parse(shape)
+    # With several processes no device may be left out: every process takes part in the computation, with all its devices.
     if sides.size > len(devices) or (jax.process_count() > 1 and sides.size != len(devices)):
         raise UserError(f"--mesh {sides} takes {sides.size} devices, and jax sees {len(devices)}")
     return Mesh(np.asarray(devices[: sides.size]).reshape(sides), AXES)
@@ -112,7 +116,8 @@ def device_name(mesh: Mesh) -> str:
 def free_bytes(mesh: Mesh) -> int:
     """Memory that a run can allocate now, in bytes, on all devices of the mesh together.
 
-    On accelerators: the least that is free on a device of this process, times the number of devices.
+    On accelerators: the least that is free on a device of this process, times the number of devices; 0 if jax does not know.
+    On CPUs: what is free on this host.
     """
     devices = list(mesh.devices.flat)
     if devices[0].platform == "cpu":
@@ -133,13 +138,14 @@ def apply_resolved(resolved: Resolved) -> Mesh:
         mesh = make_mesh(pick_devices(resolved.device), resolved.mesh)
     except UserError as error:
         raise device_error(resolved, f"mesh {resolved.mesh}, which is not available here") from error
+    # The number of threads decides the order of sums on a CPU, and XLA takes as many as there are processors.
     if resolved.device == "cpu" and resolved.threads != threads():
         raise device_error(resolved, f"with {resolved.threads} threads, and jax takes {threads()} here")
     return mesh
 
 
 def broadcast(number: int) -> int:
-    """The main process's number (int32), in every process: measurements differ between processes."""
+    """The main process's number (int32), in every process, so that all decide alike though they measure different values."""
     if jax.process_count() == 1:
         return number
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -158,9 +164,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def weight_shardings(mesh: Mesh, tree: Tree) -> Tree:
-    """The tree with a sharding in place of each array: over "model", along the longest axis that it divides.
+    """The tree with a sharding in place of each array: over the mesh's axis "model".
 
-    Arrays without such an axis, and arrays of less than MIN_SHARDED elements, are replicated.
+    An array is divided along its longest axis whose length is a multiple of the number of devices along "model". Arrays
+    without such an axis, and arrays of less than MIN_SHARDED elements, are replicated.
     """
     parts = mesh.shape["model"]
 
@@ -177,7 +184,7 @@ def weight_shardings(mesh: Mesh, tree: Tree) -> Tree:
 def to_device(tree: object, shardings: object) -> Any:
     """The host arrays of `tree` as jax arrays on the devices. shardings: a tree of the same form.
 
-    Every process must call this with the same arrays.
+    Every process whose devices are in the mesh must call this, with the same arrays; each copies the parts for its devices.
     """
 
     def put(value: ArrayLike, sharding: NamedSharding) -> jax.Array:
@@ -189,7 +196,7 @@ def to_device(tree: object, shardings: object) -> Any:
 
 def gather(array: jax.Array) -> np.ndarray:
     """The whole array on the host, in every process. All processes must call this."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if array.is_fully_addressable or array.is_fully_replicated:  # this process has all of it
         return np.asarray(array)
     from jax.experimental.multihost_utils import process_allgather
 

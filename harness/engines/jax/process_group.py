@@ -23,7 +23,7 @@ class JaxProcessGroup(ProcessGroup):
         multihost_utils.sync_global_devices(where)
 
     def broadcast(self, value: int) -> int:
-        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))  # jax has 32-bit integers by default
 
     def all_max(self, value: int) -> int:
         return int(multihost_utils.process_allgather(np.int32(value)).max())

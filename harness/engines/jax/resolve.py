@@ -25,12 +25,12 @@ from harness.spec import BackboneSpec
 PROBE_IMAGES = 16  # for each device, at most: the speeds of precisions are compared on a batch of this size
 PROBE_REPEATS = 3
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
-FAR_SLOWER = 4  # nor is a pass that takes this many times the seconds of another precision
+FAR_SLOWER = 4  # a pass that takes more than this many times as long as one in another precision is not repeated either
 LESS_MEMORY = "give a smaller --micro-batch or --gradient-checkpointing"
 
 
 def refuse_torch_options(precision: str = "float32", compile: str = "off") -> None:
-    """Raise UserError for the options that only torch has."""
+    """Raise UserError for the options that only torch has: precision "tf32" and compile "on"."""
     if precision == "tf32":
         raise UserError("precision tf32 belongs to --framework torch; jax has float32 and bfloat16")
     if compile == "on":
@@ -38,7 +38,7 @@ def refuse_torch_options(precision: str = "float32", compile: str = "off") -> No
 
 
 def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Random inputs of a network of `kind`, in the order of its call.
+    """Random inputs of a network of `kind`, in the order of its call. kind: of `harness.spec.KINDS`, except "generator".
 
     x float32 (images, C, H, W), t int32 (images,), y int32 (images,) unless it is a classifier, and for an upsampler the
     image at low resolution, float32 (images, C, s, s).
@@ -47,6 +47,7 @@ def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) 
     channels, size = arguments["in_channels"], arguments["input_size"]
     x = generator.standard_normal((images, channels, size, size), np.float32)
     t = generator.integers(0, 1000, images).astype(np.int32)
+    # A network without classes (num_classes 0) is given label 0, which it does not read.
     y = generator.integers(0, max(arguments["num_classes"], 1), images).astype(np.int32)
     inputs: tuple[np.ndarray, ...] = (x, t) if kind == "classifier" else (x, t, y)
     if kind == "upsampler":
@@ -60,7 +61,7 @@ def measure(
 ) -> float:
     """Seconds of forward and backward for one image: the best of PROBE_REPEATS passes after compilation, over `images`.
 
-    stop_seconds: after a pass that takes longer there is no other. Sets the compute dtype of `net`.
+    stop_seconds: a pass that takes longer is the last. Sets the compute dtype of `net`, and leaves its weights as they are.
     """
     set_compute_dtype(net, COMPUTE_DTYPES[precision])
     graph, params, rest = split(net)
@@ -89,20 +90,22 @@ def resolve(
     net: nnx.Module,
     arguments: dict[str, Any],
     *,
-    batch: int,
+    batch: int,  # of all devices together
     device: str,  # the platform of the mesh, or the name of its only device
     mesh: Mesh,
-    precision: str,
-    micro_batch: int | None,
-    activation_bytes: int,
+    precision: str,  # "auto", or a key of COMPUTE_DTYPES
+    micro_batch: int | None,  # of all devices together; None: the largest that fits
+    activation_bytes: int,  # of one image in float32
     gradient_checkpointing: bool,
 ) -> Measured:
     """Choose the precision if it is "auto" and the micro-batch if it is None. The weights of `net` stay as they are."""
     parameters = sum(param.size for param in jax.tree.leaves(nnx.state(net, nnx.Param)))
     platform, count = mesh.devices.flat[0].platform, mesh.devices.size
     free = devices.free_bytes(mesh) + 4 * parameters  # the network is already in memory and was counted as used
-    copies = 1 if platform == "cpu" else mesh.shape["data"]  # of the weights, which are not sharded over "data"
-    # Images of a micro-batch that fit in memory.
+    # Copies of the weights, which are not sharded over "data", in the memory that `free` counts: that of this host for CPUs,
+    # of all devices otherwise.
+    copies = 1 if platform == "cpu" else mesh.shape["data"]
+    # The largest micro-batch that fits in memory, over all devices.
     fitting = devices.broadcast(fit_micro_batch(batch, parameters * copies, activation_bytes, free))
     if fitting == 0:
         raise one_image_error(spec.name, parameters, activation_bytes, device, free)
@@ -119,8 +122,9 @@ def resolve(
         # A pass that shows this precision to be far slower than another is not repeated.
         stop_seconds = min([LONG_SECONDS, *(FAR_SLOWER * images * other for other in seconds.values())])
         seconds[candidate] = measure(net, images, arguments, mesh, candidate, spec.kind, stop_seconds)
+    # All processes take the precision that is fastest in the main process. `broadcast` takes an integer: its index.
     local_fastest = candidates.index(min(seconds, key=lambda name: seconds[name]))
-    fastest = candidates[devices.broadcast(local_fastest)]  # all processes take that of the main process
+    fastest = candidates[devices.broadcast(local_fastest)]
     resolved = Resolved(
         device=device,
         device_name=devices.device_name(mesh),
@@ -137,7 +141,7 @@ def resolve(
 def _even_micro_batch(batch: int, fitting: int, count: int) -> int:
     """The largest micro-batch up to `fitting` that divides the batch and is a multiple of `count`, the number of devices.
 
-    `fitting` if there is none.
+    `fitting` if there is none; `resolve` then refuses it where it cannot be divided over the devices.
     """
     sizes = [size for size in range(count, min(fitting, batch) + 1, count) if batch % size == 0]
     return max(sizes, default=fitting)

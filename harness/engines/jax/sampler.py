@@ -45,11 +45,11 @@ def sample_steps(
     first: Array | int,  # the first plan row to run
     end: Array | int,  # the row after the last one to run
     noise: Callable[[Array], Array],  # plan row k -> float32 (N, C, H, W)
-    guide: Guide | None = None,  # scale x gradient of a classifier's log-likelihood
+    guide: Guide | None = None,  # returns the scaled gradient of a log likelihood with respect to x
 ) -> Carry:
     """The state after rows first ... end - 1 of `plan`. May be traced.
 
-    A guide shifts the mean of a DDPM step and the score of other samplers (Dhariwal and Nichol 2021, algorithms 1 and 2),
+    A guide shifts the mean of a DDPM step and epsilon of other samplers (Dhariwal and Nichol 2021, algorithms 1 and 2),
     as in torch's `sample_loop`, which explains each step. Everything but the network is float32. Raises UserError where
     the network's channels do not fit the plan.
     """
@@ -72,17 +72,21 @@ def sample_steps(
 
     def combined(table_rows: np.ndarray, values: Array, k: Array, states: Sequence[Array | None]) -> Array:
         """The sum of row k's coefficients times the states: the image D first, then x, then those that the table uses."""
-        result: Array = values[k, D] * states[D] + values[k, X] * states[X]
+        x, image = states[X], states[D]
+        assert x is not None and image is not None
+        result: Array = values[k, D] * image + values[k, X] * x
         for column in (BASE, *range(D + 1, len(states))):
             if table_rows[:, column].any():
-                result = result + values[k, column] * states[column]
+                state = states[column]
+                assert state is not None
+                result = result + values[k, column] * state
         return result
 
     def step(k: Array, carry: Carry) -> Carry:
         x = carry.x
         t = jnp.full((samples,), times[k])  # (N,)
         out = predict(x if input_scale is None else input_scale[k] * x, t).astype(jnp.float32)  # (N, C or 2 C, H, W)
-        check_channels(plan, out.shape[1], channels)
+        check_channels(plan, out.shape[1], channels)  # at tracing time
         x0 = x0_from_x[k] * x - x0_from_output[k] * out[:, :channels]
         if plan.clip_denoised:
             x0 = x0.clip(-1.0, 1.0)
@@ -144,10 +148,14 @@ def classifier_guide(
     y: Array,  # int32 (N,)
     scale: float,
 ) -> Guide:
-    """A function (x, t) -> scale x gradient of log p(y | x, t) with respect to x (Dhariwal and Nichol 2021, sec. 4)."""
+    """A guide for `sample_steps`: scale x the gradient of log p(y | x, t) with respect to x.
+
+    Dhariwal and Nichol 2021, sec. 4.
+    """
     check_classifier_scale(scale)
 
-    def log_likelihood(x: Array, t: Array) -> Array:  # the sum over the batch: its gradient is that of each image
+    def log_likelihood(x: Array, t: Array) -> Array:
+        # The sum over the batch: images are independent, so each gets its own gradient.
         logits = classifier(x, t).astype(jnp.float32)  # (N, num_classes)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).sum()
 

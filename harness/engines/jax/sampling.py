@@ -95,6 +95,7 @@ class JaxStage:
         self._steps_per_call = 1  # plan steps in one call of the device; `draw` doubles it while calls are short
         replicated, batch_sharding = devices.replicated(mesh), devices.batch_sharding(mesh)
         platform = mesh.devices.flat[0].platform
+        # Argument 0 is the seed, which `threefry_jax` needs at tracing time.
         self._jit_prepare = jit(
             self._prepare, platform, static_argnums=0, out_shardings=(batch_sharding, batch_sharding)
         )
@@ -118,7 +119,7 @@ class JaxStage:
                 carry, finite = self._jit_steps(seed, states, carry, np.int32(done), np.int32(end), index, y, low_res)
                 if not bool(finite):
                     raise divergence_error(self._plan, end)
-                if done and time.monotonic() - began < CALL_SECONDS / 2:  # the first call may have compiled
+                if done and time.monotonic() - began < CALL_SECONDS / 2:  # not the first call, which may have compiled
                     self._steps_per_call *= 2
                 for _ in range(done, end):
                     advance()
@@ -137,7 +138,7 @@ class JaxStage:
         return first_carry(self._plan, x), low_res
 
     def _upsampler_noise(self, seed: int, index: Words, word: Array | np.ndarray) -> Array:
-        """Noise float32 (N, C, H, W) of random step (stage number) x 2**32 + word, so that no two stages share a step.
+        """Noise float32 (N, C, H, W) of the random step (stage number) x 2**32 + word: no two stages share a random step.
 
         word: uint32, 0 for x_T, k + 1 for plan step k.
         """
@@ -162,6 +163,7 @@ class JaxStage:
         net = nnx.merge(self._net.graph, states[0])
 
         def noise_of(k: Array) -> Array:
+            """The noise float32 (N, C, H, W) of plan step k."""
             word = k.astype(jnp.uint32)
             if self._number:
                 return self._upsampler_noise(seed, index, word + np.uint32(1))
@@ -208,7 +210,8 @@ class JaxChain:
         batch_sharding = devices.batch_sharding(self._mesh)
 
         def to_full_batch(values: Array | np.ndarray) -> Array:
-            values = np.resize(values, (self._size, *values.shape[1:]))  # repeats the rows
+            """`values` (n, ...) with rows repeated up to `_size`, divided over the devices."""
+            values = np.resize(values, (self._size, *values.shape[1:]))  # repeats from the first row on
             return devices.to_device(values, batch_sharding)
 
         index_words, y = Words(*map(to_full_batch, words(index))), to_full_batch(labels.astype(np.int32))
@@ -218,7 +221,7 @@ class JaxChain:
             if x is not None:
                 low_res = to_full_batch(to_uint8(x, self._rule).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
             x = devices.gather(stage.draw(self._seed, index_words, y, low_res, advance))[: len(index)]  # (N, C, H, W)
-        assert x is not None
+        assert x is not None  # there is at least one stage
         if self._decode is not None:
             x = self._decode(np.array(x))  # (N, 3, H, W); a copy, because arrays of jax are read-only
         return to_uint8(x, self._rule)
@@ -236,7 +239,7 @@ def make_run_sampler(
     batch: int,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
 ) -> JaxChain:
-    """The sampler of one network under one plan."""
+    """The sampler of one network under one plan, and under the guidance of `sampling`."""
     stage = JaxStage(
         spec, net, plan, arguments=arguments, precision=precision, mesh=mesh,
         guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels,

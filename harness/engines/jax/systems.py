@@ -44,6 +44,7 @@ def make_chain(
     mesh: Mesh = device.target
 
     def network(part: Component | GuidanceClassifier, source: Source) -> Network:
+        """The network of a part, with the weights of `source`."""
         # Built and filled in torch first: `read_network` knows the layouts of weight files.
         state = {name: tensor.numpy() for name, tensor in read_network(part, source).state_dict().items()}
         return Network.load(part.spec, part.spec.arguments(**part.build_arguments()), state, precision, mesh)
@@ -61,7 +62,7 @@ def make_chain(
             mesh=mesh,
             guidance_scale=stage.guidance_scale,
             guidance_channels=stage.guidance_channels,
-            classifier=classifier if number == 0 else None,
+            classifier=classifier if number == 0 else None,  # it guides the base alone
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
             conditioning_noise=stage.conditioning_noise,
             number=number,
@@ -69,7 +70,7 @@ def make_chain(
         for number, (stage, source) in enumerate(loaded.components)
     ]
 
-    def decode(latents: np.ndarray) -> np.ndarray:
+    def decode(latents: np.ndarray) -> np.ndarray:  # latents (N, C, h, w) -> images (N, 3, H, W)
         assert decoder is not None
         return decoder.decode(latents).numpy()
 

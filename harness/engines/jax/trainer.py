@@ -41,14 +41,17 @@ from harness.runs import checkpoints
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
-COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}  # by precision; None: the dtype of the weights, float32
 LESS_MEMORY = (
     "continue it in smaller micro-batches with --fork RUN --out NEW --micro-batch N, or --gradient-checkpointing"
 )
 
 
 def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> nnx.Module:
-    """The network before step 1, initialised by its own rule from jax's generator; `seed` keys that generator."""
+    """The network before step 1, initialised by its own rule from jax's generator.
+
+    The key of that generator is drawn from `harness.randomness` with `seed`.
+    """
     with errors_in_one_line(f"the initialisation of {spec.name}", "choose a smaller backbone"):
         return spec.builder("jax")(**spec.arguments(**arguments), rngs=initial_rngs(seed))
 
@@ -100,13 +103,18 @@ class JaxEngine:
                 params=devices.to_device(params, self._shardings.params),
                 rest=devices.to_device(rest, self._shardings.rest),
                 ema=devices.to_device(params, self._shardings.ema),
+                # jit makes the moments in shards: no device holds them whole.
                 adam=jax.jit(self._adam.init, out_shardings=self._shardings.adam)(params),
             )
-        del net, params, rest, shapes
+        del net, params, rest, shapes  # the first copy of the weights; the devices hold the second
         self._compile(graph)
 
     def _compile(self, graph: nnx.GraphDef) -> None:
-        """Make the jitted functions of a step, which compile at their first call with a size of micro-batch."""
+        """Make the jitted functions of a step, which compile at their first call with a size of micro-batch.
+
+        `_step` is a whole step of one micro-batch. Otherwise a step is `_first_gradients`, `_more_gradients` for every
+        further micro-batch, and `_update`. `_finite` says whether all arrays of a tree are finite.
+        """
         loss_function, recipe, seed = self._loss, self.recipe, self.seed
         optimizer = self._adam
         replicated, platform = devices.replicated(self._mesh), self._mesh.devices.flat[0].platform
@@ -153,10 +161,10 @@ class JaxEngine:
             return jax.tree.map(jnp.add, grads, added), rest, sums + more_sums
 
         shardings = self._shardings
-        of_gradients = (shardings.params, shardings.rest, replicated)
+        gradient_shardings = (shardings.params, shardings.rest, replicated)  # of what `gradients` returns
         self._step = jit(step, platform, donate_argnums=0, out_shardings=(shardings, replicated))
-        self._first_gradients = jit(gradients, platform, out_shardings=of_gradients)
-        self._more_gradients = jit(more_gradients, platform, donate_argnums=(0, 1), out_shardings=of_gradients)
+        self._first_gradients = jit(gradients, platform, out_shardings=gradient_shardings)
+        self._more_gradients = jit(more_gradients, platform, donate_argnums=(0, 1), out_shardings=gradient_shardings)
         self._update = jit(update, platform, donate_argnums=0, out_shardings=shardings)
         self._finite = jax.jit(
             lambda tree: jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
@@ -173,6 +181,7 @@ class JaxEngine:
             if len(chunks) == 1:
                 self._state, sums = self._step(self._state, self._batch(positions), lr, ema_weight)
             else:
+                # `self._state` stays as it is until the update, so that an interruption changes nothing.
                 state, grads, rest, sums = self._state, None, self._state.rest, None
                 for chunk in chunks:
                     if interrupted():
@@ -189,7 +198,7 @@ class JaxEngine:
         return True
 
     def _batch(self, positions: np.ndarray) -> Batch:
-        """The examples at `positions` of the stream, as they are stored, divided over the devices."""
+        """The examples at `positions`, int64 (n,), of the stream, as they are stored, divided over the devices."""
         stored, labels = self._stream.take(positions)
         # A network's own dropout uses jax's generator, which the first image of the micro-batch keys.
         key = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1], 0, 2)[0]  # (2,) uint32
@@ -213,6 +222,7 @@ class JaxEngine:
     def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
         state = self._state
         with errors_in_one_line("reading the weights from the devices", LESS_MEMORY):
+            # AdamW's number of updates, in both moments under the name that torch's engine gives it.
             count = {"step": np.asarray([devices.gather(state.adam.count)], np.float32)}
         return [
             ("model", lambda: self._arrays(nnx.merge_state(state.params, state.rest))),
@@ -223,7 +233,7 @@ class JaxEngine:
 
     @staticmethod
     def _arrays(state: nnx.State) -> dict[str, np.ndarray]:
-        """Whole arrays on the host, by torch's names and in torch's shapes. All processes must call this."""
+        """Whole arrays on the host, by torch's names and in torch's shapes, in every process. All must call this."""
         with errors_in_one_line("reading the weights from the devices", LESS_MEMORY):
             return state_to_torch(_without_rngs(state), devices.gather)
 
@@ -265,9 +275,10 @@ class Batch(NamedTuple):
 
 
 def matmul_context(precision: str) -> AbstractContextManager[object]:
-    """Context for matrix products in `precision`.
+    """Context for calls of a network in `precision`: how matrix products of float32 arrays are computed.
 
-    "float32": in full float32; by default TPUs and GPUs use fewer bits. "bfloat16": no change.
+    "float32": in full float32, because TPUs and GPUs use fewer bits by default. "bfloat16": by that default; the operands of
+    most products are bfloat16 then, see COMPUTE_DTYPES.
     """
     return jax.default_matmul_precision("highest") if precision == "float32" else nullcontext()
 
@@ -275,7 +286,7 @@ def matmul_context(precision: str) -> AbstractContextManager[object]:
 def _dropout_rngs(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
     """The keyword arguments of a call of `net`: {"rngs": generator of dropout} if it takes one, else {}.
 
-    key: uint32 (2,).
+    key: uint32 (2,), of that generator.
     """
     if "rngs" not in inspect.signature(type(net).__call__).parameters:
         return {}

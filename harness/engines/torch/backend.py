@@ -34,7 +34,7 @@ def measure(
     compile: str,
 ) -> tuple[torch.nn.Module, Measured]:
     """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
-    shape = parallel.mesh_of(mesh)
+    shape = parallel.mesh_of(mesh)  # of a new run: without --mesh all processes are along DATA
     target = resolve.pick_device(device)
     check_room(request.spec.name, request.compute.params // shape.model, str(target), resolve.free_bytes(target))
     logger.info("measuring the speed of a training step ...")
@@ -61,8 +61,8 @@ def make_engine(
 ) -> TorchEngine:
     """The training state of `run` before step 1.
 
-    net: the network at its initialisation, which the engine trains in place; None builds it. mesh: of the processes at
-    work now; None keeps MODEL of the mesh that the run was created with.
+    net: the network at its initialisation, which the engine trains in place; None builds it. mesh: "DATAxMODEL" for the
+    processes at work now; None keeps MODEL of the mesh that the run was created with.
     """
     return TorchEngine(
         request.spec,
@@ -86,7 +86,10 @@ def make_sampler(
     compile: str = "off",
     decoder: Decoder | None = None,  # of latents
 ) -> TorchSampler:
-    """The sampler of a run's network with these weights, under the request's guidance. Batches may have any size."""
+    """The sampler of a run's network with these weights, under the request's guidance.
+
+    Batches may have any size. If compile is "on", smaller ones are filled up to `batch` images.
+    """
     device = resolve.apply_resolved(run.resolved)
     net = load_weights(request.spec.build("torch", **request.arguments), weights)
     return TorchSampler(

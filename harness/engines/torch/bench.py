@@ -69,20 +69,21 @@ class PeakMemory:
     """The peak memory since this object was made: of the process on a CPU, of torch's allocator on a GPU."""
 
     def __init__(self, device: torch.device):
-        self._device, self._known = device, True
+        # Without a reset, VmHWM is the peak since the process began, which is not what is asked for.
+        self._device, self._was_reset = device, True
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        except OSError:
-            self._known = False
+        except OSError:  # not Linux, or not permitted
+            self._was_reset = False
 
     def bytes(self) -> int | None:
-        """The peak in bytes; None if the system does not report it."""
+        """The peak in bytes; None if the system does not report it since this object was made."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        if not self._known:
+        if not self._was_reset:
             return None
         lines = Path("/proc/self/status").read_text().splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
@@ -113,7 +114,8 @@ class Bench:
     ) -> Row:  # fmt: skip
         """Time `work`, which handles `images` images, and return its row.
 
-        operations: floating-point operations for one image, two per multiply-add; None: not counted.
+        operations: floating-point operations for one image, two per multiply-add; None: not counted. precision: ""
+        takes that of the benchmark. note: "" takes the seconds of the first call.
         """
         precision = precision or self.precision
         peak = PeakMemory(self.device)
@@ -165,12 +167,12 @@ class Bench:
             ),
             data=noise_images(self.arguments),
         )
-        done = 0
+        done = 0  # optimiser steps
 
         def step() -> None:
             nonlocal done
             done += 1
-            engine.step(done, lambda: False)
+            engine.step(done, interrupted=lambda: False)
 
         operations = 2 * self.macs * TRAINING_FACTOR
         return self.row("training", step, operations, images=self.batch, micro_batch=micro_batch)
@@ -178,10 +180,11 @@ class Bench:
     def sampling(self) -> Row:
         """The row of batches of samples, guided where the network has a null label."""
         null = self.spec.null_index(self.arguments["num_classes"])
-        # calls: images that the network computes in a step for each sample
-        scale, calls = (1.0, 1) if null is None else (GUIDANCE, 2)
-        images = max(1, self.batch // calls)
+        # copies: of each sample in the network's batch; guidance adds one without a label
+        scale, copies = (1.0, 1) if null is None else (GUIDANCE, 2)
+        images = max(1, self.batch // copies)
         objective, channels = "epsilon-learned-range", self.arguments["in_channels"]
+        # A network with a number of output channels of its own, which has no variance channels.
         if self.arguments.get("out_channels") not in (None, registry.objectives.get(objective).out_channels(channels)):
             objective = "epsilon-fixed"
         plan = sampler_plan("ddpm", self.sampler_steps, schedule="linear", diffusion_steps=1000, objective=objective)
@@ -197,11 +200,11 @@ class Bench:
             batch=images,
         )
         index = np.arange(images)
-        labels = index % max(self.arguments["num_classes"], 1)
+        labels = index % max(self.arguments["num_classes"], 1)  # all 0 if the network has no classes
         return self.row(
-            "sampling", lambda: sampler.draw(index, labels), 2 * self.macs * plan.evaluations * calls,
-            images=images, micro_batch=images * calls,
-            note=f"{self.sampler_steps} steps" + (f", guidance {scale:g}" if calls == 2 else ""),
+            "sampling", lambda: sampler.draw(index, labels), 2 * self.macs * plan.evaluations * copies,
+            images=images, micro_batch=images * copies,
+            note=f"{self.sampler_steps} steps" + ("" if null is None else f", guidance {scale:g}"),
         )  # fmt: skip
 
     def evaluation(self) -> Row:
@@ -211,7 +214,7 @@ class Bench:
             side, channels = side * LATENT_FACTOR, 3
         extractor = registry.features.get(FEATURES).load(str(self.device))
         images = np.random.default_rng(0).integers(0, 256, (EVALUATED, side, side, channels), dtype=np.uint8)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:  # counts two operations per multiply-add
             extractor(images[:1])
         return self.row(
             "evaluation", lambda: extractor(images), float(counter.get_total_flops()), images=EVALUATED,
@@ -221,7 +224,10 @@ class Bench:
 
 
 def noise_images(arguments: dict[str, Any], count: int = 512) -> ImageSet:
-    """Random images of the network's input size: the content does not change the speed of a step."""
+    """`count` random images of the network's input size, with labels: the content does not change the speed of a step.
+
+    A network in latents gets them as images with the channels of its latents.
+    """
     side, rng = arguments["input_size"], np.random.default_rng(0)
     images = rng.integers(0, 256, (count, side, side, arguments["in_channels"]), dtype=np.uint8)
     return ImageSet(name="noise", images=images, labels=rng.integers(0, max(arguments["num_classes"], 1), count))
@@ -256,16 +262,17 @@ def measure(
     resolve.check_precision(target, precision)
     if compile == "on":
         compiling.check_available(target)
-    compile_mode = "on" if compile == "auto" and cuda and compiling.unavailable_reason(target) is None else compile
-    compile_mode = "off" if compile_mode == "auto" else compile_mode
+    compile_mode = compile
+    if compile == "auto":  # on a GPU, where it is available
+        compile_mode = "on" if cuda and compiling.unavailable_reason(target) is None else "off"
     arguments = spec.arguments()
-    if spec.kind in ("denoiser", "upsampler") and arguments.get("out_channels") is None:
+    if spec.kind in ("denoiser", "upsampler") and arguments.get("out_channels") is None:  # the paper's objective
         arguments["out_channels"] = 2 * arguments["in_channels"]
     roofline = measure_roofline(target)
     chosen = roofline.fastest if precision == "auto" else precision
     macs = spec.count(**arguments).macs
     if batch is None:
-        # At half the peak of this precision.
+        # The images that a CPU trains in a step of CPU_STEP_SECONDS, at half the peak of this precision.
         images_per_step = roofline.tflops[chosen] * 1e12 / 2 * CPU_STEP_SECONDS / (2 * TRAINING_FACTOR * macs)
         batch = CUDA_BATCH if cuda else max(2, min(CPU_BATCH, int(images_per_step)))
     bench = Bench(

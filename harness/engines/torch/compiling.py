@@ -35,6 +35,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     """Why torch.compile is not available on this machine, and the fix. None: it is available."""
     if device.type not in ("cpu", "cuda"):
         return f"torch.compile is not used on {device.type}; leave out --compile"
+    # The compiler's variable and language: on a GPU triton builds its launchers in C; on a CPU the kernels are C++.
     if device.type == "cuda":
         variable, language, compilers = "CC", "C", ["gcc", "cc", "clang"]
     elif sys.platform == "darwin":
@@ -69,7 +70,7 @@ def units(net: nn.Module) -> list[nn.Module]:
 
 
 def _keep_dropout_masks() -> None:
-    """Make compiled dropout draw the same masks as uncompiled dropout, from now on in this process."""
+    """Make compiled dropout draw the masks of uncompiled dropout, in all networks that this process compiles from now on."""
     from torch._inductor import config
 
     config.fallback_random = True
@@ -86,7 +87,9 @@ def compile_network(net: nn.Module) -> None:
 
 
 def compile_sampler(net: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
-    """The compiled network for sampling, where every call has the same shapes. On a CPU `net` itself, compiled in place.
+    """A function that calls the compiled network, for sampling, where every call has the same shapes.
+
+    On a CPU it is `net` itself, compiled in place.
 
     On a GPU the network becomes one CUDA graph, so that a small one does not wait for Python. If the graph fails, the same
     kernels are launched one by one from then on.
@@ -103,9 +106,9 @@ def compile_sampler(net: nn.Module, device: torch.device) -> Callable[..., torch
         nonlocal usable
         if usable:
             try:
-                torch.compiler.cudagraph_mark_step_begin()  # the output of the previous call has been used
-                return graph(*inputs).clone()
-            except torch.cuda.OutOfMemoryError:
+                torch.compiler.cudagraph_mark_step_begin()
+                return graph(*inputs).clone()  # the next call of the graph overwrites its output
+            except torch.cuda.OutOfMemoryError:  # a RuntimeError that `plain` would raise as well
                 raise
             except RuntimeError:
                 usable = False
@@ -121,7 +124,7 @@ def undo(net: nn.Module) -> None:
 
 
 def check_available(device: torch.device) -> None:
-    """Raise UserError where torch.compile is not available."""
+    """Raise UserError, for `--compile on`, if torch.compile is not available on `device`."""
     if reason := unavailable_reason(device):
         raise UserError(f"--compile on: {reason}, or leave it out")
 
@@ -130,7 +133,7 @@ def choose(
     wanted: str,  # of CHOICES
     net: nn.Module,
     *,
-    unavailable: str | None,  # from `unavailable_reason`
+    unavailable: str | None,  # from `unavailable_reason`; None, or not None, in all processes alike
     seconds: float,  # of training on one image, uncompiled
     images: int,  # of the whole run
     measure: Callable[[], float],  # seconds of training on one image with `net` as it is, in this process
@@ -157,7 +160,7 @@ def choose(
     reason, cause = "torch.compile failed in another process", None
     try:
         compile_network(net)
-        measure()  # compiles, which may take longer than a measurement allows
+        measure()  # the passes that compile are slow, and may end a measurement early; its result is not used
         compiled_seconds = measure()
     except UserError:
         raise
@@ -166,7 +169,7 @@ def choose(
         reason, cause = f"torch.compile failed here ({text})", error
     finally:
         undo(net)
-    cost = time.perf_counter() - begin
+    cost = time.perf_counter() - begin  # seconds of compilation, about: the measurement is included
     any_failed = all_max(float(cause is not None)) > 0
     if any_failed:
         if wanted == "on":

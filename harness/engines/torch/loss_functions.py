@@ -36,10 +36,11 @@ class LossFunction:
         self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe), device)
 
     def losses(self, net: Callable[..., Tensor], x0: Tensor, y: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """The loss terms by name, float32 (N,) each.
+        """The loss terms by name, float32 (N,) each; the names are those of `loss_terms`.
 
-        x0: images float32 (N, C, H, W) in [-1, 1]. y: labels int64 (N,). positions: int64 (N,) in the stream of examples.
-        `net` sets its own autocast. Everything else is float32.
+        net: called as networks of this kind are (`harness.spec.KINDS`); it sets its own autocast, and everything else is
+        float32. x0: images float32 (N, C, H, W) in [-1, 1], or latents. y: labels int64 (N,). positions: int64 (N,) in the
+        stream of examples.
         """
         recipe, seed = self._recipe, self._seed
         t = self._loss.times(seed, positions)  # (N,)

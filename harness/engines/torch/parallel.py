@@ -27,7 +27,9 @@ from harness.runs.run import Resolved
 
 
 def mesh_of(shape: str | None, created: str = "1x1") -> MeshShape:
-    """The mesh of the processes at work now. shape: `--mesh`; None keeps MODEL of the mesh `created` with the run.
+    """The mesh of the processes at work now.
+
+    shape: of `--mesh`; None keeps MODEL of `created`, the mesh that the run was created with, and adapts DATA.
 
     Raises UserError where the number of processes does not fit.
     """
@@ -61,7 +63,10 @@ def adapt_to_processes(resolved: Resolved, mesh: str | None, batch: int) -> Reso
 
 
 def threads(resolved: Resolved) -> int:
-    """Threads of each process: an equal share of the sum when the run was created, rounded down, and at least 1."""
+    """Threads of each process: an equal share of the sum when the run was created, rounded down, and at least 1.
+
+    For a result of `adapt_to_processes` these are `resolved.threads`: its mesh has as many processes as work now.
+    """
     return max(1, resolved.threads * MeshShape.parse(resolved.mesh).size // process_group.size())
 
 
@@ -93,20 +98,21 @@ def shard(net: torch.nn.Module, mesh: MeshShape, device: torch.device) -> torch.
     # FSDP2 warns at each pass that the network's output must not be written to. Nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     with process_group.translate_dist_errors():
+        # Over two axes, fully_shard replicates the weights over the first and shards them over the second.
         if mesh.data == 1:
             devices = init_device_mesh(device.type, (mesh.model,), mesh_dim_names=("model",))
         else:
             devices = init_device_mesh(device.type, (mesh.data, mesh.model), mesh_dim_names=("data", "model"))
         for block in blocks(net):
             fully_shard(block, mesh=devices)
-        fully_shard(net, mesh=devices)
+        fully_shard(net, mesh=devices)  # the weights outside the blocks
     return net
 
 
 def blocks(net: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yields the modules that FSDP gathers as units: the items of the network's outermost ModuleLists.
 
-    For ModuleLists of ModuleLists, the items of the inner ones.
+    For ModuleLists of ModuleLists, the items of the inner ones. Nothing inside an item is a unit of its own.
     """
     for child in net.children():
         if isinstance(net, torch.nn.ModuleList) and not isinstance(child, torch.nn.ModuleList):
@@ -121,7 +127,11 @@ def largest_block(net: torch.nn.Module) -> int:
 
 
 class DataParallelModel:
-    """A network over the processes of the group: the forward pass that the trainer calls, and sums over all processes."""
+    """A network over the processes of the group: `call`, its forward pass for the trainer, and sums over all processes.
+
+    net: sharded already where the mesh shards weights, see `shard`; otherwise it is wrapped in DistributedDataParallel,
+    if there are several processes.
+    """
 
     def __init__(self, net: torch.nn.Module, mesh: MeshShape):
         self.size, self._index = process_group.size(), process_group.index()
@@ -131,7 +141,8 @@ class DataParallelModel:
         if self.size > 1 and not self._sharded:
             ddp = torch.nn.parallel.DistributedDataParallel
             with process_group.translate_dist_errors():
-                # Newer versions of torch have another name for broadcast_buffers.
+                # Buffers are copied once a step, by `broadcast_buffers`, and not at each forward pass. Newer versions of
+                # torch have another name for this option.
                 new = "forward_sync_buffers" in signature(ddp).parameters
                 options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
                 self._ddp = ddp(net, gradient_as_bucket_view=True, **options)
@@ -139,10 +150,10 @@ class DataParallelModel:
 
     @property
     def needs_warmup(self) -> bool:
-        """Whether the first forward and backward pass has to be thrown away.
+        """Whether the results of the first forward and backward pass in this process have to be thrown away.
 
-        DDP assigns gradients to new buckets after its first pass. A continued run would therefore sum in another order
-        than one that was never interrupted.
+        DDP assigns gradients to new buckets after its first pass, and sums in another order from then on. The first step
+        of a continued run would therefore have other bits than the same step of a run that was never interrupted.
         """
         return self._ddp is not None
 
@@ -164,18 +175,18 @@ class DataParallelModel:
             torch.nn.utils.clip_grad_norm_(weights, norm, foreach=True)
             return
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        total = full_tensor(torch.nn.utils.get_total_norm(gradients, foreach=True))
+        total = full_tensor(torch.nn.utils.get_total_norm(gradients, foreach=True))  # of the shards of all processes
         torch.nn.utils.clip_grads_with_norm_(weights, norm, total, foreach=True)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Replace `values` by their sum over all processes, in place, and return them."""
+        """Replace `values` by their sum over all processes, in place, and return them. All processes must call this."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def all(self, condition: torch.Tensor) -> bool:
-        """Whether the bool scalar `condition` holds in every process."""
-        return bool(self.sum((~condition).int()) == 0)
+        """Whether the bool scalar `condition` holds in every process. All processes must call this."""
+        return bool(self.sum((~condition).int()) == 0)  # the number of processes in which it does not hold
 
     def broadcast_buffers(self) -> None:
         """Copy the main process's buffers, such as running statistics, to all processes."""
@@ -185,7 +196,10 @@ class DataParallelModel:
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds, as a plain detached tensor that shares its memory."""
+    """The part of a tensor that this process holds, as a plain detached tensor that shares its memory.
+
+    Of a tensor that is not sharded, the whole.
+    """
     tensor = tensor.detach()
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
@@ -197,7 +211,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Where the part that this process holds lies in the whole tensor: a slice for each axis."""
+    """Where the part that this process holds lies in the whole tensor: a slice for each axis. It may be empty."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(None) for _ in tensor.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -76,11 +76,11 @@ def gpu(local_rank: int) -> int:
 def all_max(value: float) -> float:
     """The largest value of all processes, in every process.
 
-    With several processes the value is rounded to float32; with one it is returned unchanged.
+    With several processes a float is rounded to float32; an int stays exact. With one process it is returned unchanged.
     """
     if _launch is None:
         return value
-    tensor = torch.tensor([value])
+    tensor = torch.tensor([value])  # float32 for a float, int64 for an int
     with translate_dist_errors():
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_gloo)
     return tensor.item()
@@ -98,7 +98,7 @@ def translate_dist_errors() -> Iterator[None]:
         text = str(error).strip().partition("\n")[0]
         if _launch is None or not any(word in str(error).lower() for word in DIST_WORDS):
             raise
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(SETTLE_SECONDS)  # the watch may end this process meanwhile, with a better message
         raise RunError(
             f"the {_launch.world_size} processes have lost each other ({text[:160]}); {watch.CONTINUES}"
         ) from error
@@ -110,21 +110,24 @@ class TorchProcessGroup(ProcessGroup):
     def __init__(self) -> None:
         global _launch, _gloo
         launch = read_launch(os.environ)
-        self.size, self.index, self._done = launch.world_size, launch.rank, False
+        self.size, self.index = launch.world_size, launch.rank
+        self._collectives_over = False  # whether `collective_scope` has ended, without an exception
         if not self.is_main:
             silence_output()
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         if torch.cuda.is_available() and gpu(launch.local_rank) < torch.cuda.device_count():
-            torch.cuda.set_device(gpu(launch.local_rank))  # what "cuda" means from here on
+            # What "cuda" means from here on. `pick_device` reports a GPU that does not exist.
+            torch.cuda.set_device(gpu(launch.local_rank))
         try:
             store = _rendezvous(launch)
             if self.is_main:
                 self._watch = watch.accept_others(self.size, lambda text: store.set("watch", text))
             else:
-                # Rank 1 for the machine of the main process, local rank 0 for every other machine.
-                prints = launch.local_rank == 0 or launch.rank == 1
+                # One process of each machine prints that the main process has failed or died: local rank 0, or rank 1 on
+                # the machine of the main process, whose local rank 0 is the main process.
+                reports_main_exit = launch.local_rank == 0 or launch.rank == 1
                 published = store.get("watch").decode()
-                self._watch = watch.connect_to_main(self.index, self.size, launch.address, published, prints)
+                self._watch = watch.connect_to_main(self.index, self.size, launch.address, published, reports_main_exit)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if nccl else "gloo", store=dist.PrefixStore("torch", store), rank=self.index,
                 world_size=self.size, timeout=timedelta(seconds=STEP_SECONDS),
@@ -141,8 +144,8 @@ class TorchProcessGroup(ProcessGroup):
 
     def _leave(self) -> None:
         """Leave the group when the interpreter exits."""
-        self._watch.end(done=False)  # does nothing after `collective_scope`
-        if self._done:  # otherwise a collective may be under way
+        self._watch.end(done=False)  # a failure, unless `collective_scope` has announced another end before
+        if self._collectives_over:  # otherwise a collective may be under way
             dist.destroy_process_group()
 
     @contextmanager
@@ -155,7 +158,7 @@ class TorchProcessGroup(ProcessGroup):
         except BaseException:
             self._watch.end(done=False)
             raise
-        self._done = True
+        self._collectives_over = True
         self._watch.end(done=True)
 
     @contextmanager
@@ -178,8 +181,11 @@ class TorchProcessGroup(ProcessGroup):
 
 
 def _rendezvous(launch: LaunchInfo) -> dist.Store:
-    """Wait until all processes have connected to their shared store, and return it."""
-    os.environ.setdefault("MASTER_PORT", str(launch.port))
+    """Wait until all processes have connected to their shared store, and return it.
+
+    Raises RuntimeError with the first process that has not connected within JOIN_SECONDS.
+    """
+    os.environ.setdefault("MASTER_PORT", str(launch.port))  # "env://" reads it, and srun does not set it
     wait = timedelta(seconds=JOIN_SECONDS)
     store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.world_size, timeout=wait))
     store.set_timeout(wait)

@@ -36,7 +36,8 @@ LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
 def pick_device(name: str | None) -> torch.device:
     """The device of that name; None: cuda if there is one, else cpu. Raises UserError where it is not available.
 
-    Of several processes each takes the GPU of its local rank: `harness.engines.torch.process_group.gpu`.
+    Of several processes each takes the GPU of its local rank, so `name` must not have an index then:
+    `harness.engines.torch.process_group.gpu`.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,8 +50,8 @@ def pick_device(name: str | None) -> torch.device:
         name = f"{platform}:{process_group.gpu(process_group.local_rank())}" if platform == "cuda" else name
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device)  # fails if the device is not available
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch is built without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--device {name} is not available here ({reason}); try --device cpu, see `harness doctor`"
@@ -75,7 +76,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def inputs_of(kind: str, images: int, arguments: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Random inputs of a network of `kind`, in the order of its call.
+    """Random inputs of a network of `kind`, in the order of its call. kind: of `harness.spec.KINDS`, except "generator".
 
     x float32 (images, C, H, W), t int64 (images,), y int64 (images,) unless it is a classifier, and for an upsampler the
     image at low resolution, float32 (images, C, s, s).
@@ -84,6 +85,7 @@ def inputs_of(kind: str, images: int, arguments: dict[str, Any], device: torch.d
     channels, size = arguments["in_channels"], arguments["input_size"]
     x = torch.randn((images, channels, size, size), generator=generator)
     t = torch.randint(0, 1000, (images,), generator=generator)
+    # A network without classes (num_classes 0) is given label 0, which it does not read.
     y = torch.randint(0, max(arguments["num_classes"], 1), (images,), generator=generator)
     inputs: tuple[torch.Tensor, ...] = (x, t) if kind == "classifier" else (x, t, y)
     if kind == "upsampler":
@@ -113,9 +115,9 @@ def seconds_if_far_slower(
 ) -> float | None:
     """Seconds of forward and backward for one image, if they already show that this precision is not worth measuring.
 
-    That is the case if each of two passes takes more than PATIENCE_SECONDS and more than FAR_SLOWER times
-    `other_seconds`, those of another precision: bfloat16 on a CPU without units for it. None: the precision has to be
-    measured.
+    They do if each of two passes over a single image takes more than PATIENCE_SECONDS and more than FAR_SLOWER times
+    `other_seconds`, the seconds of another precision. An example is bfloat16 on a CPU without units for it. None: they do
+    not, and the precision has to be measured. The seconds are of the slowest process. All processes must call this.
     """
     seconds = 0.0
     for _ in range(2):  # the first pass may include set-up
@@ -131,8 +133,8 @@ def measure_here(
 ) -> float:  # fmt: skip
     """Seconds of forward and backward for one image in this process: the best of `repeats` passes after a first one.
 
-    repeats: 0 takes the first pass. A pass of more than LONG_SECONDS counts and is the last. Does not wait for other
-    processes. Leaves weights and buffers as they are, and no gradients.
+    repeats: 0 takes the first pass. A pass of more than LONG_SECONDS is the last, and counts even if it is the first. Does
+    not wait for other processes. Leaves weights and buffers as they are, and no gradients.
     """
     set_arithmetic(device, precision)
     inputs = inputs_of(kind, images, arguments, device)
@@ -146,13 +148,13 @@ def measure_here(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin
-        if repeat or not repeats:  # the first pass warms up
+        if repeat or not repeats:  # the first pass only warms up, unless it is the only one
             best = min(best, seconds)
         if seconds > LONG_SECONDS:
             best = min(best, seconds)
             break
     net.zero_grad(set_to_none=True)
-    for buffer, before in zip(net.buffers(), buffers, strict=True):  # such as running statistics
+    for buffer, before in zip(net.buffers(), buffers, strict=True):  # such as running statistics, which forward changes
         buffer.copy_(before)
     return best / images
 
@@ -170,7 +172,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def check_precision(device: torch.device, precision: str) -> None:
-    """Raise UserError for TF32 on a device without it, where float32 would be computed under its name."""
+    """Raise UserError for "tf32" on a device without TF32, where torch would silently compute in float32."""
     if precision != "tf32":
         return
     if device.type != "cuda":
@@ -184,7 +186,8 @@ def check_precision(device: torch.device, precision: str) -> None:
 def set_arithmetic(device: torch.device, precision: str) -> None:
     """Let matrix products and convolutions of float32 use TF32 (10 bits of mantissa) under "tf32", and all 23 bits otherwise.
 
-    By default, torch lets convolutions use TF32 on a GPU. It is set for the whole process: backward passes run later.
+    By default, torch lets convolutions use TF32 on a GPU. This is a setting of the process and not a context around the
+    forward pass, because it must hold in the backward pass, too.
     """
     check_precision(device, precision)
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -200,7 +203,7 @@ def _seconds_by_precision(
     for precision in precisions:
         local_seconds = None  # of one image in one process, the slowest; None: to be measured
         if seconds:
-            other_seconds = min(seconds.values()) * processes
+            other_seconds = min(seconds.values()) * processes  # of one image in one process, too
             local_seconds = seconds_if_far_slower(net, arguments, device, precision, kind, other_seconds)
         local_seconds = local_seconds or measure(net, images, arguments, device, precision, kind)
         seconds[precision] = local_seconds / processes
@@ -222,18 +225,21 @@ def resolve(
     compile: str,  # of compiling.CHOICES
     steps: int,  # of the run
 ) -> Measured:
-    """Choose precision, micro-batch and compilation if they are "auto" or None. The weights of `net` stay as they are."""
+    """Choose precision, micro-batch and compilation if they are "auto" or None, by measurements of `net`.
+
+    `net` is sharded over `mesh` and on `device`. Its weights stay as they are. All processes must call this.
+    """
     parameters = sum(weight.numel() for weight in net.parameters())
     local_parameters = parameters  # in the memory of each process
     if mesh.model > 1:  # its shard, and the block that is gathered
         local_parameters = parameters // mesh.model + parallel.largest_block(net)
     local_batch = parallel.local_batch(batch)
     free = free_bytes(device) + 4 * local_parameters  # the network is already in memory and was counted as used
-    # The smallest of the micro-batches that fit in the processes.
+    # The largest micro-batch that fits in every process: the minimum, as the negative of a maximum.
     fitting = -int(process_group.all_max(-fit_micro_batch(local_batch, local_parameters, activation_bytes, free)))
     if fitting == 0:
         raise one_image_error(spec.name, local_parameters, activation_bytes, str(device), free)
-    chosen = min(micro_batch or fitting, local_batch)  # micro-batch
+    chosen = min(micro_batch or fitting, local_batch)  # the micro-batch; that of the user is not checked for memory
     images = min(chosen, PROBE_IMAGES)
     check_precision(device, precision)
     candidates = list(PRECISIONS) if precision == "auto" else [precision]
@@ -241,7 +247,8 @@ def resolve(
     seconds = _seconds_by_precision(net, images, arguments, device, candidates, spec.kind)
     fastest = min(seconds, key=lambda name: seconds[name])
     unavailable = compiling.unavailable_reason(device)
-    if process_group.all_max(float(unavailable is not None)) and unavailable is None:  # all processes measure, or none
+    # Either all processes measure compiled code or none: they wait for each other in `choose`.
+    if process_group.all_max(float(unavailable is not None)) and unavailable is None:
         unavailable = "torch.compile is not available in another process"
     choice = compiling.choose(
         compile, net, unavailable=unavailable, seconds=seconds[fastest] * processes, images=local_batch * steps,
@@ -266,12 +273,16 @@ def resolve(
 
 
 def apply_resolved(resolved: Resolved) -> torch.device:
-    """Return the device of a run and set the number of threads of this process to the run's.
+    """Return the device of a run, and set the number of threads of this process to the run's share for it.
 
-    Raises UserError, with the flag that forks the run, if this machine does not have the device or cannot compile.
+    Precision is not applied here: see `set_arithmetic` and `autocast`. Raises UserError, with the flag that forks the run, if
+    this machine does not have the device or cannot compile.
     """
+    name = resolved.device
+    if process_group.size() > 1:  # a run that one process began on "cuda:1": now each process takes its own GPU
+        name = name.partition(":")[0]
     try:
-        device = pick_device(resolved.device if process_group.size() == 1 else resolved.device.partition(":")[0])
+        device = pick_device(name)
     except UserError as error:
         raise device_error(resolved) from error
     if resolved.compile == "on" and (reason := compiling.unavailable_reason(device)):

@@ -59,7 +59,7 @@ class Roofline:
         return self.tflops[precision], "measured matrix product"
 
     def warning(self, stage: str, precision: str, tflops: float) -> str:
-        """Why a stage may have been faster than the peaks; empty where it was not."""
+        """A warning that a stage was faster than a peak, with the likely reason; "" if it was not. tflops: of the stage."""
         peak, source = self.peak(precision)
         measured = self.tflops[precision]
         if tflops <= min(peak, measured):
@@ -94,7 +94,8 @@ def wait(device: torch.device) -> None:
 def seconds_of(call: Callable[[], object], device: torch.device, min_seconds: float, runs: int = RUNS) -> list[float]:
     """Seconds of one call, one number for each of `runs` timings.
 
-    A timing is a loop of calls that takes about `min_seconds`, or of one call if that takes longer.
+    A timing is a loop of calls that takes about `min_seconds`, or of one call if that takes longer. Two calls precede the
+    timings: one to warm up, and one from which the number of calls in the loop follows.
     """
     call()
     wait(device)
@@ -116,7 +117,9 @@ def seconds_of(call: Callable[[], object], device: torch.device, min_seconds: fl
 def matrix_tflops(device: torch.device, precision: str) -> list[float]:
     """TFLOP/s of a square matrix product, one for each timing.
 
-    The matrices hold normal random numbers: with ones a GPU draws less power, and so keeps a higher clock than in training.
+    On a CPU the side doubles from 256 up to that in SIDES, as long as the next product takes at most SLOW_SECONDS. Other
+    devices go from 256 to that in SIDES at once. The matrices hold normal random numbers: with ones a GPU draws less power,
+    and so keeps a higher clock than in training.
     """
     set_arithmetic(device, precision)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -125,7 +128,7 @@ def matrix_tflops(device: torch.device, precision: str) -> list[float]:
         generator = torch.Generator(device).manual_seed(0)
         a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
         seconds = seconds_of(partial(torch.matmul, a, b), device, SECONDS.get(device.type, 0.05))
-        if side >= max_side or min(seconds) * 8 > SLOW_SECONDS:
+        if side >= max_side or min(seconds) * 8 > SLOW_SECONDS:  # twice the side takes 8 times as long
             return [2 * side**3 / duration / 1e12 for duration in seconds]
         side = min(2 * side, max_side) if device.type == "cpu" else max_side
 
@@ -136,6 +139,7 @@ def memory_gbytes(device: torch.device) -> list[float]:
     count = BANDWIDTH_BYTES.get(device.type, 1 << 26) // 4  # float32 elements of each array
     a, b, c = (torch.ones(count, device=device) for _ in range(3))
     seconds = seconds_of(lambda: torch.add(a, b, alpha=2.0, out=c), device, SECONDS.get(device.type, 0.05))
+    # Three arrays of 4-byte elements.
     return [3 * 4 * count / duration / 1e9 for duration in seconds]
 
 

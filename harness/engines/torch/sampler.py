@@ -29,7 +29,7 @@ def sample_loop(
     x: torch.Tensor,  # float32 (N, C, H, W): the initial noise, standard normal
     noise: Callable[[int], torch.Tensor],  # plan row k -> float32 (N, C, H, W); called where the plan adds noise
     progress: Callable[[int, int], None] | None = None,  # called with (rows done, rows)
-    guide: Guide | None = None,  # the scaled gradient of a log likelihood with respect to x
+    guide: Guide | None = None,  # returns the scaled gradient of a log likelihood with respect to x
 ) -> torch.Tensor:
     """Run the plan and return x_0, an inference tensor float32 (N, C, H, W). `x` is not changed.
 
@@ -62,11 +62,12 @@ def sample_loop(
             x0.clamp_(-1.0, 1.0)
         gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
         if gradient is not None and not table.shifts_mean:
+            # x0 contains -(s / a) eps, and eps is shifted by -s gradient.
             x0 = x0 + float(plan.x0_from_gradient[k]) * gradient
         images = [x0, *images][: table.x_from.shape[1] - D]
         states = [x, base, *images]
         x, base = _combined(table.x_from[k], states), _combined_base(table.base_from[k], states)
-        mean_gradient = gradient if table.shifts_mean else None
+        mean_gradient = gradient if table.shifts_mean else None  # of DDPM; for others x0 is shifted already
         std: torch.Tensor | float
         if table.log_variances is not None and (plan.adds_noise[k] or mean_gradient is not None):
             low, high = table.log_variances
@@ -153,7 +154,8 @@ def classifier_guide(
 
     def guide(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.clone().requires_grad_(True)  # (N, C, H, W), an ordinary tensor
+            # Autograd cannot use the tensors of `sample_loop`, which are made in inference mode; their clones are ordinary.
+            x = x.clone().requires_grad_(True)  # (N, C, H, W)
             log_probs = classifier(x, t.clone()).float().log_softmax(dim=-1)  # (N, num_classes)
             # The sum over the batch: images are independent, so each gets its own gradient.
             log_likelihood = log_probs.gather(1, y.clone()[:, None]).sum()

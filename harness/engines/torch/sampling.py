@@ -75,10 +75,10 @@ class TorchStage:
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self._max_images = (
-            max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1))) if device.type == "cpu" else None
-        )
-        self._equal_sizes = compile == "on"  # of network calls: each new size would be compiled anew
+        self._max_images: int | None = None  # in one call of the network; None: any number
+        if device.type == "cpu":
+            self._max_images = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1)))
+        self._equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
         self.evaluations = guided_evaluations(plan.evaluations, guidance_scale)
 
     def _call_count(self, count: int) -> int:
@@ -104,14 +104,16 @@ class TorchStage:
             noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._number, tuple(low_res.shape[1:]))
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
 
-        def noise_of(k: int) -> torch.Tensor:  # of plan step k; -1: the initial noise x_T
-            if self._number:
+        def noise_of(k: int) -> torch.Tensor:
+            """The noise (N, C, H, W) of plan step k; k = -1: the initial noise x_T."""
+            if self._number:  # an upsampler; the steps of different stages never coincide
                 step = (self._number << STAGE_BITS) + 1 + k
                 return random.normal(seed, Purpose.UPSAMPLER_NOISE, index, step, self._shape)
             purpose = Purpose.INITIAL_NOISE if k < 0 else Purpose.STEP_NOISE
             return random.normal(seed, purpose, index, max(k, 0), self._shape)  # (N, C, H, W)
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            """The network's output float32, computed in one or several calls."""
             arguments = [x, t, y]
             if low_res is not None:
                 arguments.append(low_res.repeat(len(x) // len(low_res), 1, 1, 1))  # guidance doubles the batch
@@ -128,8 +130,8 @@ class TorchStage:
         return sample_loop(
             guided(call, y, *self._guidance),
             self._plan,
-            noise_of(-1),
-            noise_of,
+            x=noise_of(-1),
+            noise=noise_of,
             progress=lambda *_: advance(),
             guide=None if self._classifier is None else classifier_guide(logits, y, self._classifier_scale),
         )
@@ -159,6 +161,7 @@ class TorchGenerator:
         assert low_res is None
         set_arithmetic(self._device, self._precision)
         u = random.uniform(seed, Purpose.INITIAL_NOISE, index, 0, (self._latent_size,)).double()  # (N, Z)
+        # The inverse of the normal distribution function, at u scaled to the interval between the two tails.
         tail = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))  # the probability below -2
         z = torch.special.ndtri(tail + u * (1 - 2 * tail)).clamp(-2, 2) * self._truncation  # (N, Z)
         with autocast(self._device, self._precision):
@@ -214,7 +217,7 @@ class TorchChain:
         seed: int,
         uint8_rule: str,
         device: torch.device,
-        fill: int | None = None,  # every batch is filled up to so many images by repeating its last one
+        fill: int | None = None,  # smaller batches are filled up to this size, by repeating the last image; None: not
     ):
         self._stages, self._decode, self._fill = tuple(stages), decode, fill
         self._seed, self._rule, self._device = seed, uint8_rule, device
@@ -222,7 +225,7 @@ class TorchChain:
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
-        count = len(index)
+        count = len(index)  # without the images that fill up the batch, which are cut off again below
         if self._fill is not None and count < self._fill:
             index, labels = (np.pad(each, (0, self._fill - count), mode="edge") for each in (index, labels))
         device_index = torch.from_numpy(index).to(self._device)
@@ -234,7 +237,7 @@ class TorchChain:
                 pixels = torch.from_numpy(to_uint8(x, self._rule)).permute(0, 3, 1, 2)
                 low_res = pixels.to(self._device, torch.float32) / 127.5 - 1  # (N, C, s, s)
             x = stage.draw(self._seed, device_index, y, low_res, advance)  # (N, C, H, W)
-        assert x is not None
+        assert x is not None  # there is at least one stage
         if self._decode is not None:
             x = self._decode(x[:count])  # (N, 3, H, W)
         return to_uint8(x[:count], self._rule)

@@ -37,6 +37,7 @@ def make_chain(
         classifier = read_network(system.classifier, loaded.sources["classifier"]).to(target)
 
     def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchGenerator:
+        """The sampler of component `number` of the system, with `net`, its network."""
         arguments = stage.spec.arguments(**stage.build_arguments())
         if stage.spec.kind == "generator":
             return TorchGenerator(
@@ -55,7 +56,7 @@ def make_chain(
             device=target,
             guidance_scale=stage.guidance_scale,
             guidance_channels=stage.guidance_channels,
-            classifier=classifier if number == 0 else None,
+            classifier=classifier if number == 0 else None,  # it guides the base alone
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
             conditioning_noise=stage.conditioning_noise,
             number=number,

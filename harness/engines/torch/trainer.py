@@ -32,10 +32,13 @@ from harness.spec import BackboneSpec
 
 
 def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.Module:
-    """The network before step 1, initialised by its own rule from torch's generator; `seed` seeds that generator."""
+    """The network before step 1, initialised by its own rule from torch's generator.
+
+    The seed of that generator is drawn from `harness.randomness` with `seed`. Its state is restored afterwards.
+    """
     high, low = (int(word) for word in words(seed, Purpose.INITIALISATION, np.zeros(1, np.int64), 0, 2)[0])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((high << 31 | low >> 1) & (2**63 - 1))
+        torch.manual_seed((high << 31 | low >> 1) & (2**63 - 1))  # the upper 63 of 64 random bits
         return spec.build("torch", **arguments)
 
 
@@ -86,9 +89,9 @@ class TorchEngine:
         terms_total = torch.zeros(len(self.loss_terms), dtype=torch.float64, device=self.device)
         buffers = [buffer.clone() for buffer in self.net.buffers()]
         chunks = self._parallel.local_part(positions).split(self.resolved.micro_batch)
-        if self._needs_warmup:
+        if self._needs_warmup:  # at the first step in this process, see `DataParallelModel.needs_warmup`
             self._accumulate(chunks[0])
-            self._check_gradients()
+            self._check_gradients()  # here, too: DDP may fail at its next pass if a weight got no gradient
             self._undo_passes(buffers)
             self._needs_warmup = False
         for chunk in chunks:
@@ -112,13 +115,16 @@ class TorchEngine:
         return True
 
     def _undo_passes(self, buffers: list[Tensor]) -> None:
-        """Undo forward and backward passes: drop all gradients, and set the network's buffers to `buffers`."""
+        """Undo forward and backward passes: drop all gradients, and set the network's buffers to `buffers`.
+
+        buffers: copies from before the passes, in the order of `net.buffers()`.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.net.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
     def _check_gradients(self) -> None:
-        """Raise UserError if a weight has no gradient."""
+        """Raise UserError if a weight has no gradient, because AdamW would silently leave it as it is."""
         if idle := [name for name, weight in zip(self._names, self._weights, strict=True) if weight.grad is None]:
             raise UserError(
                 f"parameter {idle[0]} of the network gets no gradient; use it in forward, or set its requires_grad to False"
@@ -127,28 +133,31 @@ class TorchEngine:
     def _accumulate(self, positions: Tensor) -> Tensor:
         """Add the gradients of one micro-batch to those of the weights. Returns its loss terms, float64 (terms,).
 
-        Both are sums over its images divided by the global batch, so that micro-batches add up to the means of the batch.
+        Both are sums over its images divided by the global batch, so that those of all micro-batches, in all processes,
+        add up to the means of the batch. positions: int64 (n,) in the stream of examples.
         """
         x0, y = self._batch(positions)  # (n, C, H, W), (n,)
         # A network's own dropout uses torch's generator, which the first image of the micro-batch seeds.
         word = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1].numpy(), 0, 1)[0, 0]
         torch.manual_seed(int(word))
 
-        def call(*inputs: Tensor) -> Tensor:
+        def call(*inputs: Tensor) -> Tensor:  # `LossFunction.losses` expects that the network sets autocast
             with autocast(self.device, self.resolved.precision):
                 return self._parallel.call(*inputs)
 
         terms = self._loss.losses(call, x0, y, to_device(positions, self.device))  # (n,) each
+        # A term of weight 0, such as the accuracy, is only logged and may have no gradient.
         loss = reduce(torch.add, [weight * terms[name].sum() for name, weight in self.loss_terms.items() if weight])
-        (loss / self.recipe.batch * self._parallel.size).backward()  # times size, because gradients become the mean
+        # Times size, because DDP and FSDP2 replace gradients by their mean over the processes.
+        (loss / self.recipe.batch * self._parallel.size).backward()
         return torch.stack([terms[name].detach().sum() for name in self.loss_terms]).double() / self.recipe.batch
 
     def _batch(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 float32 (n, C, H, W) in [-1, 1] for pixels, and labels int64 (n,), at `positions` (n,) of the stream."""
+        """(x0 float32 (n, C, H, W), labels int64 (n,)) at `positions` (n,) of the stream. x0 is in [-1, 1] for pixels."""
         stored, labels = self._stream.take(positions.numpy())
         index = to_device(positions, self.device)
 
-        def normal(shape: tuple[int, ...]) -> Tensor:
+        def normal(shape: tuple[int, ...]) -> Tensor:  # for latents, which are sampled from their posterior
             return random.normal(self.seed, Purpose.POSTERIOR, index, 0, shape)
 
         x0 = self._to_model_input(to_device(torch.from_numpy(stored), self.device), normal)
@@ -164,6 +173,7 @@ class TorchEngine:
 
     @process_group.translate_dist_errors()
     def finite(self) -> bool:
+        # A norm is finite only if all elements are. Of sharded weights each process checks its own part.
         norms = torch.stack(torch._foreach_norm(list(map(local_shard, self._weights))))
         return self._parallel.all(torch.isfinite(norms).all())
 
@@ -186,17 +196,21 @@ class TorchEngine:
 
         key: "exp_avg" or "exp_avg_sq".
         """
-        states = [self._optimizer.state[weight] for weight in self._weights]
+        states = [self._optimizer.state[weight] for weight in self._weights]  # all with the same "step"
         moments = _arrays({name: state[key] for name, state in zip(self._names, states, strict=True)})
         return {**moments, "step": states[0]["step"].cpu().numpy().reshape(1)}
 
     @torch.no_grad()
     def load(self, part: str, path: Path) -> None:
         targets = self._load_targets(part)
-        step = None
+        step = None  # AdamW's number of updates, which both moments hold
         seen = set()
 
         def local_slice(name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+            """The slice of a tensor in the file that this process holds.
+
+            None reads it whole: "step", and a tensor that does not fit, which is refused below.
+            """
             fits = name in targets and tuple(targets[name].shape) == shape
             return shard_slice(targets[name]) if fits else None
 
@@ -218,7 +232,8 @@ class TorchEngine:
     def _load_targets(self, part: str) -> dict[str, Tensor]:
         """The tensors that `load` fills with a part of a checkpoint, by name.
 
-        For a moment: creates it in the optimizer, as zeros, if it is missing.
+        part: "model", "ema", "first_moment" or "second_moment". A moment of AdamW that the optimizer does not have yet,
+        because no step was done, is created in it as zeros.
         """
         if part == "model":
             return self.net.state_dict()

@@ -27,22 +27,31 @@ CONTINUES = "the same command continues from the last checkpoint"
 class Watch:
     """The connections of one process: the main process has one to each of the others, which have one to it.
 
-    A daemon thread listens until this process ends. prints: whether this process reports the end of the main process.
+    A daemon thread listens until the processes at the other ends have finished, and ends this process if one of the group
+    fails or dies. The main process prints a line on stderr about it. If it is the main process that fails or dies, the
+    processes with `reports_main_exit` print the line.
     """
 
-    def __init__(self, index: int, size: int, connections: dict[int, socket.socket], prints: bool = True):
-        self._index, self._size, self._connections, self._prints = index, size, connections, prints
-        self._ended = False
+    def __init__(
+        self,
+        index: int,
+        size: int,
+        connections: dict[int, socket.socket],  # by the index of the process at the other end
+        reports_main_exit: bool = False,
+    ):
+        self._index, self._size, self._connections = index, size, connections
+        self._reports_main_exit = reports_main_exit
+        self._announced = False  # whether this process has announced its own end; from then on no other process ends it
         self._selector = selectors.DefaultSelector()
         for number, connection in connections.items():
             self._selector.register(connection, selectors.EVENT_READ, number)
         threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
     def end(self, done: bool) -> None:
-        """Send to the others that this process has finished, or that it failed. Only the first call counts."""
-        if self._ended:
+        """Announce the end of this process to the others: done, or failed. Later calls do nothing."""
+        if self._announced:
             return
-        self._ended = True
+        self._announced = True
         self._send(DONE if done else FAILED, self._index)
 
     def _listen(self) -> None:
@@ -54,22 +63,22 @@ class Watch:
                 event, number = _read(connection) or (GONE, key.data)  # closed without DONE: its process died
                 if event == DONE:
                     self._selector.unregister(connection)
-                elif not self._ended:
+                elif not self._announced:
                     self._end_process(event, number)
                 else:
-                    return
+                    return  # this process ends by itself, whatever happens to the others
 
     def _end_process(self, event: bytes, number: int) -> None:
-        """End this process, because process `number` has failed or died."""
-        if self._index == 0:
+        """End this process, because process `number` has failed or died. Returns only if this process ends by itself."""
+        if self._index == 0:  # the others are connected to the main process alone
             self._send(event, number)
         what = "is gone (killed, or its machine was lost)"
         if event == FAILED:
             time.sleep(GRACE_SECONDS)
             what = "stopped on an error (see its message)"
-        if self._ended:
+        if self._announced:  # in the meantime
             return
-        if self._index == 0 or (number == 0 and self._prints):
+        if self._index == 0 or (number == 0 and self._reports_main_exit):
             sys.stderr.write(f"harness: process {number} of {self._size} {what}; {CONTINUES}\n")
             sys.stderr.flush()
         os._exit(1)  # the main thread may wait in a collective for ever
@@ -86,7 +95,8 @@ class Watch:
 def accept_others(size: int, publish: Callable[[str], None]) -> Watch:
     """Wait until all other processes have connected, and return the watch of the main process.
 
-    publish: makes a text, "PORT TOKEN", known to the other processes, which call `connect_to_main` with it.
+    publish: is called with a text, "PORT TOKEN", and makes it known to the other processes, which call `connect_to_main`
+    with it.
     """
     token = os.urandom(16)
     dual = socket.has_dualstack_ipv6()
@@ -106,20 +116,20 @@ def accept_others(size: int, publish: Callable[[str], None]) -> Watch:
     return Watch(0, size, connections)
 
 
-def connect_to_main(index: int, size: int, address: str, published: str, prints: bool) -> Watch:
-    """Connect to the main process, and return the watch of this process, which is any other.
+def connect_to_main(index: int, size: int, address: str, published: str, reports_main_exit: bool) -> Watch:
+    """Connect to the main process, and return the watch of this process, which is not the main process.
 
-    address: of the main process. published: the text from `accept_others`. prints: see `Watch`; true in one process of
-    each machine.
+    address: of the main process. published: the text from `accept_others`. reports_main_exit: whether this process
+    prints that the main process has failed or died; true in one process of each machine.
     """
     port, token = published.split()
     connection = socket.create_connection((address, int(port)), timeout=60)
     connection.sendall(HELLO.pack(index, bytes.fromhex(token)))
-    return Watch(index, size, {0: _keep_alive(connection)}, prints)
+    return Watch(index, size, {0: _keep_alive(connection)}, reports_main_exit)
 
 
 def _keep_alive(connection: socket.socket) -> socket.socket:
-    """Give `connection` no timeout, and probes that close it when the other machine is lost. Returns it."""
+    """Remove the timeout of `connection`, and turn on probes that close it when the other machine is lost. Returns it."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, seconds in PROBE_SECONDS:
@@ -129,7 +139,7 @@ def _keep_alive(connection: socket.socket) -> socket.socket:
 
 
 def _read(connection: socket.socket) -> tuple[bytes, int] | None:
-    """The next (event, process), or None where the other end is closed."""
+    """The next message as (event, index of the process that it is about); None: the connection is closed or broken."""
     try:
         frame = connection.recv(FRAME.size, socket.MSG_WAITALL)
     except OSError:
