@@ -187,6 +187,7 @@ class Bench:
         # A network with a number of output channels of its own, which has no variance channels.
         if self.arguments.get("out_channels") not in (None, objective.out_channels(self.arguments["in_channels"])):
             objective = registry.objectives.get("epsilon-fixed")
+        # 0.0, False: eta, which ddpm does not use, and no clipping of x0
         plan = registry.samplers.get("ddpm").make(
             Schedule.named("linear", 1000), self.sampler_steps, objective, 0.0, False
         )
@@ -284,7 +285,7 @@ def measure(
     rows = []
     for stage in stages:
         logger.info(f"measuring {stage} ...")
-        resolve.set_arithmetic(target, chosen)
+        resolve.set_arithmetic(target, chosen)  # `measure_roofline` has left another precision
         rows.append(dataclasses.asdict(getattr(bench, stage)()))
         if cuda:
             torch.cuda.empty_cache()
