@@ -11,7 +11,7 @@ from harness.weights.maps import Layout, Shapes, WeightMap, take_all
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
     """Builder arguments that follow from the shapes of a network of the kind of `spec`.
 
-    Without the tensor of an argument, that argument is left out; but in a U-Net without a label table, num_classes is 0.
+    Without the tensor of an argument, that argument is left out; without a label table, num_classes of a U-Net is 0.
     """
     arguments: dict[str, Any] = {}
     if len(embedding := shapes.get("time_embed.0.weight", ())) == 2:

@@ -133,7 +133,7 @@ def to_diffusers(shapes: Shapes) -> Recipes:
 
 
 def diffusers_config(arguments: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """config.json of the transformer; `shapes` is not used. DiT's norm_eps removes the second of the two DIFFERENCES."""
+    """config.json of the transformer; `shapes` is not used. DiT's norm_eps removes the second of DIFFERENCES."""
     return {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",

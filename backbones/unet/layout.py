@@ -137,7 +137,7 @@ def unet_layout(
     outputs: list[tuple[Part, ...]] = []
     decoder_levels = [] if encoder_only else reversed(list(enumerate(multipliers)))
     for level, multiplier in decoder_levels:
-        # One more than in the encoder, for the skip of the layer before this level: downsampling, or the input convolution.
+        # One more than in the encoder, for the skip of the layer before the level: downsampling or input convolution
         for index in range(res_blocks + 1):
             path = f"output_blocks.{len(outputs)}"
             parts: tuple[Part, ...] = (ResBlock(f"{path}.0", channels + skips.pop(), int(width * multiplier), side),)
