@@ -3,7 +3,7 @@
 Both networks have the same attribute names, so the map is a rule instead of a table:
 
     path        joined by dots; the leaves `kernel`, `scale` and `embedding` are called `weight` in torch, others the same
-    kernel      input and output axes first: (in, out) <-> (out, in), WIO <-> OIW, HWIO <-> OIHW
+    kernel      in torch with the output and input axes first: (in, out) <-> (out, in), WIO <-> OIW, HWIO <-> OIHW
     the rest    the same shape: biases, scales, tables, positions
 
 Importers and exporters of public files (`harness.weights`) use torch's names and shapes, but do not need torch.

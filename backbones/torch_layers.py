@@ -32,11 +32,11 @@ SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), of a tensor of any shape.
 
-    On a CPU it is computed in float32 as x sigmoid(2 u), which is the same function up to float32 rounding: torch's
-    tanh takes several times as long there as its sigmoid. Uncompiled bfloat16 uses torch's gelu, because the steps of
-    the other formula would each be rounded to bfloat16.
+    On a CPU, compiled code and float32 tensors use x sigmoid(2 u), which is the same function up to float32 rounding:
+    torch's tanh takes several times as long there as its sigmoid. Uncompiled bfloat16 uses torch's gelu, because the
+    steps of the other formula would each be rounded to bfloat16.
     """
-    if x.device.type == "cpu" and torch.compiler.is_compiling():
+    if x.device.type == "cpu" and torch.compiler.is_compiling():  # the compiler fuses the steps of a plain formula
         wide = x if x.dtype == torch.float64 else x.float()  # float32 or float64
         return (wide * torch.sigmoid(wide * (SLOPE + CUBIC * wide * wide))).to(x.dtype)
     if x.device.type == "cpu" and x.dtype == torch.float32:

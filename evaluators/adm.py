@@ -235,6 +235,7 @@ def _tiles(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, slice, np.ndar
     """Yields (rows, columns, d): slices of u (N, D) and v (M, D), and the squared distances d float32 between them.
 
     As in ADM's evaluator, a block of 10,000 by 10,000 is computed either all in float16 or all in float32.
+    Releases the pages of v at every block; the caller releases those of u.
     """
     with Bar("distances", len(u) * len(range(0, len(v), BLOCK_ROWS)), "rows") as bar:
         for top in range(0, len(u), BLOCK_ROWS):
@@ -246,6 +247,7 @@ def _tiles(u: np.ndarray, v: np.ndarray) -> Iterator[tuple[slice, slice, np.ndar
                 ]
                 v_float16 = _float16_rows(v[columns])  # once for the block, not for every tile
                 release_pages(v)
+                # the cheap bound first; where it leaves doubt, every tile of the block is tested
                 in_range = _fits_float16(u[top : top + BLOCK_ROWS], v[columns]) or all(
                     np.isfinite(_float16_distances(*_float16_rows(u[rows]), *v_float16)).all() for rows in row_tiles
                 )
@@ -289,12 +291,12 @@ def precision_and_recall(reference: np.ndarray, samples: np.ndarray, mode: str =
         raise UserError(f"precision and recall have no mode {mode!r}; use one of: {', '.join(MODES)}")
     if mode == "exact":
         return precision_recall.precision_recall(reference, samples)
-    reference_radii, sample_radii = squared_radii_float16(reference), squared_radii_float16(samples)  # squared
+    reference_squared_radii, sample_squared_radii = squared_radii_float16(reference), squared_radii_float16(samples)
     inside, covered = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
     for rows, columns, d in _tiles(reference, samples):
-        release_pages(reference)
-        inside[columns] |= (d <= reference_radii[rows, None]).any(axis=0)
-        covered[rows] |= (d <= sample_radii[columns]).any(axis=1)
+        release_pages(reference)  # `_tiles` releases those of the samples
+        inside[columns] |= (d <= reference_squared_radii[rows, None]).any(axis=0)
+        covered[rows] |= (d <= sample_squared_radii[columns]).any(axis=1)
     return float(inside.mean()), float(covered.mean())
 
 
@@ -315,7 +317,7 @@ def estimates(
     ADM's; with mode "exact", precision and recall are exact. The leave-one-block-out values are those of the exact
     metrics: ADM's roundings do not change their spread.
     """
-    is_estimate = inception_score.estimate(logits, block)
+    score_estimate = inception_score.estimate(logits, block)
     precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
     values = (precision.value, recall.value)
     if mode != "exact":
@@ -328,7 +330,7 @@ def estimates(
     return {
         "fid": frechet_estimate(pooled, reference_statistics),
         "sfid": frechet_estimate(spatial, reference_spatial_statistics),
-        "is": replace(is_estimate, value=score(logits), warning=sample_order_warning(logits)),
+        "is": replace(score_estimate, value=score(logits), warning=sample_order_warning(logits)),
         "precision": replace(precision, value=values[0]),
         "recall": replace(recall, value=values[1]),
     }

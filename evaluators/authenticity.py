@@ -44,7 +44,7 @@ class Neighbours:
         """
         with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is a copy of a duplicated training image: ratio 0
             ratio = self.distance[:, 0] / self.training_distance
-            return np.argsort(np.nan_to_num(ratio, nan=0.0, posinf=np.inf), kind="stable")
+            return np.argsort(np.where(np.isnan(ratio), 0.0, ratio), kind="stable")
 
 
 def find_neighbours(features: np.ndarray, training: np.ndarray, k: int = 1) -> Neighbours:
@@ -55,6 +55,7 @@ def find_neighbours(features: np.ndarray, training: np.ndarray, k: int = 1) -> N
     for rows, d in squared_distances(x, y):  # (rows, T)
         near = np.argpartition(d, k - 1, axis=1)[:, :k] if k > 1 else d.argmin(axis=1)[:, None]
         sample_row = np.repeat(np.arange(rows.start, rows.stop), k)
+        # exact: an identical image is at distance 0, not at a rounding error
         exact = exact_squared_distances(x, y, sample_row, near.ravel()).reshape(near.shape)
         order = np.argsort(exact, axis=1, kind="stable")
         index[rows] = np.take_along_axis(near, order, axis=1)

@@ -43,12 +43,12 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, 
         across += member[rows].T @ _one_less_kernel(d).sum(axis=1)
     for rows, d in squared_distances(y, y):
         reference_sum += float(_one_less_kernel(_zero_diagonal(rows, d)).sum())
-    left_out_pairs = 1.0 if unbiased else 0.0  # of each row: the pair with itself, whose 1 - k is 0 in the sums
+    excluded_pairs = 1.0 if unbiased else 0.0  # of each row: the pair with itself, whose 1 - k is 0 in the sums
 
     def value_from_sums(count: Value, within_sum: Value, across_sum: Value) -> Value:
         """CMMD of `count` samples, from their sums of 1 - k over pairs of samples and over pairs with the reference."""
-        within_mean = within_sum / (count * (count - left_out_pairs))
-        return SCALE * (2.0 * across_sum / (count * m) - within_mean - reference_sum / (m * (m - left_out_pairs)))
+        within_mean = within_sum / (count * (count - excluded_pairs))
+        return SCALE * (2.0 * across_sum / (count * m) - within_mean - reference_sum / (m * (m - excluded_pairs)))
 
     # [b]: over the pairs of samples of which neither is in block b
     kept_within = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)

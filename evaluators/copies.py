@@ -85,6 +85,7 @@ def find_copies(images: np.ndarray, training: np.ndarray) -> Copies:
     """Find the images uint8 (N, H, W, C) that are copies of training images uint8 (T, H, W, C), T >= 2."""
     x, unit = _box_sums(images)
     y, _ = _box_sums(training)
+    # unique: truncating a rounding error may repeat an index
     chosen = np.unique(np.linspace(0, len(y) - 1, min(len(y), THRESHOLD_IMAGES)).astype(np.int64))
     training_distance = np.sqrt(_nearest(y[chosen], y, itself=chosen)[1])
     threshold = float(np.quantile(training_distance, EXPECTED_SHARE))

@@ -55,12 +55,12 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: 
         covered_by[rows] = np.logical_or.reduceat(inside, block_starts, axis=1)
 
     sums = block_sums(hits, block[order])  # (B,)
-    density_left = (sums.sum() - sums) / (k * (n - sizes))
+    density_left_out = (sums.sum() - sums) / (k * (n - sizes))
     covering_blocks = covered_by.sum(axis=1)  # (M,) number of blocks that cover each image
     only_by = covered_by[covering_blocks == 1].sum(axis=0)  # (B,) number of images that only this block covers
     covered = int((covering_blocks > 0).sum())
     return (
-        Estimate(value=float(hits.sum() / (k * n)), left_out=density_left),
+        Estimate(value=float(hits.sum() / (k * n)), left_out=density_left_out),
         Estimate(value=covered / m, left_out=(covered - only_by) / m),
     )
 

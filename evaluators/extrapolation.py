@@ -47,21 +47,21 @@ def intercept_weights(size: np.ndarray) -> np.ndarray:
 
 def _distance(features: np.ndarray, rows: np.ndarray, reference: Statistics) -> float:
     """Frechet distance of features[rows] from the reference. rows: row indices."""
-    total = Moments(features.shape[1])
+    moments = Moments(features.shape[1])
     for start in range(0, len(rows), ROWS_PER_BLOCK):
-        total.update(features[rows[start : start + ROWS_PER_BLOCK]])
-    return frechet.frechet_distance(total.finish(), reference)
+        moments.update(features[rows[start : start + ROWS_PER_BLOCK]])
+    return frechet.frechet_distance(moments.finish(), reference)
 
 
 def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray, seed: int = SEED) -> Estimate:
     """FD-infinity of features (N, D), N >= 100.
 
-    A jackknife of the estimate would need 15 x 20 distances, so its variance is composed of two parts. Let V be the
-    jackknife variance of the distance at N. To first order a distance is a mean, over its subset, of the influence of
-    each sample. So all 15 distances share the error of the N samples, with variance V, and a subset of n samples adds an
-    independent error with variance V (N / n - 1). With the intercept weights w, which sum to 1, the variance of the
-    estimate is V (1 + sum w^2 (N / n - 1)). `left_out` holds the distances at N without each block, centred on the value
-    and scaled by the square root of the bracket.
+    A jackknife of the estimate would need a distance at each of 15 sizes without each of 20 blocks, so its variance is
+    composed of two parts. Let V be the jackknife variance of the distance at N. To first order a distance is a mean, over
+    its subset, of the influence of each sample. So all 15 distances share the error of the N samples, with variance V,
+    and a subset of n samples adds an independent error with variance V (N / n - 1). With the intercept weights w, which
+    sum to 1, the variance of the estimate is V (1 + sum w^2 (N / n - 1)). `left_out` holds the distances at N without
+    each block, centred on the value and scaled by the square root of the bracket.
     """
     drawn = subsets(len(features), seed)
     size = np.array([len(rows) for rows in drawn])

@@ -58,11 +58,8 @@ GUARDS = {
     "labels-uneven": "a warning: class counts of balanced labels differ by more than 1, or random labels are less even"
     " than chance makes them once in a million draws (chi-square); FID compares class shares as well",
 }
-NEVER_ALLOWED = (
-    "too-few",
-    "resolution",
-    "labels-outside",
-)  # without them no number can be computed, or it has no meaning
+# guards that the user cannot waive: without them no number can be computed, or it has no meaning
+NEVER_ALLOWED = ("too-few", "resolution", "labels-outside")
 
 
 @dataclass(frozen=True, kw_only=True)

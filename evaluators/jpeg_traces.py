@@ -77,11 +77,11 @@ class JpegTraces:
         """Number of the 36 frequencies that show a comb."""
         counts = self._counts.reshape(FREQUENCIES, -1).astype(np.float64)
         counts[:, -1] = 0  # the last bin also holds all larger magnitudes
-        cosine_sum, number = np.einsum("fb,bsx->xfs", counts, _table(), optimize=True)  # (36, steps) each
-        number = np.where(number >= MIN_COEFFICIENTS, number, np.nan)  # comparisons with nan are False
-        mean_cosine = cosine_sum / number
+        cosine_sum, coefficients = np.einsum("fb,bsx->xfs", counts, _table(), optimize=True)  # (36, steps) each
+        n = np.where(coefficients >= MIN_COEFFICIENTS, coefficients, np.nan)  # comparisons with nan are False
+        mean_cosine = cosine_sum / n
         # Cosines of uniform angles have variance 1/2, so the standard error of their mean is 1 / sqrt(2 n).
-        is_comb = (mean_cosine > MIN_MEAN_COSINE) & (mean_cosine * np.sqrt(2 * number) > MIN_Z)
+        is_comb = (mean_cosine > MIN_MEAN_COSINE) & (mean_cosine * np.sqrt(2 * n) > MIN_Z)
         return int(is_comb.any(axis=1).sum())
 
     @property

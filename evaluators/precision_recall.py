@@ -185,7 +185,7 @@ class _Candidates:
         self.candidates = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
 
     def set_limits(self, low: np.ndarray, row_gap: np.ndarray, column_gap: np.ndarray) -> None:
-        """If a row has no limit yet, set or lower the limits from upper bounds in some columns of a tile.
+        """If any row has no limit yet, set or lower the limits from upper bounds in some columns of a tile.
 
         Without a limit, all pairs of the row's first tile would become candidates.
         """
@@ -248,19 +248,21 @@ def nearest(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
                 np.fill_diagonal(low, np.inf)  # a row is not its own neighbour
             else:
                 sides.append((candidates[q], low.T, column_gap, row_gap, slices[p]))
-            for side, side_low, own_gap, other_gap, _ in sides:
-                side.set_limits(side_low, own_gap, other_gap)
-            near = [side_low <= _next_above(side.limit, dtype)[:, None] for side, side_low, *_ in sides]
-            undecided = [np.count_nonzero(pair_is_near) / pair_is_near.size for pair_is_near in near]
+            for own_candidates, side_low, own_gap, other_gap, _ in sides:
+                own_candidates.set_limits(side_low, own_gap, other_gap)
+            near = [
+                side_low <= _next_above(own_candidates.limit, dtype)[:, None] for own_candidates, side_low, *_ in sides
+            ]
+            undecided_shares = [np.count_nonzero(pair_is_near) / pair_is_near.size for pair_is_near in near]
             # a few times `count` neighbours per row are always allowed: in a narrow tile they are a large share
             max_shares = [max(MAX_UNDECIDED_SHARE, 4 * count / pair_is_near.shape[1]) for pair_is_near in near]
             if dtype is np.float64 or all(
-                share <= max_share for share, max_share in zip(undecided, max_shares, strict=True)
+                share <= max_share for share, max_share in zip(undecided_shares, max_shares, strict=True)
             ):
                 break
-        for (side, side_low, own_gap, other_gap, columns), pair_is_near in zip(sides, near, strict=True):
-            side.add(side_low, own_gap, other_gap, pair_is_near, columns.start)
-    index, squared = zip(*(side.nearest(x) for side in candidates), strict=True)
+        for (own_candidates, side_low, own_gap, other_gap, columns), pair_is_near in zip(sides, near, strict=True):
+            own_candidates.add(side_low, own_gap, other_gap, pair_is_near, columns.start)
+    index, squared = zip(*(of_slice.nearest(x) for of_slice in candidates), strict=True)
     return np.concatenate(index), np.concatenate(squared)
 
 
@@ -412,11 +414,11 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, k: 
     recall = covered.mean(axis=1)
     recall_halves = recall[1 + blocks :].reshape(2, SPLITS)
     hits = block_sums(inside.astype(np.float64), block)  # (B,)
-    precision_left = (hits.sum() - hits) / (n - np.bincount(block))
+    precision_left_out = (hits.sum() - hits) / (n - np.bincount(block))
     # The squared difference of two halves estimates twice the variance of one half, and half of that variance is wanted.
     half_variance = float(np.mean((recall_halves[0] - recall_halves[1]) ** 2)) / 4.0
     return (
-        Estimate(value=float(inside.mean()), left_out=precision_left, trials=n),
+        Estimate(value=float(inside.mean()), left_out=precision_left_out, trials=n),
         Estimate(value=float(recall[0]), left_out=recall[1 : 1 + blocks], half_variance=half_variance),
     )
 

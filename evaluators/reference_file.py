@@ -115,7 +115,10 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
 
 
 def read_about(path: Path) -> About | None:
-    """Metadata of the .npz at `path`; None: it has none, as ADM's reference batches. Raises UserError if it is damaged."""
+    """Metadata of the .npz at `path`; None: it has none, as ADM's reference batches, or `path` is not a zip file.
+
+    Raises UserError if the metadata is damaged.
+    """
     path = Path(path)
     if not path.is_file() or not zipfile.is_zipfile(path):
         return None
@@ -127,10 +130,10 @@ def read_about(path: Path) -> About | None:
             text = str(file.read("about")) if header.nbytes <= 4 * ABOUT_CHARACTERS else None
         if text is None or header.dtype.kind != "U" or header.shape != ():
             raise ValueError(f"it is {header.dtype} {header.shape}")
-        found = json.loads(text)["reference"]
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']!r}, this version knows {FORMAT}")
-        about = About(**{**found, "shape": tuple(found["shape"])})
+        values = json.loads(text)["reference"]
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']!r}, this version knows {FORMAT}")
+        about = About(**{**values, "shape": tuple(values["shape"])})
         for field in dataclasses.fields(About):
             _check_type(field.name, field.type, getattr(about, field.name))
         return about

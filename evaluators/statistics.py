@@ -16,9 +16,8 @@ from harness.errors import RunError
 from harness.io.arrays import release_pages
 
 BITS = 20
-UNIT = (
-    52  # the unit of slice b is 2^(20 b - 52): 2^-52 for slice 0, the lowest of float64; 2^-32 for 1, that of float32
-)
+# The unit of slice b is 2^(20 b - 52): 2^-52 for slice 0, the lowest of float64; 2^-32 for slice 1, the lowest of float32.
+UNIT = 52
 ROWS_PER_PRODUCT = 1024  # sums of 1024 products below 2^40 stay below 2^53; 2048 were no faster and need more memory
 MAX_ROWS = 2**22  # int64 sums of at most six products of at most 2^38 for each row
 MAX_SLICE = 5  # |feature| <= 2^67
@@ -238,8 +237,8 @@ def _double_double(levels: dict[int, np.ndarray], rows: slice, exponent: int) ->
 
 def statistics(features: np.ndarray, rows_per_block: int = ROWS_PER_PRODUCT) -> Statistics:
     """Statistics of features (N, D), N >= 2, read a block of rows at a time: a memory map is never loaded as a whole."""
-    total = Moments(features.shape[1])
+    moments = Moments(features.shape[1])
     for start in range(0, len(features), rows_per_block):
-        total.update(features[start : start + rows_per_block])
+        moments.update(features[start : start + rows_per_block])
         release_pages(features)
-    return total.finish()
+    return moments.finish()

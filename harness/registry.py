@@ -55,7 +55,7 @@ class Registry(Generic[Item]):
         """Add an item, or the items that a function without arguments returns. Returns `item`, to serve as a decorator.
 
         owner: the distribution that adds it, for messages. Raises `UserError` for an item without a name, of another
-        type, or with a name that is taken.
+        type, or with a name that is taken; the items before that one stay registered.
         """
         for each in _items(item, self._of):
             name = getattr(each, "name", None)

@@ -49,12 +49,13 @@ class Setting:
     """The properties of a setting, besides its name, type and default.
 
     read: the function that parses text or a Python value; it raises ValueError. flags: its flags, if they are not
-    `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the
-    flag may be given several times. default_text: the default as text, for the help; show_default: the help shows the
-    default itself. study: its key in a study file, "key" or "section.key"; empty: none. frozen_unless: not None if the setting is frozen when a run is created, because it
-    decides bits; the text is the value that means "not given", such as "auto". item: the item of the protocol's [sampling] that it
-    overrides. recorded: the field of `results.records.Record` that states it, such as "sampling.eta". footnote: its
-    name in footnotes. argument: whether it is a positional argument of the command line.
+    `--name`; a switch may have "--x/--no-x". choices: the accepted words. repeat: the flag may be given several times.
+    default_text: the default as text, for the help; show_default: the help shows the default itself. study: its key in
+    a study file, "key" or "section.key"; empty: none. frozen_unless: None unless the setting is frozen when a run is
+    created, because it decides bits; then the value that, like None, means "not given", such as "auto" (empty: only
+    None and False do). item: the item of the protocol's [sampling] that it overrides. recorded: the field of
+    `results.records.Record` that states it, such as "sampling.eta". footnote: its name in footnotes. argument: whether
+    it is a positional argument of the command line.
     """
 
     help: str
@@ -263,7 +264,7 @@ class SamplingSettings(Options):
     )  # fmt: skip
 
     def overrides(self) -> dict[str, Any]:
-        """Item of a protocol's [sampling], without steps -> the value of the setting that overrides it; None: not given."""
+        """Item of a protocol's [sampling], except steps -> value of the setting that overrides it; None: not given."""
         return {info.item: getattr(self, name) for name, info in settings_of(self).items() if info.item}
 
 
@@ -467,7 +468,7 @@ def _help_text(info: Setting) -> str:
 def command_words(command: str, options: Options, always: Collection[str] = ()) -> tuple[str, ...]:
     """The command line of `options`: the settings that differ from their defaults, in the order of the table.
 
-    always: names of settings that are stated at their defaults too.
+    Positional arguments come last. always: names of settings that are stated at their defaults too.
     """
     arguments: list[str] = []
     words = ["harness", command]

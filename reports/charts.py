@@ -145,9 +145,9 @@ def model_styles(records: Iterable[Record]) -> dict[str, Style]:
     styles = {"": Style(colour=NO_MODEL, marker="o", dash="solid")}
     families: dict[str, list[str]] = {}  # measured model or published family -> models
     for model in sorted(measured, key=lambda model: (not measured[model], not costed[model], model)):
-        found = re.fullmatch(r"dit-(?P<size>s|b|l|xl)-(?P<patch>2|4|8)", model)
-        if found:
-            size, patch = (_DIT_SIZES.index(found["size"]), _DIT_PATCHES.index(found["patch"]))
+        dit = re.fullmatch(r"dit-(?P<size>s|b|l|xl)-(?P<patch>2|4|8)", model)
+        if dit:
+            size, patch = _DIT_SIZES.index(dit["size"]), _DIT_PATCHES.index(dit["patch"])
             styles[model] = Style(colour=COLOURS[size], marker=MARKERS[patch], dash=DASHES[patch])
         else:
             families.setdefault(model if measured[model] else _family(model), []).append(model)

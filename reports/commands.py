@@ -68,8 +68,8 @@ def reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]] | N
     )
     if names:
         # A run with a decoder is trained on latents, not on images.
-        is_cache = "DATA_FOLDER" in names and record.sampling is not None and record.sampling.decoder is not None
-        made_by = " (DATA_FOLDER: latents, made by `harness data latents`)" if is_cache else ""
+        needs_latents = "DATA_FOLDER" in names and record.sampling is not None and record.sampling.decoder is not None
+        made_by = " (DATA_FOLDER: latents, made by `harness data latents`)" if needs_latents else ""
         text = f"In place of {', '.join(names)} name what you have{made_by}."
         made = dataclasses.replace(made, placeholders=text)
     return made
@@ -110,9 +110,9 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
         return Reproduction(notes=(reason,))
     if protocol is not None:
         for name in ("clip_denoised", "uint8_rule"):
-            used, ours = getattr(sampling, name), getattr(protocol.sampling, name)
-            if used is not None and used != ours:
-                text = f"It was sampled with {name} {used}, but protocol {protocol.name} fixes {name} to {ours}"
+            used, fixed = getattr(sampling, name), getattr(protocol.sampling, name)
+            if used is not None and used != fixed:
+                text = f"It was sampled with {name} {used}, but protocol {protocol.name} fixes {name} to {fixed}"
                 return Reproduction(notes=(f"{text}; a protocol file of your own can set it.",))
     if record.backbone not in registry.backbones:
         notes.append(f"Backbone {record.backbone!r} is not installed: install the plug-in that provides it.")
@@ -218,7 +218,7 @@ def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
         settings["framework"] = None if record.framework == "torch" else record.framework  # torch is the default
     steps = sampling.steps if sampling is not None else None
     weights = {part: Path(f"{part.replace('-', '_').upper()}_FILE") for part in system.parts}
-    # None for what need not be stated: the system's own number of steps, and seed 0, which is the default.
+    # None for what need not be stated: seed 0, which is the default, and below the system's own number of steps.
     settings["sampling_seed"] = settings.get("sampling_seed") or None
     options = SampleOptions(
         system=record.system,
@@ -278,6 +278,7 @@ def _evaluate_command(record: Record, samples: str, *, named: bool) -> str:
     # The sidecar gives samples the name of their backbone or system; any other name has to be stated.
     if named or (record.system != record.backbone and record.system not in registry.systems):
         settings["name"] = record.system
+    # Without `harness evaluate` and the samples, because `command_line` would quote the stars in their path.
     _, _, *flags, _samples = command_words("evaluate", EvaluateOptions(samples=Path("SAMPLES"), **settings))
     return f"harness evaluate {samples} {command_line(flags)}"
 

@@ -71,7 +71,7 @@ def _is_same_experiment(published: Record, record: Record) -> bool:
     """Whether backbone, training length, sampler, steps, guidance and decoder agree.
 
     If `record` does not state one of them, such as the training of released weights, it counts as agreeing if both have
-    the same system name.
+    the same system name; but guidance that is not stated counts as no guidance.
     """
     if record.backbone is None or record.backbone != published.backbone or not may_share(published, record):
         return False

@@ -78,9 +78,9 @@ def _theme() -> Iterator[None]:
                 {
                     "axes.spines.top": False,
                     "axes.spines.right": False,
-                    "svg.hashsalt": "backbone-harness",
-                    "svg.fonttype": "none",
-                    "pdf.fonttype": 42,
+                    "svg.hashsalt": "backbone-harness",  # else the ids in an SVG file are random
+                    "svg.fonttype": "none",  # text as text, not as outlines
+                    "pdf.fonttype": 42,  # TrueType, so that text can be edited
                     "path.simplify": True,
                 }
             )
@@ -88,7 +88,10 @@ def _theme() -> Iterator[None]:
 
 
 def _panel_sheet(figure: Figure, styles: Mapping[str, Style]):
-    """The matplotlib figure of all panels, in rows. Places are computed, so that no layout has to be solved."""
+    """The matplotlib figure of all panels, in rows. Lengths: inches.
+
+    Places are computed, so that no layout has to be solved.
+    """
     import matplotlib.pyplot as plt
 
     places = _panel_places(figure)
@@ -191,11 +194,11 @@ def _draw_panel(axes, panel: Panel, styles: Mapping[str, Style]) -> None:
             texts += [(m.x, m.y if m.high is None else m.high, _drawable(m.text), "0.35") for m in each.marks if m.text]
         elif each.kind in ("points", "bubbles"):
             labels += [(mark.x, mark.y, _drawable(mark.text), ink) for mark in each.marks if mark.text]
-    bubbles = [
+    radii = [
         _bubble_radius(mark, largest) if each.kind == "bubbles" else 0.0 for each in panel.series for mark in each.marks
     ]
     if panel.x.scale != "names":
-        place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks], bubbles)
+        place_labels(axes, labels, [(mark.x, mark.y) for each in panel.series for mark in each.marks], radii)
         low, high = axes.get_xlim()  # widened for the labels, so the ticks are chosen again
         if axes.get_xscale() == "log":
             axes.xaxis.get_major_locator().set_params(subs=_log_steps(high / low))
@@ -243,6 +246,7 @@ def _draw_points(axes, panel: Panel, styles: Sequence[Style]) -> None:
             places += [(mark.x, mark.y, inside, style.colour) for mark in each.marks]
     for (marker, faint), places in found.items():
         xs, ys, insides, edges = zip(*places, strict=True)
+        # A cross has no inside: matplotlib warns of colours for its edge.
         colours = {"color": edges} if marker == "x" else {"facecolors": insides, "edgecolors": edges}
         size, alpha = (4.5, 0.4) if faint else (7, 1.0)
         axes.scatter(xs, ys, s=size**2, marker=marker, alpha=alpha, linewidths=1.5, zorder=3, **colours)
@@ -382,6 +386,7 @@ def _heading(panel: Panel) -> list[str]:
 def _set_scale(axes, name: str, axis: Axis, values: Sequence[float], below: float, above: float) -> None:
     """Set the limits of one axis with room around the values, and readable ticks.
 
+    An axis with values that are not above 0 is linear, whatever its scale.
     name: "x" or "y". below, above: room, as shares of the range of the values.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -399,11 +404,11 @@ def _set_scale(axes, name: str, axis: Axis, values: Sequence[float], below: floa
         side.set_major_formatter(FuncFormatter(_tick_text))
         side.set_minor_locator(NullLocator())  # drawing hundreds of minor ticks is slow
     else:
-        room = high - low or 0.2 * abs(high) or 1.0  # also where all values are equal, or all are 0
+        span = high - low or 0.2 * abs(high) or 1.0  # above 0 also where all values are equal, or all are 0
         # Values above 0, but close to it in comparison with the largest: the axis does not extend below 0.
         floor = 0.0 if low >= 0 and low < 0.25 * high else -math.inf
-        start = 0.0 if axis.from_zero else max(low - below * room, floor)
-        set_limits(start, high + above * room)
+        start = 0.0 if axis.from_zero else max(low - below * span, floor)
+        set_limits(start, high + above * span)
         side.set_major_locator(MaxNLocator(nbins=6 if name == "x" else 7, steps=[1, 2, 2.5, 5, 10]))
         side.set_major_formatter(FuncFormatter(_tick_text))
 

@@ -66,7 +66,8 @@ def registered_dits(record: Record) -> dict[str, float]:
     protocol = registry.protocols.get(record.protocol)
     found = {}
     for spec in registry.backbones:
-        # Without a closed form, counting would build the network in torch, which reports never import.
+        # Without a closed form, counting would build the network in torch, which reports never import. The names of DiTs
+        # with other blocks have a suffix, so they do not match.
         if spec.closed_form is not None and re.fullmatch(r"dit-[a-z]+-\d+", spec.name):
             with contextlib.suppress(UserError):  # its patch size does not divide the input
                 found[spec.name] = spec.count(**build_arguments(spec, protocol)).gflops

@@ -46,13 +46,14 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
     """`pareto`: quality against the cost of training and of an image, and the results that no other beats in both."""
     panels: list[Panel] = []
     rows: list[dict] = []
+    # The points of Section 5.2 belong to Figure 10.
     printed = [record for record in published if record.metric == "fid" and record.table != FIGURE_10_SOURCE]
     groups, more = comparable_groups(index.quality, printed)
     for group in groups:
         records = quality(group.records)
         if not records:
             continue
-        first = len(panels)
+        first = len(panels)  # index of the group's first panel
         settings = _groups_by_seed(records)
         training = _timed(records, _training_seconds, "training_device")
         sampling = _timed(records, _image_seconds, "sampling_device")
@@ -64,10 +65,10 @@ def pareto(index: RecordIndex, published: Sequence[Record]) -> Figure | None:
             ("Training time", f"seconds on {training.device}", _groups_by_seed(training.records), _training_seconds, _training_label, training.others),
             ("Sampling time", f"seconds an image on {sampling.device}", _groups_by_seed(sampling.records), _image_seconds, _sampling_label, sampling.others),
         ):  # fmt: skip
-            panel = _frontier_panel(kept, cost, label)
-            if panel is None:
+            found = _frontier_series(kept, cost, label)
+            if found is None:
                 continue
-            series, drawn, omitted = panel
+            series, drawn, omitted = found
             panels.append(
                 Panel(
                     heading=group.heading,
@@ -128,7 +129,7 @@ def _groups_by_seed(records: Sequence[Record]) -> list[list[Record]]:
     return sorted(settings, key=lambda members: (model_of(members[0]), members[0].provenance, members[0].id))
 
 
-def _frontier_panel(
+def _frontier_series(
     settings: Sequence[list[Record]], cost: Callable[[Record], float | None], label: Callable[[Record], str]
 ) -> tuple[tuple[Series, ...], list[tuple[Record, bool]], int] | None:
     """(series, [(drawn record, whether it is on the frontier)], number of settings not drawn).
@@ -137,7 +138,7 @@ def _frontier_panel(
     settings: groups of records that differ only in seeds; each is one mark. cost: function from a record to the x of its
     mark; None: not known. label: function from a record to the text of its mark, if it is on the frontier.
     """
-    settings = [members for members in settings if cost(members[0])]
+    settings = [members for members in settings if cost(members[0])]  # seeds have the same Gflops, or are all timed
     direction = better(record for members in settings for record in members)
     if len({model_of(members[0]) for members in settings}) < 2 or not direction:
         return None
@@ -265,18 +266,17 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
             ]
             points.sort(key=lambda point: (point[1], point[0].label))
             winner = min(points, key=lambda point: sign * point[2])[0]
-            facts = (("budget", f"{_budget_text(budget)} Gflops"),)
+            budget_text = f"{_budget_text(budget)} Gflops"
             marks = tuple(
                 Mark(
                     x=gflops,
                     y=value,
                     text=name_of(line) if line is winner else "",
-                    facts=(("model", name_of(line)), *facts, ("read from its curve", f"{value:.4g}")),
+                    facts=(("model", name_of(line)), ("budget", budget_text), ("read from its curve", f"{value:.4g}")),
                 )
                 for line, gflops, value in points
             )
-            label = f"{_budget_text(budget)} Gflops"
-            series.append(Series(label=label, model="", kind="line", provenance="measured", marks=marks))
+            series.append(Series(label=budget_text, model="", kind="line", provenance="measured", marks=marks))
             rows += [
                 {"panel": len(panels) + 1, "budget_gflops": budget, "model": line.model, "system": name_of(line)}
                 | {"gflops": gflops, "metric": line.records[0].metric, "n": line.records[0].n, "value": value}

@@ -89,9 +89,8 @@ def _grid(members: Sequence[_SampleSet], gflops: Mapping[str, float]) -> tuple[G
         members, key=lambda each: (each.steps != usual, -each.steps, each.run.get("seed", 0), each.sha256)
     ):
         chosen.setdefault(each.model, each)
-    order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))[
-        -MAX_ROWS:
-    ]  # the largest models
+    order = sorted(chosen.values(), key=lambda each: (gflops.get(each.model, 0.0), each.model))
+    order = order[-MAX_ROWS:]  # the largest models
     families = list(dict.fromkeys(_family(each.model) for each in order))
     # The sort is stable, so sets of one family and patch size stay in the order of Gflops.
     order.sort(key=lambda each: (families.index(_family(each.model)), _negated_patch(each.model)))
@@ -106,8 +105,9 @@ def _grid(members: Sequence[_SampleSet], gflops: Mapping[str, float]) -> tuple[G
     if not shown:
         return None
     # Samples of another shape or with other labels than those of the first model do not correspond to them.
-    shape, shared = shown[0][1].shape, shown[0][2]
-    shown = [row for row in shown if row[1].shape == shape and np.array_equal(row[2], shared)]
+    _, first_images, first_labels = shown[0]
+    shape = first_images.shape
+    shown = [row for row in shown if row[1].shape == shape and np.array_equal(row[2], first_labels)]
     if len(shown) < 2:
         return None
     first = shown[0][0]
@@ -123,7 +123,7 @@ def _grid(members: Sequence[_SampleSet], gflops: Mapping[str, float]) -> tuple[G
     grid = Grid(
         heading=one_line(heading),
         rows=tuple(names),
-        columns=tuple(f"label {label}" for label in shared),
+        columns=tuple(f"label {label}" for label in first_labels),
         tiles=np.stack([images for _, images, _ in shown]),
         note=f"samples 0 to {shape[0] - 1}; models by family, DiTs by patch size, then from the fewest Gflops (above) to the most",
     )
@@ -134,13 +134,12 @@ def _grid(members: Sequence[_SampleSet], gflops: Mapping[str, float]) -> tuple[G
             "label": int(label),
             "training_steps": each.steps,
             "gflops": gflops.get(each.model),
-        }
-        | {
             "training_seed": each.run.get("seed"),
             "sampler": each.sampling.get("sampler"),
             "sampling_steps": _sampling_steps(each),
+            "sampling_seed": each.sampling.get("seed"),
+            "samples_sha256": each.sha256,
         }
-        | {"sampling_seed": each.sampling.get("seed"), "samples_sha256": each.sha256}
         for each, _, labels in shown
         for index, label in enumerate(labels)
     ]

@@ -49,11 +49,11 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
     more: number of groups that are not drawn, for the note on them.
     """
     lines, omitted = lines_of(records, ALONG_SAMPLING, Sampling)
-    only_longest = len(lines) > FEW_LINES
-    if only_longest:  # the longest training of each system, instead of a line for each training length
+    notes_longest = False  # whether a note says that only the longest trainings are drawn
+    if len(lines) > FEW_LINES:  # the longest training of each system, instead of a line for each training length
         lines, omitted = lines_of(longest_trained(records), ALONG_SAMPLING, Sampling)
-        # Whether the note on it is due: records were left out, and for this reason alone.
-        only_longest = sum(len(line.records) for line in lines) < len(records) and not omitted
+        # If records were left out, and for this reason alone.
+        notes_longest = sum(len(line.records) for line in lines) < len(records) and not omitted
     choices: list[tuple[str, Callable[[Record], float | None]]] = [("decoder not counted", _sampling_gflops)]
     if any((record.sampling or Sampling()).decoder_gflops for line in lines for record in line.records):
         choices.append(("decoder counted", _decoded_gflops))
@@ -73,7 +73,7 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
         )
         notes = ["numbers at the marks: sampling steps"] if few else []
         notes += bars_note(series)
-        notes += ["the longest training of each system"] if only_longest else []
+        notes += ["the longest training of each system"] if notes_longest else []
         notes += [left_out_note(omitted, more)] if omitted or more else []
         panels.append(
             Panel(

@@ -109,7 +109,7 @@ def best_at_usual_length(marked: Sequence[tuple[Line, Mark]]) -> list[tuple[Line
 
 
 def recipes_note(marked: Sequence[tuple[Line, Mark]]) -> list[str]:
-    """[note] on which value of a model enters a fit, if a model has several at the usual training length; else []."""
+    """[note] on which value of a model enters a fit, if a model has several measured ones at the usual training length; else []."""
     of_models = _at_usual_length_by_model(marked).values()
     if all(sum(line.provenance == "measured" for line, _ in pairs) < 2 for pairs in of_models):
         return []

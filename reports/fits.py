@@ -126,7 +126,7 @@ def frontier(points: Iterable[tuple[float, float]], better: str) -> list[int]:
 
 
 def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
-    """The value at x of the curve through the points (x ascending and above 0), interpolated linearly in log x.
+    """The value at x of the curve through the points (x strictly ascending and above 0), interpolated linearly in log x.
 
     Linear in log y if all ys are above 0, else in y. None outside the range of the points.
     """

@@ -21,7 +21,7 @@ def write_grid(
     path: str | os.PathLike,
     *,
     columns: int = 10,  # images of each class; the row of a class with fewer is shorter
-    scale: int | None = None,  # integer enlargement; None: as much as a shorter side of _SMALLEST_TILE pixels needs
+    scale: int | None = None,  # integer enlargement; None: the least that makes the shorter side _SMALLEST_TILE pixels
     classes: Sequence[int] | None = None,  # rows from top to bottom; None: the MAX_ROWS smallest labels, ascending
     gap: int = 2,  # pixels between tiles
 ) -> Path:
@@ -55,7 +55,7 @@ def write_grid(
     picture = Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
-    files.write_bytes(Path(path), encoded.getvalue(), shared=True)
+    files.write_bytes(Path(path), encoded.getvalue(), shared=True)  # shared: other processes may write it, too
     return Path(path)
 
 

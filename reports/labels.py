@@ -58,6 +58,7 @@ def place_labels(
         # The cost of each place. The worst is to leave the axes, then to cover a label, a mark, a line. `unfit` is above 0
         # where the text has no room.
         unfit = 20.0 * _overlaps(boxes, taken)
+        # At the right and at the top, where the axes have no line, the padding may stick out.
         unfit += 40.0 * ((boxes[:, 2] > frame.x1 + _PADDING) | (boxes[:, 0] < frame.x0))
         unfit += 40.0 * ((boxes[:, 1] < frame.y0) | (boxes[:, 3] > frame.y1 + _PADDING))
         cost = unfit + 6.0 * _touched(boxes, marks, mark_radii) + 1.5 * np.minimum(_inside(boxes, lines), 3)
@@ -149,9 +150,8 @@ def _inside(boxes: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def _touched(boxes: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
     """For each of `boxes` (N, 4), how many of the discs around `centres` (M, 2) with `radii` (M,) it touches: (N,)."""
-    nearest = np.clip(
-        centres[None], boxes[:, None, :2], boxes[:, None, 2:]
-    )  # point of a box nearest to a centre, (N, M, 2)
+    # The point of each box nearest to each centre, (N, M, 2).
+    nearest = np.clip(centres[None], boxes[:, None, :2], boxes[:, None, 2:])
     return (((nearest - centres[None]) ** 2).sum(axis=2) <= radii**2).sum(axis=1)
 
 

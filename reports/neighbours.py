@@ -22,7 +22,7 @@ def write_neighbours(
     *,
     sample_captions: list[str],  # below each sample, such as its number
     neighbour_captions: list[list[str]],  # below each neighbour, such as its number and distance
-    scale: int | None = None,  # integer enlargement; None: as much as a shorter side of _SMALLEST_TILE pixels needs
+    scale: int | None = None,  # integer enlargement; None: the least that makes the shorter side _SMALLEST_TILE pixels
     gap: int = 4,  # pixels between tiles; four times as much after the sample
 ) -> Path:
     """Write a PNG with a row for each sample: the sample, then its neighbours, enlarged by repeating pixels; returns its path.
@@ -37,15 +37,14 @@ def write_neighbours(
     scale = scale or max(1, -(-_SMALLEST_TILE // min(height, width)))
     tile_height, tile_width = height * scale, width * scale
     row_height = tile_height + _CAPTION + gap
-    left = [gap] + [  # first pixel column of the sample and of each neighbour, the same in every row
-        gap + tile_width + 4 * gap + i * (tile_width + gap) for i in range(k)
-    ]
-    canvas = np.full((rows * row_height + gap, left[-1] + tile_width + gap, channels), _BACKGROUND, np.uint8)
+    # First pixel column of the sample and of each neighbour, the same in every row.
+    starts = [gap, *(gap + tile_width + 4 * gap + i * (tile_width + gap) for i in range(k))]
+    canvas = np.full((rows * row_height + gap, starts[-1] + tile_width + gap, channels), _BACKGROUND, np.uint8)
     for row in range(rows):
         top = gap + row * row_height
         tiles = [samples[row], *neighbours[row]]
         captions = [sample_captions[row], *neighbour_captions[row]]
-        for image, text, start in zip(tiles, captions, left, strict=True):
+        for image, text, start in zip(tiles, captions, starts, strict=True):
             tile = image.repeat(scale, axis=0).repeat(scale, axis=1)  # (H * scale, W * scale, C)
             canvas[top : top + tile_height, start : start + tile_width] = tile
             below = slice(top + tile_height, top + tile_height + _CAPTION)
@@ -53,7 +52,7 @@ def write_neighbours(
     picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
-    files.write_bytes(Path(path), encoded.getvalue(), shared=True)
+    files.write_bytes(Path(path), encoded.getvalue(), shared=True)  # shared: other processes may write it, too
     return Path(path)
 
 

@@ -107,8 +107,9 @@ def comparable_groups(
     # In the order of tables, as `groups` sorts them; the first record of each key is enough for that.
     firsts = [record for (record,) in groups(unjoined[key][0] for key in kept)]
     members_of_groups += [unjoined[comparable_key(record)] for record in firsts]
-    found = [Group(heading="", records=tuple(members)) for members in members_of_groups]
-    found = [dataclasses.replace(group, heading=heading_of(group.representative)) for group in found]
+    without_heading = [Group(heading="", records=tuple(members)) for members in members_of_groups]
+    # The heading is that of the representative, which the group chooses.
+    found = [dataclasses.replace(group, heading=heading_of(group.representative)) for group in without_heading]
     return found, len(unjoined) - len(kept)
 
 
@@ -164,6 +165,7 @@ def is_guided(record: Record) -> bool:
         return True
     if sampling is None:
         return False
+    # The scale 1 is no guidance, except with a classifier.
     return sampling.guidance_scale not in (None, 1.0) or sampling.guidance_channels == "classifier"
 
 
@@ -243,7 +245,11 @@ def group_by_settings(records: Iterable[Record], along: Sequence[str], part: typ
     found: dict[tuple, list[Record]] = {}
     for record in records:
         key = (
-            *(record.provenance, record.system, record.backbone, record.framework, record.protocol_version),
+            record.provenance,
+            record.system,
+            record.backbone,
+            record.framework,
+            record.protocol_version,
             training_key(record.training) if record.training is not None else None,
             sampling_key(record.sampling) if record.sampling is not None else None,
             record.evaluation.suite_version if record.evaluation is not None else None,
@@ -384,12 +390,13 @@ def left_out_note(lines: int, groups: int = 0) -> str:
 
 
 def _settings_getter(part: type, along: Sequence[str]) -> Callable[[object], tuple]:
-    """A function from a part (Training or Sampling) to the tuple of its fields that are neither `along` nor _IGNORED."""
+    """A function from a part (Training or Sampling) to the tuple of its fields that are neither `along` nor _IGNORED.
+
+    The batch is ignored only in sampling, where it moves low bits; in training it is an item of the recipe.
+    """
     names = [field.name for field in dataclasses.fields(part) if field.name not in (*along, *_IGNORED)]
     if part is Training:
-        names.append(
-            "batch"
-        )  # in _IGNORED because of sampling, where it moves low bits; of training it is in the recipe
+        names.append("batch")
     return operator.attrgetter(*names)
 
 
@@ -401,7 +408,8 @@ def paper_name(record: Record) -> str:
 def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list[str]:
     """The label of each line: the system's name and, if it has several lines, the metadata in which they differ.
 
-    records: one of each line. along, part: as in `lines_of`. Equal labels get " #2", " #3", ...
+    Labels of published lines also say "paper". Equal labels get " #2", " #3", ...
+    records: one of each line. along, part: as in `lines_of`.
     """
     metadata = []  # of each line: name -> text, for all names of _LABEL_METADATA; "" where there is nothing to name
     for record in records:

@@ -33,7 +33,7 @@ def to_csv(table: Table) -> str:
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     """CSV with one header line: floats with all digits, None empty, control characters as spaces.
 
-    rows: at least one, all with the same keys, at least two.
+    rows: at least one. All have the same keys, of which there are at least two (`itemgetter` of one gives no tuple).
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -77,6 +77,7 @@ class RenderPool:
         return {figure.name: self._drawn[figure.name] for figure in self._figures}
 
     def __exit__(self, *error: object) -> None:
+        """Kill the workers: after `finish` they only wait for more figures."""
         for worker in self._workers:
             worker.kill()
         for thread in self._threads:

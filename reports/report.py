@@ -60,12 +60,12 @@ def write_report(
     Raises UserError (no such path) and RunError (a file cannot be written).
     """
     notify = progress or (lambda stage, done, total: None)
-    found = find_record_files(record_paths)
+    record_files = find_record_files(record_paths)
     packaged = resources.files("results").joinpath("measured")
     with RenderPool() as pool:
-        with collector_paused():
+        with collector_paused():  # the garbage collector, which would traverse the records again and again
             with resources.as_file(packaged) as folder:
-                loaded = load([*found, *sorted(folder.glob("*.jsonl"))], progress)
+                loaded = load([*record_files, *sorted(folder.glob("*.jsonl"))], progress)
             records = loaded.records
             protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
             figure_records = [record for record in records if record.protocol in protocols]
@@ -73,7 +73,7 @@ def write_report(
             figure_records += published_records(None if protocol is None else protocols)
             styles = charts.model_styles(figure_records)
             notify(TABLES, 0, 3)
-            shown = figures(figure_records, [path.parent for path in found])
+            shown = figures(figure_records, [path.parent for path in record_files])
             pool.begin(shown, styles)  # the workers draw while this process makes the rest
             notify(TABLES, 1, 3)
             tables, contents = table_files(records, protocols)
@@ -85,7 +85,7 @@ def write_report(
                 records,
                 styles=styles,
                 published=paper.records(),
-                record_files=found,
+                record_files=record_files,
                 problems=loaded.problems,
                 conflicts=loaded.conflicts,
             )
@@ -123,5 +123,5 @@ def _write_all(out: Path, contents: dict[str, bytes]) -> tuple[Path, ...]:
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
     for name, data in contents.items():
-        write_bytes(out / name, data, shared=True)
+        write_bytes(out / name, data, shared=True)  # shared: another report may write it at the same time
     return tuple(out / name for name in contents)

@@ -47,7 +47,7 @@ class Row:
     def text(self, metric: tuple[str, str]) -> str:
         """The text of a (metric, mode): as printed if published, value and interval if measured, a dash if missing.
 
-        Published records of record files, which are not among the DiT paper's, are written with their value.
+        A published record that the DiT paper does not print, which record files may contain, is written with its value.
         """
         record = self.records.get(metric)
         if record is None:
@@ -135,7 +135,7 @@ def columns_of(row: Row) -> dict[str, Cell]:
     """The columns of a measured row that are not metrics: title -> cell."""
     record, training, sampling = row.representative, row.representative.training, row.representative.sampling
     steps = sampling.steps if sampling else None
-    stage_steps = sampling.stage_steps if sampling else None
+    stage_steps = sampling.stage_steps if sampling else None  # of a cascade, as "50 + 50"
     return {
         "Params (M)": Cell(params_text(record.params), record.params),
         "Gflops": _quantity_cell(record.gflops),
@@ -163,9 +163,19 @@ def _row_key(record: Record) -> tuple:
     """A record's identity without the metric and its mode, as a tuple of texts and numbers, which is fast to hash."""
     evaluation, source = record.evaluation, record.source
     return (
-        *(record.provenance, record.protocol, record.protocol_version, record.dataset, record.resolution, record.n),
-        *(record.system, record.backbone, record.kind, record.framework),
-        *(record.params, record.gflops, record.gflops_published_input),
+        record.provenance,
+        record.protocol,
+        record.protocol_version,
+        record.dataset,
+        record.resolution,
+        record.n,
+        record.system,
+        record.backbone,
+        record.kind,
+        record.framework,
+        record.params,
+        record.gflops,
+        record.gflops_published_input,
         (source.table, source.row) if source else None,
         record.training.canonical if record.training else None,
         record.sampling.canonical if record.sampling else None,

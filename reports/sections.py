@@ -71,9 +71,10 @@ def build_section(
 ) -> Section:
     """A section whose footnotes state the metadata in which the rows differ and that no column shows.
 
-    cells: of each row. shown: names of the metadata that a column shows. A row has one note for metadata that other rows
-    do not state, and one for metadata that other rows state differently. Rows that still look alike get a third note,
-    which tells them apart. Metadata that all rows state with the same text are in a remark instead.
+    A row has one note for metadata that other rows do not state, and one for metadata that other rows state differently.
+    Rows that still look alike get a third note, which tells them apart. Metadata that all rows state with the same text
+    are in a remark instead.
+    cells: of each row. shown: names of the metadata that need no footnote, such as those that a column shows.
     """
     metadata = [row_metadata(row.representative) for row in rows]
     names = [name for name in METADATA if name not in shown and any(name in words for words in metadata)]
@@ -115,7 +116,7 @@ def _alike(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], notes: Sequence
     found: dict[tuple, list[int]] = {}
     for index, (row, cells_of_row) in enumerate(zip(rows, cells, strict=True)):
         if not row.is_published:
-            texts = tuple(cell.text for cell in cells_of_row if not cell.record_id)
+            texts = tuple(cell.text for cell in cells_of_row if not cell.record_id)  # values of metrics have an id
             found.setdefault((texts, *notes[index]), []).append(index)
     return [members for members in found.values() if len(members) > 1]
 
@@ -153,8 +154,8 @@ def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> di
     for prefix, part in (("training", training), ("sampling", sampling), ("evaluation", evaluation)):
         if part is not None:
             kind: type = type(part)
-            columns, values = _columns(prefix, kind)
-            entry.update(zip(columns, values(part), strict=True))
+            columns, values_of = _columns(prefix, kind)
+            entry.update(zip(columns, values_of(part), strict=True))
     for key, mode in _in_order(tuple(row.records)):
         of_metric = row.records[key, mode]
         value = row.text((key, mode)) if row.is_published else of_metric.value  # published: the text as printed

@@ -39,19 +39,19 @@ _BLOCKS = {
 def paper_tables(records: Iterable[Record]) -> list[Table]:
     """Tables 1-6. Measured records join them where data set, resolution, N and suite agree with the paper's."""
     measured = [record for record in records if record.provenance == "measured" and record.dataset == paper.DATASET]
-    title = "Decoder ablation, DiT-XL/2-G (cfg=1.5), 256x256"
+    ablation = "Decoder ablation, DiT-XL/2-G (cfg=1.5), 256x256"
     return [
         _published_table("Table 1", "DiT models"),
         _metric_table("Table 2", "Class-conditional ImageNet 256x256", measured, _has_paper_metric),
         _metric_table("Table 3", "Class-conditional ImageNet 512x512", measured, _has_paper_metric),
         _details_table(measured),
-        _metric_table("Table 5", title, measured, _is_decoder_ablation),
+        _metric_table("Table 5", ablation, measured, _is_decoder_ablation),
         _published_table("Table 6", "Gflops of the U-Net baselines, diffusion models only"),
     ]
 
 
 def protocol_table(protocol: str, records: Iterable[Record]) -> Table | None:
-    """The table of a protocol's measured rows with all their metrics; None without rows."""
+    """The table of a protocol's rows with all their metrics; None without rows."""
     members = [record for record in records if record.protocol == protocol]
     if not members:
         return None
@@ -78,7 +78,7 @@ def protocol_file_name(protocol: str) -> str:
 
 
 def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[dict[str, object]]]:
-    """(section, data of all rows) of comparable measured rows.
+    """(section, data of all rows) of comparable rows.
 
     The section prints the first MAX_LINES rows and those that are best or tied in the first metric. number: of the
     section, from 1.
@@ -184,7 +184,7 @@ def _joint_section(
     """(section, data, rows) of published records with measured ones below them.
 
     records: published and measured ones, or only one kind. cells: function from a row and its marks to the row's cells.
-    shown: metadata that the columns show. number: of the section, from 1.
+    shown: metadata that need no footnote (as in `build_section`). number: of the section, from 1.
     """
     rows = make_rows(records)
     marks = best_marks(rows, metrics_of(rows))
@@ -255,14 +255,16 @@ def _published_table(table: str, title: str) -> Table:
         if cell.table == table:
             by_row.setdefault(cell.row, {})[cell.column] = cell
     titles = list(next(iter(by_row.values())))
-    is_sized = "," in next(iter(by_row))
-    columns = ["Model", "Resolution"] if is_sized else ["Model"]
+    has_resolution = "," in next(iter(by_row))
+    columns = ["Model", "Resolution"] if has_resolution else ["Model"]
     for title_of_cell in titles:
         columns += [title_of_cell, *([_COUNT_TITLES[title_of_cell]] if title_of_cell in _COUNT_TITLES else [])]
     lines, data = [], []
     for row, printed in by_row.items():
         first = printed[titles[0]]
-        cells = [Cell(row.split(",")[0]), Cell(f"{first.resolution}x{first.resolution}")] if is_sized else [Cell(row)]
+        cells = [Cell(row)]
+        if has_resolution:
+            cells = [Cell(row.split(",")[0]), Cell(f"{first.resolution}x{first.resolution}")]
         entry = {"section": 1, "provenance": "published", "source": table, "model": row, "backbone": first.backbone}
         for name, cell in printed.items():
             cells.append(_printed_cell(cell))

@@ -71,7 +71,10 @@ def metric_title(key: str, n: int | None, mode: str = "", features: str | None =
 
 
 def title_of(records: Sequence[Record], *, names_n: bool = True) -> str:
-    """`metric_name` of these comparable records of one metric, with an arrow if the direction is known."""
+    """`metric_name` of these comparable records of one metric, with an arrow if the direction is known.
+
+    names_n: False leaves N out.
+    """
     first = records[0]
     evaluation = first.evaluation
     mode, features = (evaluation.mode, evaluation.features) if evaluation is not None else (None, None)
@@ -140,6 +143,7 @@ def states_guidance(record: Record) -> bool:
     """Whether the record states that its images were sampled with guidance.
 
     A record without scale and sampling steps states nothing about guidance; one with steps alone states that there is none.
+    The scale 1 is no guidance, except with a classifier.
     """
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):

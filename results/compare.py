@@ -139,9 +139,9 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     """The verdicts on A for every metric and sampling setting that both sides have, in a fixed order.
 
     Records are compared only where data set, resolution, N, suite, features and reference agree. If the two sides share
-    no sampling setting, a metric is compared at two different ones: at those with the same number of steps if each side
-    has exactly one of them, or, if this gives no pair for any metric, where each side has exactly one setting at all. The
-    verdict's `sampling` then names both settings.
+    no sampling setting, a metric is compared at two different ones: for each number of steps, at the settings with that
+    number, if each side has exactly one such setting; or, if this gives no pair for any metric, at the only setting of
+    each side. The verdict's `sampling` then names both settings.
     Raises UserError where a side is ambiguous (records of one metric and one way of sampling differ in more than seeds,
     say in training length), and where the sides have nothing in common.
     """
@@ -207,10 +207,10 @@ def _pairs_of_settings(left: Cells, right: Cells, *, by_steps: bool) -> list[tup
 
     of_a, of_b = by_metric(left), by_metric(right)
     pairs = []
-    for metric in sorted(set(of_a) & set(of_b), key=lambda metric: (rank(metric[0]), str(metric))):
-        if len(of_a[metric]) == len(of_b[metric]) == 1:
-            (setting_a, a), (setting_b, b) = of_a[metric][0], of_b[metric][0]
-            pairs.append((metric[0], f"{setting_a} against {setting_b}", a, b))
+    for entry in sorted(set(of_a) & set(of_b), key=lambda entry: (rank(entry[0]), str(entry))):
+        if len(of_a[entry]) == len(of_b[entry]) == 1:
+            (setting_a, a), (setting_b, b) = of_a[entry][0], of_b[entry][0]
+            pairs.append((entry[0], f"{setting_a} against {setting_b}", a, b))
     return pairs
 
 

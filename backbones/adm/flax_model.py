@@ -80,7 +80,8 @@ class ADMUpsampler(_ADM):
 class AttentionPool(nnx.Module):
     """Attention pooling as in CLIP: the mean of all positions is added as a token, which attends to all tokens.
 
-    The published network uses the output of this token only, so only that one is computed.
+    The published network uses the output of this token only, so only that one is computed. The channels of qkv_proj are
+    always ordered as with qkv_first, whatever the order in the other layers.
     """
 
     def __init__(self, layout: Layout, heads: int, outputs: int, rngs: nnx.Rngs):
@@ -123,5 +124,5 @@ class ADMClassifier(Encoder):
 
     def __call__(self, x: Array, t: Array, *, rngs: nnx.Rngs | None = None) -> Array:
         check_input("ADM", x, self.input_shape)
-        x, _ = self.encode(channels_last(x), self.embed(t), None, rngs)  # (N, S_min, S_min, C)
+        x, _ = self.encode(channels_last(x), self.embed(t), context=None, rngs=rngs)  # (N, S_min, S_min, C)
         return self.out(x)  # (N, num_classes)

@@ -75,7 +75,8 @@ class ADMUpsampler(_ADM):
 class AttentionPool(nn.Module):
     """Attention pooling as in CLIP: the mean of all positions is added as a token, which attends to all tokens.
 
-    The published network uses the output of this token only, so only that one is computed.
+    The published network uses the output of this token only, so only that one is computed. The channels of qkv_proj are
+    always ordered as with qkv_first, whatever the order in the other layers.
     """
 
     def __init__(self, layout: Layout, heads: int, outputs: int):
@@ -117,5 +118,5 @@ class ADMClassifier(Encoder):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         check_input("ADM", x, self.input_shape)
-        x, _ = self.encode(x, self.embed(t), None)  # (N, C, S_min, S_min)
+        x, _ = self.encode(x, self.embed(t), context=None)  # (N, C, S_min, S_min)
         return self.out(x)  # (N, num_classes)

@@ -154,7 +154,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """From (N, Z, h, w) to images (N, image channels, H, W).
 
-    `up` is numbered as the encoder's levels, so its levels are executed in reverse order.
+    `up` is numbered as the encoder's levels, so its levels are executed in reverse order. Each level has one residual
+    block more than the encoder's.
     """
 
     def __init__(self, image_channels: int, widths: list[int], blocks: int, attended: list[bool], in_channels: int):
@@ -163,9 +164,8 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList()
         for index, width in enumerate(widths):
-            inputs = widths[
-                min(index + 1, len(widths) - 1)
-            ]  # of the next level, which runs before; of `mid` at the last
+            # From the next level, which runs before this one; at the last level from `mid`, which has the same width.
+            inputs = widths[min(index + 1, len(widths) - 1)]
             level = Level(inputs, width, blocks + 1, attended[index])
             if index:
                 level.upsample = Upsample(width)
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))  # (N, C, h, w)
         for level in reversed(self.up):
-            x = level(x)  # (N, C, 2 H, 2 W); the last level keeps H and W
+            x = level(x)  # (N, C, 2 H, 2 W); up[0], which runs last, keeps H and W
         return self.conv_out(F.silu(self.norm_out(x)))  # (N, image channels, H, W)
 
 

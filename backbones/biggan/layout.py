@@ -89,13 +89,13 @@ def layout(
 def _checked_blocks(blocks: Sequence[Sequence[int]], input_size: int) -> tuple[Block, ...]:
     """The blocks as `Block`. Raises UserError if they do not fit together or do not end at input_size."""
     try:
-        found = tuple(Block(bool(up), int(inputs), int(outputs)) for up, inputs, outputs in blocks)
+        converted = tuple(Block(bool(up), int(inputs), int(outputs)) for up, inputs, outputs in blocks)
     except (TypeError, ValueError):
         raise UserError(
             f"BigGAN-deep: blocks {blocks!r} is not a sequence of (doubles the map, input channels, output channels)"
         ) from None
     channels, size = START_MULTIPLE, START
-    for number, block in enumerate(found):
+    for number, block in enumerate(converted):
         if block.inputs != channels:
             raise UserError(
                 f"BigGAN-deep: block {number} takes {block.inputs} times the width, but its input has {channels} times"
@@ -111,4 +111,4 @@ def _checked_blocks(blocks: Sequence[Sequence[int]], input_size: int) -> tuple[B
             f"BigGAN-deep: these blocks give {channels} times the width at {size} pixels a side; they must end with"
             f" 1 at input_size {input_size}"
         )
-    return found
+    return converted

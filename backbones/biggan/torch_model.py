@@ -125,6 +125,7 @@ class ConditionalNorm(StandingNorm):
     def forward(self, x: Tensor, condition: Tensor, truncation: float) -> Tensor:
         mean, variance = self.statistics(truncation)  # (C,) each
         n = x.shape[0]
+        # Under autocast, the linear layers return a lower precision than that of the statistics.
         gain = (1 + self.scale(condition)).to(mean.dtype)  # (N, C)
         offset = self.offset(condition).to(mean.dtype)  # (N, C)
         # The channels of all images are put side by side, so that one call normalises all images.
@@ -248,8 +249,7 @@ class BigGAN(nn.Module):
         num_classes: int,
         width: int,  # ch of the paper's tables
         latent_size: int,
-        blocks: Sequence[Sequence[int]]
-        | None,  # (up, inputs, outputs) of each; None: those of backbones.biggan.layout.BLOCKS
+        blocks: Sequence[Sequence[int]] | None,  # (up, inputs, outputs) of each; None: those of layout.BLOCKS
         attention: int | None,  # index of the block that follows self-attention; None: no self-attention
     ):
         super().__init__()

@@ -12,13 +12,13 @@ from harness.weights.maps import Layout, Shapes, WeightMap, take_all
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
-    """Builder arguments that follow from the shapes."""
-    found: dict[str, Any] = {}
+    """Builder arguments that follow from the shapes; without the tensor of an argument, that argument is left out."""
+    arguments: dict[str, Any] = {}
     if len(labels := shapes.get("embeddings.weight", ())) == 2:
-        found |= {"latent_size": labels[0], "num_classes": labels[1]}
+        arguments |= {"latent_size": labels[0], "num_classes": labels[1]}
     if len(read_out := shapes.get("generator.conv_to_rgb.weight_orig", ())) == 4:
-        found["width"] = read_out[0]  # the read-out has `width` output channels, of which three are used
-    return found
+        arguments["width"] = read_out[0]  # the read-out has `width` output channels, of which three are used
+    return arguments
 
 
 MAP = WeightMap(

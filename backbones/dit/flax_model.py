@@ -173,9 +173,7 @@ class PatchEmbed(nnx.Module):
     def __init__(self, patch: int, in_channels: int, width: int, rngs: nnx.Rngs):
         # Initialised as a linear map of p*p*C inputs, although it is stored as a convolution.
         kernel_init = xavier(patch * patch * in_channels, width)
-        self.proj = Conv(
-            in_channels, width, patch, stride=patch, kernel_init=kernel_init, bias_init=zeros, rngs=rngs
-        )  # fmt: skip
+        self.proj = Conv(in_channels, width, patch, stride=patch, kernel_init=kernel_init, bias_init=zeros, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         x = self.proj(x)  # (N, H/p, W/p, D)

@@ -31,7 +31,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x (N, T, D) plus gate (N, D) times branch (N, T, D): one fused operator where the dtypes agree."""
-    if branch.dtype != x.dtype:  # under autocast, whose product is rounded to the lower precision before the sum
+    if branch.dtype != x.dtype:  # under autocast: the product is rounded to the lower precision before the sum
         return x + gate.unsqueeze(1) * branch
     return torch.addcmul(x, gate.unsqueeze(1), branch)
 

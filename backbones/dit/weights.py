@@ -111,7 +111,10 @@ def from_diffusers(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
 
 
 def to_diffusers(shapes: Shapes) -> Recipes:
-    """Recipes of a diffusers transformer's tensors from ours. UserError for block designs other than adaln-zero."""
+    """Recipes of a diffusers transformer's tensors from ours. UserError for block designs other than adaln-zero.
+
+    The position table is left out: diffusers computes it.
+    """
     depth = count_blocks(shapes, "blocks")
     if block_design(shapes) != "adaln-zero":
         raise UserError(f"diffusers has no DiT with {block_design(shapes)} blocks; export this one with --format dit")
@@ -130,7 +133,7 @@ def to_diffusers(shapes: Shapes) -> Recipes:
 
 
 def diffusers_config(arguments: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """config.json of the transformer. It has DiT's norm_eps, which removes the second of the two DIFFERENCES."""
+    """config.json of the transformer; `shapes` is not used. DiT's norm_eps removes the second of DIFFERENCES."""
     return {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
@@ -161,19 +164,19 @@ def block_design(shapes: Shapes) -> str:
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
-    """Builder arguments that follow from the shapes: all but the number of heads."""
-    found: dict[str, Any] = {"depth": count_blocks(shapes, "blocks"), "block": block_design(shapes)}
-    patches = shapes.get("x_embedder.proj.weight", ())
-    if len(patches) == 4:
-        found |= {"width": patches[0], "in_channels": patches[1], "patch": patches[2]}
+    """Builder arguments that follow from the shapes: all but the number of heads, and those whose tensor is missing."""
+    arguments: dict[str, Any] = {"depth": count_blocks(shapes, "blocks"), "block": block_design(shapes)}
+    if len(patch_embedding := shapes.get("x_embedder.proj.weight", ())) == 4:
+        width, in_channels, patch, _ = patch_embedding
+        arguments |= {"width": width, "in_channels": in_channels, "patch": patch}
         if len(shapes.get("pos_embed", ())) == 3:
-            found["input_size"] = math.isqrt(_check_tokens(shapes["pos_embed"][1])) * patches[2]
+            arguments["input_size"] = math.isqrt(_check_tokens(shapes["pos_embed"][1])) * patch
         if outputs := shapes.get("final_layer.linear.bias"):
-            channels = outputs[0] // max(1, patches[2] * patches[2])  # max: a broken file may have a side of 0
-            found["out_channels"] = None if channels == 2 * patches[1] else channels  # None: 2 * in_channels
+            channels = outputs[0] // max(1, patch * patch)  # max: a broken file may have a side of 0
+            arguments["out_channels"] = None if channels == 2 * in_channels else channels  # None: 2 * in_channels
     if labels := shapes.get("y_embedder.embedding_table.weight"):
-        found["num_classes"] = labels[0] - 1  # without the "no class" label
-    return found
+        arguments["num_classes"] = labels[0] - 1  # without the "no class" label
+    return arguments
 
 
 def _grid(known: Mapping[str, Any], patch: int) -> int:
@@ -188,7 +191,9 @@ def _grid(known: Mapping[str, Any], patch: int) -> int:
                 f"config.json gives sample_size {_short(size)}, which is not the side of a latent: a multiple of the"
                 f" patch size {patch}, at most {MAX_SAMPLE_SIZE}"
             )
-        return math.isqrt(_check_tokens((size // patch) ** 2))
+        grid = size // patch
+        _check_tokens(grid**2)
+        return grid
     if len(table := known.get("expected", {}).get("pos_embed", ())) == 3:
         return math.isqrt(table[1])
     raise Mismatch("the size of its latents is not in the file; keep diffusers' config.json (sample_size) beside it")

@@ -37,7 +37,7 @@ def average_names(shapes: Shapes) -> dict[str, str]:
     Raises Mismatch if only some of the tensors have a moving average.
     """
     names = {name: average_name(name) for name in shapes if name.startswith("model.")}
-    missing = [name for name, theirs in names.items() if theirs not in shapes]
+    missing = [name for name, average in names.items() if average not in shapes]
     if missing and len(missing) < len(names):
         raise Mismatch(
             f"{missing[0]} has no moving average ({names[missing[0]]} is missing), but other tensors have one: fetch the"
@@ -70,25 +70,26 @@ def notes(shapes: Shapes) -> tuple[str, ...]:
     """Notes for the user on which weights are used."""
     if average_names(shapes):
         return ("the U-Net's weights are the moving average (model_ema); the weights without averaging are not used",)
-    if any(beside(name) for name in shapes):
+    if any(beside(name) for name in shapes):  # a checkpoint of a training run, in which averages are expected
         return ("the file holds no model_ema: the U-Net's weights are those under model.diffusion_model",)
     return ()
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
-    """Builder arguments that follow from the shapes."""
-    found: dict[str, Any] = {}
+    """Builder arguments that follow from the shapes; without the tensor of an argument, that argument is left out."""
+    arguments: dict[str, Any] = {}
     if len(embedding := shapes.get(f"{UNET}time_embed.0.weight", ())) == 2:
-        found["width"] = embedding[1]
+        arguments["width"] = embedding[1]
     if len(first := shapes.get(f"{UNET}input_blocks.0.0.weight", ())) == 4:
-        found["in_channels"] = first[1]
-    if (last := shapes.get(f"{UNET}out.2.bias")) and "in_channels" in found:
-        found["out_channels"] = None if last[0] == found["in_channels"] else last[0]  # None: the default, in_channels
+        arguments["in_channels"] = first[1]
+    if (last := shapes.get(f"{UNET}out.2.bias")) and "in_channels" in arguments:
+        outputs, default = last[0], arguments["in_channels"]
+        arguments["out_channels"] = None if outputs == default else outputs
     if len(labels := shapes.get("cond_stage_model.embedding.weight", ())) == 2:
-        found["context_width"] = labels[1]
+        arguments["context_width"] = labels[1]
         # The shapes do not tell whether the last label is the null class; the named network does.
-        found["num_classes"] = labels[0] - (1 if spec.defaults.get("null_class") else 0)
-    return found
+        arguments["num_classes"] = labels[0] - (1 if spec.defaults.get("null_class") else 0)
+    return arguments
 
 
 MAP = WeightMap(

@@ -38,9 +38,7 @@ TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a spatial transformer
 
 def zero_conv(inputs: int, outputs: int, kernel: int, *, padding: int = 0, axes: int = 2, rngs: nnx.Rngs) -> Conv:
     """A convolution with initial weights and biases 0, as the last layer of every residual branch."""
-    return Conv(
-        inputs, outputs, kernel, padding=padding, axes=axes, kernel_init=zeros, bias_init=zeros, rngs=rngs
-    )  # fmt: skip
+    return Conv(inputs, outputs, kernel, padding=padding, axes=axes, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
 
 def group_norm(channels: int, rngs: nnx.Rngs, eps: float = NORM_EPS) -> GroupNorm:

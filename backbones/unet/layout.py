@@ -137,9 +137,8 @@ def unet_layout(
     outputs: list[tuple[Part, ...]] = []
     decoder_levels = [] if encoder_only else reversed(list(enumerate(multipliers)))
     for level, multiplier in decoder_levels:
-        for index in range(
-            res_blocks + 1
-        ):  # one more than in the encoder, for the skip from the layer that downsamples
+        # One more than in the encoder, for the skip of the layer before the level: downsampling or input convolution
+        for index in range(res_blocks + 1):
             path = f"output_blocks.{len(outputs)}"
             parts: tuple[Part, ...] = (ResBlock(f"{path}.0", channels + skips.pop(), int(width * multiplier), side),)
             channels = int(width * multiplier)
@@ -159,7 +158,11 @@ def unet_layout(
 
 
 def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
-    """Raise UserError for arguments from which no U-Net can be built. Checks the arguments that ADM and LDM share."""
+    """Raise UserError for arguments from which no U-Net can be built.
+
+    Arguments that the family does not have may be missing. Not checked: heads and head_channels (see `heads_rule`), and
+    what the layouts of the two families check, such as low_res_size and context_width.
+    """
     for name in ("input_size", "in_channels", "width"):
         check_whole(family, name, arguments[name], 1)
     check_whole(family, "res_blocks", arguments["res_blocks"], 1, MAX_BLOCKS)
@@ -214,7 +217,7 @@ def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
 def heads_rule(family: str, heads: int, head_channels: int) -> Callable[[int], int]:
     """A function from channels to attention heads: `heads` for all channels, or channels / head_channels.
 
-    One of the two must be 0, else UserError. The function raises UserError for channels that cannot be split.
+    Exactly one of the two must be 0, else UserError. The function raises UserError for channels that cannot be split.
     """
     for name, value in (("heads", heads), ("head_channels", head_channels)):
         check_whole(family, name, value, 0)

@@ -66,6 +66,7 @@ class ResBlock(nn.Module):
         norm, *activation_dropout_conv = self.out_layers
         if self.scale_shift:  # ADM; LDM adds the embedding
             scale, shift = emb.chunk(2, dim=1)  # (N, C_out, 1, 1) each
+            # Under autocast, the norm is float32, and scale and shift are not.
             h = torch.addcmul(shift, norm(h).to(scale.dtype), 1 + scale)  # (N, C_out, S', S')
         else:
             h = norm(h + emb)  # (N, C_out, S', S')

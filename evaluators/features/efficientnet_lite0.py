@@ -195,7 +195,8 @@ class EfficientNetLite0Features:
         with torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                batch = torch.from_numpy(np.array(images[rows])).to(self.device)  # copied: it may be a memory map
+                # copied: torch warns of read-only maps
+                batch = torch.from_numpy(np.array(images[rows])).to(self.device)
                 batch_pooled, batch_logits = self.net(preprocess(batch, self.input_size))
                 pooled[rows], logits[rows] = batch_pooled.cpu().numpy(), batch_logits.cpu().numpy()
         if not (np.isfinite(pooled).all() and np.isfinite(logits).all()):

@@ -161,23 +161,24 @@ class Node:
         tensor = self._attribute("value").get(8)
         if self.op != "Const" or tensor is None:
             raise Malformed(f"{self.name} is not a constant")
-        element: int | memoryview | None = None
+        type_number: int | memoryview | None = None
         shape: tuple[int, ...] = ()
         content: memoryview | None = None
         typed: dict[int, list[int | memoryview]] = {}  # field number, such as that of float_val -> its values
         for number, value in fields(_message(tensor)):
             if number == 1:  # dtype
-                element = value
-            elif number == 2:  # tensor_shape
-                sizes = [dict(fields(_message(dim))).get(1, 0) for key, dim in fields(_message(value)) if key == 2]
+                type_number = value
+            elif number == 2:  # tensor_shape: its field 2 is a dimension, whose field 1 is the size
+                dimensions = [part for key, part in fields(_message(value)) if key == 2]
+                sizes = [dict(fields(_message(dimension))).get(1, 0) for dimension in dimensions]
                 shape = tuple(_integers(sizes))
             elif number == 4:  # tensor_content
                 content = _message(value)
             else:
                 typed.setdefault(number, []).append(value)
-        if not isinstance(element, int) or element not in _DTYPES:
-            raise Malformed(f"{self.name} has elements of the unknown type {element}")
-        dtype, field = _DTYPES[element]
+        if not isinstance(type_number, int) or type_number not in _DTYPES:
+            raise Malformed(f"{self.name} has elements of the unknown type {type_number}")
+        dtype, field = _DTYPES[type_number]
         if any(not 0 <= size < 1 << 40 for size in shape):
             raise Malformed(f"{self.name} has an impossible shape")
         if content is not None and len(content):

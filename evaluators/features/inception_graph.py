@@ -252,7 +252,7 @@ def extract_in_batches(
     pooled, spatial, logits = (np.empty((len(images), width), np.float32) for width in (POOLED, SPATIAL, CLASSES))
     for start in range(0, len(images), size):
         rows = slice(start, start + size)
-        # copied: the source may be a memory map, or not contiguous
+        # a copy: torch warns of a read-only memory map; order C makes it contiguous
         pooled[rows], spatial[rows], logits[rows] = forward(np.array(images[rows], order="C"))
     for array in (pooled, spatial, logits):
         finite = np.isfinite(array).all(axis=1)

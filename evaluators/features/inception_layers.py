@@ -157,11 +157,11 @@ BLOCKS = {  # by scope in the graph
 
 def convolutions(layers: Sequence[Layer] | None = None) -> tuple[Conv, ...]:
     """The convolutions in `layers`, in order. None: the 94 of the whole network."""
-    found: list[Conv] = []
+    convs: list[Conv] = []
     for layer in (*STEM, *BLOCKS.values()) if layers is None else layers:
         if isinstance(layer, Conv):
-            found.append(layer)
+            convs.append(layer)
         elif isinstance(layer, Join):
             for branch in layer.branches:
-                found += convolutions(branch)
-    return tuple(found)
+                convs += convolutions(branch)
+    return tuple(convs)

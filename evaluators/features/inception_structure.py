@@ -28,6 +28,7 @@ class _Structure:
         self.outputs: dict[str, str] = {}  # name of the last node of each convolution, by scope
 
     def check(self) -> None:
+        """Walk the whole graph. Raises Malformed."""
         image = self._check_image()
         node = self._resolve("pool_3")
         node = self._check_pool(node, POOL_3)
@@ -113,7 +114,7 @@ class _Structure:
     def _check_pool(self, node: Node, pool: Pool) -> Node:
         self._expect_op(node, _POOL[pool.average])
         self._check_window(node, "ksize", (pool.kernel,) * 2)
-        if pool is not POOL_3:  # its window covers everything, so any stride gives the same
+        if pool is not POOL_3:  # the window of POOL_3 covers its whole input, so its stride has no effect
             self._check_window(node, "strides", (pool.stride,) * 2)
         self._check_padding(node, pool.same)
         return self._input(node, 0)

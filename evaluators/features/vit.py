@@ -152,7 +152,8 @@ def preprocess(images: np.ndarray, shape: VitShape, device: str | torch.device =
     """
     if shape.resize == "pillow":
         images = _resize_by_pillow(images, shape.input_size)
-    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()  # copied: it may be a memory map
+    # copied: torch warns of read-only maps
+    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()
     if shape.resize == "float32":
         size = (shape.input_size, shape.input_size)
         x = functional.interpolate(x, size=size, mode="bicubic", antialias=True)  # (N, C, S, S)

@@ -136,16 +136,16 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
     weights.refuse_code()
     # transformers' classifiers: a prefix before all names except those of the last layer
     if all(key.startswith((PREFIX, "classifier.")) for key in weights.tensors):
-        kept = {key.removeprefix(PREFIX): tensor for key, tensor in weights.tensors.items()}
-        weights = replace(weights, tensors=kept)
+        unprefixed = {key.removeprefix(PREFIX): tensor for key, tensor in weights.tensors.items()}
+        weights = replace(weights, tensors=unprefixed)
     title, names, unused = _layout(weights, expected)
-    found = {key: tensor.shape for key, tensor in weights.tensors.items() if not key.startswith(unused)}
-    wanted: dict[str, tuple[int, ...]] = {}
+    stored_shapes = {key: tensor.shape for key, tensor in weights.tensors.items() if not key.startswith(unused)}
+    wanted_shapes: dict[str, tuple[int, ...]] = {}
     for ours, meta in expected.items():
         theirs = sources(ours, names)
-        shape = _stored_shape(tuple(meta.shape), theirs, found)
-        wanted |= dict.fromkeys(theirs, shape)
-    problems = compare(found, wanted)
+        shape = _stored_shape(tuple(meta.shape), theirs, stored_shapes)
+        wanted_shapes |= dict.fromkeys(theirs, shape)
+    problems = compare(stored_shapes, wanted_shapes)
     if problems:
         raise UserError(f"{weights.path} does not hold the weights of {name} (read as {title}): {problems.first()}")
     digest = sha256(weights.path)
@@ -154,17 +154,17 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
 
 
 def _stored_shape(
-    shape: tuple[int, ...], theirs: tuple[str, ...], found: Mapping[str, tuple[int, ...]]
+    shape: tuple[int, ...], theirs: tuple[str, ...], stored_shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...]:
     """Shape that each of the file's tensors `theirs` must have, so that `_read` gives `shape`.
 
-    found: shapes of the file's tensors by name.
+    stored_shapes: of all tensors in the file, by name.
     """
     if len(theirs) > 1:
         return (shape[0] // len(theirs), *shape[1:])
     if theirs == TRANSPOSED:
         return shape[::-1]
-    stored = found.get(theirs[0])
+    stored = stored_shapes.get(theirs[0])
     if stored is not None and len(stored) < len(shape) and (1,) * (len(shape) - len(stored)) + tuple(stored) == shape:
         return stored  # class token and positions without the batch axis of size 1
     return shape
@@ -185,7 +185,8 @@ def _read(weights: WeightFile, theirs: tuple[str, ...], shape: tuple[int, ...]) 
 def find_weights(name: str, shape: VitShape, weights: Path | None) -> Path:
     """The file or folder with the weights. A repository on the hub is downloaded unless it is in the hub's cache.
 
-    weights: as the user named them; None: the file in torch.hub's cache. Raises UserError if there are none.
+    weights: as the user named them; None: the file in torch.hub's cache, UserError if it is not there. A path that does
+    not exist is returned as it is: `open_weights` refuses it.
     """
     options = f"{FLAG} FILE or {FLAG} {shape.repository}"
     if weights is None:

@@ -91,7 +91,7 @@ class Decoder:
         with torch.inference_mode(), exact_float32(device.type):
             for part in z.split(self.batch) if len(z) else ():  # split gives one part of 0 latents for an empty z
                 latent = part.to(device, torch.float32) / self.scale_factor + self.shift_factor  # (n, C, h, w)
-                x = _decode(self.kind, self.net, latent)  # (n, 3, H, W)
+                x = _decode(self.kind, self.net, latent)  # (n, image channels, H, W)
                 finite = torch.isfinite(x).flatten(1).all(dim=1)  # (n,)
                 if not finite.all():
                     at = sum(map(len, images)) + int(finite.int().argmin())  # index of the first one
@@ -213,7 +213,7 @@ def traced_compute(
     if direction not in ("decode", "encode"):
         raise UserError(unknown("direction", direction, ("decode", "encode")))
     with neutral_state():
-        net = _build(kind, config, Path("config"))  # no config.json: the path is only for messages
+        net = _build(kind, config, Path("config"))  # there is no such file: the path is only for messages
         counter = OperatorCounter(f"autoencoder {kind}", uncounted_norms=())
         with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
             if direction == "decode":

@@ -82,8 +82,10 @@ def main() -> None:
     from harness.errors import RunError, UserError
 
     def end(code: int, reason: str, print_error: Callable[[], object]) -> NoReturn:
-        """Print the error, write `reason` for torchrun's report, and exit with `code`. Under torchrun, rank 0 comes first."""
-        with contextlib.suppress(KeyboardInterrupt):  # torchrun ends this process once the first has reported
+        """Print the error, write `reason` for torchrun's report, and exit with `code`."""
+        # Under torchrun, rank 0 prints first, and the others wait. If torchrun then ends this process (SIGTERM, here a
+        # KeyboardInterrupt), rank 0 has printed the same error, and this process prints nothing.
+        with contextlib.suppress(KeyboardInterrupt):
             defer_to_rank_zero(os.environ)
             print_error()
             report_elastic_error(os.environ, reason)
@@ -131,6 +133,5 @@ def _terminable() -> Iterator[list[float]]:
     try:
         yield arrivals
     finally:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN if arrivals else signal.SIG_DFL
-        )  # ignored once the process is ending
+        # After a SIGTERM the process is ending already, so another one is ignored.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if arrivals else signal.SIG_DFL)

@@ -40,7 +40,7 @@ def command(as_json: bool, **options: Any) -> None:
     click.echo(f"B = {_name(first.b)}")
     samplings = sorted({verdict.sampling for verdict in verdicts})
     click.echo(f"N = {first.a.n:,}" + (f", {samplings[0]}" if len(samplings) == 1 else ""))
-    seeds = first.scope == "training seeds"
+    over_training_seeds = first.scope == "training seeds"
     columns = {  # heading: function from a verdict to its cell
         "metric": lambda each: each.metric,
         "sampling": lambda each: escape(each.sampling),
@@ -53,19 +53,19 @@ def command(as_json: bool, **options: Any) -> None:
     }
     if len(samplings) == 1:  # printed above
         del columns["sampling"]
-    if seeds:  # the verdicts are about training again already
+    if over_training_seeds:  # the verdicts are about training again already
         del columns["trained again"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in columns:
-        number = heading in ("A", "B", "A - B", "noise")
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        is_number = heading in ("A", "B", "A - B", "noise")
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
     for each in verdicts:
         table.add_row(*(text(each) for text in columns.values()))
     Console().print(table)
     if differing:
         text = "; ".join(f"{name} {values[0]} and {values[1]}" for name, values in differing.items())
         click.echo(f"A and B also differ in: {text}")
-    click.echo(SEEDS_RULE if seeds else SAMPLING_RULE)
+    click.echo(SEEDS_RULE if over_training_seeds else SAMPLING_RULE)
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
@@ -97,5 +97,6 @@ def _name(group: Group) -> str:
         return record.system
     seeds = sorted({each.training.seed for each in group.records if each.training and each.training.seed is not None})
     words = f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
-    sets = max(len(each) for each in group.checkpoints)
-    return f"{record.system}, {training.steps} steps{words}" + (f", {sets} sampling seeds" if sets > 1 else "")
+    sampling_seeds = max(len(each) for each in group.checkpoints)
+    words += f", {sampling_seeds} sampling seeds" if sampling_seeds > 1 else ""
+    return f"{record.system}, {training.steps} steps{words}"

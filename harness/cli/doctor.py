@@ -21,6 +21,7 @@ MAX_SECONDS = 0.5  # for all products; at least one is timed
 
 OPTIONAL = (
     # import name, distribution, purpose, extra that installs it
+    # optax is what to look for: jax alone may be there without the rest of the extra
     ("optax", "jax", "networks in JAX (--framework jax, --backend jax)", "jax"),
     ("cleanfid", "clean-fid", "suite clean (clean-fid's resize)", "clean-fid"),
     ("pyarrow", "pyarrow", "data sets in parquet files (harness data prepare)", "parquet"),

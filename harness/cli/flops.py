@@ -62,7 +62,7 @@ def command(
         try:
             rows.append(make_row(spec, overrides, breakdown=breakdown, check=check))
         except UserError as error:
-            if names or check:  # the user named it, so this is an error
+            if names or check:  # the user asked for this network, or for a check that may be what fails (no fvcore)
                 raise
             refused.append({"name": spec.name, "reason": str(error)})
     # a system that is only in the paper has no components

@@ -48,7 +48,7 @@ def settings_options(options: type[Options]) -> Callable[[Function], Function]:
 
 
 def _parameter(name: str, info: Setting, default: object) -> Callable[[Function], Function]:
-    """The decorator that adds the click option, or argument, of one setting. default: MISSING if it is required."""
+    """The decorator that adds the click option, or argument, of one setting. default: MISSING if it has none."""
     if info.argument:
         return click.argument(name, type=_type(info), metavar=info.metavar or name.upper())
     flags = info.flags or (info.flag(name),)
@@ -56,7 +56,7 @@ def _parameter(name: str, info: Setting, default: object) -> Callable[[Function]
     required = default is dataclasses.MISSING and not info.repeat
     attributes: dict[str, Any] = {"help": _help(info), "required": required}
     if isinstance(default, bool):
-        attributes |= {"is_flag": True, "default": default, "required": False}
+        attributes |= {"is_flag": True, "default": default}
     elif info.repeat:
         attributes |= {"multiple": True, "type": _type(info)}
     else:

@@ -9,7 +9,6 @@ import json
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from harness.cli.from_settings import json_option, settings_options
 from harness.errors import UserError
@@ -25,8 +24,7 @@ TABLE_SETTINGS = {"protocol", "match", "budget", "set"}  # the settings that the
 @click.command("plan")
 @settings_options(PlanOptions)
 @json_option
-@click.pass_context
-def command(ctx: click.Context, as_json: bool, **settings: Any) -> None:
+def command(as_json: bool, **settings: Any) -> None:
     """Say what a run would cost (compute, memory, disk, hours at the speed measured here), and write nothing.
 
     What would stop the run (data, autoencoder or memory that is missing on this machine) gets a line that begins with
@@ -44,12 +42,12 @@ def command(ctx: click.Context, as_json: bool, **settings: Any) -> None:
     """
     options = PlanOptions(**settings)
     if options.backbone is None:
-        _show_table(ctx, options, as_json)
+        _show_table(options, as_json)
         return
     from harness.pipeline.plan import with_measurement
 
     request = request_from(options)
-    plan = make_plan(request, decoder_given=False)
+    plan = make_plan(request, check_decoder=True)
     if not as_json:  # before the measurement, which takes its time
         click.echo(headline(request, options.protocol is None))
         click.echo(costs_text(plan))
@@ -70,15 +68,15 @@ def command(ctx: click.Context, as_json: bool, **settings: Any) -> None:
         click.echo(measured_text(measured.measured))
 
 
-def _show_table(ctx: click.Context, options: PlanOptions, as_json: bool) -> None:
+def _show_table(options: PlanOptions, as_json: bool) -> None:
     """Print the training steps that every backbone gets from one budget, as a table or as JSON."""
     if options.match is None and options.budget is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
     checked_steps(options)  # for its UserError, if several settings give the training steps
     # Refuse a flag that the table does not use, unless its value is the default.
+    given = options.given()
     for name, info in settings_of(options).items():
-        given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if name not in TABLE_SETTINGS and given and options.given().get(name) is not None:
+        if name in given and name not in TABLE_SETTINGS:
             raise UserError(f"{info.flag(name)} has no part in the table of a budget; name a --backbone with it")
     protocol = get_protocol(options.protocol or DEFAULT_PROTOCOL)
     document = budget_table(

@@ -103,7 +103,8 @@ def command(
     if state.count("done") == len(state.rows):
         return
     click.echo(summary(state), err=True)
-    if launcher == "local":  # the jobs of slurm still run
+    # Some runs were interrupted, or belong to another process. With slurm that is no interruption: its jobs still run.
+    if launcher == "local":
         click.echo("some runs are not done; the same command continues", err=True)
         sys.exit(130)
 
@@ -184,9 +185,9 @@ def summary(state: Overview) -> str:
     text = f"{state.study.study.name}: {counts} of {len(state.rows)} runs"
     if not data["gflops_left"]:
         return text
-    unknown = data["runs_of_unknown_speed"]
-    known = f"{duration(data['seconds_left'])} of work" if unknown < len(state.rows) and data["seconds_left"] else ""
-    of_unknown = f"{unknown} runs whose speed is not known yet" if unknown else ""
-    time_left = " and ".join(part for part in (known, of_unknown) if part)
+    known_time = f"{duration(data['seconds_left'])} of work" if data["seconds_left"] else ""
+    unknown_runs = data["runs_of_unknown_speed"]
+    unknown_time = f"{unknown_runs} runs whose speed is not known yet" if unknown_runs else ""
+    time_left = " and ".join(part for part in (known_time, unknown_time) if part)
     disk = f"; the whole study needs {data['disk_bytes'] / 1e9:.2g} GB of disk"
     return f"{text}; left: {data['gflops_left']:.4g} Gflops" + (f", {time_left}" if time_left else "") + disk

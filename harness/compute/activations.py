@@ -22,8 +22,8 @@ def activation_bytes(spec: BackboneSpec, **overrides: object) -> int:
     saved = _saved_bytes(spec, overrides)
     arguments = spec.arguments(**overrides)
     if arguments.get("gradient_checkpointing"):
-        all_blocks = _saved_bytes(spec, {**overrides, "gradient_checkpointing": False})
-        saved += max(all_blocks - saved, 0) // (arguments.get("depth") or UNET_EQUAL_BLOCKS)
+        without_checkpointing = _saved_bytes(spec, {**overrides, "gradient_checkpointing": False})
+        saved += max(without_checkpointing - saved, 0) // (arguments.get("depth") or UNET_EQUAL_BLOCKS)
     return saved
 
 

@@ -178,9 +178,9 @@ class _Job:
     ) -> None:
         """Append the response to `file` until it ends; _Interrupted if bytes are missing then.
 
-        UserError from `check`, and where the file is larger than `max_bytes`.
-        done: bytes of the file so far. head: b"" at the start of the file, where the first bytes are collected and given
-        to `check`; None: they were checked before.
+        UserError from `check`, and where the file is larger than `max_bytes`. done: bytes of the file so far. head: b""
+        at the start of the file, where the first bytes are collected and given to `check`; None: they were checked
+        before.
         """
         try:
             while True:

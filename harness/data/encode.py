@@ -40,7 +40,7 @@ OWN_FILES = {JOURNAL, LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS}{f
 def existing_cache(source: NamedImages, vae: str, out: Path) -> Meta | None:
     """The meta.json of `out`, if that folder is the complete cache of `source` by the autoencoder `vae`.
 
-    None: `make_cache` will make it, or refuse to. Imports no framework.
+    None: left to `make_cache`, which makes, continues or refuses it. Imports no framework.
     """
     if not (out / META).exists() or (out / JOURNAL).exists():
         return None
@@ -77,7 +77,7 @@ def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: Map
     shape = (count, 2, 2, vae.channels, height // vae.factor, width // vae.factor)
     # as it is read back from the journal, where tuples have become lists
     contents = json.loads(json.dumps({"images": images, "vae": vae.identity, "shape": shape}))
-    vae_path = Path(vae.source)  # unless it is "repository@revision"
+    vae_path = Path(vae.source)  # does not exist if the source is "repository@revision"
     source_paths = {
         "images": source.name,
         "vae": str(vae_path.resolve()) if vae_path.exists() else vae.source.partition("@")[0],

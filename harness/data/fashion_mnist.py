@@ -77,8 +77,8 @@ def _files(folder: Path | None) -> list[Path]:
         if len(found) == len(FILES):
             return found
         if found or folder is not None:
-            missing = FILES[paths.index(None)][0]
-            problem = "no such folder" if not candidate.is_dir() else f"no file {missing}.gz in it"
+            missing_file = FILES[paths.index(None)][0]
+            problem = "no such folder" if not candidate.is_dir() else f"no file {missing_file}.gz in it"
             raise UserError(
                 f"Fashion-MNIST in {candidate}: {problem}; `harness data fetch fashion-mnist` gets all four files"
             )

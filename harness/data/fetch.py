@@ -176,7 +176,7 @@ class _Limited(io.RawIOBase):
     """A stream of which at most `limit` bytes can be read; then `read` raises UserError. An archive may be a zip bomb."""
 
     def __init__(self, stream: gzip.GzipFile, limit: int):
-        self._stream, self._left = stream, limit
+        self._stream, self._left = stream, limit  # _left: bytes that may still be read
 
     def readable(self) -> bool:
         return True

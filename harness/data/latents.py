@@ -141,7 +141,7 @@ class LatentSet:
         views = self.latents.reshape(-1, *self.latents.shape[2:])
         view_rows, nbytes = 2 * rows + mirrored, views[0].nbytes
         prefetch(self.latents, view_rows * nbytes, nbytes)  # three times as fast from the disk
-        return np.asarray(views[view_rows])
+        return views[view_rows]
 
     def to_model_input(self, stored: Any, normal: Normal) -> Any:
         """float32 (n, 2, C, h, w) to float32 (n, C, h, w): a sample of each posterior, shifted and scaled."""

@@ -38,7 +38,8 @@ def training_data(protocol: Protocol, data: Path | None) -> Examples:
 def load_data(protocol: Protocol, data: Path | None) -> ImageSet:
     """The images of the protocol's data set, averaged down to its resolution if that divides their size.
 
-    data: as --data names it. If it is a cache of latents, the images that it was made of are loaded, as they are.
+    Prepared images are not averaged: they are returned at the size they have. data: as --data names it. If it is a cache
+    of latents, the images that it was made of are loaded, as they are.
     """
     if data is not None and latents.is_cache(data):
         meta = latents.read_meta(data)

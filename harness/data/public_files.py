@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from evaluators.features.inception_graph import GRAPH_MD5, GRAPH_NAME, GRAPH_SIZE, GRAPH_URL
 
-_BATCHES = GRAPH_URL.rpartition("/")[
-    0
-]  # address of the folder of ADM's evaluation: the graph and the reference batches
+# address of the folder of ADM's evaluation, which holds the graph and the reference batches
+_BATCHES = GRAPH_URL.rpartition("/")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class PublicFile:
 
 
 def _batch(name: str, path: str, summary: str, size: int | None = None, md5: str | None = None) -> PublicFile:
-    """A reference batch of ADM. path: below the address of all batches."""
+    """A reference batch of ADM. path: below `_BATCHES`."""
     return PublicFile(
         name=name,
         file=path.rpartition("/")[2],

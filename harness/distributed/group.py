@@ -50,7 +50,10 @@ class ProcessGroup:
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        """Context in which the main process holds the lock of a run's folder, for the whole group."""
+        """Context in which the main process holds the lock of a run's folder, for the whole group.
+
+        It is a `collective_scope` as well.
+        """
         if self.is_main:
             with lock_folder(folder):
                 yield

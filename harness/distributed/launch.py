@@ -55,7 +55,7 @@ def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
         )
 
     def integer(name: str, default: int | None = None, low: int = 0, high: int | None = None) -> int:
-        """The value of a variable, low <= value < high. default: for a variable that is not set; None: it must be."""
+        """The value of a variable, low <= value < high. default: for a variable that is not set; None: it must be set."""
         text = environment.get(name)
         if text is None and default is not None:
             return default

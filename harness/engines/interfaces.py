@@ -97,8 +97,8 @@ class Backend(Protocol):
         """The training state of `run` before step 1; `Engine.load` then restores a checkpoint, if there is one.
 
         net: the network at its initialisation, which the engine takes over and may change; None builds it. mesh:
-        "DATAxMODEL" for the processes at work now; None keeps MODEL of the run's mesh. jax ignores it: a run in jax keeps
-        its mesh.
+        "DATAxMODEL" for the processes at work now; None keeps MODEL of the run's mesh and fits DATA to the processes. jax
+        ignores it: a run in jax keeps its mesh.
         """
 
     def make_sampler(

@@ -97,7 +97,7 @@ def one_image_error(name: str, parameters: int, activation_bytes: int, device: s
 
 
 def device_error(resolved: Resolved, reason: str = "which is not available here") -> UserError:
-    """The error for a run whose device this machine does not have, or has in another form. reason: a relative clause."""
+    """The error for a run whose device this machine does not have, or has in another form. reason: is put after a comma."""
     return UserError(
         f"the run was created on {resolved.device} ({resolved.device_name}), {reason}; "
         "continue it as another run with --fork RUN --out NEW"

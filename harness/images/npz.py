@@ -36,7 +36,7 @@ from harness.images.source import (
 )  # fmt: skip
 from harness.io.arrays import release_pages
 
-HEAD_BYTES = 1 << 20  # of an array that is refused, read to say what it holds
+HEAD_BYTES = 1 << 20  # read of an array that is refused, to tell its range of values in the message
 NO_CHECKSUM = "an npy has no checksum: damaged pixels cannot be detected"
 
 
@@ -281,7 +281,7 @@ def _read_batches(stream: IO[bytes], shape: tuple[int, int, int, int], size: int
 
     shape: (N, H, W, C). `Damaged` where more bytes follow.
     """
-    left, step = shape[0], images_per_chunk(shape[1:], size)
+    left, step = shape[0], images_per_chunk(shape[1:], size)  # left: images that are not read yet
     while left:
         n = min(step, left)
         data = stream.read(n * shape[1] * shape[2] * shape[3])
@@ -314,8 +314,8 @@ class _StoredImages:
         with path.open("rb") as file:
             # lengths of name and extra field in the local header, which may differ from those in the zip's directory
             file.seek(info.header_offset + 26)
-            name, extra = struct.unpack("<HH", file.read(4))
-        start = info.header_offset + 30 + name + extra
+            name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+        start = info.header_offset + 30 + name_bytes + extra_bytes
         if info.compress_size != info.file_size or start + info.file_size > path.stat().st_size:
             raise Damaged("its directory contradicts its content")
         self.images = np.memmap(path, np.uint8, "r", start + len(header.raw), shape)

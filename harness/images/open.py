@@ -83,7 +83,7 @@ def open_folder(path: Path) -> ImageSource:
         images, labels, ignored = _class_folders(path, folders, notes)
     else:
         ignored = len(inside) - len(images) - len(folders)
-        if any(_image_files(folder)[0] for folder in folders):  # folders beside `images`
+        if any(_image_files(folder)[0] for folder in folders):  # there are `images` too, see the condition above
             raise UserError(f"{path} holds images and folders of images: are these classes? Keep one of the two")
         images = natural_sorted(images, lambda each: each.name)
     if not images:

@@ -197,7 +197,8 @@ def from_batches(
     """The source of images that a program makes: uint8 (n, H, W, C) arrays.
 
     batches: a list can be read again, an iterator once. count: number of images to take, also from an endless
-    generator; UserError if there are fewer; None: all. labels: integers (N,).
+    generator; UserError if there are fewer; None: as many as there are labels, or all if there are none. labels:
+    integers (N,), or None.
     """
     if count is not None and count < 1:
         raise UserError(f"{name}: count is {count}; give 1 or more")
@@ -209,13 +210,13 @@ def from_batches(
     shape = _as_batch(name, first).shape[1:]
 
     def chunks(_size: int) -> Iterator[np.ndarray]:
-        left = count
+        left = count  # images still to take; None: no limit
         for batch in itertools.chain([first], iterator) if once else batches:
             batch = _as_batch(name, batch, shape)
             if left is not None:
                 batch = batch[:left]
                 left -= len(batch)
-            yield np.array(batch) if once else batch  # a generator may reuse its buffer
+            yield np.array(batch) if once else batch  # copied: a generator may reuse its buffer
             if left == 0:
                 return
 

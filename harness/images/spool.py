@@ -30,9 +30,7 @@ def spooled(source: ImageSource, folder: Path | None = None) -> Iterator[ImageSo
     with _Store(folder) as store:
         for batch in source.batches():
             store.add(batch)
-        images = store.images(source.shape)
-        yield source.backed_by(images)
-        del images  # the map, before its file is closed
+        yield source.backed_by(store.images(source.shape))
 
 
 class _Store:

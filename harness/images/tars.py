@@ -45,7 +45,7 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
             offset = start + -(-size // 512) * 512
             # extended headers: x (pax) and L (GNU) describe the next file; g (pax, for all files) is skipped
             if kind in b"xgL":
-                data = file.read(size) if size <= 1 << 20 else b""
+                data = file.read(size) if size <= 1 << 20 else b""  # a larger one counts as empty
                 if kind == b"L":
                     extended_name = data.rstrip(b"\0").decode("utf-8", "replace")
                 elif kind == b"x":

@@ -89,7 +89,8 @@ def chosen_rows(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     READ_BYTES at a time.
     """
     out = np.empty((int(np.count_nonzero(chosen)), *array.shape[1:]), array.dtype)
-    rows_per_read = max(READ_BYTES * len(array) // max(array.nbytes, 1), 1)
+    row_bytes = array.nbytes // max(len(array), 1)
+    rows_per_read = max(READ_BYTES // max(row_bytes, 1), 1)
     done = 0  # rows of `out` that are filled
     for start in range(0, len(array), rows_per_read):
         part = array[start : start + rows_per_read][chosen[start : start + rows_per_read]]
@@ -100,9 +101,9 @@ def chosen_rows(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def release_freed_memory() -> None:
-    """Return the memory of freed arrays, which the C library keeps for new ones, to the system. Does nothing without glibc.
+    """Give the system back what the C library keeps of freed arrays for new ones. Does nothing without glibc.
 
-    After a network was loaded and run, there is much of it, in pieces too small for later arrays.
+    A network that was loaded and run leaves much of such memory, in pieces too small for later arrays.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library; Windows
         ctypes.CDLL(None).malloc_trim(0)

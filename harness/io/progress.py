@@ -134,7 +134,7 @@ class Stages:
 
     def close(self) -> None:
         """Close the bar that is open, if there is one."""
-        for bar in self._bars.values():
+        for bar in self._bars.values():  # no effect on those that are closed
             bar.__exit__(None, None, None)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -128,6 +128,7 @@ def read_paths(value: Any) -> tuple[Path, ...]:
 def count(text: str) -> int:
     """The whole number that text such as 250, 400k or 7M means, 0 included; ValueError for anything else."""
     factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    # without a suffix underscores may be anywhere; float() itself takes them only between digits
     number = float(text[:-1] if factor > 1 else text.replace("_", ""))
     if not math.isfinite(number):
         raise ValueError(f"{text!r} is not a whole number")

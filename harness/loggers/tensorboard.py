@@ -30,7 +30,7 @@ class TensorBoard:
         self.needs_past_steps = not any(folder.glob("events.out.tfevents.*"))
         self._writer = EventFileWriter(str(folder))
         if not self.needs_past_steps:
-            # TensorBoard then drops these steps of earlier files.
+            # TensorBoard then drops the steps from done + 1 on in earlier files.
             start = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
 

@@ -84,7 +84,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     source = open_reference(options.reference) if options.reference else None
     if source is not None:
         images = reference_images(source)
-    elif options.data is None and run is not None and run.source_paths:
+    elif options.data is None and run is not None and run.source_paths:  # in latents: the images that they were made of
         images = source_images(run.source_paths, run.identity["dataset_sha256"], str(run.folder))
     else:
         images = load_data(protocol, options.data)

@@ -59,9 +59,10 @@ class Evaluator:
 
 
 def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | None) -> Evaluator | None:
-    """The evaluator of a run's samples; None if the suite needs weights and neither weights nor a reference are given.
+    """The evaluator of a run's samples; None if its suite's network takes a weight file and no file at all is given.
 
-    Raises `UserError`, before anything is trained, for a file that does not exist or that the suite does not use.
+    A reference without weights goes to `make_config`, which refuses it if the suite's network is Inception. Raises
+    `UserError`, before anything is trained, for a file that does not exist or that the suite does not use.
     """
     from evaluators.suites import get_suite
 
@@ -81,7 +82,8 @@ def make_config(
     """The configuration of a suite on a backend: "torch", "jax" or "tensorflow".
 
     weights: file of the network's weights. reference: path of the reference images; mu and sigma are used if the file has
-    them and the suite allows it. Raises `UserError` if weights are needed and not given, or given and not used.
+    them and the suite allows it. Raises `UserError` if Inception's weights are not given, or if weights are given to a
+    suite that takes none.
     """
     from evaluators.reference_file import read_about
 
@@ -89,6 +91,7 @@ def make_config(
     flag = suite.features.weights_option
     if weights is not None and not flag:
         raise UserError(f"suite {suite.name!r} includes the weights of its network; leave out {weights}")
+    # Without a file, the other networks that take one look for it in torch.hub's cache; Inception's is nowhere else.
     if weights is None and flag == inception_torch.weights_option:
         raise UserError(
             f"suite {suite.name!r} needs the weights of its network: give --inception FILE ({INCEPTION_FILE})"

@@ -40,9 +40,8 @@ class ReferenceResult:
 def open_source(source: str, data: Path | None = None) -> ImageSource:
     """The images of the data set named `source`, or else of the file, folder or pattern `source`.
 
-    For a path that is also the name of a data set, write ./digits.
-
-    data: path of the data set, if it needs one.
+    If a path is also the name of a data set, such as digits, the data set is meant; ./digits is the path. data: path of
+    the data set, if it needs one.
     """
     if source in registry.datasets:
         images = registry.datasets.get(source).load(data)

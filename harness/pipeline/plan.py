@@ -24,14 +24,14 @@ def plan(options: PlanOptions) -> Plan:
     if options.backbone is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
     request = request_from(options)
-    return with_measurement(make_plan(request, decoder_given=False), request, options)
+    return with_measurement(make_plan(request, check_decoder=True), request, options)
 
 
 def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan:
     """A copy of the plan with speed and memory measured here. If memory is too small, `missing` says so."""
     requested = options.compile or "off"
-    # For auto, a plan does not compile, which would take too long, and so does not say whether the run will. Only torch
-    # has the option; jax gets it unchanged.
+    # For auto, torch measures without compiling, which takes too long for a plan, and the plan does not say whether
+    # the run will compile (compiled=""). Only torch has the option: jax refuses "on" and ignores "auto".
     try:
         _, measured = get_backend(request.framework).measure(
             request,

@@ -27,6 +27,7 @@ def report(options: ReportOptions) -> ReportSummary:
 
     name = options.protocol
     if name is not None and name not in registry.protocols and not name.endswith(".toml"):
+        # Only a warning: the records may be of a protocol that is not installed here.
         logger.warning(registry.unknown("protocol", name, registry.protocols.names()))
     paths = options.results or ((RUNS_FOLDER,) if RUNS_FOLDER.exists() else ())
     with Stages({"records": "files", TABLES: "parts", "figures": "figures"}) as progress:

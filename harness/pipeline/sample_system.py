@@ -76,8 +76,9 @@ def sample_system(
         "batch": batch,
     }
     identity = json.loads(json.dumps(identity))  # tuples become lists, as when the sidecar is read back
+    folder_name = Path(system.name).name  # a name may contain slashes
     job = Job(
-        folder=folder / f"{Path(system.name).name}-n{count}-{files.sha256_json(identity)[:8]}",
+        folder=folder / f"{folder_name}-n{count}-{files.sha256_json(identity)[:8]}",
         identity=identity,
         record=fields_of_system(
             system,

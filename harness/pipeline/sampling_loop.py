@@ -68,7 +68,7 @@ def run_job(
         if not _is_intact(_shard_path(shards_folder, start), (min(job.batch, count - start), *job.image))
     ]
     sampler, begin = make_sampler(), time.monotonic()
-    assert sampler.evaluations == job.record.sampling.evaluations  # counted by the sampler, and by its plan
+    assert sampler.evaluations == job.record.sampling.evaluations  # two counts: the sampler's own, and the plan's
     # of the progress bar, in sampler steps of this process
     total, done = len(local_starts) * job.steps, (len(local_starts) - len(missing)) * job.steps
     with Bar(job.title, total, "steps", done) as bar:

@@ -95,7 +95,7 @@ def read_fields(path: Path, sha256: str, name: str | None = None) -> RecordField
     if type(schema) is int and schema > SCHEMA:
         raise UserError(f"{sidecar} was written by a newer harness (schema {schema}); update this one")
     try:
-        if type(schema) is not int or schema < 1:
+        if type(schema) is not int or schema < 1:  # not isinstance, which accepts true
             raise TypeError(f"schema {shown(schema)} is not a schema number")
         data = upgrade_v1(data) if schema == 1 else data
         fields = RecordFields.from_dict(data["record"]).with_samples(sha256, name)
@@ -276,7 +276,7 @@ def _training_of_parts(system: System, sources: Mapping[str, Source]) -> Trainin
     base = sources["base"]
     if base.trained is None:
         return Training(checkpoint_sha256=checkpoint)
-    gflops: float | None = 0.0  # None from the first part on that is not a run
+    gflops: float | None = 0.0  # None as soon as one part is not a run
     for name, part in sorted(system.parts.items()):
         trained = sources[name].trained
         if trained is None or gflops is None:

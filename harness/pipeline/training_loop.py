@@ -136,6 +136,7 @@ def keep_ema_checkpoint(run: Run, step: int) -> None:
         except OSError:  # a file system without hard links
             files.write_bytes(target, checkpoint.part("ema").read_bytes())
     entry = checkpoint.state["files"]["ema.safetensors"]
+    # old checkpoints have no "spent"
     state = {key: checkpoint.state[key] for key in ("schema", "step", "seconds", "spent") if key in checkpoint.state}
     files.write_json(folder / "state.json", state | {"files": {"ema.safetensors": entry}})
 
@@ -268,8 +269,8 @@ def _log(path: Path, done: int, group: ProcessGroup) -> Iterator[IO[str]]:
     with files.explained(path):
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)[:done]
-            # A regular file that needs no cut is left as it is.
-            if not (path.is_file() and sum(map(len, lines)) == path.stat().st_size):
+            needs_cut = sum(map(len, lines)) != path.stat().st_size
+            if needs_cut or not path.is_file():  # a device, such as /dev/null, is replaced by a file
                 files.write_bytes(path, b"".join(lines))
         with path.open("a", encoding="ascii") as file:
             yield file

@@ -190,9 +190,9 @@ def _first_steps(least: int, function: Callable[[int], int]) -> int:
 def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int]:
     """Returns a function from a number of sampler steps to the network evaluations of one image, without guidance.
 
-    The function is defined for all numbers and does not decrease. Numbers of steps that the sampler refuses are
-    interpolated between the nearest that it accepts; `check_plans` raises later. A step beyond the diffusion's steps
-    counts as much as the last one of these, and at least 1.
+    The function is defined for all numbers and does not decrease, as the bisection in `nearest_steps` needs. Numbers of
+    steps that the sampler refuses are interpolated between the nearest that it accepts; `check_plans` raises later. A
+    step beyond the diffusion's steps counts as much as the last one of these, and at least 1.
     """
     limit = recipe.diffusion_steps
 

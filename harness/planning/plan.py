@@ -94,10 +94,11 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
+def make_plan(request: Request, *, check_decoder: bool = False) -> Plan:
     """The plan of a request, without measurements.
 
-    decoder_given: False checks, for a run in latents, whether the autoencoder that made them still exists at its path.
+    check_decoder: whether `missing` also says, for a run in latents, that the autoencoder that made them is gone. A run
+    finds that out itself (`harness.pipeline.sample.decoder_of`), and may have another one by --decoder.
     """
     compute, recipe, sampling, protocol = request.compute, request.recipe, request.sampling, request.protocol
     images = recipe.steps * recipe.batch
@@ -130,7 +131,7 @@ def make_plan(request: Request, *, decoder_given: bool = True) -> Plan:
         disk_bytes=checkpoints.KEPT * CHECKPOINT_BYTES * compute.params
         + len(sampler_steps) * request.samples * protocol.resolution**2 * protocol.image_channels,
         recipe=dataclasses.asdict(recipe),
-        missing=(*missing(request), *(() if decoder_given else missing_decoder(request))),
+        missing=(*missing(request), *(missing_decoder(request) if check_decoder else ())),
         missing_evaluator_files=tuple(missing_evaluator_files(protocol)),
     )
 
@@ -191,8 +192,8 @@ def missing_evaluator_files(protocol: Protocol) -> list[str]:
 def evaluate_command(protocol: Protocol, samples: Path) -> str:
     """The command that evaluates a sample set later, with the files that the suite needs.
 
-    Files that `harness data fetch` downloads have their names, the others are placeholders such as REFERENCE.npz. Call it
-    only if the suite needs weights.
+    Files that `harness data fetch` downloads appear under their names there, the others as placeholders such as
+    REFERENCE.npz. Call it only if the suite's network takes a weight file.
     """
     flag = _weights_flag(protocol)
     reference = FILES[protocol.name].file if protocol.name in FILES else "REFERENCE.npz"

@@ -193,8 +193,8 @@ def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:
     """A copy of `item` with new values for some of its fields.
 
     settings: name -> text or value. Each is converted to the type of the old value, so 1, 1.0 and "1" are the same
-    learning rate, with the same identity. Raises `UserError` for an unknown name, and for a value that cannot be
-    converted.
+    learning rate, with the same identity; only `Sampling.steps` must be a tuple already. Raises `UserError` for an
+    unknown name, and for a value that cannot be converted.
     """
     known = {each.name: each for each in dataclasses.fields(item)}
     values = {}
@@ -241,7 +241,7 @@ def check_name(noun: str, name: str) -> None:
 
 
 def _check_finite(item: Recipe | Sampling | Protocol, what: str) -> None:
-    """Raise `UserError`, which begins with `what`, for a number that is not finite or too large."""
+    """Raise `UserError`, which begins with `what`, for a number that is infinite, NaN or too large."""
     for each in dataclasses.fields(item):
         value = getattr(item, each.name)
         if isinstance(value, float) and not math.isfinite(value):

@@ -81,9 +81,11 @@ def _product(x: Array, factor: int) -> tuple[Array, Array]:
     mask, half = np.uint32(0xFFFF), np.uint32(16)
     f0, f1 = np.uint32(factor & 0xFFFF), np.uint32(factor >> 16)
     x0, x1 = x & mask, x >> half
-    middle = x1 * f0 + (x0 * f0 >> half)  # below 2**32: (2**16 - 1)**2 + 2**16 - 1
-    other = x0 * f1 + (middle & mask)
-    return x1 * f1 + (middle >> half) + (other >> half), x * np.uint32(factor & 0xFFFFFFFF)
+    # The two middle products are added one after the other, so that no sum reaches 2**32: (2**16 - 1)**2 + 2**16 - 1.
+    middle = x1 * f0 + (x0 * f0 >> half)
+    second_middle = x0 * f1 + (middle & mask)
+    high = x1 * f1 + (middle >> half) + (second_middle >> half)
+    return high, x * np.uint32(factor)  # uint32 keeps the low word
 
 
 def _unit(x: Array) -> Array:

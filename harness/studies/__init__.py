@@ -216,7 +216,10 @@ def _sampling(value: object, where: str) -> dict[str, Any]:
 
 
 def _reader(name: str) -> Callable[[Any, str], Any]:
-    """Returns the parser of a run's setting from TOML. It is stricter than the flag: a number is not accepted as text."""
+    """Returns the parser of a run's setting from TOML. Text must be TOML text and a number a TOML number.
+
+    A whole number may also be text such as "400k".
+    """
     info = settings_of(RunOptions)[name]
 
     def word(value: object, where: str) -> str:  # any text, or one of the setting's choices

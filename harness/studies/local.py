@@ -38,7 +38,7 @@ class _Active:
     """
 
     run: StudyRun
-    slot: int
+    slot: int  # 0 ... processes - 1
     process: subprocess.Popen | None
     commands: list[tuple[str, ...]] = field(default_factory=list)  # the current command first
     began: float = field(default_factory=time.monotonic)

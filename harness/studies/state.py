@@ -47,8 +47,8 @@ class Progress:
     log: Path | None = None
 
     @property
-    def training_steps_left(self) -> float:
-        """The remaining compute, sampling included, divided by that of one training step."""
+    def equivalent_steps_left(self) -> float:
+        """The number of training steps that would take the remaining compute, sampling included."""
         return self.gflops_left / self.run.gflops_step
 
 
@@ -209,15 +209,15 @@ class Overview:
         if row.seconds_step is not None:
             return row.seconds_step
         same_backbone = [other for other in self.rows if other.run.spec.backbone == row.run.spec.backbone]
-        speeds = sorted(other.seconds_step for other in same_backbone if other.seconds_step is not None)
-        return speeds[len(speeds) // 2] if speeds else None
+        seconds = sorted(other.seconds_step for other in same_backbone if other.seconds_step is not None)
+        return seconds[len(seconds) // 2] if seconds else None
 
     def seconds_left(self, row: Progress) -> float | None:
         """Seconds of the remaining work at the speed of training; None if that speed is not known."""
         if not row.gflops_left:
             return 0.0
         seconds_step = self.seconds_step(row)
-        return None if seconds_step is None else seconds_step * row.training_steps_left
+        return None if seconds_step is None else seconds_step * row.equivalent_steps_left
 
     def as_dict(self) -> dict[str, Any]:
         """The overview as plain data, ready for JSON."""

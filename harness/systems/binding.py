@@ -88,6 +88,7 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
 
     If weights are a run, its backbone, arguments, objective and schedule replace the part's. Raises `UserError` for a part
     without weights, weights without a part, a file that does not exist, and a run of another kind or number of classes.
+    The decoder's weights are optional, and are not looked at here.
     """
     system.check()
     names = [*system.parts, *([DECODER] if system.decoder else [])]

@@ -93,7 +93,7 @@ def _from_table(cls: type[Item], data: object, where: str) -> Item:
 def _is_argument(value: object, depth: int = 2) -> bool:
     """Whether `value` can be an argument of a network: a number, true or false, a name, or a list of such values.
 
-    depth: lists within lists that are allowed.
+    depth: how many levels of lists are allowed; 2: lists of lists.
     """
     if isinstance(value, list):
         return depth > 0 and all(_is_argument(each, depth - 1) for each in value)

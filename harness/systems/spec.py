@@ -179,7 +179,7 @@ class System:
 
     @property
     def evaluations(self) -> int:
-        """Forward passes of the components for one image; those of a guiding classifier are not included."""
+        """Forward passes of the components for one image, as in `passes`; those of a guiding classifier are not included."""
         return sum(part.passes for part in self.components)
 
     def gflops_forward(self) -> float:

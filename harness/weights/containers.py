@@ -39,8 +39,8 @@ LONGEST_HEADER = 1 << 24  # 1000 tensors: 130 kB; safetensors itself allows 100 
 class FileContents:
     """The contents of a weight file.
 
-    value: the saved object, of plain data. Its tensors are `Stored`; what other classes and functions would make are
-    placeholders (`pickles.Call`).
+    value: the saved object, of plain data. Its tensors are `Stored`; objects of other classes and results of other
+    functions are placeholders (`pickles.Call`).
     """
 
     path: Path
@@ -113,9 +113,9 @@ def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
     """torch.save since 1.6. UserError for zip files that torch.save did not write."""
     try:
         with zipfile.ZipFile(_LimitedReads(file)) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            listed = len(archive.infolist())
-    except Malformed:  # of _LimitedReads; it is a ValueError, which the next clause would catch
+            listed = archive.infolist()
+            members = {info.filename: info for info in listed}
+    except Unsuitable:  # of _LimitedReads; it is a ValueError, which the next clause would catch
         raise
     except (
         zipfile.BadZipFile, struct.error, EOFError, ValueError, KeyError, IndexError, NotImplementedError,
@@ -127,7 +127,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
         raise UserError(f"{path} is a TorchScript archive, which holds a program; use the state dict instead")
     if len(pickled) != 1:
         raise UserError(f"{path} is a zip file, but not one of torch.save; name the file inside it")
-    if listed != len(members):
+    if len(listed) != len(members):
         raise Malformed("two of its members have one name")
     # Tensors are read straight from their bytes in the file, so nothing may be compressed.
     if any(

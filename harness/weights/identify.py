@@ -59,9 +59,9 @@ def weight_map(spec: BackboneSpec) -> WeightMap:
         found: WeightMap = getattr(importlib.import_module(address), "MAP", OWN)
         return found
     except ModuleNotFoundError as error:
-        if error.name in (address, package):  # no module `weights`; any other name is an import that fails inside it
+        if error.name in (address, package):  # no module `weights`, or not even its package
             return OWN
-        raise
+        raise  # an import inside the module fails
 
 
 def choose_layout(layouts: Iterable[Layout], names: Iterable[str]) -> tuple[float, Layout]:
@@ -147,7 +147,7 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
             if best is None or _sort_key(match) < _sort_key(best):
                 best = match
             if match.exact:
-                break
+                break  # no other size is needed; another backbone may still fit with fewer arguments
     if best is not None and best.spec is not None and best.exact:
         if text := contradiction(weights, layout, ours, best.spec.defaults.get("heads")):
             raise UserError(f"{weights.path} ({layout.title}): {text}")
@@ -176,7 +176,7 @@ def _choose_family(
     share, layout, family = 0.0, OWN_NAMES, OWN
     for spec_map, _ in families.values():
         score, candidate = choose_layout(spec_map.layouts, names)
-        if score > share or (len(families) == 1 and share == 0):
+        if score > share or len(families) == 1:
             share, layout, family = score, candidate, spec_map
     members = families[id(family)][1] if id(family) in families else []
     return share, layout, family, members

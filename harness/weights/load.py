@@ -96,7 +96,8 @@ def _layout(weights: WeightFile, spec: BackboneSpec | None) -> Layout:
 def _fill(net: nn.Module, state: dict[str, torch.Tensor], recipes: dict[str, Recipe], weights: WeightFile) -> None:
     """Read every tensor of `state` in place; those on the meta device are replaced in `net` by new tensors on the CPU.
 
-    state: state dict of `net`. recipes: by the same names.
+    state: of `net`, with keep_vars=True: the parameters and buffers themselves, not detached copies. recipes: by the same
+    names.
     """
     replaced: dict[int, torch.Tensor] = {}  # by the meta tensor's id: a tensor that the network uses twice stays one
 
@@ -144,7 +145,7 @@ def _read(name: str, recipe: Recipe, weights: WeightFile, target: torch.Tensor) 
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite, without a temporary copy of a tensor on the CPU."""
+    """Whether all values are finite. A tensor on the CPU is checked without a temporary copy of it."""
     if tensor.device.type != "cpu":
         return bool(torch.isfinite(tensor).all())
     dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
@@ -153,7 +154,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def as_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """A torch tensor of `dtype` (safetensors' name) that shares the memory of `array`, which `Stored.read` returned."""
+    """A torch tensor of `dtype` (safetensors' name) that shares the memory of `array`, whose dtype is `raw_dtype(dtype)`."""
     wanted = getattr(torch, DTYPES[dtype][1])
     return torch.from_numpy(array.view(_numpy_integer_dtype(array))).view(wanted)
 

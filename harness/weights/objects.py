@@ -125,7 +125,6 @@ def _codecs_encode(text: Any, *_: Any) -> Any:
     return text.encode("latin-1") if isinstance(text, str) else text
 
 
-_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 CONSTRUCTORS: dict[str, Any] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
@@ -133,7 +132,7 @@ CONSTRUCTORS: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    _FROM_TYPE: _rebuild_from_type,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": _torch_size,
     "_codecs.encode": _codecs_encode,
 }

@@ -31,7 +31,7 @@ Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # safetensors' dtype and sh
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifiedWeights:
-    """The weights of a file whose backbone was identified, under our names."""
+    """The weights of a file under our names, made by the recipes of the match that `identify` found for it."""
 
     file: WeightFile
     match: Match
@@ -103,7 +103,8 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
             }
         else:
             document["problem"] = f"no backbone has such names; the first is {network[0]}"
-        # Only the values show damage, copies that differ, and infinities: read them for these errors.
+        # Only the values show damage, copies that differ, and infinities: read them for these errors. In a file that does
+        # not fit, only copies are read: if they differ, that is the problem to report.
         for name in network:
             if match.exact or isinstance(match.recipes[name], Same):
                 ours.read(name)

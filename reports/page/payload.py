@@ -84,9 +84,15 @@ def _sort_key(record: Record) -> tuple:
     """The sort key of a record in the page's list."""
     training, sampling, source = record.training, record.sampling, record.source
     return (
-        *(record.provenance != "measured", record.protocol, source.table if source else "", record.system),
-        *((training.steps if training else None) or 0, (training.seed if training else None) or 0),
-        *((sampling.steps if sampling else None) or 0, rank(record.metric), record.id),
+        record.provenance != "measured",
+        record.protocol,
+        source.table if source else "",
+        record.system,
+        (training.steps if training else None) or 0,
+        (training.seed if training else None) or 0,
+        (sampling.steps if sampling else None) or 0,
+        rank(record.metric),
+        record.id,
     )
 
 
@@ -145,9 +151,8 @@ def _metric_fields(record: Record) -> list[list[str]]:
 def _groups(record: Record, interned: InternTable) -> list[int]:
     """Numbers of the items [heading, [[name, text], ...]] in `interned`: the common fields, and each part of the record."""
     common = tuple(getattr(record, name) for name in _COMMON_FIELDS)
-    numbers = [
-        interned.number(common, lambda: ["what", _pairs(record, _COMMON_FIELDS)])
-    ]  # "what": a heading of the page
+    # "what" is the heading that the page gives to the common fields.
+    numbers = [interned.number(common, lambda: ["what", _pairs(record, _COMMON_FIELDS)])]
     for name in _PARTS:
         part = getattr(record, name)
         if part is not None:

@@ -71,8 +71,8 @@ def sample_grids(record_files: Iterable[Path], records: Iterable[Record]) -> lis
     """
     pictures: set[Path] = set()
     for folder in {path.parent for path in record_files}:
-        pictures.update(folder.glob(f"samples/*/{GRID}"))
-        pictures.update(folder.glob(GRID))
+        pictures.update(folder.glob(f"samples/*/{GRID}"))  # of a run
+        pictures.update(folder.glob(GRID))  # of samples beside their records, as those of a system
     samples = {path: _samples_sha256(path.with_name("samples.json")) for path in sorted(pictures)}
     found: dict[str, list[Record]] = {digest: [] for digest in samples.values() if digest}  # hash of samples -> records
     for record in records if found else ():  # without grids, many records need not be read
@@ -105,8 +105,8 @@ def pictures(grids: Sequence[SampleGrid]) -> tuple[list[tuple[SampleGrid, str]],
     # By Gflops, then as `_sort_key` but with the seed last, so that the seeds of a model are side by side.
     made.sort(key=lambda pair: (pair[0].records[0].gflops or 0.0, *_sort_key(pair[0])[1:], *_sort_key(pair[0])[:1]))
     words = []
-    if left := len(grids) - len(made) - broken:
-        words.append(f"{left} of {len(grids)} grids have no room here; all lie beside their samples")
+    if left_out := len(grids) - len(made) - broken:
+        words.append(f"{left_out} of {len(grids)} grids have no room here; all lie beside their samples")
     if broken:
         words.append(f"{broken} could not be read as PNG")
     if downsampled:
@@ -138,13 +138,13 @@ def _read_picture(path: Path) -> tuple[str, bool] | None:
 
 
 def picture_uri(content: bytes) -> str:
-    """A PNG as a data URI, downsampled if it is large; "" if the content is not a PNG."""
+    """A PNG as a data URI, downsampled to a JPEG if it is large; "" if the content is not a PNG."""
     found = _data_uri(content)
     return found[0] if found else ""
 
 
 def _data_uri(content: bytes) -> tuple[str, bool] | None:
-    """(data URI, whether the picture was downsampled) of a PNG; None if the content is not a valid PNG."""
+    """(data URI, whether the picture was downsampled to a JPEG) of a PNG; None if the content is not a valid PNG."""
     from PIL import Image
 
     if not content.startswith(_PNG):

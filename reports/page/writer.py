@@ -52,7 +52,7 @@ def page_data(
         for record_id in line["records"]
         if record_id
     ]
-    grids, grids_left_out = pictures(sample_grids(record_files, records))
+    grids, grids_note = pictures(sample_grids(record_files, records))
     # In the order in which records are kept if not all fit on the page.
     wanted = [*record_ids(figures), *(record.id for grid, _ in grids for record in grid.records), *in_tables]
     chosen, left_out = shown_records([*records, *published], wanted, MAX_RECORDS)
@@ -78,7 +78,7 @@ def page_data(
             }
             for grid, uri in grids
         ],
-        "grids_left_out": grids_left_out,
+        "grids_left_out": grids_note,
         "records": [record_data(record, recipes, interned) for record in chosen],
         "pool": interned.items,
     }

@@ -31,9 +31,7 @@ CASES = {  # schedule, objective of the network
 def plan_of(sampler, schedule):
     """The plan, or None where the sampler is not defined on the schedule."""
     try:
-        return sampler_plan(
-            sampler, STEPS, schedule=schedule, objective=CASES[schedule], diffusion_steps=1000, eta=0.5
-        )
+        return sampler_plan(sampler, STEPS, schedule=schedule, objective=CASES[schedule], diffusion_steps=1000, eta=0.5)
     except UserError as error:
         assert "sampler" in str(error)  # says which
         return None

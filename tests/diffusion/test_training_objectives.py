@@ -111,7 +111,9 @@ def test_min_snr(objective):
     weight = {"epsilon-fixed": clamped / snr, "v": clamped / (snr + 1), "x0": clamped}[objective]
     plain = terms(loss(objective=objective), STEPS)[-1]
     for name in ("min-snr", "min-snr:5"):
-        np.testing.assert_allclose(terms(loss(objective=objective, loss_weight=name), STEPS)[-1] / plain, weight, rtol=2e-4)
+        np.testing.assert_allclose(
+            terms(loss(objective=objective, loss_weight=name), STEPS)[-1] / plain, weight, rtol=2e-4
+        )
     halved = terms(loss(objective=objective, loss_weight="min-snr:0.5"), STEPS)[-1] / plain
     np.testing.assert_allclose(halved, weight * np.minimum(snr, 0.5) / clamped, rtol=2e-4)
 
@@ -119,7 +121,9 @@ def test_min_snr(objective):
 def test_edm_weight_on_the_image():
     """The weight edm of an x0-prediction on ve is EDM's lambda."""
     sigma = wide(SIGMAS)
-    found = terms(loss(objective="x0", schedule="ve", time_distribution="log-normal:-1.2:1.2", loss_weight="edm"), SIGMAS)[-1]
+    found = terms(
+        loss(objective="x0", schedule="ve", time_distribution="log-normal:-1.2:1.2", loss_weight="edm"), SIGMAS
+    )[-1]
     expected = ((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (OUTPUT - X0) ** 2).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 

@@ -10,7 +10,8 @@ import jax
 from jax.stages import Wrapped
 
 # On a CPU, the XLA of jaxlib 0.10 runs each matrix product and convolution in the library YNNPACK, on one thread. XLA's
-# Eigen routines train a U-Net faster: adm-xs at 0.98 of torch's speed instead of 0.63, by benchmarks/frameworks.py.
+# Eigen routines, which it takes if no fusion is left to YNNPACK (""), train a U-Net faster: adm-xs at 0.98 of torch's speed
+# instead of 0.63, by benchmarks/frameworks.py.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 

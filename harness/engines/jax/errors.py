@@ -20,7 +20,7 @@ def errors_in_one_line(where: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, RunError):  # a ValueError and a RuntimeError that are one line already
+    except (UserError, RunError):  # one line already; a UserError is a ValueError, which is caught below
         raise
     except jax.errors.JaxRuntimeError as error:
         text = _first_line(error)

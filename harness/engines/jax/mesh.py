@@ -34,9 +34,9 @@ def initialize() -> None:
     count = os.environ.get("JAX_NUM_PROCESSES")
     if count is None or jax.distributed.is_initialized():
         return
-    number = os.environ.get("JAX_PROCESS_ID")
+    process_id = os.environ.get("JAX_PROCESS_ID")  # None: the cluster tells it
     try:
-        jax.distributed.initialize(num_processes=int(count), process_id=None if number is None else int(number))
+        jax.distributed.initialize(num_processes=int(count), process_id=None if process_id is None else int(process_id))
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         raise UserError(
             f"the {count} processes of JAX_NUM_PROCESSES cannot be joined ({str(error).splitlines()[0]}); set "

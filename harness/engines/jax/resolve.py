@@ -59,9 +59,10 @@ def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) 
 def measure(
     net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str, stop_seconds: float
 ) -> float:
-    """Seconds of forward and backward for one image: the best of PROBE_REPEATS passes after compilation, over `images`.
+    """Seconds of forward and backward for one image: the best of PROBE_REPEATS passes over `images` images each.
 
-    stop_seconds: a pass that takes longer is the last. Sets the compute dtype of `net`, and leaves its weights as they are.
+    Compilation does not count. stop_seconds: if the first pass takes longer, it is the only one. Sets the compute dtype of
+    `net`, and leaves its weights as they are.
     """
     set_compute_dtype(net, COMPUTE_DTYPES[precision])
     graph, params, rest = split(net)
@@ -102,15 +103,15 @@ def resolve(
     parameters = sum(param.size for param in jax.tree.leaves(nnx.state(net, nnx.Param)))
     platform, count = mesh.devices.flat[0].platform, mesh.devices.size
     free = devices.free_bytes(mesh) + 4 * parameters  # the network is already in memory and was counted as used
-    # Copies of the weights, which are not sharded over "data", in the memory that `free` counts: that of this host for CPUs,
-    # of all devices otherwise.
+    # How many times the weights are in the memory that `free` counts. On accelerators that is the memory of all devices, and
+    # every row of the mesh along "data" has its own copy; for CPUs it is the memory of this host.
     copies = 1 if platform == "cpu" else mesh.shape["data"]
     # The largest micro-batch that fits in memory, over all devices.
     fitting = devices.broadcast(fit_micro_batch(batch, parameters * copies, activation_bytes, free))
     if fitting == 0:
         raise one_image_error(spec.name, parameters, activation_bytes, device, free)
     chosen = min(micro_batch or _even_micro_batch(batch, fitting, count), batch)
-    if batch % count or chosen % count or (batch % chosen) % count:
+    if batch % count or chosen % count:  # otherwise the last, smaller micro-batch can be divided, too
         raise UserError(
             f"batches of {batch} in micro-batches of {chosen} cannot be divided over {count} devices; give a "
             "--micro-batch and a batch (--set batch=...) that are multiples of them, or a smaller --mesh"

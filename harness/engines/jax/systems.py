@@ -1,4 +1,4 @@
-"""Sampling a system in jax: `harness.engines.torch.systems`, function by function.
+"""Sampling a system in jax, by the same functions as in `harness.engines.torch.systems`.
 
 Weight files have the shapes of the torch networks and are read into those first. Decoders run in torch, on the CPU.
 """

@@ -32,11 +32,9 @@ from harness.engines.jax.loss_functions import LossFunction
 from harness.engines.learning_rate import learning_rate
 from harness.errors import UserError
 from harness.protocols import Recipe
-from harness.randomness import Purpose
-from harness.randomness import bits as words
+from harness.randomness import Purpose, bits
 from harness.randomness import threefry_jax as random
-from harness.randomness.threefry_jax import Words
-from harness.randomness.threefry_jax import words as as_words
+from harness.randomness.threefry_jax import Words, words
 from harness.runs import checkpoints
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
@@ -58,7 +56,7 @@ def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> nnx.Modul
 
 def split(net: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """A network as (graph definition, its nnx.Params, the rest of its state, such as running statistics and RNG keys)."""
-    graph, params, *others = nnx.split(net, nnx.Param, ...)
+    graph, params, *others = nnx.split(net, nnx.Param, ...)  # in two lines for the type checker
     (rest,) = others
     return graph, params, rest
 
@@ -96,7 +94,7 @@ class JaxEngine:
         set_compute_dtype(net, COMPUTE_DTYPES[resolved.precision])
         graph, params, rest = split(net)
         self._adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
-        shapes = State(params, rest, params, jax.eval_shape(self._adam.init, params))
+        shapes = State(params, rest, ema=params, adam=jax.eval_shape(self._adam.init, params))
         self._shardings = devices.weight_shardings(self._mesh, shapes)  # a sharding in place of each array
         with errors_in_one_line("the set-up of training", LESS_MEMORY):
             self._state = State(
@@ -106,11 +104,10 @@ class JaxEngine:
                 # jit makes the moments in shards: no device holds them whole.
                 adam=jax.jit(self._adam.init, out_shardings=self._shardings.adam)(params),
             )
-        del net, params, rest, shapes  # the first copy of the weights; the devices hold the second
         self._compile(graph)
 
     def _compile(self, graph: nnx.GraphDef) -> None:
-        """Make the jitted functions of a step, which compile at their first call with a size of micro-batch.
+        """Make the jitted functions of a step, which compile at their first call with each size of micro-batch.
 
         `_step` is a whole step of one micro-batch. Otherwise a step is `_first_gradients`, `_more_gradients` for every
         further micro-batch, and `_update`. `_finite` says whether all arrays of a tree are finite.
@@ -181,8 +178,8 @@ class JaxEngine:
             if len(chunks) == 1:
                 self._state, sums = self._step(self._state, self._batch(positions), lr, ema_weight)
             else:
-                # `self._state` stays as it is until the update, so that an interruption changes nothing.
-                state, grads, rest, sums = self._state, None, self._state.rest, None
+                state = self._state  # stays as it is until the update, so that an interruption changes nothing
+                rest, grads, sums = state.rest, None, None
                 for chunk in chunks:
                     if interrupted():
                         return False
@@ -201,12 +198,12 @@ class JaxEngine:
         """The examples at `positions`, int64 (n,), of the stream, as they are stored, divided over the devices."""
         stored, labels = self._stream.take(positions)
         # A network's own dropout uses jax's generator, which the first image of the micro-batch keys.
-        key = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1], 0, 2)[0]  # (2,) uint32
+        key = bits(self.seed, Purpose.NETWORK_DROPOUT, positions[:1], 0, 2)[0]  # (2,) uint32
         put = partial(devices.to_device, shardings=devices.batch_sharding(self._mesh))
         return Batch(
             stored=put(stored),
             labels=put(labels.astype(np.int32)),
-            positions=Words(*map(put, as_words(positions))),
+            positions=Words(*map(put, words(positions))),
             key=devices.to_device(key, devices.replicated(self._mesh)),
         )
 

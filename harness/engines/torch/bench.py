@@ -282,7 +282,7 @@ def measure(
     rows = []
     for stage in stages:
         logger.info(f"measuring {stage} ...")
-        resolve.set_arithmetic(target, chosen)
+        resolve.set_arithmetic(target, chosen)  # `measure_roofline` has left another precision
         rows.append(dataclasses.asdict(getattr(bench, stage)()))
         if cuda:
             torch.cuda.empty_cache()

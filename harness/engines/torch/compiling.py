@@ -28,7 +28,7 @@ class Choice(NamedTuple):
 
     mode: str  # "on" or "off"
     reason: str
-    seconds: float | None = None  # of training on one image, compiled; None: not measured
+    seconds: float | None = None  # of training on one image in one process, compiled; None: not measured
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -134,9 +134,9 @@ def choose(
     net: nn.Module,
     *,
     unavailable: str | None,  # from `unavailable_reason`; None, or not None, in all processes alike
-    seconds: float,  # of training on one image, uncompiled
-    images: int,  # of the whole run
-    measure: Callable[[], float],  # seconds of training on one image with `net` as it is, in this process
+    seconds: float,  # of training on one image in one process, uncompiled
+    images: int,  # that one process trains on in the whole run
+    measure: Callable[[], float],  # the same with `net` as it is, in this process
     all_max: Callable[[float], float] = lambda value: value,  # the largest value of all processes
 ) -> Choice:
     """Whether to compile. "auto" compiles if the whole run would be faster by measurement, its compilation included.
@@ -155,7 +155,7 @@ def choose(
         return Choice("off", f"a run of {seconds * images:.0f} s is over before compiling pays off")
     logger.info("compiling, and measuring what it gains ...")
     begin = time.perf_counter()
-    compiled_seconds = 0.0  # of training on one image, compiled
+    compiled_seconds = 0.0  # of training on one image in one process, compiled
     # Unless this process fails (cause), a failure is another process's.
     reason, cause = "torch.compile failed in another process", None
     try:

@@ -211,7 +211,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Where the part that this process holds lies in the whole tensor: a slice for each axis. It may be empty."""
+    """Where the part that this process holds lies in the whole tensor: a slice for each axis. The part may be empty."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(None) for _ in tensor.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -118,8 +118,8 @@ def matrix_tflops(device: torch.device, precision: str) -> list[float]:
     """TFLOP/s of a square matrix product, one for each timing.
 
     On a CPU the side doubles from 256 up to that in SIDES, as long as the next product takes at most SLOW_SECONDS. Other
-    devices go from 256 to that in SIDES at once. The matrices hold normal random numbers: with ones a GPU draws less power,
-    and so keeps a higher clock than in training.
+    devices go from 256 to that in SIDES at once, unless twice the side would already take longer. The matrices hold normal
+    random numbers: with ones a GPU draws less power, and so keeps a higher clock than in training.
     """
     set_arithmetic(device, precision)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -128,7 +128,7 @@ def matrix_tflops(device: torch.device, precision: str) -> list[float]:
         generator = torch.Generator(device).manual_seed(0)
         a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
         seconds = seconds_of(partial(torch.matmul, a, b), device, SECONDS.get(device.type, 0.05))
-        if side >= max_side or min(seconds) * 8 > SLOW_SECONDS:  # twice the side takes 8 times as long
+        if side >= max_side or min(seconds) * 8 > SLOW_SECONDS:  # twice the side: 8 times as long
             return [2 * side**3 / duration / 1e12 for duration in seconds]
         side = min(2 * side, max_side) if device.type == "cpu" else max_side
 

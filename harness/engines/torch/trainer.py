@@ -23,8 +23,7 @@ from harness.engines.torch.parallel import full_tensor, local_shard, shard_slice
 from harness.engines.torch.resolve import apply_resolved, autocast, set_arithmetic, to_device
 from harness.errors import UserError
 from harness.protocols import Recipe
-from harness.randomness import Purpose
-from harness.randomness import bits as words
+from harness.randomness import Purpose, bits
 from harness.randomness import threefry_torch as random
 from harness.runs import checkpoints
 from harness.runs.run import Resolved
@@ -36,9 +35,9 @@ def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.
 
     The seed of that generator is drawn from `harness.randomness` with `seed`. Its state is restored afterwards.
     """
-    high, low = (int(word) for word in words(seed, Purpose.INITIALISATION, np.zeros(1, np.int64), 0, 2)[0])
+    high, low = (int(word) for word in bits(seed, Purpose.INITIALISATION, np.zeros(1, np.int64), 0, 2)[0])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((high << 31 | low >> 1) & (2**63 - 1))  # the upper 63 of 64 random bits
+        torch.manual_seed(high << 31 | low >> 1)  # the upper 63 of 64 random bits
         return spec.build("torch", **arguments)
 
 
@@ -138,10 +137,10 @@ class TorchEngine:
         """
         x0, y = self._batch(positions)  # (n, C, H, W), (n,)
         # A network's own dropout uses torch's generator, which the first image of the micro-batch seeds.
-        word = words(self.seed, Purpose.NETWORK_DROPOUT, positions[:1].numpy(), 0, 1)[0, 0]
+        word = bits(self.seed, Purpose.NETWORK_DROPOUT, positions[:1].numpy(), 0, 1)[0, 0]
         torch.manual_seed(int(word))
 
-        def call(*inputs: Tensor) -> Tensor:  # `LossFunction.losses` expects that the network sets autocast
+        def call(*inputs: Tensor) -> Tensor:  # the network with autocast, which `LossFunction.losses` leaves to it
             with autocast(self.device, self.resolved.precision):
                 return self._parallel.call(*inputs)
 

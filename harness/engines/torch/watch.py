@@ -43,8 +43,8 @@ class Watch:
         self._reports_main_exit = reports_main_exit
         self._announced = False  # whether this process has announced its own end; from then on no other process ends it
         self._selector = selectors.DefaultSelector()
-        for number, connection in connections.items():
-            self._selector.register(connection, selectors.EVENT_READ, number)
+        for other, connection in connections.items():
+            self._selector.register(connection, selectors.EVENT_READ, data=other)
         threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
     def end(self, done: bool) -> None:
@@ -60,8 +60,8 @@ class Watch:
             for key, _ in self._selector.select():
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
-                event, number = _read(connection) or (GONE, key.data)  # closed without DONE: its process died
-                if event == DONE:
+                event, number = _read(connection) or (GONE, key.data)  # closed without DONE: process key.data died
+                if event == DONE:  # always about the process at the other end
                     self._selector.unregister(connection)
                 elif not self._announced:
                     self._end_process(event, number)
