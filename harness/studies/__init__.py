@@ -17,6 +17,10 @@
     [backbone.dit-xs-4]                          # the same for one backbone
     learning_rate = 2e-3
 
+    [variant.flow]                               # each variant is one more way to train and sample every backbone
+    recipe = { objective = "sit" }
+    sampling = { sampler = "heun", steps = [5, 13] }
+
     [slurm]                                      # settings for --launcher slurm
     partition = "gpu"
 
@@ -43,6 +47,14 @@ BUDGET_KINDS = ("steps", "images", "gflops", "match")  # the keys of `budgets`
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train and sample all backbones of a study: overrides of its recipe and its settings."""
+
+    recipe: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """The content of a study file. The form of each item has been checked; names are resolved by `expand`."""
 
@@ -57,12 +69,15 @@ class Study:
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`, for all runs
     recipe: dict[str, str] = field(default_factory=dict)
     backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # overrides of the recipe by backbone
+    variants: dict[str, Variant] = field(
+        default_factory=lambda: {"": Variant()}
+    )  # by name; one without a name if none is given
     processes: int = 1  # processes of one run, started by torchrun
     slurm: dict[str, Any] = field(default_factory=dict)
 
-    def recipe_of(self, backbone: str) -> dict[str, str]:
-        """The overrides of the recipe for that backbone, as `--set` takes them."""
-        return {**self.recipe, **self.backbone.get(backbone, {})}
+    def recipe_of(self, backbone: str, variant: str) -> dict[str, str]:
+        """The overrides of the recipe for that backbone in that variant, as `--set` takes them."""
+        return {**self.recipe, **self.variants[variant].recipe, **self.backbone.get(backbone, {})}
 
 
 def load(path: Path) -> Study:
@@ -99,6 +114,8 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
     scales = sampling.pop(GUIDANCE_SCALES, None)
     settings = {RUN_KEYS[key]: items.pop(key) for key in RUN_KEYS if key in items}
     settings |= {SAMPLING_KEYS[key]: value for key, value in sampling.items()}
+    if variants := items.pop("variant", {}):
+        items["variants"] = variants
     for setting, info in settings_of(RunOptions).items():
         if setting in settings and info.type_name == "path":
             settings[setting] = str(path.parent / settings[setting])
@@ -192,6 +209,24 @@ def _recipes(value: object, where: str) -> dict[str, dict[str, str]]:
     return {name: _recipe(each, f"{where[:-1]}.{name}]") for name, each in value.items()}
 
 
+def _variants(value: object, where: str) -> dict[str, Variant]:
+    """The variants by name."""
+    if not isinstance(value, dict):
+        raise ValueError("must hold tables, as in [variant.flow]")
+    readers: dict[str, Callable[[Any, str], Any]] = {"recipe": _recipe, "sampling": _read_sampling_settings}
+    variants = {}
+    for name, table in value.items():
+        items = _read(table, readers, f"{where[:-1]}.{name}]")
+        variants[name] = Variant(recipe=items.get("recipe", {}), settings=items.get("sampling", {}))
+    return variants
+
+
+def _read_sampling_settings(value: object, where: str) -> dict[str, Any]:
+    """The table `sampling` of a variant: setting -> parsed value."""
+    items = _read(value, {key: _reader(name) for key, name in SAMPLING_KEYS.items()}, where)
+    return {SAMPLING_KEYS[key]: each for key, each in items.items()}
+
+
 def _budgets(value: object, where: str) -> tuple[str, tuple[Any, ...]]:
     """(one of BUDGET_KINDS, its values)."""
     from harness.planning.reference import parse_budget, parse_reference
@@ -265,6 +300,7 @@ ITEMS: dict[str, Callable[[Any, str], Any]] = {
     "sampling": _sampling,
     "recipe": _recipe,
     "backbone": _recipes,
+    "variant": _variants,
     "processes": _positive,
     "slurm": _table,
     **{key: _reader(name) for key, name in RUN_KEYS.items()},

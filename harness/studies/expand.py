@@ -88,16 +88,23 @@ def expand(study: Study) -> Expansion:
     """
     where = str(study.file)
     protocol = get_protocol(study.protocol)
-    milestones = {name: _milestones(study, name, protocol) for name in study.backbones}
+    milestones = {
+        (variant, name): _milestones(study, variant, name, protocol)
+        for variant in study.variants
+        for name in study.backbones
+    }
     scales: tuple[float | None, ...] = study.guidance_scales or (None,)
-    # by backbone and seed of a run, in launch order: its options, one for each guidance scale
+    # by variant, backbone and seed of a run, in launch order: its options, one for each guidance scale
     options_of = {
-        (name, seed): [_options(study, name, seed, milestones[name], scale) for scale in scales]
+        (variant, name, seed): [
+            _options(study, variant, name, seed, milestones[variant, name], scale) for scale in scales
+        ]
         for seed in study.seeds
+        for variant in study.variants
         for name in study.backbones
     }
     requests = {key: [_request(study, options) for options in of_run] for key, of_run in options_of.items()}
-    for (name, _), (request, *_) in requests.items():
+    for (_, name, _), (request, *_) in requests.items():
         if request.spec.kind != "denoiser":
             raise UserError(f"{where}: backbone {name!r} is one part of a system and cannot generate images alone")
     first = next(iter(requests.values()))[0]  # stands for all: protocol and data are those of the study
@@ -110,26 +117,26 @@ def expand(study: Study) -> Expansion:
         study=study, protocol=protocol, data=data,
         runs=tuple(
             StudyRun(
-                spec=requests[name, seed][0].run_spec(data), milestones=milestones[name], options=tuple(of_run),
-                requests=tuple(requests[name, seed]),
+                spec=requests[key][0].run_spec(data), milestones=milestones[key[:2]], options=tuple(of_run),
+                requests=tuple(requests[key]),
                 commands=tuple(_command(study, options) for options in of_run),
             )
-            for (name, seed), of_run in options_of.items()
+            for key, of_run in options_of.items()
         ),
     )  # fmt: skip
 
 
-def _recipe(study: Study, name: str, protocol: Protocol) -> Recipe:
-    """The recipe of the backbone `name` in the study."""
+def _recipe(study: Study, variant: str, name: str, protocol: Protocol) -> Recipe:
+    """The recipe of the backbone `name` in that variant of the study."""
     try:
-        return override(protocol.recipe, study.recipe_of(name))
+        return override(protocol.recipe, study.recipe_of(name, variant))
     except UserError as error:
-        raise UserError(f"{study.file}: recipe of {name}: {error}") from error
+        raise UserError(f"{study.file}: recipe of {f'{variant}, ' if variant else ''}{name}: {error}") from error
 
 
-def _milestones(study: Study, name: str, protocol: Protocol) -> tuple[int, ...]:
-    """The training steps at which the backbone `name` is sampled, ascending."""
-    recipe = _recipe(study, name, protocol)
+def _milestones(study: Study, variant: str, name: str, protocol: Protocol) -> tuple[int, ...]:
+    """The training steps at which the backbone `name` is sampled in that variant, ascending."""
+    recipe = _recipe(study, variant, name, protocol)
     kind, values = study.budgets or ("steps", (recipe.steps,))
     if kind == "steps":
         budget_steps = set(values)
@@ -144,7 +151,7 @@ def _milestones(study: Study, name: str, protocol: Protocol) -> tuple[int, ...]:
                 reference_name, target = training_target(protocol, recipe, match=None, budget=value)
             else:
                 # The reference is counted with its own recipe in this study: the same target for all backbones.
-                reference_recipe = _recipe(study, value.backbone, protocol)
+                reference_recipe = _recipe(study, variant, value.backbone, protocol)
                 reference_name, target = training_target(protocol, reference_recipe, match=value, budget=None)
             budget_steps.add(solve_training(compute, recipe, reference_name, target).steps)
     if study.evaluate_at and max(study.evaluate_at) > max(budget_steps):
@@ -154,12 +161,15 @@ def _milestones(study: Study, name: str, protocol: Protocol) -> tuple[int, ...]:
     return tuple(sorted({*budget_steps, *study.evaluate_at}))
 
 
-def _options(study: Study, name: str, seed: int, milestones: tuple[int, ...], scale: float | None) -> RunOptions:
+def _options(
+    study: Study, variant: str, name: str, seed: int, milestones: tuple[int, ...], scale: float | None
+) -> RunOptions:
     """The options of a run at one guidance scale, with only the settings that the study sets. scale None: the protocol's."""
     try:
         return RunOptions(
             backbone=name, protocol=study.protocol, seed=seed, steps=milestones[-1], evaluate_at=milestones[:-1] or None,
-            set=study.recipe_of(name), cfg=scale, report=False, **study.settings,
+            set=study.recipe_of(name, variant), cfg=scale, report=False,
+            **{**study.settings, **study.variants[variant].settings},
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"{study.file}: {error}") from error

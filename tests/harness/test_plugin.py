@@ -28,11 +28,9 @@ def harness(*words, cwd, path=()):
     )
 
 
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory):
-    """A folder that pip installed the example into, to be put on the path: the test environment stays as it is."""
-    folder = tmp_path_factory.mktemp("plugin")
-    source = shutil.copytree(EXAMPLE, folder / "source")  # the build leaves its own folders beside the sources
+def pip_install(example, folder):
+    """The folder below `folder` that pip installed a package into, to be put on the path."""
+    source = shutil.copytree(example, folder / "source")  # the build leaves its own folders beside the sources
     words = [
         "install",
         "--quiet",
@@ -49,6 +47,12 @@ def installed(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "site"
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """Where the example is installed: the test environment stays as it is."""
+    return pip_install(EXAMPLE, tmp_path_factory.mktemp("plugin"))
 
 
 @pytest.fixture(scope="session")
@@ -196,3 +200,32 @@ def test_a_broken_plug_in_is_named_and_stops_nothing(kind, installed, tmp_path):
     assert done.returncode == 0 and NAME in done.stdout
     assert done.stderr.count("\n") == 1 and distribution in done.stderr and reason in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
+    """A package of two files brings both; they train, sample and stand in the records under their names."""
+    site = pip_install(EXAMPLE.parent / "plugin_objective", tmp_path)
+    settings = [
+        "--set",
+        "objective=noise-minus-image",
+        "--sampler",
+        "restarted",
+        "--sampling-steps",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    done = harness(
+        "run", "--backbone", "dit-xs-4", "--protocol", "few.toml", "--data", "digits.npz", "--framework", framework,
+        "--precision", "float32", "--micro-batch", "8", "--out", tmp_path / "run", "--no-report", *settings,
+        cwd=place, path=[site],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
+    record = json.loads(lines[0])
+    assert record["training"]["objective"] == "noise-minus-image"
+    assert (record["sampling"]["sampler"], record["sampling"]["evaluations"]) == ("restarted", 3)
+    # without the package, one line that names what is missing
+    done = harness("plan", "--backbone", "dit-xs-4", "--protocol", "few.toml", *settings, cwd=place)
+    assert done.returncode == 2 and "noise-minus-image" in done.stderr and "Traceback" not in done.stderr
