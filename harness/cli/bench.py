@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import COUNT, Value, json_option
+from harness.cli.flags_from_settings import COUNT, Value, json_option
 from harness.errors import UserError
 from harness.io import files
 

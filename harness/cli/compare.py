@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import json_option, settings_options
+from harness.cli.flags_from_settings import json_option, settings_options
 from harness.pipeline.compare import compare
 from harness.settings import CompareOptions
 from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from evaluators.features import INCEPTION_BACKENDS
-from harness.cli.from_settings import COUNT, PATH, json_option
+from harness.cli.flags_from_settings import COUNT, PATH, json_option
 
 
 @click.group("data")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import click
 
-from harness.cli.from_settings import json_option
+from harness.cli.flags_from_settings import json_option
 from harness.io.progress import Bar
 
 SIDE = 512  # rows and columns of the matrices in the timed product

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from harness import registry
-from harness.cli.from_settings import json_option
+from harness.cli.flags_from_settings import json_option
 
 NOUNS = {
     "backbones": registry.backbones,
