@@ -276,6 +276,7 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
                 )
                 for line, gflops, value in points
             )
+            # "measured", for a solid line, also where some curves are the paper's: a published line would be dotted.
             series.append(Series(label=budget_text, model="", kind="line", provenance="measured", marks=marks))
             rows += [
                 {"panel": len(panels) + 1, "budget_gflops": budget, "model": line.model, "system": name_of(line)}

@@ -39,8 +39,9 @@ def command(as_json: bool, **options: Any) -> None:
     click.echo(f"A = {_name(first.a)}")
     click.echo(f"B = {_name(first.b)}")
     samplings = sorted({verdict.sampling for verdict in verdicts})
-    click.echo(f"N = {first.a.n:,}" + (f", {samplings[0]}" if len(samplings) == 1 else ""))
-    over_training_seeds = first.scope == "training seeds"
+    counts = sorted({verdict.a.n for verdict in verdicts})
+    click.echo(f"N = {', '.join(f'{n:,}' for n in counts)}" + (f", {samplings[0]}" if len(samplings) == 1 else ""))
+    over_training_seeds = all(verdict.scope == "training seeds" for verdict in verdicts)
     columns = {  # heading: function from a verdict to its cell
         "metric": lambda each: each.metric,
         "sampling": lambda each: escape(each.sampling),

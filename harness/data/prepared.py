@@ -247,6 +247,5 @@ def _command(name: str, resolution: int | None) -> str:
 
 
 def facts(meta: Meta) -> dict[str, Any]:
-    """The data set as `harness data prepare --json` prints it: meta.json, but "chunks" is their number."""
-    plain = json.loads(json.dumps(dataclasses.asdict(meta)))  # tuples as lists
-    return {**plain, "sha256": meta.sha256, "chunks": len(meta.chunks)}
+    """The fields of `meta` and its sha256, as `harness data prepare --json` prints them; "chunks" is their number."""
+    return {**dataclasses.asdict(meta), "sha256": meta.sha256, "chunks": len(meta.chunks)}

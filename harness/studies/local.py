@@ -198,10 +198,11 @@ class Launcher:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Count Ctrl-C and SIGTERM in `self.stopping`: 1 stops the runs, 2 kills them."""
+        """Count in `self.stopping`: 1 (Ctrl-C or SIGTERM) stops the runs, 2 (Ctrl-C again) kills them."""
 
         def handle(number: int, frame: object) -> None:
-            if number == signal.SIGINT or not self.stopping:  # a second SIGTERM has no effect
+            # A second SIGTERM is no request to kill: a scheduler and a launcher may both send one.
+            if number == signal.SIGINT or not self.stopping:
                 self.stopping += 1
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -163,7 +163,7 @@ class JaxStage:
         def noise_of(k: Array) -> Array:
             """The noise float32 (N, C, H, W) of plan step k."""
             word = k.astype(jnp.uint32)
-            if self._number:
+            if self._number:  # of an upsampler, whose word 0 is x_T
                 return self._upsampler_noise(seed, index, word + np.uint32(1))
             return random.normal(seed, Purpose.STEP_NOISE, index, Words(np.asarray(0, np.uint32), word), self._shape)
 
