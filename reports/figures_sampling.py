@@ -32,7 +32,7 @@ def sampling_compute(index: RecordIndex, published: Sequence[Record]) -> Figure 
     ours = [group for group in groups if group.representative.provenance == "measured"]
     panels: list[Panel] = []
     rows: list[dict[str, object]] = []
-    for group in ours or groups:  # the paper's two points are not drawn where there are measured curves
+    for group in ours or groups:  # the paper's points have no panel of their own beside measured curves
         usable = [record for record in group.records if record.sampling and record.sampling.gflops_per_image]
         for members in by_metric(usable, QUALITY_METRICS).values():
             _sampling_panels(group, members, panels, rows, more)

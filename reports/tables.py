@@ -29,11 +29,8 @@ _COUNT_TITLES = dict(  # title of a printed column -> title of the column of cou
         strict=True,
     )
 )
-_BLOCKS = {
-    "in-context": "in-context",
-    "cross-attention": "cross-attention",
-    "adaln": "adaLN",
-}  # suffix of a DiT's name -> its block
+# Suffix of a DiT's name -> its block.
+_BLOCKS = {"in-context": "in-context", "cross-attention": "cross-attention", "adaln": "adaLN"}
 
 
 def paper_tables(records: Iterable[Record]) -> list[Table]:
@@ -164,6 +161,7 @@ def _details_table(measured: Sequence[Record]) -> Table:
             sections.append(dataclasses.replace(section, remarks=(COUNT_REMARK, *section.remarks)))
             for row, entry in zip(new_rows, new_data, strict=True):
                 from_paper = printed.get(row.representative.row) if row.is_published else None
+                # In `from_paper` every row is in section 1.
                 data.append({**entry, **from_paper, "section": len(sections)} if from_paper else entry)
             rows += new_rows
     return _with_pairs("Table 4", "All DiT models, FID-50K without guidance", sections, data, rows)

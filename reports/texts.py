@@ -21,11 +21,10 @@ _METADATA = (
 # The keys of `distinguishing_metadata`. Footnotes state them only for rows that would otherwise look alike: hashes, and
 # settings that change only low bits.
 DISTINGUISHING_METADATA = (
-    *("backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint"),
-    "network evaluations",
-    *("sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features"),
+    "backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint",
+    "network evaluations", "sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features",
     "published-input Gflops",
-)
+)  # fmt: skip
 # Name in footnotes -> the setting whose value is stated under this name.
 _FOOTNOTES = {
     setting.footnote: setting

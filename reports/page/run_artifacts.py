@@ -34,7 +34,7 @@ class SampleGrid:
 
     @property
     def title(self) -> str:
-        """`dit-b-4, 400 training steps, seed 0, ddim, 50 sampling steps, guidance 1.5`."""
+        """`dit-b-4, 400 training steps, seed 0, ddim, 50 sampling steps, guidance 1.5`; without records the folder's name."""
         if not self.records:
             return one_line(self.path.parent.name)
         record = self.records[0]
