@@ -104,7 +104,7 @@ class WeightFile:
     container: str  # "torch zip", "torch legacy" or "safetensors"
     wrapping: str  # "state dict", "train.py checkpoint" or "Lightning checkpoint"
     tensors: dict[str, Stored]
-    symbols: tuple[str, ...]  # classes and functions that the file names; none was loaded
+    symbols: tuple[str, ...]  # classes and functions that the file names, tensors' own aside; none was loaded
     other_names: tuple[str, ...] = ()  # keys of what else is in the file: optimizer state, arguments, ...
     notes: tuple[str, ...] = ()
     config: dict[str, Any] | None = None  # config.json beside it
@@ -228,7 +228,7 @@ def with_progress(title: str, chunks: Iterable[Chunk], nbytes: int) -> Iterator[
 
 
 def _find_file(path: Path) -> Path:
-    """The weight file in the folder `path`; any other path is returned as it is."""
+    """The weight file in the folder `path`; any other path is returned as it is. UserError if there is none."""
     if not path.is_dir():
         return path
     for name in IN_FOLDER:
