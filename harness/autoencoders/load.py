@@ -112,7 +112,8 @@ class Decoder:
 
         from harness.frameworks.torch_float32 import exact_float32
 
-        device, moments = next(self.net.parameters()).device, []
+        device = next(self.net.parameters()).device
+        moments = []
         with torch.inference_mode(), exact_float32(device.type):
             for part in images.split(self.batch):
                 posterior = _autoencoder(self.net).encode(part.to(device, torch.float32), return_dict=False)[0]

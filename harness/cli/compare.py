@@ -27,7 +27,7 @@ def command(as_json: bool, **options: Any) -> None:
     """
     comparison = compare(**options)
     verdicts, differing = comparison.verdicts, comparison.differing
-    first = verdicts[0]
+    first = verdicts[0]  # its two sides give A and B their names
     if as_json:
         document = {"rule": comparison.rule, "differing": differing, "rows": [_row(verdict) for verdict in verdicts]}
         click.echo(json.dumps(document, indent=2))

@@ -56,7 +56,7 @@ def command(as_json: bool) -> None:
     findings: list[Finding] = []
     with Bar("doctor", len(parts), "parts") as bar:
         for name, check in parts.items():
-            bar.advance(0, name)
+            bar.advance(0, name)  # shows the name of the part that begins
             findings += check()
             bar.advance()
     if as_json:

@@ -43,9 +43,9 @@ def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan
         )
     except NotEnoughMemory as error:
         return dataclasses.replace(plan, missing=(*plan.missing, str(error)))
-    return dataclasses.replace(
-        plan, measured=measured_cost(request, measured if requested != "auto" else measured._replace(compiled=""))
-    )
+    if requested == "auto":
+        measured = measured._replace(compiled="")
+    return dataclasses.replace(plan, measured=measured_cost(request, measured))
 
 
 def measured_cost(request: Request, measured: Measured) -> MeasuredCost:

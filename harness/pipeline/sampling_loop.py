@@ -67,7 +67,8 @@ def run_job(
         for start in local_starts
         if not _is_intact(_shard_path(shards_folder, start), (min(job.batch, count - start), *job.image))
     ]
-    sampler, begin = make_sampler(), time.monotonic()
+    sampler = make_sampler()
+    begin = time.monotonic()  # the time for building the network is not counted
     assert sampler.evaluations == job.record.sampling.evaluations  # two counts: the sampler's own, and the plan's
     # of the progress bar, in sampler steps of this process
     total, done = len(local_starts) * job.steps, (len(local_starts) - len(missing)) * job.steps

@@ -66,7 +66,7 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
     check_installed(options.logger)
     group = join_processes(request.framework)
     plan = make_plan(request)
-    logger.info(headline(request, options.protocol is None))
+    logger.info(headline(request, by_default=options.protocol is None))
     logger.info(costs_text(plan))
     if isinstance(options, RunOptions) and options.features_weights is None:
         for sentence in plan.missing_evaluator_files:

@@ -293,7 +293,7 @@ def test_checkpoints_are_due_by_cost_and_by_loss(whole):
         (60.0, 301, True),
     ):
         manager._cost, manager._saved_at = cost, now - age
-        assert manager.due() is due, (cost, age)
+        assert manager.checkpoint_due() is due, (cost, age)
 
 
 def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):
