@@ -301,7 +301,7 @@ class _Writer:
     def __init__(self, job: _Job):
         self._job = job
         self._data_start, self._image_bytes = len(job.npy_header()), int(np.prod(job.shape[1:]))
-        self._left: dict[int, int] = {}  # by unit: number of its images that are still to come
+        self._images_left: dict[int, int] = {}  # by unit: number of its images that are still to come
         self._digest = hashlib.sha256()  # of the images of the current unit; used if units are chunks (`in_order`)
         self._notes: list[tuple[int, str]] = []  # (row, note) of the current unit
         self._broken: list[str] = []  # "name: reason" of images that cannot be used
@@ -323,8 +323,8 @@ class _Writer:
         All images of a unit must be stored before those of the next. photograph: the result of decoding; an image that
         cannot be used is recorded, and UserError is raised after MAX_BROKEN of them.
         """
-        left = self._left.setdefault(unit, self._job.index.sizes[unit]) - 1  # images to come after this one
-        self._left[unit] = left
+        left = self._images_left.setdefault(unit, self._job.index.sizes[unit]) - 1  # images to come after this one
+        self._images_left[unit] = left
         try:
             pixels, note = photograph.result()
         except Broken as error:

@@ -208,6 +208,11 @@ def from_batches(
     if first is None:
         raise UserError(f"{name}: there are no images")
     shape = _as_batch(name, first).shape[1:]
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.dtype.kind not in "iu" or labels.ndim != 1 or count not in (None, len(labels)):
+            raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}; wanted one integer per image")
+        labels, count = labels.astype(np.int64), len(labels)
 
     def chunks(_size: int) -> Iterator[np.ndarray]:
         left = count  # images still to take; None: no limit
@@ -220,11 +225,6 @@ def from_batches(
             if left == 0:
                 return
 
-    if labels is not None:
-        labels = np.asarray(labels)
-        if labels.dtype.kind not in "iu" or labels.ndim != 1 or count not in (None, len(labels)):
-            raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}; wanted one integer per image")
-        labels, count = labels.astype(np.int64), len(labels)
     return ImageSource(name, shape, chunks, count=count, labels=labels, once=once)
 
 

@@ -134,7 +134,7 @@ def open_tar(path: Path) -> ImageSource:
             entries.append(entry)
             keys.append((folder, key))
         elif kind == "cls":
-            text = entry.read(20).strip()
+            text = entry.read(limit=20).strip()
             if re.fullmatch(rb"-?[0-9]{1,18}", text) is None:
                 raise UserError(f"{entry.name}: a label must be one whole number")
             classes[folder, key] = int(text)

@@ -136,7 +136,7 @@ def choose(
     unavailable: str | None,  # from `unavailable_reason`; None, or not None, in all processes alike
     seconds: float,  # of training on one image in one process, uncompiled
     images: int,  # that one process trains on in the whole run
-    measure: Callable[[], float],  # the same with `net` as it is, in this process
+    measure: Callable[[], float],  # seconds of training on one image in this process, with `net` as it is
     all_max: Callable[[float], float] = lambda value: value,  # the largest value of all processes
 ) -> Choice:
     """Whether to compile. "auto" compiles if the whole run would be faster by measurement, its compilation included.
