@@ -66,8 +66,10 @@ def conditioning_blocks(all_studies: Sequence[Study]) -> Figure | None:
 
 def _up_to_shared_length(lines: Sequence[Line]) -> list[Line]:
     """The lines, cut off at the longest training length that at least two models reach. Needs two models."""
-    ends = sorted({line.model: max(steps_of(r) or 0 for r in line.records) for line in lines}.values())
-    last_shared = ends[-2]
+    ends: dict[str, int] = {}  # model -> the longest training of all its lines, of which each recipe has one
+    for line in lines:
+        ends[line.model] = max(ends.get(line.model, 0), *(steps_of(record) or 0 for record in line.records))
+    last_shared = sorted(ends.values())[-2]
     cut = [
         dataclasses.replace(line, records=tuple(r for r in line.records if (steps_of(r) or 0) <= last_shared))
         for line in lines

@@ -157,6 +157,19 @@ def test_blocks_of_a_study(record):
     }  # fmt: skip
 
 
+def test_of_several_recipes_of_a_model_the_longest_training_counts(record):
+    def at(system, steps, rate):
+        made = trained(record(system=system, value=100.0 - steps / 100), steps)
+        return dataclasses.replace(made, training=dataclasses.replace(made.training, learning_rate=rate))
+
+    # Lines are sorted by a hash, so each recipe is once the longer one.
+    for long, short in ((1e-3, 1e-4), (1e-4, 1e-3)):
+        records = [at("dit-xs-2", 200, long), at("dit-xs-2", 1000, long), at("dit-xs-2", 500, short)]
+        records += [at("dit-xs-4", 200, long), at("dit-xs-4", 800, long)]
+        (panel,) = named(records, "figure-6").panels
+        assert [[m.x for m in each.marks] for each in panel.series if each.model == "dit-xs-4"] == [[200, 800]]
+
+
 def test_models_matched_by_compute_share_a_panel_though_no_training_length(record):
     lengths = {"dit-xs-2": (200, 400), "dit-xs-4": (700, 1400)}
     records = [
