@@ -164,8 +164,7 @@ def is_guided(record: Record) -> bool:
         return True
     if sampling is None:
         return False
-    # The scale 1 is no guidance, except with a classifier.
-    return sampling.guidance_scale not in (None, 1.0) or sampling.guidance_channels == "classifier"
+    return sampling.is_guided
 
 
 def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
