@@ -190,7 +190,8 @@ def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
         kept += of_system[shown]
     words = []
     if usual.sampler:
-        guidance = f"guidance {usual.scale:g}" if usual.scale is not None else "no guidance"
+        guidance = "guidance, scale not stated" if is_guided(candidates[0]) else "no guidance"
+        guidance = guidance if usual.scale is None else f"guidance {usual.scale:g}"
         words.append(f"sampled by {usual.sampler} with {usual.steps} steps, {guidance}")
         words += [f"{others} of {len(systems)} systems at their own most steps"] if others else []
     return kept, "; ".join(words)
@@ -207,7 +208,7 @@ class _SamplingSetting(NamedTuple):
 
 def _sampling_setting(record: Record) -> _SamplingSetting:
     sampling = record.sampling or Sampling()
-    scale = None if sampling.guidance_scale == 1.0 else sampling.guidance_scale
+    scale = sampling.guidance_scale if sampling.is_guided else None
     return _SamplingSetting(sampling.sampler or "", sampling.steps or 0, sampling.eta, scale)
 
 

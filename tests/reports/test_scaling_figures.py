@@ -10,7 +10,8 @@ import pytest
 from reports.charts import model_styles, to_csv
 from reports.drawing import draw
 from reports.figures import figures, published_records
-from results.records import Training
+from reports.points import usual_sampling
+from results.records import Sampling, Training
 
 
 def named(records, name):
@@ -195,6 +196,15 @@ def test_systems_without_the_usual_setting_keep_their_own(record):
         "a", "b", "c", "d (900 steps)",
     }  # fmt: skip
     assert "1 of 4 systems at their own most steps" in figure.panels[0].note
+
+
+@pytest.mark.parametrize(
+    ("scale", "channels", "text"),
+    [(1.0, None, "no guidance"), (1.0, "classifier", "guidance 1"), (None, "classifier", "guidance, scale not stated")],
+)
+def test_the_note_on_sampling_names_the_scale_of_a_classifier(record, scale, channels, text):
+    made = record(sampling=Sampling(sampler="ddpm", steps=25, guidance_scale=scale, guidance_channels=channels))
+    assert usual_sampling([made]) == ([made], f"sampled by ddpm with 25 steps, {text}")
 
 
 def test_every_figure_can_be_drawn_and_names_what_it_shows(lengths):
