@@ -380,6 +380,18 @@ def test_without_scripts_there_are_the_static_figures(browser, shown):
     page.close()
 
 
+def test_published_records_of_record_files_count_as_published(record):
+    printed = paper.records()
+    data = page_data(
+        [], [], [record(), *printed[:3], dataclasses.replace(printed[0], system="another")], styles={}, published=printed,
+        record_files=(), problems=(), conflicts=(),
+    )  # fmt: skip
+    summary, more = data["summary"], len(printed) + 1
+    assert (summary["measured"], summary["published"]) == (1, more)
+    assert {"name": "digits", "measured": 1, "published": 0} in summary["protocols"]
+    assert sum(each["published"] for each in summary["protocols"]) == more
+
+
 def test_rows_and_records_beyond_the_caps_are_counted(browser, folder, shown, monkeypatch):
     monkeypatch.setattr("reports.page.payload.MAX_ROWS", 5)
     monkeypatch.setattr("reports.page.writer.MAX_RECORDS", 12)
