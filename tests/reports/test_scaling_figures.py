@@ -171,6 +171,15 @@ def test_of_several_recipes_of_a_model_the_longest_training_counts(record):
         assert [[m.x for m in each.marks] for each in panel.series if each.model == "dit-xs-4"] == [[200, 800]]
 
 
+def test_dits_whose_training_steps_are_not_stated_are_in_no_panel_over_steps(record):
+    names = ("dit-xs-2", "dit-xs-4", "dit-xs-2-adaln")
+    records = [record(system=name, value=10.0 + i, training=Training(seed=0)) for i, name in enumerate(names)]
+    made = figures(records)
+    assert made and not {"figure-5", "figure-6"} & {figure.name for figure in made}
+    for figure in made:
+        assert draw(figure, model_styles(records), ("svg",))
+
+
 def test_models_matched_by_compute_share_a_panel_though_no_training_length(record):
     lengths = {"dit-xs-2": (200, 400), "dit-xs-4": (700, 1400)}
     records = [
