@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from reports.charts import Axis, Figure, Panel, Series
-from reports.figures_study import name_of
+from reports.figures_study import cost_or_none, name_of
 from reports.points import (
     ALONG_SAMPLING,
     QUALITY_METRICS,
@@ -33,7 +33,11 @@ def sampling_compute(index: RecordIndex, published: Sequence[Record]) -> Figure 
     panels: list[Panel] = []
     rows: list[dict[str, object]] = []
     for group in ours or groups:  # the paper's two points are not drawn where there are measured curves
-        usable = [record for record in group.records if record.sampling and record.sampling.gflops_per_image]
+        usable = [
+            record
+            for record in group.records
+            if record.sampling and cost_or_none(record.sampling.gflops_per_image) is not None
+        ]
         for members in by_metric(usable, QUALITY_METRICS).values():
             _sampling_panels(group, members, panels, rows, more)
     if not panels:
@@ -67,9 +71,10 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
                 model=line.model,
                 kind="line",
                 provenance=line.provenance,
-                marks=marks_of(line.records, gflops, _steps_text if few else lambda record: ""),
+                marks=marks,
             )
             for line in lines
+            if (marks := marks_of(line.records, gflops, _steps_text if few else lambda record: ""))
         )
         notes = ["numbers at the marks: sampling steps"] if few else []
         notes += bars_note(series)

@@ -100,6 +100,7 @@ def test_the_decoder_is_counted_in_a_panel_of_its_own_where_its_cost_is_known(re
     gflops = record().sampling.gflops_per_image
     assert sorted(mark.x for each in without.series for mark in each.marks) == [gflops, gflops, 9.0]
     assert sorted(mark.x for each in counted.series for mark in each.marks) == [gflops, gflops + 2.0]
+    assert all(each.marks for each in counted.series) and draw(figure, model_styles([record()]), ("svg",))
 
 
 def test_of_many_lines_the_best_and_the_longest_trained_are_drawn(record):
