@@ -19,6 +19,7 @@ from reports.points import (
     marks_of,
     quality_axis,
 )
+from reports.texts import sampling_steps_text
 from results.records import Record, Sampling
 
 FIGURE_10_SOURCE = "Section 5.2"
@@ -74,7 +75,7 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
                 marks=marks,
             )
             for line in lines
-            if (marks := marks_of(line.records, gflops, _steps_text if few else lambda record: ""))
+            if (marks := marks_of(line.records, gflops, sampling_steps_text if few else lambda record: ""))
         )
         notes = ["numbers at the marks: sampling steps"] if few else []
         notes += bars_note(series)
@@ -111,9 +112,3 @@ def _decoded_gflops(record: Record) -> float | None:
 
 # Column of the figure's data -> function from a record to its value.
 _GFLOPS = {"gflops_per_image": _sampling_gflops, "gflops_per_image_with_decoder": _decoded_gflops}
-
-
-def _steps_text(record: Record) -> str:
-    """The number of sampling steps, `50` or `50 + 50`; "" if it is not known."""
-    sampling = record.sampling or Sampling()
-    return sampling.stage_steps or ("" if sampling.steps is None else str(sampling.steps))

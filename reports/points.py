@@ -192,7 +192,8 @@ def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
     if usual.sampler:
         guidance = "guidance, scale not stated" if is_guided(candidates[0]) else "no guidance"
         guidance = guidance if usual.scale is None else f"guidance {usual.scale:g}"
-        words.append(f"sampled by {usual.sampler} with {usual.steps} steps, {guidance}")
+        steps = f" with {usual.steps} steps" if usual.steps else ""
+        words.append(f"sampled by {usual.sampler}{steps}, {guidance}")
         words += [f"{others} of {len(systems)} systems at their own most steps"] if others else []
     return kept, "; ".join(words)
 
@@ -414,7 +415,9 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
     for record in records:
         training, mode = record.training, record.evaluation.mode if record.evaluation else None
         found = row_metadata(record) | {"guidance": f"guidance {guidance_text(record)}", "mode": mode or ""}
-        found["training steps"] = f"{count_text(training.steps)} steps" if training else ""
+        found["training steps"] = (
+            f"{count_text(training.steps)} steps" if training and training.steps is not None else ""
+        )
         found["sampling steps"] = f"{found['sampling steps']} sampling steps" if "sampling steps" in found else ""
         if "steps" in along:  # they differ within a line
             found["training steps" if part is Training else "sampling steps"] = ""

@@ -155,6 +155,12 @@ def guidance_text(record: Record) -> str:
     return scale + channels
 
 
+def sampling_steps_text(record: Record) -> str:
+    """The number of sampling steps, `50`, or of each network of a cascade, `50 + 50`; "" if it is not stated."""
+    sampling = record.sampling or Sampling()
+    return sampling.stage_steps or ("" if sampling.steps is None else str(sampling.steps))
+
+
 def row_metadata(record: Record) -> dict[str, str]:
     """Name (of METADATA) -> text, for the footnotes of a row. Names whose value is not known are absent."""
     training, sampling, evaluation = record.training, record.sampling, record.evaluation
@@ -176,7 +182,7 @@ def row_metadata(record: Record) -> dict[str, str]:
     if sampling is not None:
         guidance = guidance_text(record)
         values |= {
-            "sampling steps": sampling.stage_steps or sampling.steps,
+            "sampling steps": sampling_steps_text(record) or None,
             "guidance": None if guidance == "-" else guidance,
             "uint8 rule": sampling.uint8_rule,
             "clip denoised": None if sampling.clip_denoised is None else ("yes" if sampling.clip_denoised else "no"),

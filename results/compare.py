@@ -310,7 +310,7 @@ def sampling_text(record: Record) -> str:
     settings = record.sampling
     if settings is None or settings.sampler is None:
         return "samples as given"
-    words = [f"{settings.sampler}-{settings.steps}"]
+    words = [settings.sampler if settings.steps is None else f"{settings.sampler}-{settings.steps}"]
     if settings.eta:
         words.append(f"eta {settings.eta:g}")
     if settings.is_guided:

@@ -76,6 +76,11 @@ def test_what_is_not_stated_about_guidance_is_no_none():
     assert found.sampling == "ddim-5, guidance 1.5"
 
 
+def test_a_sampler_without_steps_is_named_alone():
+    (found,) = compare([record(steps=None)], [record(system="b", steps=None)])
+    assert found.sampling == "ddpm"
+
+
 def test_what_may_not_be_compared_is_refused():
     with pytest.raises(UserError, match="N is 1000 in A and 2000 in B"):
         compare([record()], [record(n=2000, system="b")])
