@@ -113,6 +113,11 @@ class Sampling(_Checked):
     settings_hash: str | None = None  # of all settings of a system of several networks
     samples_sha256: str | None = None
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether images were guided. The scale 1 is no guidance, but with a classifier it adds its gradient once."""
+        return self.guidance_scale not in (None, 1.0) or self.guidance_channels == "classifier"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(_Checked):

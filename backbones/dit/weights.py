@@ -242,7 +242,7 @@ def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) 
             return _contradicts(name, given, str(expected))
     if heads is None and {"num_attention_heads", "attention_head_dim"} <= set(config):  # their product is the width
         given = [config["num_attention_heads"], config["attention_head_dim"]]
-        if not all(type(value) is int for value in given) or given[0] * given[1] != width:
+        if None not in given and not all(type(value) is int for value in given) or given[0] * given[1] != width:
             return _contradicts("num_attention_heads x attention_head_dim", given, str(width))
     return None
 
