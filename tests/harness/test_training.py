@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small_runs import SecondProcess, request, workshop
 
 from harness.distributed.group import ProcessGroup, Stopped
@@ -59,6 +59,25 @@ def test_stopping_and_resuming_changes_no_bit(whole, tmp_path):
     assert one.keys() == other.keys() and len(one) > 50
     assert all(np.array_equal(one[name], other[name]) for name in one)
     assert resumed.run.ema_checkpoint_steps() == [3, 4, 9, 12]
+
+
+def test_a_part_that_does_not_fit_is_refused(whole, tmp_path, monkeypatch):
+    folder, wanted = whole.run.checkpoints / "step-00000012", whole.request
+    engine = torch_trainer.TorchEngine(
+        wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), arguments=wanted.spec.arguments(**wanted.arguments), recipe=wanted.recipe,
+        seed=0, resolved=whole.run.resolved, data=whole.data,
+    )  # fmt: skip
+    path = tmp_path / "part.safetensors"
+    moment = load_file(folder / "first_moment.safetensors")
+    save_file({name: value for name, value in moment.items() if name != "step"}, path)
+    with pytest.raises(UserError, match="part.safetensors does not fit this network: step is missing"):
+        engine.load("first_moment", path)
+    model = load_file(folder / "model.safetensors")
+    save_file({name: np.ascontiguousarray(value[:1]) for name, value in model.items()}, path)
+    # the first row of each tensor, which is what this process would hold of sharded weights
+    monkeypatch.setattr(torch_trainer, "local_shard", lambda tensor: tensor.detach()[:1])
+    with pytest.raises(UserError, match=r"does not fit this network: \S+ \(1,.*\) is not in it"):
+        engine.load("model", path)
 
 
 def test_a_log_longer_than_the_checkpoint_is_cut(whole, tmp_path):
