@@ -112,6 +112,14 @@ def test_gradient_checkpointing_changes_no_bit(whole, tmp_path):
     assert shop.run.log.read_bytes() == whole.run.log.read_bytes()
 
 
+def test_gradient_checkpointing_is_kept_by_a_run(whole, tmp_path):
+    resolved = dataclasses.replace(whole.run.resolved, gradient_checkpointing=True)
+    RunSession(request(gradient_checkpointing=True), whole.data, tmp_path / "run").create(resolved)
+    continued = RunSession(request(), whole.data, tmp_path / "run")  # without the flag
+    assert continued.request.arguments["gradient_checkpointing"] is True
+    assert "gradient_checkpointing" not in RunSession(request(), whole.data, whole.folder).request.arguments
+
+
 def test_ema_follows_the_stated_average(tmp_path):
     """Against a per-tensor average written out here, over real steps; the ramp included."""
     for ramp in ("false", "true"):
