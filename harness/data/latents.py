@@ -207,8 +207,8 @@ def load(folder: Path) -> LatentSet:
 def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """The npy at `path`, mapped read-only; UserError unless it has this dtype and shape."""
     with readable(path):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load would also open a zip, which is no array
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         raise UserError(
             f"{path} is {array.dtype} {array.shape} where {META} says {dtype} {shape}; make the latents again"
         )

@@ -174,10 +174,16 @@ class _Job:
             except (ValueError, TypeError, KeyError, IndexError):
                 break  # damaged by a power cut: this line and the rest are dropped
             valid_bytes += len(line) + 1
+        if not valid_bytes:  # without the first line nothing says what the images are
+            logger.info(f"note: {journal} is damaged; begins again")
+            self._begin(journal, first_line)
+            return
         os.truncate(journal, valid_bytes)
 
-    def _check_first_line(self, found: dict[str, object], wanted: dict[str, object]) -> None:
-        """UserError where the journal was begun for another data set."""
+    def _check_first_line(self, found: object, wanted: dict[str, object]) -> None:
+        """UserError where the journal was begun for another data set; TypeError where the line is no JSON object."""
+        if not isinstance(found, dict):
+            raise TypeError
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise UserError(

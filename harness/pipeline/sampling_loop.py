@@ -136,8 +136,8 @@ def _save_shard(path: Path, images: np.ndarray) -> None:
 def _is_intact(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether the shard exists as uint8 of that shape; otherwise it is sampled again."""
     try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # EOFError: an empty file
+        images = np.lib.format.open_memmap(path, mode="r")  # np.load would also open a zip, which is no array
+    except (OSError, ValueError):
         return False
     return images.shape == shape and images.dtype == np.uint8
 

@@ -153,7 +153,14 @@ def open_weights(path: Path) -> WeightFile:
             notes.append("the weights are its moving average ('ema')")
         elif part == "model":
             notes.append("it has no moving average ('ema'): the weights are the trained ones ('model')")
-    tensors = {_escaped_key(name): item for name, item in value.items() if isinstance(item, Stored)}
+    tensors: dict[str, Stored] = {}
+    for key, item in value.items():
+        if not isinstance(item, Stored):
+            continue
+        name = _escaped_key(key)
+        if name in tensors:  # of keys that are not text only the type is known here
+            raise UserError(f"{path} holds two tensors under the name {name}; save net.state_dict()")
+        tensors[name] = item
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; save net.state_dict()")
     if prefix := _wrapper_prefix(tensors):

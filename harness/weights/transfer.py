@@ -193,14 +193,16 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
     """
     ours, spec = open_identified(path, backbone)
     target = _find_layout(spec, layout)
-    recipes = target.outward(ours.shapes)
     stem = path.name if path.is_dir() else path.stem
     out = out or path.with_name(f"{stem}-{layout}{target.suffix}")
     refuse_existing(out)
     try:
+        recipes = target.outward(ours.shapes)
         shapes = {name: recipe.shape(ours.shapes) for name, recipe in recipes.items()}
-    except (Mismatch, KeyError) as error:
+    except Mismatch as error:
         raise UserError(f"{ours.file.path} cannot be written as {layout}: {error}") from error
+    except KeyError as error:  # the layout's map names a tensor that the network does not have
+        raise UserError(f"{ours.file.path} cannot be written as {layout}: {error.args[0]} is missing") from error
     entries = {name: (ours.dtype(recipe.sources[0]), shapes[name]) for name, recipe in recipes.items()}
 
     def read(name: str) -> np.ndarray:

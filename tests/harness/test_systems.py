@@ -136,6 +136,14 @@ GOOD = {"name": "mine", "protocol": "digits", "base": {"backbone": "adm-xs", "st
         ({"row": "Table 2: mine"}, "row is for the built-in systems"),
         ({"upsamplers": {}}, r"written \[\[upsamplers\]\]"),
         ({"base": {"backbone": "adm-xs", "eta": float("nan")}}, "eta must be a finite number"),
+        (
+            {"base": {"backbone": "adm-xs", "arguments": {"dropout": float("nan")}}},
+            "dropout = nan is no argument of a network",
+        ),
+        (
+            {"base": {"backbone": "adm-xs", "arguments": {"multipliers": [1, float("inf")]}}},
+            r"multipliers = \[1, inf\] is no argument of a network",
+        ),
         ({"name": "adm-g-256"}, "the name 'adm-g-256' is that of a built-in system"),
         ({"name": "a\0b"}, "must be printable"),
         ({"base": {"backbone": "adm-xs", "steps": 10**30}}, "steps = 10+ is out of range"),
