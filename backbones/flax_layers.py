@@ -25,10 +25,10 @@ zeros: Initializer = nnx.initializers.zeros_init()
 
 
 class Frozen(nnx.Variable):
-    """A weight that is loaded, saved and averaged but never trained.
+    """A weight that is loaded and saved but never trained, such as a position table.
 
-    It is not an `nnx.Param`, so optimisers and gradients with respect to `nnx.Param` leave it out. Checkpoints and weight
-    files include it: they use `nnx.state(net, (nnx.Param, Frozen))`.
+    It is not an `nnx.Param`, so gradients, the optimiser and the moving average leave it out. Checkpoints and weight files
+    include it, because they hold all of `backbones.flax_weights.variables`.
     """
 
 

@@ -6,7 +6,7 @@ Both networks have the same attribute names, so the map is a rule instead of a t
     kernel      in torch with the output and input axes first: (in, out) <-> (out, in), WIO <-> OIW, HWIO <-> OIHW
     the rest    the same shape: biases, scales, tables, positions
 
-Importers and exporters of public files (`harness.weights`) use torch's names and shapes, but do not need torch.
+The readers and writers of public files (`harness.weights`) use torch's names and shapes, too.
 """
 
 from __future__ import annotations

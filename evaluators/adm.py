@@ -182,8 +182,8 @@ def _round_to_float16(x: np.ndarray) -> np.ndarray:
     Works on the bits, which is 10 times as fast as numpy's cast. Values that are not normal float16 numbers (subnormal,
     too large, nan) go through numpy's cast.
     """
-    size = np.abs(x)
-    irregular = (size < 2.0**-14) | ~(size < 65_504.0)
+    magnitude = np.abs(x)
+    irregular = (magnitude < 2.0**-14) | ~(magnitude < 65_504.0)
     special = x[irregular].astype(np.float16) if irregular.any() else None
     # float16 has 13 mantissa bits less. Add half of the last bit that stays (if that bit is 0, a little less than half,
     # so that a tie is rounded to even), then clear the 13.

@@ -4,8 +4,8 @@
 
 The means run over all pairs, a row with itself included: the biased, minimum-variance estimator of Gretton et al.
 (JMLR 13, 2012, eq. 5), which google-research/google-research 4c42994, cmmd/distance.py computes in float32; here it is
-float64. It is larger than the unbiased estimator (eq. 3 there) by about 1000 * (1 / N + 1 / M) * (1 - mean k), which for vectors
-of length 1 is at most 10 * (1 / N + 1 / M): 0.002 for 10,000 images on each side.
+float64. It is larger than the unbiased estimator (eq. 3 there) by about 1000 * (1 / N + 1 / M) * (1 - mean k), which
+for vectors of length 1 is at most 10 * (1 / N + 1 / M): 0.002 for 10,000 images on each side.
 
 The bandwidth of 10 is for the features of that paper, CLIP ViT-L/14-336 embeddings of length 1. On other features the
 result is still a distance, but not CMMD; if feature distances are far above 10, only equal rows contribute.

@@ -1,9 +1,9 @@
 """The share of samples that are copies of training images: a cheap test of memorisation.
 
 Images are compared by the Euclidean distance of their pixels. A sample counts as a copy if its distance to the nearest
-training image is at most the 1 % quantile of the distances between training images and their nearest neighbours. So held-out real images
-score about 1 % by construction (`EXPECTED_SHARE`), the threshold follows data set and resolution, and an exact copy
-always counts.
+training image is at most the 1 % quantile of the distances between training images and their nearest neighbours. So
+held-out real images score about 1 % by construction (`EXPECTED_SHARE`), the threshold follows data set and resolution,
+and an exact copy always counts.
 Pixel distances find exact or nearly exact copies only: a shifted or recoloured training image is not found.
 """
 

@@ -83,8 +83,9 @@ class GuardContext:
 
     minimum: fewest images, by metric. names: of metrics, suite, protocol and row, which are searched for counts such as
     FID-50K. classes: number of classes; None: unconditional. label_policy: "random", "balanced" or None (unknown).
-    reference_statistics: whether the suite takes mu and sigma from the reference's file. allow: names of GUARDS that the
-    user waives; their refusals become warnings. Raises UserError for a name that does not exist or cannot be waived.
+    reference_statistics: whether the suite expects mu and sigma in the reference's file, not only uses them if they are
+    there. allow: names of GUARDS that the user waives; their refusals become warnings. Raises UserError for a name that
+    does not exist or cannot be waived.
     """
 
     minimum: Mapping[str, int] = field(default_factory=dict)
@@ -256,21 +257,21 @@ def _check_counts(samples: ImageStats, context: GuardContext) -> Iterator[Findin
 
 def _check_content(samples: ImageStats, reference: ImageStats | None, context: GuardContext) -> Iterator[Finding]:
     """Findings of the guards duplicates and constant."""
-    least = max(context.minimum.values(), default=0)
-    reference_share = 0.0 if reference is None else 1 - reference.distinct / reference.count
+    needed = max(context.minimum.values(), default=0)  # fewest images that all metrics accept
+    reference_duplicates = 0.0 if reference is None else 1 - reference.distinct / reference.count  # share
     for images in (samples, reference) if reference is not None else (samples,):
-        share = 1 - images.distinct / images.count  # of duplicates
+        duplicates = 1 - images.distinct / images.count  # share
         text = f"{images.name}: only {images.distinct} of {images.count} images are distinct"
         if images is samples:
             hint = "was the same noise drawn in every process or batch?"
         else:
             hint = "make the reference again"
-        # `least <= count`: with fewer images than a metric needs, the finding is too-few
+        # `needed <= count`: with fewer images than a metric needs, the finding is too-few
         if images.count > 1 and (
-            images.distinct == 1 or (images is samples and images.distinct < least <= images.count)
+            images.distinct == 1 or (images is samples and images.distinct < needed <= images.count)
         ):
             yield _refusal("duplicates", f"{text}; {hint}")
-        elif share > MAX_DUPLICATES and (images is reference or share > 2 * reference_share):
+        elif duplicates > MAX_DUPLICATES and (images is reference or duplicates > 2 * reference_duplicates):
             yield _warning("duplicates", f"{text}; {hint}")
         if images.constant > MAX_CONSTANT * images.count:
             text = f"{images.name}: {images.constant} of {images.count} images are one flat colour"
@@ -302,7 +303,7 @@ def _check_range(samples: ImageStats, reference: ImageStats | None) -> Iterator[
     if bilevel and not reference.only_0_1_255:
         yield _warning("signed-range", f"{samples.name}: values are 0 and 255 only, the reference's are not")
     half = _half_range(samples)
-    # the last two conditions: other samples have a finding of unit-range, constant or duplicates
+    # samples for which one of the last two conditions is false have a finding of unit-range, constant or duplicates
     if half and half != _half_range(reference) and samples.highest > 1 and samples.lowest < samples.highest:
         yield _warning(
             "half-range", f"{samples.name}: values lie {half} only, the reference's do not; were they scaled?"

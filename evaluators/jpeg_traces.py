@@ -54,7 +54,6 @@ class JpegTraces:
     """
 
     def __init__(self) -> None:
-        self.blocks = 0
         self._basis = _basis()
         self._counts = np.zeros(FREQUENCIES * BINS_PER_UNIT * MAX_COEFFICIENT, np.int64)
 
@@ -71,7 +70,6 @@ class JpegTraces:
         bins = np.minimum((coefficients * BINS_PER_UNIT).astype(np.int64), BINS_PER_UNIT * MAX_COEFFICIENT - 1)
         bins += np.arange(FREQUENCIES) * (BINS_PER_UNIT * MAX_COEFFICIENT)
         self._counts += np.bincount(bins.ravel(), minlength=len(self._counts))
-        self.blocks += len(blocks)
 
     def combs(self) -> int:
         """Number of the 36 frequencies that show a comb."""

@@ -152,12 +152,18 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
 
     The statistics are of a whole training set; the images in the file are then used for precision and recall only.
     sha256 becomes the hash of images and statistics or, for a file of `harness data reference`, that of its metadata.
-    If the file has no mu, the reference is returned unchanged. Raises UserError for statistics of another network, of a
-    wrong shape, not finite, or not those of the metadata.
+    If the file has no mu and sigma, the reference is returned unchanged. Raises UserError for statistics of another
+    network, of a wrong shape, not finite, without their other half, or not those of the metadata.
     """
     check_network(path, reference.extractor)
     about = read_about(path)
     with readable(path), path.open("rb") as file, np.load(file, allow_pickle=False) as data:
+        for pair in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            missing = [name for name in pair if name not in data.files]
+            if len(missing) == 1:
+                raise UserError(
+                    f"{path}: {missing[0]} of {' and '.join(pair)} is missing; fetch or make the file again"
+                )
         if "mu" not in data.files:
             return reference
         if about is not None:
@@ -167,7 +173,7 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
         given = {}  # "mu" and "mu_s" -> statistics of the pooled and of the spatial features
         # dim None: the length of mu_s, because an extractor does not state the number of its spatial features
         for mean, covariance, dim in (("mu", "sigma", reference.extractor.dim), ("mu_s", "sigma_s", None)):
-            if mean not in data.files or covariance not in data.files:
+            if mean not in data.files:
                 continue
             mu, sigma = data[mean], np.asarray(data[covariance], np.float64)
             wanted = len(mu) if dim is None else dim

@@ -82,7 +82,7 @@ def _cost(p: np.ndarray, q: np.ndarray, plan: tuple[np.ndarray, np.ndarray, np.n
     """Sum over directions of W2^2 between the sorted rows of p (l, n) and q (l, m). plan: of `_transport(n, m)`."""
     source, target, mass = plan
     move = np.take(p, source, axis=1) - np.take(q, target, axis=1)  # (l, P)
-    return float(np.einsum("lp,lp,p->", move, move, mass, optimize=False))
+    return float(np.einsum("lp,lp,p->", move, move, mass))
 
 
 def compute(inputs: MetricInputs) -> dict[str, Estimate]:

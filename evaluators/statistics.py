@@ -21,7 +21,7 @@ UNIT = 52
 ROWS_PER_PRODUCT = 1024  # sums of 1024 products below 2^40 stay below 2^53; 2048 were no faster and need more memory
 MAX_ROWS = 2**22  # int64 sums of at most six products of at most 2^38 for each row
 MAX_SLICE = 5  # |feature| <= 2^67
-ROWS_PER_FINISH = 256
+MATRIX_ROWS_AT_ONCE = 256  # of (D, D) matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ def _add(into: dict[int, np.ndarray], key: int, product: np.ndarray) -> None:
     """Add `product`, float64 integers, to the int64 array into[key], in place; a missing key starts at 0."""
     if key not in into:
         into[key] = np.zeros(product.shape, np.int64)
-    for start in range(0, len(product), ROWS_PER_FINISH):  # a few rows at a time, to save memory
-        rows = slice(start, start + ROWS_PER_FINISH)
+    for start in range(0, len(product), MATRIX_ROWS_AT_ONCE):  # a few rows at a time, to save memory
+        rows = slice(start, start + MATRIX_ROWS_AT_ONCE)
         into[key][rows] += product[rows].astype(np.int64)
 
 
@@ -121,7 +121,7 @@ class Moments:
         rows = np.concatenate(self._waiting, dtype=np.float64)
         self._waiting = []
         parts = _slices(rows, lowest)
-        del rows
+        del rows  # overwritten by `_slices`
         order = sorted(parts)
         squares = {}
         for b in order:
@@ -186,8 +186,8 @@ class Moments:
         # covariance = (n sum x x^T - (sum x) (sum x)^T) / (n (n - ddof)), every term as the sum of two float64 numbers
         total, total_low = _double_double(self._sums, slice(None), -UNIT)  # (D,), (D,): sum of x
         covariance = np.empty((self.dim, self.dim))
-        for start in range(0, self.dim, ROWS_PER_FINISH):
-            rows = slice(start, start + ROWS_PER_FINISH)
+        for start in range(0, self.dim, MATRIX_ROWS_AT_ONCE):
+            rows = slice(start, start + MATRIX_ROWS_AT_ONCE)
             high, low = _double_double(self._products, rows, -2 * UNIT)  # sum of x x^T
             scaled, scaled_error = _two_product(np.array(n), high)  # n * sum of x x^T
             scaled_low = scaled_error + n * low

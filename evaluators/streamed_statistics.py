@@ -72,8 +72,8 @@ def feature_statistics(
         for batch in source.batches(IMAGES_PER_CALL):
             read += len(batch)
             if read <= n:
-                # In the sums already, and as a whole, because sums are saved between batches. A source can only be read
-                # from its start.
+                # The sums hold this batch already, and all of it, because they are saved between batches. A source can
+                # only be read from its start.
                 continue
             batch_stage = f"{stage}, the batch that begins at image {read - len(batch)}"
             sums = _add_batch(sums, extract(batch, extractor, batch_stage))

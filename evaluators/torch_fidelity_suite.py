@@ -78,7 +78,7 @@ def _off_diagonal_sum(kernel: np.ndarray) -> float:
 def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metrics "fid", "kid", "is", "precision" and "recall".
 
-    The leave-one-block-out values are those of the metrics on all samples, without splits and subsets.
+    The leave-one-block-out values are those of the metrics without splits and subsets.
     """
     features, reference, block = inputs.features, inputs.reference, inputs.block
     if features.logits is None:

@@ -459,7 +459,7 @@ def keyword_options(options: Callable[P, Chosen]) -> Callable[[Callable[[Chosen]
 
 
 def _help_text(info: Setting) -> str:
-    """The help, the accepted values and the default of a setting."""
+    """The help, the accepted values and the `default_text` of a setting; the signature shows the other defaults."""
     choices = f" One of {', '.join(info.choices)}." if info.choices else ""
     default = f" Default: {info.default_text}." if info.default_text else ""
     return f"{info.help}{choices}{default}"
@@ -546,7 +546,9 @@ def recorded_settings(options: type[Options], record: object) -> dict[str, Any]:
 
 def recorded_value(info: Setting, record: object) -> Any:
     """The value of one setting in a record; None if the record does not state it, or if no record states the setting."""
-    value = record if info.recorded else None
+    if not info.recorded:
+        return None
+    value = record
     for part in info.recorded.split("."):  # "sampling.eta": record.sampling.eta, where record.sampling may be None
         value = None if value is None else getattr(value, part)
     return value

@@ -18,9 +18,9 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
     """For each row a dict with its marked cells: (metric, mode) -> "best" or "tie".
 
     The best value of a column has the mark "best"; if others are tied with it, it and they have the mark "tie".
-    metrics: (metric, mode) of the columns. A column has marks if it has two values or more and the metric's direction is
-    known. Published values are compared as printed, measured values with their intervals, and the two kinds not with each
-    other, because the noise of a published number is not known.
+    metrics: (metric, mode) of the columns. Published values are compared as printed, measured values with their intervals,
+    and the two kinds not with each other, because the noise of a published number is not known. A kind has marks in a column
+    if it has two values or more there and the metric's direction is known.
     """
     marks: list[dict[tuple[str, str], str]] = [{} for _ in rows]
     for metric in metrics:

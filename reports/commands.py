@@ -218,13 +218,12 @@ def _system_commands(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
         settings["framework"] = None if record.framework == "torch" else record.framework  # torch is the default
     steps = sampling.steps if sampling is not None else None
     weights = {part: Path(f"{part.replace('-', '_').upper()}_FILE") for part in system.parts}
-    # None for what need not be stated: seed 0, which is the default, and below the system's own number of steps.
-    settings["sampling_seed"] = settings.get("sampling_seed") or None
+    settings["sampling_seed"] = settings.get("sampling_seed") or None  # 0 is the default
     options = SampleOptions(
         system=record.system,
         weights=weights | ({"decoder": Path("DECODER_FILE")} if system.decoder else {}),
         samples=record.n,
-        sampling_steps=None if steps is None or steps == system.base.steps else (steps,),
+        sampling_steps=None if steps is None or steps == system.base.steps else (steps,),  # None: the system's own
         **settings,
     )
     folder = f"runs/systems/{_glob(f'{record.system}-n{record.n}-*/samples.npz')}"

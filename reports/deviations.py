@@ -12,7 +12,7 @@ REMARK = (
     "Ours with the 95 % interval over the draw of the samples, which does not cover training again. Settings without a "
     "footnote agree with the paper or are not stated there."
 )
-# Fields (part of the record, name) that must agree where both records state them, besides backbone and comparable key.
+# Fields (part of the record, name) that `_is_same_experiment` compares as they are, if the published record states them.
 _EXPERIMENT = (("training", "steps"), ("training", "batch"), ("sampling", "sampler"), ("sampling", "steps"))
 
 
@@ -68,10 +68,11 @@ def matching_pairs(published: Iterable[Row], measured: Iterable[Row]) -> list[Pa
 
 
 def _is_same_experiment(published: Record, record: Record) -> bool:
-    """Whether backbone, training length, sampler, steps, guidance and decoder agree.
+    """Whether backbone, comparable key, training steps and batch, sampler, sampling steps, guidance and decoder agree.
 
-    If `record` does not state one of them, such as the training of released weights, it counts as agreeing if both have
-    the same system name; but guidance that is not stated counts as no guidance.
+    What the paper does not state agrees. What `record` does not state, such as the training of released weights, agrees if
+    both have the same system name. Two exceptions: a backbone must be stated, and guidance that is not stated counts as no
+    guidance, on either side.
     """
     if record.backbone is None or record.backbone != published.backbone or not may_share(published, record):
         return False

@@ -34,7 +34,7 @@ from reports.points import (
     quality,
     quality_axis,
 )
-from reports.texts import count_text, guidance_text, states_guidance
+from reports.texts import count_text, guidance_text, sampling_steps_text, states_guidance
 from results.records import Record, Sampling
 
 MAX_POINTS = 400  # settings drawn in a panel
@@ -215,8 +215,9 @@ def _sampling_label(record: Record) -> str:
     """The text of a mark over sampling cost: `dit-xs-2, 25 sampling steps, guidance 1.5`, or the printed name."""
     if record.source is not None:
         return paper_name(record)
-    sampling = record.sampling or Sampling()
-    words = [record.system, f"{sampling.stage_steps or sampling.steps} sampling steps"]
+    words = [record.system]
+    if steps := sampling_steps_text(record):
+        words.append(f"{steps} sampling steps")
     return ", ".join([*words, f"guidance {guidance_text(record)}"] if states_guidance(record) else words)
 
 
@@ -276,6 +277,7 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
                 )
                 for line, gflops, value in points
             )
+            # "measured", for a solid line, also where some curves are the paper's: a published line would be dotted.
             series.append(Series(label=budget_text, model="", kind="line", provenance="measured", marks=marks))
             rows += [
                 {"panel": len(panels) + 1, "budget_gflops": budget, "model": line.model, "system": name_of(line)}

@@ -63,7 +63,7 @@ def compute_efficiency(all_studies: Sequence[Study], index: RecordIndex, publish
             x=Axis(title="Backbone compute", unit="Gflops a forward pass", scale="log"),
             y=quality_axis(records_of(marked)),
             series=series,
-            note="; ".join([*study.notes, note, "area: parameters", *bars_note(series)]),
+            note="; ".join(text for text in (*study.notes, note, "area: parameters", *bars_note(series)) if text),
             starts_row=True,
         )
         parts.append((panel, mark_rows(0, marked, {"shows": "bubble"})))  # 0: panels are numbered at the end
@@ -150,7 +150,7 @@ def correlation_with_gflops(all_studies: Sequence[Study]) -> Figure | None:
         best = best_at_usual_length(marked)
         pearson = correlation([math.log10(mark.x) for _, mark in best], [mark.y for _, mark in best])
         series = [single_mark_series(line, mark, "points") for line, mark in marked]
-        notes = [*study.notes, note, *bars_note(series)]
+        notes = [*study.notes, *([note] if note else []), *bars_note(series)]
         if pearson is not None:
             interval = f" [{pearson.low:.2f}, {pearson.high:.2f}]" if pearson.low is not None else ""
             notes.append(f"correlation with log Gflops {pearson.r:.2f}{interval} ({pearson.n} models)")

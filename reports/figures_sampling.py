@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from reports.charts import Axis, Figure, Panel, Series
-from reports.figures_study import name_of
+from reports.figures_study import cost_or_none, name_of
 from reports.points import (
     ALONG_SAMPLING,
     QUALITY_METRICS,
@@ -19,6 +19,7 @@ from reports.points import (
     marks_of,
     quality_axis,
 )
+from reports.texts import sampling_steps_text
 from results.records import Record, Sampling
 
 FIGURE_10_SOURCE = "Section 5.2"
@@ -32,8 +33,12 @@ def sampling_compute(index: RecordIndex, published: Sequence[Record]) -> Figure 
     ours = [group for group in groups if group.representative.provenance == "measured"]
     panels: list[Panel] = []
     rows: list[dict[str, object]] = []
-    for group in ours or groups:  # the paper's two points are not drawn where there are measured curves
-        usable = [record for record in group.records if record.sampling and record.sampling.gflops_per_image]
+    for group in ours or groups:  # the paper's points have no panel of their own beside measured curves
+        usable = [
+            record
+            for record in group.records
+            if record.sampling and cost_or_none(record.sampling.gflops_per_image) is not None
+        ]
         for members in by_metric(usable, QUALITY_METRICS).values():
             _sampling_panels(group, members, panels, rows, more)
     if not panels:
@@ -67,9 +72,10 @@ def _sampling_panels(group: Group, records: list[Record], panels: list[Panel], r
                 model=line.model,
                 kind="line",
                 provenance=line.provenance,
-                marks=marks_of(line.records, gflops, _steps_text if few else lambda record: ""),
+                marks=marks,
             )
             for line in lines
+            if (marks := marks_of(line.records, gflops, sampling_steps_text if few else lambda record: ""))
         )
         notes = ["numbers at the marks: sampling steps"] if few else []
         notes += bars_note(series)
@@ -106,9 +112,3 @@ def _decoded_gflops(record: Record) -> float | None:
 
 # Column of the figure's data -> function from a record to its value.
 _GFLOPS = {"gflops_per_image": _sampling_gflops, "gflops_per_image_with_decoder": _decoded_gflops}
-
-
-def _steps_text(record: Record) -> str:
-    """The number of sampling steps, `50` or `50 + 50`; "" if it is not known."""
-    sampling = record.sampling or Sampling()
-    return sampling.stage_steps or ("" if sampling.steps is None else str(sampling.steps))

@@ -26,6 +26,7 @@ from reports.figures_study import (
 )
 from reports.fits import correlation
 from reports.points import (
+    BEYOND,
     Line,
     RecordIndex,
     bars_note,
@@ -49,7 +50,7 @@ def conditioning_blocks(all_studies: Sequence[Study]) -> Figure | None:
     rows: list[dict] = []
     for study in all_studies:
         bases: dict[str, list[Line]] = {}  # name without the block, as "dit-xl-2" -> lines
-        for line in study.lines:
+        for line in _over_steps(study):
             dit = DIT.fullmatch(line.model)
             if dit:
                 bases.setdefault(f"dit-{dit['size']}-{dit['patch']}", []).append(line)
@@ -64,10 +65,23 @@ def conditioning_blocks(all_studies: Sequence[Study]) -> Figure | None:
     return figure_or_none("figure-5", "Conditioning blocks over training", panels, rows)
 
 
+def _over_steps(study: Study) -> list[Line]:
+    """The study's lines with the records that have a place on an axis of training steps; without lines that have none."""
+    lines = [
+        dataclasses.replace(
+            line, records=tuple(r for r in line.records if (steps := steps_of(r)) is not None and steps < BEYOND)
+        )
+        for line in study.lines
+    ]
+    return [line for line in lines if line.records]
+
+
 def _up_to_shared_length(lines: Sequence[Line]) -> list[Line]:
     """The lines, cut off at the longest training length that at least two models reach. Needs two models."""
-    ends = sorted({line.model: max(steps_of(r) or 0 for r in line.records) for line in lines}.values())
-    last_shared = ends[-2]
+    ends: dict[str, int] = {}  # model -> the longest training of all its lines, of which each recipe has one
+    for line in lines:
+        ends[line.model] = max(ends.get(line.model, 0), *(steps_of(record) or 0 for record in line.records))
+    last_shared = sorted(ends.values())[-2]
     cut = [
         dataclasses.replace(line, records=tuple(r for r in line.records if (steps_of(r) or 0) <= last_shared))
         for line in lines
@@ -82,7 +96,7 @@ def size_and_patch(all_studies: Sequence[Study]) -> Figure | None:
     panels: list[Panel] = []
     rows: list[dict] = []
     for study in all_studies:
-        dits = [(dit, line) for line in study.lines if (dit := DIT.fullmatch(line.model)) and not dit["block"]]
+        dits = [(dit, line) for line in _over_steps(study) if (dit := DIT.fullmatch(line.model)) and not dit["block"]]
         sizes = [size for size in _SIZE_ORDER if any(dit["size"] == size for dit, _ in dits)]
         patches = sorted({int(dit["patch"]) for dit, _ in dits}, reverse=True)
         for fixed, values in (("patch", [str(patch) for patch in patches]), ("size", sizes)):

@@ -55,8 +55,8 @@ def place_labels(
         x, y = axes.transData.transform(text.xy)
         places = [_beyond(place, radius.get(text.xy, 0.0)) for place in _PLACES]
         boxes = np.array([_box(x, y, extent.width, extent.height, place, scale) for place in places])
-        # The cost of each place. The worst is to leave the axes, then to cover a label, a mark, a line. `unfit` is above 0
-        # where the text has no room.
+        # The cost of each place. The worst is to leave the axes, then to cover a label, a mark, a line; of equal places the
+        # one that is earlier in _PLACES is preferred. `unfit` is above 0 where the text has no room.
         unfit = 20.0 * _overlaps(boxes, taken)
         # At the right and at the top, where the axes have no line, the padding may stick out.
         unfit += 40.0 * ((boxes[:, 2] > frame.x1 + _PADDING) | (boxes[:, 0] < frame.x0))

@@ -165,8 +165,7 @@ def is_guided(record: Record) -> bool:
         return True
     if sampling is None:
         return False
-    # The scale 1 is no guidance, except with a classifier.
-    return sampling.guidance_scale not in (None, 1.0) or sampling.guidance_channels == "classifier"
+    return sampling.is_guided
 
 
 def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
@@ -192,8 +191,10 @@ def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
         kept += of_system[shown]
     words = []
     if usual.sampler:
-        guidance = f"guidance {usual.scale:g}" if usual.scale is not None else "no guidance"
-        words.append(f"sampled by {usual.sampler} with {usual.steps} steps, {guidance}")
+        guidance = "guidance, scale not stated" if is_guided(candidates[0]) else "no guidance"
+        guidance = guidance if usual.scale is None else f"guidance {usual.scale:g}"
+        steps = f" with {usual.steps} steps" if usual.steps else ""
+        words.append(f"sampled by {usual.sampler}{steps}, {guidance}")
         words += [f"{others} of {len(systems)} systems at their own most steps"] if others else []
     return kept, "; ".join(words)
 
@@ -209,7 +210,7 @@ class _SamplingSetting(NamedTuple):
 
 def _sampling_setting(record: Record) -> _SamplingSetting:
     sampling = record.sampling or Sampling()
-    scale = None if sampling.guidance_scale == 1.0 else sampling.guidance_scale
+    scale = sampling.guidance_scale if sampling.is_guided else None
     return _SamplingSetting(sampling.sampler or "", sampling.steps or 0, sampling.eta, scale)
 
 
@@ -415,7 +416,9 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
     for record in records:
         training, mode = record.training, record.evaluation.mode if record.evaluation else None
         found = row_metadata(record) | {"guidance": f"guidance {guidance_text(record)}", "mode": mode or ""}
-        found["training steps"] = f"{count_text(training.steps)} steps" if training else ""
+        found["training steps"] = (
+            f"{count_text(training.steps)} steps" if training and training.steps is not None else ""
+        )
         found["sampling steps"] = f"{found['sampling steps']} sampling steps" if "sampling steps" in found else ""
         if "steps" in along:  # they differ within a line
             found["training steps" if part is Training else "sampling steps"] = ""

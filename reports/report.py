@@ -57,8 +57,11 @@ def write_report(
     record_paths: record files, or folders that are searched for `records.jsonl`. All files are built before the first
     is written. Tables are a pure function of the set of records: order, splitting and duplication of the files change no
     byte.
-    Raises UserError (no such path) and RunError (a file cannot be written).
+    Raises UserError (no such path, or `out` is a file) and RunError (a file cannot be written).
     """
+    out = Path(out)
+    if out.exists() and not out.is_dir():  # before anything is drawn
+        raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
     notify = progress or (lambda stage, done, total: None)
     record_files = find_record_files(record_paths)
     packaged = resources.files("results").joinpath("measured")
@@ -94,7 +97,7 @@ def write_report(
             contents |= {f"{name}.{kind}": data for kind, data in files.items()}
     contents[NAME] = page_bytes(page, shown, contents)
     return ReportSummary(
-        files=_write_all(Path(out), contents),
+        files=_write_all(out, contents),
         problems=loaded.problems,
         conflicts=loaded.conflicts,
         records=records,
@@ -120,8 +123,6 @@ def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[li
 
 def _write_all(out: Path, contents: dict[str, bytes]) -> tuple[Path, ...]:
     """Write the files (name -> content) into the folder `out`; returns their paths."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
     for name, data in contents.items():
         write_bytes(out / name, data, shared=True)  # shared: another report may write it at the same time
     return tuple(out / name for name in contents)

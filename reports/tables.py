@@ -29,11 +29,8 @@ _COUNT_TITLES = dict(  # title of a printed column -> title of the column of cou
         strict=True,
     )
 )
-_BLOCKS = {
-    "in-context": "in-context",
-    "cross-attention": "cross-attention",
-    "adaln": "adaLN",
-}  # suffix of a DiT's name -> its block
+# Suffix of a DiT's name -> its block.
+_BLOCKS = {"in-context": "in-context", "cross-attention": "cross-attention", "adaln": "adaLN"}
 
 
 def paper_tables(records: Iterable[Record]) -> list[Table]:
@@ -128,7 +125,9 @@ def _metric_table(table: str, title: str, measured: Sequence[Record], wanted: Ca
     data: list[dict[str, object]] = []
     rows: list[Row] = []
     for records in _section_records(published, joining):
-        section, new_data, new_rows = _joint_section(records, columns, cells, ("protocol",), len(sections) + 1)
+        section, new_data, new_rows = _joint_section(
+            records, columns, cells, ("protocol",), len(sections) + 1, named=("training steps", "training seed")
+        )
         sections.append(section)
         data += new_data
         rows += new_rows
@@ -164,6 +163,7 @@ def _details_table(measured: Sequence[Record]) -> Table:
             sections.append(dataclasses.replace(section, remarks=(COUNT_REMARK, *section.remarks)))
             for row, entry in zip(new_rows, new_data, strict=True):
                 from_paper = printed.get(row.representative.row) if row.is_published else None
+                # In `from_paper` every row is in section 1.
                 data.append({**entry, **from_paper, "section": len(sections)} if from_paper else entry)
             rows += new_rows
     return _with_pairs("Table 4", "All DiT models, FID-50K without guidance", sections, data, rows)
@@ -179,19 +179,25 @@ def _section_records(published: list[Record], joining: list[list[Record]]) -> li
 
 
 def _joint_section(
-    records: Sequence[Record], columns: Sequence[str], cells: Callable, shown: Sequence[str], number: int
+    records: Sequence[Record],
+    columns: Sequence[str],
+    cells: Callable,
+    shown: Sequence[str],
+    number: int,
+    *,
+    named: Sequence[str] = (),
 ) -> tuple[Section, list[dict[str, object]], list[Row]]:
     """(section, data, rows) of published records with measured ones below them.
 
     records: published and measured ones, or only one kind. cells: function from a row and its marks to the row's cells.
-    shown: metadata that need no footnote (as in `build_section`). number: of the section, from 1.
+    shown: metadata that need no footnote (as in `build_section`). number: of the section, from 1. named: metadata that the
+    names of measured rows state.
     """
     rows = make_rows(records)
     marks = best_marks(rows, metrics_of(rows))
-    # The names of measured rows state training steps and seed (`model_text`; Table 4 has a column of steps), those of
-    # published rows may state neither. So footnotes state both only where the section has published rows.
+    # The names of published rows may not state them. So footnotes do where the section has published rows.
     if all(not row.is_published for row in rows):
-        shown = (*shown, "training steps", "training seed")
+        shown = (*shown, *named)
     representative = next((row.representative for row in rows if not row.is_published), rows[0].representative)
     cells_of_rows = [cells(row, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)]
     section = build_section(key_text(representative), columns, rows, cells_of_rows, shown)

@@ -31,11 +31,10 @@ _METADATA = (
 # The keys of `distinguishing_metadata`. Footnotes state them only for rows that would otherwise look alike: hashes, and
 # settings that change only low bits.
 DISTINGUISHING_METADATA = (
-    *("backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint"),
-    "network evaluations",
-    *("sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features"),
+    "backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint",
+    "network evaluations", "sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features",
     "published-input Gflops",
-)
+)  # fmt: skip
 # Name in footnotes -> the setting whose value is stated under this name.
 _FOOTNOTES = {
     setting.footnote: setting
@@ -143,18 +142,17 @@ def states_guidance(record: Record) -> bool:
     """Whether the record states that its images were sampled with guidance.
 
     A record without scale and sampling steps states nothing about guidance; one with steps alone states that there is none.
-    The scale 1 is no guidance, except with a classifier.
     """
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
         return False
-    return sampling.guidance_scale not in (None, 1.0) or sampling.guidance_channels == "classifier"
+    return sampling.is_guided
 
 
 def guidance_text(record: Record) -> str:
     """The scale and, if stated, the channels: `none`, `1.5`, `1.5 (first-3)`, `1 (classifier)`; a dash if not stated.
 
-    What counts as stated: see `states_guidance`.
+    What counts as stated: see `states_guidance`. A classifier's scale may be missing: `scale not stated (classifier)`.
     """
     sampling = record.sampling
     if sampling is None or (sampling.guidance_scale is None and sampling.steps is None):
@@ -162,7 +160,14 @@ def guidance_text(record: Record) -> str:
     if not states_guidance(record):
         return "none"
     channels = f" ({sampling.guidance_channels})" if sampling.guidance_channels else ""
-    return f"{sampling.guidance_scale:g}{channels}"
+    scale = "scale not stated" if sampling.guidance_scale is None else f"{sampling.guidance_scale:g}"
+    return scale + channels
+
+
+def sampling_steps_text(record: Record) -> str:
+    """The number of sampling steps, `50`, or of each network of a cascade, `50 + 50`; "" if it is not stated."""
+    sampling = record.sampling or Sampling()
+    return sampling.stage_steps or ("" if sampling.steps is None else str(sampling.steps))
 
 
 def row_metadata(record: Record) -> dict[str, str]:
@@ -189,7 +194,7 @@ def row_metadata(record: Record) -> dict[str, str]:
     if sampling is not None:
         guidance = guidance_text(record)
         values |= {
-            "sampling steps": sampling.stage_steps or sampling.steps,
+            "sampling steps": sampling_steps_text(record) or None,
             "guidance": None if guidance == "-" else guidance,
             "uint8 rule": sampling.uint8_rule,
             "clip denoised": None if sampling.clip_denoised is None else ("yes" if sampling.clip_denoised else "no"),

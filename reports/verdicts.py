@@ -39,16 +39,16 @@ def verdict_table(records: Sequence[Record]) -> Table | None:
     return Table(name=NAME, title="Who wins at the same training compute", sections=tuple(sections), data=aligned(data))
 
 
-def _section(found: Matchups, verdicts: Sequence[tuple[Matchup, Verdict]]) -> Section:
+def _section(comparable: Matchups, verdicts: Sequence[tuple[Matchup, Verdict]]) -> Section:
     """The section of comparable records, with a line for each matchup."""
     lines = [make_line(_cells(matchup, verdict), published=False) for matchup, verdict in verdicts]
     remarks = [RULE]
-    if found.alone:
+    if comparable.alone:
         remarks.append(
-            f"{found.alone} of {found.experiments} trained experiments have no opponent of the same compute."
+            f"{comparable.alone} of {comparable.experiments} trained experiments have no opponent of the same compute."
         )
     if len(verdicts) == MAX_LINES:
-        words = f" and {found.skipped} further metrics and ways of sampling" if found.skipped else ""
+        words = f" and {comparable.skipped} further metrics and ways of sampling" if comparable.skipped else ""
         remarks.append(
             f"Lines after the first {MAX_LINES}{words} are left out: `harness compare A B` compares any two runs."
         )

@@ -310,12 +310,14 @@ def sampling_text(record: Record) -> str:
     settings = record.sampling
     if settings is None or settings.sampler is None:
         return "samples as given"
-    words = [f"{settings.sampler}-{settings.steps}"]
+    words = [settings.sampler if settings.steps is None else f"{settings.sampler}-{settings.steps}"]
     if settings.eta:
         words.append(f"eta {settings.eta:g}")
-    # Classifier-free guidance of scale 1 is no guidance, but with a classifier scale 1 adds its gradient once.
-    if settings.guidance_scale not in (None, 1.0) or settings.guidance_channels == "classifier":
-        words.append(f"guidance {settings.guidance_scale:g} ({settings.guidance_channels})")
+    if settings.is_guided:
+        scale = "scale not stated" if settings.guidance_scale is None else f"{settings.guidance_scale:g}"
+        words.append(
+            f"guidance {scale} ({settings.guidance_channels})" if settings.guidance_channels else f"guidance {scale}"
+        )
     if settings.precision not in (None, "float32"):
         words.append(settings.precision)
     return ", ".join(words)

@@ -1,7 +1,7 @@
 """The record: one immutable measurement with its whole identity.
 
 Tables and curves are made of records. The *identity* of a record is everything that determines its number: all fields
-but value, interval, direction and environment. Its *id* is a hash of the identity together with the value: the same
+but value, interval, direction, environment and the schema number. Its *id* is a hash of the identity together with the value: the same
 measurement made twice has one id, and two values of one identity that differ by more than 1e-5 (relative) are a conflict
 (see `results.store`).
 """
@@ -27,7 +27,7 @@ PROVENANCES = ("measured", "published")
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 _METRIC_KEY = re.compile(r"[a-z][a-z0-9_]*")
-_NOT_IDENTITY = ("value", "low", "high", "interval", "higher_is_better", "environment")
+_NOT_IDENTITY = ("value", "low", "high", "interval", "higher_is_better", "environment", "schema")
 
 
 class BrokenRecord(UserError):
@@ -116,6 +116,11 @@ class Sampling(_Checked):
     settings: str | None = None  # in words, the settings of a system of several networks that have no field here
     settings_hash: str | None = None  # of all settings of a system of several networks
     samples_sha256: str | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether images were guided. The scale 1 is no guidance, but with a classifier it adds its gradient once."""
+        return self.guidance_scale not in (None, 1.0) or self.guidance_channels == "classifier"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,7 +260,7 @@ class Record(_Checked):
 
 
 # The names of the identity's fields, sorted as the keys of canonical JSON are.
-_IDENTITY = sorted(field.name for field in dataclasses.fields(Record) if field.name not in (*_NOT_IDENTITY, "schema"))
+_IDENTITY = sorted(field.name for field in dataclasses.fields(Record) if field.name not in _NOT_IDENTITY)
 _DEFAULTS = {  # of all fields of a record; None for required ones, which have no default
     field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(Record)
 }
@@ -373,7 +378,7 @@ def _to_dict(node: _Checked) -> dict[str, Any]:
     return {
         name: _to_dict(value) if isinstance(value, _Checked) else value
         for name, value in vars(node).items()
-        if value is not None and name in hints  # vars also holds the cached hashes
+        if value is not None and name in hints  # vars also holds what is cached: hashes and JSON
     }
 
 

@@ -16,9 +16,8 @@ from results.records import BrokenRecord, NewerSchema, Record, to_json
 
 RECORDS_FILE = "records.jsonl"
 
-RELATIVE_TOLERANCE = (
-    1e-5  # threads, processors and libraries change a metric by less; a larger difference is a conflict
-)
+# Threads, processors and libraries change a metric by less; a larger difference is a conflict.
+RELATIVE_TOLERANCE = 1e-5
 ABSOLUTE_TOLERANCE = 1e-6  # for metrics near 0, such as KID
 
 

@@ -48,13 +48,13 @@ CLASSIFIERS = {
 
 def _specs() -> tuple[BackboneSpec, ...]:
     """The specs of the rows of the three tables above."""
-    families = (  # (kind, class of the network, its rows, summary with the row's arguments in braces)
+    tables = (  # (kind, class of the network, its rows, summary with the row's arguments in braces)
         ("denoiser", "ADM", DENOISERS, "pixel-space U-Net for {input_size}x{input_size}"),
         ("upsampler", "ADMUpsampler", UPSAMPLERS, "ADM-U, {low_res_size}x{low_res_size} to {input_size}x{input_size}"),
         ("classifier", "ADMClassifier", CLASSIFIERS, "classifier of noised {input_size}x{input_size} images"),
     )
     specs = []
-    for kind, network, rows, summary in families:
+    for kind, network, rows, summary in tables:
         for name, row in rows.items():
             defaults = {**SHARED, **row}
             if kind == "classifier":

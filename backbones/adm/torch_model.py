@@ -62,7 +62,7 @@ class ADM(_ADM):
 
 
 class ADMUpsampler(_ADM):
-    """As `ADM`, with another input: a low-resolution image (N, in_channels, s, s), which is resized to input_size."""
+    """As `ADM`, with one more input: a low-resolution image (N, in_channels, s, s), which is resized to input_size."""
 
     kind = "upsampler"
 

@@ -171,7 +171,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)  # (N, D, H/p, W/p)
         # Contiguous, so that the tensors computed from it are: a layer norm copies a transposed tensor every time, and
-        # its compiled gradient is wrong (torch 2.13, inductor on a CPU: by 0.4 % to 4 %).
+        # the compiled gradient of that norm is wrong (torch 2.13, inductor on a CPU: by 0.4 % to 4 %).
         return x.flatten(2).transpose(1, 2).contiguous()  # (N, T, D)
 
 

@@ -43,7 +43,7 @@ KINDS = ("weight", "bias")
 STORED_POSITIONS = ("pos_embed.pos_embed", "pos_embed")  # names of the position table in files that hold it
 
 MAX_SAMPLE_SIZE = 1024  # side of a latent: 8192 pixels
-MAX_TOKENS = 1 << 16  # side of 2048 pixels at patch size 2; the position table of DiT-XL is then 300 MB
+MAX_TOKENS = 1 << 16  # side of 4096 pixels at patch size 2; the position table of DiT-XL is then 300 MB
 EXPECTED_CONFIG: dict[str, tuple[object, ...]] = {  # items of diffusers' config that the weights do not determine
     "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),  # its name before diffusers 0.29
     "activation_fn": ("gelu-approximate",),
@@ -159,12 +159,16 @@ def block_design(shapes: Shapes) -> str:
     modulation = shapes.get("blocks.0.adaLN_modulation.1.bias")
     if modulation is None:
         return "in-context"
+    # Without a width, `modulation` itself stands for it: it is not 4 times itself.
     width = shapes.get("blocks.0.attn.proj.bias", modulation)
     return "adaln" if modulation[0] == 4 * width[0] else "adaln-zero"  # 6 * width: with gates
 
 
 def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
-    """Builder arguments that follow from the shapes: all but the number of heads, and those whose tensor is missing."""
+    """Builder arguments that follow from the shapes; heads do not, and are left out.
+
+    An argument whose tensor is missing is left out, too.
+    """
     arguments: dict[str, Any] = {"depth": count_blocks(shapes, "blocks"), "block": block_design(shapes)}
     if len(patch_embedding := shapes.get("x_embedder.proj.weight", ())) == 4:
         width, in_channels, patch, _ = patch_embedding
@@ -238,7 +242,7 @@ def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) 
             return _contradicts(name, given, str(expected))
     if heads is None and {"num_attention_heads", "attention_head_dim"} <= set(config):  # their product is the width
         given = [config["num_attention_heads"], config["attention_head_dim"]]
-        if not all(type(value) is int for value in given) or given[0] * given[1] != width:
+        if None not in given and not all(type(value) is int for value in given) or given[0] * given[1] != width:
             return _contradicts("num_attention_heads x attention_head_dim", given, str(width))
     return None
 

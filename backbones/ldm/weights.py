@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.spec import BackboneSpec
-from harness.weights.maps import Layout, Mismatch, Recipes, Shapes, Take, WeightMap
+from harness.weights.maps import Layout, Mismatch, Recipes, Shapes, Take, WeightMap, take_all
 
-NETWORK = ("model.", "cond_stage_model.")
 FIRST_STAGE = "first_stage_model."
 AVERAGES = "model_ema."
 COUNTERS = ("model_ema.decay", "model_ema.num_updates")
@@ -56,11 +55,6 @@ def inward(shapes: Shapes, known: Mapping[str, Any]) -> Recipes:
     return {name: Take(averages.get(name, name)) for name in shapes if name not in only_in_file}
 
 
-def outward(shapes: Shapes) -> Recipes:
-    """Recipes of the state dict of model.ckpt: every tensor under its name."""
-    return {name: Take(name) for name in shapes}
-
-
 def beside(name: str) -> bool:
     """Whether a tensor of the file belongs to the autoencoder or the noise schedule, not to the denoiser."""
     return name.startswith(FIRST_STAGE) or name in TABLES
@@ -101,7 +95,7 @@ MAP = WeightMap(
             store="lightning",
             suffix=".ckpt",
             inward=inward,
-            outward=outward,
+            outward=take_all,
             beside=beside,
             notes=notes,
         ),

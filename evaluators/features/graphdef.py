@@ -152,7 +152,7 @@ class Node:
         return struct.unpack("<f", value)[0]
 
     def flag(self, key: str) -> bool | None:
-        """An attribute that is true or false; None if it is missing, which may also mean false (proto3 may omit it)."""
+        """An attribute that is true or false; None if it is missing: the operation's default applies."""
         value = self._attribute(key).get(5)
         return None if value is None else bool(value)
 

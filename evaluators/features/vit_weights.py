@@ -218,7 +218,7 @@ def _from_hub(name: str, repository: str, options: str) -> Path:
                 return Path(hf_hub_download(repository, file, local_files_only=local))
             except (EntryNotFoundError, LocalEntryNotFoundError) as error:
                 reason = error
-            except Exception as error:  # of the hub's client, the network or the disk, whichever file is asked for
+            except Exception as error:  # of the hub's client, the network or the disk: no use to ask for the other file
                 reason = error
                 break
     text = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")

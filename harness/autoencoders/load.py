@@ -100,7 +100,8 @@ class Decoder:
                     )
                 images.append(x.clamp(-1, 1))
             size = [side * self.factor for side in z.shape[2:]]
-            return torch.cat(images) if images else torch.empty(0, 3, *size, device=device)  # (N, 3, H, W)
+            none = torch.empty(0, self.image_channels, *size, device=device)
+            return torch.cat(images) if images else none  # (N, image channels, H, W)
 
     def posterior(self, images: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the latents z of images, float32 (N, 2, C, h, w), neither shifted nor scaled.
@@ -112,7 +113,8 @@ class Decoder:
 
         from harness.frameworks.torch_float32 import exact_float32
 
-        device, moments = next(self.net.parameters()).device, []
+        device = next(self.net.parameters()).device
+        moments = []
         with torch.inference_mode(), exact_float32(device.type):
             for part in images.split(self.batch):
                 posterior = _autoencoder(self.net).encode(part.to(device, torch.float32), return_dict=False)[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import COUNT, Value, json_option
+from harness.cli.flags_from_settings import COUNT, Value, json_option
 from harness.errors import UserError
 from harness.io import files
 
@@ -128,5 +128,5 @@ def _show(measured: dict[str, Any]) -> None:
         f"MFU over {measured['peak_tflops']:.3g} TFLOP/s ({measured['peak_from']}); {measured['convention']}. "
         "In brackets: images in one call of the network."
     )
-    for warning in measured["remarks"]:
+    for warning in measured["remarks"]:  # each is about a speed above the roofline or the peak
         click.echo(f"over 100 %: {warning}.")

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import json_option, settings_options
+from harness.cli.flags_from_settings import json_option, settings_options
 from harness.pipeline.compare import compare
 from harness.settings import CompareOptions
 from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict
@@ -27,7 +27,7 @@ def command(as_json: bool, **options: Any) -> None:
     """
     comparison = compare(**options)
     verdicts, differing = comparison.verdicts, comparison.differing
-    first = verdicts[0]
+    first = verdicts[0]  # its two sides give A and B their names
     if as_json:
         document = {"rule": comparison.rule, "differing": differing, "rows": [_row(verdict) for verdict in verdicts]}
         click.echo(json.dumps(document, indent=2))
@@ -39,8 +39,9 @@ def command(as_json: bool, **options: Any) -> None:
     click.echo(f"A = {_name(first.a)}")
     click.echo(f"B = {_name(first.b)}")
     samplings = sorted({verdict.sampling for verdict in verdicts})
-    click.echo(f"N = {first.a.n:,}" + (f", {samplings[0]}" if len(samplings) == 1 else ""))
-    over_training_seeds = first.scope == "training seeds"
+    counts = sorted({verdict.a.n for verdict in verdicts})
+    click.echo(f"N = {', '.join(f'{n:,}' for n in counts)}" + (f", {samplings[0]}" if len(samplings) == 1 else ""))
+    over_training_seeds = all(verdict.scope == "training seeds" for verdict in verdicts)
     columns = {  # heading: function from a verdict to its cell
         "metric": lambda each: each.metric,
         "sampling": lambda each: escape(each.sampling),

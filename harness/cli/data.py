@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from evaluators.features import INCEPTION_BACKENDS
-from harness.cli.from_settings import COUNT, PATH, json_option
+from harness.cli.flags_from_settings import COUNT, PATH, json_option
 
 
 @click.group("data")
@@ -107,7 +107,7 @@ def reference(
     from harness.pipeline.evaluation_config import make_config
     from harness.pipeline.make_reference import make_reference, open_source
 
-    config = make_config(get_suite(suite), weights, backend, None, device)
+    config = make_config(get_suite(suite), weights, backend, reference=None, device=device)
     made = make_reference(
         open_source(source, data),
         out,
@@ -208,12 +208,12 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
         return
     if name not in FILES and name not in DATASETS:
         raise UserError(unknown("public file", name, [*FILES, *DATASETS]))
-    found = fetch_dataset(DATASETS[name], out, url) if name in DATASETS else [fetch_file(FILES[name], out, url)]
+    fetched = fetch_dataset(DATASETS[name], out, url) if name in DATASETS else [fetch_file(FILES[name], out, url)]
     if as_json:
-        facts = [{**dataclasses.asdict(each), "path": str(each.path)} for each in found]
+        facts = [{**dataclasses.asdict(each), "path": str(each.path)} for each in fetched]
         click.echo(json.dumps(facts if name in DATASETS else facts[0], indent=2))
         return
-    for each in found:
+    for each in fetched:
         verified = f"md5 {each.md5}, as published" if each.verified else "unverified: no published hash"
         click.echo(f"{each.path}: {'' if each.new else 'exists already; '}{each.bytes:,} bytes, {verified}")
         click.echo(f"  sha256 {each.sha256}")

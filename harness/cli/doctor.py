@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import click
 
-from harness.cli.from_settings import json_option
+from harness.cli.flags_from_settings import json_option
 from harness.io.progress import Bar
 
 SIDE = 512  # rows and columns of the matrices in the timed product
@@ -56,7 +56,7 @@ def command(as_json: bool) -> None:
     findings: list[Finding] = []
     with Bar("doctor", len(parts), "parts") as bar:
         for name, check in parts.items():
-            bar.advance(0, name)
+            bar.advance(0, name)  # shows the name of the part that begins
             findings += check()
             bar.advance()
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import json_option, settings_options
+from harness.cli.flags_from_settings import json_option, settings_options
 from harness.settings import EvaluateOptions
 
 

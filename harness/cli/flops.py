@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import json_option
+from harness.cli.flags_from_settings import json_option
 from harness.compute import CONVENTION
 from harness.errors import UserError
 from harness.planning.flops_table import (

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from harness import registry
-from harness.cli.from_settings import json_option
+from harness.cli.flags_from_settings import json_option
 
 NOUNS = {
     "backbones": registry.backbones,
@@ -23,16 +23,16 @@ NOUNS = {
 
 
 def system_metadata(item: Any) -> dict[str, Any]:
-    """A system's parts, its published row and FID, and whether the harness can run it."""
+    """A system's parts, its published row and the FID printed there, and whether the harness can run it."""
     from results import paper
 
-    fids = [cell.value for cell in paper.values() if cell.system == item.name and cell.metric == "fid"]
+    fids = [cell.value for cell in paper.values() if cell.metric == "fid" and f"{cell.table}: {cell.row}" == item.row]
     return {
         "backbone": item.backbone,
         "protocol": item.protocol,
         "decoder": item.decoder or None,
         "published": item.row or None,
-        "published_fid": float(fids[0]) if item.row and fids else None,
+        "published_fid": float(fids[0]) if fids else None,
         "runs": not item.unavailable,
         "unavailable": item.unavailable or None,
         "weights": [*item.parts, *(["decoder"] if item.decoder else [])],

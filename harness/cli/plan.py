@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import json_option, settings_options
+from harness.cli.flags_from_settings import json_option, settings_options
 from harness.errors import UserError
 from harness.planning.matching import budget_table, checked_steps, request_from
 from harness.planning.plan import make_plan
@@ -49,7 +49,7 @@ def command(as_json: bool, **settings: Any) -> None:
     request = request_from(options)
     plan = make_plan(request, check_decoder=True)
     if not as_json:  # before the measurement, which takes its time
-        click.echo(headline(request, options.protocol is None))
+        click.echo(headline(request, by_default=options.protocol is None))
         click.echo(costs_text(plan))
         click.echo("recipe (override with --set NAME=VALUE)")
         for name, value in plan.recipe.items():
@@ -58,14 +58,14 @@ def command(as_json: bool, **settings: Any) -> None:
             click.echo(f"note     {sentence}; without them a run ends with samples")
         for sentence in plan.missing:
             click.echo(f"missing  {sentence}")
-    measured = with_measurement(plan, request, options)
+    measured_plan = with_measurement(plan, request, options)
     if as_json:
-        click.echo(json.dumps(measured.as_dict(), indent=2))
+        click.echo(json.dumps(measured_plan.as_dict(), indent=2))
         return
-    for sentence in measured.missing[len(plan.missing) :]:
+    for sentence in measured_plan.missing[len(plan.missing) :]:  # what only the measurement found: too little memory
         click.echo(f"missing  {sentence}")
-    if measured.measured is not None:
-        click.echo(measured_text(measured.measured))
+    if measured_plan.measured is not None:
+        click.echo(measured_text(measured_plan.measured))
 
 
 def _show_table(options: PlanOptions, as_json: bool) -> None:

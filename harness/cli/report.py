@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import settings_options
+from harness.cli.flags_from_settings import settings_options
 from harness.cli.tables import print_report
 from harness.runs.run import RUNS_FOLDER
 from harness.settings import ReportOptions

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import settings_options
+from harness.cli.flags_from_settings import settings_options
 from harness.settings import RunOptions
 
 

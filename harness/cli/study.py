@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.from_settings import Value, json_option
+from harness.cli.flags_from_settings import Value, json_option
 from harness.cli.tables import print_report, table_console
 from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration

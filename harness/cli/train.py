@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import settings_options
+from harness.cli.flags_from_settings import settings_options
 from harness.settings import TrainOptions
 
 
@@ -23,6 +23,7 @@ def command(**options: Any) -> None:
     from harness.pipeline.train import train
 
     result = train(**options)
+    # A system calls its classifier and its upsampler by the names of their kinds.
     part = f"--system NAME --weights {result.kind}={result.folder}"
     follow = f"--run {result.folder}" if result.kind == "denoiser" else part
     click.echo(f"trained to step {result.step}; next: harness sample {follow}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.from_settings import json_option
+from harness.cli.flags_from_settings import json_option
 
 PATH = click.Path(path_type=Path)
 MAX_LISTED = 5  # names of a list that are printed; --json has all

@@ -1,8 +1,8 @@
 """Counts the compute of a Flax network from its jaxpr: traced abstractly, no memory and no arithmetic.
 
 As in `trace_torch`, every primitive is counted, known to be free, or an error. A normalisation is many primitives in a
-jaxpr. So during tracing, every call of a normalisation layer (flax.nnx's and their subclasses) marks its input; a
-normalisation that is not a layer is free, as in torch.
+jaxpr. So during tracing, every call of a normalisation layer (flax.nnx's and their subclasses) marks its input. A
+normalisation that is written out as arithmetic, without a layer, is free in both.
 """
 
 from __future__ import annotations
@@ -182,19 +182,19 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
             )
         return arguments[name]
 
-    def image(*shape: int) -> jax.ShapeDtypeStruct:
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
     integer = jax.ShapeDtypeStruct((1,), jnp.int32)  # for t and for y
     if spec.kind == "generator":
-        return image(arguments.get("latent_size", 128)), integer
+        return floats(arguments.get("latent_size", 128)), integer
     channels, size = need("in_channels"), need("input_size")
-    x = image(channels, size, size)
+    x = floats(channels, size, size)
     if spec.kind == "classifier":
         return x, integer
     if spec.kind == "upsampler":
         low_size = arguments.get("low_res_size", size // 4)
-        return x, integer, integer, image(channels, low_size, low_size)
+        return x, integer, integer, floats(channels, low_size, low_size)
     return x, integer, integer
 
 
@@ -228,7 +228,7 @@ def _marking_calls(net: nnx.Module) -> Iterator[None]:
         originals = {kind: vars(kind)["__call__"] for kind in classes}
         try:
             for kind, original in originals.items():
-                setattr(kind, "__call__", in_scope(original))  # noqa: B010 -- an assignment to a method, for mypy
+                setattr(kind, "__call__", in_scope(original))  # noqa: B010 -- mypy refuses an assignment
             yield
         finally:
             for kind, original in originals.items():

@@ -32,7 +32,7 @@ class Examples(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part of a run's identity: dataset_sha256, of the images; for latents also "latents", how they were made."""
+        """What the data add to a run's identity: dataset_sha256, of the images; for latents also "latents", how they were made."""
 
     @property
     def source_paths(self) -> dict[str, str]:
@@ -42,7 +42,7 @@ class Examples(Protocol):
         """
 
     def check(self, protocol: protocols.Protocol) -> None:
-        """UserError where `protocol` wants other images or other latents."""
+        """UserError where `protocol` wants images or latents of another size."""
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """What is stored of examples `rows`, int64 (n,), mirrored left to right where `mirrored`, bool (n,): (n, ...)."""

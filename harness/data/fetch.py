@@ -126,7 +126,8 @@ def _finish(public: PublicFile, partial: Path, out: Path) -> Fetched:
             _unpack(public, partial, ready)
         found = _check_file(public, ready, new=True)
     except UserError as error:
-        ready.unlink(missing_ok=True)
+        if is_archive:  # else it is `partial`, which stays because it is locked; the caller drops its bytes
+            ready.unlink(missing_ok=True)
         raise _WrongFile(str(error)) from error
     with files.explained(out):
         ready.replace(out)

@@ -128,7 +128,7 @@ class LatentSet:
         return self.meta.source_paths
 
     def check(self, protocol: Protocol) -> None:
-        """UserError for latents of another size than the protocol's network takes, and for those of other images."""
+        """UserError for latents of another size than the protocol's network takes, and for images of another resolution."""
         if (problem := _mismatch(self.meta, protocol)) is not None:
             raise UserError(problem)
 
@@ -199,21 +199,16 @@ def read_meta(folder: Path) -> Meta:
 def load(folder: Path) -> LatentSet:
     """The cache in `folder`, mapped: only labels and meta.json are read."""
     meta = read_meta(folder)
-    latents, labels = (
-        _map_array(folder / name, dtype, shape)
-        for name, dtype, shape in (
-            (LATENTS, DTYPE, meta.shape),
-            (LABELS, np.dtype("<i8"), meta.shape[:1]),
-        )
-    )
-    return LatentSet(meta=meta, latents=latents, labels=np.array(labels))  # the labels are copied into memory
+    latents = _map_array(folder / LATENTS, DTYPE, meta.shape)
+    labels = np.array(_map_array(folder / LABELS, np.dtype("<i8"), meta.shape[:1]))  # copied into memory
+    return LatentSet(meta=meta, latents=latents, labels=labels)
 
 
 def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """The npy at `path`, mapped read-only; UserError unless it has this dtype and shape."""
     with readable(path):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load would also open a zip, which is no array
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         raise UserError(
             f"{path} is {array.dtype} {array.shape} where {META} says {dtype} {shape}; make the latents again"
         )
@@ -244,7 +239,7 @@ def missing(folder: Path | None, protocol: Protocol) -> str | None:
         return f"name its cache of latents with --data; without one, {commands}"
     if is_prepared(folder):
         if (problem := dataset.missing(folder, protocol.resolution)) is not None:
-            return str(problem)
+            return problem
         cache = f"{folder}-latents"
         return f"{folder} holds images; encode them once by {encode(folder, cache)}, and give --data {cache}"
     if not is_cache(folder):

@@ -174,10 +174,16 @@ class _Job:
             except (ValueError, TypeError, KeyError, IndexError):
                 break  # damaged by a power cut: this line and the rest are dropped
             valid_bytes += len(line) + 1
+        if not valid_bytes:  # without the first line nothing says what the images are
+            logger.info(f"note: {journal} is damaged; begins again")
+            self._begin(journal, first_line)
+            return
         os.truncate(journal, valid_bytes)
 
-    def _check_first_line(self, found: dict[str, object], wanted: dict[str, object]) -> None:
-        """UserError where the journal was begun for another data set."""
+    def _check_first_line(self, found: object, wanted: dict[str, object]) -> None:
+        """UserError where the journal was begun for another data set; TypeError where the line is no JSON object."""
+        if not isinstance(found, dict):
+            raise TypeError
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise UserError(
@@ -301,7 +307,7 @@ class _Writer:
     def __init__(self, job: _Job):
         self._job = job
         self._data_start, self._image_bytes = len(job.npy_header()), int(np.prod(job.shape[1:]))
-        self._left: dict[int, int] = {}  # by unit: number of its images that are still to come
+        self._images_left: dict[int, int] = {}  # by unit: number of its images that are still to come
         self._digest = hashlib.sha256()  # of the images of the current unit; used if units are chunks (`in_order`)
         self._notes: list[tuple[int, str]] = []  # (row, note) of the current unit
         self._broken: list[str] = []  # "name: reason" of images that cannot be used
@@ -323,8 +329,8 @@ class _Writer:
         All images of a unit must be stored before those of the next. photograph: the result of decoding; an image that
         cannot be used is recorded, and UserError is raised after MAX_BROKEN of them.
         """
-        left = self._left.setdefault(unit, self._job.index.sizes[unit]) - 1  # images to come after this one
-        self._left[unit] = left
+        left = self._images_left.setdefault(unit, self._job.index.sizes[unit]) - 1  # images to come after this one
+        self._images_left[unit] = left
         try:
             pixels, note = photograph.result()
         except Broken as error:

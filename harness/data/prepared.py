@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -190,8 +189,8 @@ def open_arrays(folder: Path, meta: Meta) -> tuple[np.memmap, np.ndarray]:
 def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     """The npy at `path`, mapped read-only; UserError unless it has this dtype and shape."""
     with readable(path):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.memmap) or array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load would also open a zip, which is no array
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         raise UserError(f"{path} is {array.dtype} {array.shape} where {META} says {dtype} {shape}; prepare it again")
     return array
 
@@ -247,6 +246,5 @@ def _command(name: str, resolution: int | None) -> str:
 
 
 def facts(meta: Meta) -> dict[str, Any]:
-    """The data set as `harness data prepare --json` prints it: meta.json, but "chunks" is their number."""
-    plain = json.loads(json.dumps(dataclasses.asdict(meta)))  # tuples as lists
-    return {**plain, "sha256": meta.sha256, "chunks": len(meta.chunks)}
+    """The fields of `meta` and its sha256, as `harness data prepare --json` prints them; "chunks" is their number."""
+    return {**dataclasses.asdict(meta), "sha256": meta.sha256, "chunks": len(meta.chunks)}

@@ -124,7 +124,7 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
 
 def _read_label(path: Path, name: str, offset: int, size: int) -> int:
     """The number in the .cls member `name`, `size` bytes from byte `offset` of the tar."""
-    text = Entry(name=name, path=path, offset=offset, size=size).read(20).strip()
+    text = Entry(name=name, path=path, offset=offset, size=size).read(limit=20).strip()
     if re.fullmatch(rb"[0-9]{1,9}", text) is None:
         raise UserError(
             f"{path}:{printable(name)}: a label must be one whole number, not {printable(text.decode('latin-1'))!r}"

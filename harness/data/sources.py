@@ -61,7 +61,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _training_split(paths: Iterable[Path]) -> list[Path]:
-    """The shards in natural order: those with "train" in their names, or all if no name has it."""
+    """The shards in natural order: those with a word in their names that begins with "train", or all if no name has one."""
     shards = natural_sorted(each for each in paths if not each.name.startswith("."))
     return [each for each in shards if re.search(rf"(^|[^a-z]){TRAINING}", each.name.lower())] or shards
 

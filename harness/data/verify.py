@@ -14,6 +14,7 @@ from harness.data.public_files import FILES
 from harness.errors import UserError
 from harness.images.npz import open_npz_file
 from harness.images.open import open_images
+from harness.images.source import ImageSource
 from harness.io import files
 from harness.io.progress import Bar
 
@@ -87,7 +88,7 @@ def _verify_npz(path: Path) -> Verdict:
     shape = "x".join(map(str, source.shape))
     about = read_about(path)
     if about is not None:
-        _check_about(path, about)
+        _check_about(path, source, about)
         kept = "all" if about.kept == about.images else f"{about.kept:,}"
         text = (
             f"reference of {about.source}: {about.images:,} images {shape}, {kept} kept, statistics of {about.features}"
@@ -109,9 +110,8 @@ def _verify_npz(path: Path) -> Verdict:
     return Verdict("reference batch", True, f"{text}; md5 {md5}, as published")
 
 
-def _check_about(path: Path, about: About) -> None:
-    """UserError where the arrays of a reference file differ from its description `about`."""
-    source = open_images(path)
+def _check_about(path: Path, source: ImageSource, about: About) -> None:
+    """UserError where the arrays of a reference file differ from its description `about`. source: its images."""
     with open_npz_file(path) as file:
         arrays = {name: file.read(name) for name in file.names if name in (*STATISTICS, "label_counts")}
     check_content(path, about, arrays, source.sha256())

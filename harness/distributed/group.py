@@ -52,7 +52,7 @@ class ProcessGroup:
     def locked(self, folder: Path) -> Iterator[None]:
         """Context in which the main process holds the lock of a run's folder, for the whole group.
 
-        It is a `collective_scope` as well.
+        A subclass with a `collective_scope` of its own enters that here as well.
         """
         if self.is_main:
             with lock_folder(folder):

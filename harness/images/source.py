@@ -197,8 +197,8 @@ def from_batches(
     """The source of images that a program makes: uint8 (n, H, W, C) arrays.
 
     batches: a list can be read again, an iterator once. count: number of images to take, also from an endless
-    generator; UserError if there are fewer; None: as many as there are labels, or all if there are none. labels:
-    integers (N,), or None.
+    generator; UserError if there are fewer; None: all. labels: integers (N,), one for each image, or None. UserError if
+    there are more images than labels and no count.
     """
     if count is not None and count < 1:
         raise UserError(f"{name}: count is {count}; give 1 or more")
@@ -208,23 +208,28 @@ def from_batches(
     if first is None:
         raise UserError(f"{name}: there are no images")
     shape = _as_batch(name, first).shape[1:]
-
-    def chunks(_size: int) -> Iterator[np.ndarray]:
-        left = count  # images still to take; None: no limit
-        for batch in itertools.chain([first], iterator) if once else batches:
-            batch = _as_batch(name, batch, shape)
-            if left is not None:
-                batch = batch[:left]
-                left -= len(batch)
-            yield np.array(batch) if once else batch  # copied: a generator may reuse its buffer
-            if left == 0:
-                return
-
+    count_given = count is not None
     if labels is not None:
         labels = np.asarray(labels)
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or count not in (None, len(labels)):
             raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}; wanted one integer per image")
         labels, count = labels.astype(np.int64), len(labels)
+
+    def chunks(_size: int) -> Iterator[np.ndarray]:
+        left = count  # images still to take; None: no limit
+        for batch in itertools.chain([first], iterator) if once else batches:
+            batch = _as_batch(name, batch, shape)
+            if not count_given and left is not None and len(batch) > left:
+                raise UserError(
+                    f"{name}: more images came than there are labels ({count}); give one label per image, or count={count}"
+                )
+            if left is not None:
+                batch = batch[:left]
+                left -= len(batch)
+            yield np.array(batch) if once else batch  # copied: a generator may reuse its buffer
+            if left == 0 and count_given:
+                return
+
     return ImageSource(name, shape, chunks, count=count, labels=labels, once=once)
 
 

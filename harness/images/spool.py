@@ -46,7 +46,7 @@ class _Store:
         return self
 
     def add(self, batch: np.ndarray) -> None:
-        """Append the next images, uint8 (n, H, W, C); a batch in memory is not copied."""
+        """Append the next images, uint8 (n, H, W, C); `batch` itself is kept, not a copy, while there is no file."""
         self._parts.append(batch)
         self._bytes += batch.nbytes
         if self._file is not None or self._bytes > IN_MEMORY_BYTES:

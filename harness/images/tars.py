@@ -11,6 +11,8 @@ from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry, source_of_files
 from harness.images.source import Damaged, ImageSource, printable
 
+MAX_EXTENDED_BYTES = 1 << 20  # of an extended header, which holds a name and a size
+
 
 def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator[tuple[str, int, int]]:
     """Yields (name, offset in `path`, size in bytes) of each file in a tar.
@@ -38,20 +40,25 @@ def tar_members(path: Path, begin: int = 0, span: int | None = None) -> Iterator
             # the checksum is the sum of the header's bytes, with its own field (148 to 155) as 8 spaces: 8 * 32 = 256
             if sum(block[:148]) + 256 + sum(block[156:]) != _tar_number(block[148:156]):
                 raise Damaged(f"the header at byte {offset} differs from its checksum")
-            size = _tar_number(block[124:136]) if extended_size is None else extended_size
             kind, start = block[156:157], offset + 512
+            # extended headers: x (pax) and L (GNU) describe the next file; g (pax, for all files) is skipped
+            extended = kind in b"xgL"
+            size = _tar_number(block[124:136]) if extended or extended_size is None else extended_size
             if start + size > end:
                 raise Damaged("it is cut off")
             offset = start + -(-size // 512) * 512
-            # extended headers: x (pax) and L (GNU) describe the next file; g (pax, for all files) is skipped
-            if kind in b"xgL":
-                data = file.read(size) if size <= 1 << 20 else b""  # a larger one counts as empty
+            if extended:
+                if kind == b"g":
+                    continue
+                if size > MAX_EXTENDED_BYTES:
+                    raise Damaged(f"the extended header at byte {start - 512} has {size:,} bytes")
+                data = file.read(size)
                 if kind == b"L":
                     extended_name = data.rstrip(b"\0").decode("utf-8", "replace")
-                elif kind == b"x":
+                else:
                     records = _pax_records(data)
                     extended_name = records.get("path", extended_name)
-                    extended_size = _pax_size(records["size"]) if "size" in records else None
+                    extended_size = _pax_size(records["size"]) if "size" in records else extended_size
                 continue
             name = _tar_name(block) if extended_name is None else extended_name
             extended_name, extended_size = None, None
@@ -134,7 +141,7 @@ def open_tar(path: Path) -> ImageSource:
             entries.append(entry)
             keys.append((folder, key))
         elif kind == "cls":
-            text = entry.read(20).strip()
+            text = entry.read(limit=20).strip()
             if re.fullmatch(rb"-?[0-9]{1,18}", text) is None:
                 raise UserError(f"{entry.name}: a label must be one whole number")
             classes[folder, key] = int(text)

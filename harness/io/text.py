@@ -129,7 +129,11 @@ def count(text: str) -> int:
     """The whole number that text such as 250, 400k or 7M means, 0 included; ValueError for anything else."""
     factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
     # without a suffix underscores may be anywhere; float() itself takes them only between digits
-    number = float(text[:-1] if factor > 1 else text.replace("_", ""))
+    digits = text[:-1] if factor > 1 else text.replace("_", "")
+    try:
+        number: float = int(digits)  # not by float(), which rounds above 2**53
+    except ValueError:
+        number = float(digits)
     if not math.isfinite(number):
         raise ValueError(f"{text!r} is not a whole number")
     if not number * factor == int(number * factor) or number < 0:

@@ -71,13 +71,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         raise UserError(f"no sample set at {path}; `harness sample` makes one")
     run_folder = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
     run = open_run(run_folder) if (run_folder / "run.json").exists() else None
-    name = options.protocol
-    if name is None and run is None and sidecar_path(path).exists():
-        name = read_sidecar(path).get("identity", {}).get("protocol")
-    if not name and run is not None:
+    protocol_name = options.protocol
+    if protocol_name is None and run is None and sidecar_path(path).exists():
+        protocol_name = read_sidecar(path).get("identity", {}).get("protocol")
+    if not protocol_name and run is not None:
         protocol = run.protocol
     else:
-        protocol = get_protocol(name or DEFAULT_PROTOCOL)
+        protocol = get_protocol(protocol_name or DEFAULT_PROTOCOL)
     records = options.out or (run.records if run else path.with_name("records.jsonl"))
     if options.reference is not None and options.data is not None:
         raise UserError("--data and --reference both set the reference images; give one of them")
@@ -116,7 +116,9 @@ def evaluate_samples_file(
     source = open_images(path, classes=protocol.num_classes)
     _check_fit(source, protocol, config)
     with spooled(source, cache) as images:
-        about = read_fields(path, files.sha256_file(path) if path.is_file() else images.sha256(), name)
+        # the hash that `samples_sha256` gives, without reading a folder a second time
+        sha256 = files.sha256_file(path) if path.is_file() else images.sha256()
+        about = read_fields(path, sha256, name)
         return _measure(images, about, protocol, data, cache=cache, config=config, timing=timing_of(path))
 
 

@@ -89,7 +89,8 @@ def make_reference(
     with files.claimed(out), Stages() as progress:
         extractor = suite.features.load(device, weights=weights)
         kept = _choose_kept(source, count, kept_count, seed, progress)
-        images_sha256, choice_seed = source.sha256(), None if kept_count == count else seed
+        images_sha256 = source.sha256()  # known since `_choose_kept` has read all images
+        choice_seed = None if kept_count == count else seed  # None: nothing was chosen
         if existing is not None:
             for field, found, wanted in (
                 ("images_sha256", existing.images_sha256, images_sha256),
@@ -149,7 +150,7 @@ def _choose_kept(source: ImageSource, count: int, kept: int, seed: int, progress
         progress("reading images", done, count)
     mask = np.ones(count, np.bool_)
     if kept < count:
-        words = bits(seed, Purpose.EVALUATION, keys, 0, 2).astype(np.uint64)
+        words = bits(seed, Purpose.EVALUATION, keys, step=0, count=2).astype(np.uint64)
         numbers = (words[:, 0] << np.uint64(32)) | words[:, 1]
         mask[np.lexsort((keys, numbers))[kept:]] = False  # sorted by number; equal numbers by key
     return mask

@@ -30,8 +30,8 @@ def plan(options: PlanOptions) -> Plan:
 def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan:
     """A copy of the plan with speed and memory measured here. If memory is too small, `missing` says so."""
     requested = options.compile or "off"
-    # For auto, torch measures without compiling, which takes too long for a plan, and the plan does not say whether
-    # the run will compile (compiled=""). Only torch has the option: jax refuses "on" and ignores "auto".
+    # Compiling takes too long for a plan. So with auto only the network that is not compiled is measured, and the plan
+    # does not say whether the run will compile (compiled="").
     try:
         _, measured = get_backend(request.framework).measure(
             request,
@@ -39,13 +39,13 @@ def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan
             precision=options.precision,
             micro_batch=options.micro_batch,
             mesh=options.mesh,
-            compile="off" if requested == "auto" and request.framework == "torch" else requested,
+            compile="off" if requested == "auto" else requested,
         )
     except NotEnoughMemory as error:
         return dataclasses.replace(plan, missing=(*plan.missing, str(error)))
-    return dataclasses.replace(
-        plan, measured=measured_cost(request, measured if requested != "auto" else measured._replace(compiled=""))
-    )
+    if requested == "auto":
+        measured = measured._replace(compiled="")
+    return dataclasses.replace(plan, measured=measured_cost(request, measured))
 
 
 def measured_cost(request: Request, measured: Measured) -> MeasuredCost:

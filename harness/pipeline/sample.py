@@ -99,7 +99,8 @@ def _sample_system(options: SampleOptions) -> list[Path]:
         )
     framework = options.framework or "torch"
     group = join_processes(framework)
-    loaded = load_parts(system, {part: Path(path) for part, path in options.weights.items()})
+    weights = {part: Path(path) for part, path in options.weights.items()}  # --weights gives the paths as text
+    loaded = load_parts(system, weights)
     # All are made before the first is sampled, so that invalid steps are refused at once.
     loaded_systems = (
         [with_steps(loaded, steps) for steps in options.sampling_steps] if options.sampling_steps else [loaded]

@@ -67,7 +67,8 @@ def run_job(
         for start in local_starts
         if not _is_intact(_shard_path(shards_folder, start), (min(job.batch, count - start), *job.image))
     ]
-    sampler, begin = make_sampler(), time.monotonic()
+    sampler = make_sampler()
+    begin = time.monotonic()  # the time for building the network is not counted
     assert sampler.evaluations == job.record.sampling.evaluations  # two counts: the sampler's own, and the plan's
     # of the progress bar, in sampler steps of this process
     total, done = len(local_starts) * job.steps, (len(local_starts) - len(missing)) * job.steps
@@ -135,8 +136,8 @@ def _save_shard(path: Path, images: np.ndarray) -> None:
 def _is_intact(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether the shard exists as uint8 of that shape; otherwise it is sampled again."""
     try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # EOFError: an empty file
+        images = np.lib.format.open_memmap(path, mode="r")  # np.load would also open a zip, which is no array
+    except (OSError, ValueError):
         return False
     return images.shape == shape and images.dtype == np.uint8
 

@@ -125,8 +125,7 @@ def fields_of_run(
     decoder_gflops: float | None,  # of an image; None: nothing to decode
 ) -> RecordFields:
     """The record fields of a sample set of a run."""
-    images, sampling = sample_set.step * recipe.batch, sample_set.sampling
-    decoder = sample_set.decoder
+    sampling, decoder = sample_set.sampling, sample_set.decoder
     return RecordFields(
         system=backbone,
         backbone=backbone,
@@ -137,8 +136,8 @@ def fields_of_run(
         gflops_published_input=gflops_published_input,
         training=Training(
             steps=sample_set.step,
-            images=images,
-            gflops=gflops * sample_set.step * recipe.batch * TRAINING_FACTOR,
+            images=sample_set.step * recipe.batch,
+            gflops=gflops * sample_set.step * recipe.batch * TRAINING_FACTOR,  # another order could change the last bit
             precision=resolved.precision,
             micro_batch=resolved.micro_batch,
             checkpoint_sha256=sample_set.checkpoint_sha256,

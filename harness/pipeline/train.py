@@ -66,7 +66,7 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
     check_installed(options.logger)
     group = join_processes(request.framework)
     plan = make_plan(request)
-    logger.info(headline(request, options.protocol is None))
+    logger.info(headline(request, by_default=options.protocol is None))
     logger.info(costs_text(plan))
     if isinstance(options, RunOptions) and options.features_weights is None:
         for sentence in plan.missing_evaluator_files:
@@ -113,10 +113,13 @@ class RunSession:
             raise UserError(
                 f"process {group.index} and the main process see different contents of {folder}; they need a shared file system"
             )
-        # The argument is there only if --gradient-checkpointing is given; `begin` raises if the run was created without it.
-        if self.run is not None and "gradient_checkpointing" in request.arguments:
-            frozen = {"gradient_checkpointing": self.run.resolved.gradient_checkpointing}
-            self.request = dataclasses.replace(request, arguments=request.arguments | frozen)
+        # The run keeps its frozen value, whether or not --gradient-checkpointing is given again. Only if it is given, the
+        # argument is there; `begin` raises if the run was created without it.
+        if self.run is not None:
+            frozen = self.run.resolved.gradient_checkpointing
+            if frozen or "gradient_checkpointing" in request.arguments:
+                arguments = request.arguments | {"gradient_checkpointing": frozen}
+                self.request = dataclasses.replace(request, arguments=arguments)
         self._net: Any = None  # the network that `measure` built; for one engine only, because training changes it
 
     @property

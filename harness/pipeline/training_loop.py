@@ -106,8 +106,8 @@ def train(
                     )
                     note = f"loss {manager.loss:.4f}  {speed}"
                 bar.advance(1, note)
-                stop, due = manager.decide(interrupted())
-                if due:
+                stop, checkpoint_due = manager.decide(interrupted())
+                if checkpoint_due:
                     manager.checkpoint()
             else:  # interrupted within the step, which does not count
                 stop = True
@@ -174,10 +174,10 @@ class CheckpointManager:
         if self.group.size > 1:
             # All processes log at the same step, because logging raises for a loss that is not finite: a process that
             # stopped alone would leave the others waiting in a collective.
-            due = self.done == self._agreed + self._agree_steps
+            log_due = self.done == self._agreed + self._agree_steps
         else:
-            due = time.monotonic() - self._logged_at > LOG_SECONDS
-        if due:
+            log_due = time.monotonic() - self._logged_at > LOG_SECONDS
+        if log_due:
             self.log_losses()
 
     def log_losses(self) -> None:
@@ -205,19 +205,19 @@ class CheckpointManager:
         a checkpoint is due, and after how many steps the group agrees again; at the steps between, both are False.
         """
         if self.group.size == 1:
-            return interrupted, self.due()
+            return interrupted, self.checkpoint_due()
         if self.done != self._agreed + self._agree_steps:
             return False, False
         now = time.monotonic()
         step_seconds = (now - self._agreed_at) / self._agree_steps
         self._agreed, self._agreed_at = self.done, now
         steps = min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(step_seconds, 1e-9))))
-        agreed = self.group.all_max(STOP * interrupted + (2 * steps + self.due()) * self.group.is_main)
+        agreed = self.group.all_max(STOP * interrupted + (2 * steps + self.checkpoint_due()) * self.group.is_main)
         # The number is STOP alone, with 0 steps, if only another process than the main one was interrupted.
         self._agree_steps = agreed % STOP // 2 or 1
         return agreed >= STOP, bool(agreed & 1)
 
-    def due(self) -> bool:
+    def checkpoint_due(self) -> bool:
         """Whether a checkpoint is due: the last one is old enough for CHECKPOINT_SHARE, or MAX_LOST_SECONDS old.
 
         Only the main process's answer counts: the others do not note when a checkpoint was written.

@@ -102,6 +102,7 @@ def system_row(system: System) -> dict[str, Any]:
     computes = [part.compute() for part in system.components]
     total = sum(each.flops for each in computes) / 1e9
     cells = [cell for cell in paper.values() if cell.system == system.name and cell.column == "Total Flops (G)"]
+    # the row shows the input of the last component, whose images are the system's
     last_arguments = system.components[-1].spec.arguments(**system.components[-1].arguments)
     row: dict[str, Any] = {
         "name": system.name,

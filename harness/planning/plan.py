@@ -179,14 +179,20 @@ def missing_decoder(request: Request) -> list[str]:
     ]
 
 
-def missing_evaluator_files(protocol: Protocol) -> list[str]:
-    """One sentence if the user must give files for the protocol's suite; without them a run ends after sampling."""
+def missing_evaluator_files(protocol: Protocol, *, reference_given: bool = False) -> list[str]:
+    """One sentence if the user must give files for the protocol's suite; without them a run ends after sampling.
+
+    reference_given: whether the reference is given, but not the weights. Then only Inception's are missing: the other
+    networks have default weights, which are used as soon as there is a reference.
+    """
     flag = _weights_flag(protocol)
-    if not flag:
+    if not flag or (reference_given and flag != "--inception"):
         return []
-    public = [name for name in ("inception", protocol.name) if name in FILES] if flag == "--inception" else []
+    names = ("inception",) if reference_given else ("inception", protocol.name)
+    public = [name for name in names if name in FILES] if flag == "--inception" else []
     fetch = f" ({', '.join(f'`harness data fetch {name}`' for name in public)})" if public else ""
-    return [f"suite {protocol.suite!r} needs {flag} FILE and --reference FILE{fetch}"]
+    wanted = f"{flag} FILE" if reference_given else f"{flag} FILE and --reference FILE"
+    return [f"suite {protocol.suite!r} needs {wanted}{fetch}"]
 
 
 def evaluate_command(protocol: Protocol, samples: Path) -> str:

@@ -15,7 +15,8 @@ def headline(request: Request, by_default: bool) -> str:
 
 def costs_text(plan: Plan) -> str:
     """The calculated costs as text."""
-    training, gflops = plan.training, f"{gflops_text(plan.gflops)} a forward pass at {plan.input}"
+    training = plan.training
+    gflops = f"{gflops_text(plan.gflops)} a forward pass at {plan.input}"
     if plan.gflops_published_input is not None:
         gflops += f"; {plan.gflops_published_input:.2f} at the paper's input"
     lines = [

@@ -75,7 +75,7 @@ def _steps(text: str, reference: object) -> int:
     """A number of steps from text; `reference` is the whole text, for messages."""
     try:
         steps = count(text)
-    except (ValueError, IndexError):
+    except ValueError:
         raise ValueError(f"{reference!r}: {text!r} is not a count such as {COUNT_EXAMPLES}") from None
     if steps < 1:
         raise ValueError(f"{reference!r}: steps must be at least 1")

@@ -196,7 +196,7 @@ def _checked_step(step: int) -> int:
 
 
 def _check_count(count: int) -> None:
-    """Raise UserError for more words for a sample than the block counter can number."""
+    """Raise UserError for a negative count, or for more words per sample than the block counter can number."""
     if not 0 <= count <= MAX_WORDS:
         raise UserError(f"{count} random words for each sample are out of range: give 0 to 2**33")
 

@@ -107,7 +107,7 @@ class Run:
     resolved: Resolved
     environment: Mapping[str, Any]
     protocol: Protocol
-    recipe: Recipe
+    recipe: Recipe  # its `steps` are the protocol's, not those of this run, which more steps can continue
     source_paths: dict[str, str] = dataclasses.field(default_factory=dict)  # see `harness.data.examples`
 
     @property

@@ -159,4 +159,4 @@ def labels_of(policy: str, seed: int, count: int, num_classes: int) -> np.ndarra
     index = np.arange(count, dtype=np.int64)
     if policy == "balanced":
         return index % num_classes
-    return integers(seed, Purpose.SAMPLE_LABEL, index, 0, num_classes)
+    return integers(seed, Purpose.SAMPLE_LABEL, index, step=0, high=num_classes)

@@ -108,9 +108,10 @@ def expand(study: Study) -> Expansion:
         if request.spec.kind != "denoiser":
             raise UserError(f"{where}: backbone {name!r} is one part of a system and cannot generate images alone")
     first = next(iter(requests.values()))[0]  # stands for all: protocol and data are those of the study
-    # files that the study names; if it names any, no other are asked for
-    evaluator_files = {"features_weights", "reference"} & study.settings.keys()
-    if reasons := [*missing(first), *([] if evaluator_files else missing_evaluator_files(protocol))]:
+    reasons = missing(first)
+    if "features_weights" not in study.settings:  # with them the reference may be the data set
+        reasons += missing_evaluator_files(protocol, reference_given="reference" in study.settings)
+    if reasons:
         raise UserError(f"{where}: protocol {protocol.name!r} cannot run here: {'; '.join(reasons)}")
     data = training_data(protocol, first.data)
     return Expansion(

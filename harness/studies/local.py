@@ -117,8 +117,9 @@ class Launcher:
         slot = min(set(range(self.processes)) - {each.slot for each in self._active.values()})
         active = _Active(run=run, slot=slot, process=None)
         self._active[run.name] = active
+        waiting = f"waiting {run.name}: another process works on it"
         if is_running(self.study, run):
-            logger.info(f"waiting {run.name}: another process works on it")
+            logger.info(waiting)
             return
         self._rows[run.name] = row = progress_of(self.study, run)
         active.commands = list(row.pending)
@@ -128,7 +129,8 @@ class Launcher:
         with files.explained(self.study.folder):
             failure_path(self.study, run).unlink(missing_ok=True)
         self._start(active)
-        logger.info(f"started {run.name}  (log {log_path(self.study, run)})")
+        started = f"started {run.name}  (log {log_path(self.study, run)})"
+        logger.info(waiting if active.process is None else started)
 
     def _start(self, active: _Active) -> None:
         """Start the first of the remaining commands. `active.process` is then None if another process has the log."""
@@ -198,10 +200,11 @@ class Launcher:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Count Ctrl-C and SIGTERM in `self.stopping`: 1 stops the runs, 2 kills them."""
+        """Count in `self.stopping`: 1 (Ctrl-C or SIGTERM) stops the runs, 2 (Ctrl-C again) kills them."""
 
         def handle(number: int, frame: object) -> None:
-            if number == signal.SIGINT or not self.stopping:  # a second SIGTERM has no effect
+            # A second SIGTERM is no request to kill: a scheduler and a launcher may both send one.
+            if number == signal.SIGINT or not self.stopping:
                 self.stopping += 1
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -175,7 +175,10 @@ def job_name(study: Expansion, run: StudyRun) -> str:
 
 
 def queue(study: Expansion) -> dict[str, str]:
-    """Name of the run -> "running" or "queued", for the runs that have a job. Empty on a machine without SLURM."""
+    """Name of the run -> "running" or "queued", for the runs that have a job.
+
+    Empty on a machine without SLURM, and for a study that has submitted nothing yet.
+    """
     if shutil.which("squeue") is None or not (study.folder / "slurm").exists():
         return {}
     words = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%T %j"]

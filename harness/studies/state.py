@@ -99,7 +99,7 @@ def progress_of(study: Expansion, run: StudyRun, in_queue: str | None = None) ->
     pending = [words for request, words in zip(run.requests, run.commands, strict=True) if request in unfinished]
     return Progress(
         run=run, state=state, steps_done=steps_done, sets_done=sets - len(missing), sets=sets,
-        gflops_left=gflops if missing else 0.0, seconds_step=_seconds_step(existing), pending=tuple(pending),
+        gflops_left=gflops, seconds_step=_seconds_step(existing), pending=tuple(pending),
         reason=reason or failure, log=log if log.exists() else None,
     )  # fmt: skip
 

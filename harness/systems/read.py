@@ -91,7 +91,7 @@ def _from_table(cls: type[Item], data: object, where: str) -> Item:
 
 
 def _is_argument(value: object, depth: int = 2) -> bool:
-    """Whether `value` can be an argument of a network: a number, true or false, a name, or a list of such values.
+    """Whether `value` can be an argument of a network: a finite number, true or false, a name, or a list of such values.
 
     depth: how many levels of lists are allowed; 2: lists of lists.
     """
@@ -99,4 +99,6 @@ def _is_argument(value: object, depth: int = 2) -> bool:
         return depth > 0 and all(_is_argument(each, depth - 1) for each in value)
     if isinstance(value, str):
         return value.isprintable() and len(value) <= LONGEST_NAME
-    return isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) <= MAX_INT)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, bool) or (isinstance(value, int) and abs(value) <= MAX_INT)

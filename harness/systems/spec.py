@@ -286,11 +286,11 @@ class System:
                     )
             previous = name
         if not self.decoder:
-            last = list(components.values())[-1]
+            last_name, last = list(components.items())[-1]
             size, channels = last["input_size"], last.get("in_channels", protocol.image_channels)
             if (size, channels) != (protocol.resolution, protocol.image_channels):
                 raise UserError(
-                    f"{where}: {previous} makes images of {size}x{size}x{channels} and protocol {protocol.name!r} has "
+                    f"{where}: {last_name} makes images of {size}x{size}x{channels} and protocol {protocol.name!r} has "
                     f"{protocol.resolution}x{protocol.resolution}x{protocol.image_channels}; choose arguments or "
                     "protocol to fit"
                 )
@@ -338,5 +338,5 @@ def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: object) -> str:
-    """The value as in messages (`shown`), without quotes."""
+    """The value as in messages (`shown`: cut if a file gives a long one), without quotes."""
     return shown(value).strip("'")

@@ -5,7 +5,7 @@
 
 `pickles` interprets a pickle without running it; `containers` knows the file formats; `maps` and
 backbones/<family>/weights.py know the names of tensors; `identify` finds the backbone; `transfer` inspects, imports and
-exports. Only `load` and the writing of torch files need torch.
+exports. Only opening a file needs no torch.
 """
 
 from __future__ import annotations

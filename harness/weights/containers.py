@@ -209,7 +209,7 @@ def _open_legacy(path: Path, file: IO[bytes]) -> FileContents:
     # The five pickles in their order: magic number, version, system, object, keys of storages.
     try:
         magic = read_next({}).value
-    except Unsuitable:
+    except Unsuitable:  # a kind of Malformed, whose own message is wanted
         raise
     except Malformed:  # a pickle of something else, which the next lines refuse
         magic = None

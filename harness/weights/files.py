@@ -104,7 +104,7 @@ class WeightFile:
     container: str  # "torch zip", "torch legacy" or "safetensors"
     wrapping: str  # "state dict", "train.py checkpoint" or "Lightning checkpoint"
     tensors: dict[str, Stored]
-    symbols: tuple[str, ...]  # classes and functions that the file names; none was loaded
+    symbols: tuple[str, ...]  # classes and functions that the file names, tensors' own aside; none was loaded
     other_names: tuple[str, ...] = ()  # keys of what else is in the file: optimizer state, arguments, ...
     notes: tuple[str, ...] = ()
     config: dict[str, Any] | None = None  # config.json beside it
@@ -153,7 +153,14 @@ def open_weights(path: Path) -> WeightFile:
             notes.append("the weights are its moving average ('ema')")
         elif part == "model":
             notes.append("it has no moving average ('ema'): the weights are the trained ones ('model')")
-    tensors = {_escaped_key(name): item for name, item in value.items() if isinstance(item, Stored)}
+    tensors: dict[str, Stored] = {}
+    for key, item in value.items():
+        if not isinstance(item, Stored):
+            continue
+        name = _escaped_key(key)
+        if name in tensors:  # of keys that are not text only the type is known here
+            raise UserError(f"{path} holds two tensors under the name {name}; save net.state_dict()")
+        tensors[name] = item
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; save net.state_dict()")
     if prefix := _wrapper_prefix(tensors):
@@ -228,7 +235,7 @@ def with_progress(title: str, chunks: Iterable[Chunk], nbytes: int) -> Iterator[
 
 
 def _find_file(path: Path) -> Path:
-    """The weight file in the folder `path`; any other path is returned as it is."""
+    """The weight file in the folder `path`; any other path is returned as it is. UserError if there is none."""
     if not path.is_dir():
         return path
     for name in IN_FOLDER:

@@ -19,12 +19,8 @@ from harness.weights.files import WeightFile
 from harness.weights.maps import Differences, Layout, Mismatch, Recipes, Shapes, WeightMap, compare, take_all
 
 INPUT_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)  # tried where no shape implies the input size
-FREE_ARGUMENTS = (
-    "input_size",
-    "in_channels",
-    "num_classes",
-    "out_channels",
-)  # arguments that may differ from the spec's defaults
+# arguments that may differ from the spec's defaults
+FREE_ARGUMENTS = ("input_size", "in_channels", "num_classes", "out_channels")
 
 OWN_NAMES = Layout(name="own", title="state dict", marks=(), inward=take_all, outward=take_all)
 OWN = WeightMap(layouts=(OWN_NAMES,))
@@ -198,12 +194,12 @@ def misfit(weights: WeightFile, layout: Layout, name: str, problem: str) -> str:
     layout: the one by which they were compared. problem: how they differ from the backbone.
     """
     try:
-        found = identify(weights, registry.backbones, sizes=False)
+        nearest = identify(weights, registry.backbones, sizes=False)
     except UserError:
-        found = None
-    if found is not None and found.spec is not None and found.exact:
-        settings = "".join(f", {key} {value}" for key, value in found.arguments.items())
-        holds = f"{weights.path} holds {found.spec.name}{settings} ({found.layout.title})"
+        nearest = None
+    if nearest is not None and nearest.spec is not None and nearest.exact:
+        settings = "".join(f", {key} {value}" for key, value in nearest.arguments.items())
+        holds = f"{weights.path} holds {nearest.spec.name}{settings} ({nearest.layout.title})"
         if not recognised(weights, layout):
             return f"{holds}, which is not {name}"
         return f"{holds} and does not fit {name}: {problem}"

@@ -153,7 +153,7 @@ class Layout:
     beside the file or None, and "expected", the network's shapes or {}. Raises `Mismatch`. A recipe may name a source
     that the file does not have; `identify.translate` reports it as missing.
     outward(shapes): recipes of an exported file's tensors, given the shapes of ours.
-    beside(name): whether one of our tensors is stored in the file, but is no part of the network.
+    beside(name): whether a tensor of the file, under our name, is no part of the network, such as LDM's autoencoder.
     notes(shapes): lines for the user, given the shapes of a file.
     config(arguments, shapes): config.json of an exported diffusers folder, given builder arguments and our shapes.
     contradiction(config, shapes, heads): how the config.json beside a file contradicts our shapes and the number of

@@ -215,7 +215,10 @@ def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big
 
 
 def _stored(tensor: _PendingTensor, path: Path, storages: Mapping[str, Storage], big_endian: bool) -> Stored:
-    """The place of a pending tensor in the file; `Malformed` where it reaches beyond its storage or uses an element twice."""
+    """The place of a pending tensor in the file; `Malformed` where it reaches beyond its storage.
+
+    `Malformed` also where it has more elements than the part of the storage from its first to its last element.
+    """
     storage = storages.get(tensor.storage.key)
     if storage is None:
         raise Malformed(f"the bytes of storage {tensor.storage.key} are missing")

@@ -28,7 +28,7 @@ Constructors = Mapping[str, Callable[..., Any]]
 
 # A unit is about 64 bytes or a third of a microsecond; an opcode costs one, and what it makes or copies costs more.
 UNITS = 1_200_000  # budget of a file; the state dict of 1000 tensors costs 50,000
-UNITS_A_STORAGE = 80  # added for each storage of the file; a tensor costs about 60
+UNITS_A_STORAGE = 80  # added for each storage of a zip file; a tensor costs about 60
 MAX_UNITS = 8_000_000  # for any number of storages: enough for 100,000 tensors
 LONGEST_NAME = 1000  # characters in the name of a class, function or storage
 SMALL_KEY = 1 << 53  # integers below it hash to themselves; larger ones could be chosen to collide
@@ -78,7 +78,8 @@ class Symbol:
 class Call:
     """A placeholder for the result of a call of `function`, which is not carried out.
 
-    state, items: what the pickle sets in the result, and appends to it or (pairs) sets as its items.
+    state: what the pickle sets as the attributes of the result. items: what it appends to the result, or sets in it as
+    (key, value) pairs.
     """
 
     function: Any  # Symbol or Call
@@ -123,7 +124,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 _IGNORED = ("PROTO", "FRAME")
-_CALL_UNITS = 2  # units of a name, a call or a storage, in addition to the opcode's
+_CALL_UNITS = 2  # units of a call, a storage or a replaced key, in addition to the opcode's; a name costs twice that
 
 
 def read(
@@ -132,7 +133,7 @@ def read(
     persistent: Callable[[Any], Any] | None = None,
     budget: Budget | None = None,
 ) -> Reading:
-    """Read the pickle at the position of `stream`, which stands behind it afterwards.
+    """Read the pickle that begins at the position of `stream`, and leave the position at its end.
 
     constructors: functions for the calls that are carried out; other calls become a `Call`. persistent: makes a value of
     a persistent identifier. budget: may be shared by several pickles; None: a new one. Raises `Malformed`.

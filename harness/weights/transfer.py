@@ -91,15 +91,18 @@ def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
             part = name.partition(".")[0]
             document["beside"][part] = document["beside"].get(part, 0) + 1
         if match.spec is not None:
-            found = match.differences
+            differences = match.differences
             document |= {
                 "backbone": match.spec.name,
                 "arguments": match.arguments,
                 "fits": match.exact,
-                "problem": found.first() if found else None,
-                "missing": list(found.missing),
-                "unexpected": list(found.unexpected),
-                "wrong_shape": [{"name": n, "found": list(a), "expected": list(b)} for n, a, b in found.wrong_shapes],
+                "problem": differences.first() if differences else None,
+                "missing": list(differences.missing),
+                "unexpected": list(differences.unexpected),
+                "wrong_shape": [
+                    {"name": name, "found": list(found), "expected": list(expected)}
+                    for name, found, expected in differences.wrong_shapes
+                ],
             }
         else:
             document["problem"] = f"no backbone has such names; the first is {network[0]}"
@@ -190,14 +193,16 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
     """
     ours, spec = open_identified(path, backbone)
     target = _find_layout(spec, layout)
-    recipes = target.outward(ours.shapes)
     stem = path.name if path.is_dir() else path.stem
     out = out or path.with_name(f"{stem}-{layout}{target.suffix}")
     refuse_existing(out)
     try:
+        recipes = target.outward(ours.shapes)
         shapes = {name: recipe.shape(ours.shapes) for name, recipe in recipes.items()}
-    except (Mismatch, KeyError) as error:
+    except Mismatch as error:
         raise UserError(f"{ours.file.path} cannot be written as {layout}: {error}") from error
+    except KeyError as error:  # the layout's map names a tensor that the network does not have
+        raise UserError(f"{ours.file.path} cannot be written as {layout}: {error.args[0]} is missing") from error
     entries = {name: (ours.dtype(recipe.sources[0]), shapes[name]) for name, recipe in recipes.items()}
 
     def read(name: str) -> np.ndarray:
@@ -218,7 +223,7 @@ def export_file(path: Path, layout: str, out: Path | None = None, backbone: str 
 
 
 def _find_layout(spec: BackboneSpec, layout: str) -> Layout:
-    """The layout of that name of the spec's family."""
+    """The layout of that name of the spec's family; UserError if it has none."""
     known = {each.name: each for each in weight_map(spec).layouts}
     if layout not in known:
         raise UserError(f"{spec.name} has no public layout {layout!r}; it has {', '.join(known) or 'none'}")
@@ -269,9 +274,8 @@ def write_safetensors(
 
     title: of the progress bar. The file must not exist.
     """
-    names = sorted(
-        entries, key=lambda name: -raw_dtype(entries[name][0]).itemsize
-    )  # widest first: then all are aligned
+    # widest elements first: then every tensor is aligned
+    names = sorted(entries, key=lambda name: -raw_dtype(entries[name][0]).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:

@@ -44,7 +44,7 @@ def _panel_data(panel: Panel, styles: Mapping[str, Style]) -> dict[str, object]:
         names = {int(mark.x): mark.text for series in panel.series for mark in series.marks}
         x["names"] = [names.get(index, "") for index in range(max(names, default=-1) + 1)]
     count = sum(len(series.marks) for series in panel.series)
-    every = -(-count // MAX_MARKS)  # one in `every` marks of each series is kept
+    every = max(1, -(-count // MAX_MARKS))  # one in `every` marks of each series is kept
     notes = [panel.note] if panel.note else []
     if every > 1:
         notes.append(f"one mark of {every} is drawn here")

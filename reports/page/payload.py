@@ -15,6 +15,7 @@ from results.records import Record
 MAX_ROWS = 1000  # of one section of a table
 MAX_RECORDS = 5000
 Json = dict[str, Any]  # what json.dumps writes as an object
+# The fields that belong to the measurement itself: few other records have all of them equal.
 _METRIC_FIELDS = ("metric", "value", "low", "high", "interval", "higher_is_better", "n", "schema")
 _PARTS = ("source", "training", "sampling", "evaluation", "environment")
 _COMMON_FIELDS = tuple(
@@ -144,7 +145,7 @@ def record_data(record: Record, recipes: Mapping[str, Mapping[str, object]], int
 
 
 def _metric_fields(record: Record) -> list[list[str]]:
-    """[name, text] of the fields that differ between the records of one row; `_groups` has the others."""
+    """[name, text] of the id, the identity and _METRIC_FIELDS; `_groups` has the other fields."""
     return [["id", record.id], ["identity", record.identity_sha256], *_pairs(record, _METRIC_FIELDS)]
 
 

@@ -12,7 +12,7 @@ from harness.errors import RunError, UserError
 from harness.io.files import sha256_json
 from harness.runs.run import open_run
 from reports.render import one_line
-from reports.texts import count_text, guidance_text, states_guidance
+from reports.texts import count_text, guidance_text, sampling_steps_text, states_guidance
 from results.metrics import rank
 from results.records import Record, Sampling, Training
 
@@ -34,7 +34,7 @@ class SampleGrid:
 
     @property
     def title(self) -> str:
-        """`dit-b-4, 400 training steps, seed 0, ddim, 50 sampling steps, guidance 1.5`."""
+        """`dit-b-4, 400 training steps, seed 0, ddim, 50 sampling steps, guidance 1.5`; without records the folder's name."""
         if not self.records:
             return one_line(self.path.parent.name)
         record = self.records[0]
@@ -45,7 +45,8 @@ class SampleGrid:
         if training is not None and training.seed is not None:
             words.append(f"seed {training.seed}")
         if sampling is not None and sampling.sampler:
-            words.append(f"{sampling.sampler}, {sampling.stage_steps or sampling.steps} sampling steps")
+            steps = sampling_steps_text(record)
+            words += [sampling.sampler, f"{steps} sampling steps"] if steps else [sampling.sampler]
         if states_guidance(record):
             words.append(f"guidance {guidance_text(record)}")
         return one_line(", ".join(words))

@@ -5,7 +5,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -57,13 +57,16 @@ def page_data(
     wanted = [*record_ids(figures), *(record.id for grid, _ in grids for record in grid.records), *in_tables]
     chosen, left_out = shown_records([*records, *published], wanted, MAX_RECORDS)
     chosen_ids = {record.id for record in chosen}
+    # Record files may hold published records as well, also the paper's.
+    every = {record.id: record for record in (*records, *published)}.values()
+    measured = sum(record.provenance == "measured" for record in every)
     recipes, interned = run_recipes(record_files), InternTable()
     return {
         "version": VERSION,
         "summary": {
-            "protocols": _protocols(records, published),
-            "measured": len(records),
-            "published": len(published),
+            "protocols": _protocols(every),
+            "measured": measured,
+            "published": len(every) - measured,
             "problems": _capped([str(problem) for problem in problems]),
             "conflicts": _capped(list(conflicts)),
             "records_left_out": left_out,
@@ -139,14 +142,12 @@ def _fallback(files: Mapping[str, bytes]) -> str:
     return "\n".join(parts)
 
 
-def _protocols(records: Sequence[Record], published: Sequence[Record]) -> list[dict[str, object]]:
+def _protocols(records: Iterable[Record]) -> list[dict[str, object]]:
     """For each protocol its name and its numbers of measured and published records."""
-    names = sorted({record.protocol for record in (*records, *published)})
-    counts = {name: [0, 0] for name in names}  # [measured, published]
-    for index, members in enumerate((records, published)):
-        for record in members:
-            counts[record.protocol][index] += 1
-    return [{"name": name, "measured": counts[name][0], "published": counts[name][1]} for name in names]
+    counts: dict[str, dict[str, int]] = {}
+    for record in records:
+        counts.setdefault(record.protocol, {"measured": 0, "published": 0})[record.provenance] += 1
+    return [{"name": name, **counts[name]} for name in sorted(counts)]
 
 
 def _capped(texts: list[str]) -> dict[str, object]:

@@ -111,6 +111,10 @@ def test_processes_agree_on_compiling(uncompiled):
     failed, waited = several([RuntimeError("no such header"), 0.5], wanted="on")
     assert failed == "--compile on: torch.compile failed here (no such header); leave it out"
     assert waited == "--compile on: torch.compile failed in another process; leave it out"
+    for wanted in ("auto", "on"):  # what `measure` refuses is no failure of the compiler
+        refused, waited, failed = several([UserError("no gradient"), 0.5, RuntimeError("no header")], wanted)
+        assert refused == "no gradient" and waited == failed
+        assert waited == "a training step cannot be measured in another process; its message says why"
 
 
 def test_on_compiles_whatever_it_gains(uncompiled):

@@ -149,7 +149,7 @@ def adms_images(p):
 
 
 def no_statistics(p):
-    del p.reference["mu"]
+    del p.reference["mu"], p.reference["sigma"]
 
 
 def labels_missing(p):
@@ -221,6 +221,15 @@ def test_guard(place, case):
     if name in NEVER_ALLOWED:
         place.arguments += ["--allow", name]
         assert isinstance(place.evaluate().exception, UserError)
+
+
+@pytest.mark.parametrize("name", ["mu", "sigma", "mu_s", "sigma_s"])
+def test_half_of_the_statistics_is_refused(place, name):
+    del place.reference[name]
+    done = place.evaluate()
+    assert isinstance(done.exception, UserError), done.exception
+    assert f"reference.npz: {name} of mu" in str(done.exception) and "is missing" in str(done.exception)
+    assert not (place.folder / "out.jsonl").exists() and not done.stdout
 
 
 @pytest.mark.parametrize("where", ["samples", "reference"])

@@ -113,6 +113,12 @@ def test_a_saved_folder_decodes_exactly_as_diffusers_does(folder, monkeypatch):
     assert decoder.decode(z[:0]).shape == (0, 3, 8, 12)
 
 
+def test_no_latents_give_no_images_of_the_same_channels(tmp_path):
+    small_kl(in_channels=1, out_channels=1).save_pretrained(tmp_path / "grey")
+    decoder = load_autoencoder(str(tmp_path / "grey"))
+    assert decoder.decode(latents()).shape == (3, 1, 8, 12) and decoder.decode(latents()[:0]).shape == (0, 1, 8, 12)
+
+
 def test_settings_of_the_network_and_their_defaults_are_diffusers():
     from diffusers import AutoencoderKL
 

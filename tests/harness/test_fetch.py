@@ -150,6 +150,18 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
     assert files_here() == []
 
 
+def test_the_locked_file_is_kept_for_the_next_address(monkeypatch):
+    answers, files = [OTHER, CONTENT], []
+
+    def answer(url, partial, **options):
+        files.append(partial.stat().st_ino)
+        partial.write_bytes(answers.pop(0))
+
+    monkeypatch.setattr(download, "download", answer)
+    assert fetch(published("http://one", "http://two")).new and files_here() == [NAME]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -174,6 +174,9 @@ def test_live_generators():
     assert endless.sha256() == images_sha256(np.concatenate([IMAGES] * 3)[:50])
     again = from_batches([IMAGES[:10], IMAGES[10:]], labels=LABELS)
     assert again.sha256() == images_sha256(again.array()) == images_sha256(IMAGES)
+    with pytest.raises(UserError, match=r"than there are labels \(10\); give one label per image, or count=10"):
+        from_batches([IMAGES[:10], IMAGES[10:]], labels=LABELS[:10]).sha256()
+    assert from_batches([IMAGES], 10, labels=LABELS[:10]).sha256() == images_sha256(IMAGES[:10])
     assert from_batches([IMAGES]).sha256() == images_sha256(IMAGES)  # N is found first
     with pytest.raises(UserError, match="7 images came, 9 were expected"):
         list(from_batches(made([3, 4]), count=9).batches())

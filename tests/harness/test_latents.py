@@ -235,7 +235,11 @@ def test_verify_reads_every_byte(whole, tmp_path):
             latents.verify(out)
         (out / file).write_bytes(before)
     latents.verify(out)
-    (out / "latents.npy").write_bytes((out / "latents.npy").read_bytes()[:-4])
+    with (out / "latents.npy").open("wb") as file:
+        np.savez(file, np.zeros(3))
+    with pytest.raises(UserError, match=r"latents.npy cannot be read"):
+        latents.load(out)
+    (out / "latents.npy").write_bytes((whole / "latents.npy").read_bytes()[:-4])
     with pytest.raises(UserError):
         latents.verify(out)
 

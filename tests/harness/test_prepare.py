@@ -409,6 +409,24 @@ def test_a_partial_folder_of_another_job_is_left_alone(tree, tmp_path):
     os.close(descriptor)
 
 
+@pytest.mark.parametrize("first_line", [b"\0" * 9, b"[]", b"5"])
+def test_a_journal_without_its_first_line_is_begun_again(first_line, whole, tmp_path, monkeypatch):
+    def stop(job):
+        raise UserError("stopped")
+
+    def begun():
+        with monkeypatch.context() as patch:
+            patch.setattr("harness.data.prepare._Job.finish", stop)
+            assert refused(lambda: made(whole, tmp_path / "out")) == "stopped"
+        return journal.read_bytes().partition(b"\n")
+
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    line, end, rest = begun()
+    journal.write_bytes(first_line + end + rest)
+    assert begun()[0] == line  # so that the next process can continue it
+    assert made(whole, tmp_path / "out").images == 1000
+
+
 def test_verify_finds_a_flipped_byte_and_says_where(tree, tmp_path):
     made(tree, tmp_path / "out")
     assert verify(tmp_path / "out").kind == "prepared data set"

@@ -26,6 +26,30 @@ def test_a_size_in_a_pax_header_that_is_none_is_damage(size, tmp_path):
         list(itertools.islice(tar_members(tmp_path / "a.tar"), 5))  # of -1536 there would be no end
 
 
+def block(kind, data, name="x"):
+    """A header of that kind and its data, filled up to 512 bytes."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize("between", [b"", block(tarfile.XHDTYPE, b"12 mtime=12\n")])
+def test_a_size_in_a_pax_header_is_that_of_the_file(between, tmp_path):
+    """Not of another extended header before the file."""
+    name, size = b"n" * 600, block(tarfile.XHDTYPE, b"11 size=20\n")
+    data = size + between + block(tarfile.GNUTYPE_LONGNAME, name + b"\0") + block(tarfile.REGTYPE, b"p" * 20)
+    (tmp_path / "a.tar").write_bytes(data + bytes(1024))
+    assert list(tar_members(tmp_path / "a.tar")) == [(name.decode(), len(data) - 512, 20)]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_an_extended_header_without_bound_is_damage(kind, tmp_path):
+    data = block(kind, b"n" * ((1 << 20) + 1)) + block(tarfile.REGTYPE, b"p" * 20)
+    (tmp_path / "a.tar").write_bytes(data + bytes(1024))
+    with pytest.raises(Damaged, match="the extended header at byte 0 has 1,048,577 bytes"):
+        list(tar_members(tmp_path / "a.tar"))
+
+
 def png(array):
     out = io.BytesIO()
     Image.fromarray(array).save(out, "PNG")

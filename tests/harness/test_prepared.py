@@ -111,6 +111,8 @@ def edit(path, **changes):
         (lambda folder: np.save(folder / "labels.npy", np.zeros(599, np.int64)), "where meta.json says"),
         (lambda folder: (folder / "images.npy").write_bytes(b"x"), "images.npy cannot be read"),
         (lambda folder: _cut(folder / "images.npy"), "images.npy cannot be read"),
+        (lambda folder: _zip(folder / "images.npy"), "images.npy cannot be read"),
+        (lambda folder: _zip(folder / "labels.npy"), "labels.npy cannot be read"),
         (lambda folder: np.save(folder / "images.npy", np.array([{}], object), allow_pickle=True), "cannot be read"),
     ],
 )
@@ -122,6 +124,11 @@ def test_what_is_not_whole_is_refused(tmp_path, damage, message):
 
 def _cut(path):
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def _zip(path):
+    with path.open("wb") as file:
+        np.savez(file, np.zeros(3))
 
 
 def test_a_plan_names_the_command_that_is_missing(tmp_path):

@@ -12,7 +12,17 @@ MINIMAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "number"), [("250", 250), ("400k", 400_000), ("7M", 7_000_000), ("1.5k", 1500)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("250", 250),
+        ("400k", 400_000),
+        ("7M", 7_000_000),
+        ("1.5k", 1500),
+        ("9007199254740993", 2**53 + 1),
+        ("9007199254740993k", 9007199254740993000),
+    ],
+)
 def test_counts(text, number):
     assert count(text) == number
 

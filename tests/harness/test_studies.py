@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import protocols
 from harness.cli.run import command as run_command
 from harness.cli.train import command as train_command
 from harness.errors import UserError
@@ -67,6 +68,21 @@ def test_runs_are_seeds_by_backbones_and_each_command_asks_for_what_was_expanded
             assert options["precision"] == "float32" and options["report"] is False and options["out"] is None
             assert (asked.samples, asked.sampling.steps, asked.recipe.ema_ramp) == (200, (2, 5), False)
             assert asked.recipe.learning_rate == (3e-4 if run.spec.backbone == "dit-xs-2" else 2e-3)
+
+
+def test_files_of_the_suite_are_asked_for_before_anything_runs(tmp_path):
+    text = (Path(protocols.__file__).parent / "digits.toml").read_text()
+    text = text.replace('name = "digits"', 'name = "mine"').replace('suite = "embedded"', 'suite = "adm"')
+    (tmp_path / "mine.toml").write_text(text)
+
+    def expanded(**files):
+        return expand(from_dict({"protocol": "mine.toml", "backbones": ["dit-xs-4"], **files}, tmp_path / "s.toml"))
+
+    with pytest.raises(UserError, match="suite 'adm' needs --inception FILE and --reference FILE"):
+        expanded()
+    with pytest.raises(UserError, match=r"suite 'adm' needs --inception FILE \(`harness data fetch inception`\)$"):
+        expanded(reference="reference.npz")
+    assert expanded(features_weights="graph.pb").runs  # the reference is the data set then
 
 
 def test_before_anything_runs_all_is_to_do_and_nothing_is_written(study, tmp_path, monkeypatch):
@@ -251,6 +267,13 @@ def test_a_failed_run_is_begun_again_when_asked_and_one_that_ends_without_sample
     assert launched(4)[2] == []
     said = launched(4, retry_failed=True)[2]
     assert sum(text.startswith("started") for text in said) == 5
+
+
+def test_a_run_whose_log_another_process_takes_first_was_not_started(launched, monkeypatch):
+    monkeypatch.setattr(jobs, "start", lambda *arguments: None)
+    said = launched(1)[2]
+    assert [text.partition(" ")[0] for text in said].count("waiting") == 10  # twice each: it is queued again once
+    assert not any(text.startswith("started") for text in said)
 
 
 def test_two_launchers_of_a_study_do_not_work_at_once(launched, monkeypatch):

@@ -115,6 +115,9 @@ def test_list_says_which_run_and_why_not():
     by_name = {row["name"]: row for row in rows}
     assert by_name["cdm-256"]["runs"] is False and "released" in by_name["cdm-256"]["unavailable"]
     assert by_name["dit-xl-2-256-cfg1.5"]["published_fid"] == 2.27
+    # Table 5's rows of one network with other decoders, under names that no other table has
+    assert by_name["dit-xl-2-256-cfg1.5-vae-original"]["published_fid"] == 2.46
+    assert by_name["dit-xl-2-256-cfg1.5-vae-ft-mse"]["published_fid"] == 2.30
     assert by_name["adm-g-adm-u-256"]["weights"] == ["base", "classifier", "upsampler"]
     assert "cannot be run" in harness("list", "systems").stdout
 
@@ -133,6 +136,14 @@ GOOD = {"name": "mine", "protocol": "digits", "base": {"backbone": "adm-xs", "st
         ({"row": "Table 2: mine"}, "row is for the built-in systems"),
         ({"upsamplers": {}}, r"written \[\[upsamplers\]\]"),
         ({"base": {"backbone": "adm-xs", "eta": float("nan")}}, "eta must be a finite number"),
+        (
+            {"base": {"backbone": "adm-xs", "arguments": {"dropout": float("nan")}}},
+            "dropout = nan is no argument of a network",
+        ),
+        (
+            {"base": {"backbone": "adm-xs", "arguments": {"multipliers": [1, float("inf")]}}},
+            r"multipliers = \[1, inf\] is no argument of a network",
+        ),
         ({"name": "adm-g-256"}, "the name 'adm-g-256' is that of a built-in system"),
         ({"name": "a\0b"}, "must be printable"),
         ({"base": {"backbone": "adm-xs", "steps": 10**30}}, "steps = 10+ is out of range"),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small_runs import SecondProcess, request, workshop
 
 from harness.distributed.group import ProcessGroup, Stopped
@@ -61,6 +61,25 @@ def test_stopping_and_resuming_changes_no_bit(whole, tmp_path):
     assert resumed.run.ema_checkpoint_steps() == [3, 4, 9, 12]
 
 
+def test_a_part_that_does_not_fit_is_refused(whole, tmp_path, monkeypatch):
+    folder, wanted = whole.run.checkpoints / "step-00000012", whole.request
+    engine = torch_trainer.TorchEngine(
+        wanted.spec, torch_trainer.build(wanted.spec, wanted.arguments, 0), arguments=wanted.spec.arguments(**wanted.arguments), recipe=wanted.recipe,
+        seed=0, resolved=whole.run.resolved, data=whole.data,
+    )  # fmt: skip
+    path = tmp_path / "part.safetensors"
+    moment = load_file(folder / "first_moment.safetensors")
+    save_file({name: value for name, value in moment.items() if name != "step"}, path)
+    with pytest.raises(UserError, match="part.safetensors does not fit this network: step is missing"):
+        engine.load("first_moment", path)
+    model = load_file(folder / "model.safetensors")
+    save_file({name: np.ascontiguousarray(value[:1]) for name, value in model.items()}, path)
+    # the first row of each tensor, which is what this process would hold of sharded weights
+    monkeypatch.setattr(torch_trainer, "local_shard", lambda tensor: tensor.detach()[:1])
+    with pytest.raises(UserError, match=r"does not fit this network: \S+ \(1,.*\) is not in it"):
+        engine.load("model", path)
+
+
 def test_a_log_longer_than_the_checkpoint_is_cut(whole, tmp_path):
     shop = workshop(tmp_path / "run", request(steps=12))
     shop.train(5)
@@ -91,6 +110,14 @@ def test_gradient_checkpointing_changes_no_bit(whole, tmp_path):
     shop = workshop(tmp_path / "run", wanted)
     shop.train(12)
     assert shop.run.log.read_bytes() == whole.run.log.read_bytes()
+
+
+def test_gradient_checkpointing_is_kept_by_a_run(whole, tmp_path):
+    resolved = dataclasses.replace(whole.run.resolved, gradient_checkpointing=True)
+    RunSession(request(gradient_checkpointing=True), whole.data, tmp_path / "run").create(resolved)
+    continued = RunSession(request(), whole.data, tmp_path / "run")  # without the flag
+    assert continued.request.arguments["gradient_checkpointing"] is True
+    assert "gradient_checkpointing" not in RunSession(request(), whole.data, whole.folder).request.arguments
 
 
 def test_ema_follows_the_stated_average(tmp_path):
@@ -293,7 +320,7 @@ def test_checkpoints_are_due_by_cost_and_by_loss(whole):
         (60.0, 301, True),
     ):
         manager._cost, manager._saved_at = cost, now - age
-        assert manager.due() is due, (cost, age)
+        assert manager.checkpoint_due() is due, (cost, age)
 
 
 def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):

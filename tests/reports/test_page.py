@@ -10,7 +10,8 @@ from browser import Browser, find_chromium
 from page_figures import bubbles, curves
 from PIL import Image
 
-from reports.charts import model_styles
+from reports.charts import Axis, Figure, Panel, Series, model_styles
+from reports.page.curves import figure_data
 from reports.page.writer import page_bytes, page_data
 from reports.report import write_report
 from reports.tables import paper_tables, protocol_table
@@ -378,6 +379,27 @@ def test_without_scripts_there_are_the_static_figures(browser, shown):
     assert (np.abs(picture.astype(int) - [204, 0, 0]).max(-1) < 8).sum() >= 1000
     assert page.complaints == []
     page.close()
+
+
+def test_a_panel_without_marks_has_its_place():
+    empty = Series(label="a", model="a", kind="line", provenance="measured", marks=())
+    axis = Axis(title="x")
+    for series in ((), (empty,)):
+        figure = Figure(name="f", title="f", panels=(Panel(heading="", x=axis, y=axis, series=series),), rows=())
+        (panel,) = figure_data(figure, model_styles([]))["panels"]
+        assert [each["marks"] for each in panel["series"]] == [[] for _ in series]
+
+
+def test_published_records_of_record_files_count_as_published(record):
+    printed = paper.records()
+    data = page_data(
+        [], [], [record(), *printed[:3], dataclasses.replace(printed[0], system="another")], styles={}, published=printed,
+        record_files=(), problems=(), conflicts=(),
+    )  # fmt: skip
+    summary, more = data["summary"], len(printed) + 1
+    assert (summary["measured"], summary["published"]) == (1, more)
+    assert {"name": "digits", "measured": 1, "published": 0} in summary["protocols"]
+    assert sum(each["published"] for each in summary["protocols"]) == more
 
 
 def test_rows_and_records_beyond_the_caps_are_counted(browser, folder, shown, monkeypatch):

@@ -1,13 +1,15 @@
 """Figure 10: which records are drawn, on which panel, on which line, under which name; and how any figure is drawn."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from reports.charts import model_styles
 from reports.drawing import draw
 from reports.figures import figures, published_records
-from results.records import Evaluation, Sampling
+from reports.page.run_artifacts import SampleGrid
+from results.records import Evaluation, Sampling, Training
 
 
 def sampling_figure(records):
@@ -100,6 +102,7 @@ def test_the_decoder_is_counted_in_a_panel_of_its_own_where_its_cost_is_known(re
     gflops = record().sampling.gflops_per_image
     assert sorted(mark.x for each in without.series for mark in each.marks) == [gflops, gflops, 9.0]
     assert sorted(mark.x for each in counted.series for mark in each.marks) == [gflops, gflops + 2.0]
+    assert all(each.marks for each in counted.series) and draw(figure, model_styles([record()]), ("svg",))
 
 
 def test_of_many_lines_the_best_and_the_longest_trained_are_drawn(record):
@@ -137,6 +140,24 @@ def test_the_steps_of_every_network_of_a_cascade_stand_at_its_mark(record):
     sampling = dataclasses.replace(record().sampling, steps=40, stage_steps="40 + 30")
     ((mark,),) = [series.marks for series in series_of([record(system="cascade", sampling=sampling)])]
     assert mark.text == "40 + 30" and ("sampling steps", "40 + 30") in mark.facts
+
+
+def test_steps_that_are_not_stated_are_named_nowhere(record):
+    sampling = Sampling(sampler="ddpm", gflops_per_image=1.0)
+    records = [
+        record(system=name, value=9.0 - i, training=training, sampling=sampling)
+        for i, name in enumerate(("a", "b"))
+        for training in (Training(seed=0), Training(steps=800, seed=0))
+    ]
+    assert {each.label for each in series_of(records)} == {"a", "a (800 steps)", "b", "b (800 steps)"}
+    figure = next(figure for figure in figures(records) if figure.name == "pareto")
+    assert {mark.text for panel in figure.panels for each in panel.series for mark in each.marks} >= {"b"}
+    for figure in (*figures(records), *figures(records[::2])):
+        texts = [mark.text for panel in figure.panels for each in panel.series for mark in each.marks]
+        texts += [panel.note for panel in figure.panels]
+        assert not any(wrong in text for text in texts for wrong in ("None", "- steps", " 0 steps", "; ;")), figure.name
+    title = SampleGrid(path=Path("run/grid.png"), records=(records[1],)).title
+    assert title == "a, 800 training steps, seed 0, ddpm"
 
 
 def test_ticks_of_a_narrow_range_are_told_apart(record, monkeypatch):

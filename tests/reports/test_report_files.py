@@ -113,11 +113,12 @@ def test_figures_are_reproducible_to_the_byte(study, tmp_path, monkeypatch):
     assert _contents(tmp_path / "a" / "out") == _contents(tmp_path / "b" / "out")
 
 
-def test_refusals_and_failures(tmp_path, undrawn):
+def test_refusals_and_failures(tmp_path, undrawn, monkeypatch):
     with pytest.raises(UserError, match="no record file or folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr("reports.report.load", lambda *arguments: pytest.fail("records are read first"))
     with pytest.raises(UserError, match="it is a file"):
         write_report([], tmp_path / "file")
 

@@ -86,6 +86,23 @@ def test_tables_4_and_5_take_measured_rows(imagenet):
     assert len(_table("table-5", [imagenet("fid", 2.3)]).sections[0].lines) == 4
 
 
+def test_seeds_are_told_apart_in_sections_of_table_4_without_the_paper(imagenet):
+    for features in (("ef" * 32, "ab" * 32), ("ef" * 32,)):  # two sections of measured rows, or one with the paper's
+        measured = [
+            imagenet(
+                "fid", 70.0 + seed, name, backbone="dit-b-4", system="dit-b-4", seed=seed,
+                sampling=Sampling(sampler="ddpm", steps=250),
+            )
+            for name in features
+            for seed in (0, 1)
+        ]  # fmt: skip
+        sections = [each for each in _table("table-4", measured).sections if each.lines[-1].cells[-1] == "measured"]
+        assert len(sections) == len(features)
+        for section in sections:
+            notes = [" ".join(section.footnotes[index] for index in line.notes) for line in section.lines[-2:]]
+            assert "training seed 0" in notes[0] and "training seed 1" in notes[1]
+
+
 def test_protocol_table(study):
     table = protocol_table("digits", study)
     assert table.name == "table-digits"

@@ -10,7 +10,8 @@ import pytest
 from reports.charts import model_styles, to_csv
 from reports.drawing import draw
 from reports.figures import figures, published_records
-from results.records import Training
+from reports.points import usual_sampling
+from results.records import Sampling, Training
 
 
 def named(records, name):
@@ -157,6 +158,28 @@ def test_blocks_of_a_study(record):
     }  # fmt: skip
 
 
+def test_of_several_recipes_of_a_model_the_longest_training_counts(record):
+    def at(system, steps, rate):
+        made = trained(record(system=system, value=100.0 - steps / 100), steps)
+        return dataclasses.replace(made, training=dataclasses.replace(made.training, learning_rate=rate))
+
+    # Lines are sorted by a hash, so each recipe is once the longer one.
+    for long, short in ((1e-3, 1e-4), (1e-4, 1e-3)):
+        records = [at("dit-xs-2", 200, long), at("dit-xs-2", 1000, long), at("dit-xs-2", 500, short)]
+        records += [at("dit-xs-4", 200, long), at("dit-xs-4", 800, long)]
+        (panel,) = named(records, "figure-6").panels
+        assert [[m.x for m in each.marks] for each in panel.series if each.model == "dit-xs-4"] == [[200, 800]]
+
+
+def test_dits_whose_training_steps_are_not_stated_are_in_no_panel_over_steps(record):
+    names = ("dit-xs-2", "dit-xs-4", "dit-xs-2-adaln")
+    records = [record(system=name, value=10.0 + i, training=Training(seed=0)) for i, name in enumerate(names)]
+    made = figures(records)
+    assert made and not {"figure-5", "figure-6"} & {figure.name for figure in made}
+    for figure in made:
+        assert draw(figure, model_styles(records), ("svg",))
+
+
 def test_models_matched_by_compute_share_a_panel_though_no_training_length(record):
     lengths = {"dit-xs-2": (200, 400), "dit-xs-4": (700, 1400)}
     records = [
@@ -182,6 +205,15 @@ def test_systems_without_the_usual_setting_keep_their_own(record):
         "a", "b", "c", "d (900 steps)",
     }  # fmt: skip
     assert "1 of 4 systems at their own most steps" in figure.panels[0].note
+
+
+@pytest.mark.parametrize(
+    ("scale", "channels", "text"),
+    [(1.0, None, "no guidance"), (1.0, "classifier", "guidance 1"), (None, "classifier", "guidance, scale not stated")],
+)
+def test_the_note_on_sampling_names_the_scale_of_a_classifier(record, scale, channels, text):
+    made = record(sampling=Sampling(sampler="ddpm", steps=25, guidance_scale=scale, guidance_channels=channels))
+    assert usual_sampling([made]) == ([made], f"sampled by ddpm with 25 steps, {text}")
 
 
 def test_every_figure_can_be_drawn_and_names_what_it_shows(lengths):

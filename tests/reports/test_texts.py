@@ -7,6 +7,7 @@ from reports.texts import (
     DISTINGUISHING_METADATA,
     METADATA,
     distinguishing_metadata,
+    guidance_text,
     row_metadata,
 )
 from results.records import Sampling, Training
@@ -36,3 +37,10 @@ def test_every_name_has_its_place_in_the_order_of_notes(record):
     assert row_metadata(record()).keys() <= set(METADATA)
     assert distinguishing_metadata(record()).keys() <= set(DISTINGUISHING_METADATA)
     assert not set(METADATA) & set(DISTINGUISHING_METADATA)
+
+
+def test_the_scale_of_a_classifier_may_be_missing(record):
+    sampling = Sampling(sampler="ddpm", steps=25, guidance_channels="classifier")
+    assert guidance_text(record(sampling=sampling)) == "scale not stated (classifier)"
+    assert guidance_text(record(sampling=dataclasses.replace(sampling, guidance_scale=1.0))) == "1 (classifier)"
+    assert guidance_text(record(sampling=Sampling(steps=25, guidance_scale=1.0))) == "none"

@@ -67,6 +67,20 @@ def test_cells_are_matched_by_metric_and_sampling():
     assert [(each.metric, each.sampling) for each in found] == [("fd", "ddpm-50")]
 
 
+def test_what_is_not_stated_about_guidance_is_no_none():
+    guided = dataclasses.replace(record(), sampling=Sampling(sampler="ddim", steps=5, guidance_channels="classifier"))
+    (found,) = compare([guided], [dataclasses.replace(guided, system="b")])
+    assert found.sampling == "ddim-5, guidance scale not stated (classifier)"
+    guided = dataclasses.replace(record(), sampling=Sampling(sampler="ddim", steps=5, guidance_scale=1.5))
+    (found,) = compare([guided], [dataclasses.replace(guided, system="b")])
+    assert found.sampling == "ddim-5, guidance 1.5"
+
+
+def test_a_sampler_without_steps_is_named_alone():
+    (found,) = compare([record(steps=None)], [record(system="b", steps=None)])
+    assert found.sampling == "ddpm"
+
+
 def test_what_may_not_be_compared_is_refused():
     with pytest.raises(UserError, match="N is 1000 in A and 2000 in B"):
         compare([record()], [record(n=2000, system="b")])

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import harness
+from backbones.dit.weights import contradiction
 from backbones.ldm.weights import average_name
 from harness.errors import UserError
+from harness.weights import transfer
 from harness.weights.files import open_weights
 from harness.weights.load import load_into
+from harness.weights.maps import Layout, Take, take_all
 from harness.weights.transfer import export_file, import_file, inspect_file
 
 
@@ -90,6 +93,13 @@ def test_what_a_config_may_say(folder, spec):
         load_into(spec.build(num_classes=10, heads=6), folder, spec)
     finally:
         path.write_text(before)
+
+
+def test_null_for_the_heads_is_the_default_also_where_their_number_is_not_known(state):
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for heads, dim, fits in ((None, 64, True), (3, None, True), (None, None, True), (3, 64, True), (3, 32, False)):
+        text = contradiction({"num_attention_heads": heads, "attention_head_dim": dim}, shapes, None)
+        assert (text is None) == fits, (heads, dim)
 
 
 def test_a_position_table_of_no_image_is_refused_before_it_is_built(state, tmp_path):
@@ -182,6 +192,21 @@ def test_a_refusal_does_not_guess_what_the_file_is(state, spec, tmp_path):
     expected = f"{path} (DiT state dict) does not fit dit-xs-4: pos_embed is missing (in all 1 missing)"
     assert refused(lambda: import_file(path, backbone="dit-xs-4")) == expected
     assert refused(lambda: load_into(spec.build(num_classes=10), path, spec)) == expected
+
+
+@pytest.mark.parametrize("keys", [(0, 1), (b"a", b"b"), ("(int)", 7)])
+def test_tensors_that_would_have_one_name_are_refused(keys, tmp_path):
+    torch.save({key: torch.zeros(2) for key in keys}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a.pt holds two tensors under the name \((int|bytes)\); save net"):
+        open_weights(tmp_path / "a.pt")
+
+
+def test_a_layout_that_wants_another_tensor_says_which(bare, monkeypatch, tmp_path):
+    for outward in (lambda shapes: {"a": Take("stranger")}, lambda shapes: {"a": Take(str(shapes["stranger"]))}):
+        layout = Layout(name="dit", title="", marks=(), inward=take_all, outward=outward)
+        monkeypatch.setattr(transfer, "_find_layout", lambda spec, name, layout=layout: layout)
+        with pytest.raises(UserError, match="cannot be written as dit: stranger is missing"):
+            export_file(bare, "dit", tmp_path / "out.pt")
 
 
 def test_an_import_says_what_it_did_not_load(state, tmp_path):

@@ -87,7 +87,7 @@ class JaxStage:
         number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
     ):
         self._net, self._classifier, self._plan = net, classifier, plan
-        self._precision, self._mesh, self._number = precision, mesh, number
+        self._precision, self._mesh, self._stage_number = precision, mesh, number
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
@@ -129,9 +129,9 @@ class JaxStage:
     def _prepare(self, seed: int, index: Words, low_res: Array | None) -> tuple[Carry, Array | None]:
         """The state before the first row, of the initial noise, and `low_res` with its conditioning noise added."""
         if low_res is not None and self._conditioning_noise:
-            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._number, low_res.shape[1:])
+            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._stage_number, low_res.shape[1:])
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
-        if self._number:
+        if self._stage_number:  # of an upsampler
             x = self._upsampler_noise(seed, index, np.asarray(0, np.uint32))
         else:
             x = random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape)
@@ -142,7 +142,7 @@ class JaxStage:
 
         word: uint32, 0 for x_T, k + 1 for plan step k.
         """
-        step = Words(np.asarray(self._number, np.uint32), word)
+        step = Words(np.asarray(self._stage_number, np.uint32), word)
         return random.normal(seed, Purpose.UPSAMPLER_NOISE, index, step, self._shape)
 
     def _steps(
@@ -165,7 +165,7 @@ class JaxStage:
         def noise_of(k: Array) -> Array:
             """The noise float32 (N, C, H, W) of plan step k."""
             word = k.astype(jnp.uint32)
-            if self._number:
+            if self._stage_number:  # of an upsampler, whose word 0 is x_T
                 return self._upsampler_noise(seed, index, word + np.uint32(1))
             return random.normal(seed, Purpose.STEP_NOISE, index, Words(np.asarray(0, np.uint32), word), self._shape)
 

@@ -142,7 +142,9 @@ class JaxEngine:
             if recipe.clip_norm:
                 grads, _ = optax.clip_by_global_norm(recipe.clip_norm).update(grads, optax.EmptyState())
             updates, adam = optimizer.update(grads, state.adam)
-            params = jax.tree.map(lambda p, m: p - lr * (m + recipe.weight_decay * p), state.params, updates)
+            params = jax.tree.map(
+                lambda p, adam_update: p - lr * (adam_update + recipe.weight_decay * p), state.params, updates
+            )
             ema = jax.tree.map(lambda average, p: average + ema_weight * (p - average), state.ema, params)
             return State(params, rest, ema, adam)
 

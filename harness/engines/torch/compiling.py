@@ -136,14 +136,15 @@ def choose(
     unavailable: str | None,  # from `unavailable_reason`; None, or not None, in all processes alike
     seconds: float,  # of training on one image in one process, uncompiled
     images: int,  # that one process trains on in the whole run
-    measure: Callable[[], float],  # the same with `net` as it is, in this process
+    measure: Callable[[], float],  # seconds of training on one image in this process, with `net` as it is
     all_max: Callable[[float], float] = lambda value: value,  # the largest value of all processes
 ) -> Choice:
     """Whether to compile. "auto" compiles if the whole run would be faster by measurement, its compilation included.
 
     `net` is left uncompiled. An error of the compiler means "off" under "auto", and a UserError under "on". Each process
-    measures alone, because any of them may fail: `measure` must not wait for other processes. Then all agree. If one has
-    failed, none compiles. Otherwise the slowest decides.
+    measures alone, because any of them may fail: `measure` must not wait for other processes. Then all agree. After a
+    UserError of `measure` in one of them all raise one. If the compiler has failed in one, none compiles. Otherwise the
+    slowest decides.
     """
     if wanted == "off":
         return Choice("off", "not asked for")
@@ -158,20 +159,25 @@ def choose(
     compiled_seconds = 0.0  # of training on one image in one process, compiled
     # Unless this process fails (cause), a failure is another process's.
     reason, cause = "torch.compile failed in another process", None
+    refusal: UserError | None = None  # of `measure`; not raised at once, because the others wait in `all_max`
     try:
         compile_network(net)
         measure()  # the passes that compile are slow, and may end a measurement early; its result is not used
         compiled_seconds = measure()
-    except UserError:
-        raise
+    except UserError as error:
+        refusal = error
     except Exception as error:  # the compiler's are of many kinds
         text = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         reason, cause = f"torch.compile failed here ({text})", error
     finally:
         undo(net)
     cost = time.perf_counter() - begin  # seconds of compilation, about: the measurement is included
-    any_failed = all_max(float(cause is not None)) > 0
-    if any_failed:
+    failure = all_max(2.0 if refusal else float(cause is not None))  # the worst of all processes; 0: none, 2: UserError
+    if refusal is not None:
+        raise refusal
+    if failure == 2:
+        raise UserError("a training step cannot be measured in another process; its message says why")
+    if failure:
         if wanted == "on":
             raise UserError(f"--compile on: {reason}; leave it out") from cause
         return Choice("off", reason)

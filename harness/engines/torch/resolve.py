@@ -22,7 +22,7 @@ from harness.errors import UserError
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `--precision auto`
+PRECISIONS = ("float32", "bfloat16")  # that `--precision auto` chooses from
 NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
 PROBE_IMAGES = 16  # at most: the speeds of precisions are compared on a batch of this size
 PROBE_REPEATS = 3

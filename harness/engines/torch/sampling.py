@@ -71,7 +71,7 @@ class TorchStage:
             check_available(device)
             self._net = compile_sampler(net, device)
         self._classifier = None if classifier is None else classifier.to(device).eval().requires_grad_(False)
-        self._plan, self._precision, self._device, self._number = plan, precision, device, number
+        self._plan, self._precision, self._device, self._stage_number = plan, precision, device, number
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
@@ -101,13 +101,13 @@ class TorchStage:
         """Images, or latents of a latent-space network: float32 (N, C, H, W)."""
         set_arithmetic(self._device, self._precision)
         if low_res is not None and self._conditioning_noise:
-            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._number, tuple(low_res.shape[1:]))
+            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._stage_number, tuple(low_res.shape[1:]))
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
 
         def noise_of(k: int) -> torch.Tensor:
             """The noise (N, C, H, W) of plan step k; k = -1: the initial noise x_T."""
-            if self._number:  # an upsampler; the steps of different stages never coincide
-                step = (self._number << STAGE_BITS) + 1 + k
+            if self._stage_number:  # an upsampler; the steps of different stages never coincide
+                step = (self._stage_number << STAGE_BITS) + 1 + k
                 return random.normal(seed, Purpose.UPSAMPLER_NOISE, index, step, self._shape)
             purpose = Purpose.INITIAL_NOISE if k < 0 else Purpose.STEP_NOISE
             return random.normal(seed, purpose, index, max(k, 0), self._shape)  # (N, C, H, W)

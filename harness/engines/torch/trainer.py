@@ -202,27 +202,32 @@ class TorchEngine:
     @torch.no_grad()
     def load(self, part: str, path: Path) -> None:
         targets = self._load_targets(part)
+        is_moment = part.endswith("moment")
         step = None  # AdamW's number of updates, which both moments hold
         seen = set()
 
         def local_slice(name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
-            """The slice of a tensor in the file that this process holds.
+            """The slice of a tensor in the file that this process holds; None for "step", which is read whole.
 
-            None reads it whole: "step", and a tensor that does not fit, which is refused below.
+            UserError for a tensor of another shape: its slice could have the shape of the local shard by chance.
             """
-            fits = name in targets and tuple(targets[name].shape) == shape
-            return shard_slice(targets[name]) if fits else None
+            if name == "step" and is_moment:
+                return None
+            if name not in targets or tuple(targets[name].shape) != shape:
+                raise UserError(f"{path} does not fit this network: {name} {shape} is not in it")
+            return shard_slice(targets[name])
 
         for name, array in checkpoints.tensors(path, local_slice):
             value = torch.from_numpy(array)
-            if name == "step" and part.endswith("moment"):
+            if name == "step" and is_moment:
                 step = value.reshape(())
                 continue
             seen.add(name)
-            if name not in targets or local_shard(targets[name]).shape != value.shape:
-                raise UserError(f"{path} does not fit this network: {name} {tuple(value.shape)} is not in it")
             local_shard(targets[name]).copy_(value)
-        if missing := sorted(set(targets) - seen):
+        missing = sorted(set(targets) - seen)
+        if is_moment and step is None:
+            missing.append("step")
+        if missing:
             raise UserError(f"{path} does not fit this network: {missing[0]} is missing")
         if step is not None:
             for weight in self._weights:
