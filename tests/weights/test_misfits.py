@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import harness
+from backbones.dit.weights import contradiction
 from backbones.ldm.weights import average_name
 from harness.errors import UserError
 from harness.weights.files import open_weights
@@ -90,6 +91,13 @@ def test_what_a_config_may_say(folder, spec):
         load_into(spec.build(num_classes=10, heads=6), folder, spec)
     finally:
         path.write_text(before)
+
+
+def test_null_for_the_heads_is_the_default_also_where_their_number_is_not_known(state):
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for heads, dim, fits in ((None, 64, True), (3, None, True), (None, None, True), (3, 64, True), (3, 32, False)):
+        text = contradiction({"num_attention_heads": heads, "attention_head_dim": dim}, shapes, None)
+        assert (text is None) == fits, (heads, dim)
 
 
 def test_a_position_table_of_no_image_is_refused_before_it_is_built(state, tmp_path):
