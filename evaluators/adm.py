@@ -177,7 +177,7 @@ def _mean_score(mean_p: np.ndarray, mean_p_log_p: np.ndarray) -> float:
 
 
 def _round_to_float16(x: np.ndarray) -> np.ndarray:
-    """Round x, float32, to float16 values in place, ties to even, and return it. Values beyond 65,504 become inf.
+    """Round x, float32, to float16 values in place, ties to even, and return it. Values from 65,520 on become inf.
 
     Works on the bits, which is 10 times as fast as numpy's cast. Values that are not normal float16 numbers (subnormal,
     too large, nan) go through numpy's cast.

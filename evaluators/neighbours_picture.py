@@ -26,7 +26,7 @@ def write_picture(
     """
     from reports.neighbours import write_neighbours
 
-    count = min(neighbours, len(inputs.training) - 1)
+    count = min(neighbours, len(inputs.training))
     nearest = find_neighbours(inputs.features.pooled, training_features(inputs), count)
     shown = nearest.most_suspicious[:rows]
     return write_neighbours(

@@ -57,6 +57,7 @@ class Registry(Generic[Item]):
         owner: the distribution that adds it, for messages. Raises `UserError` for an item without a name, of another
         type, or with a name that is taken; the items before that one stay registered.
         """
+        self._load()  # first, so that no name of a built-in item can be taken
         for each in _items(item, self._of):
             name = getattr(each, "name", None)
             if not isinstance(name, str) or not name:

@@ -46,9 +46,9 @@ class _Checked:
 
     def __post_init__(self) -> None:
         cls: type = type(self)
-        hints, required = field_types(cls), _required(cls)
+        hints, optional = field_types(cls), _optional(cls)
         for name, value in tuple(vars(self).items()):
-            if value is None and name not in required:
+            if value is None and name in optional:
                 continue
             hint = hints[name]
             # Two shortcuts for values that _coerce would return as they are. 0.0 takes the long way, because it may be
@@ -333,6 +333,13 @@ def field_types(cls: type) -> dict[str, type]:
         (kind,) = (option for option in options if option is not types.NoneType)
         hints[name] = typing.get_origin(kind) or kind
     return hints
+
+
+@functools.cache
+def _optional(cls: type) -> frozenset[str]:
+    """The names of the fields of a record class that may be None."""
+    hints = typing.get_type_hints(cls)
+    return frozenset(name for name, hint in hints.items() if types.NoneType in typing.get_args(hint))
 
 
 @functools.cache

@@ -195,8 +195,8 @@ def _conflict_text(pairs: list[tuple[Record, str]]) -> str:
 def _repair_and_read(file: FileIO) -> dict[str, Record]:
     """Repair the end of an open file in place, and return its records: identity_sha256 -> record.
 
-    Without a newline at the end, the last line was left by a crash: a whole record gets its newline, anything else is cut
-    off.
+    Without a newline at the end, the last line was left by a crash: a whole record gets its newline, also one of a newer
+    schema, and anything else is cut off.
     """
     file.seek(0)
     content = file.read()
@@ -210,8 +210,10 @@ def _repair_and_read(file: FileIO) -> dict[str, Record]:
     if tail:
         try:
             record = _parse(tail, reader)
-        except (BrokenRecord, NewerSchema):
+        except BrokenRecord:
             file.truncate(len(content) - len(tail))
+        except NewerSchema:
+            files.append(file, b"\n")
         else:  # only the newline is missing
             known.setdefault(record.identity_sha256, record)
             files.append(file, b"\n")

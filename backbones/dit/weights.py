@@ -240,10 +240,11 @@ def contradiction(config: Mapping[str, Any], shapes: Shapes, heads: int | None) 
         given = config.get(name)  # null means the default
         if given is not None and (type(given) is not int or given != expected):
             return _contradicts(name, given, str(expected))
-    if heads is None and {"num_attention_heads", "attention_head_dim"} <= set(config):  # their product is the width
-        given = [config["num_attention_heads"], config["attention_head_dim"]]
-        if None not in given and not all(type(value) is int for value in given) or given[0] * given[1] != width:
-            return _contradicts("num_attention_heads x attention_head_dim", given, str(width))
+    given = [config.get("num_attention_heads"), config.get("attention_head_dim")]
+    # The product of the two is the width.
+    fits = None in given or (all(type(value) is int for value in given) and given[0] * given[1] == width)
+    if heads is None and not fits:
+        return _contradicts("num_attention_heads x attention_head_dim", given, str(width))
     return None
 
 

@@ -15,6 +15,9 @@ import numpy as np
 from harness.errors import LONGEST_SHOWN, UserError, shown
 
 MAX_STEPS = 100_000  # of a schedule; usual are 1000
+# The betas of "linear" go up to 20 / steps and reach 1 with fewer steps. (Of 1 step only the lowest beta is left, which adds
+# next to no noise.) Those of the other schedules stay below 1.
+MIN_LINEAR_STEPS = 21
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,11 +83,11 @@ class Schedule:
             raise UserError(f"unknown noise schedule {shown(name)}: {hint}known are {', '.join(SCHEDULES)}")
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"a noise schedule cannot have {steps} timesteps: give 1 to {MAX_STEPS:,}")
-        betas = SCHEDULES[name](steps)
-        # The betas of "linear" go up to 20 / steps, so they reach 1 below 21 steps. Those of the others do not.
-        if not (betas < 1).all():
-            raise UserError(f"noise schedule {name!r} is too steep at {steps} timesteps: give at least 21")
-        return cls(name=name, original_steps=steps, timesteps=np.arange(steps), betas=betas)
+        if name == "linear" and steps < MIN_LINEAR_STEPS:
+            raise UserError(
+                f"noise schedule {name!r} is too steep at {steps} timesteps: give at least {MIN_LINEAR_STEPS}"
+            )
+        return cls(name=name, original_steps=steps, timesteps=np.arange(steps), betas=SCHEDULES[name](steps))
 
     def __len__(self) -> int:
         return len(self.betas)

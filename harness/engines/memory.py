@@ -79,7 +79,7 @@ def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: in
 
 def check_room(name: str, parameters: int, device: str, free: int) -> None:
     """Raise NotEnoughMemory where the training state alone does not fit in `free` bytes, before the network is built."""
-    need = state_bytes(parameters, "bfloat16")  # which needs more than float32
+    need = state_bytes(parameters, "bfloat16")  # not yet chosen, and bfloat16 needs more: a second copy of the weights
     if need > free * USABLE_SHARE:
         raise NotEnoughMemory(
             f"{name} needs {need / 1e9:.1f} GB on {device} for weights, gradients and optimiser, and "

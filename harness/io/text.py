@@ -18,7 +18,7 @@ def read_count(value: Any) -> int:
     """A whole number of at least 1: a number, or text such as 250, 400k or 7M."""
     try:
         number = value if isinstance(value, int) and not isinstance(value, bool) else count(value)
-    except (ValueError, IndexError, TypeError, AttributeError):
+    except (ValueError, IndexError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"{value!r} is not a count such as {COUNT_EXAMPLES}") from None
     if number < 1:
         raise ValueError("must be at least 1")
@@ -37,7 +37,7 @@ def read_seed(value: Any) -> int:
     """A whole number from 0 to 2**63 - 1."""
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{value!r} is not a valid integer.") from None
     # int() accepts True, and it cuts the float 2.5 to 2.
     was_cut = not isinstance(value, str | int) and number != float(value)
@@ -134,7 +134,7 @@ def count(text: str) -> int:
         number: float = int(digits)  # not by float(), which rounds above 2**53
     except ValueError:
         number = float(digits)
-    if not math.isfinite(number):
+    if not math.isfinite(number * factor):
         raise ValueError(f"{text!r} is not a whole number")
     if not number * factor == int(number * factor) or number < 0:
         raise ValueError(f"{text!r} is not a whole number")

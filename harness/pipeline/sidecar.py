@@ -253,6 +253,7 @@ def _settings_text(system: System) -> str | None:
         eta = f", eta {each.eta:g}" if has_eta(each.sampler) else ""
         noise = f", conditioning noise {each.conditioning_noise:g}" if each.conditioning_noise else ""
         texts.append(f"{each.backbone} by {each.sampler}{eta}{noise}")
+    # If only the classifier guides, its scale is in the record's field of guidance already: see `_guidance`.
     if system.classifier is not None and system.base is not None and system.base.guidance_scale != 1:
         texts.append(f"guided by {system.classifier.backbone} too, scale {system.classifier.scale:g}")
     return "; ".join(texts) or None

@@ -116,7 +116,7 @@ def test_respacing_refused(spacing):
 def test_schedule_refused():
     with pytest.raises(UserError, match="did you mean 'cosine'"):
         Schedule.named("cosin")
-    for steps in (0, 20, 2**31, 10**30):
+    for steps in (0, 1, 2, 20, 2**31, 10**30):
         with pytest.raises(UserError, match="timesteps"):
             Schedule.named("linear", steps)
     assert len(Schedule.named("linear", 21)) == 21

@@ -356,6 +356,12 @@ def test_picture_shows_the_copies_first(inputs, tmp_path):
     assert [path.name] == [p.name for p in tmp_path.iterdir()]
 
 
+def test_picture_of_a_small_training_set_shows_all_of_it(inputs, tmp_path):
+    few = MetricInputs(**{**inputs.__dict__, "training": inputs.training[:3]})
+    with Image.open(neighbours_picture.write_picture(few, tmp_path / "n.png", rows=2)) as picture:
+        assert picture.width == 4 + 64 + 16 + 3 * 68
+
+
 def test_pictures_that_do_not_fit_are_refused(tmp_path):
     images = np.zeros((2, 8, 8, 1), np.uint8)
     near = np.zeros((2, 3, 8, 8, 1), np.uint8)

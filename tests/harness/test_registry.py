@@ -20,6 +20,13 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         backbones.get("dit-xl2")
 
 
+def test_a_built_in_name_is_taken_also_before_anything_is_loaded():
+    registry = Registry("harness.backbones", "backbone", BackboneSpec)
+    with pytest.raises(UserError, match="'dit-xl-2' is taken by backbone-harness"):
+        registry.register(spec("dit-xl-2"))
+    assert registry.problems == []
+
+
 def test_a_name_is_never_replaced():
     registry = fresh()
     first = registry.register(spec("mine"), "first-package")

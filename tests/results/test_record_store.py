@@ -9,7 +9,7 @@ import pytest
 
 from harness.errors import RunError, UserError
 from results import store
-from results.records import to_json
+from results.records import SCHEMA_VERSION, to_json
 from results.store import Conflict, append, find_record_files, load
 
 
@@ -24,6 +24,15 @@ def test_append_and_load(measured, tmp_path):
     loaded = load([path])
     assert list(loaded.records) == sorted(records, key=lambda record: record.id)
     assert set(loaded.records) == set(records) and loaded.problems == () and loaded.conflicts == ()
+
+
+def test_a_last_line_of_a_newer_version_is_kept(measured, tmp_path):
+    path = tmp_path / "records.jsonl"
+    newer = json.dumps({**json.loads(to_json(measured())), "schema": SCHEMA_VERSION + 1}).encode()
+    path.write_bytes(newer)  # without its newline
+    assert append(path, [measured(metric="kid")]) == 1
+    first, second, rest = path.read_bytes().split(b"\n")
+    assert first == newer and json.loads(second)["metric"] == "kid" and rest == b""
 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])

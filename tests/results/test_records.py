@@ -78,6 +78,7 @@ def test_numpy_numbers_and_integers_become_python_numbers(measured):
         ({"n": 1000.0}, "n"),
         ({"n": 0}, "n"),
         ({"system": None}, "system"),
+        ({"schema": None}, "schema"),
         ({"low": 0.5, "high": 0.4}, "low"),
         ({"high": None}, "low"),
         ({"provenance": "guessed"}, "provenance"),
@@ -89,8 +90,9 @@ def test_numpy_numbers_and_integers_become_python_numbers(measured):
 def test_wrong_fields_are_named(measured, changes, culprit):
     with pytest.raises(BrokenRecord, match=rf"Record\.{culprit}:"):
         measured(**changes)
-    with pytest.raises(BrokenRecord, match=r"Environment\.versions"):
-        Environment(versions={"torch": 2})
+    for versions in ({"torch": 2}, None):
+        with pytest.raises(BrokenRecord, match=r"Environment\.versions"):
+            Environment(versions=versions)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,7 @@ def test_wrong_fields_are_named(measured, changes, culprit):
     [
         (lambda fields: fields.update(surprise=1), r"Record\.surprise: unknown"),
         (lambda fields: fields["training"].update(speed=1), r"Training\.speed: unknown"),
+        (lambda fields: fields["environment"].update(versions=None), r"Environment\.versions: None"),
         (lambda fields: fields.pop("value"), r"Record\.value: missing"),
         (lambda fields: fields.update(training=[1]), r"Record\.training"),
         (lambda fields: fields.update(value=7.5), "not the content's"),
