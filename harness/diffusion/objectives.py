@@ -32,6 +32,7 @@ class Objective:
     input_scale: what x_t is multiplied with before the network sees it, a function of the same; None: nothing.
     margin: distance in t that is kept from an end of the process at which x_0 does not follow from x_t and u.
     schedules: names of the noise schedules that it is defined on; None: all that have what its target needs.
+    network_time: what the network is given as time in continuous time, a function of (t, the module); None: the process's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Objective:
     input_scale: Callable[[Coefficients, Namespace], Floats] | None = None
     margin: float = 0.0
     schedules: tuple[str, ...] | None = None
+    network_time: Callable[[Floats, Namespace], Floats] | None = None
 
     def out_channels(self, in_channels: int) -> int:
         """Output channels of a network for inputs of `in_channels`: the prediction first, then the variance if learned."""
@@ -88,6 +90,12 @@ OBJECTIVES = {
         Objective(name="x0", target=lambda at, xp: Target(1.0, 0.0)),
         Objective(name="v", target=lambda at, xp: Target(-at.s, at.a)),  # Salimans & Ho 2022, sec. 4
         Objective(name="velocity", target=lambda at, xp: Target(at.da, at.ds)),  # dx_t / dt; flow matching
+        # The released weights of SiT: dx / d tau and the time tau = 1 - t, not multiplied (transport.py, path.py @947f95b)
+        Objective(
+            name="velocity-sit",
+            target=lambda at, xp: Target(-at.da, -at.ds),
+            network_time=lambda t, xp: 1.0 - t,
+        ),
         Objective(name="edm", target=_edm_target, input_scale=_edm_input_scale, schedules=("ve",)),
     )
 }

@@ -83,7 +83,7 @@ def make_plan(
         network_times = table.times
     else:
         at = process.coefficients(table.times, np)
-        network_times = process.network_time(table.times, np)
+        network_times = (objective.network_time or process.network_time)(table.times, np)
     with np.errstate(divide="ignore", invalid="ignore"):
         from_x, from_output = image_from(at, objective.target(at, np))
         x0_from_x, x0_from_output = (

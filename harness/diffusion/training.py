@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from harness import registry
 from harness.diffusion.objectives import Objective, image_from, is_constant
 from harness.diffusion.processes import PROCESSES, Coefficients, Floats, Namespace, Process
@@ -34,6 +36,10 @@ def process_named(schedule: str, diffusion_steps: int, noise_scale: float = 1.0)
     return Schedule.named(schedule, diffusion_steps)
 
 
+# Of a table of timesteps, which has no derivatives in t: a target that needs them is NaN.
+WITHOUT_SLOPES = Coefficients(np.float64(0.6), np.float64(0.8), np.float64(np.nan), np.float64(np.nan))
+
+
 def check_fit(objective: Objective, process: Schedule | Process) -> None:
     """Raise UserError where `objective` is not defined on `process`."""
     if objective.schedules is not None and process.name not in objective.schedules:
@@ -46,9 +52,9 @@ def check_fit(objective: Objective, process: Schedule | Process) -> None:
             f"the objective {objective.name} learns the variance of DDPM's steps, which the schedule {process.name} does "
             "not have: give another objective, or the schedule linear"
         )
-    if isinstance(process, Schedule) and objective.name == "velocity":
+    if isinstance(process, Schedule) and np.isnan(objective.target(WITHOUT_SLOPES, np)).any():
         raise UserError(
-            f"the objective velocity needs a schedule in continuous time ({', '.join(PROCESSES)}), and {process.name} is "
+            f"the objective {objective.name} needs a schedule in continuous time ({', '.join(PROCESSES)}), and {process.name} is "
             "a table of timesteps"
         )
 

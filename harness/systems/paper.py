@@ -34,6 +34,30 @@ def _dit(resolution: int, scale: float, decoder: str, *, suffix: str = "", row: 
     )
 
 
+def _sit(scale: float) -> System:
+    """SiT-XL/2 with its SDE sampler and classifier-free guidance of `scale` (1: none).
+
+    willisma/SiT @947f95b, README.md and sample_ddp.py. Its network is DiT-XL/2, of whose 2C output channels C are used.
+    """
+    guidance = f"-cfg{scale:g}" if scale != 1 else ""
+    words = f"classifier-free guidance {scale:g}" if scale != 1 else "no guidance"
+    return System(
+        name=f"sit-xl-2-256-sde{guidance}",
+        summary=f"SiT-XL/2, 250 Euler-Maruyama steps, {words}, VAE ft-ema; not of the paper",
+        protocol="imagenet-256",
+        base=Component(
+            backbone="dit-xl-2",
+            arguments={"input_size": 32, "out_channels": 8},
+            objective="velocity-sit",
+            schedule="flow",
+            sampler="euler-maruyama",
+            guidance_scale=scale,
+            guidance_channels="first-3",
+        ),
+        decoder="ft-ema",
+    )
+
+
 def _adm(resolution: int) -> tuple[System, ...]:
     """ADM plain, upsampled, guided, and both; a classifier guides the base, at the base's resolution."""
     table = f"Table {2 if resolution == 256 else 3}"
@@ -210,6 +234,8 @@ BUILT_IN: tuple[System, ...] = (
     _stylegan(512),
     *_adm(512),
     *_dits(512),
+    _sit(1.0),
+    _sit(1.5),
     _augmented_cascade(),
     *_small(),
 )

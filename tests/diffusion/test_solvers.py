@@ -309,6 +309,32 @@ def test_sit_sde_grid():
     assert len(table.times) == 250 and table.noise_to_x[-1] == 0 and (table.noise_to_x[:-1] > 0).all()
 
 
+# x after the last step of willisma/SiT 947f95b, Sampler.sample_sde (Euler, diffusion form, Mean, 0.04, 250) in float64 with
+# the velocity 0.7 x - sin(x + 2 tau), all 249 draws of noise 0.5 cos(k + (0, 1, 2)) and x_T = (-1, 0.2, 1.5)
+SIT = {
+    ("flow", "sigma"): [-1.319690369954, -0.9632661722403, -0.05580162292919],
+    ("flow", "linear"): [-1.319690369954, -0.9632661722403, -0.05580162292919],
+    ("flow", "decreasing"): [-1.351551917679, -0.7570163888139, 0.5517206363236],
+    ("gvp", "sigma"): [-1.532380639777, -1.034556889398, 0.2738285518715],
+    ("gvp", "linear"): [-1.505989032219, -0.9205644410363, 0.6056632859503],
+    ("gvp", "decreasing"): [-1.419976119972, -0.7328585073962, 0.8530222327452],
+}
+
+
+@pytest.mark.parametrize(("path", "form"), SIT)
+def test_sit_sde_is_sits(path, form):
+    table = solvers.euler_maruyama(at_times(PROCESSES[path], np.append(np.linspace(1.0, 0.04, 250), 0.0)), form)
+
+    def predict(x, k):
+        t = table.times[k]
+        at = PROCESSES[path].coefficients(np.float64(t), np)
+        from_x, from_u = image_from(at, OBJECTIVES["velocity-sit"].target(at, np))
+        return from_x * x + from_u * (0.7 * x - np.sin(x + 2 * (1 - t)))
+
+    found = run(table, np.array([-1.0, 0.2, 1.5]), predict, lambda k: 0.5 * np.cos(k + np.arange(3)))
+    np.testing.assert_allclose(found, SIT[path, form], rtol=1e-10)
+
+
 def test_refusals():
     with pytest.raises(UserError, match="needs the schedule ve"):
         solvers.edm_stochastic(discrete_grid(LINEAR, 10))

@@ -66,6 +66,15 @@ def test_sit():
     np.testing.assert_allclose(found, mean_square(OUTPUT - (NOISE - X0)), rtol=1e-5)
 
 
+def test_sit_as_released():
+    """SiT's own time is tau = 1 - t, its velocity dx / d tau, and its network is given tau itself."""
+    t = wide(TIMES)
+    xt, _, time, found = terms(loss(objective="velocity-sit", schedule="flow"), TIMES)
+    np.testing.assert_allclose(xt, (1 - t) * X0 + t * NOISE, atol=1e-6)
+    np.testing.assert_allclose(time, 1 - TIMES.astype(np.float64), rtol=1e-4)
+    np.testing.assert_allclose(found, mean_square(OUTPUT - (X0 - NOISE)), rtol=1e-5)
+
+
 def test_edm():
     """EDM: lambda(sigma) |D - y|^2, D = c_skip (y + n) + c_out F(c_in (y + n); c_noise), table 1 with sigma_data 0.5."""
     sigma, data = wide(SIGMAS), 0.5
@@ -131,6 +140,7 @@ def test_edm_weight_on_the_image():
 ITEMS = {  # a case: recipe items
     **{name: {"objective": name} for name in PRESETS if name != "dit"},
     "eps on flow": {"objective": "epsilon-fixed", "schedule": "flow"},
+    "velocity of SiT": {"objective": "velocity-sit", "schedule": "gvp"},
     "velocity on gvp": {"objective": "velocity", "schedule": "gvp"},
     "velocity on vp-continuous": {"objective": "velocity", "schedule": "vp-continuous"},
     "v on gvp": {"objective": "v", "schedule": "gvp", "loss_weight": "min-snr"},
@@ -236,4 +246,4 @@ def test_every_process_and_objective_has_a_plan_of_finite_numbers():
                     continue
                 count += 1
                 assert np.isfinite(plan.x0_from_x).all() and np.isfinite(plan.x0_from_output).all()
-    assert count == 4 * (2 * 4 + 3 * 4 + 5), count
+    assert count == 4 * (2 * 4 + 3 * 5 + 6), count

@@ -63,11 +63,11 @@ class DenoisingLoss:
 
     def network_inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
         """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int32 or float32 (N,)."""
-        process, scale = self.training.process, self.training.objective.input_scale
+        process, objective = self.training.process, self.training.objective
         if isinstance(process, Schedule):
             return xt, t
-        seen = xt if scale is None else scale(self._coefficients(t), jnp) * xt
-        return seen, process.network_time(t, jnp)
+        seen = xt if objective.input_scale is None else objective.input_scale(self._coefficients(t), jnp) * xt
+        return seen, (objective.network_time or process.network_time)(t, jnp)
 
     def terms(self, output: Array, x0: Array, t: Array, noise: Array) -> LossTerms:
         """The terms of the objective: `hybrid_loss` where the variance is learned, the squared error alone where not.
