@@ -265,7 +265,10 @@ def test_what_a_run_brings_otherwise_is_said(parts, tmp_path, caplog):
     assert caplog.messages[:2] == list(bound.notes)
 
 
-OURS = [each.name for each in registry.systems if not each.row and not each.unavailable]
+# those that users train; SiT's weights are SiT's
+OURS = [
+    each.name for each in registry.systems if not each.row and not each.unavailable and not each.name.startswith("sit-")
+]
 
 
 @pytest.mark.parametrize("name", OURS)
