@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from harness.diffusion.guidance import Guidance, read_guidance
 from harness.errors import UserError, shown
 from harness.io.text import (
     read_count,
     read_counts,
     read_fraction,
-    read_number,
     read_pairs,
     read_path,
     read_paths,
@@ -53,7 +53,7 @@ class Setting:
     default_text: the default as text, for the help; show_default: the help shows the default itself. study: its key in
     a study file, "key" or "section.key"; empty: none. frozen_unless: None unless the setting is frozen when a run is
     created, because it decides bits; then the value that, like None, means "not given", such as "auto" (empty: only
-    None and False do). item: the item of the protocol's [sampling] that it overrides. recorded: the field of
+    None and False do). item: the field or property of `protocols.Sampling` that it overrides. recorded: the field of
     `results.records.Record` that states it, such as "sampling.eta". footnote: its name in footnotes. argument: whether
     it is a positional argument of the command line.
     """
@@ -237,9 +237,10 @@ class SamplingSettings(Options):
         "shift:C.", read_text, metavar="NAME", default_text="the schedule's", study="sampling.spacing", item="spacing",
         recorded="sampling.spacing", footnote="spacing",
     )  # fmt: skip
-    cfg: float | None = setting(
-        "Scale of classifier-free guidance; 1 = no guidance.", read_number, metavar="SCALE",
-        study="sampling.guidance_scales", item="guidance_scale", recorded="sampling.guidance_scale", footnote="guidance",
+    cfg: Guidance | None = setting(
+        "Scale of classifier-free guidance; 1 = no guidance. 1.5@0.1-0.8 guides only where the noise level sigma = s / a lies "
+        "in the interval; 1.5@0.3- has no upper end.", read_guidance, metavar="SCALE[@LOW-HIGH]",
+        study="sampling.guidance_scales", item="guidance", recorded="sampling.guidance", footnote="guidance",
     )  # fmt: skip
     guidance_channels: str | None = setting(
         "Which channels are guided.", read_text, metavar="first-3|all", study="sampling.guidance_channels", item="guidance_channels",
@@ -259,13 +260,16 @@ class SamplingSettings(Options):
     )  # fmt: skip
     match_sampling: Reference | None = setting(
         "Instead of --sampling-steps: for each N, the steps that cost as much per image as N steps of BACKBONE; a step with "
-        "guidance counts twice, as in dit-xl-2@250@cfg1.5.", parse_sampling_reference, metavar="BACKBONE@N,N,...[@cfgSCALE]",
+        "guidance counts twice, as in dit-xl-2@250@cfg1.5.", parse_sampling_reference, metavar="BACKBONE@N,N,...[@cfgSCALE[@LOW-HIGH]]",
         type_name="reference",
     )  # fmt: skip
 
     def overrides(self) -> dict[str, Any]:
         """Item of a protocol's [sampling], except steps -> value of the setting that overrides it; None: not given."""
-        return {info.item: getattr(self, name) for name, info in settings_of(self).items() if info.item}
+        items = {info.item: getattr(self, name) for name, info in settings_of(self).items() if info.item}
+        guidance: Guidance | None = items.pop("guidance")
+        scale, interval = (None, None) if guidance is None else (guidance.scale, guidance.interval)
+        return {**items, "guidance_scale": scale, "guidance_interval": interval}
 
 
 _LOGGER = {"choices": LOGGERS, "repeat": True, "study": "logger"}

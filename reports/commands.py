@@ -13,6 +13,7 @@ from typing import Any
 
 from backbones.autoencoders.spec import KNOWN
 from harness import registry
+from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 from harness.io.files import sha256_json
 from harness.protocols import Protocol, override
@@ -142,14 +143,14 @@ def _recorded(record: Record, protocol: Protocol | None) -> dict[str, Any]:
     """The settings of a run that the record states, without those equal to the protocol's: name in RunOptions -> value."""
     stated = recorded_settings(RunOptions, record)
     table = settings_of(RunOptions)
-    neutral = {"cfg": 1.0, "sampling_seed": 0}  # defaults if the protocol is not known
+    neutral = {"cfg": Guidance(1.0), "sampling_seed": 0}  # defaults if the protocol is not known
     settings = {}
     for name, value in stated.items():
         item = table[name].item  # of the protocol's [sampling]; "": the protocol has no such item
         usual = getattr(protocol.sampling, item) if item and protocol is not None else neutral.get(name)
         if not item or value != usual:
             settings[name] = value
-    if stated.get("cfg") in (None, 1.0):  # without guidance there are no guided channels
+    if stated.get("cfg") in (None, Guidance(1.0)):  # without guidance there are no guided channels
         settings.pop("guidance_channels", None)
     if "decoder" in settings:
         settings["decoder"] = _decoder_word(settings["decoder"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 from harness.images.npz import read_npz_head
 from reports.charts import Figure, Grid, model_of
@@ -194,6 +195,6 @@ def _sampling_steps(each: _SampleSet) -> int:
 
 
 def _guidance(each: _SampleSet) -> str:
-    """`, guidance 1.5`; "" without guidance."""
-    scale = each.sampling.get("guidance_scale")
-    return f", guidance {scale:g}" if isinstance(scale, float | int) and scale != 1 else ""
+    """`, guidance 1.5`, or `, guidance 1.5@0.1-0.8`; "" without guidance."""
+    scale, interval = each.sampling.get("guidance_scale"), str(each.sampling.get("guidance_interval", ""))
+    return f", guidance {Guidance(scale, interval).short}" if isinstance(scale, float | int) and scale != 1 else ""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from harness.diffusion.guidance import Guidance
 from reports.charts import Axis, Mark, Series, model_of
 from reports.rows import groups
 from reports.tables import may_share
@@ -192,7 +193,7 @@ def usual_sampling(records: Sequence[Record]) -> tuple[list[Record], str]:
     words = []
     if usual.sampler:
         guidance = "guidance, scale not stated" if is_guided(candidates[0]) else "no guidance"
-        guidance = guidance if usual.scale is None else f"guidance {usual.scale:g}"
+        guidance = guidance if usual.guidance is None else f"guidance {usual.guidance.short}"
         steps = f" with {usual.steps} steps" if usual.steps else ""
         words.append(f"sampled by {usual.sampler}{steps}, {guidance}")
         words += [f"{others} of {len(systems)} systems at their own most steps"] if others else []
@@ -205,13 +206,13 @@ class _SamplingSetting(NamedTuple):
     sampler: str  # "": not stated
     steps: int  # 0: not stated
     eta: float | None
-    scale: float | None  # of guidance; None: without guidance, or not stated
+    guidance: Guidance | None  # None: without guidance, or not stated
 
 
 def _sampling_setting(record: Record) -> _SamplingSetting:
     sampling = record.sampling or Sampling()
-    scale = sampling.guidance_scale if sampling.is_guided else None
-    return _SamplingSetting(sampling.sampler or "", sampling.steps or 0, sampling.eta, scale)
+    guidance = sampling.guidance if sampling.is_guided else None
+    return _SamplingSetting(sampling.sampler or "", sampling.steps or 0, sampling.eta, guidance)
 
 
 def quality_axis(records: Sequence[Record]) -> Axis:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 from reports.best import best_marks, bold_remark
 from reports.counts import GFLOPS_COLUMNS, PARAMS_COLUMN, Counted, counted
-from reports.deviations import deviation_data, deviation_section, guidance_scale, matching_pairs, may_share, model_text
+from reports.deviations import (
+    deviation_data,
+    deviation_section,
+    guidance_scale,
+    has_guidance_interval,
+    matching_pairs,
+    may_share,
+    model_text,
+)
 from reports.rows import Cell, Row, column_title, columns_of, groups, make_rows, metrics_of
 from reports.sections import Section, Table, aligned, build_section, data_row, make_line, metric_columns
 from reports.texts import key_text, metric_title
@@ -325,7 +333,8 @@ def _has_paper_metric(record: Record) -> bool:
 
 
 def _is_decoder_ablation(record: Record) -> bool:
-    return record.metric in PAPER_METRICS and record.backbone == "dit-xl-2" and guidance_scale(record) == 1.5
+    is_guided_dit = record.backbone == "dit-xl-2" and guidance_scale(record) == 1.5
+    return record.metric in PAPER_METRICS and is_guided_dit and not has_guidance_interval(record)
 
 
 def _is_fid_of_unguided_dit(record: Record) -> bool:

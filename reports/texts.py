@@ -150,7 +150,7 @@ def states_guidance(record: Record) -> bool:
 
 
 def guidance_text(record: Record) -> str:
-    """The scale and, if stated, the channels: `none`, `1.5`, `1.5 (first-3)`, `1 (classifier)`; a dash if not stated.
+    """Scale, interval and channels as stated: `none`, `1.5`, `1.5@0.1-0.8 (first-3)`, `1 (classifier)`; a dash if not stated.
 
     What counts as stated: see `states_guidance`. A classifier's scale may be missing: `scale not stated (classifier)`.
     """
@@ -160,7 +160,7 @@ def guidance_text(record: Record) -> str:
     if not states_guidance(record):
         return "none"
     channels = f" ({sampling.guidance_channels})" if sampling.guidance_channels else ""
-    scale = "scale not stated" if sampling.guidance_scale is None else f"{sampling.guidance_scale:g}"
+    scale = "scale not stated" if sampling.guidance is None else sampling.guidance.short
     return scale + channels
 
 

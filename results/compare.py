@@ -314,7 +314,7 @@ def sampling_text(record: Record) -> str:
     if settings.eta:
         words.append(f"eta {settings.eta:g}")
     if settings.is_guided:
-        scale = "scale not stated" if settings.guidance_scale is None else f"{settings.guidance_scale:g}"
+        scale = "scale not stated" if settings.guidance is None else settings.guidance.short
         words.append(
             f"guidance {scale} ({settings.guidance_channels})" if settings.guidance_channels else f"guidance {scale}"
         )

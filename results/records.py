@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -98,10 +99,11 @@ class Sampling(_Checked):
 
     sampler: str | None = None  # "ddpm", "ddim", ...
     steps: int | None = None
-    evaluations: int | None = None  # network evaluations per image; a step with classifier-free guidance counts two
+    evaluations: int | None = None  # network evaluations per image; one with classifier-free guidance counts two
     eta: float | None = None  # DDIM's noise share, in [0, 1]
     spacing: str | None = None  # of the times at which the network is asked; None: the usual one of the schedule
     guidance_scale: float | None = None  # None: no guidance; so is 1.0, except with a classifier
+    guidance_interval: str | None = None  # "0.1-0.8", "0.3-": of sigma = s / a; None: guidance at all noise levels
     guidance_channels: str | None = None  # "first-3" as published, "all", or "classifier": by a classifier's gradient
     gflops_per_image: float | None = None  # all evaluations of one image, without the decoder
     decoder: str | None = None  # None: the model makes pixels
@@ -116,6 +118,11 @@ class Sampling(_Checked):
     settings: str | None = None  # in words, the settings of a system of several networks that have no field here
     settings_hash: str | None = None  # of all settings of a system of several networks
     samples_sha256: str | None = None
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """The guidance scale with its interval; None if no scale is stated."""
+        return None if self.guidance_scale is None else Guidance(self.guidance_scale, self.guidance_interval or "")
 
     @property
     def is_guided(self) -> bool:

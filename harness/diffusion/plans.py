@@ -28,7 +28,7 @@ from harness.errors import UserError
 class SamplerPlan:
     """A sampler over one process for one objective. Arrays have E rows, one for each network evaluation of an image.
 
-    Guidance may make a row's evaluation two; it is no part of the plan.
+    Guidance makes the evaluation of the rows that it applies to two; it is no part of the plan.
     """
 
     name: str  # of the sampler
@@ -57,6 +57,12 @@ class SamplerPlan:
     def learned_variance(self) -> bool:
         """Whether the network must give 2 C channels."""
         return self.table.log_variances is not None
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """float64 (E,): the noise level s / a of each row; infinite where a row begins at noise alone."""
+        with np.errstate(divide="ignore"):
+            return self.table.s / self.table.a
 
     @property
     def adds_noise(self) -> np.ndarray:

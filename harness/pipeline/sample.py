@@ -15,7 +15,13 @@ from harness.pipeline.sampling_loop import Job, run_job, write_grid_beside
 from harness.pipeline.sidecar import fields_of_run
 from harness.pipeline.train import RunSession
 from harness.planning.matching import matched
-from harness.planning.request import Request, plan_of, published_input_gflops, request_of_run
+from harness.planning.request import (
+    Request,
+    check_guidance_interval,
+    plan_of,
+    published_input_gflops,
+    request_of_run,
+)
 from harness.protocols import get_protocol
 from harness.runs import checkpoints
 from harness.runs.provenance import environment
@@ -63,6 +69,7 @@ def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
             f"--system NAME --weights {request.spec.kind}={folder}"
         )
     request = matched(request, sampling=options.match_sampling)
+    check_guidance_interval(request)
     group = join_processes(run.framework)
     step = group.broadcast(step)  # while the run is trained, other processes may find a newer one
     decoder = decoder_of(run, options.decoder)

@@ -150,6 +150,7 @@ def fields_of_run(
             eta=sample_set.eta,
             spacing=sampling.spacing or None,
             guidance_scale=sampling.guidance_scale,
+            guidance_interval=sampling.guidance_interval or None,
             guidance_channels=sample_set.guidance_channels,
             gflops_per_image=gflops * evaluations,
             decoder=None if decoder is None else decoder["name"],
@@ -201,6 +202,7 @@ def fields_of_system(
             evaluations=evaluations,
             eta=None if generator or not has_eta(base.sampler) else base.eta,
             guidance_scale=scale,
+            guidance_interval=base.guidance_interval or None,
             guidance_channels=channels,
             gflops_per_image=gflops_image,
             decoder=None if decoder is None else decoder["name"],
@@ -314,7 +316,11 @@ def _fields_of_run_v1(
 ) -> RecordFields:
     """The record fields of a sample set of a run, from a sidecar of schema 1. trained: the frozen settings of the run."""
     run, settings = identity["run"], identity["sampling"]
-    given = {field.name: settings[field.name] for field in dataclasses.fields(protocols.Sampling)}
+    given = {
+        field.name: settings[field.name]
+        for field in dataclasses.fields(protocols.Sampling)
+        if field.name in settings or not field.metadata.get("added_later")
+    }
     # Settings without effect are null: they are left out here and get a default, which has no effect either.
     without_effect = {"eta": settings["sampler"] == "ddpm", "guidance_channels": settings["guidance_scale"] == 1}
     given = {name: value for name, value in given.items() if value is not None or not without_effect.get(name)}

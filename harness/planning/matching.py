@@ -1,7 +1,7 @@
 """Matched compute: how many steps of a backbone cost as much as given steps of a reference backbone, or as a budget.
 
-Training compute is Gflops x batch x steps x 3. Sampling compute of one image is Gflops x network evaluations: those of
-the sampler's plan, doubled by guidance. Both backbones are counted at the input of the same protocol and with the same
+Training compute is Gflops x batch x steps x 3. Sampling compute of one image is Gflops x network evaluations: the rows
+of the sampler's plan, those with guidance counted twice. Both backbones are counted at the input of the same protocol and with the same
 recipe (`--set` included), hence with the same batch: the cost of the reference is its cost in this protocol, not in its
 paper. The arithmetic uses integer flops, so the only error comes from rounding to whole steps, and it is reported.
 """
@@ -21,7 +21,7 @@ from harness.compute import TRAINING_FACTOR
 from harness.diffusion.sampler_plan import guided_evaluations
 from harness.errors import UserError
 from harness.planning.reference import Reference
-from harness.planning.request import Match, Request, check_plans, make_request, plan_of
+from harness.planning.request import Match, Request, check_guidance_interval, check_plans, make_request, plan_of
 from harness.protocols import Protocol, Recipe, Sampling
 from harness.runs.run import build_arguments
 from harness.settings import DEFAULT_PROTOCOL, PlanOptions, RunOptions, SamplingSettings, TrainOptions, only_one
@@ -56,7 +56,9 @@ def request_from(options: TrainOptions | RunOptions | PlanOptions) -> Request:
         samples=samples,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    return matched(request, match=options.match, budget=options.budget, sampling=match_sampling_to)
+    request = matched(request, match=options.match, budget=options.budget, sampling=match_sampling_to)
+    check_guidance_interval(request)
+    return request
 
 
 def checked_steps(options: TrainOptions | RunOptions | PlanOptions) -> int | None:
@@ -132,14 +134,18 @@ def match_sampling(request: Request, reference: Reference) -> Request:
         raise UserError(
             f"{flag}@{max(reference.steps)}: more sampling steps than the {recipe.diffusion_steps} of the diffusion"
         )
-    own_flops = evaluation_flops(request.compute, request.sampling.guidance_scale)  # of one evaluation
-    compute = compute_of(other, request.protocol, recipe, f"{flag}: ")
-    reference_flops = evaluation_flops(compute, reference.guidance_scale)
+    own_flops = request.compute.flops  # of one evaluation
     evaluations = evaluation_counts(recipe, request.sampling)
+    reference_flops = compute_of(other, request.protocol, recipe, f"{flag}: ").flops
+    # The reference is sampled by the sampler of this request, with a guidance of its own.
+    reference_sampling = dataclasses.replace(
+        request.sampling, guidance_scale=reference.guidance_scale, guidance_interval=reference.guidance_interval
+    )
+    reference_evaluations = evaluation_counts(recipe, reference_sampling)
 
     def reference_cost(steps: int) -> int:
         """Flops of an image with `steps` steps of the reference."""
-        return reference_flops * evaluations(steps)
+        return reference_flops * reference_evaluations(steps)
 
     matches = []
     for reference_steps in reference.steps:
@@ -188,7 +194,7 @@ def _first_steps(least: int, function: Callable[[int], int]) -> int:
 
 
 def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int]:
-    """Returns a function from a number of sampler steps to the network evaluations of one image, without guidance.
+    """Returns a function from a number of sampler steps to the network evaluations of one image, guidance included.
 
     The function is defined for all numbers and does not decrease, as the bisection in `nearest_steps` needs. Numbers of
     steps that the sampler refuses are interpolated between the nearest that it accepts; `check_plans` raises later. A
@@ -198,9 +204,9 @@ def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int
 
     @functools.cache
     def of_plan(steps: int) -> int | None:
-        """The evaluations of the sampler's plan; None if the sampler refuses this number of steps."""
+        """The evaluations by the sampler's plan; None if the sampler refuses this number of steps."""
         try:
-            return plan_of(recipe, sampling, steps).evaluations
+            return guided_evaluations(plan_of(recipe, sampling, steps), sampling.guidance)
         except UserError:
             return None
 
@@ -233,11 +239,6 @@ def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int
 def step_flops(compute: Compute, recipe: Recipe) -> int:
     """Training compute of one optimiser step, in flops."""
     return compute.flops * recipe.batch * TRAINING_FACTOR
-
-
-def evaluation_flops(compute: Compute, guidance_scale: float) -> int:
-    """Sampling compute of one sampler evaluation for one image, in flops; guidance doubles it."""
-    return compute.flops * guided_evaluations(1, guidance_scale)
 
 
 def compute_of(spec: BackboneSpec, protocol: Protocol, recipe: Recipe, where: str = "") -> Compute:

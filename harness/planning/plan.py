@@ -10,6 +10,7 @@ from typing import Any
 from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.data.public_files import FILES
+from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 from harness.planning.request import CHECKPOINT_BYTES, Match, Request, published_input_gflops
 from harness.protocols import Protocol
@@ -35,6 +36,12 @@ class SamplingCost:
     guidance_scale: float
     gflops_per_image: float
     gflops: float
+    guidance_interval: str = ""  # of noise levels; "": guidance at all
+
+    @property
+    def guidance(self) -> Guidance:
+        """The scale of classifier-free guidance and its interval."""
+        return Guidance(self.guidance_scale, self.guidance_interval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +97,12 @@ class Plan:
     measured: MeasuredCost | None = field(default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain data, ready for JSON."""
-        return dataclasses.asdict(self)
+        """The plan as plain data, ready for JSON. An interval of guidance appears where there is one."""
+        data = dataclasses.asdict(self)
+        for row in data["sampling"]:
+            if not row["guidance_interval"]:
+                del row["guidance_interval"]
+        return data
 
 
 def make_plan(request: Request, *, check_decoder: bool = False) -> Plan:
@@ -122,6 +133,7 @@ def make_plan(request: Request, *, check_decoder: bool = False) -> Plan:
                 guidance_scale=sampling.guidance_scale,
                 gflops_per_image=request.gflops_image(steps),
                 gflops=request.gflops_image(steps) * request.samples,
+                guidance_interval=sampling.guidance_interval,
             )
             for steps in sampler_steps
         ),

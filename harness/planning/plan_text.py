@@ -26,7 +26,7 @@ def costs_text(plan: Plan) -> str:
         f" = {training.gflops:.4g} Gflops",
     ]
     for row in plan.sampling:
-        guidance = f", guidance {row.guidance_scale:g}" if row.guidance_scale != 1 else ""
+        guidance = f", guidance {row.guidance.short}" if row.guidance_scale != 1 else ""
         lines.append(
             f"  sampling    {plan.samples:,} images x {row.steps} {row.sampler} steps{guidance} = {row.gflops:.4g} Gflops"
         )

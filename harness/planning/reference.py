@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from harness.diffusion.guidance import Guidance, read_guidance
 from harness.io.text import COUNT_EXAMPLES, count
 
 
@@ -15,14 +16,19 @@ class Reference:
     backbone: str
     steps: tuple[int, ...]
     guidance_scale: float = 1.0  # of sampling; 1 = no guidance
+    guidance_interval: str = ""  # of noise levels; "": guidance at all
 
     def name(self, steps: int) -> str:
         """The reference with `steps`, as on the command line: dit-xl-2@400000, dit-xl-2@250@cfg1.5."""
-        return f"{self.backbone}@{steps}" + (f"@cfg{self.guidance_scale:g}" if self.guidance_scale != 1 else "")
+        return f"{self.backbone}@{steps}{self._guidance_text}"
 
     def __str__(self) -> str:
-        guidance = f"@cfg{self.guidance_scale:g}" if self.guidance_scale != 1 else ""
-        return f"{self.backbone}@{','.join(map(str, self.steps))}{guidance}"
+        return f"{self.backbone}@{','.join(map(str, self.steps))}{self._guidance_text}"
+
+    @property
+    def _guidance_text(self) -> str:
+        guidance = Guidance(self.guidance_scale, self.guidance_interval)
+        return f"@cfg{guidance.short}" if guidance.scale != 1 else ""
 
 
 def parse_reference(text: object) -> Reference:
@@ -38,7 +44,7 @@ def parse_reference(text: object) -> Reference:
 
 
 def parse_sampling_reference(text: object) -> Reference:
-    """A reference from BACKBONE@STEPS[,STEPS...][@cfgSCALE], as in dit-xl-2@250@cfg1.5.
+    """A reference from BACKBONE@STEPS[,STEPS...][@cfgSCALE[@LOW-HIGH]], as in dit-xl-2@250@cfg1.5.
 
     Raises `ValueError` for other text.
     """
@@ -46,16 +52,19 @@ def parse_sampling_reference(text: object) -> Reference:
         return text
     name, *rest = str(text).split("@")
     wrong_form = ValueError(f"{text!r} is not of the form BACKBONE@STEPS[,STEPS][@cfgSCALE], as in dit-xl-2@250@cfg1.5")
-    if not name or len(rest) not in (1, 2) or len(rest) == 2 and not rest[1].startswith("cfg"):
+    if not name or len(rest) not in (1, 2, 3) or len(rest) > 1 and not rest[1].startswith("cfg"):
         raise wrong_form
     try:
-        scale = float(rest[1].removeprefix("cfg")) if len(rest) == 2 else 1.0
+        scale = float(rest[1].removeprefix("cfg")) if len(rest) > 1 else 1.0
     except ValueError:
         raise wrong_form from None
     if not (math.isfinite(scale) and scale >= 1):
         raise ValueError(f"{text!r}: a guidance scale is a finite number of at least 1 (1: no guidance)")
     steps = sorted({_steps(each.strip(), text) for each in rest[0].split(",")})
-    return Reference(backbone=name, steps=tuple(steps), guidance_scale=scale)
+    guidance = read_guidance(f"{scale}@{rest[2]}") if len(rest) == 3 else Guidance(scale)
+    return Reference(
+        backbone=name, steps=tuple(steps), guidance_scale=guidance.scale, guidance_interval=guidance.interval
+    )
 
 
 def parse_budget(text: object) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.data.examples import Examples
-from harness.diffusion.sampler_plan import guided_evaluations, sampler_plan
+from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
@@ -57,9 +57,8 @@ class Request:
         )
 
     def evaluations(self, sampler_steps: int) -> int:
-        """Network evaluations for one image: those of the sampler's plan, doubled by guidance."""
-        plan = plan_of(self.recipe, self.sampling, sampler_steps)
-        return guided_evaluations(plan.evaluations, self.sampling.guidance_scale)
+        """Network evaluations for one image: the rows of the sampler's plan, those with guidance counted twice."""
+        return guided_evaluations(plan_of(self.recipe, self.sampling, sampler_steps), self.sampling.guidance)
 
     def gflops_image(self, sampler_steps: int) -> float:
         """Sampling compute of one image, guidance included."""
@@ -163,6 +162,15 @@ def check_plans(recipe: Recipe, sampling: Sampling) -> None:
     TrainingObjective.from_recipe(recipe)
     for steps in sampling.steps:
         plan_of(recipe, sampling, steps)
+
+
+def check_guidance_interval(request: Request) -> None:
+    """Raise `UserError` if a sample set has no row at which its interval guides.
+
+    Apart from `check_plans`, because matched sampler steps are not known yet when a request is made.
+    """
+    for steps in request.sampling.steps:
+        check_guided_rows(plan_of(request.recipe, request.sampling, steps), request.sampling.guidance)
 
 
 def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> SamplerPlan:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.diffusion.guidance import Guidance, read_guidance
 from harness.errors import UserError, shown
 from harness.io.text import MAX_INT, count
 from harness.registry import protocols, unknown
@@ -92,6 +93,8 @@ class Sampling:
     uint8_rule: str = "dit"
     # Of the times at which the network is asked: "trailing", "karras", "shift:3", ...; "": the usual one of the schedule.
     spacing: str = field(default="", metadata=ADDED_LATER)
+    # Of noise levels sigma at which guidance is applied: "0.1-0.8", "0.3-" (`harness.diffusion.guidance`); "": at all.
+    guidance_interval: str = field(default="", metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         _check_finite(self, "sampling")
@@ -112,6 +115,17 @@ class Sampling:
             raise UserError(
                 f"sampling: guidance_scale {self.guidance_scale} is below 1, which means no guidance; use 1"
             )
+        if self.guidance_interval:
+            try:
+                guidance = read_guidance(f"{self.guidance_scale}@{self.guidance_interval}")
+            except ValueError as error:
+                raise UserError(f"sampling: guidance_interval: {error}") from None
+            object.__setattr__(self, "guidance_interval", guidance.interval)  # in its one form; the dataclass is frozen
+
+    @property
+    def guidance(self) -> Guidance:
+        """The scale of classifier-free guidance and its interval."""
+        return Guidance(self.guidance_scale, self.guidance_interval)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,8 +62,9 @@ class SampleRequest:
             "guidance_channels": self.guidance_channels,
             "precision": self.precision,
         }
-        if not self.sampling.spacing:  # added later: older sample sets keep their identity
-            del settings["spacing"]
+        for name in ("spacing", "guidance_interval"):  # added later: older sample sets keep their identity
+            if not settings[name]:
+                del settings[name]
         if self.compile != "off":
             settings["compile"] = self.compile
         return settings
@@ -82,7 +83,7 @@ class SampleRequest:
 
     def name(self, run: Run) -> str:
         """The folder's name below RUN/samples; 8 digits of the identity's hash make it unique."""
-        guidance = f"-cfg{self.sampling.guidance_scale:g}" if self.sampling.guidance_scale != 1 else ""
+        guidance = f"-cfg{self.sampling.guidance.short}" if self.sampling.guidance_scale != 1 else ""
         short = files.sha256_json(self.identity(run))[:8]
         return f"step{self.step}-{self.sampling.sampler}{self.steps}{guidance}-n{self.count}-{short}"
 

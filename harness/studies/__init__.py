@@ -8,7 +8,7 @@
 
     [sampling]                                   # each combination is one sample set of each run
     steps = [10, 25]
-    guidance_scales = [1, 1.5]
+    guidance_scales = [1, 1.5]                   # or "1.5@0.1-0.8", as for --cfg
     samples = 1000
 
     [recipe]                                     # overrides the protocol's recipe
@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.diffusion.guidance import Guidance, read_guidance
 from harness.errors import UserError, shown
 from harness.io.text import count, read_switch
 from harness.protocols import LONGEST_NAME
@@ -65,7 +66,7 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     budgets: tuple[str, tuple[Any, ...]] | None = None  # kind and values; None: the protocol's steps
     evaluate_at: tuple[int, ...] = ()  # further training steps at which the run is sampled
-    guidance_scales: tuple[float, ...] | None = None  # None: the protocol's
+    guidance_scales: tuple[Guidance, ...] | None = None  # None: the protocol's
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`, for all runs
     recipe: dict[str, str] = field(default_factory=dict)
     backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # overrides of the recipe by backbone
@@ -168,6 +169,11 @@ def _number(value: object, where: str) -> float:
     return float(value)
 
 
+def _guidance(value: object, where: str) -> Guidance:
+    """A scale, or text such as "1.5@0.1-0.8"."""
+    return read_guidance(value) if isinstance(value, str) and "@" in value else Guidance(_number(value, where))
+
+
 def _list(read_item: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
     """Returns the parser of a list of items, which must not be empty or have duplicates. A single item is a list of one."""
 
@@ -247,7 +253,7 @@ def _budgets(value: object, where: str) -> tuple[str, tuple[Any, ...]]:
 def _sampling(value: object, where: str) -> dict[str, Any]:
     """The table [sampling]: key -> parsed value."""
     readers = {key: _reader(name) for key, name in SAMPLING_KEYS.items()}
-    return _read(value, {**readers, GUIDANCE_SCALES: _list(_number)}, where)
+    return _read(value, {**readers, GUIDANCE_SCALES: _list(_guidance)}, where)
 
 
 def _reader(name: str) -> Callable[[Any, str], Any]:

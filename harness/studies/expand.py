@@ -13,6 +13,7 @@ from pathlib import Path
 from harness import registry
 from harness.data.examples import Examples
 from harness.data.load import training_data
+from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 from harness.planning.matching import compute_of, nearest_count, request_from, solve_training, training_target
 from harness.planning.plan import missing, missing_evaluator_files
@@ -93,7 +94,7 @@ def expand(study: Study) -> Expansion:
         for variant in study.variants
         for name in study.backbones
     }
-    scales: tuple[float | None, ...] = study.guidance_scales or (None,)
+    scales: tuple[Guidance | None, ...] = study.guidance_scales or (None,)
     # by variant, backbone and seed of a run, in launch order: its options, one for each guidance scale
     options_of = {
         (variant, name, seed): [
@@ -163,7 +164,7 @@ def _milestones(study: Study, variant: str, name: str, protocol: Protocol) -> tu
 
 
 def _options(
-    study: Study, variant: str, name: str, seed: int, milestones: tuple[int, ...], scale: float | None
+    study: Study, variant: str, name: str, seed: int, milestones: tuple[int, ...], scale: Guidance | None
 ) -> RunOptions:
     """The options of a run at one guidance scale, with only the settings that the study sets. scale None: the protocol's."""
     try:

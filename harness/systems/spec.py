@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
-from harness.diffusion.sampler_plan import guided_evaluations, sampler_plan
+from harness.diffusion.guidance import Guidance, read_guidance
+from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
 from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
 from harness.registry import unknown
@@ -54,6 +55,7 @@ class Component:
     eta: float = 0.0
     clip_denoised: bool = False
     guidance_scale: float = 1.0  # classifier-free; 1 = none
+    guidance_interval: str = ""  # of noise levels at which guidance is applied, as "0.1-0.8"; "": at all
     guidance_channels: str = "all"
     truncation: float = 1.0  # for a generator
     conditioning_noise: float = 0.0  # for an upsampler: std of the Gaussian noise that is added to its input image
@@ -74,9 +76,14 @@ class Component:
         return self.evaluations
 
     @property
+    def guidance(self) -> Guidance:
+        """The scale of classifier-free guidance and its interval."""
+        return Guidance(self.guidance_scale, self.guidance_interval)
+
+    @property
     def passes(self) -> int:
         """Forward passes for one image, classifier-free guidance included."""
-        return guided_evaluations(self.evaluations, self.guidance_scale)
+        return 1 if self.spec.kind == "generator" else guided_evaluations(self.plan(), self.guidance)
 
     def compute(self) -> Compute:
         """Compute of one forward pass on one image."""
@@ -202,6 +209,9 @@ class System:
         data = dataclasses.asdict(self)
         for name in ("summary", "row", "unavailable", "decoder"):
             del data[name]
+        for component in (data["base"], *data["upsamplers"]):
+            if component is not None and not component["guidance_interval"]:  # added later: older identities stay
+                del component["guidance_interval"]
         return data
 
     @classmethod
@@ -300,7 +310,7 @@ def _check_generator(where: str, part: Component) -> None:
     """Raise `UserError` for a truncation out of range, and for settings that only a diffusion has."""
     if not 0 < part.truncation <= 1:
         raise UserError(f"{where}: truncation {part.truncation:g} must lie above 0 and be at most 1")
-    for name in ("eta", "guidance_scale", "conditioning_noise", "clip_denoised"):
+    for name in ("eta", "guidance_scale", "guidance_interval", "conditioning_noise", "clip_denoised"):
         default = Component.__dataclass_fields__[name].default
         if getattr(part, name) != default:
             raise UserError(f"{where}: {name} is a diffusion's, and {part.backbone!r} is a generator; leave it out")
@@ -328,7 +338,15 @@ def _check_sampling(where: str, part: Component) -> None:
         raise UserError(f"{where}: {part.backbone!r} has no null label, which classifier-free guidance needs")
     if not 1 <= part.steps <= part.diffusion_steps:
         raise UserError(f"{where}: {part.steps} sampling steps do not lie in 1 to {part.diffusion_steps}")
-    part.plan()  # for its UserError
+    plan = part.plan()  # for its UserError
+    if part.guidance_interval:
+        try:
+            guidance = read_guidance(str(part.guidance))
+        except ValueError as error:
+            raise UserError(f"{where}: guidance_interval: {error}") from None
+        if guidance != part.guidance:  # equal systems have one identity
+            raise UserError(f"{where}: guidance_interval {shown(part.guidance_interval)}: write {guidance.interval!r}")
+        check_guided_rows(plan, guidance)
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_guidance_gives_the_output_of_the_release(lively):
     net, x = lively
     t, y = torch.tensor([3, 777]), torch.tensor([207, 88])
     with torch.no_grad():
-        first = guided(net, y, 4.0, "first-3", 1000)(x, t)
+        first = guided(net, y, 4.0, "first-3", 1000)(x, t, 0)
         second = net(x, t, torch.tensor([1000, 1000]))
     second[:, :3] = first[:, :3]
     out = torch.cat([first, second])

@@ -24,12 +24,12 @@ WEIGHT = torch.sin(1.7 * torch.arange(5 * 192, dtype=torch.float64)).reshape(5, 
 BIAS = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
 
 
-def toy_network(x, t):
+def toy_network(x, t, row=0):
     """cat[0.1 x + 0.001 t, tanh x]: epsilon and variance of the golden figures."""
     return torch.cat([0.1 * x + 0.001 * t.float()[:, None, None, None], torch.tanh(x)], dim=1)
 
 
-def toy_epsilon(x, t):
+def toy_epsilon(x, t, row=0):
     return toy_network(x, t)[:, :3]
 
 
@@ -125,7 +125,7 @@ def test_the_classifier_sees_what_the_network_sees(eta):
     calls = []
     z, noise = draws()
 
-    def network(x, t):
+    def network(x, t, row):
         calls.append(("network", x.clone(), t.clone()))
         return toy_network(x, t)
 
@@ -150,7 +150,7 @@ def test_the_last_step_is_shifted_by_its_variance(v):
     z, noise = draws()
     plan = ddpm_plan(LINEAR, STEPS, variance="fixed-small" if v is None else "learned-range")
 
-    def network(x, t):
+    def network(x, t, row):
         return torch.zeros_like(x) if v is None else torch.cat([torch.zeros_like(x), torch.full_like(x, v)], dim=1)
 
     def last(x, t):
@@ -170,7 +170,7 @@ def test_ddim_clamps_before_guidance():
     plan = ddim_plan(LINEAR, 1, clip_denoised=True)
     abar = float(LINEAR.abar[plan.network_times[0]])
     out = sample_loop(
-        lambda x, t: torch.zeros_like(x), plan, z, lambda k: z, guide=lambda x, t: torch.full_like(x, 400.0)
+        lambda x, t, row: torch.zeros_like(x), plan, z, lambda k: z, guide=lambda x, t: torch.full_like(x, 400.0)
     )
     np.testing.assert_allclose(out.numpy(), 1 + 400 * (1 - abar) / math.sqrt(abar), rtol=1e-6)
     assert out.min() > 1.03
@@ -189,7 +189,7 @@ def exact(x, t):
 def exact_network(v):
     """Epsilon of the mixture of both classes; v: the constant of the variance channel."""
 
-    def predict(x, t):
+    def predict(x, t, row):
         mean, variance, density, abar = exact(x, t)
         score = (density.softmax(dim=1) * (mean - x.flatten(1)) / variance).sum(dim=1, keepdim=True)
         eps = -(1 - abar).sqrt() * score  # (N, 1)

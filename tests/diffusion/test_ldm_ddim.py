@@ -86,7 +86,7 @@ def test_timesteps_and_the_last_step(steps, stride):
     z = torch.zeros(1, 1, 1, 1)
     one = torch.ones(1, 1, 1, 1)
     last = steps - 1
-    out = sample_loop(lambda x, t: torch.zeros_like(x), plan, z, lambda k: one * (k == last))
+    out = sample_loop(lambda x, t, row: torch.zeros_like(x), plan, z, lambda k: one * (k == last))
     assert out.item() == pytest.approx(plan.table.noise_to_x[-1], rel=1e-6)  # the last step's noise stays in the sample
 
 
@@ -96,7 +96,7 @@ def test_the_true_epsilon_leaves_the_noise_of_timestep_0(eta):
     generator = torch.Generator().manual_seed(2)
     abar = torch.from_numpy(SCHEDULE.abar.copy())
 
-    def predict(x, t):
+    def predict(x, t, row):
         a = abar[t][:, None, None, None]
         return ((x - a.sqrt() * 0.5) / (1 - a).sqrt()).float()
 
@@ -122,7 +122,7 @@ def test_clip_and_a_classifier_work_as_in_ddim():
     assert plan.network_times.tolist() == [501, 1]
     x = torch.full((1, 1, 1, 1), 3.0)
     guide = classifier_guide(lambda x, t: torch.stack([x.flatten(), 0 * x.flatten()], dim=1), torch.tensor([0]), 2.0)
-    out = sample_loop(lambda x, t: torch.zeros_like(x), plan, x, lambda k: x, guide=guide).item()
+    out = sample_loop(lambda x, t, row: torch.zeros_like(x), plan, x, lambda k: x, guide=guide).item()
     value, abar = 3.0, SCHEDULE.abar
     for a, before in ((abar[501], abar[1]), (abar[1], abar[0])):
         x0 = min(1.0, value / np.sqrt(a))

@@ -73,7 +73,7 @@ def test_both_loops(sampler, schedule):
     expected = exact(plan, NOISE[-1].astype(np.float64))
     seen = []
 
-    def predict(x, t):
+    def predict(x, t, row):
         k = len(seen)
         seen.append(float(t[0]))
         assert t.shape == (2,) and len(set(t.tolist())) == 1
@@ -86,7 +86,7 @@ def test_both_loops(sampler, schedule):
     # float32: x of ve begins at 80, and D of eps is a difference of numbers s / a times as large
     np.testing.assert_allclose(found, expected, atol=2e-4 * scale)
 
-    def traced(x, t):
+    def traced(x, t, row):
         k = jnp.argmin(jnp.abs(jnp.asarray(plan.network_times.astype(np.float32)) - t[0].astype(jnp.float32)))
         return jnp.asarray(slope.astype(np.float32))[k] * x + jnp.asarray(offset.astype(np.float32))[k]
 
@@ -133,7 +133,7 @@ def test_the_image_does_not_depend_on_the_kind_of_prediction():
         slope, offset = network(plan)
         count = iter(range(plan.evaluations))
 
-        def predict(x, t, count=count, slope=slope, offset=offset):
+        def predict(x, t, row, count=count, slope=slope, offset=offset):
             k = next(count)
             return float(slope[k]) * x + float(offset[k])
 

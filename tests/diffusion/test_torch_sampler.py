@@ -15,7 +15,7 @@ from harness.errors import RunError, UserError
 LINEAR = Schedule.named("linear")
 
 
-def toy_network(x, t):
+def toy_network(x, t, row=0):
     """cat[0.1 x + 0.001 t, tanh x]: the network of the golden figures."""
     return torch.cat([0.1 * x + 0.001 * t.float()[:, None, None, None], torch.tanh(x)], dim=1)
 
@@ -35,7 +35,7 @@ def test_golden_250():
 def exact_network(mean, std):
     """The epsilon of data that is N(mean, std^2) in every pixel, with and without variance channels."""
 
-    def predict(x, t):
+    def predict(x, t, row):
         abar = torch.from_numpy(LINEAR.abar.copy())[t][:, None, None, None]
         variance = abar * std**2 + 1 - abar
         return ((1 - abar).sqrt() * (x - abar.sqrt() * mean) / variance).float()
@@ -65,7 +65,7 @@ def test_learned_variance_ends_are_fixed_small_and_beta():
     z = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(4))
 
     def network(v):
-        return lambda x, t: torch.cat([0.1 * x, torch.full_like(x, v)], dim=1)
+        return lambda x, t, row: torch.cat([0.1 * x, torch.full_like(x, v)], dim=1)
 
     low = sample_loop(network(-1.0), ddpm_plan(LINEAR, 10), z, lambda k: torch.ones_like(z))
     small = sample_loop(network(-1.0), ddpm_plan(LINEAR, 10, variance="fixed-small"), z, lambda k: torch.ones_like(z))
@@ -83,7 +83,7 @@ def test_noise_is_asked_only_where_it_is_added():
             asked.append(k)
             return z
 
-        def network(x, t, seen=seen):
+        def network(x, t, row, seen=seen):
             assert torch.is_inference_mode_enabled() and x.dtype == torch.float32 and t.dtype == torch.int64
             seen.append(t.tolist())
             return torch.zeros(1, 2, 2, 2, dtype=torch.bfloat16)
@@ -96,7 +96,7 @@ def test_noise_is_asked_only_where_it_is_added():
 
 def test_clip_denoised():
     z = torch.full((1, 1, 2, 2), 3.0)
-    network = lambda x, t: torch.zeros_like(x)  # noqa: E731
+    network = lambda x, t, row: torch.zeros_like(x)  # noqa: E731
     for make in (lambda **k: ddpm_plan(LINEAR, 5, variance="fixed-small", **k), lambda **k: ddim_plan(LINEAR, 5, **k)):
         off = sample_loop(network, make(), z, lambda k: torch.zeros_like(z))
         assert off.min() > 100  # zero epsilon takes x for the signal, scaled up by 1 / sqrt(abar)
@@ -105,7 +105,7 @@ def test_clip_denoised():
 
 
 def test_divergence_is_a_failure_that_names_the_step():
-    def network(x, t):
+    def network(x, t, row):
         return torch.full_like(x, math.nan if t[0] < 500 else 0.0)
 
     plan = ddpm_plan(LINEAR, 200, variance="fixed-small")
@@ -124,7 +124,7 @@ def test_channels_that_do_not_fit_are_refused():
         (ddim_plan(LINEAR, 2), 4, True),
         (ddim_plan(LINEAR, 2), 5, False),
     ):
-        network = lambda x, t, channels=channels: torch.zeros(1, channels, 2, 2)  # noqa: E731
+        network = lambda x, t, row, channels=channels: torch.zeros(1, channels, 2, 2)  # noqa: E731
         if fits:
             sample_loop(network, plan, z, lambda k: z)
         else:
@@ -146,7 +146,7 @@ def test_guidance(rule, channels):
     calls = []
     x = torch.randn(2, channels, 3, 3, generator=torch.Generator().manual_seed(5))
     t, y = torch.tensor([3, 3]), torch.tensor([2, 5])
-    out = guided(labelled_network(calls), y, 4.0, rule, 10)(x, t)
+    out = guided(labelled_network(calls), y, 4.0, rule, 10)(x, t, 0)
     assert calls == [(4, [2, 5, 10, 10])]
     plain = labelled_network([])
     conditional, unconditional = plain(x, t, y), plain(x, t, torch.tensor([10, 10]))
@@ -162,7 +162,7 @@ def test_scale_1_is_no_guidance():
     calls = []
     x, t, y = torch.ones(2, 1, 2, 2), torch.tensor([3, 3]), torch.tensor([2, 5])
     for null_label in (None, 10):
-        out = guided(labelled_network(calls), y, 1.0, "first-3", null_label)(x, t)
+        out = guided(labelled_network(calls), y, 1.0, "first-3", null_label)(x, t, 0)
         assert torch.equal(out, labelled_network([])(x, t, y))
     assert calls == [(2, [2, 5])] * 2
 

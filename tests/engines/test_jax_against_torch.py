@@ -111,6 +111,7 @@ SCHEDULE = Schedule.named("linear", 1000)
 CASES = {  # kind, plan, settings
     "ddpm": ("dit", lambda: ddpm_plan(SCHEDULE, 25), {}),
     "guided, clipped": ("dit", lambda: ddpm_plan(SCHEDULE, 25, clip_denoised=True), {"guidance_scale": 1.5, "guidance_channels": "first-3"}),
+    "guided within an interval": ("dit", lambda: ddpm_plan(SCHEDULE, 25), {"guidance_scale": 2.0, "guidance_interval": "0.2-2", "guidance_channels": "first-3"}),
     "ddim with noise, by a classifier": ("dit", lambda: ddim_plan(SCHEDULE, 20, eta=0.5), {"classifier": "classifier", "classifier_scale": 2.0}),
     "ddpm, by a classifier": ("dit", lambda: ddpm_plan(SCHEDULE, 20), {"classifier": "classifier", "classifier_scale": 2.0}),
     "upsampler": ("upsampler", lambda: ddpm_plan(SCHEDULE, 20), {"number": 1, "conditioning_noise": 0.2}),

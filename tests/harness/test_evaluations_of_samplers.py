@@ -1,6 +1,7 @@
 """A sampler that asks its network more than once a step: what it costs is what its plan says, wherever that is told."""
 
 import json
+import math
 
 import pytest
 import tiny_suite
@@ -110,6 +111,74 @@ def test_steps_are_solved_for_what_both_sides_ask(home):
         spent = own["gflops"] * (2 * nearest - 1)
         assert match["gflops"] == pytest.approx(spent) and drawn["gflops_per_image"] == pytest.approx(spent)
         assert match["relative_error"] == pytest.approx(spent / target - 1)
+
+
+@pytest.fixture
+def flow(home):
+    """The protocol with networks of flow, whose noise levels are t / (1 - t) for t = 1, 1 - 1 / steps, ..., 1 / steps."""
+    text = PROTOCOL.replace("[recipe]", '[recipe]\nobjective = "velocity"\nschedule = "flow"')
+    (home / "few-digits.toml").write_text(text)
+
+
+def test_an_interval_counts_its_rows_twice_wherever_it_is_told(flow, home):
+    """Steps at t = 1, 3/4, 1/2, 1/4; Heun asks at all but the first twice: sigma inf, 3, 3, 1, 1, 1/3, 1/3."""
+    plain = planned("--sampling-steps", "4", "--steps", "1")
+    found = planned("--sampling-steps", "4", "--steps", "1", "--cfg", "1.5@0.5-5")
+    assert found["sampling"][0]["gflops_per_image"] == pytest.approx(11 * found["gflops"])
+    assert found["sampling"][0]["guidance_interval"] == "0.5-5" and "guidance_interval" not in plain["sampling"][0]
+    matched = planned("--cfg", "1.5@0.5-5", "--match-sampling", "dit-xs-4@4@cfg1.5")
+    (match,) = matched["match_sampling"]
+    assert match["gflops_target"] == pytest.approx(14 * found["gflops"])
+    counts = {steps: asked_within(steps, 0.5, 5) for steps in range(1, 20)}
+    assert match["steps"] == min(counts, key=lambda steps: (abs(counts[steps] - 14), steps))
+    same = planned("--cfg", "1.5@0.5-5", "--match-sampling", "dit-xs-4@4@cfg1.5@0.5-5")
+    assert same["match_sampling"][0]["relative_error"] == 0 and same["sampling"] == found["sampling"]
+
+    (home / "one.toml").write_text(
+        'protocol = "few-digits.toml"\nbackbones = ["dit-xs-4"]\nbudgets = { steps = [1] }\ndata = "digits.npz"\n'
+        'precision = "float32"\nmicro_batch = 8\ndevice = "cpu"\n[sampling]\nsteps = [4]\n'
+        'guidance_scales = ["1.5@0.50-5", 1.5]\n'
+    )
+    (run,) = json.loads(harness("study", "one.toml", "--status", "--json"))["runs"]
+    (_, *words), (_, *without) = run["commands"]
+    assert words[words.index("--cfg") + 1] == "1.5@0.5-5" and without[without.index("--cfg") + 1] == "1.5"
+    for each in (words, without):
+        harness(*each)
+    (path,) = home.glob("runs/*/records.jsonl")
+    parts = [json.loads(line)["sampling"] for line in path.read_text().splitlines()]
+    stated = {part.get("guidance_interval"): part for part in parts}
+    assert stated.keys() == {None, "0.5-5"}
+    assert [stated[each]["evaluations"] for each in (None, "0.5-5")] == [14, 11]
+    assert stated["0.5-5"]["gflops_per_image"] == found["sampling"][0]["gflops_per_image"]
+    folders = {each.name.rpartition("-")[0] for each in path.parent.glob("samples/*")}
+    assert folders == {"step1-two-a-step4-cfg1.5-n100", "step1-two-a-step4-cfg1.5@0.5-5-n100"}
+    identity = json.loads(next(path.parent.glob("samples/*@*/samples.json")).read_text())["identity"]
+    assert identity["sampling"]["guidance_interval"] == "0.5-5"
+    (before,) = path.parent.glob("samples/*cfg1.5-n*/samples.json")
+    assert "guidance_interval" not in json.loads(before.read_text())["identity"]["sampling"]
+
+
+def asked_within(steps, low, high):
+    """Evaluations of Heun's rule on the uniform grid of flow, those with low <= sigma <= high counted twice."""
+    times = [1 - (k + 1) // 2 / steps for k in range(2 * steps - 1)]
+    return len(times) + sum(low <= (t / (1 - t) if t < 1 else math.inf) <= high for t in times)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--cfg", "1.5@20-30"), "guides none of the 4 two-a-step steps"),
+        (("--cfg", "1.5@3"), "is not an interval of noise levels"),
+        (("--cfg", "1@0.1-3"), "the scale 1 is no guidance"),
+        (("--cfg", "0.5@0.1-3"), "below 1"),
+        (("--cfg", "2@0.1-3", "--set", "label_dropout=0"), "label dropout"),
+    ],
+)
+def test_intervals_are_refused_before_training(words, message, flow, home):
+    task = ("--backbone", "dit-xs-4", "--protocol", "few-digits.toml", *FIXED, "--steps", "1")
+    done = CliRunner().invoke(group, ["run", *task, *words])
+    said = f"{done.exception} {done.output}"
+    assert done.exit_code != 0 and message in said and not (home / "runs").exists()
 
 
 def test_records_studies_and_plans_tell_one_number(home):

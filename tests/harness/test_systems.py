@@ -18,6 +18,7 @@ from harness.io.files import sha256_file
 from harness.pipeline.sample_system import sample_system
 from harness.pipeline.sidecar import read_fields
 from harness.pipeline.train import RunSession
+from harness.planning.flops_table import sampling_row
 from harness.planning.request import make_request
 from harness.protocols import get_protocol
 from harness.runs.run import build_arguments
@@ -94,6 +95,20 @@ def test_compute_of_an_image_by_hand():
     guided = get_system("dit-xl-2-256-cfg1.5")
     assert guided.evaluations == 500
     assert guided.gflops_image() == pytest.approx(500 * 118.63793664)
+
+
+def test_an_interval_of_guidance_costs_its_rows_alone():
+    """A row inside it evaluates the network twice, a row outside once; the identity without one is as it was."""
+    guided = get_system("dit-xl-2-256-cfg1.5")
+    within = replace(guided, base=replace(guided.base, guidance_interval="0.1-3"))
+    sigma = guided.base.plan().sigma
+    inside = int(((sigma >= 0.1) & (sigma <= 3)).sum())
+    assert 50 < inside < 200 and within.evaluations == 250 + inside
+    assert sampling_row(within)["gflops_guidance"] == pytest.approx(inside * 118.63793664)
+    # All that decided images before decides them now, and the interval where there is one.
+    assert "guidance_interval" not in guided.as_dict()["base"] and "guidance_interval" in within.as_dict()["base"]
+    assert System.from_dict(within.as_dict()).base == within.base
+    assert System.from_dict(guided.as_dict()).base == guided.base
 
 
 def test_flops_of_systems():
@@ -192,6 +207,15 @@ def test_a_broken_file_is_refused_by_item(change, words):
             "truncation 2 must lie above 0 and be at most 1",
         ),
         ({"base": Component(backbone="biggan-deep-256", guidance_scale=2.0)}, "guidance_scale is a diffusion's"),
+        ({"base": Component(backbone="ldm-xs", arguments=SMALL, guidance_interval="1-2")}, "scale 1 is no guidance"),
+        (
+            {"base": Component(backbone="ldm-xs", arguments=SMALL, guidance_scale=2.0, guidance_interval="x")},
+            "base: guidance_interval: 'x' is not an interval",
+        ),
+        (
+            {"base": Component(backbone="ldm-xs", arguments=SMALL, guidance_scale=2.0, guidance_interval="900-")},
+            "guidance 2@900- guides none of the 250 ddpm steps",
+        ),
         (
             {"base": Component(backbone="ldm-xs", arguments={**SMALL, "null_class": False}, guidance_scale=1.5)},
             "has no null label",

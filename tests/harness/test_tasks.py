@@ -316,6 +316,30 @@ def test_guidance_doubles_the_batch_with_its_low_resolution_image():
     assert (out - stage(PerElement(), 8, number=1).draw(SEED, rows, y, low, lambda: None)).abs().max() > 0.01
 
 
+def test_within_an_interval_only_its_rows_have_the_doubled_batch(monkeypatch):
+    """Of ddpm's 6 rows, at timesteps 999, 799, ..., 0; compiled, all calls have equally many images."""
+    low = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+    draw = (SEED, torch.arange(6), torch.arange(6) % 3, low, lambda: None)
+    plan = ddpm_plan(Schedule.named("linear"), 6)
+    inside = (plan.sigma >= 0.5) & (plan.sigma <= 10)
+    assert inside.tolist() == [False, False, True, True, True, False]
+    settings = {"number": 1, "guidance_scale": 2.5, "guidance_interval": "0.5-10"}
+    net = PerElement()
+    made = stage(net, 8, **settings)
+    out = made.draw(*draw)
+    assert [len(x) for x, *_ in net.calls] == [12 if each else 6 for each in inside]
+    assert [len(given) for *_, given in net.calls] == [12 if each else 6 for each in inside]
+    assert made.evaluations == 6 + inside.sum()
+
+    monkeypatch.setattr(sampling, "compile_sampler", lambda net, device: net)
+    monkeypatch.setattr(sampling, "check_available", lambda device: None)
+    monkeypatch.setattr(sampling, "CALL_MACS", 4.0)  # of the toy, which has none: counts as 1, so 4 images a call
+    net = PerElement()
+    compiled = stage(net, 8, compile="on", **settings).draw(*draw)
+    assert [len(x) for x, *_ in net.calls] == [3] * 2 * made.evaluations
+    assert torch.equal(compiled, out)
+
+
 class Latents(torch.nn.Module):
     """Shows its latent as an image and keeps what it is called with."""
 

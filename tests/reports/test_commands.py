@@ -67,6 +67,7 @@ def _record(request: Request, *, sampling_precision="float32", batch=64, suite=N
             evaluations=request.evaluations(drawn.steps[0]),
             eta=drawn.eta,
             guidance_scale=drawn.guidance_scale,
+            guidance_interval=drawn.guidance_interval or None,
             guidance_channels=drawn.guidance_channels if guided else None,
             uint8_rule=drawn.uint8_rule,
             label_policy=drawn.label_policy,
@@ -89,6 +90,7 @@ def _recipes(request: Request) -> dict:
 ASKED = [
     "--steps 800 --seed 1 --sampling-steps 25 --samples 1000",
     "--steps 1 --sampling-steps 10 --cfg 1.5 --guidance-channels first-3 --labels balanced --sampling-seed 7",
+    "--steps 1 --sampling-steps 10 --cfg 3@0.50- --sampler ddim",
     "--steps 50 --sampling-steps 20 --sampler ddim --eta 0.3 --set learning_rate=1e-3 --set batch=64 --set ema_decay=0.5",
     "--steps 50 --sampling-steps 20 --set objective=epsilon-fixed --set schedule=cosine --samples 250",
     "--steps 50 --sampling-steps 20 --set weight_decay=0.1 --set flip=true --set ema_ramp=false --set warmup_steps=3",

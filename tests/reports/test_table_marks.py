@@ -182,11 +182,22 @@ def test_guidance_tells_the_rows_of_one_network_apart(imagenet, scale, value):
 OTHER = {
     "steps": 7, "images": 7, "gflops": 7.0, "batch": 7, "learning_rate": 0.7, "ema_decay": 0.7, "seed": 7, "objective": "x",
     "schedule": "x", "precision": "x", "micro_batch": 7, "recipe_hash": "x", "checkpoint_sha256": "x", "sampler": "x",
-    "evaluations": 7, "eta": 0.7, "guidance_scale": 7.0, "guidance_channels": "x", "gflops_per_image": 7.0, "decoder": "x",
+    "evaluations": 7, "eta": 0.7, "guidance_scale": 7.0, "guidance_interval": "0.3-", "guidance_channels": "x", "gflops_per_image": 7.0, "decoder": "x",
     "decoder_gflops": 7.0, "uint8_rule": "x", "label_policy": "x", "clip_denoised": True, "stage_steps": "7 + 7",
     "settings": "x", "settings_hash": "x", "samples_sha256": "x", "suite_version": "x",
-    "features": "x",
+    "features": "x", "time_distribution": "x", "loss_weight": "x", "noise_scale": 0.7, "spacing": "x",
 }  # fmt: skip
+
+
+def test_guidance_within_an_interval_is_no_row_of_the_paper(imagenet):
+    for interval, value in ((None, "2.27"), ("0.1-0.8", None)):
+        sampling = Sampling(
+            sampler="ddpm", steps=250, decoder="sd-vae-ft-ema", guidance_scale=1.5, guidance_interval=interval,
+            guidance_channels="first-3",
+        )  # fmt: skip
+        record = imagenet("fid", 5.0, system="mine", sampling=sampling, training=Training(steps=7_000_000, batch=256))
+        found = [row["fid_paper"] for row in _data(_table("table-2", [record])) if row.get("fid_paper")]
+        assert found == ([value] if value else [])
 
 
 @pytest.mark.parametrize("part", [Training, Sampling, Evaluation])

@@ -18,7 +18,7 @@ from harness.diffusion.plans import SamplerPlan
 from harness.diffusion.solvers import BASE, D, X
 from harness.engines.guidance import check_channels, check_classifier_scale, check_guidance, guided_channels
 
-Predict = Callable[[Array, Array], Array]  # (x (N, C, H, W), t (N,)) -> (N, C or 2 C, H, W)
+Predict = Callable[[Array, Array, Array], Array]  # (x (N, C, H, W), t (N,), plan row) -> (N, C or 2 C, H, W)
 Guide = Callable[[Array, Array], Array]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
 
 
@@ -85,7 +85,8 @@ def sample_steps(
     def step(k: Array, carry: Carry) -> Carry:
         x = carry.x
         t = jnp.full((samples,), times[k])  # (N,)
-        out = predict(x if input_scale is None else input_scale[k] * x, t).astype(jnp.float32)  # (N, C or 2 C, H, W)
+        seen = x if input_scale is None else input_scale[k] * x
+        out = predict(seen, t, k).astype(jnp.float32)  # (N, C or 2 C, H, W)
         check_channels(plan, out.shape[1], channels)  # at tracing time
         x0 = x0_from_x[k] * x - x0_from_output[k] * out[:, :channels]
         if plan.clip_denoised:
@@ -122,23 +123,32 @@ def guided(
     scale: float,  # 1 is no guidance: one evaluation, no doubled batch
     channels: str,  # a key of `harness.engines.guidance.GUIDED_CHANNELS`
     null_label: int | None,  # label index of "no class"; None: the network was trained without label dropout
+    rows: np.ndarray | None = None,  # bool (E,): the plan rows with guidance; None: all
 ) -> Predict:
     """A `predict` with classifier-free guidance: eps = eps_uncond + scale (eps_cond - eps_uncond).
 
-    Each step calls the network once, on the doubled batch [conditional; unconditional]. Errors as in torch's.
+    A row with guidance calls the network once, on the doubled batch [conditional; unconditional]; other rows call it on
+    the conditional half alone, in a branch that runs by itself. Errors as in torch's.
     """
     check_guidance(scale, channels, null_label)
     if scale == 1.0:
-        return lambda x, t: net(x, t, y)
+        return lambda x, t, row: net(x, t, y)
     assert null_label is not None  # or check_guidance had raised
     labels = jnp.concatenate([y, jnp.full_like(y, null_label)])  # (2 N,)
 
-    def predict(x: Array, t: Array) -> Array:
+    def doubled(x: Array, t: Array) -> Array:
         out = net(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels)  # (2 N, C or 2 C, H, W)
         conditional, unconditional = jnp.split(out.astype(jnp.float32), 2)  # (N, C or 2 C, H, W) each
         count = guided_channels(channels, x.shape[1])
         eps = unconditional[:, :count] + scale * (conditional[:, :count] - unconditional[:, :count])
         return jnp.concatenate([eps, conditional[:, count:]], axis=1)
+
+    if rows is None or rows.all():  # no branch: the compiled loop is as it was before there were intervals
+        return lambda x, t, row: doubled(x, t)
+    is_guided = jnp.asarray(rows)
+
+    def predict(x: Array, t: Array, row: Array) -> Array:
+        return jax.lax.cond(is_guided[row], doubled, lambda x, t: net(x, t, y).astype(jnp.float32), x, t)
 
     return predict
 

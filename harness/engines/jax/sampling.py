@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from backbones.flax_layers import set_compute_dtype
 from backbones.flax_weights import from_torch
+from harness.diffusion.guidance import Guidance
 from harness.diffusion.plans import SamplerPlan
-from harness.diffusion.sampler_plan import guided_evaluations
+from harness.diffusion.sampler_plan import guided_rows
 from harness.engines.guidance import divergence_error
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
@@ -80,6 +81,7 @@ class JaxStage:
         precision: str,
         mesh: Mesh,
         guidance_scale: float = 1.0,
+        guidance_interval: str = "",  # of noise levels; "": guidance at all
         guidance_channels: str = "all",
         classifier: Network | None = None,
         classifier_scale: float = 1.0,
@@ -88,10 +90,11 @@ class JaxStage:
     ):
         self._net, self._classifier, self._plan = net, classifier, plan
         self._precision, self._mesh, self._stage_number = precision, mesh, number
+        self._guided_rows = guided_rows(plan, Guidance(guidance_scale, guidance_interval))
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self.evaluations = guided_evaluations(plan.evaluations, guidance_scale)
+        self.evaluations = plan.evaluations + int(self._guided_rows.sum())
         self._steps_per_call = 1  # plan steps in one call of the device; `draw` doubles it while calls are short
         replicated, batch_sharding = devices.replicated(mesh), devices.batch_sharding(mesh)
         platform = mesh.devices.flat[0].platform
@@ -178,7 +181,9 @@ class JaxStage:
         if self._classifier is not None:
             classifier = nnx.merge(self._classifier.graph, states[1])
             guide = classifier_guide(classifier, y, self._classifier_scale)
-        carry = sample_steps(guided(call, y, *self._guidance), self._plan, carry, first, end, noise_of, guide)
+        carry = sample_steps(
+            guided(call, y, *self._guidance, self._guided_rows), self._plan, carry, first, end, noise_of, guide
+        )
         return carry, jnp.isfinite(carry.x).all()
 
 
@@ -242,7 +247,8 @@ def make_run_sampler(
     """The sampler of one network under one plan, and under the guidance of `sampling`."""
     stage = JaxStage(
         spec, net, plan, arguments=arguments, precision=precision, mesh=mesh,
-        guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels,
+        guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
+        guidance_channels=sampling.guidance_channels,
     )  # fmt: skip
     return JaxChain([stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, mesh=mesh, batch=batch)
 

@@ -61,6 +61,7 @@ def make_chain(
             precision=precision,
             mesh=mesh,
             guidance_scale=stage.guidance_scale,
+            guidance_interval=stage.guidance_interval,
             guidance_channels=stage.guidance_channels,
             classifier=classifier if number == 0 else None,  # it guides the base alone
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,

@@ -17,7 +17,8 @@ from harness.engines.guidance import (
     guided_channels,
 )
 
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C or 2 C, H, W)
+# (x (N, C, H, W), t (N,), plan row) -> (N, C or 2 C, H, W)
+Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 Guide = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
 CHECK_EVERY_ROWS = 50  # whether x is finite: a check waits for the accelerator
 
@@ -54,7 +55,7 @@ def sample_loop(
         else:
             t = torch.full((samples,), float(plan.network_times[k]), dtype=torch.float32, device=x.device)
         seen = x if plan.input_scale is None else float(plan.input_scale[k]) * x
-        out = predict(seen, t).float()  # (N, C or 2 C, H, W)
+        out = predict(seen, t, k).float()  # (N, C or 2 C, H, W)
         if k == 0:
             check_channels(plan, out.shape[1], channels)
         x0 = float(plan.x0_from_x[k]) * x - float(plan.x0_from_output[k]) * out[:, :channels]
@@ -117,20 +118,24 @@ def guided(
     scale: float,  # 1 is no guidance: one evaluation, no doubled batch
     channels: str,  # a key of `harness.engines.guidance.GUIDED_CHANNELS`
     null_label: int | None,  # label index of "no class"; None: the network was trained without label dropout
+    rows: np.ndarray | None = None,  # bool (E,): the plan rows with guidance; None: all
 ) -> Predict:
     """A `predict` for `sample_loop` with classifier-free guidance: eps = eps_uncond + scale (eps_cond - eps_uncond).
 
-    Each step calls the network once, on the doubled batch [conditional; unconditional]. Epsilon channels outside the rule
-    and all variance channels stay conditional. Images of fewer than 3 channels are guided in all of them. Raises UserError
-    for guidance without a null label, an unknown channel rule and a scale that is not finite.
+    A row with guidance calls the network once, on the doubled batch [conditional; unconditional]; other rows call it on
+    the conditional half alone. Epsilon channels outside the rule and all variance channels stay conditional. Images of
+    fewer than 3 channels are guided in all of them. Raises UserError for guidance without a null label, an unknown
+    channel rule and a scale that is not finite.
     """
     check_guidance(scale, channels, null_label)
     if scale == 1.0:
-        return lambda x, t: net(x, t, y)
+        return lambda x, t, row: net(x, t, y)
     assert null_label is not None  # or check_guidance had raised
     labels = torch.cat([y, torch.full_like(y, null_label)])  # (2 N,)
 
-    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def predict(x: torch.Tensor, t: torch.Tensor, row: int) -> torch.Tensor:
+        if rows is not None and not rows[row]:
+            return net(x, t, y)
         out = net(torch.cat([x, x]), torch.cat([t, t]), labels)  # (2 N, C or 2 C, H, W)
         conditional, unconditional = out.float().chunk(2)  # (N, C or 2 C, H, W) each
         count = guided_channels(channels, x.shape[1])

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness.diffusion.guidance import Guidance
 from harness.diffusion.plans import SamplerPlan
-from harness.diffusion.sampler_plan import guided_evaluations
+from harness.diffusion.sampler_plan import guided_rows
 from harness.engines.torch.compiling import check_available, compile_sampler
 from harness.engines.torch.resolve import autocast, set_arithmetic
 from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
@@ -59,6 +60,7 @@ class TorchStage:
         precision: str,
         device: torch.device,
         guidance_scale: float = 1.0,
+        guidance_interval: str = "",  # of noise levels; "": guidance at all
         guidance_channels: str = "all",
         classifier: torch.nn.Module | None = None,
         classifier_scale: float = 1.0,
@@ -72,6 +74,7 @@ class TorchStage:
             self._net = compile_sampler(net, device)
         self._classifier = None if classifier is None else classifier.to(device).eval().requires_grad_(False)
         self._plan, self._precision, self._device, self._stage_number = plan, precision, device, number
+        self._guided_rows = guided_rows(plan, Guidance(guidance_scale, guidance_interval))
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
@@ -79,7 +82,7 @@ class TorchStage:
         if device.type == "cpu":
             self._max_images = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1)))
         self._equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
-        self.evaluations = guided_evaluations(plan.evaluations, guidance_scale)
+        self.evaluations = plan.evaluations + int(self._guided_rows.sum())
 
     def _call_count(self, count: int) -> int:
         """The number of network calls for `count` images: as few as CALL_MACS allows; equal in size if compiled."""
@@ -118,6 +121,9 @@ class TorchStage:
             if low_res is not None:
                 arguments.append(low_res.repeat(len(x) // len(low_res), 1, 1, 1))  # guidance doubles the batch
             calls = self._call_count(len(x))
+            if self._equal_sizes and self._guided_rows.any() and not self._guided_rows.all():
+                # A guided row has twice the images of another, and is computed in twice as many calls.
+                calls = len(x) // len(index) * self._call_count(len(index))
             inputs = zip(*(tensor.tensor_split(calls) for tensor in arguments), strict=True)
             with autocast(self._device, self._precision):
                 return torch.cat([self._net(*part).float() for part in inputs])
@@ -128,7 +134,7 @@ class TorchStage:
                 return self._classifier(x, t)
 
         return sample_loop(
-            guided(call, y, *self._guidance),
+            guided(call, y, *self._guidance, self._guided_rows),
             self._plan,
             x=noise_of(-1),
             noise=noise_of,
@@ -189,7 +195,8 @@ class TorchSampler:
     ):
         stage = TorchStage(
             spec, net, plan, arguments=arguments, precision=precision, device=device,
-            guidance_scale=sampling.guidance_scale, guidance_channels=sampling.guidance_channels, compile=compile,
+            guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
+            guidance_channels=sampling.guidance_channels, compile=compile,
         )  # fmt: skip
         self._chain = TorchChain(
             [stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device,
