@@ -285,11 +285,12 @@ def test_a_cascade_shows_the_steps_of_both_networks(tmp_path):
     base.train(4)
     grid, strip = harness.sample(
         system="digits-cascade-augmented", weights={"base": tmp_path / "low", "upsampler": tmp_path / "up"},
-        sampling_steps=4, classes="9", grid="1x2", trajectory=True, out=tmp_path / "out",
+        sampling_steps=12, classes="9", grid="1x2", trajectory=True, out=tmp_path / "out",
     ).pictures  # fmt: skip
     found, headings = strip_of(strip, 2)
     assert headings[0] == "base: t = 999" and headings[4].startswith("upsampler: t = ") and headings[-1] == "sample"
     assert len(headings) == 9 and np.array_equal(found[:, -1], tiles(grid, 1, 2)[0])
+    assert np.array_equal(found[:, -2], found[:, -1])  # the upsampler's last row, of 24 rows in all
     small = found[:, :4, ::2, ::2]  # of 4 pixels, shown at 8
     assert np.array_equal(small.repeat(2, 2).repeat(2, 3), found[:, :4])
     assert not np.array_equal(found[:, 4:8, ::2, ::2].repeat(2, 2).repeat(2, 3), found[:, 4:8])
