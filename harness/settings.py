@@ -24,9 +24,12 @@ from typing import Any, ParamSpec, TypeVar
 from harness.diffusion.guidance import Guidance, read_guidance
 from harness.errors import UserError, shown
 from harness.io.text import (
+    GridSize,
     read_count,
     read_counts,
     read_fraction,
+    read_grid,
+    read_names,
     read_pairs,
     read_path,
     read_paths,
@@ -355,6 +358,17 @@ class SampleOptions(SamplingSettings, _SampleSource):
     )
     out: Path | None = setting(
         "Folder of a system's sample sets.", read_path, metavar="DIR", default_text="runs/systems", type_name="path"
+    )
+    classes: tuple[str, ...] | None = setting(
+        "Instead of a sample set: a picture of each of these classes, to look at. Classes are numbers, or names that the data "
+        "set has for them.", read_names, metavar="CLASS,CLASS,...", type_name="names",
+    )  # fmt: skip
+    grid: GridSize | None = setting(
+        "Rows and columns of a picture; its images are the samples 0, 1, 2, ... of the sampling seed.", read_grid,
+        metavar="ROWSxCOLUMNS", default_text="4x8", type_name="grid",
+    )  # fmt: skip
+    trajectory: bool = setting(
+        "Also a picture of the images that the first samples were predicted to be during sampling.", read_switch, False
     )
 
 

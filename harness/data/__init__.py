@@ -6,7 +6,7 @@ entry-point group "harness.datasets".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from harness.data.images import ImageSet
 
     Loader = Callable[[Path | None], ImageSet]
+    Namer = Callable[[Mapping[str, str]], tuple[tuple[str, ...], ...]]
     Finder = Callable[[Path | None, int | None], str | None]
 
 
@@ -28,7 +29,9 @@ class DatasetSpec:
     loader: "module:attribute" of a function (folder: Path | None) -> ImageSet. finder: "module:attribute" of a function
     (folder: Path | None, resolution: int | None) -> str | None. Without reading the images it returns what is missing
     and how to get it, in one line, or None. An empty finder: nothing but the folder can be missing. images: number of
-    training images, which is the length of an epoch; None: it depends on the folder.
+    training images, which is the length of an epoch; None: it depends on the folder. namer: "module:attribute" of a
+    function (source paths of a run, see `harness.data.examples`) -> the names of each class in the order of labels, the
+    first of them for display; empty: classes have numbers alone.
     """
 
     name: str
@@ -37,6 +40,14 @@ class DatasetSpec:
     needs_folder: bool = False  # whether `--data` must name the files
     finder: str = ""
     images: int | None = None
+    namer: str = ""
+
+    def class_names(self, source_paths: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+        """The names of each class in the order of labels; empty where they are not known. source_paths: of a run."""
+        if not self.namer:
+            return ()
+        names: Namer = load_attribute(self.namer, f"namer of data set {self.name!r}")
+        return names(source_paths)
 
     def missing(self, folder: Path | None = None, resolution: int | None = None) -> str | None:
         """What is missing before the data set can be loaded, and how to get it, in one line; None: nothing, so far as
@@ -73,6 +84,7 @@ BUILT_IN = (
         summary="70,000 pictures of clothing, 28x28x1 padded to 32x32x1, 10 classes; `harness data fetch fashion-mnist`",
         loader="harness.data.fashion_mnist:load",
         finder="harness.data.fashion_mnist:missing",
+        namer="harness.data.fashion_mnist:class_names",
     ),
     DatasetSpec(
         name="imagenet",
@@ -81,6 +93,7 @@ BUILT_IN = (
         loader="harness.data.prepared:load_imagenet",
         needs_folder=True,
         finder="harness.data.prepared:missing_imagenet",
+        namer="harness.data.imagenet:class_names",
     ),
     DatasetSpec(
         name="prepared",
@@ -88,6 +101,7 @@ BUILT_IN = (
         loader="harness.data.prepared:load",
         needs_folder=True,
         finder="harness.data.prepared:missing",
+        namer="harness.data.prepared:class_names",
     ),
     DatasetSpec(
         name="npz",

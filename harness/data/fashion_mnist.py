@@ -8,6 +8,7 @@ names, so the content is compared with hashes, taken from the package.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 PADDING = 2  # pixels of background on each side: 28 -> 32
 BACKGROUND = 0
 CLASSES = 10
+NAMES = (  # of the classes, in the order of labels: the table "Labels" of the repository's README
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 # name, dimensions, sha256 of the values without the header; in the order of the data set
 FILES = (
@@ -38,6 +42,11 @@ def missing(folder: Path | None, resolution: int | None = None) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def class_names(source_paths: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The name of each class, in the order of labels. source_paths: not used."""
+    return tuple((name,) for name in NAMES)
 
 
 def load(folder: Path | None = None) -> ImageSet:

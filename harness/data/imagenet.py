@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +23,28 @@ WORDNET_ID = r"n[0-9]{8}"
 
 
 @functools.cache
-def _table() -> tuple[tuple[str, int], ...]:
-    """(WordNet id, ILSVRC2012_ID) of the 1,000 classes, in the order of labels."""
+def _table() -> tuple[tuple[str, int, str], ...]:
+    """(WordNet id, ILSVRC2012_ID, name in English) of the 1,000 classes, in the order of labels."""
     lines = (Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="ascii").splitlines()
-    rows = tuple((line.split()[0], int(line.split()[1])) for line in lines if not line.startswith("#"))
-    assert len(rows) == 1000 and [name for name, _ in rows] == sorted(name for name, _ in rows)
+    cells = (line.split(maxsplit=2) for line in lines if not line.startswith("#"))
+    rows = tuple((wordnet_id, int(number), name) for wordnet_id, number, name in cells)
+    assert len(rows) == 1000 and [row[0] for row in rows] == sorted(row[0] for row in rows)
     return rows
 
 
 def classes() -> tuple[str, ...]:
     """The 1,000 WordNet ids in the order of labels."""
-    return tuple(name for name, _ in _table())
+    return tuple(wordnet_id for wordnet_id, *_ in _table())
+
+
+def class_names(source_paths: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The names of each class in the order of labels: in English, and its WordNet id. source_paths: not used."""
+    return tuple((name, wordnet_id) for wordnet_id, _, name in _table())
 
 
 def devkit_ids() -> dict[str, int]:
     """ILSVRC2012_ID (1 to 1000) by WordNet id."""
-    return dict(_table())
+    return {wordnet_id: number for wordnet_id, number, _ in _table()}
 
 
 def plain_name(name: str) -> str:
@@ -90,7 +96,7 @@ def check_labels(source: str, labels: np.ndarray, names: Sequence[str]) -> list[
     named = expected >= 0
     wrong = np.flatnonzero(named & (labels != expected))
     if len(wrong):
-        devkit = np.array([number for _, number in _table()], np.int64)  # ILSVRC2012_ID of each label
+        devkit = np.array([number for _, number, _ in _table()], np.int64)  # ILSVRC2012_ID of each label
         for shift, text in ((1, "the order of the devkit (ILSVRC2012_ID of meta.mat, from 0)"), (0, "ILSVRC2012_ID")):
             if np.array_equal(labels[named], devkit[expected[named]] - shift):
                 raise UserError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,15 @@ def stored_chunk_sha256(path: Path, data_start: int, shape: tuple[int, ...], chu
 def is_prepared(folder: Path) -> bool:
     """Whether `folder` looks like a prepared data set."""
     return all((folder / name).is_file() for name in (IMAGES, LABELS, META))
+
+
+def class_names(source_paths: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The name of each class of the prepared images that latents were made of, in the order of labels.
+
+    source_paths: see `harness.data.examples`. Empty where the images are not known or no longer there.
+    """
+    folder = Path(source_paths.get("images", ""))
+    return tuple((name,) for name in read_meta(folder).classes) if is_prepared(folder) else ()
 
 
 def read_meta(folder: Path) -> Meta:

@@ -5,7 +5,7 @@ Two modules implement `Backend`: `harness.engines.torch.backend` and `harness.en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -73,6 +73,21 @@ class Sampler(Protocol):
         """Images uint8 (N, H, W, C) of the sample indices int64 (N,) with labels int64 (N,).
 
         `advance` is called after each sampler step.
+        """
+
+    def trajectory(
+        self,
+        index: np.ndarray,
+        labels: np.ndarray,
+        rows: Sequence[int],
+        count: int,
+        advance: Callable[[], None],
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(what `draw` returns, the images that the first `count` of them were predicted to be at the plan's `rows`).
+
+        rows: ascending, counted from 0 through the plans of all networks, one after the other. Images uint8
+        (count, h, w, C), one array for each row; decoded, of latents, and smaller before the last upsampler. The images
+        that `draw` returns are unchanged to the bit.
         """
 
 

@@ -20,6 +20,7 @@ from harness.images.source import (
     readable,
 )  # fmt: skip
 from harness.images.tars import open_tar
+from harness.runs.pictures import is_picture
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -86,6 +87,11 @@ def open_folder(path: Path) -> ImageSource:
         if any(_image_files(folder)[0] for folder in folders):  # there are `images` too, see the condition above
             raise UserError(f"{path} holds images and folders of images: are these classes? Keep one of the two")
         images = natural_sorted(images, lambda each: each.name)
+    if any(map(is_picture, images)):
+        raise UserError(
+            f"{path} holds pictures to look at, no samples (`harness sample --classes` made them); `harness sample` without "
+            "--classes draws a sample set"
+        )
     if not images:
         raise UserError(f"{path}: no images in it; images are read from {LAYOUTS}")
     if ignored:

@@ -6,11 +6,14 @@ Each reader takes text or a Python value and returns the value; a ValueError say
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MAX_INT = 2**63 - 1  # of seeds and counts
+MAX_TILES = 1024  # images of one picture
 COUNT_EXAMPLES = "250, 400k or 7M"
 
 
@@ -46,6 +49,38 @@ def read_seed(value: Any) -> int:
     if not 0 <= number <= MAX_INT:
         raise ValueError(f"{number} is not in the range 0<=x<={MAX_INT}.")
     return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSize:
+    """Rows and columns of a picture; as text, ROWSxCOLUMNS."""
+
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+
+def read_grid(value: Any) -> GridSize:
+    """The size of a grid: a `GridSize`, or text such as 4x8, of at most MAX_TILES images."""
+    rows, times, columns = str(value).partition("x")
+    sides = [text for text in (rows, columns) if re.fullmatch("[1-9][0-9]{0,3}", text)]
+    if not times or len(sides) != 2:
+        raise ValueError(f"{value!r} is not of the form ROWSxCOLUMNS, as in 4x8")
+    grid = GridSize(rows=int(rows), columns=int(columns))
+    if grid.rows * grid.columns > MAX_TILES:
+        raise ValueError(f"{grid} are more than {MAX_TILES:,} images; a sample set holds more: --samples N")
+    return grid
+
+
+def read_names(value: Any) -> tuple[str, ...]:
+    """Names, without repetition, in order: text such as 207,360 or "otter,golden retriever", or a sequence of names."""
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    names = tuple(dict.fromkeys(str(part).strip() for part in parts))
+    if not all(names) or not names:
+        raise ValueError(f"{value!r} names nothing between two commas, or nothing at all")
+    return names
 
 
 def read_number(value: Any) -> float:

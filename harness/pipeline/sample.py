@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.autoencoders.load import Decoder, load_autoencoder
+from harness.diffusion.plans import SamplerPlan
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.interfaces import Sampler
 from harness.errors import UserError
+from harness.io import files
 from harness.pipeline.devices import device_of
+from harness.pipeline.pictures import (
+    DEFAULT_GRID,
+    PictureJob,
+    draw_pictures,
+    labels_of_classes,
+    wants_pictures,
+    with_grid,
+)
 from harness.pipeline.sampling_loop import Job, run_job, write_grid_beside
 from harness.pipeline.sidecar import fields_of_run
 from harness.pipeline.train import RunSession
@@ -26,15 +37,16 @@ from harness.protocols import get_protocol
 from harness.runs import checkpoints
 from harness.runs.provenance import environment
 from harness.runs.run import RUNS_FOLDER, Run, open_run
-from harness.runs.sample_set import labels_of, sample_request
+from harness.runs.sample_set import SampleRequest, labels_of, sample_request
 from harness.settings import SampleOptions, keyword_options, only_one
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleResult:
-    """The samples.npz files, whether this call made them or they existed."""
+    """The samples.npz files, or the pictures of classes (PNG), whether this call made them or they existed."""
 
     samples: tuple[Path, ...]
+    pictures: tuple[Path, ...] = ()
 
 
 @keyword_options(SampleOptions)
@@ -42,16 +54,18 @@ def sample(options: SampleOptions) -> SampleResult:
     """Make sample sets: samples.npz in ADM's layout, a sidecar that says how it was made, and a grid of images.
 
     Give `run`, a trained run, or `system` with `weights` (checkpoints or runs). Existing sample sets are returned; a
-    killed call continues shard by shard. UserError: settings that do not fit together, missing weights.
+    killed call continues shard by shard. With `classes`, pictures to look at are drawn instead: one PNG for each class, and
+    one more with `trajectory`. UserError: settings that do not fit together, missing weights, an unknown class.
     """
     if (options.run is None) == (options.system is None):
         raise UserError("give either --run DIR or --system NAME (see `harness list systems`)")
+    pictures = wants_pictures(options)
     paths = _sample_run(options, options.run) if options.run is not None else _sample_system(options)
-    return SampleResult(samples=tuple(paths))
+    return SampleResult(samples=() if pictures else tuple(paths), pictures=tuple(paths) if pictures else ())
 
 
 def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
-    """Sample the run in `folder`; one samples.npz for each number of sampler steps."""
+    """Sample the run in `folder`; one samples.npz for each number of sampler steps, or the pictures of --classes."""
     for name in ("weights", "framework", "device", "out"):
         if getattr(options, name):
             raise UserError(f"--{name} belongs to --system; a run has its own")
@@ -73,6 +87,13 @@ def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
     group = join_processes(run.framework)
     step = group.broadcast(step)  # while the run is trained, other processes may find a newer one
     decoder = decoder_of(run, options.decoder)
+    if options.classes is not None:
+        with group.locked(folder):
+            return [
+                path
+                for steps in request.sampling.steps
+                for path in _pictures_of_run(options, run, request, step, steps, decoder, group)
+            ]
     with group.locked(folder):
         return [
             sample_run(
@@ -88,8 +109,8 @@ FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "matc
 
 
 def _sample_system(options: SampleOptions) -> list[Path]:
-    """Sample a system; one samples.npz for each number of sampler steps (default: the system's own steps)."""
-    from harness.pipeline.sample_system import sample_system
+    """Sample a system; one samples.npz for each number of sampler steps (default: the system's own steps), or pictures."""
+    from harness.pipeline.sample_system import pictures_of_system, sample_system
     from harness.systems.binding import load_parts, with_steps
     from harness.systems.read import get_system
 
@@ -112,6 +133,12 @@ def _sample_system(options: SampleOptions) -> list[Path]:
     loaded_systems = (
         [with_steps(loaded, steps) for steps in options.sampling_steps] if options.sampling_steps else [loaded]
     )
+    if options.classes is not None:
+        return [
+            path
+            for each in loaded_systems
+            for path in pictures_of_system(each, options, folder=options.out or RUNS_FOLDER / "systems", group=group)
+        ]
     return [
         sample_system(
             each,
@@ -127,6 +154,56 @@ def _sample_system(options: SampleOptions) -> list[Path]:
         )
         for each in loaded_systems
     ]
+
+
+def _pictures_of_run(
+    options: SampleOptions,
+    run: Run,
+    request: Request,
+    step: int,
+    steps: int,
+    decoder: Decoder | None,
+    group: ProcessGroup,
+) -> list[Path]:
+    """The pictures of --classes; arguments as of `sample_run`."""
+    protocol, grid = run.protocol, options.grid or DEFAULT_GRID
+    arguments = request.spec.arguments(**request.arguments)
+    labels, names = labels_of_classes(
+        options, protocol, [(request.spec, arguments)], run.source_paths, f"the run {run.folder}"
+    )
+    count = grid.rows * grid.columns
+    wanted = sample_request(
+        run, step, request.sampling, steps, count, gflops_image=request.gflops_image(steps),
+        precision=options.sampling_precision, batch=options.batch, compile=options.compile,
+        decoder=None if decoder is None else decoder.identity,
+    )  # fmt: skip
+    wanted = dataclasses.replace(wanted, batch=min(wanted.batch, count))
+    checkpoint = checkpoints.verify(run.ema_checkpoint(step))
+    identity = with_grid(wanted.identity(run), grid)
+    plan = plan_of(run.recipe, request.sampling, steps)
+    guidance = f"-cfg{wanted.sampling.guidance_scale:g}" if wanted.sampling.guidance_scale != 1 else ""
+    name = f"step{step}-{wanted.sampling.sampler}{steps}{guidance}-{grid}-{files.sha256_json(identity)[:8]}"
+    job = PictureJob(
+        folder=run.folder / "pictures" / name,
+        identity=identity,
+        labels=labels,
+        names=names,
+        grid=grid,
+        trajectory=options.trajectory,
+        plans=((run.backbone, plan),),
+        caption=(
+            f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {run.backbone} after {step:,} training steps.",
+            f"Classifier-free guidance scale = {wanted.sampling.guidance_scale:g}. Sampler: {wanted.sampling.sampler}, "
+            f"{steps} steps.",
+        ),
+        batch=wanted.batch,
+    )
+
+    def make() -> Sampler:
+        return _sampler_of(run, request, wanted, checkpoint.part("ema"), plan, decoder)
+
+    description = {"environment": environment(run.resolved.device_name)}
+    return draw_pictures(job, make, description, device=lambda: device_of(run, group), group=group)
 
 
 def decoder_of(run: Run | RunSession, name: str | None, device: str | None = None) -> Decoder | None:
@@ -229,16 +306,8 @@ def sample_run(
     )
 
     def make() -> Sampler:
-        return get_backend(run.framework).make_sampler(
-            request,
-            run,
-            checkpoint.part("ema"),
-            plan_of(run.recipe, request.sampling, steps),
-            precision=precision,
-            batch=wanted.batch,
-            compile=wanted.compile,
-            decoder=decoder,
-        )
+        plan = plan_of(run.recipe, request.sampling, steps)
+        return _sampler_of(run, request, wanted, checkpoint.part("ema"), plan, decoder)
 
     description = {
         "environment": environment(run.resolved.device_name),
@@ -248,3 +317,24 @@ def sample_run(
     if group.is_main:
         write_grid_beside(path)
     return path
+
+
+def _sampler_of(
+    run: Run,
+    request: Request,
+    wanted: SampleRequest,
+    weights: Path,  # a safetensors file
+    plan: SamplerPlan,
+    decoder: Decoder | None,
+) -> Sampler:
+    """The sampler of a run's network."""
+    return get_backend(run.framework).make_sampler(
+        request,
+        run,
+        weights,
+        plan,
+        precision=wanted.precision,
+        batch=wanted.batch,
+        compile=wanted.compile,
+        decoder=decoder,
+    )

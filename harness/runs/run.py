@@ -5,6 +5,7 @@
     RUN/checkpoints/            the newest two checkpoints, from which training continues
     RUN/snapshots/step-N/       EMA checkpoint, for sampling
     RUN/samples/NAME/           samples.npz, samples.json, grid.png
+    RUN/pictures/NAME/          pictures of single classes, to look at
     RUN/records.jsonl           measurements
 
 A run can be killed at any time; the same command continues it.

@@ -54,20 +54,12 @@ def sample_steps(
     the network's channels do not fit the plan.
     """
     table = plan.table
-    samples, channels = carry.x.shape[:2]
-
-    def rows(values: np.ndarray) -> Array:
-        return jnp.asarray(values.astype(np.float32))
-
+    channels = carry.x.shape[1]
+    rows = _float32
     x_from, base_from = rows(table.x_from), rows(table.base_from)
     noise_to_x, noise_to_base = rows(table.noise_to_x), rows(table.noise_to_base)
-    x0_from_x, x0_from_output, x0_from_gradient = map(
-        rows, (plan.x0_from_x, plan.x0_from_output, plan.x0_from_gradient)
-    )
-    input_scale = None if plan.input_scale is None else rows(plan.input_scale)
+    predicted = _prediction(predict, plan, carry.x.shape, guide)
     log_variances = None if table.log_variances is None else tuple(map(rows, table.log_variances))
-    integer = plan.network_times.dtype == np.int64
-    times = jnp.asarray(plan.network_times.astype(np.int32 if integer else np.float32))
     adds_noise = jnp.asarray(plan.adds_noise)
 
     def combined(table_rows: np.ndarray, values: Array, k: Array, states: Sequence[Array | None]) -> Array:
@@ -84,16 +76,7 @@ def sample_steps(
 
     def step(k: Array, carry: Carry) -> Carry:
         x = carry.x
-        t = jnp.full((samples,), times[k])  # (N,)
-        seen = x if input_scale is None else input_scale[k] * x
-        out = predict(seen, t, k).astype(jnp.float32)  # (N, C or 2 C, H, W)
-        check_channels(plan, out.shape[1], channels)  # at tracing time
-        x0 = x0_from_x[k] * x - x0_from_output[k] * out[:, :channels]
-        if plan.clip_denoised:
-            x0 = x0.clip(-1.0, 1.0)
-        gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
-        if gradient is not None and not table.shifts_mean:
-            x0 = x0 + x0_from_gradient[k] * gradient
+        x0, out, gradient = predicted(k, x)
         images = (x0, *carry.images)
         states = [x, carry.base, *images]
         mean = combined(table.x_from, x_from, k, states)
@@ -115,6 +98,49 @@ def sample_steps(
         return Carry(jnp.where(adds_noise[k], mean + std * n, mean), base, images[:-1])
 
     return jax.lax.fori_loop(first, end, step, carry)
+
+
+def predicted_image(
+    predict: Predict,
+    plan: SamplerPlan,
+    x: Array,  # float32 (N, C, H, W): the state before row k
+    k: Array,
+    guide: Guide | None = None,
+) -> Array:
+    """The image D (N, C, H, W) that row k of `plan` predicts from x. May be traced. Errors as of `sample_steps`."""
+    return _prediction(predict, plan, x.shape, guide)(k, x)[0]
+
+
+def _float32(values: np.ndarray) -> Array:
+    return jnp.asarray(values.astype(np.float32))
+
+
+def _prediction(
+    predict: Predict, plan: SamplerPlan, shape: tuple[int, ...], guide: Guide | None
+) -> Callable[[Array, Array], tuple[Array, Array, Array | None]]:
+    """The function (row k, x) -> (D, the network's output, the guide's gradient) for x of `shape` (N, C, H, W)."""
+    samples, channels = shape[:2]
+    x0_from_x, x0_from_output, x0_from_gradient = map(
+        _float32, (plan.x0_from_x, plan.x0_from_output, plan.x0_from_gradient)
+    )
+    input_scale = None if plan.input_scale is None else _float32(plan.input_scale)
+    integer = plan.network_times.dtype == np.int64
+    times = jnp.asarray(plan.network_times.astype(np.int32 if integer else np.float32))
+
+    def predicted(k: Array, x: Array) -> tuple[Array, Array, Array | None]:
+        t = jnp.full((samples,), times[k])  # (N,)
+        seen = x if input_scale is None else input_scale[k] * x
+        out = predict(seen, t, k).astype(jnp.float32)  # (N, C or 2 C, H, W)
+        check_channels(plan, out.shape[1], channels)  # at tracing time
+        x0 = x0_from_x[k] * x - x0_from_output[k] * out[:, :channels]
+        if plan.clip_denoised:
+            x0 = x0.clip(-1.0, 1.0)
+        gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
+        if gradient is not None and not plan.table.shifts_mean:
+            x0 = x0 + x0_from_gradient[k] * gradient
+        return x0, out, gradient
+
+    return predicted
 
 
 def guided(

@@ -22,7 +22,16 @@ from harness.engines.guidance import divergence_error
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import errors_in_one_line
-from harness.engines.jax.sampler import Carry, classifier_guide, first_carry, guided, sample_steps
+from harness.engines.jax.sampler import (
+    Carry,
+    Guide,
+    Predict,
+    classifier_guide,
+    first_carry,
+    guided,
+    predicted_image,
+    sample_steps,
+)
 from harness.engines.jax.trainer import COMPUTE_DTYPES, matmul_context
 from harness.errors import RunError
 from harness.protocols import UINT8_RULES, Sampling
@@ -95,6 +104,7 @@ class JaxStage:
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
         self.evaluations = plan.evaluations + int(self._guided_rows.sum())
+        self.rows = plan.evaluations  # of the plan
         self._steps_per_call = 1  # plan steps in one call of the device; `draw` doubles it while calls are short
         replicated, batch_sharding = devices.replicated(mesh), devices.batch_sharding(mesh)
         platform = mesh.devices.flat[0].platform
@@ -103,6 +113,7 @@ class JaxStage:
             self._prepare, platform, static_argnums=0, out_shardings=(batch_sharding, batch_sharding)
         )
         self._jit_steps = jit(self._steps, platform, static_argnums=0, out_shardings=(batch_sharding, replicated))
+        self._jit_prediction = jit(self._prediction, platform, out_shardings=batch_sharding)
 
     def draw(
         self,
@@ -111,14 +122,22 @@ class JaxStage:
         y: Array,  # int32 (N,): labels
         low_res: Array | None,  # float32 (N, C, s, s): the input of an upsampler
         advance: Callable[[], None],  # called after each step of the plan
+        rows: Sequence[int] = (),  # ascending rows of the plan, whose predicted images `watch` gets
+        watch: Callable[[Array], None] = lambda x0: None,  # called with float32 (N, C, H, W) at each of `rows`
     ) -> Array:
-        """Images, or latents of a latent-space network: float32 (N, C, H, W)."""
-        rows, done = self._plan.evaluations, 0
+        """Images, or latents of a latent-space network: float32 (N, C, H, W).
+
+        The images predicted at `rows` cost one more evaluation each: the loop on the device does not keep them.
+        """
+        done = 0
         states = (self._net.state, None if self._classifier is None else self._classifier.state)
         with errors_in_one_line("sampling", LESS_MEMORY), matmul_context(self._precision):
             carry, low_res = self._jit_prepare(seed, index, low_res)
-            while done < rows:
-                end, began = min(done + self._steps_per_call, rows), time.monotonic()
+            while done < self.rows:
+                if done in rows:
+                    watch(self._jit_prediction(states, carry, np.int32(done), y, low_res))
+                stops = [row for row in (*rows, self.rows) if row > done]
+                end, began = min(done + self._steps_per_call, *stops), time.monotonic()
                 carry, finite = self._jit_steps(seed, states, carry, np.int32(done), np.int32(end), index, y, low_res)
                 if not bool(finite):
                     raise divergence_error(self._plan, end)
@@ -163,7 +182,6 @@ class JaxStage:
 
         states: the weights of the network, and of the classifier if there is one. Other arguments as in `draw`.
         """
-        net = nnx.merge(self._net.graph, states[0])
 
         def noise_of(k: Array) -> Array:
             """The noise float32 (N, C, H, W) of plan step k."""
@@ -171,6 +189,23 @@ class JaxStage:
             if self._stage_number:  # of an upsampler, whose word 0 is x_T
                 return self._upsampler_noise(seed, index, word + np.uint32(1))
             return random.normal(seed, Purpose.STEP_NOISE, index, Words(np.asarray(0, np.uint32), word), self._shape)
+
+        predict, guide = self._predict(states, y, low_res)
+        carry = sample_steps(predict, self._plan, carry, first, end, noise_of, guide)
+        return carry, jnp.isfinite(carry.x).all()
+
+    def _prediction(
+        self, states: tuple[nnx.State, nnx.State | None], carry: Carry, k: Array, y: Array, low_res: Array | None
+    ) -> Array:
+        """The image float32 (N, C, H, W) that row k of the plan predicts; arguments as in `_steps`."""
+        predict, guide = self._predict(states, y, low_res)
+        return predicted_image(predict, self._plan, carry.x, k, guide)
+
+    def _predict(
+        self, states: tuple[nnx.State, nnx.State | None], y: Array, low_res: Array | None
+    ) -> tuple[Predict, Guide | None]:
+        """The network under classifier-free guidance, and the classifier's guide if there is one."""
+        net = nnx.merge(self._net.graph, states[0])
 
         def call(x: Array, t: Array, y: Array) -> Array:
             if low_res is None:
@@ -181,10 +216,7 @@ class JaxStage:
         if self._classifier is not None:
             classifier = nnx.merge(self._classifier.graph, states[1])
             guide = classifier_guide(classifier, y, self._classifier_scale)
-        carry = sample_steps(
-            guided(call, y, *self._guidance, self._guided_rows), self._plan, carry, first, end, noise_of, guide
-        )
-        return carry, jnp.isfinite(carry.x).all()
+        return guided(call, y, *self._guidance, self._guided_rows), guide
 
 
 class JaxChain:
@@ -212,6 +244,12 @@ class JaxChain:
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
+        return self.trajectory(index, labels, (), 0, advance)[0]
+
+    def trajectory(
+        self, index: np.ndarray, labels: np.ndarray, rows: Sequence[int], count: int, advance: Callable[[], None]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """See `harness.engines.interfaces.Sampler`."""
         batch_sharding = devices.batch_sharding(self._mesh)
 
         def to_full_batch(values: Array | np.ndarray) -> Array:
@@ -221,12 +259,23 @@ class JaxChain:
 
         index_words, y = Words(*map(to_full_batch, words(index))), to_full_batch(labels.astype(np.int32))
         x: np.ndarray | None = None
+        predicted: list[np.ndarray] = []
+        first = 0  # row of the chain that is row 0 of the stage
         for stage in self._stages:
             low_res = None
             if x is not None:
                 low_res = to_full_batch(to_uint8(x, self._rule).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
-            x = devices.gather(stage.draw(self._seed, index_words, y, low_res, advance))[: len(index)]  # (N, C, H, W)
+            last = stage.draw(
+                self._seed, index_words, y, low_res, advance, [row - first for row in rows if row >= first],
+                lambda x0: predicted.append(self._to_images(devices.gather(x0)[:count])),
+            )  # fmt: skip
+            x = devices.gather(last)[: len(index)]  # (N, C, H, W)
+            first += stage.rows
         assert x is not None  # there is at least one stage
+        return self._to_images(x), predicted
+
+    def _to_images(self, x: np.ndarray) -> np.ndarray:
+        """Images float32 (N, C, H, W), or latents, which are decoded, as uint8 (N, H, W, C)."""
         if self._decode is not None:
             x = self._decode(np.array(x))  # (N, 3, H, W); a copy, because arrays of jax are read-only
         return to_uint8(x, self._rule)

@@ -31,6 +31,7 @@ def sample_loop(
     noise: Callable[[int], torch.Tensor],  # plan row k -> float32 (N, C, H, W); called where the plan adds noise
     progress: Callable[[int, int], None] | None = None,  # called with (rows done, rows)
     guide: Guide | None = None,  # returns the scaled gradient of a log likelihood with respect to x
+    watch: Callable[[int, torch.Tensor], None] | None = None,  # called with (row, D of that row (N, C, H, W))
 ) -> torch.Tensor:
     """Run the plan and return x_0, an inference tensor float32 (N, C, H, W). `x` is not changed.
 
@@ -65,6 +66,8 @@ def sample_loop(
         if gradient is not None and not table.shifts_mean:
             # x0 contains -(s / a) eps, and eps is shifted by -s gradient.
             x0 = x0 + float(plan.x0_from_gradient[k]) * gradient
+        if watch is not None:
+            watch(k, x0)
         images = [x0, *images][: table.x_from.shape[1] - D]
         states = [x, base, *images]
         x, base = _combined(table.x_from[k], states), _combined_base(table.base_from[k], states)

@@ -83,6 +83,7 @@ class TorchStage:
             self._max_images = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1)))
         self._equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
         self.evaluations = plan.evaluations + int(self._guided_rows.sum())
+        self.rows = plan.evaluations  # of the plan
 
     def _call_count(self, count: int) -> int:
         """The number of network calls for `count` images: as few as CALL_MACS allows; equal in size if compiled."""
@@ -100,6 +101,8 @@ class TorchStage:
         y: torch.Tensor,  # int64 (N,): labels
         low_res: torch.Tensor | None,  # float32 (N, C, s, s): the input of an upsampler
         advance: Callable[[], None],  # called after each step of the plan
+        rows: Sequence[int] = (),  # of the plan, whose predicted images `watch` gets
+        watch: Callable[[torch.Tensor], None] = lambda x0: None,  # called with float32 (N, C, H, W) at each of `rows`
     ) -> torch.Tensor:
         """Images, or latents of a latent-space network: float32 (N, C, H, W)."""
         set_arithmetic(self._device, self._precision)
@@ -140,13 +143,14 @@ class TorchStage:
             noise=noise_of,
             progress=lambda *_: advance(),
             guide=None if self._classifier is None else classifier_guide(logits, y, self._classifier_scale),
+            watch=lambda k, x0: watch(x0) if k in rows else None,
         )
 
 
 class TorchGenerator:
     """A generator (a GAN): one forward pass from a truncated normal latent."""
 
-    evaluations = 1
+    evaluations = rows = 1
 
     def __init__(
         self, net: torch.nn.Module, *, latent_size: int, truncation: float, precision: str, device: torch.device
@@ -157,14 +161,21 @@ class TorchGenerator:
 
     @torch.inference_mode()
     def draw(
-        self, seed: int, index: torch.Tensor, y: torch.Tensor, low_res: torch.Tensor | None, advance: Callable[[], None]
+        self,
+        seed: int,
+        index: torch.Tensor,
+        y: torch.Tensor,
+        low_res: torch.Tensor | None,
+        advance: Callable[[], None],
+        rows: Sequence[int] = (),
+        watch: Callable[[torch.Tensor], None] = lambda x0: None,
     ) -> torch.Tensor:
         """Images float32 (N, 3, H, W) from z = truncation x a standard normal cut off at -2 and 2 (BigGAN, sec. 3.1).
 
         index: sample indices int64 (N,). y: labels int64 (N,). low_res: None, because a generator is the only network of
-        its system.
+        its system. rows: empty, because a generator predicts no images on the way.
         """
-        assert low_res is None
+        assert low_res is None and not rows
         set_arithmetic(self._device, self._precision)
         u = random.uniform(seed, Purpose.INITIAL_NOISE, index, 0, (self._latent_size,)).double()  # (N, Z)
         # The inverse of the normal distribution function, at u scaled to the interval between the two tails.
@@ -208,6 +219,12 @@ class TorchSampler:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
         return self._chain.draw(index, labels, advance)
 
+    def trajectory(
+        self, index: np.ndarray, labels: np.ndarray, rows: Sequence[int], count: int, advance: Callable[[], None]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """See `harness.engines.interfaces.Sampler`."""
+        return self._chain.trajectory(index, labels, rows, count, advance)
+
 
 class TorchChain:
     """The networks of a system one after the other, then a decoder of latents. Implements `harness.engines.interfaces.Sampler`.
@@ -232,22 +249,36 @@ class TorchChain:
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
-        count = len(index)  # without the images that fill up the batch, which are cut off again below
-        if self._fill is not None and count < self._fill:
-            index, labels = (np.pad(each, (0, self._fill - count), mode="edge") for each in (index, labels))
+        return self.trajectory(index, labels, (), 0, advance)[0]
+
+    def trajectory(
+        self, index: np.ndarray, labels: np.ndarray, rows: Sequence[int], count: int, advance: Callable[[], None]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """See `harness.engines.interfaces.Sampler`."""
+        batch = len(index)  # without the images that fill up the batch, which are cut off again below
+        if self._fill is not None and batch < self._fill:
+            index, labels = (np.pad(each, (0, self._fill - batch), mode="edge") for each in (index, labels))
         device_index = torch.from_numpy(index).to(self._device)
         y = torch.from_numpy(labels).to(self._device)
         x: torch.Tensor | None = None
+        predicted: list[np.ndarray] = []
+        first = 0  # row of the chain that is row 0 of the stage
         for stage in self._stages:
             low_res = None
             if x is not None:
                 pixels = torch.from_numpy(to_uint8(x, self._rule)).permute(0, 3, 1, 2)
                 low_res = pixels.to(self._device, torch.float32) / 127.5 - 1  # (N, C, s, s)
-            x = stage.draw(self._seed, device_index, y, low_res, advance)  # (N, C, H, W)
+            x = stage.draw(
+                self._seed, device_index, y, low_res, advance, [row - first for row in rows if row >= first],
+                lambda x0: predicted.append(self._to_images(x0[:count])),
+            )  # (N, C, H, W)  # fmt: skip
+            first += stage.rows
         assert x is not None  # there is at least one stage
-        if self._decode is not None:
-            x = self._decode(x[:count])  # (N, 3, H, W)
-        return to_uint8(x[:count], self._rule)
+        return self._to_images(x[:batch]), predicted
+
+    def _to_images(self, x: torch.Tensor) -> np.ndarray:
+        """Images float32 (N, C, H, W), or latents, which are decoded, as uint8 (N, H, W, C)."""
+        return to_uint8(x if self._decode is None else self._decode(x), self._rule)
 
 
 def to_uint8(x: torch.Tensor, rule: str) -> np.ndarray:
