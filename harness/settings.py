@@ -237,6 +237,11 @@ class SamplingSettings(Options):
         "shift:C.", read_text, metavar="NAME", default_text="the schedule's", study="sampling.spacing", item="spacing",
         recorded="sampling.spacing", footnote="spacing",
     )  # fmt: skip
+    ema_width: float | None = setting(
+        "Width (sigma_rel) of the average of the weights, reconstructed after a training with --set ema_widths=0.05:0.10; "
+        "0: the EMA with one decay.", read_number, metavar="WIDTH", default_text="0", study="sampling.ema_width",
+        item="ema_width", type_name="float", recorded="sampling.ema_width", footnote="EMA width",
+    )  # fmt: skip
     cfg: float | None = setting(
         "Scale of classifier-free guidance; 1 = no guidance.", read_number, metavar="SCALE",
         study="sampling.guidance_scales", item="guidance_scale", recorded="sampling.guidance_scale", footnote="guidance",

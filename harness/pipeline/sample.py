@@ -10,6 +10,7 @@ from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.interfaces import Sampler
 from harness.errors import UserError
+from harness.io import files
 from harness.pipeline.devices import device_of
 from harness.pipeline.sampling_loop import Job, run_job, write_grid_beside
 from harness.pipeline.sidecar import fields_of_run
@@ -18,6 +19,7 @@ from harness.planning.matching import matched
 from harness.planning.request import Request, plan_of, published_input_gflops, request_of_run
 from harness.protocols import get_protocol
 from harness.runs import checkpoints
+from harness.runs.posthoc_ema import plan_reconstruction, write_reconstruction
 from harness.runs.provenance import environment
 from harness.runs.run import RUNS_FOLDER, Run, open_run
 from harness.runs.sample_set import labels_of, sample_request
@@ -77,7 +79,7 @@ def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
 
 
 # settings that a system fixes
-FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "match_sampling")
+FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "match_sampling", "ema_width")
 
 
 def _sample_system(options: SampleOptions) -> list[Path]:
@@ -221,17 +223,34 @@ def sample_run(
         title=f"sample {wanted.sampling.sampler}-{steps}",
     )
 
-    def make() -> Sampler:
+    def make_from(weights: Path) -> Sampler:
         return get_backend(run.framework).make_sampler(
             request,
             run,
-            checkpoint.part("ema"),
+            weights,
             plan_of(run.recipe, request.sampling, steps),
             precision=precision,
             batch=wanted.batch,
             compile=wanted.compile,
             decoder=decoder,
         )
+
+    def make() -> Sampler:
+        width, base = request.sampling.ema_width, checkpoint.part("ema")
+        if not width:
+            return make_from(base)
+        # Written for the samplers of all processes to read, and not kept: the saved averages give it again.
+        weights = job.folder / f"weights{files.PARTIAL}"
+        if group.is_main:
+            write_reconstruction(plan_reconstruction(run, step, width, checkpoint.sha256("ema")), base, weights)
+        group.barrier("the EMA weights are reconstructed")
+        try:
+            sampler = make_from(weights)
+            group.barrier("the EMA weights are read")
+        finally:
+            if group.is_main:
+                weights.unlink(missing_ok=True)
+        return sampler
 
     description = {
         "environment": environment(run.resolved.device_name),

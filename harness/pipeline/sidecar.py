@@ -149,6 +149,7 @@ def fields_of_run(
             evaluations=evaluations,
             eta=sample_set.eta,
             spacing=sampling.spacing or None,
+            ema_width=sampling.ema_width or None,
             guidance_scale=sampling.guidance_scale,
             guidance_channels=sample_set.guidance_channels,
             gflops_per_image=gflops * evaluations,
@@ -230,6 +231,8 @@ def _recipe_fields(recipe: protocols.Recipe, seed: int) -> dict[str, Any]:
         "time_distribution": None if recipe.time_distribution == "uniform" else recipe.time_distribution,
         "loss_weight": None if recipe.loss_weight == "none" else recipe.loss_weight,
         "noise_scale": None if recipe.noise_scale == 1 else recipe.noise_scale,
+        "ema_widths": recipe.ema_widths or None,
+        "ema_snapshots": recipe.ema_snapshots if recipe.widths else None,
         "recipe_hash": files.sha256_json(recipe_identity(recipe)),
     }
 

@@ -57,7 +57,9 @@ def run(folder, steps, mesh, group):
     if not held:
         return 0
     moments = [state[key] for state in held[0]._optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    return sum(parallel.local_shard(each).numel() * 4 for each in [*held[0]._weights, *held[0]._ema, *moments])
+    return sum(
+        parallel.local_shard(each).numel() * 4 for each in [*held[0]._weights, *held[0]._averages["ema"], *moments]
+    )
 
 
 def measured(folder, out, group):
