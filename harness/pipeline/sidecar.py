@@ -316,7 +316,12 @@ def _fields_of_run_v1(
 ) -> RecordFields:
     """The record fields of a sample set of a run, from a sidecar of schema 1. trained: the frozen settings of the run."""
     run, settings = identity["run"], identity["sampling"]
-    given = {field.name: settings[field.name] for field in dataclasses.fields(protocols.Sampling)}
+    # Settings that were added later may be missing: they then have their default value.
+    given = {
+        field.name: settings[field.name]
+        for field in dataclasses.fields(protocols.Sampling)
+        if field.name in settings or not field.metadata.get("added_later")
+    }
     # Settings without effect are null: they are left out here and get a default, which has no effect either.
     without_effect = {"eta": settings["sampler"] == "ddpm", "guidance_channels": settings["guidance_scale"] == 1}
     given = {name: value for name, value in given.items() if value is not None or not without_effect.get(name)}

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 import shutil
 
 import numpy as np
@@ -11,18 +12,25 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_runs import request, workshop
 
+from harness.cli import group
 from harness.engines.ema import ema_decay, gamma_of, parts, power_weight, snapshot_steps, update_weights, width_of
 from harness.engines.torch import trainer as torch_trainer
 from harness.errors import UserError
 from harness.pipeline import training_loop
 from harness.pipeline.sample import sample
 from harness.pipeline.train import RunSession
+from harness.pipeline.sidecar import read_fields, samples_sha256
+from harness.planning.matching import request_from
 from harness.planning.plan import make_plan
 from harness.planning.plan_text import costs_text
 from harness.protocols import MAX_EMA_WIDTH, Recipe, Sampling
 from harness.runs.posthoc_ema import inner_products, plan_reconstruction, solve_weights, write_reconstruction
 from harness.runs.run import recipe_identity
 from harness.runs.sample_set import sample_request
+from harness.settings import RunOptions
+from reports.commands import reproduction
+from reports.texts import row_metadata
+from results.records import Evaluation, Record
 
 WIDTHS = (0.05, 0.1)
 POSTHOC = {"ema_widths": "0.05:0.10", "ema_snapshots": "4"}
@@ -333,6 +341,25 @@ def test_sampling_a_width(whole, plain):
     before = path.read_bytes()
     path.unlink()  # made again, it has the same bytes
     assert sampled(whole, ema_width=0.075)[0].read_bytes() == before
+
+
+def test_the_record_gives_its_command(whole):
+    """`harness run` with the widths of the recipe, which the record states, and the width that was sampled."""
+    path, _ = sampled(whole, ema_width=0.075)
+    fields = read_fields(path, samples_sha256(path))
+    record = Record(
+        provenance="measured", metric="fd", value=1.0, n=8, protocol="digits", resolution=8, dataset="digits",
+        evaluation=Evaluation(suite=whole.request.protocol.suite), **fields.arguments(),
+    )  # fmt: skip
+    (command,) = reproduction(record).commands
+    words = shlex.split(command)
+    assert words[:2] == ["harness", "run"] and "ema_widths=0.05:0.1" in words and "ema_snapshots=4" in words
+    with group.get_command(None, "run").make_context("run", words[2:]) as context:
+        asked = request_from(RunOptions(**context.params))
+    assert recipe_identity(asked.recipe) == recipe_identity(whole.request.recipe)
+    assert asked.sampling.ema_width == 0.075
+    texts = row_metadata(record)
+    assert texts["EMA width"] == "0.075" and texts["EMA widths"] == "0.05:0.1" and texts["EMA snapshots"] == "4"
 
 
 def test_the_identity_follows_the_snapshots(whole, tmp_path):
