@@ -18,8 +18,8 @@ from harness.engines.torch import trainer as torch_trainer
 from harness.errors import UserError
 from harness.pipeline import training_loop
 from harness.pipeline.sample import sample
-from harness.pipeline.train import RunSession
 from harness.pipeline.sidecar import read_fields, samples_sha256
+from harness.pipeline.train import RunSession
 from harness.planning.matching import request_from
 from harness.planning.plan import make_plan
 from harness.planning.plan_text import costs_text
