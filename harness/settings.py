@@ -30,6 +30,7 @@ from harness.io.text import (
     read_fraction,
     read_grid,
     read_names,
+    read_number,
     read_pairs,
     read_path,
     read_paths,
@@ -239,6 +240,11 @@ class SamplingSettings(Options):
         "Spacing of the times at which the network is asked: respaced, trailing, linspace, uniform, karras, log-snr or "
         "shift:C.", read_text, metavar="NAME", default_text="the schedule's", study="sampling.spacing", item="spacing",
         recorded="sampling.spacing", footnote="spacing",
+    )  # fmt: skip
+    ema_width: float | None = setting(
+        "Width (sigma_rel) of the average of the weights, reconstructed after a training with --set ema_widths=0.05:0.10; "
+        "0: the EMA with one decay.", read_number, metavar="WIDTH", default_text="0", study="sampling.ema_width",
+        item="ema_width", type_name="float", recorded="sampling.ema_width", footnote="EMA width",
     )  # fmt: skip
     cfg: Guidance | None = setting(
         "Scale of classifier-free guidance; 1 = no guidance. 1.5@0.1-0.8 guides only where the noise level sigma = s / a lies "

@@ -34,6 +34,7 @@ OUT = "runs/again"  # the folder of the run, if a second command has to find its
 # Those that a record states; one with its usual value is None there.
 RECIPE_ITEMS = (
     "batch", "learning_rate", "ema_decay", "objective", "schedule", "time_distribution", "loss_weight", "noise_scale",
+    "ema_widths", "ema_snapshots",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ MAX_GROUPS = 6  # of comparable records in a figure
 # Metadata that the label of a line may name, where another line of the same system differs in it.
 _LABEL_METADATA = (
     *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
-    *("time distribution", "loss weight", "noise scale", "spacing"),
+    *("time distribution", "loss weight", "noise scale", "spacing", "EMA width"),
     *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
     *("sampling precision", "framework", "protocol version", "suite version", "mode"),
 )

@@ -14,7 +14,7 @@ UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lowe
 # (`Setting.footnote`) that are neither here nor in DISTINGUISHING_METADATA.
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
-    *("time distribution", "loss weight", "noise scale"),
+    *("time distribution", "loss weight", "noise scale", "EMA widths", "EMA snapshots"),
     *(
         "training precision",
         "training steps",
@@ -23,6 +23,7 @@ _METADATA = (
         "sampling steps",
         "eta",
         "spacing",
+        "EMA width",
         "guidance",
     ),
     *("clip denoised", "decoder", "uint8 rule", "label policy", "sampling precision", "sampling seed", "suite version"),
@@ -189,6 +190,8 @@ def row_metadata(record: Record) -> dict[str, str]:
             "time distribution": training.time_distribution,
             "loss weight": training.loss_weight,
             "noise scale": training.noise_scale,
+            "EMA widths": training.ema_widths,
+            "EMA snapshots": training.ema_snapshots,
             "training steps": count_text(training.steps) if training.steps is not None else None,
         }
     if sampling is not None:

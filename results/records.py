@@ -87,6 +87,10 @@ class Training(_Checked):
     time_distribution: str | None = None  # of t in training; None: uniform, as for the two below their usual values
     loss_weight: str | None = None  # of the squared error; None: 1
     noise_scale: float | None = None  # factor of the noise in continuous time; None: 1
+    ema_widths: str | None = (
+        None  # sigma_rel of the power-function averages that were saved, "0.05:0.1"; None: none were
+    )
+    ema_snapshots: int | None = None  # how many times they were saved
     precision: str | None = None  # of the network's arithmetic in training
     micro_batch: int | None = None  # images per forward pass; changes low bits
     recipe_hash: str | None = None  # sha256 of the resolved recipe
@@ -102,6 +106,9 @@ class Sampling(_Checked):
     evaluations: int | None = None  # network evaluations per image; one with classifier-free guidance counts two
     eta: float | None = None  # DDIM's noise share, in [0, 1]
     spacing: str | None = None  # of the times at which the network is asked; None: the usual one of the schedule
+    ema_width: float | None = (
+        None  # sigma_rel of the reconstructed average of the weights; None: the EMA of `ema_decay`
+    )
     guidance_scale: float | None = None  # None: no guidance; so is 1.0, except with a classifier
     guidance_interval: str | None = None  # "0.1-0.8", "0.3-": of sigma = s / a; None: guidance at all noise levels
     guidance_channels: str | None = None  # "first-3" as published, "all", or "classifier": by a classifier's gradient

@@ -15,7 +15,7 @@ from harness.runs.run import Resolved
 USABLE_SHARE = 0.85  # of free memory that a run may plan with; the rest is for fragmentation
 RUNTIME_BYTES = 600_000_000  # interpreter, libraries, buffers
 STATE_BYTES = 16  # per parameter in float32: weight, gradient and the two moments of AdamW
-EMA_BYTES = 4  # per parameter
+EMA_BYTES = 4  # per parameter and average
 
 
 class NotEnoughMemory(UserError):
@@ -53,23 +53,24 @@ def host_free_bytes() -> int:
     return max(free, 0)
 
 
-def state_bytes(parameters: int, precision: str) -> int:
+def state_bytes(parameters: int, precision: str, averages: int = 1) -> int:
     """Memory that does not depend on the batch, in bytes: weights, gradients, moments, EMA, and a copy in bfloat16.
 
-    Writing a checkpoint copies one of its parts, so one more set of weights is counted.
+    averages: of the weights; more than the EMA with the recipe's `ema_widths`. Writing a checkpoint copies one of its parts, so one more set of weights is counted.
     """
     copy = 2 if precision == "bfloat16" else 0
-    return parameters * (STATE_BYTES + EMA_BYTES + 4 + copy) + RUNTIME_BYTES
+    return parameters * (STATE_BYTES + EMA_BYTES * averages + 4 + copy) + RUNTIME_BYTES
 
 
-def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: int) -> int:
+def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: int, averages: int = 1) -> int:
     """A micro-batch that fits in `free` bytes; 0 if not even one image fits.
 
     The batch is divided into as few micro-batches as possible, of about equal size: a batch of 100, of which 64 images
     fit, gives 50. The result fits in either precision: activations are counted in float32, which needs more for them, and
-    the training state in bfloat16, which needs more for that. activation_bytes: of one image in float32.
+    the training state in bfloat16, which needs more for that. activation_bytes: of one image in float32. averages: as in
+    `state_bytes`.
     """
-    room = int(free * USABLE_SHARE) - state_bytes(parameters, "bfloat16")
+    room = int(free * USABLE_SHARE) - state_bytes(parameters, "bfloat16", averages)
     fitting = min(batch, room // max(activation_bytes, 1))  # 0 activation bytes: not counted, so that all images fit
     if fitting < 1:
         return 0
@@ -77,9 +78,10 @@ def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: in
     return -(-batch // passes)
 
 
-def check_room(name: str, parameters: int, device: str, free: int) -> None:
+def check_room(name: str, parameters: int, device: str, free: int, averages: int = 1) -> None:
     """Raise NotEnoughMemory where the training state alone does not fit in `free` bytes, before the network is built."""
-    need = state_bytes(parameters, "bfloat16")  # not yet chosen, and bfloat16 needs more: a second copy of the weights
+    # The precision is not chosen yet, and bfloat16 needs more: a second copy of the weights.
+    need = state_bytes(parameters, "bfloat16", averages)
     if need > free * USABLE_SHARE:
         raise NotEnoughMemory(
             f"{name} needs {need / 1e9:.1f} GB on {device} for weights, gradients and optimiser, and "
@@ -87,9 +89,11 @@ def check_room(name: str, parameters: int, device: str, free: int) -> None:
         )
 
 
-def one_image_error(name: str, parameters: int, activation_bytes: int, device: str, free: int) -> UserError:
+def one_image_error(
+    name: str, parameters: int, activation_bytes: int, device: str, free: int, averages: int = 1
+) -> UserError:
     """The error for a network of which not even one image fits in memory."""
-    need = state_bytes(parameters, "bfloat16") + activation_bytes
+    need = state_bytes(parameters, "bfloat16", averages) + activation_bytes
     return NotEnoughMemory(
         f"{name} needs {need / 1e9:.1f} GB to train even one image at a time and {free * USABLE_SHARE / 1e9:.1f} GB "
         f"are available on {device}; choose a smaller backbone or --gradient-checkpointing"

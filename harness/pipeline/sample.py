@@ -35,6 +35,7 @@ from harness.planning.request import (
 )
 from harness.protocols import get_protocol
 from harness.runs import checkpoints
+from harness.runs.posthoc_ema import plan_reconstruction, write_reconstruction
 from harness.runs.provenance import environment
 from harness.runs.run import RUNS_FOLDER, Run, open_run
 from harness.runs.sample_set import SampleRequest, labels_of, sample_request
@@ -105,7 +106,7 @@ def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
 
 
 # settings that a system fixes
-FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "match_sampling")
+FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "match_sampling", "ema_width")
 
 
 def _sample_system(options: SampleOptions) -> list[Path]:
@@ -166,6 +167,8 @@ def _pictures_of_run(
     group: ProcessGroup,
 ) -> list[Path]:
     """The pictures of --classes; arguments as of `sample_run`."""
+    if request.sampling.ema_width:
+        raise UserError("pictures of --classes are drawn from the EMA with one decay; leave out --ema-width")
     protocol, grid = run.protocol, options.grid or DEFAULT_GRID
     arguments = request.spec.arguments(**request.arguments)
     labels, names = labels_of_classes(
@@ -305,9 +308,26 @@ def sample_run(
         title=f"sample {wanted.sampling.sampler}-{steps}",
     )
 
-    def make() -> Sampler:
+    def make_from(weights: Path) -> Sampler:
         plan = plan_of(run.recipe, request.sampling, steps)
-        return _sampler_of(run, request, wanted, checkpoint.part("ema"), plan, decoder)
+        return _sampler_of(run, request, wanted, weights, plan, decoder)
+
+    def make() -> Sampler:
+        width, base = request.sampling.ema_width, checkpoint.part("ema")
+        if not width:
+            return make_from(base)
+        # Written for the samplers of all processes to read, and not kept: the saved averages give it again.
+        weights = job.folder / f"weights{files.PARTIAL}"
+        if group.is_main:
+            write_reconstruction(plan_reconstruction(run, step, width, checkpoint.sha256("ema")), base, weights)
+        group.barrier("the EMA weights are reconstructed")
+        try:
+            sampler = make_from(weights)
+            group.barrier("the EMA weights are read")
+        finally:
+            if group.is_main:
+                weights.unlink(missing_ok=True)
+        return sampler
 
     description = {
         "environment": environment(run.resolved.device_name),

@@ -149,6 +149,7 @@ def fields_of_run(
             evaluations=evaluations,
             eta=sample_set.eta,
             spacing=sampling.spacing or None,
+            ema_width=sampling.ema_width or None,
             guidance_scale=sampling.guidance_scale,
             guidance_interval=sampling.guidance_interval or None,
             guidance_channels=sample_set.guidance_channels,
@@ -232,6 +233,8 @@ def _recipe_fields(recipe: protocols.Recipe, seed: int) -> dict[str, Any]:
         "time_distribution": None if recipe.time_distribution == "uniform" else recipe.time_distribution,
         "loss_weight": None if recipe.loss_weight == "none" else recipe.loss_weight,
         "noise_scale": None if recipe.noise_scale == 1 else recipe.noise_scale,
+        "ema_widths": recipe.ema_widths or None,
+        "ema_snapshots": recipe.ema_snapshots if recipe.widths else None,
         "recipe_hash": files.sha256_json(recipe_identity(recipe)),
     }
 
@@ -316,6 +319,7 @@ def _fields_of_run_v1(
 ) -> RecordFields:
     """The record fields of a sample set of a run, from a sidecar of schema 1. trained: the frozen settings of the run."""
     run, settings = identity["run"], identity["sampling"]
+    # Settings that were added later may be missing: they then have their default value.
     given = {
         field.name: settings[field.name]
         for field in dataclasses.fields(protocols.Sampling)

@@ -14,6 +14,7 @@ from harness.data.examples import Examples
 from harness.data.load import check_labels, training_data
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
+from harness.engines.ema import snapshot_steps
 from harness.engines.memory import Measured
 from harness.errors import UserError
 from harness.io import files
@@ -24,7 +25,7 @@ from harness.pipeline.training_loop import train as train_loop
 from harness.planning.matching import request_from
 from harness.planning.plan import make_plan
 from harness.planning.plan_text import costs_text, headline, measured_text
-from harness.planning.request import CHECKPOINT_BYTES, Request
+from harness.planning.request import Request
 from harness.protocols import Protocol
 from harness.runs import checkpoints
 from harness.runs.provenance import environment
@@ -216,6 +217,10 @@ class RunSession:
             with files.explained(self.folder):
                 files.remove(target)  # a copy left by a fork that was killed
                 shutil.copytree(checkpoint.folder, target)
+                for step in parent.posthoc_steps():
+                    if step <= checkpoint.step:
+                        name = f"posthoc/{parent.posthoc_checkpoint(step).name}"
+                        shutil.copytree(parent.folder / name, self.folder / name, dirs_exist_ok=True)
                 lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]  # one line per step
                 files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
         logger.info(f"forked from step {checkpoint.step} of {source}")
@@ -235,8 +240,9 @@ class RunSession:
             engine,
             until=until,
             gflops_step=request.gflops_step,
-            state_bytes=CHECKPOINT_BYTES * request.compute.params,
+            state_bytes=request.checkpoint_bytes,
             device=device_of(run, self.group),
             group=self.group,
             loggers=self.loggers,
+            snapshot_steps=snapshot_steps(request.recipe, request.recipe.steps),
         )

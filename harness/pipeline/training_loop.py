@@ -12,12 +12,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
 
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup, Stopped
+from harness.engines.ema import power_part
 from harness.engines.interfaces import Engine
 from harness.errors import RunError, UserError
 from harness.io import files
@@ -54,12 +55,13 @@ def train(
     device: str,
     group: ProcessGroup = SINGLE_PROCESS,
     loggers: Sequence[str] = (),
+    snapshot_steps: Collection[int] = (),
 ) -> None:
     """Train `run` from its newest checkpoint until `until` steps are done, and keep the EMA weights of that step.
 
     gflops_step: training compute of a step, for the progress bar. state_bytes: size of a checkpoint. device: the device's
     name, under which checkpoints record the training time. group: the processes that train together. loggers: names of
-    `harness.loggers.LOGGERS`.
+    `harness.loggers.LOGGERS`. snapshot_steps: further steps whose averages of the recipe's `ema_widths` are kept.
 
     Raises Stopped after Ctrl-C or SIGTERM, when the checkpoint is written; UserError if the run is past step `until` and
     the EMA weights of that step were not kept; RunError if a loss or a weight is not finite.
@@ -82,6 +84,9 @@ def train(
         for name, _ in engine.state_dicts():
             engine.load(name, checkpoint.part(name))
         logger.info(f"continues from the checkpoint of step {done}")
+    snapshots_due = {*snapshot_steps, until} if run.recipe.widths else set()
+    if group.is_main and done in snapshots_due:  # the process may have been killed after it wrote the checkpoint
+        keep_snapshot(run, done)
     training_time = TrainingTime(None if checkpoint is None else checkpoint.state, device)
     batch = run.recipe.batch
     with (
@@ -107,8 +112,10 @@ def train(
                     note = f"loss {manager.loss:.4f}  {speed}"
                 bar.advance(1, note)
                 stop, checkpoint_due = manager.decide(interrupted())
-                if checkpoint_due:
+                if checkpoint_due or manager.done in snapshots_due:
                     manager.checkpoint()
+                if group.is_main and manager.done in snapshots_due:
+                    keep_snapshot(run, manager.done)
             else:  # interrupted within the step, which does not count
                 stop = True
         manager.checkpoint()
@@ -121,24 +128,36 @@ def train(
 
 
 def keep_ema_checkpoint(run: Run, step: int) -> None:
-    """Keep the EMA weights of the checkpoint of `step` for sampling, in the folder of the EMA checkpoint.
+    """Keep the EMA weights of the checkpoint of `step` for sampling, in the folder of the EMA checkpoint."""
+    _keep_parts(run, step, run.ema_checkpoint(step), ["ema"])
 
-    They are a hard link where the file system has these: it takes no disk space while the checkpoint exists.
+
+def keep_snapshot(run: Run, step: int) -> None:
+    """Keep the averages of the recipe's `ema_widths` in the checkpoint of `step`, unless they were kept before."""
+    if step not in run.posthoc_steps():
+        _keep_parts(run, step, run.posthoc_checkpoint(step), list(map(power_part, run.recipe.widths)))
+
+
+def _keep_parts(run: Run, step: int, folder: Path, parts: Sequence[str]) -> None:
+    """Keep these parts of the checkpoint of `step` in `folder`.
+
+    They are hard links where the file system has these: they take no disk space while the checkpoint exists.
     """
     checkpoint = checkpoints.verify(run.checkpoints / f"step-{step:08d}")
-    folder = run.ema_checkpoint(step)
+    entries = {}
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        target = folder / "ema.safetensors"
-        target.unlink(missing_ok=True)
-        try:
-            os.link(checkpoint.part("ema"), target)
-        except OSError:  # a file system without hard links
-            files.write_bytes(target, checkpoint.part("ema").read_bytes())
-    entry = checkpoint.state["files"]["ema.safetensors"]
+        for part in parts:
+            target = folder / checkpoint.part(part).name
+            target.unlink(missing_ok=True)
+            try:
+                os.link(checkpoint.part(part), target)
+            except OSError:  # a file system without hard links
+                files.write_bytes(target, checkpoint.part(part).read_bytes())
+            entries[target.name] = checkpoint.state["files"][target.name]
     # old checkpoints have no "spent"
     state = {key: checkpoint.state[key] for key in ("schema", "step", "seconds", "spent") if key in checkpoint.state}
-    files.write_json(folder / "state.json", state | {"files": {"ema.safetensors": entry}})
+    files.write_json(folder / "state.json", state | {"files": entries})
 
 
 class CheckpointManager:

@@ -12,7 +12,7 @@ from harness.compute import TRAINING_FACTOR
 from harness.data.public_files import FILES
 from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
-from harness.planning.request import CHECKPOINT_BYTES, Match, Request, published_input_gflops
+from harness.planning.request import Match, Request, published_input_gflops
 from harness.protocols import Protocol
 from harness.runs import checkpoints
 
@@ -72,8 +72,8 @@ class Plan:
     input: of the network, as "32x32x4" (side, side, channels). gflops: of one forward pass at that input. gflops_source:
     "closed form" or "traced". gflops_published_input: gflops at the paper's input, if that differs. match: how the
     training steps were matched; None: they were not. match_sampling: the same for sampler steps, one for each number.
-    samples: of each sample set. disk_bytes: two checkpoints and the samples; EMA checkpoints, latents and the report are
-    not counted.
+    samples: of each sample set. disk_bytes: two checkpoints, the saved averages of `ema_widths` and the samples; EMA
+    checkpoints, latents and the report are not counted.
     missing: what prevents the run on this machine, one sentence each. missing_evaluator_files: files that the
     evaluation needs; without them a run ends after sampling. measured: None if nothing was measured.
     """
@@ -140,7 +140,8 @@ def make_plan(request: Request, *, check_decoder: bool = False) -> Plan:
         match=request.match,
         match_sampling=request.match_sampling,
         samples=request.samples,
-        disk_bytes=checkpoints.KEPT * CHECKPOINT_BYTES * compute.params
+        disk_bytes=checkpoints.KEPT * request.checkpoint_bytes
+        + request.snapshot_bytes()
         + len(sampler_steps) * request.samples * protocol.resolution**2 * protocol.image_channels,
         recipe=dataclasses.asdict(recipe),
         missing=(*missing(request), *(missing_decoder(request) if check_decoder else ())),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness.io.progress import duration
 from harness.planning.plan import MeasuredCost, Plan
 from harness.planning.request import Match, Request
+from harness.protocols import Recipe
 
 
 def headline(request: Request, by_default: bool) -> str:
@@ -33,7 +34,9 @@ def costs_text(plan: Plan) -> str:
     if plan.match is not None:
         lines.append(f"  matched     training: {match_text(plan.match)}")
     lines += [f"  matched     an image: {match_text(each)}" for each in plan.match_sampling]
-    lines.append(f"  disk        {plan.disk_bytes / 1e9:.2f} GB for two checkpoints and the samples")
+    widths = len(Recipe(**plan.recipe).widths)
+    saved = f", {plan.recipe['ema_snapshots']} x {widths} averages" if widths else ""
+    lines.append(f"  disk        {plan.disk_bytes / 1e9:.2f} GB for two checkpoints{saved} and the samples")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.data.examples import Examples
 from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
+from harness.engines.ema import snapshot_steps
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from harness.diffusion.plans import SamplerPlan
 
 CHECKPOINT_BYTES = 16  # per parameter: weight, EMA and two moments in float32
+WEIGHT_BYTES = 4  # per parameter of an average of the weights (float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,19 @@ class Request:
     def gflops_step(self) -> float:
         """Training compute of one optimiser step."""
         return self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint, with the averages of the recipe's `ema_widths`."""
+        return (CHECKPOINT_BYTES + WEIGHT_BYTES * len(self.recipe.widths)) * self.compute.params
+
+    def snapshot_bytes(self, steps: Collection[int] = ()) -> int:
+        """Disk space of all saved averages of the recipe's `ema_widths`; those of the last step are in its checkpoint.
+
+        steps: at which averages are saved besides those of `ema_snapshots`, such as the steps that are sampled.
+        """
+        saved = {*snapshot_steps(self.recipe, self.recipe.steps), *steps, self.recipe.steps}
+        return (len(saved) - 1) * len(self.recipe.widths) * WEIGHT_BYTES * self.compute.params
 
     def run_spec(self, data: Examples) -> RunSpec:
         """The definition of the run that trains on `data`, whose identity adds dataset_sha256 and, if any, latents."""
@@ -143,6 +159,10 @@ def resolve_request(
         )
     if sampling_settings.guidance_scale != 1 and recipe.label_dropout == 0:
         raise UserError("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
+    if sampling_settings.ema_width and not recipe.widths:
+        raise UserError(
+            "--ema-width needs a run that keeps averages of several widths; train with --set ema_widths=0.05:0.10"
+        )
     check_plans(recipe, sampling_settings)
     arguments = build_arguments(spec, protocol, objective.out_channels(protocol.in_channels))
     if gradient_checkpointing:

@@ -25,6 +25,8 @@ LONGEST_NAME = 100
 # that older runs keep their identity.
 ADDED_LATER = {"added_later": True}
 
+MAX_EMA_WIDTH = 1 / math.sqrt(12)  # sigma_rel of the plain mean of all steps
+
 # name: (shift, factor, offset). A sample x, about in [-1, 1], becomes (x + shift) * factor + offset, clamped to 0 ... 255
 # and truncated to an integer.
 UINT8_RULES = {
@@ -61,10 +63,21 @@ class Recipe:
     )  # or "logit-normal:0:1", "log-normal:-1.2:1.2"
     loss_weight: str = field(default="none", metadata=ADDED_LATER)  # of the squared error: "min-snr", "min-snr:5", ...
     noise_scale: float = field(default=1.0, metadata=ADDED_LATER)  # factor of the noise, in continuous time
+    # Widths (sigma_rel) of further averages with a power-function profile, as in "0.05:0.10"; "": none.
+    ema_widths: str = field(default="", metadata=ADDED_LATER)
+    # How many times they are saved in a training, at even distances, for `harness sample --ema-width`.
+    ema_snapshots: int = field(default=8, metadata=ADDED_LATER)
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """`ema_widths` as numbers, ascending."""
+        return tuple(map(float, self.ema_widths.split(":"))) if self.ema_widths else ()
 
     def __post_init__(self) -> None:
+        # One text for one set of widths: 0.10:0.05 is the same recipe, with the same identity, as 0.05:0.1.
+        object.__setattr__(self, "ema_widths", ":".join(map(repr, _read_widths(self.ema_widths))))
         _check_finite(self, "recipe")
-        for name in ("steps", "batch", "learning_rate", "diffusion_steps", "noise_scale"):
+        for name in ("steps", "batch", "learning_rate", "diffusion_steps", "noise_scale", "ema_snapshots"):
             if not getattr(self, name) > 0:
                 raise UserError(f"recipe: {name} must be positive, not {getattr(self, name)}")
         for name in ("ema_decay", "label_dropout"):
@@ -76,6 +89,8 @@ class Recipe:
         for name in ("weight_decay", "warmup_steps", "clip_norm", "conditioning_noise"):
             if getattr(self, name) < 0:
                 raise UserError(f"recipe: {name} must not be negative, but is {getattr(self, name)}")
+        if not self.ema_widths and self.ema_snapshots != type(self).ema_snapshots:
+            raise UserError("recipe: ema_snapshots saves the averages of ema_widths, of which there are none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +110,8 @@ class Sampling:
     spacing: str = field(default="", metadata=ADDED_LATER)
     # Of noise levels sigma at which guidance is applied: "0.1-0.8", "0.3-" (`harness.diffusion.guidance`); "": at all.
     guidance_interval: str = field(default="", metadata=ADDED_LATER)
+    # Width (sigma_rel) of the average of the weights, reconstructed from a run with `ema_widths`; 0: the average "ema".
+    ema_width: float = field(default=0.0, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         _check_finite(self, "sampling")
@@ -109,6 +126,11 @@ class Sampling:
             raise UserError(f"sampling: steps must be positive counts, not {list(self.steps)}")
         if not 0 <= self.eta <= 1:
             raise UserError(f"sampling: eta must lie in [0, 1], not {self.eta:g}")
+        if self.ema_width and not 0 < self.ema_width <= MAX_EMA_WIDTH:
+            raise UserError(
+                f"sampling: ema_width must lie between 0 and {MAX_EMA_WIDTH:.4f}, or be 0 for the EMA with one decay, not "
+                f"{self.ema_width:g}"
+            )
         if self.seed < 0:
             raise UserError(f"sampling: seed must not be negative, but is {self.seed}")
         if self.guidance_scale < 1:
@@ -246,6 +268,19 @@ def _parse(name: str, value: object, old: Any) -> Any:
         return type(old)(text)
     except (KeyError, ValueError) as error:
         raise UserError(f"{name}={shown(value)} cannot be read as {type(old).__name__}, as in {name}={old}") from error
+
+
+def _read_widths(text: str) -> list[float]:
+    """The widths of averages in `ema_widths`, ascending. Raises `UserError` if one is no sigma_rel."""
+    try:
+        widths = sorted({float(word) for word in text.split(":")} if text else ())
+    except ValueError:
+        widths = [math.nan]
+    if not all(0 < width <= MAX_EMA_WIDTH for width in widths):
+        raise UserError(
+            f"recipe: ema_widths {shown(text)}: give widths between 0 and {MAX_EMA_WIDTH:.4f}, as in 0.05:0.10"
+        )
+    return widths
 
 
 def check_name(noun: str, name: str) -> None:

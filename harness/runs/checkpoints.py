@@ -1,6 +1,7 @@
 """Checkpoints: safetensors files and a JSON state in a folder, which gets its name when it is complete.
 
     step-00000400/{model,ema,first_moment,second_moment}.safetensors, state.json (step, checksums, training time)
+    and one ema-WIDTH.safetensors for each of the recipe's ema_widths
 
 Nothing in them can execute code. Every part is checked against its SHA-256 before it is used.
 """
@@ -37,7 +38,7 @@ class Checkpoint:
     state: dict[str, Any]  # of state.json
 
     def part(self, name: str) -> Path:
-        """The file of a part: "model", "ema", "first_moment" or "second_moment"."""
+        """The file of a part: "model", "ema", "first_moment", "second_moment", or "ema-0.05" with `ema_widths`."""
         return self.folder / f"{name}.safetensors"
 
     def sha256(self, part: str) -> str:

@@ -4,6 +4,7 @@
     RUN/log.jsonl               one line per step: step, mse, vb (of a classifier: step, cross_entropy, accuracy)
     RUN/checkpoints/            the newest two checkpoints, from which training continues
     RUN/snapshots/step-N/       EMA checkpoint, for sampling
+    RUN/posthoc/step-N/         averages of the recipe's ema_widths, for `harness sample --ema-width`
     RUN/samples/NAME/           samples.npz, samples.json, grid.png
     RUN/pictures/NAME/          pictures of single classes, to look at
     RUN/records.jsonl           measurements
@@ -28,7 +29,7 @@ from harness.spec import BackboneSpec
 
 SCHEMA = 1
 BEFORE_RUN_FILE = frozenset(  # files that may exist if a run was killed while it was created
-    {"lock", "checkpoints", "log.jsonl", f"log.jsonl{files.PARTIAL}", f"run.json{files.PARTIAL}"}
+    {"lock", "checkpoints", "posthoc", "log.jsonl", f"log.jsonl{files.PARTIAL}", f"run.json{files.PARTIAL}"}
 )
 RUNS_FOLDER = Path("runs")  # folder of the runs, in the working directory
 
@@ -141,8 +142,21 @@ class Run:
 
     def ema_checkpoint_steps(self) -> list[int]:
         """Steps that have an EMA checkpoint, ascending."""
-        states = (self.folder / "snapshots").glob("step-*/state.json")  # written last, when the weights are complete
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in states)
+        return _steps_with_state(self.folder / "snapshots")
+
+    def posthoc_checkpoint(self, step: int) -> Path:
+        """Folder of the power-function averages after `step` steps (`harness.runs.posthoc_ema`)."""
+        return self.folder / "posthoc" / f"step-{step:08d}"
+
+    def posthoc_steps(self) -> list[int]:
+        """Steps whose power-function averages were saved, ascending."""
+        return _steps_with_state(self.folder / "posthoc")
+
+
+def _steps_with_state(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints in `folder`, ascending."""
+    states = folder.glob("step-*/state.json")  # written last, when the weights are complete
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in states)
 
 
 def create_run(

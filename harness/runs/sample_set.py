@@ -17,6 +17,7 @@ from harness.errors import UserError
 from harness.io import files
 from harness.protocols import Sampling
 from harness.randomness import Purpose, integers
+from harness.runs.posthoc_ema import plan_reconstruction
 from harness.runs.run import Run
 
 PRECISION = "float32"  # default arithmetic of the network in sampling
@@ -36,7 +37,7 @@ class SampleRequest:
     precision: str
     batch: int  # can change the last bits of float32 arithmetic
     compile: str  # "on" or "off"; can change the last bits, too
-    checkpoint_sha256: str
+    checkpoint_sha256: str  # of the EMA weights; with an `ema_width`, of all that its weights are reconstructed from
     decoder: dict[str, Any] | None  # identity of the decoder (`harness.autoencoders.files.identity`); None: in pixels
 
     @property
@@ -62,7 +63,7 @@ class SampleRequest:
             "guidance_channels": self.guidance_channels,
             "precision": self.precision,
         }
-        for name in ("spacing", "guidance_interval"):  # added later: older sample sets keep their identity
+        for name in ("spacing", "guidance_interval", "ema_width"):  # added later: older sample sets keep their identity
             if not settings[name]:
                 del settings[name]
         if self.compile != "off":
@@ -110,7 +111,8 @@ def sample_request(
     """The request of a sample set, with all defaults filled in. Reads a few small files and imports no framework.
 
     The hash of the checkpoint is read from its state.json and not compared with the weights, as
-    `harness.runs.checkpoints.verify` does. Raises `UserError` if the run has no EMA checkpoint of `step`.
+    `harness.runs.checkpoints.verify` does. Raises `UserError` if the run has no EMA checkpoint of `step`, or not the
+    averages that an `ema_width` needs.
     """
     available = run.ema_checkpoint_steps()
     if step not in available:
@@ -123,6 +125,8 @@ def sample_request(
         checkpoint_sha256 = files.read_json(state, "checkpoint")["files"]["ema.safetensors"]["sha256"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{state} is not a checkpoint's state of this harness ({error})") from error
+    if sampling.ema_width:
+        checkpoint_sha256 = plan_reconstruction(run, step, sampling.ema_width, checkpoint_sha256).sha256
     return SampleRequest(
         step=step,
         sampling=sampling,

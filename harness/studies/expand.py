@@ -17,14 +17,12 @@ from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 from harness.planning.matching import compute_of, nearest_count, request_from, solve_training, training_target
 from harness.planning.plan import missing, missing_evaluator_files
-from harness.planning.request import CHECKPOINT_BYTES, Request
+from harness.planning.request import WEIGHT_BYTES, Request
 from harness.protocols import Protocol, Recipe, get_protocol, override
 from harness.runs import checkpoints
 from harness.runs.run import RUNS_FOLDER, RunSpec
 from harness.settings import RunOptions, command_words
 from harness.studies import Study
-
-WEIGHT_BYTES = 4  # per parameter of an EMA checkpoint (float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +55,14 @@ class StudyRun:
 
     @property
     def disk_bytes(self) -> int:
-        """Disk space of the checkpoints that are kept at the end, the EMA checkpoints and the samples."""
+        """Disk space of the checkpoints that are kept at the end, the EMA checkpoints, other averages and the samples."""
         request, protocol = self.requests[0], self.requests[0].protocol
         sets = len(self.milestones) * sum(len(each.sampling.steps) for each in self.requests)
         image_bytes = protocol.resolution**2 * protocol.image_channels
         # The EMA checkpoint of the last milestone is a hard link into the newest checkpoint.
         ema_bytes = (len(self.milestones) - 1) * WEIGHT_BYTES  # per parameter
-        weight_bytes = (checkpoints.KEPT * CHECKPOINT_BYTES + ema_bytes) * request.compute.params
+        weight_bytes = checkpoints.KEPT * request.checkpoint_bytes + ema_bytes * request.compute.params
+        weight_bytes += request.snapshot_bytes(self.milestones)
         return weight_bytes + sets * request.samples * image_bytes
 
 

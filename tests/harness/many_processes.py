@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from itertools import chain
 from pathlib import Path
 
 import tiny_suite
@@ -19,11 +20,13 @@ from harness.pipeline.train import RunSession
 from harness.planning.request import make_request
 from harness.protocols import get_protocol
 from harness.runs.run import Resolved
+from harness.runs.samples import read_sidecar
 
 NARROW = {"depth": 2, "width": 48, "heads": 4}
 RECIPE = {  # every item that changes the arithmetic of a step; half of the gradients are longer than clip_norm
     "batch": "16", "learning_rate": "3e-4", "weight_decay": "1", "warmup_steps": "5", "clip_norm": "1.6",
     "ema_decay": "0.99", "ema_ramp": "true", "label_dropout": "0.2", "flip": "true",
+    "ema_widths": "0.05:0.10", "ema_snapshots": "2",
 }  # fmt: skip
 SAMPLES = 64
 
@@ -54,10 +57,15 @@ def run(folder, steps, mesh, group):
     finally:
         get_backend(shop.run.framework).make_engine = engine_of
     sample_run(shop.run, wanted, steps, 5, precision="float32", batch=16, group=group)
+    reconstructed = dataclasses.replace(wanted, sampling=dataclasses.replace(wanted.sampling, ema_width=0.075))
+    sample_run(shop.run, reconstructed, steps, 5, precision="float32", batch=16, group=group)
     if not held:
         return 0
     moments = [state[key] for state in held[0]._optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    return sum(parallel.local_shard(each).numel() * 4 for each in [*held[0]._weights, *held[0]._ema, *moments])
+    return sum(
+        parallel.local_shard(each).numel() * 4
+        for each in [*held[0]._weights, *chain(*held[0]._averages.values()), *moments]
+    )
 
 
 def measured(folder, out, group):
@@ -65,7 +73,11 @@ def measured(folder, out, group):
     calls, reference.IMAGES_PER_CALL = reference.IMAGES_PER_CALL, 10
     suite = tiny_suite.made("tiny", metrics=("fd", "precision"))
     suite = dataclasses.replace(suite, metrics=tuple(dataclasses.replace(each, minimum=20) for each in suite.metrics))
-    (path,) = folder.glob("samples/*/samples.npz")
+    (path,) = (
+        each
+        for each in folder.glob("samples/*/samples.npz")
+        if "ema_width" not in read_sidecar(each)["identity"]["sampling"]
+    )
     task = get_protocol("digits")
     config = EvaluationConfig(suite=suite)
     try:

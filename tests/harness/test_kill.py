@@ -145,6 +145,24 @@ def test_training_killed_three_times(trained, tmp_path):
     assert resumed, "no kill came after a checkpoint: nothing was shown"
 
 
+def test_killed_training_keeps_the_averages_of_all_widths(trained, tmp_path):
+    """Saved after the same steps, with the same bytes; the rest of the run is that of a run without them."""
+    folder, seconds = trained
+    words = [*TRAIN, *OUT, "--steps", STEPS, "--set", "ema_widths=0.05:0.10", "--set", "ema_snapshots=6"]
+    whole = fresh_folders(tmp_path / "whole")()
+    completed(quick(words, whole), whole)
+    averages = {path.relative_to(whole): path.read_bytes() for path in whole.glob("run/posthoc/*/*.safetensors")}
+    assert len(averages) == 6 * 2
+    folders, left = killed_and_repeated(quick, words, fresh_folders(tmp_path), seconds, 3, 5)
+    assert len(left) == 3
+    for each in folders:
+        assert losses(each) == losses(folder)
+        found = {path.relative_to(each): path.read_bytes() for path in each.glob("run/posthoc/*/*.safetensors")}
+        assert found == averages
+        assert list(each.rglob("*.partial")) == []
+    assert any("continues from" in (each / "output.txt").read_text() for each in folders)
+
+
 def test_sampling_killed_three_times(trained, tmp_path):
     folder, _ = trained
     assert len(check_sampling(quick, folder, COUNT, 3, tmp_path, seed=1)[1]) == 3

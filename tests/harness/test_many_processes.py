@@ -1,5 +1,6 @@
 """One process and several, started by torchrun or by hand: the same run, also when a process dies."""
 
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file
 from harness.distributed.group import SINGLE_PROCESS
 from harness.distributed.launch import LaunchInfo, is_distributed, is_main_process, read_launch
 from harness.errors import UserError
-from harness.runs.samples import read_samples
+from harness.runs.samples import read_samples, read_sidecar
 from results.store import load
 
 MINUTE = 60
@@ -61,16 +62,18 @@ def losses(folder):
 def assert_same_run(one, other):
     """Losses within 1e-5, of images less than 1 % of the pixels another and by one grey level."""
     np.testing.assert_allclose(losses(other), losses(one), rtol=1e-5)
-    first, second = (read_samples(samples(each)).images.astype(int) for each in (one, other))
-    apart = np.abs(first - second)
-    assert len(first) == many_processes.SAMPLES and first.std() > 10
-    assert apart.max() <= 1 and (apart > 0).mean() < 0.01
+    for width in (None, 0.075):
+        first, second = (read_samples(samples(each, width)).images.astype(int) for each in (one, other))
+        apart = np.abs(first - second)
+        assert len(first) == many_processes.SAMPLES and first.std() > 10
+        assert apart.max() <= 1 and (apart > 0).mean() < 0.01
 
 
-def samples(folder):
-    """Those of the last step."""
+def samples(folder, width=None):
+    """Those of the last step, of the EMA or of a reconstructed width."""
     step_of = lambda path: int(re.match(r"step(\d+)-", path.parent.name)[1])  # noqa: E731
-    return max(folder.glob("samples/*/samples.npz"), key=step_of)
+    width_of = lambda path: read_sidecar(path)["identity"]["sampling"].get("ema_width")  # noqa: E731
+    return max((path for path in folder.glob("samples/*/samples.npz") if width_of(path) == width), key=step_of)
 
 
 def held(folder, count):
@@ -79,6 +82,7 @@ def held(folder, count):
 
 STEPS = 100
 EMA = f"snapshots/step-{STEPS:08d}/ema.safetensors"
+POSTHOC = [f"posthoc/step-{step:08d}/ema-{width}.safetensors" for step in (STEPS // 2, STEPS) for width in (0.05, 0.1)]
 BOTH = ("2x1", "1x2")  # weights on every process, and divided
 
 
@@ -101,10 +105,10 @@ def alone(tmp_path_factory):
 def test_two_processes_make_the_run_of_one(alone, two):
     """Over 100 steps with accumulation, clipping and the ramp of the average; and weights are really sharded."""
     assert len(np.unique(losses(alone))) == 2 * STEPS
-    average = load_file(alone / EMA)
-    for mesh in BOTH:
+    for mesh, file in itertools.product(BOTH, (EMA, *POSTHOC)):
         assert_same_run(alone, two / mesh)
-        other = load_file(two / mesh / EMA)
+        average, other = load_file(alone / file), load_file(two / mesh / file)
+        assert average.keys() == other.keys()
         apart, size = (
             np.sqrt(sum(np.square(each).sum() for each in values))
             for values in ([other[name] - average[name] for name in average], average.values())

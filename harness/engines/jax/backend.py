@@ -10,6 +10,7 @@ from flax import nnx
 from harness.autoencoders.load import Decoder
 from harness.data.examples import Examples
 from harness.diffusion.plans import SamplerPlan
+from harness.engines.ema import parts
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
 from harness.engines.jax.sampling import JaxChain, Network, load_weights, make_run_sampler
@@ -37,7 +38,8 @@ def measure(
     resolve.refuse_torch_options(precision, compile)
     device_mesh = devices.make_mesh(devices.pick_devices(device), mesh)
     device = device or devices.platform_name(device_mesh)
-    check_room(request.spec.name, request.compute.params, device, devices.free_bytes(device_mesh))
+    averages = len(parts(request.recipe))
+    check_room(request.spec.name, request.compute.params, device, devices.free_bytes(device_mesh), averages)
     logger.info("compiling and measuring the speed of a training step ...")
     net = build(request.spec, request.arguments, request.seed)
     measured = resolve.resolve(
@@ -51,6 +53,7 @@ def measure(
         micro_batch=micro_batch,
         activation_bytes=_activation_bytes(request),
         gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
+        averages=averages,
     )
     return net, measured
 

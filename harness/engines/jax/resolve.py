@@ -98,6 +98,7 @@ def resolve(
     micro_batch: int | None,  # of all devices together; None: the largest that fits
     activation_bytes: int,  # of one image in float32
     gradient_checkpointing: bool,
+    averages: int = 1,  # of the weights, the EMA included
 ) -> Measured:
     """Choose the precision if it is "auto" and the micro-batch if it is None. The weights of `net` stay as they are."""
     parameters = sum(param.size for param in jax.tree.leaves(nnx.state(net, nnx.Param)))
@@ -107,9 +108,9 @@ def resolve(
     # every row of the mesh along "data" has its own copy; for CPUs it is the memory of this host.
     copies = 1 if platform == "cpu" else mesh.shape["data"]
     # The largest micro-batch that fits in memory, over all devices.
-    fitting = devices.broadcast(fit_micro_batch(batch, parameters * copies, activation_bytes, free))
+    fitting = devices.broadcast(fit_micro_batch(batch, parameters * copies, activation_bytes, free, averages))
     if fitting == 0:
-        raise one_image_error(spec.name, parameters, activation_bytes, device, free)
+        raise one_image_error(spec.name, parameters, activation_bytes, device, free, averages)
     chosen = min(micro_batch or _even_micro_batch(batch, fitting, count), batch)
     if batch % count or chosen % count:  # otherwise the last, smaller micro-batch can be divided, too
         raise UserError(
@@ -135,7 +136,7 @@ def resolve(
         gradient_checkpointing=gradient_checkpointing,
         mesh=str(devices.shape_of(mesh)),
     )
-    need = state_bytes(parameters * copies, fastest) + chosen * activation_bytes
+    need = state_bytes(parameters * copies, fastest, averages) + chosen * activation_bytes
     return Measured(resolved=resolved, seconds=seconds, memory_bytes=need, free_bytes=free)
 
 

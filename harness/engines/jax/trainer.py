@@ -24,7 +24,7 @@ from backbones.flax_layers import initial_rngs, set_compute_dtype
 from backbones.flax_weights import state_from_torch, state_to_torch
 from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
-from harness.engines.ema import ema_decay
+from harness.engines import ema
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import errors_in_one_line
@@ -66,7 +66,7 @@ class State(NamedTuple):
 
     params: nnx.State
     rest: nnx.State  # all but nnx.Params: position tables, running statistics, RNG keys
-    ema: nnx.State  # of params
+    averages: dict[str, nnx.State]  # of params, by part of a checkpoint: "ema", ...
     adam: optax.ScaleByAdamState
 
 
@@ -94,13 +94,16 @@ class JaxEngine:
         set_compute_dtype(net, COMPUTE_DTYPES[resolved.precision])
         graph, params, rest = split(net)
         self._adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
-        shapes = State(params, rest, ema=params, adam=jax.eval_shape(self._adam.init, params))
+        parts = ema.parts(recipe)
+        shapes = State(
+            params, rest, averages=dict.fromkeys(parts, params), adam=jax.eval_shape(self._adam.init, params)
+        )
         self._shardings = devices.weight_shardings(self._mesh, shapes)  # a sharding in place of each array
         with errors_in_one_line("the set-up of training", LESS_MEMORY):
             self._state = State(
                 params=devices.to_device(params, self._shardings.params),
                 rest=devices.to_device(rest, self._shardings.rest),
-                ema=devices.to_device(params, self._shardings.ema),
+                averages={part: devices.to_device(params, self._shardings.averages[part]) for part in parts},
                 # jit makes the moments in shards: no device holds them whole.
                 adam=jax.jit(self._adam.init, out_shardings=self._shardings.adam)(params),
             )
@@ -137,20 +140,26 @@ class JaxEngine:
             grads, (sums, rest_after) = jax.grad(loss, has_aux=True)(params)
             return grads, rest_after, sums
 
-        def update(state: State, grads: nnx.State, rest: nnx.State, lr: Array, ema_weight: Array) -> State:
-            """The state after an update by AdamW (Loshchilov and Hutter 2019) and one of the EMA. ema_weight: 1 - decay."""
+        def update(state: State, grads: nnx.State, rest: nnx.State, lr: Array, shares: dict[str, Array]) -> State:
+            """The state after an update by AdamW (Loshchilov and Hutter 2019) and one of the averages.
+
+            shares: of the new weights in each average, by its part; for the EMA 1 - decay.
+            """
             if recipe.clip_norm:
                 grads, _ = optax.clip_by_global_norm(recipe.clip_norm).update(grads, optax.EmptyState())
             updates, adam = optimizer.update(grads, state.adam)
             params = jax.tree.map(
                 lambda p, adam_update: p - lr * (adam_update + recipe.weight_decay * p), state.params, updates
             )
-            ema = jax.tree.map(lambda average, p: average + ema_weight * (p - average), state.ema, params)
-            return State(params, rest, ema, adam)
+            averages = {
+                part: jax.tree.map(partial(_towards, shares[part]), average, params)
+                for part, average in state.averages.items()
+            }
+            return State(params, rest, averages, adam)
 
-        def step(state: State, batch: Batch, lr: Array, ema_weight: Array) -> tuple[State, Array]:
+        def step(state: State, batch: Batch, lr: Array, shares: dict[str, Array]) -> tuple[State, Array]:
             grads, rest, sums = gradients(state.params, state.rest, batch)
-            return update(state, grads, rest, lr, ema_weight), sums
+            return update(state, grads, rest, lr, shares), sums
 
         def more_gradients(
             grads: nnx.State, sums: Array, params: nnx.State, rest: nnx.State, batch: Batch
@@ -173,12 +182,13 @@ class JaxEngine:
         """Do optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
         lr = np.float32(learning_rate(recipe, step))
-        ema_weight = np.float32(1 - ema_decay(recipe, step))  # 1 - 0.9999 in float32 would lose four digits
+        # Rounded to float32 only here: 1 - 0.9999 in float32 would lose four digits.
+        shares = {part: np.float32(share) for part, share in ema.update_weights(recipe, step).items()}
         positions = (step - 1) * recipe.batch + np.arange(recipe.batch)  # in the stream of examples
         chunks = np.split(positions, range(self.resolved.micro_batch, recipe.batch, self.resolved.micro_batch))
         with errors_in_one_line(f"training step {step}", LESS_MEMORY), matmul_context(self.resolved.precision):
             if len(chunks) == 1:
-                self._state, sums = self._step(self._state, self._batch(positions), lr, ema_weight)
+                self._state, sums = self._step(self._state, self._batch(positions), lr, shares)
             else:
                 state = self._state  # stays as it is until the update, so that an interruption changes nothing
                 rest, grads, sums = state.rest, None, None
@@ -190,7 +200,7 @@ class JaxEngine:
                     else:
                         grads, rest, sums = self._more_gradients(grads, sums, state.params, rest, self._batch(chunk))
                     jax.block_until_ready(sums)  # so that Ctrl-C waits for a single micro-batch
-                self._state = self._update(state, grads, rest, lr, ema_weight)
+                self._state = self._update(state, grads, rest, lr, shares)
             if self._losses:  # at most one step is prepared while another computes, so that Ctrl-C acts soon
                 self._losses[-1].block_until_ready()
         self._losses.append(sums)
@@ -225,9 +235,10 @@ class JaxEngine:
             count = {"step": np.asarray([devices.gather(state.adam.count)], np.float32)}
         return [
             ("model", lambda: self._arrays(nnx.merge_state(state.params, state.rest))),
-            ("ema", lambda: self._arrays(nnx.merge_state(state.ema, state.rest))),
+            ("ema", lambda: self._arrays(nnx.merge_state(state.averages["ema"], state.rest))),
             ("first_moment", lambda: {**self._arrays(state.adam.mu), **count}),
             ("second_moment", lambda: {**self._arrays(state.adam.nu), **count}),
+            *((part, partial(self._arrays, average)) for part, average in state.averages.items() if part != "ema"),
         ]
 
     @staticmethod
@@ -249,9 +260,11 @@ class JaxEngine:
                     rest=devices.to_device(rest, self._shardings.rest),
                 )
             elif part == "ema":
-                merged = state_from_torch(_without_rngs(nnx.merge_state(state.ema, state.rest)), weights)
+                merged = state_from_torch(_without_rngs(nnx.merge_state(state.averages["ema"], state.rest)), weights)
                 params, _ = nnx.split_state(merged, nnx.Param, ...)  # the rest is loaded with "model"
-                self._state = state._replace(ema=devices.to_device(params, self._shardings.ema))
+                self._replace_average(part, params)
+            elif part in state.averages:
+                self._replace_average(part, state_from_torch(state.averages[part], weights))
             else:
                 name = {"first_moment": "mu", "second_moment": "nu"}[part]
                 count = np.asarray(weights.pop("step")[0], np.int32)
@@ -262,6 +275,14 @@ class JaxEngine:
                 self._state = state._replace(adam=adam)
         except (UserError, KeyError) as error:
             raise UserError(f"{path} does not fit this network: {error}") from error
+
+    def _replace_average(self, part: str, average: nnx.State) -> None:
+        average = devices.to_device(average, self._shardings.averages[part])
+        self._state = self._state._replace(averages={**self._state.averages, part: average})
+
+
+def _towards(share: Array, average: Array, weight: Array) -> Array:
+    return average + share * (weight - average)
 
 
 class Batch(NamedTuple):

@@ -11,6 +11,7 @@ from harness.autoencoders.load import Decoder
 from harness.compute.activations import activation_bytes
 from harness.data.examples import Examples
 from harness.diffusion.plans import SamplerPlan
+from harness.engines.ema import parts
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import parallel, resolve
 from harness.engines.torch.sampling import TorchSampler, load_weights
@@ -36,7 +37,10 @@ def measure(
     """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
     shape = parallel.mesh_of(mesh)  # of a new run: without --mesh all processes are along DATA
     target = resolve.pick_device(device)
-    check_room(request.spec.name, request.compute.params // shape.model, str(target), resolve.free_bytes(target))
+    averages = len(parts(request.recipe))
+    check_room(
+        request.spec.name, request.compute.params // shape.model, str(target), resolve.free_bytes(target), averages
+    )
     logger.info("measuring the speed of a training step ...")
     net = parallel.shard(build(request.spec, request.arguments, request.seed), shape, target).to(target)
     measured = resolve.resolve(
@@ -50,6 +54,7 @@ def measure(
         micro_batch=micro_batch,
         activation_bytes=activation_bytes(request.spec, **request.arguments),
         gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
+        averages=averages,
         compile=compile,
         steps=request.recipe.steps,
     )

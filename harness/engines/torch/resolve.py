@@ -222,6 +222,7 @@ def resolve(
     micro_batch: int | None,  # None: the largest that fits
     activation_bytes: int,  # of one image in float32
     gradient_checkpointing: bool,
+    averages: int = 1,  # of the weights, the EMA included
     compile: str,  # of compiling.CHOICES
     steps: int,  # of the run
 ) -> Measured:
@@ -236,9 +237,11 @@ def resolve(
     local_batch = parallel.local_batch(batch)
     free = free_bytes(device) + 4 * local_parameters  # the network is already in memory and was counted as used
     # The largest micro-batch that fits in every process: the minimum, as the negative of a maximum.
-    fitting = -int(process_group.all_max(-fit_micro_batch(local_batch, local_parameters, activation_bytes, free)))
+    fitting = -int(
+        process_group.all_max(-fit_micro_batch(local_batch, local_parameters, activation_bytes, free, averages))
+    )
     if fitting == 0:
-        raise one_image_error(spec.name, local_parameters, activation_bytes, str(device), free)
+        raise one_image_error(spec.name, local_parameters, activation_bytes, str(device), free, averages)
     chosen = min(micro_batch or fitting, local_batch)  # the micro-batch; that of the user is not checked for memory
     images = min(chosen, PROBE_IMAGES)
     check_precision(device, precision)
@@ -265,7 +268,7 @@ def resolve(
         mesh=str(mesh),
         compile=choice.mode,
     )
-    need = state_bytes(local_parameters, fastest) + chosen * activation_bytes
+    need = state_bytes(local_parameters, fastest, averages) + chosen * activation_bytes
     return Measured(
         resolved=resolved, seconds=seconds, memory_bytes=need, free_bytes=free, compiled=f"{choice.mode} ({choice.reason})",
         compiled_seconds=None if choice.seconds is None else choice.seconds / processes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
 from harness.distributed.mesh import MeshShape
-from harness.engines.ema import ema_decay
+from harness.engines import ema
 from harness.engines.learning_rate import learning_rate
 from harness.engines.torch import parallel, process_group
 from harness.engines.torch.compiling import compile_network
@@ -66,7 +66,8 @@ class TorchEngine:
         self._needs_warmup = self._parallel.needs_warmup
         trained = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
         self._names, self._weights = list(trained), list(trained.values())
-        self._ema = [weight.detach().clone() for weight in self._weights]  # in the order of _weights
+        # By part of a checkpoint; each in the order of _weights.
+        self._averages = {part: [weight.detach().clone() for weight in self._weights] for part in ema.parts(recipe)}
         self._optimizer = torch.optim.AdamW(
             self._weights,
             lr=recipe.learning_rate,
@@ -107,9 +108,10 @@ class TorchEngine:
             self._parallel.clip(self._weights, recipe.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        ema, weights = list(map(local_shard, self._ema)), list(map(local_shard, self._weights))
+        weights = list(map(local_shard, self._weights))
         with torch.no_grad():
-            torch._foreach_lerp_(ema, weights, 1 - ema_decay(recipe, step))
+            for part, share in ema.update_weights(recipe, step).items():
+                torch._foreach_lerp_(list(map(local_shard, self._averages[part])), weights, share)
         self._losses.append(terms_total)
         return True
 
@@ -182,13 +184,21 @@ class TorchEngine:
             ("ema", lambda: _arrays(self._ema_state_dict())),
             ("first_moment", lambda: self._moments("exp_avg")),
             ("second_moment", lambda: self._moments("exp_avg_sq")),
+            *((part, partial(self._average_arrays, part)) for part in self._averages if part != "ema"),
         ]
 
     def _ema_state_dict(self) -> dict[str, Tensor]:
         """The network's state dict with the average in place of each weight. A shared weight is under all its names."""
-        ema = dict(zip(map(id, self._weights), self._ema, strict=True))  # id of a weight -> its average
+        return self.net.state_dict() | self._average("ema")
+
+    def _average(self, part: str) -> dict[str, Tensor]:
+        """An average by names of weights, without what is not averaged. A shared weight is under all its names."""
+        averages = dict(zip(map(id, self._weights), self._averages[part], strict=True))  # id of a weight -> its average
         state = self.net.state_dict(keep_vars=True)  # the weights themselves, so that their ids can be looked up
-        return {name: ema.get(id(value), value) for name, value in state.items()}
+        return {name: averages[id(value)] for name, value in state.items() if id(value) in averages}
+
+    def _average_arrays(self, part: str) -> dict[str, np.ndarray]:
+        return _arrays(self._average(part))
 
     def _moments(self, key: str) -> dict[str, np.ndarray]:
         """A moment of AdamW by names of weights, and the number of updates, float32 (1,), as "step".
@@ -236,17 +246,19 @@ class TorchEngine:
     def _load_targets(self, part: str) -> dict[str, Tensor]:
         """The tensors that `load` fills with a part of a checkpoint, by name.
 
-        part: "model", "ema", "first_moment" or "second_moment". A moment of AdamW that the optimizer does not have yet,
-        because no step was done, is created in it as zeros.
+        part: as in `state_dicts`. A moment of AdamW that the optimizer does not have yet, because no step was done, is
+        created in it as zeros.
         """
         if part == "model":
             return self.net.state_dict()
         if part == "ema":
             # The part also holds tensors that are not averaged, such as buffers. They are read into new tensors, which
             # nothing uses: the network's own are loaded with "model".
-            averages = set(map(id, self._ema))
+            averages = set(map(id, self._averages["ema"]))
             state = self._ema_state_dict()
             return {name: value if id(value) in averages else torch.empty_like(value) for name, value in state.items()}
+        if part in self._averages:
+            return self._average(part)
         key = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}[part]
         for weight in self._weights:
             self._optimizer.state[weight].setdefault(key, torch.zeros_like(weight))
