@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness import registry
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.torch.sampler import guided, sample_loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +38,7 @@ def test_the_public_recipes_loop_draws_what_ours_draws():
     y = torch.tensor([1, 5, 9])
     noise = torch.randn(10, 3, 4, 6, 6, generator=generator)
     theirs = peers.PublicDiffusion(10).loop(net, x, y, 3.0, 10, noise=lambda k, x: torch.cat([noise[k]] * 2))
-    plan = registry.samplers.get("ddpm").make(
-        Schedule.named("linear", 1000), 10, registry.objectives.get("epsilon-learned-range"), 0.0, False
-    )
+    plan = sampler_plan("ddpm", 10, schedule="linear", diffusion_steps=1000, objective="epsilon-learned-range")
     ours = sample_loop(guided(net, y, 3.0, "first-3", 10), plan, x, lambda k: noise[k])
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 

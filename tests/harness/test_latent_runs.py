@@ -138,14 +138,11 @@ def test_the_decoder_of_a_run_is_known_from_its_run_file(home, ran, tmp_path):
 
 
 def sampler_of(home, ran, framework="torch", decoder=None):
-    from harness import registry
-    from harness.diffusion.schedule import Schedule
+    from harness.diffusion.sampler_plan import sampler_plan
 
     run = open_run(ran)
     request = make_request(backbone="dit-xs-2", protocol=str(home / "task.toml"), framework=framework)
-    plan = registry.samplers.get("ddpm").make(
-        Schedule.named("linear", 1000), 3, registry.objectives.get("epsilon-learned-range"), 0.0, False
-    )
+    plan = sampler_plan("ddpm", 3, schedule="linear", diffusion_steps=1000, objective="epsilon-learned-range")
     snapshot = run.ema_checkpoint(4) / "ema.safetensors"
     return get_backend(framework).make_sampler(
         request, run, snapshot, plan, precision="float32", batch=100, decoder=decoder

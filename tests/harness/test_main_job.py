@@ -13,9 +13,8 @@ from sklearn.svm import SVC
 from evaluators.frechet import frechet_distance
 from evaluators.statistics import statistics
 from evaluators.suites import EMBEDDED
-from harness import registry
 from harness.data.digits import load
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.torch.sampling import TorchSampler
 from harness.engines.torch.trainer import build
 from harness.planning.request import make_request
@@ -70,8 +69,8 @@ def test_the_first_command_makes_digits_that_can_be_told(tmp_path):
 def untrained_samples():
     """What the same network draws before its first step."""
     request = make_request(backbone="dit-xs-2", protocol="digits")
-    plan = registry.samplers.get("ddpm").make(
-        Schedule.named(), 10, registry.objectives.get(request.recipe.objective), 0.0, True
+    plan = sampler_plan(
+        "ddpm", 10, schedule="linear", diffusion_steps=1000, objective=request.recipe.objective, clip_denoised=True
     )
     net = build(request.spec, request.arguments, 0)
     sampler = TorchSampler(

@@ -11,8 +11,7 @@ import tiny_suite
 import torch
 from small_runs import SecondProcess, request, workshop
 
-from harness import registry
-from harness.diffusion.schedule import Schedule
+from harness.diffusion.sampler_plan import sampler_plan
 from harness.distributed.group import ProcessGroup
 from harness.engines.torch import sampling as sampling_module
 from harness.engines.torch.sampling import TorchSampler, load_weights, to_uint8
@@ -56,8 +55,8 @@ def images(monkeypatch, net, wanted, batch, steps=10, **settings):
     """(float32 (64, C, H, W) before rounding, uint8 (64, H, W, C)) of indices 0 ... 63, drawn `batch` at a time."""
     floats = []
     monkeypatch.setattr(sampling_module, "to_uint8", lambda x, rule: (floats.append(x.clone()), to_uint8(x, rule))[1])
-    plan = registry.samplers.get("ddpm").make(
-        Schedule.named("linear", 1000), steps, registry.objectives.get(wanted.recipe.objective), 0.0, True
+    plan = sampler_plan(
+        "ddpm", steps, schedule="linear", diffusion_steps=1000, objective=wanted.recipe.objective, clip_denoised=True
     )
     sampler = TorchSampler(
         wanted.spec, net, plan, wanted.sampling, arguments=wanted.arguments, precision="float32",

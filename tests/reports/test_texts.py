@@ -19,7 +19,7 @@ def test_every_setting_with_a_footnote_is_stated_under_its_name(record):
         record(), framework="jax", training=Training(steps=800, seed=1, precision="bfloat16", micro_batch=8),
         sampling=Sampling(
             sampler="ddim", steps=50, eta=0.5, guidance_scale=1.5, guidance_channels="all", label_policy="random", seed=3,
-            precision="float32", batch=16, decoder="ft-ema", spacing="karras",
+            precision="float32", batch=16, decoder="ft-ema", spacing="karras", ema_width=0.05,
         ),
     )  # fmt: skip
     stated = row_metadata(full) | distinguishing_metadata(full)
