@@ -1,6 +1,6 @@
 """`harness compare`: win, loss or tie.
 
-Its flags are the fields of `CompareOptions` in `harness/settings.py`.
+Its flags are the fields of `CompareOptions` in `harness/settings/compare_flags.py` and what it imports.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`harness evaluate`: the third stage of run.
 
-Its flags are the fields of `EvaluateOptions` in `harness/settings.py`.
+Its flags are the fields of `EvaluateOptions` in `harness/settings/evaluate_flags.py` and what it imports.
 """
 
 from __future__ import annotations

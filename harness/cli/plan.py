@@ -1,6 +1,6 @@
 """`harness plan`: what a run would cost.
 
-Its flags are the fields of `PlanOptions` in `harness/settings.py`.
+Its flags are the fields of `PlanOptions` in `harness/settings/plan_flags.py` and what it imports.
 """
 
 from __future__ import annotations

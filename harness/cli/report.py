@@ -1,6 +1,6 @@
 """`harness report`: tables and figures.
 
-Its flags are the fields of `ReportOptions` in `harness/settings.py`.
+Its flags are the fields of `ReportOptions` in `harness/settings/report_flags.py` and what it imports.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`harness run`: the main job, end to end.
 
-Its flags are the fields of `RunOptions` in `harness/settings.py`.
+Its flags are the fields of `RunOptions` in `harness/settings/run_flags.py` and what it imports.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`harness sample`: the second stage of run, or a system with weights from anywhere.
 
-Its flags are the fields of `SampleOptions` in `harness/settings.py`.
+Its flags are the fields of `SampleOptions` in `harness/settings/sample_flags.py` and what it imports.
 """
 
 from __future__ import annotations

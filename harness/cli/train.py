@@ -1,6 +1,6 @@
 """`harness train`: the first stage of run.
 
-Its flags are the fields of `TrainOptions` in `harness/settings.py`.
+Its flags are the fields of `TrainOptions` in `harness/settings/train_flags.py` and what it imports.
 """
 
 from __future__ import annotations

@@ -1,0 +1,30 @@
+"""The flags of `harness report`, which are the keyword arguments of `harness.report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.io.text import (
+    read_path,
+    read_paths,
+    read_text,
+)  # fmt: skip
+from harness.settings.setting import Options, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """Options of `harness report`."""
+
+    results: tuple[Path, ...] = setting(
+        "Runs, folders of runs, or record files (repeatable).", read_paths, (), metavar="DIR", repeat=True,
+        default_text="runs/", type_name="path",
+    )  # fmt: skip
+    out: Path | None = setting(
+        "Folder of the report.", read_path, metavar="DIR", default_text="runs/report/", type_name="path"
+    )
+    protocol: str | None = setting(
+        "Only the table, the verdicts and the figures of this protocol, beside Tables 1-6.", read_text, metavar="NAME",
+        default_text="every protocol",
+    )  # fmt: skip
