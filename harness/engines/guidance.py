@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from difflib import get_close_matches
+from typing import Protocol
 
 from harness.diffusion.plans import SamplerPlan
 from harness.errors import RunError, UserError
@@ -47,7 +48,19 @@ def check_classifier_scale(scale: float) -> None:
         raise UserError(f"classifier scale {scale} is not a finite number: give 0 for none, or for example 1")
 
 
-def check_channels(plan: SamplerPlan, output_channels: int, channels: int) -> None:
+class NamedPlan(Protocol):
+    """A `SamplerPlan`, or what a compiled loop knows of one."""
+
+    @property
+    def name(self) -> str:
+        """Of the sampler."""
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network must give 2 C channels."""
+
+
+def check_channels(plan: NamedPlan, output_channels: int, channels: int) -> None:
     """Raise UserError if a network's output does not have the channels that `plan` needs.
 
     output_channels: channels of the network's output. channels: channels of the images.

@@ -11,6 +11,7 @@ import torch
 from harness import registry
 from harness.diffusion.guidance import Guidance, read_guidance, read_interval
 from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, guided_rows, sampler_plan
+from harness.engines.jax.plan_arrays import split_plan
 from harness.engines.jax.sampler import first_carry, sample_steps
 from harness.engines.jax.sampler import guided as jax_guided
 from harness.engines.torch.sampler import guided, sample_loop
@@ -144,10 +145,14 @@ def test_the_network_is_evaluated_as_planned_and_both_loops_agree(sampler):
         jax.debug.callback(lambda _: images.append(len(x)), x[0, 0, 0, 0])  # of the branch that runs, and not the other
         return jax_net(x, t, labels)
 
+    form, arrays = split_plan(plan, rows)
+
     @jax.jit
     def traced(x):
         predict = jax_guided(counting_jax, jnp.asarray(y), guidance.scale, "all", NULL, rows)
-        return sample_steps(predict, plan, first_carry(plan, x), 0, plan.evaluations, lambda k: jnp.asarray(NOISE)[k]).x
+        return sample_steps(
+            predict, form, arrays, first_carry(form, x), 0, plan.evaluations, lambda k: jnp.asarray(NOISE)[k]
+        ).x
 
     out = np.asarray(traced(NOISE[-1]))
     jax.effects_barrier()

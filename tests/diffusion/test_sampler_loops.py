@@ -10,6 +10,7 @@ from harness import registry
 from harness.diffusion.objectives import image_from
 from harness.diffusion.sampler_plan import sampler_plan
 from harness.diffusion.training import process_named
+from harness.engines.jax.plan_arrays import split_plan
 from harness.engines.jax.sampler import first_carry, sample_steps
 from harness.engines.torch.sampler import guided, sample_loop
 from harness.errors import UserError
@@ -90,9 +91,13 @@ def test_both_loops(sampler, schedule):
         k = jnp.argmin(jnp.abs(jnp.asarray(plan.network_times.astype(np.float32)) - t[0].astype(jnp.float32)))
         return jnp.asarray(slope.astype(np.float32))[k] * x + jnp.asarray(offset.astype(np.float32))[k]
 
+    form, arrays = split_plan(plan)
+
     @jax.jit
     def run(x):
-        return sample_steps(traced, plan, first_carry(plan, x), 0, plan.evaluations, lambda k: jnp.asarray(NOISE)[k]).x
+        return sample_steps(
+            traced, form, arrays, first_carry(form, x), 0, plan.evaluations, lambda k: jnp.asarray(NOISE)[k]
+        ).x
 
     np.testing.assert_allclose(run(NOISE[-1]), found, atol=1e-4 * scale)
 

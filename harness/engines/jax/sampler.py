@@ -1,6 +1,6 @@
 """A sampler plan applied in jax, and guidance: `harness.engines.torch.sampler` as one loop on the device.
 
-The loop is compiled once for a plan and a batch size. Each call runs a stretch of steps, long enough to keep the device
+The loop is compiled once for a form of plan (`plan_arrays`) and a batch size. Each call runs a stretch of steps, long enough to keep the device
 busy and short enough for a progress bar and Ctrl-C. The lengths of the stretches do not change the numbers.
 """
 
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from harness.diffusion.plans import SamplerPlan
-from harness.diffusion.solvers import BASE, D, X
+from harness.diffusion.solvers import D, X
 from harness.engines.guidance import check_channels, check_classifier_scale, check_guidance, guided_channels
+from harness.engines.jax.plan_arrays import PlanArrays, PlanForm
 
 Predict = Callable[[Array, Array, Array], Array]  # (x (N, C, H, W), t (N,), plan row) -> (N, C or 2 C, H, W)
 Guide = Callable[[Array, Array], Array]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
@@ -30,117 +30,97 @@ class Carry(NamedTuple):
     images: tuple[Array, ...]  # predicted by the last rows, newest first, as many as the plan uses: (N, C, H, W) each
 
 
-def first_carry(plan: SamplerPlan, noise: Array) -> Carry:
+def first_carry(form: PlanForm, noise: Array) -> Carry:
     """The state before row 0, from standard normal noise float32 (N, C, H, W)."""
-    table = plan.table
-    x = noise if table.initial_noise == 1.0 else np.float32(table.initial_noise) * noise
-    base = jnp.zeros_like(x) if table.base_from.any() else None
-    return Carry(x, base, (jnp.zeros_like(x),) * (table.x_from.shape[1] - D - 1))
+    x = noise if form.initial_noise == 1.0 else np.float32(form.initial_noise) * noise
+    return Carry(x, None if form.base_columns is None else jnp.zeros_like(x), (jnp.zeros_like(x),) * (form.images - 1))
 
 
 def sample_steps(
     predict: Predict,
-    plan: SamplerPlan,
+    form: PlanForm,
+    arrays: PlanArrays,  # of the same plan
     carry: Carry,  # as of `first_carry` before row 0
     first: Array | int,  # the first plan row to run
     end: Array | int,  # the row after the last one to run
     noise: Callable[[Array], Array],  # plan row k -> float32 (N, C, H, W)
     guide: Guide | None = None,  # returns the scaled gradient of a log likelihood with respect to x
 ) -> Carry:
-    """The state after rows first ... end - 1 of `plan`. May be traced.
+    """The state after rows first ... end - 1 of the plan. May be traced.
 
     A guide shifts the mean of a DDPM step and epsilon of other samplers (Dhariwal and Nichol 2021, algorithms 1 and 2),
     as in torch's `sample_loop`, which explains each step. Everything but the network is float32. Raises UserError where
     the network's channels do not fit the plan.
     """
-    table = plan.table
     channels = carry.x.shape[1]
-    rows = _float32
-    x_from, base_from = rows(table.x_from), rows(table.base_from)
-    noise_to_x, noise_to_base = rows(table.noise_to_x), rows(table.noise_to_base)
-    predicted = _prediction(predict, plan, carry.x.shape, guide)
-    log_variances = None if table.log_variances is None else tuple(map(rows, table.log_variances))
-    adds_noise = jnp.asarray(plan.adds_noise)
+    arrays = PlanArrays(*map(jnp.asarray, arrays))  # numpy's cannot be indexed by a traced row
 
-    def combined(table_rows: np.ndarray, values: Array, k: Array, states: Sequence[Array | None]) -> Array:
-        """The sum of row k's coefficients times the states: the image D first, then x, then those that the table uses."""
+    def combined(columns: tuple[int, ...], coefficients: Array, states: Sequence[Array | None]) -> Array:
+        """The sum of the coefficients (2 + H,) times the states: D first, then x, then the others of `columns`."""
         x, image = states[X], states[D]
         assert x is not None and image is not None
-        result: Array = values[k, D] * image + values[k, X] * x
-        for column in (BASE, *range(D + 1, len(states))):
-            if table_rows[:, column].any():
+        result: Array = coefficients[D] * image + coefficients[X] * x
+        for column in columns:
+            if column not in (X, D):
                 state = states[column]
                 assert state is not None
-                result = result + values[k, column] * state
+                result = result + coefficients[column] * state
         return result
 
     def step(k: Array, carry: Carry) -> Carry:
-        x = carry.x
-        x0, out, gradient = predicted(k, x)
+        x0, out, gradient = _predicted(predict, form, arrays, carry.x, k, guide)
         images = (x0, *carry.images)
-        states = [x, carry.base, *images]
-        mean = combined(table.x_from, x_from, k, states)
-        base = combined(table.base_from, base_from, k, states) if table.base_from.any() else carry.base
-        if log_variances is not None:
+        states = [carry.x, carry.base, *images]
+        mean = combined(form.x_columns, arrays.x_from[k], states)
+        base = carry.base if form.base_columns is None else combined(form.base_columns, arrays.base_from[k], states)
+        std: Array
+        if form.learned_variance:
             frac = (out[:, channels:] + 1) / 2  # (N, C, H, W)
-            log_variance = frac * log_variances[1][k] + (1 - frac) * log_variances[0][k]
+            log_variance = frac * arrays.log_variance_high[k] + (1 - frac) * arrays.log_variance_low[k]
             std = jnp.exp(0.5 * log_variance)  # (N, C, H, W)
         else:
-            std = noise_to_x[k]
-        if gradient is not None and table.shifts_mean:
+            std = arrays.noise_to_x[k]
+        if gradient is not None and form.shifts_mean:
             mean = mean + std**2 * gradient
-        if not plan.adds_noise.any():  # an ODE draws nothing
+        if not form.adds_noise:  # an ODE draws nothing
             return Carry(mean, base, images[:-1])
         n = noise(k)
-        if table.noise_to_base.any():
+        if form.noise_to_base:
             assert base is not None
-            base = base + noise_to_base[k] * n
-        return Carry(jnp.where(adds_noise[k], mean + std * n, mean), base, images[:-1])
+            base = base + arrays.noise_to_base[k] * n
+        return Carry(jnp.where(arrays.adds_noise[k], mean + std * n, mean), base, images[:-1])
 
     return jax.lax.fori_loop(first, end, step, carry)
 
 
 def predicted_image(
     predict: Predict,
-    plan: SamplerPlan,
+    form: PlanForm,
+    arrays: PlanArrays,
     x: Array,  # float32 (N, C, H, W): the state before row k
     k: Array,
     guide: Guide | None = None,
 ) -> Array:
-    """The image D (N, C, H, W) that row k of `plan` predicts from x. May be traced. Errors as of `sample_steps`."""
-    return _prediction(predict, plan, x.shape, guide)(k, x)[0]
+    """The image D (N, C, H, W) that row k of the plan predicts from x. May be traced. Errors as of `sample_steps`."""
+    return _predicted(predict, form, PlanArrays(*map(jnp.asarray, arrays)), x, k, guide)[0]
 
 
-def _float32(values: np.ndarray) -> Array:
-    return jnp.asarray(values.astype(np.float32))
-
-
-def _prediction(
-    predict: Predict, plan: SamplerPlan, shape: tuple[int, ...], guide: Guide | None
-) -> Callable[[Array, Array], tuple[Array, Array, Array | None]]:
-    """The function (row k, x) -> (D, the network's output, the guide's gradient) for x of `shape` (N, C, H, W)."""
-    samples, channels = shape[:2]
-    x0_from_x, x0_from_output, x0_from_gradient = map(
-        _float32, (plan.x0_from_x, plan.x0_from_output, plan.x0_from_gradient)
-    )
-    input_scale = None if plan.input_scale is None else _float32(plan.input_scale)
-    integer = plan.network_times.dtype == np.int64
-    times = jnp.asarray(plan.network_times.astype(np.int32 if integer else np.float32))
-
-    def predicted(k: Array, x: Array) -> tuple[Array, Array, Array | None]:
-        t = jnp.full((samples,), times[k])  # (N,)
-        seen = x if input_scale is None else input_scale[k] * x
-        out = predict(seen, t, k).astype(jnp.float32)  # (N, C or 2 C, H, W)
-        check_channels(plan, out.shape[1], channels)  # at tracing time
-        x0 = x0_from_x[k] * x - x0_from_output[k] * out[:, :channels]
-        if plan.clip_denoised:
-            x0 = x0.clip(-1.0, 1.0)
-        gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
-        if gradient is not None and not plan.table.shifts_mean:
-            x0 = x0 + x0_from_gradient[k] * gradient
-        return x0, out, gradient
-
-    return predicted
+def _predicted(
+    predict: Predict, form: PlanForm, arrays: PlanArrays, x: Array, k: Array, guide: Guide | None
+) -> tuple[Array, Array, Array | None]:
+    """(D, the network's output, the guide's gradient) at row k for x (N, C, H, W)."""
+    samples, channels = x.shape[:2]
+    t = jnp.full((samples,), arrays.times[k])  # (N,)
+    seen = arrays.input_scale[k] * x if form.scales_input else x
+    out = predict(seen, t, k).astype(jnp.float32)  # (N, C or 2 C, H, W)
+    check_channels(form, out.shape[1], channels)  # at tracing time
+    x0 = arrays.x0_from_x[k] * x - arrays.x0_from_output[k] * out[:, :channels]
+    if form.clip_denoised:
+        x0 = x0.clip(-1.0, 1.0)
+    gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
+    if gradient is not None and not form.shifts_mean:
+        x0 = x0 + arrays.x0_from_gradient[k] * gradient
+    return x0, out, gradient
 
 
 def guided(
@@ -149,7 +129,7 @@ def guided(
     scale: float,  # 1 is no guidance: one evaluation, no doubled batch
     channels: str,  # a key of `harness.engines.guidance.GUIDED_CHANNELS`
     null_label: int | None,  # label index of "no class"; None: the network was trained without label dropout
-    rows: np.ndarray | None = None,  # bool (E,): the plan rows with guidance; None: all
+    is_guided: Array | np.ndarray | None = None,  # bool (rows,): the plan rows with guidance; None: all
 ) -> Predict:
     """A `predict` with classifier-free guidance: eps = eps_uncond + scale (eps_cond - eps_uncond).
 
@@ -169,12 +149,12 @@ def guided(
         eps = unconditional[:, :count] + scale * (conditional[:, :count] - unconditional[:, :count])
         return jnp.concatenate([eps, conditional[:, count:]], axis=1)
 
-    if rows is None or rows.all():  # no branch: the compiled loop is as it was before there were intervals
+    if is_guided is None:  # no branch: the compiled loop is as it was before there were intervals
         return lambda x, t, row: doubled(x, t)
-    is_guided = jnp.asarray(rows)
+    rows = jnp.asarray(is_guided)
 
     def predict(x: Array, t: Array, row: Array) -> Array:
-        return jax.lax.cond(is_guided[row], doubled, lambda x, t: net(x, t, y).astype(jnp.float32), x, t)
+        return jax.lax.cond(rows[row], doubled, lambda x, t: net(x, t, y).astype(jnp.float32), x, t)
 
     return predict
 

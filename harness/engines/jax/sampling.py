@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from backbones.flax_layers import set_compute_dtype
 from backbones.flax_weights import from_torch
@@ -22,6 +25,7 @@ from harness.engines.guidance import divergence_error
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import errors_in_one_line
+from harness.engines.jax.plan_arrays import PlanArrays, PlanForm, split_plan
 from harness.engines.jax.sampler import (
     Carry,
     Guide,
@@ -42,6 +46,7 @@ from harness.runs import checkpoints
 from harness.spec import BackboneSpec
 
 CALL_SECONDS = 0.5  # of one call of the device, about: it runs as many steps as fit
+States: TypeAlias = tuple[nnx.State, nnx.State | None]  # weights of the network, and of a classifier
 LESS_MEMORY = "take smaller batches: --batch N of `harness sample`, --sampling-batch N of `harness run`"
 
 
@@ -77,6 +82,105 @@ def load_weights(path: Path) -> dict[str, np.ndarray]:
     return dict(checkpoints.tensors(path))
 
 
+@dataclass(frozen=True)
+class Program:
+    """What the compiled functions of a stage depend on. Stages with equal programs share them: see `_compiled`."""
+
+    graph: nnx.GraphDef
+    classifier: nnx.GraphDef | None
+    form: PlanForm
+    mesh: Mesh
+    shape: tuple[int, int, int]  # of x: (C, H, W)
+    guidance: tuple[float, str, int | None]  # scale, rule of channels, null label
+    classifier_scale: float
+    conditioning_noise: float
+    stage_number: int
+
+    def prepare(self, seed: int, index: Words, low_res: Array | None) -> tuple[Carry, Array | None]:
+        """The state before the first row, of the initial noise, and `low_res` with its conditioning noise added."""
+        if low_res is not None and self.conditioning_noise:
+            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self.stage_number, low_res.shape[1:])
+            low_res = low_res + self.conditioning_noise * noise  # (N, C, s, s)
+        if self.stage_number:  # of an upsampler
+            x = self._upsampler_noise(seed, index, np.asarray(0, np.uint32))
+        else:
+            x = random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self.shape)
+        return first_carry(self.form, x), low_res
+
+    def steps(
+        self,
+        seed: int,
+        states: States,
+        arrays: PlanArrays,
+        carry: Carry,
+        first: Array,
+        end: Array,
+        index: Words,
+        y: Array,
+        low_res: Array | None,
+    ) -> tuple[Carry, Array]:
+        """The state after rows first ... end - 1 of the plan, and whether all of x is finite (bool scalar).
+
+        states: the weights of the network, and of the classifier if there is one. Other arguments as in `JaxStage.draw`.
+        """
+
+        def noise_of(k: Array) -> Array:
+            """The noise float32 (N, C, H, W) of plan row k."""
+            word = k.astype(jnp.uint32)
+            if self.stage_number:  # of an upsampler, whose word 0 is x_T
+                return self._upsampler_noise(seed, index, word + np.uint32(1))
+            return random.normal(seed, Purpose.STEP_NOISE, index, Words(np.asarray(0, np.uint32), word), self.shape)
+
+        predict, guide = self._predict(states, arrays, y, low_res)
+        carry = sample_steps(predict, self.form, arrays, carry, first, end, noise_of, guide)
+        return carry, jnp.isfinite(carry.x).all()
+
+    def prediction(
+        self, states: States, arrays: PlanArrays, carry: Carry, k: Array, y: Array, low_res: Array | None
+    ) -> Array:
+        """The image float32 (N, C, H, W) that row k of the plan predicts; arguments as in `steps`."""
+        predict, guide = self._predict(states, arrays, y, low_res)
+        return predicted_image(predict, self.form, arrays, carry.x, k, guide)
+
+    def _predict(
+        self, states: States, arrays: PlanArrays, y: Array, low_res: Array | None
+    ) -> tuple[Predict, Guide | None]:
+        """The network under classifier-free guidance, and the classifier's guide if there is one."""
+        net = nnx.merge(self.graph, states[0])
+
+        def call(x: Array, t: Array, y: Array) -> Array:
+            if low_res is None:
+                return net(x, t, y)
+            return net(x, t, y, jnp.tile(low_res, (len(x) // len(low_res), 1, 1, 1)))  # for the two halves of guidance
+
+        guide = None
+        if self.classifier is not None:
+            guide = classifier_guide(nnx.merge(self.classifier, states[1]), y, self.classifier_scale)
+        # Without a row with guidance, its scale is 1.
+        return guided(call, y, *self.guidance, arrays.is_guided if self.form.guidance == "some" else None), guide
+
+    def _upsampler_noise(self, seed: int, index: Words, word: Array | np.ndarray) -> Array:
+        """Noise float32 (N, C, H, W) of the random step (stage number) x 2**32 + word: no two stages share a random step.
+
+        word: uint32, 0 for x_T, k + 1 for plan row k.
+        """
+        step = Words(np.asarray(self.stage_number, np.uint32), word)
+        return random.normal(seed, Purpose.UPSAMPLER_NOISE, index, step, self.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(program: Program) -> tuple[Wrapped, Wrapped, Wrapped]:
+    """`Program.prepare`, `steps` and `prediction`, compiled at their first calls and kept for the next stage like this."""
+    replicated, batch_sharding = devices.replicated(program.mesh), devices.batch_sharding(program.mesh)
+    platform = program.mesh.devices.flat[0].platform
+    # Argument 0 is the seed, which `threefry_jax` needs at tracing time.
+    return (
+        jit(program.prepare, platform, static_argnums=0, out_shardings=(batch_sharding, batch_sharding)),
+        jit(program.steps, platform, static_argnums=0, out_shardings=(batch_sharding, replicated)),
+        jit(program.prediction, platform, out_shardings=batch_sharding),
+    )
+
+
 class JaxStage:
     """A denoiser or an upsampler under one plan, with classifier-free guidance or guided by a classifier."""
 
@@ -97,23 +201,25 @@ class JaxStage:
         conditioning_noise: float = 0.0,
         number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
     ):
-        self._net, self._classifier, self._plan = net, classifier, plan
-        self._precision, self._mesh, self._stage_number = precision, mesh, number
-        self._guided_rows = guided_rows(plan, Guidance(guidance_scale, guidance_interval))
-        self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
-        self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
-        self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self.evaluations = plan.evaluations + int(self._guided_rows.sum())
-        self.rows = plan.evaluations  # of the plan
-        self._steps_per_call = 1  # plan steps in one call of the device; `draw` doubles it while calls are short
-        replicated, batch_sharding = devices.replicated(mesh), devices.batch_sharding(mesh)
-        platform = mesh.devices.flat[0].platform
-        # Argument 0 is the seed, which `threefry_jax` needs at tracing time.
-        self._jit_prepare = jit(
-            self._prepare, platform, static_argnums=0, out_shardings=(batch_sharding, batch_sharding)
+        self._plan, self._precision = plan, precision
+        is_guided = guided_rows(plan, Guidance(guidance_scale, guidance_interval))
+        form, self._arrays = split_plan(plan, is_guided)
+        program = Program(
+            graph=net.graph,
+            classifier=None if classifier is None else classifier.graph,
+            form=form,
+            mesh=mesh,
+            shape=(arguments["in_channels"], arguments["input_size"], arguments["input_size"]),
+            guidance=(guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"])),
+            classifier_scale=classifier_scale,
+            conditioning_noise=conditioning_noise,
+            stage_number=number,
         )
-        self._jit_steps = jit(self._steps, platform, static_argnums=0, out_shardings=(batch_sharding, replicated))
-        self._jit_prediction = jit(self._prediction, platform, out_shardings=batch_sharding)
+        self._states: States = (net.state, None if classifier is None else classifier.state)
+        self._prepare, self._steps, self._prediction = _compiled(program)
+        self.evaluations = plan.evaluations + int(is_guided.sum())
+        self.rows = plan.evaluations  # of the plan
+        self._steps_per_call = 1  # plan rows in one call of the device; `draw` doubles it while calls are short
 
     def draw(
         self,
@@ -129,16 +235,17 @@ class JaxStage:
 
         The images predicted at `rows` cost one more evaluation each: the loop on the device does not keep them.
         """
-        done = 0
-        states = (self._net.state, None if self._classifier is None else self._classifier.state)
+        done, states, arrays = 0, self._states, self._arrays
         with errors_in_one_line("sampling", LESS_MEMORY), matmul_context(self._precision):
-            carry, low_res = self._jit_prepare(seed, index, low_res)
+            carry, low_res = self._prepare(seed, index, low_res)
             while done < self.rows:
                 if done in rows:
-                    watch(self._jit_prediction(states, carry, np.int32(done), y, low_res))
+                    watch(self._prediction(states, arrays, carry, np.int32(done), y, low_res))
                 stops = [row for row in (*rows, self.rows) if row > done]
                 end, began = min(done + self._steps_per_call, *stops), time.monotonic()
-                carry, finite = self._jit_steps(seed, states, carry, np.int32(done), np.int32(end), index, y, low_res)
+                carry, finite = self._steps(
+                    seed, states, arrays, carry, np.int32(done), np.int32(end), index, y, low_res
+                )
                 if not bool(finite):
                     raise divergence_error(self._plan, end)
                 if done and time.monotonic() - began < CALL_SECONDS / 2:  # not the first call, which may have compiled
@@ -147,76 +254,6 @@ class JaxStage:
                     advance()
                 done = end
         return carry.x
-
-    def _prepare(self, seed: int, index: Words, low_res: Array | None) -> tuple[Carry, Array | None]:
-        """The state before the first row, of the initial noise, and `low_res` with its conditioning noise added."""
-        if low_res is not None and self._conditioning_noise:
-            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._stage_number, low_res.shape[1:])
-            low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
-        if self._stage_number:  # of an upsampler
-            x = self._upsampler_noise(seed, index, np.asarray(0, np.uint32))
-        else:
-            x = random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape)
-        return first_carry(self._plan, x), low_res
-
-    def _upsampler_noise(self, seed: int, index: Words, word: Array | np.ndarray) -> Array:
-        """Noise float32 (N, C, H, W) of the random step (stage number) x 2**32 + word: no two stages share a random step.
-
-        word: uint32, 0 for x_T, k + 1 for plan step k.
-        """
-        step = Words(np.asarray(self._stage_number, np.uint32), word)
-        return random.normal(seed, Purpose.UPSAMPLER_NOISE, index, step, self._shape)
-
-    def _steps(
-        self,
-        seed: int,
-        states: tuple[nnx.State, nnx.State | None],
-        carry: Carry,
-        first: Array,
-        end: Array,
-        index: Words,
-        y: Array,
-        low_res: Array | None,
-    ) -> tuple[Carry, Array]:
-        """The state after rows first ... end - 1 of the plan, and whether all of x is finite (bool scalar).
-
-        states: the weights of the network, and of the classifier if there is one. Other arguments as in `draw`.
-        """
-
-        def noise_of(k: Array) -> Array:
-            """The noise float32 (N, C, H, W) of plan step k."""
-            word = k.astype(jnp.uint32)
-            if self._stage_number:  # of an upsampler, whose word 0 is x_T
-                return self._upsampler_noise(seed, index, word + np.uint32(1))
-            return random.normal(seed, Purpose.STEP_NOISE, index, Words(np.asarray(0, np.uint32), word), self._shape)
-
-        predict, guide = self._predict(states, y, low_res)
-        carry = sample_steps(predict, self._plan, carry, first, end, noise_of, guide)
-        return carry, jnp.isfinite(carry.x).all()
-
-    def _prediction(
-        self, states: tuple[nnx.State, nnx.State | None], carry: Carry, k: Array, y: Array, low_res: Array | None
-    ) -> Array:
-        """The image float32 (N, C, H, W) that row k of the plan predicts; arguments as in `_steps`."""
-        predict, guide = self._predict(states, y, low_res)
-        return predicted_image(predict, self._plan, carry.x, k, guide)
-
-    def _predict(
-        self, states: tuple[nnx.State, nnx.State | None], y: Array, low_res: Array | None
-    ) -> tuple[Predict, Guide | None]:
-        """The network under classifier-free guidance, and the classifier's guide if there is one."""
-        net = nnx.merge(self._net.graph, states[0])
-
-        def call(x: Array, t: Array, y: Array) -> Array:
-            if low_res is None:
-                return net(x, t, y)
-            return net(x, t, y, jnp.tile(low_res, (len(x) // len(low_res), 1, 1, 1)))  # for the two halves of guidance
-
-        guide = None
-        if self._classifier is not None:
-            classifier = nnx.merge(self._classifier.graph, states[1])
-            guide = classifier_guide(classifier, y, self._classifier_scale)
-        return guided(call, y, *self._guidance, self._guided_rows), guide
 
 
 class JaxChain:

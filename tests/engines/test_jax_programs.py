@@ -1,0 +1,39 @@
+"""What is compiled once: the loop of a sampler, for all its numbers of steps and all weights of one network."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from harness import registry
+from harness.diffusion.sampler_plan import sampler_plan
+from harness.engines.jax import mesh as devices
+from harness.engines.jax.sampling import JaxStage, Network, _compiled
+from harness.randomness.threefry_jax import words
+
+ARGUMENTS = registry.backbones.get("dit-xs-4").arguments(input_size=8, in_channels=1, num_classes=10, out_channels=2)
+
+
+def stage(sampler, steps, mesh, **options):
+    spec = registry.backbones.get("dit-xs-4")
+    graph, state = nnx.split(spec.builder("jax")(**ARGUMENTS, rngs=nnx.Rngs(0)))
+    objective = "epsilon-learned-range" if sampler == "ddpm" else "epsilon-fixed"
+    plan = sampler_plan(sampler, steps, schedule="linear", diffusion_steps=1000, objective=objective)
+    return JaxStage(spec, Network(graph, state), plan, arguments=ARGUMENTS, precision="float32", mesh=mesh, **options)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++-3m", "heun"])
+def test_other_numbers_of_steps_run_the_same_program(sampler):
+    mesh = devices.make_mesh(jax.devices()[:1], None)
+    index, labels = words(np.arange(2)), np.array([3, 7], np.int32)
+    _compiled.cache_clear()
+    images = {}
+    for steps in (4, 9, 30, 4):
+        drawn = stage(sampler, steps, mesh, guidance_scale=1.5)
+        found = np.asarray(drawn.draw(0, index, labels, None, lambda: None))
+        assert np.array_equal(images.setdefault(steps, found), found)
+    assert _compiled.cache_info().misses == 1
+    assert drawn._steps._cache_size() == 1
+    assert not np.array_equal(images[4], images[9])
+    stage(sampler, 4, mesh, guidance_scale=3.0)
+    assert _compiled.cache_info().misses == 2  # another scale is another program
