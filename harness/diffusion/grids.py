@@ -49,6 +49,8 @@ def continuous_grid(process: Process, steps: int, kind: str, *, first: float, la
     if name not in CONTINUOUS_GRIDS:
         raise UserError(unknown("spacing of sampling times", kind, [*CONTINUOUS_GRIDS]))
     times = CONTINUOUS_GRIDS[name](process, steps, first, last, parameter)
+    if not (np.diff(times) < 0).all() or times[-1] <= 0:
+        raise UserError(f"{steps} sampling steps with the spacing {kind} ask for the same time twice: give fewer steps")
     return at_times(process, np.append(times, 0.0))
 
 
@@ -100,8 +102,12 @@ def _shift(process: Process, steps: int, first: float, last: float, parameter: s
         c = 0.0
     if not 0 < c < np.inf:
         raise UserError(f"the spacing shift:{parameter} is not understood: give a positive number, as in shift:3")
-    t = _uniform(process, steps, first, last, "")
-    return c * t / (1 + (c - 1) * t)
+    if not process.is_bounded:
+        raise UserError(
+            f"the spacing shift needs a schedule with t in [0, 1], not {process.name}: take karras or log-snr"
+        )
+    t = 1 - np.arange(steps) / steps
+    return np.minimum(c * t / (c * t + (1 - t)), last)  # equal to the formula, and exactly 1 at t = 1
 
 
 def _karras(process: Process, steps: int, first: float, last: float, parameter: str) -> np.ndarray:
@@ -152,6 +158,10 @@ CONTINUOUS_GRIDS: Mapping[str, Callable[[Process, int, float, float, str], np.nd
 
 
 def _respaced(schedule: Schedule, steps: int | str) -> np.ndarray:
+    if (
+        str(steps) == "1"
+    ):  # a solver begins at the noise; `space_timesteps` gives the other end, as ddpm and ddim take it
+        return np.array([len(schedule) - 1])
     return space_timesteps(len(schedule), steps)[::-1]
 
 

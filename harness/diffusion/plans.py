@@ -95,7 +95,8 @@ def make_plan(
         x0_from_x, x0_from_output = (
             np.broadcast_to(each, len(table.times)).astype(np.float64) for each in (from_x, -from_output)
         )
-        x0_from_gradient = table.s**2 / table.a
+        # where a = 0, x is noise alone and tells nothing of the class
+        x0_from_gradient = np.where(table.a > 1e-12, table.s**2 / table.a, 0.0)
     for values in (x0_from_x, x0_from_output):
         if not np.isfinite(values).all():
             t = table.times[~np.isfinite(values)][0]

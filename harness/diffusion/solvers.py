@@ -11,6 +11,7 @@ process is. After the last row x is the sample.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,14 +84,21 @@ def euler(grid: Grid) -> SamplerTable:
     return rows.table()
 
 
+STEEP_SIGMA = 1000.0  # steps in sigma from there on lose the image in the first few
+
+
 def heun(grid: Grid) -> SamplerTable:
     """Second order: the trapezoid rule, 2 evaluations a step and 1 at the last (Karras et al. 2022, algorithm 1).
 
     It is taken in t where the process has derivatives (in sigma for EDM's, in the velocity for flow), else in
-    sigma = s / a of x / a. The last step is the first-order one, for at s = 0 the slope is not defined.
+    sigma = s / a of x / a; on a schedule as steep as cosine, whose sigma begins at 24,000, in the angle atan(s / a), in
+    which the slope is the v-prediction. The last step is the first-order one, for at s = 0 the slope is not defined.
     """
     steps = len(grid)
     rows = _Rows(grid, [(k + 1) // 2 for k in range(2 * steps - 1)], history=2)
+    if grid.da is None and grid.s[0] > STEEP_SIGMA * grid.a[0]:
+        angle = np.arctan2(grid.s, grid.a)
+        grid = dataclasses.replace(grid, times=angle, da=-np.sin(angle), ds=np.cos(angle))
     for i in range(steps):
         k = 2 * i
         rows.x_from[k, X], rows.x_from[k, D] = _first_order(grid, i, i + 1)
@@ -309,6 +317,8 @@ def euler_maruyama(grid: Grid, diffusion: str = "sigma") -> SamplerTable:
         raise UserError(
             "the sampler euler-maruyama needs a process in continuous time, and this one is a table of timesteps"
         )
+    if len(grid) < 3:
+        raise UserError(f"the sampler euler-maruyama gives noise after {len(grid)} steps: give at least 3")
     rows = _Rows(grid)
     for k in range(len(grid)):
         w = DIFFUSIONS[diffusion](grid, k)

@@ -28,6 +28,10 @@ def process_named(schedule: str, diffusion_steps: int, noise_scale: float = 1.0)
     Raises UserError for an unknown name, and for a noise scale on a table.
     """
     if schedule in PROCESSES:
+        if noise_scale != 1.0 and not PROCESSES[schedule].is_bounded:
+            raise UserError(
+                f"noise_scale {noise_scale:g} means nothing on {schedule}, whose t is the noise level: leave it out"
+            )
         return PROCESSES[schedule].scaled(noise_scale)
     if schedule not in SCHEDULES:
         raise UserError(unknown("noise schedule", schedule, [*SCHEDULES, *PROCESSES]))
@@ -66,6 +70,9 @@ def time_range(objective: Objective, process: Process) -> tuple[float, float]:
     return max(process.first, objective.margin), min(process.last, 1 - objective.margin)
 
 
+SMALLEST_TIME = 1e-7  # in training: a draw of exactly 0, where s = 0, would make weights of the loss infinite
+
+
 @dataclass(frozen=True, kw_only=True)
 class TimeDistribution:
     """How t is drawn in training. from_draw: function of (standard normal z, its module, two parameters) -> t."""
@@ -91,8 +98,8 @@ def _min_snr(t: Floats, at: Coefficients, xp: Namespace, parameter: float) -> Fl
 
 
 def _edm(t: Floats, at: Coefficients, xp: Namespace, parameter: float) -> Floats:
-    sigma = at.s / at.a
-    return (sigma**2 + parameter**2) / (sigma * parameter) ** 2
+    """(sigma^2 + p^2) / (sigma p)^2 with sigma = s / a (Karras et al. 2022, table 1), written so that a may be 0."""
+    return 1 / parameter**2 + (at.a / at.s) ** 2
 
 
 def _velocity(t: Floats, at: Coefficients, xp: Namespace, parameter: float) -> Floats:
@@ -167,6 +174,7 @@ class TrainingObjective:
             t = TIME_DISTRIBUTIONS[self.time_distribution].from_normal(draw, xp, mean, std)
         if isinstance(self.process, Process) and self.process.is_bounded:
             first, last = time_range(self.objective, self.process)
+            first = max(first, SMALLEST_TIME)
             t = first + (last - first) * t
         return t
 

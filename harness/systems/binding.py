@@ -186,6 +186,11 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
             raise UserError(
                 f"--weights {name}={folder}: trained without label dropout, which classifier-free guidance needs"
             )
+        if recipe.noise_scale != 1:
+            raise UserError(
+                f"--weights {name}={folder}: it was trained with noise_scale {recipe.noise_scale:g}, which a system does not "
+                "have; sample it with --run"
+            )
         changes["objective"] = recipe.objective
     checkpoint = checkpoints.verify(run.ema_checkpoint(steps))
     source = Source(path=checkpoint.part("ema"), sha256=checkpoint.sha256("ema"), run=run.identity, steps=steps)

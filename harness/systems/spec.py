@@ -259,6 +259,12 @@ class System:
                         f"{where}: the classifier was trained on noise of {item} {_plain(of_classifier)}, and the base that it "
                         f"guides has {of_base}"
                     )
+            objective = registry.objectives.get(self.base.objective)
+            if objective.input_scale is not None or objective.network_time is not None:
+                raise UserError(
+                    f"{where}: the objective {objective.name} gives its network x and t in other units than a classifier was "
+                    "trained in; a classifier cannot guide it"
+                )
         self._check_sizes(where)
 
     def _check_sizes(self, where: str) -> None:

@@ -294,6 +294,16 @@ def test_diffusers_edm_euler():
     np.testing.assert_allclose(run(table, 80 * X, predict), expected, atol=2e-5, rtol=2e-5)
 
 
+def test_heun_on_a_steep_schedule():
+    """On cosine, whose sigma begins at 24,000: better than euler from 5 steps on (190 against 0.33 in sigma)."""
+    for steps, bound in ((5, 0.1), (10, 0.02), (25, 0.004)):
+        grid = discrete_grid(Schedule.named("cosine"), steps)
+        table = solvers.heun(grid)
+        x = table.initial_noise * np.linspace(-2, 2, 101)
+        error = run(table, x, gaussian(table)) - exact(x, (grid.a[0], grid.s[0]), (1, 0))
+        assert np.abs(error).max() < bound
+
+
 def test_evaluations_and_times():
     grid = continuous_grid(PROCESSES["ve"], 18, "karras", first=0.002, last=80.0)
     assert len(solvers.heun(grid).times) == 35  # EDM: 2 N - 1

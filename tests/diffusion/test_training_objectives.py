@@ -3,6 +3,8 @@
 `output` stands for a network: any tensor. Times, noise and images are given.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -215,6 +217,7 @@ def test_presets_are_items():
         ({"loss_weight": "min-snr"}, "learned variance"),
         ({"objective": "v-cosine", "loss_weight": "velocity-of-x0"}, "needs the schedule flow"),
         ({"objective": "v-cosine", "noise_scale": 2.0}, "noise_scale"),
+        ({"objective": "edm", "noise_scale": 2.0}, "noise_scale 2 means nothing on ve"),
         ({"schedule": "flows"}, "flow"),
     ],
 )
@@ -247,3 +250,33 @@ def test_every_process_and_objective_has_a_plan_of_finite_numbers():
                 count += 1
                 assert np.isfinite(plan.x0_from_x).all() and np.isfinite(plan.x0_from_output).all()
     assert count == 4 * (2 * 4 + 3 * 5 + 6), count
+
+
+def test_weights_are_finite_at_the_ends():
+    """Uniform draws of exactly 0, and logits so large that t is 1 in float32."""
+    for items in ({"objective": "sit"}, {"objective": "v", "schedule": "gvp"}, {"objective": "x0", "schedule": "flow"}):
+        training = TrainingObjective.from_recipe(recipe(**items, loss_weight="edm"))
+        draws = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24, 1.0, 0.3])
+        t = training.continuous_times(draws, torch)
+        assert t.min() > 0 and t.max() <= 1
+        found = DenoisingLoss(training).terms(*map(torch.from_numpy, (OUTPUT, X0)), t, torch.from_numpy(NOISE)).mse
+        assert found.isfinite().all()
+
+
+def test_samplers_at_their_edges():
+    plan = functools.partial(sampler_plan, diffusion_steps=1000)
+    # one step of a solver begins at the noise
+    assert plan("euler", 1, schedule="linear", objective="epsilon-fixed").table.times.tolist() == [999]
+    assert plan("ddim", 1, schedule="linear", objective="epsilon-fixed").table.times.tolist() == [0]
+    for c in np.linspace(0.05, 20, 100):
+        times = plan("euler", 10, schedule="flow", objective="velocity", spacing=f"shift:{c}").table.times
+        assert times[0] == 1 and (np.diff(times) < 0).all()
+    assert plan("euler", 4, schedule="flow", objective="epsilon-fixed", spacing="shift:3").table.times[0] == 0.999
+    with pytest.raises(UserError, match="spacing shift needs"):
+        plan("euler", 4, schedule="ve", objective="edm", spacing="shift:3")
+    with pytest.raises(UserError, match="same time twice"):
+        plan("euler", 100, schedule="flow", objective="epsilon-fixed", spacing="shift:10000")
+    with pytest.raises(UserError, match="at least 3"):
+        plan("euler-maruyama", 2, schedule="flow", objective="velocity")
+    for schedule in ("flow", "gvp"):
+        assert plan("euler", 10, schedule=schedule, objective="velocity").x0_from_gradient[0] == 0
