@@ -10,7 +10,7 @@ import numpy as np
 from harness.diffusion.processes import Coefficients, Process
 from harness.diffusion.respacing import space_timesteps
 from harness.diffusion.schedule import Schedule
-from harness.errors import UserError
+from harness.errors import UserError, shown
 from harness.registry import unknown
 
 KARRAS_RHO = 7.0  # Karras et al. 2022, eq. 5
@@ -50,7 +50,9 @@ def continuous_grid(process: Process, steps: int, kind: str, *, first: float, la
         raise UserError(unknown("spacing of sampling times", kind, [*CONTINUOUS_GRIDS]))
     times = CONTINUOUS_GRIDS[name](process, steps, first, last, parameter)
     if not (np.diff(times) < 0).all() or times[-1] <= 0:
-        raise UserError(f"{steps} sampling steps with the spacing {kind} ask for the same time twice: give fewer steps")
+        raise UserError(
+            f"{steps} sampling steps with the spacing {shown(kind)} ask for the same time twice: give fewer steps"
+        )
     return at_times(process, np.append(times, 0.0))
 
 
@@ -101,7 +103,9 @@ def _shift(process: Process, steps: int, first: float, last: float, parameter: s
     except ValueError:
         c = 0.0
     if not 0 < c < np.inf:
-        raise UserError(f"the spacing shift:{parameter} is not understood: give a positive number, as in shift:3")
+        raise UserError(
+            f"the spacing {shown(f'shift:{parameter}')} is not understood: give a positive number, as in shift:3"
+        )
     if not process.is_bounded:
         raise UserError(
             f"the spacing shift needs a schedule with t in [0, 1], not {process.name}: take karras or log-snr"

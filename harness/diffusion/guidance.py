@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from harness.errors import shown
 from harness.io.text import read_number
 
 INTERVAL_FORM = "LOW-HIGH, as in 0.1-0.8 (0.1- has no upper end, -0.8 no lower one)"
@@ -47,7 +48,7 @@ def read_guidance(value: Any) -> Guidance:
         return Guidance(scale)
     low, high = read_interval(interval)
     if scale == 1:
-        raise ValueError(f"{value!r}: the scale 1 is no guidance, so it has no interval of noise levels")
+        raise ValueError(f"{shown(value)}: the scale 1 is no guidance, so it has no interval of noise levels")
     return Guidance(scale, interval_text(low, high))
 
 
@@ -55,14 +56,16 @@ def read_interval(text: str) -> tuple[float, float]:
     """(low, high) of LOW-HIGH; an end that is left out is 0 or infinity. Raises ValueError for other text."""
     ends = re.fullmatch(rf"\s*({_NUMBER})?\s*-\s*({_NUMBER})?\s*", text)
     if ends is None:
-        raise ValueError(f"{text!r} is not an interval of noise levels: give {INTERVAL_FORM}")
+        raise ValueError(f"{shown(text)} is not an interval of noise levels: give {INTERVAL_FORM}")
     low, high = float(ends[1] or 0), float(ends[2] or math.inf)
     if ends[2] and math.isinf(high) or math.isinf(low):
-        raise ValueError(f"{text!r}: an end of an interval of noise levels is a finite number; leave it out instead")
+        raise ValueError(
+            f"{shown(text)}: an end of an interval of noise levels is a finite number; leave it out instead"
+        )
     if low > high:
-        raise ValueError(f"{text!r}: the lower end of an interval of noise levels comes first, as in 0.1-0.8")
+        raise ValueError(f"{shown(text)}: the lower end of an interval of noise levels comes first, as in 0.1-0.8")
     if (low, high) == (0.0, math.inf):
-        raise ValueError(f"{text!r} holds all noise levels: leave the interval out")
+        raise ValueError(f"{shown(text)} holds all noise levels: leave the interval out")
     return low, high
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.errors import UserError
+from harness.errors import UserError, shown
 
 if TYPE_CHECKING:
     from harness.diffusion.grids import Grid
@@ -51,7 +51,7 @@ class SamplerTask:
                 "time: take euler or heun"
             )
         if self.spacing not in ("", "respaced"):
-            raise UserError(f"the sampler {sampler} has its own timesteps: leave out the spacing {self.spacing}")
+            raise UserError(f"the sampler {sampler} has its own timesteps: leave out the spacing {shown(self.spacing)}")
         return self.process
 
 

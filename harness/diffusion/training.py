@@ -15,7 +15,7 @@ from harness import registry
 from harness.diffusion.objectives import Objective, image_from, is_constant
 from harness.diffusion.processes import PROCESSES, Coefficients, Floats, Namespace, Process
 from harness.diffusion.schedule import SCHEDULES, Schedule
-from harness.errors import UserError
+from harness.errors import UserError, shown
 from harness.registry import unknown
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class TrainingObjective:
         if is_bounded == (isinstance(process, Process) and not process.is_bounded):
             fitting = [name for name, each in TIME_DISTRIBUTIONS.items() if each.is_bounded != is_bounded]
             raise UserError(
-                f"recipe: the time distribution {recipe.time_distribution} does not fit the schedule {process.name}: take "
+                f"recipe: the time distribution {shown(recipe.time_distribution)} does not fit the schedule {process.name}: take "
                 f"{' or '.join(fitting + ['uniform'] * (not is_bounded))}"
             )
         weight, weight_parameters = _parse("loss_weight", recipe.loss_weight, ["none", *LOSS_WEIGHTS], 1)
@@ -214,5 +214,5 @@ def _parse(item: str, text: str, known: list[str], parameters: int) -> tuple[str
         abs(each) < float("inf") for each in numbers
     ):
         form = name if plain else ":".join([name, *("NUMBER",) * parameters])
-        raise UserError(f"recipe: {item} {text!r} is not understood: give {form}")
+        raise UserError(f"recipe: {item} {shown(text)} is not understood: give {form}")
     return name, numbers

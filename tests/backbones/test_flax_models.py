@@ -22,9 +22,10 @@ from backbones.dit.spec import BLOCKS
 from backbones.flax_weights import from_torch, to_torch, torch_shapes
 from harness.compute.meta_torch import build_on_meta
 from harness.diffusion.objectives import OBJECTIVES
+from harness.diffusion.schedule import Schedule
 from harness.diffusion.training import TrainingObjective
 from harness.engines.jax.resolve import inputs_of
-from harness.engines.torch.loss import DenoisingLoss
+from harness.engines.torch.loss import DenoisingLoss, LossTables
 from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.randomness import Purpose, bits
@@ -142,16 +143,17 @@ def test_outputs_and_gradients_of_the_training_loss_are_torchs(case):
     spec = backbones.get(name)
     x0, t, y, noise, more = batch(name, overrides)
     objective = OBJECTIVES["epsilon-fixed" if spec.family == "ldm" else "epsilon-learned-range"]
-    tables = DenoisingLoss(TrainingObjective.from_recipe(Recipe(objective=objective.name)))
+    denoising = DenoisingLoss(TrainingObjective.from_recipe(Recipe(objective=objective.name)))
+    tables = LossTables(Schedule.named("linear"))
 
     torch_net = drawn(spec.build("torch", **overrides)).eval()
     given = [torch.from_numpy(each) for each in (x0, t, noise)]
-    xt = tables.noised(*given)
+    xt = denoising.noised(*given)
     expected = torch_net(xt, given[1], *(torch.from_numpy(each) for each in more))
     if spec.kind == "classifier":
         torch_loss = F.cross_entropy(expected, torch.from_numpy(y))
     else:
-        torch_loss = sum(tables.terms(expected, *given)).mean()
+        torch_loss = sum(denoising.terms(expected, *given)).mean()
     torch_loss.backward()
 
     net = filled(name, overrides, torch_net)

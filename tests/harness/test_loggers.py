@@ -13,10 +13,11 @@ from command_process import start
 from small_runs import request, workshop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import loggers, settings
+from harness import loggers
 from harness.errors import UserError
 from harness.pipeline import training_loop
 from harness.runs import checkpoints
+from harness.settings import training_flags
 
 TRAIN = ["train", "--backbone", "dit-xs-4", "--set", "batch=16", "--precision", "float32", "--micro-batch", "16"]
 
@@ -238,4 +239,4 @@ def test_a_missing_library_is_refused_before_anything_is_trained(monkeypatch):
 
 
 def test_the_settings_offer_every_logger():
-    assert set(settings.LOGGERS) == set(loggers.LOGGERS)
+    assert set(training_flags.LOGGERS) == set(loggers.LOGGERS)

@@ -186,6 +186,7 @@ OTHER = {
     "decoder_gflops": 7.0, "uint8_rule": "x", "label_policy": "x", "clip_denoised": True, "stage_steps": "7 + 7",
     "settings": "x", "settings_hash": "x", "samples_sha256": "x", "suite_version": "x",
     "features": "x", "time_distribution": "x", "loss_weight": "x", "noise_scale": 0.7, "spacing": "x",
+    "ema_widths": "0.05", "ema_snapshots": 7, "ema_width": 0.07,
 }  # fmt: skip
 
 
