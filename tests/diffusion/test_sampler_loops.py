@@ -87,6 +87,9 @@ def test_both_loops(sampler, schedule):
     # float32: x of ve begins at 80, and D of eps is a difference of numbers s / a times as large
     np.testing.assert_allclose(found, expected, atol=2e-4 * scale)
 
+    if schedule not in ("linear", "flow", "ve"):  # one of each kind: most of the time is compiling
+        return
+
     def traced(x, t, row):
         k = jnp.argmin(jnp.abs(jnp.asarray(plan.network_times.astype(np.float32)) - t[0].astype(jnp.float32)))
         return jnp.asarray(slope.astype(np.float32))[k] * x + jnp.asarray(offset.astype(np.float32))[k]
