@@ -74,15 +74,16 @@ def test_a_step_is_traced_once(whole):
     assert made._step._cache_size() == 1
     wanted = request(steps=8)
     plan = ddpm_plan(Schedule.named("linear", 1000), 9)
+    compiled_programs.cache_clear()  # those of other tests with other batches
     chain = get_backend("jax").make_sampler(
         wanted, whole, whole.ema_checkpoint(8) / "ema.safetensors", plan, precision="float32", batch=4
     )
     seen = []
     for _ in range(2):
         chain.draw(np.arange(4), np.arange(4), lambda: seen.append(1))
-    assert chain._stages[0]._jit_steps._cache_size() == 1 and len(seen) == 18
+    assert chain._stages[0]._steps._cache_size() == 1 and len(seen) == 18
     part = chain.draw(np.arange(1, 3), np.arange(1, 3))  # a batch that is not full is no other program
-    assert chain._stages[0]._jit_steps._cache_size() == 1 and part.shape == (2, 8, 8, 1)
+    assert chain._stages[0]._steps._cache_size() == 1 and part.shape == (2, 8, 8, 1)
     np.testing.assert_array_equal(part, chain.draw(np.arange(4), np.arange(4))[1:3])
 
 
@@ -161,6 +162,7 @@ def test_devices_that_are_not_there_are_refused_in_one_line(device, environment,
     code = f"""
 from harness.engines.jax.mesh import pick_devices
 from harness.errors import UserError
+from harness.engines.jax.sampling import _compiled as compiled_programs
 try:
     pick_devices({device!r})
 except UserError as error:
