@@ -19,6 +19,7 @@ from harness.diffusion.schedule import Schedule
 from harness.engines.backend import get_backend
 from harness.engines.jax import mesh
 from harness.engines.jax.errors import errors_in_one_line
+from harness.engines.jax.sampling import _compiled
 from harness.engines.torch.sampling import load_weights
 from harness.errors import RunError, UserError
 
@@ -74,7 +75,7 @@ def test_a_step_is_traced_once(whole):
     assert made._step._cache_size() == 1
     wanted = request(steps=8)
     plan = ddpm_plan(Schedule.named("linear", 1000), 9)
-    compiled_programs.cache_clear()  # those of other tests with other batches
+    _compiled.cache_clear()  # those of other tests with other batches
     chain = get_backend("jax").make_sampler(
         wanted, whole, whole.ema_checkpoint(8) / "ema.safetensors", plan, precision="float32", batch=4
     )
@@ -162,7 +163,6 @@ def test_devices_that_are_not_there_are_refused_in_one_line(device, environment,
     code = f"""
 from harness.engines.jax.mesh import pick_devices
 from harness.errors import UserError
-from harness.engines.jax.sampling import _compiled as compiled_programs
 try:
     pick_devices({device!r})
 except UserError as error:
