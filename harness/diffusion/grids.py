@@ -74,7 +74,7 @@ def discrete_grid(schedule: Schedule, steps: int | str, kind: str = "respaced") 
     timesteps = DISCRETE_GRIDS[kind](schedule, steps)
     if len(np.unique(timesteps)) != len(timesteps):
         raise UserError(
-            f"{steps} sampling steps with the spacing {kind} ask for the same timestep twice: give fewer steps"
+            f"{steps} sampling steps with the spacing {shown(kind)} ask for the same timestep twice: give fewer steps"
         )
     a, s = schedule.sqrt_abar[timesteps], schedule.sqrt_one_minus_abar[timesteps]
     return Grid(times=np.append(timesteps, -1), a=np.append(a, 1.0), s=np.append(s, 0.0), da=None, ds=None)
@@ -82,6 +82,8 @@ def discrete_grid(schedule: Schedule, steps: int | str, kind: str = "respaced") 
 
 def time_of_lam(process: Process, lam: np.ndarray) -> np.ndarray:
     """The t at which ln(a / s) is `lam` (n,): float64 (n,), by bisection between the ends of the process."""
+    if not process.is_bounded:  # t is sigma, and a is 1
+        return np.exp(-lam)
     low, high = np.full_like(lam, process.first or 1e-9), np.full_like(lam, process.last)
     for _ in range(200):
         middle = (low + high) / 2
@@ -116,24 +118,19 @@ def _shift(process: Process, steps: int, first: float, last: float, parameter: s
 
 def _karras(process: Process, steps: int, first: float, last: float, parameter: str) -> np.ndarray:
     """sigma = s / a, spaced evenly in sigma^(1 / 7) (Karras et al. 2022, eq. 5)."""
-    sigma_max, sigma_min = _sigma_range(process, first, last)
-    ramp = np.linspace(0, 1, steps)
-    root_max, root_min = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)
-    sigma = (root_max + ramp * (root_min - root_max)) ** KARRAS_RHO
-    return _between(process, -np.log(sigma), first, last)
+    return time_of_lam(process, -np.log(_karras_sigmas(*_sigma_range(process, first, last), steps)))
 
 
 def _log_snr(process: Process, steps: int, first: float, last: float, parameter: str) -> np.ndarray:
     """Even steps of ln(a / s), as in DPM-Solver (Lu et al. 2022)."""
     sigma_max, sigma_min = _sigma_range(process, first, last)
-    return _between(process, np.linspace(-np.log(sigma_max), -np.log(sigma_min), steps), first, last)
+    return time_of_lam(process, np.linspace(-np.log(sigma_max), -np.log(sigma_min), steps))
 
 
-def _between(process: Process, lam: np.ndarray, first: float, last: float) -> np.ndarray:
-    """The times of `lam`, with the two ends exact where the range has them."""
-    if process.name == "ve":
-        return np.exp(-lam)
-    return time_of_lam(process, lam)
+def _karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> np.ndarray:
+    """float64 (steps,) from sigma_max to sigma_min, evenly in sigma^(1 / 7)."""
+    root_max, root_min = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)
+    return (root_max + np.linspace(0, 1, steps) * (root_min - root_max)) ** KARRAS_RHO
 
 
 END_MARGIN = 1e-3  # kept from t = 0 and from t = 1 where sigma is 0 or infinite there, as SiT's sample_eps
@@ -162,9 +159,7 @@ CONTINUOUS_GRIDS: Mapping[str, Callable[[Process, int, float, float, str], np.nd
 
 
 def _respaced(schedule: Schedule, steps: int | str) -> np.ndarray:
-    if (
-        str(steps) == "1"
-    ):  # a solver begins at the noise; `space_timesteps` gives the other end, as ddpm and ddim take it
+    if str(steps) == "1":  # `space_timesteps` gives timestep 0, which ddpm and ddim take; a solver begins at the noise
         return np.array([len(schedule) - 1])
     return space_timesteps(len(schedule), steps)[::-1]
 
@@ -182,9 +177,7 @@ def _linspace(schedule: Schedule, steps: int | str) -> np.ndarray:
 
 def _discrete_karras(schedule: Schedule, steps: int | str) -> np.ndarray:
     sigma = schedule.sqrt_one_minus_abar / schedule.sqrt_abar
-    ramp = np.linspace(0, 1, int(steps))
-    root_max, root_min = sigma[-1] ** (1 / KARRAS_RHO), sigma[0] ** (1 / KARRAS_RHO)
-    return _nearest(np.log(sigma), np.log((root_max + ramp * (root_min - root_max)) ** KARRAS_RHO))
+    return _nearest(np.log(sigma), np.log(_karras_sigmas(sigma[-1], sigma[0], int(steps))))
 
 
 def _discrete_log_snr(schedule: Schedule, steps: int | str) -> np.ndarray:

@@ -102,7 +102,7 @@ def make_plan(
             t = table.times[~np.isfinite(values)][0]
             raise UserError(
                 f"a network of the objective {objective.name} cannot be sampled on {process.name} at t = {t:g}: its output "
-                "does not tell the image there; choose another objective or grid"
+                "does not tell the image there; choose another objective or spacing"
             )
     return SamplerPlan(
         name=name,

@@ -106,7 +106,7 @@ def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
 
 
 # settings that a system fixes
-FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "match_sampling", "ema_width")
+FIXED_BY_SYSTEM = ("sampler", "eta", "cfg", "guidance_channels", "labels", "match_sampling", "spacing", "ema_width")
 
 
 def _sample_system(options: SampleOptions) -> list[Path]:
@@ -184,8 +184,7 @@ def _pictures_of_run(
     checkpoint = checkpoints.verify(run.ema_checkpoint(step))
     identity = with_grid(wanted.identity(run), grid)
     plan = plan_of(run.recipe, request.sampling, steps)
-    guidance = f"-cfg{wanted.sampling.guidance_scale:g}" if wanted.sampling.guidance_scale != 1 else ""
-    name = f"step{step}-{wanted.sampling.sampler}{steps}{guidance}-{grid}-{files.sha256_json(identity)[:8]}"
+    name = f"step{step}-{wanted.short_settings}-{grid}-{files.sha256_json(identity)[:8]}"
     job = PictureJob(
         folder=run.folder / "pictures" / name,
         identity=identity,
@@ -196,7 +195,7 @@ def _pictures_of_run(
         plans=((run.backbone, plan),),
         caption=(
             f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {run.backbone} after {step:,} training steps.",
-            f"Classifier-free guidance scale = {wanted.sampling.guidance_scale:g}. Sampler: {wanted.sampling.sampler}, "
+            f"Classifier-free guidance scale = {wanted.sampling.guidance.short}. Sampler: {wanted.sampling.sampler}, "
             f"{steps} steps.",
         ),
         batch=wanted.batch,

@@ -133,7 +133,7 @@ def pictures_of_system(
         ),
         caption=(
             f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {system.name}.",
-            f"Classifier-free guidance scale = {base.guidance_scale:g}. Sampler: {samplers}."
+            f"Classifier-free guidance scale = {base.guidance.short}. Sampler: {samplers}."
             if samplers
             else f"Truncation = {base.truncation:g}.",
         ),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.data.examples import Examples
+from harness.diffusion.processes import PROCESSES
 from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
 from harness.engines.ema import snapshot_steps
 from harness.errors import UserError
@@ -149,7 +150,7 @@ def resolve_request(
     )
     objective = registry.objectives.get(recipe.objective)
     most_steps = max(sampling_settings.steps)
-    if most_steps > recipe.diffusion_steps:
+    if recipe.schedule not in PROCESSES and most_steps > recipe.diffusion_steps:
         raise UserError(
             f"{most_steps} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
         )

@@ -82,11 +82,16 @@ class SampleRequest:
             "batch": self.batch,
         }
 
+    @property
+    def short_settings(self) -> str:
+        """Sampler, steps and guidance for names of folders: "ddpm250", "heun10-cfg1.5@0.1-0.8"."""
+        guidance = f"-cfg{self.sampling.guidance.short}" if self.sampling.guidance_scale != 1 else ""
+        return f"{self.sampling.sampler}{self.steps}{guidance}"
+
     def name(self, run: Run) -> str:
         """The folder's name below RUN/samples; 8 digits of the identity's hash make it unique."""
-        guidance = f"-cfg{self.sampling.guidance.short}" if self.sampling.guidance_scale != 1 else ""
         short = files.sha256_json(self.identity(run))[:8]
-        return f"step{self.step}-{self.sampling.sampler}{self.steps}{guidance}-n{self.count}-{short}"
+        return f"step{self.step}-{self.short_settings}-n{self.count}-{short}"
 
 
 def has_eta(sampler: str) -> bool:

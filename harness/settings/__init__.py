@@ -2,7 +2,7 @@
 
 Each stage (run, train, sample, evaluate, plan, report, compare) has a frozen dataclass of options. Each field is a
 setting. Its name is the keyword of the Python call (`harness.run(sampling_steps=...)`) and, with dashes, the flag of
-the command line (`--sampling-steps`). The field's metadata (`harness.settings.setting.Setting`) holds the rest: help, accepted values, key in a
+the command line (`--sampling-steps`). The field's metadata (`Setting`) holds the rest: help, accepted values, key in a
 study file, whether the setting is frozen when a run is created, and the field of a record that states it. This table
 defines the options of the command line, the keys of study files, the commands of a study, the commands that reproduce a
 record, and the names in footnotes.

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.io.text import (
-    read_count,
-    read_path,
-)  # fmt: skip
+from harness.io.text import read_count, read_path
 from harness.settings.setting import REQUIRED, Options, setting
 
 

@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.io.text import (
-    read_path,
-    read_text,
-    read_texts,
-)  # fmt: skip
+from harness.io.text import read_path, read_text, read_texts
 from harness.settings.setting import REQUIRED, Options, setting
-from harness.settings.training_flags import (
-    DEFAULT_PROTOCOL,
-    EVALUATOR_BACKENDS,
-)
+from harness.settings.training_flags import DEFAULT_PROTOCOL, EVALUATOR_BACKENDS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.settings.sampling_flags import SamplingSettings
-from harness.settings.training_flags import (
-    OptionalBackbone,
-    TrainingSettings,
-)
+from harness.settings.training_flags import OptionalBackbone, TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.io.text import (
-    read_path,
-    read_paths,
-    read_text,
-)  # fmt: skip
+from harness.io.text import read_path, read_paths, read_text
 from harness.settings.setting import Options, setting
 
 

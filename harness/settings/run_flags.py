@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.io.text import (
-    read_count,
-    read_counts,
-    read_path,
-    read_switch,
-    read_text,
-)  # fmt: skip
+from harness.io.text import read_count, read_counts, read_path, read_switch, read_text
 from harness.settings.sampling_flags import SamplingSettings
 from harness.settings.setting import setting
 from harness.settings.train_flags import TrainOptions

@@ -5,21 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.io.text import (
-    GridSize,
-    read_count,
-    read_grid,
-    read_names,
-    read_pairs,
-    read_path,
-    read_switch,
-    read_text,
-)  # fmt: skip
+from harness.io.text import GridSize, read_count, read_grid, read_names, read_pairs, read_path, read_switch, read_text
 from harness.settings.sampling_flags import SamplingSettings
 from harness.settings.setting import Options, setting
-from harness.settings.training_flags import (
-    FRAMEWORKS,
-)
+from harness.settings.training_flags import FRAMEWORKS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.diffusion.guidance import Guidance, read_guidance
-from harness.io.text import (
-    read_count,
-    read_counts,
-    read_fraction,
-    read_number,
-    read_seed,
-    read_text,
-)  # fmt: skip
+from harness.io.text import read_count, read_counts, read_fraction, read_number, read_seed, read_text
 from harness.planning.reference import Reference, parse_sampling_reference
 from harness.settings.setting import Options, setting, settings_of
 from harness.settings.training_flags import PRECISIONS

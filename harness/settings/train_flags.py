@@ -5,17 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.io.text import (
-    read_path,
-    read_texts,
-)  # fmt: skip
+from harness.io.text import read_path, read_texts
 from harness.settings.setting import setting
-from harness.settings.training_flags import (
-    LOGGER,
-    LOGGER_HELP,
-    Backbone,
-    TrainingSettings,
-)
+from harness.settings.training_flags import LOGGER, LOGGER_HELP, Backbone, TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)

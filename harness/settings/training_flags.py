@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.io.text import (
-    read_count,
-    read_pairs,
-    read_path,
-    read_seed,
-    read_switch,
-    read_text,
-)  # fmt: skip
+from harness.io.text import read_count, read_pairs, read_path, read_seed, read_switch, read_text
 from harness.planning.reference import Reference, parse_budget, parse_reference
 from harness.settings.setting import REQUIRED, Options, setting
 

@@ -70,9 +70,7 @@ class Study:
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`, for all runs
     recipe: dict[str, str] = field(default_factory=dict)
     backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # overrides of the recipe by backbone
-    variants: dict[str, Variant] = field(
-        default_factory=lambda: {"": Variant()}
-    )  # by name; one without a name if none is given
+    variants: dict[str, Variant] = field(default_factory=lambda: {"": Variant()})  # by name; "": the study itself
     processes: int = 1  # processes of one run, started by torchrun
     slurm: dict[str, Any] = field(default_factory=dict)
 

@@ -21,6 +21,7 @@ from harness.diffusion.training import TrainingObjective
 from harness.engines.jax.loss import DenoisingLoss as JaxDenoisingLoss
 from harness.engines.torch.loss import DenoisingLoss
 from harness.errors import UserError
+from harness.planning.request import make_request
 from harness.protocols import Recipe, override
 from harness.randomness.threefry_jax import words
 
@@ -280,3 +281,12 @@ def test_samplers_at_their_edges():
         plan("euler-maruyama", 2, schedule="flow", objective="velocity")
     for schedule in ("flow", "gvp"):
         assert plan("euler", 10, schedule=schedule, objective="velocity").x0_from_gradient[0] == 0
+
+
+def test_continuous_time_has_no_largest_number_of_steps():
+    """A table of 1,000 timesteps has: see `harness.planning.request`."""
+    sampling = {"sampler": "euler", "steps": (1500,)}
+    found = make_request(backbone="dit-xs-4", protocol="digits", settings={"objective": "sit"}, sampling=sampling)
+    assert found.evaluations(1500) == 1500
+    with pytest.raises(UserError, match="1500 sampling steps are more than the 1000 steps of the diffusion"):
+        make_request(backbone="dit-xs-4", protocol="digits", settings={"objective": "v-cosine"}, sampling=sampling)

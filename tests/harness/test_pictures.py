@@ -115,6 +115,16 @@ def test_a_sidecar_says_how_the_picture_was_made(folder):
     assert "cfg2" in path.parent.name and path.parent.parent == folder / "pictures"
 
 
+def test_guidance_within_an_interval_is_named(folder):
+    """In the folder's name as in that of a sample set, and in the caption, which makes the pictures differ."""
+    plain, within = (draw(folder, classes="3", cfg=cfg).pictures[0] for cfg in ("2", "2@0.1-5"))
+    assert "-cfg2-2x5-" in plain.parent.name and "-cfg2@0.1-5-2x5-" in within.parent.name
+    identity = json.loads(within.with_suffix(".json").read_text())["identity"]
+    assert identity["sampling"]["guidance_interval"] == "0.1-5"
+    images = [tiles(path, 2, 5) for path in (plain, within)]
+    assert images[0].shape == images[1].shape == (2, 5, SIDE, SIDE, 1) and not np.array_equal(*images)
+
+
 def test_the_same_picture_is_not_drawn_again(folder, caplog, monkeypatch):
     (path,) = draw(folder, classes="5").pictures
     before = {each: each.stat().st_mtime_ns for each in path.parent.iterdir()}

@@ -100,6 +100,69 @@ def test_before_anything_runs_all_is_to_do_and_nothing_is_written(study, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["both.toml"]
 
 
+VARIANTS = """
+protocol = "digits"
+backbones = ["dit-xs-4", "dit-xs-2"]
+seeds = [0, 1]
+budgets = { match = "dit-xs-4@60" }
+[sampling]
+samples = 200
+steps = [5]
+[recipe]
+batch = 16
+[variant.paper]
+[variant.flow]
+recipe = { objective = "sit", batch = 32 }
+sampling = { sampler = "heun", steps = [3, 13] }
+[backbone.dit-xs-2]
+learning_rate = 3e-4
+"""
+
+
+def test_variants_train_and_sample_every_backbone_in_their_way(tmp_path):
+    path = tmp_path / "variants.toml"
+    path.write_text(VARIANTS)
+    runs = expand(load(path)).runs
+    assert [(each.spec.seed, each.spec.recipe.schedule, each.spec.backbone) for each in runs] == [
+        (seed, schedule, backbone)
+        for seed in (0, 1)
+        for schedule in ("linear", "flow")
+        for backbone in ("dit-xs-4", "dit-xs-2")
+    ]
+    assert len({each.name for each in runs}) == 8
+    for run in runs:
+        recipe, (request,) = run.spec.recipe, run.requests
+        if recipe.schedule == "flow":
+            assert (recipe.objective, recipe.batch) == ("velocity", 32)
+            assert (request.sampling.sampler, request.sampling.steps) == ("heun", (3, 13))
+            assert [request.evaluations(steps) for steps in (3, 13)] == [5, 25]
+        else:
+            assert (recipe.objective, recipe.batch) == ("epsilon-learned-range", 16)
+            assert (request.sampling.sampler, request.sampling.steps) == ("ddpm", (5,))
+        assert recipe.learning_rate == (3e-4 if run.spec.backbone == "dit-xs-2" else 2e-3)
+        # the budget is that of dit-xs-4@60 in the same variant, with its batch
+        reference = next(each for each in runs if each.spec.recipe.batch == recipe.batch)
+        assert abs(run.steps * run.gflops_step / (60 * reference.gflops_step) - 1) <= 0.5 / run.steps
+        options = run_command.make_context("run", list(run.commands[0][2:])).params
+        assert request_from(RunOptions(**options)) == request
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[variant]\nflow = 3", r"\[variant.flow\] must be a table"),
+        ("[variant.flow]\nsampler = 'heun'", r"\[variant.flow\]: unknown item 'sampler'"),
+        ("[variant.flow]\nrecipe = { steps = 3 }", "steps are set by budgets"),
+        ("[variant.flow]\nsampling = { sampler = 3 }", "sampler = 3: must be text"),
+        ("[variant.flow]\nrecipe = { objective = 'sit' }", "needs a schedule of timesteps"),
+    ],
+)
+def test_variants_that_do_not_fit_are_refused(text, message, tmp_path):
+    (tmp_path / "s.toml").write_text(f"protocol = 'digits'\nbackbones = ['dit-xs-4']\n{text}\n")
+    with pytest.raises(UserError, match=message):
+        expand(load(tmp_path / "s.toml"))
+
+
 def test_budgets_spend_the_same(study):
     small, large = expand(study).runs[:2]
     assert small.milestones == (7, 60, 600)

@@ -232,6 +232,15 @@ def test_a_broken_file_is_refused_by_item(change, words):
             {"classifier": GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL, scale=0.0)},
             "scale 0 must be positive",
         ),
+        (
+            {
+                "base": Component(
+                    backbone="adm-xs", arguments=SMALL, objective="edm", schedule="ve", sampler="euler", steps=5
+                ),
+                "classifier": GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL, schedule="ve"),
+            },
+            "the objective edm gives its network x and t in other units",
+        ),
         ({"decoder": "ft-ema", "upsamplers": (Component(backbone="adm-u-xs", arguments=SMALL),)}, "after a decoder"),
         (
             {"classifier": GuidanceClassifier(backbone="adm-classifier-xs", arguments={**SMALL, "input_size": 16})},
@@ -295,6 +304,14 @@ OURS = [
 ]
 
 
+def test_a_run_with_scaled_noise_is_no_part_of_a_system(tmp_path):
+    settings = {"objective": "jit", "noise_scale": "2"}
+    workshop(tmp_path / "scaled", request("adm-xs", steps=1, settings=settings, sampling={"sampler": "euler"})).train(1)
+    plain = replace(get_system("digits-guided"), name="plain", classifier=None)
+    with pytest.raises(UserError, match="trained with noise_scale 2, which a system does not have"):
+        load_parts(plain, {"base": tmp_path / "scaled"})
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_the_parts_of_our_own_systems_are_what_training_makes(name):
     """A run takes its sizes from its protocol and its backbone; a system that it does not fit could not be trained."""
@@ -311,6 +328,8 @@ def test_the_parts_of_our_own_systems_are_what_training_makes(name):
 def test_settings_of_a_system_are_its_own(parts):
     done = harness("sample", "--system", "digits-guided", "--cfg", "2", "--weights", f"base={parts['base']}")
     assert done.exit_code != 0 and "--cfg is fixed by the system" in str(done.exception)
+    done = harness("sample", "--system", "digits-guided", "--spacing", "trailing", "--weights", f"base={parts['base']}")
+    assert done.exit_code != 0 and "--spacing is fixed by the system" in str(done.exception)
     done = harness("sample")
     assert "give either --run DIR or --system NAME" in str(done.exception)
     done = harness("sample", "--run", parts["classifier"])

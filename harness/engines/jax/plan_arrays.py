@@ -31,7 +31,7 @@ class PlanForm:
     scales_input: bool
     adds_noise: bool  # at some row
     noise_to_base: bool
-    guidance: str  # rows with classifier-free guidance: "all", "some" or "none"
+    mixes_guidance: bool  # some rows have classifier-free guidance and others have not
 
 
 class PlanArrays(NamedTuple):
@@ -83,7 +83,7 @@ def split_plan(plan: SamplerPlan, is_guided: np.ndarray | None = None) -> tuple[
         scales_input=plan.input_scale is not None,
         adds_noise=bool(plan.adds_noise.any()),
         noise_to_base=bool(table.noise_to_base.any()),
-        guidance="all" if guided.all() else "some" if guided.any() else "none",
+        mixes_guidance=bool(guided.any() and not guided.all()),
     )
     arrays = PlanArrays(
         times=filled(plan.network_times, np.int32 if plan.network_times.dtype == np.int64 else np.float32),

@@ -156,8 +156,8 @@ class Program:
         guide = None
         if self.classifier is not None:
             guide = classifier_guide(nnx.merge(self.classifier, states[1]), y, self.classifier_scale)
-        # Without a row with guidance, its scale is 1.
-        return guided(call, y, *self.guidance, arrays.is_guided if self.form.guidance == "some" else None), guide
+        # Otherwise the scale says it: with 1 no row is guided, with another all are.
+        return guided(call, y, *self.guidance, arrays.is_guided if self.form.mixes_guidance else None), guide
 
     def _upsampler_noise(self, seed: int, index: Words, word: Array | np.ndarray) -> Array:
         """Noise float32 (N, C, H, W) of the random step (stage number) x 2**32 + word: no two stages share a random step.
