@@ -91,7 +91,7 @@ def heun(grid: Grid) -> SamplerTable:
     """Second order: the trapezoid rule, 2 evaluations a step and 1 at the last (Karras et al. 2022, algorithm 1).
 
     It is taken in t where the process has derivatives (in sigma for EDM's, in the velocity for flow), else in
-    sigma = s / a of x / a; on a schedule as steep as cosine, whose sigma begins at 24,000, in the angle atan(s / a), in
+    sigma = s / a of x / a; on a schedule as steep as cosine, whose sigma begins at 20,000, in the angle atan(s / a), in
     which the slope is the v-prediction. The last step is the first-order one, for at s = 0 the slope is not defined.
     """
     steps = len(grid)
