@@ -83,7 +83,7 @@ def _is_same_experiment(published: Record, record: Record) -> bool:
             return False
     if published.sampling is None:  # the paper describes another paper's system by its name
         return is_same_system
-    if guidance_scale(published) != guidance_scale(record) or has_guidance_interval(record):
+    if guidance_scale(published) != guidance_scale(record) or has_other_guidance(record):
         return False
     decoder = published.sampling.decoder
     found_decoder = record.sampling.decoder if record.sampling else None
@@ -102,9 +102,10 @@ def guidance_scale(record: Record) -> float | None:
     return record.sampling.guidance_scale
 
 
-def has_guidance_interval(record: Record) -> bool:
-    """Whether guidance was applied within an interval of noise levels only, as in none of the paper's rows."""
-    return record.sampling is not None and record.sampling.guidance_interval is not None
+def has_other_guidance(record: Record) -> bool:
+    """Whether guidance had an interval of noise levels or a rule of a package, as in none of the paper's rows."""
+    sampling = record.sampling
+    return sampling is not None and (sampling.guidance_interval, sampling.guidance_rule) != (None, None)
 
 
 def deviation_section(pairs: Sequence[Pair]) -> Section:

@@ -196,5 +196,8 @@ def _sampling_steps(each: _SampleSet) -> int:
 
 def _guidance(each: _SampleSet) -> str:
     """`, guidance 1.5`, or `, guidance 1.5@0.1-0.8`; "" without guidance."""
-    scale, interval = each.sampling.get("guidance_scale"), str(each.sampling.get("guidance_interval", ""))
-    return f", guidance {Guidance(scale, interval).short}" if isinstance(scale, float | int) and scale != 1 else ""
+    scale = each.sampling.get("guidance_scale")
+    interval, rule = (str(each.sampling.get(name, "")) for name in ("guidance_interval", "guidance_rule"))
+    return (
+        f", guidance {Guidance(scale, interval, rule).short}" if isinstance(scale, float | int) and scale != 1 else ""
+    )

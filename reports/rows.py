@@ -195,6 +195,7 @@ def _sort_key(row: Row) -> tuple:
         (sampling.sampler if sampling else None) or "",
         (sampling.guidance_scale if sampling else None) or 0.0,
         (sampling.guidance_interval if sampling else None) or "",
+        (sampling.guidance_rule if sampling else None) or "",
         (sampling.steps if sampling else None) or 0,
         row.representative.id,  # to order rows that agree in all of the above
     )

@@ -12,7 +12,7 @@ from reports.deviations import (
     deviation_data,
     deviation_section,
     guidance_scale,
-    has_guidance_interval,
+    has_other_guidance,
     matching_pairs,
     may_share,
     model_text,
@@ -334,7 +334,7 @@ def _has_paper_metric(record: Record) -> bool:
 
 def _is_decoder_ablation(record: Record) -> bool:
     is_guided_dit = record.backbone == "dit-xl-2" and guidance_scale(record) == 1.5
-    return record.metric in PAPER_METRICS and is_guided_dit and not has_guidance_interval(record)
+    return record.metric in PAPER_METRICS and is_guided_dit and not has_other_guidance(record)
 
 
 def _is_fid_of_unguided_dit(record: Record) -> bool:

@@ -111,7 +111,11 @@ class Sampling(_Checked):
     )
     guidance_scale: float | None = None  # None: no guidance; so is 1.0, except with a classifier
     guidance_interval: str | None = None  # "0.1-0.8", "0.3-": of sigma = s / a; None: guidance at all noise levels
-    guidance_channels: str | None = None  # "first-3" as published, "all", or "classifier": by a classifier's gradient
+    guidance_rule: str | None = (
+        None  # of a package, by name; None: classifier-free guidance, or as `guidance_channels` says
+    )
+    # "first-3" as published, "all", "classifier": by a classifier's gradient, or "autoguidance": by a weaker network
+    guidance_channels: str | None = None
     gflops_per_image: float | None = None  # all evaluations of one image, without the decoder
     decoder: str | None = None  # None: the model makes pixels
     decoder_gflops: float | None = None  # per image
@@ -128,8 +132,10 @@ class Sampling(_Checked):
 
     @property
     def guidance(self) -> Guidance | None:
-        """The guidance scale with its interval; None if no scale is stated."""
-        return None if self.guidance_scale is None else Guidance(self.guidance_scale, self.guidance_interval or "")
+        """The guidance scale with its interval and rule; None if no scale is stated."""
+        if self.guidance_scale is None:
+            return None
+        return Guidance(self.guidance_scale, self.guidance_interval or "", self.guidance_rule or "")
 
     @property
     def is_guided(self) -> bool:

@@ -141,9 +141,9 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
     """Print the cost of one image of each system, as a table or as JSON."""
     rows = [sampling_row(each) for each in chosen]
     note = (
-        "Gflops an image: one forward pass a step of each network; what classifier-free guidance (a second pass a step) or a "
-        f"classifier ({CLASSIFIER_PASSES} of its passes a step) adds; decoding of latents. The paper's figures leave "
-        "out the last two."
+        "Gflops an image: one forward pass a step of each network; what classifier-free guidance (a second pass a step), "
+        f"autoguidance (a pass a step of a weaker network) or a classifier ({CLASSIFIER_PASSES} of its passes a step) adds; "
+        "decoding of latents. The paper's figures leave out the last two."
     )
     if as_json:
         click.echo(json.dumps({"convention": CONVENTION, "note": note, "rows": rows}, indent=2))

@@ -1,6 +1,6 @@
-"""The scale of classifier-free guidance, and the interval of noise levels in which it is applied.
+"""Guidance: its scale, the rule by which two predictions become one, and the interval of noise levels where it applies.
 
-Source: Kynkaanniemi et al. 2024, arXiv:2404.07724. The noise level of a row of a sampler's plan is sigma = s / a of
+Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724. The noise level of a row of a sampler's plan is sigma = s / a of
 x_t = a x_0 + s eps: EDM's sigma, in which the paper states its intervals, and for other processes the noise relative to
 the image. It falls from row to row. Both ends of an interval belong to it.
 """
@@ -9,47 +9,110 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from harness import registry
 from harness.errors import shown
 from harness.io.text import read_number
 
 INTERVAL_FORM = "LOW-HIGH, as in 0.1-0.8 (0.1- has no upper end, -0.8 no lower one)"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_RULE = r"[A-Za-z0-9][A-Za-z0-9._+-]*"  # what a name may be, so that SCALE:RULE@LOW-HIGH can be read
+
+
+def extrapolated(conditional: Any, unconditional: Any, scale: float, *_: Any) -> Any:
+    """unconditional + scale (conditional - unconditional): classifier-free guidance, and autoguidance with a weaker network.
+
+    Arrays of torch or jax; further arguments of `GuidanceRule.combine` are not used. Every prediction is linear in the network's output, so outputs of one kind of prediction, of
+    one network or of two, may be combined instead of the predicted images.
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceRule:
+    """A rule of guidance that a package brings, as an item of the entry points `harness.guidance`.
+
+    combine: function of (conditional, unconditional, scale, sigma, the module of the arrays) that returns the guided image
+    float32 (N, C, H, W). The first two are the images D predicted with the label and without it, of the same form and not
+    yet clamped. scale: a float. sigma: the noise level of the row, a float or a scalar array, which may be infinite. The
+    module is torch or jax.numpy, so plain arithmetic runs in both. Only rows that are guided call it.
+    evaluations: of the network in a guided row: 2, or 1 for a rule without `unconditional`, which then is None.
+    """
+
+    name: str
+    summary: str = ""
+    combine: Callable[[Any, Any, float, Any, Any], Any]
+    evaluations: int = 2
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(_RULE, self.name):
+            raise ValueError(f"{shown(self.name)} is no name of a guidance rule: letters, digits and . _ + - alone")
+        if self.evaluations not in (1, 2):
+            raise ValueError(f"guidance rule {self.name}: evaluations is 1 or 2, not {shown(self.evaluations)}")
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance, as --cfg states it: 1.5, or 1.5@0.1-0.8 with an interval of sigma."""
+    """Guidance, as --cfg states it: 1.5, 1.5@0.1-0.8 with an interval of sigma, or 1.5:NAME with a package's rule."""
 
     scale: float  # 1: no guidance
     interval: str = ""  # of sigma, as from `interval_text`; "": guidance at all noise levels
+    rule: str = ""  # name of a `GuidanceRule`; "": classifier-free guidance, or autoguidance
 
     def __str__(self) -> str:
-        return repr(self.scale) + (f"@{self.interval}" if self.interval else "")
+        return repr(self.scale) + self._suffix
 
     @property
     def short(self) -> str:
         """As `str`, with six digits of the scale and 2 for 2.0: for names and tables."""
-        return f"{self.scale:g}" + (f"@{self.interval}" if self.interval else "")
+        return f"{self.scale:g}{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return (f":{self.rule}" if self.rule else "") + (f"@{self.interval}" if self.interval else "")
+
+    @property
+    def custom_rule(self) -> GuidanceRule | None:
+        """The rule of a package; None: classifier-free guidance. Raises UserError if it is not installed."""
+        rule: GuidanceRule | None = registry.guidance_rules.get(self.rule) if self.rule else None
+        return rule
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of a guided row. Raises UserError as `custom_rule`."""
+        rule = self.custom_rule
+        return 2 if rule is None else rule.evaluations
+
+    @property
+    def needs_null_label(self) -> bool:
+        """Whether the network is evaluated without a label too. Raises UserError as `custom_rule`."""
+        return self.scale != 1 and self.evaluations == 2
+
+
+NO_GUIDANCE = Guidance(1.0)
 
 
 def read_guidance(value: Any) -> Guidance:
-    """Guidance from a number, or from text of the form SCALE or SCALE@LOW-HIGH, as in 1.5@0.1-0.8.
+    """Guidance from a number, or from text SCALE[:RULE][@LOW-HIGH], as in 1.5@0.1-0.8.
 
-    Raises ValueError for other text, and for an interval beside the scale 1. Other scales are not checked.
+    Raises ValueError for other text, and for a rule or an interval beside the scale 1. Other scales are not checked, and
+    neither is whether the rule is installed.
     """
     if isinstance(value, Guidance):
         return value
-    scale_text, at, interval = value.partition("@") if isinstance(value, str) else (value, "", "")
+    text, at, interval = value.partition("@") if isinstance(value, str) else (value, "", "")
+    scale_text, colon, rule = text.partition(":") if isinstance(text, str) else (text, "", "")
     scale = read_number(scale_text)
-    if not at:
-        return Guidance(scale)
-    low, high = read_interval(interval)
-    if scale == 1:
-        raise ValueError(f"{shown(value)}: the scale 1 is no guidance, so it has no interval of noise levels")
-    return Guidance(scale, interval_text(low, high))
+    if colon and not re.fullmatch(_RULE, rule):
+        raise ValueError(f"{shown(value)}: {shown(rule)} is no name of a guidance rule: give SCALE:NAME")
+    interval = interval_text(*read_interval(interval)) if at else ""
+    if scale == 1 and (colon or at):
+        what = "interval of noise levels" if at else "rule"
+        raise ValueError(f"{shown(value)}: the scale 1 is no guidance, so it has no {what}")
+    return Guidance(scale, interval, rule)
 
 
 def read_interval(text: str) -> tuple[float, float]:

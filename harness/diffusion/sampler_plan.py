@@ -45,7 +45,7 @@ def sampler_plan(
 
 
 def guided_rows(plan: SamplerPlan, guidance: Guidance) -> np.ndarray:
-    """bool (E,): the rows of the plan at which classifier-free guidance is applied, which evaluate the network twice."""
+    """bool (E,): the rows of the plan at which guidance is applied."""
     import numpy as np
 
     if guidance.scale == 1:
@@ -59,12 +59,37 @@ def guided_rows(plan: SamplerPlan, guidance: Guidance) -> np.ndarray:
 
 
 def guided_evaluations(plan: SamplerPlan, guidance: Guidance) -> int:
-    """Network evaluations for an image: one for each row of the plan, and one more for each guided row."""
-    return plan.evaluations + int(guided_rows(plan, guidance).sum())
+    """Network evaluations for an image: one for each row of the plan, and those that guidance adds in guided rows.
+
+    The same for classifier-free guidance, whose guided rows evaluate the network with the label and without it, and for
+    autoguidance, whose guided rows evaluate two networks. Raises UserError for a rule of guidance that is not installed.
+    """
+    return plan.evaluations + (guidance.evaluations - 1) * int(guided_rows(plan, guidance).sum())
+
+
+def reference_plan(plan: SamplerPlan, *, objective: str, schedule: str, diffusion_steps: int) -> SamplerPlan:
+    """The plan of a second network that is evaluated at the rows of `plan`, on the same x: its own times and coefficients.
+
+    Such a network gives no variance: the variance channels that it may have are not used. Raises UserError where its
+    image does not follow from its output at one of the rows.
+    """
+    import dataclasses
+
+    from harness.diffusion.plans import make_plan
+    from harness.diffusion.training import check_fit, process_named
+
+    process, found = process_named(schedule, diffusion_steps, 1.0), registry.objectives.get(objective)
+    check_fit(found, process)
+    table = dataclasses.replace(plan.table, log_variances=None)
+    return make_plan(plan.name, table, found, process, steps=plan.steps, eta=plan.eta, clip_denoised=plan.clip_denoised)
 
 
 def check_guided_rows(plan: SamplerPlan, guidance: Guidance) -> None:
-    """Raise UserError where the interval of guidance holds none of the plan's rows, so that nothing would be guided."""
+    """Raise UserError where the interval of guidance holds none of the plan's rows, so that nothing would be guided.
+
+    Also for a rule of guidance that is not installed.
+    """
+    _ = guidance.custom_rule
     if guidance.interval and not guided_rows(plan, guidance).any():
         raise UserError(
             f"guidance {guidance.short} guides none of the {plan.steps} {plan.name} steps: their noise levels sigma go from "

@@ -24,10 +24,11 @@ def guided_channels(rule: str, channels: int) -> int:
     return channels if count is None else min(count, channels)
 
 
-def check_guidance(scale: float, channels: str, null_label: int | None) -> None:
+def check_guidance(scale: float, channels: str, null_label: int | None, *, needs_null_label: bool = True) -> None:
     """Raise UserError for an unknown channel rule, a scale that is not finite, and guidance without a null label.
 
     channels: the rule, a key of GUIDED_CHANNELS. null_label: None for a network that was trained without label dropout.
+    needs_null_label: whether guidance with a scale other than 1 evaluates the network without a label.
     """
     if channels not in GUIDED_CHANNELS:
         closest = get_close_matches(channels, GUIDED_CHANNELS, n=1)
@@ -35,7 +36,7 @@ def check_guidance(scale: float, channels: str, null_label: int | None) -> None:
         raise UserError(f"unknown guidance channels {channels!r}: {hint}known are {', '.join(GUIDED_CHANNELS)}")
     if not math.isfinite(scale):
         raise UserError(f"guidance scale {scale} is not a finite number: give 1 for none, or for example 1.5")
-    if scale != 1.0 and null_label is None:
+    if scale != 1.0 and needs_null_label and null_label is None:
         raise UserError(
             f"guidance scale {scale:g} needs a network trained with label dropout, and this one has no null label: "
             "give scale 1"

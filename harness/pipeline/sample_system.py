@@ -116,7 +116,6 @@ def pictures_of_system(
         "batch": batch,
     }
     identity = with_grid(_identity(loaded, decoder, framework=framework, count=count, **settings), grid)
-    component_names = [name for name in system.parts if name != "classifier"]
     samplers = ", ".join(f"{part.sampler}, {part.steps} steps" for part in system.components if _has_plan(part))
     base = system.base
     assert base is not None  # `load_parts` has refused a system without one
@@ -127,13 +126,11 @@ def pictures_of_system(
         names=names,
         grid=grid,
         trajectory=options.trajectory,
-        plans=tuple(
-            (name, part.plan() if _has_plan(part) else None)
-            for name, part in zip(component_names, system.components, strict=True)
-        ),
+        plans=tuple((name, part.plan() if _has_plan(part) else None) for name, part in system.named_components.items()),
         caption=(
             f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {system.name}.",
-            f"Classifier-free guidance scale = {base.guidance.short}. Sampler: {samplers}."
+            f"{'Classifier-free guidance' if system.weak is None else 'Autoguidance'} scale = {system.guidance.short}. "
+            f"Sampler: {samplers}."
             if samplers
             else f"Truncation = {base.truncation:g}.",
         ),

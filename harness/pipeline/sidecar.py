@@ -152,6 +152,7 @@ def fields_of_run(
             ema_width=sampling.ema_width or None,
             guidance_scale=sampling.guidance_scale,
             guidance_interval=sampling.guidance_interval or None,
+            guidance_rule=sampling.guidance_rule or None,
             guidance_channels=sample_set.guidance_channels,
             gflops_per_image=gflops * evaluations,
             decoder=None if decoder is None else decoder["name"],
@@ -177,7 +178,7 @@ def fields_of_system(
     precision: str,
     batch: int,
     params: int,
-    gflops: float,  # one forward pass of each network except the classifier, in sum
+    gflops: float,  # one forward pass of each network except those that guide, in sum
     gflops_image: float,
     evaluations: int,
     decoder: Mapping[str, Any] | None,  # its identity; None: nothing to decode
@@ -203,7 +204,8 @@ def fields_of_system(
             evaluations=evaluations,
             eta=None if generator or not has_eta(base.sampler) else base.eta,
             guidance_scale=scale,
-            guidance_interval=base.guidance_interval or None,
+            guidance_interval=system.guidance.interval or None,
+            guidance_rule=system.guidance.rule or None,
             guidance_channels=channels,
             gflops_per_image=gflops_image,
             decoder=None if decoder is None else decoder["name"],
@@ -242,18 +244,20 @@ def _recipe_fields(recipe: protocols.Recipe, seed: int) -> dict[str, Any]:
 def _guidance(system: System) -> tuple[float, str | None]:
     """(scale, channels) of classifier-free guidance; (scale, "classifier") if only a classifier guides.
 
-    A record has room for one scale. channels None: no guidance.
+    (scale, "autoguidance") with a weak network, which excludes the others. A record has room for one scale. channels None: no guidance.
     """
     base, classifier = system.base, system.classifier
     assert base is not None
+    if system.weak is not None:
+        return system.weak.scale, "autoguidance"
     if classifier is not None and base.guidance_scale == 1:
         return classifier.scale, "classifier"
     return base.guidance_scale, base.guidance_channels if base.guidance_scale != 1 else None
 
 
 def _settings_text(system: System) -> str | None:
-    """The settings of upsamplers and classifier as text, because the columns of a table describe only the base."""
-    texts = []
+    """The settings of parts besides the base as text, because the columns of a table describe only the base."""
+    texts = [] if system.weak is None else [f"autoguided by {system.weak.backbone}"]
     for each in system.upsamplers:
         eta = f", eta {each.eta:g}" if has_eta(each.sampler) else ""
         noise = f", conditioning noise {each.conditioning_noise:g}" if each.conditioning_noise else ""

@@ -137,9 +137,12 @@ def match_sampling(request: Request, reference: Reference) -> Request:
     own_flops = request.compute.flops  # of one evaluation
     evaluations = evaluation_counts(recipe, request.sampling)
     reference_flops = compute_of(other, request.protocol, recipe, f"{flag}: ").flops
-    # The reference is sampled by the sampler of this request, with a guidance of its own.
+    # The reference is sampled by the sampler of this request, with a classifier-free guidance of its own.
     reference_sampling = dataclasses.replace(
-        request.sampling, guidance_scale=reference.guidance_scale, guidance_interval=reference.guidance_interval
+        request.sampling,
+        guidance_scale=reference.guidance_scale,
+        guidance_interval=reference.guidance_interval,
+        guidance_rule="",
     )
     reference_evaluations = evaluation_counts(recipe, reference_sampling)
 

@@ -37,11 +37,12 @@ class SamplingCost:
     gflops_per_image: float
     gflops: float
     guidance_interval: str = ""  # of noise levels; "": guidance at all
+    guidance_rule: str = ""  # of a package; "": classifier-free guidance
 
     @property
     def guidance(self) -> Guidance:
-        """The scale of classifier-free guidance and its interval."""
-        return Guidance(self.guidance_scale, self.guidance_interval)
+        """The scale of guidance, its interval and its rule."""
+        return Guidance(self.guidance_scale, self.guidance_interval, self.guidance_rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +98,12 @@ class Plan:
     measured: MeasuredCost | None = field(default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain data, ready for JSON. An interval of guidance appears where there is one."""
+        """The plan as plain data, ready for JSON. An interval and a rule of guidance appear where there is one."""
         data = dataclasses.asdict(self)
         for row in data["sampling"]:
-            if not row["guidance_interval"]:
-                del row["guidance_interval"]
+            for name in ("guidance_interval", "guidance_rule"):
+                if not row[name]:
+                    del row[name]
         return data
 
 
@@ -134,6 +136,7 @@ def make_plan(request: Request, *, check_decoder: bool = False) -> Plan:
                 gflops_per_image=request.gflops_image(steps),
                 gflops=request.gflops_image(steps) * request.samples,
                 guidance_interval=sampling.guidance_interval,
+                guidance_rule=sampling.guidance_rule,
             )
             for steps in sampler_steps
         ),

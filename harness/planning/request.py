@@ -154,11 +154,12 @@ def resolve_request(
         raise UserError(
             f"{most_steps} sampling steps are more than the {recipe.diffusion_steps} steps of the diffusion"
         )
-    if sampling_settings.guidance_scale != 1 and spec.null_label is None:
+    needs_null_label = sampling_settings.guidance.needs_null_label
+    if needs_null_label and spec.null_label is None:
         raise UserError(
             f"backbone {backbone!r} has no null label, so it cannot use classifier-free guidance; leave out --cfg"
         )
-    if sampling_settings.guidance_scale != 1 and recipe.label_dropout == 0:
+    if needs_null_label and recipe.label_dropout == 0:
         raise UserError("guidance needs a network trained with label dropout, but label_dropout is 0; leave out --cfg")
     if sampling_settings.ema_width and not recipe.widths:
         raise UserError(

@@ -110,6 +110,8 @@ class Sampling:
     spacing: str = field(default="", metadata=ADDED_LATER)
     # Of noise levels sigma at which guidance is applied: "0.1-0.8", "0.3-" (`harness.diffusion.guidance`); "": at all.
     guidance_interval: str = field(default="", metadata=ADDED_LATER)
+    # Name of a package's rule (`harness.diffusion.guidance.GuidanceRule`); "": classifier-free guidance.
+    guidance_rule: str = field(default="", metadata=ADDED_LATER)
     # Width (sigma_rel) of the average of the weights, reconstructed from a run with `ema_widths`; 0: the average "ema".
     ema_width: float = field(default=0.0, metadata=ADDED_LATER)
 
@@ -137,17 +139,18 @@ class Sampling:
             raise UserError(
                 f"sampling: guidance_scale {self.guidance_scale} is below 1, which means no guidance; use 1"
             )
-        if self.guidance_interval:
+        if self.guidance_interval or self.guidance_rule:
+            item = "guidance_interval" if self.guidance_interval else "guidance_rule"
             try:
-                guidance = read_guidance(f"{self.guidance_scale}@{self.guidance_interval}")
+                guidance = read_guidance(str(self.guidance))
             except ValueError as error:
-                raise UserError(f"sampling: guidance_interval: {error}") from None
+                raise UserError(f"sampling: {item}: {error}") from None
             object.__setattr__(self, "guidance_interval", guidance.interval)  # in its one form; the dataclass is frozen
 
     @property
     def guidance(self) -> Guidance:
-        """The scale of classifier-free guidance and its interval."""
-        return Guidance(self.guidance_scale, self.guidance_interval)
+        """The scale of guidance, its interval and its rule."""
+        return Guidance(self.guidance_scale, self.guidance_interval, self.guidance_rule)
 
 
 @dataclass(frozen=True, kw_only=True)

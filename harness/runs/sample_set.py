@@ -63,7 +63,8 @@ class SampleRequest:
             "guidance_channels": self.guidance_channels,
             "precision": self.precision,
         }
-        for name in ("spacing", "guidance_interval", "ema_width"):  # added later: older sample sets keep their identity
+        # Added later: older sample sets keep their identity.
+        for name in ("spacing", "guidance_interval", "guidance_rule", "ema_width"):
             if not settings[name]:
                 del settings[name]
         if self.compile != "off":
@@ -84,8 +85,10 @@ class SampleRequest:
 
     @property
     def short_settings(self) -> str:
-        """Sampler, steps and guidance for names of folders: "ddpm250", "heun10-cfg1.5@0.1-0.8"."""
-        guidance = f"-cfg{self.sampling.guidance.short}" if self.sampling.guidance_scale != 1 else ""
+        """Sampler, steps and guidance for names of folders: "ddpm250", "heun10-cfg1.5@0.1-0.8", "heun10-cfg1.5-NAME"."""
+        # Some programs take what is before a colon for the name of a host or a drive.
+        short = self.sampling.guidance.short.replace(":", "-")
+        guidance = f"-cfg{short}" if self.sampling.guidance_scale != 1 else ""
         return f"{self.sampling.sampler}{self.steps}{guidance}"
 
     def name(self, run: Run) -> str:

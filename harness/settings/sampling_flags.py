@@ -44,7 +44,8 @@ class SamplingSettings(Options):
     )  # fmt: skip
     cfg: Guidance | None = setting(
         "Scale of classifier-free guidance; 1 = no guidance. 1.5@0.1-0.8 guides only where the noise level sigma = s / a lies "
-        "in the interval; 1.5@0.3- has no upper end.", read_guidance, metavar="SCALE[@LOW-HIGH]",
+        "in the interval; 1.5@0.3- has no upper end. 1.5:NAME guides by the rule NAME of a package.",
+        read_guidance, metavar="SCALE[:RULE][@LOW-HIGH]",
         study="sampling.guidance_scales", item="guidance", recorded="sampling.guidance", footnote="guidance",
     )  # fmt: skip
     guidance_channels: str | None = setting(
@@ -73,5 +74,6 @@ class SamplingSettings(Options):
         """Item of a protocol's [sampling], except steps -> value of the setting that overrides it; None: not given."""
         items = {info.item: getattr(self, name) for name, info in settings_of(self).items() if info.item}
         guidance: Guidance | None = items.pop("guidance")
-        scale, interval = (None, None) if guidance is None else (guidance.scale, guidance.interval)
-        return {**items, "guidance_scale": scale, "guidance_interval": interval}
+        given = (None, None, None) if guidance is None else (guidance.scale, guidance.interval, guidance.rule)
+        names = ("guidance_scale", "guidance_interval", "guidance_rule")
+        return {**items, **dict(zip(names, given, strict=True))}

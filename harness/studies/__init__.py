@@ -168,8 +168,9 @@ def _number(value: object, where: str) -> float:
 
 
 def _guidance(value: object, where: str) -> Guidance:
-    """A scale, or text such as "1.5@0.1-0.8"."""
-    return read_guidance(value) if isinstance(value, str) and "@" in value else Guidance(_number(value, where))
+    """A scale, or text such as "1.5@0.1-0.8" or "1.5:NAME"."""
+    is_text = isinstance(value, str) and any(mark in value for mark in "@:")
+    return read_guidance(value) if is_text else Guidance(_number(value, where))
 
 
 def _list(read_item: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:

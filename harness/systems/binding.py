@@ -6,14 +6,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from harness import registry
 from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.runs import checkpoints
 from harness.runs.run import build_arguments, open_run
-from harness.systems.spec import Component, GuidanceClassifier, System
+from harness.systems.spec import Component, GuidanceClassifier, System, WeakNetwork
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 DECODER = "decoder"  # the name of the decoder's weights; the other names are those of `System.parts`
 
-Part = TypeVar("Part", Component, GuidanceClassifier)
+Network: TypeAlias = Component | WeakNetwork | GuidanceClassifier
+Part = TypeVar("Part", Component, WeakNetwork, GuidanceClassifier)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +79,7 @@ class LoadedSystem:
     @property
     def components(self) -> list[tuple[Component, Source]]:
         """The base and the upsamplers in their order, each with its weights."""
-        # `System.parts` has them in the order of `System.components`, with the classifier in between.
-        names = [name for name in self.system.parts if name != "classifier"]
-        return [(part, self.sources[name]) for part, name in zip(self.system.components, names, strict=True)]
+        return [(part, self.sources[name]) for name, part in self.system.named_components.items()]
 
 
 def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
@@ -117,6 +116,7 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
     changed = replace(
         system,
         base=resolve("base", system.base),
+        weak=None if system.weak is None else resolve("weak", system.weak),
         classifier=None if system.classifier is None else resolve("classifier", system.classifier),
         upsamplers=tuple(resolve(name, part) for name, part in system.named_upsamplers.items()),
     )
@@ -125,7 +125,7 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
     return LoadedSystem(system=changed, sources=sources, decoder=weights.get(DECODER), notes=notes)
 
 
-def _notes(name: str, before: Component | GuidanceClassifier, after: Component | GuidanceClassifier) -> Iterator[str]:
+def _notes(name: str, before: Network, after: Network) -> Iterator[str]:
     """Yields one line for each item of a part that a run has changed, for the user."""
     for item in ("backbone", "objective", "schedule", "diffusion_steps"):
         old, new = getattr(before, item, None), getattr(after, item, None)  # a classifier has no objective
@@ -182,10 +182,11 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
                 f"system gives it {part.conditioning_noise:g}; train it with --set conditioning_noise="
                 f"{part.conditioning_noise:g} or more"
             )
-        if part.guidance_scale != 1 and recipe.label_dropout == 0:
+        if part.guidance.needs_null_label and recipe.label_dropout == 0:
             raise UserError(
                 f"--weights {name}={folder}: trained without label dropout, which classifier-free guidance needs"
             )
+    if not isinstance(part, GuidanceClassifier):
         if recipe.noise_scale != 1:
             raise UserError(
                 f"--weights {name}={folder}: it was trained with noise_scale {recipe.noise_scale:g}, which a system does not "
@@ -197,7 +198,7 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
     return replace(part, **changes), source
 
 
-def read_network(part: Component | GuidanceClassifier, source: Source) -> torch.nn.Module:
+def read_network(part: Network, source: Source) -> torch.nn.Module:
     """The torch network of a part, with its weights, which are in memory only once.
 
     Raises `UserError` for weights that do not fit, and for a file that has changed since `load_parts`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.systems.spec import Component, GuidanceClassifier, System
+from harness.systems.spec import Component, GuidanceClassifier, System, WeakNetwork
 
 SAMPLES_ONLY = "; samples made elsewhere can be measured with `harness evaluate`"
 
@@ -172,7 +172,7 @@ def _augmented_cascade() -> System:
 
 
 def _small() -> tuple[System, ...]:
-    """A guided ADM, a cascade and an augmented cascade of the digits, at a size that a laptop trains."""
+    """Systems of the digits at a size that a laptop trains: a guided ADM, two cascades, an autoguided DiT."""
     image = {"in_channels": 1, "num_classes": 10}
     base = Component(backbone="adm-xs", arguments={"input_size": 8, **image}, steps=50, clip_denoised=True)
     low = replace(base, arguments={"input_size": 4, **image})
@@ -202,7 +202,14 @@ def _small() -> tuple[System, ...]:
         summary="the same with Gaussian conditioning augmentation (after arXiv:2106.15282); of the harness",
         upsamplers=(replace(upsampler, conditioning_noise=0.1),),
     )
-    return guided, cascade, augmented
+    autoguided = System(
+        name="digits-autoguided",
+        summary="DiT-XS/2 guided by a weaker DiT-XS/4, scale 2, 50 DDPM steps (after arXiv:2406.02507); of the harness",
+        protocol="digits",
+        base=Component(backbone="dit-xs-2", arguments=dict(base.arguments), steps=50, clip_denoised=True),
+        weak=WeakNetwork(backbone="dit-xs-4", arguments=dict(base.arguments), scale=2.0),
+    )
+    return guided, cascade, augmented, autoguided
 
 
 BUILT_IN: tuple[System, ...] = (

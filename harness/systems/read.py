@@ -12,9 +12,9 @@ from harness import registry
 from harness.errors import UserError, shown
 from harness.protocols import LONGEST_NAME, MAX_INT
 from harness.registry import unknown
-from harness.systems.spec import Component, GuidanceClassifier, System
+from harness.systems.spec import Component, GuidanceClassifier, System, WeakNetwork
 
-Item = TypeVar("Item", Component, GuidanceClassifier, System)
+Item = TypeVar("Item", Component, WeakNetwork, GuidanceClassifier, System)
 
 
 def system_from_dict(data: dict[str, Any], where: str) -> System:
@@ -28,6 +28,8 @@ def system_from_dict(data: dict[str, Any], where: str) -> System:
             raise UserError(f"{where}: {name} is for the built-in systems; leave it out")
     if "base" in data:
         data["base"] = _from_table(Component, data["base"], f"{where}: [base]")
+    if "weak" in data:
+        data["weak"] = _from_table(WeakNetwork, data["weak"], f"{where}: [weak]")
     if "classifier" in data:
         data["classifier"] = _from_table(GuidanceClassifier, data["classifier"], f"{where}: [classifier]")
     upsamplers = data.get("upsamplers", [])

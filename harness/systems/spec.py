@@ -1,6 +1,6 @@
 """Systems: one or several networks with all settings that make the samples of a table row.
 
-A system has a base and, optionally, a classifier that guides it, upsamplers (each takes the image of the component before
+A system has a base and, optionally, a weaker network or a classifier that guides it, upsamplers (each takes the image of the component before
 it) and a decoder of latents; each component has its sampler, steps and guidance. The systems of the DiT paper's Tables 2,
 3 and 5 are in `paper.py`; a user writes a TOML file:
 
@@ -14,6 +14,14 @@ it) and a decoder of latents; each component has its sampler, steps and guidance
     [[upsamplers]]
     backbone = "adm-u-xs"
     conditioning_noise = 0.1
+
+Autoguidance instead has, for a base that is 8x8,
+
+    [weak]
+    backbone = "adm-xs"
+    scale = 2.0
+    interval = "0.3-5"
+    arguments = { input_size = 8, in_channels = 1, num_classes = 10 }
 
 Weights are given when the system is sampled (`binding.py`): as files, or as the folders of runs, whose arguments, schedule
 and objective replace the system's.
@@ -29,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import registry
 from harness.diffusion.guidance import Guidance, read_guidance
-from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
+from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, reference_plan, sampler_plan
 from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
 from harness.registry import unknown
@@ -57,6 +65,7 @@ class Component:
     guidance_scale: float = 1.0  # classifier-free; 1 = none
     guidance_interval: str = ""  # of noise levels at which guidance is applied, as "0.1-0.8"; "": at all
     guidance_channels: str = "all"
+    guidance_rule: str = ""  # of a package, by name; "": classifier-free guidance
     truncation: float = 1.0  # for a generator
     conditioning_noise: float = 0.0  # for an upsampler: std of the Gaussian noise that is added to its input image
 
@@ -77,12 +86,12 @@ class Component:
 
     @property
     def guidance(self) -> Guidance:
-        """The scale of classifier-free guidance and its interval."""
-        return Guidance(self.guidance_scale, self.guidance_interval)
+        """The scale of guidance by the network itself, its interval and its rule."""
+        return Guidance(self.guidance_scale, self.guidance_interval, self.guidance_rule)
 
     @property
     def passes(self) -> int:
-        """Forward passes for one image, classifier-free guidance included."""
+        """Forward passes for one image, with those of guidance by the network itself."""
         return 1 if self.spec.kind == "generator" else guided_evaluations(self.plan(), self.guidance)
 
     def compute(self) -> Compute:
@@ -98,12 +107,53 @@ class Component:
 
     def build_arguments(self) -> dict[str, Any]:
         """Arguments of the builder, with the output channels that the objective needs."""
-        arguments = dict(self.arguments)
-        full = self.spec.arguments(**arguments)
-        if self.spec.kind != "generator" and full.get("out_channels") is None:
-            objective = registry.objectives.get(self.objective)
-            arguments["out_channels"] = objective.out_channels(full["in_channels"])
-        return arguments
+        return dict(self.arguments) if self.spec.kind == "generator" else _with_out_channels(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeakNetwork:
+    """A weaker network that guides the base: autoguidance (Karras et al. 2024, arXiv:2406.02507).
+
+    The image that the base predicts becomes D = D_weak + scale (D_base - D_weak). The weak network, smaller or trained less,
+    is trained for the same task: it is evaluated on the same x and t with the same label. The two may have different
+    objectives on one process, because their predicted images are combined; where the objectives are equal, this is
+    the combination of their outputs, as D is linear in the output. Variance channels of the weak network are not used.
+    """
+
+    backbone: str
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the builder, where they differ from its defaults
+    objective: str = "epsilon-learned-range"
+    schedule: str = "linear"  # which must be the base's, as must the number of its steps
+    diffusion_steps: int = 1000
+    scale: float  # above 1
+    interval: str = ""  # of noise levels at which the base is guided, as "0.1-0.8"; "": at all
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """The backbone."""
+        return registry.backbones.get(self.backbone)
+
+    @property
+    def guidance(self) -> Guidance:
+        """The scale of autoguidance and its interval."""
+        return Guidance(self.scale, self.interval)
+
+    def build_arguments(self) -> dict[str, Any]:
+        """Arguments of the builder, with the output channels that the objective needs."""
+        return _with_out_channels(self)
+
+    def compute(self) -> Compute:
+        """Compute of one forward pass on one image."""
+        return self.spec.count(**self.build_arguments())
+
+
+def _with_out_channels(part: Component | WeakNetwork) -> dict[str, Any]:
+    """The arguments of the builder, with the output channels that the objective needs unless they are given."""
+    arguments = dict(part.arguments)
+    full = part.spec.arguments(**arguments)
+    if full.get("out_channels") is None:
+        arguments["out_channels"] = registry.objectives.get(part.objective).out_channels(full["in_channels"])
+    return arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +192,7 @@ class System:
     summary: str = ""
     protocol: str
     base: Component | None = None
+    weak: WeakNetwork | None = None
     classifier: GuidanceClassifier | None = None
     upsamplers: tuple[Component, ...] = ()
     decoder: str = ""
@@ -161,9 +212,13 @@ class System:
             raise UserError(f"{where}: [base] is missing")
 
     @property
-    def parts(self) -> dict[str, Component | GuidanceClassifier]:
-        """The networks by their names in --weights: base, classifier, upsampler, upsampler-2, ..."""
-        parts: dict[str, Component | GuidanceClassifier] = {} if self.base is None else {"base": self.base}
+    def parts(self) -> dict[str, Component | WeakNetwork | GuidanceClassifier]:
+        """The networks by their names in --weights: base, weak, classifier, upsampler, upsampler-2, ..."""
+        parts: dict[str, Component | WeakNetwork | GuidanceClassifier] = {}
+        if self.base is not None:
+            parts["base"] = self.base
+        if self.weak is not None:
+            parts["weak"] = self.weak
         if self.classifier is not None:
             parts["classifier"] = self.classifier
         return parts | self.named_upsamplers
@@ -180,22 +235,53 @@ class System:
         return "+".join(part.backbone for part in self.parts.values())
 
     @property
+    def named_components(self) -> dict[str, Component]:
+        """The base and the upsamplers by their names in `parts`, in the order in which they make images."""
+        return {} if self.base is None else {"base": self.base, **self.named_upsamplers}
+
+    @property
     def components(self) -> tuple[Component, ...]:
         """The base and the upsamplers, in the order in which they make images."""
-        return () if self.base is None else (self.base, *self.upsamplers)
+        return tuple(self.named_components.values())
+
+    @property
+    def guidance(self) -> Guidance:
+        """The guidance of the base: autoguidance if there is a weak network, else guidance by itself."""
+        assert self.base is not None
+        return self.base.guidance if self.weak is None else self.weak.guidance
+
+    def weak_plan(self) -> SamplerPlan:
+        """The plan of the weak network, with the rows of the base's. Raises UserError if it cannot be sampled there."""
+        assert self.base is not None and self.weak is not None
+        return reference_plan(
+            self.base.plan(), objective=self.weak.objective, schedule=self.weak.schedule,
+            diffusion_steps=self.weak.diffusion_steps,
+        )  # fmt: skip
+
+    @property
+    def weak_evaluations(self) -> int:
+        """Evaluations of the weak network for one image: one for each guided row of the base's plan."""
+        if self.base is None or self.weak is None:
+            return 0
+        return guided_evaluations(self.base.plan(), self.weak.guidance) - self.base.evaluations
 
     @property
     def evaluations(self) -> int:
-        """Forward passes of the components for one image, as in `passes`; those of a guiding classifier are not included."""
-        return sum(part.passes for part in self.components)
+        """Forward passes of the components for one image, as in `passes`, and of the weak network.
+
+        Those of a guiding classifier are not included.
+        """
+        return sum(part.passes for part in self.components) + self.weak_evaluations
 
     def gflops_forward(self) -> float:
         """Gflops of one forward pass of every component, in sum, as in the paper's Table 6."""
         return sum(part.compute().gflops for part in self.components)
 
     def gflops_image(self) -> float:
-        """Sampling compute of one image in Gflops: with both kinds of guidance, without decoding."""
+        """Sampling compute of one image in Gflops: with every kind of guidance, without decoding."""
         total = sum(part.compute().gflops * part.passes for part in self.components)
+        if self.weak is not None:
+            total += self.weak.compute().gflops * self.weak_evaluations
         if self.classifier is not None and self.base is not None:
             total += self.classifier.compute().gflops * CLASSIFIER_PASSES * self.base.evaluations
         return total
@@ -209,9 +295,13 @@ class System:
         data = dataclasses.asdict(self)
         for name in ("summary", "row", "unavailable", "decoder"):
             del data[name]
+        # Items that were added later are left out where they say nothing: older identities stay.
+        if self.weak is None:
+            del data["weak"]
         for component in (data["base"], *data["upsamplers"]):
-            if component is not None and not component["guidance_interval"]:  # added later: older identities stay
-                del component["guidance_interval"]
+            for name in ("guidance_interval", "guidance_rule"):
+                if component is not None and not component[name]:
+                    del component[name]
         return data
 
     @classmethod
@@ -220,8 +310,9 @@ class System:
 
         Raises KeyError or TypeError for data of another form.
         """
-        classifier = data["classifier"]
+        classifier, weak = data["classifier"], data.get("weak")
         parts = {
+            "weak": None if weak is None else WeakNetwork(**_with_tuples(weak)),
             "base": Component(**_with_tuples(data["base"])),
             "classifier": None if classifier is None else GuidanceClassifier(**_with_tuples(classifier)),
             "upsamplers": tuple(Component(**_with_tuples(each)) for each in data["upsamplers"]),
@@ -234,7 +325,7 @@ class System:
         if self.unavailable:
             raise UserError(f"{where} cannot be run: {self.unavailable}")
         assert self.base is not None
-        kinds = {"base": ("denoiser", "generator"), "classifier": ("classifier",)}
+        kinds = {"base": ("denoiser", "generator"), "weak": ("denoiser",), "classifier": ("classifier",)}
         for name, part in self.parts.items():
             allowed = kinds.get(name, ("upsampler",))  # all other parts are upsamplers: see `named_upsamplers`
             if part.spec.kind not in allowed:
@@ -245,6 +336,8 @@ class System:
             if isinstance(part, Component):
                 check_settings = _check_generator if part.spec.kind == "generator" else _check_sampling
                 check_settings(f"{where}: {name}", part)
+        if self.weak is not None:
+            self._check_weak(where, self.base, self.weak)
         if self.classifier is not None and not self.classifier.scale > 0:
             raise UserError(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
         if self.classifier is not None and self.base.spec.kind == "generator":
@@ -252,13 +345,7 @@ class System:
         if self.decoder and self.upsamplers:
             raise UserError(f"{where}: upsamplers after a decoder are not supported; leave out one of them")
         if self.classifier is not None:
-            for item in ("schedule", "diffusion_steps"):
-                of_classifier, of_base = getattr(self.classifier, item), getattr(self.base, item)
-                if of_classifier != of_base:
-                    raise UserError(
-                        f"{where}: the classifier was trained on noise of {item} {_plain(of_classifier)}, and the base that it "
-                        f"guides has {of_base}"
-                    )
+            _check_process(f"{where}: the classifier", self.classifier, self.base)
             objective = registry.objectives.get(self.base.objective)
             if objective.input_scale is not None or objective.network_time is not None:
                 raise UserError(
@@ -266,6 +353,22 @@ class System:
                     "trained in; a classifier cannot guide it"
                 )
         self._check_sizes(where)
+
+    def _check_weak(self, where: str, base: Component, weak: WeakNetwork) -> None:
+        """Raise `UserError` for a weak network that cannot guide the base."""
+        if base.spec.kind == "generator":
+            raise UserError(f"{where}: a generator cannot be guided by a weak network")
+        others = {
+            "classifier-free guidance of the base": base.guidance_scale != 1,
+            "a classifier": self.classifier is not None,
+        }
+        if given := [name for name, is_given in others.items() if is_given]:
+            raise UserError(f"{where}: autoguidance by a weak network excludes {given[0]}; leave out one of them")
+        if not weak.scale > 1:
+            raise UserError(f"{where}: weak: scale {weak.scale:g} must be above 1, which is no guidance")
+        _check_process(f"{where}: the weak network", weak, base)
+        self.weak_plan()  # for its UserError
+        _check_guidance(f"{where}: weak", base.plan(), weak.guidance, interval="interval")
 
     def _check_sizes(self, where: str) -> None:
         """Compare classes, channels and image sizes of the parts with each other and with the protocol."""
@@ -277,14 +380,15 @@ class System:
                     f"{where}: {name} has {arguments['num_classes']} classes and protocol {protocol.name!r} has "
                     f"{protocol.num_classes}; choose weights, or arguments, of {protocol.num_classes}"
                 )
-        if self.classifier is not None:
-            classifier, base = arguments_of["classifier"], arguments_of["base"]
+        base = arguments_of["base"]
+        for part, words in (("classifier", "the classifier"), ("weak", "the weak network")):
+            guiding = arguments_of.get(part, base)
             for name in ("input_size", "in_channels"):
-                if classifier[name] != base[name]:
+                if part in arguments_of and guiding[name] != base[name]:
                     raise UserError(
-                        f"{where}: the classifier has {name} {classifier[name]} and the base that it guides {base[name]}"
+                        f"{where}: {words} has {name} {guiding[name]} and the base that it guides {base[name]}"
                     )
-        components = {name: arguments for name, arguments in arguments_of.items() if name != "classifier"}
+        components = {name: arguments_of[name] for name in self.named_components}
         previous = None  # name of the component whose image this one takes
         for name, arguments in components.items():
             if previous is not None:
@@ -316,7 +420,8 @@ def _check_generator(where: str, part: Component) -> None:
     """Raise `UserError` for a truncation out of range, and for settings that only a diffusion has."""
     if not 0 < part.truncation <= 1:
         raise UserError(f"{where}: truncation {part.truncation:g} must lie above 0 and be at most 1")
-    for name in ("eta", "guidance_scale", "guidance_interval", "conditioning_noise", "clip_denoised"):
+    diffusion = ("eta", "guidance_scale", "guidance_interval", "guidance_rule", "conditioning_noise", "clip_denoised")
+    for name in diffusion:
         default = Component.__dataclass_fields__[name].default
         if getattr(part, name) != default:
             raise UserError(f"{where}: {name} is a diffusion's, and {part.backbone!r} is a generator; leave it out")
@@ -340,19 +445,33 @@ def _check_sampling(where: str, part: Component) -> None:
     if part.conditioning_noise and part.spec.kind != "upsampler":
         raise UserError(f"{where}: conditioning_noise is an upsampler's, and {part.backbone!r} is none")
     # null_class: an argument of LDM's networks; False: this one is built without the null label
-    if part.guidance_scale != 1 and (part.spec.null_label is None or arguments.get("null_class") is False):
+    if part.guidance.needs_null_label and (part.spec.null_label is None or arguments.get("null_class") is False):
         raise UserError(f"{where}: {part.backbone!r} has no null label, which classifier-free guidance needs")
     if not 1 <= part.steps <= part.diffusion_steps:
         raise UserError(f"{where}: {part.steps} sampling steps do not lie in 1 to {part.diffusion_steps}")
-    plan = part.plan()  # for its UserError
-    if part.guidance_interval:
-        try:
-            guidance = read_guidance(str(part.guidance))
-        except ValueError as error:
-            raise UserError(f"{where}: guidance_interval: {error}") from None
-        if guidance != part.guidance:  # equal systems have one identity
-            raise UserError(f"{where}: guidance_interval {shown(part.guidance_interval)}: write {guidance.interval!r}")
-        check_guided_rows(plan, guidance)
+    _check_guidance(where, part.plan(), part.guidance, interval="guidance_interval")
+
+
+def _check_guidance(where: str, plan: SamplerPlan, guidance: Guidance, *, interval: str) -> None:
+    """Raise `UserError` for a rule or an interval that cannot be read or that guides nothing. interval: name of its item."""
+    item, value = (interval, guidance.interval) if guidance.interval else ("guidance_rule", guidance.rule)
+    try:
+        found = read_guidance(str(guidance)) if value else guidance
+    except ValueError as error:
+        raise UserError(f"{where}: {item}: {error}") from None
+    if found != guidance:  # equal systems have one identity
+        raise UserError(f"{where}: {item} {shown(value)}: write {found.interval!r}")
+    check_guided_rows(plan, guidance)
+
+
+def _check_process(where: str, guiding: WeakNetwork | GuidanceClassifier, base: Component) -> None:
+    """Raise `UserError` if a network that guides the base was trained on another process than the base."""
+    for item in ("schedule", "diffusion_steps"):
+        of_guiding, of_base = getattr(guiding, item), getattr(base, item)
+        if of_guiding != of_base:
+            raise UserError(
+                f"{where} was trained on noise of {item} {_plain(of_guiding)}, and the base that it guides has {of_base}"
+            )
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from jax_runs import KINDS, engine, flax_net, request, workshop
 from sampler_plans import ddim_plan, ddpm_plan
 
+from harness.diffusion.guidance import Guidance
 from harness.diffusion.schedule import Schedule
 from harness.engines.jax.loss_functions import area_means
 from harness.engines.jax.mesh import make_mesh, pick_devices
@@ -110,8 +111,8 @@ def stages(kind, weights, plan, **settings):
 SCHEDULE = Schedule.named("linear", 1000)
 CASES = {  # kind, plan, settings
     "ddpm": ("dit", lambda: ddpm_plan(SCHEDULE, 25), {}),
-    "guided, clipped": ("dit", lambda: ddpm_plan(SCHEDULE, 25, clip_denoised=True), {"guidance_scale": 1.5, "guidance_channels": "first-3"}),
-    "guided within an interval": ("dit", lambda: ddpm_plan(SCHEDULE, 25), {"guidance_scale": 2.0, "guidance_interval": "0.2-2", "guidance_channels": "first-3"}),
+    "guided, clipped": ("dit", lambda: ddpm_plan(SCHEDULE, 25, clip_denoised=True), {"guidance": Guidance(1.5), "guidance_channels": "first-3"}),
+    "guided within an interval": ("dit", lambda: ddpm_plan(SCHEDULE, 25), {"guidance": Guidance(2.0, "0.2-2"), "guidance_channels": "first-3"}),
     "ddim with noise, by a classifier": ("dit", lambda: ddim_plan(SCHEDULE, 20, eta=0.5), {"classifier": "classifier", "classifier_scale": 2.0}),
     "ddpm, by a classifier": ("dit", lambda: ddpm_plan(SCHEDULE, 20), {"classifier": "classifier", "classifier_scale": 2.0}),
     "upsampler": ("upsampler", lambda: ddpm_plan(SCHEDULE, 20), {"number": 1, "conditioning_noise": 0.2}),

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from harness import registry
+from harness.diffusion.guidance import Guidance
 from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.sampling import JaxStage, Network, _compiled
@@ -29,11 +30,11 @@ def test_other_numbers_of_steps_run_the_same_program(sampler):
     _compiled.cache_clear()
     images = {}
     for steps in (4, 9, 30, 4):
-        drawn = stage(sampler, steps, mesh, guidance_scale=1.5)
+        drawn = stage(sampler, steps, mesh, guidance=Guidance(1.5))
         found = np.asarray(drawn.draw(0, index, labels, None, lambda: None))
         assert np.array_equal(images.setdefault(steps, found), found)
     assert _compiled.cache_info().misses == 1
     assert drawn._steps._cache_size() == 1
     assert not np.array_equal(images[4], images[9])
-    stage(sampler, 4, mesh, guidance_scale=3.0)
+    stage(sampler, 4, mesh, guidance=Guidance(3.0))
     assert _compiled.cache_info().misses == 2  # another scale is another program

@@ -8,6 +8,7 @@ from scipy import stats
 
 from harness import randomness
 from harness.data.images import ImageSet
+from harness.diffusion.guidance import Guidance
 from harness.diffusion.schedule import Schedule
 from harness.diffusion.training import TrainingObjective
 from harness.engines.loss_terms import LOSS_TERMS
@@ -238,7 +239,7 @@ def cascade(seed=SEED):
     nets = [PerElement() for _ in range(3)]
     stages = [
         stage(nets[0], 4, "denoiser", classifier=Corner(), classifier_scale=3.0),
-        stage(nets[1], 8, number=1, conditioning_noise=0.2, guidance_scale=1.5),
+        stage(nets[1], 8, number=1, conditioning_noise=0.2, guidance=Guidance(1.5)),
         stage(nets[2], 16, number=2, conditioning_noise=0.1),
     ]
     return nets, stages, TorchChain(stages, None, seed=seed, uint8_rule="adm", device=CPU)
@@ -301,7 +302,7 @@ def test_guidance_doubles_the_batch_with_its_low_resolution_image():
     net, seen = PerElement(), PerElement()
     low = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     rows, y = torch.arange(5), torch.tensor([0, 1, 2, 0, 1])
-    out = stage(net, 8, number=1, guidance_scale=2.5).draw(SEED, rows, y, low, lambda: None)
+    out = stage(net, 8, number=1, guidance=Guidance(2.5)).draw(SEED, rows, y, low, lambda: None)
     for x, labels, given in net.calls:
         assert labels.tolist() == [0, 1, 2, 0, 1, 3, 3, 3, 3, 3]
         assert torch.equal(x[:5], x[5:]) and torch.equal(given, torch.cat([low, low]))
@@ -323,7 +324,7 @@ def test_within_an_interval_only_its_rows_have_the_doubled_batch(monkeypatch):
     plan = ddpm_plan(Schedule.named("linear"), 6)
     inside = (plan.sigma >= 0.5) & (plan.sigma <= 10)
     assert inside.tolist() == [False, False, True, True, True, False]
-    settings = {"number": 1, "guidance_scale": 2.5, "guidance_interval": "0.5-10"}
+    settings = {"number": 1, "guidance": Guidance(2.5, "0.5-10")}
     net = PerElement()
     made = stage(net, 8, **settings)
     out = made.draw(*draw)

@@ -31,7 +31,7 @@ class PlanForm:
     scales_input: bool
     adds_noise: bool  # at some row
     noise_to_base: bool
-    mixes_guidance: bool  # some rows have classifier-free guidance and others have not
+    mixes_guidance: bool  # some rows have guidance and others have not
 
 
 class PlanArrays(NamedTuple):
@@ -53,10 +53,11 @@ class PlanArrays(NamedTuple):
     log_variance_high: Any
     adds_noise: Any  # bool
     is_guided: Any  # bool
+    sigma: Any  # the noise level s / a
 
 
 def split_plan(plan: SamplerPlan, is_guided: np.ndarray | None = None) -> tuple[PlanForm, PlanArrays]:
-    """The form and the arrays of a plan. is_guided: bool (E,), the rows with classifier-free guidance; None: no row."""
+    """The form and the arrays of a plan. is_guided: bool (E,), the rows with guidance; None: no row."""
     table, count = plan.table, plan.evaluations
     guided = np.zeros(count, bool) if is_guided is None else is_guided
     rows = max(FEWEST_ROWS, 1 << (count - 1).bit_length())
@@ -99,5 +100,6 @@ def split_plan(plan: SamplerPlan, is_guided: np.ndarray | None = None) -> tuple[
         log_variance_high=filled(high),
         adds_noise=filled(plan.adds_noise, np.bool_),
         is_guided=filled(guided, np.bool_),
+        sigma=filled(plan.sigma),
     )
     return form, arrays

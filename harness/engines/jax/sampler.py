@@ -7,6 +7,7 @@ busy and short enough for a progress bar and Ctrl-C. The lengths of the stretche
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -14,12 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from harness.diffusion.guidance import extrapolated
 from harness.diffusion.solvers import D, X
 from harness.engines.guidance import check_channels, check_classifier_scale, check_guidance, guided_channels
 from harness.engines.jax.plan_arrays import PlanArrays, PlanForm
 
 Predict = Callable[[Array, Array, Array], Array]  # (x (N, C, H, W), t (N,), plan row) -> (N, C or 2 C, H, W)
 Guide = Callable[[Array, Array], Array]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
+# (D, x, plan row) -> the guided D, each (N, C, H, W) and not yet clamped
+ImageGuidance = Callable[[Array, Array, Array], Array]
+# (conditional, unconditional, scale, sigma, jax.numpy) -> guided, as in `harness.diffusion.guidance.GuidanceRule`
+Combine = Callable[[Array, Array | None, float, Array, ModuleType], Array]
 
 
 class Carry(NamedTuple):
@@ -45,6 +51,7 @@ def sample_steps(
     end: Array | int,  # the row after the last one to run
     noise: Callable[[Array], Array],  # plan row k -> float32 (N, C, H, W)
     guide: Guide | None = None,  # returns the scaled gradient of a log likelihood with respect to x
+    image_guidance: ImageGuidance | None = None,  # applied to D before it is clamped
 ) -> Carry:
     """The state after rows first ... end - 1 of the plan. May be traced.
 
@@ -68,7 +75,7 @@ def sample_steps(
         return result
 
     def step(k: Array, carry: Carry) -> Carry:
-        x0, out, gradient = _predicted(predict, form, arrays, carry.x, k, guide)
+        x0, out, gradient = _predicted(predict, form, arrays, carry.x, k, guide, image_guidance)
         images = (x0, *carry.images)
         states = [carry.x, carry.base, *images]
         mean = combined(form.x_columns, arrays.x_from[k], states)
@@ -100,27 +107,41 @@ def predicted_image(
     x: Array,  # float32 (N, C, H, W): the state before row k
     k: Array,
     guide: Guide | None = None,
+    image_guidance: ImageGuidance | None = None,
 ) -> Array:
     """The image D (N, C, H, W) that row k of the plan predicts from x. May be traced. Errors as of `sample_steps`."""
-    return _predicted(predict, form, PlanArrays(*map(jnp.asarray, arrays)), x, k, guide)[0]
+    return _predicted(predict, form, PlanArrays(*map(jnp.asarray, arrays)), x, k, guide, image_guidance)[0]
 
 
 def _predicted(
-    predict: Predict, form: PlanForm, arrays: PlanArrays, x: Array, k: Array, guide: Guide | None
+    predict: Predict,
+    form: PlanForm,
+    arrays: PlanArrays,
+    x: Array,
+    k: Array,
+    guide: Guide | None,
+    image_guidance: ImageGuidance | None,
 ) -> tuple[Array, Array, Array | None]:
     """(D, the network's output, the guide's gradient) at row k for x (N, C, H, W)."""
-    samples, channels = x.shape[:2]
-    t = jnp.full((samples,), arrays.times[k])  # (N,)
-    seen = arrays.input_scale[k] * x if form.scales_input else x
-    out = predict(seen, t, k).astype(jnp.float32)  # (N, C or 2 C, H, W)
-    check_channels(form, out.shape[1], channels)  # at tracing time
-    x0 = arrays.x0_from_x[k] * x - arrays.x0_from_output[k] * out[:, :channels]
+    x0, out, t = _evaluated(predict, form, arrays, x, k)
+    if image_guidance is not None:
+        x0 = image_guidance(x0, x, k)
     if form.clip_denoised:
         x0 = x0.clip(-1.0, 1.0)
     gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
     if gradient is not None and not form.shifts_mean:
         x0 = x0 + arrays.x0_from_gradient[k] * gradient
     return x0, out, gradient
+
+
+def _evaluated(predict: Predict, form: PlanForm, arrays: PlanArrays, x: Array, k: Array) -> tuple[Array, Array, Array]:
+    """(D (N, C, H, W) not yet clamped, the network's output (N, C or 2 C, H, W), its time (N,)) at row k."""
+    samples, channels = x.shape[:2]
+    t = jnp.full((samples,), arrays.times[k])
+    seen = arrays.input_scale[k] * x if form.scales_input else x
+    out = predict(seen, t, k).astype(jnp.float32)
+    check_channels(form, out.shape[1], channels)  # at tracing time
+    return arrays.x0_from_x[k] * x - arrays.x0_from_output[k] * out[:, :channels], out, t
 
 
 def guided(
@@ -146,7 +167,7 @@ def guided(
         out = net(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels)  # (2 N, C or 2 C, H, W)
         conditional, unconditional = jnp.split(out.astype(jnp.float32), 2)  # (N, C or 2 C, H, W) each
         count = guided_channels(channels, x.shape[1])
-        eps = unconditional[:, :count] + scale * (conditional[:, :count] - unconditional[:, :count])
+        eps = extrapolated(conditional[:, :count], unconditional[:, :count], scale)
         return jnp.concatenate([eps, conditional[:, count:]], axis=1)
 
     if is_guided is None:  # no branch: the compiled loop is as it was before there were intervals
@@ -157,6 +178,36 @@ def guided(
         return jax.lax.cond(rows[row], doubled, lambda x, t: net(x, t, y).astype(jnp.float32), x, t)
 
     return predict
+
+
+def guided_image(
+    reference: Callable[[Array, Array], Array] | None,  # (x, t) -> (N, C or 2 C, H, W)
+    form: PlanForm,  # of the reference's kind of prediction, with the rows of the loop's
+    arrays: PlanArrays,
+    scale: float,
+    combine: Combine,
+    channels: str = "all",  # a key of `harness.engines.guidance.GUIDED_CHANNELS`; others keep the D of the network
+) -> ImageGuidance:
+    """An image guidance for `sample_steps`, as torch's `guided_image`, which explains it. `arrays` name the guided rows.
+
+    Unguided rows do not evaluate the reference: the branch that does runs by itself.
+    """
+    arrays = PlanArrays(*map(jnp.asarray, arrays))
+
+    def combined(x0: Array, x: Array, k: Array) -> Array:
+        count = guided_channels(channels, x.shape[1])
+        other = None
+        if reference is not None:
+            other = _evaluated(lambda x, t, row: reference(x, t), form, arrays, x, k)[0][:, :count]
+        result = combine(x0[:, :count], other, scale, arrays.sigma[k], jnp)
+        return jnp.concatenate([result, x0[:, count:]], axis=1)
+
+    def guide(x0: Array, x: Array, k: Array) -> Array:
+        if not form.mixes_guidance:  # all rows are guided
+            return combined(x0, x, k)
+        return jax.lax.cond(arrays.is_guided[k], combined, lambda x0, x, k: x0, x0, x, k)
+
+    return guide
 
 
 def classifier_guide(

@@ -18,10 +18,10 @@ from jax.stages import Wrapped
 
 from backbones.flax_layers import set_compute_dtype
 from backbones.flax_weights import from_torch
-from harness.diffusion.guidance import Guidance
+from harness.diffusion.guidance import NO_GUIDANCE, Guidance, GuidanceRule, extrapolated
 from harness.diffusion.plans import SamplerPlan
-from harness.diffusion.sampler_plan import guided_rows
-from harness.engines.guidance import divergence_error
+from harness.diffusion.sampler_plan import guided_evaluations, guided_rows
+from harness.engines.guidance import check_guidance, divergence_error
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import errors_in_one_line
@@ -29,10 +29,12 @@ from harness.engines.jax.plan_arrays import PlanArrays, PlanForm, split_plan
 from harness.engines.jax.sampler import (
     Carry,
     Guide,
+    ImageGuidance,
     Predict,
     classifier_guide,
     first_carry,
     guided,
+    guided_image,
     predicted_image,
     sample_steps,
 )
@@ -46,7 +48,10 @@ from harness.runs import checkpoints
 from harness.spec import BackboneSpec
 
 CALL_SECONDS = 0.5  # of one call of the device, about: it runs as many steps as fit
-States: TypeAlias = tuple[nnx.State, nnx.State | None]  # weights of the network, and of a classifier
+# weights of the network, of a classifier, and of a weaker network
+States: TypeAlias = tuple[nnx.State, nnx.State | None, nnx.State | None]
+# of the plan of the network, and of that of a weaker network
+Arrays: TypeAlias = tuple[PlanArrays, PlanArrays | None]
 LESS_MEMORY = "take smaller batches: --batch N of `harness sample`, --sampling-batch N of `harness run`"
 
 
@@ -77,6 +82,13 @@ class Network(NamedTuple):
             return cls(graph, devices.to_device(state, devices.weight_shardings(mesh, state)))
 
 
+class WeakGuide(NamedTuple):
+    """The weaker network of autoguidance."""
+
+    net: Network
+    plan: SamplerPlan  # of its kind of prediction, with the rows of the plan of the network that it guides
+
+
 def load_weights(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, by name."""
     return dict(checkpoints.tensors(path))
@@ -91,7 +103,10 @@ class Program:
     form: PlanForm
     mesh: Mesh
     shape: tuple[int, int, int]  # of x: (C, H, W)
+    weak: nnx.GraphDef | None
+    weak_form: PlanForm | None
     guidance: tuple[float, str, int | None]  # scale, rule of channels, null label
+    rule: GuidanceRule | None  # of a package
     classifier_scale: float
     conditioning_noise: float
     stage_number: int
@@ -111,7 +126,7 @@ class Program:
         self,
         seed: int,
         states: States,
-        arrays: PlanArrays,
+        arrays: Arrays,
         carry: Carry,
         first: Array,
         end: Array,
@@ -121,7 +136,7 @@ class Program:
     ) -> tuple[Carry, Array]:
         """The state after rows first ... end - 1 of the plan, and whether all of x is finite (bool scalar).
 
-        states: the weights of the network, and of the classifier if there is one. Other arguments as in `JaxStage.draw`.
+        states: the weights of the networks. Other arguments as in `JaxStage.draw`.
         """
 
         def noise_of(k: Array) -> Array:
@@ -131,21 +146,21 @@ class Program:
                 return self._upsampler_noise(seed, index, word + np.uint32(1))
             return random.normal(seed, Purpose.STEP_NOISE, index, Words(np.asarray(0, np.uint32), word), self.shape)
 
-        predict, guide = self._predict(states, arrays, y, low_res)
-        carry = sample_steps(predict, self.form, arrays, carry, first, end, noise_of, guide)
+        predict, guide, image_guidance = self._predict(states, arrays, y, low_res)
+        carry = sample_steps(predict, self.form, arrays[0], carry, first, end, noise_of, guide, image_guidance)
         return carry, jnp.isfinite(carry.x).all()
 
     def prediction(
-        self, states: States, arrays: PlanArrays, carry: Carry, k: Array, y: Array, low_res: Array | None
+        self, states: States, arrays: Arrays, carry: Carry, k: Array, y: Array, low_res: Array | None
     ) -> Array:
         """The image float32 (N, C, H, W) that row k of the plan predicts; arguments as in `steps`."""
-        predict, guide = self._predict(states, arrays, y, low_res)
-        return predicted_image(predict, self.form, arrays, carry.x, k, guide)
+        predict, guide, image_guidance = self._predict(states, arrays, y, low_res)
+        return predicted_image(predict, self.form, arrays[0], carry.x, k, guide, image_guidance)
 
     def _predict(
-        self, states: States, arrays: PlanArrays, y: Array, low_res: Array | None
-    ) -> tuple[Predict, Guide | None]:
-        """The network under classifier-free guidance, and the classifier's guide if there is one."""
+        self, states: States, arrays: Arrays, y: Array, low_res: Array | None
+    ) -> tuple[Predict, Guide | None, ImageGuidance | None]:
+        """The network, under classifier-free guidance if that is wanted; a classifier's guide; another guidance of D."""
         net = nnx.merge(self.graph, states[0])
 
         def call(x: Array, t: Array, y: Array) -> Array:
@@ -156,8 +171,33 @@ class Program:
         guide = None
         if self.classifier is not None:
             guide = classifier_guide(nnx.merge(self.classifier, states[1]), y, self.classifier_scale)
-        # Otherwise the scale says it: with 1 no row is guided, with another all are.
-        return guided(call, y, *self.guidance, arrays.is_guided if self.form.mixes_guidance else None), guide
+        (scale, channels, null_label), plan_arrays = self.guidance, arrays[0]
+
+        def predict(x: Array, t: Array, row: Array) -> Array:
+            return call(x, t, y)
+
+        if self.weak is not None:
+            assert self.weak_form is not None and arrays[1] is not None
+            weak = nnx.merge(self.weak, states[2])
+            return (
+                predict,
+                guide,
+                guided_image(lambda x, t: weak(x, t, y), self.weak_form, arrays[1], scale, extrapolated),
+            )
+        if self.rule is None:
+            # Otherwise the scale says it: with 1 no row is guided, with another all are.
+            is_guided = plan_arrays.is_guided if self.form.mixes_guidance else None
+            return guided(call, y, scale, channels, null_label, is_guided), guide, None
+        check_guidance(scale, channels, null_label, needs_null_label=self.rule.evaluations == 2)
+        reference = None
+        if self.rule.evaluations == 2:
+            assert null_label is not None  # or check_guidance had raised
+            unlabelled = jnp.full_like(y, null_label)
+
+            def reference(x: Array, t: Array) -> Array:
+                return call(x, t, unlabelled)
+
+        return predict, guide, guided_image(reference, self.form, plan_arrays, scale, self.rule.combine, channels)
 
     def _upsampler_noise(self, seed: int, index: Words, word: Array | np.ndarray) -> Array:
         """Noise float32 (N, C, H, W) of the random step (stage number) x 2**32 + word: no two stages share a random step.
@@ -182,7 +222,7 @@ def _compiled(program: Program) -> tuple[Wrapped, Wrapped, Wrapped]:
 
 
 class JaxStage:
-    """A denoiser or an upsampler under one plan, with classifier-free guidance or guided by a classifier."""
+    """A denoiser or an upsampler under one plan, with guidance by its own prediction, a weaker network or a classifier."""
 
     def __init__(
         self,
@@ -193,31 +233,40 @@ class JaxStage:
         arguments: Mapping[str, Any],
         precision: str,
         mesh: Mesh,
-        guidance_scale: float = 1.0,
-        guidance_interval: str = "",  # of noise levels; "": guidance at all
+        guidance: Guidance = NO_GUIDANCE,
         guidance_channels: str = "all",
+        weak: WeakGuide | None = None,  # with it, `guidance` is autoguidance
         classifier: Network | None = None,
         classifier_scale: float = 1.0,
         conditioning_noise: float = 0.0,
         number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
     ):
         self._plan, self._precision = plan, precision
-        is_guided = guided_rows(plan, Guidance(guidance_scale, guidance_interval))
-        form, self._arrays = split_plan(plan, is_guided)
+        is_guided = guided_rows(plan, guidance)
+        form, arrays = split_plan(plan, is_guided)
+        weak_form, weak_arrays = (None, None) if weak is None else split_plan(weak.plan, is_guided)
+        self._arrays: Arrays = (arrays, weak_arrays)
         program = Program(
             graph=net.graph,
             classifier=None if classifier is None else classifier.graph,
             form=form,
             mesh=mesh,
             shape=(arguments["in_channels"], arguments["input_size"], arguments["input_size"]),
-            guidance=(guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"])),
+            weak=None if weak is None else weak.net.graph,
+            weak_form=weak_form,
+            guidance=(guidance.scale, guidance_channels, spec.null_index(arguments["num_classes"])),
+            rule=guidance.custom_rule,
             classifier_scale=classifier_scale,
             conditioning_noise=conditioning_noise,
             stage_number=number,
         )
-        self._states: States = (net.state, None if classifier is None else classifier.state)
+        self._states: States = (
+            net.state,
+            None if classifier is None else classifier.state,
+            None if weak is None else weak.net.state,
+        )
         self._prepare, self._steps, self._prediction = _compiled(program)
-        self.evaluations = plan.evaluations + int(is_guided.sum())
+        self.evaluations = guided_evaluations(plan, guidance)
         self.rows = plan.evaluations  # of the plan
         self._steps_per_call = 1  # plan rows in one call of the device; `draw` doubles it while calls are short
 
@@ -333,8 +382,7 @@ def make_run_sampler(
     """The sampler of one network under one plan, and under the guidance of `sampling`."""
     stage = JaxStage(
         spec, net, plan, arguments=arguments, precision=precision, mesh=mesh,
-        guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
-        guidance_channels=sampling.guidance_channels,
+        guidance=sampling.guidance, guidance_channels=sampling.guidance_channels,
     )  # fmt: skip
     return JaxChain([stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, mesh=mesh, batch=batch)
 

@@ -12,9 +12,9 @@ from harness.autoencoders.load import Decoder
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.resolve import refuse_torch_options
-from harness.engines.jax.sampling import JaxChain, JaxStage, Network
+from harness.engines.jax.sampling import JaxChain, JaxStage, Network, WeakGuide
 from harness.systems.binding import LoadedSystem, Source, read_network
-from harness.systems.spec import Component, GuidanceClassifier
+from harness.systems.spec import Component, GuidanceClassifier, WeakNetwork
 
 
 def resolve_device(device: str | None) -> DeviceInfo:
@@ -43,7 +43,7 @@ def make_chain(
     system = loaded.system
     mesh: Mesh = device.target
 
-    def network(part: Component | GuidanceClassifier, source: Source) -> Network:
+    def network(part: Component | GuidanceClassifier | WeakNetwork, source: Source) -> Network:
         """The network of a part, with the weights of `source`."""
         # Built and filled in torch first: `read_network` knows the layouts of weight files.
         state = {name: tensor.numpy() for name, tensor in read_network(part, source).state_dict().items()}
@@ -52,6 +52,9 @@ def make_chain(
     classifier = None
     if system.classifier is not None:
         classifier = network(system.classifier, loaded.sources["classifier"])
+    weak = None
+    if system.weak is not None:
+        weak = WeakGuide(network(system.weak, loaded.sources["weak"]), system.weak_plan())
     stages = [
         JaxStage(
             stage.spec,
@@ -60,9 +63,9 @@ def make_chain(
             arguments=stage.spec.arguments(**stage.build_arguments()),
             precision=precision,
             mesh=mesh,
-            guidance_scale=stage.guidance_scale,
-            guidance_interval=stage.guidance_interval,
+            guidance=system.guidance if number == 0 else stage.guidance,
             guidance_channels=stage.guidance_channels,
+            weak=weak if number == 0 else None,
             classifier=classifier if number == 0 else None,  # it guides the base alone
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
             conditioning_noise=stage.conditioning_noise,

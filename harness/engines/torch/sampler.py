@@ -1,12 +1,14 @@
-"""A sampler plan applied in torch, with classifier-free guidance or guidance by a classifier of noised images."""
+"""A sampler plan applied in torch, with guidance: classifier-free, of a package's rule, by a weaker network, by a classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
 
+from harness.diffusion.guidance import extrapolated
 from harness.diffusion.plans import SamplerPlan
 from harness.diffusion.solvers import BASE, D, X
 from harness.engines.guidance import (
@@ -20,6 +22,10 @@ from harness.engines.guidance import (
 # (x (N, C, H, W), t (N,), plan row) -> (N, C or 2 C, H, W)
 Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 Guide = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
+# (D, x, plan row) -> the guided D, each (N, C, H, W) and not yet clamped
+ImageGuidance = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+# (conditional, unconditional, scale, sigma, torch) -> guided, as in `harness.diffusion.guidance.GuidanceRule`
+Combine = Callable[[torch.Tensor, torch.Tensor | None, float, float, ModuleType], torch.Tensor]
 CHECK_EVERY_ROWS = 50  # whether x is finite: a check waits for the accelerator
 
 
@@ -32,6 +38,7 @@ def sample_loop(
     progress: Callable[[int, int], None] | None = None,  # called with (rows done, rows)
     guide: Guide | None = None,  # returns the scaled gradient of a log likelihood with respect to x
     watch: Callable[[int, torch.Tensor], None] | None = None,  # called with (row, D of that row (N, C, H, W))
+    image_guidance: ImageGuidance | None = None,  # applied to D before it is clamped
 ) -> torch.Tensor:
     """Run the plan and return x_0, an inference tensor float32 (N, C, H, W). `x` is not changed.
 
@@ -46,20 +53,13 @@ def sample_loop(
     x = x.float()
     if table.initial_noise != 1.0:
         x = table.initial_noise * x
-    samples, channels = x.shape[:2]
-    integer = plan.network_times.dtype == np.int64
+    channels = x.shape[1]
     base: torch.Tensor | None = None  # until a row makes one
     images: list[torch.Tensor] = []  # predicted by the last rows, newest first: (N, C, H, W) each
     for k in range(plan.evaluations):
-        if integer:
-            t = torch.full((samples,), int(plan.network_times[k]), dtype=torch.int64, device=x.device)  # (N,)
-        else:
-            t = torch.full((samples,), float(plan.network_times[k]), dtype=torch.float32, device=x.device)
-        seen = x if plan.input_scale is None else float(plan.input_scale[k]) * x
-        out = predict(seen, t, k).float()  # (N, C or 2 C, H, W)
-        if k == 0:
-            check_channels(plan, out.shape[1], channels)
-        x0 = float(plan.x0_from_x[k]) * x - float(plan.x0_from_output[k]) * out[:, :channels]
+        x0, out, t = _predicted(predict, plan, x, k)
+        if image_guidance is not None:
+            x0 = image_guidance(x0, x, k)
         if plan.clip_denoised:
             x0.clamp_(-1.0, 1.0)
         gradient = None if guide is None else guide(x, t)  # (N, C, H, W)
@@ -95,6 +95,21 @@ def sample_loop(
         if progress is not None:
             progress(done, plan.evaluations)
     return x
+
+
+def _predicted(
+    predict: Predict, plan: SamplerPlan, x: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(D (N, C, H, W) not yet clamped, the network's output (N, C or 2 C, H, W), its time (N,)) at row k of the plan."""
+    samples, channels = x.shape[:2]
+    if plan.network_times.dtype == np.int64:
+        t = torch.full((samples,), int(plan.network_times[k]), dtype=torch.int64, device=x.device)
+    else:
+        t = torch.full((samples,), float(plan.network_times[k]), dtype=torch.float32, device=x.device)
+    seen = x if plan.input_scale is None else float(plan.input_scale[k]) * x
+    out = predict(seen, t, k).float()
+    check_channels(plan, out.shape[1], channels)
+    return float(plan.x0_from_x[k]) * x - float(plan.x0_from_output[k]) * out[:, :channels], out, t
 
 
 def _combined(coefficients: np.ndarray, states: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -143,10 +158,41 @@ def guided(
         conditional, unconditional = out.float().chunk(2)  # (N, C or 2 C, H, W) each
         count = guided_channels(channels, x.shape[1])
         result = conditional.clone()
-        result[:, :count] = unconditional[:, :count] + scale * (conditional[:, :count] - unconditional[:, :count])
+        result[:, :count] = extrapolated(conditional[:, :count], unconditional[:, :count], scale)
         return result
 
     return predict
+
+
+def guided_image(
+    reference: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,  # (x, t) -> (N, C or 2 C, H, W)
+    plan: SamplerPlan,  # of the reference's kind of prediction, with the rows of the loop's
+    scale: float,
+    combine: Combine,
+    rows: np.ndarray,  # bool (E,): the plan rows with guidance
+    channels: str = "all",  # a key of `harness.engines.guidance.GUIDED_CHANNELS`; others keep the D of the network
+) -> ImageGuidance:
+    """An image guidance for `sample_loop`: in guided rows `combine` gets D and the D that the reference predicts from x.
+
+    For autoguidance the reference is a weaker network, given the same x, t and labels (Karras et al. 2024,
+    arXiv:2406.02507); it may have another objective, on the same process. For a rule of a package it is the network
+    itself without a label; None: the rule has one evaluation. Unguided rows do not evaluate the reference.
+
+    With `extrapolated` and two networks of one kind of prediction, this is extrapolation of their outputs up to rounding:
+    D is linear in the output, with coefficients that the row alone decides.
+    """
+
+    def guide(x0: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
+        if not rows[k]:
+            return x0
+        count = guided_channels(channels, x.shape[1])
+        other = None
+        if reference is not None:
+            other = _predicted(lambda x, t, row: reference(x, t), plan, x, k)[0][:, :count]
+        result = combine(x0[:, :count], other, scale, float(plan.sigma[k]), torch)
+        return result if count == x.shape[1] else torch.cat([result, x0[:, count:]], dim=1)
+
+    return guide
 
 
 def classifier_guide(

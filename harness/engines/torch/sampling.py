@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from harness.diffusion.guidance import Guidance
+from harness.diffusion.guidance import NO_GUIDANCE, Guidance, extrapolated
 from harness.diffusion.plans import SamplerPlan
-from harness.diffusion.sampler_plan import guided_rows
+from harness.diffusion.sampler_plan import guided_evaluations, guided_rows
+from harness.engines.guidance import check_guidance
 from harness.engines.torch.compiling import check_available, compile_sampler
 from harness.engines.torch.resolve import autocast, set_arithmetic
-from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
+from harness.engines.torch.sampler import (
+    ImageGuidance,
+    Predict,
+    classifier_guide,
+    guided,
+    guided_image,
+    sample_loop,
+)
 from harness.errors import RunError, UserError
 from harness.protocols import UINT8_RULES, Sampling
 from harness.randomness import Purpose
@@ -47,8 +55,54 @@ def load_weights(net: torch.nn.Module, path: Path) -> torch.nn.Module:
     return net
 
 
+class WeakGuide(NamedTuple):
+    """The weaker network of autoguidance."""
+
+    net: torch.nn.Module
+    plan: SamplerPlan  # of its kind of prediction, with the rows of the plan of the network that it guides
+    macs: int  # of one evaluation
+
+
+class _Caller:
+    """A network whose batches are computed in one or several calls."""
+
+    def __init__(self, net: torch.nn.Module, macs: int, *, precision: str, device: torch.device, compile: str):
+        self._net: Callable[..., torch.Tensor] = net.to(device).eval().requires_grad_(False)
+        if compile == "on":
+            check_available(device)
+            self._net = compile_sampler(net, device)
+        self._precision, self._device = precision, device
+        self._max_images: int | None = None  # in one call of the network; None: any number
+        if device.type == "cpu":
+            self._max_images = max(1, int(CALL_MACS / max(macs, 1)))
+        self._equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
+
+    def __call__(self, arguments: Sequence[torch.Tensor], same_size_as: int | None = None) -> torch.Tensor:
+        """The network's output float32 for arguments (N, ...).
+
+        same_size_as: if compiled, the calls have the size of those for a batch of this many images, of which N is a
+        multiple; None: only as few as possible.
+        """
+        count = len(arguments[0])
+        calls = self._call_count(count)
+        if self._equal_sizes and same_size_as is not None:
+            calls = count // same_size_as * self._call_count(same_size_as)
+        inputs = zip(*(tensor.tensor_split(calls) for tensor in arguments), strict=True)
+        with autocast(self._device, self._precision):
+            return torch.cat([self._net(*part).float() for part in inputs])
+
+    def _call_count(self, count: int) -> int:
+        """The number of network calls for `count` images: as few as CALL_MACS allows; equal in size if compiled."""
+        if self._max_images is None:
+            return 1
+        calls = max(1, math.ceil(count / self._max_images))
+        while self._equal_sizes and count % calls:
+            calls += 1
+        return calls
+
+
 class TorchStage:
-    """A denoiser or an upsampler under one plan, with classifier-free guidance or guided by a classifier."""
+    """A denoiser or an upsampler under one plan, with guidance by its own prediction, a weaker network or a classifier."""
 
     def __init__(
         self,
@@ -59,40 +113,29 @@ class TorchStage:
         arguments: dict[str, Any],
         precision: str,
         device: torch.device,
-        guidance_scale: float = 1.0,
-        guidance_interval: str = "",  # of noise levels; "": guidance at all
+        guidance: Guidance = NO_GUIDANCE,
         guidance_channels: str = "all",
+        weak: WeakGuide | None = None,  # with it, `guidance` is autoguidance
         classifier: torch.nn.Module | None = None,
         classifier_scale: float = 1.0,
         conditioning_noise: float = 0.0,
         number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
         compile: str = "off",  # or "on"
     ):
-        self._net: Callable[..., torch.Tensor] = net.to(device).eval().requires_grad_(False)
-        if compile == "on":
-            check_available(device)
-            self._net = compile_sampler(net, device)
+        self._net = _Caller(net, spec.count(**arguments).macs, precision=precision, device=device, compile=compile)
+        self._weak, self._weak_plan = None, plan
+        if weak is not None:
+            self._weak = _Caller(weak.net, weak.macs, precision=precision, device=device, compile=compile)
+            self._weak_plan = weak.plan
         self._classifier = None if classifier is None else classifier.to(device).eval().requires_grad_(False)
         self._plan, self._precision, self._device, self._stage_number = plan, precision, device, number
-        self._guided_rows = guided_rows(plan, Guidance(guidance_scale, guidance_interval))
-        self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
+        self._guided_rows = guided_rows(plan, guidance)
+        self._guidance, self._guidance_channels = guidance, guidance_channels
+        self._null_label = spec.null_index(arguments["num_classes"])
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self._max_images: int | None = None  # in one call of the network; None: any number
-        if device.type == "cpu":
-            self._max_images = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1)))
-        self._equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
-        self.evaluations = plan.evaluations + int(self._guided_rows.sum())
+        self.evaluations = guided_evaluations(plan, guidance)
         self.rows = plan.evaluations  # of the plan
-
-    def _call_count(self, count: int) -> int:
-        """The number of network calls for `count` images: as few as CALL_MACS allows; equal in size if compiled."""
-        if self._max_images is None:
-            return 1
-        calls = max(1, math.ceil(count / self._max_images))
-        while self._equal_sizes and count % calls:
-            calls += 1
-        return calls
 
     def draw(
         self,
@@ -123,28 +166,51 @@ class TorchStage:
             arguments = [x, t, y]
             if low_res is not None:
                 arguments.append(low_res.repeat(len(x) // len(low_res), 1, 1, 1))  # guidance doubles the batch
-            calls = self._call_count(len(x))
-            if self._equal_sizes and self._guided_rows.any() and not self._guided_rows.all():
-                # A guided row has twice the images of another, and is computed in twice as many calls.
-                calls = len(x) // len(index) * self._call_count(len(index))
-            inputs = zip(*(tensor.tensor_split(calls) for tensor in arguments), strict=True)
-            with autocast(self._device, self._precision):
-                return torch.cat([self._net(*part).float() for part in inputs])
+            # With an interval, a guided row has twice the images of another, and is computed in twice as many calls.
+            mixed = self._guided_rows.any() and not self._guided_rows.all()
+            return self._net(arguments, same_size_as=len(index) if mixed else None)
 
         def logits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             assert self._classifier is not None
             with autocast(self._device, self._precision):
                 return self._classifier(x, t)
 
+        predict, image_guidance = self._guided(call, y)
         return sample_loop(
-            guided(call, y, *self._guidance, self._guided_rows),
+            predict,
             self._plan,
             x=noise_of(-1),
             noise=noise_of,
             progress=lambda *_: advance(),
             guide=None if self._classifier is None else classifier_guide(logits, y, self._classifier_scale),
             watch=lambda k, x0: watch(x0) if k in rows else None,
+            image_guidance=image_guidance,
         )
+
+    def _guided(
+        self, call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], y: torch.Tensor
+    ) -> tuple[Predict, ImageGuidance | None]:
+        """The network `call` of (x, t, labels) for labels `y` under the guidance of the stage, in its output or in its D."""
+        scale, channels, rows = self._guidance.scale, self._guidance_channels, self._guided_rows
+        weak, rule = self._weak, self._guidance.custom_rule
+
+        def predict(x: torch.Tensor, t: torch.Tensor, row: int) -> torch.Tensor:
+            return call(x, t, y)
+
+        if weak is not None:
+            return predict, guided_image(lambda x, t: weak([x, t, y]), self._weak_plan, scale, extrapolated, rows)
+        if rule is None:
+            return guided(call, y, scale, channels, self._null_label, rows), None
+        check_guidance(scale, channels, self._null_label, needs_null_label=rule.evaluations == 2)
+        reference = None
+        if rule.evaluations == 2:
+            assert self._null_label is not None  # or check_guidance had raised
+            unlabelled = torch.full_like(y, self._null_label)
+
+            def reference(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                return call(x, t, unlabelled)
+
+        return predict, guided_image(reference, self._plan, scale, rule.combine, rows, channels)
 
 
 class TorchGenerator:
@@ -206,8 +272,7 @@ class TorchSampler:
     ):
         stage = TorchStage(
             spec, net, plan, arguments=arguments, precision=precision, device=device,
-            guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
-            guidance_channels=sampling.guidance_channels, compile=compile,
+            guidance=sampling.guidance, guidance_channels=sampling.guidance_channels, compile=compile,
         )  # fmt: skip
         self._chain = TorchChain(
             [stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device,

@@ -7,7 +7,7 @@ import torch
 from harness.autoencoders.load import Decoder
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.torch import resolve
-from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage
+from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage, WeakGuide
 from harness.systems.binding import LoadedSystem, read_network
 from harness.systems.spec import Component
 
@@ -36,6 +36,11 @@ def make_chain(
     if system.classifier is not None:
         classifier = read_network(system.classifier, loaded.sources["classifier"]).to(target)
 
+    weak = None
+    if system.weak is not None:
+        net = read_network(system.weak, loaded.sources["weak"])
+        weak = WeakGuide(net, system.weak_plan(), system.weak.compute().macs)
+
     def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchGenerator:
         """The sampler of component `number` of the system, with `net`, its network."""
         arguments = stage.spec.arguments(**stage.build_arguments())
@@ -54,9 +59,9 @@ def make_chain(
             arguments=arguments,
             precision=precision,
             device=target,
-            guidance_scale=stage.guidance_scale,
-            guidance_interval=stage.guidance_interval,
+            guidance=system.guidance if number == 0 else stage.guidance,
             guidance_channels=stage.guidance_channels,
+            weak=weak if number == 0 else None,
             classifier=classifier if number == 0 else None,  # it guides the base alone
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
             conditioning_noise=stage.conditioning_noise,
