@@ -11,8 +11,12 @@ from click.testing import CliRunner
 from harness import registry
 from harness.cli import group
 from harness.data.digits import load
+from harness.diffusion.guidance import GuidanceRule
 from harness.diffusion.samplers import SamplerSpec
 from harness.runs.samples import write_samples
+from reports.deviations import has_other_guidance
+from reports.texts import guidance_text
+from results.store import load as load_records
 
 PROTOCOL = """
 name = "few-digits"
@@ -46,6 +50,10 @@ def make(task):
     return registry.samplers.get("heun").make(task)
 
 
+# a rule that does not ask the network without a label
+RULE = GuidanceRule(name="labelled", combine=lambda image, _, scale, sigma, xp: image / scale, evaluations=1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def plugins():
     """The sampler, as an entry point of `harness.samplers` would bring it, and a suite that takes no time."""
@@ -53,9 +61,11 @@ def plugins():
     torch.set_num_threads(1)
     spec = SamplerSpec(name="two-a-step", summary="two evaluations a step, but one in the last", make=make)
     registry.samplers.register(spec, "the tests")
+    registry.guidance_rules.register(RULE, "the tests")
     with tiny_suite.registered():
         yield
     del registry.samplers._items[spec.name], registry.samplers._owners[spec.name]
+    del registry.guidance_rules._items[RULE.name], registry.guidance_rules._owners[RULE.name]
     torch.set_num_threads(before)
 
 
@@ -172,6 +182,9 @@ def asked_within(steps, low, high):
         (("--cfg", "1@0.1-3"), "the scale 1 is no guidance"),
         (("--cfg", "0.5@0.1-3"), "below 1"),
         (("--cfg", "2@0.1-3", "--set", "label_dropout=0"), "label dropout"),
+        (("--cfg", "2:labelled", "--match-sampling", "dit-xs-4@4@cfg1.5:labelled"), "is not of the form"),
+        (("--cfg", "1.5:nothing"), "unknown guidance rule 'nothing'"),
+        (("--cfg", "1:labelled"), "the scale 1 is no guidance, so it has no rule"),
     ],
 )
 def test_intervals_are_refused_before_training(words, message, flow, home):
@@ -179,6 +192,36 @@ def test_intervals_are_refused_before_training(words, message, flow, home):
     done = CliRunner().invoke(group, ["run", *task, *words])
     said = f"{done.exception} {done.output}"
     assert done.exit_code != 0 and message in said and not (home / "runs").exists()
+
+
+def test_a_rule_counts_the_evaluations_that_it_declares(flow, home):
+    """One a guided row here, without label dropout; it is told in plans, studies, sample sets, records and tables."""
+    words = ("--sampling-steps", "4", "--steps", "1", "--set", "label_dropout=0")
+    found = planned(*words, "--cfg", "1.5:labelled@0.5-5")
+    assert found["sampling"][0]["gflops_per_image"] == pytest.approx(7 * found["gflops"])
+    assert found["sampling"][0]["guidance_rule"] == "labelled" and "guidance_rule" not in planned(*words)["sampling"][0]
+    (home / "one.toml").write_text(
+        'protocol = "few-digits.toml"\nbackbones = ["dit-xs-4"]\nbudgets = { steps = [1] }\ndata = "digits.npz"\n'
+        'precision = "float32"\nmicro_batch = 8\ndevice = "cpu"\n[sampling]\nsteps = [4]\n'
+        'guidance_scales = ["1.5:labelled", 1.5]\n'
+    )
+    (run,) = json.loads(harness("study", "one.toml", "--status", "--json"))["runs"]
+    (_, *ruled), (_, *plain) = run["commands"]
+    assert ruled[ruled.index("--cfg") + 1] == "1.5:labelled" and plain[plain.index("--cfg") + 1] == "1.5"
+    for each in (ruled, plain):
+        harness(*each)
+    (path,) = home.glob("runs/*/records.jsonl")
+    stated = {record.sampling.guidance_rule: record for record in load_records([path]).records}
+    assert stated.keys() == {None, "labelled"}
+    assert [stated[each].sampling.evaluations for each in (None, "labelled")] == [14, 7]
+    assert [guidance_text(stated[each]) for each in (None, "labelled")] == ["1.5 (all)", "1.5:labelled (all)"]
+    assert [has_other_guidance(stated[each]) for each in (None, "labelled")] == [False, True]
+    folders = {each.name.rpartition("-")[0] for each in path.parent.glob("samples/*")}
+    assert folders == {"step1-two-a-step4-cfg1.5-n100", "step1-two-a-step4-cfg1.5-labelled-n100"}
+    identities = [
+        json.loads(each.read_text())["identity"]["sampling"] for each in path.parent.glob("samples/*/samples.json")
+    ]
+    assert sorted(each.get("guidance_rule", "") for each in identities) == ["", "labelled"]
 
 
 def test_records_studies_and_plans_tell_one_number(home):

@@ -203,8 +203,8 @@ def test_a_broken_plug_in_is_named_and_stops_nothing(kind, installed, tmp_path):
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
-    """A package of two files brings both; they train, sample and stand in the records under their names."""
+def test_an_objective_a_sampler_and_a_guidance_of_a_package(framework, place, tmp_path):
+    """A package of two files brings all three; they train, sample and stand in the records under their names."""
     site = pip_install(EXAMPLE.parent / "plugin_objective", tmp_path)
     settings = [
         "--set",
@@ -213,6 +213,8 @@ def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
         "restarted",
         "--sampling-steps",
         "3",
+        "--cfg",
+        "2:projected@0.1-30",
         "--device",
         "cpu",
     ]
@@ -225,7 +227,11 @@ def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
     record = json.loads(lines[0])
     assert record["training"]["objective"] == "noise-minus-image"
-    assert (record["sampling"]["sampler"], record["sampling"]["evaluations"]) == ("restarted", 3)
+    sampling = record["sampling"]
+    # Of the three steps, at sigma 157, 3.4 and 0.01, only the second is guided.
+    assert (sampling["sampler"], sampling["evaluations"]) == ("restarted", 4)
+    assert (sampling["guidance_rule"], sampling["guidance_interval"]) == ("projected", "0.1-30")
+    assert list(tmp_path.glob("run/samples/*-restarted3-cfg2-projected@0.1-30-*/samples.npz"))
     # without the package, one line that names what is missing
     done = harness("plan", "--backbone", "dit-xs-4", "--protocol", "few.toml", *settings, cwd=place)
     assert done.returncode == 2 and "noise-minus-image" in done.stderr and "Traceback" not in done.stderr

@@ -1,7 +1,8 @@
-"""A prediction and a sampler of one's own: plain arithmetic and one table, for torch and JAX alike."""
+"""A prediction, a sampler and a rule of guidance of one's own: plain arithmetic and one table, for torch and JAX alike."""
 
 import numpy as np
 
+from harness.diffusion.guidance import GuidanceRule
 from harness.diffusion.objectives import Objective, Target
 from harness.diffusion.samplers import SamplerSpec
 
@@ -30,3 +31,15 @@ def restarted(task):
 
 
 SAMPLER = SamplerSpec(name="restarted", summary="noises the predicted image anew at each step", make=restarted)
+
+
+def projected(conditional, unconditional, scale, sigma, xp):
+    """Guidance without what is parallel to the image (adaptive projected guidance, arXiv:2410.02416, with eta = 0)."""
+    difference = conditional - unconditional
+    image = (1, 2, 3)
+    product = (difference * conditional).sum(axis=image, keepdims=True)
+    square = (conditional * conditional).sum(axis=image, keepdims=True)
+    return conditional + (scale - 1) * (difference - product / square * conditional)
+
+
+GUIDANCE = GuidanceRule(name="projected", summary="leaves out what is parallel to the image", combine=projected)
