@@ -50,7 +50,7 @@ class SamplerPlan:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for each image, without those that classifier-free guidance adds."""
+        """Network evaluations for each image, without those that guidance adds."""
         return len(self.table.times)
 
     @property

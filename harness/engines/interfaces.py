@@ -67,7 +67,7 @@ class Sampler(Protocol):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for an image, those that classifier-free guidance adds included."""
+        """Network evaluations for an image, those that guidance adds included, except a classifier's."""
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None]) -> np.ndarray:
         """Images uint8 (N, H, W, C) of the sample indices int64 (N,) with labels int64 (N,).
