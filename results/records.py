@@ -103,9 +103,7 @@ class Sampling(_Checked):
 
     sampler: str | None = None  # "ddpm", "ddim", ...
     steps: int | None = None
-    evaluations: int | None = (
-        None  # network evaluations per image: two in a row with classifier-free guidance or autoguidance
-    )
+    evaluations: int | None = None  # network evaluations per image; a row with classifier-free or autoguidance: two
     eta: float | None = None  # DDIM's noise share, in [0, 1]
     spacing: str | None = None  # of the times at which the network is asked; None: the usual one of the schedule
     ema_width: float | None = (

@@ -1,8 +1,8 @@
 """Guidance: its scale, the rule by which two predictions become one, and the interval of noise levels where it applies.
 
-Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724. The noise level of a row of a sampler's plan is sigma = s / a of
-x_t = a x_0 + s eps: EDM's sigma, in which the paper states its intervals, and for other processes the noise relative to
-the image. It falls from row to row. Both ends of an interval belong to it.
+Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724. The noise level of a row of a sampler's plan is sigma =
+s / a of x_t = a x_0 + s eps: EDM's sigma, in which the paper states its intervals, and for other processes the noise
+relative to the image. It falls from row to row. Both ends of an interval belong to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness import registry
-from harness.errors import shown
+from harness.errors import UserError, shown
 from harness.io.text import read_number
 
 INTERVAL_FORM = "LOW-HIGH, as in 0.1-0.8 (0.1- has no upper end, -0.8 no lower one)"
@@ -23,10 +23,10 @@ _RULE = r"[A-Za-z0-9][A-Za-z0-9._+-]*"  # what a name may be, so that SCALE:RULE
 
 
 def extrapolated(conditional: Any, unconditional: Any, scale: float, *_: Any) -> Any:
-    """unconditional + scale (conditional - unconditional): classifier-free guidance, and autoguidance with a weaker network.
+    """unconditional + scale (conditional - unconditional): classifier-free guidance, and autoguidance by a weaker network.
 
-    Arrays of torch or jax; further arguments of `GuidanceRule.combine` are not used. Every prediction is linear in the network's output, so outputs of one kind of prediction, of
-    one network or of two, may be combined instead of the predicted images.
+    Arrays of torch or jax; further arguments of `GuidanceRule.combine` are not used. Predicted images are linear in the
+    output, so outputs of one kind of prediction, of one network or of two, may be combined in their place.
     """
     return unconditional + scale * (conditional - unconditional)
 
@@ -76,8 +76,13 @@ class Guidance:
 
     @property
     def custom_rule(self) -> GuidanceRule | None:
-        """The rule of a package; None: classifier-free guidance. Raises UserError if it is not installed."""
-        rule: GuidanceRule | None = registry.guidance_rules.get(self.rule) if self.rule else None
+        """The rule of a package; None: classifier-free guidance. Raises UserError if it is not installed, or not a rule."""
+        if not self.rule:
+            return None
+        rule = registry.guidance_rules.get(self.rule)
+        if not isinstance(rule, GuidanceRule):
+            owner = registry.guidance_rules.owner(self.rule)
+            raise UserError(f"{owner}: the guidance rule {self.rule!r} is a {type(rule).__name__}, not a GuidanceRule")
         return rule
 
     @property

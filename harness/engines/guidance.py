@@ -43,6 +43,15 @@ def check_guidance(scale: float, channels: str, null_label: int | None, *, needs
         )
 
 
+def check_guided_image(found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raise UserError if a rule of guidance returned an array of shape `found` instead of the images' shape `wanted`."""
+    if tuple(found) != tuple(wanted):
+        raise UserError(
+            f"the rule of guidance returned an array of shape {tuple(found)} for images of shape {tuple(wanted)}: its "
+            "package must return an image for each of them"
+        )
+
+
 def check_classifier_scale(scale: float) -> None:
     """Raise UserError for a scale that is not finite."""
     if not math.isfinite(scale):

@@ -1,8 +1,8 @@
 """Systems: one or several networks with all settings that make the samples of a table row.
 
-A system has a base and, optionally, a weaker network or a classifier that guides it, upsamplers (each takes the image of the component before
-it) and a decoder of latents; each component has its sampler, steps and guidance. The systems of the DiT paper's Tables 2,
-3 and 5 are in `paper.py`; a user writes a TOML file:
+A system has a base and, optionally, a weaker network or a classifier that guides it, upsamplers (each takes the image of
+the component before it) and a decoder of latents; each component has its sampler, steps and guidance. The systems of the
+DiT paper's Tables 2, 3 and 5 are in `paper.py`; a user writes a TOML file:
 
     name = "my-cascade"
     protocol = "digits"
@@ -15,7 +15,7 @@ it) and a decoder of latents; each component has its sampler, steps and guidance
     backbone = "adm-u-xs"
     conditioning_noise = 0.1
 
-Autoguidance instead has, for a base that is 8x8,
+Autoguidance of a base at 8x8 pixels has:
 
     [weak]
     backbone = "adm-xs"

@@ -230,6 +230,29 @@ def test_a_rule_gets_the_images_of_its_channels_in_both_loops(rule, channels, in
     np.testing.assert_allclose(run_jax(plan, rows, network(jnp, plan, good), guide), found, atol=1e-4)
 
 
+def test_a_rule_that_returns_no_image_is_refused_in_both_loops():
+    plan, _ = plans_of("heun")
+    rows = np.ones(plan.evaluations, bool)
+    mean = lambda image, _, scale, sigma, xp: image.mean(axis=1, keepdims=True)  # noqa: E731
+    with pytest.raises(UserError, match=r"shape \(3, 1, 4, 4\) for images of shape \(3, 4, 4, 4\)"):
+        run_torch(plan, network(torch, plan, good), in_torch.guided_image(None, plan, SCALE, mean, rows))
+    guide = in_jax.guided_image(None, *split_plan(plan, rows), SCALE, mean)
+    with pytest.raises(UserError, match=r"shape \(3, 1, 4, 4\) for images of shape \(3, 4, 4, 4\)"):
+        run_jax(plan, rows, network(jnp, plan, good), guide)
+
+
+def test_an_item_that_is_no_rule_is_named():
+    class Other:
+        name = "other"
+
+    registry.guidance_rules.register(Other(), "a package")
+    try:
+        with pytest.raises(UserError, match="a package: the guidance rule 'other' is a Other, not a GuidanceRule"):
+            _ = Guidance(2.0, "", "other").custom_rule
+    finally:
+        del registry.guidance_rules._items["other"], registry.guidance_rules._owners["other"]
+
+
 @pytest.mark.parametrize(
     ("text", "guidance"),
     [

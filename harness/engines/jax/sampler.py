@@ -17,7 +17,13 @@ from jax import Array
 
 from harness.diffusion.guidance import extrapolated
 from harness.diffusion.solvers import D, X
-from harness.engines.guidance import check_channels, check_classifier_scale, check_guidance, guided_channels
+from harness.engines.guidance import (
+    check_channels,
+    check_classifier_scale,
+    check_guidance,
+    check_guided_image,
+    guided_channels,
+)
 from harness.engines.jax.plan_arrays import PlanArrays, PlanForm
 
 Predict = Callable[[Array, Array, Array], Array]  # (x (N, C, H, W), t (N,), plan row) -> (N, C or 2 C, H, W)
@@ -199,7 +205,8 @@ def guided_image(
         other = None
         if reference is not None:
             other = _evaluated(lambda x, t, row: reference(x, t), form, arrays, x, k)[0][:, :count]
-        result = combine(x0[:, :count], other, scale, arrays.sigma[k], jnp)
+        result = combine(x0[:, :count], other, scale, arrays.sigma[k], jnp).astype(jnp.float32)
+        check_guided_image(result.shape, x0[:, :count].shape)
         return jnp.concatenate([result, x0[:, count:]], axis=1)
 
     def guide(x0: Array, x: Array, k: Array) -> Array:

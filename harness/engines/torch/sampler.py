@@ -15,6 +15,7 @@ from harness.engines.guidance import (
     check_channels,
     check_classifier_scale,
     check_guidance,
+    check_guided_image,
     divergence_error,
     guided_channels,
 )
@@ -189,7 +190,8 @@ def guided_image(
         other = None
         if reference is not None:
             other = _predicted(lambda x, t, row: reference(x, t), plan, x, k)[0][:, :count]
-        result = combine(x0[:, :count], other, scale, float(plan.sigma[k]), torch)
+        result = combine(x0[:, :count], other, scale, float(plan.sigma[k]), torch).float()
+        check_guided_image(result.shape, x0[:, :count].shape)
         return result if count == x.shape[1] else torch.cat([result, x0[:, count:]], dim=1)
 
     return guide
