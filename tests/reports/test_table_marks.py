@@ -182,7 +182,7 @@ def test_guidance_tells_the_rows_of_one_network_apart(imagenet, scale, value):
 OTHER = {
     "steps": 7, "images": 7, "gflops": 7.0, "batch": 7, "learning_rate": 0.7, "ema_decay": 0.7, "seed": 7, "objective": "x",
     "schedule": "x", "precision": "x", "micro_batch": 7, "recipe_hash": "x", "checkpoint_sha256": "x", "sampler": "x",
-    "evaluations": 7, "eta": 0.7, "guidance_scale": 7.0, "guidance_interval": "0.3-", "guidance_channels": "x", "gflops_per_image": 7.0, "decoder": "x",
+    "evaluations": 7, "eta": 0.7, "guidance_scale": 7.0, "guidance_rule": "mine", "guidance_interval": "0.3-", "guidance_channels": "x", "gflops_per_image": 7.0, "decoder": "x",
     "decoder_gflops": 7.0, "uint8_rule": "x", "label_policy": "x", "clip_denoised": True, "stage_steps": "7 + 7",
     "settings": "x", "settings_hash": "x", "samples_sha256": "x", "suite_version": "x",
     "features": "x", "time_distribution": "x", "loss_weight": "x", "noise_scale": 0.7, "spacing": "x",
