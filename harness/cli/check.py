@@ -56,11 +56,10 @@ def command(name: str, framework: str | None, protocol: str | None, as_json: boo
         }
         click.echo(json.dumps(document, indent=2))
     else:
-        for each in findings:
-            label = {"ok": "  ok  ", "note": " note ", "failed": "FAILED"}[each.status]
-            click.echo(
-                f"{label} {each.framework}: {each.check}" + (f"\n        {each.message}" if each.message else "")
-            )
+        for found in findings:
+            label = {"ok": "  ok  ", "note": " note ", "failed": "FAILED"}[found.status]
+            details = f"\n        {found.message}" if found.message else ""
+            click.echo(f"{label} {found.framework}: {found.check}{details}")
         failed = sum(found.status == "failed" for found in findings)
         click.echo(f"{name}: {len(findings)} checks, {failed} failed")
     if any(found.status == "failed" for found in findings):

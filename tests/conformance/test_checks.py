@@ -32,7 +32,7 @@ def test_a_good_network_passes():
     ("network", "check", "message"),
     [
         (networks.WrongChannels, "output", "shape (3, 4, 8, 8), came (3, 3, 8, 8)"),
-        (networks.IgnoresOutChannels, "other sizes", "shape (3, 2, 8, 8), came (3, 4, 8, 8) with out_channels 2"),
+        (networks.IgnoresOutChannels, "other sizes", "shape (3, 4, 8, 8), came (3, 6, 8, 8) with in_channels 3"),
         (networks.IgnoresTime, "image, time and label matter", "depends on t"),
         (networks.IgnoresLabel, "image, time and label matter", "depends on y"),
         (networks.WritesIntoImage, "inputs stay as they are", "a changed x"),

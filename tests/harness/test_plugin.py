@@ -17,7 +17,10 @@ NAME, DISTRIBUTION = "convmixer-64-4", "backbone-harness-example"
 
 
 def harness(*words, cwd, path=()):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    here = (
+        [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    )  # of the tree under test, if it is not installed
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, *here])), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "harness", *map(str, words)],
         capture_output=True,
@@ -144,6 +147,54 @@ def test_train_sample_evaluate_report_from_the_command_line(installed, place):
 
     done = harness("sample", "--run", "runs/mine", cwd=place)  # the network it does need
     assert done.returncode == 2 and f"unknown backbone '{NAME}'" in done.stderr and "Traceback" not in done.stderr
+
+
+WRONG = """
+import torch
+from harness.spec import BackboneSpec
+DEFAULTS = {"input_size": 8, "in_channels": 1, "num_classes": 10, "out_channels": None}
+SPECS = tuple(
+    BackboneSpec(name=name, defaults=DEFAULTS, null_label="num_classes", builders={"torch": f"wrong:{address}"})
+    for name, address in {"takes-nothing": "TakesNothing", "subtracts-the-batch": "SubtractsTheBatch"}.items()
+)
+class TakesNothing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+class SubtractsTheBatch(torch.nn.Module):
+    def __init__(self, input_size, in_channels, num_classes, out_channels):
+        super().__init__()
+        self.label = torch.nn.Embedding(num_classes + 1, 1)
+        self.out = torch.nn.Conv2d(in_channels, out_channels or 2 * in_channels, 1)
+    def forward(self, x, t, y):
+        condition = self.label(y)[:, :, None, None] + t[:, None, None, None] / 1000
+        return self.out(x - x.mean(0) + condition)
+"""
+
+
+def test_wrong_networks_are_refused_before_the_first_step_and_stop_no_others(place, tmp_path):
+    site = strangers(tmp_path / "site", "wrong-networks", {"wrong": "wrong:SPECS"}, {"wrong.py": WRONG})
+    words = ["--protocol", "few.toml", "--data", "digits.npz", "--precision", "float32", "--out", tmp_path / "run"]
+    for name, message in {
+        "takes-nothing": "its builder failed: TypeError: ",
+        "subtracts-the-batch": "fails the check 'images do not depend on each other'",
+    }.items():
+        done = harness("train", "--backbone", name, *words, cwd=place, path=[site])
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "run" / "log.jsonl").exists()
+    done = harness("check", "subtracts-the-batch", "--json", cwd=place, path=[site])
+    assert done.returncode == 1 and json.loads(done.stdout)["from"] == "wrong-networks"
+    done = harness("flops", "--json", cwd=place, path=[site])
+    document = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert [each["name"] for each in document["refused"]] == ["takes-nothing"]
+    assert "subtracts-the-batch" in [row["name"] for row in document["rows"]]
+
+
+def test_the_example_passes_the_conformance_suite(installed, tmp_path):
+    done = harness("check", NAME, "--json", cwd=tmp_path, path=[installed])
+    findings = json.loads(done.stdout)["findings"]
+    assert done.returncode == 0 and len(findings) >= 14
+    assert [each["check"] for each in findings if each["status"] == "note"] == ["compute"]  # it is traced
 
 
 def test_what_the_example_refuses_is_one_line(installed, place):
