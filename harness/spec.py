@@ -7,6 +7,7 @@ imported only when `build` is called. The compute convention behind `Compute` is
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ class BackboneSpec:
         """
         builder = self.builder(framework)
         further = {}
-        if framework == "jax":
+        if framework == "jax" and "rngs" in inspect.signature(builder).parameters:
             from backbones.flax_layers import initial_rngs
 
             further = {"rngs": initial_rngs(0)}
