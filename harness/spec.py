@@ -118,7 +118,9 @@ class BackboneSpec:
         """
         builder = self.builder(framework)
         further = {}
-        if framework == "jax" and "rngs" in inspect.signature(builder).parameters:
+        # The metaclass of nnx.Module hides the signature of a class; that of its __init__ shows.
+        signature = inspect.signature(vars(builder).get("__init__", builder) if isinstance(builder, type) else builder)
+        if framework == "jax" and "rngs" in signature.parameters:
             from backbones.flax_layers import initial_rngs
 
             further = {"rngs": initial_rngs(0)}

@@ -10,6 +10,7 @@ from harness.errors import UserError
 
 OUTPUTS = 1e-5  # largest difference relative to the output's standard deviation
 GRADIENTS = 1e-4  # root mean square difference relative to that of the gradient, of each weight
+FLOOR = 1e-3  # of the largest gradient: a smaller one is compared with this share
 
 
 def parity(torch_subject: Subject, jax_subject: Subject) -> Finding:
@@ -32,15 +33,21 @@ def parity(torch_subject: Subject, jax_subject: Subject) -> Finding:
         )  # fmt: skip
     _, by_torch = ours.gradients(inputs)
     _, by_jax = theirs.gradients(inputs)
+    # A gradient that is nothing but rounding, such as that of a bias before a norm, is measured against all others.
+    floor = FLOOR * max(_size(value) for value in by_torch.values() if value is not None)
     for name, expected in by_torch.items():
         found = by_jax.get(name)
         if expected is None or found is None:
             continue  # the check of gradients has said so
-        scale = float(np.sqrt(np.mean(np.square(expected)))) or 1.0
-        distance = float(np.sqrt(np.mean(np.square(found - expected)))) / scale
+        distance = _size(found - expected) / max(_size(expected), floor)
         if distance > GRADIENTS:
             return Finding(
                 "failed", where, "the same network",
                 f"expected gradients within {GRADIENTS:g}, came a difference of {distance:.2g} for {name} from the same weights",
             )  # fmt: skip
     return Finding("ok", where, "the same network")
+
+
+def _size(array: np.ndarray) -> float:
+    """The root mean square."""
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))) or 1e-30

@@ -149,6 +149,40 @@ def test_train_sample_evaluate_report_from_the_command_line(installed, place):
     assert done.returncode == 2 and f"unknown backbone '{NAME}'" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("framework", ["torch", pytest.param("torch,jax", marks=pytest.mark.slow)])
+def test_a_new_package_installs_passes_the_checks_and_trains(framework, place, tmp_path):
+    done = harness("new", "my-mixer", "--framework", framework, "--out", tmp_path / "mine", cwd=tmp_path)
+    assert done.returncode == 0 and "pip install -e" in done.stdout, done.stderr
+    (tmp_path / "build").mkdir()
+    site = pip_install(tmp_path / "mine", tmp_path / "build")
+    done = harness("check", "my-mixer", "--protocol", "digits", "--json", cwd=place, path=[site])
+    findings = json.loads(done.stdout)["findings"]
+    assert done.returncode == 0, findings
+    assert {each["framework"] for each in findings} >= set(framework.split(","))
+    words = ["--protocol", "few.toml", "--data", "digits.npz", "--precision", "float32"]
+    for each in framework.split(","):
+        out = ["--framework", each, "--out", tmp_path / each]
+        done = harness("train", "--backbone", "my-mixer", *words, *out, cwd=place, path=[site])
+        assert done.returncode == 0, done.stderr
+        assert len((tmp_path / each / "log.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dit-xl-2"], "'dit-xl-2' is taken by backbone-harness"),
+        (["2nd"], "cannot name a package"),
+        (["../mine"], "cannot name a package"),
+        (["mine", "--framework", "tensorflow"], "unknown framework 'tensorflow'"),
+        (["mine", "--out", "."], "exists already"),
+    ],
+)
+def test_what_new_refuses(words, message, tmp_path):
+    done = harness("new", *words, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 WRONG = """
 import torch
 from harness.spec import BackboneSpec
