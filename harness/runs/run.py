@@ -245,7 +245,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not files.lock(descriptor) or os.fstat(descriptor).st_nlink == 0:  # 0: removed, as below, since it was opened
+        if (
+            not files.lock(descriptor) or os.fstat(descriptor).st_nlink == 0
+        ):  # 0: removed, as below, since it was opened
             raise UserError(f"another process is using {folder}; wait for it or stop it")
         try:
             yield

@@ -6,11 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import few_digits
 import numpy as np
 import pytest
+
+from harness import registry
 
 EXAMPLE = Path(__file__).parents[1] / "plugin_example"
 NAME, DISTRIBUTION = "convmixer-64-4", "backbone-harness-example"
@@ -285,6 +289,25 @@ def test_a_broken_plug_in_is_named_and_stops_nothing(kind, installed, tmp_path):
     assert done.returncode == 0 and NAME in done.stdout
     assert done.stderr.count("\n") == 1 and distribution in done.stderr and reason in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "group", ["protocols", "datasets", "samplers", "objectives", "features", "metrics", "suites", "systems"]
+)
+def test_an_item_of_another_type_is_named_and_stops_nothing(group, monkeypatch):
+    """As a package with a dictionary where a Protocol, Metric, ... belongs; in this process, because nine take long."""
+    wrong = type("Wrong", (), {"name": "wrong", "load": None})()
+    point = metadata.EntryPoint("entry", "typing:Any", f"harness.{group}")
+    load = type(point).load
+    monkeypatch.setattr(type(point), "load", lambda self: wrong if self.value == "typing:Any" else load(self))
+    installed_points = metadata.entry_points()
+    points = SimpleNamespace(select=lambda group: [*installed_points.select(group=group), point])
+    monkeypatch.setattr(registry, "_entry_points", lambda: points)
+    old = getattr(registry, group)
+    fresh = registry.Registry(old.group, old.noun, old._of)
+    assert fresh.names() and "wrong" not in fresh
+    (problem,) = fresh.problems
+    assert problem.entry_point == "entry = typing:Any" and "'wrong' is a Wrong, not a " in problem.reason
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
