@@ -102,9 +102,9 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
     folders = [each for each in visible if each.is_dir() and each.name not in SYSTEM_FOLDERS]
     train = next((each for each in folders if each.name == TRAINING), None)
     if train is not None and not any(_is_image(each) for each in _visible(train)):  # with images it would be a class
-        others = [each.name for each in visible if each != train]
-        note = f"only {TRAINING}/ was read, without {printable(', '.join(others))} beside it"
-        return _class_folders(train, dataset).with_notes([note] if others else [])
+        beside = [each.name for each in visible if each != train]
+        note = f"only {TRAINING}/ was read, without {printable(', '.join(beside))} beside it"
+        return _class_folders(train, dataset).with_notes([note] if beside else [])
     if not folders:
         raise UserError(f"--from {source}: no class folders in it; images are prepared from {KINDS}")
     if dataset == imagenet.NAME:
