@@ -97,8 +97,9 @@ def load_parts(
     """Match `weights` (name of a part: path) to the system's parts.
 
     entries: name of a part -> entry of its checkpoint, where the file has several that fit. If weights are a run, its
-    backbone, arguments, objective and schedule replace the part's. Raises `UserError` for a part without weights, weights without a part, a file that does not exist, and a run of another kind or number of classes.
-    The decoder's weights are optional, and are not looked at here.
+    backbone, arguments, objective and schedule replace the part's. Raises `UserError` for a part without weights, weights
+    without a part, a file that does not exist, and a run of another kind or number of classes. The decoder's weights are
+    optional, and are not looked at here.
     """
     system.check()
     names = [*system.parts, *([DECODER] if system.decoder else [])]
