@@ -9,6 +9,7 @@ tensors in the file are looked at, and a network is recognised by names of its t
 from __future__ import annotations
 
 import re
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ COUNTERS = frozenset(
 )
 MAX_DEPTH = 8  # of dictionaries that are searched
 MAX_SKIPPED = 2  # tensors that a list of averages may leave out because they are not trained, such as positions
-MAX_NAMED = 8  # entries that a message names
+MAX_NAMED = 8  # entries that a message names, and names of one entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +155,14 @@ def escaped_key(key: object) -> str:
 def _holders(value: Mapping[Any, Any]) -> tuple[list[_Holder], str]:
     """(everything in the file that holds tensors; the name of a moving average that is an object, or "")."""
     holders, unreadable = [], ""
-    visited: set[int] = set()  # a file may hold one object twice, or within itself
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    visited: Counter[int] = Counter()  # a file may hold one object under several names, or within itself
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), value)])
     while waiting:
-        keys, item = waiting.pop(0)
-        if id(item) in visited or len(keys) > MAX_DEPTH:
+        keys, item = waiting.popleft()
+        visited[id(item)] += 1
+        if len(keys) > MAX_DEPTH or visited[id(item)] > MAX_NAMED:
             continue
-        visited.add(id(item))
+        is_new = visited[id(item)] == 1
         pairs = list(item.items()) if isinstance(item, dict) else [(str(n), each) for n, each in enumerate(item)]
         tensors = [(escaped_key(key), each) for key, each in pairs if isinstance(each, Stored)]
         if tensors:
@@ -168,7 +170,7 @@ def _holders(value: Mapping[Any, Any]) -> tuple[list[_Holder], str]:
                 holders.append(_without_wrappers(keys, tensors))
             else:
                 holders.append(_Holder(keys=keys, listed=[tensor for _, tensor in tensors]))
-        for key, each in pairs:
+        for key, each in pairs if is_new else ():  # an object under a second name is an entry, too
             below = (*keys, escaped_key(key))
             if isinstance(each, (dict, list)):
                 waiting.append((below, each))

@@ -38,10 +38,10 @@ def find_file(path: Path, wanted: str | None = None) -> tuple[Path, tuple[str, .
         return path, ()
     if wanted is not None and ".." not in Path(wanted).parts and (path / wanted).exists():
         return find_file(path / wanted)
-    if (found := _known_name(path)) is not None:
+    if (found := known_file(path)) is not None:
         return found, ()
     folders = [path / f"{name}{suffix}" for name in SUBFOLDERS for suffix in (AVERAGE_SUFFIX, "")]
-    files = {folder: file for folder in folders if folder.is_dir() and (file := _known_name(folder)) is not None}
+    files = {folder: file for folder in folders if folder.is_dir() and (file := known_file(folder)) is not None}
     for name in SUBFOLDERS:
         average, raw = path / f"{name}{AVERAGE_SUFFIX}", path / name
         if average in files and raw in files:
@@ -122,7 +122,7 @@ def _inside(index: Path, name: str) -> Path:
     return index.parent / name
 
 
-def _known_name(folder: Path) -> Path | None:
+def known_file(folder: Path) -> Path | None:
     """The file in `folder` with a name that diffusers or transformers give to weights; None if there is none.
 
     Files without a variant come first, then safetensors before pickles. UserError if only several variants are there.

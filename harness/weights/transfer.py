@@ -206,6 +206,11 @@ def export_file(
     stem = path.name if path.is_dir() else path.stem
     out = out or path.with_name(f"{stem}-{layout}{target.suffix}")
     refuse_existing(out)
+    labels = ours.shapes.get(target.label_table, ())
+    if target.store == "diffusers" and labels and labels[0] == spec.arguments(**ours.match.arguments)["num_classes"]:
+        raise UserError(
+            f"{ours.file.path} has no row for the null label, which diffusers' network has; export it as dit"
+        )
     try:
         recipes = target.outward(ours.shapes)
         shapes = {name: recipe.shape(ours.shapes) for name, recipe in recipes.items()}

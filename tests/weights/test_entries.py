@@ -482,6 +482,8 @@ def test_a_table_without_a_null_row_is_read_and_stays_so(state, spec, tmp_path):
     same(load_file(written), thousand)
     assert load_into(spec.build(), written, spec).null_row_is_made
     same(torch.load(export_file(written, "dit")), thousand)
+    with pytest.raises(UserError, match="no row for the null label, which diffusers' network has"):
+        export_file(written, "diffusers")
     assert not load_into(net, _saved(state, tmp_path / "c.pt"), spec).null_row_is_made
 
 
