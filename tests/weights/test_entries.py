@@ -10,7 +10,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-import harness
 from harness.cli.weights import command
 from harness.errors import UserError
 from harness.weights.files import open_weights
@@ -499,4 +498,14 @@ def test_a_plug_in_network_is_found_under_any_prefix(tmp_path):
     torch.save({"state_dict": {**prefixed("net.", raw), **prefixed("ema_net.", ones)}}, tmp_path / "a.pt")
     assert load_into(net, tmp_path / "a.pt").entry == "state_dict.ema_net"
     same(net.state_dict(), ones)
-    harness.get_backbone("dit-xs-4")  # the registry of built-in names does not matter
+
+
+def test_a_variant_of_an_autoencoder_is_found(tmp_path):
+    from harness.autoencoders.files import locate
+
+    (tmp_path / "vae").mkdir()
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [8]}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    save_file({"decoder.conv_in.bias": torch.zeros(1)}, tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    found, file = locate(tmp_path, "--vae")
+    assert found == config and file.name == "diffusion_pytorch_model.fp16.safetensors"
