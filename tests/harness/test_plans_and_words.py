@@ -193,19 +193,13 @@ def test_guidance_below_one_is_refused_in_words_that_are_true(scale, tmp_path):
 def test_records_come_in_the_same_order_again(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.repeat(images(150, 8, 8, 1), 2, axis=0)[:300], arr_1=np.arange(300) % 10)
     features = get_suite("embedded").features.name
-    for number, suite in enumerate(
-        ("embedded", f"{features}:precision,fd", f"{features}:fd", f"{features}:fd,precision")
-    ):
-        number = min(number, 1)  # those of the same features are in one file
+    for suite in (f"{features}:precision,fd", f"{features}:fd"):  # in one file
         words = (
             "evaluate", tmp_path / "a.npz", "--protocol", "digits", "--json", "--allow", "duplicates", "--out",
-            tmp_path / f"{number}.jsonl", "--suite", suite,
+            tmp_path / "q.jsonl", "--suite", suite,
         )  # fmt: skip
         first, second = harness(*words), harness(*words)
         assert first.exit_code == 0, first.output
-        assert [each["metric"] for each in json.loads(first.stdout)["records"]] == [
-            each["metric"] for each in json.loads(second.stdout)["records"]
-        ]
         assert json.loads(first.stdout) == json.loads(second.stdout)
         assert [each["metric"] for each in json.loads(first.stdout)["records"]] == [
             metric.key for metric in get_suite(suite).metrics
