@@ -41,6 +41,7 @@ COUNTERS = frozenset(
     ["n_averaged", "decay", "num_updates", "updates", "step", "initted", "iteration", "optimization_step"]
 )
 MAX_DEPTH = 8  # of dictionaries that are searched
+MAX_ENTRIES = 100  # of a file; a training keeps averages of a few decays
 MAX_SKIPPED = 2  # tensors that a list of averages may leave out because they are not trained, such as positions
 MAX_NAMED = 8  # entries that a message names, and names of one entry
 
@@ -100,6 +101,8 @@ def choose_entry(
     entries = _marked(holders, [marks for marks in markings if marks]) or _largest(holders)
     if not entries:
         raise UserError(f"{path} holds no tensors by name; save net.state_dict()")
+    if len(entries) > MAX_ENTRIES:
+        raise UserError(f"{path} holds {len(entries):,} dictionaries of tensors, more than can be told apart; save one")
     entries = [*entries, *_averages_of(entries, holders)]
     entries = [_completed(entry, entries) if entry.averaged else entry for entry in entries]
     if wanted is not None:
@@ -184,8 +187,8 @@ def _without_wrappers(keys: tuple[str, ...], tensors: list[tuple[str, Stored]]) 
     named = dict(tensors)
     duplicate = ""
     if len(named) < len(tensors):
-        names = [name for name, _ in tensors]
-        duplicate = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in tensors)
+        duplicate = next(name for name, count in counts.items() if count > 1)
     notes: list[str] = []
     prefix = ""
     weights = [name for name in named if name not in COUNTERS]
@@ -303,7 +306,7 @@ def _averages_of(entries: Sequence[Entry], holders: Sequence[_Holder]) -> list[E
     found = []
     for source in _average_sources(entries, holders):
         for raw in entries:
-            if raw.averaged or not raw.tensors:
+            if raw.averaged or 2 * source.count < len(raw.tensors):
                 continue
             tensors = _by_order(raw, source.listed) if source.listed else _by_name(raw, source.named)
             if tensors is not None:
@@ -321,10 +324,11 @@ def _averages_of(entries: Sequence[Entry], holders: Sequence[_Holder]) -> list[E
 def _average_sources(entries: Sequence[Entry], holders: Sequence[_Holder]) -> Iterator[_Holder]:
     """Yields the moving averages that are no entry yet: dictionaries, groups of names in one (model_ema.*), and lists."""
     taken = {entry.name for entry in entries}
+    taken_keys = {entry.keys for entry in entries}
     prefixed = {entry.keys for entry in entries if not entry.is_whole}
     for holder in holders:
         if _is_averaged(holder) and ".".join(holder.keys) not in taken:
-            if not any(entry.keys == holder.keys for entry in entries):
+            if holder.keys not in taken_keys:
                 yield holder
         elif holder.keys in prefixed:
             groups: dict[str, dict[str, Stored]] = {}
