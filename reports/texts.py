@@ -100,12 +100,13 @@ def measured_text(value: float, low: float | None, high: float | None) -> str:
     Without an interval, or if its width is 0: four significant digits.
     """
     if low is None or high is None:
-        return f"{value:.4g}"
+        return f"{value:z.4g}"
     width = high - low
     if width <= 0:
-        return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+        return f"{value:z.4g} [{low:z.4g}, {high:z.4g}]"
     decimals = min(max(1 - math.floor(math.log10(width)), 0), 8)
-    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    # z: a value that rounds to zero has no sign, as an unbiased distance just below zero
+    return f"{value:z.{decimals}f} [{low:z.{decimals}f}, {high:z.{decimals}f}]"
 
 
 def count_text(count: int | None) -> str:

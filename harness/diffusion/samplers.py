@@ -41,8 +41,20 @@ class SamplerTask:
         usual = "uniform" if self.process.is_bounded else "karras"
         return continuous_grid(self.process, count, self.spacing or usual, first=self.first, last=self.last)
 
+    @property
+    def respacing(self) -> int | str:
+        """Steps and spacing as `space_timesteps` takes them. Raises UserError for another spacing."""
+        from harness.diffusion.respacing import respacing
+
+        if (wanted := respacing(self.steps, self.spacing)) is not None:
+            return wanted
+        raise UserError(
+            f"a sampler over its own timesteps has no spacing {shown(self.spacing)}: leave it out, or give whole-stride "
+            "or counts of steps for equal sections, as in 10:10:20"
+        )
+
     def timesteps_of(self, sampler: str) -> Schedule:
-        """The process, for a sampler that is defined on trained timesteps. Raises UserError for another process or grid."""
+        """The process, for a sampler that is defined on trained timesteps. Raises UserError for another process."""
         from harness.diffusion.schedule import Schedule
 
         if not isinstance(self.process, Schedule):
@@ -50,8 +62,6 @@ class SamplerTask:
                 f"the sampler {sampler} needs a schedule of timesteps, and {self.process.name} is one in continuous "
                 "time: take euler or heun"
             )
-        if self.spacing not in ("", "respaced"):
-            raise UserError(f"the sampler {sampler} has its own timesteps: leave out the spacing {shown(self.spacing)}")
         return self.process
 
 
@@ -72,18 +82,20 @@ class SamplerSpec:
 def _ddpm(task: SamplerTask) -> SamplerTable:
     from harness.diffusion.ddpm import ddpm
 
-    return ddpm(task.timesteps_of("ddpm"), task.steps, learned_variance=task.learned_variance)
+    return ddpm(task.timesteps_of("ddpm"), task.respacing, learned_variance=task.learned_variance)
 
 
 def _ddim(task: SamplerTask) -> SamplerTable:
     from harness.diffusion.ddpm import ddim
 
-    return ddim(task.timesteps_of("ddim"), task.steps, eta=task.eta)
+    return ddim(task.timesteps_of("ddim"), task.respacing, eta=task.eta)
 
 
 def _ddim_ldm(task: SamplerTask) -> SamplerTable:
     from harness.diffusion.ddpm import ddim_ldm
 
+    if task.spacing not in ("", "respaced"):
+        raise UserError(f"the sampler ddim-ldm has its own timesteps: leave out the spacing {shown(task.spacing)}")
     return ddim_ldm(task.timesteps_of("ddim-ldm"), task.steps, eta=task.eta)
 
 

@@ -324,7 +324,8 @@ def existing_records(
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
         and reference_sha256 in (None, evaluation.reference_sha256)
     ]
-    if not {record.metric for record in matching} >= {metric.key for metric in suite.metrics}:
+    order = [metric.key for metric in suite.metrics]
+    if not {record.metric for record in matching} >= set(order):
         return None
-    order = [metric.key for metric in suite.metrics]  # the order of a new evaluation; other metrics come last
-    return sorted(matching, key=lambda record: order.index(record.metric) if record.metric in order else len(order))
+    # As a new evaluation gives them: in the suite's order, without metrics of other suites on the same features.
+    return sorted((each for each in matching if each.metric in order), key=lambda record: order.index(record.metric))

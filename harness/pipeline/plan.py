@@ -24,7 +24,7 @@ def plan(options: PlanOptions) -> Plan:
     if options.backbone is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
     request = request_from(options)
-    return with_measurement(make_plan(request, check_decoder=True), request, options)
+    return with_measurement(make_plan(request, check_files=True), request, options)
 
 
 def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan:

@@ -67,7 +67,7 @@ def sample(options: SampleOptions) -> SampleResult:
 
 def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
     """Sample the run in `folder`; one samples.npz for each number of sampler steps, or the pictures of --classes."""
-    for name in ("weights", "framework", "device", "out"):
+    for name in ("weights", "entry", "framework", "device", "out"):
         if getattr(options, name):
             raise UserError(f"--{name} belongs to --system; a run has its own")
     run = open_run(folder)
@@ -129,7 +129,7 @@ def _sample_system(options: SampleOptions) -> list[Path]:
     framework = options.framework or "torch"
     group = join_processes(framework)
     weights = {part: Path(path) for part, path in options.weights.items()}  # --weights gives the paths as text
-    loaded = load_parts(system, weights)
+    loaded = load_parts(system, weights, options.entry)
     # All are made before the first is sampled, so that invalid steps are refused at once.
     loaded_systems = (
         [with_steps(loaded, steps) for steps in options.sampling_steps] if options.sampling_steps else [loaded]

@@ -207,8 +207,10 @@ def _identity(
 
 def _description(loaded: LoadedSystem, device_info: DeviceInfo) -> dict[str, Any]:
     """Items of a sidecar that decide nothing."""
+    entries = {name: source.entry for name, source in loaded.sources.items() if source.entry}
     return {
         "weights": {name: str(source.path) for name, source in loaded.sources.items()},
+        **({"entries": entries} if entries else {}),
         "environment": environment(device_info.name),
     }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.diffusion.guidance import Guidance, read_guidance
+from harness.diffusion.guidance import Guidance, below_one, read_guidance
 from harness.errors import UserError, shown
 from harness.io.text import MAX_INT, count
 from harness.registry import protocols, unknown
@@ -134,9 +134,7 @@ class Sampling:
         if self.seed < 0:
             raise UserError(f"sampling: seed must not be negative, but is {self.seed}")
         if self.guidance_scale < 1:
-            raise UserError(
-                f"sampling: guidance_scale {self.guidance_scale} is below 1, which means no guidance; use 1"
-            )
+            raise UserError(f"sampling: {below_one(self.guidance_scale)}")
         if self.guidance_interval:
             try:
                 guidance = read_guidance(f"{self.guidance_scale}@{self.guidance_interval}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness import registry
 from harness.data.examples import Examples
-from harness.data.load import training_data
+from harness.data.load import check_labels, training_data
 from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 from harness.planning.matching import compute_of, nearest_count, request_from, solve_training, training_target
@@ -114,6 +114,8 @@ def expand(study: Study) -> Expansion:
     if reasons:
         raise UserError(f"{where}: protocol {protocol.name!r} cannot run here: {'; '.join(reasons)}")
     data = training_data(protocol, first.data)
+    data.check(protocol)
+    check_labels(data, protocol.num_classes)
     return Expansion(
         study=study, protocol=protocol, data=data,
         runs=tuple(

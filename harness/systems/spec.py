@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
-from harness.diffusion.guidance import Guidance, read_guidance
+from harness.diffusion.guidance import Guidance, below_one, read_guidance
 from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
 from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
@@ -327,12 +327,13 @@ def _check_sampling(where: str, part: Component) -> None:
     arguments = part.spec.arguments(**part.arguments)
     for name, least, most in (
         ("eta", 0.0, 1.0),
-        ("guidance_scale", 1.0, math.inf),
         ("conditioning_noise", 0.0, math.inf),
     ):
         if not least <= getattr(part, name) <= most:
             limit = f"lie in {least:g} to {most:g}" if most < math.inf else f"be at least {least:g}"
             raise UserError(f"{where}: {name} {getattr(part, name):g} must {limit}")
+    if not (math.isfinite(part.guidance_scale) and part.guidance_scale >= 1):
+        raise UserError(f"{where}: {below_one(part.guidance_scale)}")
     if part.guidance_channels not in GUIDANCE_CHANNELS:
         raise UserError(f"{where}: {unknown('guidance_channels', part.guidance_channels, GUIDANCE_CHANNELS)}")
     if part.truncation != 1:

@@ -202,6 +202,8 @@ def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big
             if id(item) not in resolved:
                 resolved[id(item)] = item, _stored(item, path, storages, big_endian)
             return resolved[id(item)][1]
+        if isinstance(item, tuple) and any(isinstance(each, _PendingTensor) for each in item):
+            return [resolve(each) for each in item]  # such as the averages of all parameters, in their order
         if isinstance(item, (dict, list)) and id(item) not in visited:
             visited[id(item)] = item
             waiting.append(item)

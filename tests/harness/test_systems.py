@@ -192,7 +192,7 @@ def test_a_broken_file_is_refused_by_item(change, words):
         ({"base": Component(backbone="adm-xs", arguments=SMALL, eta=2.0)}, "base: eta 2 must lie in 0 to 1"),
         (
             {"base": Component(backbone="adm-xs", arguments=SMALL, guidance_scale=0.5)},
-            "guidance_scale 0.5 must be at least 1",
+            "guidance scale 0.5 is below 1; 1 samples with the labels",
         ),
         ({"base": Component(backbone="adm-xs", arguments=SMALL, conditioning_noise=0.1)}, "and 'adm-xs' is none"),
         ({"base": Component(backbone="adm-xs", arguments=SMALL, sampler="ddim-ldm", steps=300)}, "250 steps fit"),
