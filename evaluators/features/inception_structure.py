@@ -141,20 +141,43 @@ class _Structure:
         return self._input(product, 0)
 
     def _check_join(self, node: Node, join: Join) -> Node:
+        ends = self._joined(node)
+        if len(ends) != _branches(join):
+            raise Malformed(f"{node.name} joins {len(ends)} branches, not {_branches(join)}")
+        return self._check_branches(node.name, ends, join)
+
+    def _joined(self, node: Node, depth: int = 2) -> list[Node]:
+        """The last nodes of the branches that `node` joins along the channels; a join of joins counts as one."""
         self._expect_op(node, "Concat", "ConcatV2")
-        count = len(join.branches)
+        count = sum(not name.startswith("^") for name in node.inputs) - 1
         # the axis is the first input of Concat and the last of ConcatV2
         first_branch, axis_input = (1, 0) if node.op == "Concat" else (0, count)
         axis = self._input(node, axis_input).array().ravel().tolist()
-        inputs = [name for name in node.inputs if not name.startswith("^")]
-        if axis not in ([3], [-1]) or len(inputs) != count + 1:
-            raise Malformed(f"{node.name} joins {len(inputs) - 1} branches on axis {axis}, not {count} on 3")
+        if axis not in ([3], [-1]):
+            raise Malformed(f"{node.name} joins on axis {axis}, not on 3")
+        ends: list[Node] = []
+        for index in range(count):
+            end = self._input(node, first_branch + index)
+            ends += self._joined(end, depth - 1) if depth and end.op in ("Concat", "ConcatV2") else [end]
+        return ends
+
+    def _check_branches(self, name: str, ends: list[Node], join: Join) -> Node:
+        """Check the branches of the join `name`; takes their last nodes from the front of `ends`."""
         sources: set[str] = set()  # names of the nodes where the branches start: one, if they have the same input
-        for index, branch in enumerate(join.branches):
-            source = self._input(node, first_branch + index)
-            for layer in reversed(branch):
+        for branch in join.branches:
+            *layers, last = branch
+            if isinstance(last, Join):
+                source = self._check_branches(name, ends, last)
+            else:
+                source = self._check_layer(ends.pop(0), last)
+            for layer in reversed(layers):
                 source = self._check_layer(source, layer)
             sources.add(source.name)
         if len(sources) != 1:
-            raise Malformed(f"the branches of {node.name} start from {sorted(sources)}")
+            raise Malformed(f"branches of {name} start from {sorted(sources)}")
         return self._resolve(sources.pop())
+
+
+def _branches(join: Join) -> int:
+    """The number of branches, counting those of a join at the end of a branch."""
+    return sum(_branches(branch[-1]) if isinstance(branch[-1], Join) else 1 for branch in join.branches)
