@@ -105,6 +105,42 @@ def test_numbers_and_records(folder, made_inception, monkeypatch):
     assert (judged["suite"], judged["mode"], judged["features"]) == ("adm", "adm", "inception-2015-12-05")
 
 
+@pytest.mark.parametrize("spatial", [True, False])
+def test_statistics_alone_and_no_protocol(spatial, folder, made_inception, monkeypatch, tmp_path, caplog):
+    """As ADM's evaluator is called. The network is replaced: what is tested is what is done with its features."""
+    from evaluators.features import Features
+
+    mixing = np.random.RandomState(1).rand(3, 2048 + 2023 + 1008).astype(np.float32)
+
+    def project(self, images):
+        rows = images.reshape(len(images), -1, 3)[:, :7].mean(axis=1, dtype=np.float32) / 255 @ mixing
+        pooled, rest, logits = np.split(rows, (2048, 4071), axis=1)
+        return Features(pooled=pooled, spatial=rest, logits=logits)
+
+    monkeypatch.setattr(InceptionFeatures, "__call__", project)
+    with np.load(folder / "reference.npz") as data:
+        arrays, found = {"arr_0": data["arr_0"]}, project(None, data["arr_0"])
+    for suffix, rows in (("", found.pooled), ("_s", found.spatial)):
+        own = statistics(rows)
+        arrays |= {f"mu{suffix}": own.mean, f"sigma{suffix}": own.covariance}
+    np.savez(tmp_path / "whole.npz", **arrays)
+    keys = ("mu", "sigma", "mu_s", "sigma_s") if spatial else ("mu", "sigma")
+    np.savez(tmp_path / "alone.npz", **{key: arrays[key] for key in keys})
+    values = {}
+    for name in ("whole", "alone"):
+        done = evaluate(
+            folder / "samples.npz", "--reference", tmp_path / f"{name}.npz", "--suite", "adm", "--inception",
+            made_inception.graph, "--json", "--out", tmp_path / f"{name}.jsonl",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.exception
+        values[name] = {each["metric"]: each["value"] for each in json.loads(done.stdout)["records"]}
+    assert list(values["whole"]) == ["fid", "sfid", "is", "precision", "recall"]
+    assert list(values["alone"]) == (["fid", "sfid", "is"] if spatial else ["fid", "is"])
+    for metric, value in values["alone"].items():
+        assert value == pytest.approx(values["whole"][metric], rel=1e-9, abs=1e-9)
+    assert f"left out: {'' if spatial else 'sfid, '}precision, recall" in caplog.text
+
+
 @pytest.mark.slow
 def test_statistics_of_a_file_decide_fid_and_sfid_and_nothing_else(folder, made_inception):
     """As in ADM's reference batches, whose statistics are of other images than the file holds."""
