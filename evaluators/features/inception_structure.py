@@ -1,7 +1,31 @@
 """Check that a frozen graph of unknown origin computes the Inception-v3 of `inception_layers`, operation by operation.
 
 Constants of the right names and shapes are not enough: another pool, epsilon or resize gives other features with the
-same weights. The graph is walked from its outputs to its input and compared with the table of layers.
+same weights. The graph is walked from its outputs to its input and compared with the table of layers. A graph that
+differs is not refused for it, but run on a picture (`inception_self_test`): what decides are its features.
+
+What is checked, and the public evidence that classify_image_graph_def.pb passes:
+
+| check | evidence |
+|---|---|
+| operations, no others between input and outputs | [S] lists all operations of the file by type |
+| one Concat for each block, of 3, 4 or 6 branches, or a join of joins | [S] 11 Concat; [T] no concat_dim but JOIN/concat_dim |
+| names of convolutions, their constants and their shapes | [P] maps all 94; [T]; [S] 23,885,411 parameters, as here |
+| order of the branches, kernels, strides, paddings | [P] a network of these gives the graph's FID to 1e-6 |
+| maximum or average of each pool; sizes of pools | [S] 5 MaxPool, 9 AvgPool; [J] names the five; [P] as above |
+| Conv2D, normalisation, CheckNumerics, Identity, Relu; two of them change nothing | [T] the first 50 nodes; [S] 94, 99 |
+| inputs of the normalisation: t, m, v, beta, gamma | TensorFlow's definition of BatchNormWithGlobalNormalization |
+| epsilon 0.001 | [P] |
+| ExpandDims -> ResizeBilinear -> Sub -> Mul, their second inputs 299, 128, 1/128 | [T] names and order; [I] values |
+| resize without aligned corners or half-pixel centres | [P] (bit-exact resize); the second attribute is of 2018 |
+| pool_3, mixed_6/conv and softmax/logits/MatMul, whose second input is softmax/weights | [A]; [T], [P] the names |
+| axis 3 of a Concat | none; it follows from the widths in [P] |
+| data_format NHWC or not given, no dilations | none: both attributes are newer than the file |
+
+[S] TensorFlow, tools/graph_transforms/README.md: output of summarize_graph. [T] Tensorflex, README, get_graph_ops and
+pull request 5. [P] torch-fidelity, util_convert_inception_weights.py and feature_extractor_inceptionv3.py (from
+pytorch-fid). [J] jzuern's script for float16 lists the pools without an attribute T. [I] openai/improved-gan issue 28.
+[A] openai/guided-diffusion, evaluations/evaluator.py.
 """
 
 from collections.abc import Sequence
