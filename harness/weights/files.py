@@ -101,7 +101,7 @@ class WeightFile:
 
     path: Path  # the file that holds the tensors
     stat: tuple[int, ...]  # `_stat_numbers` of the file when it was opened, for `unchanged`
-    container: str  # "torch zip", "torch legacy" or "safetensors"
+    container: str  # "torch zip", "TorchScript", "torch legacy" or "safetensors"
     wrapping: str  # "state dict", "train.py checkpoint" or "Lightning checkpoint"
     tensors: dict[str, Stored]
     symbols: tuple[str, ...]  # classes and functions that the file names, tensors' own aside; none was loaded
