@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from inception_graph_maker import pictures
 
+from evaluators import adm
 from evaluators.features import INCEPTION_2015, INCEPTION_BACKENDS, inception_jax
 from evaluators.features.inception_graph import read_weights
 from evaluators.features.inception_v3 import InceptionFeatures
@@ -105,6 +106,24 @@ def test_numbers_and_records(folder, made_inception, monkeypatch):
     assert (judged["suite"], judged["mode"], judged["features"]) == ("adm", "adm", "inception-2015-12-05")
 
 
+@pytest.mark.parametrize("spatial", [True, False])
+def test_estimates_of_a_reference_of_statistics_alone(spatial):
+    random = np.random.RandomState(2)
+    samples, reference = ([random.rand(n, dim).astype(np.float32) for dim in (16, 12, 10)] for n in (100, 40))
+    fields = {
+        "reference_statistics": statistics(reference[0]),
+        "reference_spatial_statistics": statistics(reference[1]),
+        "block": np.arange(100) % 20,
+    }
+    whole = adm.estimates(*samples, reference_pooled=reference[0], **fields)
+    fields["reference_spatial_statistics"] = fields["reference_spatial_statistics"] if spatial else None
+    alone = adm.estimates(*samples, reference_pooled=reference[0][:0], **fields)
+    assert list(whole) == ["fid", "is", "sfid", "precision", "recall"]
+    assert list(alone) == (["fid", "is", "sfid"] if spatial else ["fid", "is"])
+    assert all(alone[key].value == whole[key].value for key in alone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("spatial", [True, False])
 def test_statistics_alone_and_no_protocol(spatial, folder, made_inception, monkeypatch, tmp_path, caplog):
     """As ADM's evaluator is called. The network is replaced: what is tested is what is done with its features."""
