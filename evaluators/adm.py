@@ -324,12 +324,10 @@ def estimates(
         exact, rounded = _stream(features).finish_both()
         return frechet.estimate(features, reference, block, sample_statistics=exact, value_statistics=rounded)
 
-    found = {
-        "fid": frechet_estimate(pooled, reference_statistics),
-        "is": replace(score_estimate, value=score(logits), warning=sample_order_warning(logits)),
-    }
+    found = {"fid": frechet_estimate(pooled, reference_statistics)}
     if reference_spatial_statistics is not None:
         found["sfid"] = frechet_estimate(spatial, reference_spatial_statistics)
+    found["is"] = replace(score_estimate, value=score(logits), warning=sample_order_warning(logits))
     if len(reference_pooled):
         precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
         values = (precision.value, recall.value)

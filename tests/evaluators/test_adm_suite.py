@@ -118,8 +118,8 @@ def test_estimates_of_a_reference_of_statistics_alone(spatial):
     whole = adm.estimates(*samples, reference_pooled=reference[0], **fields)
     fields["reference_spatial_statistics"] = fields["reference_spatial_statistics"] if spatial else None
     alone = adm.estimates(*samples, reference_pooled=reference[0][:0], **fields)
-    assert list(whole) == ["fid", "is", "sfid", "precision", "recall"]
-    assert list(alone) == (["fid", "is", "sfid"] if spatial else ["fid", "is"])
+    assert list(whole) == ["fid", "sfid", "is", "precision", "recall"]
+    assert list(alone) == (["fid", "sfid", "is"] if spatial else ["fid", "is"])
     assert all(alone[key].value == whole[key].value for key in alone)
 
 
