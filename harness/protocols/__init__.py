@@ -21,6 +21,7 @@ from harness.registry import protocols, unknown
 
 GUIDANCE_CHANNELS = ("first-3", "all")
 LONGEST_NAME = 100
+NO_PROTOCOL = "none"  # in records of samples that were compared with a reference without a protocol
 # Marks an item that was added after runs had been made. At its default value it is not part of a run's identity, so
 # that older runs keep their identity.
 ADDED_LATER = {"added_later": True}
@@ -205,6 +206,18 @@ def from_dict(data: dict[str, Any], where: str) -> Protocol:
         sampling_data = {**sampling_data, "steps": tuple(sampling_data["steps"])}
     sampling = _fill(Sampling, sampling_data, f"{where}: [sampling]")
     return _fill(Protocol, {**data, "recipe": recipe, "sampling": sampling}, where)
+
+
+def protocol_of_files(dataset: str, shape: tuple[int, int, int], num_classes: int, suite: str) -> Protocol:
+    """What an evaluation without a protocol takes from its files: sizes and classes. It has no recipe of its own.
+
+    dataset: name of the reference. shape: (H, W, C) of the samples. num_classes: 1 if there are no labels.
+    """
+    height, _, channels = shape
+    return Protocol(
+        name=NO_PROTOCOL, dataset=dataset, resolution=height, image_channels=channels, num_classes=num_classes,
+        input_size=height, in_channels=channels, samples=1, suite=suite,
+    )  # fmt: skip
 
 
 def load(path: Path) -> Protocol:

@@ -93,7 +93,7 @@ class WeightFile:
     """The weights in a file, under the names that they have there, not read yet."""
 
     path: Path  # the file that holds the tensors, or the index of several
-    container: str  # "torch zip", "torch legacy" or "safetensors"
+    container: str  # "torch zip", "TorchScript", "torch legacy" or "safetensors"
     wrapping: str  # "state dict", "train.py checkpoint", "Lightning checkpoint" or "checkpoint, entry ..."
     entry: str = ""  # name of the entry that was read; "": the file itself
     other_entries: tuple[str, ...] = ()  # names of further entries with such weights
