@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchdiffeq
 
-from harness.diffusion.adaptive import ATOL, ERROR_WEIGHTS, STAGE_TIMES, STAGE_WEIGHTS
+from harness.diffusion.adaptive import ATOL, ERROR_WEIGHTS, RTOL, STAGE_TIMES, STAGE_WEIGHTS
 from harness.diffusion.guidance import Guidance
 from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
 from harness.engines.jax import ode as jax_ode
@@ -146,51 +146,63 @@ def test_jax_solves_as_torch(schedule, objective):
     np.testing.assert_array_equal(again_counts, counts)
 
 
-@pytest.mark.parametrize(("schedule", "objective"), [("flow", "velocity"), ("ve", "edm")])
-def test_torchdiffeq_and_diffrax_on_the_same_ode(schedule, objective, monkeypatch):
-    """One image at a time, for their tolerances hold for a batch. At 1e-5 the three agree within 2e-4.
+def last_image(plan, x):
+    """The last Euler step from x, where there is one."""
+    if not plan.has_last_step:
+        return np.asarray(x)
+    x, t = torch.tensor(np.asarray(x)), torch.full((len(x),), plan.end)
+    return plan.image(x, exact_network(plan, torch)(*plan.network_inputs(x, t, torch)), t, torch).numpy()
 
-    torchdiffeq is told to step to the end exactly: by itself it steps over it, to negative t, and interpolates.
+
+@pytest.mark.parametrize(("schedule", "objective"), [("flow", "velocity"), ("gvp", "v"), ("ve", "edm")])
+@pytest.mark.parametrize("rtol", [RTOL, 1e-5])
+def test_torchdiffeq_on_the_same_ode(schedule, objective, rtol, monkeypatch):
+    """One image at a time, for its steps are those of a batch: the same steps, and the same image.
+
+    It is told to step to the end exactly: by itself it steps over it, to negative t, and interpolates.
     """
+    monkeypatch.setattr("harness.diffusion.adaptive.RTOL", rtol)
+    plan = plan_of(schedule, objective)
+    net, times = exact_network(plan, torch), []
+    found, counts = torch_solve(plan, net)
+    ends = torch.tensor([plan.begin, plan.end])
+
+    def slope(t, x):
+        times.append(t)
+        return plan.slope(x, net(*plan.network_inputs(x, t.expand(1), torch)), t.expand(1), torch)
+
+    for i in range(len(IMAGES)):
+        times.clear()
+        x = torch.from_numpy(np.float32(plan.initial_noise) * IMAGES[i : i + 1])
+        other = torchdiffeq.odeint(slope, x, ends, method="dopri5", rtol=rtol, atol=ATOL, options={"step_t": ends[1:]})[
+            -1
+        ]
+        np.testing.assert_allclose(found[i : i + 1], last_image(plan, other), atol=5e-5)
+        assert counts[i] - plan.has_last_step == len(times)
+
+
+def test_diffrax_on_the_same_ode(monkeypatch):
+    """One image at a time. Its estimate of the error is 1.5 times ours, so it takes a few steps more."""
     monkeypatch.setattr("harness.diffusion.adaptive.RTOL", 1e-5)
-    plan, tolerances = plan_of(schedule, objective), {"rtol": 1e-5, "atol": ATOL}
-    nets, attempts = {xp: exact_network(plan, xp) for xp in (torch, jnp)}, []
-    found, counts = torch_solve(plan, nets[torch])
-
-    def slope(x, t, xp):
-        return plan.slope(x, nets[xp](*plan.network_inputs(x, t, xp)), t, xp)
-
-    def counted(t, x):
-        attempts.append(t)
-        return slope(x, t.expand(1), torch)
+    plan = plan_of("flow", "velocity")
+    net = exact_network(plan, jnp)
+    found, counts = torch_solve(plan, exact_network(plan, torch))
 
     @jax.jit
-    def by_diffrax(x):
-        term = diffrax.ODETerm(lambda t, x, _: slope(x, jnp.full(1, t), jnp))
+    def solved(x):
+        def slope(t, x, _):
+            return plan.slope(x, net(*plan.network_inputs(x, jnp.full(1, t), jnp)), jnp.full(1, t), jnp)
+
+        controller = diffrax.PIDController(rtol=1e-5, atol=ATOL)
         solution = diffrax.diffeqsolve(
-            term, diffrax.Dopri5(), plan.begin, plan.end, None, x, stepsize_controller=diffrax.PIDController(**tolerances)
-        )  # fmt: skip
+            diffrax.ODETerm(slope), diffrax.Dopri5(), plan.begin, plan.end, None, x, stepsize_controller=controller
+        )
         return solution.ys[-1], solution.stats["num_steps"]
 
-    ends = torch.tensor([plan.begin, plan.end])
-    for i in range(3):
-        attempts.clear()
-        x = np.float32(plan.initial_noise) * IMAGES[i : i + 1]
-        other = torchdiffeq.odeint(
-            counted, torch.from_numpy(x), ends, method="dopri5", options={"step_t": ends[1:]}, **tolerances
-        )[-1].numpy()
-        third, steps = by_diffrax(x)
-        if plan.has_last_step:
-            t = torch.full((1,), plan.end)
-            other, third = (
-                plan.image(y, nets[torch](*plan.network_inputs(y, t, torch)), t, torch).numpy()
-                for y in (torch.tensor(np.asarray(each)) for each in (other, third))
-            )
+    for i in range(len(IMAGES)):
+        other, steps = solved(IMAGES[i : i + 1])
         np.testing.assert_allclose(found[i : i + 1], other, atol=5e-4)
-        np.testing.assert_allclose(found[i : i + 1], third, atol=5e-4)
-        own = counts[i] - plan.has_last_step
-        assert abs(own - len(attempts)) <= 0.1 * own
-        assert abs(own - 2 - 6 * int(steps)) <= 0.2 * own
+        assert counts[i] <= 2 + 6 * int(steps) <= 1.5 * counts[i]
 
 
 def test_an_image_does_not_know_its_batch():
@@ -211,7 +223,7 @@ def test_an_image_does_not_know_its_batch():
     together, counts = solved([0, 1, 2, 3, 4, 5])
     for order in ([0], [4], [5, 4, 3, 2, 1, 0], [2, 4]):
         found, numbers = solved(order)
-        np.testing.assert_array_equal(found, together[order])
+        np.testing.assert_allclose(found, together[order], atol=1e-5)  # last bits: sums of other sizes
         np.testing.assert_array_equal(numbers, counts[order])
     assert len(set(counts.tolist())) > 1
 

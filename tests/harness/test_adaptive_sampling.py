@@ -1,5 +1,6 @@
 """Runs and systems sampled by dopri5: counted evaluations in sidecar, record and table; resumed sets; refusals."""
 
+import dataclasses
 import json
 import re
 
@@ -14,6 +15,9 @@ from harness.cli import group
 from harness.data.digits import load
 from harness.engines.torch.sampling import TorchChain
 from harness.runs.samples import write_samples
+from reports.points import ALONG_SAMPLING, ALONG_TRAINING, group_by_settings
+from results.compare import differing, experiment_key
+from results.records import Sampling, Training, from_json
 
 PROTOCOL = """
 name = "few-digits"
@@ -114,13 +118,14 @@ def test_the_network_is_asked_as_often_as_it_is_told(guidance, run, monkeypatch)
     """By sidecar, record and table, with guidance and its interval; 24 images in batches of 10."""
     images = counted(monkeypatch)
     out = harness("sample", "--run", run, "--cfg", guidance, "--batch", "10", "--sampling-seed", "1")
-    (path,) = {each.parent for each in run.glob("samples/*/samples.json")} - {None} if False else [
-        each.parent for each in run.glob("samples/*/samples.json")
-        if sidecar(each.parent)["identity"]["sampling"]["seed"] == 1
-        and f"{sidecar(each.parent)['identity']['sampling']['guidance_scale']:g}" == guidance.split("@")[0]
-        and ("guidance_interval" in sidecar(each.parent)["identity"]["sampling"]) == ("@" in guidance)
-    ]  # fmt: skip
-    assert str(path) in out
+    scale, _, interval = guidance.partition("@")
+    wanted = {"seed": 1, "guidance_scale": float(scale), "guidance_interval": interval or None}
+    (path,) = (
+        each.parent
+        for each in run.glob("samples/*/samples.json")
+        if {name: sidecar(each.parent)["identity"]["sampling"].get(name) for name in wanted} == wanted
+    )
+    assert path.name in out
     data = sidecar(path)
     sampling = data["record"]["sampling"]
     assert data["evaluations_mean"] == sampling["evaluations_mean"] == pytest.approx(sum(images) / 24)
@@ -168,6 +173,44 @@ def test_a_set_that_was_half_drawn_is_continued(run, monkeypatch):
     harness(*words)
     again = sidecar(shards.parent)
     assert again["sha256"] == continued["sha256"] and again["record"] == continued["record"]
+
+
+def test_the_batch_changes_last_bits_alone(run):
+    """Seen: no pixel that differs, and the same evaluations."""
+    sets = []
+    for batch in ("24", "5"):
+        harness("sample", "--run", run, "--sampling-seed", "3", "--batch", batch)
+        (path,) = (
+            each
+            for each in run.glob("samples/*/samples.json")
+            if (json.loads(each.read_text())["identity"]["sampling"]["seed"], sidecar(each.parent)["identity"]["batch"])
+            == (3, int(batch))
+        )
+        sets.append((sidecar(path.parent)["record"], np.load(path.with_suffix(".npz"))["arr_0"].astype(int)))
+    (one, images), (other, others) = sets
+    assert np.abs(images - others).max() <= 1
+    assert one["sampling"]["evaluations_mean"] == pytest.approx(other["sampling"]["evaluations_mean"], rel=0.01)
+
+
+def test_seeds_are_one_setting(run):
+    """Of one setting are records whose evaluations, and so Gflops of an image, differ from seed to seed."""
+    record = from_json((run / "records.jsonl").read_text().splitlines()[0])
+    assert record.sampling is not None and record.training is not None
+    sampling = dataclasses.replace(
+        record.sampling,
+        evaluations_mean=31.5,
+        evaluations_max=50,
+        gflops_per_image=1.5,
+        seed=7,
+        samples_sha256="0" * 64,
+    )
+    other = dataclasses.replace(record, sampling=sampling, training=dataclasses.replace(record.training, seed=7))
+    assert experiment_key(record) == experiment_key(other) and not differing(record, other)
+    for along, part in ((ALONG_SAMPLING, Sampling), (ALONG_TRAINING, Training), ((), Sampling)):
+        assert len(group_by_settings([record, other], along, part)) == 1
+    ddpm = dataclasses.replace(record.sampling, evaluations_mean=None, evaluations_max=None, gflops_per_image=2.0)
+    fixed = dataclasses.replace(record, sampling=ddpm)
+    assert experiment_key(fixed) != experiment_key(dataclasses.replace(fixed, sampling=sampling))
 
 
 def test_a_system_in_torch_and_jax(run):
