@@ -3,9 +3,10 @@
 dx/dt = a' x_0^ + s' eps^, from noise to data, with x_0^ and eps^ as the network's output tells them. Every image has a step
 size of its own, by the error of that image alone (root mean square over its elements of error / (atol + rtol |x|) at most
 1). torchdiffeq, as SiT calls it, solves a whole batch as one state: its steps, and so an image, then depend on the images
-beside it, and with guidance on the unconditional half too. Here the image is the same in any batch, but for the last bits
-of float32 arithmetic. torchdiffeq has no step sizes by image, and the numbers of torch and JAX should be the same, so the
-method is written here, in plain arithmetic for both; the tests hold it against torchdiffeq and diffrax.
+beside it, and with guidance on the unconditional half too. Here no image's steps depend on another. (Last bits of float32,
+which the batch size and the framework can change, now and then decide whether a step is accepted: the image then moves
+within what the tolerances leave open, of digits by 1 to 3 of 255 levels.) torchdiffeq has no step sizes by image, so the
+method is written here, in plain arithmetic for torch and JAX; the tests hold it against torchdiffeq and diffrax.
 
 Source: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, sec. II.4 (step sizes, the first one) and II.5
 (coefficients, which are Dormand & Prince 1980's). Bounds of the factor and tolerances are those of torchdiffeq and SiT.
