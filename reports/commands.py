@@ -105,7 +105,10 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
     training, sampling = record.training, record.sampling
     assert training is not None and sampling is not None
     protocol, notes = _protocol_and_notes(record)
-    if training.recipe_hash is None or sampling.steps is None or sampling.sampler is None or record.backbone is None:
+    has_steps = (
+        sampling.steps is not None or sampling.evaluations_mean is not None
+    )  # an adaptive sampler has none to set
+    if training.recipe_hash is None or not has_steps or sampling.sampler is None or record.backbone is None:
         return Reproduction(notes=("The record does not state all of its training and sampling.",))
     recipe, reason = _recipe_items(training, protocol, recipes)
     if reason:
@@ -124,7 +127,7 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
     if _has_suite_of_protocol(record, protocol) and record.system == record.backbone:
         return Reproduction(commands=(_run_command(record, settings | _evaluator_files(record)),), notes=tuple(notes))
     # A sample set of the run. The star stands for the rest of its name: guidance, number of images, hash of all settings.
-    name = f"step{training.steps}-{sampling.sampler}{sampling.steps}-*/samples.npz"
+    name = f"step{training.steps}-{sampling.sampler}{sampling.steps or ''}-*/samples.npz"
     return Reproduction(
         commands=(
             _run_command(record, settings | {"out": OUT}),

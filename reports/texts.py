@@ -228,7 +228,7 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
         }
     if sampling is not None:
         values |= {
-            "network evaluations": sampling.evaluations,
+            "network evaluations": _evaluations_text(sampling),
             "sampling Gflops": sampling.gflops_per_image,
             "decoder Gflops": sampling.decoder_gflops,
             "sampling batch": sampling.batch,
@@ -238,6 +238,13 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
     if evaluation is not None:
         values |= {"features": evaluation.features}
     return _as_texts(values)
+
+
+def _evaluations_text(sampling: Sampling) -> str | None:
+    """Network evaluations of an image: `250`, or of an adaptive sampler `62.5 in the mean, at most 86`."""
+    if sampling.evaluations_mean is not None:
+        return f"{sampling.evaluations_mean:.6g} in the mean, at most {sampling.evaluations_max}"
+    return None if sampling.evaluations is None else str(sampling.evaluations)
 
 
 def _as_texts(values: dict[str, object]) -> dict[str, str]:

@@ -69,13 +69,14 @@ class SamplerTask:
 class SamplerSpec:
     """A named sampler.
 
-    make: function of a `SamplerTask` that returns the `SamplerTable`, or raises UserError where they do not fit.
+    make: function of a `SamplerTask` that returns the `SamplerTable`, or raises UserError where they do not fit. None: the
+    adaptive sampler (`harness.diffusion.adaptive`), which has no table, no steps to set and no evaluations known before.
     has_eta: whether the table depends on eta; if not, sample sets and records have no eta.
     """
 
     name: str
     summary: str
-    make: Callable[[SamplerTask], SamplerTable]
+    make: Callable[[SamplerTask], SamplerTable] | None
     has_eta: bool = False
 
 
@@ -165,4 +166,9 @@ BUILT_IN = (
     ),
     SamplerSpec(name="unipc-2", summary="UniPC, order 2 (Zhao et al. 2023)", make=_of_nodes("unipc", order=2)),
     SamplerSpec(name="unipc-3", summary="UniPC, order 3", make=_of_nodes("unipc", order=3)),
+    SamplerSpec(
+        name="dopri5",
+        summary="adaptive ODE, Dormand-Prince 5(4) with rtol 1e-3 and atol 1e-6 (SiT's; schedules in continuous time)",
+        make=None,
+    ),
 )

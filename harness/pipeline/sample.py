@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.autoencoders.load import Decoder, load_autoencoder
-from harness.diffusion.plans import SamplerPlan
+from harness.diffusion.sampler_plan import AnyPlan
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.interfaces import Sampler
@@ -38,7 +38,7 @@ from harness.runs import checkpoints
 from harness.runs.posthoc_ema import plan_reconstruction, write_reconstruction
 from harness.runs.provenance import environment
 from harness.runs.run import RUNS_FOLDER, Run, open_run
-from harness.runs.sample_set import SampleRequest, labels_of, sample_request
+from harness.runs.sample_set import SampleRequest, is_adaptive, labels_of, sample_request
 from harness.settings import SampleOptions, keyword_options, only_one
 
 
@@ -176,7 +176,7 @@ def _pictures_of_run(
     )
     count = grid.rows * grid.columns
     wanted = sample_request(
-        run, step, request.sampling, steps, count, gflops_image=request.gflops_image(steps),
+        run, step, request.sampling, steps, count, gflops_image=request.estimated_gflops_image(steps),
         precision=options.sampling_precision, batch=options.batch, compile=options.compile,
         decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
@@ -195,8 +195,8 @@ def _pictures_of_run(
         plans=((run.backbone, plan),),
         caption=(
             f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {run.backbone} after {step:,} training steps.",
-            f"Classifier-free guidance scale = {wanted.sampling.guidance.short}. Sampler: {wanted.sampling.sampler}, "
-            f"{steps} steps.",
+            f"Classifier-free guidance scale = {wanted.sampling.guidance.short}. Sampler: {wanted.sampling.sampler}"
+            + ("." if is_adaptive(wanted.sampling.sampler) else f", {steps} steps."),
         ),
         batch=wanted.batch,
     )
@@ -279,7 +279,7 @@ def sample_run(
     """
     assert (decoder is None) == (run.protocol.space != "latents")
     wanted = sample_request(
-        run, step, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
+        run, step, request.sampling, steps, request.samples, gflops_image=request.estimated_gflops_image(steps),
         precision=precision, batch=batch, compile=compile, decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
     checkpoint = checkpoints.verify(run.ema_checkpoint(step))
@@ -303,8 +303,8 @@ def sample_run(
         labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, protocol.num_classes),
         image=(protocol.resolution, protocol.resolution, protocol.image_channels),
         batch=wanted.batch,
-        steps=plan_of(run.recipe, request.sampling, steps).evaluations,
-        title=f"sample {wanted.sampling.sampler}-{steps}",
+        steps=plan_of(run.recipe, request.sampling, steps).advances,
+        title=f"sample {wanted.sampling.sampler}" + ("" if is_adaptive(wanted.sampling.sampler) else f"-{steps}"),
     )
 
     def make_from(weights: Path) -> Sampler:
@@ -343,7 +343,7 @@ def _sampler_of(
     request: Request,
     wanted: SampleRequest,
     weights: Path,  # a safetensors file
-    plan: SamplerPlan,
+    plan: AnyPlan,
     decoder: Decoder | None,
 ) -> Sampler:
     """The sampler of a run's network."""

@@ -29,13 +29,16 @@ class TrainingCost:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCost:
-    """One sample set: its sampler settings, Gflops of one image and of all images."""
+    """One sample set: its sampler settings, Gflops of one image and of all images.
+
+    steps, gflops_per_image, gflops: None for an adaptive sampler, of which they are not known before sampling.
+    """
 
     sampler: str
-    steps: int
+    steps: int | None
     guidance_scale: float
-    gflops_per_image: float
-    gflops: float
+    gflops_per_image: float | None
+    gflops: float | None
     guidance_interval: str = ""  # of noise levels; "": guidance at all
 
     @property
@@ -130,17 +133,7 @@ def make_plan(request: Request, *, check_files: bool = False) -> Plan:
         training=TrainingCost(
             steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.gflops * images * TRAINING_FACTOR
         ),
-        sampling=tuple(
-            SamplingCost(
-                sampler=sampling.sampler,
-                steps=steps,
-                guidance_scale=sampling.guidance_scale,
-                gflops_per_image=request.gflops_image(steps),
-                gflops=request.gflops_image(steps) * request.samples,
-                guidance_interval=sampling.guidance_interval,
-            )
-            for steps in sampler_steps
-        ),
+        sampling=tuple(_sampling_cost(request, steps) for steps in sampler_steps),
         match=request.match,
         match_sampling=request.match_sampling,
         samples=request.samples,
@@ -150,6 +143,18 @@ def make_plan(request: Request, *, check_files: bool = False) -> Plan:
         recipe=dataclasses.asdict(recipe),
         missing=tuple(reasons),
         missing_evaluator_files=tuple(missing_evaluator_files(protocol)),
+    )
+
+
+def _sampling_cost(request: Request, steps: int) -> SamplingCost:
+    gflops_image = request.gflops_image(steps)
+    return SamplingCost(
+        sampler=request.sampling.sampler,
+        steps=None if gflops_image is None else steps,
+        guidance_scale=request.sampling.guidance_scale,
+        gflops_per_image=gflops_image,
+        gflops=None if gflops_image is None else gflops_image * request.samples,
+        guidance_interval=request.sampling.guidance_interval,
     )
 
 

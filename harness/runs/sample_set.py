@@ -58,7 +58,7 @@ class SampleRequest:
         """
         settings = {
             **dataclasses.asdict(self.sampling),
-            "steps": self.steps,
+            "steps": None if is_adaptive(self.sampling.sampler) else self.steps,
             "eta": self.eta,
             "guidance_channels": self.guidance_channels,
             "precision": self.precision,
@@ -84,9 +84,10 @@ class SampleRequest:
 
     @property
     def short_settings(self) -> str:
-        """Sampler, steps and guidance for names of folders: "ddpm250", "heun10-cfg1.5@0.1-0.8"."""
+        """Sampler, steps and guidance for names of folders: "ddpm250", "heun10-cfg1.5@0.1-0.8", "dopri5"."""
         guidance = f"-cfg{self.sampling.guidance.short}" if self.sampling.guidance_scale != 1 else ""
-        return f"{self.sampling.sampler}{self.steps}{guidance}"
+        steps = "" if is_adaptive(self.sampling.sampler) else self.steps
+        return f"{self.sampling.sampler}{steps}{guidance}"
 
     def name(self, run: Run) -> str:
         """The folder's name below RUN/samples; 8 digits of the identity's hash make it unique."""
@@ -98,6 +99,11 @@ def has_eta(sampler: str) -> bool:
     """Whether the sampler has the setting eta. True if that is not known: for a sampler that is not installed now, and
     for one whose plug-in does not say."""
     return sampler not in registry.samplers or getattr(registry.samplers.get(sampler), "has_eta", True)
+
+
+def is_adaptive(sampler: str) -> bool:
+    """Whether the sampler chooses its own steps. False if that is not known, as of a sampler that is not installed now."""
+    return sampler in registry.samplers and getattr(registry.samplers.get(sampler), "make", True) is None
 
 
 def sample_request(

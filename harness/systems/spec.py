@@ -25,18 +25,22 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import registry
 from harness.diffusion.guidance import Guidance, below_one, read_guidance
-from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
+from harness.diffusion.sampler_plan import (
+    NOMINAL_EVALUATIONS,
+    AnyPlan,
+    check_guided_rows,
+    guided_evaluations,
+    not_known,
+    sampler_plan,
+)
 from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
 from harness.registry import unknown
 from harness.spec import BackboneSpec, Compute
-
-if TYPE_CHECKING:
-    from harness.diffusion.plans import SamplerPlan
 
 CLASSIFIER_PASSES = 2  # of a guiding classifier: one forward, and one for the gradient with respect to the image
 
@@ -66,14 +70,24 @@ class Component:
         return registry.backbones.get(self.backbone)
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations for one image without guidance: those of the sampler's plan, or 1 for a generator."""
-        return 1 if self.spec.kind == "generator" else self.plan().evaluations
+    def is_adaptive(self) -> bool:
+        """Whether the sampler chooses its own steps, so that evaluations are not known before sampling."""
+        return self.spec.kind != "generator" and registry.samplers.get(self.sampler).make is None
 
     @property
     def advances(self) -> int:
         """Progress-bar units for one batch: the rows of the sampler's plan, or 1 for a generator."""
-        return self.evaluations
+        return 1 if self.spec.kind == "generator" else self.plan().advances
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one image without guidance: those of the sampler's plan, or 1 for a generator.
+
+        Raises UserError if the sampler is adaptive.
+        """
+        if self.is_adaptive:
+            raise not_known(self.sampler)
+        return self.advances
 
     @property
     def guidance(self) -> Guidance:
@@ -82,14 +96,17 @@ class Component:
 
     @property
     def passes(self) -> int:
-        """Forward passes for one image, classifier-free guidance included."""
-        return 1 if self.spec.kind == "generator" else guided_evaluations(self.plan(), self.guidance)
+        """Forward passes for one image, classifier-free guidance included. Raises UserError if the sampler is adaptive."""
+        passes = 1 if self.spec.kind == "generator" else guided_evaluations(self.plan(), self.guidance)
+        if passes is None:
+            raise not_known(self.sampler)
+        return passes
 
     def compute(self) -> Compute:
         """Compute of one forward pass on one image."""
         return self.spec.count(**self.build_arguments())
 
-    def plan(self) -> SamplerPlan:
+    def plan(self) -> AnyPlan:
         """The plan of the sampler. Raises `UserError` if sampler, schedule and steps do not fit together."""
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
@@ -185,16 +202,34 @@ class System:
         return () if self.base is None else (self.base, *self.upsamplers)
 
     @property
-    def evaluations(self) -> int:
-        """Forward passes of the components for one image, as in `passes`; those of a guiding classifier are not included."""
-        return sum(part.passes for part in self.components)
+    def is_adaptive(self) -> bool:
+        """Whether forward passes for an image are not known before sampling."""
+        return any(part.is_adaptive for part in self.components)
+
+    @property
+    def evaluations(self) -> int | None:
+        """Forward passes of the components for one image, as in `passes`; those of a guiding classifier are not included.
+
+        None: not known before sampling.
+        """
+        return None if self.is_adaptive else sum(part.passes for part in self.components)
 
     def gflops_forward(self) -> float:
         """Gflops of one forward pass of every component, in sum, as in the paper's Table 6."""
         return sum(part.compute().gflops for part in self.components)
 
-    def gflops_image(self) -> float:
-        """Sampling compute of one image in Gflops: with both kinds of guidance, without decoding."""
+    def estimated_gflops_image(self) -> float:
+        """As `gflops_image`, and that of NOMINAL_EVALUATIONS where it is not known: to divide work, and for nothing else."""
+        gflops = self.gflops_image()
+        return self.gflops_forward() * NOMINAL_EVALUATIONS if gflops is None else gflops
+
+    def gflops_image(self) -> float | None:
+        """Sampling compute of one image in Gflops: with both kinds of guidance, without decoding.
+
+        None: not known before sampling.
+        """
+        if self.is_adaptive:
+            return None
         total = sum(part.compute().gflops * part.passes for part in self.components)
         if self.classifier is not None and self.base is not None:
             total += self.classifier.compute().gflops * CLASSIFIER_PASSES * self.base.evaluations
@@ -249,6 +284,11 @@ class System:
             raise UserError(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
         if self.classifier is not None and self.base.spec.kind == "generator":
             raise UserError(f"{where}: a generator cannot be guided by a classifier")
+        if self.is_adaptive and (self.upsamplers or self.classifier is not None):
+            raise UserError(
+                f"{where}: an adaptive sampler is for systems of one network, because the evaluations of each are counted "
+                "apart; take heun, say, or leave out the other networks"
+            )
         if self.decoder and self.upsamplers:
             raise UserError(f"{where}: upsamplers after a decoder are not supported; leave out one of them")
         if self.classifier is not None:
@@ -345,6 +385,8 @@ def _check_sampling(where: str, part: Component) -> None:
         raise UserError(f"{where}: {part.backbone!r} has no null label, which classifier-free guidance needs")
     if not 1 <= part.steps <= part.diffusion_steps:
         raise UserError(f"{where}: {part.steps} sampling steps do not lie in 1 to {part.diffusion_steps}")
+    if part.is_adaptive and part.steps != Component.steps:
+        raise UserError(f"{where}: {part.sampler} chooses its own steps; leave out steps, and --sampling-steps")
     plan = part.plan()  # for its UserError
     if part.guidance_interval:
         try:
