@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from harness import registry
 from harness.diffusion.guidance import Guidance, read_guidance
 from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
+from harness.diffusion.samplers import canonical_sampler
 from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
 from harness.registry import unknown
@@ -59,6 +60,9 @@ class Component:
     guidance_channels: str = "all"
     truncation: float = 1.0  # for a generator
     conditioning_noise: float = 0.0  # for an upsampler: std of the Gaussian noise that is added to its input image
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", canonical_sampler(self.sampler))  # equal options have one identity
 
     @property
     def spec(self) -> BackboneSpec:
