@@ -397,7 +397,7 @@ def test_pictures_of_a_width(whole):
     with Image.open(picture) as image:
         canvas = np.asarray(image)
     scale = picture_scale(8, 8)
-    found = canvas[: 8 * scale : scale, PICTURE_GAP : PICTURE_GAP + 8 * scale : scale]
+    found = canvas[PICTURE_GAP : PICTURE_GAP + 8 * scale : scale, PICTURE_GAP : PICTURE_GAP + 8 * scale : scale]
     np.testing.assert_array_equal(found, np.load(path)["arr_0"][0].reshape(8, 8))
 
 
