@@ -14,6 +14,7 @@ from typing import Any
 from backbones.autoencoders.spec import KNOWN
 from harness import registry
 from harness.diffusion.guidance import Guidance
+from harness.diffusion.samplers import name_with_steps
 from harness.errors import UserError
 from harness.io.files import sha256_json
 from harness.protocols import NO_PROTOCOL, Protocol, override
@@ -127,7 +128,7 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
     if _has_suite_of_protocol(record, protocol) and record.system == record.backbone:
         return Reproduction(commands=(_run_command(record, settings | _evaluator_files(record)),), notes=tuple(notes))
     # A sample set of the run. The star stands for the rest of its name: guidance, number of images, hash of all settings.
-    name = f"step{training.steps}-{sampling.sampler}{sampling.steps or ''}-*/samples.npz"
+    name = f"step{training.steps}-{name_with_steps(sampling.sampler, sampling.steps)}-*/samples.npz"
     return Reproduction(
         commands=(
             _run_command(record, settings | {"out": OUT}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from harness import registry
 from harness.diffusion.guidance import Guidance, read_interval
@@ -39,12 +39,17 @@ def sampler_plan(
 ) -> AnyPlan:
     """The plan of `sampler` with `steps` steps. Cached, because cost estimates need the same plan many times.
 
-    steps: without meaning for an adaptive sampler. diffusion_steps: length of a schedule over timesteps, of which the sampler takes some. eta: for samplers that have it.
+    sampler: a name, with values of its options or without (`harness.diffusion.samplers.read_sampler`). steps: without
+    meaning for an adaptive sampler. diffusion_steps: length of a schedule over timesteps, of which the sampler takes some.
+    eta: for samplers that have it.
     Raises UserError for an unknown name, and for a sampler, schedule, objective and steps that do not fit each other.
     """
+    from harness.diffusion.samplers import read_sampler
+
+    spec, options = read_sampler(sampler)
     # The key of the cache holds what the names stand for: a name that is registered anew gets a new plan.
     return _cached_plan(
-        registry.samplers.get(sampler), registry.objectives.get(objective), schedule, diffusion_steps, steps, eta,
+        spec, tuple(options.items()), registry.objectives.get(objective), schedule, diffusion_steps, steps, eta,
         clip_denoised, spacing, noise_scale,
     )  # fmt: skip
 
@@ -100,6 +105,7 @@ def check_guided_rows(plan: AnyPlan, guidance: Guidance) -> None:
 @functools.lru_cache(maxsize=128)
 def _cached_plan(
     spec: SamplerSpec,
+    options: tuple[tuple[str, Any], ...],
     objective: Objective,
     schedule: str,
     diffusion_steps: int,
@@ -127,6 +133,7 @@ def _cached_plan(
         learned_variance=objective.learned_variance,
         first=first,
         last=last,
+        options=dict(options),
     )
     return make_plan(
         spec.name,

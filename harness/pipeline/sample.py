@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.autoencoders.load import Decoder, load_autoencoder
 from harness.diffusion.sampler_plan import AnyPlan
+from harness.diffusion.samplers import is_adaptive
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.interfaces import Sampler
@@ -38,7 +39,7 @@ from harness.runs import checkpoints
 from harness.runs.posthoc_ema import plan_reconstruction, write_reconstruction
 from harness.runs.provenance import environment
 from harness.runs.run import RUNS_FOLDER, Run, open_run
-from harness.runs.sample_set import SampleRequest, is_adaptive, labels_of, sample_request
+from harness.runs.sample_set import SampleRequest, labels_of, sample_request
 from harness.settings import SampleOptions, keyword_options, only_one
 
 
@@ -167,8 +168,6 @@ def _pictures_of_run(
     group: ProcessGroup,
 ) -> list[Path]:
     """The pictures of --classes; arguments as of `sample_run`."""
-    if request.sampling.ema_width:
-        raise UserError("pictures of --classes are drawn from the EMA with one decay; leave out --ema-width")
     protocol, grid = run.protocol, options.grid or DEFAULT_GRID
     arguments = request.spec.arguments(**request.arguments)
     labels, names = labels_of_classes(
@@ -185,6 +184,8 @@ def _pictures_of_run(
     identity = with_grid(wanted.identity(run), grid)
     plan = plan_of(run.recipe, request.sampling, steps)
     name = f"step{step}-{wanted.short_settings}-{grid}-{files.sha256_json(identity)[:8]}"
+    width = wanted.sampling.ema_width
+    average = f", EMA width {width:g}" if width else ""
     job = PictureJob(
         folder=run.folder / "pictures" / name,
         identity=identity,
@@ -194,7 +195,7 @@ def _pictures_of_run(
         trajectory=options.trajectory,
         plans=((run.backbone, plan),),
         caption=(
-            f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {run.backbone} after {step:,} training steps.",
+            f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {run.backbone} after {step:,} training steps{average}.",
             f"Classifier-free guidance scale = {wanted.sampling.guidance.short}. Sampler: {wanted.sampling.sampler}"
             + ("." if is_adaptive(wanted.sampling.sampler) else f", {steps} steps."),
         ),
@@ -202,7 +203,7 @@ def _pictures_of_run(
     )
 
     def make() -> Sampler:
-        return _sampler_of(run, request, wanted, checkpoint.part("ema"), plan, decoder)
+        return _sampler_of_average(run, request, wanted, checkpoint, plan, decoder, job.folder, group)
 
     description = {"environment": environment(run.resolved.device_name)}
     return draw_pictures(job, make, description, device=lambda: device_of(run, group), group=group)
@@ -307,26 +308,9 @@ def sample_run(
         title=f"sample {wanted.sampling.sampler}" + ("" if is_adaptive(wanted.sampling.sampler) else f"-{steps}"),
     )
 
-    def make_from(weights: Path) -> Sampler:
-        plan = plan_of(run.recipe, request.sampling, steps)
-        return _sampler_of(run, request, wanted, weights, plan, decoder)
-
     def make() -> Sampler:
-        width, base = request.sampling.ema_width, checkpoint.part("ema")
-        if not width:
-            return make_from(base)
-        # Written for the samplers of all processes to read, and not kept: the saved averages give it again.
-        weights = job.folder / f"weights{files.PARTIAL}"
-        if group.is_main:
-            write_reconstruction(plan_reconstruction(run, step, width, checkpoint.sha256("ema")), base, weights)
-        group.barrier("the EMA weights are reconstructed")
-        try:
-            sampler = make_from(weights)
-            group.barrier("the EMA weights are read")
-        finally:
-            if group.is_main:
-                weights.unlink(missing_ok=True)
-        return sampler
+        plan = plan_of(run.recipe, request.sampling, steps)
+        return _sampler_of_average(run, request, wanted, checkpoint, plan, decoder, job.folder, group)
 
     description = {
         "environment": environment(run.resolved.device_name),
@@ -357,3 +341,33 @@ def _sampler_of(
         compile=wanted.compile,
         decoder=decoder,
     )
+
+
+def _sampler_of_average(
+    run: Run,
+    request: Request,
+    wanted: SampleRequest,
+    checkpoint: checkpoints.Checkpoint,
+    plan: AnyPlan,
+    decoder: Decoder | None,
+    folder: Path,  # of what is sampled
+    group: ProcessGroup,
+) -> Sampler:
+    """The sampler of a run's network with the average of its weights that is wanted, reconstructed for an `ema_width`."""
+    width, base = wanted.sampling.ema_width, checkpoint.part("ema")
+    if not width:
+        return _sampler_of(run, request, wanted, base, plan, decoder)
+    # Written for the samplers of all processes to read, and not kept: the saved averages give it again.
+    weights = folder / f"weights{files.PARTIAL}"
+    if group.is_main:
+        with files.explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_reconstruction(plan_reconstruction(run, wanted.step, width, checkpoint.sha256("ema")), base, weights)
+    group.barrier("the EMA weights are reconstructed")
+    try:
+        sampler = _sampler_of(run, request, wanted, weights, plan, decoder)
+        group.barrier("the EMA weights are read")
+    finally:
+        if group.is_main:
+            weights.unlink(missing_ok=True)
+    return sampler

@@ -16,11 +16,12 @@ from typing import Any
 
 from harness import protocols
 from harness.compute import TRAINING_FACTOR
+from harness.diffusion.samplers import has_eta
 from harness.errors import UserError, shown
 from harness.images.open import open_images
 from harness.io import files
 from harness.runs.run import Resolved, recipe_identity
-from harness.runs.sample_set import SampleRequest, has_eta
+from harness.runs.sample_set import SampleRequest
 from harness.runs.samples import read_sidecar, sidecar_path
 from harness.systems.binding import Source
 from harness.systems.spec import System

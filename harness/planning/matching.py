@@ -19,12 +19,12 @@ from typing import Any
 from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.diffusion.sampler_plan import guided_evaluations, not_known
+from harness.diffusion.samplers import is_adaptive
 from harness.errors import UserError
 from harness.planning.reference import Reference
 from harness.planning.request import Match, Request, check_guidance_interval, check_plans, make_request, plan_of
 from harness.protocols import Protocol, Recipe, Sampling
 from harness.runs.run import build_arguments
-from harness.runs.sample_set import is_adaptive
 from harness.settings import DEFAULT_PROTOCOL, PlanOptions, RunOptions, SamplingSettings, TrainOptions, only_one
 from harness.spec import BackboneSpec, Compute
 

@@ -20,12 +20,12 @@ from harness.diffusion.sampler_plan import (
     guided_evaluations,
     sampler_plan,
 )
+from harness.diffusion.samplers import is_adaptive
 from harness.engines.ema import snapshot_steps
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
 from harness.runs.run import Run, RunSpec, build_arguments
-from harness.runs.sample_set import is_adaptive
 from harness.spec import BackboneSpec, Compute
 
 ADAPTIVE_STEPS = (1,)  # the `Sampling.steps` of an adaptive sampler: one sample set; the number means nothing

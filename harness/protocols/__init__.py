@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.diffusion.guidance import Guidance, below_one, read_guidance
+from harness.diffusion.samplers import canonical_sampler
 from harness.errors import UserError, shown
 from harness.io.text import MAX_INT, count
 from harness.registry import protocols, unknown
@@ -98,7 +99,7 @@ class Recipe:
 class Sampling:
     """How samples are made. The defaults are the paper's scaling study (sec. 4: 250 DDPM steps, no guidance)."""
 
-    sampler: str = "ddpm"
+    sampler: str = "ddpm"  # with values of its options, as in "edm-stochastic:20:0.05"
     steps: tuple[int, ...] = (250,)  # each number gives one sample set
     eta: float = 0.0  # share of fresh noise in DDIM; ignored by DDPM
     guidance_scale: float = 1.0  # classifier-free; 1 = none
@@ -116,6 +117,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check_finite(self, "sampling")
+        object.__setattr__(self, "sampler", canonical_sampler(self.sampler))  # equal options have one identity
         for name, known in (
             ("guidance_channels", GUIDANCE_CHANNELS),
             ("label_policy", ("random", "balanced")),

@@ -34,10 +34,16 @@ class StudyRun:
     options: tuple[RunOptions, ...]  # one for each guidance scale; `requests` and `commands` are in the same order
     requests: tuple[Request, ...]
     commands: tuple[tuple[str, ...], ...]  # as words of a command line
+    variant: str = ""  # name of the variant of the study; "": the study has none
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def label(self) -> str:
+        """The name for messages, with the variant, which the name of a run does not tell."""
+        return f"{self.name} ({self.variant})" if self.variant else self.name
 
     @property
     def folder(self) -> Path:
@@ -122,7 +128,7 @@ def expand(study: Study) -> Expansion:
             StudyRun(
                 spec=requests[key][0].run_spec(data), milestones=milestones[key[:2]], options=tuple(of_run),
                 requests=tuple(requests[key]),
-                commands=tuple(_command(study, options) for options in of_run),
+                commands=tuple(_command(study, options) for options in of_run), variant=key[0],
             )
             for key, of_run in options_of.items()
         ),

@@ -195,6 +195,11 @@ class Overview:
     study: Expansion
     rows: tuple[Progress, ...]
 
+    @property
+    def has_variants(self) -> bool:
+        """Whether the study trains and samples its backbones in several ways."""
+        return any(row.run.variant for row in self.rows)
+
     def count(self, state: str) -> int:
         """The number of runs in `state`, one of STATES."""
         return sum(row.state == state for row in self.rows)
@@ -234,6 +239,7 @@ class Overview:
             "runs": [
                 {
                     "name": row.run.name,
+                    **({"variant": row.run.variant} if self.has_variants else {}),
                     "folder": str(row.run.folder),
                     "backbone": row.run.spec.backbone,
                     "seed": row.run.spec.seed,

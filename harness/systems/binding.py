@@ -97,9 +97,9 @@ def load_parts(
     """Match `weights` (name of a part: path) to the system's parts.
 
     entries: name of a part -> entry of its checkpoint, where the file has several that fit. If weights are a run, its
-    backbone, arguments, objective and schedule replace the part's. Raises `UserError` for a part without weights, weights
-    without a part, a file that does not exist, and a run of another kind or number of classes. The decoder's weights are
-    optional, and are not looked at here.
+    backbone, arguments, objective, schedule and noise scale replace the part's. Raises `UserError` for a part without
+    weights, weights without a part, a file that does not exist, and a run of another kind or number of classes. The
+    decoder's weights are optional, and are not looked at here.
     """
     system.check()
     names = [*system.parts, *([DECODER] if system.decoder else [])]
@@ -142,7 +142,7 @@ def load_parts(
 
 def _notes(name: str, before: Component | GuidanceClassifier, after: Component | GuidanceClassifier) -> Iterator[str]:
     """Yields one line for each item of a part that a run has changed, for the user."""
-    for item in ("backbone", "objective", "schedule", "diffusion_steps"):
+    for item in ("backbone", "objective", "schedule", "diffusion_steps", "noise_scale"):
         old, new = getattr(before, item, None), getattr(after, item, None)  # a classifier has no objective
         if old != new:
             yield f"{name}: {item} {new}, as its run was trained; the system has {old}"
@@ -190,6 +190,7 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
         "arguments": build_arguments(spec, run.protocol, objective.out_channels(run.protocol.in_channels)),
         "schedule": recipe.schedule,
         "diffusion_steps": recipe.diffusion_steps,
+        "noise_scale": recipe.noise_scale,
     }
     if isinstance(part, Component):
         if part.conditioning_noise > recipe.conditioning_noise:
@@ -201,11 +202,6 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
         if part.guidance_scale != 1 and recipe.label_dropout == 0:
             raise UserError(
                 f"--weights {name}={folder}: trained without label dropout, which classifier-free guidance needs"
-            )
-        if recipe.noise_scale != 1:
-            raise UserError(
-                f"--weights {name}={folder}: it was trained with noise_scale {recipe.noise_scale:g}, which a system does not "
-                "have; sample it with --run"
             )
         changes["objective"] = recipe.objective
     checkpoint = checkpoints.verify(run.ema_checkpoint(steps))

@@ -15,8 +15,8 @@ it) and a decoder of latents; each component has its sampler, steps and guidance
     backbone = "adm-u-xs"
     conditioning_noise = 0.1
 
-Weights are given when the system is sampled (`binding.py`): as files, or as the folders of runs, whose arguments, schedule
-and objective replace the system's.
+Weights are given when the system is sampled (`binding.py`): as files, or as the folders of runs, whose arguments, objective,
+schedule and noise scale replace the system's.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from harness.diffusion.sampler_plan import (
     not_known,
     sampler_plan,
 )
+from harness.diffusion.samplers import canonical_sampler, is_adaptive
 from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
 from harness.registry import unknown
@@ -54,6 +55,7 @@ class Component:
     objective: str = "epsilon-learned-range"
     schedule: str = "linear"
     diffusion_steps: int = 1000
+    noise_scale: float = 1.0  # factor of the noise that it was trained with, in continuous time
     sampler: str = "ddpm"
     steps: int = 250
     eta: float = 0.0
@@ -64,6 +66,9 @@ class Component:
     truncation: float = 1.0  # for a generator
     conditioning_noise: float = 0.0  # for an upsampler: std of the Gaussian noise that is added to its input image
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", canonical_sampler(self.sampler))  # equal options have one identity
+
     @property
     def spec(self) -> BackboneSpec:
         """The backbone."""
@@ -72,7 +77,7 @@ class Component:
     @property
     def is_adaptive(self) -> bool:
         """Whether the sampler chooses its own steps, so that evaluations are not known before sampling."""
-        return self.spec.kind != "generator" and registry.samplers.get(self.sampler).make is None
+        return self.spec.kind != "generator" and is_adaptive(self.sampler)
 
     @property
     def advances(self) -> int:
@@ -110,7 +115,7 @@ class Component:
         """The plan of the sampler. Raises `UserError` if sampler, schedule and steps do not fit together."""
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
-            objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised,
+            objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised, noise_scale=self.noise_scale,
         )  # fmt: skip
 
     def build_arguments(self) -> dict[str, Any]:
@@ -131,6 +136,7 @@ class GuidanceClassifier:
     arguments: dict[str, Any] = field(default_factory=dict)
     schedule: str = "linear"  # of the noise that it was trained on, which must be the base's
     diffusion_steps: int = 1000
+    noise_scale: float = 1.0
     scale: float = 1.0
 
     @property
@@ -244,9 +250,13 @@ class System:
         data = dataclasses.asdict(self)
         for name in ("summary", "row", "unavailable", "decoder"):
             del data[name]
-        for component in (data["base"], *data["upsamplers"]):
-            if component is not None and not component["guidance_interval"]:  # added later: older identities stay
-                del component["guidance_interval"]
+        for part in (data["base"], data["classifier"], *data["upsamplers"]):
+            for name, default in (
+                ("guidance_interval", ""),
+                ("noise_scale", 1.0),
+            ):  # added later: older identities stay
+                if part is not None and part.get(name) == default:
+                    del part[name]
         return data
 
     @classmethod
@@ -292,7 +302,7 @@ class System:
         if self.decoder and self.upsamplers:
             raise UserError(f"{where}: upsamplers after a decoder are not supported; leave out one of them")
         if self.classifier is not None:
-            for item in ("schedule", "diffusion_steps"):
+            for item in ("schedule", "diffusion_steps", "noise_scale"):
                 of_classifier, of_base = getattr(self.classifier, item), getattr(self.base, item)
                 if of_classifier != of_base:
                     raise UserError(
@@ -356,7 +366,7 @@ def _check_generator(where: str, part: Component) -> None:
     """Raise `UserError` for a truncation out of range, and for settings that only a diffusion has."""
     if not 0 < part.truncation <= 1:
         raise UserError(f"{where}: truncation {part.truncation:g} must lie above 0 and be at most 1")
-    for name in ("eta", "guidance_scale", "guidance_interval", "conditioning_noise", "clip_denoised"):
+    for name in ("eta", "guidance_scale", "guidance_interval", "conditioning_noise", "clip_denoised", "noise_scale"):
         default = Component.__dataclass_fields__[name].default
         if getattr(part, name) != default:
             raise UserError(f"{where}: {name} is a diffusion's, and {part.backbone!r} is a generator; leave it out")
@@ -374,6 +384,8 @@ def _check_sampling(where: str, part: Component) -> None:
             raise UserError(f"{where}: {name} {getattr(part, name):g} must {limit}")
     if not (math.isfinite(part.guidance_scale) and part.guidance_scale >= 1):
         raise UserError(f"{where}: {below_one(part.guidance_scale)}")
+    if not part.noise_scale > 0:
+        raise UserError(f"{where}: noise_scale {part.noise_scale:g} must be positive")
     if part.guidance_channels not in GUIDANCE_CHANNELS:
         raise UserError(f"{where}: {unknown('guidance_channels', part.guidance_channels, GUIDANCE_CHANNELS)}")
     if part.truncation != 1:

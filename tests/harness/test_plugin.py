@@ -318,7 +318,7 @@ def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
         "--set",
         "objective=noise-minus-image",
         "--sampler",
-        "restarted",
+        "restarted:0.50",
         "--sampling-steps",
         "3",
         "--device",
@@ -333,7 +333,11 @@ def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
     record = json.loads(lines[0])
     assert record["training"]["objective"] == "noise-minus-image"
-    assert (record["sampling"]["sampler"], record["sampling"]["evaluations"]) == ("restarted", 3)
+    assert (record["sampling"]["sampler"], record["sampling"]["evaluations"]) == ("restarted:0.5", 3)
+    (samples,) = (tmp_path / "run" / "samples").iterdir()
+    assert "-restarted_0.5-3-n" in samples.name
+    side = json.loads((samples / "samples.json").read_text())
+    assert side["identity"]["sampling"]["sampler"] == "restarted:0.5"
     # without the package, one line that names what is missing
     done = harness("plan", "--backbone", "dit-xs-4", "--protocol", "few.toml", *settings, cwd=place)
     assert done.returncode == 2 and "noise-minus-image" in done.stderr and "Traceback" not in done.stderr
