@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness import registry
-from harness.errors import UserError, shown
+from harness.errors import shown
 from harness.io.text import read_number
 
 INTERVAL_FORM = "LOW-HIGH, as in 0.1-0.8 (0.1- has no upper end, -0.8 no lower one)"
@@ -76,13 +76,10 @@ class Guidance:
 
     @property
     def custom_rule(self) -> GuidanceRule | None:
-        """The rule of a package; None: classifier-free guidance. Raises UserError if it is not installed, or not a rule."""
+        """The rule of a package; None: classifier-free guidance. Raises UserError if it is not installed."""
         if not self.rule:
             return None
-        rule = registry.guidance_rules.get(self.rule)
-        if not isinstance(rule, GuidanceRule):
-            owner = registry.guidance_rules.owner(self.rule)
-            raise UserError(f"{owner}: the guidance rule {self.rule!r} is a {type(rule).__name__}, not a GuidanceRule")
+        rule: GuidanceRule = registry.guidance_rules.get(self.rule)
         return rule
 
     @property
@@ -118,6 +115,14 @@ def read_guidance(value: Any) -> Guidance:
         what = "interval of noise levels" if at else "rule"
         raise ValueError(f"{shown(value)}: the scale 1 is no guidance, so it has no {what}")
     return Guidance(scale, interval, rule)
+
+
+def below_one(scale: float) -> str:
+    """Why a scale of guidance below 1 is refused, for messages."""
+    return (
+        f"guidance scale {scale:g} is below 1; 1 samples with the labels and without guidance, larger scales guide, and "
+        "smaller ones (0: without labels) are not supported"
+    )
 
 
 def read_interval(text: str) -> tuple[float, float]:

@@ -23,8 +23,8 @@ Autoguidance of a base at 8x8 pixels has:
     interval = "0.3-5"
     arguments = { input_size = 8, in_channels = 1, num_classes = 10 }
 
-Weights are given when the system is sampled (`binding.py`): as files, or as the folders of runs, whose arguments, schedule
-and objective replace the system's.
+Weights are given when the system is sampled (`binding.py`): as files, or as the folders of runs, whose arguments, objective,
+schedule and noise scale replace the system's.
 """
 
 from __future__ import annotations
@@ -36,8 +36,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
-from harness.diffusion.guidance import Guidance, read_guidance
-from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, reference_plan, sampler_plan
+from harness.diffusion.guidance import Guidance, below_one, read_guidance
+from harness.diffusion.sampler_plan import (
+    NOMINAL_EVALUATIONS,
+    AnyPlan,
+    check_guided_rows,
+    guided_evaluations,
+    not_known,
+    reference_plan,
+    sampler_plan,
+)
+from harness.diffusion.samplers import canonical_sampler, is_adaptive
 from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
 from harness.registry import unknown
@@ -58,6 +67,7 @@ class Component:
     objective: str = "epsilon-learned-range"
     schedule: str = "linear"
     diffusion_steps: int = 1000
+    noise_scale: float = 1.0  # factor of the noise that it was trained with, in continuous time
     sampler: str = "ddpm"
     steps: int = 250
     eta: float = 0.0
@@ -69,20 +79,33 @@ class Component:
     truncation: float = 1.0  # for a generator
     conditioning_noise: float = 0.0  # for an upsampler: std of the Gaussian noise that is added to its input image
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", canonical_sampler(self.sampler))  # equal options have one identity
+
     @property
     def spec(self) -> BackboneSpec:
         """The backbone."""
         return registry.backbones.get(self.backbone)
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations for one image without guidance: those of the sampler's plan, or 1 for a generator."""
-        return 1 if self.spec.kind == "generator" else self.plan().evaluations
+    def is_adaptive(self) -> bool:
+        """Whether the sampler chooses its own steps, so that evaluations are not known before sampling."""
+        return self.spec.kind != "generator" and is_adaptive(self.sampler)
 
     @property
     def advances(self) -> int:
         """Progress-bar units for one batch: the rows of the sampler's plan, or 1 for a generator."""
-        return self.evaluations
+        return 1 if self.spec.kind == "generator" else self.plan().advances
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one image without guidance: those of the sampler's plan, or 1 for a generator.
+
+        Raises UserError if the sampler is adaptive.
+        """
+        if self.is_adaptive:
+            raise not_known(self.sampler)
+        return self.advances
 
     @property
     def guidance(self) -> Guidance:
@@ -91,18 +114,24 @@ class Component:
 
     @property
     def passes(self) -> int:
-        """Forward passes for one image, with those of guidance by the network itself."""
-        return 1 if self.spec.kind == "generator" else guided_evaluations(self.plan(), self.guidance)
+        """Forward passes for one image, with those of guidance by the network itself.
+
+        Raises UserError if the sampler is adaptive.
+        """
+        passes = 1 if self.spec.kind == "generator" else guided_evaluations(self.plan(), self.guidance)
+        if passes is None:
+            raise not_known(self.sampler)
+        return passes
 
     def compute(self) -> Compute:
         """Compute of one forward pass on one image."""
         return self.spec.count(**self.build_arguments())
 
-    def plan(self) -> SamplerPlan:
+    def plan(self) -> AnyPlan:
         """The plan of the sampler. Raises `UserError` if sampler, schedule and steps do not fit together."""
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
-            objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised,
+            objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised, noise_scale=self.noise_scale,
         )  # fmt: skip
 
     def build_arguments(self) -> dict[str, Any]:
@@ -123,8 +152,9 @@ class WeakNetwork:
     backbone: str
     arguments: dict[str, Any] = field(default_factory=dict)  # of the builder, where they differ from its defaults
     objective: str = "epsilon-learned-range"
-    schedule: str = "linear"  # which must be the base's, as must the number of its steps
+    schedule: str = "linear"  # which must be the base's, as must the number of its steps and the noise scale
     diffusion_steps: int = 1000
+    noise_scale: float = 1.0
     scale: float  # above 1
     interval: str = ""  # of noise levels at which the base is guided, as "0.1-0.8"; "": at all
 
@@ -164,6 +194,7 @@ class GuidanceClassifier:
     arguments: dict[str, Any] = field(default_factory=dict)
     schedule: str = "linear"  # of the noise that it was trained on, which must be the base's
     diffusion_steps: int = 1000
+    noise_scale: float = 1.0
     scale: float = 1.0
 
     @property
@@ -252,33 +283,59 @@ class System:
 
     def weak_plan(self) -> SamplerPlan:
         """The plan of the weak network, with the rows of the base's. Raises UserError if it cannot be sampled there."""
+        from harness.diffusion.plans import SamplerPlan
+
         assert self.base is not None and self.weak is not None
+        plan = self.base.plan()
+        assert isinstance(plan, SamplerPlan)  # `check` has refused a weak network beside an adaptive sampler
         return reference_plan(
-            self.base.plan(), objective=self.weak.objective, schedule=self.weak.schedule,
-            diffusion_steps=self.weak.diffusion_steps,
+            plan, objective=self.weak.objective, schedule=self.weak.schedule,
+            diffusion_steps=self.weak.diffusion_steps, noise_scale=self.weak.noise_scale,
         )  # fmt: skip
 
     @property
     def weak_evaluations(self) -> int:
-        """Evaluations of the weak network for one image: one for each guided row of the base's plan."""
+        """Evaluations of the weak network for one image: one for each guided row of the base's plan.
+
+        Raises UserError if the base's sampler is adaptive.
+        """
         if self.base is None or self.weak is None:
             return 0
-        return guided_evaluations(self.base.plan(), self.weak.guidance) - self.base.evaluations
+        plan = self.base.plan()
+        evaluations = guided_evaluations(plan, self.weak.guidance)
+        if evaluations is None:
+            raise not_known(self.base.sampler)
+        return evaluations - self.base.evaluations
 
     @property
-    def evaluations(self) -> int:
+    def is_adaptive(self) -> bool:
+        """Whether forward passes for an image are not known before sampling."""
+        return any(part.is_adaptive for part in self.components)
+
+    @property
+    def evaluations(self) -> int | None:
         """Forward passes of the components for one image, as in `passes`, and of the weak network.
 
-        Those of a guiding classifier are not included.
+        Those of a guiding classifier are not included. None: not known before sampling.
         """
-        return sum(part.passes for part in self.components) + self.weak_evaluations
+        return None if self.is_adaptive else sum(part.passes for part in self.components) + self.weak_evaluations
 
     def gflops_forward(self) -> float:
         """Gflops of one forward pass of every component, in sum, as in the paper's Table 6."""
         return sum(part.compute().gflops for part in self.components)
 
-    def gflops_image(self) -> float:
-        """Sampling compute of one image in Gflops: with every kind of guidance, without decoding."""
+    def estimated_gflops_image(self) -> float:
+        """As `gflops_image`, and that of NOMINAL_EVALUATIONS where it is not known: to divide work, and for nothing else."""
+        gflops = self.gflops_image()
+        return self.gflops_forward() * NOMINAL_EVALUATIONS if gflops is None else gflops
+
+    def gflops_image(self) -> float | None:
+        """Sampling compute of one image in Gflops: with every kind of guidance, without decoding.
+
+        None: not known before sampling.
+        """
+        if self.is_adaptive:
+            return None
         total = sum(part.compute().gflops * part.passes for part in self.components)
         if self.weak is not None:
             total += self.weak.compute().gflops * self.weak_evaluations
@@ -295,13 +352,13 @@ class System:
         data = dataclasses.asdict(self)
         for name in ("summary", "row", "unavailable", "decoder"):
             del data[name]
-        # Items that were added later are left out where they say nothing: older identities stay.
+        # Items that were added later are left out at their defaults: older identities stay.
         if self.weak is None:
             del data["weak"]
-        for component in (data["base"], *data["upsamplers"]):
-            for name in ("guidance_interval", "guidance_rule"):
-                if component is not None and not component[name]:
-                    del component[name]
+        for part in (data["base"], data.get("weak"), data["classifier"], *data["upsamplers"]):
+            for name, default in (("guidance_interval", ""), ("guidance_rule", ""), ("noise_scale", 1.0)):
+                if part is not None and part.get(name) == default:
+                    del part[name]
         return data
 
     @classmethod
@@ -336,6 +393,11 @@ class System:
             if isinstance(part, Component):
                 check_settings = _check_generator if part.spec.kind == "generator" else _check_sampling
                 check_settings(f"{where}: {name}", part)
+        if self.is_adaptive and len(self.parts) > 1:
+            raise UserError(
+                f"{where}: an adaptive sampler is for systems of one network, because the evaluations of each are counted "
+                "apart; take heun, say, or leave out the other networks"
+            )
         if self.weak is not None:
             self._check_weak(where, self.base, self.weak)
         if self.classifier is not None and not self.classifier.scale > 0:
@@ -421,7 +483,7 @@ def _check_generator(where: str, part: Component) -> None:
     if not 0 < part.truncation <= 1:
         raise UserError(f"{where}: truncation {part.truncation:g} must lie above 0 and be at most 1")
     diffusion = ("eta", "guidance_scale", "guidance_interval", "guidance_rule", "conditioning_noise", "clip_denoised")
-    for name in diffusion:
+    for name in (*diffusion, "noise_scale"):
         default = Component.__dataclass_fields__[name].default
         if getattr(part, name) != default:
             raise UserError(f"{where}: {name} is a diffusion's, and {part.backbone!r} is a generator; leave it out")
@@ -432,12 +494,15 @@ def _check_sampling(where: str, part: Component) -> None:
     arguments = part.spec.arguments(**part.arguments)
     for name, least, most in (
         ("eta", 0.0, 1.0),
-        ("guidance_scale", 1.0, math.inf),
         ("conditioning_noise", 0.0, math.inf),
     ):
         if not least <= getattr(part, name) <= most:
             limit = f"lie in {least:g} to {most:g}" if most < math.inf else f"be at least {least:g}"
             raise UserError(f"{where}: {name} {getattr(part, name):g} must {limit}")
+    if not (math.isfinite(part.guidance_scale) and part.guidance_scale >= 1):
+        raise UserError(f"{where}: {below_one(part.guidance_scale)}")
+    if not part.noise_scale > 0:
+        raise UserError(f"{where}: noise_scale {part.noise_scale:g} must be positive")
     if part.guidance_channels not in GUIDANCE_CHANNELS:
         raise UserError(f"{where}: {unknown('guidance_channels', part.guidance_channels, GUIDANCE_CHANNELS)}")
     if part.truncation != 1:
@@ -449,10 +514,12 @@ def _check_sampling(where: str, part: Component) -> None:
         raise UserError(f"{where}: {part.backbone!r} has no null label, which classifier-free guidance needs")
     if not 1 <= part.steps <= part.diffusion_steps:
         raise UserError(f"{where}: {part.steps} sampling steps do not lie in 1 to {part.diffusion_steps}")
+    if part.is_adaptive and part.steps != Component.steps:
+        raise UserError(f"{where}: {part.sampler} chooses its own steps; leave out steps, and --sampling-steps")
     _check_guidance(where, part.plan(), part.guidance, interval="guidance_interval")
 
 
-def _check_guidance(where: str, plan: SamplerPlan, guidance: Guidance, *, interval: str) -> None:
+def _check_guidance(where: str, plan: AnyPlan, guidance: Guidance, *, interval: str) -> None:
     """Raise `UserError` for a rule or an interval that cannot be read or that guides nothing. interval: name of its item."""
     item, value = (interval, guidance.interval) if guidance.interval else ("guidance_rule", guidance.rule)
     try:
@@ -466,7 +533,7 @@ def _check_guidance(where: str, plan: SamplerPlan, guidance: Guidance, *, interv
 
 def _check_process(where: str, guiding: WeakNetwork | GuidanceClassifier, base: Component) -> None:
     """Raise `UserError` if a network that guides the base was trained on another process than the base."""
-    for item in ("schedule", "diffusion_steps"):
+    for item in ("schedule", "diffusion_steps", "noise_scale"):
         of_guiding, of_base = getattr(guiding, item), getattr(base, item)
         if of_guiding != of_base:
             raise UserError(

@@ -241,16 +241,25 @@ def test_a_rule_that_returns_no_image_is_refused_in_both_loops():
         run_jax(plan, rows, network(jnp, plan, good), guide)
 
 
-def test_an_item_that_is_no_rule_is_named():
-    class Other:
-        name = "other"
+def test_an_adaptive_sampler_has_no_rule_of_a_package():
+    plan = sampler_plan("dopri5", 1, schedule="flow", objective="velocity", diffusion_steps=1000)
+    assert guided_evaluations(plan, Guidance(2.0, "", "rescaled")) is None
+    for refused in (check_guided_rows, lambda plan, guidance: plan.segments(guidance)):
+        with pytest.raises(UserError, match="guidance 2:rescaled: a rule .* dopri5 chooses its own") as error:
+            refused(plan, Guidance(2.0, "", "rescaled"))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="unknown guidance rule"):
+        check_guided_rows(plan, Guidance(2.0, "", "not-installed"))
 
-    registry.guidance_rules.register(Other(), "a package")
-    try:
-        with pytest.raises(UserError, match="a package: the guidance rule 'other' is a Other, not a GuidanceRule"):
-            _ = Guidance(2.0, "", "other").custom_rule
-    finally:
-        del registry.guidance_rules._items["other"], registry.guidance_rules._owners["other"]
+
+def test_the_plan_of_a_reference_has_the_scale_of_the_noise():
+    settings = {"schedule": "flow", "diffusion_steps": 1000, "noise_scale": 2.0}
+    plan = sampler_plan("heun", 5, objective="epsilon-fixed", **settings)
+    same = reference_plan(plan, objective="epsilon-fixed", **settings)
+    for name in ("x0_from_x", "x0_from_output"):
+        np.testing.assert_array_equal(getattr(same, name), getattr(plan, name))
+    plain = reference_plan(plan, objective="epsilon-fixed", schedule="flow", diffusion_steps=1000)
+    assert not np.allclose(plain.x0_from_output, plan.x0_from_output)
 
 
 @pytest.mark.parametrize(

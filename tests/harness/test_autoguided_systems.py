@@ -129,6 +129,13 @@ def test_a_file_states_it_and_the_identity_of_other_systems_stays():
     system.check()
     assert system.guidance == Guidance(2.0, "0.3-") and list(system.parts) == ["base", "weak"]
     assert System.from_dict(system.as_dict()).weak == system.weak
+    assert "noise_scale" not in system.as_dict()["weak"]
+    louder = replace(
+        system, base=replace(BASE, **FLOW, sampler="heun", noise_scale=2.0), weak=replace(WEAK, **FLOW, noise_scale=2.0)
+    )
+    louder.check()
+    np.testing.assert_array_equal(louder.weak_plan().x0_from_output, louder.base.plan().x0_from_output)
+    assert System.from_dict(louder.as_dict()).weak == louder.weak
     plain = replace(system, weak=None)
     assert "weak" not in plain.as_dict() and "guidance_rule" not in plain.as_dict()["base"]
     assert System.from_dict(plain.as_dict()).weak is None
@@ -138,6 +145,8 @@ BASE, WEAK = (
     Component(backbone="dit-xs-2", arguments=SMALL, steps=5),
     WeakNetwork(backbone="dit-xs-4", arguments=SMALL, scale=2.0),
 )
+FLOW = {"objective": "velocity", "schedule": "flow"}  # of both networks
+ODE = {**FLOW, "sampler": "dopri5", "steps": Component.steps}
 CLASSIFIER = GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL)
 
 
@@ -152,6 +161,12 @@ CLASSIFIER = GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL)
             "the weak network was trained on noise of schedule cosine, and the base that it guides has linear",
         ),
         ({"weak": replace(WEAK, diffusion_steps=500)}, "of diffusion_steps 500, and the base that it guides has 1000"),
+        ({"base": replace(BASE, **FLOW, sampler="heun", noise_scale=2.0), "weak": replace(WEAK, **FLOW)}, "noise_scale 1.0, and .* 2.0"),
+        ({"base": replace(BASE, **ODE), "weak": replace(WEAK, **FLOW)}, "an adaptive sampler is for systems of one network"),
+        (
+            {"base": replace(BASE, **ODE, guidance_rule="mine", guidance_scale=2.0), "weak": None},
+            "unknown guidance rule 'mine'",
+        ),
         ({"weak": replace(WEAK, objective="velocity")}, "velocity needs a schedule in continuous time"),
         ({"weak": replace(WEAK, arguments={**SMALL, "input_size": 16})}, "has input_size 16 and the base that it guides 8"),
         ({"weak": replace(WEAK, arguments={**SMALL, "num_classes": 7})}, "weak has 7 classes"),

@@ -214,7 +214,7 @@ def test_a_rule_counts_the_evaluations_that_it_declares(flow, home):
     assert (record.sampling.guidance_rule, record.sampling.evaluations) == ("labelled", 7)
     assert guidance_text(record) == "1.5:labelled (all)" and has_other_guidance(record)
     (folder,) = path.parent.glob("samples/*")
-    assert folder.name.startswith("step1-two-a-step4-cfg1.5-labelled-n100-")
+    assert folder.name.startswith("step1-two-a-step4-cfg1.5_labelled-n100-")
     identity = json.loads((folder / "samples.json").read_text())["identity"]
     assert identity["sampling"]["guidance_rule"] == "labelled"
 

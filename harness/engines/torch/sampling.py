@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from harness.diffusion import adaptive
+from harness.diffusion.adaptive import AdaptivePlan
 from harness.diffusion.guidance import NO_GUIDANCE, Guidance, extrapolated
 from harness.diffusion.plans import SamplerPlan
-from harness.diffusion.sampler_plan import guided_evaluations, guided_rows
+from harness.diffusion.sampler_plan import AnyPlan, guided_evaluations, guided_rows
 from harness.engines.guidance import check_guidance
 from harness.engines.torch.compiling import check_available, compile_sampler
+from harness.engines.torch.ode import solve
 from harness.engines.torch.resolve import autocast, set_arithmetic
 from harness.engines.torch.sampler import (
     ImageGuidance,
@@ -63,10 +66,18 @@ class WeakGuide(NamedTuple):
     macs: int  # of one evaluation
 
 
-class _Caller:
-    """A network whose batches are computed in one or several calls."""
+class _CalledNetwork:
+    """A network on its device, called with as many images at once as suit it."""
 
-    def __init__(self, net: torch.nn.Module, macs: int, *, precision: str, device: torch.device, compile: str):
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        macs: int,  # of one evaluation
+        *,
+        precision: str,
+        device: torch.device,
+        compile: str,  # "on" or "off"
+    ):
         self._net: Callable[..., torch.Tensor] = net.to(device).eval().requires_grad_(False)
         if compile == "on":
             check_available(device)
@@ -75,17 +86,17 @@ class _Caller:
         self._max_images: int | None = None  # in one call of the network; None: any number
         if device.type == "cpu":
             self._max_images = max(1, int(CALL_MACS / max(macs, 1)))
-        self._equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
+        self.equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
 
-    def __call__(self, arguments: Sequence[torch.Tensor], same_size_as: int | None = None) -> torch.Tensor:
-        """The network's output float32 for arguments (N, ...).
+    def __call__(self, *arguments: torch.Tensor, same_size_as: int | None = None) -> torch.Tensor:
+        """The network's output float32. arguments: its inputs, with the images first.
 
         same_size_as: if compiled, the calls have the size of those for a batch of this many images, of which N is a
-        multiple; None: only as few as possible.
+        multiple; None: they are as few as possible.
         """
         count = len(arguments[0])
         calls = self._call_count(count)
-        if self._equal_sizes and same_size_as is not None:
+        if self.equal_sizes and same_size_as is not None:
             calls = count // same_size_as * self._call_count(same_size_as)
         inputs = zip(*(tensor.tensor_split(calls) for tensor in arguments), strict=True)
         with autocast(self._device, self._precision):
@@ -96,7 +107,7 @@ class _Caller:
         if self._max_images is None:
             return 1
         calls = max(1, math.ceil(count / self._max_images))
-        while self._equal_sizes and count % calls:
+        while self.equal_sizes and count % calls:
             calls += 1
         return calls
 
@@ -122,10 +133,11 @@ class TorchStage:
         number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
         compile: str = "off",  # or "on"
     ):
-        self._net = _Caller(net, spec.count(**arguments).macs, precision=precision, device=device, compile=compile)
+        settings: dict[str, Any] = {"precision": precision, "device": device, "compile": compile}
+        self._net = _CalledNetwork(net, spec.count(**arguments).macs, **settings)
         self._weak, self._weak_plan = None, plan
         if weak is not None:
-            self._weak = _Caller(weak.net, weak.macs, precision=precision, device=device, compile=compile)
+            self._weak = _CalledNetwork(weak.net, weak.macs, **settings)
             self._weak_plan = weak.plan
         self._classifier = None if classifier is None else classifier.to(device).eval().requires_grad_(False)
         self._plan, self._precision, self._device, self._stage_number = plan, precision, device, number
@@ -168,7 +180,7 @@ class TorchStage:
                 arguments.append(low_res.repeat(len(x) // len(low_res), 1, 1, 1))  # guidance doubles the batch
             # With an interval, a guided row has twice the images of another, and is computed in twice as many calls.
             mixed = self._guided_rows.any() and not self._guided_rows.all()
-            return self._net(arguments, same_size_as=len(index) if mixed else None)
+            return self._net(*arguments, same_size_as=len(index) if mixed else None)
 
         def logits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             assert self._classifier is not None
@@ -198,7 +210,7 @@ class TorchStage:
             return call(x, t, y)
 
         if weak is not None:
-            return predict, guided_image(lambda x, t: weak([x, t, y]), self._weak_plan, scale, extrapolated, rows)
+            return predict, guided_image(lambda x, t: weak(x, t, y), self._weak_plan, scale, extrapolated, rows)
         if rule is None:
             return guided(call, y, scale, channels, self._null_label, rows), None
         check_guidance(scale, channels, self._null_label, needs_null_label=rule.evaluations == 2)
@@ -211,6 +223,67 @@ class TorchStage:
                 return call(x, t, unlabelled)
 
         return predict, guided_image(reference, self._plan, scale, rule.combine, rows, channels)
+
+
+class TorchOdeStage:
+    """A denoiser under an adaptive plan, with or without classifier-free guidance."""
+
+    evaluations = None  # each image has its own
+    rows = adaptive.PROGRESS_UNITS
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        net: torch.nn.Module,
+        plan: AdaptivePlan,
+        *,
+        arguments: dict[str, Any],
+        precision: str,
+        device: torch.device,
+        guidance: Guidance = NO_GUIDANCE,
+        guidance_channels: str = "all",
+        compile: str = "off",  # or "on"
+    ):
+        macs = spec.count(**arguments).macs
+        self._net = _CalledNetwork(net, macs, precision=precision, device=device, compile=compile)
+        self._plan, self._precision, self._device = plan, precision, device
+        self._segments = plan.segments(guidance)
+        self._guidance = (guidance.scale, guidance_channels, spec.null_index(arguments["num_classes"]))
+        self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
+        self.counts = np.zeros(0, np.int64)  # (N,): network evaluations of the images of the last `draw`
+
+    def draw(
+        self,
+        seed: int,
+        index: torch.Tensor,
+        y: torch.Tensor,
+        low_res: torch.Tensor | None,
+        advance: Callable[[], None],
+        rows: Sequence[int] = (),
+        watch: Callable[[torch.Tensor], None] = lambda x0: None,
+    ) -> torch.Tensor:
+        """Images, or latents of a latent-space network: float32 (N, C, H, W). Arguments as of `TorchStage.draw`.
+
+        low_res: None, and rows: empty, because no upsampler has this sampler and it has no rows. `advance` is called
+        PROGRESS_UNITS times.
+        """
+        assert low_res is None and not rows
+        set_arithmetic(self._device, self._precision)
+        scale, rule, null_label = self._guidance
+
+        def predict(x: torch.Tensor, t: torch.Tensor, which: torch.Tensor, is_guided: bool) -> torch.Tensor:
+            count = len(x)
+            if self._net.equal_sizes and count < len(index):  # fill up the batch, so as not to compile anew
+                filled = torch.arange(len(index), device=x.device).clamp(max=count - 1)
+                x, t, which = x[filled], t[filled], which[filled]
+            net = guided(self._net, y[which], scale if is_guided else 1.0, rule, null_label)
+            return net(x, t, 0)[:count]
+
+        progress = adaptive.Progress(advance)
+        x = random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape)  # (N, C, H, W)
+        x, self.counts = solve(predict, self._plan, self._segments, x, progress.reach)
+        progress.reach(1.0)
+        return x
 
 
 class TorchGenerator:
@@ -260,7 +333,7 @@ class TorchSampler:
         self,
         spec: BackboneSpec,
         net: torch.nn.Module,
-        plan: SamplerPlan,
+        plan: AnyPlan,
         sampling: Sampling,
         *,
         arguments: dict[str, Any],
@@ -270,15 +343,25 @@ class TorchSampler:
         compile: str = "off",
         batch: int | None = None,  # if compiled, a smaller batch is filled up to this size, so as not to compile anew
     ):
-        stage = TorchStage(
-            spec, net, plan, arguments=arguments, precision=precision, device=device,
-            guidance=sampling.guidance, guidance_channels=sampling.guidance_channels, compile=compile,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "arguments": arguments, "precision": precision, "device": device, "compile": compile,
+            "guidance": sampling.guidance, "guidance_channels": sampling.guidance_channels,
+        }  # fmt: skip
+        stage: TorchStage | TorchOdeStage
+        if isinstance(plan, AdaptivePlan):
+            stage = TorchOdeStage(spec, net, plan, **settings)
+        else:
+            stage = TorchStage(spec, net, plan, **settings)
         self._chain = TorchChain(
             [stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device,
             fill=batch if compile == "on" else None,
         )  # fmt: skip
         self.evaluations = self._chain.evaluations
+
+    @property
+    def counts(self) -> np.ndarray:
+        """See `harness.engines.interfaces.Sampler`."""
+        return self._chain.counts
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
@@ -300,7 +383,7 @@ class TorchChain:
 
     def __init__(
         self,
-        stages: Sequence[TorchStage | TorchGenerator],
+        stages: Sequence[TorchStage | TorchOdeStage | TorchGenerator],
         decode: Callable[[torch.Tensor], torch.Tensor] | None,  # latents (N, C, h, w) -> images (N, 3, H, W)
         *,
         seed: int,
@@ -310,7 +393,12 @@ class TorchChain:
     ):
         self._stages, self._decode, self._fill = tuple(stages), decode, fill
         self._seed, self._rule, self._device = seed, uint8_rule, device
-        self.evaluations = sum(stage.evaluations for stage in stages)
+        self.evaluations: int | None = (
+            None  # an adaptive stage is the only one: see `harness.systems.spec.System.check`
+        )
+        if not isinstance(self._stages[0], TorchOdeStage):
+            self.evaluations = sum(stage.evaluations for stage in stages if stage.evaluations is not None)
+        self.counts = np.zeros(0, np.int64)
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
@@ -339,6 +427,8 @@ class TorchChain:
             )  # (N, C, H, W)  # fmt: skip
             first += stage.rows
         assert x is not None  # there is at least one stage
+        if isinstance(stage, TorchOdeStage):
+            self.counts = stage.counts[:batch]
         return self._to_images(x[:batch]), predicted
 
     def _to_images(self, x: torch.Tensor) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from harness.autoencoders.load import Decoder
+from harness.diffusion.adaptive import AdaptivePlan
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.torch import resolve
-from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage, WeakGuide
+from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchOdeStage, TorchStage, WeakGuide
 from harness.systems.binding import LoadedSystem, read_network
 from harness.systems.spec import Component
 
@@ -41,7 +44,7 @@ def make_chain(
         net = read_network(system.weak, loaded.sources["weak"])
         weak = WeakGuide(net, system.weak_plan(), system.weak.compute().macs)
 
-    def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchGenerator:
+    def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchOdeStage | TorchGenerator:
         """The sampler of component `number` of the system, with `net`, its network."""
         arguments = stage.spec.arguments(**stage.build_arguments())
         if stage.spec.kind == "generator":
@@ -52,21 +55,23 @@ def make_chain(
                 precision=precision,
                 device=target,
             )
+        plan = stage.plan()
+        settings: dict[str, Any] = {
+            "arguments": arguments, "precision": precision, "device": target, "compile": compile,
+            "guidance": system.guidance if number == 0 else stage.guidance, "guidance_channels": stage.guidance_channels,
+        }  # fmt: skip
+        if isinstance(plan, AdaptivePlan):
+            return TorchOdeStage(stage.spec, net, plan, **settings)
         return TorchStage(
             stage.spec,
             net,
-            stage.plan(),
-            arguments=arguments,
-            precision=precision,
-            device=target,
-            guidance=system.guidance if number == 0 else stage.guidance,
-            guidance_channels=stage.guidance_channels,
+            plan,
+            **settings,
             weak=weak if number == 0 else None,
             classifier=classifier if number == 0 else None,  # it guides the base alone
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
             conditioning_noise=stage.conditioning_noise,
             number=number,
-            compile=compile,
         )
 
     stages = [
