@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from harness import registry
 from harness.errors import shown
 from harness.io.text import read_number
 
@@ -77,10 +76,9 @@ class Guidance:
     @property
     def custom_rule(self) -> GuidanceRule | None:
         """The rule of a package; None: classifier-free guidance. Raises UserError if it is not installed."""
-        if not self.rule:
-            return None
-        rule: GuidanceRule = registry.guidance_rules.get(self.rule)
-        return rule
+        from harness import registry  # which takes the type of its rules from this module
+
+        return registry.guidance_rules.get(self.rule) if self.rule else None
 
     @property
     def evaluations(self) -> int:

@@ -241,6 +241,13 @@ def test_a_rule_that_returns_no_image_is_refused_in_both_loops():
         run_jax(plan, rows, network(jnp, plan, good), guide)
 
 
+def test_an_item_that_is_no_rule_is_refused():
+    other = type("Other", (), {"name": "other"})()
+    with pytest.raises(UserError, match="a package: 'other' is a Other, not a GuidanceRule"):
+        registry.guidance_rules.register(other, "a package")
+    assert "other" not in registry.guidance_rules
+
+
 def test_an_adaptive_sampler_has_no_rule_of_a_package():
     plan = sampler_plan("dopri5", 1, schedule="flow", objective="velocity", diffusion_steps=1000)
     assert guided_evaluations(plan, Guidance(2.0, "", "rescaled")) is None
