@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from harness.diffusion.guidance import GuidanceRule
+from harness.diffusion.guidance_rules import GuidanceRule
 from harness.errors import LONGEST_SHOWN, UserError, shown
 from harness.spec import BackboneSpec
 

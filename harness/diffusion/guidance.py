@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from harness import registry
+from harness.diffusion.guidance_rules import RULE_NAME, GuidanceRule
 from harness.errors import shown
 from harness.io.text import read_number
 
 INTERVAL_FORM = "LOW-HIGH, as in 0.1-0.8 (0.1- has no upper end, -0.8 no lower one)"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_RULE = r"[A-Za-z0-9][A-Za-z0-9._+-]*"  # what a name may be, so that SCALE:RULE@LOW-HIGH can be read
 
 
 def extrapolated(conditional: Any, unconditional: Any, scale: float, *_: Any) -> Any:
@@ -28,29 +28,6 @@ def extrapolated(conditional: Any, unconditional: Any, scale: float, *_: Any) ->
     output, so outputs of one kind of prediction, of one network or of two, may be combined in their place.
     """
     return unconditional + scale * (conditional - unconditional)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidanceRule:
-    """A rule of guidance that a package brings, as an item of the entry points `harness.guidance`.
-
-    combine: function of (conditional, unconditional, scale, sigma, the module of the arrays) that returns the guided image
-    float32 (N, C, H, W). The first two are the images D predicted with the label and without it, of the same form and not
-    yet clamped. scale: a float. sigma: the noise level of the row, a float or a scalar array, which may be infinite. The
-    module is torch or jax.numpy, so plain arithmetic runs in both. Only rows that are guided call it.
-    evaluations: of the network in a guided row: 2, or 1 for a rule without `unconditional`, which then is None.
-    """
-
-    name: str
-    summary: str = ""
-    combine: Callable[[Any, Any, float, Any, Any], Any]
-    evaluations: int = 2
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(_RULE, self.name):
-            raise ValueError(f"{shown(self.name)} is no name of a guidance rule: letters, digits and . _ + - alone")
-        if self.evaluations not in (1, 2):
-            raise ValueError(f"guidance rule {self.name}: evaluations is 1 or 2, not {shown(self.evaluations)}")
 
 
 @dataclass(frozen=True)
@@ -76,8 +53,6 @@ class Guidance:
     @property
     def custom_rule(self) -> GuidanceRule | None:
         """The rule of a package; None: classifier-free guidance. Raises UserError if it is not installed."""
-        from harness import registry  # which takes the type of its rules from this module
-
         return registry.guidance_rules.get(self.rule) if self.rule else None
 
     @property
@@ -106,7 +81,7 @@ def read_guidance(value: Any) -> Guidance:
     text, at, interval = value.partition("@") if isinstance(value, str) else (value, "", "")
     scale_text, colon, rule = text.partition(":") if isinstance(text, str) else (text, "", "")
     scale = read_number(scale_text)
-    if colon and not re.fullmatch(_RULE, rule):
+    if colon and not re.fullmatch(RULE_NAME, rule):
         raise ValueError(f"{shown(value)}: {shown(rule)} is no name of a guidance rule: give SCALE:NAME")
     interval = interval_text(*read_interval(interval)) if at else ""
     if scale == 1 and (colon or at):

@@ -112,7 +112,7 @@ class Sampling:
     spacing: str = field(default="", metadata=ADDED_LATER)
     # Of noise levels sigma at which guidance is applied: "0.1-0.8", "0.3-" (`harness.diffusion.guidance`); "": at all.
     guidance_interval: str = field(default="", metadata=ADDED_LATER)
-    # Name of a package's rule (`harness.diffusion.guidance.GuidanceRule`); "": classifier-free guidance.
+    # Name of a package's rule (`harness.diffusion.guidance_rules.GuidanceRule`); "": classifier-free guidance.
     guidance_rule: str = field(default="", metadata=ADDED_LATER)
     # Width (sigma_rel) of the average of the weights, reconstructed from a run with `ema_widths`; 0: the average "ema".
     ema_width: float = field(default=0.0, metadata=ADDED_LATER)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from harness import registry
-from harness.diffusion.guidance import Guidance, GuidanceRule, extrapolated, read_guidance
+from harness.diffusion.guidance import Guidance, extrapolated, read_guidance
+from harness.diffusion.guidance_rules import GuidanceRule
 from harness.diffusion.sampler_plan import (
     check_guided_rows,
     guided_evaluations,

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from harness import registry
 from harness.cli import group
 from harness.data.digits import load
-from harness.diffusion.guidance import GuidanceRule
+from harness.diffusion.guidance_rules import GuidanceRule
 from harness.diffusion.samplers import SamplerSpec
 from harness.runs.samples import write_samples
 from reports.deviations import has_other_guidance

@@ -30,7 +30,7 @@ Predict = Callable[[Array, Array, Array], Array]  # (x (N, C, H, W), t (N,), pla
 Guide = Callable[[Array, Array], Array]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
 # (D, x, plan row) -> the guided D, each (N, C, H, W) and not yet clamped
 ImageGuidance = Callable[[Array, Array, Array], Array]
-# (conditional, unconditional, scale, sigma, jax.numpy) -> guided, as in `harness.diffusion.guidance.GuidanceRule`
+# (conditional, unconditional, scale, sigma, jax.numpy) -> guided, as in `harness.diffusion.guidance_rules.GuidanceRule`
 Combine = Callable[[Array, Array | None, float, Array, ModuleType], Array]
 
 

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jax.stages import Wrapped
 
 from harness.diffusion.adaptive import AdaptivePlan
-from harness.diffusion.guidance import NO_GUIDANCE, Guidance, GuidanceRule, extrapolated
+from harness.diffusion.guidance import NO_GUIDANCE, Guidance, extrapolated
+from harness.diffusion.guidance_rules import GuidanceRule
 from harness.diffusion.plans import SamplerPlan
 from harness.diffusion.sampler_plan import AnyPlan, guided_evaluations, guided_rows
 from harness.engines.guidance import check_guidance, divergence_error

@@ -25,7 +25,7 @@ Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 Guide = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W), t (N,)) -> (N, C, H, W)
 # (D, x, plan row) -> the guided D, each (N, C, H, W) and not yet clamped
 ImageGuidance = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-# (conditional, unconditional, scale, sigma, torch) -> guided, as in `harness.diffusion.guidance.GuidanceRule`
+# (conditional, unconditional, scale, sigma, torch) -> guided, as in `harness.diffusion.guidance_rules.GuidanceRule`
 Combine = Callable[[torch.Tensor, torch.Tensor | None, float, float, ModuleType], torch.Tensor]
 CHECK_EVERY_ROWS = 50  # whether x is finite: a check waits for the accelerator
 

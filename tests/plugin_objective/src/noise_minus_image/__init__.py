@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from harness.diffusion.guidance import GuidanceRule
+from harness.diffusion.guidance_rules import GuidanceRule
 from harness.diffusion.objectives import Objective, Target
 from harness.diffusion.samplers import SamplerOption, SamplerSpec
 
