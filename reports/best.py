@@ -9,8 +9,11 @@ from results.metrics import shared_direction
 BEST, TIE = "best", "tie"
 PUBLISHED_RULE = "of the published values the best as printed (they have no interval)"
 MEASURED_RULE = (
-    "of the measured values the best; a gap of at most the root of the sum of the squared 95 % half-widths of sampling "
-    "is a tie (of these checkpoints, not of the backbones; a value without an interval counts as exact)"
+    "of the measured values the best; a gap within the noise of sampling is a tie (of these checkpoints, not of the "
+    "backbones; a value without an interval counts as exact). All rows of a column are compared at once (Tukey's test in "
+    "the form of Games and Howell: the root of the sum of the squared 95 % half-widths, times the ratio of 95 % quantiles of "
+    "the studentized range of all rows and of two), so among equals some row is set behind the best in at most 5 % of tables, "
+    "for each metric"
 )
 
 
@@ -40,7 +43,7 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
             leading = [
                 index
                 for index, record in candidates
-                if record.value == leader.value or (not is_published and within_noise(leader, record))
+                if record.value == leader.value or (not is_published and within_noise(leader, record, len(candidates)))
             ]
             for index in leading:
                 marks[index][metric] = BEST if len(leading) == 1 else TIE

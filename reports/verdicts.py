@@ -21,8 +21,10 @@ RULE = (
     f"{100 * TOLERANCE:g} %, at the same sampler, steps and guidance, the best one (where two are each other's best "
     "opponent, only the better one has a line). Difference: with the largest gap that is a tie. "
     f"Of training seeds: {SEEDS_RULE.partition(': ')[2]}. Of these checkpoints: {SAMPLING_RULE.partition(': ')[2]}. "
-    "Lines are tested one by one: of twenty ties one shows a win or a loss by chance, and the best of many opponents "
-    "is the luckiest of them."
+    "Where a metric and way of sampling has more than two experiments with an opponent, all of them are compared at once "
+    "(Tukey's test in the form of Games and Howell: the noise of a pair times the ratio of 95 % quantiles of the "
+    "studentized range of all and of two), so among equals some line shows a win or a loss in at most 5 % of tables, for "
+    "each metric and way of sampling."
 )
 
 
@@ -47,7 +49,7 @@ def _section(comparable: Matchups, verdicts: Sequence[tuple[Matchup, Verdict]]) 
         remarks.append(
             f"{comparable.alone} of {comparable.experiments} trained experiments have no opponent of the same compute."
         )
-    if len(verdicts) == MAX_LINES:
+    if comparable.left_out or comparable.skipped:
         words = f" and {comparable.skipped} further metrics and ways of sampling" if comparable.skipped else ""
         remarks.append(
             f"Lines after the first {MAX_LINES}{words} are left out: `harness compare A B` compares any two runs."

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 
+import numpy as np
 import pytest
 
 from reports.best import best_marks
@@ -38,10 +39,22 @@ def test_the_best_is_marked_and_a_gap_inside_the_noise_is_a_tie(record):
     # half-widths of 0.5 each: a gap of 0.70 is within sqrt(0.5), one of 0.72 is not
     assert _marks([record(value=12.0, system="a"), record(value=12.72, system="b")]) == {"a": "best", "b": None}
     assert _marks([record(value=12.0, system="a"), record(value=12.70, system="b")]) == {"a": "tie", "b": "tie"}
-    three = [record(value=value, system=name) for name, value in (("a", 12.0), ("b", 12.6), ("c", 13.0))]
+    three = [
+        record(value=value, system=name) for name, value in (("a", 12.0), ("b", 12.8), ("c", 13.0))
+    ]  # 0.86 of three
     assert _marks(three) == {"a": "tie", "b": "tie", "c": None}  # tied is who ties with the best, not with the others
     higher = [record("precision", value, half=0.01, system=name) for name, value in (("a", 0.7), ("b", 0.8))]
     assert _marks(higher, ("precision", "")) == {"a": None, "b": "best"}
+
+
+def test_among_twelve_equals_a_row_is_set_behind_the_best_in_five_percent_of_tables(record):
+    """65 % of 250 tables when rows were compared one by one, 2 % of 250 now."""
+    random, tables, behind = np.random.RandomState(0), 50, 0
+    for _ in range(tables):
+        values = 12 + 0.5 / 2.093 * random.randn(12)  # half-widths of 0.5
+        made = [record(value=float(value), system=f"s{index:02}") for index, value in enumerate(values)]
+        behind += None in _marks(made).values()
+    assert behind / tables <= 0.05 + 4 * (0.05 * 0.95 / tables) ** 0.5
 
 
 def test_the_rule_of_ties_is_that_of_comparisons(record):
@@ -70,6 +83,7 @@ def test_marks_reach_every_format(record):
     assert to_latex(table).count(r"\textbf{12.0}$^{=}$ {[}11.5, 12.5{]}") == 1
     assert [row["fd_mark"] for row in _data(table)] == ["tie", "tie"]
     assert any("Bold with =: tied" in text for text in table.sections[0].remarks)
+    assert any("All rows of a column are compared at once" in text for text in table.sections[0].remarks)
     table = protocol_table("digits", [record(value=12.0, system="a"), record(value=15.0, system="b")])
     assert (
         "**12.0** \\[11.5, 12.5\\]" in to_markdown(table) and "=" not in to_markdown(table).partition("**12.0**")[2][:6]

@@ -87,7 +87,7 @@ def test_the_table_says_by_how_much_and_by_which_rule(trained):
     (line,) = section.lines
     cells = dict(zip(section.columns, line.cells, strict=True))
     assert (cells["System"], cells["Best opponent"]) == ("a (800 steps, seed 0)", "b (800 steps, seed 0)")
-    assert (cells["Difference"], cells["Verdict"], cells["If trained again"]) == ("-8 \u00b1 0.71", "win", "win")
+    assert (cells["Difference"], cells["Verdict"], cells["If trained again"]) == ("-8 \u00b1 0.71", "win", "unknown")
     assert cells["Value"] == "12.0 [11.5, 12.5]" and cells["Opponent differs in"] == "framework jax (here torch)"
     assert "differs by at most 2 %" in section.remarks[0] and "1 of 3 trained experiments" in section.remarks[1]
     (row,) = csv.DictReader(io.StringIO(to_csv(table)))
@@ -117,6 +117,22 @@ def test_of_very_many_lines_the_rest_is_counted(trained):
     assert "and 1 further metrics and ways of sampling are left out" in section.remarks[-1]
     (section,) = verdict_table(records[-2:]).sections
     assert len(section.lines) == 1 and "left out" not in " ".join(section.remarks)
+
+
+def test_exactly_as_many_lines_as_fit_leave_nothing_out(trained):
+    records = [trained(f"s{index}", 100.0, 10.0 + index) for index in range(MAX_LINES + 1)]
+    (section,) = verdict_table(records).sections
+    assert len(section.lines) == MAX_LINES and "left out" not in " ".join(section.remarks)
+    (section,) = verdict_table([*records, trained("last", 100.0, 9999.0)]).sections
+    assert len(section.lines) == MAX_LINES and "left out" in section.remarks[-1]
+
+
+def test_the_rule_of_many_systems_is_said(trained):
+    records = [trained(f"s{index}", 100.0, 10.0 + 0.2 * index, half=0.5) for index in range(5)]
+    (section,) = verdict_table(records).sections
+    assert {line.cells[1] for line in section.lines} == {"tie"}  # 0.8 is a loss in a pair, and a tie among five
+    assert compare(records[:1], records[4:])[0].verdict == "win"
+    assert "compared at once" in section.remarks[0] and "5 % of tables" in section.remarks[0]
 
 
 def test_no_protocol_takes_its_name():
