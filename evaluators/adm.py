@@ -315,9 +315,16 @@ def estimates(
 
     pooled (N, 2048), spatial (N, 2023), logits (N, 1008), reference_pooled (M, 2048), block int64 (N,). The values are
     ADM's; with mode "exact", precision and recall are exact. The leave-one-block-out values are those of the exact
-    metrics: ADM's roundings do not change their spread.
+    metrics: ADM's roundings do not change their spread. Those of "is" are split as the value if the last split is shorter.
     """
-    score_estimate = inception_score.estimate(logits, block)
+    # A shorter last split counts as much as the others: of 5,100 rows, the last 100 have most of the variance. Splits of
+    # equal length have the variance of all rows at once.
+    ragged = len(logits) > SPLIT_ROWS and len(logits) % SPLIT_ROWS > 0
+    score_estimate = (
+        inception_score.estimate_by_splits(logits, block, SPLIT_ROWS)
+        if ragged
+        else inception_score.estimate(logits, block)
+    )
     precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
     values = (precision.value, recall.value)
     if mode != "exact":

@@ -41,6 +41,7 @@ from results.records import Record
 NEAR = 4.0  # predictions outside [lowest / 4, highest * 4] of a law's points are only in the CSV file
 CURVE_PLACES = 40  # points of the curve of a fitted law
 MAX_BARS = 20  # systems in a panel of bars, the best ones
+MAX_BEND_P = 0.05  # p-value of a bend below which a law's lack of fit is stated
 DITS = "DiTs"  # what a law is fitted to: DiTs with adaLN-Zero, or else models of every kind
 
 
@@ -191,15 +192,22 @@ def scaling_law(all_studies: Sequence[Study], dits: Callable[[Record], dict[str,
         wanted = {name: cost for name, cost in dits(study.group.representative).items() if name not in trained}
         if not wanted:
             continue
+        refused = [] if law.extrapolates else [name for name, cost in wanted.items() if not law.reaches(cost)]
+        wanted = {name: cost for name, cost in wanted.items() if name not in refused}
         axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
         # The names of predictions are written as those of the other models of the panel.
         name_text = dit_title if study.group.representative.provenance == "published" else str
         far = any(not law.reaches(cost) for cost in wanted.values())
         notes = [*study.notes, note, law_note(law, family), *recipes_note(marked)]
-        notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]
-        notes += (
-            ["extrapolated ones lie outside the range of the points, where no point supports the law"] if far else []
-        )
+        if wanted:
+            notes.append("crosses: predictions for backbones not trained, with 95 % prediction intervals")
+        if far:
+            notes.append("extrapolated ones lie outside the range of the points, where the law rests on its floor")
+        if refused:
+            notes.append(
+                f"{len(refused)} outside the range of the points are not predicted, because the points do not show the floor "
+                "of the law"
+            )
         panels.append(
             Panel(
                 heading=study.group.heading,
@@ -248,11 +256,17 @@ def law_series(law: PowerLaw, label: str = "") -> list[Series]:
 
 
 def law_note(law: PowerLaw, family: str) -> str:
-    """The note on the formula of a law. family: the models that it is fitted to, as `law_of` returns them."""
-    return (
-        f"dashed: {law.factor:.3g} Gflops^{law.exponent:.2f} [{law.low:.2f}, {law.high:.2f}], least squares in logarithms "
-        f"over {law.n} {family}; band: 95 % interval of the law"
-    )
+    """The note on the formula of a law and on its fit. family: the models that it is fitted to, as `law_of` returns them."""
+    floor = f"{law.floor:.3g} + " if law.floor else ""
+    words = [
+        f"dashed: {floor}{law.factor:.3g} Gflops^{law.exponent:.2f} [{law.low:.2f}, {law.high:.2f}], least squares in "
+        f"logarithms over {law.n} {family}, which scatter by {100 * law.scatter:.2g} %; band: 95 % interval of the law"
+    ]
+    if law.bend is not None and law.bend < MAX_BEND_P:
+        words.append(f"the points bend away from the law (p = {law.bend:.2g}): it and its intervals are doubtful")
+    if law.left_out:
+        words.append(f"{law.left_out} points at or below 0 have no logarithm and are not in the fit")
+    return "; ".join(words)
 
 
 def _predictions(law: PowerLaw, wanted: dict[str, float], name_text: Callable[[str], str]) -> list[Series]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 LEVEL = 0.95
 _LARGEST = 15.0  # ranges of normal values beyond it have a probability below 1e-19 for each pair
@@ -41,6 +43,7 @@ def studentized_range(systems: int, degrees: float, level: float = LEVEL) -> flo
 
     Relative error below 1e-4 from 1 degree of freedom on.
     """
+    import numpy as np
     from scipy.special import gammaincinv
 
     ranges, shares = _range_distribution(systems)
@@ -67,12 +70,15 @@ def studentized_range(systems: int, degrees: float, level: float = LEVEL) -> flo
 
 def _share(quantile: float, scales: np.ndarray, weights: np.ndarray, ranges: np.ndarray, shares: np.ndarray) -> float:
     """The probability that the studentized range is at most `quantile`."""
+    import numpy as np
+
     return float(weights @ np.interp(quantile * scales, ranges, shares, right=1.0))
 
 
 @functools.lru_cache(maxsize=256)
 def _range_distribution(systems: int) -> tuple[np.ndarray, np.ndarray]:
     """(ranges (R,), probability (R,) that the range of `systems` standard normal values is at most each of them)."""
+    import numpy as np
     from scipy.special import ndtr
 
     ranges = np.arange(0.0, _LARGEST, _STEP)

@@ -35,6 +35,7 @@ from results.records import Environment, Evaluation, Record, Sampling
 from results.store import append, load
 
 if TYPE_CHECKING:
+    from evaluators.guards import ImageStats
     from evaluators.suites import Suite
 
 SHARDS_FOLDER = "parts"  # in the cache: features that the other processes of a group compute for the main one
@@ -186,7 +187,11 @@ def _measure(
     if config.sharding is not None and config.sharding.index > 0:  # not the main process
         _compute_shard(source, data, cache, config)
         return []
-    guard(source, data, protocol, config, about)
+    stats = guard(source, data, protocol, config, about)
+    # Blocks of the error bars follow how the samples were drawn. Where that is not recorded, class counts that differ by
+    # at most 1 tell it: random labels have them by chance once in many thousand sets of ten classes.
+    labels = stats.labels if about.sampling.label_policy in (None, "balanced") else None
+    copies = stats.hashes if stats.distinct < stats.count else None
     samples = source.array()
     from evaluators.reference import build_reference, with_statistics
     from evaluators.reference_file import check_network
@@ -200,7 +205,14 @@ def _measure(
         if config.statistics is not None:
             reference = with_statistics(reference, config.statistics)
         measurements = evaluate_samples(
-            samples, reference, suite, progress=progress, picture=config.picture, sharding=config.sharding
+            samples,
+            reference,
+            suite,
+            labels=labels,
+            copies=copies,
+            progress=progress,
+            picture=config.picture,
+            sharding=config.sharding,
         )
     for measurement in measurements:
         if measurement.warning:
@@ -248,8 +260,11 @@ def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, conf
 
 def guard(
     source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: RecordFields
-) -> None:
-    """Run the guards (`evaluators.guards`): log their warnings, and raise `UserError` if one refuses the evaluation."""
+) -> ImageStats:
+    """Run the guards (`evaluators.guards`): log their warnings, and raise `UserError` if one refuses the evaluation.
+
+    Returns the statistics of the samples' pixels.
+    """
     from evaluators.guards import GuardContext, check, collect_image_stats, enforce
 
     context = GuardContext(
@@ -267,7 +282,9 @@ def guard(
             logger.warning(f"reference-statistics: {text}: the distance is to its {reference.count} images")
     else:
         reference = collect_image_stats(data.images, name=f"data set {data.name}", labels=data.labels)
-    enforce(check(collect_image_stats(source), reference, context))
+    samples = collect_image_stats(source)
+    enforce(check(samples, reference, context))
+    return samples
 
 
 def evaluate_and_record(
