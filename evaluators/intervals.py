@@ -88,6 +88,17 @@ def assign_blocks(
     return block
 
 
+def one_hots(block: np.ndarray) -> list[np.ndarray]:
+    """[(N, B) one-hot of the blocks], and one of the blocks that would be used without labels and copies if those differ.
+
+    The last is for the value of a metric that is made of sums over blocks: its last bits then do not depend on how the
+    samples were drawn. The first is for the error bar.
+    """
+    plain = assign_blocks(len(block))
+    both = [block] if np.array_equal(block, plain) else [block, plain]
+    return [np.eye(int(each.max()) + 1)[each] for each in both]
+
+
 def independent(copies: np.ndarray, blocks: int = BLOCKS) -> int:
     """The number of samples that `assign_blocks` takes for independent draws: copies of an image are one."""
     return _units(copies, max(len(copies) // (2 * blocks), 1))[0]

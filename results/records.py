@@ -191,7 +191,7 @@ class Record(_Checked):
     value: float
     low: float | None = None  # lower end of the 95 % interval
     high: float | None = None  # upper end
-    interval: str | None = None  # method: "jackknife-20", "jackknife-20+halves", "clopper-pearson", "none"
+    interval: str | None = None  # method: "jackknife-20", "jackknife-20+halves", "clopper-pearson", "jeffreys", "none"
     higher_is_better: bool | None = None  # None: not stated (`results.metrics` asks the registry then)
     n: int  # number of images evaluated
     protocol: str
