@@ -43,12 +43,12 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, 
     reference_sum = 0.0
     for rows, d in squared_distances(x, x):
         rest = _one_less_kernel(_zero_diagonal(rows, d))
-        for sums, each in zip(pair_sums, members, strict=True):
-            sums += each[rows].T @ (rest @ each)
+        for pair_sum, each in zip(pair_sums, members, strict=True):
+            pair_sum += each[rows].T @ (rest @ each)
     for rows, d in squared_distances(x, y):
         rest = _one_less_kernel(d)
-        for sums, each in zip(row_sums, members, strict=True):
-            sums += each[rows].T @ rest.sum(axis=1)
+        for row_sum, each in zip(row_sums, members, strict=True):
+            row_sum += each[rows].T @ rest.sum(axis=1)
     within, across = pair_sums[0], row_sums[0]
     for rows, d in squared_distances(y, y):
         reference_sum += float(_one_less_kernel(_zero_diagonal(rows, d)).sum())

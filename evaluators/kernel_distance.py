@@ -50,11 +50,11 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray) -> 
     )
     for rows, kernel in _kernel_rows(x, x):
         kernel = _zero_diagonal(rows, kernel)
-        for sums, each in zip(pair_sums, members, strict=True):
-            sums += each[rows].T @ (kernel @ each)
+        for pair_sum, each in zip(pair_sums, members, strict=True):
+            pair_sum += each[rows].T @ (kernel @ each)
     for rows, kernel in _kernel_rows(x, y):
-        for sums, each in zip(row_sums, members, strict=True):
-            sums += each[rows].T @ kernel.sum(axis=1)
+        for row_sum, each in zip(row_sums, members, strict=True):
+            row_sum += each[rows].T @ kernel.sum(axis=1)
     within, across = pair_sums[0], row_sums[0]
     reference_sum = sum(float(_zero_diagonal(rows, kernel).sum()) for rows, kernel in _kernel_rows(y, y))
     reference_mean = reference_sum / (m * (m - 1))
