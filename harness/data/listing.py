@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ from harness.data.prepared import CHUNK_IMAGES, chunk_sizes
 from harness.errors import UserError
 from harness.images.files import Entry
 from harness.images.open import class_labels
+from harness.images.source import printable
 
 MAX_CLASSES = 100_000  # ImageNet-21k has 21,841; a larger number is a date or an identifier, not a label
+
+UNLABELLED = "unlabelled"  # name of the one class of images without labels
+NO_LABELS = "there are no labels: all images are one class"
 
 
 class IndexEntry(NamedTuple):
@@ -47,6 +52,10 @@ class ImageIndex:
     in_order: bool
     read: Callable[[int], Iterator[IndexEntry]]
     notes: tuple[str, ...] = ()
+
+    def with_notes(self, notes: Iterable[str]) -> ImageIndex:
+        """A copy with further notes, which come first."""
+        return dataclasses.replace(self, notes=(*notes, *self.notes))
 
     @property
     def sha256(self) -> str:
@@ -95,6 +104,18 @@ def named_classes(source: Path, names: Iterable[str]) -> tuple[list[str], dict[s
     """
     labels, numbered = class_labels(names)
     return (numbered_classes(source, max(labels.values())) if numbered else list(labels)), labels
+
+
+def check_no_empty_class(source: Path, index: ImageIndex) -> None:
+    """UserError, which names it, where a class has no image: samples would be drawn of it, and nothing was trained."""
+    empty = np.flatnonzero(np.bincount(index.labels, minlength=len(index.classes)) == 0)
+    if not len(empty):
+        return
+    first = f"class {printable(index.classes[empty[0]])} (label {empty[0]})"
+    more = f", and {len(empty) - 1:,} more have none" if len(empty) > 1 else ""
+    numbered = index.classes == tuple(map(str, range(len(index.classes))))
+    remedy = "number the classes from 0, without a gap" if numbered else "add images of it, or remove it"
+    raise UserError(f"--from {source}: {first} has no image{more}; {remedy}")
 
 
 def numbered_classes(source: Path, last: int) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from harness.data import imagenet
 from harness.data.listing import ImageIndex, index_files, named_classes, numbered_classes
 from harness.errors import UserError
-from harness.images.files import SUFFIXES, Entry
+from harness.images.files import SUFFIXES, Entry, is_system_member
 from harness.images.source import printable, readable
 from harness.images.tars import tar_members
 
@@ -79,6 +79,8 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
         with readable(f"{path}: {name}.tar"):
             for member, offset, length in tar_members(path, begin, size):
                 base = member.rpartition("/")[2]
+                if is_system_member(member):
+                    continue
                 if base.lower().endswith(SUFFIXES):
                     found.add(path, base, offset, length)
                     labels.append(by_name[name])
@@ -101,6 +103,8 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
                 if name in seen:
                     raise UserError(f"{path}: it holds {printable(name)} twice; pack it again")
                 seen.add(name)
+                if is_system_member(name):
+                    continue
                 folder, _, base = name.rpartition("/")
                 key, _, kind = base.partition(".")  # webdataset: members that agree up to the first dot are one example
                 if base.lower().endswith(SUFFIXES):
@@ -109,7 +113,7 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
                 elif kind == "cls":
                     classes[folder, key] = _read_label(path, name, offset, size)
                 # metadata, which webdataset packs beside an image, needs no note
-                elif not base.startswith(".") and kind not in ("json", "txt", "__key__"):
+                elif kind not in ("json", "txt", "__key__"):
                     others.append(base)
         if len(set(keys)) != len(keys):
             raise UserError(f"{path}: two images share a name up to the first dot, so one .cls would label both")

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from harness.data import imagenet, source_parquet, source_tars
-from harness.data.listing import ImageIndex, index_files, named_classes
+from harness.data.listing import ImageIndex, check_no_empty_class, index_files, named_classes
 from harness.errors import UserError
-from harness.images.files import SUFFIXES, Entry
+from harness.images.files import SUFFIXES, SYSTEM_FOLDERS, Entry, notes_on_left_out
 from harness.images.source import natural_sorted, printable, readable
 
 KINDS = (
@@ -29,27 +29,57 @@ TRAINING = "train"  # begins the names of files and folders of the training spli
 def open_index(source: Path, dataset: str) -> ImageIndex:
     """The index of the images at `source` for the data set `dataset`.
 
-    UserError for a source that cannot be read and, if `dataset` is "imagenet", for classes other than its 1,000.
+    UserError for a source that cannot be read, for a class without images and, if `dataset` is "imagenet", for classes
+    other than its 1,000.
     """
     if not source.exists():
         raise UserError(f"--from {source}: no such file or folder; images are prepared from {KINDS}")
     with readable(source):
-        if source.is_file():
-            if source.suffix.lower() == ".parquet":
-                return source_parquet.index_parquet(source, [source], dataset)
-            if source.suffix.lower() == ".tar":
-                return source_tars.index_tars(source, [source], dataset)
-            raise UserError(f"--from {source}: this kind of file cannot be prepared; wanted are {KINDS}")
-        for folder in (source, source / "data"):  # repositories of the hub have their files in data/
-            if parquet := _training_split(folder.glob("*.parquet")):
-                return source_parquet.index_parquet(source, parquet, dataset)
-        inside = _visible(source)
-        tars = [each for each in inside if each.suffix.lower() == ".tar" and each.is_file()]
-        if official := [each for each in tars if each.name == source_tars.OFFICIAL]:
-            return source_tars.index_tars(source, official, dataset)
-        if tars:
-            return source_tars.index_tars(source, _training_split(tars), dataset)
+        index = _index_file(source, dataset) if source.is_file() else _index_folder(source, dataset)
+    check_no_empty_class(source, index)
+    return index
+
+
+def _index_file(source: Path, dataset: str) -> ImageIndex:
+    if source.suffix.lower() == ".parquet":
+        return source_parquet.index_parquet(source, [source], dataset)
+    if source.suffix.lower() == ".tar":
+        return source_tars.index_tars(source, [source], dataset)
+    raise UserError(f"--from {source}: this kind of file cannot be prepared; wanted are {KINDS}")
+
+
+def _index_folder(source: Path, dataset: str) -> ImageIndex:
+    """The index of the images in a folder: of its parquet files, of its tars, or of its class folders."""
+    inside = _visible(source)
+    tars = [each for each in inside if each.suffix.lower() == ".tar" and each.is_file()]
+    tables = [each for each in inside if each.suffix.lower() == ".parquet" and each.is_file()]
+    if tars and tables:  # webdataset packs metadata beside its shards; images in both would be two data sets
+        if source_parquet.holds_images(tables[0]):
+            raise UserError(
+                f"--from {source}: images in .tar and in .parquet files side by side; name the ones to prepare"
+            )
+        tables = []
+    if not tars and not tables and (source / "data").is_dir():  # repositories of the hub have their files in data/
+        inside = [*inside, *_visible(source / "data")]
+        tables = [each for each in inside if each.suffix.lower() == ".parquet" and each.is_file()]
+    if official := [each for each in tars if each.name == source_tars.OFFICIAL]:
+        tars = official
+    chosen = _training_split(tables or tars)
+    if not chosen:
         return _class_folders(source, dataset)
+    read = set(chosen)
+    left_out = [each for each in inside if each not in read and each.is_file()]
+    index_chosen = source_parquet.index_parquet if tables else source_tars.index_tars
+    return index_chosen(source, chosen, dataset).with_notes(_on_files_beside(left_out))
+
+
+def _on_files_beside(paths: Sequence[Path]) -> list[str]:
+    """A note on files that are not read because they do not belong to the images that are."""
+    if not paths:
+        return []
+    return [
+        f"{len(paths)} files beside the images were left out (first: {printable(min(each.name for each in paths))})"
+    ]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -68,14 +98,22 @@ def _training_split(paths: Iterable[Path]) -> list[Path]:
 
 def _class_folders(source: Path, dataset: str) -> ImageIndex:
     """The index of the images in DIR/CLASS. DIR is `source`/train if that exists and holds no images itself, else `source`."""
-    folders = [each for each in _visible(source) if each.is_dir()]
+    visible = _visible(source)
+    folders = [each for each in visible if each.is_dir() and each.name not in SYSTEM_FOLDERS]
     train = next((each for each in folders if each.name == TRAINING), None)
     if train is not None and not any(_is_image(each) for each in _visible(train)):  # with images it would be a class
-        return _class_folders(train, dataset)
+        beside = [each.name for each in visible if each != train]
+        note = f"only {TRAINING}/ was read, without {printable(', '.join(beside))} beside it"
+        return _class_folders(train, dataset).with_notes([note] if beside else [])
     if not folders:
         raise UserError(f"--from {source}: no class folders in it; images are prepared from {KINDS}")
     if dataset == imagenet.NAME:
         imagenet.check_folders(str(source), [each.name for each in folders])
+    else:  # a folder without images is no class, unless its name is a number, which says that it is one
+        kept = [each for each in folders if re.fullmatch("[0-9]+", each.name) or _holds_image(each)]
+        if not kept:
+            raise UserError(f"--from {source}: no images ({', '.join(SUFFIXES)}) in its {len(folders)} folders")
+        folders = kept
     classes, by_name = named_classes(source, [each.name for each in folders])
     labels: list[int] = []
     names: list[str] = []
@@ -89,6 +127,8 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
                 if each.name.startswith("."):
                     continue
                 if each.is_dir():
+                    if each.name in SYSTEM_FOLDERS:
+                        continue
                     raise UserError(
                         f"{printable(each.path)}: a folder inside a class folder; images belong in DIR/CLASS"
                     )
@@ -105,6 +145,9 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
         notes.append(
             f"{len(others)} files that are no images by their names were left out (first: {printable(min(others))})"
         )
+    left_out = {each.name for each in visible if each.is_dir()} - set(by_name)
+    notes += notes_on_left_out([], sorted(left_out))
+    notes += _on_files_beside([each for each in visible if not each.is_dir()])
     if dataset == imagenet.NAME:
         notes += imagenet.check_labels(str(source), np.array(labels), names)
 
@@ -117,3 +160,13 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def _holds_image(folder: Path) -> bool:
+    """Whether a file of an image, or another folder, lies in `folder`. A folder inside is refused later."""
+    with readable(folder), os.scandir(folder) as inside:
+        return any(
+            (each.is_dir() and each.name not in SYSTEM_FOLDERS) or each.name.lower().endswith(SUFFIXES)
+            for each in inside
+            if not each.name.startswith(".")
+        )

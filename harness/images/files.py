@@ -11,7 +11,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# endings of images that are not read, so that a note can name them
+UNREAD_SUFFIXES = (
+    ".avif", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jp2", ".jxl", ".pbm", ".pgm", ".pnm", ".ppm", ".svg", ".tga"
+)  # fmt: skip
+# made by operating systems and file servers; some hold thumbnails, so their names decide and not their content
+SYSTEM_FOLDERS = frozenset(
+    {"__MACOSX", "__pycache__", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+)
+OWN_FILES = ("records.jsonl",)  # which the harness itself may have written beside images
 MAX_FILE_BYTES = 1 << 28  # of an image file
+MAX_NAMED = 5  # folders that a note names
 MAX_PIXELS = 1 << 26  # of an image (8192 x 8192); a larger one is refused before it is decoded
 HEAD_BYTES = 32  # enough of a file to know its format
 
@@ -45,6 +55,27 @@ class Entry:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(limit + 1 if self.size is None else min(self.size, limit + 1))
+
+
+def is_system_member(name: str) -> bool:
+    """Whether the member `name` of an archive is hidden or lies in a folder of `SYSTEM_FOLDERS`, as __MACOSX/._a.png."""
+    *folders, base = name.split("/")
+    return base.startswith(".") or not SYSTEM_FOLDERS.isdisjoint(folders)
+
+
+def notes_on_left_out(files: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Notes on what was left out: files whose names are those of no image, and folders that are no classes."""
+    notes = []
+    if folders:
+        named = ", ".join(printable(each) for each in sorted(folders)[:MAX_NAMED])
+        more = ", ..." if len(folders) > MAX_NAMED else ""
+        notes.append(f"{len(folders)} folders that are no classes, without images, were left out: {named}{more}")
+    others = [each for each in files if each not in OWN_FILES]
+    if others:
+        notes.append(f"{len(others)} files that are no images were left out")
+    if unread := sorted(each for each in others if each.lower().endswith(UNREAD_SUFFIXES)):
+        notes.append(f"{len(unread)} of them are images of a format that is not read (first: {printable(unread[0])})")
+    return notes
 
 
 def _sniff(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.images.files import SUFFIXES, Entry, source_of_files
+from harness.images.files import SUFFIXES, SYSTEM_FOLDERS, Entry, notes_on_left_out, source_of_files
 from harness.images.npz import open_npy, open_npz
 from harness.images.source import (
     LAYOUTS,
@@ -25,18 +25,19 @@ from harness.runs.pictures import is_picture
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
+def open_images(path: str | Path, classes: int | None = None, *, any_arr_1: bool = False) -> ImageSource:
     """The images at `path`: a file, a folder, or a pattern such as `out/shard-*.npz`.
 
     Order: that of the array in npz and npy; image files and shards sorted naturally by name (2 before 10); tar members
     as they are stored. Labels: arr_1 of an npz; class folders (see `class_labels`); .cls members of a tar.
-    classes: labels must lie in 0 .. classes - 1; None: not checked. UserError for whatever cannot be read.
+    classes: labels must lie in 0 .. classes - 1; None: not checked. any_arr_1: see `harness.images.npz.open_npz`; of a
+    single npz. UserError for whatever cannot be read.
     """
     path = Path(path)
     if path.is_dir():
         source = open_folder(path)
     elif path.is_file():
-        source = open_file(path)
+        source = open_file(path, any_arr_1=any_arr_1)
     elif any(sign in str(path) for sign in "*?["):
         shards = natural_sorted(Path(each) for each in glob.glob(str(path)))  # noqa: PTH207 (the pattern has a folder)
         source = concatenated(str(path), [open_file(each) for each in shards])
@@ -47,12 +48,12 @@ def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
     return source
 
 
-def open_file(path: Path) -> ImageSource:
+def open_file(path: Path, *, any_arr_1: bool = False) -> ImageSource:
     """The images in an npz, an npy or a tar."""
     suffix = path.suffix.lower()
     with readable(path):
         if suffix == ".npz":
-            return open_npz(path)
+            return open_npz(path, any_arr_1=any_arr_1)
         if suffix == ".npy":
             return open_npy(path)
         if suffix == ".tar":
@@ -71,22 +72,30 @@ def open_folder(path: Path) -> ImageSource:
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error.strerror or error}; check its permissions") from error
     shards = {suffix: [p for p in inside if p.suffix.lower() == suffix and p.is_file()] for suffix in (".npz", ".tar")}
-    images = [p for p in inside if p.suffix.lower() in SUFFIXES]
-    folders = [p for p in inside if p.is_dir()]
+    images = [p for p in inside if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+    folders = [p for p in inside if p.is_dir() and p.name not in SYSTEM_FOLDERS]
     if sum(map(bool, (shards[".npz"], shards[".tar"], images))) > 1:
         raise UserError(f"{path} holds npz, tar or image files side by side; name the ones to read")
     for found in shards.values():
         if found:  # the others are empty (see above)
             return concatenated(str(path), [open_file(each) for each in natural_sorted(found)])
-    notes: list[str] = []
+    others = [p.name for p in inside if not p.is_dir() and p.suffix.lower() not in SUFFIXES]
     labels: list[int] | None = None
-    if not images and folders:
-        images, labels, ignored = _class_folders(path, folders, notes)
-    else:
-        ignored = len(inside) - len(images) - len(folders)
-        if any(_image_files(folder)[0] for folder in folders):  # there are `images` too, see the condition above
-            raise UserError(f"{path} holds images and folders of images: are these classes? Keep one of the two")
+    by_folder = {folder.name: _image_files(folder) for folder in folders}
+    with_images = [name for name, (found, _) in by_folder.items() if found]
+    left_out = [p.name for p in inside if p.is_dir() and p.name not in with_images]
+    notes: list[str] = []
+    if images and with_images:
+        raise UserError(f"{path} holds images and folders of images: are these classes? Keep one of the two")
+    if images:
         images = natural_sorted(images, lambda each: each.name)
+    elif with_images:
+        by_name, numbered = class_labels(with_images)
+        meaning = "names of the folders" if numbered else "positions of the folders in sorted order"
+        notes.append(f"labels are the {meaning}")
+        images = [image for name in by_name for image in by_folder[name][0]]
+        labels = [label for name, label in by_name.items() for _ in by_folder[name][0]]
+        others += [each for name in with_images for each in by_folder[name][1]]
     if any(map(is_picture, images)):
         raise UserError(
             f"{path} holds pictures to look at, no samples (`harness sample --classes` made them); `harness sample` without "
@@ -94,8 +103,7 @@ def open_folder(path: Path) -> ImageSource:
         )
     if not images:
         raise UserError(f"{path}: no images in it; images are read from {LAYOUTS}")
-    if ignored:
-        notes.append(f"{ignored} files that are no images were left out")
+    notes += notes_on_left_out(others, left_out)
     odd = next((each for each in images if not each.is_file()), None)
     if odd is not None:
         raise UserError(f"{printable(str(odd))}: a broken link or no plain file; remove it, or put the image there")
@@ -116,28 +124,14 @@ def class_labels(names: Iterable[str]) -> tuple[dict[str, int], bool]:
     return {name: position for position, name in enumerate(names)}, False
 
 
-def _class_folders(path: Path, folders: list[Path], notes: list[str]) -> tuple[list[Path], list[int], int]:
-    """(image files of all class folders, their labels, number of other files). Appends a note on the labels to `notes`."""
-    by_name, numbered = class_labels(each.name for each in folders)
-    meaning = "names of the folders" if numbered else "positions of the folders in sorted order"
-    notes.append(f"labels are the {meaning}")
-    images: list[Path] = []
-    labels: list[int] = []
-    ignored = 0
-    for name, label in by_name.items():
-        found, others = _image_files(path / name)
-        images += found
-        labels += [label] * len(found)
-        ignored += others
-    return images, labels, ignored
-
-
-def _image_files(folder: Path) -> tuple[list[Path], int]:
-    """(image files of one folder in natural order, number of other files). UserError where there is a folder inside it."""
+def _image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """(image files of one folder in natural order, names of the other files). UserError for a folder inside it."""
     with readable(folder):
         inside = [each for each in folder.iterdir() if not each.name.startswith(".")]
-    found = natural_sorted((p for p in inside if p.suffix.lower() in SUFFIXES), lambda each: each.name)
-    deeper = next((p for p in inside if p.is_dir()), None)
+    found = natural_sorted(
+        (p for p in inside if p.suffix.lower() in SUFFIXES and not p.is_dir()), lambda each: each.name
+    )
+    deeper = next((p for p in inside if p.is_dir() and p.name not in SYSTEM_FOLDERS), None)
     if deeper is not None:
         raise UserError(f"{printable(str(deeper))}: a folder inside a class folder; keep images in DIR or in DIR/CLASS")
-    return found, len(inside) - len(found)
+    return found, [p.name for p in inside if not p.is_dir() and p.suffix.lower() not in SUFFIXES]

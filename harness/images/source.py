@@ -323,12 +323,21 @@ def concatenated(name: str, parts: list[ImageSource]) -> ImageSource:
         count=sum(counts) if len(counts) == len(parts) else None,
         labels=np.concatenate(labels) if labels else None,
         lossy=any(part.lossy for part in parts),
-        notes=(f"{len(parts)} shards", *(note for part in parts for note in part.notes)),
+        notes=(
+            f"{len(parts)} shards were joined: {_first_names(parts)}",
+            *(note for part in parts for note in part.notes),
+        ),
         extra_arrays=dict.fromkeys(each for part in parts for each in part.extra_arrays),
     )
     for part in parts:
         part._notes = whole._notes  # one dictionary: a note that a shard adds while it is read is a note of the whole
     return whole
+
+
+def _first_names(parts: list[ImageSource]) -> str:
+    """The names of the first files of `parts`, without their folders."""
+    names = [printable(Path(part.name).name) for part in parts[:3]]
+    return ", ".join(names) + (", ..." if len(parts) > len(names) else "")
 
 
 def mistake_hint(shape: tuple[int, ...], head: np.ndarray | None) -> str:

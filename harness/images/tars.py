@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from harness.errors import UserError
-from harness.images.files import SUFFIXES, Entry, source_of_files
+from harness.images.files import SUFFIXES, Entry, is_system_member, source_of_files
 from harness.images.source import Damaged, ImageSource, printable
 
 MAX_EXTENDED_BYTES = 1 << 20  # of an extended header, which holds a name and a size
@@ -135,7 +135,7 @@ def open_tar(path: Path) -> ImageSource:
         folder, _, base = name.rpartition("/")
         key, _, kind = base.partition(".")  # webdataset: members that agree up to the first dot are one example
         entry = Entry(name=printable(f"{path}:{name}"), path=path, offset=offset, size=size)
-        if base.startswith("."):
+        if is_system_member(name):
             ignored += 1
         elif base.lower().endswith(SUFFIXES):
             entries.append(entry)
