@@ -171,13 +171,18 @@ def within_noise(a: Record, b: Record) -> bool | None:
 def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     """Settings of training and sampling in which two records differ: name, as "training steps" -> (value of a, of b).
 
-    Seeds, hashes, Gflops and batch sizes are left out, as is a setting that one of the records does not state.
+    The hashes of the training data are among them, and so are the protocol and its version. Seeds, other hashes, Gflops and
+    batch sizes are left out, as is a setting that one of the records does not state.
     """
     skipped = {  # `images` too, because it is steps x batch
         "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
-        "decoder_gflops", "images", "micro_batch", "batch",
+        "decoder_gflops", "images", "micro_batch", "batch", "forked_at", "parent_sha256",
     }  # fmt: skip
     differences: dict[str, tuple[object, object]] = {}
+    for name in ("protocol", "protocol_version"):
+        values = (getattr(a, name), getattr(b, name))
+        if None not in values and values[0] != values[1]:
+            differences[name.replace("_", " ")] = values
     for part in ("training", "sampling"):
         part_a, part_b = getattr(a, part), getattr(b, part)
         if part_a is None or part_b is None:
@@ -226,10 +231,15 @@ def _cells(records: Iterable[Record], side: str) -> Cells:
 
 def _group(records: list[Record], side: str) -> Group:
     """The records of a cell as a group. UserError if they differ in more than seeds, or if two have the same seeds."""
-    first = records[0]
-    for other in records[1:]:
-        if experiment_key(first) == experiment_key(other):
+    first = next((each for each in records if each.training and each.training.dataset_sha256), records[0])
+    for other in records:
+        if _same_experiment(first, other):
             continue
+        if _differ_in_unknown_seeds(first, other):
+            raise UserError(
+                f"{side} holds two checkpoints for {first.metric} at {sampling_text(first)} whose training seed is not known, "
+                "so they cannot count as seeds of one experiment; name one run, or one record file"
+            )
         steps = [record.training.steps if record.training else None for record in (first, other)]
         if steps[0] != steps[1]:
             what, remedy = f"training steps {steps[0]} and {steps[1]}", "narrow it with --step"
@@ -245,6 +255,27 @@ def _group(records: list[Record], side: str) -> Group:
             "one record file"
         )
     return _group_of_checkpoints(_by_checkpoint(records))
+
+
+def _same_experiment(a: Record, b: Record) -> bool:
+    """Whether two records have one `experiment_key`. Training data count as equal where one record does not state them,
+    as older records do not."""
+    if a.training and b.training and None in (a.training.dataset_sha256, b.training.dataset_sha256):
+        a, b = (_with_training(each, dataset_sha256=None, latents_sha256=None) for each in (a, b))
+    return experiment_key(a) == experiment_key(b)
+
+
+def _differ_in_unknown_seeds(a: Record, b: Record) -> bool:
+    """Whether two records are of one experiment, but of two checkpoints whose training seeds are not known."""
+    if a.training is None or b.training is None or (a.training.seed, b.training.seed) != (None, None):
+        return False
+    return _same_experiment(*(_with_training(each, checkpoint_sha256=None) for each in (a, b)))
+
+
+def _with_training(record: Record, **changes: str | None) -> Record:
+    """A copy of the record with these fields of its training."""
+    assert record.training is not None
+    return dataclasses.replace(record, training=dataclasses.replace(record.training, **changes))
 
 
 def group_of(records: Iterable[Record]) -> Group:
@@ -283,15 +314,17 @@ def experiment_key(record: Record) -> tuple:
     """A key that is equal for records of one experiment, that is, for those that differ only in seeds.
 
     It leaves out metric and value, seeds, hashes of checkpoints and samples, and batch sizes that move only low bits. Its
-    last entry is the sampling; the others are the training.
+    last entry is the sampling; the others are the training. Checkpoints whose training seed is not known are experiments
+    of their own, because they may be the same seed, or differ in more than seeds.
     """
+    training = record.training
     return (
         record.system,
         record.backbone,
         record.framework,
         record.protocol,
         record.protocol_version,
-        record.training and _training_key(record.training),
+        training and (*_training_key(training), training.checkpoint_sha256 if training.seed is None else None),
         record.sampling and _sampling_key(record.sampling),
     )
 
@@ -301,7 +334,7 @@ def _fields_except(part: type, *names: str) -> operator.attrgetter:
     return operator.attrgetter(*(field.name for field in dataclasses.fields(part) if field.name not in names))
 
 
-_training_key = _fields_except(Training, "seed", "checkpoint_sha256", "micro_batch")
+_training_key = _fields_except(Training, "seed", "checkpoint_sha256", "micro_batch", "forked_at", "parent_sha256")
 _sampling_key = _fields_except(Sampling, "seed", "samples_sha256", "batch")
 
 
@@ -341,7 +374,8 @@ def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
 
     largest_tie = degrees_of_freedom = if_trained_again = None
     verdict, scope = "unknown", "these checkpoints"
-    if min(len(a.seeds), len(b.seeds)) > 1:
+    # Seeds that all give one value, such as a share of 0, tell nothing of the noise; the intervals of sampling do.
+    if min(len(a.seeds), len(b.seeds)) > 1 and (len(set(a.means)) > 1 or len(set(b.means)) > 1):
         scope = "training seeds"
         largest_tie, degrees_of_freedom = _welch(a.means, b.means)
         verdict = verdict_at(largest_tie)
@@ -379,7 +413,8 @@ def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def _reason_not_comparable(left: Cells, right: Cells) -> str:
     """Why no cell of one side may be compared with one of the other, by the example of the first group of each."""
-    names = ("data set", "resolution", "N", "suite", "features", "reference")  # of the items of `comparable_key`
+    # of the items of `comparable_key`
+    names = ("data set", "resolution", "N", "suite", "suite version", "features", "reference")
     if not left or not right:
         return f"{'A' if not left else 'B'} holds no records"
     record_a, record_b = next(iter(left.values())).records[0], next(iter(right.values())).records[0]
