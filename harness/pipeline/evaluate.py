@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +26,10 @@ from harness.io import files
 from harness.io.progress import Stages
 from harness.pipeline.evaluation_config import EvaluationConfig, make_config, open_reference, reference_images
 from harness.pipeline.sidecar import RecordFields, read_fields, samples_sha256
+from harness.pipeline.training_images import needs_training_images, training_sha256, with_training_images
 from harness.protocols import Protocol, get_protocol
 from harness.runs.provenance import Timing, environment, timing_of
-from harness.runs.run import open_run
+from harness.runs.run import Run, open_run
 from harness.runs.samples import read_sidecar, sidecar_path
 from harness.settings import DEFAULT_PROTOCOL, EvaluateOptions, keyword_options
 from results.records import Environment, Evaluation, Record, Sampling
@@ -79,8 +80,6 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     else:
         protocol = get_protocol(protocol_name or DEFAULT_PROTOCOL)
     records = options.out or (run.records if run else path.with_name("records.jsonl"))
-    if options.reference is not None and options.data is not None:
-        raise UserError("--data and --reference both set the reference images; give one of them")
     source = open_reference(options.reference) if options.reference else None
     if source is not None:
         images = reference_images(source)
@@ -91,12 +90,37 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     suite = get_suite(options.suite or protocol.suite)
     config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
     config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
+    expected = run.identity["dataset_sha256"] if run is not None else training_sha256(path)
+    # Samples of unknown training are compared with the protocol's data set, unless another reference is given.
+    if needs_training_images(config) and (expected is not None or source is not None):
+        config = with_training_images(config, images, expected, _candidates(options, run, protocol, expected))
     with group.collective_scope():
         result = evaluate_and_record(
             path, protocol, images, records, cache=(run_folder.parent if run else path.parent) / CACHE, name=options.name,
             config=config, group=group,
         )  # fmt: skip
     return EvaluateResult(records=tuple(result), records_file=records, suite=config.suite.name, note=config.suite.note)
+
+
+def _candidates(
+    options: EvaluateOptions, run: Run | None, protocol: Protocol, expected: str | None
+) -> list[Callable[[], ImageSet]]:
+    """Functions that load images which may be the training images. expected: their hash; None: not known.
+
+    Raises UserError if --data names them beside a --reference, and holds others.
+    """
+    if options.data is not None and options.reference is not None:
+        data = load_data(protocol, options.data)
+        if expected not in (None, data.sha256):
+            raise UserError(
+                f"--data {options.data} holds other images ({data.sha256[:12]}) than the samples' network was trained on "
+                f"({expected[:12]}), and beside --reference it names these; give the folder that the run was trained on"
+            )
+        return [lambda: data]
+    if expected is None:
+        return []
+    known = [] if run is None else [lambda: source_images(run.source_paths, expected, str(run.folder))]
+    return [*known, lambda: load_data(protocol, None)]
 
 
 def evaluate_samples_file(
@@ -200,8 +224,9 @@ def _measure(
         if config.statistics is not None:
             reference = with_statistics(reference, config.statistics)
         measurements = evaluate_samples(
-            samples, reference, suite, progress=progress, picture=config.picture, sharding=config.sharding
-        )
+            samples, reference, suite, progress=progress, picture=config.picture, sharding=config.sharding,
+            training=None if config.training is None else config.training.images,
+        )  # fmt: skip
     for measurement in measurements:
         if measurement.warning:
             logger.warning(f"{measurement.metric}: {measurement.warning}")
@@ -213,6 +238,8 @@ def _measure(
         reference_sha256=reference.sha256,
         mode=suite.mode,
     )
+    searching = {metric.key for metric in suite.metrics if metric.needs_training}
+    copies = dataclasses.replace(evaluation, training_sha256=config.training and config.training.sha256)
     return [
         Record(
             provenance="measured",
@@ -227,7 +254,7 @@ def _measure(
             protocol_version=str(protocol.version),
             resolution=protocol.resolution,
             dataset=protocol.dataset,
-            evaluation=evaluation,
+            evaluation=copies if measurement.metric in searching else evaluation,
             environment=Environment(**environment(config.device), **(timing or {})),
             **about.arguments(),
         )
@@ -289,9 +316,12 @@ def evaluate_and_record(
     about = read_fields(path, samples_sha256(path), name)
     # Which weights or statistics a file of the user holds is known only after reading it; a picture is always drawn.
     must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
-    existing = (
-        None if must_measure else existing_records(records, about, protocol, config.suite, images_sha256(data.images))
-    )
+    existing = None
+    if not must_measure:
+        training = config.training and config.training.sha256
+        existing = existing_records(
+            records, about, protocol, config.suite, images_sha256(data.images), training_sha256=training
+        )
     if group.broadcast(int(existing is not None)):
         return existing or []
     if group.size > 1:
@@ -307,12 +337,20 @@ def evaluate_and_record(
 
 
 def existing_records(
-    records: Path, about: RecordFields, protocol: Protocol, suite: Suite, reference_sha256: str | None
+    records: Path,
+    about: RecordFields,
+    protocol: Protocol,
+    suite: Suite,
+    reference_sha256: str | None,
+    training_sha256: str | None = None,
 ) -> list[Record] | None:
     """The records in the file `records` of the samples described by `about`; None if a metric of the suite is missing.
 
-    about: from `read_fields`. reference_sha256: of the reference images; None: records of any reference match.
+    about: from `read_fields`. reference_sha256: of the reference images; None: records of any reference match, and metrics
+    that need the training images may be missing. training_sha256: as in `results.records.Evaluation`.
     """
+    searching = {metric.key for metric in suite.metrics if metric.needs_training}
+    needed = {metric.key for metric in suite.metrics} - (searching if reference_sha256 is None else set())
     measured_on = (protocol.name, str(protocol.version), protocol.dataset)
     measured_by = (suite.name, str(suite.version), suite.features.name)
     matching = [
@@ -323,8 +361,12 @@ def existing_records(
         and (evaluation := record.evaluation) is not None
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
         and reference_sha256 in (None, evaluation.reference_sha256)
+        and (
+            reference_sha256 is None
+            or evaluation.training_sha256 == (training_sha256 if record.metric in searching else None)
+        )
     ]
-    if not {record.metric for record in matching} >= {metric.key for metric in suite.metrics}:
+    if not {record.metric for record in matching} >= needed:
         return None
     order = [metric.key for metric in suite.metrics]  # the order of a new evaluation; other metrics come last
     return sorted(matching, key=lambda record: order.index(record.metric) if record.metric in order else len(order))

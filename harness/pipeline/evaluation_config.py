@@ -30,7 +30,7 @@ class EvaluationConfig:
     weights: file of the network's weights, if the user gives it. statistics: file of the reference, if its mu and sigma
     are used. device: for the features, in the notation of their framework. reference: the reference as an image source,
     for the guards. allow: guards that only warn. picture: file for the picture of the samples nearest to training
-    images. sharding: how processes share the extraction; only the main one returns records.
+    images. training: images that copies are sought in; None: the reference images are the training images. sharding: how processes share the extraction; only the main one returns records.
     """
 
     suite: Suite
@@ -41,6 +41,7 @@ class EvaluationConfig:
     allow: tuple[str, ...] = ()
     sharding: ShardedExtraction | None = None
     picture: Path | None = None
+    training: ImageSet | None = None
 
     @classmethod
     def of(cls, protocol: Protocol) -> EvaluationConfig:

@@ -299,6 +299,7 @@ def sample_run(
             gflops_published_input=published_input_gflops(request),
             evaluations=request.evaluations(steps),
             decoder_gflops=None if decoder is None else decoder.compute(protocol.resolution).gflops,
+            origin={**run.training_data, **run.fork},
         ),
         labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, protocol.num_classes),
         image=(protocol.resolution, protocol.resolution, protocol.image_channels),
@@ -330,7 +331,8 @@ def sample_run(
 
     description = {
         "environment": environment(run.resolved.device_name),
-        "spent": checkpoint.state.get("spent", {}),  # seconds of training by device; older checkpoints do not have them
+        # seconds of training by device, and versions that trained; older checkpoints do not have them
+        **{name: checkpoint.state[name] for name in ("spent", "trained_with") if name in checkpoint.state},
     }
     path = run_job(job, make, description, device=lambda: device_of(run, group), group=group)
     if group.is_main:

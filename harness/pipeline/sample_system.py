@@ -210,6 +210,7 @@ def _description(loaded: LoadedSystem, device_info: DeviceInfo) -> dict[str, Any
     return {
         "weights": {name: str(source.path) for name, source in loaded.sources.items()},
         "environment": environment(device_info.name),
+        **({"trained_with": trained_with} if (trained_with := loaded.sources["base"].trained_with) else {}),
     }
 
 

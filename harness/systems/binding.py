@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,6 +47,9 @@ class Source:
     sha256: str
     run: dict[str, Any] | None = None  # identity of the run
     steps: int | None = None  # of its training
+    # fields of `results.records.Training` on the data and the fork of the run; empty: not known
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    trained_with: Sequence[Mapping[str, str]] = ()  # versions that trained the run in turn; empty: not known
 
     @property
     def trained(self) -> Trained | None:
@@ -193,7 +196,10 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
             )
         changes["objective"] = recipe.objective
     checkpoint = checkpoints.verify(run.ema_checkpoint(steps))
-    source = Source(path=checkpoint.part("ema"), sha256=checkpoint.sha256("ema"), run=run.identity, steps=steps)
+    source = Source(
+        path=checkpoint.part("ema"), sha256=checkpoint.sha256("ema"), run=run.identity, steps=steps,
+        origin={**run.training_data, **run.fork}, trained_with=checkpoint.state.get("trained_with", ()),
+    )  # fmt: skip
     return replace(part, **changes), source
 
 
