@@ -209,7 +209,7 @@ def test_number_texts():
 
 
 def test_very_many_rows_are_in_the_csv_file_and_the_first_and_best_are_printed(record):
-    records = [record(value=100.0 - 0.01 * index, half=None, seed=index) for index in range(MAX_LINES + 50)]
+    records = [record(value=100.0 - 0.01 * index, half=0.001, system=f"s{index:04}") for index in range(MAX_LINES + 50)]
     table = protocol_table("digits", records)
     (section,) = table.sections
     assert len(table.data) == len(records) and len(section.lines) == MAX_LINES + 1
