@@ -317,8 +317,8 @@ def _loses(line: Line, leader: Line, budget: float) -> bool:
     """Whether a line would lose to the leader at this budget again; False for the leader itself."""
     if line is leader:
         return False
-    groups = _group_at(leader, budget), _group_at(line, budget)
-    return None not in groups and is_distinguishable(*groups)
+    best, other = _group_at(leader, budget), _group_at(line, budget)
+    return best is not None and other is not None and is_distinguishable(best, other)
 
 
 def _group_at(line: Line, budget: float) -> SeedGroup | None:

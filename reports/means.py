@@ -52,15 +52,26 @@ class _Experiment:
     groups: dict[tuple[str, str], Group]  # (metric, mode) -> group
 
 
+def _by_experiment(rows: Sequence[Row]) -> dict[tuple, list[Row]]:
+    """The measured rows by experiment."""
+    by_key: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if not row.is_published:
+            by_key.setdefault(experiment_key(row.representative), []).append(row)
+    return by_key
+
+
+def has_several_seeds(rows: Sequence[Row]) -> bool:
+    """Whether a measured experiment has several rows, so that single rows are not compared."""
+    return any(len(members) > 1 for members in _by_experiment(rows).values())
+
+
 def means_section(rows: Sequence[Row], number: int) -> tuple[Section, list[dict[str, object]]] | None:
     """(section, its rows of data) of the means of comparable measured rows; None if no experiment has several seeds.
 
     number: of the section, from 1.
     """
-    by_key: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if not row.is_published:
-            by_key.setdefault(experiment_key(row.representative), []).append(row)
+    by_key = _by_experiment(rows)
     if all(len(members) == 1 for members in by_key.values()):
         return None
     metrics = metrics_of(row for members in by_key.values() for row in members)

@@ -17,7 +17,7 @@ from reports.deviations import (
     may_share,
     model_text,
 )
-from reports.means import SEEDS_REMARK, means_section
+from reports.means import SEEDS_REMARK, has_several_seeds, means_section
 from reports.rows import Cell, Row, column_title, columns_of, groups, make_rows, metrics_of
 from reports.sections import Section, Table, aligned, build_section, data_row, make_line, metric_columns
 from reports.texts import key_text, metric_title
@@ -209,6 +209,8 @@ def _joint_section(
     """
     rows = make_rows(records)
     marks = best_marks(rows, metrics_of(rows))
+    if has_several_seeds(rows):  # they are compared by their means, in a section of their own
+        marks = [found if row.is_published else {} for row, found in zip(rows, marks, strict=True)]
     # The names of published rows may not state them. So footnotes do where the section has published rows.
     if all(not row.is_published for row in rows):
         shown = (*shown, *named)
@@ -216,13 +218,15 @@ def _joint_section(
     cells_of_rows = [cells(row, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)]
     section = build_section(key_text(representative), columns, rows, cells_of_rows, shown)
     section = dataclasses.replace(section, remarks=_with_remark(section.remarks, bold_remark(rows, marks)))
+    if has_several_seeds(rows):
+        section = dataclasses.replace(section, remarks=(*section.remarks, SEEDS_REMARK))
     return section, [data_row(row, number, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)], rows
 
 
 def _with_pairs(
     table: str, title: str, sections: list[Section], data: list[dict[str, object]], rows: list[Row]
 ) -> Table:
-    """The table with further sections that compare published and measured rows of the same experiment.
+    """The table with further sections: published and measured rows of the same experiment, and means over seeds.
 
     data: of `rows`, in the same order.
     """
@@ -230,6 +234,13 @@ def _with_pairs(
     for group in groups(pair.measured.representative for pair in found):
         members = [pair for pair in found if pair.measured.representative in group]
         sections = [*sections, deviation_section(members)]
+    means = []  # rows of data
+    ours = [row for row in rows if not row.is_published]
+    for group in groups(row.representative for row in ours):
+        members = set(map(id, group))
+        made = means_section([row for row in ours if id(row.representative) in members], len(sections) + 1)
+        if made is not None:
+            sections, means = [*sections, made[0]], [*means, *made[1]]
     by_row = {id(pair.measured): pair for pair in found}  # by identity, because rows cannot be hashed
     data = [
         entry | (deviation_data(by_row[id(row)]) if id(row) in by_row else {})
@@ -237,7 +248,7 @@ def _with_pairs(
     ]
     return Table(
         name=_file_name(table), title=f"{table}. {title}", sections=tuple(sections),
-        data=aligned(data, metric_columns(rows)),
+        data=aligned([*data, *means], metric_columns(rows)),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
+from typing import Any
 
 from harness.errors import UserError
 from results.metrics import rank, shared_direction
@@ -261,7 +262,7 @@ def _same_experiment(a: Record, b: Record) -> bool:
     """Whether two records have one `experiment_key`. Training data count as equal where one record does not state them,
     as older records do not."""
     if a.training and b.training and None in (a.training.dataset_sha256, b.training.dataset_sha256):
-        a, b = (_with_training(each, dataset_sha256=None, latents_sha256=None) for each in (a, b))
+        a, b = (_without(each, "dataset_sha256", "latents_sha256") for each in (a, b))
     return experiment_key(a) == experiment_key(b)
 
 
@@ -269,13 +270,14 @@ def _differ_in_unknown_seeds(a: Record, b: Record) -> bool:
     """Whether two records are of one experiment, but of two checkpoints whose training seeds are not known."""
     if a.training is None or b.training is None or (a.training.seed, b.training.seed) != (None, None):
         return False
-    return _same_experiment(*(_with_training(each, checkpoint_sha256=None) for each in (a, b)))
+    return _same_experiment(_without(a, "checkpoint_sha256"), _without(b, "checkpoint_sha256"))
 
 
-def _with_training(record: Record, **changes: str | None) -> Record:
-    """A copy of the record with these fields of its training."""
+def _without(record: Record, *names: str) -> Record:
+    """A copy of the record without these fields of its training."""
     assert record.training is not None
-    return dataclasses.replace(record, training=dataclasses.replace(record.training, **changes))
+    unknown: dict[str, Any] = dict.fromkeys(names)
+    return dataclasses.replace(record, training=dataclasses.replace(record.training, **unknown))
 
 
 def group_of(records: Iterable[Record]) -> Group:

@@ -73,10 +73,10 @@ def command(as_json: bool, **options: Any) -> None:
     if differing:
         text = "; ".join(f"{name} {values[0]} and {values[1]}" for name, values in differing.items())
         click.echo(f"A and B also differ in: {text}")
-    for each in comparison.compute:
-        where = f" ({each.sampling})" if each.sampling else ""
-        unit = "Gflops of training" if each.what == "training" else "Gflops an image"
-        click.echo(f"{unit}{where}: A {_gflops(each.a)}, B {_gflops(each.b)}")
+    for compute in comparison.compute:
+        where = f" ({compute.sampling})" if compute.sampling else ""
+        unit = "Gflops of training" if compute.what == "training" else "Gflops an image"
+        click.echo(f"{unit}{where}: A {_gflops(compute.a)}, B {_gflops(compute.b)}")
     for warning in comparison.warnings:
         click.echo(f"warning: {warning}")
     click.echo(SEEDS_RULE if over_training_seeds else SAMPLING_RULE)

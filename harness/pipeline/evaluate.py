@@ -164,10 +164,10 @@ def evaluate_images(
 
     images: uint8 arrays (n, H, W, C) with values 0 to 255, any n, from a list, a generator or any other iterable; a
     generator may reuse its buffer. Images of more than 512 MiB in total are stored in a temporary file, in `cache` or
-    in the system's folder. protocol: a protocol or its name. data: the reference images; None: the protocol's data set.
-    name: of the row. count: number of images to take, for example from an endless generator; None: all. labels:
-    integers, one for each image. cache: folder for features of the reference; None: they are not stored. config: None:
-    the protocol's suite.
+    in the system's folder. protocol: a protocol or its name. data: the reference images, also for copies unless
+    `config.training` has others; None: the protocol's data set. name: of the row. count: number of images to take, for
+    example from an endless generator; None: all. labels: integers, one for each image. cache: folder for features of the
+    reference; None: they are not stored. config: None: the protocol's suite.
 
         records = evaluate_images(my_sampler(batch=100), "digits", name="mine", count=1000)
 
@@ -239,7 +239,7 @@ def _measure(
         mode=suite.mode,
     )
     searching = {metric.key for metric in suite.metrics if metric.needs_training}
-    copies = dataclasses.replace(evaluation, training_sha256=config.training and config.training.sha256)
+    copies = dataclasses.replace(evaluation, training_sha256=config.training_sha256)
     return [
         Record(
             provenance="measured",
@@ -318,10 +318,8 @@ def evaluate_and_record(
     must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
     existing = None
     if not must_measure:
-        training = config.training and config.training.sha256
-        existing = existing_records(
-            records, about, protocol, config.suite, images_sha256(data.images), training_sha256=training
-        )
+        reference = images_sha256(data.images)
+        existing = existing_records(records, about, protocol, config.suite, reference, config.training_sha256)
     if group.broadcast(int(existing is not None)):
         return existing or []
     if group.size > 1:

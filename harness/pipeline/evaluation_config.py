@@ -43,6 +43,11 @@ class EvaluationConfig:
     picture: Path | None = None
     training: ImageSet | None = None
 
+    @property
+    def training_sha256(self) -> str | None:
+        """The hash of `training`."""
+        return None if self.training is None else self.training.sha256
+
     @classmethod
     def of(cls, protocol: Protocol) -> EvaluationConfig:
         """The protocol's suite, without files from the user."""

@@ -332,7 +332,8 @@ def sample_run(
     description = {
         "environment": environment(run.resolved.device_name),
         # seconds of training by device, and versions that trained; older checkpoints do not have them
-        **{name: checkpoint.state[name] for name in ("spent", "trained_with") if name in checkpoint.state},
+        "spent": checkpoint.state.get("spent", {}),
+        "trained_with": checkpoint.state.get("trained_with", []),
     }
     path = run_job(job, make, description, device=lambda: device_of(run, group), group=group)
     if group.is_main:

@@ -15,7 +15,7 @@ from reports.figures_study import studies
 from reports.means import is_distinguishable, mean_interval
 from reports.points import constant_x, index_of, marks_of
 from reports.render import to_csv
-from reports.tables import protocol_table
+from reports.tables import paper_tables, protocol_table
 from results.compare import compare, group_of
 from results.records import Environment, Sampling, Training
 
@@ -139,3 +139,16 @@ def test_published_values_are_compared_as_printed_and_not_with_measured_ones(rec
     assert is_distinguishable(*groups)
     measured = group_of([seeded(record, 500.0)])
     assert not is_distinguishable(groups[0], measured)
+
+
+def test_the_papers_tables_have_means_of_our_seeds_too(imagenet):
+    def table(*records):
+        return next(table for table in paper_tables(records) if table.name == "table-2")
+
+    seeds = [imagenet("fid", 2.2 + 0.1 * seed, seed=seed) for seed in range(3)]
+    section = table(*seeds).sections[-1]
+    assert section.heading.endswith("means over seeds") and len(section.lines) == 1
+    assert section.lines[0].values[-1] == pytest.approx(2.3)
+    marked = [line.published for line in table(*seeds).sections[0].lines if any(line.marks)]
+    assert marked and all(marked)
+    assert not any("means" in each.heading for each in table(seeds[0]).sections)
