@@ -234,11 +234,11 @@ def _with_pairs(
     for group in groups(pair.measured.representative for pair in found):
         members = [pair for pair in found if pair.measured.representative in group]
         sections = [*sections, deviation_section(members)]
-    means = []  # rows of data
+    means: list[dict[str, object]] = []
     ours = [row for row in rows if not row.is_published]
     for group in groups(row.representative for row in ours):
-        members = set(map(id, group))
-        made = means_section([row for row in ours if id(row.representative) in members], len(sections) + 1)
+        kept = set(map(id, group))
+        made = means_section([row for row in ours if id(row.representative) in kept], len(sections) + 1)
         if made is not None:
             sections, means = [*sections, made[0]], [*means, *made[1]]
     by_row = {id(pair.measured): pair for pair in found}  # by identity, because rows cannot be hashed
