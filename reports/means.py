@@ -144,7 +144,8 @@ def _mean_cell(group: Group | None, mark: str) -> Cell:
     if group is None:
         return Cell("-")
     low, high, _ = mean_interval(group)
-    return Cell(measured_text(group.value, low, high), group.value, "", mark)
+    record_id = group.records[0].id if len(group.records) == 1 else ""
+    return Cell(measured_text(group.value, low, high), group.value, record_id, mark)
 
 
 def _data(experiment: _Experiment, number: int, marks: dict[tuple[str, str], str]) -> dict[str, object]:
