@@ -19,7 +19,7 @@ from reports.figures_study import (
     training_gflops,
 )
 from reports.fits import frontier, interpolate
-from reports.means import is_distinguishable
+from reports.means import is_distinguishable, sampling_half_width
 from reports.points import (
     SIGNS,
     Line,
@@ -340,7 +340,7 @@ def _group_at(line: Line, budget: float) -> SeedGroup | None:
             continue
         ends: list[float | None] = []
         for sign, upward in ((-1, False), (1, True)):
-            halves = [group.sampling_half_width(upward=upward) for group in groups]
+            halves = [sampling_half_width(group, upward=upward) for group in groups]
             known = [value + sign * half for value, half in zip(values, halves, strict=True) if half is not None]
             ends.append(interpolate(costs, known, budget) if len(known) == len(values) else None)
         low, high = ends if None not in ends else (None, None)

@@ -32,13 +32,18 @@ def is_distinguishable(better: Group, other: Group) -> bool:
     return verdict.verdict == "win" and verdict.if_trained_again in (None, "win")
 
 
+def sampling_half_width(group: Group, *, upward: bool) -> float | None:
+    """95 % half-width of a group's mean from the randomness of sampling; None if it is not known. upward: its upper side."""
+    return group.sampling_half_width(upward=upward)
+
+
 def mean_interval(group: Group) -> tuple[float | None, float | None, str]:
     """(low, high, method) of the 95 % interval of a group's mean; (None, None, "") if it is not known."""
     count, means = len(group.seeds), group.means
     if count > 1 and (spread := variance(means)) > 0:
         half = student_t(count - 1) * math.sqrt(spread / count)
         return group.value - half, group.value + half, f"Student's t over {count} training seeds"
-    below, above = group.sampling_half_width(upward=False), group.sampling_half_width(upward=True)
+    below, above = sampling_half_width(group, upward=False), sampling_half_width(group, upward=True)
     if below is None or above is None:
         return None, None, ""
     return group.value - below, group.value + above, "sampling"

@@ -107,9 +107,10 @@ def test_how_often_a_budget_has_a_winner_among_equals(record, seeds):
     tables = 60
     wrong = sum(len(named(0.0)[0]) for _ in range(tables)) / (5 * tables)
     assert wrong < 0.05 + 4 * math.sqrt(0.05 * 0.95 / tables)  # the budgets of one figure are not independent
-    winners, figure = named(30.0)
-    assert len(winners) == 5 and all(row["system"] == "a" for row in winners)
-    assert {row["best"] for row in figure.rows} == {"yes", "no"}
+    if seeds > 1:
+        winners, figure = named(30.0)
+        assert len(winners) == 5 and all(row["system"] == "a" for row in winners)
+        assert {row["best"] for row in figure.rows} == {"yes", "no"}
     equal = named(0.0)[1]
     assert "not distinguishable" in {row["best"] for row in equal.rows}
     assert "not distinguishable" in equal.panels[0].note
