@@ -264,6 +264,8 @@ def evaluate_samples(
             f"suite {suite.name} uses features {suite.features.name}, but the reference was built with "
             f"{reference.extractor.name}: build it with {suite.features.name}"
         )
+    if not len(training) and (picture is not None or any(metric.needs_training for metric in suite.metrics)):
+        raise UserError(f"suite {suite.name} needs the training images, and the reference holds statistics alone")
     for other, what in ((reference.images, "the reference"), (training, "the training images")):
         if len(other) and images.shape[1:] != other.shape[1:]:  # none: a reference of statistics alone
             raise UserError(f"samples are {images.shape[1:]} but {what} {other.shape[1:]} (height, width, channels)")

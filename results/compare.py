@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
+from typing import Any
 
 from harness.errors import UserError
 from results.metrics import rank, shared_direction
@@ -247,14 +248,19 @@ def within_noise(a: Record, b: Record, systems: int = 2) -> bool | None:
 def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     """Settings of training and sampling in which two records differ: name, as "training steps" -> (value of a, of b).
 
-    Seeds, hashes, Gflops and batch sizes are left out, as is a setting that one of the records does not state.
+    The hashes of the training data are among them, and so are the protocol and its version. Seeds, other hashes, Gflops and
+    batch sizes are left out, as is a setting that one of the records does not state.
     """
     skipped = {  # `images` too, because it is steps x batch
         "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
         "evaluations_mean", "evaluations_max",
-        "decoder_gflops", "images", "micro_batch", "batch",
+        "decoder_gflops", "images", "micro_batch", "batch", "forked_at", "parent_sha256",
     }  # fmt: skip
     differences: dict[str, tuple[object, object]] = {}
+    for name in ("protocol", "protocol_version"):
+        values = (getattr(a, name), getattr(b, name))
+        if None not in values and values[0] != values[1]:
+            differences[name.replace("_", " ")] = values
     for part in ("training", "sampling"):
         part_a, part_b = getattr(a, part), getattr(b, part)
         if part_a is None or part_b is None:
@@ -303,10 +309,15 @@ def _cells(records: Iterable[Record], side: str) -> Cells:
 
 def _group(records: list[Record], side: str) -> Group:
     """The records of a cell as a group. UserError if they differ in more than seeds, or if two have the same seeds."""
-    first = records[0]
-    for other in records[1:]:
-        if experiment_key(first) == experiment_key(other):
+    first = next((each for each in records if each.training and each.training.dataset_sha256), records[0])
+    for other in records:
+        if _same_experiment(first, other):
             continue
+        if _differ_in_unknown_seeds(first, other):
+            raise UserError(
+                f"{side} holds two checkpoints for {first.metric} at {sampling_text(first)} whose training seed is not known, "
+                "so they cannot count as seeds of one experiment; name one run, or one record file"
+            )
         steps = [record.training.steps if record.training else None for record in (first, other)]
         if steps[0] != steps[1]:
             what, remedy = f"training steps {steps[0]} and {steps[1]}", "narrow it with --step"
@@ -322,6 +333,28 @@ def _group(records: list[Record], side: str) -> Group:
             "one record file"
         )
     return _group_of_checkpoints(_by_checkpoint(records))
+
+
+def _same_experiment(a: Record, b: Record) -> bool:
+    """Whether two records have one `experiment_key`. Training data count as equal where one record does not state them,
+    as older records do not."""
+    if a.training and b.training and None in (a.training.dataset_sha256, b.training.dataset_sha256):
+        a, b = (_without(each, "dataset_sha256", "latents_sha256") for each in (a, b))
+    return experiment_key(a) == experiment_key(b)
+
+
+def _differ_in_unknown_seeds(a: Record, b: Record) -> bool:
+    """Whether two records are of one experiment, but of two checkpoints whose training seeds are not known."""
+    if a.training is None or b.training is None or (a.training.seed, b.training.seed) != (None, None):
+        return False
+    return _same_experiment(_without(a, "checkpoint_sha256"), _without(b, "checkpoint_sha256"))
+
+
+def _without(record: Record, *names: str) -> Record:
+    """A copy of the record without these fields of its training."""
+    assert record.training is not None
+    unknown: dict[str, Any] = dict.fromkeys(names)
+    return dataclasses.replace(record, training=dataclasses.replace(record.training, **unknown))
 
 
 def group_of(records: Iterable[Record]) -> Group:
@@ -360,15 +393,17 @@ def experiment_key(record: Record) -> tuple:
     """A key that is equal for records of one experiment, that is, for those that differ only in seeds.
 
     It leaves out metric and value, seeds, hashes of checkpoints and samples, and batch sizes that move only low bits. Its
-    last entry is the sampling; the others are the training.
+    last entry is the sampling; the others are the training. Checkpoints whose training seed is not known are experiments
+    of their own, because they may be the same seed, or differ in more than seeds.
     """
+    training = record.training
     return (
         record.system,
         record.backbone,
         record.framework,
         record.protocol,
         record.protocol_version,
-        record.training and _training_key(record.training),
+        training and (*_training_key(training), training.checkpoint_sha256 if training.seed is None else None),
         record.sampling and _sampling_key(record.sampling.without_counts),
     )
 
@@ -378,7 +413,7 @@ def _fields_except(part: type, *names: str) -> operator.attrgetter:
     return operator.attrgetter(*(field.name for field in dataclasses.fields(part) if field.name not in names))
 
 
-_training_key = _fields_except(Training, "seed", "checkpoint_sha256", "micro_batch")
+_training_key = _fields_except(Training, "seed", "checkpoint_sha256", "micro_batch", "forked_at", "parent_sha256")
 _sampling_key = _fields_except(Sampling, "seed", "samples_sha256", "batch")
 
 
@@ -521,7 +556,8 @@ def _welch(a: Group, b: Group) -> tuple[float, float] | None:
 
 def _reason_not_comparable(left: Cells, right: Cells) -> str:
     """Why no cell of one side may be compared with one of the other, by the example of the first group of each."""
-    names = ("data set", "resolution", "N", "suite", "features", "reference")  # of the items of `comparable_key`
+    # of the items of `comparable_key`
+    names = ("data set", "resolution", "N", "suite", "suite version", "features", "reference")
     if not left or not right:
         return f"{'A' if not left else 'B'} holds no records"
     record_a, record_b = next(iter(left.values())).records[0], next(iter(right.values())).records[0]

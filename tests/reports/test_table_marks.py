@@ -64,10 +64,12 @@ def test_the_rule_of_ties_is_that_of_comparisons(record):
     assert within_noise(record(half=None), other) is None
 
 
-def test_without_an_interval_only_equal_values_tie(record):
-    values = (("a", 12.0), ("b", 12.0), ("c", 12.001))
-    assert _marks([record(value=value, half=None, system=name) for name, value in values]) == {
-        "a": "tie", "b": "tie", "c": None,
+def test_a_value_without_an_interval_beats_nothing_and_is_not_beaten(record):
+    alone = [record(value=0.999, half=None, system="a"), record(value=1.0, half=0.002, system="b")]
+    assert _marks(alone) == {"a": None, "b": None}
+    values = (("a", 12.0, None), ("b", 13.0, 0.5), ("c", 13.2, 0.5), ("d", 15.0, 0.5))
+    assert _marks([record(value=value, half=half, system=name) for name, value, half in values]) == {
+        "a": None, "b": "tie", "c": "tie", "d": None,
     }  # fmt: skip
 
 
@@ -92,14 +94,11 @@ def test_marks_reach_every_format(record):
 
 
 def test_published_and_measured_values_do_not_compete(imagenet):
-    rows = {row["model"]: row for row in _data(_table("table-2", [imagenet("fid", 1.0), imagenet("fid", 1.5, seed=1)]))}
+    ours = [imagenet("fid", 1.0), imagenet("fid", 1.5, system="mine")]
+    rows = {row["model"]: row for row in _data(_table("table-2", ours))}
     assert rows["DiT-XL/2-G (cfg=1.50)"]["fid_mark"] == "best" and rows["StyleGAN-XL"]["sfid_mark"] == "best"
     assert [rows[name]["precision_mark"] for name in ("BigGAN-deep", "LDM-4-G (cfg=1.50)")] == ["tie", "tie"]
-    measured = [
-        row
-        for row in _data(_table("table-2", [imagenet("fid", 1.0), imagenet("fid", 1.5, seed=1)]))
-        if row["provenance"] == "measured"
-    ]
+    measured = [row for row in _data(_table("table-2", ours)) if row["provenance"] == "measured"]
     assert sorted(row["fid_mark"] for row in measured) == ["", "best"]
 
 
@@ -198,9 +197,11 @@ OTHER = {
     "schedule": "x", "precision": "x", "micro_batch": 7, "recipe_hash": "x", "checkpoint_sha256": "x", "sampler": "x",
     "evaluations": 7, "eta": 0.7, "guidance_scale": 7.0, "guidance_interval": "0.3-", "guidance_channels": "x", "gflops_per_image": 7.0, "decoder": "x",
     "decoder_gflops": 7.0, "uint8_rule": "x", "label_policy": "x", "clip_denoised": True, "stage_steps": "7 + 7",
-    "settings": "x", "settings_hash": "x", "samples_sha256": "x", "suite_version": "x",
+    "settings": "x", "settings_hash": "x", "samples_sha256": "x",
     "features": "x", "time_distribution": "x", "loss_weight": "x", "noise_scale": 0.7, "spacing": "x",
     "ema_widths": "0.05", "ema_snapshots": 7, "ema_width": 0.07,
+    "dataset_sha256": "x", "latents_sha256": "x", "earlier_precision": "x", "forked_at": 7, "parent_sha256": "x",
+    "evaluations_mean": 7.5,
 }  # fmt: skip
 
 
@@ -220,13 +221,16 @@ def test_rows_that_differ_in_anything_look_different(record, part):
     """In a column or in a footnote: no two rows of a table read alike."""
     name = part.__name__.lower()
     base = record(sampling=Sampling(sampler="ddpm", steps=25, guidance_scale=1.5, guidance_channels="all"))
-    key = {"suite", "features", "features_sha256", "reference_sha256", "mode"}  # of the table or of the metric
+    # of the table or of the metric
+    key = {"suite", "suite_version", "features", "features_sha256", "reference_sha256", "training_sha256", "mode"}
+    key |= {"evaluations_max"}  # stated beside "evaluations_mean"
     for field in dataclasses.fields(part):
         if field.name in key - {"features"}:
             continue
         changed = dataclasses.replace(getattr(base, name), **{field.name: OTHER[field.name]})
         table = protocol_table("digits", [base, dataclasses.replace(base, **{name: changed})])
-        (section,) = table.sections
+        section, *means = table.sections
+        assert bool(means) == (field.name in ("seed", "checkpoint_sha256", "samples_sha256"))
         read = {
             (
                 *(cell for cell, own in zip(line.cells, line.record_ids, strict=True) if not own),

@@ -11,7 +11,7 @@ from reports.tables import protocol_file_name
 from reports.verdicts import MAX_LINES, verdict_table
 from results.compare import compare
 from results.matched import matchups
-from results.records import Sampling, Source, Training
+from results.records import Environment, Sampling, Source, Training
 
 
 @pytest.fixture
@@ -93,6 +93,31 @@ def test_the_table_says_by_how_much_and_by_which_rule(trained):
     (row,) = csv.DictReader(io.StringIO(to_csv(table)))
     assert (row["verdict"], float(row["difference"]), row["records"]) == ("win", -8.0, records[0].id)
     assert r"-8 $\pm$ 0.71" in to_latex(table) and "| win |" in to_markdown(table)
+
+
+def test_the_table_says_which_compute_is_matched(trained):
+    sampling = Sampling(sampler="ddpm", steps=25, gflops_per_image=10.0)
+    for theirs, text in ((10.1, "10.00"), (30.0, "10.00 (opponent 30.00)"), (None, "10.00 (opponent -)")):
+        other = dataclasses.replace(sampling, gflops_per_image=theirs)
+        table = verdict_table([trained("a", 100.0, 12.0, sampling=sampling), trained("b", 100.0, 15.0, sampling=other)])
+        (section,) = table.sections
+        cells = dict(zip(section.columns, section.lines[0].cells, strict=True))
+        assert cells["Gflops an image"] == text
+        assert "Training compute is matched; sampling compute is not" in section.remarks[0]
+        (row,) = csv.DictReader(io.StringIO(to_csv(table)))
+        assert row["sampling_gflops"] == "10.0" and row.get("opponent_sampling_gflops", "") == str(theirs or "")
+
+
+def test_a_mean_over_several_versions_is_marked(trained):
+    mixed = [
+        dataclasses.replace(
+            trained("a", 100.0, 12.0 + seed, seed=seed),
+            environment=Environment(training_versions={"torch": f"2.{seed}"}),
+        )
+        for seed in range(2)
+    ]
+    (section,) = verdict_table([*mixed, trained("b", 100.0, 15.0)]).sections
+    assert "a (800 steps, 2 seeds): trained with torch 2.0 and 2.1." in section.remarks
 
 
 def test_without_intervals_nothing_is_claimed(trained):
