@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from evaluators.distances import centred, squared_distances
-from evaluators.intervals import Estimate
+from evaluators.intervals import Estimate, one_hots
 from evaluators.metric_inputs import MetricInputs
 
 SIGMA = 10.0
@@ -32,15 +32,24 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, 
     """
     x, y = centred(features, reference)
     n, m = len(x), len(y)
-    member = np.eye(int(block.max()) + 1)[block]  # (N, B) one-hot
-    sizes = member.sum(axis=0)
+    members = one_hots(block)
+    sizes = members[0].sum(axis=0)
     # Sums are of 1 - k instead of k: for near rows k is almost 1, and the small difference would be lost in the sums.
-    # within: (B, B), by pair of blocks of x. across: (B,), by block of x, with all of y.
-    within, across, reference_sum = np.zeros((len(sizes),) * 2), np.zeros(len(sizes)), 0.0
+    # For each of `members`, pair_sums: (B, B), by pair of blocks of x; row_sums: (B,), by block of x, with all of y.
+    pair_sums, row_sums = (
+        [np.zeros((each.shape[1],) * 2) for each in members],
+        [np.zeros(each.shape[1]) for each in members],
+    )
+    reference_sum = 0.0
     for rows, d in squared_distances(x, x):
-        within += member[rows].T @ (_one_less_kernel(_zero_diagonal(rows, d)) @ member)
+        rest = _one_less_kernel(_zero_diagonal(rows, d))
+        for pair_sum, each in zip(pair_sums, members, strict=True):
+            pair_sum += each[rows].T @ (rest @ each)
     for rows, d in squared_distances(x, y):
-        across += member[rows].T @ _one_less_kernel(d).sum(axis=1)
+        rest = _one_less_kernel(d)
+        for row_sum, each in zip(row_sums, members, strict=True):
+            row_sum += each[rows].T @ rest.sum(axis=1)
+    within, across = pair_sums[0], row_sums[0]
     for rows, d in squared_distances(y, y):
         reference_sum += float(_one_less_kernel(_zero_diagonal(rows, d)).sum())
     excluded_pairs = 1.0 if unbiased else 0.0  # of each row: the pair with itself, whose 1 - k is 0 in the sums
@@ -53,7 +62,7 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray, *, 
     # [b]: over the pairs of samples of which neither is in block b
     kept_within = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)
     left_out = value_from_sums(n - sizes, kept_within, across.sum() - across)
-    return Estimate(value=float(value_from_sums(n, within.sum(), across.sum())), left_out=left_out)
+    return Estimate(value=float(value_from_sums(n, pair_sums[-1].sum(), row_sums[-1].sum())), left_out=left_out)
 
 
 def _zero_diagonal(rows: slice, d: np.ndarray) -> np.ndarray:

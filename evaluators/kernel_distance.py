@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from evaluators.intervals import Estimate
+from evaluators.intervals import Estimate, one_hots
 from evaluators.metric_inputs import MetricInputs
 
 ROWS_PER_BLOCK = 1024
@@ -40,13 +40,22 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray) -> 
     """Kernel distance between features (N, D) and reference features (M, D); block int64 (N,)."""
     x, y = np.asarray(features, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     n, m = len(x), len(y)
-    member = np.eye(int(block.max()) + 1)[block]  # (N, B) one-hot
-    # Sums of kernel values. within: (B, B), by pair of blocks of x. across: (B,), by block of x, with all of y.
-    within, across = np.zeros((member.shape[1],) * 2), np.zeros(member.shape[1])
+    members = one_hots(block)
+    member = members[0]
+    # Sums of kernel values, for each of `members`. pair_sums: (B, B), by pair of blocks of x. row_sums: (B,), by block of x,
+    # with all of y.
+    pair_sums, row_sums = (
+        [np.zeros((each.shape[1],) * 2) for each in members],
+        [np.zeros(each.shape[1]) for each in members],
+    )
     for rows, kernel in _kernel_rows(x, x):
-        within += member[rows].T @ (_zero_diagonal(rows, kernel) @ member)
+        kernel = _zero_diagonal(rows, kernel)
+        for pair_sum, each in zip(pair_sums, members, strict=True):
+            pair_sum += each[rows].T @ (kernel @ each)
     for rows, kernel in _kernel_rows(x, y):
-        across += member[rows].T @ kernel.sum(axis=1)
+        for row_sum, each in zip(row_sums, members, strict=True):
+            row_sum += each[rows].T @ kernel.sum(axis=1)
+    within, across = pair_sums[0], row_sums[0]
     reference_sum = sum(float(_zero_diagonal(rows, kernel).sum()) for rows, kernel in _kernel_rows(y, y))
     reference_mean = reference_sum / (m * (m - 1))
 
@@ -57,7 +66,7 @@ def estimate(features: np.ndarray, reference: np.ndarray, block: np.ndarray) -> 
     # [b]: over the pairs of samples of which neither is in block b
     kept_within = within.sum() - within.sum(axis=0) - within.sum(axis=1) + np.diag(within)
     left_out = value_from_sums(n - member.sum(axis=0), kept_within, across.sum() - across)
-    return Estimate(value=float(value_from_sums(n, within.sum(), across.sum())), left_out=left_out)
+    return Estimate(value=float(value_from_sums(n, pair_sums[-1].sum(), row_sums[-1].sum())), left_out=left_out)
 
 
 def compute(inputs: MetricInputs) -> dict[str, Estimate]:

@@ -18,6 +18,8 @@ class MetricInputs:
     images: uint8 (N, H, W, C), the samples. features: of the samples, N rows.
     training: uint8 (T, H, W, C), images that the generator may have memorised.
     block: int64 (N,), the jackknife block of every sample (evaluators/intervals.py).
+    labels: int64 (N,), classes that were drawn in equal numbers, by which `block` is stratified; None: not known to be.
+    copies: int64 (N,), equal for copies of one image, which have one block; None: there are none.
     """
 
     images: np.ndarray
@@ -25,3 +27,5 @@ class MetricInputs:
     reference: "Reference"
     training: np.ndarray
     block: np.ndarray
+    labels: np.ndarray | None = None
+    copies: np.ndarray | None = None

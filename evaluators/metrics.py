@@ -20,6 +20,7 @@ class Metric:
     paper: str
     compute: str  # "module:attribute" of a function MetricInputs -> {key: Estimate}; called once for all metrics that name it
     needs_logits: bool = False
+    needs_training: bool = False  # it reads `MetricInputs.training`: left out where the training images are not at hand
     bounds: tuple[float, float] | None = None  # smallest and largest possible value; the interval is clipped to them
     title: str = ""  # in tables and figures; "": the key
     title_elsewhere: str = ""  # on features other than Inception's, where `title` would mislead; "": `title`
@@ -112,6 +113,8 @@ METRICS = {
             minimum=20,
             paper="nearest training image in pixels; fresh real images score about 0.01",
             compute="evaluators.copies:compute",
+            needs_training=True,
+            needs_reference_images=False,
             bounds=(0.0, 1.0),
         ),
         Metric(
@@ -169,6 +172,8 @@ METRICS = {
             minimum=100,
             paper="Alaa et al. 2022, arXiv:2102.08921",
             compute="evaluators.authenticity:compute",
+            needs_training=True,
+            needs_reference_images=False,
             bounds=(0.0, 1.0),
         ),
     )

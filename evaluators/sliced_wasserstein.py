@@ -89,6 +89,11 @@ def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metric "mind"."""
     features, reference = inputs.features.pooled, inputs.reference.features.pooled
     n = min(len(features), len(reference), SAMPLES)
-    block = inputs.block if n == len(features) else assign_blocks(n)  # of the chosen samples
-    features, reference = features[choose(len(features), n)], reference[choose(len(reference), n)]
+    chosen, block = choose(len(features), n), inputs.block
+    if n < len(
+        features
+    ):  # the blocks of the chosen samples; those of all have about as many of each class and all copies
+        plain = inputs.labels is None and inputs.copies is None
+        block = assign_blocks(n) if plain else np.unique(inputs.block[chosen], return_inverse=True)[1]
+    features, reference = features[chosen], reference[choose(len(reference), n)]
     return {"mind": estimate(features, reference, block, directions(features.shape[1]))}

@@ -219,7 +219,8 @@ class Measurement:
     """One metric of one sample set.
 
     low, high: 95 % interval; None: no interval. n: number of samples. interval: method, "jackknife-20",
-    "jackknife-20+halves" (recall), "clopper-pearson" (a share of 0 or 1) or "none". warning: one line on why the value is
+    "jackknife-20+halves" (recall; with fewer blocks, another number), "clopper-pearson" (a share of 0 or 1), "jeffreys" (a
+    share of fewer than 10 samples) or "none". warning: one line on why the value is
     doubtful; empty: no doubt.
     """
 
@@ -239,6 +240,8 @@ def evaluate_samples(
     suite: Suite,
     *,
     training: "np.ndarray | None" = None,  # images that may have been memorised; None: the reference's
+    labels: "np.ndarray | None" = None,  # int64 (N,), if classes were drawn in equal numbers: for the intervals
+    copies: "np.ndarray | None" = None,  # int64 (N,), equal for copies of one image: for the intervals
     progress: "Progress | None" = None,
     picture: "Path | None" = None,  # file for a picture of the samples nearest to training images; None: no picture
     sharding: "ShardedExtraction | None" = None,  # of several processes, in process 0; None: one process extracts all
@@ -261,6 +264,8 @@ def evaluate_samples(
             f"suite {suite.name} uses features {suite.features.name}, but the reference was built with "
             f"{reference.extractor.name}: build it with {suite.features.name}"
         )
+    if not len(training) and (picture is not None or any(metric.needs_training for metric in suite.metrics)):
+        raise UserError(f"suite {suite.name} needs the training images, and the reference holds statistics alone")
     for other, what in ((reference.images, "the reference"), (training, "the training images")):
         if len(other) and images.shape[1:] != other.shape[1:]:  # none: a reference of statistics alone
             raise UserError(f"samples are {images.shape[1:]} but {what} {other.shape[1:]} (height, width, channels)")
@@ -272,7 +277,9 @@ def evaluate_samples(
         features=extract(images, reference.extractor, "sample features", progress, sharding),
         reference=reference,
         training=training,
-        block=assign_blocks(len(images)),
+        block=assign_blocks(len(images), labels=labels, copies=copies),
+        labels=labels,
+        copies=copies,
     )
     measurements = _measure(inputs, suite, progress)
     if picture is not None:
@@ -286,8 +293,9 @@ def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") 
     """One measurement for each metric of the suite, in its order. Raises RunError for a value that is not finite."""
     import numpy as np
 
-    from evaluators.intervals import interval
+    from evaluators.intervals import independent, interval
 
+    distinct = len(inputs.images) if inputs.copies is None else independent(inputs.copies)
     # Metric.compute -> metric key -> estimate: one call gives all metrics that share a function, as precision and recall do
     computed: dict[str, dict[str, Estimate]] = {}
     measurements = []
@@ -300,6 +308,11 @@ def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") 
         estimate = computed[metric.compute][metric.key]
         if not (np.isfinite(estimate.value) and np.isfinite(estimate.left_out).all()):
             raise RunError(f"metric {metric.key} is not finite; no number of suite {suite.name} is reported")
+        if distinct < len(inputs.images):
+            # Copies of an image are one trial. Halves of the set that both have a copy are not independent of each other, so
+            # the jackknife counts alone.
+            trials = None if estimate.trials is None else estimate.trials * distinct // len(inputs.images)
+            estimate = replace(estimate, trials=trials, half_variance=None)
         error_bar = interval(estimate)
         low, high = error_bar.low, error_bar.high
         if metric.bounds is not None and low is not None and high is not None:

@@ -49,19 +49,49 @@ def kid(
 
     Kernels are float32, as in the package; their sums are float64. Raises UserError if either set has fewer rows.
     """
+    return float(sum(kid_of_subsets(features, reference, subsets, rows, seed)) / subsets)
+
+
+def kid_of_subsets(
+    features: np.ndarray, reference: np.ndarray, subsets: int = SUBSETS, rows: int = SUBSET_ROWS, seed: int = SEED
+) -> list[float]:
+    """The KID of each random choice, whose mean is `kid`."""
     if min(len(features), len(reference)) < rows:
         raise UserError(
             f"KID of suite torch-fidelity takes subsets of {rows}, but there are {len(features)} samples and "
             f"{len(reference)} reference images; use larger sets, or suite adm-exact or clean"
         )
     random = np.random.RandomState(seed)
-    total = 0.0
+    values = []
     for _ in range(subsets):
         x = features[random.choice(len(features), rows, replace=False)]
         y = reference[random.choice(len(reference), rows, replace=False)]
         within = sum(_off_diagonal_sum(_kernel(side, side)) for side in (x, y))
-        total += within / (rows * (rows - 1)) - 2.0 * _kernel(x, y).mean(dtype=np.float64)
-    return float(total / subsets)
+        values.append(within / (rows * (rows - 1)) - 2.0 * _kernel(x, y).mean(dtype=np.float64))
+    return values
+
+
+def kid_estimate(
+    features: np.ndarray,
+    reference: np.ndarray,
+    block: np.ndarray,
+    subsets: int = SUBSETS,
+    rows: int = SUBSET_ROWS,
+    seed: int = SEED,
+) -> Estimate:
+    """KID of features (N, D) against reference (M, D), as `kid`; block int64 (N,).
+
+    Given both sets, the subsets are drawn independently of each other, so their mean has the variance of KID over all pairs,
+    which the jackknife estimates, and that of a mean of `subsets` draws. At N = 50,000 the second is as large as the first:
+    in 100 subsets of 1,000 a sample is drawn twice on average, some four times, some never.
+    """
+    values = kid_of_subsets(features, reference, subsets, rows, seed)
+    pairs = kernel_distance.estimate(features, reference, block)
+    spread, blocks = pairs.left_out - pairs.left_out.mean(), len(pairs.left_out)
+    variance = (blocks - 1) / blocks * float(spread @ spread)
+    widening = np.sqrt(1.0 + float(np.var(values, ddof=1)) / subsets / variance) if variance > 0 else 1.0
+    value = float(sum(values) / subsets)
+    return Estimate(value=value, left_out=value + widening * spread)
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -78,17 +108,18 @@ def _off_diagonal_sum(kernel: np.ndarray) -> float:
 def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metrics "fid", "kid", "is", "precision" and "recall".
 
-    The leave-one-block-out values are those of the metrics without splits and subsets.
+    The leave-one-block-out values are those of the metrics without splits and subsets, those of "kid" with the noise of
+    the draw of subsets.
     """
     features, reference, block = inputs.features, inputs.reference, inputs.block
     if features.logits is None:
         raise UserError("suite torch-fidelity needs logits, which only the 2015 Inception network gives")
     pooled, reference_pooled = features.pooled, reference.features.pooled
-    kid_value = kid(pooled, reference_pooled)  # first, because it raises for small sets
+    kid_with_subsets = kid_estimate(pooled, reference_pooled, block)  # first, because it raises for small sets
     precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
     return {
         "fid": replace(frechet.estimate(pooled, reference.statistics, block), value=fid(pooled, reference_pooled)),
-        "kid": replace(kernel_distance.estimate(pooled, reference_pooled, block), value=kid_value),
+        "kid": kid_with_subsets,
         "is": replace(inception_score.estimate(features.logits, block), value=score(features.logits)),
         "precision": precision,
         "recall": recall,

@@ -9,8 +9,11 @@ from results.metrics import shared_direction
 BEST, TIE = "best", "tie"
 PUBLISHED_RULE = "of the published values the best as printed (they have no interval)"
 MEASURED_RULE = (
-    "of the measured values the best; a gap of at most the root of the sum of the squared 95 % half-widths of sampling "
-    "is a tie (of these checkpoints, not of the backbones; a value without an interval counts as exact)"
+    "of the measured values the best; a gap within the noise of sampling is a tie (of these checkpoints, not of the "
+    "backbones; a value without an interval has no mark, as its noise is not known). All rows of a column are compared at once (Tukey's test in "
+    "the form of Games and Howell: the root of the sum of the squared 95 % half-widths, times the ratio of 95 % quantiles of "
+    "the studentized range of all rows and of two), so among equals some row is set behind the best in at most 5 % of tables, "
+    "for each metric"
 )
 
 
@@ -19,8 +22,9 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
 
     The best value of a column has the mark "best"; if others are tied with it, it and they have the mark "tie".
     metrics: (metric, mode) of the columns. Published values are compared as printed, measured values with their intervals,
-    and the two kinds not with each other, because the noise of a published number is not known. A kind has marks in a column
-    if it has two values or more there and the metric's direction is known.
+    and the two kinds not with each other, because the noise of a published number is not known. Measured values without an
+    interval are left out for the same reason. A kind has marks in a column if two values or more are left there and the
+    metric's direction is known.
     """
     marks: list[dict[tuple[str, str], str]] = [{} for _ in rows]
     for metric in metrics:
@@ -32,6 +36,7 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
                 (index, row.records[metric])
                 for index, row in enumerate(rows)
                 if row.is_published == is_published and metric in row.records
+                if is_published or row.records[metric].low is not None
             ]
             if len(candidates) < 2:
                 continue
@@ -40,7 +45,7 @@ def best_marks(rows: Sequence[Row], metrics: Sequence[tuple[str, str]]) -> list[
             leading = [
                 index
                 for index, record in candidates
-                if record.value == leader.value or (not is_published and within_noise(leader, record))
+                if record.value == leader.value or (not is_published and within_noise(leader, record, len(candidates)))
             ]
             for index in leading:
                 marks[index][metric] = BEST if len(leading) == 1 else TIE

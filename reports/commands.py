@@ -111,6 +111,9 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
     )  # an adaptive sampler has none to set
     if training.recipe_hash is None or not has_steps or sampling.sampler is None or record.backbone is None:
         return Reproduction(notes=("The record does not state all of its training and sampling.",))
+    if training.earlier_precision:
+        text = f"It was trained in {training.earlier_precision}, then in {training.precision}, by a fork (--fork)"
+        return Reproduction(notes=(f"{text}: no single command does that.",))
     recipe, reason = _recipe_items(training, protocol, recipes)
     if reason:
         return Reproduction(notes=(reason,))

@@ -19,8 +19,10 @@ from reports.figures_study import (
     training_gflops,
 )
 from reports.fits import frontier, interpolate
+from reports.means import is_distinguishable, sampling_half_width
 from reports.points import (
     SIGNS,
+    Line,
     RecordIndex,
     bars_note,
     better,
@@ -35,6 +37,8 @@ from reports.points import (
     quality_axis,
 )
 from reports.texts import count_text, guidance_text, sampling_steps_text, states_guidance
+from results.compare import Group as SeedGroup
+from results.compare import group_of
 from results.records import Record, Sampling
 
 MAX_POINTS = 400  # settings drawn in a panel
@@ -145,7 +149,7 @@ def _frontier_series(
     places = []  # (cost, value) of each setting
     for members in settings:
         costs = [known for record in members if (known := cost(record)) is not None]
-        places.append((_mean(costs), sum(record.value for record in members) / len(members)))
+        places.append((_mean(costs), group_of(members).value))
     best = set(frontier(places, direction))
     # Of too many settings one in `every` is drawn, besides the frontier.
     every = max(1, -(-len(settings) // MAX_POINTS))
@@ -266,7 +270,10 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
                 if (value := interpolate(xs, ys, budget)) is not None
             ]
             points.sort(key=lambda point: (point[1], point[0].label))
-            winner = min(points, key=lambda point: sign * point[2])[0]
+            leader = min(points, key=lambda point: sign * point[2])[0]
+            # lines that would not lose to the leader again, itself among them
+            leading = {line.label for line, _, _ in points if not _loses(line, leader, budget, len(points))}
+            winner = leader if leading == {leader.label} else None
             budget_text = f"{_budget_text(budget)} Gflops"
             marks = tuple(
                 Mark(
@@ -282,7 +289,7 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
             rows += [
                 {"panel": len(panels) + 1, "budget_gflops": budget, "model": line.model, "system": name_of(line)}
                 | {"gflops": gflops, "metric": line.records[0].metric, "n": line.records[0].n, "value": value}
-                | {"best": "yes" if line is winner else "no"}
+                | {"best": "yes" if line is winner else "not distinguishable" if line.label in leading else "no"}
                 for line, gflops, value in points
             ]
         panels.append(
@@ -294,7 +301,8 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
                 note="; ".join(
                     [
                         *study.notes,
-                        "a line a training budget; its best model is named; values read between the points of the training "
+                        "a line a training budget; its best model is named where it would win again against every other "
+                        "(not distinguishable else); values read between the points of the training "
                         "curves, straight in logarithms, never beyond them",
                     ]
                 ),
@@ -303,6 +311,42 @@ def best_size(all_studies: Sequence[Study]) -> Figure | None:
     if not panels:
         return None
     return Figure(name="budget", title="The best size at a training budget", panels=tuple(panels), rows=tuple(rows))
+
+
+def _loses(line: Line, leader: Line, budget: float, systems: int) -> bool:
+    """Whether a line, one of `systems`, would lose to the leader at this budget again; False for the leader itself."""
+    if line is leader:
+        return False
+    best, other = _group_at(leader, budget), _group_at(line, budget)
+    return best is not None and other is not None and is_distinguishable(best, other, systems)
+
+
+def _group_at(line: Line, budget: float) -> SeedGroup | None:
+    """Records at a budget between those of the line, one for each training seed whose curve reaches it; None: no such seed.
+
+    Value and interval are read from the seed's curve, as the figure reads those of the mean.
+    """
+    by_seed: dict[int | None, dict[float, list[Record]]] = {}
+    for record in line.records:
+        if (cost := training_gflops(record)) is not None:
+            seed = record.training.seed if record.training else None
+            by_seed.setdefault(seed, {}).setdefault(cost, []).append(record)
+    found = []
+    for curve in by_seed.values():
+        costs = sorted(curve)
+        groups = [group_of(curve[cost]) for cost in costs]
+        values = [group.value for group in groups]
+        if (value := interpolate(costs, values, budget)) is None:
+            continue
+        ends: list[float | None] = []
+        for sign, upward in ((-1, False), (1, True)):
+            halves = [sampling_half_width(group, upward=upward) for group in groups]
+            known = [value + sign * half for value, half in zip(values, halves, strict=True) if half is not None]
+            ends.append(interpolate(costs, known, budget) if len(known) == len(values) else None)
+        low, high = ends if None not in ends else (None, None)
+        first = curve[costs[0]][0]
+        found.append(dataclasses.replace(first, value=value, low=low, high=high))
+    return group_of(found) if found else None
 
 
 def _budget_text(budget: float) -> str:

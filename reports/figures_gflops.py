@@ -21,6 +21,7 @@ from reports.figures_study import (
     single_mark_series,
 )
 from reports.fits import PowerLaw, correlation, power_law
+from reports.means import is_distinguishable
 from reports.points import (
     BEYOND,
     SIGNS,
@@ -31,16 +32,19 @@ from reports.points import (
     comparable_groups,
     constant_x,
     figure_row,
+    group_by_settings,
     marks_of,
     quality,
     quality_axis,
 )
 from reports.texts import quantity_text
-from results.records import Record
+from results.compare import group_of
+from results.records import Record, Sampling
 
 NEAR = 4.0  # predictions outside [lowest / 4, highest * 4] of a law's points are only in the CSV file
 CURVE_PLACES = 40  # points of the curve of a fitted law
 MAX_BARS = 20  # systems in a panel of bars, the best ones
+MAX_BEND_P = 0.05  # p-value of a bend below which a law's lack of fit is stated
 DITS = "DiTs"  # what a law is fitted to: DiTs with adaLN-Zero, or else models of every kind
 
 
@@ -70,7 +74,11 @@ def compute_efficiency(all_studies: Sequence[Study], index: RecordIndex, publish
     for panel, bars in _system_bars(index, published):
         # After the panels of the same records, or at the end.
         same_records = [place for place, (other, _) in enumerate(parts) if other.heading == panel.heading]
-        rows = [figure_row(record, 0, name, cost_columns(record) | {"shows": "bar"}) for name, record in bars]
+        rows = [
+            figure_row(record, 0, name, cost_columns(record) | {"shows": "bar"})
+            for name, members in bars
+            for record in members
+        ]
         parts.insert(same_records[-1] + 1 if same_records else len(parts), (panel, rows))
     if not parts:
         return None
@@ -79,47 +87,57 @@ def compute_efficiency(all_studies: Sequence[Study], index: RecordIndex, publish
     return figure_or_none("figure-2", "Quality and compute", panels, rows, columns=3)
 
 
-def _system_bars(index: RecordIndex, published: Sequence[Record]) -> Iterator[tuple[Panel, list[tuple[str, Record]]]]:
-    """Yields (panel, [(name, record) of each bar]) for each group of comparable records of two systems or more.
+def _system_bars(
+    index: RecordIndex, published: Sequence[Record]
+) -> Iterator[tuple[Panel, list[tuple[str, list[Record]]]]]:
+    """Yields (panel, [(name, records) of each bar]) for each group of comparable records of two systems or more.
 
-    A bar is the best record of a system, with its Gflops as size. Groups whose metric has no known direction are left out.
+    A bar is the best setting of a system, a mean over its seeds, with its Gflops as size. Of single records the more a
+    system has, the better its luckiest. Groups whose metric has no known direction are left out.
     """
     printed = [r for r in published if r.metric == "fid" and r.table in SYSTEMS and r.gflops]
     groups, _ = comparable_groups(index.quality, printed)
     for group in groups:
-        best: dict[tuple, Record] = {}  # (provenance, name) -> record
+        best: dict[tuple, list[Record]] = {}  # (provenance, name) -> records that differ in seeds
         records = [
             record for record in quality(group.records) if cost_or_none(record.gflops) and abs(record.value) < BEYOND
         ]
         sign = SIGNS[better(records)]
         if not sign:  # which value is best is not known
             continue
-        for record in records:
-            key = (record.provenance, record.row if record.source else record.system)
-            if key not in best or (sign * record.value, record.id) < (sign * best[key].value, best[key].id):
-                best[key] = record
+        means: dict[tuple, float] = {}  # (provenance, name) -> sign * mean
+        for unsorted in group_by_settings(records, (), Sampling):
+            members = sorted(unsorted, key=lambda record: record.id)
+            key = (members[0].provenance, members[0].row if members[0].source else members[0].system)
+            mean = sign * group_of(members).value
+            if key not in best or (mean, members[0].id) < (means[key], best[key][0].id):
+                best[key], means[key] = members, mean
         if len(best) < 2:
             continue
-        ranked = sorted(best.items(), key=lambda pair: (sign * pair[1].value, pair[0]))[:MAX_BARS]
+        ranked = sorted(best.items(), key=lambda pair: (means[pair[0]], pair[0]))[:MAX_BARS]
+        leader = group_of(ranked[0][1])
+        tied = [
+            name for (_, name), members in ranked[1:] if not is_distinguishable(leader, group_of(members), len(best))
+        ]
         has_published = any(origin == "published" for (origin, _), _ in ranked)
         named = [
-            (f"{name} (measured)" if has_published and origin == "measured" else name, record)
-            for (origin, name), record in ranked
+            (f"{name} (measured)" if has_published and origin == "measured" else name, members)
+            for (origin, name), members in ranked
         ]
         series = tuple(
             Series(
                 label=name,
-                model=model_of(record),
+                model=model_of(members[0]),
                 kind="bars",
-                provenance=record.provenance,
+                provenance=members[0].provenance,
                 marks=tuple(
-                    dataclasses.replace(mark, text=name, size=record.gflops)
-                    for mark in marks_of([record], constant_x(float(place)))
+                    dataclasses.replace(mark, text=name, size=members[0].gflops)
+                    for mark in marks_of(members, constant_x(float(place)))
                 ),
             )
-            for place, (name, record) in enumerate(named)
+            for place, (name, members) in enumerate(named)
         )
-        axis = quality_axis([record for _, record in named])
+        axis = quality_axis([record for _, members in named for record in members])
         yield (
             Panel(
                 heading=group.heading,
@@ -129,7 +147,8 @@ def _system_bars(index: RecordIndex, published: Sequence[Record]) -> Iterator[tu
                 series=series,
                 note="; ".join(
                     [
-                        "each system's best; bubbles: Gflops a forward pass, without classifier and decoder",
+                        "each system's best setting; bubbles: Gflops a forward pass, without classifier and decoder",
+                        *([f"not distinguishable from the first: {', '.join(tied)}"] if tied else []),
                         *bars_note(series),
                     ]
                 ),
@@ -191,15 +210,22 @@ def scaling_law(all_studies: Sequence[Study], dits: Callable[[Record], dict[str,
         wanted = {name: cost for name, cost in dits(study.group.representative).items() if name not in trained}
         if not wanted:
             continue
+        refused = [] if law.extrapolates else [name for name, cost in wanted.items() if not law.reaches(cost)]
+        wanted = {name: cost for name, cost in wanted.items() if name not in refused}
         axis = dataclasses.replace(quality_axis(records_of(marked)), scale="log")
         # The names of predictions are written as those of the other models of the panel.
         name_text = dit_title if study.group.representative.provenance == "published" else str
         far = any(not law.reaches(cost) for cost in wanted.values())
         notes = [*study.notes, note, law_note(law, family), *recipes_note(marked)]
-        notes += ["crosses: predictions for backbones not trained, with 95 % prediction intervals"]
-        notes += (
-            ["extrapolated ones lie outside the range of the points, where no point supports the law"] if far else []
-        )
+        if wanted:
+            notes.append("crosses: predictions for backbones not trained, with 95 % prediction intervals")
+        if far:
+            notes.append("extrapolated ones lie outside the range of the points, where the law rests on its floor")
+        if refused:
+            notes.append(
+                f"{len(refused)} outside the range of the points are not predicted, because the points do not show the floor "
+                "of the law"
+            )
         panels.append(
             Panel(
                 heading=study.group.heading,
@@ -248,11 +274,17 @@ def law_series(law: PowerLaw, label: str = "") -> list[Series]:
 
 
 def law_note(law: PowerLaw, family: str) -> str:
-    """The note on the formula of a law. family: the models that it is fitted to, as `law_of` returns them."""
-    return (
-        f"dashed: {law.factor:.3g} Gflops^{law.exponent:z.2f} [{law.low:z.2f}, {law.high:z.2f}], least squares in logarithms "
-        f"over {law.n} {family}; band: 95 % interval of the law"
-    )
+    """The note on the formula of a law and on its fit. family: the models that it is fitted to, as `law_of` returns them."""
+    floor = f"{law.floor:.3g} + " if law.floor else ""
+    words = [
+        f"dashed: {floor}{law.factor:.3g} Gflops^{law.exponent:z.2f} [{law.low:z.2f}, {law.high:z.2f}], least squares in "
+        f"logarithms over {law.n} {family}, which scatter by {100 * law.scatter:.2g} %; band: 95 % interval of the law"
+    ]
+    if law.bend is not None and law.bend < MAX_BEND_P:
+        words.append(f"the points bend away from the law (p = {law.bend:.2g}): it and its intervals are doubtful")
+    if law.left_out:
+        words.append(f"{law.left_out} points at or below 0 have no logarithm and are not in the fit")
+    return "; ".join(words)
 
 
 def _predictions(law: PowerLaw, wanted: dict[str, float], name_text: Callable[[str], str]) -> list[Series]:

@@ -110,10 +110,22 @@ def best_at_usual_length(marked: Sequence[tuple[Line, Mark]]) -> list[tuple[Line
 
 def recipes_note(marked: Sequence[tuple[Line, Mark]]) -> list[str]:
     """[note] on which value of a model enters a fit, if a model has several measured ones at the usual training length; else []."""
-    of_models = _at_usual_length_by_model(marked).values()
-    if all(sum(line.provenance == "measured" for line, _ in pairs) < 2 for pairs in of_models):
+    counts = [
+        sum(line.provenance == "measured" for line, _ in pairs) for pairs in _at_usual_length_by_model(marked).values()
+    ]
+    if all(count < 2 for count in counts):
         return []
-    return ["of a model's several recipes its best value counts in fit and correlation"]
+    fewest = min(max(count, 1) for count in counts)
+    note = "of a model's several recipes its best value counts in fit and correlation"
+    # The best of k equal recipes is the luckiest. Where all models have as many, the law is shifted and keeps its exponent.
+    if fewest < max(counts):
+        note += (
+            f" (best of {fewest} to {max(counts)}): the best of more is better by luck alone, which tilts the law, and its "
+            "intervals leave that out; compare one recipe for all"
+        )
+    else:
+        note += f" (best of {fewest} each), which is better than their mean by luck alone; intervals leave that out"
+    return [note]
 
 
 def _at_usual_length_by_model(marked: Sequence[tuple[Line, Mark]]) -> dict[str, list[tuple[Line, Mark]]]:

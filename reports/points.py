@@ -13,7 +13,8 @@ from harness.diffusion.guidance import Guidance
 from reports.charts import Axis, Mark, Series, model_of
 from reports.rows import groups
 from reports.tables import may_share
-from reports.texts import count_text, guidance_text, measured_text, metric_name, row_metadata
+from reports.texts import count_text, guidance_text, measured_text, metric_name, row_metadata, suite_text
+from results.compare import group_of
 from results.metrics import shared_direction
 from results.records import Record, Sampling, Training, comparable_key
 
@@ -28,6 +29,7 @@ MAX_GROUPS = 6  # of comparable records in a figure
 _LABEL_METADATA = (
     *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
     *("time distribution", "loss weight", "noise scale", "spacing", "EMA width"),
+    *("training data", "training latents", "earlier precision"),
     *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
     *("sampling precision", "framework", "protocol version", "suite version", "mode"),
 )
@@ -35,7 +37,7 @@ _LABEL_METADATA = (
 _WITHOUT_NAME = frozenset({"training steps", "sampler", "sampling steps", "guidance", "decoder", "framework"})
 # Fields of Training and Sampling in which records of one line may differ: seeds, what follows from seeds, and what changes
 # only low bits.
-_IGNORED = ("seed", "checkpoint_sha256", "micro_batch", "samples_sha256", "batch")
+_IGNORED = ("seed", "checkpoint_sha256", "micro_batch", "forked_at", "parent_sha256", "samples_sha256", "batch")
 ALONG_SAMPLING = ("steps", "stage_steps", "evaluations", "gflops_per_image")
 ALONG_TRAINING = ("steps", "images", "gflops")
 
@@ -121,7 +123,9 @@ def heading_of(record: Record) -> str:
     if evaluation is None:
         return text
     features, reference = (evaluation.features_sha256 or "")[:8], (evaluation.reference_sha256 or "")[:8]
-    text += f", suite {evaluation.suite}, {evaluation.features or 'features'}{f' ({features})' if features else ''}"
+    text += (
+        f", suite {suite_text(evaluation)}, {evaluation.features or 'features'}{f' ({features})' if features else ''}"
+    )
     return f"{text}, reference {reference}" if reference else text
 
 
@@ -253,6 +257,8 @@ def group_by_settings(records: Iterable[Record], along: Sequence[str], part: typ
             record.framework,
             record.protocol_version,
             training_key(record.training) if record.training is not None else None,
+            # checkpoints whose training seed is not known are no seeds of one line
+            record.training.checkpoint_sha256 if record.training and record.training.seed is None else None,
             sampling_key(record.sampling.without_counts) if record.sampling is not None else None,
             record.evaluation.suite_version if record.evaluation is not None else None,
             # The paper does not state every setting, so its rows stay apart, except as points along a line.
@@ -301,8 +307,9 @@ def marks_of(
 def _mark(x: float, records: list[Record], text: str) -> Mark:
     """The mark of records that differ in seeds.
 
-    y, low, high: of one record its value and interval, of several the mean, the lowest and the highest value. An interval
-    that fits on no axis is left out.
+    y, low, high: of one record its value and interval, of several the mean, the lowest and the highest value. The mean is
+    that of `results.compare`: over training seeds, of their means over sampling seeds. An interval that fits on no axis is
+    left out.
     """
     records = sorted(records, key=lambda record: record.id)
     first, values = records[0], [record.value for record in records]
@@ -310,7 +317,7 @@ def _mark(x: float, records: list[Record], text: str) -> Mark:
     if low is not None and high is not None and max(abs(low), abs(high)) >= BEYOND:
         low = high = None
     if len(records) > 1:
-        mean, low, high = sum(values) / len(values), min(values), max(values)
+        mean, low, high = group_of(records).value, min(values), max(values)
     return Mark(
         x=x,
         y=mean,

@@ -102,6 +102,7 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
 # Metadata (names of `row_metadata`) that a table on the terminal shows as columns if the rows differ in it, because such
 # a table has no footnotes.
 SHOWN_IF_DIFFERENT = (
+    *("training data", "training latents", "earlier precision"),
     *("recipe", "batch", "training precision", "eta", "clip denoised", "label policy", "sampling precision"),
     *("sampling seed", "framework", "suite version"),
 )

@@ -17,6 +17,7 @@ from reports.deviations import (
     may_share,
     model_text,
 )
+from reports.means import SEEDS_REMARK, has_several_seeds, means_section
 from reports.rows import Cell, Row, column_title, columns_of, groups, make_rows, metrics_of
 from reports.sections import Section, Table, aligned, build_section, data_row, make_line, metric_columns
 from reports.texts import key_text, metric_title
@@ -61,7 +62,12 @@ def protocol_table(protocol: str, records: Iterable[Record]) -> Table | None:
     if not members:
         return None
     rows_by_section = [make_rows(group) for group in groups(members)]
-    sections_and_data = [_protocol_section(rows, number) for number, rows in enumerate(rows_by_section, start=1)]
+    sections_and_data: list[tuple[Section, list[dict[str, object]]]] = []
+    for rows in rows_by_section:
+        number = len(sections_and_data) + 1
+        means = means_section(rows, number + 1)
+        sections_and_data.append(_protocol_section(rows, number, marked=means is None))
+        sections_and_data += [means] if means is not None else []
     return Table(
         name=protocol_file_name(protocol),
         title=f"Protocol {protocol}",
@@ -82,14 +88,14 @@ def protocol_file_name(protocol: str) -> str:
     return f"table-protocol-{safe}" if is_taken else f"table-{safe}"
 
 
-def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[dict[str, object]]]:
+def _protocol_section(rows: Sequence[Row], number: int, *, marked: bool) -> tuple[Section, list[dict[str, object]]]:
     """(section, data of all rows) of comparable rows.
 
     The section prints the first MAX_LINES rows and those that are best or tied in the first metric. number: of the
-    section, from 1.
+    section, from 1. marked: False leaves out the marks, because seeds are compared by their means.
     """
     metrics = metrics_of(rows)
-    marks = best_marks(rows, metrics)
+    marks = best_marks(rows, metrics) if marked else [{} for _ in rows]
     printed = [  # (row, its columns, its marks)
         (row, columns_of(row), marks_of_row)
         for index, (row, marks_of_row) in enumerate(zip(rows, marks, strict=True))
@@ -109,7 +115,7 @@ def _protocol_section(rows: Sequence[Row], number: int) -> tuple[Section, list[d
     shown = ("training seed", "protocol", "metric mode", *(title.lower() for title in all_titles))
     heads = ("System", *titles, *(column_title(metric, rows) for metric in metrics))
     section = build_section(key_text(rows[0].representative), heads, [row for row, _, _ in printed], cells, shown)
-    remarks = _with_remark(section.remarks, bold_remark(rows, marks))
+    remarks = _with_remark(section.remarks, bold_remark(rows, marks) if marked else SEEDS_REMARK)
     if left_out := len(rows) - len(printed):
         remarks = (f"{left_out:,} more rows are in the CSV file.", *remarks)
     # `origin` is for published rows, which record files may contain; the CSV file names the source of each.
@@ -203,6 +209,8 @@ def _joint_section(
     """
     rows = make_rows(records)
     marks = best_marks(rows, metrics_of(rows))
+    if has_several_seeds(rows):  # they are compared by their means, in a section of their own
+        marks = [found if row.is_published else {} for row, found in zip(rows, marks, strict=True)]
     # The names of published rows may not state them. So footnotes do where the section has published rows.
     if all(not row.is_published for row in rows):
         shown = (*shown, *named)
@@ -210,13 +218,15 @@ def _joint_section(
     cells_of_rows = [cells(row, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)]
     section = build_section(key_text(representative), columns, rows, cells_of_rows, shown)
     section = dataclasses.replace(section, remarks=_with_remark(section.remarks, bold_remark(rows, marks)))
+    if has_several_seeds(rows):
+        section = dataclasses.replace(section, remarks=(*section.remarks, SEEDS_REMARK))
     return section, [data_row(row, number, marks_of_row) for row, marks_of_row in zip(rows, marks, strict=True)], rows
 
 
 def _with_pairs(
     table: str, title: str, sections: list[Section], data: list[dict[str, object]], rows: list[Row]
 ) -> Table:
-    """The table with further sections that compare published and measured rows of the same experiment.
+    """The table with further sections: published and measured rows of the same experiment, and means over seeds.
 
     data: of `rows`, in the same order.
     """
@@ -224,6 +234,13 @@ def _with_pairs(
     for group in groups(pair.measured.representative for pair in found):
         members = [pair for pair in found if pair.measured.representative in group]
         sections = [*sections, deviation_section(members)]
+    means: list[dict[str, object]] = []
+    ours = [row for row in rows if not row.is_published]
+    for group in groups(row.representative for row in ours):
+        kept = set(map(id, group))
+        made = means_section([row for row in ours if id(row.representative) in kept], len(sections) + 1)
+        if made is not None:
+            sections, means = [*sections, made[0]], [*means, *made[1]]
     by_row = {id(pair.measured): pair for pair in found}  # by identity, because rows cannot be hashed
     data = [
         entry | (deviation_data(by_row[id(row)]) if id(row) in by_row else {})
@@ -231,7 +248,7 @@ def _with_pairs(
     ]
     return Table(
         name=_file_name(table), title=f"{table}. {title}", sections=tuple(sections),
-        data=aligned(data, metric_columns(rows)),
+        data=aligned([*data, *means], metric_columns(rows)),
     )  # fmt: skip
 
 

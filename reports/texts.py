@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from harness.settings import RunOptions, recorded_value, settings_of
 from results.metrics import known, shared_direction
-from results.records import Record, Sampling
+from results.records import Evaluation, Record, Sampling
 
 UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lower is better
 
@@ -15,8 +15,10 @@ UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lowe
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("time distribution", "loss weight", "noise scale", "EMA widths", "EMA snapshots"),
+    *("training data", "training latents"),
     *(
         "training precision",
+        "earlier precision",
         "training steps",
         "training seed",
         "sampler",
@@ -33,6 +35,7 @@ _METADATA = (
 # settings that change only low bits.
 DISTINGUISHING_METADATA = (
     "backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint",
+    "forked at step", "parent checkpoint",
     "network evaluations", "sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features",
     "published-input Gflops",
 )  # fmt: skip
@@ -193,6 +196,9 @@ def row_metadata(record: Record) -> dict[str, str]:
             "noise scale": training.noise_scale,
             "EMA widths": training.ema_widths,
             "EMA snapshots": training.ema_snapshots,
+            "training data": _short(training.dataset_sha256),
+            "training latents": _short(training.latents_sha256),
+            "earlier precision": training.earlier_precision,
             "training steps": count_text(training.steps) if training.steps is not None else None,
         }
     if sampling is not None:
@@ -225,6 +231,8 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
             "training Gflops": training.gflops,
             "micro-batch": training.micro_batch,
             "checkpoint": _short(training.checkpoint_sha256),
+            "forked at step": training.forked_at,
+            "parent checkpoint": _short(training.parent_sha256),
         }
     if sampling is not None:
         values |= {
@@ -264,9 +272,15 @@ def key_text(record: Record) -> str:
         return text
     features = evaluation.features or "features"
     return (
-        f"{text}, suite {evaluation.suite}, {features} ({_short(evaluation.features_sha256) or 'hash not stated'}), "
+        f"{text}, suite {suite_text(evaluation)}, {features} ({_short(evaluation.features_sha256) or 'hash not stated'}), "
         f"reference {_short(evaluation.reference_sha256) or 'hash not stated'}"
     )
+
+
+def suite_text(evaluation: Evaluation) -> str:
+    """`embedded`, or `embedded version 2`: the version of a suite is named from the second on."""
+    version = evaluation.suite_version
+    return evaluation.suite if version in (None, "1") else f"{evaluation.suite} version {version}"
 
 
 def _settings_text(sampling: Sampling) -> str | None:

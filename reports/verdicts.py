@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from reports.rows import Cell
 from reports.sections import Section, Table, aligned, make_line
 from reports.texts import count_text, key_text, measured_text, quantity_text, title_of
+from results.cautions import cautions, sampling_gflops
 from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict, differing
 from results.matched import TOLERANCE, Matchup, Matchups, compute, matchups
 from results.records import Record, Training
@@ -12,17 +13,21 @@ from results.records import Record, Training
 NAME = "table-verdicts"
 MAX_LINES = 500  # of one section
 COLUMNS = (
-    "System", "Verdict", "Best opponent", "Metric", "Sampling", "Training Gflops", "Value", "Opponent's value",
+    "System", "Verdict", "Best opponent", "Metric", "Sampling", "Training Gflops", "Gflops an image", "Value",
+    "Opponent's value",
     "Difference", "Scope", "If trained again", "Opponent differs in",
 )  # fmt: skip
 # The rules of `results.compare` without the condition before their colon, for which this sentence has its own words.
 RULE = (
     f"Each line compares an experiment with its best opponent: of the others whose training compute differs by at most "
     f"{100 * TOLERANCE:g} %, at the same sampler, steps and guidance, the best one (where two are each other's best "
-    "opponent, only the better one has a line). Difference: with the largest gap that is a tie. "
+    "opponent, only the better one has a line). Training compute is matched; sampling compute is not: the Gflops an image "
+    "have the opponent's in brackets where they differ by more. Difference: with the largest gap that is a tie. "
     f"Of training seeds: {SEEDS_RULE.partition(': ')[2]}. Of these checkpoints: {SAMPLING_RULE.partition(': ')[2]}. "
-    "Lines are tested one by one: of twenty ties one shows a win or a loss by chance, and the best of many opponents "
-    "is the luckiest of them."
+    "Where a metric and way of sampling has more than two experiments with an opponent, all of them are compared at once "
+    "(Tukey's test in the form of Games and Howell: the noise of a pair times the ratio of 95 % quantiles of the "
+    "studentized range of all and of two), so among equals some line shows a win or a loss in at most 5 % of tables, for "
+    "each metric and way of sampling."
 )
 
 
@@ -47,7 +52,9 @@ def _section(comparable: Matchups, verdicts: Sequence[tuple[Matchup, Verdict]]) 
         remarks.append(
             f"{comparable.alone} of {comparable.experiments} trained experiments have no opponent of the same compute."
         )
-    if len(verdicts) == MAX_LINES:
+    groups = {_name(group): group for matchup, _ in verdicts for group in (matchup.group, matchup.opponent)}
+    remarks += [f"{name}: {text}." for name, group in groups.items() for text in cautions(group.records)]
+    if comparable.left_out or comparable.skipped:
         words = f" and {comparable.skipped} further metrics and ways of sampling" if comparable.skipped else ""
         remarks.append(
             f"Lines after the first {MAX_LINES}{words} are left out: `harness compare A B` compares any two runs."
@@ -70,6 +77,7 @@ def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
         Cell(title_of([*matchup.group.records, *matchup.opponent.records])),
         Cell(matchup.sampling),
         Cell(quantity_text(compute(matchup.group)), compute(matchup.group)),
+        _gflops_an_image(matchup),
         _value(matchup.group),
         _value(matchup.opponent),
         Cell(f"{verdict.difference:+z.3g}{largest_tie}", verdict.difference),
@@ -77,6 +85,13 @@ def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
         Cell(verdict.if_trained_again or "-"),
         Cell(_differences(matchup) or "-"),
     )
+
+
+def _gflops_an_image(matchup: Matchup) -> Cell:
+    """The cell of the sampling compute, with the opponent's if it differs by more than TOLERANCE."""
+    ours, theirs = sampling_gflops(matchup.group), sampling_gflops(matchup.opponent)
+    is_matched = ours == theirs or (ours and theirs and max(ours, theirs) <= min(ours, theirs) * (1 + TOLERANCE))
+    return Cell(quantity_text(ours) + ("" if is_matched else f" (opponent {quantity_text(theirs)})"), ours)
 
 
 def _name(group: Group) -> str:
@@ -127,6 +142,7 @@ def _csv_row(matchup: Matchup, verdict: Verdict, section: int) -> dict[str, obje
             f"{name}system": record.system,
             f"{name}training_steps": record.training.steps if record.training else None,
             f"{name}training_gflops": compute(group),
+            f"{name}sampling_gflops": sampling_gflops(group),
             f"{name}checkpoints": len(group.checkpoints),
             f"{name}value": group.value,
             f"{name}records": " ".join(sorted(each.id for each in group.records)),

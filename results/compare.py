@@ -10,25 +10,37 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
+from typing import Any
 
 from harness.errors import UserError
 from results.metrics import rank, shared_direction
 from results.records import ComparableKey, Record, Sampling, Training, comparable_key
+from results.simultaneous import widening
 
 CONFIDENCE = 0.975  # two-sided 95 %
-RETRAINING = 3.2  # how many times as large the noise of training again is as that of sampling again (arXiv:2606.20536)
+# Of FID on ImageNet at 256 pixels, measured on several hundred SiT networks (arXiv:2606.20536): how many times as far
+# training again moves it as one sampling again does, and its coefficient of variation over training seeds.
+RETRAINING = 3.2
+RETRAINING_CV = 0.013
+BINOMIAL = ("clopper-pearson", "jeffreys")  # methods of intervals whose width needs no estimated variance
+JACKKNIFE_DEGREES = 19  # of a jackknife of 20 blocks, also where a record does not state its method
+KNOWN = 1000  # degrees of freedom of a binomial interval: so many that its variance counts as known
+SMALL_P = 0.005  # below it in either tail, the spread over sampling seeds contradicts the intervals of the records
 SEEDS_RULE = (
     "training seeds on both sides: win or loss where the 95 % interval of the difference of the means over training "
     "seeds (Welch, Satterthwaite's degrees of freedom) does not contain 0; the verdict is about the two experiments"
 )
 SAMPLING_RULE = (
     "one training seed on a side: win or loss where the difference exceeds the root of the sum of the squared 95 % "
-    "half-widths of sampling; the verdict is about these checkpoints, not about the backbones. Training again moves a "
-    "Frechet distance about 3 times as far as sampling again does (arXiv:2606.20536), so the last column has the verdict "
-    f"at {RETRAINING} times that noise"
+    "half-widths of sampling (of several sampling seeds: from their spread and their intervals together); the verdict is "
+    "about these checkpoints, not about the backbones. Training again moves a value further; the last column has the "
+    "verdict with that noise: the spread of the training seeds where one side has several (taken for both sides), for FID "
+    f"on ImageNet at 256 pixels the larger of {RETRAINING} times the noise of one sampling and of {100 * RETRAINING_CV:g} % "
+    "of the value (measured on SiT, arXiv:2606.20536), else unknown: train more seeds"
 )
 RULE = (
     f"{SEEDS_RULE}. {SAMPLING_RULE}. Lines are tested one by one: of twenty ties one shows a win or a loss by chance."
@@ -82,33 +94,95 @@ class Group:
         """Number of images of each record's sample set."""
         return self.records[0].n
 
-    def sampling_half_width(self, *, upward: bool) -> float | None:
-        """95 % half-width of `value` from the randomness of sampling; None where a record has no interval.
+    def sampling_noise(self, *, upward: bool) -> Noise | None:
+        """The noise of `value` from the randomness of sampling; None where a record has no interval.
 
-        For a checkpoint with several sampling seeds it follows from their spread, for any other from its record's
-        interval. Intervals of shares, such as precision, are not symmetric. upward: take the side above the value,
-        as in a comparison with a higher value; False: the side below it.
+        For a checkpoint with several sampling seeds it follows from their spread and their intervals together, for any
+        other from its record's interval. Intervals of shares, such as precision, are not symmetric. upward: take the side
+        above the value, as in a comparison with a higher value; False: the side below it.
         """
         # The half-width of a mean of independent values is the root of the sum of their squared half-widths, divided by
         # their number: first over the checkpoints of a seed, then over the seeds.
-        seed_half_widths = []
+        seed_half_widths, degrees = [], math.inf
         for checkpoints in self.seeds:
-            half_widths = [half for records in checkpoints if (half := _half_width(records, upward=upward)) is not None]
-            if len(half_widths) < len(checkpoints):
+            noises = [noise for records in checkpoints if (noise := _noise(records, upward=upward)) is not None]
+            if len(noises) < len(checkpoints):
                 return None
-            seed_half_widths.append(math.hypot(*half_widths) / len(half_widths))
-        return math.hypot(*seed_half_widths) / len(seed_half_widths)
+            seed_half_widths.append(math.hypot(*(noise.half_width for noise in noises)) / len(noises))
+            degrees = min(degrees, *(noise.degrees for noise in noises))
+        return Noise(half_width=math.hypot(*seed_half_widths) / len(seed_half_widths), degrees=degrees)
+
+    def noise_of_one_sampling(self, *, upward: bool) -> Noise | None:
+        """As `sampling_noise`, that of one sampling of one checkpoint, on average over the checkpoints.
+
+        Unlike that of `value`, it does not shrink with the number of sampling seeds.
+        """
+        squares, degrees = [], math.inf
+        for records in self.checkpoints:
+            noise = _noise(records, upward=upward)
+            if noise is None:
+                return None
+            squares.append(noise.half_width**2 * len(records))
+            degrees = min(degrees, noise.degrees)
+        return Noise(half_width=math.sqrt(fmean(squares)), degrees=degrees)
 
 
-def _half_width(records: Sequence[Record], *, upward: bool) -> float | None:
-    """`Group.sampling_half_width` of one checkpoint, whose records differ in the sampling seed."""
-    if len(records) > 1:
-        standard_error = math.sqrt(variance([record.value for record in records]) / len(records))
-        return student_t(len(records) - 1) * standard_error
-    (record,) = records
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """A 95 % half-width, and the degrees of freedom of the standard error in it; inf: it is known."""
+
+    half_width: float
+    degrees: float
+
+    @property
+    def squared_error(self) -> float:
+        """The squared standard error."""
+        return (self.half_width / student_t(self.degrees)) ** 2
+
+
+def _noise(records: Sequence[Record], *, upward: bool) -> Noise | None:
+    """The noise of the mean of one checkpoint's records, which differ in the sampling seed, as `Group.sampling_noise`.
+
+    The spread over k sampling seeds and the intervals of their records estimate the same variance of one sampling, the
+    spread with k - 1 degrees of freedom and each jackknife with 19. Both are pooled, weighted by their degrees: alone, the
+    spread of two seeds, with Student's t of 12.7, would be worth less than the interval of one. Where three seeds or more
+    contradict the intervals (F test at 1 %, two-sided), the intervals are wrong, and the spread counts alone.
+    """
+    singles = [single for record in records if (single := _interval_noise(record, upward=upward)) is not None]
+    if len(records) == 1:
+        return singles[0] if singles else None
+    spread, degrees = variance([record.value for record in records]), float(len(records) - 1)
+    if len(singles) == len(records):
+        within_degrees = math.fsum(single.degrees for single in singles)
+        within = math.fsum(single.degrees * single.squared_error for single in singles) / within_degrees
+        if not (len(records) > 2 and _contradict(spread, degrees, within, within_degrees)):
+            spread = (degrees * spread + within_degrees * within) / (degrees + within_degrees)
+            degrees += within_degrees
+    return Noise(half_width=student_t(degrees) * math.sqrt(spread / len(records)), degrees=degrees)
+
+
+def _interval_noise(record: Record, *, upward: bool) -> Noise | None:
+    """The noise of one record by its interval; None without one."""
     if record.low is None or record.high is None:
         return None
-    return record.high - record.value if upward else record.value - record.low
+    blocks = re.search(r"jackknife-(\d+)", record.interval or "")
+    if blocks:
+        degrees = max(int(blocks[1]) - 1, 1)
+    elif record.interval in BINOMIAL:
+        degrees = KNOWN
+    else:
+        degrees = JACKKNIFE_DEGREES
+    return Noise(half_width=record.high - record.value if upward else record.value - record.low, degrees=float(degrees))
+
+
+def _contradict(spread: float, degrees: float, within: float, within_degrees: float) -> bool:
+    """Whether two variances, spread and within, with these degrees of freedom, differ by an F test at 1 %, two-sided."""
+    from scipy.special import fdtr
+
+    if within == 0:
+        return spread > 0
+    share = float(fdtr(degrees, within_degrees, spread / within))
+    return not SMALL_P <= share <= 1 - SMALL_P
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +193,9 @@ class Verdict:
     is unknown. largest_tie: the largest absolute difference that is a tie; None where an interval is missing.
     degrees_of_freedom: of the test over training seeds; None where training seeds were not compared.
     scope: "training seeds" or "these checkpoints", that is, what the verdict is about.
-    if_trained_again: the verdict if the noise is RETRAINING times as large, as it is when both sides are trained again;
-    None where several training seeds were compared, or where the verdict is unknown.
+    if_trained_again: the verdict with the noise of training both sides again (`SAMPLING_RULE`); "unknown" where that
+    noise is neither measured nor published, unless the sides tie already by the noise of sampling. None where several
+    training seeds were compared, or where the verdict is unknown.
     """
 
     metric: str
@@ -155,30 +230,37 @@ def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
     return [verdict_of(metric, text, x, y) for metric, text, x, y in pairs]
 
 
-def within_noise(a: Record, b: Record) -> bool | None:
+def within_noise(a: Record, b: Record, systems: int = 2) -> bool | None:
     """Whether two measurements of one metric tie, given the noise of sampling; None where an interval is missing.
 
     They tie if the gap is at most the root of the sum of two squared half-widths: the upper half of the lower value's
-    interval, and the lower half of the higher value's. This is the rule of `compare` for one training seed.
+    interval, and the lower half of the higher value's. This is the rule of `compare` for one training seed. systems: how
+    many are compared at once, of which these are two; the noise is then wider (`results.simultaneous`).
     """
     lower, upper = (a, b) if a.value <= b.value else (b, a)
-    above_lower, below_upper = _half_width([lower], upward=True), _half_width([upper], upward=False)
+    above_lower, below_upper = _interval_noise(lower, upward=True), _interval_noise(upper, upward=False)
     if above_lower is None or below_upper is None:
         return None
-    return upper.value - lower.value <= math.hypot(above_lower, below_upper)
+    noise = math.hypot(above_lower.half_width, below_upper.half_width)
+    return upper.value - lower.value <= noise * widening(systems, min(above_lower.degrees, below_upper.degrees))
 
 
 def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     """Settings of training and sampling in which two records differ: name, as "training steps" -> (value of a, of b).
 
-    Seeds, hashes, Gflops and batch sizes are left out, as is a setting that one of the records does not state.
+    The hashes of the training data are among them, and so are the protocol and its version. Seeds, other hashes, Gflops and
+    batch sizes are left out, as is a setting that one of the records does not state.
     """
     skipped = {  # `images` too, because it is steps x batch
         "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
         "evaluations_mean", "evaluations_max",
-        "decoder_gflops", "images", "micro_batch", "batch",
+        "decoder_gflops", "images", "micro_batch", "batch", "forked_at", "parent_sha256",
     }  # fmt: skip
     differences: dict[str, tuple[object, object]] = {}
+    for name in ("protocol", "protocol_version"):
+        values = (getattr(a, name), getattr(b, name))
+        if None not in values and values[0] != values[1]:
+            differences[name.replace("_", " ")] = values
     for part in ("training", "sampling"):
         part_a, part_b = getattr(a, part), getattr(b, part)
         if part_a is None or part_b is None:
@@ -227,10 +309,15 @@ def _cells(records: Iterable[Record], side: str) -> Cells:
 
 def _group(records: list[Record], side: str) -> Group:
     """The records of a cell as a group. UserError if they differ in more than seeds, or if two have the same seeds."""
-    first = records[0]
-    for other in records[1:]:
-        if experiment_key(first) == experiment_key(other):
+    first = next((each for each in records if each.training and each.training.dataset_sha256), records[0])
+    for other in records:
+        if _same_experiment(first, other):
             continue
+        if _differ_in_unknown_seeds(first, other):
+            raise UserError(
+                f"{side} holds two checkpoints for {first.metric} at {sampling_text(first)} whose training seed is not known, "
+                "so they cannot count as seeds of one experiment; name one run, or one record file"
+            )
         steps = [record.training.steps if record.training else None for record in (first, other)]
         if steps[0] != steps[1]:
             what, remedy = f"training steps {steps[0]} and {steps[1]}", "narrow it with --step"
@@ -246,6 +333,28 @@ def _group(records: list[Record], side: str) -> Group:
             "one record file"
         )
     return _group_of_checkpoints(_by_checkpoint(records))
+
+
+def _same_experiment(a: Record, b: Record) -> bool:
+    """Whether two records have one `experiment_key`. Training data count as equal where one record does not state them,
+    as older records do not."""
+    if a.training and b.training and None in (a.training.dataset_sha256, b.training.dataset_sha256):
+        a, b = (_without(each, "dataset_sha256", "latents_sha256") for each in (a, b))
+    return experiment_key(a) == experiment_key(b)
+
+
+def _differ_in_unknown_seeds(a: Record, b: Record) -> bool:
+    """Whether two records are of one experiment, but of two checkpoints whose training seeds are not known."""
+    if a.training is None or b.training is None or (a.training.seed, b.training.seed) != (None, None):
+        return False
+    return _same_experiment(_without(a, "checkpoint_sha256"), _without(b, "checkpoint_sha256"))
+
+
+def _without(record: Record, *names: str) -> Record:
+    """A copy of the record without these fields of its training."""
+    assert record.training is not None
+    unknown: dict[str, Any] = dict.fromkeys(names)
+    return dataclasses.replace(record, training=dataclasses.replace(record.training, **unknown))
 
 
 def group_of(records: Iterable[Record]) -> Group:
@@ -284,15 +393,17 @@ def experiment_key(record: Record) -> tuple:
     """A key that is equal for records of one experiment, that is, for those that differ only in seeds.
 
     It leaves out metric and value, seeds, hashes of checkpoints and samples, and batch sizes that move only low bits. Its
-    last entry is the sampling; the others are the training.
+    last entry is the sampling; the others are the training. Checkpoints whose training seed is not known are experiments
+    of their own, because they may be the same seed, or differ in more than seeds.
     """
+    training = record.training
     return (
         record.system,
         record.backbone,
         record.framework,
         record.protocol,
         record.protocol_version,
-        record.training and _training_key(record.training),
+        training and (*_training_key(training), training.checkpoint_sha256 if training.seed is None else None),
         record.sampling and _sampling_key(record.sampling.without_counts),
     )
 
@@ -302,7 +413,7 @@ def _fields_except(part: type, *names: str) -> operator.attrgetter:
     return operator.attrgetter(*(field.name for field in dataclasses.fields(part) if field.name not in names))
 
 
-_training_key = _fields_except(Training, "seed", "checkpoint_sha256", "micro_batch")
+_training_key = _fields_except(Training, "seed", "checkpoint_sha256", "micro_batch", "forked_at", "parent_sha256")
 _sampling_key = _fields_except(Sampling, "seed", "samples_sha256", "batch")
 
 
@@ -324,10 +435,11 @@ def sampling_text(record: Record) -> str:
     return ", ".join(words)
 
 
-def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
+def verdict_of(metric: str, sampling: str, a: Group, b: Group, systems: int = 2) -> Verdict:
     """The verdict on two groups of one metric: by SEEDS_RULE if both have several training seeds, else by SAMPLING_RULE.
 
-    sampling: the text of `Verdict.sampling`.
+    sampling: the text of `Verdict.sampling`. systems: how many experiments are compared at once, of which these are two;
+    the noise is then wider (`results.simultaneous`).
     """
     difference = a.value - b.value
     higher_is_better = shared_direction((*a.records, *b.records))
@@ -344,43 +456,108 @@ def verdict_of(metric: str, sampling: str, a: Group, b: Group) -> Verdict:
     verdict, scope = "unknown", "these checkpoints"
     if min(len(a.seeds), len(b.seeds)) > 1:
         scope = "training seeds"
-        largest_tie, degrees_of_freedom = _welch(a.means, b.means)
-        verdict = verdict_at(largest_tie)
-    else:
-        # of each interval the side towards the other value
-        half_a, half_b = a.sampling_half_width(upward=difference < 0), b.sampling_half_width(upward=difference > 0)
-        if half_a is not None and half_b is not None:
-            largest_tie = math.hypot(half_a, half_b)
+        welch = _welch(a, b)
+        if welch is not None:
+            largest_tie, degrees_of_freedom = welch[0] * widening(systems, welch[1]), welch[1]
             verdict = verdict_at(largest_tie)
-            if_trained_again = None if higher_is_better is None else verdict_at(RETRAINING * largest_tie)
+    elif (noises := _facing(a, b, Group.sampling_noise)) is not None:
+        degrees = min(noise.degrees for noise in noises)
+        largest_tie = math.hypot(*(noise.half_width for noise in noises)) * widening(systems, degrees)
+        verdict = verdict_at(largest_tie)
+        if higher_is_better is not None:
+            retrained = _largest_tie_if_trained_again(a, b, noises, systems)
+            if retrained is not None:
+                if_trained_again = verdict_at(max(retrained, largest_tie))
+            else:
+                if_trained_again = "tie" if verdict == "tie" else "unknown"
     return Verdict(
         metric=metric, sampling=sampling, a=a, b=b, difference=difference, largest_tie=largest_tie,
         degrees_of_freedom=degrees_of_freedom, scope=scope, verdict=verdict, if_trained_again=if_trained_again,
     )  # fmt: skip
 
 
+def _facing(a: Group, b: Group, measure: Callable[..., Noise | None]) -> tuple[Noise, Noise] | None:
+    """`measure(group, upward=...)` of both groups, on the side towards the other value; None if one is not known.
+
+    Of equal values, neither side is that towards the other: the wider counts.
+    """
+    found = []
+    for group, other in ((a, b), (b, a)):
+        gap = other.value - group.value
+        sides = [measure(group, upward=upward) for upward in (True, False) if (gap >= 0 if upward else gap <= 0)]
+        known = [side for side in sides if side is not None]
+        if not known:
+            return None
+        found.append(max(known, key=lambda side: side.half_width))
+    return found[0], found[1]
+
+
+def _largest_tie_if_trained_again(a: Group, b: Group, noises: tuple[Noise, Noise], systems: int) -> float | None:
+    """The largest tie with the noise of training both sides again, of which one or both have one training seed.
+
+    noises: of sampling, of both sides. None where the noise of training is neither measured nor published.
+    """
+    seeded, noise, other_noise = (a, noises[0], noises[1]) if len(a.seeds) > len(b.seeds) else (b, noises[1], noises[0])
+    if (count := len(seeded.seeds)) > 1:
+        # The other side is one more training, as noisy as the seeds of this one. What the seeds scatter by includes the
+        # noise of sampling each of them; where the other side was sampled less often, its excess is added.
+        spread = variance(seeded.means)
+        excess = max(other_noise.squared_error - count * noise.squared_error, 0.0)
+        degrees = float(count - 1)
+        return student_t(degrees) * math.sqrt(spread * (1 + 1 / count) + excess) * widening(systems, degrees)
+    if not all(_has_published_noise(record) for record in (*a.records, *b.records)):
+        return None
+    drawn = _facing(a, b, Group.noise_of_one_sampling)
+    if drawn is None:
+        return None
+    trained = [
+        max(RETRAINING * noise.half_width, student_t(math.inf) * RETRAINING_CV * abs(group.value))
+        for group, noise in zip((a, b), drawn, strict=True)
+    ]
+    sampled = [noise.half_width for noise in noises]
+    return math.hypot(*trained, *sampled) * widening(systems, min(noise.degrees for noise in noises))
+
+
+def _has_published_noise(record: Record) -> bool:
+    """Whether the noise of training is published for this measurement: RETRAINING and RETRAINING_CV."""
+    return (record.metric, record.dataset, record.resolution) == ("fid", "imagenet", 256)
+
+
 @functools.lru_cache(maxsize=4096)
 def student_t(degrees: float) -> float:
-    """The 97.5 % quantile of Student's t. degrees: degrees of freedom, above 0, not necessarily an integer."""
-    from scipy.special import stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
+    """The 97.5 % quantile of Student's t. degrees: degrees of freedom, above 0, not necessarily an integer; inf: of a normal."""
+    from scipy.special import ndtri, stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
 
-    return float(stdtrit(degrees, CONFIDENCE))
+    return float(ndtri(CONFIDENCE) if math.isinf(degrees) else stdtrit(degrees, CONFIDENCE))
 
 
-def _welch(a: list[float], b: list[float]) -> tuple[float, float]:
-    """(95 % half-width, degrees of freedom) of mean(a) - mean(b), for samples of unequal variances (Welch 1947)."""
-    # (squared standard error of the mean, number of values) of each sample
-    squared_errors = [(variance(values) / len(values), len(values)) for values in (a, b)]
+def _welch(a: Group, b: Group) -> tuple[float, float] | None:
+    """(95 % half-width, degrees of freedom) of a.value - b.value, for seeds of unequal variances (Welch 1947).
+
+    Seeds that all have one value, as a share of 0 or 1, do not show that training has no noise: if the variance of a side is
+    0, the noise of sampling takes its place. None where that is not known either.
+    """
+    # (squared standard error of the mean, degrees of freedom) of each side
+    squared_errors = [(variance(group.means) / len(group.means), len(group.means) - 1.0) for group in (a, b)]
+    if any(squared == 0 for squared, _ in squared_errors):
+        noises = _facing(a, b, Group.sampling_noise)
+        if noises is None:
+            return None
+        squared_errors = [
+            own if own[0] > 0 else (noise.squared_error, noise.degrees)
+            for own, noise in zip(squared_errors, noises, strict=True)
+        ]
     total = sum(squared for squared, _ in squared_errors)
-    if total == 0:  # the seed changes nothing
+    if total == 0:  # neither the seed nor sampling changes anything
         return 0.0, math.inf
-    degrees = total**2 / sum(squared**2 / (count - 1) for squared, count in squared_errors)
+    degrees = total**2 / sum(squared**2 / each for squared, each in squared_errors)
     return student_t(degrees) * math.sqrt(total), degrees
 
 
 def _reason_not_comparable(left: Cells, right: Cells) -> str:
     """Why no cell of one side may be compared with one of the other, by the example of the first group of each."""
-    names = ("data set", "resolution", "N", "suite", "features", "reference")  # of the items of `comparable_key`
+    # of the items of `comparable_key`
+    names = ("data set", "resolution", "N", "suite", "suite version", "features", "reference")
     if not left or not right:
         return f"{'A' if not left else 'B'} holds no records"
     record_a, record_b = next(iter(left.values())).records[0], next(iter(right.values())).records[0]

@@ -1,6 +1,7 @@
 """Fast reading of many lines of records: what the lines of one sample set have in common is parsed once.
 
-The lines of a sample set's metrics differ in seven fields (high, higher_is_better, id, interval, low, metric and value).
+The lines of a sample set's metrics differ in eight fields (high, higher_is_better, id, interval, interval_check, low,
+metric and value).
 All other bytes are equal, and take most of the time for parsing, checks and hashes. A line that does not have the form of
 `to_json` with an interval is read by `from_json`.
 """
@@ -11,12 +12,12 @@ import math
 import re
 from typing import NamedTuple
 
-from results.records import Record, from_json
+from results.records import Record, from_json, interval_check_of
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _MIDDLE = re.compile(  # the run of keys from "high" to "metric", of which only "kind" is common to a sample set
     rf'"high":({_NUMBER}),(?:"higher_is_better":(true|false),)?"id":"([0-9a-f]{{64}})",'
-    rf'"interval":"([ -!#-\[\]-~]*)",((?:"kind":"[^"\\]*",)?)"low":({_NUMBER}),'
+    rf'"interval":"([ -!#-\[\]-~]*)",(?:"interval_check":"([0-9a-f]{{16}})",)?((?:"kind":"[^"\\]*",)?)"low":({_NUMBER}),'
     r'"metric":"([a-z][a-z0-9_]*)",'
 )
 _VALUE = re.compile(rf'"value":({_NUMBER})\}}')
@@ -52,7 +53,7 @@ class LineReader:
         middle, last = _MIDDLE.match(text, start), _VALUE.fullmatch(text, end)
         if middle is None or last is None:
             return from_json(text)
-        high_text, direction, id_, interval, kind, low_text, metric = middle.groups()  # named groups are slower
+        high_text, direction, id_, interval, check, kind, low_text, metric = middle.groups()  # named groups are slower
         common = (text[:start], kind, text[middle.end() : end])
         # -0.0 becomes 0.0, as in Record
         value, low, high = float(last[1]) or 0.0, float(low_text) or 0.0, float(high_text) or 0.0
@@ -66,12 +67,13 @@ class LineReader:
                 self._remember(common, record)
             return record
         # As in Record._hashes, the id is the sha256 of the identity's JSON followed by the value. It does not cover low,
-        # high, interval and direction, so the interval's ends are checked on their own.
+        # high, interval and direction, so these are checked on their own.
         state = known.hash_before.copy()
         state.update(metric.encode("ascii") + known.json_after)
         identity_sha256 = state.hexdigest()
         state.update(float.__repr__(value).encode("ascii"))
-        if state.hexdigest() != id_ or not -math.inf < low <= high < math.inf:
+        checked = check is None or check == interval_check_of(id_, low, high, interval, _DIRECTIONS[direction])
+        if state.hexdigest() != id_ or not checked or not -math.inf < low <= high < math.inf:
             return from_json(text)  # raises the error that names what is wrong
         record = object.__new__(Record)  # without the checks of Record(...): all fields have been checked
         vars(record).update(

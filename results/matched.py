@@ -28,6 +28,7 @@ class Matchup:
     sampling: str  # how the images were sampled (`sampling_text`)
     group: Group
     opponent: Group
+    systems: int  # number of experiments of this metric, mode and sampling that have an opponent
 
     @property
     def gflops(self) -> tuple[float, float]:
@@ -35,8 +36,8 @@ class Matchup:
         return compute(self.group), compute(self.opponent)
 
     def verdict(self) -> Verdict:
-        """Win, tie or loss of the experiment, by the rule of `compare`."""
-        return verdict_of(self.metric, self.sampling, self.group, self.opponent)
+        """Win, tie or loss of the experiment, by the rule of `compare`, for all `systems` at once."""
+        return verdict_of(self.metric, self.sampling, self.group, self.opponent, self.systems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,15 @@ class Matchups:
 
     A cell is a metric, its mode and a way of sampling. experiments: number of trainings in the cells that were searched
     for matchups; one training that was sampled in several ways counts once. alone: number of those without an opponent in
-    any of these cells. skipped: number of cells that were not searched, because there were enough matchups.
+    any of these cells. left_out: number of matchups beyond the limit. skipped: number of cells that were not searched,
+    because there were enough matchups.
     """
 
     key: ComparableKey
     matchups: tuple[Matchup, ...]  # by metric, sampling, compute and name
     experiments: int
     alone: int
+    left_out: int
     skipped: int
 
 
@@ -105,9 +108,11 @@ def _matchups_of_key(key: ComparableKey, cells: _RecordsByCell, limit: int) -> M
         experiments = cells[metric, mode, sampling]
         trainings |= {_training_key(members[0]) for members in experiments.values()}
         groups = [group_of(members) for members in experiments.values()]
+        pairs = _pairs(groups, higher_is_better=directions[metric, mode, sampling] is True)
+        systems = len({id(group) for pair in pairs for group in pair})
         found += [
-            Matchup(metric=metric, mode=mode, sampling=sampling, group=group, opponent=opponent)
-            for group, opponent in _pairs(groups, higher_is_better=directions[metric, mode, sampling] is True)
+            Matchup(metric=metric, mode=mode, sampling=sampling, group=group, opponent=opponent, systems=systems)
+            for group, opponent in pairs
         ]
     matched = {_training_key(group.records[0]) for matchup in found for group in (matchup.group, matchup.opponent)}
     return Matchups(
@@ -115,6 +120,7 @@ def _matchups_of_key(key: ComparableKey, cells: _RecordsByCell, limit: int) -> M
         matchups=tuple(found[:limit]),
         experiments=len(trainings),
         alone=len(trainings - matched),
+        left_out=max(len(found) - limit, 0),
         skipped=len(ordered) - searched,
     )
 

@@ -23,7 +23,7 @@ from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 
 SCHEMA_VERSION = 1
-ComparableKey = tuple[str, int, int, str | None, str | None, str | None]  # see `comparable_key`
+ComparableKey = tuple[str, int, int, str | None, str | None, str | None, str | None]  # see `comparable_key`
 PROVENANCES = ("measured", "published")
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -95,6 +95,12 @@ class Training(_Checked):
     micro_batch: int | None = None  # images per forward pass; changes low bits
     recipe_hash: str | None = None  # sha256 of the resolved recipe
     checkpoint_sha256: str | None = None
+    # None in the fields below: not known (also in records from before these fields existed), or as said.
+    dataset_sha256: str | None = None  # of the training images with their labels
+    latents_sha256: str | None = None  # of the "latents" in the identity of a run; None: trained in pixels
+    earlier_precision: str | None = None  # of a fork, "float32 to step 30"; None: `precision` from the first step on
+    forked_at: int | None = None  # step of the other run's checkpoint with which training began; None: not a fork
+    parent_sha256: str | None = None  # of the EMA weights of that checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +168,7 @@ class Evaluation(_Checked):
     features: str | None = None  # name of the feature network
     features_sha256: str | None = None
     reference_sha256: str | None = None
+    training_sha256: str | None = None  # of the images that copies were sought in; None: the reference images
     mode: str | None = None  # a named variant of the metrics: "adm", "exact", "clean", "torch-fidelity"
 
 
@@ -178,6 +185,8 @@ class Environment(_Checked):
     git_commit: str | None = None
     time: str | None = None  # ISO 8601, UTC
     harness_version: str | None = None
+    # Of the training: library, "harness" or "git_commit" -> version; of several in turn "2.12.0, then 2.13.0". None: not known.
+    training_versions: Mapping[str, str] | None = dataclasses.field(default=None, hash=False)
     training_seconds: float | None = None  # until the checkpoint that was sampled, without pauses
     training_device: str | None = None
     sampling_seconds_per_image: float | None = None  # decoder included
@@ -207,7 +216,7 @@ class Record(_Checked):
     value: float
     low: float | None = None  # lower end of the 95 % interval
     high: float | None = None  # upper end
-    interval: str | None = None  # method: "jackknife-20", "jackknife-20+halves", "clopper-pearson", "none"
+    interval: str | None = None  # method: "jackknife-20", "jackknife-20+halves", "clopper-pearson", "jeffreys", "none"
     higher_is_better: bool | None = None  # None: not stated (`results.metrics` asks the registry then)
     n: int  # number of images evaluated
     protocol: str
@@ -254,6 +263,11 @@ class Record(_Checked):
     def id(self) -> str:
         """sha256 of identity and value: the same measurement made twice has one id."""
         return self._hashes[1]
+
+    @property
+    def interval_check(self) -> str:
+        """First 16 digits of a sha256 of id, low, high, interval and direction (see `interval_check_of`)."""
+        return interval_check_of(self.id, self.low, self.high, self.interval, self.higher_is_better)
 
     @property
     def table(self) -> str:
@@ -304,16 +318,28 @@ _WRITERS: dict[type, Callable[[Any], str]] = {
 }
 
 
+def interval_check_of(
+    record_id: str, low: float | None, high: float | None, interval: str | None, higher_is_better: bool | None
+) -> str:
+    """`Record.interval_check` of these fields; a function, so that a fast reader needs no record."""
+    text = f"{record_id} {low!r} {high!r} {interval!r} {higher_is_better!r}"
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
 def to_json(record: Record) -> str:
-    """The record as one line of canonical JSON (ASCII, sorted keys, no newline), with its id; floats round-trip exactly."""
-    return canonical_json({**_to_dict(record), "id": record.id})
+    """The record as one line of canonical JSON (ASCII, sorted keys, no newline); floats round-trip exactly.
+
+    With its `id`, and with `interval_check`, by which an edit of what the id does not cover is detected.
+    """
+    return canonical_json({**_to_dict(record), "id": record.id, "interval_check": record.interval_check})
 
 
 def from_json(text: str) -> Record:
     """The record of one line of JSON.
 
-    Raises BrokenRecord that names the field (unknown, missing, of a wrong type, or an id that is not the hash of the
-    content), and NewerSchema for a line of a later schema, whatever its other fields are.
+    Raises BrokenRecord that names the field (unknown, missing, of a wrong type, or an id or interval_check that is not the
+    hash of the content; lines from before interval_check existed have none), and NewerSchema for a line of a later
+    schema, whatever its other fields are.
     """
     try:
         fields = _DECODER.decode(text)
@@ -326,21 +352,29 @@ def from_json(text: str) -> Record:
         raise BrokenRecord(f"record field Record.schema: {schema!r} is not a schema number")
     if schema > SCHEMA_VERSION:
         raise NewerSchema(f"schema {schema} is newer than {SCHEMA_VERSION}: upgrade backbone-harness to read it")
-    stated_id = fields.pop("id", None)
+    stated_id, stated_check = fields.pop("id", None), fields.pop("interval_check", None)
     record = _from_dict(Record, fields)
     if stated_id != record.id:
         raise BrokenRecord(
             f"record field id: {stated_id!r} is not the content's, {record.id[:16]}...: the line was edited"
         )
+    if stated_check not in (None, record.interval_check):
+        raise BrokenRecord(
+            "record field interval_check: it is not that of low, high, interval and higher_is_better: the line was edited"
+        )
     return record
 
 
 def comparable_key(record: Record) -> ComparableKey:
-    """(dataset, resolution, n, suite, features_sha256, reference_sha256): equal for records that may share a table."""
+    """Equal for records that may share a table.
+
+    (dataset, resolution, n, suite, suite_version, features_sha256, reference_sha256): the version of a suite rises
+    whenever a number would change.
+    """
     evaluation = record.evaluation
     if evaluation is None:
-        return (record.dataset, record.resolution, record.n, None, None, None)
-    suite = (evaluation.suite, evaluation.features_sha256, evaluation.reference_sha256)
+        return (record.dataset, record.resolution, record.n, None, None, None, None)
+    suite = (evaluation.suite, evaluation.suite_version, evaluation.features_sha256, evaluation.reference_sha256)
     return (record.dataset, record.resolution, record.n, *suite)
 
 

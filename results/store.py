@@ -102,7 +102,8 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
     """Read record files. Broken and newer lines and unreadable files are listed in `problems`.
 
     Copies of a record are loaded once, and values of one identity that `same_value` counts as equal are one record.
-    Records in conflict are listed in `conflicts` and left out, so that no table shows a disputed number. progress: called
+    Records in conflict are listed in `conflicts` and left out, so that no table shows a disputed number. A share of copies
+    that was sought in the reference images is left out if it was sought in the training images too. progress: called
     as ("records", files read, files in all).
     """
     reader = LineReader()
@@ -132,6 +133,7 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
                 by_id[record.id] = (record, path)
     if progress is not None:
         progress("records", len(names), len(names))
+    _drop_superseded(found)
     records, disputed = [], []
     for by_id in found.values():
         if len(by_id) == 1:
@@ -203,6 +205,15 @@ def _parse(line: bytes, reader: LineReader) -> Record:
 def _preference(record: Record) -> tuple:
     """A sort key: of two records of one identity the smaller is kept. One with an interval and a direction comes first."""
     return (record.low is None, record.higher_is_better is None, to_json(record))
+
+
+def _drop_superseded(found: dict[str, dict[str, tuple[Record, str]]]) -> None:
+    """Remove from `found` (see `load`) what was sought in the reference images before it was sought in the training images."""
+    for by_id in list(found.values()):
+        record = next(iter(by_id.values()))[0]
+        if record.evaluation is not None and record.evaluation.training_sha256 is not None:
+            evaluation = dataclasses.replace(record.evaluation, training_sha256=None)
+            found.pop(dataclasses.replace(record, evaluation=evaluation).identity_sha256, None)
 
 
 def _conflict_text(pairs: list[tuple[Record, str]]) -> str:

@@ -5,6 +5,7 @@ Its flags are the fields of `CompareOptions` in `harness/settings/compare_flags.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -29,7 +30,13 @@ def command(as_json: bool, **options: Any) -> None:
     verdicts, differing = comparison.verdicts, comparison.differing
     first = verdicts[0]  # its two sides give A and B their names
     if as_json:
-        document = {"rule": comparison.rule, "differing": differing, "rows": [_row(verdict) for verdict in verdicts]}
+        document = {
+            "rule": comparison.rule,
+            "differing": differing,
+            "compute": [{**dataclasses.asdict(each), "ratio": each.ratio} for each in comparison.compute],
+            "warnings": list(comparison.warnings),
+            "rows": [_row(verdict) for verdict in verdicts],
+        }
         click.echo(json.dumps(document, indent=2))
         return
     from rich.console import Console
@@ -66,6 +73,12 @@ def command(as_json: bool, **options: Any) -> None:
     if differing:
         text = "; ".join(f"{name} {values[0]} and {values[1]}" for name, values in differing.items())
         click.echo(f"A and B also differ in: {text}")
+    for compute in comparison.compute:
+        where = f" ({compute.sampling})" if compute.sampling else ""
+        unit = "Gflops of training" if compute.what == "training" else "Gflops an image"
+        click.echo(f"{unit}{where}: A {_gflops(compute.a)}, B {_gflops(compute.b)}")
+    for warning in comparison.warnings:
+        click.echo(f"warning: {warning}")
     click.echo(SEEDS_RULE if over_training_seeds else SAMPLING_RULE)
 
 
@@ -88,6 +101,10 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "a_ids": [each.id for each in verdict.a.records],
         "b_ids": [each.id for each in verdict.b.records],
     }
+
+
+def _gflops(value: float | None) -> str:
+    return "not stated" if value is None else f"{value:.4g}"
 
 
 def _name(group: Group) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.settings import CompareOptions, keyword_options
+from results.cautions import Compute, cautions_on_sides, compute_of
 from results.compare import RULE, Verdict, differing
 from results.compare import compare as compare_records
 from results.records import Record
@@ -19,11 +20,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Verdicts for the first side, one for each metric and sampling setting; the settings that differ (of `differing` in
-    `results.compare`, without batch sizes) with their values on both sides; and the rule of the verdicts."""
+    """A comparison of two results.
+
+    verdicts: for the first side, one for each metric and sampling setting. differing: the settings that differ (of
+    `differing` in `results.compare`, without batch sizes) with their values on both sides. compute: of training and of
+    sampling, of both sides. warnings: sentences on compute that is not matched within 2 %, and on mixed versions. rule: of
+    the verdicts.
+    """
 
     verdicts: tuple[Verdict, ...]
     differing: dict[str, tuple[Any, Any]]
+    compute: tuple[Compute, ...]
+    warnings: tuple[str, ...]
     rule: str = RULE
 
 
@@ -36,7 +44,15 @@ def compare(options: CompareOptions) -> Comparison:
     """
     verdicts = compare_records(_records(options.a, options.step), _records(options.b, options.step))
     first = verdicts[0]  # the settings that differ are those of its records, the first of each side
-    return Comparison(verdicts=tuple(verdicts), differing=differing(first.a.records[0], first.b.records[0]))
+    compute = compute_of(verdicts)
+    warnings = [each.warning for each in compute if each.warning]
+    warnings += dict.fromkeys(text for verdict in verdicts for text in cautions_on_sides(verdict.a, verdict.b))
+    return Comparison(
+        verdicts=tuple(verdicts),
+        differing=differing(first.a.records[0], first.b.records[0]),
+        compute=tuple(compute),
+        warnings=tuple(warnings),
+    )
 
 
 def _records(path: Path, step: int | None) -> list[Record]:

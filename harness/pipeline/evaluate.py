@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from harness.data.images import ImageSet
-from harness.data.load import load_data, source_images
+from harness.data.load import load_data, open_image_set, source_images
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import join_processes
 from harness.errors import UserError
@@ -26,15 +26,17 @@ from harness.io import files
 from harness.io.progress import Stages
 from harness.pipeline.evaluation_config import EvaluationConfig, make_config, open_reference, reference_images
 from harness.pipeline.sidecar import RecordFields, read_fields, samples_sha256
+from harness.pipeline.training_images import needs_training_images, training_sha256, with_training_images
 from harness.protocols import NO_PROTOCOL, Protocol, get_protocol, protocol_of_files
 from harness.runs.provenance import Timing, environment, timing_of
-from harness.runs.run import open_run
+from harness.runs.run import Run, open_run
 from harness.runs.samples import read_sidecar, sidecar_path
 from harness.settings import DEFAULT_PROTOCOL, EvaluateOptions, keyword_options
 from results.records import Environment, Evaluation, Record, Sampling
 from results.store import append, load
 
 if TYPE_CHECKING:
+    from evaluators.guards import ImageStats
     from evaluators.suites import Suite
 
 SHARDS_FOLDER = "parts"  # in the cache: features that the other processes of a group compute for the main one
@@ -75,8 +77,6 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     protocol_name = options.protocol
     if protocol_name is None and run is None and sidecar_path(path).exists():
         protocol_name = read_sidecar(path).get("identity", {}).get("protocol")
-    if options.reference is not None and options.data is not None:
-        raise UserError("--data and --reference both set the reference images; give one of them")
     source = None if options.reference is None else open_reference(options.reference)
     if not protocol_name and run is not None:
         protocol = run.protocol
@@ -87,8 +87,6 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     records = options.out or (run.records if run else path.with_name("records.jsonl"))
     if options.reference is not None:
         images = reference_images(source, options.reference)
-        if options.neighbours is not None and not len(images):
-            raise UserError(f"--neighbours shows images, and {options.reference} holds none, only statistics")
     elif options.data is None and run is not None and run.source_paths:  # in latents: the images that they were made of
         images = source_images(run.source_paths, run.identity["dataset_sha256"], str(run.folder))
     else:
@@ -96,6 +94,10 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     suite = get_suite(options.suite or protocol.suite)
     config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
     config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
+    expected = run.identity["dataset_sha256"] if run is not None else training_sha256(path)
+    # Samples of unknown training are compared with the protocol's data set, unless another reference is given.
+    if needs_training_images(config) and (expected is not None or options.reference is not None):
+        config = with_training_images(config, images, expected, _candidates(options, run, protocol, expected))
     with group.collective_scope():
         result = evaluate_and_record(
             path, protocol, images, records, cache=(run_folder.parent if run else path.parent) / CACHE, name=options.name,
@@ -113,6 +115,29 @@ def _protocol_of_files(path: Path, reference: ImageSource | None, name: Path) ->
     return protocol_of_files(
         name.resolve().stem or "reference", samples.shape, classes, get_protocol(DEFAULT_PROTOCOL).suite
     )
+
+
+def _candidates(
+    options: EvaluateOptions, run: Run | None, protocol: Protocol, expected: str | None
+) -> list[Callable[[], ImageSet]]:
+    """Functions that load images which may be the training images. expected: their hash; None: not known.
+
+    Raises UserError if --data names them beside a --reference, and holds others.
+    """
+    if options.data is not None and options.reference is not None:
+        # without a protocol, the data set has no name of which the folder could be
+        without = protocol.name == NO_PROTOCOL
+        data = open_image_set(str(options.data)).images if without else load_data(protocol, options.data)
+        if expected not in (None, data.sha256):
+            raise UserError(
+                f"--data {options.data} holds other images ({data.sha256[:12]}) than the samples' network was trained on "
+                f"({expected[:12]}), and beside --reference it names these; give the folder that the run was trained on"
+            )
+        return [lambda: data]
+    if expected is None:
+        return []
+    known = [] if run is None else [lambda: source_images(run.source_paths, expected, str(run.folder))]
+    return [*known, lambda: load_data(protocol, None)]
 
 
 def evaluate_samples_file(
@@ -157,10 +182,10 @@ def evaluate_images(
 
     images: uint8 arrays (n, H, W, C) with values 0 to 255, any n, from a list, a generator or any other iterable; a
     generator may reuse its buffer. Images of more than 512 MiB in total are stored in a temporary file, in `cache` or
-    in the system's folder. protocol: a protocol or its name. data: the reference images; None: the protocol's data set.
-    name: of the row. count: number of images to take, for example from an endless generator; None: all. labels:
-    integers, one for each image. cache: folder for features of the reference; None: they are not stored. config: None:
-    the protocol's suite.
+    in the system's folder. protocol: a protocol or its name. data: the reference images, also for copies unless
+    `config.training` has others; None: the protocol's data set. name: of the row. count: number of images to take, for
+    example from an endless generator; None: all. labels: integers, one for each image. cache: folder for features of the
+    reference; None: they are not stored. config: None: the protocol's suite.
 
         records = evaluate_images(my_sampler(batch=100), "digits", name="mine", count=1000)
 
@@ -203,7 +228,11 @@ def _measure(
     if config.sharding is not None and config.sharding.index > 0:  # not the main process
         _compute_shard(source, data, cache, config)
         return []
-    guard(source, data, protocol, config, about)
+    stats = guard(source, data, protocol, config, about)
+    # Blocks of the error bars follow how the samples were drawn. Where that is not recorded, class counts that differ by
+    # at most 1 tell it: random labels have them by chance once in many thousand sets of ten classes.
+    labels = stats.labels if about.sampling.label_policy in (None, "balanced") else None
+    copies = stats.hashes if stats.distinct < stats.count else None
     samples = source.array()
     from evaluators.reference import build_reference, statistics_alone, with_statistics
     from evaluators.reference_file import check_network
@@ -223,7 +252,15 @@ def _measure(
             assert config.statistics is not None
             reference = statistics_alone(config.statistics, extractor)
         measurements = evaluate_samples(
-            samples, reference, suite, progress=progress, picture=config.picture, sharding=config.sharding
+            samples,
+            reference,
+            suite,
+            training=None if config.training is None else config.training.images,
+            labels=labels,
+            copies=copies,
+            progress=progress,
+            picture=config.picture,
+            sharding=config.sharding,
         )
     for measurement in measurements:
         if measurement.warning:
@@ -236,6 +273,8 @@ def _measure(
         reference_sha256=reference.sha256,
         mode=suite.mode,
     )
+    searching = {metric.key for metric in suite.metrics if metric.needs_training}
+    of_training = dataclasses.replace(evaluation, training_sha256=config.training_sha256)
     return [
         Record(
             provenance="measured",
@@ -250,7 +289,7 @@ def _measure(
             protocol_version=_version(protocol),
             resolution=protocol.resolution,
             dataset=protocol.dataset,
-            evaluation=evaluation,
+            evaluation=of_training if measurement.metric in searching else evaluation,
             environment=Environment(**environment(config.device), **(timing or {})),
             **about.arguments(),
         )
@@ -276,8 +315,11 @@ def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, conf
 
 def guard(
     source: ImageSource, data: ImageSet, protocol: Protocol, config: EvaluationConfig, about: RecordFields
-) -> None:
-    """Run the guards (`evaluators.guards`): log their warnings, and raise `UserError` if one refuses the evaluation."""
+) -> ImageStats:
+    """Run the guards (`evaluators.guards`): log their warnings, and raise `UserError` if one refuses the evaluation.
+
+    Returns the statistics of the samples' pixels.
+    """
     from evaluators.guards import GuardContext, check, collect_image_stats, enforce
 
     context = GuardContext(
@@ -296,7 +338,9 @@ def guard(
             logger.warning(f"reference-statistics: {text}: the distance is to its {reference.count} images")
     elif len(data):
         reference = collect_image_stats(data.images, name=f"data set {data.name}", labels=data.labels)
-    enforce(check(collect_image_stats(source), reference, context))
+    samples = collect_image_stats(source)
+    enforce(check(samples, reference, context))
+    return samples
 
 
 def evaluate_and_record(
@@ -318,9 +362,10 @@ def evaluate_and_record(
     about = read_fields(path, samples_sha256(path), name)
     # Which weights or statistics a file of the user holds is known only after reading it; a picture is always drawn.
     must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
-    existing = (
-        None if must_measure else existing_records(records, about, protocol, config.suite, images_sha256(data.images))
-    )
+    existing = None
+    if not must_measure:
+        reference = images_sha256(data.images)
+        existing = existing_records(records, about, protocol, config.suite, reference, config.training_sha256)
     if group.broadcast(int(existing is not None)):
         return existing or []
     if group.size > 1:
@@ -336,12 +381,21 @@ def evaluate_and_record(
 
 
 def existing_records(
-    records: Path, about: RecordFields, protocol: Protocol, suite: Suite, reference_sha256: str | None
+    records: Path,
+    about: RecordFields,
+    protocol: Protocol,
+    suite: Suite,
+    reference_sha256: str | None,
+    training_sha256: str | None = None,
 ) -> list[Record] | None:
     """The records in the file `records` of the samples described by `about`; None if a metric of the suite is missing.
 
-    about: from `read_fields`. reference_sha256: of the reference images; None: records of any reference match.
+    about: from `read_fields`. reference_sha256: of the reference images; None: records of any reference match, and metrics
+    that need the training images may be missing. training_sha256: as in `results.records.Evaluation`.
     """
+    order = [metric.key for metric in suite.metrics]
+    searching = {metric.key for metric in suite.metrics if metric.needs_training}
+    needed = set(order) - (searching if reference_sha256 is None else set())
     measured_on = (protocol.name, _version(protocol), protocol.dataset)
     measured_by = (suite.name, str(suite.version), suite.features.name)
     matching = [
@@ -352,9 +406,12 @@ def existing_records(
         and (evaluation := record.evaluation) is not None
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
         and reference_sha256 in (None, evaluation.reference_sha256)
+        and (
+            reference_sha256 is None
+            or evaluation.training_sha256 == (training_sha256 if record.metric in searching else None)
+        )
     ]
-    order = [metric.key for metric in suite.metrics]
-    if not {record.metric for record in matching} >= set(order):
+    if not {record.metric for record in matching} >= needed:
         return None
     # As a new evaluation gives them: in the suite's order, without metrics of other suites on the same features.
     return sorted((each for each in matching if each.metric in order), key=lambda record: order.index(record.metric))

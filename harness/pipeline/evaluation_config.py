@@ -34,7 +34,8 @@ class EvaluationConfig:
     weights: file of the network's weights, if the user gives it. statistics: file of the reference, if its mu and sigma
     are used. device: for the features, in the notation of their framework. reference: the reference as an image source,
     for the guards. allow: guards that only warn. picture: file for the picture of the samples nearest to training
-    images. sharding: how processes share the extraction; only the main one returns records.
+    images. training: images that copies are sought in; None: the reference images are the training images. sharding: how
+    processes share the extraction; only the main one returns records.
     """
 
     suite: Suite
@@ -45,6 +46,12 @@ class EvaluationConfig:
     allow: tuple[str, ...] = ()
     sharding: ShardedExtraction | None = None
     picture: Path | None = None
+    training: ImageSet | None = None
+
+    @property
+    def training_sha256(self) -> str | None:
+        """The hash of `training`."""
+        return None if self.training is None else self.training.sha256
 
     @classmethod
     def of(cls, protocol: Protocol) -> EvaluationConfig:

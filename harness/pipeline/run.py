@@ -15,6 +15,7 @@ from harness.pipeline.evaluation_config import make_evaluator
 from harness.pipeline.report import report
 from harness.pipeline.sample import decoder_of, sample_run
 from harness.pipeline.train import RunSession, open_session
+from harness.pipeline.training_images import needs_training_images, with_training_images
 from harness.planning.matching import request_from
 from harness.planning.plan import evaluate_command
 from harness.runs.run import RUNS_FOLDER, Run
@@ -72,9 +73,13 @@ def run(options: RunOptions) -> RunResult:
     with group.locked(session.folder):
         # Before the training, which takes long: these files may be missing.
         decoder = decoder_of(session, options.decoder, options.device)
-        images = None
+        images = config = None
         if evaluator is not None:
             images = training_images(session) if evaluator.images is None else evaluator.images
+            config = evaluator.config
+            if evaluator.images is not None and needs_training_images(config):
+                expected = session.identity["dataset_sha256"]
+                config = with_training_images(config, images, expected, [lambda: training_images(session)])
         run = session.begin(options)
         for step in milestones:
             session.train(step)
@@ -92,7 +97,7 @@ def run(options: RunOptions) -> RunResult:
             for path in paths:
                 records += evaluate_and_record(
                     path, request.protocol, images, run.records, cache=run.folder.parent / CACHE,
-                    config=evaluator.config, group=group,
+                    config=config, group=group,
                 )  # fmt: skip
     commands: list[str] = []
     run_report = None

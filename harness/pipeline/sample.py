@@ -300,6 +300,7 @@ def sample_run(
             gflops_published_input=published_input_gflops(request),
             evaluations=request.evaluations(steps),
             decoder_gflops=None if decoder is None else decoder.compute(protocol.resolution).gflops,
+            origin={**run.training_data, **run.fork},
         ),
         labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, protocol.num_classes),
         image=(protocol.resolution, protocol.resolution, protocol.image_channels),
@@ -314,7 +315,9 @@ def sample_run(
 
     description = {
         "environment": environment(run.resolved.device_name),
-        "spent": checkpoint.state.get("spent", {}),  # seconds of training by device; older checkpoints do not have them
+        # seconds of training by device, and versions that trained; older checkpoints do not have them
+        "spent": checkpoint.state.get("spent", {}),
+        "trained_with": checkpoint.state.get("trained_with", []),
     }
     path = run_job(job, make, description, device=lambda: device_of(run, group), group=group)
     if group.is_main:

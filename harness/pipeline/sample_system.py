@@ -212,6 +212,7 @@ def _description(loaded: LoadedSystem, device_info: DeviceInfo) -> dict[str, Any
         "weights": {name: str(source.path) for name, source in loaded.sources.items()},
         **({"entries": entries} if entries else {}),
         "environment": environment(device_info.name),
+        **({"trained_with": trained_with} if (trained_with := loaded.sources["base"].trained_with) else {}),
     }
 
 

@@ -132,6 +132,7 @@ def fields_of_run(
     gflops_published_input: float | None,
     evaluations: int | None,  # None: not known before sampling, as for an adaptive sampler
     decoder_gflops: float | None,  # of an image; None: nothing to decode
+    origin: Mapping[str, Any] | None = None,  # fields of `Training` on its data and its fork; None: not known
 ) -> RecordFields:
     """The record fields of a sample set of a run."""
     sampling, decoder = sample_set.sampling, sample_set.decoder
@@ -151,6 +152,7 @@ def fields_of_run(
             micro_batch=resolved.micro_batch,
             checkpoint_sha256=sample_set.checkpoint_sha256,
             **_recipe_fields(recipe, seed),
+            **(origin or {}),
         ),
         sampling=Sampling(
             sampler=sampling.sampler,
@@ -307,6 +309,7 @@ def _training_of_parts(system: System, sources: Mapping[str, Source]) -> Trainin
         gflops=gflops,
         checkpoint_sha256=checkpoint,
         **_recipe_fields(base.trained.recipe, base.trained.seed),
+        **base.origin,
     )
 
 

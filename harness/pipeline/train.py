@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,10 +209,11 @@ class RunSession:
         )
         return measured
 
-    def create(self, resolved: Resolved) -> Run:
-        """Create the run's folder, with `resolved` frozen in it."""
+    def create(self, resolved: Resolved, fork: Mapping[str, Any] | None = None) -> Run:
+        """Create the run's folder, with `resolved` frozen in it. fork: see `Run.fork`."""
         if self.group.is_main:
-            create_run(self.folder, self.spec, resolved, environment(resolved.device_name), self.data.source_paths)
+            environment_now = environment(resolved.device_name)
+            create_run(self.folder, self.spec, resolved, environment_now, self.data.source_paths, fork)
         self.group.barrier("the run is created")
         self.run = find_run(self.folder, self.spec)
         if self.run is None:
@@ -243,7 +244,7 @@ class RunSession:
                 lines = parent.log.read_bytes().splitlines(keepends=True)[: checkpoint.step]  # one line per step
                 files.write_bytes(self.folder / "log.jsonl", b"".join(lines))
         logger.info(f"forked from step {checkpoint.step} of {source}")
-        return self.create(resolved)
+        return self.create(resolved, _origin(parent, checkpoint, resolved))
 
     def train(self, until: int) -> None:
         """Train to `until` steps, or do nothing if the EMA weights of that step exist."""
@@ -265,3 +266,12 @@ class RunSession:
             loggers=self.loggers,
             snapshot_steps=snapshot_steps(request.recipe, request.recipe.steps),
         )
+
+
+def _origin(parent: Run, checkpoint: checkpoints.Checkpoint, resolved: Resolved) -> dict[str, Any]:
+    """`Run.fork` of a fork with the settings `resolved` from a checkpoint of `parent`, which may be a fork too."""
+    before = [parent.fork["earlier_precision"]] if "earlier_precision" in parent.fork else []
+    if parent.resolved.precision != resolved.precision:
+        before.append(f"{parent.resolved.precision} to step {checkpoint.step}")
+    earlier = {"earlier_precision": ", ".join(before)} if before else {}
+    return {"forked_at": checkpoint.step, "parent_sha256": checkpoint.sha256("ema"), **earlier}

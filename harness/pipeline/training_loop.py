@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
@@ -25,7 +25,7 @@ from harness.io import files
 from harness.io.progress import Bar
 from harness.loggers import Loggers
 from harness.runs import checkpoints
-from harness.runs.provenance import TrainingTime
+from harness.runs.provenance import TrainingTime, versions_in_turn
 from harness.runs.run import Run
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def train(
     if group.is_main and done in snapshots_due:  # the process may have been killed after it wrote the checkpoint
         keep_snapshot(run, done)
     training_time = TrainingTime(None if checkpoint is None else checkpoint.state, device)
+    versions = versions_in_turn(None if checkpoint is None else checkpoint.state, run.framework)
     batch = run.recipe.batch
     with (
         _log(run.log, done, group) as log,
@@ -96,8 +97,9 @@ def train(
         Bar("train", until, "it", done) as bar,
     ):
         manager = CheckpointManager(
-            run, engine, log, open_loggers, done, training_time, cost=state_bytes / DISK_BYTES_PER_SECOND, group=group
-        )
+            run, engine, log, open_loggers, done, training_time, cost=state_bytes / DISK_BYTES_PER_SECOND,
+            versions=versions, group=group,
+        )  # fmt: skip
         stop = bool(group.all_max(int(interrupted())))
         # A process of a group must not leave a step alone: the others would wait for it. `decide` stops all of them.
         interrupted_in_step = interrupted if group.size == 1 else lambda: False
@@ -155,8 +157,9 @@ def _keep_parts(run: Run, step: int, folder: Path, parts: Sequence[str]) -> None
             except OSError:  # a file system without hard links
                 files.write_bytes(target, checkpoint.part(part).read_bytes())
             entries[target.name] = checkpoint.state["files"][target.name]
-    # old checkpoints have no "spent"
-    state = {key: checkpoint.state[key] for key in ("schema", "step", "seconds", "spent") if key in checkpoint.state}
+    # old checkpoints have no "spent" and no "trained_with"
+    kept = ("schema", "step", "seconds", "spent", "trained_with")
+    state = {key: checkpoint.state[key] for key in kept if key in checkpoint.state}
     files.write_json(folder / "state.json", state | {"files": entries})
 
 
@@ -164,6 +167,7 @@ class CheckpointManager:
     """Writes the log and the checkpoints while a run is trained.
 
     done: training steps done so far. cost: estimated seconds for writing a checkpoint; measured once one is written.
+    versions: of `versions_in_turn`.
     """
 
     def __init__(
@@ -175,12 +179,14 @@ class CheckpointManager:
         done: int,
         training_time: TrainingTime,
         cost: float,
+        versions: Sequence[Mapping[str, str]] = (),
         group: ProcessGroup = SINGLE_PROCESS,
     ):
         self.run, self.engine, self.log, self.loggers, self.group = run, engine, log, loggers, group
         self.done = self.logged = self.saved = done  # last step that is trained, in the log, in a checkpoint
         self.loss: float | None = None  # of the newest step in the log
         self._training_time = training_time
+        self._versions = versions
         self._cost = cost
         # times at which losses were last logged, a checkpoint was last written, and the group last agreed
         self._logged_at = self._saved_at = self._agreed_at = time.monotonic()
@@ -262,7 +268,7 @@ class CheckpointManager:
             os.fsync(self.log.fileno())  # so that the log holds all steps of a checkpoint
         self.loggers.flush()  # and so do the loggers
         spent = self._training_time.now()
-        state = {"seconds": sum(spent.values()), "spent": spent}
+        state = {"seconds": sum(spent.values()), "spent": spent, "trained_with": self._versions}
         checkpoints.write(self.run.checkpoints, self.done, self.engine.state_dicts(), state)
         self.saved = self.done
         self._saved_at = time.monotonic()

@@ -30,6 +30,9 @@ LIBRARIES = (
 )
 
 
+# Those that decide the numbers of a training, by framework; "harness" and "git_commit" are added to them.
+TRAINING_LIBRARIES = {"torch": ("torch", "numpy"), "jax": ("jax", "jaxlib", "flax", "numpy")}
+
 UNKNOWN = "not recorded"  # name of the device of old checkpoints, whose state has only seconds
 
 
@@ -48,6 +51,7 @@ class Timing(TypedDict, total=False):
 
     training_seconds: float
     training_device: str
+    training_versions: dict[str, str]
     sampling_seconds_per_image: float
     sampling_device: str
 
@@ -61,6 +65,22 @@ def environment(device: str) -> EnvironmentFields:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "harness_version": VERSION,
     }
+
+
+def versions_in_turn(state: Mapping[str, Any] | None, framework: str) -> list[dict[str, str]]:
+    """The versions that have trained a run in turn, those of now last; each is a dict of library -> version.
+
+    state: of the checkpoint from which training continues; None: training begins. A checkpoint from before versions were
+    recorded counts as an empty dict.
+    """
+    now = {
+        "harness": VERSION,
+        **{name: version for name, version in _versions().items() if name in TRAINING_LIBRARIES.get(framework, ())},
+    }
+    if commit := _commit():
+        now["git_commit"] = commit
+    before = [] if state is None else list(state.get("trained_with", [{}]))
+    return before if before and before[-1] == now else [*before, now]
 
 
 class TrainingTime:
@@ -82,7 +102,7 @@ class TrainingTime:
 
 
 def timing_of(samples: Path) -> Timing:
-    """The times that the sidecar of a sample set states; empty without a sidecar of the harness.
+    """The times and versions that the sidecar of a sample set states; empty without a sidecar of the harness.
 
     Training time is left out if several devices shared the training, because such a sum cannot be compared. Sampling time
     is left out if the sampling was resumed, because the time before is not known.
@@ -97,6 +117,11 @@ def timing_of(samples: Path) -> Timing:
         if drawn.get("seconds") is not None:
             timing["sampling_device"] = drawn["device"]
             timing["sampling_seconds_per_image"] = drawn["seconds"] / data["images"]
+        if trained_with := data.get("trained_with"):
+            names = sorted({name for versions in trained_with for name in versions})
+            # dict.fromkeys: without repetitions, in order
+            texts = {name: dict.fromkeys(versions.get(name, UNKNOWN) for versions in trained_with) for name in names}
+            timing["training_versions"] = {name: ", then ".join(found) for name, found in texts.items()}
     except (UserError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return {}  # no sidecar, or one of another program
     return timing

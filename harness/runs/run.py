@@ -111,6 +111,9 @@ class Run:
     protocol: Protocol
     recipe: Recipe  # its `steps` are the protocol's, not those of this run, which more steps can continue
     source_paths: dict[str, str] = dataclasses.field(default_factory=dict)  # see `harness.data.examples`
+    # Of a run that --fork created: fields of `results.records.Training` on its origin. Empty: it is no fork, or one from
+    # before this was recorded.
+    fork: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def backbone(self) -> str:
@@ -123,6 +126,13 @@ class Run:
     @property
     def framework(self) -> str:
         return self.identity["framework"]
+
+    @property
+    def training_data(self) -> dict[str, str]:
+        """The fields of `results.records.Training` on the data: hash of the images and, if it is in latents, of these."""
+        latents = self.identity.get("latents")
+        in_latents = {} if latents is None else {"latents_sha256": files.sha256_json(latents)}
+        return {"dataset_sha256": self.identity["dataset_sha256"], **in_latents}
 
     @property
     def log(self) -> Path:
@@ -165,6 +175,7 @@ def create_run(
     resolved: Resolved,
     environment: Mapping[str, Any],
     source_paths: dict[str, str] | None = None,  # of files on this machine that the run needs later
+    fork: Mapping[str, Any] | None = None,  # see `Run.fork`
 ) -> Run:
     """Create the folder and its run.json; returns the run."""
     files.write_json(
@@ -176,6 +187,7 @@ def create_run(
             "resolved": dataclasses.asdict(resolved),
             "environment": environment,
             **({"places": source_paths} if source_paths else {}),
+            **({"fork": fork} if fork else {}),
         },
     )
     return open_run(folder)
@@ -198,6 +210,7 @@ def open_run(folder: Path) -> Run:
         return Run(
             folder=folder, identity={**data["identity"], "recipe": recipe_identity(recipe)}, resolved=resolved, environment=data["environment"],
             protocol=protocol, recipe=recipe, source_paths=dict(data.get("places", {})),
+            fork=dict(data.get("fork", {})),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run file of this harness: {error}") from error

@@ -23,7 +23,10 @@ class EvaluateOptions(Options):
         default_text=f"that of the run or sidecar, else none with --reference, else {DEFAULT_PROTOCOL}",
     )  # fmt: skip
     data: Path | None = setting(
-        "Path of the protocol's data set, if it needs one.", read_path, metavar="PATH", type_name="path"
+        "Path of the protocol's data set, if it needs one; with --reference, of the training images.",
+        read_path,
+        metavar="PATH",
+        type_name="path",
     )
     suite: str | None = setting(
         "A name from `harness list suites`, or features with metrics, as in dinov2-vit-b-14:fd,kid (see `harness list "

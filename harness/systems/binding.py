@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -51,6 +51,9 @@ class Source:
     steps: int | None = None  # of its training
     entry: str = ""  # of the file; "": the file itself
     entry_in_identity: str = ""  # as `entry`; "" where it is the one that was always read
+    # fields of `results.records.Training` on the data and the fork of the run; empty: not known
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    trained_with: Sequence[Mapping[str, str]] = ()  # versions that trained the run in turn; empty: not known
 
     @property
     def trained(self) -> Trained | None:
@@ -206,7 +209,10 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
     if not isinstance(part, GuidanceClassifier):
         changes["objective"] = recipe.objective
     checkpoint = checkpoints.verify(run.ema_checkpoint(steps))
-    source = Source(path=checkpoint.part("ema"), sha256=checkpoint.sha256("ema"), run=run.identity, steps=steps)
+    source = Source(
+        path=checkpoint.part("ema"), sha256=checkpoint.sha256("ema"), run=run.identity, steps=steps,
+        origin={**run.training_data, **run.fork}, trained_with=checkpoint.state.get("trained_with", ()),
+    )  # fmt: skip
     return replace(part, **changes), source
 
 

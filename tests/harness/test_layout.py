@@ -149,7 +149,11 @@ def test_the_public_surface_is_few_files():
 
 def test_results_need_only_the_standard_library():
     allowed = set(sys.stdlib_module_names) | {"results", "harness", "numpy"}
-    late = {"compare.py": {"scipy"}, "frame.py": {"pandas"}}  # imported by the functions that need them
+    late = {
+        "compare.py": {"scipy"},
+        "simultaneous.py": {"scipy"},
+        "frame.py": {"pandas"},
+    }  # imported by the functions that need them
     for path in sources("results"):
         assert {name.partition(".")[0] for name in imports(path)} <= allowed | late.get(path.name, set()), path
     for module in ("results.compare", "results.frame"):

@@ -11,6 +11,7 @@ import pytest
 import tiny_suite
 from PIL import Image
 
+from evaluators import suites
 from harness.data.digits import load
 from harness.errors import UserError
 from harness.images import spool
@@ -70,6 +71,26 @@ def test_with_the_protocols_own_suite_and_an_endless_generator(samples, caplog):
     records = evaluate_images(endless(), "digits", name="mine", count=200, labels=np.arange(200) % 10, config=judge)
     assert {each.n for each in records} == {200} and "labels-missing" not in caplog.text
     assert len({each.sampling.samples_sha256 for each in records}) == 1
+
+
+def test_intervals_know_balanced_labels_and_copies(samples, monkeypatch):
+    """Error bars follow how the samples were drawn; values do not change."""
+    judge, seen, original = EvaluationConfig(suite=tiny_suite.made("tiny")), [], suites.evaluate_samples
+
+    def spy(*args, **options):
+        seen.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(suites, "evaluate_samples", spy)
+    labels = np.arange(200) % 10
+    plain = evaluate_images([samples], "digits", name="mine", config=judge)
+    balanced = evaluate_images([samples], "digits", name="mine", config=judge, labels=labels)
+    twice = evaluate_images([samples[:100].repeat(2, axis=0)], "digits", name="mine", config=judge)
+    assert [each.value for each in plain] == [each.value for each in balanced]
+    assert [(each.low, each.high) for each in plain] != [(each.low, each.high) for each in balanced]
+    assert seen[0]["labels"] is None and seen[0]["copies"] is None and twice
+    np.testing.assert_array_equal(seen[1]["labels"], labels)
+    assert len(np.unique(seen[2]["copies"])) == 100
 
 
 @pytest.mark.parametrize(

@@ -535,7 +535,8 @@ def test_statistics_alone_where_they_cannot_be_used(tmp_path, judged, compared, 
         assert message in refused(compared(samples, alone, "--suite", suite)), suite
     with pytest.raises(UserError, match="all metrics of suite tiny need images"):
         tiny_suite.made("tiny", ("precision", "kid")).without_reference_images(spatial=True)
-    assert "holds none" in refused(compared(samples, alone, "--neighbours", tmp_path / "n.png"))
+    said = refused(compared(samples, alone, "--neighbours", tmp_path / "n.png"))
+    assert "--neighbours shows training images" in said and "name them with --data" in said
     broken = tmp_path / "broken.npz"
     for arrays_, message in (
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "which has 6 features"),

@@ -49,6 +49,48 @@ def test_intervals_cover_what_they_say():
     assert (abs(hits / 2000 - 0.95) < 0.0147).all()  # 3 standard errors
 
 
+def with_floor(rng, xs, floor=5.0, scatter=0.03):
+    return [(floor + 60 * x**-0.5) * math.exp(rng.normal(0, scatter)) for x in xs]
+
+
+def test_a_floor_is_found_and_its_predictions_far_beyond_cover():
+    """12 points with a floor of 5: of laws without one, 0 to 27 % of predictions ten times beyond covered; seen to fail so."""
+    rng, xs, beyond, trials = np.random.default_rng(3), list(np.geomspace(0.3, 120, 12)), 1200.0, 30
+    found = covered = truths = 0
+    for _ in range(trials):
+        law = power_law(xs, with_floor(rng, xs))
+        seen = (5 + 60 * beyond**-0.5) * math.exp(rng.normal(0, 0.03))
+        low, high = law.prediction(beyond)
+        below, above = law.interval(beyond)
+        found += law.extrapolates
+        covered += law.extrapolates and low <= seen <= high
+        truths += law.extrapolates and below <= 5 + 60 * beyond**-0.5 <= above
+    assert found > 0.9 * trials and covered > 0.79 * found and truths > 0.79 * found  # 95 %, less 4 standard errors
+    assert law.low <= law.exponent <= law.high and law.floor < law.at(beyond) < law.at(120.0)
+
+
+def test_where_there_is_no_floor_none_is_taken():
+    """So such a law is not extrapolated, rarely by mistake, and its bend is significant in 5 %."""
+    rng, xs, trials = np.random.default_rng(4), list(np.geomspace(0.3, 120, 12)), 30
+    laws = [power_law(xs, with_floor(rng, xs, floor=0.0, scatter=0.1)) for _ in range(trials)]
+    assert sum(law.extrapolates for law in laws) <= 0.05 * trials + 3
+    assert sum(law.bend is not None and law.bend < 0.05 for law in laws) <= 0.05 * trials + 5
+
+
+def test_few_points_on_a_floor_show_their_lack_of_fit():
+    xs = [0.3, 2.0, 12.0, 70.0, 400.0]
+    law = power_law(xs, with_floor(np.random.default_rng(5), xs, scatter=0.01))
+    assert not law.extrapolates and law.bend < 0.01  # too few for a floor, enough to see that the line bends
+    assert (
+        power_law(xs[:4], [9, 6, 5, 4.5]).bend is not None and power_law(xs, [150 * x**-0.4 for x in xs]).bend is None
+    )
+
+
+def test_points_without_a_logarithm_are_counted():
+    law = power_law([1, 2, 3, 4, 5, 0], [5, 4, 3, 2.5, -1, 3])
+    assert (law.n, law.left_out) == (4, 2)
+
+
 def test_too_little_for_a_law():
     assert power_law([1, 2, 3], [3, 2, 1]) is None and FEWEST == 4
     assert power_law([1, 2, 3, 0], [4, 3, 2, 1]) is None and power_law([1, 2, 3, 4], [4, 3, 2, -1]) is None
@@ -81,3 +123,11 @@ def test_curves_are_read_between_their_points_and_never_beyond():
     assert interpolate(xs, [-1.0, 0.0, 1.0], 100.0) == pytest.approx(0.5)
     assert interpolate(xs, xs, 0.9) is None and interpolate(xs, xs, 1001) is None and interpolate([], [], 1) is None
     assert interpolate([2.0], [3.0], 2.0) == 3.0 and interpolate(xs, xs, 1000.0) == pytest.approx(1000.0)
+
+
+def test_two_points_of_equal_budget_are_their_mean():
+    """They divided by zero."""
+    assert interpolate([1.0, 1.0, 10.0], [4.0, 6.0, 1.0], 1.0) == 5.0
+    assert interpolate([1.0, 10.0, 10.0], [4.0, 1.0, 3.0], 10.0) == 2.0
+    assert interpolate([1.0, 10.0, 10.0, 100.0], [4.0, 1.0, 3.0, 3.0], 50.0) == pytest.approx(3.0)
+    assert interpolate([7.0, 7.0], [4.0, 5.0], 7.0) == 4.5

@@ -97,13 +97,32 @@ def test_a_law_of_eleven_dits_predicts_the_twelfth(record):
     rest = [each for each in records if not (each.source.table == "Table 4" and each.backbone == "dit-l-4")]
     rows = {row["line"]: row for row in named(rest, "scaling-law").rows if row["provenance"] == "fit"}
     assert rows["dit-l-4"]["low"] < 45.64 < rows["dit-l-4"]["high"] and rows["dit-l-4"]["shows"] == "prediction"
-    assert rows["dit-xs-4"]["shows"] == "extrapolation"
+    assert "dit-xs-4" not in rows  # outside the range of the points, which show no floor
     texts = [mark.text for each in series(named(rest, "scaling-law")) for mark in each.marks]
-    assert "DiT-L/4" in texts and "DiT-XS/4 (extrapolated)" in texts
+    assert "DiT-L/4" in texts and not any("extrapolated" in text for text in texts)
+    (panel,) = named(rest, "scaling-law").panels
+    assert "outside the range of the points are not predicted" in panel.note and "scatter by" in panel.note
     few = [
         each for each in records if each.source.table != "Table 4" or each.backbone in ("dit-s-8", "dit-b-8", "dit-l-8")
     ]
     assert named(few, "scaling-law") is None
+
+
+def test_a_law_with_a_floor_is_extrapolated(record):
+    """And one on a floor that the points cannot show says that it does not fit."""
+    names = ("dit-s-8", "dit-s-4", "dit-b-8", "dit-b-4", "dit-l-8", "dit-l-4", "dit-xl-4", "dit-s-2", "dit-b-2")
+    costs = [0.1 * 2.2**index for index in range(len(names))]
+    noise = (1.01, 0.99, 1.0, 1.01, 0.99, 1.01, 1.0, 0.99, 1.0)
+    records = [
+        record(value=(5 + 20 * cost**-0.7) * each, system=name, gflops=cost)
+        for name, cost, each in zip(names, costs, noise, strict=True)
+    ]
+    figure = named(records, "scaling-law")
+    (panel,) = figure.panels
+    assert "the law rests on its floor" in panel.note and "dashed: 4.9" in panel.note
+    assert {row["shows"] for row in figure.rows if row["provenance"] == "fit"} >= {"extrapolation"}
+    (panel,) = named(records[::2], "scaling-law").panels
+    assert "the points bend away from the law" in panel.note and "not predicted" in panel.note
 
 
 def test_a_study_stands_in_panels_of_its_own(lengths):
@@ -221,8 +240,10 @@ def test_every_figure_can_be_drawn_and_names_what_it_shows(lengths):
     styles = model_styles(records)
     for figure in figures(lengths):
         svg = draw(figure, styles, ("svg",))["svg"].decode()
-        best = ("unet-small",)
-        named = {"figure-6": ("DiT-XS/2",), "pareto": best, "budget": best}.get(figure.name, ("dit-xs-2", "unet-small"))
+        # a budget names its best where it would win again, and none of these would
+        named = {"figure-6": ("DiT-XS/2",), "pareto": ("unet-small",), "budget": ()}.get(
+            figure.name, ("dit-xs-2", "unet-small")
+        )
         assert all(name in svg for name in named), figure.name
         assert figure.title in svg and figure.panels[0].x.text.split(" (")[0] in svg
 
@@ -278,6 +299,7 @@ def test_of_several_recipes_of_a_model_the_best_counts(record, best):
     for name in ("figure-8", "figure-12"):
         note = against_gflops([*ends, *both], name)
         assert "correlation with log Gflops -1.00" in note and "(3 models); of a model's several recipes" in note
+        assert "(best of 1 to 2): the best of more is better by luck alone" in note
         assert "several recipes" not in against_gflops([*ends, both[0]], name)
     shares = [tuned("precision", 0.4, best, "a", 1.0), tuned("precision", 0.6, best, "c", 4.0)]
     shares += [tuned("precision", 0.5, best), tuned("precision", 0.1, other)]

@@ -11,7 +11,7 @@ from reports.tables import protocol_file_name
 from reports.verdicts import MAX_LINES, verdict_table
 from results.compare import compare
 from results.matched import matchups
-from results.records import Sampling, Source, Training
+from results.records import Environment, Sampling, Source, Training
 
 
 @pytest.fixture
@@ -87,12 +87,37 @@ def test_the_table_says_by_how_much_and_by_which_rule(trained):
     (line,) = section.lines
     cells = dict(zip(section.columns, line.cells, strict=True))
     assert (cells["System"], cells["Best opponent"]) == ("a (800 steps, seed 0)", "b (800 steps, seed 0)")
-    assert (cells["Difference"], cells["Verdict"], cells["If trained again"]) == ("-8 \u00b1 0.71", "win", "win")
+    assert (cells["Difference"], cells["Verdict"], cells["If trained again"]) == ("-8 \u00b1 0.71", "win", "unknown")
     assert cells["Value"] == "12.0 [11.5, 12.5]" and cells["Opponent differs in"] == "framework jax (here torch)"
     assert "differs by at most 2 %" in section.remarks[0] and "1 of 3 trained experiments" in section.remarks[1]
     (row,) = csv.DictReader(io.StringIO(to_csv(table)))
     assert (row["verdict"], float(row["difference"]), row["records"]) == ("win", -8.0, records[0].id)
     assert r"-8 $\pm$ 0.71" in to_latex(table) and "| win |" in to_markdown(table)
+
+
+def test_the_table_says_which_compute_is_matched(trained):
+    sampling = Sampling(sampler="ddpm", steps=25, gflops_per_image=10.0)
+    for theirs, text in ((10.1, "10.00"), (30.0, "10.00 (opponent 30.00)"), (None, "10.00 (opponent -)")):
+        other = dataclasses.replace(sampling, gflops_per_image=theirs)
+        table = verdict_table([trained("a", 100.0, 12.0, sampling=sampling), trained("b", 100.0, 15.0, sampling=other)])
+        (section,) = table.sections
+        cells = dict(zip(section.columns, section.lines[0].cells, strict=True))
+        assert cells["Gflops an image"] == text
+        assert "Training compute is matched; sampling compute is not" in section.remarks[0]
+        (row,) = csv.DictReader(io.StringIO(to_csv(table)))
+        assert row["sampling_gflops"] == "10.0" and row.get("opponent_sampling_gflops", "") == str(theirs or "")
+
+
+def test_a_mean_over_several_versions_is_marked(trained):
+    mixed = [
+        dataclasses.replace(
+            trained("a", 100.0, 12.0 + seed, seed=seed),
+            environment=Environment(training_versions={"torch": f"2.{seed}"}),
+        )
+        for seed in range(2)
+    ]
+    (section,) = verdict_table([*mixed, trained("b", 100.0, 15.0)]).sections
+    assert "a (800 steps, 2 seeds): trained with torch 2.0 and 2.1." in section.remarks
 
 
 def test_without_intervals_nothing_is_claimed(trained):
@@ -117,6 +142,22 @@ def test_of_very_many_lines_the_rest_is_counted(trained):
     assert "and 1 further metrics and ways of sampling are left out" in section.remarks[-1]
     (section,) = verdict_table(records[-2:]).sections
     assert len(section.lines) == 1 and "left out" not in " ".join(section.remarks)
+
+
+def test_exactly_as_many_lines_as_fit_leave_nothing_out(trained):
+    records = [trained(f"s{index}", 100.0, 10.0 + index) for index in range(MAX_LINES + 1)]
+    (section,) = verdict_table(records).sections
+    assert len(section.lines) == MAX_LINES and "left out" not in " ".join(section.remarks)
+    (section,) = verdict_table([*records, trained("last", 100.0, 9999.0)]).sections
+    assert len(section.lines) == MAX_LINES and "left out" in section.remarks[-1]
+
+
+def test_the_rule_of_many_systems_is_said(trained):
+    records = [trained(f"s{index}", 100.0, 10.0 + 0.2 * index, half=0.5) for index in range(5)]
+    (section,) = verdict_table(records).sections
+    assert {line.cells[1] for line in section.lines} == {"tie"}  # 0.8 is a loss in a pair, and a tie among five
+    assert compare(records[:1], records[4:])[0].verdict == "win"
+    assert "compared at once" in section.remarks[0] and "5 % of tables" in section.remarks[0]
 
 
 def test_no_protocol_takes_its_name():

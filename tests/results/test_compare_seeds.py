@@ -62,15 +62,30 @@ def test_training_seeds_are_welchs_test():
     assert [len(each) for each in found.a.checkpoints] == [1, 1, 1]
 
 
-def test_sampling_seeds_of_one_checkpoint_are_averaged_and_tell_their_own_noise():
+def test_sampling_seeds_of_one_checkpoint_are_averaged_and_pooled_with_their_intervals():
     a = [seeded(value, 0, drawn) for drawn, value in enumerate((10.0, 10.2, 10.4))]
     (found,) = compare(a, [seeded(12.0, 0, system="b", half=0.3)])
-    half = stdtrit(2, 0.975) * 0.2 / math.sqrt(3)
+    # variance of one sampling: 0.04 over the seeds (2 degrees of freedom), and of each of the 3 intervals (19)
+    pooled = (2 * 0.04 + 57 * (0.5 / stdtrit(19, 0.975)) ** 2) / 59
+    half = stdtrit(59, 0.975) * math.sqrt(pooled / 3)
     assert found.scope == "these checkpoints" and found.a.value == pytest.approx(10.2)
     assert found.largest_tie == pytest.approx(math.hypot(half, 0.3), rel=1e-6)
-    assert found.verdict == "win" and found.if_trained_again == "tie"  # 1.8 against 0.58, and 3.2 times that
-    (found,) = compare(a, [seeded(10.2 + 1.01 * RETRAINING * found.largest_tie, 0, system="b", half=0.3)])
-    assert found.if_trained_again == "win"
+    assert found.verdict == "win" and found.if_trained_again == "unknown"
+    bare = [dataclasses.replace(each, low=None, high=None) for each in a]
+    (found,) = compare(bare, [seeded(12.0, 0, system="b", half=0.3)])
+    assert found.largest_tie == pytest.approx(math.hypot(stdtrit(2, 0.975) * 0.2 / math.sqrt(3), 0.3), rel=1e-6)
+
+
+def test_the_noise_of_training_again_is_that_of_one_sampling_times_the_published_factor():
+    def fid(value, drawn=0, system="a", half=0.5):
+        made = seeded(value, 0, drawn, system, half)
+        return dataclasses.replace(made, metric="fid", dataset="imagenet", resolution=256)
+
+    (found,) = compare([fid(10.0)], [fid(13.5, system="b")])
+    assert found.largest_tie == pytest.approx(math.hypot(0.5, 0.5)) and found.verdict == "win"
+    bound = math.hypot(0.5, 0.5) * math.hypot(1, RETRAINING)
+    assert bound < 3.5 and found.if_trained_again == "win"
+    assert compare([fid(10.0)], [fid(10.0 + 0.99 * bound, system="b")])[0].if_trained_again == "tie"
 
 
 def test_what_differs_in_more_than_seeds_does_not_belong_together():

@@ -131,11 +131,11 @@ def test_a_newer_schema_is_told_apart(measured):
 
 
 def test_comparable_key(measured):
-    evaluation = Evaluation(suite="embedded", features_sha256="f", reference_sha256="r")
+    evaluation = Evaluation(suite="embedded", suite_version="1", features_sha256="f", reference_sha256="r")
     record = measured(evaluation=evaluation)
-    assert comparable_key(record) == ("digits", 8, 1000, "embedded", "f", "r")
+    assert comparable_key(record) == ("digits", 8, 1000, "embedded", "1", "f", "r")
     assert comparable_key(measured(evaluation=evaluation, system="x", sampling=None)) == comparable_key(record)
-    assert comparable_key(measured(evaluation=None)) == ("digits", 8, 1000, None, None, None)
+    assert comparable_key(measured(evaluation=None)) == ("digits", 8, 1000, None, None, None, None)
 
 
 def _minimal(**changes):
