@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from harness.data.cache_dir import features
 from harness.data.images import ImageSet
 from harness.data.load import load_data, source_images
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import join_processes
-from harness.errors import UserError
+from harness.errors import RunError, UserError
 from harness.images.open import open_images
 from harness.images.source import ImageSource, from_batches
 from harness.images.spool import spooled
@@ -29,28 +30,37 @@ from harness.pipeline.sidecar import RecordFields, read_fields, samples_sha256
 from harness.protocols import Protocol, get_protocol
 from harness.runs.provenance import Timing, environment, timing_of
 from harness.runs.run import open_run
-from harness.runs.samples import read_sidecar, sidecar_path
+from harness.runs.samples import find_sidecar
 from harness.settings import DEFAULT_PROTOCOL, EvaluateOptions, keyword_options
 from results.records import Environment, Evaluation, Record, Sampling
-from results.store import append, load
+from results.store import RECORDS_FILE, append, load
 
 if TYPE_CHECKING:
     from evaluators.suites import Suite
-
-SHARDS_FOLDER = "parts"  # in the cache: features that the other processes of a group compute for the main one
-CACHE = "cache"  # folder next to the runs: features of reference images, by content
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """Records of a sample set, their file, the name of the suite, and its note on the numbers ("": no note)."""
+    """Records of a sample set, their file, the name of the suite, and its note on the numbers ("": no note).
+
+    notes: on the samples and the reference images, such as files that were left out.
+    """
 
     records: tuple[Record, ...]
     records_file: Path
     suite: str
     note: str
+    notes: tuple[str, ...] = ()
+
+
+class RecordsNotWritten(RunError):
+    """The record file cannot be written. result: what was measured."""
+
+    def __init__(self, message: str, result: EvaluateResult):
+        super().__init__(message)
+        self.result = result
 
 
 @keyword_options(EvaluateOptions)
@@ -72,13 +82,18 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     run_folder = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
     run = open_run(run_folder) if (run_folder / "run.json").exists() else None
     protocol_name = options.protocol
-    if protocol_name is None and run is None and sidecar_path(path).exists():
-        protocol_name = read_sidecar(path).get("identity", {}).get("protocol")
+    if protocol_name is None and run is None:
+        identity = (find_sidecar(path) or {}).get("identity")
+        named = identity.get("protocol") if isinstance(identity, dict) else None
+        protocol_name = named if isinstance(named, str) else None
     if not protocol_name and run is not None:
         protocol = run.protocol
     else:
         protocol = get_protocol(protocol_name or DEFAULT_PROTOCOL)
-    records = options.out or (run.records if run else path.with_name("records.jsonl"))
+    records = options.out or (run.records if run else default_records(path))
+    files.check_output(records, "--out")
+    if options.neighbours is not None:
+        check_picture(options.neighbours)
     if options.reference is not None and options.data is not None:
         raise UserError("--data and --reference both set the reference images; give one of them")
     source = open_reference(options.reference) if options.reference else None
@@ -91,12 +106,53 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     suite = get_suite(options.suite or protocol.suite)
     config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
     config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
-    with group.collective_scope():
-        result = evaluate_and_record(
-            path, protocol, images, records, cache=(run_folder.parent if run else path.parent) / CACHE, name=options.name,
-            config=config, group=group,
+    samples_source = open_images(path, classes=protocol.num_classes or None)
+    sources = [samples_source] if source is None else [samples_source, source]
+    log_notes(sources)  # before what may refuse them
+
+    def result_of(measured: list[Record]) -> EvaluateResult:
+        return EvaluateResult(
+            records=tuple(measured), records_file=records, suite=config.suite.name, note=config.suite.note,
+            notes=log_notes(sources),
         )  # fmt: skip
-    return EvaluateResult(records=tuple(result), records_file=records, suite=config.suite.name, note=config.suite.note)
+
+    measured: list[Record] = []
+    try:
+        with group.collective_scope():
+            evaluate_and_record(
+                path, protocol, images, records, cache=features(options.cache), name=options.name, config=config,
+                group=group, source=samples_source, measured=measured,
+            )  # fmt: skip
+    except RunError as error:
+        if not measured:
+            raise
+        raise RecordsNotWritten(str(error), result_of(measured)) from error
+    return result_of(measured)
+
+
+def default_records(path: Path) -> Path:
+    """The record file of samples that belong to no run: beside their file; of a folder or a pattern, whose neighbours may
+    be classes, in the working folder.
+    """
+    return path.with_name(RECORDS_FILE) if path.is_file() else Path(RECORDS_FILE)
+
+
+def check_picture(path: Path) -> None:
+    """UserError where the picture of --neighbours cannot be written."""
+    files.check_output(path, "--neighbours")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--neighbours {path}: the picture is a PNG; give it the ending .png")
+
+
+def log_notes(sources: Iterable[ImageSource]) -> tuple[str, ...]:
+    """The notes of the sources, each with the name of its source; a source's notes are logged once."""
+    notes = []
+    for source in sources:
+        for text in source.notes:
+            notes.append(f"{source.name}: {text}")
+            if source.first_time(text):
+                logger.info(f"note: {notes[-1]}")
+    return tuple(notes)
 
 
 def evaluate_samples_file(
@@ -107,13 +163,14 @@ def evaluate_samples_file(
     cache: Path,
     config: EvaluationConfig,
     name: str | None = None,
+    source: ImageSource | None = None,
 ) -> list[Record]:
     """Records of the sample set at `path`, evaluated with the suite of `config` against the images of `data`.
 
-    `name` is the row name of samples without a sidecar. Raises `UserError` for too few samples, and for shapes or
+    source: the samples, if they are open already. `name` is the row name of samples without a sidecar. Raises `UserError` for too few samples, and for shapes or
     labels that are not the protocol's.
     """
-    source = open_images(path, classes=protocol.num_classes)
+    source = source or open_images(path, classes=protocol.num_classes or None)
     _check_fit(source, protocol, config)
     with spooled(source, cache) as images:
         # the hash that `samples_sha256` gives, without reading a folder a second time
@@ -280,30 +337,36 @@ def evaluate_and_record(
     name: str | None = None,
     config: EvaluationConfig | None = None,  # None: the protocol's suite
     group: ProcessGroup = SINGLE_PROCESS,  # its processes share the extraction; the others may return no records
+    source: ImageSource | None = None,  # the samples, if they are open already
+    measured: list[Record] | None = None,  # gets the records, also where they cannot be written
 ) -> list[Record]:
     """The records of a sample set: those in the file `records`, or else new ones, which are appended to it."""
+    measured = [] if measured is None else measured
     from evaluators.reference import images_sha256
     from evaluators.sharded_extraction import ShardedExtraction
 
     config = config or EvaluationConfig.of(protocol)
-    about = read_fields(path, samples_sha256(path), name)
+    sha256 = samples_sha256(path) if source is None or path.is_file() else source.sha256()
+    about = read_fields(path, sha256, name)
     # Which weights or statistics a file of the user holds is known only after reading it; a picture is always drawn.
     must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
     existing = (
         None if must_measure else existing_records(records, about, protocol, config.suite, images_sha256(data.images))
     )
     if group.broadcast(int(existing is not None)):
-        return existing or []
+        measured += existing or []
+        return measured
+    shards = records.with_name(f".{records.name}.parts")  # features that the other processes compute for the main one
     if group.size > 1:
-        sharding = ShardedExtraction(index=group.index, size=group.size, folder=cache / SHARDS_FOLDER)
+        sharding = ShardedExtraction(index=group.index, size=group.size, folder=shards)
         config = dataclasses.replace(config, sharding=sharding)
-    new = evaluate_samples_file(path, protocol, data, cache=cache, config=config, name=name)
+    measured += evaluate_samples_file(path, protocol, data, cache=cache, config=config, name=name, source=source)
     if group.is_main:
-        append(records, new)
+        append(records, measured)
     group.barrier("all is measured")
     if group.is_main and group.size > 1:
-        files.remove(cache / SHARDS_FOLDER)  # it may hold parts of an evaluation that was killed
-    return new
+        files.remove(shards)  # it may hold parts of an evaluation that was killed
+    return measured
 
 
 def existing_records(

@@ -45,6 +45,7 @@ def small():
 def home(tmp_path, monkeypatch):
     """A machine without the data set, for which small files stand in. Returns their arrays."""
     arrays = small()
+    monkeypatch.delenv("HARNESS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "no-package")
     files = tuple((n, arrays[n].ndim, hashlib.sha256(arrays[n].tobytes()).hexdigest()) for n in NAMES)

@@ -163,7 +163,8 @@ def test_a_real_network_sees_the_same_in_another_order_within_rounding(tmp_path)
         print(name, np.abs(one[name] - other[name]).max() / scale)
 
 
-def test_the_second_command_asks_the_network_nothing(tmp_path, source):
+def test_the_second_command_asks_the_network_nothing(tmp_path, source, monkeypatch):
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     seen = lambda: tiny_suite.Projection.seen  # noqa: E731
     before = seen()
     first = facts(reference(source, tmp_path / "r.npz", "--json"))
@@ -176,7 +177,7 @@ def test_the_second_command_asks_the_network_nothing(tmp_path, source):
     assert (tmp_path / "r.npz").read_bytes() == content
     facts(reference(source, tmp_path / "fewer.npz", "--images", 30, "--json"))  # the same statistics
     assert seen() == before + N
-    (cached,) = (tmp_path / "cache").iterdir()
+    (cached,) = (tmp_path / "cache" / "features").iterdir()
     cached.write_bytes(cached.read_bytes()[:-40])  # damaged: made again, not believed
     facts(reference(source, tmp_path / "more.npz", "--images", 31, "--json"))
     assert seen() == before + 2 * N
@@ -184,9 +185,9 @@ def test_the_second_command_asks_the_network_nothing(tmp_path, source):
 
 def test_features_that_evaluation_has_kept_are_used(tmp_path, source, pictures):
     extractor = tiny_suite.Projection(tiny_suite.made("tiny").features, "cpu")
-    build_reference(pictures[0], extractor, cache=tmp_path / "cache")
+    build_reference(pictures[0], extractor, cache=tmp_path / "cache" / "features")
     before = tiny_suite.Projection.seen
-    facts(reference(source, tmp_path / "r.npz", "--json"))
+    facts(reference(source, tmp_path / "r.npz", "--json", "--cache", tmp_path / "cache"))
     assert tiny_suite.Projection.seen == before
 
 
@@ -369,7 +370,7 @@ with tiny_suite.registered():
 
 def child(folder):
     code = CHILD.format(tests=str(Path(__file__).parent))
-    environment = {**os.environ, "TINY_SUITE_LOG": str(folder / "log")}
+    environment = {**os.environ, "TINY_SUITE_LOG": str(folder / "log"), "HARNESS_CACHE": str(folder / "cache")}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -400,7 +401,7 @@ def test_killed_in_the_middle_it_leaves_no_half_file_and_continues(tmp_path, pic
     assert process.returncode == 0, said
     assert (killed / "r.npz").read_bytes() == (whole / "r.npz").read_bytes()
     assert sorted(path.name for path in killed.iterdir()) == ["cache", "log", "r.npz", "source.npz"]
-    assert [path.suffix for path in (killed / "cache").iterdir()] == [".npz"]
+    assert [path.suffix for path in (killed / "cache" / "features").iterdir()] == [".npz"]
     calls = -(-N // 20)
     assert calls <= seen() <= calls + kills  # at most the call that was under way is repeated
 
