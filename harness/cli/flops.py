@@ -106,7 +106,7 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
     """Print the rows as a table. check: "fvcore" adds a column with that package's count; None: no such column."""
     from rich.table import Table
 
-    from harness.cli.tables import table_console
+    from harness.cli.tables import print_table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("backbone", no_wrap=True)
@@ -134,7 +134,7 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
         if check:
             cells.append(f"{row['fvcore_gflops']:.4f}" if "fvcore_gflops" in row else "-")  # "-" for a system
         table.add_row(*cells)
-    table_console().print(table)
+    print_table(table)
 
 
 def show_sampling(chosen: list[System], as_json: bool) -> None:
@@ -150,7 +150,7 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
         return
     from rich.table import Table
 
-    from harness.cli.tables import table_console
+    from harness.cli.tables import print_table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("system", no_wrap=True)
@@ -160,7 +160,7 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
         costs = [row[name] for name in ("gflops_unguided", "gflops_guidance", "gflops_decode", "gflops_image")]
         cells = [f"{cost:,.0f}" if cost >= 100 else f"{cost:.4g}" if cost else "-" for cost in costs]
         table.add_row(row["name"], " + ".join(map(str, row["steps"])), *cells)
-    table_console().print(table)
+    print_table(table)
     click.echo(note)
     click.echo(CONVENTION)
 

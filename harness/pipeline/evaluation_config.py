@@ -126,4 +126,5 @@ def reference_images(source: ImageSource) -> ImageSet:
     """The images of a source as a data set; all labels are 0 if the source has none."""
     images = source.array()
     labels = np.zeros(len(images), np.int64) if source.labels is None else source.labels
-    return ImageSet(name=Path(source.name).stem, images=images, labels=labels)
+    path = Path(source.name)
+    return ImageSet(name=path.name if path.is_dir() else path.stem, images=images, labels=labels)
