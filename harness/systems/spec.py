@@ -272,7 +272,8 @@ class System:
         protocol = get_protocol(self.protocol)
         arguments_of = {name: part.spec.arguments(**part.arguments) for name, part in self.parts.items()}
         for name, arguments in arguments_of.items():
-            if arguments.get("num_classes", protocol.num_classes) != protocol.num_classes:
+            # 0: an unconditional network, which fits every protocol
+            if arguments.get("num_classes", protocol.num_classes) not in (0, protocol.num_classes):
                 raise UserError(
                     f"{where}: {name} has {arguments['num_classes']} classes and protocol {protocol.name!r} has "
                     f"{protocol.num_classes}; choose weights, or arguments, of {protocol.num_classes}"
