@@ -42,9 +42,8 @@ def check_arguments(
     if out_channels is not None:
         numbers["out_channels"] = out_channels
     for name, value in numbers.items():
-        least = 0 if name == "num_classes" else 1  # without classes the label table has the row of "no class" alone
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"DiT: {name} is {value!r}; it must be a whole number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"DiT: {name} is {value!r}; it must be a whole number of at least 1")
         limit = MAX_BLOCKS if name == "depth" else MAX_INT
         if value > limit:
             raise UserError(f"DiT: {name} is {value}; more than {limit:,} cannot be built")

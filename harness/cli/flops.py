@@ -92,10 +92,12 @@ def networks_to_count(names: tuple[str, ...], protocol: str | None) -> list[tupl
     specs = [backbones.get(name) for name in names] if names else list(backbones)
     if protocol is not None:
         from harness.protocols import get_protocol
+        from harness.runs.run import network_classes
 
         loaded = get_protocol(protocol)
         sizes_of = {name: getattr(loaded, name) for name in PROTOCOL_ARGUMENTS}
-        return [(spec, {name: value for name, value in sizes_of.items() if name in spec.defaults}) for spec in specs]
+        networks = [(spec, {**sizes_of, "num_classes": network_classes(spec, loaded)}) for spec in specs]
+        return [(spec, {name: sizes[name] for name in sizes if name in spec.defaults}) for spec, sizes in networks]
     if names:
         return [(spec, {}) for spec in specs]
     sizes = [(spec, size) for spec in specs for size in input_sizes(spec)]
