@@ -90,6 +90,13 @@ def test_every_path_has_a_name(tmp_path, monkeypatch, form):
     assert read_paths([form]) == (path,)
 
 
+def test_a_reference_of_the_working_folder_has_its_name(samples, monkeypatch, tmp_path):
+    monkeypatch.chdir(samples)
+    done = harness("data", "reference", ".", "--out", tmp_path / "r.npz", "--suite", "embedded", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["source"] == "cfg-1.5"
+    assert "the path is empty" in str(harness("data", "reference", "", "--out", tmp_path / "x.npz").exception)
+
+
 def test_an_empty_path_is_refused():
     with pytest.raises(ValueError, match="the path is empty"):
         read_path("")
