@@ -269,8 +269,8 @@ def evaluate_samples(
 
         try:
             write_picture(inputs, picture)
-        except OSError as error:  # the metrics, which took the time, are returned all the same
-            logger.warning(f"{picture} could not be written: {error.strerror or error}")
+        except RunError as error:  # the metrics, which took the time, are returned all the same
+            logger.warning(str(error))
     return measurements
 
 
